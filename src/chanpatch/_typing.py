@@ -1,0 +1,15 @@
+"""Types that several modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+Shape: TypeAlias = tuple[int, ...]
+Axes: TypeAlias = tuple[str, ...]
+Index: TypeAlias = "int | slice | Sequence[int] | Sequence[bool] | range | Tensor | np.ndarray[Any, Any]"
+Reduce: TypeAlias = 'Literal["sum", "mean", "max"] | tuple[str, str]'
+Mask: TypeAlias = "Tensor | Callable[..., Tensor]"
