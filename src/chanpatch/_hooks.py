@@ -1,0 +1,451 @@
+"""How chanpatch gets into a forward: one station per module, and the sessions that listen there.
+
+The only file that registers torch hooks. A `Session` is everything that one context, or one patched policy, wants
+to see or change. A `Station` is the one hook pair of a module; it serves every open session: records of the
+unpatched value, then patches in order of entry, then records. Forwards are divided into root calls: one call of
+the model, or of the method that was named. Call indices are counted, and checks are made, per root call.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ._tree import Item, Path, get, replace
+from .errors import ConcurrencyError, HookPointError, TraceMismatchError
+from .points import HookPoints
+
+Stage = Literal["before", "patch", "after"]
+_STAGES: tuple[Stage, ...] = ("before", "patch", "after")
+
+
+class Place(Protocol):
+    """Where a listener listens; a HookPoint is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def module(self) -> str: ...
+    @property
+    def side(self) -> Literal["in", "out", "tap"]: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def call(self) -> int | None: ...
+
+
+class StopForward(BaseException):
+    """Ends a forward that chanpatch itself started; no `except Exception` on the way catches it."""
+
+
+class Listener:
+    """One place that a session listens to.
+
+    Args:
+        session: Whose.
+        place: Where.
+        stage: Before the patches, as a patch, or after them.
+        act: Takes the tensor found there; returns the tensor to put in its place, or the very same one.
+    """
+
+    __slots__ = ("_path", "act", "place", "session", "stage")
+
+    def __init__(self, session: Session, place: Place, stage: Stage, act: Callable[[Tensor], Tensor]) -> None:
+        self.session, self.place, self.stage, self.act = session, place, stage, act
+        self._path = _argument_path(place.path) if place.side == "in" else place.path
+
+    def __call__(self, tree: Any) -> Any:
+        if not self.session.enabled or not self.session.is_call(self.place):
+            return tree
+        leaf = tree
+        if self._path:
+            with suppress(LookupError, AttributeError, TypeError):
+                leaf = get(tree, self._path)
+        if not isinstance(leaf, Tensor):
+            raise TraceMismatchError(
+                f"Hook point '{self.place.name}' holds no tensor in this forward, but "
+                f"{type(leaf).__name__}. Trace inputs like these with hook_points() and use the names it lists."
+            )
+        new = self.act(leaf)
+        return tree if new is leaf else replace(tree, self._path, new)
+
+
+def _argument_path(path: Path) -> Path:
+    """Lead from (args, kwargs) to one input: integers are positions, strings are keywords."""
+    positional = isinstance(path[0], Item) and isinstance(path[0].key, int)
+    return (Item(0 if positional else 1), *path)
+
+
+class Session:
+    """Listeners that come and go together, and the root call that they are in.
+
+    Args:
+        root: The model.
+        method: The method whose call is a root call; `"__call__"` is the forward.
+        calls: How often each module was called in the traced root call, by name; None without a trace.
+    """
+
+    def __init__(self, root: nn.Module, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
+        self.root, self.method, self.calls = root, method, calls
+        self.enabled = True
+        self.running: str | None = None  # the method of the root call under way
+        self.inputs: tuple[Any, ...] = ()
+        self.call = 0  # the index of the module call under way
+        self.on_begin: Callable[[], None] = _nothing
+        self.on_end: Callable[[object], None] = _ignore
+        self._listeners: list[Listener] = []
+        self._counts: dict[object, int] = {}
+        self._stations: list[Station] = []
+        self._opener: object = None
+        self._thread: int | None = None
+        self._confined = False
+
+    def listen(self, place: Place, stage: Stage, act: Callable[[Tensor], Tensor]) -> None:
+        """Add a listener, before the session is attached."""
+        self._listeners.append(Listener(self, place, stage, act))
+
+    def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
+        """Start to listen, all or nothing.
+
+        Args:
+            scopes: Modules whose outermost call is a root call.
+        """
+        modules = dict(self.root.named_modules(remove_duplicate=False))
+        try:
+            for listener in self._listeners:
+                if listener.place.side == "tap":
+                    _taps.setdefault(listener.place.module, []).append(listener)
+                else:
+                    station = self._station(modules[listener.place.module])
+                    station.listeners.append(listener)
+                    station.plan()
+            for module in scopes:
+                self._station(module).scopes.append(self)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Stop to listen; the hooks of others stay as they are."""
+        for station in self._stations:
+            station.remove(self)
+        self._stations.clear()
+        for name in [item.place.module for item in self._listeners if item.place.side == "tap"]:
+            _taps[name] = [item for item in _taps.get(name, []) if item.session is not self]
+            if not _taps[name]:
+                del _taps[name]
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Attached while the context is open, with each call of the session's method as a root call."""
+        watched = self.method != "__call__"
+        self.attach(scopes=() if watched else (self.root,))
+        try:
+            if watched:
+                _watch_method(self)
+            yield
+        finally:
+            self.detach()
+            if watched:
+                _unwatch_method(self)
+
+    def _station(self, module: nn.Module) -> Station:
+        station = Station.of(module) or Station(module)
+        if station not in self._stations:
+            self._stations.append(station)
+        return station
+
+    def confine_to_thread(self) -> None:
+        """Refuse forwards from any other thread from now on; otherwise only while a root call is under way."""
+        self._thread, self._confined = threading.get_ident(), True
+
+    def check_thread(self) -> None:
+        """Raise if the forward under way is not in the session's thread."""
+        if self._thread is not None and threading.get_ident() != self._thread:
+            raise ConcurrencyError(
+                f"{type(self.root).__name__} is patched or recorded in another thread. Open the context in the "
+                "thread that runs the model, or give each thread a PatchedPolicy of its own."
+            )
+
+    def begin(self, opener: object, method: str, inputs: tuple[Any, ...]) -> None:
+        """Begin a root call, unless one that something else began is under way."""
+        nested = self._opener is not None and self._opener is not opener
+        if not self.enabled or (nested and isinstance(opener, Station)):
+            return
+        self.check_thread()
+        self._thread = threading.get_ident()
+        self._opener, self.running, self.inputs = opener, method, inputs
+        self._counts.clear()
+        self.on_begin()
+
+    def end(self, opener: object, *, failed: bool = False) -> None:
+        """End the root call that this opener began; it is checked only when no exception is in flight."""
+        if self._opener is None or self._opener is not opener:
+            return
+        try:
+            if not failed:
+                self.on_end(opener)
+        finally:
+            self._opener, self.running, self.inputs = None, None, ()
+            if not self._confined:
+                self._thread = None
+
+    @property
+    def in_method(self) -> bool:
+        """Whether a root call of a method is under way; the calls inside it are part of it."""
+        return self._opener is not None and not isinstance(self._opener, Station)
+
+    @contextmanager
+    def root_call(self, method: str, inputs: tuple[Any, ...]) -> Iterator[None]:
+        """A root call that is not a module call: a method of the model's own."""
+        opener = object()
+        self.begin(opener, method, inputs)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self.end(opener, failed=failed)
+
+    def count(self, counted: object) -> None:
+        """Count a call of a module or a tap; the listeners there read its index in `call`."""
+        self.check_thread()
+        self.call = self._counts.get(counted, -1) + 1 if self.running is not None else 0
+        self._counts[counted] = self.call
+
+    def is_call(self, place: Place) -> bool:
+        """Tell whether the call under way is the one that a place means."""
+        if self.running is None:
+            if place.call is not None:
+                raise HookPointError(
+                    f"'{place.name}' names a call index, but {type(self.root).__name__} was not entered by "
+                    f"'{self.method}', so its calls cannot be counted. Trace the method that you use: "
+                    'hook_points(model, *inputs, method="name").'
+                )
+            return True
+        if self.calls is not None and self.call >= self.calls.get(place.module, sys.maxsize):
+            known = self.calls[place.module]
+            raise TraceMismatchError(
+                f"Hook point '{place.name}': '{place.module}' was called {self.call + 1} times in one root call, but "
+                f"{known} time{'s' * (known != 1)} in the traced one. Trace inputs like these with hook_points()."
+            )
+        if place.call is None and self.call > 0:
+            raise HookPointError(
+                f"'{place.name}' names no call, but '{place.module}' was called more than once in one root call. "
+                f"Name the call, as in '{place.module}#0', or trace the model with hook_points()."
+            )
+        return place.call is None or place.call == self.call
+
+
+def session_for(points_or_model: HookPoints | nn.Module) -> Session:
+    """Return a session for a traced model, or for one of which nothing but the forward is known."""
+    if isinstance(points_or_model, HookPoints):
+        return Session(points_or_model.model, points_or_model.method, points_or_model.calls)
+    return Session(points_or_model)
+
+
+def _nothing() -> None: ...
+
+
+def _ignore(opener: object) -> None: ...
+
+
+class Station:
+    """The one hook pair of one module, and the sessions that listen there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.listeners: list[Listener] = []
+        self.scopes: list[Session] = []
+        self._plans: dict[str, tuple[tuple[Session, ...], tuple[Listener, ...]]] = {}
+        self.module_id = id(module)
+        self._handles = (
+            module.register_forward_pre_hook(_hook(self, self._enter), with_kwargs=True),
+            module.register_forward_hook(_hook(self, self._leave), always_call=True),
+        )
+
+    @staticmethod
+    def of(module: nn.Module) -> Station | None:
+        """Return the module's station; the module itself holds it, by its hooks, so that both are freed together."""
+        stations = (getattr(hook, _STATION, None) for hook in module._forward_pre_hooks.values())
+        return next((found for found in stations if found is not None and found.module_id == id(module)), None)
+
+    def plan(self) -> None:
+        """Order the listeners by stage, then by entry."""
+        for side in ("in", "out"):
+            ordered = [i for stage in _STAGES for i in self.listeners if (i.stage, i.place.side) == (stage, side)]
+            sessions = tuple(dict.fromkeys(listener.session for listener in ordered))
+            self._plans[side] = (sessions, tuple(ordered)) if ordered else ((), ())
+
+    def remove(self, session: Session) -> None:
+        """Forget a session, and leave the module when it was the last one."""
+        self.listeners = [listener for listener in self.listeners if listener.session is not session]
+        self.scopes = [other for other in self.scopes if other is not session]
+        self.plan()
+        if not self.listeners and not self.scopes:
+            for handle in self._handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if id(module) != self.module_id and (self.listeners or self.scopes):
+            raise ConcurrencyError(
+                f"This {type(module).__name__} is a copy (deepcopy or a DataParallel replica) of a module that is "
+                "being patched or recorded, and was made meanwhile. Use the module that was patched, on one device."
+            )
+        for session in self.scopes:
+            session.begin(self, "__call__", (*args, *kwargs.values()))
+        return self._run("in", (args, kwargs))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        failed = output is None and sys.exc_info()[0] is not None  # torch calls us on the way out of an exception
+        changed = None if failed else self._run("out", output)
+        for session in self.scopes:
+            session.end(self, failed=failed)
+        return changed
+
+    def _run(self, side: str, tree: Any) -> Any:
+        sessions, listeners = self._plans.get(side, ((), ()))
+        for session in sessions:
+            if session.enabled:
+                session.count((self, side))
+        changed = tree
+        for listener in listeners:
+            changed = listener(changed)
+        return None if changed is tree else changed
+
+
+_methods: WeakKeyDictionary[nn.Module, dict[str, list[Session]]] = WeakKeyDictionary()
+_taps: dict[str, list[Listener]] = {}
+_tap_observers: list[Callable[[str, Tensor], None]] = []
+
+
+_STATION = "_chanpatch_station"
+
+
+def _hook(station: Station, run: Callable[..., Any]) -> Callable[..., Any]:
+    def chanpatch_hook(*args: Any) -> Any:
+        return eagerly(run, *args)
+
+    setattr(chanpatch_hook, _STATION, station)
+    return chanpatch_hook
+
+
+def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function; a model that is being compiled calls it as it is, instead of tracing into it."""
+    if torch.compiler.is_compiling():
+        return torch._dynamo.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+    return function(*args, **kwargs)
+
+
+def tap(name: str, tensor: Tensor) -> Tensor:
+    """Return the tensor, and make this place in a `forward` a hook point; free when nobody looks.
+
+    Args:
+        name: The hook point's name. Where the same tap runs more than once in a forward, each time is one call of
+            it (`name#0`, `name#1`); a name made of the module's own, such as `f"block{i}.pattern"`, reads better.
+        tensor: Any tensor of the forward.
+
+    Returns:
+        The same tensor, or what the open patches made of it.
+
+    Example:
+        >>> import torch
+        >>> class Attention(torch.nn.Module):
+        ...     def forward(self, query, key):
+        ...         return tap("pattern", (query @ key.mT).softmax(-1))
+    """
+    for observer in _tap_observers:
+        observer(name, tensor)
+    listeners = _taps.get(name)
+    if not listeners:
+        return tensor
+    inside = [listener for listener in listeners if listener.session.running and listener.session.enabled]
+    for session in dict.fromkeys(listener.session for listener in inside):
+        session.count(name)
+    for listener in sorted(inside, key=lambda item: _STAGES.index(item.stage)):
+        tensor = listener(tensor)
+    return tensor
+
+
+@contextmanager
+def observed(
+    model: nn.Module,
+    on_inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+    on_output: Callable[[nn.Module, Any], None],
+    on_tap: Callable[[str, Tensor], None],
+) -> Iterator[None]:
+    """Call back at every module call and tap inside the model; changes nothing."""
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        on_output(module, output)
+
+    handles = []
+    try:
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(on_inputs, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        _tap_observers.append(on_tap)
+        yield
+    finally:
+        if on_tap in _tap_observers:
+            _tap_observers.remove(on_tap)
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def noticing_calls(modules: Container[nn.Module], notice: Callable[[], None]) -> Iterator[None]:
+    """Call back when any of these modules is called, wherever; for the one call that has to be learnt about."""
+
+    def before(module: nn.Module, args: Any) -> None:
+        if module in modules:
+            notice()
+
+    handle = nn.modules.module.register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _watch_method(session: Session) -> None:
+    """Make each call of the session's method on the model itself a root call."""
+    root, method = session.root, session.method
+    sessions = _methods.setdefault(root, {}).setdefault(method, [])
+    if not sessions:
+        original = getattr(root, method)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with ExitStack() as stack:
+                for each in tuple(sessions):
+                    stack.enter_context(each.root_call(method, (*args, *kwargs.values())))
+                return original(*args, **kwargs)
+
+        vars(root)[method] = watched
+    sessions.append(session)
+
+
+def _unwatch_method(session: Session) -> None:
+    """Undo `_watch_method`; the last session to leave takes the wrapper off."""
+    sessions = _methods.get(session.root, {}).get(session.method, [])
+    if session in sessions:
+        sessions.remove(session)
+        if not sessions:
+            del vars(session.root)[session.method]
+
+
+def drop_hooks(model: nn.Module) -> None:
+    """Take chanpatch's own hooks off a model that was copied while they were on."""
+    for module in model.modules():
+        for name, hooks in vars(module).items():
+            if name in ("_forward_pre_hooks", "_forward_hooks"):
+                for key in [key for key, hook in hooks.items() if hasattr(hook, _STATION)]:
+                    del hooks[key]
+                    for flags in ("_with_kwargs", "_always_called"):
+                        vars(module).get(f"{name}{flags}", {}).pop(key, None)

@@ -1,0 +1,218 @@
+"""Where a network can be read or written: one tensor that one call of one module takes or returns.
+
+Plain data; `chanpatch.hook_points` finds the points of a model by running it.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ._tree import Path
+from ._typing import Axes, Index, Shape
+from .errors import HookPointError, did_you_mean
+from .sites import Selection, Site
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """One tensor of one traced forward.
+
+    Attributes:
+        name: `module`, `module.out<path>` where the module returns more than one tensor, `module.in<path>` for an
+            input; `#k` after the module when it is called more than once. The model itself has no name, so its
+            own output is `.out`. A tap has the name it was given.
+        axes: Axis names, such as `(batch, channel, row, col)`.
+        shape: Lengths of all axes but the batch axis.
+        batch_axis: Which axis is the batch: the one that grew when the model was run with one row more. None where
+            that proved nothing.
+        dtype: Of the tensor.
+        device: Of the tensor.
+        module_type: Class name of the module; `tap` for a tap.
+        parameters: Number of parameters of the module, those of its submodules included.
+        aliases: Other names of the same hook point, where modules are shared.
+        module: Name of the module, or of the tap.
+        side: `"in"`, `"out"` or `"tap"`.
+        path: Where the tensor stands in a nested input or output.
+        call: Which call of the module, where it is called more than once.
+    """
+
+    name: str
+    axes: Axes
+    shape: Shape
+    batch_axis: int | None
+    dtype: torch.dtype
+    device: torch.device
+    module_type: str
+    parameters: int
+    aliases: tuple[str, ...] = ()
+    module: str = field(default="", repr=False)
+    side: Literal["in", "out", "tap"] = field(default="out", repr=False)
+    path: Path = field(default=(), repr=False)
+    call: int | None = field(default=None, repr=False)
+
+    def length(self, axis: str) -> int | None:
+        """Return the length of an axis; None for the batch axis."""
+        position = self.axes.index(axis)
+        if position == self.batch_axis:
+            return None
+        return self.shape[position - (self.batch_axis is not None and position > self.batch_axis)]
+
+
+class HookPoints(Mapping[str, HookPoint]):
+    """The hook points of a model in execution order, by name; what `chanpatch.hook_points` returns.
+
+    Attributes:
+        model: The model that was traced.
+        method: The method that was run, `"__call__"` for the forward.
+        calls: How often each module and tap was called, by name.
+        not_called: Names of the modules that the traced forward never called.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Iterable[HookPoint],
+        *,
+        method: str,
+        calls: Mapping[str, int],
+        not_called: Sequence[str],
+    ) -> None:
+        self.model, self.method, self.calls, self.not_called = model, method, dict(calls), tuple(not_called)
+        self._points = {point.name: point for point in points}
+        self._aliases = {alias: point.name for point in self._points.values() for alias in point.aliases}
+
+    def __getitem__(self, name: str) -> HookPoint:
+        point = self._points.get(self._aliases.get(name, name))
+        if point is None:
+            raise HookPointError(self._unknown(name))
+        return point
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._points)
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def select(self, pattern: str) -> HookPoints:
+        """Return the hook points whose name matches a glob: `*` for any text, `?` for any one character.
+
+        Args:
+            pattern: Such as `"embedder.block*.res?"`. Other characters, brackets included, mean themselves.
+
+        Raises:
+            HookPointError: If no name matches.
+        """
+        matches = glob(pattern)
+        chosen = [p for p in self._points.values() if any(matches(name) for name in (p.name, *p.aliases))]
+        if not chosen:
+            raise HookPointError(f"No hook point matches '{pattern}'. {self._advice()}")
+        return HookPoints(self.model, chosen, method=self.method, calls=self.calls, not_called=self.not_called)
+
+    def site(self, name: str, /, **indices: Index) -> Site:
+        """Return a region of a hook point, checked against the trace.
+
+        Args:
+            name: The hook point.
+            indices: One entry per restricted axis, as in `channel=[55, 121]` or `row=slice(2, 5)`.
+
+        Raises:
+            HookPointError: If there is no such hook point.
+            SiteError: If an axis or an index does not exist; all faults at once.
+        """
+        return self.bind(Site(name, **indices))
+
+    def bind(self, site: Site) -> Site:
+        """Return the same site with its hook point's trace attached, after checking it against that."""
+        point = self[site.name]
+        if site.point == point:
+            return site
+        bound = Site(point.name, **dict(site.indices))
+        return normalised(bound, point)
+
+    def _unknown(self, name: str) -> str:
+        fired = [point.name for point in self._points.values() if name in (point.module, *_modules(point))]
+        if name in self.not_called:
+            return (
+                f"Hook point '{name}' never fired: the traced forward did not call that module. "
+                f"{self._advice()} To trace another path, pass its inputs or its method to hook_points()."
+            )
+        if fired:
+            return f"'{name}' is {len(fired)} hook points: {', '.join(fired)}. Name one of them."
+        return f"No hook point named '{name}'.{did_you_mean(name, [*self._points, *self._aliases])} {self._advice()}"
+
+    def _advice(self) -> str:
+        count = len(self)
+        if count <= 8:
+            return f"(Hook points that fired: {', '.join(self)}.)"
+        return f"({count} hook points; print the HookPoints to list them.)"
+
+    def _rows(self) -> list[tuple[str, str, str, str, str, str]]:
+        return [
+            (
+                " = ".join((point.name, *point.aliases)),
+                ", ".join(point.axes),
+                " x ".join(map(str, point.shape)),
+                str(point.dtype).removeprefix("torch."),
+                point.module_type,
+                f"{point.parameters:,}",
+            )
+            for point in self._points.values()
+        ]
+
+    def __repr__(self) -> str:
+        rows = [_HEADER, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        unproved = [point.name for point in self._points.values() if point.batch_axis is None]
+        title = f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
+        if unproved:
+            lines.append(f"Batch axis not proved for {len(unproved)} of them: {', '.join(unproved[:6])}"
+                         + (", ..." if len(unproved) > 6 else ""))  # fmt: skip
+        if self.not_called:
+            lines.append(f"Not called: {', '.join(self.not_called)}")
+        return "\n".join((title, *lines))
+
+    def _repr_html_(self) -> str:
+        def cells(row: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+        body = "".join(cells(row, "td") for row in self._rows())
+        return f"<table><thead>{cells(_HEADER, 'th')}</thead><tbody>{body}</tbody></table>"
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [*self._points, *self._aliases]
+
+
+def glob(pattern: str) -> Callable[[str], object]:
+    """Return a function that tells whether a name matches; brackets are ordinary characters in these names."""
+    parts = (".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern)
+    return re.compile("".join(parts), re.DOTALL).fullmatch
+
+
+_HEADER = ("hook point", "axes", "shape without batch", "dtype", "module", "parameters")
+
+
+def _modules(point: HookPoint) -> tuple[str, ...]:
+    """Names of the module of a point, its aliases included."""
+    return tuple(alias.split("#")[0] for alias in point.aliases)
+
+
+def normalised(site: Site, point: HookPoint) -> Site:
+    """Check a site against the trace, write its indices out, and attach the hook point."""
+    lengths = {axis: point.length(axis) for axis in point.axes}
+    traced = Site(site.name, **{axis: index for axis, index in site.indices if lengths.get(axis, 0) is not None})
+    found = traced.positions(point.axes, [lengths[axis] or 0 for axis in point.axes])
+    written: dict[str, Selection] = {axis: index for axis, index in site.indices if axis not in dict(traced.indices)}
+    for number, positions in found.items():
+        axis, length = point.axes[number], lengths[point.axes[number]] or 0
+        chosen = tuple(range(length)[positions]) if isinstance(positions, slice) else tuple(positions)
+        if chosen != tuple(range(length)):
+            written[axis] = chosen
+    return Site(site.name, **written).at(point)

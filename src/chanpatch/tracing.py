@@ -1,0 +1,249 @@
+"""Finding the hook points of a model: run it once to list them, once more to prove which axis is the batch."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ._axes import NamePropagation, Names, axis_names
+from ._checks import refuse_unhookable
+from ._hooks import observed
+from ._tree import Path, leaves, path_text, replace
+from .errors import HookPointError, SiteError, did_you_mean
+from .points import HookPoint, HookPoints, glob
+
+
+def hook_points(
+    model: nn.Module,
+    *example_inputs: Any,
+    method: str = "__call__",
+    axes: Mapping[str, tuple[str, ...]] | None = None,
+    **example_keywords: Any,
+) -> HookPoints:
+    """Return every place where an activation of the model can be read or written, in execution order.
+
+    The model is run under `torch.no_grad`, and once more with one row more, which proves the batch axis. Random
+    number generators, buffers and training flags are put back afterwards.
+
+    Args:
+        model: Any module.
+        example_inputs: What the model takes. Tensors in them that have the batch on their first axis (the length
+            of the first tensor's first axis) are lengthened for the second run; where `axes` names an axis of
+            `.in[0]` "batch", that one is the batch.
+        method: The method to run, for models that are entered by another one than the forward.
+        axes: Names for axes whose meaning the module type does not tell, by glob over hook point names:
+            `{"encoder.*": ("batch", "position", "feature")}`.
+        example_keywords: Keyword inputs.
+
+    Raises:
+        UnsupportedModelError: If the model is compiled or scripted, so that hooks would be ignored.
+        HookPointError: If `axes` names a hook point that did not fire.
+        SiteError: If `axes` gives another number of names than the hook point has axes, or one name twice.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> points = hook_points(model, torch.zeros(2, 3, 9, 9))
+        >>> points["1"].axes, points["1"].shape
+        (('batch', 'channel', 'row', 'col'), (8, 7, 7))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hook_points takes a torch.nn.Module, not {type(model).__name__}.")
+    refuse_unhookable(model)
+    trace = _Trace(model)
+    with undisturbed(model):
+        trace.run(method, example_inputs, example_keywords)
+    _name_axes(trace, axes or {})
+    grown = _grown(model, method, example_inputs, example_keywords, trace)
+    points = [_point(trace, fired, grown.get(trace.name(fired))) for fired in trace.fired]
+    return HookPoints(model, points, method=method, calls=trace.calls, not_called=trace.not_called())
+
+
+@dataclass(frozen=True)
+class _Fired:
+    """One tensor that one call took or returned."""
+
+    module: str
+    side: Literal["in", "out", "tap"]
+    path: Path
+    call: int
+    tensor: Tensor
+
+
+class _Trace:
+    """Everything that fires while a model runs, with the axis names that can be told."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.fired: list[_Fired] = []
+        self.calls: Counter[str] = Counter()
+        self.known = NamePropagation()
+        self.module_names: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.module_names.setdefault(module, []).append(name)
+        self._stack: list[tuple[int, Names | None]] = []
+
+    def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        """Run the model once and note what fires."""
+        with self.known, observed(self.model, self._on_inputs, self._on_output, self._on_tap):
+            getattr(self.model, method)(*inputs, **keywords)
+
+    def not_called(self) -> list[str]:
+        return [names[0] for names in self.module_names.values() if names[0] and not self.calls[names[0]]]
+
+    def name(self, fired: _Fired, module: str | None = None) -> str:
+        """Return a hook point's name, or its alias under another name of the module."""
+        base = fired.module if module is None else module
+        if self.calls[fired.module] > 1:
+            base += f"#{fired.call}"
+        if fired.side == "tap" or (fired.side == "out" and not fired.path and fired.module):
+            return base
+        return f"{base}.{fired.side}{path_text(fired.path)}"
+
+    def _on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = self.module_names[module][0]
+        call, self.calls[name] = self.calls[name], self.calls[name] + 1
+        first: Tensor | None = None
+        for (_, *path), tensor in leaves((args, kwargs)):
+            self._note(_Fired(name, "in", tuple(path), call, tensor), module, None)
+            first = tensor if first is None else first
+        self._stack.append((call, None if first is None else self.known.names(first)))
+
+    def _on_output(self, module: nn.Module, output: Any) -> None:
+        call, inputs = self._stack.pop()
+        for path, tensor in leaves(output):
+            self._note(_Fired(self.module_names[module][0], "out", path, call, tensor), module, inputs)
+
+    def _on_tap(self, name: str, tensor: Tensor) -> None:
+        if any(name in names for names in self.module_names.values()):
+            raise HookPointError(f"tap('{name}', ...) has the name of a module. Give the tap a name of its own.")
+        self.fired.append(_Fired(name, "tap", (), self.calls[name], tensor))
+        self.calls[name] += 1
+        self.known.learn(tensor, (None,) * tensor.dim())
+
+    def _note(self, fired: _Fired, module: nn.Module, inputs: Names | None) -> None:
+        self.fired.append(fired)
+        tensor = fired.tensor
+        self.known.learn(tensor, axis_names(module, fired.side, fired.path, tensor.dim(), inputs))
+
+
+def _name_axes(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> None:
+    """Let the names that the user gave stand before those of the trace."""
+    for pattern, names in axes.items():
+        matches = glob(pattern)
+        chosen = [fired for fired in trace.fired if matches(trace.name(fired))]
+        if not chosen:
+            hint = did_you_mean(pattern, map(trace.name, trace.fired))
+            raise HookPointError(f"axes={{'{pattern}': ...}}: no hook point matches.{hint}")
+        for fired in chosen:
+            if len(names) != fired.tensor.dim() or len(set(names)) < len(names):
+                raise SiteError(
+                    f"axes={{'{pattern}': {tuple(names)}}}: hook point '{trace.name(fired)}' has "
+                    f"{fired.tensor.dim()} axes; give each one name of its own."
+                )
+            trace.known.rename(fired.tensor, tuple(names))
+
+
+def _grown(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace) -> dict[str, torch.Size]:
+    """Return the shapes of a second run with one row more, by hook point; empty where there is none."""
+    tensors = [(path, tensor) for path, tensor in leaves((inputs, dict(keywords))) if tensor.dim()]
+    if not tensors:
+        return {}
+    first = tensors[0][1]
+    rows = first.shape[_known_batch(trace, first) or 0]
+    choices: list[list[int | None]] = []
+    for _, tensor in tensors:
+        known = _known_batch(trace, tensor)
+        fitting = [axis for axis, length in enumerate(tensor.shape) if length == rows]
+        choices.append([known] if known is not None else [0] if tensor is first else [*fitting, None])
+    for chosen in itertools.islice(itertools.product(*choices), _MOST_TRIES):
+        grown: Any = (inputs, dict(keywords))
+        for (path, tensor), axis in zip(tensors, chosen, strict=True):
+            if axis is not None:
+                grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
+        second = _Trace(model)
+        with undisturbed(model), suppress(Exception):  # a model may be made for one batch size only
+            second.run(method, *grown)
+            return {second.name(fired): fired.tensor.shape for fired in second.fired}
+    return {}
+
+
+_MOST_TRIES = 32
+
+
+def _known_batch(trace: _Trace, tensor: Tensor) -> int | None:
+    names = trace.known.names(tensor) or ()
+    return names.index("batch") if "batch" in names else None
+
+
+def _point(trace: _Trace, fired: _Fired, grown: torch.Size | None) -> HookPoint:
+    tensor = fired.tensor
+    names = list(trace.known.names(tensor) or (None,) * tensor.dim())
+    batch_axis = _batch_axis(names, tensor.shape, grown)
+    if batch_axis is not None:
+        names[batch_axis] = "batch"
+    axes = tuple(
+        name if name is not None and name not in names[:number] else f"axis{number}"
+        for number, name in enumerate(names)
+    )
+    module = None if fired.side == "tap" else trace.model.get_submodule(fired.module)
+    other_names = [] if module is None else trace.module_names[module][1:]
+    return HookPoint(
+        name=trace.name(fired),
+        axes=axes,
+        shape=tuple(length for number, length in enumerate(tensor.shape) if number != batch_axis),
+        batch_axis=batch_axis,
+        dtype=tensor.dtype,
+        device=tensor.device,
+        module_type="tap" if module is None else type(module).__name__,
+        parameters=0 if module is None else sum(parameter.numel() for parameter in module.parameters()),
+        aliases=tuple(trace.name(fired, other) for other in other_names),
+        module=fired.module,
+        side=fired.side,
+        path=fired.path,
+        call=fired.call if trace.calls[fired.module] > 1 else None,
+    )
+
+
+def _batch_axis(names: Sequence[str | None], shape: torch.Size, grown: torch.Size | None) -> int | None:
+    """Return the one axis that grew by one row, unless names say that another is the batch."""
+    if grown is None or len(grown) != len(shape):
+        return None
+    longer = [number for number, (before, after) in enumerate(zip(shape, grown, strict=True)) if before != after]
+    if len(longer) != 1 or grown[longer[0]] != shape[longer[0]] + 1:
+        return None
+    taken = names.index("batch") if "batch" in names else longer[0]
+    return longer[0] if names[longer[0]] in (None, "batch") and taken == longer[0] else None
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer or flag."""
+    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, training in flags:
+            module.training = training
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:  # a needless write would invalidate graphs that hold the buffer
+                    buffer.copy_(value)
+        for module, registered in buffers:
+            module._buffers.clear()
+            module._buffers.update(registered)
