@@ -1,0 +1,156 @@
+"""What must hold before a model is hooked and a tensor edited: hooks that run, shapes and operands that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._axes import axis_names
+from ._lookup import BarePoint
+from ._typing import Axes
+from .edits import Add, Project, Resample, Scale, Set
+from .errors import EditError, TraceMismatchError, UnsupportedModelError
+from .points import HookPoint
+from .sites import Site
+
+
+def no_batch(site: Site) -> str:
+    """Say why a site has no rows, and what to do."""
+    if site.point is None:
+        return "Take the site from points.site(...) of hook_points(model, *inputs), which proves the batch axis."
+    return (
+        f"The trace could not prove which axis of '{site.name}' is the batch: no single axis grew when the model "
+        "was run with one row more. Name it where the inputs have it: hook_points(..., axes={'.in[0]': (...)})."
+    )
+
+
+def check_shape_against_trace(leaf: Tensor, point: HookPoint) -> None:
+    """Raise if a tensor differs from the traced one in anything but the batch."""
+    traced = [point.length(axis) for axis in point.axes]
+    same = len(traced) == leaf.dim() and all(
+        expected is None or axis == "batch" or expected == length
+        for axis, expected, length in zip(point.axes, traced, leaf.shape, strict=True)
+    )
+    if not same:
+        lengths = ", ".join("any" if length is None else str(length) for length in traced)
+        raise TraceMismatchError(
+            f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward, but axes "
+            f"({', '.join(point.axes)}) = ({lengths}) in the trace. Trace inputs like these with hook_points()."
+        )
+
+
+def bare_axes(point: BarePoint, module: nn.Module | None, leaf: Tensor) -> tuple[Axes, int | None]:
+    """Return the axis names that the module's type alone gives, and which is the batch."""
+    path = point.path
+    names = (None,) * leaf.dim() if module is None else axis_names(module, point.side, path, leaf.dim(), None)
+    axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
+    return axes, axes.index("batch") if "batch" in axes else None
+
+
+def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
+    """Return the lengths of a traced site's region; None for the batch."""
+    chosen = dict(site.indices)
+    lengths = []
+    for number, axis in enumerate(point.axes):
+        indices = chosen.get(axis)
+        length = len(indices) if isinstance(indices, tuple) else point.length(axis)
+        lengths.append(None if number == point.batch_axis else length)
+    return lengths
+
+
+_VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Project: "projects"}
+
+
+def check_operands(
+    edit: Callable[..., Any],
+    site: Site,
+    axes: Axes,
+    lengths: Sequence[int | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raise if an operand of one of chanpatch's edits would broadcast, or is of another dtype or device.
+
+    Args:
+        edit: Any edit; those of others are checked by what they return.
+        site: Where it is applied.
+        axes: Of the region.
+        lengths: Of the region's axes; None where any length may come.
+        dtype: Of the region.
+        device: Of the region.
+    """
+    if not isinstance(edit, (*_VERBS, Resample)):
+        return
+    if isinstance(edit, Resample):  # the donors need not be as many as the rows
+        lengths = [None if number == edit.batch_axis else length for number, length in enumerate(lengths)]
+    name = type(edit).__name__
+    for item in fields(edit):  # type: ignore[arg-type]
+        operand = getattr(edit, item.name)
+        if isinstance(operand, Tensor):
+            check_shape(f"{name} at {site!r}", item.name, operand, axes, lengths, _VERBS.get(type(edit), "draws"))
+            if operand.dtype != dtype or operand.device != device:
+                raise EditError(
+                    f"{name} at {site!r}: the {item.name} is {operand.dtype} on {operand.device}, but the region is "
+                    f"{dtype} on {device}. Convert it: {item.name}.to('{device}', {dtype})."
+                )
+
+
+def check_mask(mask: Any, site: Site, axes: Axes, lengths: Sequence[int | None]) -> None:
+    """Raise if a `where` is no bool tensor that fits the region."""
+    check_mask_type(mask, site)
+    check_shape(f"where at {site!r}", "mask", mask, axes, lengths, "selects")
+
+
+def check_mask_type(mask: Any, site: Site) -> None:
+    """Raise if a `where` is no bool tensor."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
+        raise EditError(f"where at {site!r} is {got}, but it takes a bool tensor, as in mask = column < 12.")
+
+
+def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
+    """Raise unless the operand has one length per axis of the region, each equal or 1."""
+    if operand.dim() == len(axes) and all(
+        expected is None or length in (1, expected) for length, expected in zip(operand.shape, lengths, strict=True)
+    ):
+        return
+    advice = ""
+    if operand.dim() == 1 and len(operand) in lengths[len(axes) > 1 :]:
+        number = lengths.index(len(operand), len(axes) > 1)
+        view = ", ".join(str(len(operand)) if axis == number else "1" for axis in range(len(axes)))
+        advice = f": {noun}.view({view}) {verb} along {axes[number]}"
+    shown = ", ".join("any" if length is None else str(length) for length in lengths)
+    raise EditError(
+        f"{subject}: the {noun} has shape {tuple(operand.shape)}, but the region has axes ({', '.join(axes)}) = "
+        f"({shown}). Give every axis, with length 1 where the {noun} repeats{advice}."
+    )
+
+
+def refuse_unhookable(model: nn.Module) -> None:
+    """Raise for a model whose module calls bypass hooks: what is patched there would be ignored in silence."""
+    for name, module in model.named_modules():
+        where = f"'{name}'" if name else "The model"
+        if hasattr(module, "_orig_mod"):
+            raise UnsupportedModelError(
+                f"{where} is compiled by torch.compile, which ignores hooks that are added after its first call. "
+                "Pass the original module (compiled._orig_mod), or compile the PatchedPolicy made of it."
+            )
+        if module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            raise UnsupportedModelError(
+                f"{where} was compiled in place, so hooks that are added now are ignored. Work on a copy that is "
+                "not compiled, or compile the PatchedPolicy made of it."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{where} is a TorchScript module, which runs its submodules without their hooks. Pass the Python "
+                "module that it was made from."
+            )
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise UnsupportedModelError(
+                f"{where} is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. "
+                "Pass the module inside (.module) and run it on one device."
+            )

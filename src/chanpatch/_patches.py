@@ -1,0 +1,315 @@
+"""A patch as data, and what happens when it fires.
+
+Row by row of a forward: read the region, call the edit, check what came back, write it into a copy. The checks are
+made once per shape; the ledger counts from shapes alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import (
+    bare_axes,
+    check_mask,
+    check_mask_type,
+    check_operands,
+    check_shape_against_trace,
+    no_batch,
+    region_lengths,
+)
+from ._hooks import Session, session_for
+from ._ledger import Ledger, edit_name
+from ._lookup import BarePoint, bound, model_of, resolve
+from ._published import published
+from ._regions import Positions, read, written
+from ._typing import Axes, Mask
+from .edits import Edit
+from .errors import BatchAxisError, ChanpatchError, EditError, NaNError, TraceMismatchError, UnreachedError
+from .points import HookPoint, HookPoints
+from .sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A site, what is done to it, and to which of its elements.
+
+    Args:
+        site: Where.
+        edit: A callable `activation -> activation`; it gets the region and returns a new tensor of the same shape,
+            dtype and device. One with a keyword-only parameter `context` gets a `chanpatch.edits.Context` too.
+        where: Which elements of the region are replaced: a bool tensor with one length per axis of the region, each
+            equal to the region's or 1, or a function of the context that returns one. None means all of them.
+
+    Raises:
+        TypeError: If the edit cannot be called or the site is none.
+        EditError: If `where` is no bool tensor, or an operand of the edit does not fit a traced site.
+    """
+
+    site: Site
+    edit: Edit | Callable[..., Tensor]
+    where: Mask | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be known before the model runs."""
+        if not isinstance(self.site, Site):
+            raise TypeError(f"A patch needs a Site, not {type(self.site).__name__}: Site('conv1', channel=5).")
+        if not callable(self.edit):
+            raise EditError(
+                f"The edit at {self.site!r} is {type(self.edit).__name__}, which cannot be called. "
+                "Use Set(value) to put a value there, or a function activation -> activation."
+            )
+        if isinstance(self.where, Tensor):
+            check_mask_type(self.where, self.site)
+        elif self.where is not None and not callable(self.where):
+            raise EditError(
+                f"where at {self.site!r} is {type(self.where).__name__}; it takes a bool tensor or a function."
+            )
+        point = self.site.point
+        if point is not None:
+            lengths = region_lengths(self.site, point)
+            check_operands(self.edit, self.site, point.axes, lengths, point.dtype, point.device)
+            if isinstance(self.where, Tensor):
+                check_mask(self.where, self.site, point.axes, lengths)
+
+    def __repr__(self) -> str:
+        return f"Patch({self.site!r}, {edit_name(self.edit)}{', where=...' if self.where is not None else ''})"
+
+
+class AppliedPatches:
+    """Patches of one context or policy: a session that applies them, and what they have done.
+
+    Args:
+        points_or_model: What they are applied to.
+        patches: In the order of application.
+        allow_unreached: Names of hook points whose patches need not run.
+        check_nan: Whether to look for NaN that an edit brought in.
+
+    Raises:
+        HookPointError, SiteError: If a site does not exist; all faults at once.
+    """
+
+    def __init__(
+        self,
+        points_or_model: HookPoints | nn.Module,
+        patches: Patch | Iterable[Patch],
+        *,
+        allow_unreached: Iterable[str],
+        check_nan: bool,
+    ) -> None:
+        model = model_of(points_or_model)
+        self.patches = _checked(points_or_model, patches)
+        self.allow_unreached = _allowed(allow_unreached, self.patches)
+        self.check_nan = check_nan
+        self.session = session_for(points_or_model)
+        self.ledger = Ledger(self.patches)
+        self._reached: set[int] = set()
+        self._nan: dict[int, Tensor] = {}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for number, patch in enumerate(self.patches):
+            point = resolve(model, patch.site)
+            firing = _Firing(self, number, patch, point, modules.get(point.module))
+            self.session.listen(point, "patch", firing)
+
+    def fired(self, number: int, region: Tensor, batch_axis: int | None, mask: Tensor | None) -> None:
+        """Note that a patch ran."""
+        self._reached.add(number)
+        self.ledger.count(self.session.running, number, region, batch_axis, mask)
+
+    def compare_nan(self, number: int, before: Tensor, after: Tensor) -> None:
+        """Gather, on the device, whether a patch brought NaN in."""
+        if self.check_nan and after.is_floating_point():
+            brought = (after.isnan() & ~before.isnan()).any()
+            self._nan[number] = self._nan[number] | brought if number in self._nan else brought
+
+    def forget(self) -> None:
+        """Begin to count anew which patches ran and which brought NaN."""
+        self._reached.clear()
+        self._nan.clear()
+
+    def raise_nan(self, cause: Exception | None = None) -> None:
+        """Read the NaN flags, all at once, and raise for the first patch that brought NaN in.
+
+        Args:
+            cause: An exception in flight that the NaN may have led to; it is chained, one of ours goes before.
+        """
+        flags, self._nan = self._nan, {}
+        if not flags or isinstance(cause, ChanpatchError):
+            return
+        home = next(iter(flags.values())).device
+        if torch.stack([flag.to(home) for flag in flags.values()]).any():
+            number = next(number for number, flag in flags.items() if flag)
+            raise NaNError(
+                f"{self.patches[number]!r} brought NaN into a region that had none. Check its operands "
+                "(a mean over no rows, 0/0), or pass check_nan=False if NaN is meant."
+            ) from cause
+
+    def unreached(self, among: Iterable[int] | None = None) -> list[str]:
+        """Return the names of the hook points whose patches did not run, among some patches or all."""
+        numbers = set(range(len(self.patches)) if among is None else among) - self._reached
+        names = dict.fromkeys(self.patches[number].site.name for number in sorted(numbers))
+        return [name for name in names if name not in self.allow_unreached]
+
+    def raise_unreached(self, names: Sequence[str], where: str, advice: str = "") -> None:
+        """Raise if there are hook points whose patches did not run."""
+        if names:
+            listed = ", ".join(f"'{name}'" for name in names)
+            many = len(names) > 1
+            raise UnreachedError(
+                f"The {'patches' if many else 'patch'} at {listed} never ran {where}. The model was compiled, or "
+                f"{'they are' if many else f'{listed} is'} not on the path that was called.{advice}"
+            )
+
+
+def _checked(points_or_model: HookPoints | nn.Module, patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
+    each = (patches,) if isinstance(patches, Patch) else tuple(patches)
+    for patch in each:
+        if not isinstance(patch, Patch):
+            raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
+    sites = bound(points_or_model, [patch.site for patch in each])
+    return tuple(
+        patch if site is patch.site else Patch(site, patch.edit, patch.where)
+        for patch, site in zip(each, sites, strict=True)
+    )
+
+
+def _allowed(names: Iterable[str], patches: Sequence[Patch]) -> frozenset[str]:
+    allowed = frozenset([names] if isinstance(names, str) else names)
+    unknown = allowed - {patch.site.name for patch in patches}
+    if unknown:
+        raise ValueError(f"allow_unreached names {sorted(unknown)}, where there is no patch.")
+    return allowed
+
+
+class _Firing:
+    """One patch at the moment it fires."""
+
+    def __init__(
+        self,
+        applied: AppliedPatches,
+        number: int,
+        patch: Patch,
+        point: HookPoint | BarePoint,
+        module: nn.Module | None,
+    ) -> None:
+        self._applied, self._number, self._patch, self._point, self._module = (
+            applied,
+            number,
+            patch,
+            point,
+            module,
+        )
+        self._edit: Callable[..., Tensor] = patch.edit
+        self._takes_context = _takes_context(patch.edit)
+        self._prepared: tuple[Any, ...] | None = None
+        self._positions: Positions = {}
+        self._axes: Axes = ()
+        self._batch_axis: int | None = None
+
+    def __call__(self, leaf: Tensor) -> Tensor:
+        if self._prepared != (leaf.shape, leaf.dtype, leaf.device):
+            self._prepare(leaf)
+        region = read(leaf, self._positions)
+        mask = self._mask(region)
+        new = self._edited(region)
+        self._applied.fired(self._number, region, self._batch_axis, mask)
+        if new is region:
+            return leaf
+        self._check_result(new, region)
+        if mask is not None:
+            new = torch.where(mask, new, region)
+        self._applied.compare_nan(self._number, region, new)
+        return written(leaf, self._positions, new)
+
+    def _prepare(self, leaf: Tensor) -> None:
+        """Check a shape that was not seen yet, and find the region in it."""
+        site, point = self._patch.site, self._point
+        if isinstance(point, HookPoint):
+            self._axes, self._batch_axis = point.axes, point.batch_axis
+            check_shape_against_trace(leaf, point)
+        else:
+            self._axes, self._batch_axis = bare_axes(point, self._module, leaf)
+        self._positions = site.positions(self._axes, leaf.shape)
+        region = read(leaf, self._positions)
+        check_operands(self._edit, site, self._axes, region.shape, leaf.dtype, leaf.device)
+        if isinstance(self._patch.where, Tensor):
+            check_mask(self._patch.where, site, self._axes, region.shape)
+        self._prepared = (leaf.shape, leaf.dtype, leaf.device)
+
+    def _edited(self, region: Tensor) -> Tensor:
+        given = region
+        if region.is_inference():  # has no version counter, so that a write in place would not be seen
+            given, version = region.clone(), None
+        else:
+            version = region._version
+        new = self._edit(given, context=self._context(region)) if self._takes_context else self._edit(given)
+        if not _same(given, region) if version is None else region._version != version:
+            raise EditError(
+                f"{self._patch!r} wrote into its region in place. Return a new tensor: "
+                "activation * 0 instead of activation.mul_(0)."
+            )
+        return region if new is given else new
+
+    def _mask(self, region: Tensor) -> Tensor | None:
+        where = self._patch.where
+        if where is None or isinstance(where, Tensor):
+            return where
+        mask = where(self._context(region))
+        check_mask(mask, self._patch.site, self._axes, region.shape)
+        return mask
+
+    def _context(self, region: Tensor) -> _Context:
+        rows = None if self._batch_axis is None else region.shape[self._batch_axis]
+        return _Context(self._applied.session, self._patch.site, rows)
+
+    def _check_result(self, new: Any, region: Tensor) -> None:
+        if not isinstance(new, Tensor):
+            raise EditError(
+                f"{self._patch!r} returned {type(new).__name__}. An edit returns a tensor: the new activation, "
+                "or the one it got to change nothing."
+            )
+        for what, got, expected in (
+            ("shape", tuple(new.shape), tuple(region.shape)),
+            ("dtype", new.dtype, region.dtype),
+            ("device", new.device, region.device),
+        ):
+            if got != expected:
+                axes = f" (axes {', '.join(self._axes)})" if what == "shape" else ""
+                raise EditError(f"{self._patch!r} returned {what} {got}, but the region has {what} {expected}{axes}.")
+
+
+class _Context:
+    """The forward under way, as edits and `where` functions see it."""
+
+    def __init__(self, session: Session, site: Site, batch: int | None) -> None:
+        self.inputs, self.call, self.step = session.inputs, session.call, published.step
+        self._site, self._batch, self._rows = site, batch, published.rows
+
+    @property
+    def rows(self) -> Tensor:
+        if self._batch is None:
+            raise BatchAxisError(f"The patch at {self._site!r} asks for rows. {no_batch(self._site)}")
+        if self._rows is None:
+            return torch.arange(self._batch)
+        if len(self._rows) != self._batch:
+            raise TraceMismatchError(
+                f"The patch at {self._site!r} sees {self._batch} rows, but {len(self._rows)} are in this forward."
+            )
+        return self._rows
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _takes_context(edit: Callable[..., Any]) -> bool:
+    try:
+        parameter = inspect.signature(edit).parameters.get("context")
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
