@@ -1,0 +1,35 @@
+"""Activation patching on any torch module: hook points, contrasts, channel-sum probes, ablation and patch policies."""
+
+from ._hooks import tap
+from ._patches import Patch
+from .patching import edit, mean_ablate, patch_in, patched, resample_ablate, steer, zero_ablate
+from .points import HookPoint, HookPoints
+from .policies import PatchedPolicy
+from .recording import ActivationCache, recording, run_with_cache
+from .rollouts import paired_rollouts, rollout
+from .sites import Site
+from .tracing import hook_points
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationCache",
+    "HookPoint",
+    "HookPoints",
+    "Patch",
+    "PatchedPolicy",
+    "Site",
+    "edit",
+    "hook_points",
+    "mean_ablate",
+    "paired_rollouts",
+    "patch_in",
+    "patched",
+    "recording",
+    "resample_ablate",
+    "rollout",
+    "run_with_cache",
+    "steer",
+    "tap",
+    "zero_ablate",
+]

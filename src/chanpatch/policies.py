@@ -1,0 +1,310 @@
+"""Patches that travel with a policy: a twin that shares its weights and has the patches inside.
+
+twin = PatchedPolicy(policy, zero_ablate(points.site("embedder.relu3", channel=55)))
+twin(observations)             # patched; policy(observations) is not
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from abc import ABC
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution
+
+from ._checks import refuse_unhookable
+from ._hooks import Station, drop_hooks, eagerly, noticing_calls
+from ._ledger import Ledger
+from ._lookup import model_of, resolve
+from ._patches import AppliedPatches, Patch
+from .errors import DistributionError, UnsupportedModelError
+from .points import HookPoints
+
+
+class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can be registered as one of its kind
+    """A twin of a policy: it shares the weights and has the patches inside.
+
+    The twin is a copy of the module tree that holds the very parameters and buffers of the original. Every method
+    and every submodule of the twin is patched, the original never is. `isinstance(twin, type(policy))` holds, and
+    `state_dict` keys are equal. A root call is the outermost call of a method of the twin, or of one of its
+    submodules from outside; a patch that should have run in it and did not is an error. Flags such as `training`
+    are the twin's own.
+
+    Args:
+        policy: The policy, any module; or its HookPoints, then every site is checked against the trace.
+        patches: One or more, applied in the order given. A twin of a twin has the patches of both.
+        allow_unreached: Names of hook points whose patches need not run in every root call.
+        check_nan: Raise when a patch brings NaN into a region that had none.
+
+    Raises:
+        HookPointError, SiteError: If a site does not exist; all faults at once.
+        UnsupportedModelError: If the policy cannot be copied, or ignores hooks; in a call, if a parameter or buffer
+            was replaced on one side since.
+        UnreachedError, NaNError: In a call, at its end.
+
+    Example:
+        >>> policy = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> twin = PatchedPolicy(policy, zero_ablate(Site("0", feature=3)))
+        >>> twin(torch.zeros(1, 4)).shape
+        torch.Size([1, 2])
+    """
+
+    def __new__(
+        cls,
+        policy: nn.Module | HookPoints,
+        patches: Patch | Iterable[Patch],
+        *,
+        allow_unreached: Iterable[str] = (),
+        check_nan: bool = True,
+    ) -> Any:
+        """Return the twin, an instance of a subclass of the policy's own class."""
+        allowed = {allow_unreached} if isinstance(allow_unreached, str) else set(allow_unreached)
+        each = (patches,) if isinstance(patches, Patch) else tuple(patches)
+        original = model_of(policy)
+        inner = vars(original).get(_STATE)
+        if inner is not None:
+            original, each, allowed = inner.original, (*inner.applied.patches, *each), allowed | inner.allowed
+        refuse_unhookable(original)
+        twin = _copied(original)
+        applied = AppliedPatches(twin, _bound(policy, each), allow_unreached=allowed, check_nan=check_nan)
+        if isinstance(policy, HookPoints):
+            applied.session.calls = policy.calls
+        kind: Any = type(twin)
+        twin.__class__ = _twin_class(kind, frozenset(name for name in _OFFERED if hasattr(original, name)))
+        vars(twin)[_STATE] = _TwinState(twin, original, applied, allowed)
+        return twin
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """The patches inside, in the order of application."""
+        return _state(self).applied.patches
+
+    @property
+    def ledger(self) -> Ledger:
+        """What each patch has done so far, by method."""
+        return _state(self).applied.ledger
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Run the twin without its patches while the context is open."""
+        session = _state(self).applied.session
+        before, session.enabled = session.enabled, False
+        try:
+            yield
+        finally:
+            session.enabled = before
+
+    def distribution(self, observations: Any) -> Distribution:
+        """Return the distribution over actions, patched; see `action_distribution`."""
+        return action_distribution(self, observations)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as the policy without hooks, and the patches to put into it again."""
+        state = _state(self)
+        build = functools.partial(
+            PatchedPolicy, allow_unreached=tuple(state.allowed), check_nan=state.applied.check_nan
+        )
+        return build, (_copied(state.original), state.applied.patches)
+
+
+_STATE = "_chanpatch"
+_OFFERED = ("patches", "ledger", "disable", "distribution")
+
+
+def action_distribution(policy: Callable[..., Any], observations: Any) -> Distribution:
+    """Return a policy's distribution over actions.
+
+    Understood are distributions, logits, `(distribution or logits, ...)`, dicts and objects that have `logits` or
+    a distribution, and policies with a `get_distribution` method (Stable-Baselines3).
+
+    Args:
+        policy: A module or function of the observations.
+        observations: What it takes.
+
+    Returns:
+        A `torch.distributions` object, over the batch of observations.
+
+    Raises:
+        DistributionError: If nothing of this kind came back.
+    """
+    own = getattr(policy, "get_distribution", None)
+    try:
+        output = own(observations) if callable(own) else policy(observations)
+    except NotImplementedError as error:
+        raise DistributionError(
+            f"{type(policy).__name__} has no forward. Pass the function that gives its logits or distribution, "
+            "such as lambda observations: agent.actor(observations)."
+        ) from error
+    found = _distribution(output)
+    if found is None:
+        raise DistributionError(
+            f"{type(policy).__name__} returned {_described(output)}, which holds no action distribution: expected a "
+            "torch.distributions object, logits (batch, action), a tuple that begins with one of them, or a dict "
+            "with 'logits'. Pass a function that picks it out."
+        )
+    return found
+
+
+def _distribution(output: Any) -> Distribution | None:
+    if isinstance(output, Distribution):
+        return output
+    if isinstance(output, Tensor):
+        return Categorical(logits=output) if output.is_floating_point() and output.dim() else None
+    if isinstance(output, Mapping):
+        held = [value for value in output.values() if isinstance(value, Distribution)]
+        return held[0] if len(held) == 1 else _distribution(output["logits"]) if "logits" in output else None
+    if isinstance(output, (tuple, list)):
+        held = [value for value in output if isinstance(value, Distribution)]
+        return held[0] if len(held) == 1 else _distribution(output[0]) if output and not held else None
+    for name in ("distribution", "logits"):
+        if isinstance(getattr(output, name, None), (Distribution, Tensor)):
+            return _distribution(getattr(output, name))
+    return None
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a dict of {', '.join(map(repr, output))}"
+    if isinstance(output, (tuple, list)):
+        return f"({', '.join(type(item).__name__ for item in output)})"
+    return type(output).__name__
+
+
+def _bound(policy: nn.Module | HookPoints, patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    if not isinstance(policy, HookPoints):
+        return patches
+    return AppliedPatches(policy, patches, allow_unreached=(), check_nan=False).patches
+
+
+def _copied(policy: nn.Module) -> nn.Module:
+    """Return a copy of the module tree that holds the very parameters and buffers of the original."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())}
+    for module in policy.modules():  # results of earlier forwards, as of weight_norm, cannot be copied nor need be
+        shared |= {id(item): item for item in vars(module).values() if isinstance(item, Tensor) and not item.is_leaf}
+    try:
+        twin = copy.deepcopy(policy, shared)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(policy).__name__} cannot be copied, so it can have no twin ({type(error).__name__}: {error}). "
+            "Keep what cannot be copied (environments, files, locks) out of the module, or use patched()."
+        ) from error
+    drop_hooks(twin)
+    return twin
+
+
+class _TwinState:
+    """What a twin knows of its patches and of the policy it was made from."""
+
+    def __init__(self, twin: nn.Module, original: nn.Module, applied: AppliedPatches, allowed: set[str]) -> None:
+        self.original, self.applied, self.allowed = original, applied, allowed
+        self._modules = set(twin.modules())
+        self._running_methods: set[str] = {"__call__", "forward"}
+        self._shared = _shared_tensors(twin, original)
+        self._inside = _patches_by_module(twin, applied)
+        session = applied.session
+        session.on_begin, session.on_end = self._begin, self._end
+        session.attach(scopes=[module for module in self._inside if module is not twin])
+
+    def call(self, name: str, function: Callable[..., Any], twin: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Run a method of the twin as a root call, unless it is part of one."""
+        session = self.applied.session
+        if session.in_method or not session.enabled:
+            session.check_thread()
+            return function(twin, *args, **kwargs)
+        known = name in self._running_methods
+        noticing = nullcontext() if known else noticing_calls(self._modules, lambda: self._running_methods.add(name))
+        try:
+            with session.root_call(name, (*args, *kwargs.values())), noticing:
+                return function(twin, *args, **kwargs)
+        except Exception as error:
+            self.applied.raise_nan(cause=error)
+            raise
+
+    def _begin(self) -> None:
+        self.applied.forget()
+        for held, originally, name in self._shared:
+            if held.get(name) is not originally.get(name):
+                raise UnsupportedModelError(
+                    f"'{name}' of the policy or of its twin was replaced since the twin was made, so the two no "
+                    "longer share it. Make the twin anew: PatchedPolicy(policy, patches)."
+                )
+
+    def _end(self, opener: object) -> None:
+        self.applied.raise_nan()
+        method = self.applied.session.running or "__call__"
+        if isinstance(opener, Station):
+            inside = next(numbers for module, numbers in self._inside.items() if id(module) == opener.module_id)
+            names = self.applied.unreached(inside)
+        elif method in self._running_methods:
+            names = self.applied.unreached()
+        else:
+            names = []
+        self.applied.raise_unreached(names, f"in {method}()", f" If it need not run there: allow_unreached={names!r}.")
+
+
+def _shared_tensors(twin: nn.Module, original: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
+    pairs = []
+    for copied, module in zip(twin.modules(), original.modules(), strict=True):
+        for registry in ("_parameters", "_buffers"):
+            held, originally = getattr(copied, registry), getattr(module, registry)
+            pairs += [(held, originally, name) for name in originally]
+    return pairs
+
+
+def _patches_by_module(twin: nn.Module, applied: AppliedPatches) -> dict[nn.Module, set[int]]:
+    """Return, for every module that has patched sites inside, the numbers of those patches."""
+    named = list(twin.named_modules(remove_duplicate=False))
+    by_name = dict(named)
+    inside: dict[nn.Module, set[int]] = {}
+    for number, patch in enumerate(applied.patches):
+        point = resolve(twin, patch.site)
+        for name in [name for name, module in named if module is by_name.get(point.module)]:
+            parts = name.split(".") if name else []
+            for depth in range(len(parts) + 1):
+                inside.setdefault(by_name[".".join(parts[:depth])], set()).add(number)
+    return inside
+
+
+def _state(twin: Any) -> _TwinState:
+    state: _TwinState = vars(twin)[_STATE]
+    return state
+
+
+@functools.cache
+def _twin_class(kind: Any, taken: frozenset[str]) -> type:
+    """Return the subclass of a policy's class in which every method begins a root call.
+
+    Names that the policy has itself stay its own: its `distribution` is not replaced by ours.
+    """
+    members: dict[str, Any] = {name: vars(PatchedPolicy)[name] for name in _OFFERED if name not in taken}
+    for owner in reversed(kind.__mro__):
+        if owner is object:
+            continue
+        for name, member in vars(owner).items():
+            written_by_user = owner is not nn.Module and not (name.startswith("__") and name != "__call__")
+            if name == "__call__" or (written_by_user and isinstance(member, types.FunctionType)):
+                members[name] = _rooted(name, member)
+            elif name in members and name not in _OFFERED:
+                del members[name]  # overridden by something that is no method
+    members |= {"__reduce_ex__": PatchedPolicy.__reduce_ex__, "__module__": kind.__module__}
+    twin_class = type(f"Patched{kind.__name__}", (kind,), members)
+    PatchedPolicy.register(twin_class)
+    return twin_class
+
+
+def _rooted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = vars(self).get(_STATE)
+        if state is None:
+            return function(self, *args, **kwargs)
+        return eagerly(state.call, name, function, self, args, kwargs)
+
+    return method

@@ -1,0 +1,353 @@
+"""Reading sites: recorded activations, reduced inside the hook where only sums are wanted.
+
+output, cache = run_with_cache(points, observations, sites="embedder.relu3", reduce="sum")
+cache["embedder.relu3"]        # (batch, channel)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import einops
+import torch
+from torch import Tensor, nn
+
+from ._checks import bare_axes, check_shape_against_trace, no_batch, refuse_unhookable
+from ._hooks import StopForward, session_for
+from ._lookup import BarePoint, model_of, resolve, sites_of
+from ._regions import read
+from ._typing import Axes, Reduce
+from .errors import BatchAxisError, HookPointError, SiteError, UnreachedError
+from .points import HookPoint, HookPoints, normalised
+from .sites import Site
+
+
+class ActivationCache(Mapping[Site, Tensor]):
+    """Activations by site. A name will do for a key where one site of that hook point is held.
+
+    Caches of equal sites can be added, subtracted, multiplied and divided, with each other or with a number:
+    `clean - corrupted`.
+
+    Args:
+        activations: By site.
+        axes: Axis names of each activation, by site.
+        batch_axes: Which axis of each activation is the batch, by site; None where none is known.
+    """
+
+    def __init__(
+        self,
+        activations: Mapping[Site, Tensor],
+        axes: Mapping[Site, Axes],
+        batch_axes: Mapping[Site, int | None],
+    ) -> None:
+        self._parts = {site: [activation] for site, activation in activations.items()}
+        self._axes, self._batch_axes = dict(axes), dict(batch_axes)
+
+    def __getitem__(self, key: Site | str | HookPoint) -> Tensor:
+        site = self._site(key)
+        parts = self._parts[site]
+        if len(parts) > 1:
+            parts[:] = [torch.cat(parts, dim=self._batch_axes[site] or 0)]
+        return parts[0]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def axes(self, key: Site | str) -> Axes:
+        """Return the axis names of an activation."""
+        return self._axes[self._site(key)]
+
+    def batch_axis(self, key: Site | str) -> int | None:
+        """Return which axis of an activation is the batch, or None."""
+        return self._batch_axes[self._site(key)]
+
+    def _site(self, key: Site | str | HookPoint) -> Site:
+        if isinstance(key, Site) and key in self._parts:
+            return key
+        name = key if isinstance(key, str) else key.name
+        held = [site for site in self._parts if site.name == name or (site.point and name in site.point.aliases)]
+        if isinstance(key, Site):  # another way to write the same region, as channel=-1
+            held = [site for site in held if site.point is not None and normalised(key, site.point) == site]
+        if len(held) != 1:
+            holds = ", ".join(map(repr, self)) or "nothing yet"
+            what = f"{len(held)} sites of '{name}'" if len(held) > 1 else f"no {key!r}"
+            raise HookPointError(f"The cache has {what}. It holds {holds}.")
+        return held[0]
+
+    def _like(self, change: Callable[[Tensor, Site], Tensor]) -> ActivationCache:
+        changed = {site: change(activation, site) for site, activation in self.items()}
+        return ActivationCache(changed, self._axes, self._batch_axes)
+
+    def _combined(self, other: Any, operation: Callable[[Any, Any], Tensor]) -> ActivationCache:
+        if not isinstance(other, ActivationCache):
+            return self._like(lambda activation, site: operation(activation, other))
+        if set(self) != set(other):
+            apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
+            raise SiteError(f"Caches of different sites cannot be combined: {apart} is in one of them only.")
+        for site, activation in self.items():
+            lengths, others = activation.shape, other[site].shape
+            if len(lengths) != len(others) or any(
+                m != n and 1 not in (m, n) for m, n in zip(lengths, others, strict=True)
+            ):
+                raise SiteError(f"{site!r} has shape {tuple(lengths)} in one cache and {tuple(others)} in the other.")
+        return self._like(lambda activation, site: operation(activation, other[site]))
+
+    def __add__(self, other: Any) -> ActivationCache:
+        return self._combined(other, torch.add)
+
+    def __sub__(self, other: Any) -> ActivationCache:
+        return self._combined(other, torch.sub)
+
+    def __mul__(self, other: Any) -> ActivationCache:
+        return self._combined(other, torch.mul)
+
+    def __truediv__(self, other: Any) -> ActivationCache:
+        return self._combined(other, torch.div)
+
+    def mean(self) -> ActivationCache:
+        """Return the means over the batch; the batch axis stays, with length 1.
+
+        Raises:
+            BatchAxisError: If the batch axis of an activation is not known.
+        """
+
+        def average(activation: Tensor, site: Site) -> Tensor:
+            axis = self._batch_axes[site]
+            if axis is None:
+                raise BatchAxisError(f"The mean over the batch at {site!r}: {no_batch(site)}")
+            return activation.mean(dim=axis, keepdim=True)
+
+        return self._like(average)
+
+    def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
+        """Return the cache on another device or in another dtype; arguments as for `Tensor.to`."""
+        return self._like(lambda activation, site: activation.to(*args, **kwargs))
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per number: site, the index on each axis by its name, value."""
+        records = []
+        for site, activation in self.items():
+            lengths, values = activation.shape, activation.detach().cpu().flatten().tolist()
+            indices = torch.cartesian_prod(*map(torch.arange, lengths)).view(-1, len(lengths)).tolist()
+            for index, value in zip(indices, values, strict=True):
+                records.append({"site": repr(site), **dict(zip(self._axes[site], index, strict=True)), "value": value})
+        return records
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {site!r}: ({', '.join(self._axes[site])}) = {tuple(activation.shape)} {activation.dtype}"
+            for site, activation in self.items()
+        ]
+        return "\n".join([f"ActivationCache of {len(self)} sites", *lines])
+
+    def _append(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
+        """Add what one forward recorded; forwards are joined along the batch."""
+        if site in self._parts and batch_axis is None:
+            raise BatchAxisError(
+                f"{site!r} was recorded in a second forward, and the two cannot be joined. {no_batch(site)} "
+                "Or open one recording per forward."
+            )
+        self._parts.setdefault(site, []).append(activation)
+        self._axes[site], self._batch_axes[site] = axes, batch_axis
+
+
+@contextmanager
+def recording(
+    points_or_model: HookPoints | nn.Module,
+    sites: str | Site | HookPoint | Iterable[str | Site | HookPoint],
+    reduce: Reduce | None = None,
+    before: bool = False,
+    *,
+    detach: bool = True,
+    device: torch.device | str | None = None,
+    allow_unreached: Iterable[str] = (),
+) -> Iterator[ActivationCache]:
+    """Record sites while the context is open; several forwards are joined along the batch.
+
+    Args:
+        points_or_model: The model, or its HookPoints: then every site is checked against the trace at once.
+        sites: Names, sites or hook points; HookPoints for all of theirs.
+        reduce: `"sum"`, `"mean"` or `"max"` over all axes but batch, channel and feature, or an einops pair
+            `("b c h w -> b c", "sum")`. Reduced inside the hook: only the result is kept.
+        before: Record what the patches found instead of what they left.
+        detach: Cut the record from the graph; False keeps it, so that gradients flow through the record.
+        device: Where records are kept; their own device if None.
+        allow_unreached: Names of hook points that need not run.
+
+    Yields:
+        The cache, which fills as the model runs.
+
+    Raises:
+        HookPointError, SiteError: At entry, if a site does not exist or cannot be reduced so.
+        UnreachedError: At exit, if a site never ran; it masks no exception in flight.
+        UnsupportedModelError: At entry, if the model ignores hooks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> with recording(model, "0", reduce="sum") as cache:
+        ...     _ = model(torch.zeros(2, 3, 9, 9))
+        >>> cache["0"].shape
+        torch.Size([2, 8])
+    """
+    recorder = _Recorder(points_or_model, sites, reduce, before=before, detach=detach, device=device)
+    with recorder.session.opened():
+        yield recorder.cache
+    recorder.raise_unreached(allow_unreached, "inside recording()")
+
+
+def run_with_cache(
+    points_or_model: HookPoints | nn.Module,
+    *inputs: Any,
+    sites: str | Site | HookPoint | Iterable[str | Site | HookPoint],
+    reduce: Reduce | None = None,
+    device: torch.device | str | None = None,
+    stop: bool = False,
+    detach: bool = True,
+    **keywords: Any,
+) -> Any:
+    """Run the model once and return its output and the recorded sites.
+
+    Args:
+        points_or_model: The model, or its HookPoints: then their method is run.
+        inputs: What the model takes.
+        sites: As in recording.
+        reduce: As in recording.
+        device: As in recording.
+        stop: End the forward as soon as every site was recorded, and return the cache alone.
+        detach: As in recording.
+        keywords: Keyword inputs of the model.
+
+    Returns:
+        `(output, cache)`, or the cache if `stop`.
+
+    Raises:
+        UnreachedError: If a site never ran.
+    """
+    recorder = _Recorder(points_or_model, sites, reduce, before=False, detach=detach, device=device)
+    recorder.stop = stop
+    session = recorder.session
+    output = None
+    with session.opened():
+        try:
+            output = getattr(session.root, session.method)(*inputs, **keywords)
+        except StopForward as ended:
+            if ended.args != (recorder,):
+                raise
+    recorder.raise_unreached((), "inside run_with_cache()")
+    return recorder.cache if stop else (output, recorder.cache)
+
+
+class _Recorder:
+    """A session that records sites into a cache."""
+
+    def __init__(
+        self,
+        points_or_model: HookPoints | nn.Module,
+        sites: str | Site | HookPoint | Iterable[str | Site | HookPoint],
+        reduce: Reduce | None,
+        *,
+        before: bool,
+        detach: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        model = model_of(points_or_model)
+        refuse_unhookable(model)
+        self.session = session_for(points_or_model)
+        self.session.confine_to_thread()
+        self.session.on_begin = self._begin
+        self.cache = ActivationCache({}, {}, {})
+        self.stop = False
+        self._reduce, self._detach, self._device = reduce, detach, device
+        self._sites = sites_of(points_or_model, sites)
+        self._missing: set[Site] = set()
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for site in self._sites:
+            point = resolve(model, site)
+            if isinstance(point, HookPoint):
+                reduced_axes(site, point.axes, reduce)
+            act = self._listener(site, point, modules.get(point.module))
+            self.session.listen(point, "before" if before else "after", act)
+
+    def _begin(self) -> None:
+        self._missing = set(self._sites)
+
+    def _listener(
+        self, site: Site, point: HookPoint | BarePoint, module: nn.Module | None
+    ) -> Callable[[Tensor], Tensor]:
+        def record(leaf: Tensor) -> Tensor:
+            if isinstance(point, HookPoint):
+                check_shape_against_trace(leaf, point)
+                axes, batch_axis = point.axes, point.batch_axis
+            else:
+                axes, batch_axis = bare_axes(point, module, leaf)
+            region = read(leaf, site.positions(axes, leaf.shape))
+            if self._detach:
+                region = region.detach()
+            value = _reduced(region, site, axes, self._reduce)
+            value = value.clone() if value is region or value._is_view() else value
+            batch = None if batch_axis is None else axes[batch_axis]
+            kept = reduced_axes(site, axes, self._reduce)
+            self.cache._append(site, value.to(self._device), kept, kept.index(batch) if batch in kept else None)
+            self._missing.discard(site)
+            if self.stop and not self._missing:
+                raise StopForward(self)
+            return leaf
+
+        return record
+
+    def raise_unreached(self, allowed: Iterable[str], where: str) -> None:
+        names = [site.name for site in self._sites if site not in self.cache and site.name not in set(allowed)]
+        if names:
+            listed = ", ".join(f"'{name}'" for name in dict.fromkeys(names))
+            raise UnreachedError(
+                f"Nothing was recorded at {listed} {where}. The model was compiled, or it is not on the path that "
+                "was called."
+            )
+
+
+_KEPT = ("batch", "channel", "feature")
+
+
+def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
+    """Return the axes that a reduction leaves.
+
+    Raises:
+        SiteError: If the reduction is none, or cannot tell which axes to leave.
+    """
+    if reduce is None:
+        return axes
+    if isinstance(reduce, tuple):
+        left, _, right = reduce[0].partition("->")
+        tokens = _TOKEN.findall(left)
+        named = dict(zip(tokens, axes, strict=True)) if len(tokens) == len(axes) else {}
+        return tuple(named.get(token, token.strip("()")) for token in _TOKEN.findall(right))
+    if reduce not in ("sum", "mean", "max"):
+        raise SiteError(f"reduce={reduce!r}: it is 'sum', 'mean', 'max' or an einops pair ('b c h w -> b c', 'sum').")
+    unnamed = [axis for axis in axes if re.fullmatch(r"axis\d+", axis)]
+    if unnamed:
+        raise SiteError(
+            f"reduce={reduce!r} at {site!r} keeps batch, channel and feature, but the axes ({', '.join(axes)}) have no "
+            f"such names. Name them, hook_points(..., axes={{'{site.name}': (...)}}), or give an einops pair."
+        )
+    return tuple(axis for axis in axes if axis in _KEPT)
+
+
+_TOKEN = re.compile(r"\([^)]*\)|\S+")
+
+
+def _reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None) -> Tensor:
+    kept = reduced_axes(site, axes, reduce)
+    if reduce is None or kept == axes:
+        return region
+    if isinstance(reduce, tuple):
+        return einops.reduce(region, *reduce)
+    over = [number for number, axis in enumerate(axes) if axis not in kept]
+    operation: Any = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[reduce]
+    result: Tensor = operation(region, dim=over)
+    return result
