@@ -21,9 +21,13 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
 
 
 def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
-    """Return a copy of the tensor with the region replaced; gradients flow to both."""
+    """Return a copy of the tensor with the region replaced; gradients flow to both.
+
+    The copy is nobody else's: what is written into it downstream reaches neither the operand of an edit nor the
+    activation that was read.
+    """
     if not positions:
-        return region
+        return region.clone()
     copy = tensor.clone()
     if all(isinstance(chosen, slice) for chosen in positions.values()):
         read(copy, positions).copy_(region)

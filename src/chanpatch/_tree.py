@@ -90,7 +90,9 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         named: Any = tree
         return named._replace(**{step.name: child}) if isinstance(tree, tuple) else _with(tree, step.name, child)
     if isinstance(tree, tuple):
-        return tuple.__new__(type(tree), (*tree[: step.key], child, *tree[step.key + 1 :]))
+        kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
+        # What torch.max and its like return only their own type can make; of others __new__ may take anything.
+        return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     changed = copy.copy(tree)
     changed[step.key] = child
     return changed
@@ -135,17 +137,19 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
     Alternatives such as `probs` and `logits` can all be read afterwards, but only the one that was given
     rebuilds the distribution bit for bit: the one that its constructor stored, before any was derived.
     """
-    kind: Any = type(distribution)
-    stored = vars(distribution)
-    given = {name: order for order, name in enumerate(stored)}
-    names = [_attribute(name) for name in _constructor(kind)]
+    given = _stored(distribution)
+    names = [_attribute(name) for name in _constructor(type(distribution))]
     for alternatives in _ALTERNATIVES:
-        present = sorted((name for name in names if name in alternatives and name in given), key=given.__getitem__)
-        if not present and hasattr(distribution, "_param"):  # a wrapper, as OneHotCategorical is
-            param = distribution._param
-            present = [name for name in names if name in alternatives and getattr(distribution, name) is param]
+        present = [name for name in given if name in alternatives and name in names]
         names = [name for name in names if name not in alternatives or name in present[:1]]
     return tuple(name for name in names if isinstance(getattr(distribution, name, None), (Tensor, Distribution)))
+
+
+def _stored(distribution: Distribution) -> list[str]:
+    """Return the names of what a distribution, or the one it wraps (as OneHotCategorical does), holds, oldest first."""
+    held = vars(distribution)
+    wrapped = held.get("_categorical", held.get("base_dist"))
+    return [*([] if wrapped is None else _stored(wrapped)), *held]
 
 
 def _attribute(parameter: str) -> str:

@@ -26,7 +26,7 @@ from .sites import Site
 
 
 class ActivationCache(Mapping[Site, Tensor]):
-    """Activations by site. A name will do for a key where one site of that hook point is held.
+    """Activations by site. A name will do for a key: of the whole hook point, or of the one site of it that is held.
 
     Caches of equal sites can be added, subtracted, multiplied and divided, with each other or with a number:
     `clean - corrupted`.
@@ -74,6 +74,8 @@ class ActivationCache(Mapping[Site, Tensor]):
         held = [site for site in self._parts if site.name == name or (site.point and name in site.point.aliases)]
         if isinstance(key, Site):  # another way to write the same region, as channel=-1
             held = [site for site in held if site.point is not None and normalised(key, site.point) == site]
+        elif len(held) > 1:  # the name alone means all of the hook point, where that is held
+            held = [site for site in held if not site.indices] or held
         if len(held) != 1:
             holds = ", ".join(map(repr, self)) or "nothing yet"
             what = f"{len(held)} sites of '{name}'" if len(held) > 1 else f"no {key!r}"

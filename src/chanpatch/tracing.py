@@ -230,7 +230,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
@@ -241,8 +241,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for module, training in flags:
             module.training = training
         with torch.no_grad():
-            for buffer, version, value in values:
-                if buffer._version != version:  # a needless write would invalidate graphs that hold the buffer
+            for buffer, value in values:
+                if not torch.equal(buffer, value):  # a needless write would invalidate graphs that hold the buffer
                     buffer.copy_(value)
         for module, registered in buffers:
             module._buffers.clear()
