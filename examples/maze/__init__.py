@@ -1,0 +1,19 @@
+"""The maze of the example study: procgen levels as data, and the policy that walks them.
+
+| file | what it holds |
+|---|---|
+| `requirements.py` | the only imports of procgen and procgen-tools, and what to type when they are missing |
+| `states.py` | `Mazes`: a batch of mazes as arrays; read from and written to procgen's state bytes |
+| `paths.py` | distances, first steps, paths and decision squares of a batch of mazes |
+| `levels.py` | real procgen levels with cheese and mouse where a study wants them; their observations |
+| `pairs.py` | the contrastive pair: two mazes that differ by one moved wall, in four rotations |
+| `policy.py` | the IMPALA policy from a weights file, and which actions go in which direction |
+| `environment.py` | `MazeVectorEnv`: given levels as a gymnasium vector environment |
+| `weights/` | the policy that is shipped, with its model card |
+| `channels.py` | the sums of a hook point's channels, and the channel that tells a direction best |
+| `ablation.py` | the same levels and draws with and without a channel: rollouts kept on disk, counts, intervals |
+| `figures.py` | pictures of what came out |
+| `study.py` | the experiment from end to end, for `maze_goal_misgen.py` |
+
+Cells are (row, col) of the inner maze and row 0 is the bottom row, as in procgen and in its image.
+"""
