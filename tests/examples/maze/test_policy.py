@@ -1,0 +1,183 @@
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from procgen_tools import models
+from safetensors.torch import load_file, save_file
+
+from maze.levels import draw_levels, observe, policy_input
+from maze.paths import Direction
+from maze.policy import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, WeightsError, load_policy
+from maze.requirements import policy_models
+
+
+@pytest.fixture(scope="module")
+def observations():
+    return torch.from_numpy(policy_input(observe(draw_levels(6, seed=9))))
+
+
+def original(width):
+    """The published class with random weights, built as procgen-tools builds it."""
+    torch.manual_seed(width)
+    models.scale = width
+    try:
+        return models.CategoricalPolicy(models.InterpretableImpalaModel(3), 15).eval()
+    finally:
+        models.scale = 1
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pth_file_gives_the_policy_that_was_saved(tmp_path, observations, width, wrapped):
+    policy = original(width)
+    with torch.no_grad():
+        policy.fc_policy.weight.mul_(100)  # so that the logits differ visibly
+    weights = policy.state_dict()
+    torch.save({"model_state_dict": weights} if wrapped else weights, tmp_path / "model.pth")
+    loaded, facts = load_policy(tmp_path / "model.pth")
+    with torch.no_grad():
+        expected, value = policy(observations)
+        given, given_value = loaded(observations)
+    assert expected.logits.std() > 0.01
+    torch.testing.assert_close(given.logits, expected.logits, atol=1e-6, rtol=0)
+    torch.testing.assert_close(given_value, value, atol=1e-6, rtol=0)
+    assert facts["width"] == width
+    assert facts["parameters"] == {1: 626_256, 4: 3_653_136}[width]
+    assert facts["name"] == "model.pth"
+
+
+def test_a_safetensors_file_gives_the_policy_that_was_saved(tmp_path, observations):
+    policy = original(2)
+    save_file(policy.state_dict(), tmp_path / "model.safetensors")
+    loaded, facts = load_policy(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(observations)[0].logits, policy(observations)[0].logits, atol=1e-6, rtol=0)
+    assert facts["width"] == 2
+
+
+def test_the_shipped_policy_is_the_one_that_its_facts_describe():
+    policy, facts = load_policy()
+    told = json.loads((SHIPPED_WEIGHTS.parent / "facts.json").read_text())
+    assert facts == {
+        "name": "policy.safetensors",
+        "sha256": told["sha256"],
+        "width": told["scale"],
+        "parameters": told["parameters"],
+    }
+    assert not policy.training
+    assert isinstance(policy, models.CategoricalPolicy)
+    assert all(weight.requires_grad and weight.device.type == "cpu" for weight in policy.parameters())
+
+
+def test_loading_restores_the_width_of_the_module_and_draws_no_random_numbers():
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    models.scale = 3
+    try:
+        load_policy()
+        assert policy_models().scale == 3
+    finally:
+        models.scale = 1
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+
+
+def test_actions_are_those_of_procgen_tools():
+    assert {move.name: list(actions) for move, actions in ACTIONS.items()} == {
+        name: indices for name, indices in models.MAZE_ACTION_INDICES.items() if name != "NOOP"
+    }
+    assert NO_MOVE in models.MAZE_ACTION_INDICES["NOOP"]
+    assert list(ACTIONS) == list(Direction)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / "none.pth"
+    assert refusal(path) == f"The weights '{path}' cannot be read: No such file or directory."
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"")
+    assert refusal(path) == (f"The weights '{path}' have an unknown kind; expected a '.safetensors' or '.pth' file.")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 20_000])
+def test_a_truncated_safetensors_file_is_refused(tmp_path, kept):
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(SHIPPED_WEIGHTS.read_bytes()[:kept])
+    assert refusal(path).startswith(f"The weights '{path}' are damaged or not safetensors: ")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kept", [0, 4, 100, 20_000, 2_000_000])
+def test_a_truncated_pth_file_is_refused(tmp_path, kept, legacy):
+    path = tmp_path / "short.pth"
+    torch.save(load_file(SHIPPED_WEIGHTS), path, _use_new_zipfile_serialization=not legacy)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert refusal(path).startswith(f"The weights '{path}' are damaged")
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, save):
+    path, trace = tmp_path / "trap.pth", tmp_path / "trace"
+    save({"model_state_dict": {"weight": Trap(trace)}}, path)
+    assert refusal(path) == (
+        f"The weights '{path}' are damaged, or hold more than tensors. Nothing of them was loaded: it could run code."
+    )
+    assert not trace.exists()
+
+
+def test_weights_of_another_network_are_refused_with_the_first_names(tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"conv1.weight": torch.zeros(4), "conv1.bias": torch.zeros(4)}, path)
+    assert refusal(path) == (
+        f"The weights '{path}' are not of a maze policy: 36 missing: embedder.block1.conv.weight, "
+        "embedder.block1.conv.bias, embedder.block1.res1.conv1.weight, ...; "
+        "2 unexpected: conv1.weight, conv1.bias."
+    )
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file(load_file(SHIPPED_WEIGHTS) | {"fc_policy.bias": torch.zeros(7)}, path)
+    assert refusal(path) == (
+        f"The weights '{path}' are not of a maze policy: 1 of another shape: fc_policy.bias (7,) instead of (15,)."
+    )
+
+
+def test_a_first_convolution_that_fits_no_width_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file(load_file(SHIPPED_WEIGHTS) | {"embedder.block1.conv.weight": torch.zeros(17, 3, 3, 3)}, path)
+    assert refusal(path) == (
+        f"The weights '{path}' are not of a maze policy: 'embedder.block1.conv.weight' has shape (17, 3, 3, 3), "
+        "expected (16 * width, 3, 3, 3)."
+    )
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"model_state_dict": 3}, {"epoch": 5}])
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+    path = tmp_path / "other.pth"
+    torch.save(content, path)
+    assert refusal(path) == (
+        f"The weights '{path}' hold no state dict; expected tensors by name, plain or under 'model_state_dict'."
+    )
+
+
+def refusal(path):
+    """The message of the error, which must be ours."""
+    with pytest.raises(WeightsError) as error:
+        load_policy(path)
+    return str(error.value)
