@@ -1,0 +1,111 @@
+"""Pictures of the study: trajectories on a maze, a table as a mosaic, differences with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from chanpatch.statistics import PairedCounts
+from maze.ablation import Comparison
+from maze.environment import MazeVectorEnv
+from maze.states import read_mazes
+
+_STYLES = (("tab:blue", "-", "o"), ("tab:orange", "--", "s"))
+
+
+def ablation_figure(
+    level: bytes, actions: Mapping[str, NDArray[np.int8]], comparisons: Sequence[Comparison], title: str
+) -> Figure:
+    """One level with what two policies did on it, the table of the channel under test, and all differences.
+
+    Args:
+        level: procgen state.
+        actions: int8 (step,) of each policy on that level, -1 after the end.
+        comparisons: the channel under test first.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(1.1, 1, 1.1))
+    draw_trajectories(axes[0], level, {name: mouse_path(level, taken) for name, taken in actions.items()})
+    draw_mosaic(axes[1], comparisons[0].counts, f"channel {comparisons[0].channel} zeroed")
+    draw_differences(axes[2], comparisons)
+    figure.suptitle(title)
+    return figure
+
+
+def mouse_path(level: bytes, actions: NDArray[np.int8]) -> NDArray[np.int64]:
+    """Cells of the mouse when these actions are taken in procgen: (step + 1, 2), the cheese's last if it gets there."""
+    envs = MazeVectorEnv([level], num_envs=1)
+    envs.reset(seed=[0])
+    cells = [envs.mouse_cells()[0]]
+    for action in actions[actions >= 0]:
+        terminated = envs.step(np.array([action]))[2]
+        cells.append(read_mazes([level]).cheese[0] if terminated[0] else envs.mouse_cells()[0])
+    envs.close()
+    return np.array(cells)
+
+
+def draw_trajectories(axes: Axes, level: bytes, paths: Mapping[str, NDArray[np.int64]]) -> None:
+    """A maze with the ways that mice took through it."""
+    maze = read_mazes([level])
+    axes.imshow(maze.free[0], origin="lower", cmap="gray", vmin=-0.6, vmax=1.0)
+    for number, ((name, cells), (color, line, marker)) in enumerate(zip(paths.items(), _STYLES, strict=False)):
+        shift = 0.16 * (number * 2 - 1)  # side by side where they overlap
+        axes.plot(cells[:, 1] + shift, cells[:, 0] + shift, line, color=color, linewidth=1.8, alpha=0.8)
+        end = f"{name}: {len(cells) - 1} steps"
+        axes.plot(cells[-1, 1] + shift, cells[-1, 0] + shift, marker, color=color, markersize=9, label=end)
+    row, col = maze.cheese[0]
+    axes.plot(col, row, "*", color="gold", markeredgecolor="black", markersize=18, label="cheese")
+    row, col = maze.mouse[0]
+    axes.plot(col, row, "^", color="white", markeredgecolor="black", markersize=9, label="start")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False)
+
+
+def draw_mosaic(axes: Axes, counts: PairedCounts, modified: str) -> None:
+    """A 2x2 table whose areas are its counts."""
+    n = sum(counts)
+    columns = (
+        ("original found it", counts.both, counts.only_second),
+        ("original did not", counts.only_first, counts.neither),
+    )
+    left = 0.0
+    for label, found, not_found in columns:
+        width = (found + not_found) / n
+        bottom = 0.0
+        for count, color, hatch in ((not_found, "0.85", ""), (found, "tab:orange", "//")):
+            height = count / max(found + not_found, 1)
+            box = Rectangle((left, bottom), width, height, facecolor=color, edgecolor="black", hatch=hatch, alpha=0.75)
+            axes.add_patch(box)
+            if count:
+                style: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                middle = (left + width / 2, bottom + height / 2)
+                axes.text(*middle, f"{count}\n{count / n:.1%}", ha="center", va="center", bbox=style)
+            bottom += height
+        if width:
+            axes.text(left + width / 2, -0.03, label, ha="center", va="top", fontsize=9)
+        left += width
+    axes.set(xlim=(0, 1), ylim=(0, 1), title=f"{modified}: hatched where it found the cheese\nn = {n} levels")
+    axes.set_axis_off()
+
+
+def draw_differences(axes: Axes, comparisons: Sequence[Comparison]) -> None:
+    """How much more often the cheese is found with each channel zeroed, with 95% intervals."""
+    for row, each in enumerate(reversed(comparisons)):
+        low, high = each.difference.low * 100, each.difference.high * 100
+        color, marker = ("0.4", "s") if each.control else ("tab:orange", "o")
+        axes.plot([low, high], [row, row], color=color, linewidth=2)
+        axes.plot(each.difference.estimate * 100, row, marker, color=color, markersize=8)
+    names = [f"channel {each.channel}" + (" (control)" if each.control else "") for each in reversed(comparisons)]
+    axes.set_yticks(range(len(names)), names)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.set_xlabel("percentage points more levels with the cheese found\nthan by the original, 95% interval")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,276 @@
+"""The study from end to end: load, choose a channel, run the experiment, write and print what came out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import chanpatch
+from chanpatch import HookPoints, hook_points
+from chanpatch.errors import ChanpatchError
+from chanpatch.statistics import Interval
+from maze.ablation import ORIGINAL, STEPS, Comparison, Episodes, compare, play, settings_key, zeroed
+from maze.channels import ChannelChoice, choose_channel, pair_sums
+from maze.figures import ablation_figure
+from maze.levels import LevelError, draw_levels, observe, policy_input
+from maze.paths import Direction, first_steps
+from maze.policy import WeightsError, load_policy
+from maze.requirements import MissingRequirement
+from maze.states import Mazes, read_mazes
+
+_CHOICE_LEVELS = 500  # mazes that the channel is chosen on
+
+
+class SettingsError(ValueError):
+    """Settings that the study cannot run with."""
+
+
+# What a user can cause and mend; anything else is a fault of ours and keeps its traceback.
+USER_ERRORS = (SettingsError, WeightsError, LevelError, MissingRequirement, ChanpatchError, OSError)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `examples/maze_goal_misgen.py` takes; its `--help` says what each is.
+
+    Raises:
+        SettingsError: a number outside what makes sense.
+    """
+
+    n: int
+    seed: int
+    size: int
+    site: str
+    channel: int | None
+    controls: int
+    weights: Path | None
+    out: Path
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("n", 1, 1_000_000), ("seed", 0, 2**31 - 1), ("controls", 0, 1000)):
+            if not low <= getattr(self, name) <= high:
+                raise SettingsError(f"--{name} is {getattr(self, name)}, but it is {low} to {high}.")
+        if self.size % 2 == 0 or not 7 <= self.size <= 25:
+            raise SettingsError(f"--size is {self.size}, but the side of a maze is odd, and 7 to 25 in this study.")
+
+
+def run(settings: Settings) -> Path:
+    """Run the study and return the folder with its results."""
+    policy, weights = load_policy(settings.weights)
+    policy = policy.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on a CPU
+    choice_seed, level_seed, control_seed = _seeds(settings.seed, 3)
+    points = hook_points(policy, _example_input())
+    points.site(settings.site, channel=settings.channel or 0)  # a wrong name ends here, before anything is drawn
+    print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})")
+    levels = draw_levels(settings.n, size=settings.size, seed=level_seed, cheese="bottom right")
+    choice = _chosen(settings, points, choice_seed, read_mazes(levels))
+    pairs = _shown_pairs(points, settings.site, choice)
+
+    controls = _controls(choice, settings.controls, control_seed)
+    channels = {_name(channel): channel for channel in (choice.channel, *controls)}
+    known = {**_plain(settings), "weights": weights["sha256"], "versions": _versions()}
+    folder = settings.out / f"ablation-size{settings.size}-n{settings.n}-seed{settings.seed}-{settings_key(known)}"
+    print(f"\nSize {settings.size}, cheese in the bottom right corner, {settings.n} levels, {STEPS} steps at most:")
+    policies: dict[str, nn.Module] = {ORIGINAL: policy}
+    policies |= {name: zeroed(points, settings.site, channel) for name, channel in channels.items()}
+    episodes = play(policies, levels, sampling_seed=settings.seed, keep=folder / "parts")
+    comparisons = compare(episodes, channels, choice.channel)
+
+    summary = {
+        **known,
+        "weights": weights,
+        "choice": asdict(choice),
+        "pair_sums": pairs,
+        "original_found": int(episodes[ORIGINAL].found.sum()),
+        "comparisons": [asdict(each) | {"counts": each.counts._asdict()} for each in comparisons],
+    }
+    _write(folder, summary, comparisons, episodes, levels, settings)
+    _print_table(comparisons, settings)
+    print(f"\nResults in {folder}")
+    return folder
+
+
+def _seeds(seed: int, count: int) -> list[int]:
+    """Independent seeds for the parts of a run, in procgen's range."""
+    return [int(word) % 2**31 for word in np.random.SeedSequence(seed).generate_state(count)]
+
+
+def _example_input() -> torch.Tensor:
+    return torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0))))
+
+
+def _chosen(settings: Settings, points: HookPoints, seed: int, used: Mazes) -> ChannelChoice:
+    """Choose the channel on mazes of which none is among the experiment's."""
+    drawn = draw_levels(_CHOICE_LEVELS, size=settings.size, seed=seed, cheese="in distribution", mouse="anywhere")
+    taken = {_walls(used, index) for index in range(len(used))}
+    mazes = read_mazes(drawn)
+    levels = [level for index, level in enumerate(drawn) if _walls(mazes, index) not in taken]
+    choice = choose_channel(points, settings.site, levels, Direction.UP, settings.channel)
+    how = "chosen as the best of" if settings.channel is None else "given; there are"
+    print(
+        f"{settings.site} channel {choice.channel}, {how} {len(choice.live)} live channels: its sum tells that the "
+        f"way to the cheese is UP with AUC {_shown(choice.auc)}\n  (on {choice.n} other mazes of size {settings.size}, "
+        f"cheese in the top right 5x5, mouse where UP is legal; UP in {choice.positives})"
+    )
+    return choice
+
+
+def _walls(mazes: Mazes, index: int) -> bytes:
+    free: NDArray[np.bool_] = mazes.free[index]
+    return free.tobytes()
+
+
+def _shown_pairs(points: HookPoints, site: str, choice: ChannelChoice) -> list[list[dict[str, Any]]]:
+    """Print the contrastive pair and the channel's sums, and return them."""
+    pairs, sums = pair_sums(points, site)
+    print(f"\nThe contrastive pair (M mouse, C cheese), and the sum of channel {choice.channel} in four rotations:\n")
+    for lines in zip(*(pairs[0].picture(index).splitlines() for index in range(2)), strict=True):
+        print("    " + "      ".join(lines))
+    shown = []
+    for rotation, pair in enumerate(pairs):
+        steps = first_steps(pair, pair.cheese)
+        row = [
+            {
+                "first_step": next(move.name for move in Direction if steps[maze, move]),
+                "sum": float(sums[rotation, maze, choice.channel]),
+            }
+            for maze in range(2)
+        ]
+        print("    " + "   ".join(f"{each['first_step']:>5} {each['sum']:8.1f}" for each in row))
+        shown.append(row)
+    return shown
+
+
+def _controls(choice: ChannelChoice, count: int, seed: int) -> list[int]:
+    others = [channel for channel in choice.live if channel != choice.channel]
+    if count > len(others):
+        raise SettingsError(f"--controls is {count}, but there are only {len(others)} other live channels.")
+    return sorted(int(channel) for channel in np.random.default_rng(seed).choice(others, size=count, replace=False))
+
+
+def _name(channel: int) -> str:
+    return f"channel {channel} zeroed"
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """Settings that decide the numbers, as JSON has them."""
+    return {name: value for name, value in asdict(settings).items() if name not in ("out", "weights")}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "chanpatch": chanpatch.__version__,
+    }
+
+
+def _write(
+    folder: Path,
+    summary: Mapping[str, Any],
+    comparisons: Sequence[Comparison],
+    episodes: Mapping[str, Episodes],
+    levels: Sequence[bytes],
+    settings: Settings,
+) -> None:
+    """Write every result under a temporary name first; the parts are not needed any more then."""
+    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _replace_table(folder / "table.csv", [_row(each) for each in comparisons])
+    _replace_table(
+        folder / "episodes.csv",
+        (
+            {"policy": name, "level": level, "found": int(found), "steps": int(steps)}
+            for name, each in episodes.items()
+            for level, (found, steps) in enumerate(zip(each.found, each.lengths, strict=True))
+        ),
+    )
+    shown = _telling_level(episodes[_name(comparisons[0].channel)], episodes[ORIGINAL])
+    figure = ablation_figure(
+        levels[shown],
+        {name: episodes[name].actions[shown] for name in (ORIGINAL, _name(comparisons[0].channel))},
+        comparisons,
+        f"{settings.site}: one channel zeroed, mazes of size {settings.size}, cheese in the bottom right corner "
+        f"(level {shown} of {len(levels)} is drawn)",
+    )
+    partial = folder / "ablation.partial.png"
+    figure.savefig(partial, dpi=110)
+    os.replace(partial, folder / "ablation.png")
+    shutil.rmtree(folder / "parts")
+
+
+def _telling_level(modified: Episodes, original: Episodes) -> int:
+    """The first level that only the modified policy solves, else only the original, else the first."""
+    for differs in (modified.found & ~original.found, original.found & ~modified.found):
+        if differs.any():
+            return int(np.argmax(differs))
+    return 0
+
+
+def _row(each: Comparison) -> dict[str, Any]:
+    return {
+        "channel": each.channel,
+        "control": int(each.control),
+        "both": each.counts.both,
+        "only_modified": each.counts.only_first,
+        "only_original": each.counts.only_second,
+        "neither": each.counts.neither,
+        "mcnemar_p": each.p,
+        "found": each.found.estimate,
+        "found_low": each.found.low,
+        "found_high": each.found.high,
+        "difference": each.difference.estimate,
+        "difference_low": each.difference.low,
+        "difference_high": each.difference.high,
+    }
+
+
+def _replace(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, file)
+
+
+def _replace_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    rows = list(rows)
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, file)
+
+
+def _print_table(comparisons: Sequence[Comparison], settings: Settings) -> None:
+    first = comparisons[0]
+    n = sum(first.counts)
+    both, modified, original, neither = (f"{count} ({count / n:.1%})" for count in first.counts)
+    print(f"\n{'':32}{'original found it':>20}{'original did not':>20}")
+    print(f"{f'channel {first.channel} zeroed: found it':32}{both:>20}{modified:>20}")
+    print(f"{f'channel {first.channel} zeroed: did not':32}{original:>20}{neither:>20}")
+    found = (first.counts.both + first.counts.only_second) / n
+    print(f"\nn = {n} levels, seed {settings.seed}; the original found the cheese in {found:.1%}.")
+    print("With one channel zeroed:")
+    print(f"{'':12}{'found it (95%)':>24}{'difference (95%)':>28}{'McNemar p':>12}")
+    for each in comparisons:
+        label = f"{each.channel}{' control' if each.control else ''}"
+        difference = f"{each.difference.estimate:+.1%} ({each.difference.low:+.1%} to {each.difference.high:+.1%})"
+        share = f"{each.found.estimate:.1%} ({each.found.low:.1%} to {each.found.high:.1%})"
+        print(f"{label:12}{share:>24}{difference:>28}{each.p:>12.2g}")
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
