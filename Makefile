@@ -1,0 +1,81 @@
+# `make` alone lists the targets. Everything is installed into .venv, once; a change of pyproject.toml or
+# constraints.txt installs again.
+
+N ?= 200
+SEED ?= 0
+ARGS ?=
+
+# A python that is on PATH may be a stub that does not run, so each candidate is tried.
+ifndef PYTHON
+PYTHON := $(shell for python in python3.11 python3.10 python3; do \
+	"$$python" -c "" 2>/dev/null && echo "$$python" && break; done)
+endif
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CREATED := $(VENV)/.created
+STUDY := $(VENV)/.installed-study
+DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help study test test-all check bench docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "  N=$(N) SEED=$(SEED) ARGS=\"$(ARGS)\" go to the study; PYTHON=$(PYTHON) creates .venv"
+
+study: $(STUDY) ## the maze study, on N levels (N=200) from SEED (0); its other options go into ARGS
+	$(BIN)/python examples/maze_goal_misgen.py --n $(N) --seed $(SEED) $(ARGS)
+
+test: check ## format, lint, types, layers and the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: check ## `make test` and the slow tests
+	$(BIN)/python -m pytest
+
+check: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports
+
+bench: $(DEV) ## the benchmarks
+	$(BIN)/python -m pytest tests/benchmarks
+
+docs: $(DOCS) ## the documentation, into docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+clean: ## remove .venv, caches and what was built
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so an interrupted installation starts again.
+$(CREATED):
+	@"$(PYTHON)" -c "" 2>/dev/null || { \
+		echo "No Python runs as '$(PYTHON)'. Install Python 3.11, or name one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' || { \
+		echo "The maze environment has builds for Python 3.10 and 3.11 only, and $(PYTHON) is $$("$(PYTHON)" --version)."; \
+		echo "Install Python 3.11, or name one: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot create a virtual environment. On Debian or Ubuntu: sudo apt install python3-venv"; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(STUDY): pyproject.toml constraints.txt | $(CREATED)
+	$(PIP) install -c constraints.txt -e ".[maze]"
+	$(PIP) install -c constraints.txt --no-deps procgen-tools # its metadata pins releases that no longer install
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(CREATED)
+	$(PIP) install -c constraints.txt -e ".[maze,plot,rl,dev]"
+	$(PIP) install -c constraints.txt --no-deps procgen-tools
+	@touch $(STUDY) $@
+
+$(DOCS): pyproject.toml constraints.txt | $(CREATED)
+	$(PIP) install -c constraints.txt -e ".[rl,docs]"
+	@touch $@

@@ -1,0 +1,15 @@
+from importlib.metadata import version as installed_version
+
+project = "chanpatch"
+author = "chanpatch contributors"
+copyright = author
+version = release = installed_version("chanpatch")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+napoleon_numpy_docstring = False
+
+html_theme = "furo"
+html_title = "chanpatch"
+exclude_patterns = ["_build"]
