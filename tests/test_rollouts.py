@@ -1,0 +1,482 @@
+import random
+import sys
+import time
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from stable_baselines3 import PPO
+from torch import nn
+from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal
+
+from chanpatch._published import published
+from chanpatch.errors import DistributionError, MissingPackageError, RolloutError
+from chanpatch.patching import edit, zero_ablate
+from chanpatch.policies import PatchedPolicy
+from chanpatch.rollouts import paired_rollouts, rollout
+from chanpatch.sites import Site
+from chanpatch.statistics import paired_counts
+from chanpatch.tracing import hook_points
+
+SEEDS = [3, 11, 4, 90, 2, 77, 5]
+
+
+class CategoricalPolicy(nn.Module):
+    """A small policy for CartPole that keeps the number of rows of every forward."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+        self.forwards = []
+
+    def forward(self, observations):
+        self.forwards.append((published.step, published.rows.tolist(), len(observations)))
+        return Categorical(logits=self.layers(observations))
+
+
+def cart_poles(num_envs, autoreset_mode=AutoresetMode.NEXT_STEP):
+    return SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * num_envs, autoreset_mode=autoreset_mode)
+
+
+def same(first, second):
+    return first.to_records() == second.to_records() and all(
+        np.array_equal(a, b) for a, b in zip(first.actions, second.actions, strict=True)
+    )
+
+
+def draws(sampling_seed, seed, steps):
+    source = np.random.SeedSequence(sampling_seed, spawn_key=(seed, 0))
+    return np.random.Generator(np.random.Philox(source)).random(steps)
+
+
+def test_a_rollout_is_the_loop_over_one_environment_written_out():
+    policy = CategoricalPolicy()
+    result = rollout(policy, cart_poles(3), SEEDS, max_steps=60, sampling_seed=8)
+    environment = gymnasium.make("CartPole-v1")
+    for episode, seed in enumerate(SEEDS):
+        observation, _ = environment.reset(seed=seed)
+        actions, total, terminated, truncated = [], 0.0, False, False
+        for uniform in draws(8, seed, 60):
+            with torch.no_grad():
+                probability_of_left = policy.layers(torch.as_tensor(observation)[None]).softmax(-1)[0, 0]
+            actions.append(int(uniform >= probability_of_left.item()))
+            observation, reward, terminated, truncated, _ = environment.step(actions[-1])
+            total += float(reward)
+            if terminated or truncated:
+                break
+        assert result.actions[episode].tolist() == actions
+        assert result.to_records()[episode] == {
+            "seed": seed,
+            "return": total,
+            "length": len(actions),
+            "terminated": terminated,
+            "truncated": truncated or not terminated,
+        }
+
+
+def test_identical_policies_have_identical_trajectories():
+    policies = {"one": CategoricalPolicy(), "other": CategoricalPolicy()}
+    pairs = paired_rollouts(policies, cart_poles(4), SEEDS, max_steps=100)
+    assert same(pairs["one"], pairs["other"])
+
+
+def test_identical_policies_with_dropout_have_identical_trajectories():
+    policy = nn.Sequential(nn.Linear(4, 16), nn.Dropout(), nn.Linear(16, 2))
+
+    def act(observations):
+        return Categorical(logits=policy(observations))
+
+    pairs = paired_rollouts({"one": act, "other": act}, cart_poles(4), SEEDS, max_steps=100)
+    assert same(pairs["one"], pairs["other"])
+
+
+def test_a_twin_with_an_identity_edit_has_the_trajectories_of_the_original():
+    policy = CategoricalPolicy()
+    twin = PatchedPolicy(policy, edit(Site("layers.1"), lambda region: region.clone()))
+    pairs = paired_rollouts({"original": policy, "twin": twin}, cart_poles(4), SEEDS, max_steps=100)
+    assert same(pairs["original"], pairs["twin"])
+
+
+def test_a_twin_with_every_logit_ablated_follows_the_draws_alone():
+    twin = PatchedPolicy(CategoricalPolicy(), zero_ablate(Site("layers.2")))
+    result = rollout(twin, cart_poles(4), SEEDS, max_steps=100)
+    for seed, length, actions in zip(result.seeds, result.lengths, result.actions, strict=True):
+        assert actions.tolist() == (draws(0, seed, length) >= 0.5).tolist()
+
+
+def test_a_patch_sees_the_step_and_the_episodes_of_each_forward():
+    seen = []
+
+    def remember(region, *, context):
+        seen.append((context.step, context.rows.tolist()))
+        return region
+
+    policy = CategoricalPolicy()
+    points = hook_points(policy.layers, torch.zeros(2, 4))
+    policy.layers = PatchedPolicy(points, edit(points.site("1"), remember))
+    rollout(policy, cart_poles(4), SEEDS, max_steps=100)
+    assert seen == [(step, rows) for step, rows, _ in policy.forwards]
+
+
+def test_a_stable_baselines_policy_can_be_rolled_out():
+    policy = PPO("MlpPolicy", gymnasium.make("CartPole-v1"), seed=0, device="cpu").policy
+    policy.set_training_mode(False)
+    twin = PatchedPolicy(policy, edit(Site("action_net"), lambda region: region))
+    pairs = paired_rollouts({"original": policy, "twin": twin}, cart_poles(4), SEEDS, max_steps=100)
+    assert same(pairs["original"], pairs["twin"])
+
+
+def test_different_policies_start_from_the_same_levels_and_then_part():
+    policies = {"one": CategoricalPolicy(1), "other": CategoricalPolicy(2)}
+    pairs = paired_rollouts(policies, cart_poles(4), SEEDS, max_steps=100)
+    assert not same(pairs["one"], pairs["other"])
+    assert same(pairs["other"], rollout(policies["other"], cart_poles(4), SEEDS, max_steps=100))
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+@pytest.mark.parametrize("num_envs", [1, 2, 7, 10])
+def test_neither_the_number_of_environments_nor_their_autoreset_mode_matters(num_envs, mode):
+    policy = CategoricalPolicy()
+    expected = rollout(policy, cart_poles(3), SEEDS, max_steps=100)
+    assert expected.lengths.min() < expected.lengths.max()
+    assert same(expected, rollout(policy, cart_poles(num_envs, mode), SEEDS, max_steps=100))
+
+
+def test_asynchronous_environments_give_the_same_rollout():
+    envs = AsyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 2, autoreset_mode=AutoresetMode.DISABLED)
+    try:
+        result = rollout(CategoricalPolicy(), envs, SEEDS, max_steps=100)
+    finally:
+        envs.close()
+    assert same(result, rollout(CategoricalPolicy(), cart_poles(3), SEEDS, max_steps=100))
+
+
+def test_an_episode_does_not_depend_on_the_other_seeds():
+    together = rollout(CategoricalPolicy(), cart_poles(3), SEEDS, max_steps=100)
+    turned = rollout(CategoricalPolicy(), cart_poles(3), SEEDS[::-1], max_steps=100)
+    alone = rollout(CategoricalPolicy(), cart_poles(3), SEEDS[4:5], max_steps=100)
+    assert together.to_records() == turned.to_records()[::-1]
+    assert together.to_records()[4:5] == alone.to_records()
+
+
+def test_a_seed_listed_twice_is_the_same_level_with_other_draws():
+    fair = nn.Sequential(nn.Linear(4, 2))
+    nn.init.zeros_(fair[0].weight)
+    nn.init.zeros_(fair[0].bias)
+    seen = []
+
+    def act(observations):
+        seen.append(observations)
+        return Categorical(logits=fair(observations))
+
+    result = rollout(act, cart_poles(2), [6, 6], max_steps=12)
+    assert torch.equal(seen[0][0], seen[0][1])
+    assert not np.array_equal(result.actions[0], result.actions[1])
+
+
+def test_another_sampling_seed_gives_other_draws_in_the_same_levels():
+    first, second = (
+        rollout(CategoricalPolicy(), cart_poles(3), SEEDS, max_steps=100, sampling_seed=seed) for seed in (1, 2)
+    )
+    assert first.seeds == second.seeds
+    assert not same(first, second)
+
+
+def test_the_policy_sees_only_the_episodes_that_still_run_once_per_step():
+    policy = CategoricalPolicy()
+    result = rollout(policy, cart_poles(4), SEEDS, max_steps=100)
+    expected = []
+    for wave in (range(4), range(4, 7)):
+        for step in range(max(result.lengths[list(wave)])):
+            running = [episode for episode in wave if result.lengths[episode] > step]
+            expected.append((step, running, len(running)))
+    assert policy.forwards == expected
+
+
+def test_the_published_context_ends_with_the_rollout():
+    rollout(CategoricalPolicy(), cart_poles(2), SEEDS, max_steps=3)
+    assert (published.step, published.rows) == (None, None)
+
+
+def test_an_episode_is_truncated_at_max_steps():
+    result = rollout(CategoricalPolicy(), cart_poles(3), SEEDS, max_steps=9)
+    assert result.lengths.max() == 9
+    assert (result.lengths[result.truncated] == 9).all()
+    assert result.truncated.any()
+    assert not (result.truncated & result.terminated).any()
+    assert (result.truncated | result.terminated).all()
+
+
+def test_an_episode_that_the_environment_cuts_is_truncated():
+    envs = SyncVectorEnv([lambda: gymnasium.make("CartPole-v1", max_episode_steps=5)] * 2)
+    result = rollout(CategoricalPolicy(), envs, SEEDS, max_steps=100)
+    assert result.lengths.tolist() == [5] * len(SEEDS)
+    assert result.truncated.all() and not result.terminated.any()
+
+
+def test_greedy_actions_are_the_modes():
+    policy = CategoricalPolicy()
+    observed = []
+    policy.register_forward_hook(lambda module, args, output: observed.append((args[0], output.probs)))
+    result = rollout(policy, cart_poles(1), [5], max_steps=20, greedy=True)
+    assert result.actions[0].tolist() == [int(probabilities.argmax()) for _, probabilities in observed]
+
+
+def test_random_number_generators_are_left_as_they_were_found():
+    policy = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 2))
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+
+    def act(observations):
+        random.random(), np.random.random()
+        return Categorical(logits=policy(observations))
+
+    rollout(act, cart_poles(3), SEEDS, max_steps=20)
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_running_statistics_of_a_policy_in_training_are_left_as_they_were_found():
+    class Policy(nn.Sequential):
+        def forward(self, observations):
+            return Categorical(logits=super().forward(observations))
+
+    policy = Policy(nn.Linear(4, 2), nn.BatchNorm1d(2, eps=1.0)).train()
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    rollout(policy, cart_poles(7), SEEDS, max_steps=3)
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    assert policy.training
+
+
+class Spaces(gymnasium.Env):
+    """Any spaces; ends after six steps, and its reward is the sum of the action."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.steps = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        return self.observation_space.sample(), float(np.sum(action)), self.steps == 6, False, {}
+
+
+def environments(observation_space, action_space, num_envs=2):
+    return SyncVectorEnv([lambda: Spaces(observation_space, action_space)] * num_envs)
+
+
+VECTOR = gymnasium.spaces.Box(-1, 1, (3,), np.float64)
+
+
+def test_normal_actions_are_quantiles_of_the_normal_distribution():
+    envs = environments(VECTOR, gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32))
+    mean, spread = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])
+    result = rollout(
+        lambda x: Independent(Normal(mean.expand(len(x), 2), spread.expand(len(x), 2)), 1),
+        envs,
+        [7, 8, 9],
+        max_steps=10,
+    )
+    for seed, actions in zip(result.seeds, result.actions, strict=True):
+        uniform = torch.from_numpy(draws(0, seed, (6, 2)))
+        expected = Normal(mean.double(), spread.double()).icdf(uniform)
+        assert actions.dtype == np.float32
+        np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bernoulli_actions_happen_as_often_as_their_probability():
+    envs = environments(VECTOR, gymnasium.spaces.MultiBinary(3), num_envs=8)
+    probabilities = torch.tensor([0.0, 0.3, 1.0])
+    result = rollout(lambda x: Bernoulli(probabilities.expand(len(x), 3)), envs, range(400), max_steps=10)
+    happened = np.concatenate(result.actions).mean(0)
+    assert happened[0] == 0 and happened[2] == 1
+    assert happened[1] == pytest.approx(0.3, abs=4 * (0.21 / 2400) ** 0.5)
+
+
+def test_categorical_actions_happen_as_often_as_their_probability_and_never_at_zero():
+    envs = environments(VECTOR, gymnasium.spaces.MultiDiscrete([4, 4]), num_envs=8)
+    probabilities = torch.tensor([[0.0, 0.2, 0.5, 0.3], [0.6, 0.0, 0.4, 0.0]])
+    result = rollout(
+        lambda x: Independent(Categorical(probabilities.expand(len(x), 2, 4)), 1),
+        envs,
+        range(400),
+        max_steps=10,
+    )
+    actions = np.concatenate(result.actions)
+    happened = np.stack([np.bincount(column, minlength=4) / len(actions) for column in actions.T])
+    assert (happened[probabilities.numpy() == 0] == 0).all()
+    np.testing.assert_allclose(happened, probabilities, atol=4 * (0.25 / 2400) ** 0.5)
+
+
+def test_a_bernoulli_tie_is_a_yes_when_greedy():
+    envs = environments(VECTOR, gymnasium.spaces.MultiBinary(2))
+    result = rollout(lambda x: Bernoulli(torch.full((len(x), 2), 0.5)), envs, [1], max_steps=10, greedy=True)
+    assert (result.actions[0] == 1).all()
+
+
+def test_dict_observations_reach_the_policy_as_tensors_of_its_dtype():
+    space = gymnasium.spaces.Dict(
+        {
+            "image": gymnasium.spaces.Box(0, 255, (2, 2), np.uint8),
+            "pair": gymnasium.spaces.Tuple((VECTOR, gymnasium.spaces.Discrete(5))),
+        }
+    )
+    seen = []
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, observations):
+            seen.append(observations)
+            return Categorical(logits=self.head(observations["pair"][0]))
+
+    rollout(Policy(), environments(space, gymnasium.spaces.Discrete(2)), [1, 2], max_steps=2)
+    assert seen[0]["image"].dtype == torch.uint8 and seen[0]["image"].shape == (2, 2, 2)
+    assert seen[0]["pair"][0].dtype == torch.float32 and seen[0]["pair"][0].shape == (2, 3)
+    assert seen[0]["pair"][1].dtype == torch.int64 and seen[0]["pair"][1].shape == (2,)
+
+
+def test_no_gradient_is_recorded_in_a_rollout():
+    recorded = []
+
+    def act(observations):
+        recorded.append(torch.is_grad_enabled())
+        return Bernoulli(torch.full((len(observations),), 0.5))
+
+    rollout(act, cart_poles(1), [1], max_steps=2)
+    assert recorded == [False, False]
+    assert torch.is_grad_enabled()
+
+
+def test_a_rollout_prints_as_a_table_of_its_first_episodes():
+    envs = environments(VECTOR, gymnasium.spaces.MultiBinary(3))
+    result = rollout(lambda x: Bernoulli(torch.ones(len(x), 3)), envs, [1_000_000, *range(11)], max_steps=6)
+    row = "{:<7}  18      6       True        False\n"
+    assert repr(result) == (
+        "12 episodes\n"
+        "seed     return  length  terminated  truncated\n"
+        + "".join(row.format(seed) for seed in [1_000_000, *range(9)])
+        + "... 2 more"
+    )
+
+
+def test_paired_rollouts_print_as_one_row_per_policy():
+    policies = {
+        "always right": lambda x: Bernoulli(torch.ones(len(x))),
+        "fair": lambda x: Bernoulli(torch.full((len(x),), 0.5)),
+    }
+    pairs = paired_rollouts(policies, cart_poles(4), range(4), max_steps=9)
+    lines = repr(pairs).splitlines()
+    assert lines[0] == "2 policies over the same 4 episodes"
+    assert lines[1].split("  ")[0] == "policy"
+    assert lines[2] == (
+        f"always right  {pairs['always right'].returns.mean():<11.4g}  "
+        f"{pairs['always right'].lengths.mean():<11.4g}  {pairs['always right'].terminated.mean():.1%}"
+    )
+
+
+def test_paired_rollouts_are_a_mapping_whose_records_name_the_policy():
+    policies = {"one": CategoricalPolicy(1), "other": CategoricalPolicy(2)}
+    pairs = paired_rollouts(policies, cart_poles(3), SEEDS, max_steps=30)
+    assert list(pairs) == ["one", "other"]
+    frame = pairs.to_pandas()
+    assert frame.columns.tolist() == ["policy", "seed", "return", "length", "terminated", "truncated"]
+    assert frame.groupby("policy")["length"].sum().to_dict() == {name: pairs[name].lengths.sum() for name in pairs}
+
+
+def test_paired_rollouts_count_episodes_by_outcome():
+    policies = {"one": CategoricalPolicy(1), "other": CategoricalPolicy(2)}
+    pairs = paired_rollouts(policies, cart_poles(3), SEEDS, max_steps=100)
+    counts = paired_counts(pairs["one"].lengths > 20, pairs["other"].lengths > 20)
+    assert sum(counts) == len(SEEDS)
+    assert counts.both + counts.only_first == sum(length > 20 for length in pairs["one"].lengths)
+
+
+def refused(error, **changed):
+    arguments = {
+        "policy": CategoricalPolicy(),
+        "envs": cart_poles(2),
+        "seeds": SEEDS,
+        "max_steps": 5,
+        **changed,
+    }
+    with pytest.raises(error) as caught:
+        rollout(arguments.pop("policy"), arguments.pop("envs"), arguments.pop("seeds"), **arguments)
+    return str(caught.value)
+
+
+def test_a_distribution_without_a_known_inverse_cdf_is_refused():
+    policy = lambda x: Independent(Beta(torch.ones(len(x), 1), torch.ones(len(x), 1)), 1)  # noqa: E731
+    assert refused(DistributionError, policy=policy) == (
+        "A rollout cannot draw actions from Beta: paired draws need the inverse CDF, which is known for "
+        "Categorical, Bernoulli and Normal, alone or inside Independent. Give the rollout a function that "
+        "calls the policy and returns one of these."
+    )
+
+
+def test_a_single_environment_is_refused():
+    assert refused(RolloutError, envs=gymnasium.make("CartPole-v1").unwrapped) == (
+        "envs is a CartPoleEnv, but a rollout takes a gymnasium.vector.VectorEnv. For a single environment: "
+        "gymnasium.vector.SyncVectorEnv([lambda: environment])."
+    )
+
+
+def test_environments_that_take_only_one_seed_are_refused():
+    assert refused(RolloutError, envs=gymnasium.make_vec("CartPole-v1", num_envs=2)) == (
+        "CartPoleVectorEnv cannot be reset with one seed per sub-environment. Use a SyncVectorEnv or an "
+        'AsyncVectorEnv, such as gymnasium.make_vec(..., vectorization_mode="sync").'
+    )
+
+
+def test_actions_that_do_not_fit_the_environments_are_refused():
+    assert refused(RolloutError, policy=lambda x: Normal(torch.zeros(len(x), 3), 1.0)) == (
+        "The policy's distribution gives actions of shape (2, 3) for 2 rows, but Discrete(2) takes shape (2,)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seeds": []}, "seeds is empty: name one seed per episode."),
+        ({"seeds": [3, -4]}, "A seed is -4, but it must be a whole number from 0 on."),
+        ({"seeds": [0.5]}, "A seed is 0.5, but it must be a whole number from 0 on."),
+        ({"sampling_seed": -1}, "sampling_seed is -1, but it must be a whole number from 0 on."),
+        ({"max_steps": 0}, "max_steps is 0, but an episode has at least one step."),
+    ],
+)
+def test_a_wrong_number_is_refused_by_name(changed, message):
+    assert refused(RolloutError, **changed) == message
+
+
+def test_no_policy_at_all_is_refused():
+    with pytest.raises(RolloutError) as caught:
+        paired_rollouts({}, cart_poles(2), SEEDS, max_steps=5)
+    assert str(caught.value) == "policies is empty: name at least one policy."
+
+
+def test_a_missing_gymnasium_is_named_with_the_line_that_installs_it(monkeypatch):
+    envs = cart_poles(2)
+    monkeypatch.setitem(sys.modules, "gymnasium.vector", None)
+    assert refused(MissingPackageError, envs=envs) == ("gymnasium is not installed: pip install gymnasium")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("progress", "drawn"), [(True, True), (False, False), (None, False)])
+def test_a_long_rollout_draws_a_progress_bar_off_a_terminal_only_when_asked_to(capsys, progress, drawn):
+    def act(observations):
+        time.sleep(0.4)
+        return Bernoulli(torch.ones(len(observations)))
+
+    rollout(act, cart_poles(1), SEEDS, max_steps=1, progress=progress)
+    assert ("7/7" in capsys.readouterr().err) == drawn
