@@ -1,0 +1,57 @@
+"""The README's code runs, and does what the text beside it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from chanpatch import recording
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def run(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(block, str(README), "exec"), names)
+    return names
+
+
+def test_the_code_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
+    run(BLOCKS[0])
+    said = re.findall(r"^print.*?# (.*)$", BLOCKS[0], re.MULTILINE)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(said) == len(printed) == 3
+    for comment, line in zip(said, printed, strict=True):
+        assert line.startswith(comment.removesuffix("..."))
+
+
+def test_the_users_own_ablation_changes_exactly_the_rows_whose_mouse_is_in_the_left_half() -> None:
+    names = run(BLOCKS[1])
+    envs, policy, twin, points = names["envs"], names["policy"], names["twin"], names["points"]
+    observations, _ = envs.reset(seed=range(8))
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(40):
+        observations = envs.step(rng.choice([3, 5, 7, 7, 7, 1], size=8))[0]
+        left = envs.mouse_cells()[:, 1] < 7
+        with torch.no_grad(), recording(twin, points.site("embedder.relu3")) as patched_run:
+            twin(torch.from_numpy(observations))
+        with torch.no_grad(), recording(policy, points.site("embedder.relu3")) as plain_run:
+            policy(torch.from_numpy(observations))
+        patched_sums, plain = patched_run["embedder.relu3"], plain_run["embedder.relu3"]
+        differs = (patched_sums != plain).flatten(1).any(1).numpy()
+        had_something = plain[:, 31].flatten(1).any(1).numpy()
+        assert np.array_equal(differs, left & had_something)
+        seen |= set(zip(left.tolist(), differs.tolist(), strict=True))
+    assert {(True, True), (False, False)} <= seen
+
+
+def test_the_users_own_ablation_takes_under_ten_lines() -> None:
+    body = BLOCKS[1].split("\n\n\n", 1)[1]
+    assert len([line for line in body.splitlines() if line.strip()]) < 10
