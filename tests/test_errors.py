@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
+from models import build
 from torch import Tensor, nn
 
 from chanpatch import (
@@ -129,9 +129,10 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "several faults": (
         errors.HookPointError,
         lambda: run(POINTS, zero_ablate(Site("conv_1")), zero_ablate(Site("conv1", channel=8))),
-        "2 faults:\n- No hook point named 'conv_1'. Did you mean 'conv1'? (12 hook points; print the HookPoints to list "
-        "them.)\n- Site('conv1', channel=8): channel 8 is out of range; hook point 'conv1' has axes (batch, channel, "
-        "row, col) and 8 channels (0 to 7).",
+        "2 faults:\n"
+        "- No hook point named 'conv_1'. Did you mean 'conv1'? (12 hook points; print the HookPoints to list them.)\n"
+        "- Site('conv1', channel=8): channel 8 is out of range; hook point 'conv1' has axes (batch, channel, row, col) "
+        "and 8 channels (0 to 7).",
     ),
     "index out of range": (
         errors.SiteError,
@@ -164,8 +165,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an axis without a known length": (
         errors.SiteError,
         lambda: Site("conv1").split("channel"),
-        "Site('conv1') cannot be split along 'channel': the length of that axis is not known. Name its indices, or take "
-        "the site from points.site(...) of a traced model.",
+        "Site('conv1') cannot be split along 'channel': the length of that axis is not known. Name its indices, or "
+        "take the site from points.site(...) of a traced model.",
     ),
     "an operand that would broadcast": (
         errors.EditError,
@@ -182,8 +183,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an operand on another device": (
         errors.EditError,
         lambda: steer(POINTS.site("conv1"), torch.zeros(1, 8, 1, 1, device="meta")),
-        "Add at Site('conv1'): the vector is torch.float32 on meta, but the region is torch.float32 on cpu. Convert it: "
-        "vector.to('cpu', torch.float32).",
+        "Add at Site('conv1'): the vector is torch.float32 on meta, but the region is torch.float32 on cpu. Convert "
+        "it: vector.to('cpu', torch.float32).",
     ),
     "a mask that would broadcast": (
         errors.EditError,
@@ -260,8 +261,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: recording(
             hook_points(build("attention").module, torch.zeros(2, 5, 6)), ".out", reduce="sum"
         ).__enter__(),
-        "reduce='sum' at Site('.out') keeps batch, channel and feature, but the axes (batch, axis1) have no such names. "
-        "Name them, hook_points(..., axes={'.out': (...)}), or give an einops pair.",
+        "reduce='sum' at Site('.out') keeps batch, channel and feature, but the axes (batch, axis1) have no such "
+        "names. Name them, hook_points(..., axes={'.out': (...)}), or give an einops pair.",
     ),
     "rows without a batch axis": (
         errors.BatchAxisError,
@@ -354,3 +355,18 @@ def test_every_error_is_in_the_tree_that_the_docstring_draws() -> None:
     assert drawn - builtin == defined - builtin
     for name in defined:
         assert issubclass(vars(errors)[name], errors.ChanpatchError)
+
+
+def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_it_were_one() -> None:
+    class Sometimes(nn.Module):
+        def forward(self, vector: Tensor) -> Any:
+            return (vector, vector) if vector.sum() > 0 else vector
+
+    model = nn.Sequential(Sometimes())
+    points = hook_points(model, torch.ones(2, 2))
+    with pytest.raises(errors.TraceMismatchError) as caught, patched(points, zero_ablate(points.site("0.out[0]"))):
+        model(-torch.ones(2, 2))
+    assert str(caught.value) == (
+        "There is no tensor at hook point '0.out[0]' in this forward, but NoneType in Tensor. Trace inputs like these "
+        "with hook_points() and use the names it lists."
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Model
+from models import Model
 from torch import Tensor, nn
 from torch.distributions import Distribution
 

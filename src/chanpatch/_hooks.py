@@ -64,14 +64,13 @@ class Listener:
     def __call__(self, tree: Any) -> Any:
         if not self.session.enabled or not self.session.is_call(self.place):
             return tree
-        leaf = tree
-        if self._path:
-            with suppress(LookupError, AttributeError, TypeError):
-                leaf = get(tree, self._path)
+        leaf = None
+        with suppress(LookupError, AttributeError, TypeError):
+            leaf = get(tree, self._path)
         if not isinstance(leaf, Tensor):
             raise TraceMismatchError(
-                f"Hook point '{self.place.name}' holds no tensor in this forward, but "
-                f"{type(leaf).__name__}. Trace inputs like these with hook_points() and use the names it lists."
+                f"There is no tensor at hook point '{self.place.name}' in this forward, but {type(leaf).__name__} in "
+                f"{type(tree).__name__}. Trace inputs like these with hook_points() and use the names it lists."
             )
         new = self.act(leaf)
         return tree if new is leaf else replace(tree, self._path, new)

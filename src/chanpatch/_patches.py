@@ -261,7 +261,7 @@ class _Firing:
             return where
         mask = where(self._context(region))
         check_mask(mask, self._patch.site, self._axes, region.shape)
-        return mask
+        return mask.to(region.device)  # it comes from the user's own data, which is often on the CPU
 
     def _context(self, region: Tensor) -> _Context:
         rows = None if self._batch_axis is None else region.shape[self._batch_axis]

@@ -71,9 +71,11 @@ def get(tree: Any, path: Path) -> Any:
     """Return what a path leads to.
 
     Raises:
-        LookupError, AttributeError, TypeError: If the output has no such place.
+        LookupError, AttributeError, TypeError: If the output has no such place; a tensor has none inside.
     """
     for step in path:
+        if isinstance(tree, Tensor):
+            raise TypeError(f"There is nothing at {step} inside a tensor.")
         tree = tree[step.key] if isinstance(step, Item) else getattr(tree, step.name)
     return tree
 
@@ -137,8 +139,9 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
     Alternatives such as `probs` and `logits` can all be read afterwards, but only the one that was given
     rebuilds the distribution bit for bit: the one that its constructor stored, before any was derived.
     """
+    kind: Any = type(distribution)
     given = _stored(distribution)
-    names = [_attribute(name) for name in _constructor(type(distribution))]
+    names = [_attribute(name) for name in _constructor(kind)]
     for alternatives in _ALTERNATIVES:
         present = [name for name in given if name in alternatives and name in names]
         names = [name for name in names if name not in alternatives or name in present[:1]]

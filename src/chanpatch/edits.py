@@ -143,8 +143,7 @@ class Project:
     def __call__(self, activation: Tensor) -> Tensor:
         """Return the activation minus its component along the direction."""
         along = tuple(axis for axis, length in enumerate(self.direction.shape) if length > 1)
-        direction = self.direction.expand_as(activation) if not along else self.direction
-        unit = direction / direction.square().sum().sqrt()
+        unit = self.direction / self.direction.square().sum().sqrt()
         component = (activation * unit).sum(dim=along, keepdim=True) if along else activation * unit
         return activation - component * unit
 
@@ -182,6 +181,6 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
         count: Number of donors.
     """
     numbers = rows.cpu().numpy().astype(np.uint64)
-    draws = np.random.Generator(np.random.Philox(key=[seed % 2**64, call]))
+    draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]
     return torch.from_numpy((uniform * count).astype(np.int64))

@@ -48,6 +48,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         UnreachedError, NaNError: In a call, at its end.
 
     Example:
+        >>> import torch
+        >>> from chanpatch import Site, zero_ablate
         >>> policy = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> twin = PatchedPolicy(policy, zero_ablate(Site("0", feature=3)))
         >>> twin(torch.zeros(1, 4)).shape
@@ -65,12 +67,12 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         """Return the twin, an instance of a subclass of the policy's own class."""
         allowed = {allow_unreached} if isinstance(allow_unreached, str) else set(allow_unreached)
         each = (patches,) if isinstance(patches, Patch) else tuple(patches)
-        original = model_of(policy)
+        copied = original = model_of(policy)
         inner = vars(original).get(_STATE)
         if inner is not None:
             original, each, allowed = inner.original, (*inner.applied.patches, *each), allowed | inner.allowed
         refuse_unhookable(original)
-        twin = _copied(original)
+        twin = _copied(copied)
         applied = AppliedPatches(twin, _bound(policy, each), allow_unreached=allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
             applied.session.calls = policy.calls
@@ -109,7 +111,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         build = functools.partial(
             PatchedPolicy, allow_unreached=tuple(state.allowed), check_nan=state.applied.check_nan
         )
-        return build, (_copied(state.original), state.applied.patches)
+        return build, (_copied(self), state.applied.patches)  # type: ignore[arg-type]
 
 
 _STATE = "_chanpatch"
@@ -184,19 +186,52 @@ def _bound(policy: nn.Module | HookPoints, patches: tuple[Patch, ...]) -> tuple[
 
 
 def _copied(policy: nn.Module) -> nn.Module:
-    """Return a copy of the module tree that holds the very parameters and buffers of the original."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers())}
-    for module in policy.modules():  # results of earlier forwards, as of weight_norm, cannot be copied nor need be
-        shared |= {id(item): item for item in vars(module).values() if isinstance(item, Tensor) and not item.is_leaf}
+    """Return a copy of the module tree, without hooks of ours, that has the parameters and buffers of the original.
+
+    The very dicts that hold them are shared, so that one that is replaced, as `.to(dtype)` does, is on both sides.
+    """
+    shared: dict[int, Any] = {id(result): result for result in _results(policy)}
+    for module in policy.modules():
+        held = (module._parameters, module._buffers, *module._parameters.values(), *module._buffers.values())
+        shared |= {id(item): item for item in (*held, vars(module).get("_flat_weights"))}  # the last one as LSTMs do
+    plain = _without_patches(policy) if _STATE in vars(policy) else policy
     try:
-        twin = copy.deepcopy(policy, shared)
+        twin = copy.deepcopy(plain, shared)
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(policy).__name__} cannot be copied, so it can have no twin ({type(error).__name__}: {error}). "
+            f"{type(plain).__name__} cannot be copied, so it can have no twin ({type(error).__name__}: {error}). "
             "Keep what cannot be copied (environments, files, locks) out of the module, or use patched()."
         ) from error
     drop_hooks(twin)
     return twin
+
+
+def _without_patches(twin: nn.Module) -> nn.Module:
+    """Return the policy that a twin would be without patches: of the policy's class, with all that the twin holds."""
+    kind = type(_state(twin).original)
+    plain: nn.Module = kind.__new__(kind)
+    vars(plain).update({name: item for name, item in vars(twin).items() if name != _STATE})
+    return plain
+
+
+def _results(policy: nn.Module) -> Iterator[Tensor]:
+    """Yield the results of earlier forwards that a policy holds somewhere; they cannot be copied, nor need be."""
+    seen: set[int] = set()
+    waiting: list[Any] = [policy]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, (type, types.ModuleType, types.FunctionType)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            if not item.is_leaf:
+                yield item
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        elif isinstance(item, Mapping):
+            waiting += item.values()
+        else:
+            waiting += getattr(item, "__dict__", {}).values()
 
 
 class _TwinState:
@@ -206,7 +241,8 @@ class _TwinState:
         self.original, self.applied, self.allowed = original, applied, allowed
         self._modules = set(twin.modules())
         self._running_methods: set[str] = {"__call__", "forward"}
-        self._shared = _shared_tensors(twin, original)
+        self._structure = [(name, module, _structure(module)) for side in (twin, original)
+                           for name, module in side.named_modules()]  # fmt: skip
         self._inside = _patches_by_module(twin, applied)
         session = applied.session
         session.on_begin, session.on_end = self._begin, self._end
@@ -229,11 +265,12 @@ class _TwinState:
 
     def _begin(self) -> None:
         self.applied.forget()
-        for held, originally, name in self._shared:
-            if held.get(name) is not originally.get(name):
+        for name, module, structure in self._structure:
+            if _structure(module) != structure:
+                where = f"'{name}' of the policy" if name else "The policy"
                 raise UnsupportedModelError(
-                    f"'{name}' of the policy or of its twin was replaced since the twin was made, so the two no "
-                    "longer share it. Make the twin anew: PatchedPolicy(policy, patches)."
+                    f"{where} or of its twin has other submodules, or other names of parameters, than when the twin "
+                    "was made, so the two are no longer one model. Make the twin anew: PatchedPolicy(policy, patches)."
                 )
 
     def _end(self, opener: object) -> None:
@@ -249,13 +286,8 @@ class _TwinState:
         self.applied.raise_unreached(names, f"in {method}()", f" If it need not run there: allow_unreached={names!r}.")
 
 
-def _shared_tensors(twin: nn.Module, original: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], str]]:
-    pairs = []
-    for copied, module in zip(twin.modules(), original.modules(), strict=True):
-        for registry in ("_parameters", "_buffers"):
-            held, originally = getattr(copied, registry), getattr(module, registry)
-            pairs += [(held, originally, name) for name in originally]
-    return pairs
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    return {**module._modules}, [*module._parameters], [*module._buffers]
 
 
 def _patches_by_module(twin: nn.Module, applied: AppliedPatches) -> dict[nn.Module, set[int]]:

@@ -6,6 +6,7 @@ cache["embedder.relu3"]        # (batch, channel)
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -135,9 +136,8 @@ class ActivationCache(Mapping[Site, Tensor]):
         """Return one record per number: site, the index on each axis by its name, value."""
         records = []
         for site, activation in self.items():
-            lengths, values = activation.shape, activation.detach().cpu().flatten().tolist()
-            indices = torch.cartesian_prod(*map(torch.arange, lengths)).view(-1, len(lengths)).tolist()
-            for index, value in zip(indices, values, strict=True):
+            values = activation.detach().cpu().flatten().tolist()
+            for index, value in zip(itertools.product(*map(range, activation.shape)), values, strict=True):
                 records.append({"site": repr(site), **dict(zip(self._axes[site], index, strict=True)), "value": value})
         return records
 

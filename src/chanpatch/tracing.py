@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -41,7 +41,8 @@ def hook_points(
             `.in[0]` "batch", that one is the batch.
         method: The method to run, for models that are entered by another one than the forward.
         axes: Names for axes whose meaning the module type does not tell, by glob over hook point names:
-            `{"encoder.*": ("batch", "position", "feature")}`.
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions after it pass
+            them on.
         example_keywords: Keyword inputs.
 
     Raises:
@@ -61,7 +62,10 @@ def hook_points(
     trace = _Trace(model)
     with undisturbed(model):
         trace.run(method, example_inputs, example_keywords)
-    _name_axes(trace, axes or {})
+    if axes:  # run anew with the names known from the start, so that they are passed on to what comes after
+        trace = _Trace(model, _names_by_place(trace, axes))
+        with undisturbed(model):
+            trace.run(method, example_inputs, example_keywords)
     grown = _grown(model, method, example_inputs, example_keywords, trace)
     points = [_point(trace, fired, grown.get(trace.name(fired))) for fired in trace.fired]
     return HookPoints(model, points, method=method, calls=trace.calls, not_called=trace.not_called())
@@ -77,13 +81,27 @@ class _Fired:
     call: int
     tensor: Tensor
 
+    @property
+    def place(self) -> _Place:
+        return self.module, self.side, self.path, self.call
+
+
+_Place: TypeAlias = tuple[str, str, Path, int]
+
 
 class _Trace:
-    """Everything that fires while a model runs, with the axis names that can be told."""
+    """Everything that fires while a model runs, with the axis names that can be told.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: What is traced.
+        given: Names that stand before those that can be told, by place.
+    """
+
+    def __init__(self, model: nn.Module, given: Mapping[_Place, tuple[str, ...]] | None = None) -> None:
         self.model = model
+        self.given = given or {}
         self.fired: list[_Fired] = []
+        self.inputs: dict[Path, Tensor] = {}
         self.calls: Counter[str] = Counter()
         self.known = NamePropagation()
         self.module_names: dict[nn.Module, list[str]] = {}
@@ -92,9 +110,18 @@ class _Trace:
         self._stack: list[tuple[int, Names | None]] = []
 
     def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        """Run the model once and note what fires."""
+        """Run the model once, on copies of its inputs that it may write into, and note what fires."""
+        args, kwargs = inputs, dict(keywords)
+        for path, tensor in [*leaves((args, kwargs))]:
+            self.inputs[path] = tensor.clone()
+            args, kwargs = replace((args, kwargs), path, self.inputs[path])
         with self.known, observed(self.model, self._on_inputs, self._on_output, self._on_tap):
-            getattr(self.model, method)(*inputs, **keywords)
+            getattr(self.model, method)(*args, **kwargs)
+
+    def batch_of_input(self, path: Path) -> int | None:
+        """Return which axis of an input has the name of the batch."""
+        names = self.known.names(self.inputs[path]) or ()
+        return names.index("batch") if "batch" in names else None
 
     def not_called(self) -> list[str]:
         return [names[0] for names in self.module_names.values() if names[0] and not self.calls[names[0]]]
@@ -125,18 +152,22 @@ class _Trace:
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         if any(name in names for names in self.module_names.values()):
             raise HookPointError(f"tap('{name}', ...) has the name of a module. Give the tap a name of its own.")
-        self.fired.append(_Fired(name, "tap", (), self.calls[name], tensor))
+        self._note(_Fired(name, "tap", (), self.calls[name], tensor), None, None)
         self.calls[name] += 1
-        self.known.learn(tensor, (None,) * tensor.dim())
 
-    def _note(self, fired: _Fired, module: nn.Module, inputs: Names | None) -> None:
+    def _note(self, fired: _Fired, module: nn.Module | None, inputs: Names | None) -> None:
         self.fired.append(fired)
         tensor = fired.tensor
-        self.known.learn(tensor, axis_names(module, fired.side, fired.path, tensor.dim(), inputs))
+        unknown: Names = (None,) * tensor.dim()
+        told = unknown if module is None else axis_names(module, fired.side, fired.path, tensor.dim(), inputs)
+        self.known.learn(tensor, told)
+        if fired.place in self.given:
+            self.known.rename(tensor, self.given[fired.place])
 
 
-def _name_axes(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> None:
-    """Let the names that the user gave stand before those of the trace."""
+def _names_by_place(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
+    """Return the names that the user gave, for each place that their globs match."""
+    given = {}
     for pattern, names in axes.items():
         matches = glob(pattern)
         chosen = [fired for fired in trace.fired if matches(trace.name(fired))]
@@ -149,7 +180,8 @@ def _name_axes(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> None:
                     f"axes={{'{pattern}': {tuple(names)}}}: hook point '{trace.name(fired)}' has "
                     f"{fired.tensor.dim()} axes; give each one name of its own."
                 )
-            trace.known.rename(fired.tensor, tuple(names))
+            given[fired.place] = tuple(names)
+    return given
 
 
 def _grown(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace) -> dict[str, torch.Size]:
@@ -157,11 +189,11 @@ def _grown(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Tr
     tensors = [(path, tensor) for path, tensor in leaves((inputs, dict(keywords))) if tensor.dim()]
     if not tensors:
         return {}
-    first = tensors[0][1]
-    rows = first.shape[_known_batch(trace, first) or 0]
+    origin, first = tensors[0]
+    rows = first.shape[trace.batch_of_input(origin) or 0]
     choices: list[list[int | None]] = []
-    for _, tensor in tensors:
-        known = _known_batch(trace, tensor)
+    for path, tensor in tensors:
+        known = trace.batch_of_input(path)
         fitting = [axis for axis, length in enumerate(tensor.shape) if length == rows]
         choices.append([known] if known is not None else [0] if tensor is first else [*fitting, None])
     for chosen in itertools.islice(itertools.product(*choices), _MOST_TRIES):
@@ -177,11 +209,6 @@ def _grown(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Tr
 
 
 _MOST_TRIES = 32
-
-
-def _known_batch(trace: _Trace, tensor: Tensor) -> int | None:
-    names = trace.known.names(tensor) or ()
-    return names.index("batch") if "batch" in names else None
 
 
 def _point(trace: _Trace, fired: _Fired, grown: torch.Size | None) -> HookPoint:
