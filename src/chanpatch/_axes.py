@@ -233,12 +233,11 @@ class NamePropagation(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the function and name its result after its first named operand of the same shape."""
+        """Run the function and name its result after its operands of the same shape; the first name stays."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _FUNCTIONS:
             for _, operand in leaves((args, dict(kwargs or {}))):
                 names = self._names.get(id(operand))
                 if names is not None and operand.shape == result.shape:
                     self.learn(result, names)
-                    break
         return result

@@ -28,6 +28,16 @@ def no_batch(site: Site) -> str:
     )
 
 
+def inside_vmap(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for the many of a `torch.vmap`, so that none of its numbers can be read."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def check_shape_against_trace(leaf: Tensor, point: HookPoint) -> None:
     """Raise if a tensor differs from the traced one in anything but the batch."""
     traced = [point.length(axis) for axis in point.axes]
@@ -39,7 +49,8 @@ def check_shape_against_trace(leaf: Tensor, point: HookPoint) -> None:
         lengths = ", ".join("any" if length is None else str(length) for length in traced)
         raise TraceMismatchError(
             f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward, but axes "
-            f"({', '.join(point.axes)}) = ({lengths}) in the trace. Trace inputs like these with hook_points()."
+            f"({', '.join(point.axes)}) = ({lengths}) in the trace. Trace inputs like these with "
+            f"hook_points(); for inputs of many lengths, patch the model with a site that has no trace: Site('{point.name}')."
         )
 
 

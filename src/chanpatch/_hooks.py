@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ._tree import Item, Path, get, replace
-from .errors import ConcurrencyError, HookPointError, TraceMismatchError
+from .errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .points import HookPoints
 
 Stage = Literal["before", "patch", "after"]
@@ -71,6 +71,11 @@ class Listener:
             raise TraceMismatchError(
                 f"There is no tensor at hook point '{self.place.name}' in this forward, but {type(leaf).__name__} in "
                 f"{type(tree).__name__}. Trace inputs like these with hook_points() and use the names it lists."
+            )
+        if leaf.is_nested:
+            raise UnsupportedModelError(
+                f"The tensor at hook point '{self.place.name}' is a nested one, which has no shape. Where a "
+                "TransformerEncoder makes it of padded inputs, build that with enable_nested_tensor=False."
             )
         new = self.act(leaf)
         return tree if new is leaf else replace(tree, self._path, new)
@@ -175,14 +180,20 @@ class Session:
 
     def begin(self, opener: object, method: str, inputs: tuple[Any, ...]) -> None:
         """Begin a root call, unless one that something else began is under way."""
-        nested = self._opener is not None and self._opener is not opener
-        if not self.enabled or (nested and isinstance(opener, Station)):
+        if not self.enabled or (isinstance(opener, Station) and self._encloses(opener)):
             return
         self.check_thread()
+        self.on_begin()  # may refuse: then no call has begun
         self._thread = threading.get_ident()
         self._opener, self.running, self.inputs = opener, method, inputs
         self._counts.clear()
-        self.on_begin()
+
+    def _encloses(self, station: Station) -> bool:
+        """Tell whether a module's call is part of the root call under way, and not the first after one cut short."""
+        if self._opener is None or self._opener is station:
+            return False
+        # Torch runs no hook on the way out of an interrupt, so that a module's call may have ended untold.
+        return not isinstance(self._opener, Station) or station.module_id in self._opener.inside
 
     def end(self, opener: object, *, failed: bool = False) -> None:
         """End the root call that this opener began; it is checked only when no exception is in flight."""
@@ -212,6 +223,16 @@ class Session:
             failed = False
         finally:
             self.end(opener, failed=failed)
+
+    @contextmanager
+    def forward_within(self, inputs: tuple[Any, ...]) -> Iterator[None]:
+        """A forward of the model inside a root call of another method: its module calls are counted by themselves."""
+        before = self._counts, self.inputs
+        self._counts, self.inputs = {}, inputs
+        try:
+            yield
+        finally:
+            self._counts, self.inputs = before
 
     def count(self, counted: object) -> None:
         """Count a call of a module or a tap; the listeners there read its index in `call`."""
@@ -264,6 +285,7 @@ class Station:
         self.scopes: list[Session] = []
         self._plans: dict[str, tuple[tuple[Session, ...], tuple[Listener, ...]]] = {}
         self.module_id = id(module)
+        self.inside = frozenset(map(id, module.modules()))
         self._handles = (
             module.register_forward_pre_hook(_hook(self, self._enter), with_kwargs=True),
             module.register_forward_hook(_hook(self, self._leave), always_call=True),

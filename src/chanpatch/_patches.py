@@ -20,6 +20,7 @@ from ._checks import (
     check_mask_type,
     check_operands,
     check_shape_against_trace,
+    inside_vmap,
     no_batch,
     region_lengths,
 )
@@ -123,7 +124,7 @@ class AppliedPatches:
 
     def compare_nan(self, number: int, before: Tensor, after: Tensor) -> None:
         """Gather, on the device, whether a patch brought NaN in."""
-        if self.check_nan and after.is_floating_point():
+        if self.check_nan and after.is_floating_point() and not inside_vmap(after):
             brought = (after.isnan() & ~before.isnan()).any()
             self._nan[number] = self._nan[number] | brought if number in self._nan else brought
 

@@ -29,7 +29,8 @@ from .points import HookPoints
 class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can be registered as one of its kind
     """A twin of a policy: it shares the weights and has the patches inside.
 
-    The twin is a copy of the module tree that holds the very parameters and buffers of the original. Every method
+    The twin is a copy of the module tree that holds the very parameters and buffers of the original; one that is
+    replaced on one side, as by `.to(dtype)`, is replaced on both. Every method
     and every submodule of the twin is patched, the original never is. `isinstance(twin, type(policy))` holds, and
     `state_dict` keys are equal. A root call is the outermost call of a method of the twin, or of one of its
     submodules from outside; a patch that should have run in it and did not is an error. Flags such as `training`
@@ -43,8 +44,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
 
     Raises:
         HookPointError, SiteError: If a site does not exist; all faults at once.
-        UnsupportedModelError: If the policy cannot be copied, or ignores hooks; in a call, if a parameter or buffer
-            was replaced on one side since.
+        UnsupportedModelError: If the policy cannot be copied, or ignores hooks; in a call, if one side got another
+            structure since: other submodules, or other names of parameters.
         UnreachedError, NaNError: In a call, at its end.
 
     Example:
@@ -75,8 +76,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         twin = _copied(copied)
         applied = AppliedPatches(twin, _bound(policy, each), allow_unreached=allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
-            applied.session.calls = policy.calls
-        kind: Any = type(twin)
+            applied.session.method, applied.session.calls = policy.method, policy.calls
+        kind: Any = type(original)  # not the copy's own: a torch.fx.GraphModule makes a class for every instance
         twin.__class__ = _twin_class(kind, frozenset(name for name in _OFFERED if hasattr(original, name)))
         vars(twin)[_STATE] = _TwinState(twin, original, applied, allowed)
         return twin
@@ -251,9 +252,13 @@ class _TwinState:
     def call(self, name: str, function: Callable[..., Any], twin: nn.Module, args: Any, kwargs: Any) -> Any:
         """Run a method of the twin as a root call, unless it is part of one."""
         session = self.applied.session
-        if session.in_method or not session.enabled:
-            session.check_thread()
+        if not session.enabled:
             return function(twin, *args, **kwargs)
+        if session.in_method:
+            session.check_thread()
+            forward = name == session.method == "__call__"  # one of many, perhaps: `generate` runs one per token
+            with session.forward_within((*args, *kwargs.values())) if forward else nullcontext():
+                return function(twin, *args, **kwargs)
         known = name in self._running_methods
         noticing = nullcontext() if known else noticing_calls(self._modules, lambda: self._running_methods.add(name))
         try:

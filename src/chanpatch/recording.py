@@ -16,12 +16,12 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from ._checks import bare_axes, check_shape_against_trace, no_batch, refuse_unhookable
+from ._checks import bare_axes, check_shape_against_trace, inside_vmap, no_batch, refuse_unhookable
 from ._hooks import StopForward, session_for
 from ._lookup import BarePoint, model_of, resolve, sites_of
 from ._regions import read
 from ._typing import Axes, Reduce
-from .errors import BatchAxisError, HookPointError, SiteError, UnreachedError
+from .errors import BatchAxisError, HookPointError, SiteError, UnreachedError, UnsupportedModelError
 from .points import HookPoint, HookPoints, normalised
 from .sites import Site
 
@@ -283,6 +283,13 @@ class _Recorder:
         self, site: Site, point: HookPoint | BarePoint, module: nn.Module | None
     ) -> Callable[[Tensor], Tensor]:
         def record(leaf: Tensor) -> Tensor:
+            if torch._C._current_graph_task_id() != -1:
+                return leaf  # a backward pass computes anew what was recorded, as torch.utils.checkpoint has it do
+            if inside_vmap(leaf):
+                raise UnsupportedModelError(
+                    f"{site!r} cannot be recorded inside torch.vmap, which its record would have to leave. Call the "
+                    "model outside of vmap, on a batch of inputs."
+                )
             if isinstance(point, HookPoint):
                 check_shape_against_trace(leaf, point)
                 axes, batch_axis = point.axes, point.batch_axis

@@ -1,0 +1,138 @@
+"""Edits are pure functions of a region's activation: each against the same arithmetic written out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chanpatch.edits import Add, Clamp, Project, Resample, Scale, Set, donor_rows
+from chanpatch.errors import EditError
+
+REGION = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+CHANNELS = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1)
+
+# An edit, and what it makes of the region, element by element.
+EDITS = {
+    "set a number": (Set(2.5), torch.full((4, 3, 5, 5), 2.5)),
+    "set one vector everywhere": (Set(CHANNELS), torch.stack([torch.full((4, 5, 5), c) for c in (1, -2, 0.5)], 1)),
+    "set all": (Set(REGION.flip(0)), REGION.flip(0)),
+    "add a number": (Add(2.0), REGION + 2),
+    "add a vector": (Add(CHANNELS), torch.stack([REGION[:, i] + c for i, c in enumerate((1, -2, 0.5))], 1)),
+    "add a vector times a coefficient": (
+        Add(CHANNELS, -3.0), torch.stack([REGION[:, i] - 3 * c for i, c in enumerate((1, -2, 0.5))], 1),
+    ),
+    "scale by a number": (Scale(-1.0), -REGION),
+    "scale by a vector": (Scale(CHANNELS), torch.stack([REGION[:, i] * c for i, c in enumerate((1, -2, 0.5))], 1)),
+    "clamp below": (Clamp(low=0.0), torch.where(REGION < 0, 0.0, REGION)),
+    "clamp above": (Clamp(high=0.5), torch.where(REGION > 0.5, 0.5, REGION)),
+    "clamp to both": (Clamp(-0.1, 0.1), REGION.minimum(torch.tensor(0.1)).maximum(torch.tensor(-0.1))),
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(EDITS))
+def edited(request):
+    return EDITS[request.param]
+
+
+def test_an_edit_is_the_arithmetic_written_out(edited):
+    edit, expected = edited
+    torch.testing.assert_close(edit(REGION), expected)
+
+
+def test_an_edit_keeps_shape_and_dtype(edited):
+    edit, _ = edited
+    result = edit(REGION)
+    assert (result.shape, result.dtype) == (REGION.shape, REGION.dtype)
+
+
+def test_an_edit_writes_nothing_in_place(edited):
+    edit, _ = edited
+    given = REGION.clone()
+    edit(given)
+    assert torch.equal(given, REGION)
+
+
+def test_project_removes_one_direction_at_every_place():
+    direction = torch.tensor([3.0, 0.0, 4.0])
+    unit = direction / 5
+    expected = torch.empty_like(REGION)
+    for n in range(4):
+        for row in range(5):
+            for col in range(5):
+                vector = REGION[n, :, row, col]
+                expected[n, :, row, col] = vector - (vector @ unit) * unit
+    torch.testing.assert_close(Project(direction.view(1, 3, 1, 1))(REGION), expected)
+
+
+def test_project_over_several_axes_removes_one_direction_of_their_product():
+    direction = torch.randn(1, 3, 5, 5)
+    unit = direction.flatten() / direction.norm()
+    flat = REGION.flatten(1)
+    expected = (flat - (flat @ unit)[:, None] * unit).view_as(REGION)
+    torch.testing.assert_close(Project(direction)(REGION), expected)
+
+
+def test_projecting_twice_changes_nothing_more():
+    project = Project(CHANNELS)
+    torch.testing.assert_close(project(project(REGION)), project(REGION))
+
+
+def test_project_along_a_direction_of_length_one_removes_everything():
+    torch.testing.assert_close(Project(torch.tensor([[2.0]]))(torch.randn(4, 1)), torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize(("low", "high"), [(None, None), (1.0, 0.0)])
+def test_clamp_refuses_bounds_that_are_missing_or_crossed(low, high):
+    with pytest.raises(EditError, match="Clamp"):
+        Clamp(low, high)
+
+
+def forward(rows: list[int], call: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(rows=torch.tensor(rows), call=call)
+
+
+def test_resample_returns_rows_of_the_reference():
+    reference = torch.arange(30.0).view(10, 3)
+    drawn = Resample(reference, seed=0)(torch.zeros(7, 3), context=forward(list(range(7))))
+    assert all(any(torch.equal(row, donor) for donor in reference) for row in drawn)
+
+
+def test_resample_takes_rows_along_its_batch_axis():
+    reference = torch.arange(30.0).view(3, 10)
+    drawn = Resample(reference, seed=0, batch_axis=1)(torch.zeros(3, 7), context=forward(list(range(7))))
+    donors = donor_rows(0, 0, torch.arange(7), 10)
+    assert torch.equal(drawn, reference[:, donors])
+
+
+def test_a_draw_depends_on_the_row_number_and_not_on_where_the_row_stands():
+    whole = donor_rows(3, 0, torch.arange(20), 50)
+    for rows in ([7], [19, 0], [5, 5, 5], list(range(19, -1, -1))):
+        assert donor_rows(3, 0, torch.tensor(rows), 50).tolist() == whole[rows].tolist()
+
+
+@pytest.mark.parametrize(("seed", "call"), [(4, 0), (3, 1)], ids=["seed", "call"])
+def test_another_seed_or_call_draws_anew(seed, call):
+    assert donor_rows(seed, call, torch.arange(50), 1000).tolist() != donor_rows(3, 0, torch.arange(50), 1000).tolist()
+
+
+def test_the_draw_is_no_part_of_torchs_random_numbers():
+    before = torch.get_rng_state()
+    donor_rows(0, 0, torch.arange(5), 10)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_are_spread_over_all_donors():
+    counts = donor_rows(0, 0, torch.arange(10_000), 10).bincount(minlength=10)
+    assert counts.min() > 900
+    assert counts.max() < 1100
+
+
+def test_no_rows_draw_nothing():
+    assert donor_rows(0, 0, torch.arange(0), 10).tolist() == []
+
+
+@pytest.mark.parametrize("seed", [-1, 2**70])
+def test_any_integer_is_a_seed(seed):
+    assert donor_rows(seed, 0, torch.arange(3), 10).shape == (3,)

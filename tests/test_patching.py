@@ -1,0 +1,693 @@
+"""Every verb against the same computation written out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Categorical, Independent, Normal
+
+from chanpatch._published import forward_context
+from chanpatch.edits import Clamp, Project, Scale, Set, donor_rows
+from chanpatch.errors import BatchAxisError, EditError, NaNError, SiteError, TraceMismatchError, UnreachedError
+from chanpatch.patching import edit, mean_ablate, patch_in, patched, resample_ablate, steer, zero_ablate
+from chanpatch.recording import run_with_cache
+from chanpatch.sites import Site
+from chanpatch.tracing import hook_points
+
+
+class Net(nn.Module):
+    """A small network of which every step can be written out; `run` does, with a change after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, image):
+        return self.fc(self.conv(image).relu().sum((2, 3)))
+
+
+def by_hand(net: Net, image: Tensor, change=lambda hidden: hidden) -> Tensor:
+    """The forward of Net, with the output of the convolution changed."""
+    hidden = change(F.conv2d(image, net.conv.weight, net.conv.bias))
+    return F.linear(hidden.relu().sum((2, 3)), net.fc.weight, net.fc.bias)
+
+
+def convolved(net: Net, image: Tensor) -> Tensor:
+    return F.conv2d(image, net.conv.weight, net.conv.bias)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def image():
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def other():
+    return torch.randn(7, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def points(net, image):
+    return hook_points(net, image)
+
+
+def put(hidden: Tensor, region: Any, new: Any) -> Tensor:
+    """A copy with a region replaced, by torch's own indexing."""
+    changed = hidden.clone()
+    changed[region] = new
+    return changed
+
+
+def channel(number: int) -> tuple[Any, ...]:
+    return (slice(None), slice(number, number + 1))
+
+
+def check(points_or_model, patches, image, expected) -> None:
+    model = getattr(points_or_model, "model", points_or_model)
+    with patched(points_or_model, patches):
+        torch.testing.assert_close(model(image), expected, rtol=0, atol=0)
+
+
+# --- the verbs ---
+
+
+def test_zero_ablate_sets_the_region_to_zero(net, points, image):
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), 0.0))
+    check(points, zero_ablate(points.site("conv", channel=2)), image, expected)
+
+
+def test_a_bare_model_is_patched_the_same(net, image):
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), 0.0))
+    check(net, zero_ablate(Site("conv", channel=2)), image, expected)
+
+
+def test_mean_ablate_sets_the_region_to_its_mean_over_the_reference_inputs(net, points, image, other):
+    _, cache = run_with_cache(points, other, sites="conv")
+    mean = convolved(net, other).mean(0)[2]
+    expected = by_hand(net, image, lambda hidden: put(hidden, (slice(None), 2), mean))
+    with patched(points, mean_ablate(points.site("conv", channel=2), cache)):
+        torch.testing.assert_close(net(image), expected)
+
+
+def test_mean_ablate_over_rows_and_columns_too_sets_one_number_per_channel(net, points, image, other):
+    _, cache = run_with_cache(points, other, sites=points.site("conv", channel=[1, 2]))
+    means = convolved(net, other).mean((0, 2, 3))
+
+    def change(hidden):
+        return put(put(hidden, channel(1), means[1]), channel(2), means[2])
+
+    patch = mean_ablate(points.site("conv", channel=[1, 2]), cache, over=("batch", "row", "col"))
+    with patched(points, patch):
+        torch.testing.assert_close(net(image), by_hand(net, image, change))
+
+
+def test_resample_ablate_puts_the_drawn_row_of_the_reference_in_place_of_each_row(net, points, image, other):
+    _, cache = run_with_cache(points, other, sites="conv")
+    donors = donor_rows(3, 0, torch.arange(4), 7)
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), convolved(net, other)[donors][:, 2:3]))
+    check(points, resample_ablate(points.site("conv", channel=2), cache, seed=3), image, expected)
+
+
+def test_patch_in_puts_the_activation_of_another_run_in_place(net, points, image):
+    corrupted = image.flip(3)
+    _, cache = run_with_cache(points, corrupted, sites="conv")
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), convolved(net, corrupted)[:, 2:3]))
+    check(points, patch_in(points.site("conv", channel=2), cache), image, expected)
+
+
+def test_patching_in_all_of_another_run_gives_that_runs_output(net, points, image):
+    corrupted = image.flip(3)
+    output, cache = run_with_cache(points, corrupted, sites="conv")
+    check(points, patch_in(points.site("conv"), cache), image, output)
+
+
+def test_a_source_of_one_row_is_put_into_every_row(net, points, image, other):
+    _, cache = run_with_cache(points, other[:1], sites="conv")
+    expected = by_hand(net, image, lambda hidden: convolved(net, other[:1]).expand_as(hidden))
+    check(points, patch_in(points.site("conv"), cache), image, expected)
+
+
+def test_steer_adds_the_vector_times_the_coefficient(net, points, image):
+    vector = torch.tensor([1.0, 0.0, -2.0, 3.0]).view(1, 4, 1, 1)
+    expected = by_hand(net, image, lambda hidden: hidden + -1.5 * vector)
+    check(points, steer(points.site("conv"), vector, -1.5), image, expected)
+
+
+def test_steer_takes_a_difference_of_caches(net, points, image, other):
+    clean, corrupted = (run_with_cache(points, x, sites="conv")[1] for x in (other, other.flip(2)))
+    difference = (convolved(net, other).mean(0) - convolved(net, other.flip(2)).mean(0))[None]
+    expected = by_hand(net, image, lambda hidden: hidden + difference)
+    check(points, steer(points.site("conv"), clean.mean() - corrupted.mean()), image, expected)
+
+
+def test_edit_applies_the_users_own_function(net, points, image):
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(1), hidden[:, 1:2].square()))
+    check(points, edit(points.site("conv", channel=1), torch.square), image, expected)
+
+
+@pytest.mark.parametrize(
+    ("one", "change"),
+    [
+        (Set(2.0), lambda region: torch.full_like(region, 2.0)),
+        (Scale(0.5), lambda region: region / 2),
+        (Clamp(high=0.1), lambda region: region.minimum(torch.tensor(0.1))),
+        (Project(torch.ones(1, 2, 1, 1)), lambda region: region - region.mean(1, keepdim=True)),
+    ],
+    ids=["Set", "Scale", "Clamp", "Project"],
+)
+def test_an_edit_object_gets_the_region_and_nothing_else(net, points, image, one, change):
+    pair = (slice(None), [1, 3])
+    expected = by_hand(net, image, lambda hidden: put(hidden, pair, change(hidden[:, [1, 3]])))
+    with patched(points, edit(points.site("conv", channel=[1, 3]), one)):
+        torch.testing.assert_close(net(image), expected)
+
+
+def test_a_region_on_several_axes_is_their_product(net, points, image):
+    def change(hidden):
+        for number in (3, 0):
+            for row in (0, 2):
+                hidden = put(hidden, (slice(None), number, row, slice(1, 3)), 9.0)
+        return hidden
+
+    site = points.site("conv", channel=[3, 0], row=[0, 2], col=slice(1, 3))
+    check(points, edit(site, Set(9.0)), image, by_hand(net, image, change))
+
+
+def test_an_edit_sees_the_indices_in_the_order_they_were_named(net, points, image):
+    site = points.site("conv", channel=[3, 0])
+    operand = torch.tensor([30.0, 0.5]).view(1, 2, 1, 1)
+
+    def change(hidden):
+        return put(put(hidden, channel(3), 30.0), channel(0), 0.5)
+
+    check(points, edit(site, Set(operand)), image, by_hand(net, image, change))
+
+
+def test_patches_of_one_call_apply_in_the_order_given(net, points, image):
+    site = points.site("conv", channel=0)
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(0), hidden[:, :1] * 2 + 1))
+    check(points, [edit(site, Scale(2.0)), steer(site, torch.ones(1, 1, 1, 1))], image, expected)
+
+
+def test_a_later_context_patches_what_an_earlier_one_left(net, points, image):
+    site = points.site("conv", channel=0)
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(0), (hidden[:, :1] + 1) * 2))
+    with patched(points, steer(site, torch.ones(1, 1, 1, 1))):
+        check(points, edit(site, Scale(2.0)), image, expected)
+
+
+def test_closing_a_context_takes_only_its_own_patches_off(net, points, image):
+    outer = patched(points, zero_ablate(points.site("conv", channel=0)))
+    inner = patched(points, zero_ablate(points.site("conv", channel=1)))
+    outer.__enter__(), inner.__enter__()
+    net(image)
+    outer.__exit__(None, None, None)
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(1), 0.0))
+    torch.testing.assert_close(net(image), expected, rtol=0, atol=0)
+    inner.__exit__(None, None, None)
+    torch.testing.assert_close(net(image), by_hand(net, image), rtol=0, atol=0)
+
+
+def test_the_input_of_a_module_is_patched_for_that_module_alone(residual_add):
+    (image,) = residual_add.inputs(2)
+    net = residual_add.module
+    points = hook_points(net, image)
+    stem = net.conv1(image)
+    expected = net.fc(net.relu(stem + net.block(torch.zeros_like(stem))).amax((2, 3)))
+    check(points, zero_ablate(points.site("block.in[0]")), image, expected)
+
+
+def test_one_call_of_a_shared_module_is_patched_and_the_other_is_not(shared_module):
+    (vector,) = shared_module.inputs(3)
+    net = shared_module.module
+    points = hook_points(net, vector)
+    for call, expected in enumerate(
+        [net.fc2(torch.zeros(3, 6)).relu(), torch.zeros(3, 6)],
+    ):
+        check(points, zero_ablate(points.site(f"relu#{call}")), vector, expected)
+
+
+def test_the_other_name_of_a_shared_module_patches_the_same_place(shared_module):
+    (vector,) = shared_module.inputs(3)
+    points = hook_points(shared_module.module, vector)
+    check(points, zero_ablate(points.site("tied")), vector, torch.zeros(3, 6))
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, *, vector, bonus):
+        return self.fc(input=vector) + bonus
+
+
+@pytest.mark.parametrize("name", ['.in["vector"]', 'fc.in["input"]'])
+def test_a_keyword_input_is_patched_by_its_name(name):
+    net, vector, bonus = Keyword(), torch.randn(2, 6), torch.randn(2, 4)
+    points = hook_points(net, vector=vector, bonus=bonus)
+    with patched(points, zero_ablate(points.site(name))):
+        torch.testing.assert_close(net(vector=vector, bonus=bonus), net.fc.bias + bonus, rtol=0, atol=0)
+
+
+def test_an_item_of_a_dict_input_is_patched_and_the_callers_dict_is_not():
+    class Fused(nn.Module):
+        def forward(self, observation):
+            return observation["a"] + observation["b"]
+
+    net, observation = Fused(), {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}
+    points = hook_points(net, observation)
+    with patched(points, zero_ablate(points.site('.in[0]["a"]'))):
+        assert torch.equal(net(observation), torch.ones(2, 3))
+    assert torch.equal(observation["a"], torch.ones(2, 3))
+
+
+def test_a_tensor_inside_a_nested_output_is_patched_and_its_siblings_are_not(dict_output):
+    (vector,) = dict_output.inputs(2)
+    net = dict_output.module
+    points = hook_points(net, vector)
+    hidden = net.encoder.fc(vector).relu()
+    expected = net.head(hidden + torch.zeros_like(hidden)) + hidden.mean(-1)[:, None]
+    with patched(points, zero_ablate(points.site('encoder.out["layers"][1]'))):
+        torch.testing.assert_close(net(vector)["logits"], expected, rtol=0, atol=0)
+
+
+def test_a_distribution_is_patched_through_the_parameter_it_was_built_with(tuple_output):
+    (vector,) = tuple_output.inputs(2)
+    net = tuple_output.module
+    points = hook_points(net, vector)
+    normalised = net.policy_head(net.body(vector).relu()).log_softmax(-1)
+    expected = Categorical(logits=put(normalised, (slice(None), 1), -20.0))
+    with patched(points, edit(points.site(".out[0].logits", feature=1), Set(-20.0))):
+        found, value = net(vector)
+    torch.testing.assert_close(found.probs, expected.probs)
+    assert torch.equal(value, net(vector)[1])
+
+
+def test_a_distribution_inside_a_distribution_is_patched():
+    class Gaussian(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean = nn.Linear(6, 2)
+
+        def forward(self, vector):
+            mean = self.mean(vector)
+            return Independent(Normal(mean, mean.exp()), 1)
+
+    net, vector = Gaussian(), torch.randn(3, 6)
+    points = hook_points(net, vector)
+    with patched(points, zero_ablate(points.site(".out.base_dist.loc"))):
+        found = net(vector)
+    assert torch.equal(found.mean, torch.zeros(3, 2))
+    assert torch.equal(found.base_dist.scale, net.mean(vector).exp())
+
+
+# --- where ---
+
+
+MASKS = {
+    "some rows": torch.tensor([True, False, False, True]).view(4, 1, 1, 1),
+    "some places": (torch.arange(4) > 1).view(1, 1, 4, 1),
+    "every element": torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(5)) > 0,
+    "one cell of each row": (torch.arange(16).view(1, 1, 4, 4) == torch.tensor([3, 0, 15, 7]).view(4, 1, 1, 1)),
+    "nothing": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
+}
+
+
+@pytest.fixture(params=list(MASKS))
+def mask(request):
+    return MASKS[request.param]
+
+
+def test_where_leaves_the_elements_that_it_does_not_choose(net, points, image, mask):
+    def change(hidden):
+        chosen = mask.expand(4, 1, 4, 4)
+        return put(hidden, channel(1), torch.where(chosen, torch.zeros(()), hidden[:, 1:2]))
+
+    check(points, zero_ablate(points.site("conv", channel=1), where=mask), image, by_hand(net, image, change))
+
+
+def test_where_as_a_function_of_the_context_is_the_mask_it_returns(net, points, image, mask):
+    def change(hidden):
+        return put(hidden, channel(1), torch.where(mask.expand(4, 1, 4, 4), torch.zeros(()), hidden[:, 1:2]))
+
+    patch = zero_ablate(points.site("conv", channel=1), where=lambda context: mask)
+    check(points, patch, image, by_hand(net, image, change))
+
+
+def test_where_may_ask_for_the_inputs_of_the_root_call(net, points, image):
+    bright = image.sum((1, 2, 3)) > 0
+
+    def change(hidden):
+        return torch.where(bright.view(4, 1, 1, 1), torch.zeros(()), hidden)
+
+    patch = zero_ablate(points.site("conv"), where=lambda c: (c.inputs[0].sum((1, 2, 3)) > 0).view(-1, 1, 1, 1))
+    check(points, patch, image, by_hand(net, image, change))
+    assert bright.unique().numel() == 2
+
+
+def test_where_may_ask_for_the_step_and_the_row_numbers(net, points, image):
+    def late_odd_rows(context):
+        return ((context.rows % 2 == 1) & (context.step == 3)).view(-1, 1, 1, 1)
+
+    site = points.site("conv")
+    odd = by_hand(net, image, lambda hidden: put(hidden, ([1, 3],), 0.0))
+    with patched(points, zero_ablate(site, where=late_odd_rows)):
+        for step, expected in ((2, by_hand(net, image)), (3, odd)):
+            with forward_context(step=step, rows=[10, 11, 12, 13]):
+                torch.testing.assert_close(net(image), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("counted", ["mask of rows", "mask of places", "function"])
+def test_the_ledger_counts_the_rows_and_elements_that_where_chose(net, points, image, counted):
+    rows, places = torch.tensor([True, False, True, True]).view(4, 1, 1, 1), (torch.arange(4) > 0).view(1, 1, 1, 4)
+    where, chosen_rows, elements = {
+        "mask of rows": (rows, 3, 3 * 2 * 16),
+        "mask of places": (places, 4, 4 * 2 * 12),
+        "function": (lambda context: rows & places, 3, 3 * 2 * 12),
+    }[counted]
+    with patched(points, zero_ablate(points.site("conv", channel=[0, 1]), where=where)) as ledger:
+        net(image)
+    record = ledger.to_records()[0]
+    assert (record["firings"], record["rows"], record["elements"]) == (1, chosen_rows, elements)
+
+
+def test_where_that_asks_for_rows_without_a_proved_batch_is_refused():
+    points = hook_points(nn.Sequential(nn.Linear(6, 4)), torch.randn(6))
+    patch = zero_ablate(points.site("0"), where=lambda context: context.rows > 0)
+    with pytest.raises(BatchAxisError, match="asks for rows"), patched(points, patch):
+        points.model(torch.randn(6))
+
+
+def test_row_numbers_that_do_not_fit_the_forward_are_refused(net, points, image):
+    patch = edit(points.site("conv"), lambda activation, *, context: activation * (context.rows.sum() > 0))
+    with (
+        pytest.raises(TraceMismatchError, match="sees 4 rows, but 3"),
+        patched(points, patch),
+        forward_context(rows=[0, 1, 2]),
+    ):
+        net(image)
+
+
+# --- the context of an edit ---
+
+
+def test_an_edit_with_a_context_is_told_inputs_step_rows_and_call(shared_module):
+    (vector,) = shared_module.inputs(3)
+    points = hook_points(shared_module.module, vector)
+    told = []
+
+    def ask(activation, *, context):
+        told.append((context.inputs[0] is vector, context.step, context.rows.tolist(), context.call))
+        return activation
+
+    with patched(points, [edit(points.site("relu#0"), ask), edit(points.site("relu#1"), ask)]):
+        shared_module.module(vector)
+        with forward_context(step=9, rows=torch.tensor([4, 5, 6])):
+            shared_module.module(vector)
+    assert told == [(True, None, [0, 1, 2], call) for call in (0, 1)] + [(True, 9, [4, 5, 6], c) for c in (0, 1)]
+
+
+def test_an_edit_with_a_positional_parameter_called_context_gets_none(net, points, image):
+    def halve(activation, context=2):
+        return activation / context
+
+    check(points, edit(points.site("conv"), halve), image, by_hand(net, image, lambda hidden: hidden / 2))
+
+
+def test_a_random_edit_does_not_depend_on_the_order_of_the_rows(net, points, image, other):
+    _, cache = run_with_cache(points, other, sites="conv")
+    patch = resample_ablate(points.site("conv", channel=[1, 2]), cache, seed=0)
+    order = [2, 0, 3, 1]
+    with patched(points, patch):
+        whole = net(image)
+        with forward_context(rows=order):
+            shuffled = net(image[order])
+    torch.testing.assert_close(shuffled, whole[order])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_random_edit_does_not_depend_on_how_rows_are_cut_into_forwards(net, points, image, other, size):
+    _, cache = run_with_cache(points, other, sites="conv")
+    patch = resample_ablate(points.site("conv", channel=[1, 2]), cache, seed=0)
+    with patched(points, patch):
+        whole = net(image)
+        parts = []
+        for start in range(0, 4, size):
+            with forward_context(rows=range(start, min(start + size, 4))):
+                parts.append(net(image[start : start + size]))
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+# --- gradients ---
+
+
+CHANGES = {
+    "set": (lambda site: edit(site, Set(1.0)), lambda region: torch.ones_like(region)),
+    "scale": (lambda site: edit(site, Scale(-2.0)), lambda region: region * -2),
+    "users own": (lambda site: edit(site, torch.tanh), torch.tanh),
+    "identity": (lambda site: edit(site, lambda activation: activation), lambda region: region),
+}
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+@pytest.mark.parametrize("chosen", [[2], [3, 0]], ids=["slice", "list"])
+def test_gradients_through_a_patch_are_those_of_the_computation_written_out(net, points, image, name, chosen):
+    patch, change = CHANGES[name]
+    with patched(points, patch(points.site("conv", channel=chosen))):
+        net(image).square().sum().backward()
+    found = [parameter.grad.clone() for parameter in net.parameters()]
+    net.zero_grad()
+    by_hand(net, image, lambda h: put(h, (slice(None), chosen), change(h[:, chosen]))).square().sum().backward()
+    for one, parameter in zip(found, net.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad)
+
+
+def test_gradients_flow_to_the_operand_of_a_patch(net, points, image):
+    vector = torch.zeros(1, 4, 1, 1, requires_grad=True)
+    with patched(points, steer(points.site("conv"), vector, 2.0)):
+        net(image).sum().backward()
+    expected = torch.zeros(1, 4, 1, 1, requires_grad=True)
+    by_hand(net, image, lambda hidden: hidden + 2.0 * expected).sum().backward()
+    torch.testing.assert_close(vector.grad, expected.grad)
+    assert vector.grad.abs().sum() > 0
+
+
+def test_gradients_are_masked_by_where(net, points, image):
+    where = (torch.arange(4) < 2).view(4, 1, 1, 1)
+    image.requires_grad_()
+    with patched(points, zero_ablate(points.site("conv"), where=where)):
+        net(image).sum().backward()
+    assert not image.grad[:2].any()
+    assert image.grad[2:].any()
+
+
+# --- modes and dtypes ---
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_patch_works_in_every_gradient_mode(net, points, image, mode):
+    with mode():
+        expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), 0.0))
+        check(points, zero_ablate(points.site("conv", channel=2)), image, expected)
+
+
+@pytest.mark.parametrize("verb", ["zero", "steer", "patch in"])
+def test_a_model_in_float64_is_patched_in_float64(net, image, verb):
+    net.double(), (image := image.double())
+    points = hook_points(net, image)
+    operand = torch.ones(1, 4, 1, 1, dtype=torch.float64)
+    patch, change = {
+        "zero": (zero_ablate(points.site("conv")), torch.zeros_like),
+        "steer": (steer(points.site("conv"), operand), lambda hidden: hidden + 1),
+        "patch in": (patch_in(points.site("conv"), operand), torch.ones_like),
+    }[verb]
+    expected = by_hand(net, image, change)
+    assert expected.dtype == torch.float64
+    check(points, patch, image, expected)
+
+
+def test_an_operand_of_another_dtype_is_refused_when_the_patch_is_made(net, image):
+    points = hook_points(net.double(), image.double())
+    with pytest.raises(EditError, match=r"float32 on cpu, but the region is torch.float64.*Convert it"):
+        steer(points.site("conv"), torch.ones(1, 4, 1, 1))
+
+
+def test_a_patch_under_autocast_is_in_the_dtype_of_the_forward(net, image):
+    with torch.autocast("cpu", torch.bfloat16):
+        points = hook_points(net, image)
+        assert points["conv"].dtype == torch.bfloat16
+        expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), 0.0))
+        check(points, zero_ablate(points.site("conv", channel=2)), image, expected)
+
+
+def test_a_cache_recorded_under_autocast_is_patched_in_under_autocast(net, image):
+    with torch.autocast("cpu", torch.bfloat16):
+        output, cache = run_with_cache(net, image.flip(3), sites="conv")
+        check(net, patch_in(Site("conv"), cache), image, output)
+
+
+def test_a_model_in_train_mode_is_patched_with_its_own_random_numbers():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.Linear(8, 4))
+    vector = torch.randn(5, 6)
+    points = hook_points(net, vector)
+    torch.manual_seed(3)
+    dropped = F.dropout(net[0](vector))
+    torch.manual_seed(3)
+    check(points, zero_ablate(points.site("1", feature=0)), vector, net[2](put(dropped, (slice(None), 0), 0.0)))
+
+
+def test_integers_are_patched_as_integers():
+    net = nn.Sequential(nn.Embedding(9, 4))
+    tokens = torch.tensor([[1, 2], [3, 4]])
+    points = hook_points(net, tokens)
+    check(points, zero_ablate(points.site("0.in[0]", axis1=1)), tokens, net(torch.tensor([[1, 0], [3, 0]])))
+
+
+# --- refusals ---
+
+
+def test_a_reference_of_integers_has_no_mean(plain_cnn):
+    points = hook_points(plain_cnn.module, *plain_cnn.inputs(2))
+    with pytest.raises(EditError, match="has no mean"):
+        mean_ablate(points.site("fc"), torch.ones(2, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("verb", [mean_ablate, patch_in, steer])
+def test_a_cache_that_holds_another_site_is_refused(net, points, image, verb):
+    _, cache = run_with_cache(points, image, sites="fc")
+    with pytest.raises(EditError, match=r"holds neither Site\('conv'\) nor its whole hook point"):
+        verb(points.site("conv"), cache)
+
+
+def test_rows_of_an_untraced_site_are_refused(net, image):
+    with pytest.raises(BatchAxisError, match="proves the batch axis"):
+        resample_ablate(Site("conv"), torch.ones(4, 4, 4, 4), seed=0)
+
+
+def test_a_mean_over_an_axis_that_does_not_exist_is_refused(points):
+    with pytest.raises(SiteError, match=r"mean_ablate over \['head'\]"):
+        mean_ablate(points.site("conv"), torch.ones(2, 4, 4, 4), over=("head",))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda region: region[:, :1], "returned shape"),
+        (lambda region: region.double(), "returned dtype torch.float64"),
+        (lambda region: None, "returned NoneType"),
+        (lambda region: region.to("meta"), "returned device meta"),
+    ],
+    ids=["shape", "dtype", "none", "device"],
+)
+def test_a_result_that_does_not_fit_is_refused_and_nothing_is_written(net, points, image, bad, message):
+    with pytest.raises(EditError, match=message), patched(points, edit(points.site("conv"), bad)):
+        net(image)
+    torch.testing.assert_close(net(image), by_hand(net, image), rtol=0, atol=0)
+
+
+def test_an_edit_that_raises_half_way_leaves_the_activation_as_it_was(net, points, image):
+    kept = []
+    net.conv.register_forward_hook(lambda module, args, output: kept.append(output))  # the tensor before the patches
+
+    def half(activation):
+        activation[:, 0]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), patched(points, [zero_ablate(points.site("conv", channel=1)),
+                                                            edit(points.site("conv"), half)]):  # fmt: skip
+        net(image)
+    torch.testing.assert_close(kept[0], convolved(net, image), rtol=0, atol=0)
+
+
+def test_the_activation_that_others_hold_is_never_written_to(net, points, image):
+    kept = []
+    net.conv.register_forward_hook(lambda module, args, output: kept.append(output))
+    with patched(points, [zero_ablate(points.site("conv", channel=1)), edit(points.site("conv", row=0), Scale(3.0))]):
+        net(image)
+    torch.testing.assert_close(kept[0], convolved(net, image), rtol=0, atol=0)
+
+
+def test_the_operand_of_a_patch_is_never_written_to():
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True))
+    vector, source = torch.randn(2, 6), -torch.ones(1, 4)
+    points = hook_points(net, vector)
+    with patched(points, patch_in(points.site("0"), source)):
+        assert not net(vector).any()
+    assert torch.equal(source, -torch.ones(1, 4))
+
+
+def test_a_source_with_the_rows_of_the_run_is_not_written_to_by_what_follows():
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(inplace=True))
+    vector, source = torch.randn(2, 6), -torch.ones(2, 4)
+    points = hook_points(net, vector)
+    with torch.no_grad(), patched(points, patch_in(points.site("0"), source)):
+        net(vector)
+    assert torch.equal(source, -torch.ones(2, 4))
+
+
+def test_nan_that_an_edit_brought_in_names_the_patch(net, points, image):
+    with (
+        pytest.raises(NaNError, match=r"Patch\(Site\('conv', channel=1\), Scale\) brought NaN"),
+        patched(
+            points,
+            [zero_ablate(points.site("conv", channel=0)), edit(points.site("conv", channel=1), Scale(float("nan")))],
+        ),
+    ):
+        net(image)
+
+
+def test_nan_that_was_there_before_is_not_laid_on_the_patch(net, points, image):
+    image[0, 0, 0, 0] = float("nan")
+    with patched(points, edit(points.site("conv"), Scale(2.0))):
+        assert net(image).isnan().any()
+
+
+def test_nan_is_let_through_where_it_is_asked_for(net, points, image):
+    with patched(points, edit(points.site("conv"), Set(float("nan"))), check_nan=False):
+        assert net(image).isnan().all()
+
+
+def test_nan_in_elements_that_where_leaves_out_is_no_fault(net, points, image):
+    odd = (torch.arange(4) % 2 == 1).view(4, 1, 1, 1)
+    poison = torch.where(odd, 1.0, float("nan"))
+    with patched(points, edit(points.site("conv"), lambda region: region * poison, where=odd)):
+        torch.testing.assert_close(net(image), by_hand(net, image), rtol=0, atol=0)
+
+
+def test_infinity_is_no_fault(points, net, image):
+    with patched(points, edit(points.site("fc", feature=0), Set(float("-inf")))):
+        assert net(image)[:, 0].isneginf().all()
+
+
+def test_a_forward_that_has_another_shape_than_the_trace_is_refused(net, points):
+    with (
+        pytest.raises(TraceMismatchError, match=r"'conv' has shape \(4, 4, 6, 6\)"),
+        patched(points, zero_ablate(points.site("conv"))),
+    ):
+        net(torch.randn(4, 3, 8, 8))
+
+
+def test_a_bare_model_takes_any_shape(net):
+    with patched(net, zero_ablate(Site("conv", channel=1))):
+        net(torch.randn(4, 3, 8, 8)), net(torch.randn(2, 3, 6, 6))
+
+
+def test_a_site_that_is_not_on_the_path_is_told_with_all_others(net):
+    net.unused, net.also = nn.Linear(2, 2), nn.Linear(2, 2)
+    with (
+        pytest.raises(UnreachedError, match="patches at 'unused', 'also' never ran"),
+        patched(net, [zero_ablate(Site(name)) for name in ("unused", "conv", "also")]),
+    ):
+        net(torch.randn(1, 3, 6, 6))
