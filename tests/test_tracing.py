@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from chanpatch._hooks import tap
+from chanpatch._taps import tap
 from chanpatch.errors import HookPointError, SiteError, UnsupportedModelError
 from chanpatch.tracing import hook_points
 

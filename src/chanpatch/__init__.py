@@ -1,7 +1,7 @@
 """Activation patching on any torch module: hook points, contrasts, channel-sum probes, ablation and patch policies."""
 
-from ._hooks import tap
 from ._patches import Patch
+from ._taps import tap
 from .patching import edit, mean_ablate, patch_in, patched, resample_ablate, steer, zero_ablate
 from .points import HookPoint, HookPoints
 from .policies import PatchedPolicy

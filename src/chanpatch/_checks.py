@@ -50,7 +50,7 @@ def check_shape_against_trace(leaf: Tensor, point: HookPoint) -> None:
         raise TraceMismatchError(
             f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward, but axes "
             f"({', '.join(point.axes)}) = ({lengths}) in the trace. Trace inputs like these with "
-            f"hook_points(); for inputs of many lengths, patch the model with a site that has no trace: Site('{point.name}')."
+            f"hook_points(); for inputs of many lengths, use a site that has no trace: Site('{point.name}')."
         )
 
 

@@ -24,11 +24,11 @@ from ._checks import (
     no_batch,
     region_lengths,
 )
-from ._hooks import Session, session_for
 from ._ledger import Ledger, edit_name
 from ._lookup import BarePoint, bound, model_of, resolve
 from ._published import published
 from ._regions import Positions, read, written
+from ._sessions import Session, session_for
 from ._typing import Axes, Mask
 from .edits import Edit
 from .errors import BatchAxisError, ChanpatchError, EditError, NaNError, TraceMismatchError, UnreachedError

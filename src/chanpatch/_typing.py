@@ -13,3 +13,5 @@ Axes: TypeAlias = tuple[str, ...]
 Index: TypeAlias = "int | slice | Sequence[int] | Sequence[bool] | range | Tensor | np.ndarray[Any, Any]"
 Reduce: TypeAlias = 'Literal["sum", "mean", "max"] | tuple[str, str]'
 Mask: TypeAlias = "Tensor | Callable[..., Tensor]"
+Stage: TypeAlias = Literal["before", "patch", "after"]
+STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # of what listens at one place, in the order of its turn

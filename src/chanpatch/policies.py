@@ -29,8 +29,7 @@ from .points import HookPoints
 class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can be registered as one of its kind
     """A twin of a policy: it shares the weights and has the patches inside.
 
-    The twin is a copy of the module tree that holds the very parameters and buffers of the original; one that is
-    replaced on one side, as by `.to(dtype)`, is replaced on both. Every method
+    The twin is a copy of the module tree that holds the very parameters and buffers of the original. Every method
     and every submodule of the twin is patched, the original never is. `isinstance(twin, type(policy))` holds, and
     `state_dict` keys are equal. A root call is the outermost call of a method of the twin, or of one of its
     submodules from outside; a patch that should have run in it and did not is an error. Flags such as `training`
@@ -44,8 +43,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
 
     Raises:
         HookPointError, SiteError: If a site does not exist; all faults at once.
-        UnsupportedModelError: If the policy cannot be copied, or ignores hooks; in a call, if one side got another
-            structure since: other submodules, or other names of parameters.
+        UnsupportedModelError: If the policy cannot be copied, or ignores hooks; in a call, if a parameter, a
+            buffer or a submodule was replaced on one side since.
         UnreachedError, NaNError: In a call, at its end.
 
     Example:
@@ -187,14 +186,8 @@ def _bound(policy: nn.Module | HookPoints, patches: tuple[Patch, ...]) -> tuple[
 
 
 def _copied(policy: nn.Module) -> nn.Module:
-    """Return a copy of the module tree, without hooks of ours, that has the parameters and buffers of the original.
-
-    The very dicts that hold them are shared, so that one that is replaced, as `.to(dtype)` does, is on both sides.
-    """
-    shared: dict[int, Any] = {id(result): result for result in _results(policy)}
-    for module in policy.modules():
-        held = (module._parameters, module._buffers, *module._parameters.values(), *module._buffers.values())
-        shared |= {id(item): item for item in (*held, vars(module).get("_flat_weights"))}  # the last one as LSTMs do
+    """Return a copy of the module tree, without hooks of ours, that holds the very parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers(), *_results(policy))}
     plain = _without_patches(policy) if _STATE in vars(policy) else policy
     try:
         twin = copy.deepcopy(plain, shared)
@@ -242,8 +235,10 @@ class _TwinState:
         self.original, self.applied, self.allowed = original, applied, allowed
         self._modules = set(twin.modules())
         self._running_methods: set[str] = {"__call__", "forward"}
-        self._structure = [(name, module, _structure(module)) for side in (twin, original)
-                           for name, module in side.named_modules()]  # fmt: skip
+        self._pairs = [
+            (name, module, other, {**module._modules}, {**other._modules})
+            for (name, module), other in zip(twin.named_modules(), original.modules(), strict=True)
+        ]
         self._inside = _patches_by_module(twin, applied)
         session = applied.session
         session.on_begin, session.on_end = self._begin, self._end
@@ -270,13 +265,13 @@ class _TwinState:
 
     def _begin(self) -> None:
         self.applied.forget()
-        for name, module, structure in self._structure:
-            if _structure(module) != structure:
-                where = f"'{name}' of the policy" if name else "The policy"
-                raise UnsupportedModelError(
-                    f"{where} or of its twin has other submodules, or other names of parameters, than when the twin "
-                    "was made, so the two are no longer one model. Make the twin anew: PatchedPolicy(policy, patches)."
-                )
+        for name, module, other, children, other_children in self._pairs:
+            if module._modules != children or other._modules != other_children:
+                raise UnsupportedModelError(_replaced(f"A submodule of '{name}'" if name else "A submodule"))
+            for held, originally in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+                for key in held.keys() | originally.keys():
+                    if key not in held or held[key] is not originally.get(key, held):
+                        raise UnsupportedModelError(_replaced(f"'{name}.{key}'" if name else f"'{key}'"))
 
     def _end(self, opener: object) -> None:
         self.applied.raise_nan()
@@ -291,8 +286,11 @@ class _TwinState:
         self.applied.raise_unreached(names, f"in {method}()", f" If it need not run there: allow_unreached={names!r}.")
 
 
-def _structure(module: nn.Module) -> tuple[Any, ...]:
-    return {**module._modules}, [*module._parameters], [*module._buffers]
+def _replaced(what: str) -> str:
+    return (
+        f"{what} of the policy, or of its twin, was replaced since the twin was made, so the two no longer share all "
+        "weights. Make the twin anew: PatchedPolicy(policy, patches)."
+    )
 
 
 def _patches_by_module(twin: nn.Module, applied: AppliedPatches) -> dict[nn.Module, set[int]]:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import bare_axes, check_shape_against_trace, inside_vmap, no_batch, refuse_unhookable
-from ._hooks import StopForward, session_for
 from ._lookup import BarePoint, model_of, resolve, sites_of
 from ._regions import read
+from ._sessions import StopForward, session_for
 from ._typing import Axes, Reduce
 from .errors import BatchAxisError, HookPointError, SiteError, UnreachedError, UnsupportedModelError
 from .points import HookPoint, HookPoints, normalised
