@@ -12,8 +12,14 @@
 | `weights/` | the policy that is shipped, with its model card |
 | `channels.py` | the sums of a hook point's channels, and the channel that tells a direction best |
 | `ablation.py` | the same levels and draws with and without a channel: rollouts kept on disk, counts, intervals |
+| `episodes.py` | what a policy did on every level, as arrays |
+| `exact.py` | every level as a Markov chain: probabilities without sampling, and walks with a rollout's own draws |
+| `tables.py` | the policy's action probabilities in every state, for many interventions at once |
+| `evaluation.py` | how well a policy does and where it goes, by size and place of the cheese, for `evaluate.py` |
+| `results.py` | results on disk, written atomically |
 | `figures.py` | pictures of what came out |
 | `study.py` | the experiment from end to end, for `maze_goal_misgen.py` |
+| `evaluate.py` | a command: `python examples/maze/evaluate.py --help` |
 
 Cells are (row, col) of the inner maze and row 0 is the bottom row, as in procgen and in its image.
 """

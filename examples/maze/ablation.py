@@ -6,16 +6,11 @@ an interrupted run goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
 from chanpatch import HookPoints, PatchedPolicy, rollout, zero_ablate
@@ -28,26 +23,10 @@ from chanpatch.statistics import (
     wilson_interval,
 )
 from maze.environment import MazeVectorEnv
-
-STEPS = 256
-ORIGINAL = "original"
+from maze.episodes import ORIGINAL, STEPS, Episodes, padded
+from maze.results import replaced
 
 _MOST_ENVS = 256  # sub-environments of one wave
-
-
-@dataclass(frozen=True)
-class Episodes:
-    """What one policy did on every level.
-
-    Attributes:
-        found: bool (level,), whether the mouse got to the cheese.
-        lengths: int (level,), steps until the cheese or the cut.
-        actions: int8 (level, step), -1 after the end.
-    """
-
-    found: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
-    actions: NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -124,11 +103,6 @@ def compare(episodes: Mapping[str, Episodes], channels: Mapping[str, int], chose
     return comparisons
 
 
-def settings_key(settings: Mapping[str, Any]) -> str:
-    """A short name for settings: equal for equal settings only."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-
-
 def _episodes(name: str, policy: nn.Module, envs: MazeVectorEnv, sampling_seed: int, file: Path) -> Episodes:
     if file.exists():
         print(f"  {name}: kept from before", flush=True)
@@ -136,11 +110,7 @@ def _episodes(name: str, policy: nn.Module, envs: MazeVectorEnv, sampling_seed: 
             return Episodes(arrays["found"], arrays["lengths"], arrays["actions"])
     print(f"  {name}", flush=True)
     done = rollout(policy, envs, range(len(envs.levels)), max_steps=STEPS, sampling_seed=sampling_seed)
-    actions = np.full((len(done), STEPS), -1, dtype=np.int8)
-    for row, taken in zip(actions, done.actions, strict=True):
-        row[: len(taken)] = taken
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        np.savez_compressed(stream, found=done.terminated, lengths=done.lengths, actions=actions)
-    os.replace(partial, file)
+    actions = padded(done.actions)
+    with replaced(file) as partial:
+        np.savez_compressed(partial, found=done.terminated, lengths=done.lengths, actions=actions)
     return Episodes(done.terminated, done.lengths, actions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +15,9 @@ from chanpatch.statistics import PairedCounts
 from maze.ablation import Comparison
 from maze.environment import MazeVectorEnv
 from maze.states import read_mazes
+
+if TYPE_CHECKING:
+    from maze.evaluation import Score
 
 _STYLES = (("tab:blue", "-", "o"), ("tab:orange", "--", "s"))
 
@@ -109,3 +112,28 @@ def draw_differences(axes: Axes, comparisons: Sequence[Comparison]) -> None:
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlabel("percentage points more levels with the cheese found\nthan by the original, 95% interval")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def evaluation_figure(scores: Sequence[Score], title: str) -> Figure:
+    """Sampled scores against the size of the maze: the cheese found, and the ways taken at the decision square."""
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    panels = {
+        "found": "P(cheese within 256 steps)",
+        "to_cheese": "decision square: P(first to the cheese)",
+        "to_corner": "decision square: P(first to the corner)",
+    }
+    places = list(dict.fromkeys(score.cheese for score in scores))
+    sizes = sorted({score.size for score in scores})
+    for axes, (measure, label) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for number, place in enumerate(places):
+            drawn = [s for s in scores if (s.cheese, s.measure, s.actions) == (place, measure, "sampled")]
+            drawn.sort(key=lambda score: score.size)
+            size = np.array([score.size for score in drawn]) + 0.15 * (number - len(places) / 2)  # side by side
+            mean, low, high = ([getattr(s.mean, name) for s in drawn] for name in ("estimate", "low", "high"))
+            (line,) = axes.plot(size, mean, "os^Dv"[number % 5] + "-", label=place)
+            axes.vlines(size, low, high, color=line.get_color(), linewidth=2)
+        axes.set(xlabel="side of the maze", title=label, xticks=sizes, ylim=(-0.02, 1.02))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(title="cheese", frameon=False, loc="lower left")
+    figure.suptitle(title)
+    return figure

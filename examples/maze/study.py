@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import platform
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-import chanpatch
 from chanpatch import HookPoints, hook_points
 from chanpatch.errors import ChanpatchError
 from chanpatch.statistics import Interval
-from maze.ablation import ORIGINAL, STEPS, Comparison, Episodes, compare, play, settings_key, zeroed
+from maze.ablation import Comparison, compare, play, zeroed
 from maze.channels import ChannelChoice, choose_channel, pair_sums
+from maze.episodes import ORIGINAL, STEPS, Episodes
 from maze.figures import ablation_figure
 from maze.levels import LevelError, draw_levels, observe, policy_input
 from maze.paths import Direction, first_steps
 from maze.policy import WeightsError, load_policy
 from maze.requirements import MissingRequirement
+from maze.results import replace_table, replace_text, replaced, settings_key, versions
 from maze.states import Mazes, read_mazes
 
 _CHOICE_LEVELS = 500  # mazes that the channel is chosen on
@@ -80,7 +78,7 @@ def run(settings: Settings) -> Path:
 
     controls = _controls(choice, settings.controls, control_seed)
     channels = {_name(channel): channel for channel in (choice.channel, *controls)}
-    known = {**_plain(settings), "weights": weights["sha256"], "versions": _versions()}
+    known = {**_plain(settings), "weights": weights["sha256"], "versions": versions()}
     folder = settings.out / f"ablation-size{settings.size}-n{settings.n}-seed{settings.seed}-{settings_key(known)}"
     print(f"\nSize {settings.size}, cheese in the bottom right corner, {settings.n} levels, {STEPS} steps at most:")
     policies: dict[str, nn.Module] = {ORIGINAL: policy}
@@ -169,15 +167,6 @@ def _plain(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in asdict(settings).items() if name not in ("out", "weights")}
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "chanpatch": chanpatch.__version__,
-    }
-
-
 def _write(
     folder: Path,
     summary: Mapping[str, Any],
@@ -187,9 +176,9 @@ def _write(
     settings: Settings,
 ) -> None:
     """Write every result under a temporary name first; the parts are not needed any more then."""
-    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _replace_table(folder / "table.csv", [_row(each) for each in comparisons])
-    _replace_table(
+    replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    replace_table(folder / "table.csv", [_row(each) for each in comparisons])
+    replace_table(
         folder / "episodes.csv",
         (
             {"policy": name, "level": level, "found": int(found), "steps": int(steps)}
@@ -205,9 +194,8 @@ def _write(
         f"{settings.site}: one channel zeroed, mazes of size {settings.size}, cheese in the bottom right corner "
         f"(level {shown} of {len(levels)} is drawn)",
     )
-    partial = folder / "ablation.partial.png"
-    figure.savefig(partial, dpi=110)
-    os.replace(partial, folder / "ablation.png")
+    with replaced(folder / "ablation.png") as partial:
+        figure.savefig(partial, dpi=110)
     shutil.rmtree(folder / "parts")
 
 
@@ -235,23 +223,6 @@ def _row(each: Comparison) -> dict[str, Any]:
         "difference_low": each.difference.low,
         "difference_high": each.difference.high,
     }
-
-
-def _replace(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, file)
-
-
-def _replace_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    rows = list(rows)
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, file)
 
 
 def _print_table(comparisons: Sequence[Comparison], settings: Settings) -> None:

@@ -1,0 +1,83 @@
+"""How often a maze policy finds the cheese, and which way it takes where the ways to the cheese and the corner part.
+
+Every number is exact for its levels: a policy without memory is a Markov chain on a level, so the probability of
+reaching the cheese within 256 steps is computed and not sampled. The intervals (95%) are about the choice of levels.
+
+  found      the mouse gets to the cheese within 256 steps
+  corner     it passes the top right corner before
+  decision   it stands where the way to the cheese and the way to the corner part: which does it take first?
+
+Each is told for sampled actions and for greedy ones (the likeliest action, always). The cheese is put
+
+  in distribution       on a random square of the top right 5x5, where it was in training
+  out of distribution   on a random square anywhere else
+  top left, top right, bottom right     in that corner
+
+and the same mazes are used for all of these. Results go to a folder that is named for the settings: summary.json,
+table.csv, table.md, levels.csv, evaluation.png. Interrupt it at any time; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python examples/maze/evaluate.py                               the shipped weights, about 10 minutes on one core
+  python examples/maze/evaluate.py --weights mine.safetensors
+  python examples/maze/evaluate.py --n 200 --sizes 3,5,...,25    every size: about an hour
+  python examples/maze/evaluate.py --n 40 --sizes 15 --cheese "in distribution" "bottom right"    a first look
+"""
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--weights", type=Path, help="a .pth or .safetensors file, of any width (default: the shipped weights)"
+    )
+    parser.add_argument(
+        "--n", type=int, default=100, help="levels of each size and place of the cheese (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sizes", default="9,15,25", help="sides of the mazes, odd, 3 to 25; 3,5,...,25 is all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cheese", nargs="+", metavar="PLACE", help="places of the cheese, each in quotes (default: all five)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the levels (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder for the results (default: %(default)s)"
+    )
+    return parser
+
+
+def main() -> int:
+    """Evaluate; return the exit status."""
+    given = vars(arguments().parse_args())
+    try:
+        from maze.evaluation import PLACES, Settings, run, sizes_in  # so that --help answers at once
+        from maze.study import USER_ERRORS
+    except ImportError as error:
+        print(f"error: {error}. Type: make study (or see 'Install' in the README)", file=sys.stderr)
+        return 2
+    try:
+        given["sizes"] = sizes_in(given["sizes"])
+        given["cheese"] = tuple(given["cheese"] or PLACES)
+        run(Settings(**given))
+    except KeyboardInterrupt:
+        print("\nInterrupted. What is done is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    if not __package__:  # run as a file: what is imported as `maze` lies one folder up
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Results on disk: a file is written beside its place first, so that it is never half there.
+
+with replaced(folder / "figure.png") as partial:
+    figure.savefig(partial)
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import chanpatch
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """Yields a path to write to; what is there when the block ends without an error becomes `file`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.stem}.partial{file.suffix}")  # the suffix stays: savefig and savez go by it
+    yield partial
+    os.replace(partial, file)
+
+
+def replace_text(file: Path, text: str) -> None:
+    with replaced(file) as partial:
+        partial.write_text(text)
+
+
+def replace_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows as CSV; the first row's keys are the header."""
+    rows = list(rows)
+    with replaced(file) as partial, partial.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """A short name for settings: equal for equal settings only."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were computed with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "chanpatch": chanpatch.__version__,
+    }

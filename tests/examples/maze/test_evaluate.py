@@ -1,0 +1,207 @@
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chanpatch import hook_points
+from maze import evaluate
+from maze.evaluation import MEASURES, Score, markdown, mean_interval, measure, scores, sizes_in
+from maze.exact import Chains, cheese_and_corner, decisions, greedy
+from maze.levels import draw_levels, observe, policy_input
+from maze.policy import load_policy
+from maze.study import SettingsError
+from maze.tables import action_tables
+
+SCRIPT = Path(evaluate.__file__)
+SMALL = ["--n", "3", "--sizes", "5,7", "--cheese", "in distribution", "out of distribution", "top right"]
+FILES = ["evaluation.png", "levels.csv", "summary.json", "table.csv", "table.md"]
+
+
+def command(*arguments, cwd, run=(str(SCRIPT),)):
+    return subprocess.run([sys.executable, *run, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def table(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Results of a small evaluation that was interrupted on its way."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *SMALL], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("results/*/parts/size5-in-distribution.npz")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    complaint = process.communicate(timeout=60)[1]
+    resumed = command(*SMALL, cwd=folder)
+    return folder / "results", process.returncode, complaint, resumed
+
+
+@pytest.fixture(scope="module")
+def points():
+    policy = load_policy()[0].to(memory_format=torch.channels_last)
+    return hook_points(policy, torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0)))))
+
+
+def only(folder):
+    (found,) = folder.iterdir()
+    return found
+
+
+def test_an_interrupted_evaluation_says_so_and_goes_on_where_it_stopped(finished):
+    _, status, complaint, resumed = finished
+    assert status == 130
+    assert "the same command goes on from there" in complaint
+    assert "Traceback" not in complaint
+    assert resumed.returncode == 0, resumed.stderr
+    assert "[1/5] size 5, cheese in distribution\n    kept from before" in resumed.stdout
+
+
+def test_an_evaluation_leaves_its_five_files_and_nothing_else(finished):
+    assert sorted(file.name for file in only(finished[0]).iterdir()) == FILES
+
+
+def test_numbers_on_disk_are_those_of_the_levels_evaluated_at_once(finished, points):
+    folder = only(finished[0])
+    rows = table(folder / "levels.csv")
+    for size, place in ((5, "in distribution"), (7, "out of distribution")):
+        values = measure(points, draw_levels(3, size=size, seed=0, cheese=place))
+        kept = [row for row in rows if (row["size"], row["cheese"]) == (str(size), place)]
+        for name, value in values.items():
+            given = [float(row[name]) if row[name] else np.nan for row in kept]
+            np.testing.assert_allclose(given, value, atol=1e-5)
+
+
+def test_the_table_holds_the_means_of_the_levels_that_have_a_measure(finished):
+    folder = only(finished[0])
+    levels, rows = table(folder / "levels.csv"), table(folder / "table.csv")
+    for row in rows:
+        values = [
+            float(level[f"{row['measure']} {row['actions']}"])
+            for level in levels
+            if (level["size"], level["cheese"]) == (row["size"], row["cheese"])
+            and level[f"{row['measure']} {row['actions']}"]
+        ]
+        assert int(row["n"]) == len(values)
+        assert float(row["mean"]) == pytest.approx(np.mean(values))
+        assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
+    assert {row["measure"] for row in rows if row["cheese"] == "top right"} == {"found"}
+
+
+def test_sizes_without_squares_outside_the_top_right_have_no_cheese_there(finished):
+    rows = table(only(finished[0]) / "table.csv")
+    assert {row["size"] for row in rows if row["cheese"] == "out of distribution"} == {"7"}
+
+
+def test_the_summary_names_the_weights_and_holds_the_table(finished):
+    folder = only(finished[0])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["weights"]["name"] == "policy.safetensors"
+    assert summary["weights"]["sha256"][:12] in (folder / "table.md").read_text()
+    assert [str(score["mean"]) for score in summary["scores"]] == [row["mean"] for row in table(folder / "table.csv")]
+
+
+def test_measures_are_those_of_the_exact_engine_for_both_kinds_of_actions(points):
+    levels = draw_levels(3, size=7, seed=3, cheese="out of distribution")
+    chains = Chains.of(levels)
+    (sampled,) = action_tables(points, chains).values()
+    values = measure(points, levels)
+    for actions, actions_table in (("sampled", sampled), ("greedy", greedy(sampled))):
+        expected = (*cheese_and_corner(chains, actions_table), *decisions(chains, actions_table).T)
+        for name, value in zip(MEASURES, expected, strict=True):
+            np.testing.assert_array_equal(values[f"{name} {actions}"], value)
+    assert np.isin(values["found greedy"], (0, 1)).all()
+
+
+def test_what_no_level_has_is_left_out_of_the_scores():
+    values = {f"{name} {actions}": np.full(3, np.nan) for name in MEASURES for actions in ("sampled", "greedy")}
+    values["found sampled"], values["found greedy"] = np.array([0.5, 0.7, 0.9]), np.array([1.0, 0.0, 1.0])
+    given = scores(9, "top right", values)
+    assert [(score.actions, score.measure, score.n) for score in given] == [
+        ("sampled", "found", 3),
+        ("greedy", "found", 3),
+    ]
+    assert [score.mean.estimate for score in given] == pytest.approx([0.7, 2 / 3])
+
+
+def test_a_mean_interval_covers_the_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        interval = mean_interval(rng.beta(0.3, 0.1, size=40), "sampled")
+        covered += interval.low <= 0.75 <= interval.high
+    assert 930 <= covered <= 985
+
+
+@pytest.mark.parametrize("values", [[0.3], [1.0, 1.0, 1.0], [0.0] * 50, [0.2, 0.9]])
+def test_a_mean_interval_has_a_width_and_lies_around_the_mean_within_0_and_1(values):
+    interval = mean_interval(np.array(values), "sampled")
+    assert 0 <= interval.low <= interval.estimate == np.mean(values) <= interval.high <= 1
+    assert interval.high - interval.low > 0.01
+
+
+def test_the_markdown_table_has_a_dash_where_a_measure_means_nothing():
+    interval = mean_interval(np.array([1.0, 1.0]), "greedy")
+    lines = markdown([Score(9, "top right", "greedy", "found", 2, interval)]).splitlines()
+    assert lines[2] == "| 9 | top right | greedy | 2 | 100.0% (34.2% to 100.0%) | - | 0 | - | - | - |"
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [("15", (15,)), ("3, 5,...,9", (3, 5, 7, 9)), ("5,9,...,25", (5, 9, 13, 17, 21, 25)), ("9,9,7", (9, 7))],
+)
+def test_sizes_are_read_from_a_list_with_dots(text, sizes):
+    assert sizes_in(text) == sizes
+
+
+@pytest.mark.parametrize("text", ["", "nine", "3,...,9", "9,5,...,3", "3,5,..."])
+def test_other_lists_of_sizes_are_refused(text):
+    with pytest.raises(SettingsError) as error:
+        sizes_in(text)
+    assert str(error.value) == f"--sizes is '{text}', but it is a list such as 9,15,25 or 3,5,...,25."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--n", "0"], "--n is 0, but it is 1 to 100000."),
+        (["--seed", "-1"], "--seed is -1, but it is 0 to 2147483647."),
+        (["--sizes", "9,14"], "--sizes holds 14, but the side of a maze is odd, 3 to 25."),
+        (
+            ["--cheese", "here"],
+            "--cheese holds 'here'; it is one or more of 'in distribution', 'out of distribution', 'top left', "
+            "'top right', 'bottom right'.",
+        ),
+        (
+            ["--sizes", "3,5", "--cheese", "out of distribution"],
+            "--sizes are 5 at most, so no square is outside the top right 5x5.",
+        ),
+        (["--weights", "nowhere.pth"], "The weights 'nowhere.pth' cannot be read: No such file or directory."),
+    ],
+)
+def test_a_wrong_argument_ends_with_one_line_that_says_so(arguments, complaint, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    assert evaluate.main() == 2
+    assert capsys.readouterr().err == f"error: {complaint}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("run", "cwd"), [(["-S", str(SCRIPT)], Path()), (["-S", "-m", "maze.evaluate"], SCRIPT.parents[1])]
+)
+def test_help_answers_without_any_package_installed_as_a_file_and_as_a_module(run, cwd):
+    done = command("--help", cwd=cwd, run=run)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
