@@ -21,16 +21,19 @@ DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study test test-all check bench docs clean
+.PHONY: help study train test test-all check bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
 		printf '  make %-10s %s\n' "$$name" "$$text"; done
 	@echo
-	@echo "  N=$(N) SEED=$(SEED) ARGS=\"$(ARGS)\" go to the study; PYTHON=$(PYTHON) creates .venv"
+	@echo "  N=$(N) SEED=$(SEED) ARGS=\"$(ARGS)\" go to the study, ARGS to train too; PYTHON=$(PYTHON) creates .venv"
 
 study: $(STUDY) ## the maze study, on N levels (N=200) from SEED (0); its other options go into ARGS
 	$(BIN)/python examples/maze_goal_misgen.py --n $(N) --seed $(SEED) $(ARGS)
+
+train: $(STUDY) ## train a maze policy, hours on a CPU; options go into ARGS, and ARGS=--help explains them
+	$(BIN)/python examples/maze/train.py $(ARGS)
 
 test: check ## format, lint, types, layers and the tests
 	$(BIN)/python -m pytest -m "not slow"

@@ -20,6 +20,11 @@
 | `figures.py` | pictures of what came out |
 | `study.py` | the experiment from end to end, for `maze_goal_misgen.py` |
 | `evaluate.py` | a command: `python examples/maze/evaluate.py --help` |
+| `training_data.py` | what a policy is trained on: labelled observations, mazes to act in |
+| `training_run.py` | a training run's settings, checkpoint, log and end |
+| `imitation.py` | training by imitation of shortest paths, with auxiliary losses and DAgger |
+| `ppo.py` | training by reward |
+| `train.py` | a command: `python examples/maze/train.py --help` |
 
 Cells are (row, col) of the inner maze and row 0 is the bottom row, as in procgen and in its image.
 """

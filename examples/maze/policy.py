@@ -76,6 +76,25 @@ def load_policy(path: str | Path | None = None) -> tuple[nn.Module, dict[str, An
     return policy.eval(), facts
 
 
+def new_policy(width: int) -> nn.Module:
+    """An untrained policy, its weights drawn from torch's generator.
+
+    Args:
+        width: 1 gives 32 channels at `embedder.relu3`, 4 gives 128.
+
+    Raises:
+        MissingRequirement: procgen-tools cannot be imported.
+    """
+    models = policy_models()
+    before = models.scale
+    try:
+        models.scale = width  # the classes read it when they are instantiated
+        policy: nn.Module = models.CategoricalPolicy(models.InterpretableImpalaModel(3), ACTION_COUNT)
+        return policy
+    finally:
+        models.scale = before
+
+
 def _tensors(file: Path, content: bytes) -> dict[str, torch.Tensor]:
     """Everything in the file, which must be tensors by name."""
     if file.suffix == ".safetensors":
@@ -121,14 +140,8 @@ def _width(file: Path, weights: Mapping[str, torch.Tensor]) -> int:
 
 def _unfilled_policy(width: int) -> nn.Module:
     """The policy without memory for its parameters: quick, and no random numbers are drawn to fill them."""
-    models = policy_models()
-    before = models.scale
-    try:
-        models.scale = width
-        with torch.device("meta"):
-            return models.CategoricalPolicy(models.InterpretableImpalaModel(3), ACTION_COUNT)
-    finally:
-        models.scale = before
+    with torch.device("meta"):
+        return new_policy(width)
 
 
 def _check_fit(file: Path, weights: Mapping[str, torch.Tensor], policy: nn.Module) -> None:
