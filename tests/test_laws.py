@@ -30,7 +30,7 @@ from chanpatch import (
 )
 from chanpatch._published import forward_context
 from chanpatch._tree import leaves
-from chanpatch.edits import Add
+from chanpatch.edits import Add, Context
 from chanpatch.errors import (
     ChanpatchError,
     ConcurrencyError,
@@ -347,6 +347,17 @@ def test_an_unreached_patch_masks_no_exception_in_flight(model: Model) -> None:
         raise Interrupted
 
 
+@pytest.mark.parametrize("raised", [KeyError("the user's own"), ValueError("the user's own")])
+def test_nan_masks_no_exception_of_the_users_own_but_is_noted_in_it(plain_cnn: Model, raised: Exception) -> None:
+    points = hook_points(plain_cnn.module, *plain_cnn.inputs(1))
+    with pytest.raises(type(raised)) as caught, patched(points, edit(points.site("conv1"), lambda a: a * 0 / 0)):
+        plain_cnn.module.conv1(*plain_cnn.inputs(1))
+        raise raised
+    assert caught.value is raised
+    if hasattr(raised, "__notes__"):
+        assert "brought NaN into a region that had none" in raised.__notes__[0]
+
+
 def test_allow_unreached_names_exceptions(model: Model) -> None:
     points = hook_points(model.module, *model.inputs(2))
     with patched(points, zero_ablate(points.site(model.site)), allow_unreached=[model.site]):
@@ -437,6 +448,33 @@ def test_a_random_edit_draws_the_same_for_a_row_however_the_rows_are_cut_and_ord
     with patched(points, resample_ablate(points.site(model.site), reference, seed=4)):
         other = run_with_cache(points, *inputs, sites=model.site)[1][model.site]
     assert not torch.equal(other, whole)
+
+
+def test_a_random_edit_of_some_rows_draws_for_them_what_it_draws_for_them_among_all(model: Model) -> None:
+    inputs = model.inputs(6)
+    points = hook_points(model.module, *inputs)
+    _, reference = run_with_cache(points, *model.inputs(20), sites=model.site)
+    with patched(points, resample_ablate(points.site(model.site), reference, seed=3)):
+        _, whole = run_with_cache(points, *inputs, sites=model.site)
+    some = points.site(model.site, batch=[3, 5])
+    with patched(points, resample_ablate(some, reference[model.site], seed=3)):
+        _, part = run_with_cache(points, *inputs, sites=model.site)
+    assert torch.equal(part[model.site][[3, 5]], whole[model.site][[3, 5]])
+
+
+def test_the_rows_of_a_context_are_those_of_the_region(plain_cnn: Model) -> None:
+    points = hook_points(plain_cnn.module, *plain_cnn.inputs(2))
+    seen = []
+
+    def note(activation: Tensor, *, context: Context) -> Tensor:
+        seen.append(context.rows.tolist())
+        return activation
+
+    with patched(points, edit(points.site("conv1", batch=[3, -1]), note)):
+        plain_cnn.module(*plain_cnn.inputs(6))
+        with forward_context(rows=[10, 11, 12, 13, 14, 15, 16]):
+            plain_cnn.module(*plain_cnn.inputs(7))
+    assert seen == [[3, 5], [13, 16]]
 
 
 # Law 10, two rollouts compared are paired, is in test_rollouts.py.

@@ -727,11 +727,7 @@ def test_what_the_policy_has_a_name_for_is_still_to_be_had_from_patched_policy(v
 
 
 class Odd(Policy):
-    """Static and class methods, properties that run modules, and methods set on the instance."""
-
-    def __init__(self):
-        super().__init__()
-        self.instance_method = lambda vector: self(vector) + 1
+    """Static and class methods, decorated ones and generators."""
 
     @staticmethod
     def double(x):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -448,11 +451,30 @@ def test_a_compiled_model_is_refused(net, vector, verb):
 
 
 @pytest.mark.usefixtures("dynamo")
-def test_a_model_that_was_compiled_before_it_is_patched_is_an_error_when_its_compiled_form_is_called(net, vector):
+def test_a_model_that_was_compiled_before_it_is_patched_is_patched_when_its_compiled_form_is_called(net, vector):
+    compiled = torch.compile(net, backend="eager")
+    plain = compiled(vector)
+    with patched(net, zero_ablate(Site("1", axis1=2))) as ledger:
+        torch.testing.assert_close(net(vector), by_hand(net, vector))
+        torch.testing.assert_close(compiled(vector), by_hand(net, vector))
+    assert ledger.to_records()[0]["firings"] == 2
+    torch.testing.assert_close(compiled(vector), plain)
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_compiled_code_is_compiled_again_after_the_contexts_whatever_the_order_in_which_they_close(net, vector):
     compiled = torch.compile(net, backend="eager")
     compiled(vector)
-    with pytest.raises(UnreachedError, match="The model was compiled"), patched(net, zero_ablate(Site("1", axis1=2))):
-        compiled(vector)
+    frames = torch._dynamo.utils.counters["frames"]["ok"]
+    outer, inner = recording(net, "0"), recording(net, "1")
+    for context in (outer, inner):
+        context.__enter__()
+    compiled(vector)
+    for context in (outer, inner):
+        context.__exit__(None, None, None)
+    torch._dynamo.reset()
+    compiled(vector)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == frames + 1
 
 
 @GRAD_IS_ASKED_FOR
@@ -504,11 +526,119 @@ def test_a_method_that_was_compiled_inside_a_model_is_patched_or_an_error(vector
 
     model = Compiling()
     model(vector)
-    with pytest.raises(UnreachedError, match="The model was compiled"):
-        with patched(model, zero_ablate(Site("fc"))):
-            model(vector)
-    with pytest.raises(UnreachedError, match="The model was compiled"):
-        PatchedPolicy(model, zero_ablate(Site("fc")))(vector)
+    with patched(model, zero_ablate(Site("fc"))):
+        assert not model(vector).any()
+    assert model(vector).any()
+    with pytest.raises(UnsupportedModelError, match="'step' of Compiling is a compiled function that holds the policy"):
+        PatchedPolicy(model, zero_ablate(Site("fc")))
+
+
+def test_a_function_that_holds_the_model_itself_is_refused_in_a_twin(vector):
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+            self.step = lambda vector: self.fc(vector)
+
+        def act(self, vector):
+            return self.step(vector)
+
+    with pytest.raises(UnsupportedModelError, match="'step' of Held is a function that holds the policy itself"):
+        PatchedPolicy(Held(), zero_ablate(Site("fc")))
+
+
+class Tapped(nn.Module):
+    """A tap in a submodule, which methods, properties and others enter by itself."""
+
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, vector):
+            return tap("hidden", self.fc(vector).relu())
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = Tapped.Encoder(), nn.Linear(4, 2)
+
+    def forward(self, vector):
+        return self.head(self.encoder(vector))
+
+    act = forward
+
+    @property
+    def on_ones(self):
+        return self.forward(torch.ones(1, 6))
+
+
+TAPPED_ENTRIES = {
+    "call": lambda model, vector: model(vector),
+    "forward": lambda model, vector: model.forward(vector),
+    "method": lambda model, vector: model.act(vector),
+    "property": lambda model, vector: model.on_ones,
+    "submodule": lambda model, vector: model.head(model.encoder(vector)),
+}
+
+
+@pytest.mark.parametrize("entry", TAPPED_ENTRIES)
+@pytest.mark.parametrize("kind", ["twin", "context"])
+def test_a_tap_in_a_submodule_is_patched_however_it_is_entered(vector, entry, kind):
+    model = Tapped()
+    points = hook_points(model, vector)
+    patch = zero_ablate(points.site("hidden"))
+    bias = model.head.bias
+    if kind == "twin":
+        output = TAPPED_ENTRIES[entry](PatchedPolicy(points, patch), vector)
+    else:
+        with patched(points, patch):
+            output = TAPPED_ENTRIES[entry](model, vector)
+    torch.testing.assert_close(output, bias.expand_as(output))
+    assert not torch.allclose(TAPPED_ENTRIES[entry](model, vector), bias.expand_as(output))
+
+
+def test_twins_with_taps_are_freed_and_serve_their_own_thread_each(vector):
+    points = hook_points(Tapped(), vector)
+    patch = zero_ablate(points.site("hidden"))
+    twins = [PatchedPolicy(points, patch) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for output in pool.map(lambda twin: [twin(vector) for _ in range(20)][-1], twins):
+            torch.testing.assert_close(output, points.model.head.bias.expand_as(output))
+    alive = [weakref.ref(twin) for twin in twins]
+    del twins
+    gc.collect()
+    assert all(reference() is None for reference in alive)
+
+
+class Recursive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, vector, depth=2):
+        hidden = self.fc(vector)
+        return self(hidden, depth - 1) if depth else hidden
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_model_that_calls_itself_is_one_root_call(vector, call):
+    model = Recursive()
+    points = hook_points(model, vector)
+    with patched(points, edit(points.site(f"fc#{call}"), lambda a: a * 0 + 1.0)) as ledger:
+        output = model(vector)
+    by_hand = torch.ones_like(vector)
+    for _ in range(2 - call):
+        by_hand = model.fc(by_hand)
+    torch.testing.assert_close(output, by_hand)
+    assert ledger.to_records()[0]["firings"] == 1
+
+
+def test_a_call_of_a_submodule_after_a_forward_that_was_stopped_is_counted_by_itself(net, vector):
+    model = nn.Sequential(net, nn.Linear(net[2].out_features, 2))
+    points = hook_points(model, vector)
+    with patched(points, zero_ablate(points.site("0.0"))):
+        run_with_cache(points, vector, sites="0.0", stop=True)
+        assert not model[0][0](vector).any()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -42,6 +42,14 @@ class Station:
         stations = (getattr(hook, _STATION, None) for hook in module._forward_pre_hooks.values())
         return next((found for found in stations if found is not None and found.module_id == id(module)), None)
 
+    def is_inside_itself(self) -> bool:
+        """Tell whether the module is called inside a call of itself, and not anew after one that was cut short."""
+        calls, frame = 0, sys._getframe()
+        while frame is not None and calls < 2:
+            calls += frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module_id
+            frame = frame.f_back  # type: ignore[assignment]
+        return calls > 1
+
     def plan(self) -> None:
         """Order the listeners by stage, then by entry."""
         for side in ("in", "out"):
@@ -87,6 +95,7 @@ class Station:
 
 
 _STATION = "_chanpatch_station"
+_CALL = nn.Module._call_impl.__code__  # the frame that runs a module's hooks and its forward
 
 
 def _hook(station: Station, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,6 +111,39 @@ def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return torch._dynamo.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
     return function(*args, **kwargs)
+
+
+@contextmanager
+def compiled_code_runs_eagerly() -> Iterator[None]:
+    """Let compiled code run as it was written, since hooks that are added after compilation are ignored there."""
+    dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled it is not imported, which takes a second
+    if dynamo is None or not hasattr(torch.compiler, "set_stance"):
+        yield
+        return
+    with _stance:
+        yield
+
+
+class _SharedStance:
+    """One eager stance for all open contexts, whatever the order in which they close."""
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        if self._open == 0:
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
+        self._open += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._open -= 1
+        if self._open == 0:
+            self._stance.__exit__(None, None, None)
+
+
+_stance = _SharedStance()
 
 
 @contextmanager
@@ -122,7 +164,8 @@ def observed(
             handles.append(module.register_forward_pre_hook(on_inputs, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
         _taps.observers.append(on_tap)
-        yield
+        with compiled_code_runs_eagerly():
+            yield
     finally:
         if on_tap in _taps.observers:
             _taps.observers.remove(on_tap)

@@ -124,7 +124,8 @@ class AppliedPatches:
 
     def compare_nan(self, number: int, before: Tensor, after: Tensor) -> None:
         """Gather, on the device, whether a patch brought NaN in."""
-        if self.check_nan and after.is_floating_point() and not inside_vmap(after):
+        numbers = after.is_floating_point() or after.is_complex()
+        if self.check_nan and numbers and not inside_vmap(after):
             brought = (after.isnan() & ~before.isnan()).any()
             self._nan[number] = self._nan[number] | brought if number in self._nan else brought
 
@@ -137,18 +138,24 @@ class AppliedPatches:
         """Read the NaN flags, all at once, and raise for the first patch that brought NaN in.
 
         Args:
-            cause: An exception in flight that the NaN may have led to; it is chained, one of ours goes before.
+            cause: An exception in flight. It is chained where a distribution refused the NaN, and otherwise left in
+                flight with a note.
         """
         flags, self._nan = self._nan, {}
         if not flags or isinstance(cause, ChanpatchError):
             return
         home = next(iter(flags.values())).device
-        if torch.stack([flag.to(home) for flag in flags.values()]).any():
-            number = next(number for number, flag in flags.items() if flag)
-            raise NaNError(
-                f"{self.patches[number]!r} brought NaN into a region that had none. Check its operands "
-                "(a mean over no rows, 0/0), or pass check_nan=False if NaN is meant."
-            ) from cause
+        if not torch.stack([flag.to(home) for flag in flags.values()]).any():
+            return
+        number = next(number for number, flag in flags.items() if flag)
+        message = (
+            f"{self.patches[number]!r} brought NaN into a region that had none. Check its operands (a mean over no "
+            "rows, 0/0), or pass check_nan=False if NaN is meant."
+        )
+        if cause is None or _is_validation(cause):
+            raise NaNError(message) from cause
+        if hasattr(cause, "add_note"):  # from Python 3.11 on
+            cause.add_note(message)
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
         """Return the names of the hook points whose patches did not run, among some patches or all."""
@@ -216,8 +223,9 @@ class _Firing:
         if self._prepared != (leaf.shape, leaf.dtype, leaf.device):
             self._prepare(leaf)
         region = read(leaf, self._positions)
-        mask = self._mask(region)
-        new = self._edited(region)
+        context = self._context(leaf)
+        mask = self._mask(region, context)
+        new = self._edited(region, context)
         self._applied.fired(self._number, region, self._batch_axis, mask)
         if new is region:
             return leaf
@@ -242,13 +250,13 @@ class _Firing:
             check_mask(self._patch.where, site, self._axes, region.shape)
         self._prepared = (leaf.shape, leaf.dtype, leaf.device)
 
-    def _edited(self, region: Tensor) -> Tensor:
+    def _edited(self, region: Tensor, context: _Context) -> Tensor:
         given = region
         if region.is_inference():  # has no version counter, so that a write in place would not be seen
             given, version = region.clone(), None
         else:
             version = region._version
-        new = self._edit(given, context=self._context(region)) if self._takes_context else self._edit(given)
+        new = self._edit(given, context=context) if self._takes_context else self._edit(given)
         if not _same(given, region) if version is None else region._version != version:
             raise EditError(
                 f"{self._patch!r} wrote into its region in place. Return a new tensor: "
@@ -256,17 +264,17 @@ class _Firing:
             )
         return region if new is given else new
 
-    def _mask(self, region: Tensor) -> Tensor | None:
-        where = self._patch.where
-        if where is None or isinstance(where, Tensor):
-            return where
-        mask = where(self._context(region))
-        check_mask(mask, self._patch.site, self._axes, region.shape)
-        return mask.to(region.device)  # it comes from the user's own data, which is often on the CPU
+    def _mask(self, region: Tensor, context: _Context) -> Tensor | None:
+        mask = self._patch.where
+        if mask is not None and not isinstance(mask, Tensor):
+            mask = mask(context)
+            check_mask(mask, self._patch.site, self._axes, region.shape)
+        return None if mask is None else mask.to(region.device)  # the user's own data is often on the CPU
 
-    def _context(self, region: Tensor) -> _Context:
-        rows = None if self._batch_axis is None else region.shape[self._batch_axis]
-        return _Context(self._applied.session, self._patch.site, rows)
+    def _context(self, leaf: Tensor) -> _Context:
+        axis = self._batch_axis
+        batch = None if axis is None else leaf.shape[axis]
+        return _Context(self._applied.session, self._patch.site, batch, self._positions.get(axis, slice(None)))  # type: ignore[arg-type]
 
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
@@ -287,21 +295,30 @@ class _Firing:
 class _Context:
     """The forward under way, as edits and `where` functions see it."""
 
-    def __init__(self, session: Session, site: Site, batch: int | None) -> None:
+    def __init__(self, session: Session, site: Site, batch: int | None, chosen: slice | list[int]) -> None:
         self.inputs, self.call, self.step = session.inputs, session.call, published.step
-        self._site, self._batch, self._rows = site, batch, published.rows
+        self._site, self._batch, self._chosen, self._rows = site, batch, chosen, published.rows
 
     @property
     def rows(self) -> Tensor:
         if self._batch is None:
             raise BatchAxisError(f"The patch at {self._site!r} asks for rows. {no_batch(self._site)}")
         if self._rows is None:
-            return torch.arange(self._batch)
+            return torch.arange(self._batch)[self._chosen]
         if len(self._rows) != self._batch:
             raise TraceMismatchError(
                 f"The patch at {self._site!r} sees {self._batch} rows, but {len(self._rows)} are in this forward."
             )
-        return self._rows
+        return self._rows[self._chosen]
+
+
+def _is_validation(error: Exception) -> bool:
+    """Tell whether a torch distribution refused its parameters."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return isinstance(error, ValueError) and where.startswith("torch.distributions")
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -10,13 +10,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from . import _taps
-from ._hooks import Station
+from ._hooks import Station, compiled_code_runs_eagerly
 from ._tree import Item, Path, get, replace
 from ._typing import Stage
 from .errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
@@ -101,16 +101,17 @@ class Session:
         self.call = 0  # the index of the module call under way
         self.on_begin: Callable[[], None] = _nothing
         self.on_end: Callable[[object], None] = _ignore
-        self._listeners: list[Listener] = []
+        self.listeners: list[Listener] = []
         self._counts: dict[object, int] = {}
         self._stations: list[Station] = []
         self._opener: object = None
+        self._depth = 0  # of calls of the opener inside itself
         self._thread: int | None = None
         self._confined = False
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor], Tensor]) -> None:
         """Add a listener, before the session is attached."""
-        self._listeners.append(Listener(self, place, stage, act))
+        self.listeners.append(Listener(self, place, stage, act))
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Start to listen, all or nothing.
@@ -120,14 +121,16 @@ class Session:
         """
         modules = dict(self.root.named_modules(remove_duplicate=False))
         try:
-            for listener in self._listeners:
+            for listener in self.listeners:
                 if listener.place.side == "tap":
-                    _taps.listeners.setdefault(listener.place.module, []).append(listener)
+                    _taps.wait(listener.place.module, self)
                 else:
                     station = self._station(modules[listener.place.module])
                     station.listeners.append(listener)
                     station.plan()
-            for module in scopes:
+            if any(listener.place.side == "tap" for listener in self.listeners):
+                scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
+            for module in dict.fromkeys(scopes):
                 self._station(module).scopes.append(self)
         except BaseException:
             self.detach()
@@ -144,15 +147,16 @@ class Session:
     def opened(self) -> Iterator[None]:
         """Attached while the context is open, with each call of the session's method as a root call."""
         watched = self.method != "__call__"
-        self.attach(scopes=() if watched else (self.root,))
-        try:
-            if watched:
-                _watch_method(self)
-            yield
-        finally:
-            self.detach()
-            if watched:
-                _unwatch_method(self)
+        with compiled_code_runs_eagerly():
+            self.attach(scopes=() if watched else (self.root,))
+            try:
+                if watched:
+                    _watch_method(self)
+                yield
+            finally:
+                self.detach()
+                if watched:
+                    _unwatch_method(self)
 
     def _station(self, module: nn.Module) -> Station:
         station = Station.of(module) or Station(module)
@@ -179,11 +183,14 @@ class Session:
         self.check_thread()
         self.on_begin()  # may refuse: then no call has begun
         self._thread = threading.get_ident()
-        self._opener, self.running, self.inputs = opener, method, inputs
+        self._opener, self._depth, self.running, self.inputs = opener, 0, method, inputs
         self._counts.clear()
 
     def _encloses(self, station: Station) -> bool:
         """Tell whether a module's call is part of the root call under way, and not the first after one cut short."""
+        if self._opener is station and station.is_inside_itself():
+            self._depth += 1
+            return True
         if self._opener is None or self._opener is station:
             return False
         # Torch runs no hook on the way out of an interrupt, so that a module's call may have ended untold.
@@ -192,6 +199,9 @@ class Session:
     def end(self, opener: object, *, failed: bool = False) -> None:
         """End the root call that this opener began; it is checked only when no exception is in flight."""
         if self._opener is None or self._opener is not opener:
+            return
+        if self._depth:
+            self._depth -= 1
             return
         try:
             if not failed:
@@ -227,6 +237,18 @@ class Session:
             yield
         finally:
             self._counts, self.inputs = before
+
+    def stop(self, token: object) -> NoReturn:
+        """End the forward under way; the root calls of every session at the model are over."""
+        station = Station.of(self.root)
+        for session in () if station is None else tuple(station.scopes):
+            session._depth = 0
+            session.end(station, failed=True)
+        raise StopForward(token)
+
+    def in_this_thread(self) -> bool:
+        """Tell whether a root call is under way, in this thread."""
+        return self.enabled and self.running is not None and self._thread == threading.get_ident()
 
     def count(self, counted: object) -> None:
         """Count a call of a module or a tap; the listeners there read its index in `call`."""

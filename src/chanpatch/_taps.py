@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,8 @@ from ._typing import STAGES
 if TYPE_CHECKING:
     from ._sessions import Listener, Session
 
-listeners: dict[str, list[Listener]] = {}
 observers: list[Callable[[str, Tensor], None]] = []
+_waiting: dict[str, list[weakref.ref[Session]]] = {}  # weak, so that a patched policy can be freed
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
@@ -35,20 +36,34 @@ def tap(name: str, tensor: Tensor) -> Tensor:
     """
     for observer in observers:
         observer(name, tensor)
-    here = listeners.get(name)
-    if not here:
+    if name not in _waiting:
         return tensor
-    inside = [listener for listener in here if listener.session.running and listener.session.enabled]
-    for session in dict.fromkeys(listener.session for listener in inside):
+    sessions = [session for session in _alive(name) if session.in_this_thread()]
+    for session in sessions:
         session.count(name)
-    for listener in sorted(inside, key=lambda item: STAGES.index(item.stage)):
+    here = [item for session in sessions for item in session.listeners if _listens(item, name)]
+    for listener in sorted(here, key=lambda item: STAGES.index(item.stage)):
         tensor = listener(tensor)
     return tensor
 
 
+def wait(name: str, session: Session) -> None:
+    """Let a session hear of a tap while it is open."""
+    if session not in _alive(name):
+        _waiting.setdefault(name, []).append(weakref.ref(session))
+
+
 def forget(session: Session) -> None:
-    """Take a session's listeners off every tap."""
-    for name in list(listeners):
-        listeners[name] = [listener for listener in listeners[name] if listener.session is not session]
-        if not listeners[name]:
-            del listeners[name]
+    """Let a session hear of no tap any more."""
+    for name in list(_waiting):
+        _waiting[name] = [reference for reference in _waiting[name] if reference() not in (None, session)]
+        if not _waiting[name]:
+            del _waiting[name]
+
+
+def _alive(name: str) -> list[Session]:
+    return [session for reference in _waiting.get(name, ()) if (session := reference()) is not None]
+
+
+def _listens(listener: Listener, name: str) -> bool:
+    return listener.place.side == "tap" and listener.place.module == name

@@ -72,6 +72,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         if inner is not None:
             original, each, allowed = inner.original, (*inner.applied.patches, *each), allowed | inner.allowed
         refuse_unhookable(original)
+        _refuse_held_functions(original)
         twin = _copied(copied)
         applied = AppliedPatches(twin, _bound(policy, each), allow_unreached=allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
@@ -209,7 +210,7 @@ def _without_patches(twin: nn.Module) -> nn.Module:
 
 
 def _results(policy: nn.Module) -> Iterator[Tensor]:
-    """Yield the results of earlier forwards that a policy holds somewhere; they cannot be copied, nor need be."""
+    """Yield parameters that a policy holds anywhere, and results of forwards, which cannot be copied, nor need be."""
     seen: set[int] = set()
     waiting: list[Any] = [policy]
     while waiting:
@@ -218,7 +219,7 @@ def _results(policy: nn.Module) -> Iterator[Tensor]:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):
-            if not item.is_leaf:
+            if not item.is_leaf or isinstance(item, nn.Parameter):
                 yield item
         elif isinstance(item, (list, tuple)):
             waiting += item
@@ -226,6 +227,27 @@ def _results(policy: nn.Module) -> Iterator[Tensor]:
             waiting += item.values()
         else:
             waiting += getattr(item, "__dict__", {}).values()
+
+
+def _refuse_held_functions(policy: nn.Module) -> None:
+    """Raise for a function stored on a policy that holds a module of it: from a twin it would run the original's."""
+    modules = set(policy.modules())
+    for name, module in policy.named_modules():
+        for attribute, item in vars(module).items():
+            compiled = hasattr(item, "_torchdynamo_orig_callable")
+            if compiled or (isinstance(item, types.FunctionType) and _holds(item, modules)):
+                where = f"'{name}.{attribute}'" if name else f"'{attribute}'"
+                raise UnsupportedModelError(
+                    f"{where} of {type(policy).__name__} is a {'compiled ' * compiled}function that holds the policy "
+                    "itself, so from a twin it would run the unpatched original. Make it a method, or use patched()."
+                )
+
+
+def _holds(function: types.FunctionType, modules: set[nn.Module]) -> bool:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell.cell_contents is not function]
+    values = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    values += [item.__self__ for item in values if isinstance(item, types.MethodType)]
+    return any(isinstance(item, nn.Module) and item in modules for item in values)
 
 
 class _TwinState:
@@ -277,8 +299,8 @@ class _TwinState:
         self.applied.raise_nan()
         method = self.applied.session.running or "__call__"
         if isinstance(opener, Station):
-            inside = next(numbers for module, numbers in self._inside.items() if id(module) == opener.module_id)
-            names = self.applied.unreached(inside)
+            inside = [numbers for module, numbers in self._inside.items() if id(module) == opener.module_id]
+            names = self.applied.unreached(set().union(*inside))
         elif method in self._running_methods:
             names = self.applied.unreached()
         else:

@@ -305,7 +305,7 @@ class _Recorder:
             self.cache._append(site, value.to(self._device), kept, kept.index(batch) if batch in kept else None)
             self._missing.discard(site)
             if self.stop and not self._missing:
-                raise StopForward(self)
+                self.session.stop(self)
             return leaf
 
         return record
