@@ -282,3 +282,16 @@ def test_no_names_of_the_input_make_no_names_of_an_elementwise_output():
 def test_the_second_item_of_an_adaptive_pool_with_indices_has_the_names_of_the_first():
     pool = nn.MaxPool2d(2, return_indices=True)
     assert axis_names(pool, "out", (Item(1),), 4, None) == IMAGE
+
+
+def test_packed_sequences_have_no_axis_names():
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 6), torch.randn(2, 6)])
+    points = hook_points(nn.LSTM(6, 4), packed)
+    assert points[".in[0].data"].axes == points[".out[0].data"].axes == ("axis0", "axis1")
+    assert points[".in[0].batch_sizes"].axes == ("axis0",)
+    assert points[".out[1][0]"].axes == ("layer", B, "feature")
+
+
+def test_a_sequence_given_to_an_lstm_by_keyword_is_named_as_one_given_by_position():
+    points = hook_points(nn.LSTM(6, 4, batch_first=True), input=torch.randn(2, 5, 6))
+    assert points['.in["input"]'].axes == (B, "position", "feature")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,3 +137,49 @@ def test_no_rows_draw_nothing():
 @pytest.mark.parametrize("seed", [-1, 2**70])
 def test_any_integer_is_a_seed(seed):
     assert donor_rows(seed, 0, torch.arange(3), 10).shape == (3,)
+
+
+NOT_OPERANDS = {
+    "set a list": lambda: Set([1.0]),
+    "set an array": lambda: Set(np.ones(3)),
+    "set a text": lambda: Set("a"),
+    "set a complex number": lambda: Set(1j),
+    "add a list": lambda: Add([1.0]),
+    "add times a text": lambda: Add(1.0, "a"),
+    "scale by a text": lambda: Scale("a"),
+    "clamp to tensors": lambda: Clamp(torch.zeros(1), torch.ones(1)),
+    "clamp to a text": lambda: Clamp("a"),
+    "project a number": lambda: Project(3.0),
+    "resample a list": lambda: Resample([1.0], 0),
+    "resample with a text for a seed": lambda: Resample(REGION, "a"),
+    "resample with a fraction for a seed": lambda: Resample(REGION, 0.7),
+    "resample no rows": lambda: Resample(REGION[:0], 0),
+    "resample an axis that is not there": lambda: Resample(REGION, 0, batch_axis=4),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OPERANDS)
+def test_what_is_no_operand_is_refused_when_the_edit_is_built(name):
+    with pytest.raises(EditError, match="it takes|no rows"):
+        NOT_OPERANDS[name]()
+
+
+def test_numbers_of_numpy_are_operands():
+    assert torch.equal(Set(np.float32(2.5))(REGION), torch.full_like(REGION, 2.5))
+    torch.testing.assert_close(Add(np.int64(2), np.float64(0.5))(REGION), REGION + 1)
+    assert Resample(REGION, np.int64(3)).seed == 3
+
+
+def test_a_direction_of_zeros_is_refused():
+    with pytest.raises(EditError, match="no direction"):
+        Project(torch.zeros(1, 3, 1, 1))
+
+
+def test_a_direction_of_one_element_removes_everything():
+    assert not Project(torch.full((1, 1, 1, 1), 2.0))(REGION).any()
+
+
+def test_a_direction_is_projected_out_one_per_entry_of_a_vmap():
+    directions = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
+    found = torch.func.vmap(lambda direction: Project(direction)(torch.tensor([[3.0, 4.0]])))(directions)
+    assert found.tolist() == [[[0.0, 4.0]], [[3.0, 0.0]]]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from models import build
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
 from chanpatch import (
     ActivationCache,
@@ -30,7 +32,9 @@ from chanpatch import (
     tap,
     zero_ablate,
 )
-from chanpatch.edits import Clamp
+from chanpatch._regions import read
+from chanpatch._tree import Attr, Item, replace
+from chanpatch.edits import Clamp, Project, Resample, Set
 from chanpatch.policies import action_distribution
 
 CNN = build("plain_cnn")
@@ -59,14 +63,24 @@ def run(points_or_model: HookPoints | nn.Module, *patches: Patch) -> None:
         CNN.module(*CNN.inputs(4))
 
 
-def tapped() -> None:
+def run_in_bfloat16(points: HookPoints) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        run_with_cache(points, *CNN.inputs(2), sites="fc")
+
+
+class Halved(Categorical):
+    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        super().__init__(logits=logits / 2, validate_args=validate_args)
+
+
+def tapped(name: str = "fc") -> None:
     class Tapped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fc = nn.Linear(2, 2)
 
         def forward(self, vector: Tensor) -> Tensor:
-            return tap("fc", self.fc(vector))
+            return tap(name, self.fc(vector))
 
     hook_points(Tapped(), torch.zeros(1, 2))
 
@@ -235,6 +249,145 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.EditError,
         lambda: Clamp(low=1.0, high=0.0),
         "Clamp(low=1.0, high=0.0): the lower bound is above the upper one.",
+    ),
+    "an operand that is none": (
+        errors.EditError,
+        lambda: Set([1.0]),  # type: ignore[arg-type]
+        "Set: the value is of type list; it takes a real number or a tensor (torch.as_tensor(value)).",
+    ),
+    "a bound that is no number": (
+        errors.EditError,
+        lambda: Clamp(low="a"),  # type: ignore[arg-type]
+        "Clamp: low is 'a'; it takes a real number.",
+    ),
+    "a fraction in an integer region": (
+        errors.EditError,
+        lambda: Patch(hook_points(nn.Identity(), torch.arange(2)).site(".out"), Set(2.7)),
+        "Set at Site('.out'): the value is 2.7, which the region, torch.int64, cannot hold. Give a whole number.",
+    ),
+    "a direction of zeros": (
+        errors.EditError,
+        lambda: Project(torch.zeros(1, 4)),
+        "Project: the direction is zero everywhere, which is no direction.",
+    ),
+    "a direction that is none": (
+        errors.EditError,
+        lambda: Project(3.0),  # type: ignore[arg-type]
+        "Project: the direction is 3.0; it takes a tensor.",
+    ),
+    "a seed that is none": (
+        errors.EditError,
+        lambda: resample_ablate(POINTS.site("fc"), torch.zeros(2, 4), seed=0.7),  # type: ignore[arg-type]
+        "Resample: the seed is 0.7; it takes a whole number.",
+    ),
+    "no rows to draw from": (
+        errors.EditError,
+        lambda: resample_ablate(POINTS.site("fc"), torch.zeros(0, 4), seed=0),
+        "Resample: the reference has shape (0, 4), and so no rows on axis 0.",
+    ),
+    "rows drawn along another axis": (
+        errors.EditError,
+        lambda: Patch(POINTS.site("fc"), Resample(torch.zeros(1, 4), seed=0, batch_axis=1)),
+        "Resample at Site('fc') has batch_axis=1, but the batch is axis 0 of (batch, feature). Resample(reference, "
+        "seed, batch_axis=0) draws rows.",
+    ),
+    "a mean over nothing": (
+        errors.SiteError,
+        lambda: mean_ablate(POINTS.site("fc"), torch.zeros(3, 4), over=()),
+        "mean_ablate at Site('fc') over no axis. Name one or more of (batch, feature): over='batch'.",
+    ),
+    "a reduced cache": (
+        errors.EditError,
+        lambda: patch_in(
+            POINTS.site("relu1", row=1), run_with_cache(POINTS, *CNN.inputs(2), sites="relu1", reduce="sum")[1]
+        ),
+        "The cache holds Site('relu1') with shape (2, 8), of which Site('relu1', row=1) cannot be taken: that has axes "
+        "(batch, channel, row, col). Record without reduce.",
+    ),
+    "an activation that is none": (
+        errors.EditError,
+        lambda: steer(POINTS.site("fc"), [1.0]),  # type: ignore[arg-type]
+        "The activation for Site('fc') is a list; it is a tensor with the region's axes, or an ActivationCache.",
+    ),
+    "a cache times a tensor": (
+        TypeError,
+        lambda: cache() * torch.ones(4),
+        "An ActivationCache is combined with another one or a number, not Tensor, which would broadcast to every site. "
+        "Take the activation itself: cache[site] * tensor.",
+    ),
+    "no sites": (
+        errors.SiteError,
+        lambda: recording(POINTS, []),
+        "There are no sites to record: sites is empty. Name one or more, as in sites=['conv1'].",
+    ),
+    "a record that need not run and is none": (
+        ValueError,
+        lambda: recording(POINTS, ["fc", "conv1"], allow_unreached="fcc"),
+        "allow_unreached names ['fcc'], where nothing is recorded.",
+    ),
+    "an axis to split along that is not there": (
+        errors.SiteError,
+        lambda: POINTS.site("conv1").split("chanel"),
+        "Site('conv1') cannot be split along 'chanel': there is no such axis. Did you mean 'channel'? Hook point "
+        "'conv1' has axes (batch, channel, row, col).",
+    ),
+    "a batch to split along": (
+        errors.SiteError,
+        lambda: POINTS.site("conv1").split("batch"),
+        "Site('conv1') cannot be split along 'batch': the batch is as long as each forward's. Name its indices, or "
+        "choose rows with where=.",
+    ),
+    "a slice that ends nowhere": (
+        errors.SiteError,
+        lambda: POINTS.site("conv1", channel=slice(0.5, 2)),
+        "Site('conv1', channel=slice(0.5, 2, None)): the ends of a slice are whole numbers.",
+    ),
+    "another dtype than the traced one": (
+        errors.TraceMismatchError,
+        lambda: run_in_bfloat16(POINTS),
+        "Hook point 'fc' is torch.bfloat16 in this forward, but torch.float32 in the trace. Call hook_points() on the "
+        "model as it is run: in the same dtype, inside the same torch.autocast.",
+    ),
+    "inputs without rows": (
+        errors.BatchAxisError,
+        lambda: hook_points(nn.Linear(2, 2), torch.zeros(0, 2)),
+        "The example inputs have no rows: the first tensor has shape (0, 2). Trace with two rows or more, which proves "
+        "the batch axis.",
+    ),
+    "parameters that do not exist yet": (
+        errors.UnsupportedModelError,
+        lambda: hook_points(nn.Sequential(nn.LazyLinear(2)), torch.zeros(2, 2)),
+        "'0.weight' has no shape before the model's first call. Call the model once, then trace it.",
+    ),
+    "a nested input": (
+        errors.UnsupportedModelError,
+        lambda: hook_points(nn.Identity(), torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged)),
+        "The tensor at '.in[0]' is a nested one, which has no shape. Give padded inputs; where a TransformerEncoder "
+        "makes it of them, build that with enable_nested_tensor=False.",
+    ),
+    "a tap with a hook point's name": (
+        errors.HookPointError,
+        lambda: tapped("fc.in[0]"),
+        "tap('fc.in[0]', ...) has the name of another hook point. Give the tap a name of its own.",
+    ),
+    "a mapping that cannot be rebuilt": (
+        errors.UnsupportedModelError,
+        lambda: replace(MappingProxyType({"a": torch.zeros(2)}), (Item("a"),), torch.zeros(2)),
+        "mappingproxy cannot be copied with [\"a\"] replaced (cannot pickle 'mappingproxy' object). Have the module "
+        "return a dict.",
+    ),
+    "a distribution that cannot be rebuilt": (
+        errors.UnsupportedModelError,
+        lambda: replace(Halved(torch.tensor([0.0, 4.0])), (Attr("logits"),), torch.zeros(2)),
+        "Halved.__init__ cannot rebuild a Halved from its own logits: it makes something else of what it takes, or "
+        "does not keep all of it. Patch the tensor that it is built from: the output of the module before, or a tap() "
+        "on it.",
+    ),
+    "a region of a sparse tensor": (
+        errors.UnsupportedModelError,
+        lambda: read(torch.eye(2).to_sparse(), {0: slice(0, 1)}),
+        "A sparse_coo tensor has no regions. Use the whole hook point, or make the tensor dense in the model: "
+        "tensor.to_dense().",
     ),
     "a mean over an axis that is not there": (
         errors.SiteError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
+from chanpatch._patches import Patch
 from chanpatch._published import forward_context
-from chanpatch.edits import Clamp, Project, Scale, Set, donor_rows
-from chanpatch.errors import BatchAxisError, EditError, NaNError, SiteError, TraceMismatchError, UnreachedError
+from chanpatch.edits import Clamp, Project, Resample, Scale, Set, donor_rows
+from chanpatch.errors import (
+    BatchAxisError,
+    EditError,
+    HookPointError,
+    NaNError,
+    SiteError,
+    TraceMismatchError,
+    UnreachedError,
+    UnsupportedModelError,
+)
 from chanpatch.patching import edit, mean_ablate, patch_in, patched, resample_ablate, steer, zero_ablate
 from chanpatch.recording import run_with_cache
 from chanpatch.sites import Site
@@ -691,3 +702,123 @@ def test_a_site_that_is_not_on_the_path_is_told_with_all_others(net):
         patched(net, [zero_ablate(Site(name)) for name in ("unused", "conv", "also")]),
     ):
         net(torch.randn(1, 3, 6, 6))
+
+
+# --- at the call, and anew at each entry ---
+
+
+def test_patched_as_a_decorator_patches_every_call(net, image):
+    patches = [zero_ablate(Site("conv", channel=1))]
+
+    @patched(net, (patch for patch in patches))
+    def run():
+        return net(image)
+
+    def zeroed(hidden):
+        return torch.cat([hidden[:, :1], hidden[:, 1:2] * 0, hidden[:, 2:]], 1)
+
+    for _ in range(2):
+        torch.testing.assert_close(run(), by_hand(net, image, zeroed))
+
+
+def test_patched_checks_its_patches_before_it_is_entered(net, points):
+    with pytest.raises(HookPointError, match="convv"):
+        patched(net, zero_ablate(Site("convv")))
+    with pytest.raises(ValueError, match="allow_unreached"):
+        patched(points, zero_ablate(Site("conv")), allow_unreached="fc")
+
+
+# --- operands ---
+
+
+def test_the_mean_may_be_taken_over_one_axis_named_as_it_is(net, points, image):
+    patch = mean_ablate(points.site("conv"), convolved(net, image), over="batch")
+    assert torch.equal(patch.edit.value, convolved(net, image).mean(0, keepdim=True))
+
+
+def test_a_number_that_an_integer_region_cannot_hold_is_refused():
+    model = nn.Sequential(nn.Identity())
+    numbers = torch.arange(6).view(2, 3)
+    for site in (Site("0"), hook_points(model, numbers).site("0")):
+        with pytest.raises(EditError, match="cannot hold"), patched(model, Patch(site, Set(2.7))):
+            model(numbers)
+        with patched(model, Patch(site, Set(2.0))):
+            assert model(numbers).tolist() == [[2, 2, 2], [2, 2, 2]]
+
+
+def test_donors_are_drawn_along_the_batch_or_not_at_all(points):
+    with pytest.raises(EditError, match="the batch is axis 0"):
+        Patch(points.site("conv"), Resample(torch.zeros(1, 4, 1, 1), seed=0, batch_axis=1))
+
+
+def test_a_mask_as_long_as_the_batch_is_advised_to_select_rows():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1))
+    patch = zero_ablate(Site("0"), where=lambda context: torch.arange(6) < 3)
+    with pytest.raises(EditError, match=r"mask.view\(6, 1, 1, 1\) selects along batch"), patched(model, patch):
+        model(torch.randn(6, 3, 6, 6))
+
+
+# --- writing ---
+
+
+ALL = range(99)
+REGIONS = [
+    ({"channel": [2, 0]}, {2, 0}, ALL, ALL),
+    ({"channel": [2, 0], "row": [0, 3]}, {2, 0}, {0, 3}, ALL),
+    ({"channel": 1, "col": [3, 1]}, {1}, ALL, {3, 1}),
+    ({"row": slice(1, 3)}, ALL, {1, 2}, ALL),
+]
+
+
+@pytest.mark.parametrize(("indices", "channels", "rows", "cols"), REGIONS)
+def test_vmap_over_an_operand_writes_an_indexed_region_per_entry(net, image, indices, channels, rows, cols):
+    def run(factor):
+        with patched(net, Patch(Site("conv", **indices), Scale(factor))):
+            return net(image)
+
+    def scaled(hidden, factor):
+        hidden = hidden.clone()
+        for channel, row, col in itertools.product(*map(range, hidden.shape[1:])):
+            if channel in channels and row in rows and col in cols:
+                hidden[:, channel, row, col] *= factor
+        return hidden
+
+    factors = [0.0, 1.0, -2.0]
+    found = torch.func.vmap(run)(torch.tensor(factors).view(3, 1, 1, 1, 1))
+    for factor, output in zip(factors, found, strict=True):
+        torch.testing.assert_close(output, by_hand(net, image, lambda hidden, f=factor: scaled(hidden, f)))
+
+
+def test_gradients_flow_to_a_vector_that_is_added_to_listed_channels(net, image):
+    vector = torch.zeros(1, 2, 1, 1, requires_grad=True)
+    with patched(net, steer(Site("conv", channel=[3, 1]), vector)):
+        net(image).sum().backward()
+    hidden = convolved(net, image).detach().requires_grad_()
+    F.linear(hidden.relu().sum((2, 3)), net.fc.weight, net.fc.bias).sum().backward()
+    torch.testing.assert_close(vector.grad.flatten(), hidden.grad.sum((0, 2, 3))[[3, 1]])
+
+
+def test_an_indexed_region_keeps_the_memory_format_of_its_tensor(net, image):
+    net.to(memory_format=torch.channels_last)
+    strides = []
+    net.conv.register_forward_hook(lambda module, args, output: strides.append(output.stride()))
+    net(image)
+    for channel in ([2, 0], slice(1, 3)):
+        with patched(net, edit(Site("conv", channel=channel), lambda activation: activation * 1.0)):
+            net.conv._forward_hooks.move_to_end(next(iter(net.conv._forward_hooks)))
+            net(image)
+    assert strides == [strides[0]] * 3
+
+
+class Sparse(nn.Module):
+    def forward(self, vector):
+        return vector.to_sparse()
+
+
+def test_a_sparse_tensor_can_be_patched_as_a_whole_only():
+    model = nn.Sequential(Sparse())
+    with patched(model, edit(Site("0"), lambda activation: activation * 2)):
+        assert torch.equal(model(torch.eye(2)).to_dense(), 2 * torch.eye(2))
+    with pytest.raises(UnsupportedModelError, match="sparse_coo tensor has no regions"):
+        with patched(model, zero_ablate(Site("0", axis0=1))):
+            model(torch.eye(2))

@@ -190,3 +190,16 @@ def test_all_faults_of_several_sites_are_named_at_once(points):
     lines = str(caught.value).splitlines()
     assert lines[0] == "3 faults:"
     assert [line.startswith("- ") for line in lines[1:]] == [True] * 3
+
+
+def test_the_html_table_says_what_was_not_called_and_where_the_batch_is_not_proved():
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.never = nn.Linear(6, 6)
+
+        def forward(self, vector):
+            return torch.ones(3)
+
+    page = hook_points(Silent(), torch.randn(2, 6))._repr_html_()
+    assert page.endswith("<p>Batch axis not proved for 1 of them: .out</p><p>Not called: never</p>")

@@ -9,6 +9,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import einops
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -358,7 +359,7 @@ def test_stop_is_caught_by_no_model_that_catches_exceptions(image):
                 return self.counted(image)
 
     net = Careful()
-    run_with_cache(net, image, sites="conv", stop=True)
+    run_with_cache(net, image, sites="conv#0", stop=True)
     assert net.counted.calls == 0
 
 
@@ -386,13 +387,13 @@ def test_a_run_inside_an_edit_stops_only_itself(net, points, image):
             self.after = Counted()
 
         def forward(self, image):
-            found.append(run_with_cache(self.inner, image, sites="conv", stop=True))
+            found.append(run_with_cache(self.inner, image, sites="conv#0", stop=True))
             return self.after(self.inner(image))
 
     model = Asking()
-    cache = run_with_cache(model, image, sites="inner.fc", stop=True)
-    assert torch.equal(found[0]["conv"], convolved(net, image))
-    assert cache["inner.fc"].shape == (4, 5)
+    cache = run_with_cache(model, image, sites="inner.fc#0", stop=True)
+    assert torch.equal(found[0]["conv#0"], convolved(net, image))
+    assert cache["inner.fc#0"].shape == (4, 5)
     assert model.after.calls == 0
 
 
@@ -569,3 +570,127 @@ def test_an_edit_that_raises_masks_no_record(net, points, image):
 
     with pytest.raises(ZeroDivisionError), recording(points, "fc"), patched(points, edit(points.site("conv"), fails)):
         net(image)
+
+
+class Repeated(nn.Module):
+    """Calls one ReLU twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.relu = nn.Linear(3, 3), nn.ReLU()
+
+    def forward(self, vector):
+        return self.relu(self.fc(self.relu(vector)) - 1)
+
+
+def test_without_a_trace_stop_does_not_hide_that_a_module_is_called_again():
+    for stop in (True, False):
+        with pytest.raises(HookPointError, match="'relu' names no call"):
+            run_with_cache(Repeated(), torch.randn(2, 3), sites="relu", stop=stop)
+
+
+def test_without_a_trace_stop_ends_the_forward_only_where_every_site_names_its_call(net, image):
+    assert "conv" in run_with_cache(net, image, sites="conv", stop=True)
+    assert net.counted.calls == 1
+    assert "conv#0" in run_with_cache(net, image, sites="conv#0", stop=True)
+    assert net.counted.calls == 1
+
+
+def test_recording_as_a_decorator_records_anew_in_each_call(net, image):
+    runs = recording(net, (name for name in ["conv"]))
+
+    @runs
+    def run():
+        return net(image)
+
+    run()
+    run()  # with nothing recorded it would be an error
+
+
+def test_recording_checks_its_sites_before_it_is_entered(points):
+    with pytest.raises(HookPointError, match="No hook point named 'convv'"):
+        recording(points, "convv")
+
+
+def test_allow_unreached_takes_one_name_as_it_is(net, image):
+    with recording(net, "conv", allow_unreached="conv") as cache:
+        pass
+    assert len(cache) == 0
+
+
+def test_no_sites_to_record_are_an_error(net, points, image):
+    for points_or_model in (net, points):
+        with pytest.raises(SiteError, match="no sites to record"):
+            run_with_cache(points_or_model, image, sites=[])
+
+
+def test_a_cache_times_a_number_is_the_same_from_both_sides(points, image):
+    cache = run_with_cache(points, image, sites="conv", stop=True)
+    expected = cache["conv"]
+    for found, factor in ((2 * cache, 2), (cache * 2.0, 2), (np.float64(2) * cache, 2), (-cache, -1)):
+        assert torch.equal(found["conv"], expected * factor)
+    assert torch.equal((1 + cache)["conv"], expected + 1)
+    assert torch.equal(sum([cache, cache])["conv"], expected + expected)
+
+
+@pytest.mark.parametrize("combine", [
+    lambda cache: cache * torch.ones(4), lambda cache: torch.ones(4) * cache, lambda cache: cache + torch.ones(7, 4, 4),
+    lambda cache: cache - torch.tensor(1.0),
+])  # fmt: skip
+def test_a_cache_is_not_combined_with_a_tensor(points, image, combine):
+    with pytest.raises(TypeError):
+        combine(run_with_cache(points, image, sites="conv", stop=True))
+
+
+def test_an_ellipsis_in_a_pattern_keeps_the_batch_so_that_forwards_are_joined(net, points, image):
+    with recording(points, "conv", reduce=("b c ... -> b c", "sum")) as cache:
+        net(image)
+        net(image)
+    assert cache.axes("conv") == ("batch", "channel")
+    assert torch.equal(cache["conv"], torch.cat([convolved(net, image).sum((2, 3))] * 2))
+
+
+def test_an_ellipsis_that_is_kept_keeps_the_names_of_its_axes(net, points, image):
+    cache = run_with_cache(points, image, sites="conv", reduce=("b c ... -> b ...", "max"), stop=True)
+    assert cache.axes("conv") == ("batch", "row", "col")
+    assert torch.equal(cache["conv"], convolved(net, image).amax(1))
+
+
+@pytest.mark.parametrize("reduce", [("b c h w -> b c", "median"), ("b c -> b", "sum"), ("b c h w -> b d", "sum")])
+def test_a_reduction_that_does_not_apply_is_refused_at_once(points, reduce):
+    with pytest.raises(SiteError, match="does not apply at Site\\('conv'\\)"):
+        recording(points, "conv", reduce=reduce)
+
+
+def test_a_mean_of_flags_is_refused_at_once():
+    class Positive(nn.Module):
+        def forward(self, image):
+            return image > 0
+
+    points = hook_points(
+        nn.Sequential(Positive()), torch.randn(2, 3, 4, 4), axes={"0": ("batch", "channel", "row", "col")}
+    )
+    with pytest.raises(SiteError, match="torch.bool region"):
+        recording(points, "0", reduce="mean")
+
+
+def test_a_record_of_an_index_list_is_its_own(net, points, image):
+    cache = run_with_cache(points, image, sites=points.site("conv", channel=[2, 0]), stop=True)
+    before = convolved(net, image)
+    next(iter(cache.values())).zero_()
+    assert torch.equal(run_with_cache(points, image, sites="conv", stop=True)["conv"], before)
+
+
+def test_another_dtype_than_the_traced_one_is_an_error_that_names_both(net, points, image):
+    net.double()
+    with pytest.raises(TraceMismatchError, match="'conv' is torch.float64 in this forward, but torch.float32"):
+        run_with_cache(points, image.double(), sites="conv")
+    net.float()
+    with pytest.raises(TraceMismatchError, match=r"bfloat16.*float32"), torch.autocast("cpu", torch.bfloat16):
+        run_with_cache(points, image, sites="conv")
+
+
+def test_a_trace_under_autocast_fits_forwards_under_autocast(net, image):
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = run_with_cache(hook_points(net, image), image, sites="conv", stop=True)
+    assert cache["conv"].dtype == torch.bfloat16

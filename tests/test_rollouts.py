@@ -471,6 +471,25 @@ def test_a_missing_gymnasium_is_named_with_the_line_that_installs_it(monkeypatch
     assert refused(MissingPackageError, envs=envs) == ("gymnasium is not installed: pip install gymnasium")
 
 
+def test_actions_begin_where_the_discrete_space_begins():
+    class Shifted(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Box(0, 1, (1,)), gymnasium.spaces.Discrete(2, start=3)
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            assert self.action_space.contains(action)
+            return np.zeros(1, np.float32), float(action), False, False, {}
+
+    def act(observations):
+        return Categorical(logits=torch.tensor([[0.0, 0.0]]).expand(len(observations), 2))
+
+    done = rollout(act, gymnasium.vector.SyncVectorEnv([Shifted] * 2), range(4), max_steps=8)
+    assert set(np.concatenate(done.actions).tolist()) == {3, 4}
+    assert done.returns.tolist() == [actions.sum() for actions in done.actions]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("progress", "drawn"), [(True, True), (False, False), (None, False)])
 def test_a_long_rollout_draws_a_progress_bar_off_a_terminal_only_when_asked_to(capsys, progress, drawn):

@@ -156,7 +156,7 @@ def test_split_of_an_axis_of_unknown_length_is_refused(axis):
 
 def test_the_batch_cannot_be_split_even_when_traced(plain_cnn):
     points = hook_points(plain_cnn.module, *plain_cnn.inputs(2))
-    with pytest.raises(SiteError, match="the length of that axis is not known"):
+    with pytest.raises(SiteError, match="the batch is as long as each forward's"):
         points.site("conv1").split("batch")
 
 
@@ -207,3 +207,12 @@ def test_all_faults_of_a_site_are_named_at_once():
 def test_a_slice_that_runs_on_is_found_as_a_slice_so_that_it_is_read_without_a_copy():
     assert Site("conv", row=[2, 3, 4]).positions(AXES, LENGTHS) == {2: slice(2, 5)}
     assert Site("conv", row=[4, 3]).positions(AXES, LENGTHS) == {2: [4, 3]}
+
+
+def test_flags_tell_what_to_split_into_without_a_trace():
+    parts = Site("0", channel=[True, False, True]).split("channel")
+    assert parts == (Site("0", channel=0), Site("0", channel=2))
+
+
+def test_the_ends_of_a_slice_may_be_numbers_of_numpy():
+    assert Site("0", row=slice(np.int64(1), np.int64(3))) == Site("0", row=slice(1, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -440,3 +441,119 @@ def test_two_traces_of_one_model_are_equal(model):
 def test_a_model_that_ignores_hooks_is_refused(build):
     with pytest.raises(UnsupportedModelError):
         hook_points(build(), torch.randn(2, 6))
+
+
+# --- sequences whose batch is not their first axis ---
+
+
+class LateEncoder(nn.Module):
+    """Begins with a Linear, which leaves open which axis is the batch; a sequence-first encoder comes later."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=False)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, sequence, other=None):
+        return self.head(self.encoder(self.embed(sequence)))
+
+
+def test_the_batch_is_where_a_later_module_says_that_it_is():
+    points = hook_points(LateEncoder().eval(), torch.randn(7, 3, 5))
+    assert points[".in[0]"].axes == ("axis0", "batch", "feature")
+    assert points["head"].axes == ("position", "batch", "feature")
+    assert set(batch_axes(points).values()) == {1}
+
+
+def test_other_inputs_have_as_many_rows_as_the_batch_that_a_later_module_names():
+    points = hook_points(LateEncoder().eval(), torch.randn(7, 3, 5), torch.randn(1, 3, 4))
+    assert (points[".in[0]"].batch_axis, points[".in[1]"].batch_axis) == (1, 1)
+
+
+def test_modules_that_disagree_on_the_batch_leave_it_unproved():
+    class Both(LateEncoder):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.GRU(8, 8, batch_first=True)
+
+        def forward(self, sequence):
+            return self.head(self.rows(self.encoder(self.embed(sequence)))[0])
+
+    points = hook_points(Both().eval(), torch.randn(7, 3, 5))
+    assert set(batch_axes(points).values()) == {None}
+
+
+# --- what is given to the model, and what it does with it ---
+
+
+class Keys:
+    """A cache of keys, as opaque as those of language models."""
+
+    def __init__(self):
+        self.held = [torch.zeros(2, 6)]
+
+
+def test_an_opaque_input_is_left_as_it_was():
+    class Appending(nn.Module):
+        def forward(self, vector, keys):
+            keys.held.append(vector)
+            return torch.stack(keys.held).sum(0)
+
+    keys = Keys()
+    hook_points(Appending(), torch.randn(2, 6), keys)
+    hook_points(Appending(), torch.randn(2, 6), keys=keys)
+    assert len(keys.held) == 1
+
+
+def test_an_input_that_cannot_be_copied_is_given_as_it_is():
+    lock = threading.Lock()
+    seen = []
+
+    class Locking(nn.Module):
+        def forward(self, vector, lock):
+            seen.append(lock)
+            return vector + 1
+
+    assert hook_points(Locking(), torch.randn(2, 6), lock)[".out"].batch_axis == 0
+    assert seen == [lock, lock]
+
+
+def test_a_submodule_that_raises_and_is_caught_does_not_shift_the_calls():
+    class Failing(nn.Module):
+        def forward(self, vector):
+            raise ValueError
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.failing, self.fc = Failing(), nn.Linear(6, 6)
+
+        def forward(self, vector):
+            try:
+                return self.failing(vector)
+            except ValueError:
+                return self.fc(vector)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, vector):
+            return self.block(self.block(vector))
+
+    points = hook_points(Twice(), torch.randn(2, 6))
+    assert [name for name in points if name.startswith("block#")] == ["block#0.in[0]", "block#0", "block#1.in[0]",
+                                                                      "block#1"]  # fmt: skip
+
+
+def test_a_model_on_the_meta_device_can_be_traced():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)).to("meta")
+    points = hook_points(model, torch.randn(2, 6, device="meta"))
+    assert (points["1"].axes, points["1"].device.type) == (("batch", "feature"), "meta")
+
+
+def test_packed_sequences_prove_no_batch():
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 6), torch.randn(2, 6)])
+    assert set(batch_axes(hook_points(nn.LSTM(6, 4), packed)).values()) == {None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,6 +29,7 @@ from torch.distributions import (
 )
 
 from chanpatch._tree import Attr, Item, get, leaves, parse_path, path_text, replace
+from chanpatch.errors import UnsupportedModelError
 
 
 class Heads(NamedTuple):
@@ -353,3 +355,70 @@ def test_a_rebuilt_distribution_is_one_that_torch_knows():
 def test_a_place_that_does_not_exist_is_an_error(tree, path):
     with pytest.raises((LookupError, AttributeError, TypeError)):
         get(tree, path)
+
+
+@dataclass
+class Sum:
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        self.total = self.left + self.right
+
+
+def test_what_a_dataclass_derives_is_derived_anew():
+    left, right, new = t(1), t(1), t(1)
+    before = Sum(left, right)
+    assert torch.equal(replace(before, (Attr("left"),), new).total, new + right)
+    assert torch.equal(before.total, left + right)
+
+
+class Tempered(Categorical):
+    """Divides its logits by a temperature that it keeps."""
+
+    def __init__(self, logits: Tensor, temperature: float = 1.0, validate_args: bool | None = None) -> None:
+        self.temperature = temperature
+        super().__init__(logits=logits / temperature, validate_args=validate_args)
+
+
+class Unvalidated(Categorical):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(logits=logits)
+
+
+class Forgetful(Categorical):
+    """Needs what it does not keep."""
+
+    def __init__(self, logits: Tensor, scale: float) -> None:
+        super().__init__(logits=logits * scale)
+
+
+def test_a_distribution_that_changes_its_parameter_is_not_rebuilt_wrongly():
+    for logits in (LOGITS, torch.zeros_like(LOGITS)):  # of the uniform one the temperature changes nothing
+        with pytest.raises(UnsupportedModelError, match="cannot rebuild a Tempered from its own logits"):
+            replace(Tempered(logits, temperature=2.0), (Attr("logits"),), LOGITS + torch.arange(LOGITS.shape[-1]))
+
+
+def test_a_distribution_that_leaves_its_parameter_alone_is_rebuilt():
+    new = LOGITS + torch.arange(LOGITS.shape[-1])
+    for distribution in (Tempered(LOGITS), Unvalidated(LOGITS)):
+        rebuilt = replace(distribution, (Attr("logits"),), new)
+        assert type(rebuilt) is type(distribution)
+        torch.testing.assert_close(rebuilt.probs, new.softmax(-1))
+
+
+def test_a_distribution_that_needs_what_it_does_not_keep_is_an_error_that_says_so():
+    with pytest.raises(UnsupportedModelError, match="does not keep all of it"):
+        replace(Forgetful(LOGITS, 1.0), (Attr("logits"),), LOGITS)
+
+
+def test_the_probabilities_of_a_distribution_built_from_logits_can_be_replaced():
+    new = LOGITS.softmax(-1).flip(-1)
+    torch.testing.assert_close(replace(Categorical(logits=LOGITS), (Attr("probs"),), new).probs, new)
+
+
+def test_a_read_only_mapping_can_be_read_but_not_rebuilt():
+    output = MappingProxyType({"a": t(2)})
+    assert [path for path, _ in leaves(output)] == [(Item("a"),)]
+    with pytest.raises(UnsupportedModelError, match="Have the module return a dict"):
+        replace(output, (Item("a"),), t(3))

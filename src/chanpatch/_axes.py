@@ -90,7 +90,9 @@ def _spatial_names(module: nn.Module, count: int, ndim: int, inputs: Names | Non
 
 
 def _recurrent_names(module: nn.RNNBase, side: str, path: Path, ndim: int) -> Names | None:
-    if path[:1] == (Item(0),) and len(path) == 1:
+    if not all(isinstance(step, Item) for step in path):  # a PackedSequence has no axis of its own for the batch
+        return None
+    if path in ((Item(0),), (Item("input"),)):
         if ndim == 2:
             return ("position", "feature")
         return ("batch", "position", "feature") if module.batch_first else ("position", "batch", "feature")

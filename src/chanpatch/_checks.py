@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 from ._axes import axis_names
 from ._lookup import BarePoint
+from ._tree import inside_vmap as inside_vmap
+from ._tree import leaves
 from ._typing import Axes
 from .edits import Add, Project, Resample, Scale, Set
-from .errors import EditError, TraceMismatchError, UnsupportedModelError
+from .errors import BatchAxisError, EditError, TraceMismatchError, UnsupportedModelError
 from .points import HookPoint
 from .sites import Site
 
@@ -28,18 +32,8 @@ def no_batch(site: Site) -> str:
     )
 
 
-def inside_vmap(tensor: Tensor) -> bool:
-    """Tell whether a tensor stands for the many of a `torch.vmap`, so that none of its numbers can be read."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
-        tensor = functorch.get_unwrapped(tensor)
-    return False
-
-
 def check_shape_against_trace(leaf: Tensor, point: HookPoint) -> None:
-    """Raise if a tensor differs from the traced one in anything but the batch."""
+    """Raise if a tensor differs from the traced one in anything but the batch and the device."""
     traced = [point.length(axis) for axis in point.axes]
     same = len(traced) == leaf.dim() and all(
         expected is None or axis == "batch" or expected == length
@@ -51,6 +45,11 @@ def check_shape_against_trace(leaf: Tensor, point: HookPoint) -> None:
             f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward, but axes "
             f"({', '.join(point.axes)}) = ({lengths}) in the trace. Trace inputs like these with "
             f"hook_points(); for inputs of many lengths, use a site that has no trace: Site('{point.name}')."
+        )
+    if leaf.dtype != point.dtype:
+        raise TraceMismatchError(
+            f"Hook point '{point.name}' is {leaf.dtype} in this forward, but {point.dtype} in the trace. Call "
+            "hook_points() on the model as it is run: in the same dtype, inside the same torch.autocast."
         )
 
 
@@ -96,9 +95,15 @@ def check_operands(
     """
     if not isinstance(edit, (*_VERBS, Resample)):
         return
-    if isinstance(edit, Resample):  # the donors need not be as many as the rows
-        lengths = [None if number == edit.batch_axis else length for number, length in enumerate(lengths)]
     name = type(edit).__name__
+    if isinstance(edit, Resample):  # the donors need not be as many as the rows
+        if "batch" in axes and axes.index("batch") != edit.batch_axis:
+            number = axes.index("batch")
+            raise EditError(
+                f"Resample at {site!r} has batch_axis={edit.batch_axis}, but the batch is axis {number} of "
+                f"({', '.join(axes)}). Resample(reference, seed, batch_axis={number}) draws rows."
+            )
+        lengths = [None if number == edit.batch_axis else length for number, length in enumerate(lengths)]
     for item in fields(edit):  # type: ignore[arg-type]
         operand = getattr(edit, item.name)
         if isinstance(operand, Tensor):
@@ -108,6 +113,17 @@ def check_operands(
                     f"{name} at {site!r}: the {item.name} is {operand.dtype} on {operand.device}, but the region is "
                     f"{dtype} on {device}. Convert it: {item.name}.to('{device}', {dtype})."
                 )
+        elif not _holds(dtype, operand):
+            raise EditError(
+                f"{name} at {site!r}: the {item.name} is {operand}, which the region, {dtype}, cannot hold. Give a "
+                "whole number."
+            )
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return True
+    return math.isfinite(number) and number == (bool(number) if dtype == torch.bool else int(number))
 
 
 def check_mask(mask: Any, site: Site, axes: Axes, lengths: Sequence[int | None]) -> None:
@@ -130,8 +146,12 @@ def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: S
     ):
         return
     advice = ""
-    if operand.dim() == 1 and len(operand) in lengths[len(axes) > 1 :]:
-        number = lengths.index(len(operand), len(axes) > 1)
+    rows = [axes.index("batch")] if "batch" in axes else [0]
+    others = [number for number in range(len(axes)) if number not in rows]
+    # A mask of that length is more often one of rows, a vector more often one of channels.
+    fitting = [number for number in (rows + others if noun == "mask" else others) if lengths[number] == operand.numel()]
+    if operand.dim() == 1 and fitting:
+        number = fitting[0]
         view = ", ".join(str(len(operand)) if axis == number else "1" for axis in range(len(axes)))
         advice = f": {noun}.view({view}) {verb} along {axes[number]}"
     shown = ", ".join("any" if length is None else str(length) for length in lengths)
@@ -165,3 +185,31 @@ def refuse_unhookable(model: nn.Module) -> None:
                 f"{where} is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. "
                 "Pass the module inside (.module) and run it on one device."
             )
+
+
+def refuse_untraceable(model: nn.Module, inputs: Any) -> None:
+    """Raise for what cannot be traced: parameters that do not exist yet, inputs without rows."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise UnsupportedModelError(
+                f"'{name}' has no shape before the model's first call. Call the model once, then trace it."
+            )
+    first = next((tensor for _, tensor in leaves(inputs) if tensor.dim() and not tensor.is_nested), None)
+    if first is not None and not len(first):
+        raise BatchAxisError(
+            f"The example inputs have no rows: the first tensor has shape {tuple(first.shape)}. Trace with two rows or "
+            "more, which proves the batch axis."
+        )
+
+
+def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
+    """Return the names in `allow_unreached`.
+
+    Raises:
+        ValueError: If one of them is not known; `nothing` says what there is not.
+    """
+    allowed = frozenset([names] if isinstance(names, str) else names)
+    unknown = allowed - set(known)
+    if unknown:
+        raise ValueError(f"allow_unreached names {sorted(unknown)}, where {nothing}.")
+    return allowed

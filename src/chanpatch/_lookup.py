@@ -65,11 +65,13 @@ def sites_of(
     """Return sites from names, hook points or sites, in the order given, without duplicates.
 
     Raises:
-        HookPointError, SiteError: With HookPoints, if one of them does not exist; all faults at once.
+        HookPointError, SiteError: If one of them does not exist, all faults at once, or if there are none.
     """
     each = [sites] if isinstance(sites, (str, Site, HookPoint)) else list(sites)
     named = [item if isinstance(item, Site) else Site(item.name).at(item) if isinstance(item, HookPoint)
              else Site(item) for item in each]  # fmt: skip
+    if not named:
+        raise SiteError("There are no sites to record: sites is empty. Name one or more, as in sites=['conv1'].")
     return tuple(dict.fromkeys(bound(points_or_model, named)))
 
 
@@ -85,11 +87,10 @@ def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> lis
             found.append(site)
         except (HookPointError, SiteError) as fault:
             faults.append(fault)
-    if len(faults) == 1:
-        raise faults[0]
+    if len(faults) > 1:
+        raise type(faults[0])("\n".join([f"{len(faults)} faults:", *(f"- {fault}" for fault in faults)]))
     if faults:
-        raise type(faults[0])("\n".join(f"{len(faults)} faults:" if n < 0 else f"- {faults[n]}"
-                                        for n in range(-1, len(faults))))  # fmt: skip
+        raise faults[0]
     return found
 
 

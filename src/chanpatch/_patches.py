@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import (
+    allowed_names,
     bare_axes,
     check_mask,
     check_mask_type,
@@ -105,7 +106,9 @@ class AppliedPatches:
     ) -> None:
         model = model_of(points_or_model)
         self.patches = _checked(points_or_model, patches)
-        self.allow_unreached = _allowed(allow_unreached, self.patches)
+        self.allow_unreached = allowed_names(
+            allow_unreached, (patch.site.name for patch in self.patches), "there is no patch"
+        )
         self.check_nan = check_nan
         self.session = session_for(points_or_model)
         self.ledger = Ledger(self.patches)
@@ -124,8 +127,8 @@ class AppliedPatches:
 
     def compare_nan(self, number: int, before: Tensor, after: Tensor) -> None:
         """Gather, on the device, whether a patch brought NaN in."""
-        numbers = after.is_floating_point() or after.is_complex()
-        if self.check_nan and numbers and not inside_vmap(after):
+        has_nan = (after.is_floating_point() or after.is_complex()) and after.layout == torch.strided
+        if self.check_nan and has_nan and not inside_vmap(after):
             brought = (after.isnan() & ~before.isnan()).any()
             self._nan[number] = self._nan[number] | brought if number in self._nan else brought
 
@@ -152,7 +155,7 @@ class AppliedPatches:
             f"{self.patches[number]!r} brought NaN into a region that had none. Check its operands (a mean over no "
             "rows, 0/0), or pass check_nan=False if NaN is meant."
         )
-        if cause is None or _is_validation(cause):
+        if cause is None or _is_refusal(cause):
             raise NaNError(message) from cause
         if hasattr(cause, "add_note"):  # from Python 3.11 on
             cause.add_note(message)
@@ -184,14 +187,6 @@ def _checked(points_or_model: HookPoints | nn.Module, patches: Patch | Iterable[
         patch if site is patch.site else Patch(site, patch.edit, patch.where)
         for patch, site in zip(each, sites, strict=True)
     )
-
-
-def _allowed(names: Iterable[str], patches: Sequence[Patch]) -> frozenset[str]:
-    allowed = frozenset([names] if isinstance(names, str) else names)
-    unknown = allowed - {patch.site.name for patch in patches}
-    if unknown:
-        raise ValueError(f"allow_unreached names {sorted(unknown)}, where there is no patch.")
-    return allowed
 
 
 class _Firing:
@@ -312,13 +307,13 @@ class _Context:
         return self._rows[self._chosen]
 
 
-def _is_validation(error: Exception) -> bool:
-    """Tell whether a torch distribution refused its parameters."""
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether a torch distribution refused its parameters, when it was built or when it was sampled."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    return isinstance(error, ValueError) and where.startswith("torch.distributions")
+    return isinstance(error, (ValueError, RuntimeError)) and where.startswith("torch.distributions")
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

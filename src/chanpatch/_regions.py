@@ -7,11 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ._tree import inside_vmap
+from .errors import UnsupportedModelError
+
 Positions = Mapping[int, "slice | list[int]"]
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at these positions, by axis number; the tensor itself where there are none."""
+    """Return the region at these positions, by axis number; the tensor itself where there are none.
+
+    Raises:
+        UnsupportedModelError: If the tensor is sparse, and the region not all of it.
+    """
+    if positions and tensor.layout != torch.strided:
+        raise UnsupportedModelError(
+            f"A {str(tensor.layout).removeprefix('torch.')} tensor has no regions. Use the whole hook point, or make "
+            "the tensor dense in the model: tensor.to_dense()."
+        )
     for axis, chosen in positions.items():
         if isinstance(chosen, slice):
             tensor = tensor.narrow(axis, chosen.start, chosen.stop - chosen.start)
@@ -28,13 +40,12 @@ def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     """
     if not positions:
         return region.clone()
-    copy = tensor.clone()
-    if all(isinstance(chosen, slice) for chosen in positions.values()):
-        read(copy, positions).copy_(region)
-        return copy
-    lengths = tensor.shape
-    grid = [torch.arange(length, device=tensor.device)[positions[axis]] if axis in positions
-            else torch.arange(length, device=tensor.device) for axis, length in enumerate(lengths)]  # fmt: skip
-    index = tuple(line.view([-1 if i == axis else 1 for i in range(len(grid))]) for axis, line in enumerate(grid))
-    copy[index] = region
-    return copy
+    (axis, chosen), *others = positions.items()
+    if others:
+        region = written(read(tensor, {axis: chosen}), dict(others), region)
+    if isinstance(chosen, slice):
+        return torch.slice_scatter(tensor, region, axis, chosen.start, chosen.stop)
+    index = torch.tensor(chosen, device=tensor.device)
+    if inside_vmap(region):  # one of many regions: a copy of the one tensor has no room for them
+        return tensor.index_copy(axis, index, region)
+    return tensor.clone().index_copy_(axis, index, region)  # a clone keeps the strides, and so the last bits downstream

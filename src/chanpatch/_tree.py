@@ -12,11 +12,15 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution
+
+from .errors import UnsupportedModelError
 
 
 class Item(NamedTuple):
@@ -81,7 +85,11 @@ def get(tree: Any, path: Path) -> Any:
 
 
 def replace(tree: Any, path: Path, leaf: Any) -> Any:
-    """Return the same output with one leaf replaced; containers on the way are rebuilt, never written to."""
+    """Return the same output with one leaf replaced; containers on the way are rebuilt, never written to.
+
+    Raises:
+        UnsupportedModelError: If a container on the way cannot be rebuilt.
+    """
     if not path:
         return leaf
     step, rest = path[0], path[1:]
@@ -95,8 +103,13 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
         # What torch.max and its like return only their own type can make; of others __new__ may take anything.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
-    changed = copy.copy(tree)
-    changed[step.key] = child
+    try:
+        changed = copy.copy(tree)
+        changed[step.key] = child
+    except TypeError as fault:  # a read-only view, as of types.MappingProxyType
+        raise UnsupportedModelError(
+            f"{type(tree).__name__} cannot be copied with {step} replaced ({fault}). Have the module return a dict."
+        ) from fault
     return changed
 
 
@@ -119,6 +132,10 @@ def _children(tree: Any) -> Iterator[tuple[Item | Attr, Any]]:
 
 
 def _with(instance: Any, name: str, child: Any) -> Any:
+    derives = hasattr(instance, "__post_init__") and all(item.init for item in dataclasses.fields(instance))
+    if derives:
+        with suppress(TypeError, ValueError):  # an __init__ of its own, or one that takes an InitVar
+            return dataclasses.replace(instance, **{name: child})
     changed = copy.copy(instance)
     object.__setattr__(changed, name, child)  # a frozen dataclass refuses the plain assignment
     return changed
@@ -160,10 +177,41 @@ def _attribute(parameter: str) -> str:
 
 
 def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
+    """Return the distribution with one parameter replaced, through its constructor.
+
+    A class of the user's own may make something else of what it is given (logits divided by a temperature). It is
+    rebuilt only if its constructor, given what the distribution holds, makes the same distribution again.
+    """
+    if type(distribution).__module__.split(".")[:2] == ["torch", "distributions"]:
+        return _constructed(distribution, changed, parameter)
+    _refuse_unfaithful(distribution, changed)
+    made = _constructed(distribution, changed, parameter)
+    _refuse_unfaithful(made, changed)
+    return made
+
+
+def _refuse_unfaithful(distribution: Distribution, changed: str) -> None:
+    """Raise unless a distribution's constructor makes of its own parameter the same parameter again."""
+    kind, held = type(distribution).__name__, getattr(distribution, changed)
+    try:
+        again = getattr(_constructed(distribution, changed, held), changed)
+        same = not isinstance(held, Tensor) or inside_vmap(held) or torch.allclose(again, held, equal_nan=True)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        same = False
+    if not same:
+        raise UnsupportedModelError(
+            f"{kind}.__init__ cannot rebuild a {kind} from its own {changed}: it makes something else of what it "
+            "takes, or does not keep all of it. Patch the tensor that it is built from: the output of the module "
+            "before, or a tap() on it."
+        )
+
+
+def _constructed(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
     kind: Any = type(distribution)
     alternatives = set().union(*_ALTERNATIVES)
-    arguments: dict[str, Any] = {"validate_args": distribution._validate_args}
-    built_with = _parameters(distribution)
+    takes = inspect.signature(kind.__init__).parameters
+    arguments: dict[str, Any] = {"validate_args": distribution._validate_args} if "validate_args" in takes else {}
+    built_with = set(_parameters(distribution)).difference(*(each for each in _ALTERNATIVES if changed in each))
     for name in _constructor(kind):
         attribute = _attribute(name)
         if attribute == changed:
@@ -172,3 +220,13 @@ def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distri
             arguments[name] = getattr(distribution, attribute)
     rebuilt: Distribution = kind(**arguments)
     return rebuilt
+
+
+def inside_vmap(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for the many of a `torch.vmap`, so that none of its numbers can be read."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False

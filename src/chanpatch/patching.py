@@ -8,7 +8,7 @@ with patched(model, patch):
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import _GeneratorContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +31,18 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
     Args:
         site: What to ablate.
         where: As in Patch.
+
+    Raises:
+        TypeError: If the site is none.
+        EditError: If `where` is no bool tensor that fits the site, nor a function.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 3)
+        >>> with patched(model, zero_ablate(Site(".out", feature=1))):
+        ...     output = model(torch.ones(4, 2))
+        >>> output[:, 1]
+        tensor([0., 0., 0., 0.], grad_fn=<SelectBackward0>)
     """
     return Patch(site, Set(0.0), where)
 
@@ -39,7 +51,7 @@ def mean_ablate(
     site: Site,
     reference: Mapping[Any, Tensor] | Tensor,
     *,
-    over: Sequence[str] = ("batch",),
+    over: str | Sequence[str] = ("batch",),
     where: Mask | None = None,
 ) -> Patch:
     """Return a patch that sets the region to its mean over a reference set.
@@ -47,16 +59,32 @@ def mean_ablate(
     Args:
         site: What to ablate; taken from `HookPoints.site`, so that its axes have names.
         reference: Activations of that region, or of its whole hook point, over the reference inputs: an
-            ActivationCache or a tensor with the region's axes.
-        over: Axes to average over; the others keep a mean each.
+            ActivationCache or a tensor with the region's axes, such as `(batch, channel, row, col)`; its batch may be
+            of any length.
+        over: Axis or axes to average over; the others keep a mean each.
         where: As in Patch.
 
     Raises:
-        SiteError: If the site has no axis of that name.
+        SiteError: If the site has no axis of that name, or `over` is empty.
         EditError: If the reference does not have the region's axes.
+
+    Example:
+        >>> import torch
+        >>> from chanpatch import hook_points
+        >>> points = hook_points(nn.Linear(2, 3), torch.ones(4, 2))
+        >>> patch = mean_ablate(points.site(".out", feature=1), torch.tensor([[1.0], [3.0]]))
+        >>> patch.edit.value
+        tensor([[2.]])
+
+    References:
+        Wang et al. 2023, "Interpretability in the wild: a circuit for indirect object identification in GPT-2 small",
+        section 2.1.
     """
     region = _reference(site, reference)
     axes = _named_axes(site, "mean_ablate")
+    over = (over,) if isinstance(over, str) else tuple(over)
+    if not over:
+        raise SiteError(f"mean_ablate at {site!r} over no axis. Name one or more of ({', '.join(axes)}): over='batch'.")
     unknown = [axis for axis in over if axis not in axes]
     if unknown:
         raise SiteError(f"mean_ablate over {unknown} at {site!r}: its axes are ({', '.join(axes)}).")
@@ -72,16 +100,24 @@ def resample_ablate(
 
     Args:
         site: What to ablate; taken from `HookPoints.site`, whose trace proves the batch axis.
-        reference: Activations of that region, or of its whole hook point, over the reference inputs.
-        seed: Of the draw, which depends on it, the call index and the row's number only.
+        reference: Activations of that region, or of its whole hook point, over the reference inputs: an
+            ActivationCache or a tensor with the region's axes, such as `(batch, channel, row, col)`.
+        seed: Of the draw, which depends on it, the call index and the row's number only; a whole number.
         where: As in Patch.
 
     Raises:
         BatchAxisError: If the hook point's batch axis is not proved.
-        EditError: If the reference does not have the region's axes.
+        EditError: If the reference does not have the region's axes, or the seed is no whole number.
+
+    Example:
+        >>> import torch
+        >>> from chanpatch import hook_points
+        >>> points = hook_points(nn.Linear(2, 3), torch.ones(4, 2))
+        >>> resample_ablate(points.site(".out", feature=1), torch.tensor([[1.0], [3.0]]), seed=0)
+        Patch(Site('.out', feature=1), Resample)
 
     References:
-        Chan et al. 2022, "Causal scrubbing: a method for rigorously testing interpretability hypotheses".
+        Chan et al. 2022, "Causal scrubbing: a method for rigorously testing interpretability hypotheses", section 2.
     """
     region = _reference(site, reference)
     if site.point is None or site.point.batch_axis is None:
@@ -95,11 +131,19 @@ def patch_in(site: Site, source: Mapping[Any, Tensor] | Tensor, *, where: Mask |
     Args:
         site: Where to patch.
         source: Activations of that region, or of its whole hook point, in the other run: an ActivationCache or a
-            tensor with the region's axes. Its batch has the length of the patched run's, or 1.
+            tensor with the region's axes, such as `(batch, channel, row, col)`. Its batch has the length of the
+            patched run's, or 1.
         where: As in Patch.
 
     Raises:
         EditError: If the source does not have the region's axes.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 3)
+        >>> with patched(model, patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]]))):
+        ...     model(torch.ones(1, 2))
+        tensor([[1., 2., 3.]])
 
     References:
         Meng et al. 2022, "Locating and editing factual associations in GPT", section 2.1.
@@ -118,8 +162,18 @@ def steer(
         coefficient: Multiplies the vector.
         where: As in Patch.
 
+    Raises:
+        EditError: If the vector does not fit the region, or the coefficient is no number.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(2, 3, bias=False)
+        >>> with patched(model, steer(Site(".out"), torch.tensor([[1.0, 0.0, 0.0]]), coefficient=-2.0)):
+        ...     model(torch.zeros(1, 2)).detach()
+        tensor([[-2.,  0.,  0.]])
+
     References:
-        Turner et al. 2023, "Steering language models with activation engineering".
+        Turner et al. 2023, "Steering language models with activation engineering", section 3.
     """
     return Patch(site, Add(_reference(site, vector), coefficient), where)
 
@@ -132,21 +186,25 @@ def edit(site: Site, function: Edit | Callable[..., Tensor], *, where: Mask | No
         function: `activation -> activation`, or with a keyword-only `context` as second parameter.
         where: As in Patch.
 
+    Raises:
+        EditError: If the function cannot be called; in the forward, if what it returns does not fit the region.
+
     Example:
         >>> halve = edit(Site("fc", feature=3), lambda activation: activation / 2)
     """
     return Patch(site, function, where)
 
 
-@contextmanager
 def patched(
     points_or_model: HookPoints | nn.Module,
     patches: Patch | Iterable[Patch],
     *,
     allow_unreached: Iterable[str] = (),
     check_nan: bool = True,
-) -> Iterator[Ledger]:
+) -> _GeneratorContextManager[Ledger]:
     """Run the model with patches inside while the context is open.
+
+    It is a decorator too: `@patched(model, patch)` patches the model in each call of a function.
 
     Args:
         points_or_model: The model, or its HookPoints: then every site is checked against the trace at once.
@@ -158,38 +216,69 @@ def patched(
         The ledger: what each patch has done so far.
 
     Raises:
-        HookPointError, SiteError: At entry, if a site does not exist; all faults at once.
+        HookPointError, SiteError: At once, if a site does not exist; all faults together.
+        ValueError: At once, if `allow_unreached` has a name where there is no patch.
         EditError: In the forward, if an edit's result does not fit.
         NaNError: At the end of a root call.
         UnreachedError: At exit, if a patch never ran; it masks no exception in flight.
-        UnsupportedModelError: At entry, if the model ignores hooks.
+        UnsupportedModelError: At once, if the model ignores hooks.
         ConcurrencyError: In the forward, if it runs in another thread.
+
+    Example:
+        >>> import torch
+        >>> from chanpatch import hook_points
+        >>> points = hook_points(nn.Linear(2, 3), torch.ones(2, 2))
+        >>> with patched(points, zero_ablate(points.site(".out"))) as ledger:
+        ...     _ = points.model(torch.ones(4, 2))
+        >>> print(ledger)
+        Site('.out') Set: 1 firings, 4 rows, 12 elements
     """
-    model = model_of(points_or_model)
-    refuse_unhookable(model)
-    applied = AppliedPatches(points_or_model, patches, allow_unreached=allow_unreached, check_nan=check_nan)
-    session = applied.session
-    session.on_end = lambda opener: applied.raise_nan()
-    session.confine_to_thread()
-    with session.opened():
-        try:
-            yield applied.ledger
-        except Exception as error:
-            applied.raise_nan(cause=error)
-            raise
-    applied.raise_nan()
-    applied.raise_unreached(applied.unreached(), "inside patched()")
+
+    def applied_patches() -> AppliedPatches:
+        refuse_unhookable(model_of(points_or_model))
+        return AppliedPatches(points_or_model, chosen, allow_unreached=allowed, check_nan=check_nan)
+
+    @contextmanager
+    def entered() -> Iterator[Ledger]:
+        applied = applied_patches()
+        session = applied.session
+        session.on_end = lambda opener: applied.raise_nan()
+        session.confine_to_thread()
+        with session.opened():
+            try:
+                yield applied.ledger
+            except Exception as error:
+                applied.raise_nan(cause=error)
+                raise
+        applied.raise_nan()
+        applied.raise_unreached(applied.unreached(), "inside patched()")
+
+    # Of iterators nothing would be left for a second entry.
+    chosen = patches if isinstance(patches, Patch) else tuple(patches)
+    allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
+    applied_patches()
+    return entered()
 
 
 def _reference(site: Site, source: Mapping[Any, Tensor] | Tensor) -> Tensor:
     """Return the region's activation from a tensor, or from a cache of that site or of its whole hook point."""
     if isinstance(source, Tensor):
         return source
+    if not isinstance(source, Mapping):
+        raise EditError(
+            f"The activation for {site!r} is a {type(source).__name__}; it is a tensor with the region's axes, or an "
+            "ActivationCache."
+        )
     if site in source:
         return source[site]
     whole = Site(site.name)
     if site.point is not None and whole in source:
         activation = source[whole]
+        if activation.dim() != len(site.point.axes):
+            raise EditError(
+                f"The cache holds {whole!r} with shape {tuple(activation.shape)}, of which {site!r} cannot be taken: "
+                f"that has axes ({', '.join(site.point.axes)}). Record without reduce."
+            )
         return read(activation, site.positions(site.point.axes, activation.shape))
     raise EditError(
         f"The cache holds neither {site!r} nor its whole hook point. It holds {', '.join(map(repr, source))}."

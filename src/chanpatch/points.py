@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from ._tables import table
 from ._tree import Path
 from ._typing import Axes, Index, Shape
 from .errors import HookPointError, did_you_mean
@@ -153,38 +154,45 @@ class HookPoints(Mapping[str, HookPoint]):
             return f"(Hook points that fired: {', '.join(self)}.)"
         return f"({count} hook points; print the HookPoints to list them.)"
 
-    def _rows(self) -> list[tuple[str, str, str, str, str, str]]:
+    def _records(self) -> list[dict[str, str]]:
         return [
-            (
-                " = ".join((point.name, *point.aliases)),
-                ", ".join(point.axes),
-                " x ".join(map(str, point.shape)),
-                str(point.dtype).removeprefix("torch."),
-                point.module_type,
-                f"{point.parameters:,}",
-            )
+            {
+                "hook point": " = ".join((point.name, *point.aliases)),
+                "axes": ", ".join(point.axes),
+                "shape without batch": " x ".join(map(str, point.shape)),
+                "dtype": str(point.dtype).removeprefix("torch."),
+                "module": point.module_type,
+                "parameters": f"{point.parameters:,}",
+            }
             for point in self._points.values()
         ]
 
     def __repr__(self) -> str:
-        rows = [_HEADER, *self._rows()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join((self._title(), *table(self._records()), *self._notes()))
+
+    def _title(self) -> str:
+        return f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
+
+    def _notes(self) -> list[str]:
+        """Return what the table does not show: where the batch is not proved, and what was not called."""
+        notes = []
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
-        title = f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
         if unproved:
-            lines.append(f"Batch axis not proved for {len(unproved)} of them: {', '.join(unproved[:6])}"
-                         + (", ..." if len(unproved) > 6 else ""))  # fmt: skip
+            shown = ", ".join(unproved[:6]) + (", ..." if len(unproved) > 6 else "")
+            notes.append(f"Batch axis not proved for {len(unproved)} of them: {shown}")
         if self.not_called:
-            lines.append(f"Not called: {', '.join(self.not_called)}")
-        return "\n".join((title, *lines))
+            notes.append(f"Not called: {', '.join(self.not_called)}")
+        return notes
 
     def _repr_html_(self) -> str:
-        def cells(row: Sequence[str], tag: str) -> str:
+        def cells(row: Iterable[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
 
-        body = "".join(cells(row, "td") for row in self._rows())
-        return f"<table><thead>{cells(_HEADER, 'th')}</thead><tbody>{body}</tbody></table>"
+        records = self._records()
+        header = cells(records[0], "th") if records else ""
+        body = "".join(cells(record.values(), "td") for record in records)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        return f"<table><thead>{header}</thead><tbody>{body}</tbody></table>{notes}"
 
     def _ipython_key_completions_(self) -> list[str]:
         return [*self._points, *self._aliases]
@@ -194,9 +202,6 @@ def glob(pattern: str) -> Callable[[str], object]:
     """Return a function that tells whether a name matches; brackets are ordinary characters in these names."""
     parts = (".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern)
     return re.compile("".join(parts), re.DOTALL).fullmatch
-
-
-_HEADER = ("hook point", "axes", "shape without batch", "dtype", "module", "parameters")
 
 
 def _modules(point: HookPoint) -> tuple[str, ...]:

@@ -7,17 +7,25 @@ cache["embedder.relu3"]        # (batch, channel)
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import _GeneratorContextManager, contextmanager
+from numbers import Real
 from typing import Any
 
-import einops
 import torch
 from torch import Tensor, nn
 
-from ._checks import bare_axes, check_shape_against_trace, inside_vmap, no_batch, refuse_unhookable
+from ._checks import (
+    allowed_names,
+    bare_axes,
+    check_shape_against_trace,
+    inside_vmap,
+    no_batch,
+    refuse_unhookable,
+    region_lengths,
+)
 from ._lookup import BarePoint, model_of, resolve, sites_of
+from ._reductions import reduced, reduced_axes
 from ._regions import read
 from ._sessions import StopForward, session_for
 from ._typing import Axes, Reduce
@@ -33,7 +41,8 @@ class ActivationCache(Mapping[Site, Tensor]):
     `clean - corrupted`.
 
     Args:
-        activations: By site.
+        activations: By site, each with the axes of its region, such as `(batch, channel, row, col)`, or with those
+            that a reduction left, such as `(batch, channel)`.
         axes: Axis names of each activation, by site.
         batch_axes: Which axis of each activation is the batch, by site; None where none is known.
     """
@@ -88,7 +97,12 @@ class ActivationCache(Mapping[Site, Tensor]):
         return ActivationCache(changed, self._axes, self._batch_axes)
 
     def _combined(self, other: Any, operation: Callable[[Any, Any], Tensor]) -> ActivationCache:
-        if not isinstance(other, ActivationCache):
+        if not isinstance(other, (ActivationCache, Real)):
+            raise TypeError(
+                f"An ActivationCache is combined with another one or a number, not {type(other).__name__}, which would "
+                "broadcast to every site. Take the activation itself: cache[site] * tensor."
+            )
+        if isinstance(other, Real):
             return self._like(lambda activation, site: operation(activation, other))
         if set(self) != set(other):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
@@ -112,6 +126,12 @@ class ActivationCache(Mapping[Site, Tensor]):
 
     def __truediv__(self, other: Any) -> ActivationCache:
         return self._combined(other, torch.div)
+
+    def __neg__(self) -> ActivationCache:
+        return self._like(lambda activation, site: -activation)
+
+    __radd__, __rmul__ = __add__, __mul__
+    __array_ufunc__ = None  # so that numpy's numbers leave it to the cache
 
     def mean(self) -> ActivationCache:
         """Return the means over the batch; the batch axis stays, with length 1.
@@ -159,7 +179,6 @@ class ActivationCache(Mapping[Site, Tensor]):
         self._axes[site], self._batch_axes[site] = axes, batch_axis
 
 
-@contextmanager
 def recording(
     points_or_model: HookPoints | nn.Module,
     sites: str | Site | HookPoint | Iterable[str | Site | HookPoint],
@@ -169,8 +188,10 @@ def recording(
     detach: bool = True,
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
-) -> Iterator[ActivationCache]:
+) -> _GeneratorContextManager[ActivationCache]:
     """Record sites while the context is open; several forwards are joined along the batch.
+
+    It is a decorator too: then each call of the function records into a cache of its own.
 
     Args:
         points_or_model: The model, or its HookPoints: then every site is checked against the trace at once.
@@ -186,9 +207,10 @@ def recording(
         The cache, which fills as the model runs.
 
     Raises:
-        HookPointError, SiteError: At entry, if a site does not exist or cannot be reduced so.
+        HookPointError, SiteError: At once, if a site does not exist or cannot be reduced so, or there is none.
+        ValueError: At once, if `allow_unreached` has a name that is not recorded.
         UnreachedError: At exit, if a site never ran; it masks no exception in flight.
-        UnsupportedModelError: At entry, if the model ignores hooks.
+        UnsupportedModelError: At once, if the model ignores hooks.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -197,10 +219,19 @@ def recording(
         >>> cache["0"].shape
         torch.Size([2, 8])
     """
-    recorder = _Recorder(points_or_model, sites, reduce, before=before, detach=detach, device=device)
-    with recorder.session.opened():
-        yield recorder.cache
-    recorder.raise_unreached(allow_unreached, "inside recording()")
+    # Of an iterator nothing would be left for a second entry.
+    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)
+    checked = _Recorder(points_or_model, chosen, reduce, before=before, detach=detach, device=device)
+    allowed = allowed_names(allow_unreached, checked.names, "nothing is recorded")
+
+    @contextmanager
+    def entered() -> Iterator[ActivationCache]:
+        recorder = _Recorder(points_or_model, chosen, reduce, before=before, detach=detach, device=device)
+        with recorder.session.opened():
+            yield recorder.cache
+        recorder.raise_unreached(allowed, "inside recording()")
+
+    return entered()
 
 
 def run_with_cache(
@@ -221,7 +252,9 @@ def run_with_cache(
         sites: As in recording.
         reduce: As in recording.
         device: As in recording.
-        stop: End the forward as soon as every site was recorded, and return the cache alone.
+        stop: Return the cache alone, and end the forward as soon as every site was recorded. A forward of a model
+            without a trace runs on where a site names no call (`relu` rather than `relu#0`), since only the rest of
+            it can tell whether the module is called again, which is an error.
         detach: As in recording.
         keywords: Keyword inputs of the model.
 
@@ -229,7 +262,14 @@ def run_with_cache(
         `(output, cache)`, or the cache if `stop`.
 
     Raises:
+        HookPointError, SiteError: If a site does not exist or cannot be reduced so, or there is none.
         UnreachedError: If a site never ran.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU())
+        >>> output, cache = run_with_cache(model, torch.zeros(2, 3), sites="0")
+        >>> torch.equal(cache["0"].relu(), output)
+        True
     """
     recorder = _Recorder(points_or_model, sites, reduce, before=False, detach=detach, device=device)
     recorder.stop = stop
@@ -268,13 +308,21 @@ class _Recorder:
         self._reduce, self._detach, self._device = reduce, detach, device
         self._sites = sites_of(points_or_model, sites)
         self._missing: set[Site] = set()
+        self._last_calls_known = True
         modules = dict(model.named_modules(remove_duplicate=False))
         for site in self._sites:
             point = resolve(model, site)
             if isinstance(point, HookPoint):
-                reduced_axes(site, point.axes, reduce)
+                lengths = [1 if length is None else length for length in region_lengths(site, point)]
+                reduced(torch.empty(lengths, dtype=point.dtype, device="meta"), site, point.axes, reduce)
+            else:
+                self._last_calls_known &= point.call is not None
             act = self._listener(site, point, modules.get(point.module))
             self.session.listen(point, "before" if before else "after", act)
+
+    @property
+    def names(self) -> list[str]:
+        return [site.name for site in self._sites]
 
     def _begin(self) -> None:
         self._missing = set(self._sites)
@@ -295,68 +343,28 @@ class _Recorder:
                 axes, batch_axis = point.axes, point.batch_axis
             else:
                 axes, batch_axis = bare_axes(point, module, leaf)
-            region = read(leaf, site.positions(axes, leaf.shape))
+            positions = site.positions(axes, leaf.shape)
+            region = read(leaf, positions)
             if self._detach:
                 region = region.detach()
-            value = _reduced(region, site, axes, self._reduce)
-            value = value.clone() if value is region or value._is_view() else value
+            value = reduced(region, site, axes, self._reduce)
+            copied = any(isinstance(chosen, list) for chosen in positions.values())  # as an index list selects
+            value = value.clone() if not copied and (value is region or value._is_view()) else value
             batch = None if batch_axis is None else axes[batch_axis]
             kept = reduced_axes(site, axes, self._reduce)
             self.cache._append(site, value.to(self._device), kept, kept.index(batch) if batch in kept else None)
             self._missing.discard(site)
-            if self.stop and not self._missing:
+            if self.stop and self._last_calls_known and not self._missing:
                 self.session.stop(self)
             return leaf
 
         return record
 
-    def raise_unreached(self, allowed: Iterable[str], where: str) -> None:
-        names = [site.name for site in self._sites if site not in self.cache and site.name not in set(allowed)]
+    def raise_unreached(self, allowed: Collection[str], where: str) -> None:
+        names = [site.name for site in self._sites if site not in self.cache and site.name not in allowed]
         if names:
             listed = ", ".join(f"'{name}'" for name in dict.fromkeys(names))
             raise UnreachedError(
                 f"Nothing was recorded at {listed} {where}. The model was compiled, or it is not on the path that "
                 "was called."
             )
-
-
-_KEPT = ("batch", "channel", "feature")
-
-
-def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes that a reduction leaves.
-
-    Raises:
-        SiteError: If the reduction is none, or cannot tell which axes to leave.
-    """
-    if reduce is None:
-        return axes
-    if isinstance(reduce, tuple):
-        left, _, right = reduce[0].partition("->")
-        tokens = _TOKEN.findall(left)
-        named = dict(zip(tokens, axes, strict=True)) if len(tokens) == len(axes) else {}
-        return tuple(named.get(token, token.strip("()")) for token in _TOKEN.findall(right))
-    if reduce not in ("sum", "mean", "max"):
-        raise SiteError(f"reduce={reduce!r}: it is 'sum', 'mean', 'max' or an einops pair ('b c h w -> b c', 'sum').")
-    unnamed = [axis for axis in axes if re.fullmatch(r"axis\d+", axis)]
-    if unnamed:
-        raise SiteError(
-            f"reduce={reduce!r} at {site!r} keeps batch, channel and feature, but the axes ({', '.join(axes)}) have no "
-            f"such names. Name them, hook_points(..., axes={{'{site.name}': (...)}}), or give an einops pair."
-        )
-    return tuple(axis for axis in axes if axis in _KEPT)
-
-
-_TOKEN = re.compile(r"\([^)]*\)|\S+")
-
-
-def _reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None) -> Tensor:
-    kept = reduced_axes(site, axes, reduce)
-    if reduce is None or kept == axes:
-        return region
-    if isinstance(reduce, tuple):
-        return einops.reduce(region, *reduce)
-    over = [number for number, axis in enumerate(axes) if axis not in kept]
-    operation: Any = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[reduce]
-    result: Tensor = operation(region, dim=over)
-    return result

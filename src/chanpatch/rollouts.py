@@ -7,7 +7,6 @@ environments run side by side, and two policies that agree act alike.
 
 from __future__ import annotations
 
-import importlib
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
+from ._optional import imported
 from ._published import forward_context
-from .errors import DistributionError, MissingPackageError, RolloutError
+from ._tables import table
+from .errors import DistributionError, RolloutError
 from .policies import action_distribution
 from .tracing import undisturbed
 
@@ -65,12 +66,12 @@ class Rollout:
 
     def to_pandas(self) -> Any:
         """Return the records as a pandas data frame."""
-        return _imported("pandas").DataFrame(self.to_records())
+        return imported("pandas").DataFrame(self.to_records())
 
     def __repr__(self) -> str:
         records = [{**record, "return": f"{record['return']:g}"} for record in self.to_records()[:_SHOWN]]
         more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return "\n".join([f"{len(self)} episodes", *_table(records), *more])
+        return "\n".join([f"{len(self)} episodes", *table(records), *more])
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -94,7 +95,7 @@ class PairedRollouts(Mapping[str, Rollout]):
 
     def to_pandas(self) -> Any:
         """Return the records as a pandas data frame."""
-        return _imported("pandas").DataFrame(self.to_records())
+        return imported("pandas").DataFrame(self.to_records())
 
     def __repr__(self) -> str:
         means = [
@@ -107,7 +108,7 @@ class PairedRollouts(Mapping[str, Rollout]):
             for name, rollout in self.rollouts.items()
         ]
         episodes = len(next(iter(self.rollouts.values())))
-        return "\n".join([f"{len(self)} policies over the same {episodes} episodes", *_table(means)])
+        return "\n".join([f"{len(self)} policies over the same {episodes} episodes", *table(means)])
 
 
 def rollout(
@@ -162,14 +163,16 @@ def rollout(
     if max_steps < 1:
         raise RolloutError(f"max_steps is {max_steps}, but an episode has at least one step.")
     log = _Log(seeds, sampling_seed)
-    bar = _imported("tqdm").tqdm(
-        total=len(seeds), unit="episode", delay=2, disable=None if progress is None else not progress
+    waves = range(0, len(seeds), envs.num_envs)
+    bar = imported("tqdm").tqdm(
+        total=len(waves) * max_steps, unit="step", delay=2, disable=None if progress is None else not progress
     )
     with undisturbed(policy if isinstance(policy, nn.Module) else nn.Module()), bar:
-        for start in range(0, len(seeds), envs.num_envs):
+        for number, start in enumerate(waves):
             wave = np.arange(start, min(start + envs.num_envs, len(seeds)))
-            _play(policy, envs, wave, log, max_steps=max_steps, greedy=greedy)
-            bar.update(len(wave))
+            for _ in _played_steps(policy, envs, wave, log, max_steps=max_steps, greedy=greedy):
+                bar.update()
+            bar.update((number + 1) * max_steps - bar.n)  # its episodes were over before
     return log.rollout()
 
 
@@ -234,7 +237,7 @@ class _Log:
         return Rollout(self.seeds, self.returns, self.lengths, self.terminated, self.truncated, actions)
 
 
-def _play(
+def _played_steps(
     policy: Any,
     envs: VectorEnv[Any, Any, Any],
     wave: NDArray[np.int64],
@@ -242,10 +245,10 @@ def _play(
     *,
     max_steps: int,
     greedy: bool,
-) -> None:
-    """Play the episodes of one wave side by side, until the last one is over."""
+) -> Iterator[int]:
+    """Play the episodes of one wave side by side, until the last one is over, and yield after each step."""
     observations = _reset(envs, [log.seeds[episode] for episode in np.resize(wave, envs.num_envs)])
-    disabled = _imported("gymnasium.vector").AutoresetMode.DISABLED
+    disabled = imported("gymnasium.vector").AutoresetMode.DISABLED
     resets_itself = envs.metadata.get("autoreset_mode") is not disabled
     # The sub-environments whose episode goes on. Those that only fill up a last wave idle from the start.
     running = np.arange(len(wave))
@@ -267,6 +270,7 @@ def _play(
         for episode, action in zip(episodes, chosen, strict=True):
             log.actions[episode].append(action)
 
+        yield step
         over = terminated | truncated
         running = running[~over[running]]
         if not running.size:
@@ -279,7 +283,7 @@ def _play(
 def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> Any:
     try:
         return envs.reset(seed=seeds)[0]  # type: ignore[arg-type]
-    except _imported("gymnasium").error.Error as error:
+    except imported("gymnasium").error.Error as error:
         raise RolloutError(
             f"{type(envs.unwrapped).__name__} cannot be reset with one seed per sub-environment. Use a "
             'SyncVectorEnv or an AsyncVectorEnv, such as gymnasium.make_vec(..., vectorization_mode="sync").'
@@ -337,7 +341,7 @@ def _checked_actions(actions: NDArray[Any], rows: int, envs: VectorEnv[Any, Any,
             f"The policy's distribution gives actions of shape {actions.shape} for {rows} rows, but {space} "
             f"takes {'no single array' if space.shape is None else f'shape {(rows, *space.shape)}'}."
         )
-    return actions.astype(space.dtype, copy=False)
+    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # a Discrete may begin elsewhere than 0
 
 
 def _streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
@@ -370,25 +374,11 @@ def _checked_seed(name: str, seed: int) -> int:
 
 
 def _check_environments(envs: object) -> None:
-    if not isinstance(envs, _imported("gymnasium.vector").VectorEnv):
+    if not isinstance(envs, imported("gymnasium.vector").VectorEnv):
         raise RolloutError(
             f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. For a "
             "single environment: gymnasium.vector.SyncVectorEnv([lambda: environment])."
         )
 
 
-def _imported(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        package = name.partition(".")[0]
-        raise MissingPackageError(f"{package} is not installed: pip install {package}") from error
-
-
 _SHOWN = 10  # episodes that a repr lists
-
-
-def _table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [list(records[0]), *([str(value) for value in record.values()] for record in records)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -78,17 +79,27 @@ class Site:
                 `HookPoints.site`.
         """
         chosen = dict(self.indices).get(axis)
+        if isinstance(chosen, Flags):
+            chosen = tuple(position for position, flag in enumerate(chosen.values) if flag)
         if chosen is None and self.point is not None and axis in self.point.axes:
             length = self.point.length(axis)
             chosen = None if length is None else tuple(range(length))
         if not isinstance(chosen, tuple):
-            raise SiteError(
-                f"{self!r} cannot be split along '{axis}': the length of that axis is not known. "
-                "Name its indices, or take the site from points.site(...) of a traced model."
-            )
+            raise SiteError(f"{self!r} cannot be split along '{axis}': {self._unsplittable(axis)}")
         others = {name: index for name, index in self.indices if name != axis}
         parts = (Site(self.name, **others, **{axis: index}) for index in chosen)
         return tuple(part.at(self.point) for part in parts)
+
+    def _unsplittable(self, axis: str) -> str:
+        if self.point is None:
+            return (
+                "the length of that axis is not known. Name its indices, or take the site from points.site(...) of a "
+                "traced model."
+            )
+        if axis not in self.point.axes:
+            hint = did_you_mean(axis, self.point.axes)
+            return f"there is no such axis.{hint} Hook point '{self.name}' has axes ({', '.join(self.point.axes)})."
+        return "the batch is as long as each forward's. Name its indices, or choose rows with where=."
 
     def at(self, point: HookPoint | None) -> Site:
         """Attach the trace of a hook point that this site was checked against."""
@@ -131,7 +142,11 @@ def _selection(name: str, axis: str, index: Any) -> Selection:
     if isinstance(index, (Span, Flags)):
         return index
     if isinstance(index, slice):
-        return Span(index.start, index.stop, index.step)
+        try:
+            parts = [None if part is None else operator.index(part) for part in (index.start, index.stop, index.step)]
+        except TypeError as fault:
+            raise SiteError(f"Site({name!r}, {axis}={index!r}): the ends of a slice are whole numbers.") from fault
+        return Span(*parts)
     if isinstance(index, (Tensor, np.ndarray)):
         index = index.tolist()
     values = [index] if isinstance(index, (int, np.integer)) and not isinstance(index, bool) else index

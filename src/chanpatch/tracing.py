@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ._axes import NamePropagation, Names, axis_names
-from ._checks import refuse_unhookable
+from ._checks import refuse_unhookable, refuse_untraceable
 from ._hooks import observed
-from ._tree import Path, leaves, path_text, replace
-from .errors import HookPointError, SiteError, did_you_mean
+from ._tree import Attr, Path, leaves, path_text, replace
+from .errors import HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .points import HookPoint, HookPoints, glob
 
 
@@ -36,9 +37,10 @@ def hook_points(
 
     Args:
         model: Any module.
-        example_inputs: What the model takes. Tensors in them that have the batch on their first axis (the length
-            of the first tensor's first axis) are lengthened for the second run; where `axes` names an axis of
-            `.in[0]` "batch", that one is the batch.
+        example_inputs: What the model takes, with at least one row; the model gets copies. Tensors in them that
+            have the batch on their first axis (the length of the first tensor's first axis) are lengthened for the
+            second run; where `axes` names an axis of `.in[0]` "batch", or a module type such as a sequence-first
+            LSTM says that it is another one, that one is the batch.
         method: The method to run, for models that are entered by another one than the forward.
         axes: Names for axes whose meaning the module type does not tell, by glob over hook point names:
             `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions after it pass
@@ -46,8 +48,10 @@ def hook_points(
         example_keywords: Keyword inputs.
 
     Raises:
-        UnsupportedModelError: If the model is compiled or scripted, so that hooks would be ignored.
-        HookPointError: If `axes` names a hook point that did not fire.
+        UnsupportedModelError: If the model is compiled or scripted, so that hooks would be ignored, has lazy
+            parameters, or handles nested tensors.
+        BatchAxisError: If the example inputs have no rows.
+        HookPointError: If `axes` names a hook point that did not fire, or a tap has the name of another hook point.
         SiteError: If `axes` gives another number of names than the hook point has axes, or one name twice.
 
     Example:
@@ -59,6 +63,7 @@ def hook_points(
     if not isinstance(model, nn.Module):
         raise TypeError(f"hook_points takes a torch.nn.Module, not {type(model).__name__}.")
     refuse_unhookable(model)
+    refuse_untraceable(model, (example_inputs, example_keywords))
     trace = _Trace(model)
     with undisturbed(model):
         trace.run(method, example_inputs, example_keywords)
@@ -66,6 +71,7 @@ def hook_points(
         trace = _Trace(model, _names_by_place(trace, axes))
         with undisturbed(model):
             trace.run(method, example_inputs, example_keywords)
+    _refuse_ambiguous_taps(trace)
     grown = _grown(model, method, example_inputs, example_keywords, trace)
     points = [_point(trace, fired, grown.get(trace.name(fired))) for fired in trace.fired]
     return HookPoints(model, points, method=method, calls=trace.calls, not_called=trace.not_called())
@@ -107,7 +113,7 @@ class _Trace:
         self.module_names: dict[nn.Module, list[str]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             self.module_names.setdefault(module, []).append(name)
-        self._stack: list[tuple[int, Names | None]] = []
+        self._stack: list[tuple[nn.Module, int, Names | None]] = []
 
     def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Run the model once, on copies of its inputs that it may write into, and note what fires."""
@@ -115,6 +121,7 @@ class _Trace:
         for path, tensor in [*leaves((args, kwargs))]:
             self.inputs[path] = tensor.clone()
             args, kwargs = replace((args, kwargs), path, self.inputs[path])
+        args, kwargs = _copied(args, self.inputs.values()), _copied(kwargs, self.inputs.values())
         with self.known, observed(self.model, self._on_inputs, self._on_output, self._on_tap):
             getattr(self.model, method)(*args, **kwargs)
 
@@ -142,10 +149,12 @@ class _Trace:
         for (_, *path), tensor in leaves((args, kwargs)):
             self._note(_Fired(name, "in", tuple(path), call, tensor), module, None)
             first = tensor if first is None else first
-        self._stack.append((call, None if first is None else self.known.names(first)))
+        self._stack.append((module, call, None if first is None else self.known.names(first)))
 
     def _on_output(self, module: nn.Module, output: Any) -> None:
-        call, inputs = self._stack.pop()
+        caller, call, inputs = self._stack.pop()
+        while caller is not module:  # a call that raised, and was caught, gave no output
+            caller, call, inputs = self._stack.pop()
         for path, tensor in leaves(output):
             self._note(_Fired(self.module_names[module][0], "out", path, call, tensor), module, inputs)
 
@@ -156,13 +165,43 @@ class _Trace:
         self.calls[name] += 1
 
     def _note(self, fired: _Fired, module: nn.Module | None, inputs: Names | None) -> None:
-        self.fired.append(fired)
         tensor = fired.tensor
+        if tensor.is_nested:
+            raise UnsupportedModelError(
+                f"The tensor at '{self.name(fired)}' is a nested one, which has no shape. Give padded inputs; where a "
+                "TransformerEncoder makes it of them, build that with enable_nested_tensor=False."
+            )
+        self.fired.append(fired)
         unknown: Names = (None,) * tensor.dim()
         told = unknown if module is None else axis_names(module, fired.side, fired.path, tensor.dim(), inputs)
         self.known.learn(tensor, told)
         if fired.place in self.given:
             self.known.rename(tensor, self.given[fired.place])
+
+
+def _copied(arguments: Any, tensors: Iterable[Tensor]) -> Any:
+    """Copy what a model may write into, such as a cache of keys; tensors are copies already."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    if isinstance(arguments, dict):
+        return {name: _copied_one(argument, memo) for name, argument in arguments.items()}
+    return tuple(_copied_one(argument, memo) for argument in arguments)
+
+
+def _copied_one(argument: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(argument, nn.Module):  # it may be a part of the model
+        return argument
+    with suppress(Exception):  # locks, generators and tensors inside a graph cannot be copied
+        return copy.deepcopy(argument, memo)
+    return argument
+
+
+def _refuse_ambiguous_taps(trace: _Trace) -> None:
+    names = Counter(trace.name(fired) for fired in trace.fired)
+    for fired in trace.fired:
+        if fired.side == "tap" and names[trace.name(fired)] > 1:
+            raise HookPointError(
+                f"tap('{fired.module}', ...) has the name of another hook point. Give the tap a name of its own."
+            )
 
 
 def _names_by_place(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
@@ -185,18 +224,52 @@ def _names_by_place(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> dict[_P
 
 
 def _grown(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace) -> dict[str, torch.Size]:
-    """Return the shapes of a second run with one row more, by hook point; empty where there is none."""
+    """Return the shapes of a second run with one row more, by hook point; empty where there is none.
+
+    Where the growth of the first axis shows that some module's batch is another axis of the inputs (a model may begin
+    with Linear layers, which do not care, and have a sequence-first LSTM later), the others are tried in turn.
+    """
     tensors = [(path, tensor) for path, tensor in leaves((inputs, dict(keywords))) if tensor.dim()]
-    if not tensors:
-        return {}
+    if not tensors or any(Attr("batch_sizes") in path for path, _ in tensors):
+        return {}  # a PackedSequence has its rows between one another
     origin, first = tensors[0]
-    rows = first.shape[trace.batch_of_input(origin) or 0]
+    named = trace.batch_of_input(origin)
+    shapes = _with_one_row_more(model, method, inputs, keywords, trace, named or 0)
+    if False not in _agreement(trace, shapes):
+        return shapes
+    for axis in range(1, first.dim()) if named is None else ():
+        shapes = _with_one_row_more(model, method, inputs, keywords, trace, axis)
+        if _agreement(trace, shapes) == {True}:
+            return shapes
+    return {}
+
+
+def _agreement(trace: _Trace, grown: Mapping[str, torch.Size]) -> set[bool]:
+    """Tell, for the hook points whose batch axis has its name, whether that one grew or another one instead."""
+    found = set()
+    for fired in trace.fired:
+        names, before = trace.known.names(fired.tensor) or (), fired.tensor.shape
+        after = grown.get(trace.name(fired), before)
+        if "batch" in names and len(after) == len(before):
+            longer = [number for number, length in enumerate(before) if after[number] == length + 1]
+            if longer:
+                found.add(names.index("batch") in longer)
+    return found
+
+
+def _with_one_row_more(
+    model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace, batch_axis: int
+) -> dict[str, torch.Size]:
+    """Return the shapes of a run whose first tensor is longer by one on an axis; empty where no such run succeeds."""
+    tensors = [(path, tensor) for path, tensor in leaves((inputs, dict(keywords))) if tensor.dim()]
+    first = tensors[0][1]
+    rows = first.shape[batch_axis]
     choices: list[list[int | None]] = []
     for path, tensor in tensors:
         known = trace.batch_of_input(path)
         fitting = [axis for axis, length in enumerate(tensor.shape) if length == rows]
-        choices.append([known] if known is not None else [0] if tensor is first else [*fitting, None])
-    for chosen in itertools.islice(itertools.product(*choices), _MOST_TRIES):
+        choices.append([batch_axis] if tensor is first else [known] if known is not None else [*fitting, None])
+    for chosen in itertools.islice(itertools.product(*choices), _MOST_TRIES if rows else 0):
         grown: Any = (inputs, dict(keywords))
         for (path, tensor), axis in zip(tensors, chosen, strict=True):
             if axis is not None:
@@ -269,7 +342,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for buffer, value in values:
-                if not torch.equal(buffer, value):  # a needless write would invalidate graphs that hold the buffer
+                # A needless write would invalidate graphs that hold the buffer; on meta there is nothing to write.
+                if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
         for module, registered in buffers:
             module._buffers.clear()

@@ -1,0 +1,82 @@
+"""Reductions of a region to fewer axes, and the names of the axes that they leave."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import einops
+import torch
+from torch import Tensor
+
+from ._typing import Axes, Reduce
+from .errors import SiteError
+from .sites import Site
+
+_KEPT = ("batch", "channel", "feature")
+
+
+def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
+    """Return the axes that a reduction leaves.
+
+    Raises:
+        SiteError: If the reduction is none, or cannot tell which axes to leave.
+    """
+    if reduce is None:
+        return axes
+    if isinstance(reduce, tuple):
+        left, _, right = reduce[0].partition("->")
+        rest = len(axes) - len(_TOKEN.findall(left)) + 1
+        tokens, remain = (_expanded(side, rest) for side in (left, right))
+        named = dict(zip(tokens, axes, strict=True)) if len(tokens) == len(axes) else {}
+        return tuple(named.get(token, token.strip("()")) for token in remain)
+    if reduce not in ("sum", "mean", "max"):
+        raise SiteError(f"reduce={reduce!r}: it is 'sum', 'mean', 'max' or an einops pair ('b c h w -> b c', 'sum').")
+    unnamed = [axis for axis in axes if re.fullmatch(r"axis\d+", axis)]
+    if unnamed:
+        raise SiteError(
+            f"reduce={reduce!r} at {site!r} keeps batch, channel and feature, but the axes ({', '.join(axes)}) have no "
+            f"such names. Name them, hook_points(..., axes={{'{site.name}': (...)}}), or give an einops pair."
+        )
+    return tuple(axis for axis in axes if axis in _KEPT)
+
+
+_TOKEN = re.compile(r"\([^)]*\)|\S+")
+
+
+def _expanded(side: str, rest: int) -> list[str]:
+    """Return the tokens of one side of a pattern, with an ellipsis written out as one token per axis it stands for."""
+    return [
+        each
+        for token in _TOKEN.findall(side)
+        for each in ([f"...{number}" for number in range(rest)] if token == "..." else [token])
+    ]
+
+
+def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None) -> Tensor:
+    """Return a region reduced.
+
+    Args:
+        region: With these axes; on the meta device to see only whether the reduction applies.
+        site: What it is of.
+        axes: Of the region.
+        reduce: As in recording.
+
+    Raises:
+        SiteError: If the reduction does not apply to such a region.
+    """
+    kept = reduced_axes(site, axes, reduce)
+    if reduce is None or kept == axes:
+        return region
+    try:
+        if isinstance(reduce, tuple):
+            return einops.reduce(region, *reduce)
+        over = [number for number, axis in enumerate(axes) if axis not in kept]
+        operation: Any = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[reduce]
+        result: Tensor = operation(region, dim=over)
+        return result
+    except (einops.EinopsError, RuntimeError, TypeError) as fault:
+        raise SiteError(
+            f"reduce={reduce!r} does not apply at {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "
+            f"{str(fault).strip()}"
+        ) from fault
