@@ -1,30 +1,15 @@
-"""Intervals and tests for proportions, paired proportions and rankings.
-
-Counts of a paired comparison are named by who succeeded, in the order of the table:
-`both`, `only_first`, `only_second`, `neither`.
-"""
+"""Proportions, paired proportions, and what follows from two of them."""
 
 from __future__ import annotations
 
 import math
-import operator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from .errors import StatisticsError
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its confidence interval, all three in the unit of the estimate."""
-
-    estimate: float
-    low: float
-    high: float
-    confidence: float
+from ..errors import StatisticsError
+from ._interval import Interval, count, wilson
 
 
 class PairedCounts(NamedTuple):
@@ -57,12 +42,12 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     References:
         Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
     """
-    successes, n = _count("successes", successes), _count("n", n)
+    successes, n = count("successes", successes), count("n", n)
     if n == 0:
         raise StatisticsError("n is 0: a proportion needs at least one trial.")
     if successes > n:
         raise StatisticsError(f"successes is {successes}, but there were only n = {n} trials.")
-    return _wilson(successes / n, n, confidence)
+    return wilson(successes / n, n, confidence)
 
 
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
@@ -118,7 +103,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     """
     import scipy.stats
 
-    only_first, only_second = _count("only_first", only_first), _count("only_second", only_second)
+    only_first, only_second = count("only_first", only_first), count("only_second", only_second)
     differing = only_first + only_second
     return float(scipy.stats.binomtest(only_first, differing).pvalue) if differing else 1.0
 
@@ -153,8 +138,8 @@ def paired_difference_interval(
         Newcombe, "Improved confidence intervals for the difference between binomial proportions based on
         paired data" (1998), section 2, method 10.
     """
-    both, neither = _count("both", both), _count("neither", neither)
-    only_first, only_second = _count("only_first", only_first), _count("only_second", only_second)
+    both, neither = count("both", both), count("neither", neither)
+    only_first, only_second = count("only_first", only_first), count("only_second", only_second)
     n = both + only_first + only_second + neither
     if n == 0:
         raise StatisticsError("All four counts are 0: a difference of proportions needs at least one pair.")
@@ -162,66 +147,105 @@ def paired_difference_interval(
     second = wilson_interval(both + only_second, n, confidence)
     correlation = _corrected_phi(both, only_first, only_second, neither)
 
+    low, high = _combined(first, second, correlation)
+    return Interval((only_first - only_second) / n, low, high, confidence)
+
+
+def difference_interval(first: Interval, second: Interval) -> Interval:
+    """Return the first estimate minus the second, which are independent of each other, and its interval.
+
+    It is made from the two intervals alone, so it takes proportions, areas under a curve, or any two
+    estimates in one unit; of two Wilson intervals it makes Newcombe's interval.
+
+    Args:
+        first: An estimate and its interval.
+        second: The same of other data.
+
+    Raises:
+        StatisticsError: If the two confidences differ.
+
+    Example:
+        >>> interval = difference_interval(wilson_interval(56, 70), wilson_interval(48, 80))
+        >>> print(f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})")
+        +0.200 (+0.052 to +0.334)
+
+    References:
+        Newcombe, "Interval estimation for the difference between independent proportions: comparison of
+        eleven methods" (1998), method 10; Zou and Donner, "Construction of confidence limits about effect
+        measures: a general approach" (2008), section 2, for other estimates.
+    """
+    _check_one_confidence(first, second)
+    low, high = _combined(first, second, correlation=0.0)
+    return Interval(first.estimate - second.estimate, low, high, first.confidence)
+
+
+def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
+    """Return the precision that two rates would have at another base rate, and its interval within 0 and 1.
+
+    Precision grows with the share of positives in the data, so precisions of two data sets compare only at
+    one base rate. The interval is of the two rates; the base rate counts as known.
+
+    Args:
+        true_positive_rate: Of the positives, the share that is accepted.
+        false_positive_rate: Of the negatives, the share that is accepted.
+        base_rate: The share of positives to reweight to, between 0 and 1.
+
+    Returns:
+        The precision by Bayes' rule; NaN, within 0 and 1, where nothing was accepted.
+
+    Raises:
+        StatisticsError: If the confidences differ, or the base rate is not between 0 and 1.
+
+    Example:
+        >>> interval = reweighted_precision(wilson_interval(45, 50), wilson_interval(5, 50), base_rate=0.25)
+        >>> print(f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})")
+        0.75 (0.58 to 0.87)
+
+    References:
+        Newcombe, "MOVER-R confidence intervals for ratios and products of two independently estimated
+        quantities" (2016), for the interval of the ratio of the two rates, on which the precision depends.
+    """
+    _check_one_confidence(true_positive_rate, false_positive_rate)
+    if not 0 < base_rate < 1:
+        raise StatisticsError(f"base_rate is {base_rate!r}, but it must lie between 0 and 1.")
+    hit, alarm = true_positive_rate, false_positive_rate
+    lowest = _lowest_ratio(hit.estimate, hit.low, alarm.estimate, alarm.high)
+    lowest_inverse = _lowest_ratio(alarm.estimate, alarm.low, hit.estimate, hit.high)
+
+    def precision(hits: float, alarms: float) -> float:
+        accepted = base_rate * hits + (1 - base_rate) * alarms
+        return base_rate * hits / accepted if accepted else math.nan
+
+    return Interval(
+        precision(hit.estimate, alarm.estimate), precision(lowest, 1.0), precision(1.0, lowest_inverse), hit.confidence
+    )
+
+
+def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
+    """Return the ends of the difference of two estimates: their distances add as the sides of a triangle."""
+
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
 
-    estimate = (only_first - only_second) / n
-    low = estimate - distance(first.estimate - first.low, second.high - second.estimate)
-    high = estimate + distance(first.high - first.estimate, second.estimate - second.low)
-    return Interval(estimate, low, high, confidence)
+    estimate = first.estimate - second.estimate
+    return (
+        estimate - distance(first.estimate - first.low, second.high - second.estimate),
+        estimate + distance(first.high - first.estimate, second.estimate - second.low),
+    )
 
 
-def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Return the probability that a positive scores above a negative, and its interval within 0 and 1.
-
-    Ties count one half, so 0.5 means that the scores say nothing about the labels, and a value below 0.5 that
-    low scores are the positives'. The groups may spread differently. With few examples and an area near 0 or
-    1 the interval covers less often than it says.
-
-    Args:
-        scores: One finite number per example.
-        labels: One boolean (or 0 or 1) per example; both must occur twice at least.
-        confidence: The coverage aimed at, between 0 and 1.
-
-    Raises:
-        StatisticsError: If scores and labels do not match, a score is not finite, or a label is too rare.
-
-    Example:
-        >>> interval = auc([0.9, 0.8, 0.4, 0.6, 0.3, 0.1], [True, True, True, False, False, False])
-        >>> print(f"{interval.estimate:.3f} ({interval.low:.2f} to {interval.high:.2f})")
-        0.889 (0.26 to 0.99)
-
-    References:
-        DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver
-        operating characteristic curves: a nonparametric approach" (1988), for the variance; Qin and
-        Hotilovac, "Comparison of non-parametric confidence intervals for the area under the ROC curve of a
-        continuous-scale diagnostic test" (2008), for taking the interval on the logit scale.
-    """
-    import scipy.special
-    import scipy.stats
-
-    positive, negative = _by_label(scores, labels)
-    rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
-    # What share of the other group an example beats: the ranks above those within its own group.
-    beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
-    beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
-    area = float(beaten.mean())
-    if np.ptp(beaten) == 0 and np.ptp(beaten_by) == 0:
-        # Separated or all tied: no variance to be seen. Disjoint pairs are independent trials of one event.
-        return _wilson(area, min(positive.size, negative.size), confidence)
-    variance = beaten.var(ddof=1) / positive.size + beaten_by.var(ddof=1) / negative.size
-    margin = _quantile(confidence) * math.sqrt(variance) / (area * (1 - area))
-    low, high = scipy.special.expit(scipy.special.logit(area) + np.array([-margin, margin]))
-    return Interval(area, float(low), float(high), confidence)
+def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
+    """Return the lower end of above / below: where `above - ratio * below` reaches the end of its own interval."""
+    numerator = above_low * (2 * above - above_low)
+    root = math.sqrt((above * below) ** 2 - numerator * below_high * (2 * below - below_high))
+    return numerator / (above * below + root) if numerator else 0.0
 
 
-def _wilson(proportion: float, n: int, confidence: float) -> Interval:
-    z = _quantile(confidence)
-    centre = (proportion + z * z / (2 * n)) / (1 + z * z / n)
-    margin = z * math.sqrt(proportion * (1 - proportion) / n + (z / (2 * n)) ** 2) / (1 + z * z / n)
-    # Rounding could leave the estimate 0 or 1 just outside its own interval.
-    low, high = min(max(centre - margin, 0.0), proportion), max(min(centre + margin, 1.0), proportion)
-    return Interval(proportion, low, high, confidence)
+def _check_one_confidence(first: Interval, second: Interval) -> None:
+    if first.confidence != second.confidence:
+        raise StatisticsError(
+            f"The intervals have confidence {first.confidence} and {second.confidence}: make both with the same."
+        )
 
 
 def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -> float:
@@ -236,45 +260,3 @@ def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -
     n = both + only_first + only_second + neither
     corrected = max(agreement - n / 2, 0.0) if agreement > 0 else agreement
     return corrected / math.sqrt(margins)
-
-
-def _by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    score, label = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    if score.ndim != 1 or label.shape != score.shape:
-        raise StatisticsError(
-            f"scores has shape {score.shape} and labels has shape {label.shape}: give one number and one "
-            "label per example."
-        )
-    if not np.isfinite(score).all():
-        raise StatisticsError(f"scores[{int(np.argmin(np.isfinite(score)))}] is not finite: leave that example out.")
-    if not np.isin(label, (0, 1)).all():
-        raise StatisticsError(
-            "labels must be booleans (or 0 and 1); compare them with the label that counts as positive."
-        )
-    positive = label.astype(bool)
-    positives = int(positive.sum())
-    if min(positives, positive.size - positives) < 2:
-        raise StatisticsError(
-            f"There are {positives} positives and {positive.size - positives} negatives: a ranking needs at "
-            "least two of each."
-        )
-    return score[positive], score[~positive]
-
-
-def _count(name: str, number: int) -> int:
-    try:
-        count = operator.index(number)
-    except TypeError:
-        raise StatisticsError(f"{name} is {number!r}, but a count is a whole number.") from None
-    if count < 0:
-        raise StatisticsError(f"{name} is {count}, but a count is not negative.")
-    return count
-
-
-def _quantile(confidence: float) -> float:
-    """Return how many standard deviations around the mean hold that share of a normal distribution."""
-    import scipy.stats
-
-    if not 0 < confidence < 1:
-        raise StatisticsError(f"confidence is {confidence!r}, but it must lie between 0 and 1, such as 0.95.")
-    return float(scipy.stats.norm.ppf((1 + confidence) / 2))

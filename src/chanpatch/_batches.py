@@ -1,0 +1,44 @@
+"""Many inputs of a model, cut into the batches of single forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from . import _tree
+
+Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
+
+
+def batches(inputs: Inputs | Iterable[Inputs], batch_size: int) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """Yield the arguments and the keywords of each forward.
+
+    Args:
+        inputs: All inputs at once, cut along the first axis of every tensor: a tensor, a tuple of the model's
+            arguments, or a mapping of its keywords. Any other iterable holds batches of these kinds, which stay whole.
+        batch_size: How many inputs go into one forward, where they are cut.
+    """
+    whole = isinstance(inputs, (Tensor, tuple, Mapping))
+    for batch in _cut(inputs, batch_size) if whole else inputs:
+        if isinstance(batch, Mapping):
+            yield (), batch
+        else:
+            yield batch if isinstance(batch, tuple) else (batch,), {}
+
+
+def input_count(inputs: Inputs) -> int:
+    """Return the length of the first axis of the first tensor that has axes."""
+    return next((len(tensor) for _, tensor in _tree.leaves(inputs) if tensor.dim()), 0)
+
+
+def _cut(inputs: Any, batch_size: int) -> Iterator[Any]:
+    """Cut every tensor with one entry per input; what else there is goes into every forward."""
+    count = input_count(inputs)
+    for start in range(0, count, batch_size):
+        batch = inputs
+        for path, tensor in _tree.leaves(inputs):
+            if tensor.dim() and len(tensor) == count:
+                batch = _tree.replace(batch, path, tensor[start : start + batch_size])
+        yield batch

@@ -1,0 +1,27 @@
+"""How the sum of each channel relates to a label, in the data it was fitted on and under shift.
+
+    sums = channel_sums(points, observations, "embedder.relu3")      # (input, channel)
+    label_channels(sums, directions, names=("UP", "DOWN", "LEFT", "RIGHT"), seed=0)
+    probe = ThresholdProbe.fit(sums[:, 121], directions == 0)
+    probe.transfer(shifted_sums[:, 121], shifted_directions == 0)
+
+What is chosen (a threshold, a label) is chosen on one half of the inputs and scored on the other. Inputs count as
+independent of each other: give one input per level, or the intervals are too narrow.
+"""
+
+from ._labels import ChannelLabel, ChannelLabels, label_channels
+from ._linear import LinearProbe, linear_probe
+from ._sums import channel_sums
+from ._threshold import ThresholdProbe, ThresholdScores, Transfer
+
+__all__ = [
+    "ChannelLabel",
+    "ChannelLabels",
+    "LinearProbe",
+    "ThresholdProbe",
+    "ThresholdScores",
+    "Transfer",
+    "channel_sums",
+    "label_channels",
+    "linear_probe",
+]

@@ -1,0 +1,37 @@
+"""Intervals and tests for proportions, differences, rankings and samples, thin on scipy.
+
+Counts of a paired comparison are named by who succeeded, in the order of the table:
+`both`, `only_first`, `only_second`, `neither`. Samples have one row per input, level or pair on their first axis;
+`clusters` names the rows that are not independent of each other.
+"""
+
+from ._corrections import benjamini_hochberg, equivalent, holm
+from ._interval import Interval
+from ._proportions import (
+    PairedCounts,
+    difference_interval,
+    mcnemar_exact,
+    paired_counts,
+    paired_difference_interval,
+    reweighted_precision,
+    wilson_interval,
+)
+from ._ranking import auc
+from ._resampling import bootstrap_interval, sign_flip_test
+
+__all__ = [
+    "Interval",
+    "PairedCounts",
+    "auc",
+    "benjamini_hochberg",
+    "bootstrap_interval",
+    "difference_interval",
+    "equivalent",
+    "holm",
+    "mcnemar_exact",
+    "paired_counts",
+    "paired_difference_interval",
+    "reweighted_precision",
+    "sign_flip_test",
+    "wilson_interval",
+]

@@ -1,0 +1,64 @@
+"""The interval that every estimate here comes with, and the checks that several statistics share."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Generic
+
+from typing_extensions import TypeVar
+
+from ..errors import StatisticsError
+
+Number = TypeVar("Number", default=float)
+
+
+@dataclass(frozen=True)
+class Interval(Generic[Number]):
+    """An estimate and its confidence interval, all three in the unit of the estimate.
+
+    What is estimated for many channels at once has arrays of one shape in place of the three numbers.
+    """
+
+    estimate: Number
+    low: Number
+    high: Number
+    confidence: float
+
+
+def count(name: str, number: int) -> int:
+    """Return a count as an int.
+
+    Raises:
+        StatisticsError: If it is none.
+    """
+    try:
+        whole = operator.index(number)
+    except TypeError:
+        raise StatisticsError(f"{name} is {number!r}, but a count is a whole number.") from None
+    if whole < 0:
+        raise StatisticsError(f"{name} is {whole}, but a count is not negative.")
+    return whole
+
+
+def normal_quantile(confidence: float) -> float:
+    """Return how many standard deviations around the mean hold that share of a normal distribution.
+
+    Raises:
+        StatisticsError: If the confidence is not between 0 and 1.
+    """
+    import scipy.stats
+
+    if not 0 < confidence < 1:
+        raise StatisticsError(f"confidence is {confidence!r}, but it must lie between 0 and 1, such as 0.95.")
+    return float(scipy.stats.norm.ppf((1 + confidence) / 2))
+
+
+def wilson(proportion: float, n: int, confidence: float) -> Interval:
+    """Return the Wilson score interval around a proportion of n trials."""
+    z = normal_quantile(confidence)
+    centre = (proportion + z * z / (2 * n)) / (1 + z * z / n)
+    margin = z * (proportion * (1 - proportion) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)
+    # Rounding could leave the estimate 0 or 1 just outside its own interval.
+    low, high = min(max(centre - margin, 0.0), proportion), max(min(centre + margin, 1.0), proportion)
+    return Interval(proportion, low, high, confidence)
