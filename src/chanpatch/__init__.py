@@ -2,9 +2,11 @@
 
 from ._patches import Patch
 from ._taps import tap
+from .contrast import contrast
 from .patching import edit, mean_ablate, patch_in, patched, resample_ablate, steer, zero_ablate
 from .points import HookPoint, HookPoints
 from .policies import PatchedPolicy
+from .probes import ThresholdProbe, channel_sums, label_channels
 from .recording import ActivationCache, recording, run_with_cache
 from .rollouts import paired_rollouts, rollout
 from .sites import Site
@@ -19,8 +21,12 @@ __all__ = [
     "Patch",
     "PatchedPolicy",
     "Site",
+    "ThresholdProbe",
+    "channel_sums",
+    "contrast",
     "edit",
     "hook_points",
+    "label_channels",
     "mean_ablate",
     "paired_rollouts",
     "patch_in",

@@ -13,6 +13,8 @@
     ├── DistributionError (TypeError)        an output that is no action distribution, or one that cannot be sampled
     ├── RolloutError (ValueError)            seeds, environments or policies that cannot be rolled out
     ├── StatisticsError (ValueError)         counts or scores that no statistic can be taken of
+    ├── ContrastError (ValueError)           pairs that are none
+    ├── ProbeError (ValueError)              sums or labels that no probe can be fitted to
     └── MissingPackageError (ImportError)    an optional package that is not installed
 
 A message says what is wrong with the user's own value, what was expected, and what to do.
@@ -76,6 +78,14 @@ class RolloutError(ChanpatchError, ValueError):
 
 class StatisticsError(ChanpatchError, ValueError):
     """Counts or scores of which the statistic does not exist."""
+
+
+class ContrastError(ChanpatchError, ValueError):
+    """Inputs that do not make pairs, or clusters and backgrounds that do not fit them."""
+
+
+class ProbeError(ChanpatchError, ValueError):
+    """Sums or labels that no probe can be fitted to."""
 
 
 class MissingPackageError(ChanpatchError, ImportError):
