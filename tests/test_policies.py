@@ -890,6 +890,16 @@ def test_an_sb3_policy_learns_with_its_twin_inside():
     assert model.predict(observation)[0] in (0, 1)
 
 
+def test_a_squashed_distribution_of_sb3_is_squashed():
+    policy = ActorCriticPolicy(
+        VECTOR, spaces.Box(-1, 1, (2,), np.float32), lambda _: 1e-3, use_sde=True, squash_output=True
+    )
+    observations = torch.randn(50, 6) * 5
+    found = action_distribution(policy, observations)
+    assert (found.sample().abs() <= 1).all()
+    torch.testing.assert_close(found.base_dist.mean.tanh(), policy.get_distribution(observations).mode())
+
+
 # --- CleanRL ---
 
 

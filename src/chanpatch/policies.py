@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution
+from torch.distributions import Categorical, Distribution, TanhTransform, TransformedDistribution
 
 from ._checks import refuse_unhookable
 from ._hooks import Station, drop_hooks, eagerly, noticing_calls
@@ -166,8 +166,14 @@ def _distribution(output: Any) -> Distribution | None:
         return held[0] if len(held) == 1 else _distribution(output[0]) if output and not held else None
     for name in ("distribution", "logits"):
         if isinstance(getattr(output, name, None), (Distribution, Tensor)):
-            return _distribution(getattr(output, name))
+            found = _distribution(getattr(output, name))
+            return TransformedDistribution(found, TanhTransform()) if found and _is_squashed(output) else found
     return None
+
+
+def _is_squashed(output: Any) -> bool:
+    """Tell whether Stable-Baselines3 puts a tanh behind the distribution that it names."""
+    return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
 
 
 def _described(output: Any) -> str:
