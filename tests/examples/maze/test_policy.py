@@ -72,6 +72,15 @@ def test_the_shipped_policy_is_the_one_that_its_facts_describe():
     assert all(weight.requires_grad and weight.device.type == "cpu" for weight in policy.parameters())
 
 
+def test_the_control_is_the_one_that_its_facts_describe():
+    policy, facts = load_policy(SHIPPED_WEIGHTS.with_name("control.safetensors"))
+    told = json.loads(SHIPPED_WEIGHTS.with_name("control.json").read_text())
+    assert {name: told[name] for name in ("sha256", "width", "parameters")} == {
+        name: facts[name] for name in ("sha256", "width", "parameters")
+    }
+    assert told["settings"]["auxiliary"] == "cell"
+
+
 def test_loading_restores_the_width_of_the_module_and_draws_no_random_numbers():
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     models.scale = 3
