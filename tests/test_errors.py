@@ -455,8 +455,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no policy": (
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
-        "NoForward has no forward. Pass the function that gives its logits or distribution, such as lambda "
-        "observations: agent.actor(observations).",
+        "NoForward has no forward. Give rollout() or action_distribution() the function that gives its logits or "
+        "distribution, such as lambda observations: agent.actor(observations).",
     ),
     "no distribution": (
         errors.DistributionError,

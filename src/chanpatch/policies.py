@@ -140,8 +140,8 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
         output = own(observations) if callable(own) else policy(observations)
     except NotImplementedError as error:
         raise DistributionError(
-            f"{type(policy).__name__} has no forward. Pass the function that gives its logits or distribution, "
-            "such as lambda observations: agent.actor(observations)."
+            f"{type(policy).__name__} has no forward. Give rollout() or action_distribution() the function that "
+            "gives its logits or distribution, such as lambda observations: agent.actor(observations)."
         ) from error
     found = _distribution(output)
     if found is None:
