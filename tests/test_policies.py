@@ -1017,5 +1017,5 @@ def test_what_holds_no_action_distribution_is_described(output, described):
 
 
 def test_a_policy_without_forward_is_told_what_to_pass(vector):
-    with pytest.raises(DistributionError, match="Agent has no forward. Pass the function"):
+    with pytest.raises(DistributionError, match="Agent has no forward. Give rollout"):
         action_distribution(Agent(), vector)
