@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from models import build
 from torch import Tensor, nn
 
 from chanpatch.errors import (
@@ -694,3 +695,20 @@ def test_a_trace_under_autocast_fits_forwards_under_autocast(net, image):
     with torch.autocast("cpu", torch.bfloat16):
         cache = run_with_cache(hook_points(net, image), image, sites="conv", stop=True)
     assert cache["conv"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("indices", [{}, {"channel": [2, 0]}, {"row": slice(1, 3)}], ids=["whole", "list", "slice"])
+def test_the_gradient_of_the_output_at_a_record_that_stays_in_the_graph_is_the_one_by_hand(indices):
+    model = build("inplace_relu")
+    points = hook_points(model.module, *model.inputs(2))
+    inputs, site = model.inputs(2), points.site("conv1", **indices)
+    with recording(points, site, detach=False) as cache:
+        (found,) = torch.autograd.grad(model.module(*inputs).square().sum(), cache[site])
+    activation = model.module.conv1(*inputs).detach().requires_grad_()
+    output = model.module.relu2(model.module.conv2(activation.relu())).mean((2, 3))
+    (by_hand,) = torch.autograd.grad(output.square().sum(), activation)
+    for axis, index in indices.items():
+        number = points["conv1"].axes.index(axis)
+        by_hand = by_hand.index_select(number, torch.arange(by_hand.shape[number])[index])
+    torch.testing.assert_close(found, by_hand)
+    assert (cache[site] < 0).any()

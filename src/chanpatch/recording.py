@@ -26,7 +26,7 @@ from ._checks import (
 )
 from ._lookup import BarePoint, model_of, resolve, sites_of
 from ._reductions import reduced, reduced_axes
-from ._regions import read
+from ._regions import read, written
 from ._sessions import StopForward, session_for
 from ._typing import Axes, Reduce
 from .errors import BatchAxisError, HookPointError, SiteError, UnreachedError, UnsupportedModelError
@@ -199,7 +199,8 @@ def recording(
         reduce: `"sum"`, `"mean"` or `"max"` over all axes but batch, channel and feature, or an einops pair
             `("b c h w -> b c", "sum")`. Reduced inside the hook: only the result is kept.
         before: Record what the patches found instead of what they left.
-        detach: Cut the record from the graph; False keeps it, so that gradients flow through the record.
+        detach: Cut the record from the graph. False keeps it there, and what follows is computed from it, so that
+            `torch.autograd.grad(output, cache[site])` is the gradient at the site; a reduced record is a branch.
         device: Where records are kept; their own device if None.
         allow_unreached: Names of hook points that need not run.
 
@@ -349,14 +350,16 @@ class _Recorder:
                 region = region.detach()
             value = reduced(region, site, axes, self._reduce)
             copied = any(isinstance(chosen, list) for chosen in positions.values())  # as an index list selects
-            value = value.clone() if not copied and (value is region or value._is_view()) else value
+            on_the_way = value is region and not self._detach  # what follows is computed from the very record
+            if not on_the_way and not copied and (value is region or value._is_view()):
+                value = value.clone()
             batch = None if batch_axis is None else axes[batch_axis]
             kept = reduced_axes(site, axes, self._reduce)
             self.cache._append(site, value.to(self._device), kept, kept.index(batch) if batch in kept else None)
             self._missing.discard(site)
             if self.stop and self._last_calls_known and not self._missing:
                 self.session.stop(self)
-            return leaf
+            return written(leaf, positions, region) if on_the_way else leaf
 
         return record
 
