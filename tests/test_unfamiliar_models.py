@@ -21,11 +21,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
+from chanpatch._published import forward_context
 from chanpatch._taps import tap
 from chanpatch._tree import leaves
 from chanpatch.edits import Set
-from chanpatch.errors import HookPointError, TraceMismatchError, UnreachedError, UnsupportedModelError
-from chanpatch.patching import edit, patch_in, patched, zero_ablate
+from chanpatch.errors import (
+    EditError,
+    HookPointError,
+    SiteError,
+    TraceMismatchError,
+    UnreachedError,
+    UnsupportedModelError,
+)
+from chanpatch.patching import edit, patch_in, patched, resample_ablate, steer, zero_ablate
 from chanpatch.points import HookPoints
 from chanpatch.policies import PatchedPolicy
 from chanpatch.recording import recording, run_with_cache
@@ -269,6 +277,29 @@ def test_a_patch_that_did_not_run_is_an_error(unfamiliar):
         patched(unfamiliar.points, zero_ablate(unfamiliar.points.site(unfamiliar.case.site))),
     ):
         pass
+
+
+def test_an_operand_with_fewer_axes_than_the_region_is_refused_when_the_patch_is_made(unfamiliar):
+    site = unfamiliar.points.site(unfamiliar.case.site)
+    with pytest.raises(EditError, match="Give every axis"):
+        steer(site, torch.ones(unfamiliar.points[site.name].shape[-1]))
+
+
+def test_all_faults_of_a_site_are_told_when_it_is_made(unfamiliar):
+    with pytest.raises(SiteError, match="no axis 'nothing'") as caught:
+        unfamiliar.points.site(unfamiliar.case.site, **{"nothing": 0, unfamiliar.axis: 10_000})
+    assert f"{unfamiliar.axis} 10000 is out of range" in str(caught.value)
+
+
+def test_a_random_edit_draws_the_same_for_a_row_whatever_the_order_of_the_rows(unfamiliar):
+    case, inputs, points = unfamiliar
+    site = points.site(case.site)
+    _, reference = run_with_cache(points, *case.inputs(9), sites=site)
+    with patched(points, resample_ablate(site, reference, seed=3)):
+        _, whole = run_with_cache(points, *inputs, sites=site)
+        with forward_context(rows=[1, 0]):
+            _, turned = run_with_cache(points, *inputs, sites=site)
+    assert torch.equal(turned[site], whole[site].flip(points[site.name].batch_axis))
 
 
 def test_a_twin_is_patched_and_the_model_is_not(unfamiliar):
