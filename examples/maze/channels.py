@@ -17,7 +17,7 @@ from tqdm import tqdm
 from chanpatch import HookPoints, recording
 from chanpatch.statistics import Interval, auc
 from maze.levels import draw_levels, observe, policy_input
-from maze.pairs import rotated_pairs
+from maze.pairs import contrastive_pairs, rotations
 from maze.paths import Direction, first_steps, legal_moves
 from maze.states import Mazes, read_mazes, write_mazes
 
@@ -57,7 +57,7 @@ def channel_sums(points: HookPoints, name: str, levels: Sequence[bytes]) -> NDAr
 
 def pair_sums(points: HookPoints, name: str) -> tuple[list[Mazes], NDArray[np.float64]]:
     """The contrastive pair in its four rotations, and the sums of every channel: (rotation, maze=2, channel)."""
-    pairs = rotated_pairs()
+    pairs = rotations(contrastive_pairs()[0])
     base = draw_levels(1, size=int(pairs[0].size[0]), seed=0)[0]  # lends its textures
     sums = [channel_sums(points, name, write_mazes(pair, base)) for pair in pairs]
     return pairs, np.stack(sums)

@@ -1,6 +1,6 @@
-"""The contrastive pair: two mazes that differ by one moved wall, which decides the first step to the cheese.
+"""Contrastive pairs: two mazes that differ by one moved wall, which decides the first step to the cheese.
 
-The cheese is at the end of a dead end that is open either to its left or below. Nothing else hangs on that
+The first is made after the post's. The cheese is at the end of a dead end that is open either to its left or below. Nothing else hangs on that
 wall: the way from the mouse to every other square, the corners too, is the same in both mazes. What differs
 inside the policy between the two is therefore about the way to the cheese, and not about the way to the top
 right corner. The cheese stays in the top right 5x5 in all four rotations.
@@ -34,20 +34,84 @@ CHEESE_IS_RIGHT = """
 """
 
 
-def contrastive_pair() -> Mazes:
-    """The two mazes above: in the first the way to the cheese starts UP, in the second RIGHT."""
-    return mazes_from_pictures(CHEESE_IS_UP, CHEESE_IS_RIGHT)
+# Like the first, but made by `moved_walls.py` from procgen's levels and kept as pictures; here the way to other
+# squares turns with the wall, and three of the rotations take the cheese out of the top right 5x5.
+_MORE = (
+    """
+    .#...#C..   .#...#C..
+    .#.###.#.   .#.###.#.
+    .....#.#.   .....#.#.
+    .#.#.#.##   .#.#.#.##
+    .#.#.#.#.   .#.#.#.#.
+    .###.#.#.   .###.#.#.
+    .#.......   .#.#.....
+    ##.#####.   ##.#####.
+    ..M..#...   ..M......
+    """,
+    """
+    .....#C..#.   .....#C..#.
+    ##.#####.#.   ##.#####.#.
+    ...#.#.....   ...#.#.#...
+    ##.#.#.###.   ##.#.#.###.
+    .......#.#.   .......#.#.
+    ##.#####.#.   ##.#####.#.
+    ..M..#.....   ..M........
+    .#######.##   .#######.##
+    .#.........   .#.........
+    .###.#.###.   .###.#.###.
+    ...#.#.#...   ...#.#.#...
+    """,
+    """
+    ...#.....C...   ...#.....C...
+    ##.###.#.#.##   ##.###.#.#.##
+    .......#.#...   .......#.#...
+    ########.#.##   ########.#.##
+    .........#.#.   .........#.#.
+    ######.#.###.   ######.#.###.
+    ...#...#...#.   ...#...#...#.
+    ##.#####.###.   ##.#####.###.
+    .............   .....#.......
+    .#####.#.####   .#####.#.####
+    M....#.#...#.   M....#.#...#.
+    .#.#######.#.   .#.#######.#.
+    .#.....#.....   .#...........
+    """,
+    """
+    .......#.#.....   .......#.#.....
+    .#.#.###.###.##   .#.#.###.###.##
+    .#.#.....#.#C..   .#.#.....#.#C..
+    .###.#.#.#.###.   .###.#.#.#.###.
+    .#...#.#.#.....   .#...#.#.#.....
+    ##.#####.#.####   ##.#####.#.####
+    ...#...#.......   ...#...#.......
+    ####.#.#####.##   ####.#.#####.##
+    ...#.#...#.....   ...#.#...#.....
+    .#.#.#.###.####   .#.#.#.#####.##
+    .#...#.....#...   .#...#.....#...
+    .###.#.#.#.#.#.   .###.#.#.#.#.#.
+    .#...#.#.#M..#.   .#...#.#.#M..#.
+    .###.###.#.#.#.   .###.###.#.#.#.
+    .#.....#.#.#.#.   .#.....#.#.#.#.
+    """,
+)
 
 
-def rotated_pairs() -> list[Mazes]:
-    """The pair in its four rotations, each a quarter turn clockwise from the one before.
+def contrastive_pairs() -> list[Mazes]:
+    """Five pairs of other sizes and shapes: in the first maze the way to the cheese starts UP, in the second RIGHT."""
+    sides = ([line.split() for line in picture.strip().splitlines()] for picture in _MORE)
+    more = [mazes_from_pictures(*("\n".join(rows) for rows in zip(*lines, strict=True))) for lines in sides]
+    return [mazes_from_pictures(CHEESE_IS_UP, CHEESE_IS_RIGHT), *more]
+
+
+def rotations(pair: Mazes) -> list[Mazes]:
+    """A pair in its four rotations, each a quarter turn clockwise from the one before.
 
     The first steps are UP / RIGHT, RIGHT / DOWN, DOWN / LEFT and LEFT / UP.
     """
-    pairs = [contrastive_pair()]
-    while len(pairs) < 4:
-        pairs.append(rotated(pairs[-1]))
-    return pairs
+    turned = [pair]
+    while len(turned) < 4:
+        turned.append(rotated(turned[-1]))
+    return turned
 
 
 def rotated(mazes: Mazes) -> Mazes:

@@ -1,0 +1,142 @@
+"""What a part of the study is: a question, measurements as tables, and what is drawn and said of these tables.
+
+The tables go to disk as CSV and come back before anything is drawn or written from them. So every number in the
+report is one that a reader finds in a file of the run, and a part that is done is never measured again.
+"""
+
+from __future__ import annotations
+
+import csv
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from chanpatch import HookPoints
+from chanpatch.statistics import Interval
+from maze.levels import draw_levels
+from maze.paths import Direction
+from maze.selection import Selection, select_channels
+from maze.tables import SITE
+
+Cell: TypeAlias = bool | int | float | str | None
+Table: TypeAlias = list[dict[str, Cell]]
+Tables: TypeAlias = Mapping[str, Table]
+
+SELECTION_LEVELS = 1000  # mazes that channels and thresholds are chosen on, whatever n is
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """One policy under study, with the settings that decide every number.
+
+    Attributes:
+        points: of the policy, in eval mode.
+        weights: what `load_policy` knows of them.
+        n: levels of each measurement.
+        seed: of everything that is drawn.
+    """
+
+    points: HookPoints = field(repr=False)
+    weights: Mapping[str, Any]
+    n: int
+    seed: int
+
+    def seed_for(self, purpose: str) -> int:
+        """A seed in procgen's range: another one for every purpose, independent of those of other purposes."""
+        words = np.random.SeedSequence([self.seed, zlib.crc32(purpose.encode())]).generate_state(1)
+        return int(words[0]) % 2**31
+
+    def levels(self, purpose: str, count: int | None = None, **where: Any) -> list[bytes]:
+        """Levels that no other purpose has; `where` is as for `draw_levels`. `n` of them unless a count is given."""
+        return draw_levels(self.n if count is None else count, seed=self.seed_for(purpose), **where)
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The channels that stand for the directions, chosen on mazes that no part measures anything else on.
+
+        Size 25, cheese in the top right 5x5, mouse on a random square.
+        """
+        levels = self.levels("selection", SELECTION_LEVELS, size=25, cheese="in distribution", mouse="anywhere")
+        return select_channels(self.points, SITE, levels)
+
+    def channel(self, direction: Direction) -> int:
+        """The channel whose sum tells best, on the selection mazes, that the way to the cheese starts so."""
+        return self.selection.best[direction]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out, in words made from the tables.
+
+    Attributes:
+        ours: the figure to stand beside the post's, with its n and interval.
+        agrees: with the post, by a rule that stands in the code.
+        follows: what follows from it.
+        does_not_follow: what one could read into it, and why not.
+    """
+
+    ours: str
+    agrees: Literal["yes", "in part", "no", "not comparable"]
+    follows: str
+    does_not_follow: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question of the study.
+
+    Attributes:
+        name: as `--only` takes it.
+        question: that it answers.
+        method: in two lines.
+        post: what the post found, in its own figures.
+        measure: gives the tables of a policy; the only thing that takes time.
+        figure: drawn from the tables.
+        finding: told from the tables.
+    """
+
+    name: str
+    question: str
+    method: str
+    post: str
+    measure: Callable[[Study], dict[str, Table]] = field(repr=False)
+    figure: Callable[[Tables], Figure] = field(repr=False)
+    finding: Callable[[Tables], Finding] = field(repr=False)
+
+
+def interval_cells(prefix: str, interval: Interval) -> dict[str, Cell]:
+    """An estimate with its interval as three cells: `prefix`, `prefix_low`, `prefix_high`."""
+    return {prefix: interval.estimate, f"{prefix}_low": interval.low, f"{prefix}_high": interval.high}
+
+
+def shown(row: Mapping[str, Any], prefix: str, form: str = ".3f") -> str:
+    """The three cells of `interval_cells` as text: "0.974 (0.944 to 0.988)"."""
+    low, high = row[f"{prefix}_low"], row[f"{prefix}_high"]
+    return f"{row[prefix]:{form}} ({low:{form}} to {high:{form}})"
+
+
+def column(table: Sequence[Mapping[str, Any]], name: str) -> NDArray[Any]:
+    """One column of a table as an array."""
+    return np.array([row[name] for row in table])
+
+
+def read_table(file: Path) -> Table:
+    """A CSV file as a table; cells that look like numbers are numbers, empty ones None."""
+    with file.open(newline="") as stream:
+        return [{name: _cell(text) for name, text in row.items()} for row in csv.DictReader(stream)]
+
+
+def _cell(text: str) -> Cell:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"": None, "True": True, "False": False}.get(text, text)
