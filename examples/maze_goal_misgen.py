@@ -18,6 +18,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
+
+from maze.command import exit_status
 
 EXAMPLES = """examples:
   python examples/maze_goal_misgen.py                                 the study with its defaults
@@ -56,21 +59,15 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Run the study; return the exit status."""
-    given = arguments().parse_args()
-    try:
-        from maze.study import USER_ERRORS, Settings, run  # so that --help answers at once
-    except ImportError as error:
-        print(f"error: {error}. Type: make study (or see 'Install' in the README)", file=sys.stderr)
-        return 2
-    try:
-        run(Settings(**vars(given)))
-    except KeyboardInterrupt:
-        print("\nInterrupted. What is done is kept; the same command goes on from there.", file=sys.stderr)
-        return 130
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    given = vars(arguments().parse_args())
+    return exit_status(lambda: study(given))
+
+
+def study(given: dict[str, Any]) -> None:
+    """Run the study with these settings."""
+    from maze.study import Settings, run  # here, so that --help answers at once
+
+    run(Settings(**given))
 
 
 if __name__ == "__main__":

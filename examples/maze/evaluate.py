@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 EXAMPLES = """examples:
   python examples/maze/evaluate.py                               the shipped weights, about 10 minutes on one core
@@ -57,24 +58,21 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Evaluate; return the exit status."""
+    from maze.command import exit_status
+
     given = vars(arguments().parse_args())
-    try:
-        from maze.evaluation import PLACES, Settings, run, sizes_in  # so that --help answers at once
-        from maze.study import USER_ERRORS
-    except ImportError as error:
-        print(f"error: {error}. Type: make study (or see 'Install' in the README)", file=sys.stderr)
-        return 2
-    try:
-        given["sizes"] = sizes_in(given["sizes"])
-        given["cheese"] = tuple(given["cheese"] or PLACES)
-        run(Settings(**given))
-    except KeyboardInterrupt:
-        print("\nInterrupted. What is done is kept; the same command goes on from there.", file=sys.stderr)
-        return 130
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: evaluate(given))
+
+
+def evaluate(given: dict[str, Any]) -> None:
+    """Evaluate with these settings."""
+    from maze.evaluation import PLACES, Settings, run, sizes_in  # here, so that --help answers at once
+    from maze.results import check_folder
+
+    given["sizes"] = sizes_in(given["sizes"])
+    given["cheese"] = tuple(given["cheese"] or PLACES)
+    check_folder(given["out"])
+    run(Settings(**given))
 
 
 if __name__ == "__main__":

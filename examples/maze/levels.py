@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from maze.command import UserError
 from maze.paths import decision_squares
 from maze.requirements import procgen_mazes
 from maze.states import CHEESE, FREE, WORLD, Mazes, read_mazes, write_mazes
@@ -46,7 +47,7 @@ MOUSE_PLACES = ("start", "anywhere", "decision square")
 _BATCH = 64  # sub-environments at once: enough to hide the cost of a call, few enough to stay in cache
 
 
-class LevelError(ValueError):
+class LevelError(UserError):
     """Levels that cannot exist, such as cheese outside the top right 5x5 of a 5x5 maze."""
 
 

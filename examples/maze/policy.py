@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import nn
 
+from maze.command import UserError
 from maze.paths import Direction
 from maze.requirements import policy_models
 
@@ -36,7 +37,7 @@ _FIRST_WEIGHT = "embedder.block1.conv.weight"
 _FIRST_CHANNELS = 16  # of `_FIRST_WEIGHT` at width 1
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A file that is not the weights of a maze policy."""
 
 
@@ -153,7 +154,8 @@ def _check_fit(file: Path, weights: Mapping[str, torch.Tensor], policy: nn.Modul
         for name in expected
         if name in weights and weights[name].shape != expected[name].shape
     ]
-    named = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    infinite = [name for name, weight in weights.items() if name in expected and not weight.isfinite().all()]
+    named = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen, "not finite": infinite}
     faults = "; ".join(f"{len(names)} {fault}: {_first_few(names)}" for fault, names in named.items() if names)
     if faults:
         raise WeightsError(f"The weights '{file}' are not of a maze policy: {faults}.")

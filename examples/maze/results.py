@@ -20,6 +20,20 @@ import numpy as np
 import torch
 
 import chanpatch
+from maze.command import UserError
+
+
+def check_folder(folder: Path) -> None:
+    """Raise where nothing can be written into `folder`, which need not exist yet, before hours of work are lost.
+
+    Raises:
+        UserError: a file is in the way, or the permission is missing.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--out is '{folder}', but '{nearest}' is a file. Name a folder.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--out is '{folder}', but '{nearest}' cannot be written to. Name another folder.")
 
 
 @contextmanager

@@ -15,28 +15,23 @@ from numpy.typing import NDArray
 from torch import nn
 
 from chanpatch import HookPoints, hook_points
-from chanpatch.errors import ChanpatchError
 from chanpatch.statistics import Interval
 from maze.ablation import Comparison, compare, play, zeroed
 from maze.channels import ChannelChoice, choose_channel, pair_sums
+from maze.command import UserError
 from maze.episodes import ORIGINAL, STEPS, Episodes
 from maze.figures import ablation_figure
-from maze.levels import LevelError, draw_levels, observe, policy_input
+from maze.levels import draw_levels, observe, policy_input
 from maze.paths import Direction, first_steps
-from maze.policy import WeightsError, load_policy
-from maze.requirements import MissingRequirement
-from maze.results import replace_table, replace_text, replaced, settings_key, versions
+from maze.policy import load_policy
+from maze.results import check_folder, replace_table, replace_text, replaced, settings_key, versions
 from maze.states import Mazes, read_mazes
 
 _CHOICE_LEVELS = 500  # mazes that the channel is chosen on
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError):
     """Settings that the study cannot run with."""
-
-
-# What a user can cause and mend; anything else is a fault of ours and keeps its traceback.
-USER_ERRORS = (SettingsError, WeightsError, LevelError, MissingRequirement, ChanpatchError, OSError)
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,7 @@ class Settings:
 
     Raises:
         SettingsError: a number outside what makes sense.
+        UserError: a folder that cannot be written to.
     """
 
     n: int
@@ -60,8 +56,11 @@ class Settings:
         for name, low, high in (("n", 1, 1_000_000), ("seed", 0, 2**31 - 1), ("controls", 0, 1000)):
             if not low <= getattr(self, name) <= high:
                 raise SettingsError(f"--{name} is {getattr(self, name)}, but it is {low} to {high}.")
+        if self.channel is not None and self.channel < 0:
+            raise SettingsError(f"--channel is {self.channel}, but channels are counted from 0.")
         if self.size % 2 == 0 or not 7 <= self.size <= 25:
             raise SettingsError(f"--size is {self.size}, but the side of a maze is odd, and 7 to 25 in this study.")
+        check_folder(self.out)
 
 
 def run(settings: Settings) -> Path:

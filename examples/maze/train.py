@@ -114,29 +114,15 @@ def arguments() -> Parser:
 
 def main(given: list[str] | None = None) -> int:
     """Train a policy; return the exit status."""
-    parser = arguments()
-    options = parser.parse_args(given)
-    try:
-        # Here, so that --help answers at once.
-        from maze.policy import WeightsError
-        from maze.requirements import MissingRequirement
-        from maze.training_run import TrainingError
-    except ImportError as error:
-        print(f"error: {error}. Type: make train (it installs what is needed)", file=sys.stderr)
-        return 2
-    try:
-        return train(options)
-    except KeyboardInterrupt:
-        print("\nStopped at once. The same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
-    except (TrainingError, WeightsError, MissingRequirement, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    from maze.command import exit_status
+
+    options = arguments().parse_args(given)
+    return exit_status(lambda: train(options))
 
 
 def train(options: argparse.Namespace) -> int:
     """Train as the options say; return the exit status."""
-    import torch
+    import torch  # here and below, so that --help answers at once
 
     from maze.training_run import LOG, WEIGHTS, TrainingError, read_checkpoint, run
 

@@ -28,6 +28,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from maze.command import UserError
 from maze.results import replace_text, replaced, versions
 
 CHECKPOINT, LOG, WEIGHTS, FACTS = "checkpoint.pth", "log.jsonl", "policy.safetensors", "facts.json"
@@ -35,7 +36,7 @@ CHECKPOINT, LOG, WEIGHTS, FACTS = "checkpoint.pth", "log.jsonl", "policy.safeten
 _LOG_SECONDS = 10.0
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """Settings that no policy can be trained with, or a run that cannot go on."""
 
 

@@ -87,7 +87,7 @@ def test_an_interrupted_study_keeps_what_is_done_and_ends_with_the_same_numbers(
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in complaint
+    assert "The same command goes on from what is on disk" in complaint
     assert "Traceback" not in complaint
     resumed = study(*SMALL, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -112,6 +112,7 @@ def test_other_settings_get_a_folder_of_their_own(finished: tuple[Path, str]) ->
         (["--site", "embedder.relu_3"], "No hook point named 'embedder.relu_3'. Did you mean 'embedder.relu3'?"),
         (["--site", "embedder.fc"], "there is no axis 'channel'"),
         (["--channel", "32"], "channel 32 is out of range"),
+        (["--channel", "-1"], "--channel is -1, but channels are counted from 0."),
         (["--size", "14"], "--size is 14, but the side of a maze is odd, and 7 to 25 in this study."),
         (["--n", "0"], "--n is 0, but it is 1 to 1000000."),
         (["--seed", "-1"], "--seed is -1"),

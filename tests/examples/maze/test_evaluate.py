@@ -62,7 +62,7 @@ def only(folder):
 def test_an_interrupted_evaluation_says_so_and_goes_on_where_it_stopped(finished):
     _, status, complaint, resumed = finished
     assert status == 130
-    assert "the same command goes on from there" in complaint
+    assert "The same command goes on from what is on disk" in complaint
     assert "Traceback" not in complaint
     assert resumed.returncode == 0, resumed.stderr
     assert "[1/5] size 5, cheese in distribution\n    kept from before" in resumed.stdout

@@ -167,6 +167,12 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
     )
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    path = tmp_path / "diverged.safetensors"
+    save_file(load_file(SHIPPED_WEIGHTS) | {"fc_policy.bias": torch.full((15,), torch.nan)}, path)
+    assert refusal(path) == f"The weights '{path}' are not of a maze policy: 1 not finite: fc_policy.bias."
+
+
 def test_a_first_convolution_that_fits_no_width_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file(load_file(SHIPPED_WEIGHTS) | {"embedder.block1.conv.weight": torch.zeros(17, 3, 3, 3)}, path)

@@ -1,0 +1,42 @@
+"""How the study's commands end: with an exit status, and with one line for what the user can mend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from maze.requirements import MissingRequirement
+
+
+class UserError(ValueError):
+    """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status: its own, 0 for None, 2 for what the user can mend, 130 for Ctrl-C.
+
+    Args:
+        command: imports what it needs by itself, so that a missing package is told in one line too.
+    """
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from what is on disk.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        what_to_mend = _what_to_mend(error)
+        if what_to_mend is None:
+            raise
+        print(f"error: {what_to_mend}", file=sys.stderr)
+        return 2
+
+
+def _what_to_mend(error: Exception) -> str | None:
+    """What the user is told; None where it is a fault of ours."""
+    if isinstance(error, (UserError, MissingRequirement, OSError)):
+        return str(error)
+    if isinstance(error, ImportError):
+        return f"{error}. Type: make study (or see 'Install' in the README)"
+    from chanpatch.errors import ChanpatchError  # here, since --help answers before any package is imported
+
+    return str(error) if isinstance(error, ChanpatchError) else None
