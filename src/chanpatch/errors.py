@@ -11,6 +11,8 @@
     ├── ConcurrencyError (RuntimeError)      one context, two threads
     ├── UnsupportedModelError (TypeError)    a model whose hooks would be ignored, or that cannot be copied
     ├── DistributionError (TypeError)        an output that is no action distribution, or one that cannot be sampled
+    ├── MetricError (ValueError)             a metric that does not fit the output
+    ├── SweepError (ValueError)              patches or a strategy that cannot be swept
     ├── RolloutError (ValueError)            seeds, environments or policies that cannot be rolled out
     ├── StatisticsError (ValueError)         counts or scores that no statistic can be taken of
     ├── ContrastError (ValueError)           pairs that are none
@@ -70,6 +72,14 @@ class UnsupportedModelError(ChanpatchError, TypeError):
 
 class DistributionError(ChanpatchError, TypeError):
     """An output that is no action distribution, or a distribution that cannot be sampled by inverse CDF."""
+
+
+class MetricError(ChanpatchError, ValueError):
+    """A metric, or an action given to one, that does not fit the output."""
+
+
+class SweepError(ChanpatchError, ValueError):
+    """Patches that cannot be swept, or not by the strategy that was asked for."""
 
 
 class RolloutError(ChanpatchError, ValueError):

@@ -1,0 +1,136 @@
+"""The runs behind an attribution, all on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._patches import Patch
+from .._regions import Positions, written
+from ..errors import MetricError
+from ..metrics import Metric, measured
+from ..patching import edit, patch_in, patched
+from ..points import HookPoints
+from ..recording import recording
+from ..tracing import copied_inputs, undisturbed
+from ._flatness import log_odds
+
+
+class Runs:
+    """The runs of the model on the same inputs, of which nothing is left.
+
+    Attributes:
+        baseline: The unpatched output.
+        inputs: Number of inputs.
+    """
+
+    def __init__(self, points: HookPoints, inputs: tuple[Any, ...], keywords: dict[str, Any], metric: Metric) -> None:
+        self._points, self._given, self._metric = points, (inputs, keywords), metric
+        self.baseline: Any = None
+        self._clean = torch.empty(0)
+
+    @property
+    def inputs(self) -> int:
+        return len(self._clean)
+
+    def differences(self, patches: Sequence[Patch]) -> list[Tensor]:
+        """Return what each patch does to its region in the clean run: each is applied, and taken back."""
+        changes = [_Change() for _ in patches]
+        applied = [
+            each
+            for patch, change in zip(patches, changes, strict=True)
+            for each in (edit(patch.site, change.note), patch, edit(patch.site, change.undo))
+        ]
+        with undisturbed(self._points.model):
+            with patched(self._points, applied):
+                self.baseline = self._output()
+            self._clean = self._measured(self.baseline)
+        return [change.difference for change in changes]
+
+    def gradients(self, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """Return the clean activations, the gradients of the metric there, and those of the log odds of the action.
+
+        The log odds of the most probable action never saturate, so that they tell how steep a metric could be. They are
+        left out where the output is no distribution over actions.
+        """
+        names = tuple(names)
+        watched = [edit(self._points.site(name), _differentiable) for name in names]
+        with (
+            undisturbed(self._points.model),
+            torch.enable_grad(),
+            patched(self._points, watched),
+            recording(self._points, names, detach=False) as cache,
+        ):
+            output = self._output()
+            clean = {name: cache[name] for name in names}
+            odds = log_odds(output)
+            slopes = {} if odds is None else _gradients(odds, clean)
+            gradients = _gradients(self._measured(output), clean)
+        return {name: activation.detach() for name, activation in clean.items()}, gradients, slopes
+
+    def mean_gradient(
+        self, name: str, clean: Tensor, changes: Iterable[tuple[Positions, Tensor]], steps: int
+    ) -> Tensor:
+        """Return the mean of the metric's gradient along the line from the clean activation to the changed one."""
+        moved = torch.zeros_like(clean)
+        for positions, difference in changes:
+            moved = written(moved, positions, difference)
+        total = torch.zeros_like(clean)
+        for step in range(steps):
+            there = (clean + moved * ((step + 0.5) / steps)).requires_grad_()
+            with (
+                undisturbed(self._points.model),
+                torch.enable_grad(),
+                patched(self._points, patch_in(self._points.site(name), there)),
+            ):
+                total += _gradients(self._measured(self._output()), {name: there})[name]
+        return total / steps
+
+    def exact(self, patch: Patch) -> float:
+        """Return what the patch changes in the metric, by a real forward."""
+        with undisturbed(self._points.model), patched(self._points, patch):
+            return float((self._measured(self._output()) - self._clean).double().mean())
+
+    def _output(self) -> Any:
+        args, keywords = copied_inputs(*self._given)
+        return getattr(self._points.model, self._points.method)(*args, **keywords)
+
+    def _measured(self, output: Any) -> Tensor:
+        return measured(self._metric, output, self.baseline)
+
+
+class _Change:
+    """What one patch did to its region."""
+
+    def __init__(self) -> None:
+        self._before = self.difference = torch.empty(0)
+
+    def note(self, region: Tensor) -> Tensor:
+        self._before = region.clone()
+        return region
+
+    def undo(self, region: Tensor) -> Tensor:
+        self.difference = region - self._before
+        return self._before
+
+
+def _differentiable(activation: Tensor) -> Tensor:
+    """Return the activation as a node that nothing inside the module was computed from."""
+    return activation.clone() if activation.requires_grad else activation.detach().requires_grad_()
+
+
+def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of the sum at each activation; zero where nothing depends on it."""
+    if not values.requires_grad:
+        raise MetricError(
+            "The metric has no gradient: it counts (action_flip), or leaves the graph (.detach(), .item(), numpy). "
+            "Take one that has a gradient, or sweep() the patches."
+        )
+    found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, allow_unused=True)
+    return {
+        name: torch.zeros_like(activation) if gradient is None else gradient
+        for (name, activation), gradient in zip(activations.items(), found, strict=True)
+    }

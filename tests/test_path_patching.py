@@ -1,0 +1,197 @@
+"""Path patching on a residual network whose paths are written out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chanpatch import hook_points, patch_in, patched
+from chanpatch.errors import ContrastError, HookPointError, SiteError
+from chanpatch.metrics import kl_divergence
+from chanpatch.path_patching import path_patch
+
+
+class Residual(nn.Module):
+    """A residual stream that `first` and `second` write to and read from; `aside` reads what comes before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.aside = nn.Linear(6, 6)
+        self.first = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.second = nn.Linear(6, 6)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        stream = self.embed(vector)
+        one = self.first(stream)
+        other = self.aside(stream)
+        stream = stream + one + other
+        stream = stream + self.relu(self.second(self.norm(stream)))
+        return self.head(stream)
+
+
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    MODEL = Residual()
+    CLEAN, CORRUPTED = torch.randn(2, 5, 4)
+POINTS = hook_points(MODEL, CLEAN)
+BASELINE = MODEL(CLEAN).detach()
+
+
+@torch.no_grad()
+def by_hand(*, to_second: bool, to_head: bool) -> Tensor:
+    """The change of the first logit where `first` is corrupted in what goes to `second`, or past it to the head."""
+    stream, changed = MODEL.embed(CLEAN), MODEL.first(MODEL.embed(CORRUPTED))
+    clean = stream + MODEL.first(stream) + MODEL.aside(stream)
+    corrupted = stream + changed + MODEL.aside(stream)
+    read = corrupted if to_second else clean
+    past = corrupted if to_head else clean
+    patched_logits = MODEL.head(past + MODEL.second(MODEL.norm(read)).relu())
+    return (patched_logits - BASELINE)[:, 0]
+
+
+def first_logit(output: Tensor) -> Tensor:
+    return output[:, 0]
+
+
+def effect(sender: Any, receivers: Any, **options: Any) -> Tensor:
+    return path_patch(POINTS, CLEAN, CORRUPTED, sender, receivers, metric=first_logit, **options)
+
+
+def test_the_direct_path_to_the_head_leaves_out_what_the_second_block_does_with_it() -> None:
+    torch.testing.assert_close(effect("first", "head.in[0]"), by_hand(to_second=False, to_head=True))
+
+
+def test_the_path_through_the_second_block_leaves_out_what_goes_past_it() -> None:
+    torch.testing.assert_close(effect("first", "second.in[0]"), by_hand(to_second=True, to_head=False))
+
+
+def test_the_paths_to_both_receivers_together_are_the_whole_effect_of_the_sender() -> None:
+    whole = by_hand(to_second=True, to_head=True)
+    torch.testing.assert_close(effect("first", ["second.in[0]", "head.in[0]"]), whole)
+    with torch.no_grad(), patched(POINTS, patch_in(POINTS.site("first"), MODEL.first(MODEL.embed(CORRUPTED)))):
+        torch.testing.assert_close((MODEL(CLEAN) - BASELINE)[:, 0], whole)
+
+
+def test_with_nothing_frozen_every_path_to_the_receiver_counts() -> None:
+    torch.testing.assert_close(effect("first", "head.in[0]", frozen=()), by_hand(to_second=True, to_head=True))
+
+
+@pytest.mark.parametrize("frozen", ["second", "relu", "norm", ["second", "first", "head", "embed"]])
+def test_what_is_frozen_can_be_chosen(frozen: Any) -> None:
+    torch.testing.assert_close(effect("first", "head.in[0]", frozen=frozen), by_hand(to_second=False, to_head=True))
+
+
+def test_a_frozen_norm_cuts_the_path_through_it() -> None:
+    assert (effect("first", "second.in[0]", frozen="norm") == 0).all()
+    assert effect("first", "second.in[0]").abs().min() > 1e-4
+
+
+def test_a_path_that_does_not_lead_to_a_receiver_has_no_effect() -> None:
+    assert (effect("first", "aside.in[0]") == 0).all()
+
+
+def test_one_feature_sends_and_one_receives() -> None:
+    sender, receiver = POINTS.site("first", feature=2), POINTS.site("head.in[0]", feature=[2, 4])
+    with torch.no_grad():
+        change = MODEL.first(MODEL.embed(CORRUPTED))[:, 2] - MODEL.first(MODEL.embed(CLEAN))[:, 2]
+        expected = change * MODEL.head.weight[0, 2]
+    torch.testing.assert_close(effect(sender, receiver), expected)
+    assert (effect(sender, POINTS.site("head.in[0]", feature=4)) == 0).all()
+
+
+def test_corrupted_inputs_equal_to_the_clean_ones_have_no_effect() -> None:
+    assert (path_patch(POINTS, CLEAN, CLEAN, "first", "head.in[0]", metric=first_logit) == 0).all()
+
+
+def test_a_metric_that_compares_gets_the_clean_output() -> None:
+    found = path_patch(POINTS, CLEAN, CORRUPTED, "first", ["second.in[0]", "head.in[0]"], metric=kl_divergence)
+    with torch.no_grad(), patched(POINTS, patch_in(POINTS.site("first"), MODEL.first(MODEL.embed(CORRUPTED)))):
+        expected = kl_divergence(MODEL(CLEAN), baseline=BASELINE)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_may_be_positional_or_keywords() -> None:
+    expected = effect("first", "head.in[0]")
+    for clean, corrupted in (((CLEAN,), (CORRUPTED,)), ({"vector": CLEAN}, {"vector": CORRUPTED})):
+        points = hook_points(MODEL, *clean) if isinstance(clean, tuple) else hook_points(MODEL, **clean)
+        found = path_patch(points, clean, corrupted, "first", "head.in[0]", metric=first_logit)
+        torch.testing.assert_close(found, expected)
+
+
+class Attending(nn.Module):
+    """Two attention layers on a residual stream; a block with a weight of its own is part of the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.block = Block()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        sequence = sequence + self.one(sequence, sequence, sequence)[0]
+        return self.head(self.block(sequence))[:, -1]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, sequence: Tensor) -> Tensor:
+        return sequence + self.scale * self.attention(sequence, sequence, sequence)[0]
+
+
+def test_attention_is_frozen_and_a_block_that_calls_it_is_not() -> None:
+    torch.manual_seed(0)
+    model = Attending().eval()
+    clean, corrupted = torch.randn(2, 5, 7, 4)
+    points = hook_points(model, clean)
+    found = path_patch(points, clean, corrupted, "one.out[0]", "head.in[0]", metric=first_logit)
+    with torch.no_grad():
+        change = model.one(corrupted, corrupted, corrupted)[0] - model.one(clean, clean, clean)[0]
+        expected = (change[:, -1] @ model.head.weight.T)[:, 0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_nothing_is_left_of_path_patching() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    clean, corrupted = torch.randn(2, 8, 4)
+    points, state = hook_points(model, clean), torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = path_patch(points, clean, corrupted, "0", "4.in[0]", metric=first_logit)
+    assert found.shape == (8,)
+    assert not found.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+
+
+def test_a_receiver_that_comes_before_the_sender_is_refused() -> None:
+    with pytest.raises(SiteError) as caught:
+        effect("second", "first.in[0]")
+    assert str(caught.value) == (
+        "The receiver Site('first.in[0]') does not come after the sender Site('second') in the forward, so that no "
+        "path leads there. Print the HookPoints: they are listed in execution order."
+    )
+    with pytest.raises(SiteError, match="does not come after the sender"):
+        effect("second", ["head.in[0]", "second"])
+
+
+def test_unpaired_inputs_and_unknown_names_are_refused() -> None:
+    with pytest.raises(ContrastError) as caught:
+        path_patch(POINTS, CLEAN, CORRUPTED[:3], "first", "head.in[0]", metric=first_logit)
+    assert str(caught.value) == "clean has 5 inputs and corrupted 3: give one of each per pair."
+    for names in (("frist", "head.in[0]"), ("first", "haed.in[0]")):
+        with pytest.raises(HookPointError, match="Did you mean"):
+            effect(*names)
+    with pytest.raises(HookPointError, match="Did you mean"):
+        effect("first", "head.in[0]", frozen="secnod")
