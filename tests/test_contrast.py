@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from models import Model, build
 
 from chanpatch import contrast, hook_points, patched, run_with_cache, steer
@@ -128,6 +129,21 @@ def test_top_keeps_the_first_rows_with_their_sites_and_records() -> None:
     assert len(top) == 3
     assert top.to_records() == result.to_records()[:3]
     assert top.sites[0] == POINTS.site("conv1", channel=dict(top.sites[0].indices)["channel"][0])
+
+
+def test_the_plot_shows_the_largest_effects_and_names_their_unit_and_number() -> None:
+    result = contrast(POINTS, CLEAN, CORRUPTED, background=BACKGROUND)
+    pyplot.switch_backend("Agg")
+    axes = result.plot()
+    dots = [float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "o"]
+    assert dots == result.effect[:20].tolist()
+    assert axes.get_xlabel().replace("\n", " ") == result.effect_label
+    assert result.effect_label == (
+        "difference of clean and corrupted, n = 12 pairs (in standard deviations over 50 background inputs)"
+    )
+    pyplot.close(axes.figure)
+    without = contrast(POINTS, CLEAN, CORRUPTED, "conv1", absolute=True)
+    assert without.effect_label == "absolute difference of clean and corrupted, n = 12 pairs"
 
 
 def test_the_batch_may_stand_on_another_axis_inside_the_model(model: Model) -> None:

@@ -13,6 +13,7 @@ from chanpatch.statistics import (
     mcnemar_exact,
     paired_counts,
     paired_difference_interval,
+    rank_among,
     wilson_interval,
 )
 
@@ -162,6 +163,34 @@ def test_auc_interval_covers_the_truth_about_as_often_as_it_says(truth, positive
     assert 0.925 < covered / repeats < 0.975
 
 
+def test_the_rank_counts_the_controls_that_are_at_least_as_large_in_absolute_value():
+    controls = [-0.9, 0.4, 0.3, -0.2, 0.0]
+    for effect, rank in ((-1.0, 1), (0.9, 2), (-0.5, 2), (0.4, 3), (0.1, 5), (0.0, 6)):
+        assert rank_among(effect, controls).rank == rank
+
+
+def test_a_rank_has_a_p_value_from_nineteen_controls_on():
+    few, enough = rank_among(2.0, np.linspace(-1, 1, 18)), rank_among(2.0, np.linspace(-1, 1, 19))
+    assert few.p is None and few.no_p == "it needs at least 19 controls"
+    assert enough.p == 1 / 20 and not enough.no_p
+    assert str(few) == "rank 1 of 19 (the effect and 18 controls), no p-value: it needs at least 19 controls"
+
+
+@pytest.mark.parametrize("draw", ["standard_normal", "standard_cauchy", "ties"])
+@pytest.mark.parametrize("controls", [19, 25])
+def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the_effect_is_one_of_the_controls(
+    draw, controls
+):
+    rng = np.random.default_rng(0)
+    size = (4000, controls + 1)
+    effects = rng.integers(-8, 9, size).astype(float) if draw == "ties" else getattr(rng, draw)(size)
+    p = np.array([rank_among(effect, others).p for effect, *others in effects])
+    for level in (0.05, 0.1, 0.3):
+        assert (p <= level).mean() <= level + 3 * math.sqrt(level * (1 - level) / len(p))
+    if draw != "ties":  # and no less often than the steps of 1 / (controls + 1) allow
+        assert (p <= 0.3).mean() > 0.3 - 1 / (controls + 1) - 0.03
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -198,6 +227,14 @@ def test_auc_interval_covers_the_truth_about_as_often_as_it_says(truth, positive
         (
             lambda: auc([1.0, 2.0, 3.0], [True, True, False]),
             "There are 2 positives and 1 negatives: a ranking needs at least two of each.",
+        ),
+        (
+            lambda: rank_among(0.5, []),
+            "controls has shape (0,): give the effect of at least one control, (control,).",
+        ),
+        (
+            lambda: rank_among(0.5, [0.1, math.nan]),
+            "An effect that is not finite has no rank: leave that control out, or measure it again.",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,11 +23,15 @@ from ._reductions import reduced_axes
 from ._tables import table
 from ._typing import Reduce
 from .errors import ContrastError, SiteError
+from .plots import effect_ranking
 from .points import HookPoint, HookPoints
 from .recording import ActivationCache, run_with_cache
 from .sites import Site
 from .statistics import benjamini_hochberg, bootstrap_interval, holm, sign_flip_test
 from .tracing import undisturbed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FEWEST_CLUSTERS = 6  # with fewer, no sign-flip test can give a p below 0.05
 
@@ -55,6 +59,7 @@ class Contrast:
         clusters: Number of independent clusters of pairs.
         background: Number of background inputs.
         skipped: Hook points that were left out of a search, with the reason.
+        effect_label: What the effect is, in which unit, of how many pairs: the axis label of a figure.
     """
 
     sites: tuple[Site, ...]
@@ -72,6 +77,7 @@ class Contrast:
     clusters: int
     background: int
     skipped: dict[str, str]
+    effect_label: str
     _points: HookPoints = field(repr=False)
     _inputs: tuple[Any, Any] = field(repr=False)
     _batch_size: int = field(repr=False)
@@ -93,7 +99,8 @@ class Contrast:
             A tensor with the region's axes, its batch axis of length 1: what `steer` takes.
 
         References:
-            Turner et al. 2023, "Steering language models with activation engineering", section 3.
+            Turner et al. 2023, "Steering language models with activation engineering", for one pair; Rimsky et al.
+            2023, "Steering Llama 2 via contrastive activation addition", for the mean over many.
         """
         (bound,) = sites_of(self._points, site)
         point = self._points[bound.name]
@@ -108,6 +115,17 @@ class Contrast:
                 moments = part if moments is None else moments + part
             means.append(moments.mean)  # type: ignore[union-attr]
         return torch.from_numpy(means[0] - means[1]).to(point.dtype).unsqueeze(axis)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Return a figure of the largest effects with their intervals, `chanpatch.plots.effect_ranking`.
+
+        Args:
+            ax: Where to draw; new axes if None.
+
+        Raises:
+            MissingPackageError: If matplotlib is not installed.
+        """
+        return effect_ranking(self, ax)
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per channel: site, every number, and why there is no p."""
@@ -191,8 +209,8 @@ def contrast(
         (2, 8)
 
     References:
-        Chughtai, Chan and Nanda 2023, "A toy model of universality", section 4, for paired inputs; Davison and
-        Hinkley 1997, "Bootstrap methods and their application", sections 4.3 and 5.3, for flips and intervals.
+        Turner et al. 2023, "Steering language models with activation engineering", for differences of paired inputs;
+        Davison and Hinkley 1997, "Bootstrap methods and their application", for flips and intervals.
     """
     labels = _checked_pairs(points, clean, corrupted, clusters)
     chosen, skipped = _searched(points, sites, reduce)
@@ -225,6 +243,7 @@ def contrast(
         clusters=independent,
         background=count,
         skipped=skipped,
+        effect_label=_effect_label(absolute, len(labels), count),
         _points=points,
         _inputs=(clean, corrupted),
         _batch_size=batch_size,
@@ -239,6 +258,11 @@ def _no_p(absolute: bool, independent: int) -> str:
     if independent < FEWEST_CLUSTERS:
         return f"{independent} independent pairs are too few for a sign-flip test; it needs {FEWEST_CLUSTERS}."
     return ""
+
+
+def _effect_label(absolute: bool, pairs: int, background: int) -> str:
+    label = f"{'absolute ' * absolute}difference of clean and corrupted, n = {pairs} pairs"
+    return label + f" (in standard deviations over {background} background inputs)" * bool(background)
 
 
 def _checked_pairs(points: HookPoints, clean: Any, corrupted: Any, clusters: ArrayLike | None) -> NDArray[Any]:

@@ -16,12 +16,13 @@ from ._proportions import (
     reweighted_precision,
     wilson_interval,
 )
-from ._ranking import auc
+from ._ranking import Rank, auc, rank_among
 from ._resampling import bootstrap_interval, sign_flip_test
 
 __all__ = [
     "Interval",
     "PairedCounts",
+    "Rank",
     "auc",
     "benjamini_hochberg",
     "bootstrap_interval",
@@ -31,6 +32,7 @@ __all__ = [
     "mcnemar_exact",
     "paired_counts",
     "paired_difference_interval",
+    "rank_among",
     "reweighted_precision",
     "sign_flip_test",
     "wilson_interval",

@@ -1,8 +1,9 @@
-"""How well a number ranks the examples of a label above the others."""
+"""How well a number ranks the examples of a label above the others, and where an effect ranks among controls."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatisticsError
 from ._interval import Interval, normal_quantile, wilson
+
+FEWEST_CONTROLS = 19  # with fewer, even the first rank has a p above 0.05
 
 
 def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -54,6 +57,63 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     margin = normal_quantile(confidence) * math.sqrt(variance) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + np.array([-margin, margin]))
     return Interval(area, float(low), float(high), confidence)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where an effect ranks among the effects of controls, by absolute value; the largest has rank 1.
+
+    Attributes:
+        rank: 1 plus the number of controls whose effect is at least as large: 1 to `controls + 1`.
+        controls: Number of controls.
+        p: `rank / (controls + 1)`; None with fewer than 19 controls.
+        no_p: Why there is no p, or nothing.
+    """
+
+    rank: int
+    controls: int
+    p: float | None
+    no_p: str
+
+    def __str__(self) -> str:
+        end = f"no p-value: {self.no_p}" if self.p is None else f"p = {self.p:.3g}"
+        return f"rank {self.rank} of {self.controls + 1} (the effect and {self.controls} controls), {end}"
+
+
+def rank_among(effect: float, controls: ArrayLike) -> Rank:
+    """Return where an effect ranks among those of controls, by absolute value, and its p-value.
+
+    The p-value is how often one of `controls + 1` effects of the same kind, picked at random, ranks as high. It holds
+    where the controls were chosen without a look at their effects and so was the one that is ranked: of a channel
+    that was picked because its effect is the largest of all, it says nothing.
+
+    Args:
+        effect: Of the patch in question, a finite number.
+        controls: `(control,)`: the effects of the controls in the same unit; a tie counts against the effect.
+
+    Raises:
+        StatisticsError: If there is no control, or an effect is not finite.
+
+    Example:
+        >>> print(rank_among(-0.6, np.linspace(-0.3, 0.3, 19)))
+        rank 1 of 20 (the effect and 19 controls), p = 0.05
+        >>> print(rank_among(0.2, [0.1, -0.5, 0.2]))
+        rank 3 of 4 (the effect and 3 controls), no p-value: it needs at least 19 controls
+
+    References:
+        Phipson and Smyth, "Permutation p-values should never be zero" (2010), for counting the effect itself.
+    """
+    others = np.asarray(controls, dtype=np.float64)
+    if others.ndim != 1 or not others.size:
+        raise StatisticsError(
+            f"controls has shape {others.shape}: give the effect of at least one control, (control,)."
+        )
+    if not (math.isfinite(effect) and np.isfinite(others).all()):
+        raise StatisticsError("An effect that is not finite has no rank: leave that control out, or measure it again.")
+    rank = 1 + int((np.abs(others) >= abs(effect)).sum())
+    if others.size < FEWEST_CONTROLS:
+        return Rank(rank, others.size, None, f"it needs at least {FEWEST_CONTROLS} controls")
+    return Rank(rank, others.size, rank / (others.size + 1), "")
 
 
 def _by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,0 +1,342 @@
+"""What the effect of a patch is judged against: other channels, random vectors, and how far the patch leads.
+
+others = matched_channels(points, site, observations, count=19, seed=0)
+rank_among(effect(zero_ablate(site)), [effect(zero_ablate(other)) for other in others])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._batches import Inputs, batches, input_count
+from ._lookup import sites_of
+from ._moments import Moments
+from ._optional import imported
+from ._patches import Patch
+from ._reductions import reduced_axes
+from ._tables import table
+from ._typing import Reduce
+from .errors import EditError, SiteError, StatisticsError
+from .patching import patched
+from .points import HookPoint, HookPoints
+from .recording import ActivationCache, run_with_cache
+from .sites import Site
+from .tracing import undisturbed
+
+Floats = NDArray[np.float64]
+
+# Controls are drawn among so many times as many nearest channels as are asked for: few enough to be near.
+_NEAR = 2
+_ROUNDING = 1e-6  # what may differ between two runs in single precision, relative to the activation
+_SHOWN = 20
+
+
+def matched_channels(
+    points: HookPoints,
+    site: str | Site | HookPoint,
+    background: Inputs | Iterable[Inputs],
+    *,
+    count: int,
+    seed: int,
+    batch_size: int = 64,
+) -> tuple[Site, ...]:
+    """Return other live channels of the same hook point with about the same mean activation, as controls.
+
+    Each control has as many channels as the site and none of the site's; for every channel of the site it has one
+    drawn from those nearest in mean activation, twice as many as there are controls. No two controls are equal;
+    controls of several channels may share some. A channel that varies nowhere over the background is dead, such as
+    one behind a ReLU that is always 0: patching it shows nothing, so it is never a control.
+
+    Args:
+        points: Of the model.
+        site: The channel or channels to find controls for. Other indices, such as rows, hold for the controls too.
+        background: Inputs for the means, `(input, ...)`: a tensor, a tuple of the model's arguments or a dict of its
+            keywords; or any other iterable of batches of that kind. Two at least.
+        count: Number of controls; from 19 on `chanpatch.statistics.rank_among` has a p-value.
+        seed: Of the draw.
+        batch_size: How many inputs go into one forward; the batches of an iterable go as they are.
+
+    Returns:
+        One site per control, in the order of the draw: `[zero_ablate(other) for other in matched_channels(...)]`.
+
+    Raises:
+        HookPointError, SiteError: If the site does not exist or has no channels, or too few others are live.
+        StatisticsError: If `count` is below 1, or the background has fewer than two inputs.
+
+    Example:
+        >>> from chanpatch import hook_points
+        >>> model = torch.nn.Conv2d(3, 64, 3)
+        >>> points = hook_points(model, torch.zeros(2, 3, 8, 8))
+        >>> site = points.site(".out", channel=5)
+        >>> len(matched_channels(points, site, torch.randn(32, 3, 8, 8), count=19, seed=0))
+        19
+    """
+    if count < 1:
+        raise StatisticsError(f"count is {count}: ask for at least one control.")
+    (bound,) = sites_of(points, site)
+    axis = _channel_axis(bound)
+    elsewhere = {name: index for name, index in bound.indices if name != axis}
+    whole = points.bind(Site(bound.name, **elsewhere))
+    mean, live = _channel_means(points, whole, axis, background, batch_size)
+    # A bound site has its indices written out.
+    target = cast("tuple[int, ...]", dict(bound.indices).get(axis, tuple(range(len(mean)))))
+    others = np.setdiff1d(np.flatnonzero(live), target)
+    if math.comb(len(others), len(target)) < count:
+        raise SiteError(
+            f"{bound!r} has {len(others)} other live {axis}s (of {len(mean)}, {int((~live).sum())} are dead over the "
+            f"background), too few for {count} different controls of {len(target)}. Ask for fewer controls, or for "
+            f"those of a site with fewer {axis}s."
+        )
+    generator = np.random.default_rng(seed)
+    found: dict[tuple[int, ...], None] = {}
+    while len(found) < count:
+        found[_drawn(mean, target, others, _NEAR * count, generator)] = None
+    return tuple(points.bind(Site(bound.name, **elsewhere, **{axis: channels})) for channels in found)
+
+
+def _drawn(
+    mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
+) -> tuple[int, ...]:
+    """Draw one control: for every channel in turn one of the nearest that are not taken yet."""
+    free = others
+    for channel in target:
+        nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]
+        free = free[free != generator.choice(nearest)]
+    return tuple(np.setdiff1d(others, free).tolist())
+
+
+def random_vectors(vector: Tensor, *, count: int, seed: int) -> Tensor:
+    """Return vectors of the same norm in random directions, as controls for a steering vector.
+
+    Directions are uniform: Gaussian draws, each scaled to the norm.
+
+    Args:
+        vector: With the axes of its region, such as `(batch, channel, row, col)`; what `steer` takes.
+        count: Number of controls.
+        seed: Of the draw.
+
+    Returns:
+        A tensor `(control, *vector.shape)` in the vector's dtype and on its device. In each control, every row (entry
+        of the first axis) has the norm that it has in the vector.
+
+    Raises:
+        EditError: If the vector has no axes, is no floating-point tensor, is not finite, or is zero.
+        StatisticsError: If `count` is below 1.
+
+    Example:
+        >>> controls = random_vectors(torch.tensor([[3.0, 4.0]]), count=19, seed=0)
+        >>> controls.shape, controls[7].norm()
+        (torch.Size([19, 1, 2]), tensor(5.))
+    """
+    if count < 1:
+        raise StatisticsError(f"count is {count}: ask for at least one control.")
+    if not (vector.dim() and vector.is_floating_point() and vector.isfinite().all() and vector.any()):
+        raise EditError(
+            f"The {vector.dtype} vector with shape {tuple(vector.shape)} has no random vectors of its norm: it must "
+            "have axes, be floating point and finite, and not be zero. contrast(...).steering_vector(site) returns one."
+        )
+    rows = vector.detach().cpu().double().reshape(len(vector), -1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(count, *rows.shape, generator=generator, dtype=torch.float64)
+    scaled: Tensor = drawn * (rows.norm(dim=1) / drawn.norm(dim=2)).unsqueeze(2)
+    return scaled.reshape(count, *vector.shape).to(vector)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class OffDistribution:
+    """How far patches lead from the activations of background inputs; one row per channel, the farthest first.
+
+    All numbers are of the sum of the channel's patched region over its positions.
+
+    Attributes:
+        sites: Of each row, the channel as a site.
+        patched: Mean of the sum over the patched inputs.
+        mean: Mean of the sum over the background, unpatched.
+        std: Its standard deviation.
+        lowest: The smallest sum in the background.
+        highest: The largest.
+        z: Mean over the patched inputs of the distance from the background's mean, in standard deviations; NaN for a
+            channel that does not vary over the background.
+        absolute_z: Mean of its absolute value: 0.8 where a patched sum is distributed as a normal background.
+        outside: Share of the patched inputs whose sum lies beyond the background's smallest or largest.
+        inputs: Number of patched inputs.
+        background: Number of background inputs.
+    """
+
+    sites: tuple[Site, ...]
+    patched: Floats
+    mean: Floats
+    std: Floats
+    lowest: Floats
+    highest: Floats
+    z: Floats
+    absolute_z: Floats
+    outside: Floats
+    inputs: int
+    background: int
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per channel: site and every number."""
+        names = ("z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest")
+        columns = {name: getattr(self, name).tolist() for name in names}
+        return [
+            {"site": repr(site), **{name: columns[name][row] for name in names}} for row, site in enumerate(self.sites)
+        ]
+
+    def to_pandas(self) -> Any:
+        """Return the records as a pandas data frame."""
+        return imported("pandas").DataFrame(self.to_records())
+
+    def __repr__(self) -> str:
+        title = (
+            f"{len(self)} channels: sums of {self.inputs} patched inputs against {self.background} background inputs"
+        )
+        more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
+        return "\n".join([title, *table(self.to_records()[:_SHOWN]), *more])
+
+
+def off_distribution(
+    points: HookPoints,
+    patches: Patch | Iterable[Patch],
+    inputs: Inputs,
+    background: Inputs | Iterable[Inputs],
+    *,
+    batch_size: int = 64,
+) -> OffDistribution:
+    """Return how far patches lead from the activations of background inputs, channel by channel.
+
+    An ablation that no input ever causes, such as zeroing a channel that is never near 0, may break the model
+    without telling what the channel is for. This meter stands beside its effect.
+
+    Args:
+        points: Of the model.
+        patches: One or more; measured is what they leave at their sites, all of them applied.
+        inputs: What the patched model runs on, in one forward: a tensor, a tuple of its arguments or a dict of its
+            keywords.
+        background: Inputs that tell what is usual, run unpatched: as `inputs`, or any iterable of batches of it. Two
+            at least.
+        batch_size: How many background inputs go into one forward; the batches of an iterable go as they are.
+
+    Raises:
+        HookPointError, SiteError: If a site does not exist or has no channels.
+        StatisticsError: If there are no inputs, or fewer than two in the background.
+
+    Example:
+        >>> from chanpatch import hook_points, zero_ablate
+        >>> model = torch.nn.Conv2d(1, 4, 1)
+        >>> _ = torch.nn.init.ones_(model.weight), torch.nn.init.constant_(model.bias, 5.0)
+        >>> images = torch.rand(50, 1, 3, 3)
+        >>> points = hook_points(model, images)
+        >>> meter = off_distribution(points, zero_ablate(points.site(".out", channel=2)), images, images)
+        >>> meter.outside
+        array([1.])
+    """
+    chosen = (patches,) if isinstance(patches, Patch) else tuple(patches)
+    sites = sites_of(points, [patch.site for patch in chosen])
+    parts = [part for site in sites for part in site.split(_channel_axis(site))]
+    count = input_count(inputs)
+    if not count:
+        raise StatisticsError("inputs holds no inputs: give at least one to run the patched model on.")
+    with undisturbed(points.model):
+        with patched(points, chosen):
+            (cache,) = _recorded(points, inputs, sites, "sum", count)
+        usual, lowest, highest = _usual(points, background, sites, batch_size)
+    sums = _sums(cache, sites)
+    slack = _ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
+    z = (sums - usual.mean) / np.where(usual.std > _ROUNDING * np.abs(usual.mean), usual.std, np.nan)
+    columns = {
+        "patched": sums.mean(axis=0),
+        "mean": usual.mean,
+        "std": usual.std,
+        "lowest": lowest,
+        "highest": highest,
+        "z": z.mean(axis=0),
+        "absolute_z": np.abs(z).mean(axis=0),
+        "outside": ((sums < lowest - slack) | (sums > highest + slack)).mean(axis=0),
+    }
+    order = np.argsort(-columns["absolute_z"], kind="stable")  # NaN, of channels that never vary, comes last
+    ordered = {name: column[order] for name, column in columns.items()}
+    return OffDistribution(tuple(parts[row] for row in order), **ordered, inputs=count, background=usual.count)
+
+
+def _usual(
+    points: HookPoints, background: Any, sites: Sequence[Site], batch_size: int
+) -> tuple[Moments, Floats, Floats]:
+    """Return moments, smallest and largest of the channel sums of the background."""
+    moments: Moments | None = None
+    lowest, highest = np.array(np.inf), np.array(-np.inf)
+    for cache in _recorded(points, background, sites, "sum", batch_size):
+        sums = _sums(cache, sites)
+        moments = _joined(moments, sums)
+        lowest, highest = np.minimum(lowest, sums.min(axis=0)), np.maximum(highest, sums.max(axis=0))
+    return _checked(moments), lowest, highest
+
+
+def _channel_means(
+    points: HookPoints, whole: Site, axis: str, background: Any, batch_size: int
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return the mean activation of every channel of a site, and whether it varies anywhere over the background."""
+    point = points[whole.name]
+    in_front = (point.batch_axis or 0, point.axes.index(axis))
+    moments: Moments | None = None
+    with undisturbed(points.model):
+        for cache in _recorded(points, background, [whole], None, batch_size):
+            rows = cache[whole].double().movedim(in_front, (0, 1)).numpy()
+            moments = _joined(moments, rows.reshape(*rows.shape[:2], -1))
+    checked = _checked(moments)
+    varies = checked.std > _ROUNDING * np.abs(checked.mean)
+    return checked.mean.mean(axis=1), varies.any(axis=1)
+
+
+def _recorded(
+    points: HookPoints, inputs: Any, sites: Sequence[Site], reduce: Reduce | None, batch_size: int
+) -> Iterator[ActivationCache]:
+    """Yield the recorded sites of each batch, on the CPU."""
+    for arguments, keywords in batches(inputs, batch_size):
+        yield run_with_cache(points, *arguments, sites=sites, reduce=reduce, device="cpu", stop=True, **keywords)
+
+
+def _sums(cache: ActivationCache, sites: Sequence[Site]) -> Floats:
+    """Return the channel sums of all sites side by side: `(input, channel)`."""
+    return np.concatenate(
+        [cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy() for site in sites], axis=1
+    )
+
+
+def _joined(moments: Moments | None, sample: Floats) -> Moments:
+    part = Moments.of(sample)
+    return part if moments is None else moments + part
+
+
+def _checked(moments: Moments | None) -> Moments:
+    if moments is None or moments.count < 2:
+        count = moments.count if moments else 0
+        raise StatisticsError(f"background holds {count} inputs: at least two are needed to tell what varies.")
+    return moments
+
+
+def _channel_axis(site: Site) -> str:
+    """Return the name of the channel or feature axis of a site."""
+    point = site.point
+    assert point is not None  # sites_of binds sites to their points
+    kept = reduced_axes(site, point.axes, "sum")
+    channels = [axis for axis in kept if axis != "batch"]
+    if point.batch_axis is None or "batch" not in kept or len(channels) != 1:
+        raise SiteError(
+            f"{site!r} has axes ({', '.join(point.axes)})"
+            + (", and its batch axis is not proved" if point.batch_axis is None else "")
+            + ". Controls need the batch and one axis named channel or feature; "
+            "hook_points(..., axes={...}) names axes."
+        )
+    return channels[0]

@@ -1,0 +1,294 @@
+"""Figures of results: each function draws into the `Axes` it is given, or into new ones, and returns them.
+
+    contrast(points, clean, corrupted, background=observations).plot()
+    contingency(paired_counts(patched_success, original_success), names=("patched", "original"))
+
+They need matplotlib, `pip install "chanpatch[plot]"`. Nothing is told by colour alone, so they read as well in black
+and white; no setting of matplotlib's is changed, and nothing is shown or saved.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ._optional import imported
+from .errors import StatisticsError
+from .statistics import PairedCounts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SHOWN = 20
+_MARKERS = ("o", "x", "^", "s", "+", "v")
+
+
+class Effects(Protocol):
+    """A result with one record per effect: a `Contrast`, a `SweepResult`.
+
+    A record has the effect, `low` and `high` of its interval, and a `label` or a `site`. It may have a p-value
+    (`p_holm`, else `p`), and a true `control` where it is of a control. A result may have an `effect_label`, which
+    says what the effect is, in which unit, and of how many inputs.
+    """
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per effect."""
+
+
+def strip(
+    sums: ArrayLike,
+    labels: ArrayLike,
+    split: ArrayLike | None = None,
+    threshold: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    r"""Return a strip plot of one channel's sums: a column of marks per label, side by side for every split.
+
+    Args:
+        sums: `(input,)`: one channel's sums, such as `channel_sums(...)[:, 55]`.
+        labels: `(input,)`: the label of each input, such as the direction of the next step.
+        split: `(input,)`: which part of the data each input belongs to, such as "in distribution" and "out of
+            distribution"; up to six parts, each with a mark of its own.
+        threshold: Drawn as a dashed line, such as `ThresholdProbe.fit(...).threshold`.
+        ax: Where to draw; new axes if None.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        StatisticsError: If sums, labels and split do not fit each other, a sum is not finite, or there are too many
+            parts.
+
+    Example:
+        >>> ax = strip([1.0, 5.0, 2.0], ["LEFT", "UP", "LEFT"], threshold=3.0)
+        >>> [text.get_text() for text in ax.get_xticklabels()]
+        ['LEFT\nn = 2', 'UP\nn = 1']
+    """
+    values, label = np.asarray(sums, dtype=np.float64), np.asarray(labels)
+    part = np.zeros(len(label), dtype=np.int64) if split is None else np.asarray(split)
+    if values.ndim != 1 or not values.size or label.shape != values.shape or part.shape != values.shape:
+        raise StatisticsError(
+            f"sums has shape {values.shape}, labels {label.shape} and split {part.shape}: give one of each per input."
+        )
+    if not np.isfinite(values).all():
+        raise StatisticsError(f"sums[{int(np.argmin(np.isfinite(values)))}] is not finite: leave that input out.")
+    names, parts = np.unique(label), np.unique(part)
+    if len(parts) > len(_MARKERS):
+        raise StatisticsError(f"split has {len(parts)} parts, but only {len(_MARKERS)} can be told apart.")
+    ax = ax or _new_axes(1.5 + 1.1 * len(names), 4)
+    width = 0.8 / len(parts)
+    for number, (each, marker) in enumerate(zip(parts, _MARKERS, strict=False)):
+        centre = (number + 0.5) * width - 0.4
+        chosen = [np.flatnonzero((label == name) & (part == each)) for name in names]
+        at = [column + centre + _spread(len(rows), 0.7 * width) for column, rows in enumerate(chosen)]
+        style: dict[str, Any] = {"facecolors": "none"} if marker in "o^sv" else {}
+        ax.scatter(np.concatenate(at), values[np.concatenate(chosen)], s=16, marker=marker, linewidths=0.8,
+                   color=str(0.5 * (number % 2)), label=f"{each} (n = {(part == each).sum()})", **style)  # fmt: skip
+    if threshold is not None:
+        ax.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
+    ax.set_xticks(range(len(names)), [f"{name}\nn = {(label == name).sum()}" for name in names])
+    ax.set_xlim(-0.5, len(names) - 0.5)
+    ax.set_xlabel("label")
+    ax.set_ylabel("channel sum (activation summed over positions)")
+    if split is not None or threshold is not None:
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return ax
+
+
+def effect_ranking(result: Effects, ax: Axes | None = None) -> Axes:
+    """Return a ranking of effects: a dot with its 95% interval each, the largest absolute effect on top.
+
+    Shown are the 20 largest; the title says how many are not. Controls, if the result has some, stand below the
+    others as squares. A p-value is written beside an effect where there is one.
+
+    Args:
+        result: A `Contrast`, a `SweepResult`, or whatever has such records.
+        ax: Where to draw; new axes if None.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        StatisticsError: If none of the effects is a number.
+    """
+    records = result.to_records()
+    groups = [[each for each in records if bool(each.get("control")) is control] for control in (False, True)]
+    shown = [sorted(filter(_has_effect, group), key=lambda each: -abs(each["effect"]))[:_SHOWN] for group in groups]
+    drawn = [*shown[0], *shown[1]]
+    if not drawn:
+        raise StatisticsError(f"None of the {len(records)} effects is a number: there is nothing to draw.")
+    places = np.arange(len(drawn)) + np.repeat([0, 1], [len(each) for each in shown])  # a gap before the controls
+    ax = ax or _new_axes(7, 1.2 + 0.25 * (places[-1] + 1))
+    _draw_effects(ax, drawn, places, len(shown[0]))
+    ax.axvline(0, color="black", linestyle=":", linewidth=1)
+    ax.set_yticks(places, [str(each["label"] if "label" in each else each["site"]) for each in drawn])
+    ax.set_ylim(places[-1] + 0.7, -0.7)
+    ax.set_xlabel(textwrap.fill(getattr(result, "effect_label", "effect"), 60))
+    ax.set_title(f"{_shown_of(groups, shown)}; lines: 95% intervals", loc="left", fontsize="medium")
+    return ax
+
+
+def _draw_effects(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[np.int64], controls_from: int) -> None:
+    for number, (record, place) in enumerate(zip(drawn, places, strict=True)):
+        low, high = (np.nan if record[end] is None else record[end] for end in ("low", "high"))
+        control = number >= controls_from
+        ax.hlines(place, low, high, color="0.5" if control else "black", linewidth=1.2)
+        ax.plot(record["effect"], place, "s" if control else "o", color="0.5" if control else "black",
+                markerfacecolor="white" if control else "black", markersize=5)  # fmt: skip
+    kind = "p_holm" if "p_holm" in drawn[0] else "p"
+    known = [(each[kind], place) for each, place in zip(drawn, places, strict=True) if _is_number(each.get(kind))]
+    for p, place in known:
+        ax.text(1.02, place, f"{p:.2g}", transform=ax.get_yaxis_transform(), va="center")
+    if known:
+        title = "p (Holm)" if kind == "p_holm" else "p"
+        ax.text(1.02, 1.02, title, transform=ax.transAxes, va="bottom")
+
+
+def _shown_of(groups: Sequence[Sequence[Any]], shown: Sequence[Sequence[Any]]) -> str:
+    """Return how many effects, and how many controls, are in the figure and how many are not."""
+    said = []
+    for name, group, part in zip(("effects", "controls"), groups, shown, strict=True):
+        hidden = len(group) - len(part)
+        if group:
+            said.append(f"{len(part)} of {len(group)} {name}, {hidden} hidden" if hidden else f"{len(part)} {name}")
+    return "; ".join(said)
+
+
+def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[str, str] = ("first", "second")) -> Axes:
+    """Return a mosaic of a paired comparison: four rectangles whose areas are the shares of the pairs.
+
+    A column's width is how often the first succeeded or failed, the height within it how often the second did.
+    Pairs in which the two differ are hatched.
+
+    Args:
+        counts: What `chanpatch.statistics.paired_counts` returns.
+        ax: Where to draw; new axes if None.
+        names: What the first and the second are, such as `("patched", "original")`.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        StatisticsError: If there are no pairs.
+
+    Example:
+        >>> ax = contingency(PairedCounts(both=2, only_first=1, only_second=0, neither=1))
+        >>> [round(bar.get_width(), 2) for bar in ax.patches]
+        [0.75, 0.75, 0.25, 0.25]
+    """
+    n, (first, second) = sum(counts), names
+    if not n:
+        raise StatisticsError("There are no pairs: all four counts are 0.")
+    ax = ax or _new_axes(7, 4.5)
+    differ = {"hatch": "//"}
+    succeeded = [("both", counts.both, {}), (f"only {first}", counts.only_first, differ)]
+    failed = [(f"only {second}", counts.only_second, differ), ("neither", counts.neither, {})]
+    width = (counts.both + counts.only_first) / n
+    _draw_column(ax, 0.0, width, n, succeeded, beside=-0.03)
+    _draw_column(ax, width, 1 - width, n, failed, beside=1.03)
+    titles = [
+        f"{first} {how}\n{sum(count for _, count, _ in cells)} of {n} pairs"
+        for how, cells in (("succeeded", succeeded), ("failed", failed))
+    ]
+    ax.set_xticks([width / 2, (1 + width) / 2], titles)
+    ax.set_yticks([])
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1)
+    ax.set_xlabel(f"grey: {second} succeeded; hatched: they differ; n = {n} pairs")
+    return ax
+
+
+def _draw_column(
+    ax: Axes, left: float, width: float, n: int, cells: Sequence[tuple[str, int, dict[str, Any]]], *, beside: float
+) -> None:
+    """Draw the cell in which the second succeeded and, on it, the one in which it failed; `beside` is free space."""
+    total = sum(count for _, count, _ in cells)
+    bottom = 0.0
+    for (name, count, style), grey in zip(cells, ("0.8", "white"), strict=True):
+        height = count / total if total else 0.5  # of a column without width
+        ax.bar(left, height, width, bottom, align="edge", facecolor=grey, edgecolor="black", **style)
+        text, middle = f"{name}\n{count} ({count / n:.1%})", bottom + height / 2
+        if width > 0.25 and height > 0.12:
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
+            ax.text(left + width / 2, middle, text, ha="center", va="center", bbox=box)
+        else:  # the centres of a column's cells are half its height apart, so texts beside it have room
+            edge, side = (0.0, "right") if beside < 0 else (1.0, "left")
+            ax.annotate(text, (edge, middle), (beside, middle), ha=side, va="center", annotation_clip=False,
+                        arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
+        bottom += height
+
+
+def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
+    """Return one channel's map over the observation that caused it, each cell drawn over the pixels it stands for.
+
+    The observation is drawn in pale grey. Lines surround where the activation is beyond half of its largest absolute
+    value: solid where it is positive, dashed where it is negative.
+
+    Args:
+        observation: `(channel, row, col)` with one or three channels; numbers from 0 to 1, or bytes.
+        activation: `(row, col)`: of one channel, such as `cache["relu3"][0, 55]`; at most as large as the observation.
+        ax: Where to draw; new axes if None.
+
+    Raises:
+        MissingPackageError: If matplotlib is not installed.
+        StatisticsError: If the two do not have such axes.
+
+    Example:
+        >>> import torch
+        >>> ax = channel_map(torch.rand(3, 64, 64), torch.rand(8, 8))
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('column (pixel)', 'row (pixel)')
+    """
+    pixels, cells = observation.detach().cpu().numpy(), activation.detach().cpu().double().numpy()
+    fits = (
+        pixels.ndim == 3 and pixels.shape[0] in (1, 3) and cells.ndim == 2 and cells.size and np.isfinite(cells).all()
+    )
+    if not fits or cells.shape[0] > pixels.shape[1] or cells.shape[1] > pixels.shape[2]:
+        raise StatisticsError(
+            f"observation has shape {pixels.shape} and activation {cells.shape}: give one of each, (channel, row, col) "
+            "with 1 or 3 channels, and (row, col), finite and no larger."
+        )
+    ax = ax or _new_axes(5.5, 4.5)
+    grey = pixels.mean(axis=0) / (255 if pixels.dtype == np.uint8 else 1)
+    height, width = grey.shape
+    rows, cols = (np.arange(length) * cell // length for length, cell in zip(grey.shape, cells.shape, strict=True))
+    upsampled = cells[np.ix_(rows, cols)]
+    top = float(np.abs(cells).max()) or 1.0
+    signed = bool((cells < 0).any())
+    ax.imshow(grey, cmap="gray", vmin=-1.5, vmax=1.0)
+    shown = ax.imshow(upsampled, cmap="RdBu_r" if signed else "Reds", vmin=-top if signed else 0.0, vmax=top,
+                      alpha=0.75 * np.abs(upsampled) / top)  # fmt: skip
+    framed = np.pad(upsampled, 1)  # so that lines close at the edges
+    lines = []
+    for sign, style, side in ((1, "solid", "above"), (-1, "dashed", "below")):
+        beyond = sign * framed > top / 2
+        if beyond.any():
+            lines.append(f"{style} line: {side} {sign * top / 2:.3g}")
+            ax.contour(np.arange(-1, width + 1), np.arange(-1, height + 1), beyond, levels=[0.5],
+                       colors="black", linewidths=1.2, linestyles=style)  # fmt: skip
+    ax.figure.colorbar(shown, ax=ax, label=f"activation (no unit), {cells.shape[0]} x {cells.shape[1]} cells")
+    ax.set_xlim(-0.5, width - 0.5)
+    ax.set_ylim(height - 0.5, -0.5)
+    ax.set_title("; ".join(lines) or "zero everywhere", fontsize="medium")
+    ax.set_xlabel("column (pixel)")
+    ax.set_ylabel("row (pixel)")
+    return ax
+
+
+def _new_axes(width: float, height: float) -> Axes:
+    """Return the axes of a new figure of so many inches."""
+    axes: Axes = imported("matplotlib.pyplot").subplots(figsize=(width, height), layout="constrained")[1]
+    return axes
+
+
+def _spread(count: int, width: float) -> NDArray[np.float64]:
+    """Return offsets that spread marks evenly over a width, neighbours in the data far apart."""
+    golden = (5**0.5 - 1) / 2
+    return (np.arange(1, count + 1) * golden % 1 - 0.5) * width
+
+
+def _has_effect(record: Mapping[str, Any]) -> bool:
+    return _is_number(record["effect"])
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and bool(np.isfinite(value))

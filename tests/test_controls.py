@@ -1,0 +1,265 @@
+"""Controls, and how far a patch leads off distribution, against the same written out by hand."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Model, build
+from torch import Tensor, nn
+
+from chanpatch import Site, hook_points, mean_ablate, patch_in, resample_ablate, run_with_cache, steer, zero_ablate
+from chanpatch.controls import matched_channels, off_distribution, random_vectors
+from chanpatch.errors import ChanpatchError, EditError, SiteError, StatisticsError
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGES = torch.randn(40, 1, 4, 4, generator=GENERATOR)
+AXES = {"*": ("batch", "channel", "row", "col")}
+RAMP = torch.arange(32.0) + torch.arange(32.0) ** 2 / 1000  # steeper and steeper, so that no two are equally far
+SEVERAL = [[0.0, 0.0], [0.0, 100.0], [1.0, 100.0], [100.0, -33.0], [103.0, -33.0]]  # in the first row, in the others
+
+
+class Ramp(nn.Module):
+    """The absolute image plus a number per channel, but three are dead: one at 0, one at 5, one that sees no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ramp = nn.Identity()
+
+    def forward(self, image: Tensor) -> Tensor:
+        channels = image.abs() + RAMP.view(1, 32, 1, 1)
+        channels[:, 3], channels[:, 17] = 0.0, 5.0
+        channels[:, 30] = torch.arange(16.0).view(4, 4) / 3
+        return self.ramp(channels)
+
+
+class Rows(nn.Module):
+    """The image plus one number in the first row and another one in the rest, in each of five channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Identity()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.rows(image + torch.tensor(SEVERAL)[:, [0, 1, 1, 1]].view(1, 5, 4, 1))
+
+
+POINTS = hook_points(Ramp(), IMAGES[:2], axes=AXES)
+SUMS = (IMAGES.abs().sum((2, 3)) + 16 * RAMP).double().numpy()
+LIVE = set(range(32)) - {3, 17, 30}
+
+
+def channels(site: Site) -> tuple[int, ...]:
+    return dict(site.indices)["channel"]
+
+
+def test_controls_are_among_the_nearest_live_channels_in_mean_activation() -> None:
+    found = matched_channels(POINTS, POINTS.site("ramp", channel=16), IMAGES, count=3, seed=0)
+    assert len(set(found)) == 3
+    assert all(len(channels(site)) == 1 for site in found)
+    assert {channels(site)[0] for site in found} <= {12, 13, 14, 15, 18, 19}  # 17 is dead
+
+
+def test_dead_channels_are_never_controls() -> None:
+    every = matched_channels(POINTS, POINTS.site("ramp", channel=10), IMAGES, count=28, seed=0)
+    assert sorted(channels(site)[0] for site in every) == sorted(LIVE - {10})
+
+
+def test_a_control_for_several_channels_has_one_near_each_of_them_and_none_of_theirs() -> None:
+    site = POINTS.site("ramp", channel=[4, 22])
+    for seed in range(20):
+        found = matched_channels(POINTS, site, IMAGES, count=2, seed=seed)
+        assert len(set(found)) == 2
+        for low, high in map(channels, found):
+            assert low in (1, 2, 5, 6) and high in (20, 21, 23, 24)
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 4), (2, 6), (3, 4), (4, 1)])
+def test_every_set_of_the_other_live_channels_can_be_a_control(size: int, count: int) -> None:
+    points = hook_points(nn.Identity(), IMAGES.expand(-1, 4 + size, -1, -1), axes=AXES)
+    background = IMAGES.expand(-1, 4 + size, -1, -1) + torch.arange(4.0 + size).view(-1, 1, 1)
+    found = matched_channels(points, points.site(".out", channel=range(size)), background, count=count, seed=0)
+    every = itertools.combinations(range(size, 4 + size), size)
+    assert sorted(map(channels, found)) == list(every)
+
+
+def test_the_mean_is_of_the_region_alone_and_controls_have_its_other_indices() -> None:
+    points = hook_points(Rows(), IMAGES[:2], axes=AXES)
+    for region, near in (({"row": 0}, (1, 2)), ({}, (3, 4))):
+        site = points.site("rows", channel=0, **region)
+        drawn = {matched_channels(points, site, IMAGES, count=1, seed=seed)[0] for seed in range(20)}
+        assert drawn == {points.site("rows", channel=channel, **region) for channel in near}
+
+
+def test_controls_depend_on_the_seed_and_on_neither_batches_nor_the_order_of_inputs() -> None:
+    site = POINTS.site("ramp", channel=10)
+
+    def drawn(background: Any, seed: int = 0, **more: int) -> tuple[Site, ...]:
+        return matched_channels(POINTS, site, background, count=5, seed=seed, **more)
+
+    assert drawn(IMAGES) == drawn(iter(IMAGES.flip(0).split(7))) == drawn(IMAGES, batch_size=3)
+    assert len({drawn(IMAGES, seed) for seed in range(5)}) > 1
+
+
+def test_every_model_has_matched_channels(model: Model) -> None:
+    points = hook_points(model.module, *model.inputs(3))
+    axis = "channel" if "channel" in points[model.site].axes else "feature"
+    (control,) = matched_channels(points, points.site(model.site, **{axis: 2}), model.inputs(9), count=1, seed=0)
+    assert dict(control.indices)[axis] != (2,)
+
+
+def test_random_vectors_have_the_norm_of_every_row_and_other_directions() -> None:
+    vector = torch.randn(2, 8, 5, 5, generator=GENERATOR) * torch.tensor([1.0, 7.0]).view(2, 1, 1, 1)
+    drawn = random_vectors(vector, count=50, seed=0)
+    assert drawn.shape == (50, 2, 8, 5, 5) and drawn.dtype == vector.dtype
+    torch.testing.assert_close(drawn.flatten(2).norm(dim=2), vector.flatten(1).norm(dim=1).expand(50, 2))
+    cosine = torch.cosine_similarity(drawn.flatten(2), vector.flatten(1), dim=2)
+    assert cosine.abs().max() < 4 / 200**0.5 and abs(cosine.mean()) < 4 / 200**0.5 / 100**0.5
+
+
+def test_random_directions_are_uniform_and_the_seed_decides_them() -> None:
+    drawn = random_vectors(torch.tensor([[3.0, 4.0]]), count=4000, seed=0)[:, 0]
+    quadrants = torch.bincount((drawn[:, 0] > 0).long() + 2 * (drawn[:, 1] > 0).long(), minlength=4)
+    assert ((quadrants - 1000).abs() < 120).all()
+    torch.testing.assert_close(drawn.square().mean(0), torch.tensor([12.5, 12.5]), rtol=0.05, atol=0)
+    again, other = (random_vectors(torch.tensor([[3.0, 4.0]]), count=4000, seed=seed)[:, 0] for seed in (0, 1))
+    assert torch.equal(again, drawn) and not torch.equal(other, drawn)
+
+
+def test_a_zeroed_channel_that_is_never_near_zero_lies_far_off_distribution() -> None:
+    meter = off_distribution(POINTS, zero_ablate(POINTS.site("ramp", channel=20)), IMAGES[:8], IMAGES)
+    mean, std = SUMS[:, 20].mean(), SUMS[:, 20].std(ddof=1)
+    (record,) = meter.to_records()
+    assert record["site"] == "Site('ramp', channel=20)"
+    expected = {"z": -mean / std, "absolute_z": mean / std, "outside": 1.0, "patched": 0.0, "mean": mean, "std": std}
+    expected |= {"lowest": SUMS[:, 20].min(), "highest": SUMS[:, 20].max()}
+    assert {name: record[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert record["z"] < -50
+    assert (meter.inputs, meter.background) == (8, 40)
+
+
+def test_an_ablation_from_the_background_itself_stays_on_distribution() -> None:
+    site = POINTS.site("ramp", channel=20)
+    _, cache = run_with_cache(POINTS, IMAGES, sites=site)
+    for patch, absolute_z in (
+        (mean_ablate(site, cache), 0.0),
+        (patch_in(site, cache), np.abs(SUMS[:, 20] - SUMS[:, 20].mean()).mean() / SUMS[:, 20].std(ddof=1)),
+    ):
+        meter = off_distribution(POINTS, patch, IMAGES, IMAGES)
+        assert meter.outside.tolist() == [0.0]
+        assert meter.z[0] == pytest.approx(0.0, abs=1e-3)
+        assert meter.absolute_z[0] == pytest.approx(absolute_z, abs=1e-3)
+    assert off_distribution(POINTS, resample_ablate(site, cache, seed=0), IMAGES, IMAGES).outside.tolist() == [0.0]
+
+
+def test_all_patches_are_applied_and_the_farthest_channel_comes_first() -> None:
+    site = POINTS.site("ramp", channel=[1, 2], row=0)
+    patches = [steer(site, torch.tensor([1.0, -3.0]).view(1, 2, 1, 1)), zero_ablate(POINTS.site("ramp", channel=25))]
+    meter = off_distribution(POINTS, patches, IMAGES, IMAGES)
+    assert [channels(each)[0] for each in meter.sites] == [25, 2, 1]
+    row = IMAGES.abs()[:, 0, 0].sum(1).double().numpy()
+    np.testing.assert_allclose(meter.z[1:], np.array([-12.0, 4.0]) / row.std(ddof=1), rtol=1e-4)
+    shares = [((row + shift < row.min()) | (row + shift > row.max())).mean() for shift in (-12.0, 4.0)]
+    assert meter.outside[1:].tolist() == shares
+
+
+def test_a_channel_that_never_varies_has_no_z_but_is_outside_once_it_changes() -> None:
+    site = POINTS.site("ramp", channel=[17, 20])
+    changed = off_distribution(POINTS, zero_ablate(site), IMAGES, IMAGES)
+    assert channels(changed.sites[1]) == (17,) and np.isnan(changed.z[1]) and changed.outside[1] == 1.0
+    left = off_distribution(POINTS, steer(site, torch.zeros(1, 1, 1, 1)), IMAGES, IMAGES, batch_size=7)
+    assert left.outside.tolist() == [0.0, 0.0]
+
+
+def test_neither_batches_nor_their_order_change_the_distance() -> None:
+    patch = zero_ablate(POINTS.site("ramp", channel=[1, 20]))
+    whole = off_distribution(POINTS, patch, IMAGES, IMAGES)
+    cut = off_distribution(POINTS, patch, IMAGES, iter(IMAGES.flip(0).split(7)))
+    for one, other in zip(whole.to_records(), cut.to_records(), strict=True):
+        assert one.pop("site") == other.pop("site")
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_the_distance_is_measured_on_every_model_and_leaves_it_as_it_was(model: Model) -> None:
+    points = hook_points(model.module, *model.inputs(3))
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    meter = off_distribution(points, zero_ablate(points.site(model.site)), model.inputs(5), model.inputs(9))
+    np.testing.assert_array_equal(meter.patched, 0.0)
+    assert (meter.inputs, meter.background) == (5, 9)
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+
+
+def test_the_distances_print_as_a_table() -> None:
+    lines = repr(off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:8], IMAGES)).splitlines()
+    assert lines[0] == "32 channels: sums of 8 patched inputs against 40 background inputs"
+    assert lines[1].split() == ["site", "z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest"]
+    assert len(lines) == 23 and lines[-1] == "... 12 more"
+
+
+ATTENTION = build("attention")
+UNNAMED = hook_points(ATTENTION.module, *ATTENTION.inputs(2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), IMAGES, count=29, seed=0),
+            SiteError,
+            "Site('ramp', channel=1) has 28 other live channels (of 32, 3 are dead over the background), too few for "
+            "29 different controls of 1. Ask for fewer controls, or for those of a site with fewer channels.",
+        ),
+        (
+            lambda: matched_channels(POINTS, POINTS.site("ramp", channel=range(16)), IMAGES, count=1, seed=0),
+            SiteError,
+            "Site('ramp', channel=0:16) has 14 other live channels (of 32, 3 are dead over the background), too few "
+            "for 1 different controls of 16. Ask for fewer controls, or for those of a site with fewer channels.",
+        ),
+        (
+            lambda: matched_channels(POINTS, "ramp", IMAGES, count=0, seed=0),
+            StatisticsError,
+            "count is 0: ask for at least one control.",
+        ),
+        (
+            lambda: matched_channels(POINTS, "ramp", IMAGES[:1], count=1, seed=0),
+            StatisticsError,
+            "background holds 1 inputs: at least two are needed to tell what varies.",
+        ),
+        (
+            lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES, []),
+            StatisticsError,
+            "background holds 0 inputs: at least two are needed to tell what varies.",
+        ),
+        (
+            lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:0], IMAGES),
+            StatisticsError,
+            "inputs holds no inputs: give at least one to run the patched model on.",
+        ),
+        (
+            lambda: random_vectors(torch.zeros(1, 3), count=2, seed=0),
+            EditError,
+            "The torch.float32 vector with shape (1, 3) has no random vectors of its norm: it must have axes, be "
+            "floating point and finite, and not be zero. contrast(...).steering_vector(site) returns one.",
+        ),
+        (
+            lambda: random_vectors(torch.ones(1, 3), count=0, seed=0),
+            StatisticsError,
+            "count is 0: ask for at least one control.",
+        ),
+    ],
+)
+def test_controls_that_do_not_exist_are_refused(call: Any, error: type[ChanpatchError], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_a_site_without_channels_has_no_controls() -> None:
+    points = hook_points(ATTENTION.module, *ATTENTION.inputs(2), axes={"embed": ("batch", "row", "position")})
+    with pytest.raises(SiteError, match=r"Site\('embed'\) has axes \(batch, row, position\). Controls need the batch"):
+        matched_channels(points, "embed", ATTENTION.inputs(9), count=1, seed=0)
+    with pytest.raises(SiteError, match="Name them, hook_points"):
+        off_distribution(UNNAMED, zero_ablate(UNNAMED.site(".out")), ATTENTION.inputs(9), ATTENTION.inputs(9))

@@ -1,0 +1,232 @@
+"""What a figure shows, against the data it was drawn from."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from chanpatch.errors import MissingPackageError, StatisticsError
+from chanpatch.plots import channel_map, contingency, effect_ranking, strip
+from chanpatch.statistics import PairedCounts
+
+SUMS = np.array([3.0, 9.0, 2.0, 8.0, 7.5, 1.0])
+LABELS = np.array(["LEFT", "UP", "LEFT", "UP", "UP", "LEFT"])
+SPLIT = np.array(["in", "in", "out", "out", "in", "in"])
+
+
+class Records(list):
+    """Records as a result."""
+
+    effect_label = "difference, n = 30 levels"
+
+    def to_records(self) -> list[dict[str, Any]]:
+        return self
+
+
+def record(label: str, effect: float, **more: Any) -> dict[str, Any]:
+    return {"label": label, "effect": effect, "low": effect - 0.1, "high": effect + 0.3, **more}
+
+
+@pytest.fixture(autouse=True)
+def settings_and_figures() -> Iterator[None]:
+    pyplot.switch_backend("Agg")
+    before = dict(matplotlib.rcParams)
+    yield
+    assert dict(matplotlib.rcParams) == before  # no test here may change them, and no figure does
+    pyplot.close("all")
+
+
+def texts(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+def test_a_strip_has_every_sum_in_the_column_of_its_label() -> None:
+    ax = strip(SUMS, LABELS)
+    (marks,) = ax.collections
+    at = np.asarray(marks.get_offsets())
+    assert sorted(at[:, 1]) == sorted(SUMS)
+    for column, label in enumerate(("LEFT", "UP")):
+        assert sorted(at[np.round(at[:, 0]) == column, 1]) == sorted(SUMS[np.equal(LABELS, label)])
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["LEFT\nn = 3", "UP\nn = 3"]
+    assert ax.get_legend() is None
+
+
+def test_the_parts_of_a_split_stand_side_by_side_with_marks_of_their_own() -> None:
+    ax = strip(SUMS, LABELS, SPLIT, threshold=5.0)
+    inside, outside = (np.asarray(marks.get_offsets()) for marks in ax.collections)
+    assert sorted(inside[:, 1]) == [1.0, 3.0, 7.5, 9.0] and sorted(outside[:, 1]) == [2.0, 8.0]
+    assert (np.floor(inside[:, 0] + 0.5) > inside[:, 0]).all() and (np.floor(outside[:, 0] + 0.5) < outside[:, 0]).all()
+    shapes = [marks.get_paths()[0].vertices.shape for marks in ax.collections]
+    assert shapes[0] != shapes[1]
+    assert list(ax.lines[0].get_ydata()) == [5.0, 5.0] and ax.lines[0].get_linestyle() == "--"
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["in (n = 4)", "out (n = 2)", "threshold 5"]
+
+
+def test_an_effect_is_a_dot_at_its_value_on_a_line_over_its_interval() -> None:
+    ax = effect_ranking(Records([record("a", 0.2), record("b", -0.5), record("c", 0.3)]))
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [float(dot.get_xdata()[0]) for dot in dots] == [-0.5, 0.3, 0.2]
+    intervals = [lines.get_segments()[0] for lines in ax.collections]
+    assert [segment[:, 0].tolist() for segment in intervals] == [
+        pytest.approx([effect - 0.1, effect + 0.3]) for effect in (-0.5, 0.3, 0.2)
+    ]
+    assert [segment[0, 1] for segment in intervals] == [0, 1, 2]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["b", "c", "a"]
+    assert ax.yaxis_inverted()
+    assert [line.get_xdata() for line in ax.lines if line.get_linestyle() == ":"] == [[0, 0]]
+    assert ax.get_xlabel() == "difference, n = 30 levels"
+    assert not texts(ax)
+
+
+def test_the_twenty_largest_effects_are_shown_and_the_hidden_ones_counted() -> None:
+    ax = effect_ranking(
+        Records([record(str(number), number / 100) for number in range(25)] + [record("nan", math.nan)])
+    )
+    assert [text.get_text() for text in ax.get_yticklabels()] == [str(number) for number in range(24, 4, -1)]
+    assert ax.get_title(loc="left") == "20 of 26 effects, 6 hidden; lines: 95% intervals"
+
+
+def test_controls_stand_below_the_effects_as_squares() -> None:
+    ax = effect_ranking(Records([record("control", 0.9, control=True), record("effect", 0.1, control=False)]))
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["effect", "control"]
+    (dot,), (square,) = ([line for line in ax.lines if line.get_marker() == marker] for marker in ("o", "s"))
+    assert square.get_ydata()[0] - dot.get_ydata()[0] == 2  # one place is left free
+    assert square.get_markerfacecolor() == "white"
+    assert ax.get_title(loc="left") == "1 effects; 1 controls; lines: 95% intervals"
+
+
+def test_p_values_are_written_where_there_are_some() -> None:
+    ax = effect_ranking(Records([record("a", 0.4, p=0.031), record("b", 0.3, p=None), record("c", 0.2, p=math.nan)]))
+    assert texts(ax) == ["0.031", "p"]
+    assert ax.texts[0].get_position()[1] == 0
+    corrected = effect_ranking(Records([record("a", 0.4, p=0.01, p_holm=0.08)]))
+    assert texts(corrected) == ["0.08", "p (Holm)"]
+
+
+def test_an_effect_without_an_interval_or_a_label_is_drawn_with_its_site() -> None:
+    bare = {"site": "Site('conv1', channel=3)", "effect": 0.4, "low": None, "high": math.nan}
+    ax = effect_ranking(Records([bare]))
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["Site('conv1', channel=3)"]
+    assert float(ax.lines[0].get_xdata()[0]) == 0.4
+
+
+def test_the_cells_of_a_mosaic_have_the_shares_of_the_pairs_as_their_areas() -> None:
+    counts = PairedCounts(both=60, only_first=40, only_second=36, neither=64)
+    ax = contingency(counts, names=("patched", "original"))
+    areas = [bar.get_width() * bar.get_height() * 200 for bar in ax.patches]
+    assert areas == pytest.approx(list(counts))
+    assert [bar.get_x() for bar in ax.patches] == [0, 0, 0.5, 0.5]
+    assert [bar.get_y() for bar in ax.patches] == pytest.approx([0, 0.6, 0, 0.36])
+    assert [bool(bar.get_hatch()) for bar in ax.patches] == [False, True, True, False]
+    assert texts(ax) == [
+        "both\n60 (30.0%)",
+        "only patched\n40 (20.0%)",
+        "only original\n36 (18.0%)",
+        "neither\n64 (32.0%)",
+    ]
+    assert [text.get_text() for text in ax.get_xticklabels()] == [
+        "patched succeeded\n100 of 200 pairs",
+        "patched failed\n100 of 200 pairs",
+    ]
+    assert "n = 200 pairs" in ax.get_xlabel()
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 3, 197), (200, 0, 0, 0), (1, 1, 197, 1), (0, 5, 0, 0)])
+def test_no_two_texts_of_a_mosaic_overlap_however_small_its_cells(counts: tuple[int, int, int, int]) -> None:
+    ax = contingency(PairedCounts(*counts))
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == 4
+    assert not [1 for number, box in enumerate(boxes) for other in boxes[:number] if box.overlaps(other)]
+
+
+def test_a_map_lies_over_the_pixels_that_its_cells_stand_for() -> None:
+    observation, activation = torch.rand(3, 6, 9), torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 8.0]])
+    ax = channel_map(observation, activation)
+    below, above = ax.images
+    np.testing.assert_allclose(below.get_array(), observation.mean(0))
+    np.testing.assert_array_equal(above.get_array(), activation.repeat_interleave(3, 0).repeat_interleave(3, 1))
+    assert (above.norm.vmin, above.norm.vmax) == (0.0, 8.0)
+    np.testing.assert_allclose(above.get_alpha(), 0.75 * above.get_array() / 8.0)
+    assert ax.get_title() == "solid line: above 4"
+    (outline,) = (path for lines in ax.collections for path in lines.get_paths())
+    assert outline.vertices.min(0) == pytest.approx([5.5, 2.5]) and outline.vertices.max(0) == pytest.approx([8.5, 5.5])
+    assert ax.figure.axes[1].get_ylabel() == "activation (no unit), 2 x 3 cells"
+
+
+def test_negative_activations_are_surrounded_by_dashes() -> None:
+    ax = channel_map(torch.zeros(1, 4, 4, dtype=torch.uint8), torch.tensor([[2.0, 0.0], [0.0, -2.0]]))
+    assert ax.get_title() == "solid line: above 1; dashed line: below -1"
+    assert ax.images[1].norm.vmin == -2.0
+    solid, dashed = (lines.get_linestyle()[0][1] for lines in ax.collections)
+    assert solid is None and dashed is not None
+
+
+def test_bytes_are_drawn_as_bright_as_the_fractions_they_stand_for() -> None:
+    ax = channel_map(torch.full((3, 4, 4), 51, dtype=torch.uint8), torch.zeros(2, 2))
+    np.testing.assert_allclose(ax.images[0].get_array(), 0.2)
+    assert ax.get_title() == "zero everywhere"
+
+
+def test_every_figure_is_drawn_into_the_axes_it_is_given() -> None:
+    figure, axes = pyplot.subplots(2, 2)
+    drawn = [
+        strip(SUMS, LABELS, ax=axes[0, 0]),
+        effect_ranking(Records([record("a", 0.2)]), ax=axes[0, 1]),
+        contingency(PairedCounts(1, 2, 3, 4), ax=axes[1, 0]),
+        channel_map(torch.zeros(3, 4, 4), torch.ones(2, 2), ax=axes[1, 1]),
+    ]
+    assert drawn == list(axes.flat)
+    assert pyplot.get_fignums() == [figure.number]
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(MissingPackageError, match="^matplotlib is not installed: pip install matplotlib$"):
+        effect_ranking(Records([record("a", 0.2)]))
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (
+            lambda: strip(SUMS, LABELS[:2]),
+            "sums has shape (6,), labels (2,) and split (2,): give one of each per input.",
+        ),
+        (
+            lambda: strip([1.0, math.inf], ["UP", "UP"]),
+            "sums[1] is not finite: leave that input out.",
+        ),
+        (
+            lambda: strip(np.zeros(7), np.zeros(7), np.arange(7)),
+            "split has 7 parts, but only 6 can be told apart.",
+        ),
+        (
+            lambda: effect_ranking(Records([record("a", math.nan)])),
+            "None of the 1 effects is a number: there is nothing to draw.",
+        ),
+        (
+            lambda: contingency(PairedCounts(0, 0, 0, 0)),
+            "There are no pairs: all four counts are 0.",
+        ),
+        (
+            lambda: channel_map(torch.zeros(64, 64, 3), torch.zeros(8, 8)),
+            "observation has shape (64, 64, 3) and activation (8, 8): give one of each, (channel, row, col) with 1 or "
+            "3 channels, and (row, col), finite and no larger.",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(draw: Any, message: str) -> None:
+    with pytest.raises(StatisticsError) as caught:
+        draw()
+    assert str(caught.value) == message
