@@ -252,6 +252,105 @@ def test_running_statistics_of_a_policy_in_training_are_left_as_they_were_found(
     assert policy.training
 
 
+class LSTMPolicy(nn.Module):
+    """Takes and returns the `(hidden, cell)` of an LSTM, each `(layer, batch, feature)`."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.lstm, self.head = nn.LSTM(4, 8, num_layers=2, bias=False), nn.Linear(8, 2, bias=False)
+
+    def initial_state(self, rows):
+        return torch.zeros(2, rows, 8), torch.zeros(2, rows, 8)
+
+    def forward(self, observations, state):
+        hidden, state = self.lstm(observations[None], state)
+        return 200 * self.head(hidden[0]), state
+
+
+def recurrent_by_hand(policy, seed, max_steps):
+    """Play one episode alone, in one environment, with the state carried from step to step."""
+    environment = gymnasium.make("CartPole-v1")
+    observation, _ = environment.reset(seed=seed)
+    state, actions = policy.initial_state(1), []
+    for uniform in draws(0, seed, max_steps):
+        with torch.no_grad():
+            logits, state = policy(torch.as_tensor(observation)[None], state)
+        actions.append(int(uniform >= logits.softmax(-1)[0, 0].item()))
+        observation, _, terminated, truncated, _ = environment.step(actions[-1])
+        if terminated or truncated:
+            break
+    return actions
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 7])
+def test_a_recurrent_policy_carries_the_state_of_each_episode_by_itself(num_envs):
+    policy = LSTMPolicy()
+    result = rollout(policy, cart_poles(num_envs), SEEDS, max_steps=60, initial_state=policy.initial_state)
+    for seed, actions in zip(SEEDS, result.actions, strict=True):
+        assert actions.tolist() == recurrent_by_hand(policy, seed, 60)
+    forgetful = lambda x: policy(x, policy.initial_state(len(x)))  # noqa: E731
+    assert not same(result, rollout(forgetful, cart_poles(num_envs), SEEDS, max_steps=60))
+
+
+def test_a_patched_recurrent_policy_is_patched_in_every_step():
+    policy = LSTMPolicy()
+    forwards = []
+
+    def negated(region, *, context):
+        forwards.append((context.step, context.rows.tolist(), context.inputs[1][0].shape[1]))
+        return -region
+
+    points = hook_points(policy, torch.randn(2, 4), policy.initial_state(2))
+    twin = PatchedPolicy(points, edit(points.site("lstm.out[1][0]"), negated))
+    settings = {"max_steps": 60, "initial_state": policy.initial_state}
+    pairs = paired_rollouts({"original": policy, "twin": twin}, cart_poles(3), SEEDS, **settings)
+
+    def by_hand(observations, state):
+        logits, (hidden, cell) = policy(observations, state)
+        return logits, (-hidden, cell)
+
+    assert not same(pairs["original"], pairs["twin"])
+    assert same(pairs["twin"], rollout(by_hand, cart_poles(3), SEEDS, **settings))
+    lengths = pairs["twin"].lengths
+    expected = [
+        (step, [episode for episode in wave if lengths[episode] > step])
+        for wave in ([0, 1, 2], [3, 4, 5], [6])
+        for step in range(max(lengths[wave]))
+    ]
+    assert forwards == [(step, rows, len(rows)) for step, rows in expected]
+
+
+COUNTERS = {
+    "tensor": (lambda rows: torch.zeros(rows), lambda state: state, lambda count: count),
+    "row": (lambda rows: torch.zeros(1, 5, rows), lambda state: state[0, 0], lambda count: count.expand(1, 5, -1)),
+    "dict": (lambda rows: {"n": torch.zeros(rows, 1)}, lambda state: state["n"][:, 0], lambda n: {"n": n[:, None]}),
+    "mixed": (lambda rows: (None, [torch.zeros(rows)]), lambda state: state[1][0], lambda n: (None, [n])),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTERS)
+def test_a_state_may_have_any_form_and_begins_anew_with_every_episode(kind):
+    initial_state, count_of, state_of = COUNTERS[kind]
+
+    def every_third(observations, state):
+        count = count_of(state)
+        assert len(count) == len(observations)
+        return Bernoulli((count % 3 == 2).double()), state_of(count + 1)
+
+    result = rollout(every_third, cart_poles(3), SEEDS, max_steps=60, initial_state=initial_state)
+    assert len(set(result.lengths)) > 1
+    for actions in result.actions:
+        assert actions.tolist() == [int(step % 3 == 2) for step in range(len(actions))]
+
+
+def test_a_state_comes_in_the_dtype_of_the_policy():
+    policy = LSTMPolicy().double()
+    result = rollout(policy, cart_poles(2), [3], max_steps=4, initial_state=policy.initial_state)
+    assert result.lengths.tolist() == [4]
+
+
 class Spaces(gymnasium.Env):
     """Any spaces; ends after six steps, and its reward is the sum of the action."""
 
@@ -443,6 +542,121 @@ def test_actions_that_do_not_fit_the_environments_are_refused():
     assert refused(RolloutError, policy=lambda x: Normal(torch.zeros(len(x), 3), 1.0)) == (
         "The policy's distribution gives actions of shape (2, 3) for 2 rows, but Discrete(2) takes shape (2,)."
     )
+
+
+def stateful(state):
+    """Return a policy that returns this state, whatever it was given."""
+    return lambda observations, _: (torch.zeros(len(observations), 2), state(len(observations)))
+
+
+@pytest.mark.parametrize(
+    ("initial_state", "message"),
+    [
+        (
+            torch.zeros(2, 8),
+            "initial_state is a Tensor, but it takes a function from the number of rows to the state, such as "
+            "lambda rows: torch.zeros(1, rows, 64).",
+        ),
+        (
+            lambda rows: (torch.zeros(rows, 2), torch.zeros(1, 2, 8)),
+            "state[1] has shape (1, 2, 8) in initial_state(2) and (1, 2, 8) in initial_state(3). Exactly one axis of "
+            "each tensor is the batch, as long as the number of rows.",
+        ),
+        (
+            lambda rows: {"h": torch.zeros(rows, rows)},
+            'state["h"] has shape (2, 2) in initial_state(2) and (3, 3) in initial_state(3). Exactly one axis of '
+            "each tensor is the batch, as long as the number of rows.",
+        ),
+        (
+            lambda rows: torch.zeros(2 * rows, 8),
+            "state has shape (4, 8) in initial_state(2) and (6, 8) in initial_state(3). Exactly one axis of "
+            "each tensor is the batch, as long as the number of rows.",
+        ),
+        (
+            lambda rows: [torch.zeros(8)] * rows,
+            "initial_state(2) holds 2 tensors and initial_state(3) holds 3. A state holds the same tensors for any "
+            "number of rows, and one at least.",
+        ),
+        (
+            lambda rows: None,
+            "initial_state(2) holds 0 tensors and initial_state(3) holds 0. A state holds the same tensors for any "
+            "number of rows, and one at least.",
+        ),
+    ],
+)
+def test_a_state_without_one_batch_axis_per_tensor_is_refused(initial_state, message):
+    policy = stateful(lambda rows: torch.zeros(rows, 8))
+    assert refused(RolloutError, policy=policy, initial_state=initial_state) == message
+
+
+def test_a_new_state_of_another_shape_is_refused():
+    policy = stateful(lambda rows: (torch.zeros(rows, 1, 8), torch.zeros(1, rows, 8)))
+    initial_state = lambda rows: (torch.zeros(1, rows, 8), torch.zeros(1, rows, 8))  # noqa: E731
+    assert refused(RolloutError, policy=policy, initial_state=initial_state) == (
+        "state[0] has shape (1, 2, 8) where the policy is called, but (2, 1, 8) in the new state that it returns."
+    )
+
+
+def test_a_new_state_with_other_tensors_is_refused():
+    policy = stateful(lambda rows: {"h": torch.zeros(rows, 8)})
+    initial_state = lambda rows: {"h": torch.zeros(rows, 8), "c": torch.zeros(rows, 8)}  # noqa: E731
+    assert refused(RolloutError, policy=policy, initial_state=initial_state) == (
+        'state["c"] has shape (2, 8) where the policy is called, but none in the new state that it returns.'
+    )
+
+
+def test_a_recurrent_policy_that_returns_no_pair_is_refused():
+    initial_state = lambda rows: torch.zeros(rows, 8)  # noqa: E731
+    message = (
+        "With an initial_state a policy takes (observations, state) and returns (output, new state), but it returned "
+        "{}. Give the rollout a function that picks them out."
+    )
+    alone, many = lambda x, state: torch.zeros(len(x), 2), lambda x, state: (x, x, state)  # noqa: E731
+    assert refused(RolloutError, policy=alone, initial_state=initial_state) == message.format("Tensor")
+    assert refused(RolloutError, policy=many, initial_state=initial_state) == message.format("3 items")
+
+
+IMAGE = gymnasium.spaces.Box(0, 255, (3,), np.uint8)
+
+
+class Embedded(nn.Module):
+    """Turns bytes into fractions by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, image):
+        assert image.dtype == torch.uint8
+        return self.head(image / 255)
+
+
+def test_bytes_reach_a_policy_that_takes_them():
+    envs = environments(IMAGE, gymnasium.spaces.Discrete(2))
+    assert rollout(Embedded(), envs, [1], max_steps=10).lengths.tolist() == [6]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv1d(3, 2, 1), nn.LSTMCell(3, 2), nn.LayerNorm(3)])
+def test_a_policy_that_refuses_bytes_is_told_to_convert_them(layer):
+    envs = environments(IMAGE, gymnasium.spaces.Discrete(2))
+    policy = nn.Sequential(nn.Unflatten(1, (3, 1)), layer) if isinstance(layer, nn.Conv1d) else layer
+    message = refused(RolloutError, policy=policy, envs=envs)
+    assert message.startswith("The policy refused observations of torch.uint8 (")
+    assert message.endswith(
+        "). A rollout hands them on as the environments give them: convert them as in training, in the policy or in a "
+        "function around it, such as lambda observations: policy(observations.float() / 255)."
+    )
+
+
+def test_an_error_of_the_policys_own_stays_as_it_is():
+    envs = environments(IMAGE, gymnasium.spaces.Discrete(2))
+    policy = lambda x: nn.Linear(4, 2)(x / 255)  # noqa: E731
+    assert "mat1 and mat2 shapes cannot be multiplied" in refused(RuntimeError, policy=policy, envs=envs)
+
+
+def test_a_mistake_of_dtypes_that_is_not_about_the_observations_stays_as_it_is():
+    policy = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2).double())
+    assert "must have the same dtype" in refused(RuntimeError, policy=policy)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+"""Many interventions in one vector environment, each in rows of its own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .._checks import no_batch
+from .._patches import AppliedPatches, Patch
+from .._published import forward_context, published
+from ..edits import Context
+from ..errors import BatchAxisError, RolloutError
+from ..points import HookPoint, HookPoints
+from ..policies import PatchedPolicy
+from ..sites import Site
+from ._play import Log, check_environments, play
+from ._results import PairedRollouts
+from ._state import BatchAxes, InitialState, rows_of
+
+if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
+
+def rollout_sweep(
+    policy: nn.Module | HookPoints,
+    envs: VectorEnv[Any, Any, Any],
+    seeds: Iterable[int],
+    patches: Mapping[str, Patch | Iterable[Patch]],
+    *,
+    max_steps: int,
+    sampling_seed: int = 0,
+    greedy: bool = False,
+    initial_state: InitialState | None = None,
+    progress: bool | None = None,
+) -> PairedRollouts:
+    """Return what a policy does in the same episodes without patches, and with those of each label.
+
+    It is what `paired_rollouts` gives with a PatchedPolicy per label, in fewer forwards: the labels share the
+    vector environment, one row for each label and episode, and one forward serves all rows of a step. A patch sees
+    the rows of its own label alone: activations, inputs, and in `context.rows` the numbers of the episodes. These
+    are not the numbers of sub-environments, of which one episode has one per label. Give the vector environment as
+    many sub-environments as fit into a forward.
+
+    The two are equal where the policy treats its rows one by one, and patches that draw do so by row, as
+    `resample_ablate` does. A policy without a forward goes into a small module that has one.
+
+    Args:
+        policy: A module, or its HookPoints.
+        envs: As for `rollout`.
+        seeds: As for `rollout`.
+        patches: One patch or more for each label; their sites come from a trace, which proves the batch axis.
+        max_steps: As for `rollout`.
+        sampling_seed: As for `rollout`.
+        greedy: As for `rollout`.
+        initial_state: As for `rollout`.
+        progress: As for `rollout`.
+
+    Returns:
+        One rollout per label, after that of the policy without patches, `"original"`.
+
+    Raises:
+        BatchAxisError: If the batch axis of a site is not proved, so that a patch has no rows to be kept to.
+        ChanpatchError: As for `rollout` and PatchedPolicy, and if there are no patches.
+
+    Example:
+        >>> import gymnasium, torch
+        >>> from chanpatch import hook_points, zero_ablate
+        >>> points = hook_points(torch.nn.Linear(4, 2), torch.zeros(2, 4))
+        >>> patches = {f"no action {n}": zero_ablate(points.site(".out", feature=n)) for n in range(2)}
+        >>> envs = gymnasium.make_vec("CartPole-v1", num_envs=12, vectorization_mode="sync")
+        >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100))
+        ['original', 'no action 0', 'no action 1']
+    """
+    check_environments(envs)
+    if not isinstance(patches, Mapping) or not patches:
+        raise RolloutError("patches is empty or no mapping: give {'no channel 5': zero_ablate(...), ...}.")
+    if _ORIGINAL in patches:
+        raise RolloutError(f"patches has the label '{_ORIGINAL}', which is the policy without patches. Rename it.")
+    log = Log(seeds, sampling_seed, times=1 + len(patches))
+    interventions = _Interventions(policy, list(patches.values()), log.episodes)
+    play(
+        interventions.twin,
+        envs,
+        log,
+        max_steps=max_steps,
+        greedy=greedy,
+        initial_state=initial_state,
+        progress=progress,
+        around=interventions.forward,
+    )
+    return PairedRollouts(dict(zip([_ORIGINAL, *patches], log.rollouts(), strict=True)))
+
+
+_ORIGINAL = "original"
+_Firing: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class _Interventions:
+    """A policy with the patches of every intervention inside, each kept to its own rows.
+
+    Interventions are numbered from 1 on; 0 is the policy without patches.
+
+    Args:
+        policy: As in rollout_sweep.
+        patches: Those of each intervention.
+        episodes: How many episodes each is played in.
+    """
+
+    def __init__(
+        self, policy: nn.Module | HookPoints, patches: Sequence[Patch | Iterable[Patch]], episodes: int
+    ) -> None:
+        # Their sessions listen to nothing: the twin's patches run them, one after the other, on parts of activations.
+        self.applied = {
+            number: AppliedPatches(policy, each, allow_unreached=(), check_nan=True)
+            for number, each in enumerate(patches, start=1)
+        }
+        self._episodes = episodes
+        self.lengths: list[int] = []  # for each intervention in the forward under way, the number of its rows
+        self.inputs: dict[int, tuple[Any, ...]] = {}  # and what the policy takes in them
+        points: dict[str, tuple[HookPoint, int]] = {}
+        firings: dict[str, dict[int, list[_Firing]]] = {}
+        for number, applied in self.applied.items():
+            for patch, listener in zip(applied.patches, applied.session.listeners, strict=True):
+                point, axis = _point_with_rows(patch.site)
+                points[point.name] = point, axis
+                firings.setdefault(point.name, {}).setdefault(number, []).append(listener.act)
+        edits = {name: _ByRows(self, axis, firings[name]) for name, (_, axis) in points.items()}
+        each = [Patch(Site(name).at(point), edits[name]) for name, (point, _) in points.items()]
+        self.twin: Any = PatchedPolicy(policy, each, check_nan=False)
+
+    @contextmanager
+    def forward(self, plays: NDArray[np.int64], inputs: tuple[Any, ...], batch_axes: BatchAxes) -> Iterator[None]:
+        """Say whose rows are whose in a forward, and look for NaN at its end."""
+        numbers, lengths = np.unique(plays // self._episodes, return_counts=True)
+        ends = lengths.cumsum().tolist()
+        cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        self.lengths = lengths.tolist()
+        self.inputs = {number: rows_of(inputs, batch_axes, cut) for number, cut in zip(numbers, cuts, strict=True)}
+        applied = [self.applied[number] for number in self.inputs if number]
+        try:
+            yield
+        except Exception as error:
+            for each in applied:
+                each.raise_nan(cause=error)
+            raise
+        for each in applied:
+            each.raise_nan()
+
+
+class _ByRows:
+    """The patches of all interventions at one hook point, as one edit that gives each the rows of its own."""
+
+    def __init__(self, interventions: _Interventions, axis: int, firings: Mapping[int, Sequence[_Firing]]) -> None:
+        self._interventions, self._axis, self._firings = interventions, axis, firings
+        self.__name__ = "rollout_sweep"
+
+    def __call__(self, activation: Tensor, *, context: Context) -> Tensor:
+        """Return the activation with the rows of each intervention patched."""
+        lengths, numbers = self._interventions.lengths, self._interventions.inputs
+        rows = context.rows.split_with_sizes(lengths)  # refuses a forward with other rows
+        parts = activation.split_with_sizes(lengths, self._axis)
+        new = [
+            self._patched(number, part, own, context.call) if number in self._firings else part
+            for number, part, own in zip(numbers, parts, rows, strict=True)
+        ]
+        return activation if all(map(operator.is_, new, parts)) else torch.cat(new, self._axis)
+
+    def _patched(self, number: int, part: Tensor, rows: Tensor, call: int) -> Tensor:
+        def patched(*inputs: Any) -> Tensor:
+            new = part
+            for firing in self._firings[number]:
+                new = firing(new)
+            return new
+
+        session = self._interventions.applied[number].session
+        session.call = call
+        with forward_context(step=published.step, rows=rows):
+            new: Tensor = session.run("__call__", patched, self._interventions.inputs[number], {})
+        return new
+
+
+def _point_with_rows(site: Site) -> tuple[HookPoint, int]:
+    point = site.point
+    if point is None or point.batch_axis is None:
+        raise BatchAxisError(f"rollout_sweep keeps the patch at {site!r} to rows of its own. {no_batch(site)}")
+    return point, point.batch_axis

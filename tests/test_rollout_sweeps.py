@@ -1,0 +1,294 @@
+import functools
+
+import numpy as np
+import policies
+import pytest
+import torch
+from gymnasium.vector import SyncVectorEnv
+from policies import SEEDS, Drifting, Recurrent, same
+from torch import nn
+
+from chanpatch import PatchedPolicy, Site, edit, hook_points, paired_rollouts, resample_ablate, zero_ablate
+from chanpatch._published import published
+from chanpatch.edits import Add, Scale
+from chanpatch.errors import BatchAxisError, EditError, HookPointError, NaNError, RolloutError
+from chanpatch.patching import Patch
+from chanpatch.recording import run_with_cache
+from chanpatch.rollouts import rollout_sweep
+
+
+@pytest.fixture(params=list(policies.CASES))
+def case(request):
+    return policies.case(request.param)
+
+
+class Counting(nn.Module):
+    """A small policy that notes the step and the number of rows of every forward, its own or a twin's."""
+
+    def __init__(self, forwards):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
+        self.note = lambda rows: forwards.append((published.step, rows))
+
+    def forward(self, observations):
+        self.note(len(observations))
+        return 3 * self.layers(observations)
+
+
+@pytest.fixture
+def forwards():
+    return []
+
+
+@pytest.fixture
+def policy(forwards):
+    torch.manual_seed(0)
+    return Counting(forwards)
+
+
+@pytest.fixture
+def points(policy, forwards):
+    points = hook_points(policy, torch.zeros(2, 4))
+    forwards.clear()
+    return points
+
+
+def drifting(num_envs):
+    return SyncVectorEnv([functools.partial(Drifting, (4,), 3)] * num_envs)
+
+
+def one_by_one(points, patches, envs, **settings):
+    """Return the same rollouts by the loop that a sweep replaces."""
+    twins = {label: PatchedPolicy(points, each) for label, each in patches.items()}
+    return paired_rollouts({"original": points.model, **twins}, envs, SEEDS, **settings)
+
+
+def along_rows(site, flags):
+    """Return a mask that says the same of all elements of a row."""
+    return flags.view([-1 if axis == "batch" else 1 for axis in site.point.axes])
+
+
+def test_a_sweep_equals_paired_rollouts_with_a_patched_policy_each(case):
+    points = case.points
+    site = points.site(case.site)
+    donors = run_with_cache(points, *case.inputs(7), sites=site, stop=True)
+    first = next(iter(points))
+
+    def odd_episodes(context):
+        return along_rows(site, context.rows % 2 == 1)
+
+    def later(context):
+        return along_rows(site, torch.tensor([context.step > 2]))
+
+    def positive(context):
+        return along_rows(site, context.inputs[0].flatten(1)[:, 0] > 0)
+
+    patches = {
+        "scaled": Patch(site, Scale(50.0)),
+        "drawn": [resample_ablate(site, donors, seed=4), Patch(site, Scale(50.0))],
+        "odd episodes": Patch(site, Scale(50.0), odd_episodes),
+        "later": Patch(site, Scale(-50.0), later),
+        "positive": [Patch(site, Scale(-50.0), positive)],
+        "two sites": [Patch(points.site(first), Add(1.0)), Patch(site, Scale(50.0))],
+        "nothing": [],
+    }
+    envs = SyncVectorEnv([case.environment] * 9)
+    settings = {"max_steps": 20, "initial_state": case.initial_state}
+    found = rollout_sweep(points, envs, SEEDS, patches, **settings)
+    expected = one_by_one(points, patches, envs, **settings)
+    assert list(found) == list(expected)
+    assert all(same(found[label], expected[label]) for label in expected)
+    assert sum(not same(found["original"], found[label]) for label in patches) >= 3
+    assert same(found["original"], found["nothing"])
+
+
+@pytest.mark.parametrize("num_envs", [1, 4, 20])
+def test_a_sweep_does_not_depend_on_the_number_of_environments(points, num_envs):
+    site = points.site("layers.1")
+    patches = {"scaled": Patch(site, Scale(-9.0)), "drawn": resample_ablate(site, torch.randn(7, 16), seed=2)}
+    found = rollout_sweep(points, drifting(num_envs), SEEDS, patches, max_steps=20)
+    expected = one_by_one(points, patches, drifting(3), max_steps=20)
+    assert all(same(found[label], expected[label]) for label in expected)
+    assert not same(found["original"], found["drawn"])
+
+
+def test_there_is_one_forward_per_step_of_each_wave(forwards, points):
+    patches = {f"no {n}": zero_ablate(points.site("layers.1", feature=n)) for n in range(3)}
+    found = rollout_sweep(points, drifting(8), SEEDS, patches, max_steps=20)
+    lengths = np.concatenate([found[label].lengths for label in found])
+    waves = [lengths[start : start + 8] for start in range(0, len(lengths), 8)]
+    assert len(waves) == 3
+    assert forwards == [(step, int((wave > step).sum())) for wave in waves for step in range(max(wave))]
+
+
+def test_a_patch_sees_the_rows_of_its_own_label_alone_under_the_numbers_of_their_episodes(points):
+    seen = {"one": [], "other": []}
+
+    def remember(label, region, *, context):
+        assert len(region) == len(context.rows) == len(context.inputs[0])
+        seen[label] += [(context.step, episode) for episode in context.rows.tolist()]
+        return region
+
+    site = points.site("layers.1")
+    patches = {label: edit(site, functools.partial(remember, label)) for label in seen}
+    found = rollout_sweep(points, drifting(7), SEEDS, patches, max_steps=20)
+    for label, rows in seen.items():
+        lengths = enumerate(found[label].lengths)
+        assert sorted(rows) == sorted((step, episode) for episode, length in lengths for step in range(length))
+
+
+def test_a_draw_at_the_second_call_of_a_module_is_the_one_of_that_call():
+    case = policies.case("shared_module")
+    site = case.points.site("relu#1")
+    patches = {"drawn": resample_ablate(site, 9 * torch.randn(7, 6), seed=2)}
+    envs = SyncVectorEnv([case.environment] * 4)
+    found = rollout_sweep(case.points, envs, SEEDS, patches, max_steps=20)
+    assert same(found["drawn"], one_by_one(case.points, patches, envs, max_steps=20)["drawn"])
+
+
+def test_an_edit_that_mixes_rows_mixes_those_of_its_own_label(points):
+    mixed = edit(points.site("layers.1"), lambda region: region.mean(0, keepdim=True).expand_as(region))
+    patches = {"mixed": mixed, "ablated": zero_ablate(points.site("layers.1"))}
+    found = rollout_sweep(points, drifting(3 * len(SEEDS)), SEEDS, patches, max_steps=20)
+    expected = one_by_one(points, patches, drifting(len(SEEDS)), max_steps=20)
+    assert all(same(found[label], expected[label]) for label in expected)
+    assert not same(found["original"], found["mixed"])
+
+
+def test_the_draws_of_actions_are_those_of_the_sampling_seed(points):
+    patches = {"ablated": zero_ablate(points.site("layers.2"))}
+    settings = {"max_steps": 20, "sampling_seed": 5}
+    found = rollout_sweep(points, drifting(4), SEEDS, patches, **settings)
+    expected = one_by_one(points, patches, drifting(4), **settings)
+    assert all(same(found[label], expected[label]) for label in expected)
+    assert not same(found["ablated"], rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=20)["ablated"])
+
+
+def test_greedy_actions_are_the_modes_under_each_patch(points):
+    ranking = torch.tensor([[0.0, 9.0, 0.0]])
+    patches = {"second": Patch(points.site("layers.2"), Add(ranking)), "tie": zero_ablate(points.site("layers.2"))}
+    found = rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=20, greedy=True)
+    assert set(np.concatenate(found["second"].actions).tolist()) == {1}
+    assert set(np.concatenate(found["tie"].actions).tolist()) == {0}
+
+
+def test_a_module_takes_sites_of_its_trace(policy, points):
+    patches = {"ablated": zero_ablate(points.site("layers.1"))}
+    by_points, by_module = (rollout_sweep(each, drifting(4), SEEDS, patches, max_steps=20) for each in (points, policy))
+    assert all(same(by_points[label], by_module[label]) for label in by_points)
+
+
+def test_the_policy_itself_stays_without_patches(policy, points):
+    observations = torch.randn(3, 4)
+    before = policy(observations)
+    rollout_sweep(points, drifting(4), SEEDS, {"ablated": zero_ablate(points.site("layers.2"))}, max_steps=20)
+    assert torch.equal(policy(observations), before)
+    assert not any(module._forward_hooks for module in policy.modules())
+
+
+def test_a_twin_is_swept_with_its_own_patches_in_every_row(points):
+    inner = zero_ablate(points.site("layers.1", feature=slice(8)))
+    twin = PatchedPolicy(points, inner)
+    site = points.site("layers.1", feature=slice(8, None))
+    found = rollout_sweep(twin, drifting(4), SEEDS, {"rest": zero_ablate(site)}, max_steps=20)
+    expected = one_by_one(
+        points, {"half": inner, "all": zero_ablate(points.site("layers.1"))}, drifting(4), max_steps=20
+    )
+    assert same(found["original"], expected["half"])
+    assert same(found["rest"], expected["all"])
+
+
+def test_a_sweep_of_a_recurrent_policy_carries_the_state_of_each_row():
+    policy = policies.case("recurrent").policy
+    points = hook_points(policy, torch.randn(2, 6), policy.initial_state(2))
+    carried = points.site("lstm.out[1][0]")
+    patches = {"forgets": zero_ablate(carried), "remembers": Patch(carried, Scale(20.0))}
+    envs = SyncVectorEnv([functools.partial(Drifting, (6,), 4)] * 4)
+    settings = {"max_steps": 20, "initial_state": policy.initial_state}
+    found = rollout_sweep(points, envs, SEEDS, patches, **settings)
+    expected = one_by_one(points, patches, envs, **settings)
+    assert all(same(found[label], expected[label]) for label in expected)
+
+
+def test_the_state_in_a_patchs_inputs_is_that_of_its_own_rows():
+    policy = Recurrent()
+    points = hook_points(policy, torch.randn(2, 6), policy.initial_state(2))
+
+    def shapes(region, *, context):
+        rows = len(context.rows)
+        assert context.inputs[0].shape == (rows, 6)
+        assert [tensor.shape for tensor in context.inputs[1]] == [(1, rows, 8)] * 2
+        return region
+
+    envs = SyncVectorEnv([functools.partial(Drifting, (6,), 4)] * 4)
+    patches = {"looks": edit(points.site("head"), shapes)}
+    assert rollout_sweep(points, envs, SEEDS, patches, max_steps=20, initial_state=policy.initial_state)["looks"]
+
+
+# --- what is refused ---
+
+
+def refused(error, policy, patches):
+    with pytest.raises(error) as caught:
+        rollout_sweep(policy, drifting(4), SEEDS, patches, max_steps=20)
+    return str(caught.value)
+
+
+def test_a_site_whose_batch_axis_is_not_proved_is_refused(policy):
+    assert refused(BatchAxisError, policy, {"ablated": zero_ablate(Site("layers.1"))}) == (
+        "rollout_sweep keeps the patch at Site('layers.1') to rows of its own. Take the site from points.site(...) of "
+        "hook_points(model, *inputs), which proves the batch axis."
+    )
+
+
+def test_a_site_without_rows_in_the_trace_is_refused(policy):
+    class Tabled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Linear(4, 3)
+
+        def forward(self, observations):
+            return observations @ self.table(torch.eye(4))
+
+    points = hook_points(Tabled(), torch.zeros(2, 4))
+    message = refused(BatchAxisError, points, {"ablated": zero_ablate(points.site("table"))})
+    assert message.startswith("rollout_sweep keeps the patch at Site('table') to rows of its own. The trace could not")
+
+
+@pytest.mark.parametrize("patches", [{}, [], None])
+def test_no_patches_are_refused(points, patches):
+    assert refused(RolloutError, points, patches) == (
+        "patches is empty or no mapping: give {'no channel 5': zero_ablate(...), ...}."
+    )
+
+
+def test_the_label_of_the_policy_without_patches_is_refused(points):
+    assert refused(RolloutError, points, {"original": zero_ablate(points.site("layers.1"))}) == (
+        "patches has the label 'original', which is the policy without patches. Rename it."
+    )
+
+
+def test_a_name_that_does_not_exist_is_refused(points):
+    assert "Did you mean 'layers.1'?" in refused(HookPointError, points, {"ablated": zero_ablate(Site("layer.1"))})
+
+
+def test_the_patch_that_brought_nan_is_named(points):
+    patches = {
+        "fine": zero_ablate(points.site("layers.1")),
+        "broken": Patch(points.site("layers.1", feature=3), Scale(float("nan"))),
+    }
+    message = refused(NaNError, points, patches)
+    assert message.startswith("Patch(Site('layers.1', feature=3), Scale) brought NaN into a region that had none.")
+
+
+def test_an_edit_that_writes_in_place_is_refused(points):
+    message = refused(EditError, points, {"in place": edit(points.site("layers.1"), lambda region: region.zero_())})
+    assert message.endswith("wrote into its region in place. Return a new tensor: activation * 0 instead of "
+                            "activation.mul_(0).")  # fmt: skip
+
+
+def test_what_an_edit_returns_is_checked_against_its_own_rows(points):
+    message = refused(EditError, points, {"other": edit(points.site("layers.1"), lambda region: region[:, :2])})
+    assert message.startswith(
+        "Patch(Site('layers.1'), <lambda>) returned shape (3, 2), but the region has shape (3, 16)"
+    )
