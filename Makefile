@@ -21,7 +21,7 @@ DOCS := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help study train test test-all check bench docs clean
+.PHONY: help study report train test test-all check bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -29,7 +29,10 @@ help: ## list the targets
 	@echo
 	@echo "  N=$(N) SEED=$(SEED) ARGS=\"$(ARGS)\" go to the study, ARGS to train too; PYTHON=$(PYTHON) creates .venv"
 
-study: $(STUDY) ## the maze study, on N levels (N=200) from SEED (0); its other options go into ARGS
+study: $(STUDY) ## the experiment in procgen, on N levels (N=200) from SEED (0); its other options go into ARGS
+	$(BIN)/python examples/maze_goal_misgen.py --only rollouts --n $(N) --seed $(SEED) $(ARGS)
+
+report: $(STUDY) ## every part of the maze study, on N levels each, with a report; ARGS="--only pair,sums" for some
 	$(BIN)/python examples/maze_goal_misgen.py --n $(N) --seed $(SEED) $(ARGS)
 
 train: $(STUDY) ## train a maze policy, hours on a CPU; options go into ARGS, and ARGS=--help explains them

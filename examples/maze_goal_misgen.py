@@ -1,16 +1,34 @@
 """Why does a mouse trained with the cheese in the top right corner go to the corner when the cheese is elsewhere?
 
-The experiment: real procgen mazes with the cheese in the bottom right corner, a real trained policy, and the same
-policy with one channel set to zero: the channel whose sum says best "the way to the cheese starts UP". If that
-channel makes the mouse go up where it should not, the mouse without it finds the cheese more often.
+Every measurement of the post that asked this, in parts, on real procgen and a real trained policy:
 
-  1. The contrastive pair: two mazes that differ by one moved wall, in four rotations, and the channel's sums.
-  2. The channel is chosen on mazes with the cheese where it was in training; none of them is used afterwards.
-  3. Both policies run through the same levels, with the same draw behind each sampled action, and so does the
-     policy with other live channels zeroed, drawn at random: the controls.
+  pair            which channels notice the one wall that decides the first step to the cheese
+  search          which hook points know the way
+  ranking         the channels that differ most in the post's pair, and what each stands for
+  sums            does a channel's sum tell the way, in distribution and out of it
+  decision        where the ways to the cheese and to the corner part: what the channel says, where the mouse goes
+  ablation        exact effects of ablating the channels on reaching the cheese, with all other channels as controls
+  distance        the same against the distance of the cheese from the corner
+  top16           sixteen channels zeroed: the vector field
+  spatial         is the channel active around the mouse only
+  sizes           do channels say the same in mazes of all sizes
+  parity          are there other channels for odd and even squares
+  generator       what procgen's mazes are like
+  cheese-vector   take the cheese away inside the network
+  corner-vector   put the corner's vector in
+  retarget        make the mouse go where there is no cheese
+  statistics      what distances say of where the mouse goes
+  random-mazes    do the channels survive in mazes that procgen never makes
+  hypothesis      does the sum of all pushes predict the choice
 
-Results go to a folder that is named for the settings: summary.json, table.csv, episodes.csv, ablation.png.
-Interrupt it at any time; the same command goes on where it stopped.
+and two that run only when --only names them:
+
+  rollouts        one channel zeroed, in real procgen: the post's causal experiment, with controls and a picture
+  sweep           every channel of every convolution zeroed in turn: exact effects
+
+Channels are chosen on mazes that nothing else is measured on, by rules that stand in the code. The parts go to a folder
+under --out with a report (report.html, which opens from disk, and report.md), their tables as CSV and their figures as
+PNG. Interrupt it at any time; the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,15 +38,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from maze.command import exit_status
+from maze.command import UserError, exit_status
 
 EXAMPLES = """examples:
-  python examples/maze_goal_misgen.py                                 the study with its defaults
-  python examples/maze_goal_misgen.py --n 1000 --controls 10          the post's number of levels, more controls
-  python examples/maze_goal_misgen.py --channel 5                     another channel
-  python examples/maze_goal_misgen.py --site embedder.block3.res2.resadd
-  python examples/maze_goal_misgen.py --weights model_rand_region_5.pth   the published network
+  python examples/maze_goal_misgen.py                                 the whole study, on 200 levels each
+  python examples/maze_goal_misgen.py --n 1000                        on as many levels as the post
+  python examples/maze_goal_misgen.py --only pair,sums                two parts of it
+  python examples/maze_goal_misgen.py --weights model_rand_region_5.pth       on the published network
+  python examples/maze_goal_misgen.py --only rollouts --controls 10   the experiment in procgen, with more controls
+  python examples/maze_goal_misgen.py --only rollouts --channel 5 --site embedder.block3.res2.resadd
 """
+
+ROLLOUTS = {"size": 15, "site": "embedder.relu3", "channel": None, "controls": 3}  # its own options
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -36,24 +57,27 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--n", type=int, default=200, help="levels of the experiment (default: %(default)s)")
+    parser.add_argument("--only", metavar="PART,...", help="parts to run (default: all but rollouts and sweep)")
+    parser.add_argument("--n", type=int, default=200, help="levels of each measurement (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of levels, draws and controls (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=15, help="side of the mazes, odd, 7 to 25 (default: %(default)s)")
     parser.add_argument(
-        "--site", default="embedder.relu3", help="hook point whose channels are ablated (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--channel", type=int, help="channel to zero (default: the one that says best that the way is UP)"
-    )
-    parser.add_argument(
-        "--controls", type=int, default=3, help="other live channels that are zeroed in turn (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--weights", type=Path, help="a .pth or .safetensors file, of any width (default: the shipped weights)"
+        "--weights",
+        type=Path,
+        help="a .pth or .safetensors file, of any width (default: the shipped policies, side by side)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder for the results (default: %(default)s)"
     )
+    rollouts = parser.add_argument_group("for --only rollouts")
+    rollouts.add_argument("--size", type=int, help="side of the mazes, odd, 7 to 25 (default: %(default)s)")
+    rollouts.add_argument("--site", help="hook point whose channels are ablated (default: %(default)s)")
+    rollouts.add_argument(
+        "--channel", type=int, help="channel to zero (default: the one that says best that the way is UP)"
+    )
+    rollouts.add_argument(
+        "--controls", type=int, help="other live channels that are zeroed in turn (default: %(default)s)"
+    )
+    parser.set_defaults(**ROLLOUTS)
     return parser
 
 
@@ -64,10 +88,18 @@ def main() -> int:
 
 
 def study(given: dict[str, Any]) -> None:
-    """Run the study with these settings."""
-    from maze.study import Settings, run  # here, so that --help answers at once
+    """Run the parts that were asked for."""
+    from maze.experiment import Settings, run_rollouts  # here, so that --help answers at once
+    from maze.run import RunSettings, run
 
-    run(Settings(**given))
+    only = tuple(name.strip() for name in (given.pop("only") or "").split(",") if name.strip())
+    parts = tuple(part for part in only if part != "rollouts")
+    if "rollouts" not in only and (stray := [name for name in ROLLOUTS if given[name] != ROLLOUTS[name]]):
+        raise UserError(f"--{stray[0]} is for --only rollouts; the other parts choose by rules of their own.")
+    if "rollouts" in only:
+        run_rollouts(Settings(**given))
+    if parts or not only:
+        run(RunSettings(parts, *(given[name] for name in ("n", "seed", "weights", "out"))))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 | file | what it holds |
 |---|---|
+| `command.py` | how a command ends: what the user can mend is one line, and the exit status |
 | `requirements.py` | the only imports of procgen and procgen-tools, and what to type when they are missing |
 | `states.py` | `Mazes`: a batch of mazes as arrays; read from and written to procgen's state bytes |
 | `paths.py` | distances, first steps, paths and decision squares of a batch of mazes |
 | `levels.py` | real procgen levels with cheese and mouse where a study wants them; their observations |
-| `pairs.py` | the contrastive pair: two mazes that differ by one moved wall, in four rotations |
+| `pairs.py` | contrastive pairs drawn by hand: two mazes that differ by one moved wall, in four rotations |
 | `policy.py` | the IMPALA policy from a weights file, and which actions go in which direction |
 | `environment.py` | `MazeVectorEnv`: given levels as a gymnasium vector environment |
 | `weights/` | the policy that is shipped, with its model card |
@@ -18,7 +19,13 @@
 | `evaluation.py` | how well a policy does and where it goes, by size and place of the cheese, for `evaluate.py` |
 | `results.py` | results on disk, written atomically |
 | `figures.py` | pictures of what came out |
-| `study.py` | the experiment from end to end, for `maze_goal_misgen.py` |
+| `experiment.py` | the post's causal experiment in procgen, from end to end: `--only rollouts` |
+| `selection.py` | which channels stand for which direction, chosen on mazes of their own |
+| `moved_walls.py` | contrastive pairs made from levels |
+| `part.py` | what a part of the study is: a question, tables, a figure, a finding |
+| `parts/` | the parts, one file each |
+| `run.py` | a run of the study: parts measured, kept on disk, measured again only when something changed |
+| `report.py` | `report.html` and `report.md`, told from a run's CSV files |
 | `evaluate.py` | a command: `python examples/maze/evaluate.py --help` |
 | `training_data.py` | what a policy is trained on: labelled observations, mazes to act in |
 | `training_run.py` | a training run's settings, checkpoint, log and end |

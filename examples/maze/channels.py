@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from chanpatch import HookPoints, recording
+from chanpatch import HookPoints, Site, recording
 from chanpatch.statistics import Interval, auc
 from maze.levels import draw_levels, observe, policy_input
 from maze.pairs import contrastive_pairs, rotations
@@ -53,6 +53,12 @@ def channel_sums(points: HookPoints, name: str, levels: Sequence[bytes]) -> NDAr
             points.model(torch.from_numpy(policy_input(frames[start : start + _BATCH])))
     sums: NDArray[np.float64] = cache[name].double().numpy()
     return sums
+
+
+def channel_of(site: Site) -> int:
+    """The number of the one channel that a site is."""
+    (channel,) = dict(site.indices)["channel"]
+    return int(channel)
 
 
 def pair_sums(points: HookPoints, name: str) -> tuple[list[Mazes], NDArray[np.float64]]:

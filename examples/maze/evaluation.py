@@ -18,11 +18,11 @@ from chanpatch import HookPoints, hook_points
 from chanpatch.statistics import Interval, wilson_interval
 from maze.episodes import ORIGINAL, STEPS
 from maze.exact import Chains, Table, cheese_and_corner, decisions, greedy
+from maze.experiment import SettingsError
 from maze.figures import evaluation_figure
 from maze.levels import REGION, draw_levels, observe, policy_input
 from maze.policy import load_policy
 from maze.results import replace_table, replace_text, replaced, settings_key, versions
-from maze.study import SettingsError
 from maze.tables import action_tables
 
 PLACES = ("in distribution", "out of distribution", "top left", "top right", "bottom right")

@@ -8,17 +8,17 @@ probability of reaching the cheese is computed, not estimated:
     table = action_tables(points, chains)[ORIGINAL]                  # maze.tables: the policy, once per state
     found = first_hits(chains, table, [chains.cheese])[chains.start]  # (level, 1)
 
-The states of all levels lie end to end, and one sparse matrix moves them all.
+The states of all levels lie end to end. Tables of many interventions may be stacked, (intervention, state, action):
+then every probability comes with that axis in front.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
-import scipy.sparse
 import torch
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -35,7 +35,9 @@ from maze.states import CHEESE, WALL, Mazes, read_mazes, write_mazes
 STAY = len(Direction)  # the fifth move: none
 NEAR_TIE = 1e-5  # a draw this close to the boundary between two actions may fall on its other side in procgen
 
-Table: TypeAlias = NDArray[np.floating[Any]]  # action probabilities (state, action=15)
+Table: TypeAlias = NDArray[np.floating[Any]]  # action probabilities (..., state, action=15)
+
+_AT_ONCE = 100_000  # numbers that are carried through time together: they stay in the processor's cache
 
 _MOVE = np.full(ACTION_COUNT, STAY)  # the move of every action
 for _direction, _actions in ACTIONS.items():
@@ -130,6 +132,13 @@ class Chains:
         return observe(write_mazes(mazes, [self.levels[index] for index in level]))
 
 
+def move_probabilities(table: Table) -> NDArray[np.float64]:
+    """The probability of every move: (..., state, move=5), of each `Direction` and of `STAY`."""
+    moves: NDArray[np.float64] = np.asarray(table, dtype=np.float64) @ np.eye(STAY + 1)[_MOVE]
+    moves /= moves.sum(axis=-1, keepdims=True)  # to 1 in float32 only
+    return moves
+
+
 def first_hits(
     chains: Chains, table: Table, goals: Sequence[NDArray[np.bool_]], *, steps: int = STEPS
 ) -> NDArray[np.float64]:
@@ -139,19 +148,25 @@ def first_hits(
 
     Args:
         chains: of the levels.
-        table: of the policy.
+        table: of the policy, or of several.
         goals: bool (state + level,) each; no state is in two.
         steps: 256, unless you want it otherwise.
 
     Returns:
-        (state + level, goal): from each state on; 1 where that is in the goal already.
+        (..., state + level, goal): from each state on; 1 where that is in the goal already.
     """
-    reached = np.stack(goals, axis=1).astype(np.float64)
-    going = ~reached[: len(chains)].any(axis=1)
-    transitions = _transitions(chains, table)[going]
-    for _ in range(steps):
-        reached[: len(chains)][going] = transitions @ reached
-    return reached
+    goal = np.stack(goals, axis=1)
+    moves = move_probabilities(table)
+    moves[..., goal[: len(chains)].any(axis=1), :] = np.eye(STAY + 1)[STAY]  # who is there stays
+    policies = moves.shape[:-2]
+    moves = moves.reshape(-1, *moves.shape[-2:]).transpose(2, 1, 0)[..., None]  # (move, state, policy, 1)
+    reached = np.tile(goal[:, None].astype(np.float64), (1, moves.shape[2], 1))
+    for level in _batches(chains, moves[0, 0].size * goal.shape[1]):
+        states = (chains.level >= level.start) & (chains.level < level.stop)
+        here = np.concatenate([np.flatnonzero(states), len(chains) + np.arange(level.start, level.stop)])
+        following = np.searchsorted(here, chains.following[states]).T
+        reached[here] = _carried(reached[here], np.ascontiguousarray(moves[:, states]), following, steps)
+    return np.moveaxis(reached, 1, 0).reshape(*policies, *goal.shape)
 
 
 def cheese_and_corner(
@@ -160,11 +175,11 @@ def cheese_and_corner(
     """The probabilities that the mouse gets to the cheese, and that it passes the top right corner before.
 
     Returns:
-        (level,) each; the corner's is NaN where the cheese is in it.
+        (..., level) each; the corner's is NaN where the cheese is in it.
     """
     corner = top_right(chains.mazes)
-    found = first_hits(chains, table, [chains.cheese], steps=steps)[chains.start, 0]
-    passed = first_hits(chains, table, [chains.at(corner)], steps=steps)[chains.start, 0]
+    found = first_hits(chains, table, [chains.cheese], steps=steps)[..., chains.start, 0]
+    passed = first_hits(chains, table, [chains.at(corner)], steps=steps)[..., chains.start, 0]
     return found, np.where((chains.mazes.cheese == corner).all(axis=1), np.nan, passed)
 
 
@@ -175,7 +190,7 @@ def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np
     left, as in a fresh level.
 
     Returns:
-        (level, 3): probabilities of the first square to the cheese, of that to the corner, of neither within
+        (..., level, 3): probabilities of the first square to the cheese, of that to the corner, of neither within
         `steps`. NaN where a level has no decision square (see `paths.decision_squares`).
     """
     mazes = chains.mazes
@@ -187,14 +202,14 @@ def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np
     for target in (mazes.cheese, top_right(mazes)):
         move = direction_field(mazes, target)[every, :, cells[:, 0], cells[:, 1]].argmax(axis=1)
         goals.append(chains.at(cells + MOVES[move]) & np.concatenate([exists[chains.level], exists]))
-    taken = first_hits(chains, table, goals, steps=steps)[states]
-    neither = np.maximum(1 - taken.sum(axis=1), 0)  # rounding
-    return np.where(exists[:, None], np.column_stack([taken, neither]), np.nan)
+    taken = first_hits(chains, table, goals, steps=steps)[..., states, :]
+    neither = np.maximum(1 - taken.sum(axis=-1, keepdims=True), 0)  # rounding
+    return np.where(exists[:, None], np.concatenate([taken, neither], axis=-1), np.nan)
 
 
 def greedy(table: Table) -> NDArray[np.float64]:
     """The table of the policy that takes the likeliest action; of equally likely ones the first."""
-    one_hot: NDArray[np.float64] = np.eye(table.shape[1])[table.argmax(axis=1)]
+    one_hot: NDArray[np.float64] = np.eye(table.shape[-1])[table.argmax(axis=-1)]
     return one_hot
 
 
@@ -277,11 +292,32 @@ def _reachable_squares(mazes: Mazes) -> NDArray[np.int64]:
     return square
 
 
-def _transitions(chains: Chains, table: Table) -> scipy.sparse.csr_array:
-    """The probabilities of going from state to state: (state, state + level)."""
-    probabilities = np.asarray(table, dtype=np.float64)
-    moves = probabilities @ np.eye(STAY + 1)[_MOVE]
-    moves /= moves.sum(axis=1, keepdims=True)  # to 1 in float32 only
-    rows = np.arange(len(chains) + 1) * (STAY + 1)
-    shape = (len(chains), len(chains) + len(chains.levels))
-    return scipy.sparse.csr_array((moves.ravel(), chains.following.ravel(), rows), shape=shape)
+def _batches(chains: Chains, width: int) -> Iterator[range]:
+    """Consecutive levels whose states, with `width` numbers each, fit into the cache."""
+    levels = len(chains.levels)
+    together = max(1, _AT_ONCE * levels // (width * max(len(chains), 1)))
+    for first in range(0, levels, together):
+        yield range(first, min(first + together, levels))
+
+
+def _carried(
+    reached: NDArray[np.float64], moves: NDArray[np.float64], following: NDArray[np.int64], steps: int
+) -> NDArray[np.float64]:
+    """What is reached from every state after that many steps more.
+
+    Args:
+        reached: (state, policy, goal), states without moves last.
+        moves: (move, state, policy, 1), probabilities.
+        following: int (move, state).
+        steps: how many.
+    """
+    after, there = np.empty((2, moves.shape[1], *reached.shape[1:]))
+    for _ in range(steps):
+        np.multiply(moves[STAY], reached[: len(after)], out=after)
+        for move in Direction:
+            # The indices are in range; only with clipping does numpy write into `there` without a copy.
+            np.take(reached, following[move], axis=0, out=there, mode="clip")
+            there *= moves[move]
+            after += there
+        reached[: len(after)] = after
+    return reached

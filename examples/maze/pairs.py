@@ -1,9 +1,9 @@
 """Contrastive pairs: two mazes that differ by one moved wall, which decides the first step to the cheese.
 
-The first is made after the post's. The cheese is at the end of a dead end that is open either to its left or below. Nothing else hangs on that
-wall: the way from the mouse to every other square, the corners too, is the same in both mazes. What differs
-inside the policy between the two is therefore about the way to the cheese, and not about the way to the top
-right corner. The cheese stays in the top right 5x5 in all four rotations.
+The first is made after the post's. The cheese is at the end of a dead end that is open either to its left or
+below. Nothing else hangs on that wall: the way from the mouse to every other square, the corners too, is the same
+in both mazes. What differs inside the policy between the two is therefore about the way to the cheese, and not
+about the way to the top right corner. The cheese stays in the top right 5x5 in all four rotations.
 """
 
 from __future__ import annotations

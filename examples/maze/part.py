@@ -21,14 +21,16 @@ from numpy.typing import NDArray
 from chanpatch import HookPoints
 from chanpatch.statistics import Interval
 from maze.levels import draw_levels
-from maze.paths import Direction
+from maze.paths import Direction, first_steps, legal_moves
 from maze.selection import Selection, select_channels
+from maze.states import read_mazes
 from maze.tables import SITE
 
 Cell: TypeAlias = bool | int | float | str | None
 Table: TypeAlias = list[dict[str, Cell]]
 Tables: TypeAlias = Mapping[str, Table]
 
+POOL = 3  # how many levels to draw for each in which a given direction is open
 SELECTION_LEVELS = 1000  # mazes that channels and thresholds are chosen on, whatever n is
 
 
@@ -109,6 +111,17 @@ class Part:
     measure: Callable[[Study], dict[str, Table]] = field(repr=False)
     figure: Callable[[Tables], Figure] = field(repr=False)
     finding: Callable[[Tables], Finding] = field(repr=False)
+
+
+def open_to(direction: Direction, levels: Sequence[bytes], count: int) -> tuple[list[bytes], NDArray[np.bool_]]:
+    """The first `count` levels whose mouse can go in a direction, and in which of them the way to the cheese starts so.
+
+    About half of all squares are open to a side, so draw `POOL` times as many.
+    """
+    mazes = read_mazes(levels)
+    free = legal_moves(mazes)[np.arange(len(mazes)), direction, mazes.mouse[:, 0], mazes.mouse[:, 1]]
+    kept = np.flatnonzero(free)[:count]
+    return [levels[index] for index in kept], first_steps(mazes, mazes.cheese)[kept, direction]
 
 
 def interval_cells(prefix: str, interval: Interval) -> dict[str, Cell]:

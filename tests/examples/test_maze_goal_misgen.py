@@ -21,7 +21,7 @@ from maze.levels import draw_levels, observe, policy_input
 from maze.policy import load_policy
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "maze_goal_misgen.py"
-SMALL = ["--n", "6", "--size", "7", "--controls", "1"]
+SMALL = ["--only", "rollouts", "--n", "6", "--size", "7", "--controls", "1"]
 FILES = ["ablation.png", "episodes.csv", "summary.json", "table.csv"]
 
 

@@ -16,7 +16,7 @@ from maze.evaluation import MEASURES, Score, markdown, mean_interval, measure, s
 from maze.exact import Chains, cheese_and_corner, decisions, greedy
 from maze.levels import draw_levels, observe, policy_input
 from maze.policy import load_policy
-from maze.study import SettingsError
+from maze.experiment import SettingsError
 from maze.tables import action_tables
 
 SCRIPT = Path(evaluate.__file__)

@@ -1,4 +1,4 @@
-"""The study from end to end: load, choose a channel, run the experiment, write and print what came out."""
+"""The experiment in procgen from end to end: load, choose a channel, roll out, write and print what came out."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Settings:
         check_folder(self.out)
 
 
-def run(settings: Settings) -> Path:
+def run_rollouts(settings: Settings) -> Path:
     """Run the study and return the folder with its results."""
     policy, weights = load_policy(settings.weights)
     policy = policy.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on a CPU

@@ -1,0 +1,145 @@
+"""A run of the study: parts measured one after the other, kept on disk, and a report of what is there.
+
+    <out>/study-n200-seed0-a8d9d567/
+        report.html, report.md
+        imitation/sums/manifest.json, *.csv, sums.png      a policy, a part
+        control/...
+
+A part is measured when its folder is not there, or was measured with anything else: other weights, another n, seed or
+version, other code. It appears on disk whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chanpatch import hook_points
+from maze.command import UserError
+from maze.levels import draw_levels, observe, policy_input
+from maze.part import Part, Study
+from maze.parts import EXTRA, PARTS, SIDE_BY_SIDE
+from maze.policy import SHIPPED_WEIGHTS, load_policy
+from maze.report import write_report
+from maze.results import check_folder, replace_table, replace_text, versions
+
+MAIN = "imitation"  # the name of the policy that is shipped as the default
+OTHERS = ("control", "reward")  # shipped beside it where they exist
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run of the study takes; `--help` of `maze_goal_misgen.py` says what each is.
+
+    Raises:
+        UserError: a number outside what makes sense, a part that does not exist, a folder that cannot be written to.
+    """
+
+    only: tuple[str, ...]
+    n: int
+    seed: int
+    weights: Path | None
+    out: Path
+
+    def __post_init__(self) -> None:
+        known = {**PARTS, **EXTRA}
+        if unknown := [name for name in self.only if name not in known]:
+            raise UserError(f"--only: no part is called {', '.join(unknown)}. Parts: {', '.join(known)}.")
+        for name, low, high in (("n", 20, 100_000), ("seed", 0, 2**31 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name} is {getattr(self, name)}, but it is {low} to {high} for these parts.")
+        check_folder(self.out)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts to measure, in the order of the report."""
+        return [part for name, part in {**PARTS, **EXTRA}.items() if name in (self.only or PARTS)]
+
+
+def run(settings: RunSettings) -> Path:
+    """Measure what is not there yet, write the report of all that is, and return the run's folder."""
+    subjects = dict(_subjects(settings))
+    sha = next(iter(subjects.values())).weights["sha256"]
+    folder = settings.out / f"study-n{settings.n}-seed{settings.seed}-{sha[:8]}"
+    for subject, study in subjects.items():
+        weights = study.weights
+        print(f"{subject}: weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})")
+        main = study is next(iter(subjects.values()))
+        parts = [part for part in settings.parts if main or part.name in SIDE_BY_SIDE]
+        for number, part in enumerate(parts, 1):
+            print(f"  {number} of {len(parts)}  {part.name:14}", end="", flush=True)
+            print(_measured(part, study, folder / subject / part.name), flush=True)
+    report = write_report(folder, list(subjects), {**PARTS, **EXTRA}, _command())
+    print(f"\nReport: {report}")
+    return folder
+
+
+def _subjects(settings: RunSettings) -> Iterator[tuple[str, Study]]:
+    """The policies to study by name, the main one first; the shipped ones stand side by side."""
+    if settings.weights is not None:
+        yield settings.weights.stem, _study(settings.weights, settings)
+        return
+    yield MAIN, _study(SHIPPED_WEIGHTS, settings)
+    for name in OTHERS:
+        file = SHIPPED_WEIGHTS.with_name(f"{name}.safetensors")
+        if file.exists():
+            yield name, _study(file, settings)
+
+
+def _study(weights: Path, settings: RunSettings) -> Study:
+    policy, facts = load_policy(weights)
+    policy = policy.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on a CPU
+    example = torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0))))
+    return Study(hook_points(policy, example), facts, settings.n, settings.seed)
+
+
+def _measured(part: Part, study: Study, folder: Path) -> str:
+    """Measure a part unless its folder holds the very same already; return what was done."""
+    manifest = _manifest(part, study)
+    file = folder / "manifest.json"
+    if file.exists() and _same(json.loads(file.read_text()), manifest):
+        return "kept from before"
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    start = time.monotonic()
+    for name, table in part.measure(study).items():
+        replace_table(partial / f"{name}.csv", table)
+    seconds = round(time.monotonic() - start, 1)
+    replace_text(partial / "manifest.json", json.dumps({**manifest, "seconds": seconds}, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return f"{seconds:.0f} s"
+
+
+def _manifest(part: Part, study: Study) -> dict[str, Any]:
+    """Everything that decides the numbers of a part."""
+    return {
+        "part": part.name,
+        "weights": study.weights["sha256"],
+        "weights_name": study.weights["name"],
+        "width": study.weights["width"],
+        "n": study.n,
+        "seed": study.seed,
+        "versions": versions(),
+        "code": hashlib.sha256(inspect.getsource(sys.modules[part.measure.__module__]).encode()).hexdigest(),
+    }
+
+
+def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return all(found.get(name) == value for name, value in wanted.items())
+
+
+def _command() -> str:
+    """The command line of this run, as one would type it."""
+    return " ".join(["python", "examples/maze_goal_misgen.py", *sys.argv[1:]])
