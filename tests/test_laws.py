@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import random
 import threading
 from contextlib import ExitStack
@@ -150,6 +152,84 @@ def test_hooks_of_others_stay_whatever_the_order_of_closing(model: Model) -> Non
     first.remove()
     second.remove()
     assert not hooks(model.module)
+
+
+def saved(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+def hook_flags(module: nn.Module) -> list[object]:
+    return [
+        flag
+        for each in module.modules()
+        for flags in (each._forward_pre_hooks_with_kwargs, each._forward_hooks_always_called)
+        for flag in flags
+    ]
+
+
+def test_a_copy_made_inside_a_context_has_no_hook_of_ours_when_that_closes(model: Model) -> None:
+    inputs = model.inputs(2)
+    points = hook_points(model.module, *inputs)
+    plain = model.module(*inputs)
+    with recording(points, model.site), patched(points, zero_ablate(points.site(model.site))):
+        model.module(*inputs)
+        copied = copy.deepcopy(model.module)
+        again = copy.deepcopy(copied)
+    assert not hooks(copied) + hook_flags(copied)
+    for each in (copied, again, pickled(copied), pickled(again)):
+        assert same(each(*inputs), plain)
+        assert not hooks(each) + hook_flags(each)
+
+
+def test_a_copy_made_inside_a_context_keeps_the_hooks_of_others(model: Model) -> None:
+    inputs = model.inputs(2)
+    points = hook_points(model.module, *inputs)
+    hook = Counted()
+    model.module.register_forward_hook(hook)
+    with recording(points, model.site, allow_unreached=model.site):
+        copied = copy.deepcopy(model.module)
+    copied(*inputs)
+    (kept,) = hooks(copied)
+    assert (kept.calls, hook.calls) == (1, 0)
+
+
+class Counted:
+    """A hook that counts its calls."""
+
+    calls = 0
+
+    def __call__(self, *args: Any) -> None:
+        self.calls += 1
+
+
+def test_a_copy_is_refused_as_long_as_what_it_was_copied_from_is_patched(model: Model) -> None:
+    inputs = model.inputs(2)
+    points = hook_points(model.module, *inputs)
+    with patched(points, zero_ablate(points.site(model.site))):
+        model.module(*inputs)
+        for copied in (copy.deepcopy(model.module), copy.deepcopy(copy.deepcopy(model.module))):
+            with pytest.raises(ConcurrencyError, match="is a copy"):
+                copied(*inputs)
+
+
+@pytest.mark.parametrize("stored", [pickled, saved])
+def test_what_is_stored_inside_a_context_is_the_model_without_patches(model: Model, stored: Any) -> None:
+    inputs = model.inputs(2)
+    points = hook_points(model.module, *inputs)
+    plain = model.module(*inputs)
+    with patched(points, zero_ablate(points.site(model.site))) as ledger:
+        loaded = stored(model.module)
+        assert same(loaded(*inputs), plain)
+        assert not hooks(loaded) + hook_flags(loaded)
+        model.module(*inputs)
+    assert ledger.to_records()[0]["firings"] == 1
+    assert same(stored(model.module)(*inputs), plain)
 
 
 def test_tracing_leaves_generators_buffers_flags_and_gradients_as_they_were(model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -659,6 +660,21 @@ def test_nan_that_an_edit_brought_in_names_the_patch(net, points, image):
         net(image)
 
 
+@pytest.mark.parametrize("value", [float("nan"), torch.full((1, 1, 1, 1), float("nan"))])
+def test_nan_that_is_set_names_the_patch(net, points, image, value):
+    with pytest.raises(NaNError, match="Set"), patched(points, edit(points.site("conv"), Set(value))):
+        net(image)
+
+
+def test_nan_in_one_of_many_forwards_is_told_at_the_end_of_that_one(net, points, image):
+    poison = [1.0, float("nan"), 1.0]
+    with patched(points, edit(points.site("conv"), lambda region: region * poison.pop(0))):
+        net(image)
+        with pytest.raises(NaNError):
+            net(image)
+        net(image)
+
+
 def test_nan_that_was_there_before_is_not_laid_on_the_patch(net, points, image):
     image[0, 0, 0, 0] = float("nan")
     with patched(points, edit(points.site("conv"), Scale(2.0))):
@@ -719,6 +735,30 @@ def test_patched_as_a_decorator_patches_every_call(net, image):
 
     for _ in range(2):
         torch.testing.assert_close(run(), by_hand(net, image, zeroed))
+
+
+def test_one_context_may_be_entered_again_and_inside_itself(net, points, image):
+    twice = patched(points, edit(points.site("fc"), lambda region: region + 1))
+    expected = net(image)
+    for _ in range(2):
+        with twice as outer:
+            torch.testing.assert_close(net(image), expected + 1)
+            with twice:
+                torch.testing.assert_close(net(image), expected + 2)
+        assert outer.to_records()[0]["firings"] == 2
+    torch.testing.assert_close(net(image), expected, rtol=0, atol=0)
+
+
+def test_a_context_belongs_to_the_thread_that_enters_it(net, points, image):
+    context = patched(points, edit(points.site("fc"), lambda region: region + 1))
+    expected = net(image) + 1
+
+    def run():
+        with context:
+            return net(image)
+
+    with ThreadPoolExecutor(1) as pool:
+        torch.testing.assert_close(pool.submit(run).result(), expected)
 
 
 def test_patched_checks_its_patches_before_it_is_entered(net, points):

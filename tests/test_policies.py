@@ -252,8 +252,12 @@ def on_actor(policy, points):
 
 def test_a_patch_that_a_root_call_did_not_reach_is_an_error_of_that_call(on_actor, vector):
     on_actor(vector)
-    with pytest.raises(UnreachedError, match=r"at 'actor' never ran in value\(\).*allow_unreached=\['actor'\]"):
+    with pytest.raises(UnreachedError) as caught:
         on_actor.value(vector)
+    assert str(caught.value) == (
+        "The patch at 'actor' never ran in value(). 'actor' is not on the path that was called. If it need not run "
+        "there: allow_unreached=['actor']."
+    )
 
 
 def test_a_patch_may_be_allowed_to_be_unreached(policy, points, vector):
@@ -399,6 +403,14 @@ def test_a_parameter_or_buffer_that_was_replaced_on_one_side_is_a_clear_error(
     with pytest.raises(UnsupportedModelError, match="was replaced since the twin was made") as caught:
         twin(vector)
     assert named in str(caught.value)
+
+
+def test_a_parameter_of_one_number_that_was_replaced_by_another_number_is_a_clear_error():
+    policy = nn.Linear(1, 1)
+    twin = PatchedPolicy(policy, zero_ablate(Site(".out")))
+    twin.bias = nn.Parameter(policy.bias.detach() + 1)
+    with pytest.raises(UnsupportedModelError, match="'bias' of the policy, or of its twin, was replaced"):
+        twin(torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("side", ["policy", "twin"])
@@ -684,6 +696,22 @@ def test_one_twin_in_two_threads_at_once_is_refused(points, vector, entry):
             getattr(twin, entry)(vector)
         leave.set()
         running.result()
+
+
+def test_a_part_of_a_twin_is_not_pickled_without_its_patches(twin):
+    with pytest.raises(UnsupportedModelError, match="part of a PatchedPolicy.*Pickle the twin as a whole"):
+        pickle.dumps(twin.body)
+
+
+def test_a_part_of_a_twin_that_holds_no_patch_can_be_pickled(policy, twin, vector):
+    part = pickle.loads(pickle.dumps(twin.actor))
+    hidden = torch.randn(5, policy.actor.in_features)
+    torch.testing.assert_close(part(hidden), policy.actor(hidden), rtol=0, atol=0)
+
+
+def test_a_copy_of_a_part_of_a_twin_is_refused_as_its_patches_are_not_in_it(twin, vector):
+    with pytest.raises(ConcurrencyError, match="is a copy"):
+        copy.deepcopy(twin.body)(vector)
 
 
 # --- names of the user's own ---

@@ -112,6 +112,14 @@ def test_binding_changes_no_site(plain_cnn):
     assert site.point is None
 
 
+def test_attaching_a_trace_changes_no_site(plain_cnn):
+    point = hook_points(plain_cnn.module, *plain_cnn.inputs(2))["conv1"]
+    site = Site("conv1", channel=5)
+    traced = site.at(point)
+    assert traced == site
+    assert (site.point, traced.point) == (None, point)
+
+
 @pytest.mark.parametrize(
     ("site", "text"),
     [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._axes import axis_names
 from ._lookup import BarePoint
+from ._regions import read
 from ._tree import inside_vmap as inside_vmap
 from ._tree import leaves
 from ._typing import Axes
@@ -59,6 +60,48 @@ def bare_axes(point: BarePoint, module: nn.Module | None, leaf: Tensor) -> tuple
     names = (None,) * leaf.dim() if module is None else axis_names(module, point.side, path, leaf.dim(), None)
     axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
     return axes, axes.index("batch") if "batch" in axes else None
+
+
+class Located:
+    """Where a site lies in the tensors of its hook point: looked up, and checked, once per shape, dtype and device.
+
+    Attributes:
+        site: The site.
+        axes: Names of the axes of the tensor, and so of the region.
+        batch_axis: Which of them is the batch, or None.
+        positions: What to select, by axis number.
+    """
+
+    def __init__(self, site: Site, point: HookPoint | BarePoint, module: nn.Module | None) -> None:
+        self.site, self._point, self._module = site, point, module
+        self.axes: Axes = ()
+        self.batch_axis: int | None = None
+        self.positions: dict[int, slice | list[int]] = {}
+        self._known: tuple[Any, ...] | None = None
+
+    def region(self, leaf: Tensor) -> Tensor:
+        """Return the site's region of the tensor found at its hook point.
+
+        Raises:
+            TraceMismatchError, SiteError: If the tensor is not as in the trace, or has no such region.
+        """
+        known = (leaf.shape, leaf.dtype, leaf.device)
+        if known != self._known:
+            self._locate(leaf)
+            self._check(read(leaf, self.positions))
+            self._known = known
+        return read(leaf, self.positions)
+
+    def _locate(self, leaf: Tensor) -> None:
+        if isinstance(self._point, HookPoint):
+            self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
+            check_shape_against_trace(leaf, self._point)
+        else:
+            self.axes, self.batch_axis = bare_axes(self._point, self._module, leaf)
+        self.positions = self.site.positions(self.axes, leaf.shape)
+
+    def _check(self, region: Tensor) -> None:
+        """Raise if what is done there does not fit the region."""
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
@@ -164,27 +207,33 @@ def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: S
 def refuse_unhookable(model: nn.Module) -> None:
     """Raise for a model whose module calls bypass hooks: what is patched there would be ignored in silence."""
     for name, module in model.named_modules():
-        where = f"'{name}'" if name else "The model"
-        if hasattr(module, "_orig_mod"):
-            raise UnsupportedModelError(
-                f"{where} is compiled by torch.compile, which ignores hooks that are added after its first call. "
-                "Pass the original module (compiled._orig_mod), or compile the PatchedPolicy made of it."
-            )
-        if module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-            raise UnsupportedModelError(
-                f"{where} was compiled in place, so hooks that are added now are ignored. Work on a copy that is "
-                "not compiled, or compile the PatchedPolicy made of it."
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(
-                f"{where} is a TorchScript module, which runs its submodules without their hooks. Pass the Python "
-                "module that it was made from."
-            )
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise UnsupportedModelError(
-                f"{where} is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. "
-                "Pass the module inside (.module) and run it on one device."
-            )
+        why = _unhookable(module)
+        if why:
+            raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
+
+
+def _unhookable(module: nn.Module) -> str | None:
+    if "_orig_mod" in module._modules:
+        return (
+            "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the original "
+            "module (compiled._orig_mod), or compile the PatchedPolicy made of it."
+        )
+    if module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+        return (
+            "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, or "
+            "compile the PatchedPolicy made of it."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return (
+            "is a TorchScript module, which runs its submodules without their hooks. Pass the Python module that it "
+            "was made from."
+        )
+    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+        return (
+            f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. Pass the "
+            "module inside (.module) and run it on one device."
+        )
+    return None
 
 
 def refuse_untraceable(model: nn.Module, inputs: Any) -> None:

@@ -7,8 +7,10 @@ patches in order of entry, then records.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from . import _taps
 from ._typing import STAGES
-from .errors import ConcurrencyError
+from .errors import ConcurrencyError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from ._sessions import Listener, Session
@@ -28,19 +30,33 @@ class Station:
     def __init__(self, module: nn.Module) -> None:
         self.listeners: list[Listener] = []
         self.scopes: list[Session] = []
-        self._plans: dict[str, tuple[tuple[Session, ...], tuple[Listener, ...]]] = {}
         self.module_id = id(module)
-        self.inside = frozenset(map(id, module.modules()))
+        self._module = weakref.ref(module)
+        self._in, self._out = _Side("in"), _Side("out")
+        self._copies: list[weakref.ref[nn.Module]] = []
         self._handles = (
-            module.register_forward_pre_hook(_hook(self, self._enter), with_kwargs=True),
-            module.register_forward_hook(_hook(self, self._leave), always_call=True),
+            module.register_forward_pre_hook(_Hook(self, self._enter, _CopiedPreHook), with_kwargs=True),
+            module.register_forward_hook(_Hook(self, self._leave, _CopiedHook), always_call=True),
         )
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
         """Return the module's station; the module itself holds it, by its hooks, so that both are freed together."""
-        stations = (getattr(hook, _STATION, None) for hook in module._forward_pre_hooks.values())
-        return next((found for found in stations if found is not None and found.module_id == id(module)), None)
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Hook) and hook.station.module_id == id(module):
+                return hook.station
+        return None
+
+    @cached_property
+    def inside(self) -> frozenset[int]:
+        """The ids of the modules inside."""
+        module = self._module()
+        return frozenset() if module is None else frozenset(map(id, module.modules()))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self.listeners or self.scopes)
 
     def is_inside_itself(self) -> bool:
         """Tell whether the module is called inside a call of itself, and not anew after one that was cut short."""
@@ -52,76 +68,147 @@ class Station:
 
     def plan(self) -> None:
         """Order the listeners by stage, then by entry."""
-        for side in ("in", "out"):
-            ordered = [i for stage in STAGES for i in self.listeners if (i.stage, i.place.side) == (stage, side)]
-            sessions = tuple(dict.fromkeys(listener.session for listener in ordered))
-            self._plans[side] = (sessions, tuple(ordered)) if ordered else ((), ())
+        for side in (self._in, self._out):
+            here = [listener for listener in self.listeners if listener.place.side == side.name]
+            side.listeners = sorted(here, key=lambda listener: STAGES.index(listener.stage))
+            side.sessions = list(dict.fromkeys([listener.session for listener in here]))
 
     def remove(self, session: Session) -> None:
-        """Forget a session, and leave the module when it was the last one."""
+        """Forget a session, and leave the module, and copies of it, when it was the last one."""
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
-        if not self.listeners and not self.scopes:
+        if not self.is_open:
             for handle in self._handles:
                 handle.remove()
+            for copied in self._copies_alive():
+                _drop(copied, _CopiedHook)
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if id(module) != self.module_id and (self.listeners or self.scopes):
+    def note_copy(self, copy: nn.Module | None) -> None:
+        """Remember a copy of the module, to leave it too in the end."""
+        if copy is not None:
+            self._copies = [weakref.ref(alive) for alive in (*self._copies_alive(), copy)]
+
+    def _copies_alive(self) -> list[nn.Module]:
+        return [copy for reference in self._copies if (copy := reference()) is not None]
+
+    def refuse_copy(self, module: nn.Module) -> None:
+        """Raise while the module that this is a copy of is patched or recorded, which the copy is not."""
+        if self.is_open:
             raise ConcurrencyError(
                 f"This {type(module).__name__} is a copy (deepcopy or a DataParallel replica) of a module that is "
                 "being patched or recorded, and was made meanwhile. Use the module that was patched, on one device."
             )
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if id(module) != self.module_id:
+            self.refuse_copy(module)
         for session in self.scopes:
-            session.begin(self, "__call__", (*args, *kwargs.values()))
-        return self._run("in", (args, kwargs))
+            session.begin(self, args, kwargs)
+        return self._in.run((args, kwargs)) if self._in.listeners else None
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         failed = output is None and sys.exc_info()[0] is not None  # torch calls us on the way out of an exception
-        changed = None if failed else self._run("out", output)
+        changed = self._out.run(output) if self._out.listeners and not failed else None
         for session in self.scopes:
             session.end(self, failed=failed)
         return changed
 
-    def _run(self, side: str, tree: Any) -> Any:
-        sessions, listeners = self._plans.get(side, ((), ()))
-        for session in sessions:
-            if session.enabled:
-                session.count((self, side))
+
+class _Side:
+    """What listens to the inputs of a module, or to its outputs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.sessions: list[Session] = []
+        self.listeners: list[Listener] = []
+
+    def run(self, tree: Any) -> Any:
+        """Return the tree that the listeners leave, or None if they left the very same."""
+        for session in self.sessions:
+            session.count(self)
         changed = tree
-        for listener in listeners:
+        for listener in self.listeners:
             changed = listener(changed)
         return None if changed is tree else changed
 
 
-_STATION = "_chanpatch_station"
 _CALL = nn.Module._call_impl.__code__  # the frame that runs a module's hooks and its forward
 
 
-def _hook(station: Station, run: Callable[..., Any]) -> Callable[..., Any]:
-    def chanpatch_hook(*args: Any) -> Any:
-        return eagerly(run, *args)
+class _CopiedHook:
+    """What a copy of a module has in place of a hook of ours; closing the last context takes it off the copy."""
 
-    setattr(chanpatch_hook, _STATION, station)
-    return chanpatch_hook
+    def __init__(self, station: Station | None) -> None:
+        self._station = station
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], passed: Any) -> None: ...
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(self), (None,)
 
 
-def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+class _CopiedPreHook(_CopiedHook):
+    """Refuses calls of the copy while the module is patched; then goes by itself where closing did not know of it."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], passed: Any) -> None:
+        if self._station is not None:
+            self._station.refuse_copy(module)
+        _drop(module, _CopiedHook)
+
+
+class _Hook:
+    """What torch calls; a copy and a pickle of the module get another in its place."""
+
+    def __init__(self, station: Station, run: Callable[..., Any], copied: type[_CopiedHook]) -> None:
+        self.station, self._run, self._copied = station, run, copied
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], passed: Any) -> Any:
+        return eagerly(self._run, module, args, passed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
+        self.station.note_copy(memo.get(self.station.module_id))
+        return self._copied(self.station)
+
+    def __reduce__(self) -> Any:
+        if any(not session.confined for session in self.station.scopes):
+            raise UnsupportedModelError(
+                "This module is part of a PatchedPolicy, and without it would lose its patches. Pickle the twin as a "
+                "whole, or the same part of the policy that it was made from."
+            )
+        return self._copied, (None,)
+
+
+def drop_hooks(model: nn.Module) -> None:
+    """Take chanpatch's own hooks off a model that was copied while they were on."""
+    for module in model.modules():
+        _drop(module, (_Hook, _CopiedHook))
+
+
+def _drop(module: nn.Module, kinds: type | tuple[type, ...]) -> None:
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = vars(module).get(name, {})
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
+            del hooks[key]
+            for flags in ("_with_kwargs", "_always_called"):
+                vars(module).get(f"{name}{flags}", {}).pop(key, None)
+
+
+def eagerly(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function; a model that is being compiled calls it as it is, instead of tracing into it."""
     if torch.compiler.is_compiling():
-        return torch._dynamo.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
-    return function(*args, **kwargs)
+        return torch._dynamo.disable(function)(*args)  # type: ignore[no-untyped-call]
+    return function(*args)
 
 
-@contextmanager
-def compiled_code_runs_eagerly() -> Iterator[None]:
+def compiled_code_runs_eagerly() -> AbstractContextManager[None]:
     """Let compiled code run as it was written, since hooks that are added after compilation are ignored there."""
-    dynamo = sys.modules.get("torch._dynamo")  # where nothing was compiled it is not imported, which takes a second
-    if dynamo is None or not hasattr(torch.compiler, "set_stance"):
-        yield
-        return
-    with _stance:
-        yield
+    # Where nothing was compiled, dynamo is not imported, which takes a second.
+    compiles = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    return _stance if compiles else nullcontext()
 
 
 class _SharedStance:
@@ -186,14 +273,3 @@ def noticing_calls(modules: Container[nn.Module], notice: Callable[[], None]) ->
         yield
     finally:
         handle.remove()
-
-
-def drop_hooks(model: nn.Module) -> None:
-    """Take chanpatch's own hooks off a model that was copied while they were on."""
-    for module in model.modules():
-        for name, hooks in vars(module).items():
-            if name in ("_forward_pre_hooks", "_forward_hooks"):
-                for key in [key for key, hook in hooks.items() if hasattr(hook, _STATION)]:
-                    del hooks[key]
-                    for flags in ("_with_kwargs", "_always_called"):
-                        vars(module).get(f"{name}{flags}", {}).pop(key, None)

@@ -20,7 +20,7 @@ class Ledger:
 
     def __init__(self, patches: Sequence[Patch]) -> None:
         self._patches = tuple(patches)
-        self._counts: dict[tuple[str, int], list[Any]] = {}
+        self._counts: dict[tuple[str, int], tuple[Any, ...]] = {}
 
     def count(
         self, method: str | None, number: int, region: Tensor, batch_axis: int | None, mask: Tensor | None
@@ -34,10 +34,9 @@ class Ledger:
                 others = [axis for axis in range(mask.dim()) if axis != batch_axis]
                 chosen = mask.any(dim=others) if others else mask
                 rows = chosen.sum() * (rows if mask.shape[batch_axis] == 1 else 1)
-        totals = self._counts.setdefault((method or "", number), [0, None if rows is None else 0, 0])
-        totals[0] += 1
-        totals[1] = None if rows is None else totals[1] + rows
-        totals[2] += elements
+        firings, total_rows, total_elements = self._counts.get((method or "", number), (0, 0, 0))
+        total_rows = None if rows is None or total_rows is None else total_rows + rows
+        self._counts[method or "", number] = (firings + 1, total_rows, total_elements + elements)
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per method and patch: method, site, edit, firings, rows, elements.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,16 +15,20 @@ from .points import HookPoint, HookPoints
 from .sites import Site
 
 
-def resolve(model: nn.Module, site: Site) -> HookPoint | BarePoint:
+def resolve(modules: Mapping[str, nn.Module], site: Site) -> HookPoint | BarePoint:
     """Return where a site listens: its traced hook point, or what its name alone says.
+
+    Args:
+        modules: Of the model, by all their names.
+        site: Any.
 
     Raises:
         HookPointError: If no module of the model has that name.
     """
     point = site.point
-    if point is not None and (point.side == "tap" or point.module in _modules_by_name(model)):
+    if point is not None and (point.side == "tap" or point.module in modules):
         return point
-    return _parsed(model, site.name)
+    return _parsed(modules, site.name)
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class BarePoint:
     call: int | None
 
 
-def _parsed(model: nn.Module, name: str) -> BarePoint:
-    known = _modules_by_name(model)
+def _parsed(known: Mapping[str, nn.Module], name: str) -> BarePoint:
+    if name and name in known:
+        return BarePoint(name, name, "out", (), None)
     ends = [match.start() for match in re.finditer(r"\.(?:in|out)(?![^.\[])|$", name)]
     for end in reversed(ends):  # a module may itself be called "out": the longest module name wins
         module, _, call = name[:end].partition("#") if name[:end] not in known else (name[:end], "", "")
@@ -53,10 +58,6 @@ def _parsed(model: nn.Module, name: str) -> BarePoint:
         f"No hook point named '{name}'.{did_you_mean(name, known)} "
         f"({len(known)} modules; hook_points(model, *inputs) lists every hook point, taps included.)"
     )
-
-
-def _modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(model.named_modules(remove_duplicate=False))
 
 
 def sites_of(
@@ -78,12 +79,14 @@ def sites_of(
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
     """Check sites against a trace, or names alone against a model, all faults at once."""
     found, faults = [], []
+    model = model_of(points_or_model)
+    modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
     for site in sites:
         try:
             if isinstance(points_or_model, HookPoints):
                 site = points_or_model.bind(site)
             else:
-                resolve(points_or_model, site)
+                resolve(modules, site)
             found.append(site)
         except (HookPointError, SiteError) as fault:
             faults.append(fault)

@@ -7,31 +7,33 @@ made once per shape; the ledger counts from shapes alone.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import (
+    Located,
     allowed_names,
-    bare_axes,
     check_mask,
     check_mask_type,
     check_operands,
-    check_shape_against_trace,
     inside_vmap,
     no_batch,
     region_lengths,
 )
 from ._ledger import Ledger, edit_name
-from ._lookup import BarePoint, bound, model_of, resolve
+from ._lookup import BarePoint, bound, resolve
 from ._published import published
-from ._regions import Positions, read, written
+from ._regions import written
 from ._sessions import Session, session_for
-from ._typing import Axes, Mask
-from .edits import Edit
+from ._typing import Mask
+from .edits import Edit, Set
 from .errors import BatchAxisError, ChanpatchError, EditError, NaNError, TraceMismatchError, UnreachedError
 from .points import HookPoint, HookPoints
 from .sites import Site
@@ -79,6 +81,15 @@ class Patch:
             if isinstance(self.where, Tensor):
                 check_mask(self.where, self.site, point.axes, lengths)
 
+    @cached_property
+    def takes_context(self) -> bool:
+        """Whether the edit has a keyword-only parameter `context`."""
+        try:
+            parameter = inspect.signature(self.edit).parameters.get("context")
+        except (TypeError, ValueError):  # some builtins have no signature
+            return False
+        return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
+
     def __repr__(self) -> str:
         return f"Patch({self.site!r}, {edit_name(self.edit)}{', where=...' if self.where is not None else ''})"
 
@@ -104,7 +115,6 @@ class AppliedPatches:
         allow_unreached: Iterable[str],
         check_nan: bool,
     ) -> None:
-        model = model_of(points_or_model)
         self.patches = _checked(points_or_model, patches)
         self.allow_unreached = allowed_names(
             allow_unreached, (patch.site.name for patch in self.patches), "there is no patch"
@@ -114,9 +124,9 @@ class AppliedPatches:
         self.ledger = Ledger(self.patches)
         self._reached: set[int] = set()
         self._nan: dict[int, Tensor] = {}
-        modules = dict(model.named_modules(remove_duplicate=False))
+        modules = self.session.modules
         for number, patch in enumerate(self.patches):
-            point = resolve(model, patch.site)
+            point = resolve(modules, patch.site)
             firing = _Firing(self, number, patch, point, modules.get(point.module))
             self.session.listen(point, "patch", firing)
 
@@ -128,7 +138,10 @@ class AppliedPatches:
     def compare_nan(self, number: int, before: Tensor, after: Tensor) -> None:
         """Gather, on the device, whether a patch brought NaN in."""
         has_nan = (after.is_floating_point() or after.is_complex()) and after.layout == torch.strided
-        if self.check_nan and has_nan and not inside_vmap(after):
+        if not has_nan or inside_vmap(after):
+            return
+        # To read a number of another device is to wait for it; a CPU has none to wait for.
+        if not after.is_cpu or after.isnan().any():
             brought = (after.isnan() & ~before.isnan()).any()
             self._nan[number] = self._nan[number] | brought if number in self._nan else brought
 
@@ -162,18 +175,28 @@ class AppliedPatches:
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
         """Return the names of the hook points whose patches did not run, among some patches or all."""
+        if len(self._reached) == len(self.patches):
+            return []
         numbers = set(range(len(self.patches)) if among is None else among) - self._reached
         names = dict.fromkeys(self.patches[number].site.name for number in sorted(numbers))
         return [name for name in names if name not in self.allow_unreached]
 
-    def raise_unreached(self, names: Sequence[str], where: str, advice: str = "") -> None:
-        """Raise if there are hook points whose patches did not run."""
+    def raise_unreached(self, names: Sequence[str], where: str, *, compiled: bool, advice: str = "") -> None:
+        """Raise if there are hook points whose patches did not run.
+
+        Args:
+            names: Of the hook points.
+            where: They did not run.
+            compiled: Whether the reason may be that the model was compiled.
+            advice: What to do.
+        """
         if names:
             listed = ", ".join(f"'{name}'" for name in names)
             many = len(names) > 1
             raise UnreachedError(
-                f"The {'patches' if many else 'patch'} at {listed} never ran {where}. The model was compiled, or "
-                f"{'they are' if many else f'{listed} is'} not on the path that was called.{advice}"
+                f"The {'patches' if many else 'patch'} at {listed} never ran {where}. "
+                f"{'The model was compiled, or ' if compiled else ''}{listed} {'are' if many else 'is'} not on the "
+                f"path that was called.{advice}"
             )
 
 
@@ -189,7 +212,7 @@ def _checked(points_or_model: HookPoints | nn.Module, patches: Patch | Iterable[
     )
 
 
-class _Firing:
+class _Firing(Located):
     """One patch at the moment it fires."""
 
     def __init__(
@@ -200,58 +223,39 @@ class _Firing:
         point: HookPoint | BarePoint,
         module: nn.Module | None,
     ) -> None:
-        self._applied, self._number, self._patch, self._point, self._module = (
-            applied,
-            number,
-            patch,
-            point,
-            module,
-        )
+        super().__init__(patch.site, point, module)
+        self._applied, self._number, self._patch = applied, number, patch
         self._edit: Callable[..., Tensor] = patch.edit
-        self._takes_context = _takes_context(patch.edit)
-        self._prepared: tuple[Any, ...] | None = None
-        self._positions: Positions = {}
-        self._axes: Axes = ()
-        self._batch_axis: int | None = None
+        self._needs_context = patch.takes_context or callable(patch.where)
+        self._check_nan = applied.check_nan and not _never_brings_nan(patch.edit)
 
     def __call__(self, leaf: Tensor) -> Tensor:
-        if self._prepared != (leaf.shape, leaf.dtype, leaf.device):
-            self._prepare(leaf)
-        region = read(leaf, self._positions)
-        context = self._context(leaf)
-        mask = self._mask(region, context)
+        region = self.region(leaf)
+        context = self._context(leaf) if self._needs_context else None
+        mask = None if self._patch.where is None else self._mask(self._patch.where, region, context)
         new = self._edited(region, context)
-        self._applied.fired(self._number, region, self._batch_axis, mask)
+        self._applied.fired(self._number, region, self.batch_axis, mask)
         if new is region:
             return leaf
         self._check_result(new, region)
         if mask is not None:
             new = torch.where(mask, new, region)
-        self._applied.compare_nan(self._number, region, new)
-        return written(leaf, self._positions, new)
+        if self._check_nan:
+            self._applied.compare_nan(self._number, region, new)
+        return written(leaf, self.positions, new)
 
-    def _prepare(self, leaf: Tensor) -> None:
-        """Check a shape that was not seen yet, and find the region in it."""
-        site, point = self._patch.site, self._point
-        if isinstance(point, HookPoint):
-            self._axes, self._batch_axis = point.axes, point.batch_axis
-            check_shape_against_trace(leaf, point)
-        else:
-            self._axes, self._batch_axis = bare_axes(point, self._module, leaf)
-        self._positions = site.positions(self._axes, leaf.shape)
-        region = read(leaf, self._positions)
-        check_operands(self._edit, site, self._axes, region.shape, leaf.dtype, leaf.device)
+    def _check(self, region: Tensor) -> None:
+        check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
         if isinstance(self._patch.where, Tensor):
-            check_mask(self._patch.where, site, self._axes, region.shape)
-        self._prepared = (leaf.shape, leaf.dtype, leaf.device)
+            check_mask(self._patch.where, self.site, self.axes, region.shape)
 
-    def _edited(self, region: Tensor, context: _Context) -> Tensor:
+    def _edited(self, region: Tensor, context: _Context | None) -> Tensor:
         given = region
         if region.is_inference():  # has no version counter, so that a write in place would not be seen
             given, version = region.clone(), None
         else:
             version = region._version
-        new = self._edit(given, context=context) if self._takes_context else self._edit(given)
+        new = self._edit(given, context=context) if self._patch.takes_context else self._edit(given)
         if not _same(given, region) if version is None else region._version != version:
             raise EditError(
                 f"{self._patch!r} wrote into its region in place. Return a new tensor: "
@@ -259,17 +263,17 @@ class _Firing:
             )
         return region if new is given else new
 
-    def _mask(self, region: Tensor, context: _Context) -> Tensor | None:
-        mask = self._patch.where
-        if mask is not None and not isinstance(mask, Tensor):
+    def _mask(self, mask: Mask, region: Tensor, context: _Context | None) -> Tensor:
+        if not isinstance(mask, Tensor):
             mask = mask(context)
-            check_mask(mask, self._patch.site, self._axes, region.shape)
-        return None if mask is None else mask.to(region.device)  # the user's own data is often on the CPU
+            check_mask(mask, self.site, self.axes, region.shape)
+        return mask.to(region.device)  # the user's own data is often on the CPU
 
     def _context(self, leaf: Tensor) -> _Context:
-        axis = self._batch_axis
-        batch = None if axis is None else leaf.shape[axis]
-        return _Context(self._applied.session, self._patch.site, batch, self._positions.get(axis, slice(None)))  # type: ignore[arg-type]
+        axis = self.batch_axis
+        if axis is None:
+            return _Context(self._applied.session, self.site, None, slice(None))
+        return _Context(self._applied.session, self.site, leaf.shape[axis], self.positions.get(axis, slice(None)))
 
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
@@ -277,14 +281,13 @@ class _Firing:
                 f"{self._patch!r} returned {type(new).__name__}. An edit returns a tensor: the new activation, "
                 "or the one it got to change nothing."
             )
-        for what, got, expected in (
-            ("shape", tuple(new.shape), tuple(region.shape)),
-            ("dtype", new.dtype, region.dtype),
-            ("device", new.device, region.device),
-        ):
-            if got != expected:
-                axes = f" (axes {', '.join(self._axes)})" if what == "shape" else ""
-                raise EditError(f"{self._patch!r} returned {what} {got}, but the region has {what} {expected}{axes}.")
+        if new.shape == region.shape and new.dtype == region.dtype and new.device == region.device:
+            return
+        what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
+        got, expected = getattr(new, what), getattr(region, what)
+        if what == "shape":
+            got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
+        raise EditError(f"{self._patch!r} returned {what} {got}, but the region has {what} {expected}.")
 
 
 class _Context:
@@ -320,9 +323,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _takes_context(edit: Callable[..., Any]) -> bool:
-    try:
-        parameter = inspect.signature(edit).parameters.get("context")
-    except (TypeError, ValueError):  # some builtins have no signature
-        return False
-    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
+def _never_brings_nan(edit: Callable[..., Any]) -> bool:
+    """Tell whether an edit is known to leave no NaN, whatever it is given that has none."""
+    return type(edit) is Set and isinstance(edit.value, Real) and not math.isnan(edit.value)

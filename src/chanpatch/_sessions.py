@@ -6,10 +6,11 @@ counted, and checks are made, per root call.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NoReturn, Protocol
 from weakref import WeakKeyDictionary
 
@@ -61,9 +62,12 @@ class Listener:
     def __call__(self, tree: Any) -> Any:
         if not self.session.enabled or not self.session.is_call(self.place):
             return tree
-        leaf = None
-        with suppress(LookupError, AttributeError, TypeError):
-            leaf = get(tree, self._path)
+        leaf = tree
+        if self._path:
+            try:
+                leaf = get(tree, self._path)
+            except (LookupError, AttributeError, TypeError):
+                leaf = None
         if not isinstance(leaf, Tensor):
             raise TraceMismatchError(
                 f"There is no tensor at hook point '{self.place.name}' in this forward, but {type(leaf).__name__} in "
@@ -84,8 +88,28 @@ def _argument_path(path: Path) -> Path:
     return (Item(0 if positional else 1), *path)
 
 
+class RootCall:
+    """One call of the model, or of the method that was named, within which calls are counted.
+
+    Args:
+        station: Of the module whose call it is; None for a method.
+        method: The method; `"__call__"` for a module's call.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    __slots__ = ("args", "counts", "depth", "kwargs", "method", "station")
+
+    def __init__(self, station: Station | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.station, self.method, self.args, self.kwargs = station, method, args, kwargs
+        self.counts: dict[object, int] = {}
+        self.depth = 0  # of calls of the module inside itself
+
+
 class Session:
     """Listeners that come and go together, and the root call that they are in.
+
+    As a context it is attached, and each call of its method is a root call.
 
     Args:
         root: The model.
@@ -95,19 +119,17 @@ class Session:
 
     def __init__(self, root: nn.Module, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
         self.root, self.method, self.calls = root, method, calls
+        self.modules = dict(root.named_modules(remove_duplicate=False))
         self.enabled = True
-        self.running: str | None = None  # the method of the root call under way
-        self.inputs: tuple[Any, ...] = ()
+        self.confined = False  # to the thread that opened it; otherwise to that of the root call under way
         self.call = 0  # the index of the module call under way
         self.on_begin: Callable[[], None] = _nothing
-        self.on_end: Callable[[object], None] = _ignore
+        self.on_end: Callable[[RootCall], None] = _ignore
         self.listeners: list[Listener] = []
-        self._counts: dict[object, int] = {}
+        self._running: RootCall | None = None
         self._stations: list[Station] = []
-        self._opener: object = None
-        self._depth = 0  # of calls of the opener inside itself
+        self._stance: AbstractContextManager[None] = nullcontext()
         self._thread: int | None = None
-        self._confined = False
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor], Tensor]) -> None:
         """Add a listener, before the session is attached."""
@@ -119,15 +141,14 @@ class Session:
         Args:
             scopes: Modules whose outermost call is a root call.
         """
-        modules = dict(self.root.named_modules(remove_duplicate=False))
         try:
             for listener in self.listeners:
                 if listener.place.side == "tap":
                     _taps.wait(listener.place.module, self)
                 else:
-                    station = self._station(modules[listener.place.module])
-                    station.listeners.append(listener)
-                    station.plan()
+                    self._station(self.modules[listener.place.module]).listeners.append(listener)
+            for station in self._stations:
+                station.plan()
             if any(listener.place.side == "tap" for listener in self.listeners):
                 scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
             for module in dict.fromkeys(scopes):
@@ -143,20 +164,28 @@ class Session:
         self._stations.clear()
         _taps.forget(self)
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Attached while the context is open, with each call of the session's method as a root call."""
-        watched = self.method != "__call__"
-        with compiled_code_runs_eagerly():
-            self.attach(scopes=() if watched else (self.root,))
-            try:
-                if watched:
-                    _watch_method(self)
-                yield
-            finally:
-                self.detach()
-                if watched:
-                    _unwatch_method(self)
+    def __enter__(self) -> None:
+        if self.confined:
+            self._thread = threading.get_ident()
+        self._stance = compiled_code_runs_eagerly()
+        self._stance.__enter__()
+        try:
+            self.attach(scopes=() if self._watches else (self.root,))
+            if self._watches:
+                _watch_method(self)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+        if self._watches:
+            _unwatch_method(self)
+        self._stance.__exit__(None, None, None)
+
+    @property
+    def _watches(self) -> bool:
+        return self.method != "__call__"
 
     def _station(self, module: nn.Module) -> Station:
         station = Station.of(module) or Station(module)
@@ -165,8 +194,8 @@ class Session:
         return station
 
     def confine_to_thread(self) -> None:
-        """Refuse forwards from any other thread from now on; otherwise only while a root call is under way."""
-        self._thread, self._confined = threading.get_ident(), True
+        """Refuse forwards from any thread but the one that opens it; otherwise only while a root call is under way."""
+        self.confined = True
 
     def check_thread(self) -> None:
         """Raise if the forward under way is not in the session's thread."""
@@ -176,89 +205,118 @@ class Session:
                 "thread that runs the model, or give each thread a PatchedPolicy of its own."
             )
 
-    def begin(self, opener: object, method: str, inputs: tuple[Any, ...]) -> None:
-        """Begin a root call, unless one that something else began is under way."""
-        if not self.enabled or (isinstance(opener, Station) and self._encloses(opener)):
-            return
-        self.check_thread()
-        self.on_begin()  # may refuse: then no call has begun
-        self._thread = threading.get_ident()
-        self._opener, self._depth, self.running, self.inputs = opener, 0, method, inputs
-        self._counts.clear()
-
-    def _encloses(self, station: Station) -> bool:
-        """Tell whether a module's call is part of the root call under way, and not the first after one cut short."""
-        if self._opener is station and station.is_inside_itself():
-            self._depth += 1
-            return True
-        if self._opener is None or self._opener is station:
-            return False
-        # Torch runs no hook on the way out of an interrupt, so that a module's call may have ended untold.
-        return not isinstance(self._opener, Station) or station.module_id in self._opener.inside
-
-    def end(self, opener: object, *, failed: bool = False) -> None:
-        """End the root call that this opener began; it is checked only when no exception is in flight."""
-        if self._opener is None or self._opener is not opener:
-            return
-        if self._depth:
-            self._depth -= 1
-            return
-        try:
-            if not failed:
-                self.on_end(opener)
-        finally:
-            self._opener, self.running, self.inputs = None, None, ()
-            if not self._confined:
-                self._thread = None
+    @property
+    def running(self) -> str | None:
+        """The method of the root call under way."""
+        return None if self._running is None else self._running.method
 
     @property
     def in_method(self) -> bool:
         """Whether a root call of a method is under way; the calls inside it are part of it."""
-        return self._opener is not None and not isinstance(self._opener, Station)
+        return self._running is not None and self._running.station is None
 
-    @contextmanager
-    def root_call(self, method: str, inputs: tuple[Any, ...]) -> Iterator[None]:
-        """A root call that is not a module call: a method of the model's own."""
-        opener = object()
-        self.begin(opener, method, inputs)
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """The inputs of the root call under way."""
+        return () if self._running is None else (*self._running.args, *self._running.kwargs.values())
+
+    def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a root call with a module's call, unless that is part of the one under way."""
+        if self.enabled and (self._running is None or not self._encloses(self._running, station)):
+            self._begin(RootCall(station, "__call__", args, kwargs))
+
+    def end(self, station: Station, *, failed: bool) -> None:
+        """End the root call that a module's call began."""
+        running = self._running
+        if running is None or running.station is not station:
+            return
+        if running.depth:
+            running.depth -= 1
+        else:
+            self._end(running, failed=failed)
+
+    def run(self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a method of the model's own returns, called as a root call, or as a part of one."""
+        if not self.enabled:
+            return function(*args, **kwargs)
+        if self.in_method:
+            return self._run_within(method, function, args, kwargs)
+        call = RootCall(None, method, args, kwargs)
+        self._begin(call)
         failed = True
         try:
-            yield
+            output = function(*args, **kwargs)
             failed = False
+            return output
         finally:
-            self.end(opener, failed=failed)
+            self._end(call, failed=failed)
 
-    @contextmanager
-    def forward_within(self, inputs: tuple[Any, ...]) -> Iterator[None]:
-        """A forward of the model inside a root call of another method: its module calls are counted by themselves."""
-        before = self._counts, self.inputs
-        self._counts, self.inputs = {}, inputs
+    def _run_within(
+        self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.check_thread()
+        outer = self._running
+        if outer is None or not method == self.method == "__call__":
+            return function(*args, **kwargs)
+        self._running = RootCall(
+            None, outer.method, args, kwargs
+        )  # one of many, perhaps: `generate` runs one per token
         try:
-            yield
+            return function(*args, **kwargs)
         finally:
-            self._counts, self.inputs = before
+            self._running = outer
 
     def stop(self, token: object) -> NoReturn:
         """End the forward under way; the root calls of every session at the model are over."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
-            session._depth = 0
-            session.end(station, failed=True)
+            running = session._running
+            if running is not None and running.station is station:
+                session._end(running, failed=True)
         raise StopForward(token)
+
+    def _begin(self, call: RootCall) -> None:
+        self.check_thread()
+        self.on_begin()  # may refuse: then no call has begun
+        self._thread, self._running = threading.get_ident(), call
+
+    def _end(self, call: RootCall, *, failed: bool) -> None:
+        """End a root call; it is checked only when no exception is in flight."""
+        try:
+            if not failed:
+                self.on_end(call)
+        finally:
+            self._running = None
+            if not self.confined:
+                self._thread = None
+
+    def _encloses(self, running: RootCall, station: Station) -> bool:
+        """Tell whether a module's call is part of the root call under way, and not the first after one cut short."""
+        if running.station is station:
+            inside = station.is_inside_itself()
+            running.depth += inside
+            return inside
+        # Torch runs no hook on the way out of an interrupt, so that a module's call may have ended untold.
+        return running.station is None or station.module_id in running.station.inside
 
     def in_this_thread(self) -> bool:
         """Tell whether a root call is under way, in this thread."""
-        return self.enabled and self.running is not None and self._thread == threading.get_ident()
+        return self.enabled and self._running is not None and self._thread == threading.get_ident()
 
     def count(self, counted: object) -> None:
         """Count a call of a module or a tap; the listeners there read its index in `call`."""
+        if not self.enabled:
+            return
         self.check_thread()
-        self.call = self._counts.get(counted, -1) + 1 if self.running is not None else 0
-        self._counts[counted] = self.call
+        running = self._running
+        if running is None:
+            self.call = 0
+        else:
+            self.call = running.counts[counted] = running.counts.get(counted, -1) + 1
 
     def is_call(self, place: Place) -> bool:
         """Tell whether the call under way is the one that a place means."""
-        if self.running is None:
+        if self._running is None:
             if place.call is not None:
                 raise HookPointError(
                     f"'{place.name}' names a call index, but {type(self.root).__name__} was not entered by "
@@ -290,7 +348,7 @@ def session_for(points_or_model: HookPoints | nn.Module) -> Session:
 def _nothing() -> None: ...
 
 
-def _ignore(opener: object) -> None: ...
+def _ignore(call: RootCall) -> None: ...
 
 
 _methods: WeakKeyDictionary[nn.Module, dict[str, list[Session]]] = WeakKeyDictionary()
@@ -306,13 +364,17 @@ def _watch_method(session: Session) -> None:
         _replaced.setdefault(root, {})[method] = vars(root).get(method)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with ExitStack() as stack:
-                for each in tuple(sessions):
-                    stack.enter_context(each.root_call(method, (*args, *kwargs.values())))
-                return original(*args, **kwargs)
+            call = original
+            for each in reversed(sessions):
+                call = functools.partial(_run, each, method, call)
+            return call(*args, **kwargs)
 
         vars(root)[method] = watched
     sessions.append(session)
+
+
+def _run(session: Session, method: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    return session.run(method, function, args, kwargs)
 
 
 def _unwatch_method(session: Session) -> None:

@@ -28,6 +28,13 @@ def tap(name: str, tensor: Tensor) -> Tensor:
     Returns:
         The same tensor, or what the open patches made of it.
 
+    Raises:
+        HookPointError: Where a context is open, if a site there names no call of a tap that runs more than once in a
+            root call, or names one outside of any.
+        TraceMismatchError: Where a context is open, if the tap runs more often, or the tensor has another shape or
+            dtype, than in the trace.
+        SiteError, EditError: Where a context is open, if the tensor has no such region, or a patch does not fit it.
+
     Example:
         >>> import torch
         >>> class Attention(torch.nn.Module):

@@ -7,13 +7,13 @@ with patched(model, patch):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import _GeneratorContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._checks import no_batch, refuse_unhookable
+from ._contexts import Opened
 from ._ledger import Ledger
 from ._lookup import model_of
 from ._patches import AppliedPatches, Patch
@@ -201,7 +201,7 @@ def patched(
     *,
     allow_unreached: Iterable[str] = (),
     check_nan: bool = True,
-) -> _GeneratorContextManager[Ledger]:
+) -> Opened[Ledger]:
     """Run the model with patches inside while the context is open.
 
     It is a decorator too: `@patched(model, patch)` patches the model in each call of a function.
@@ -233,31 +233,31 @@ def patched(
         >>> print(ledger)
         Site('.out') Set: 1 firings, 4 rows, 12 elements
     """
-
-    def applied_patches() -> AppliedPatches:
-        refuse_unhookable(model_of(points_or_model))
-        return AppliedPatches(points_or_model, chosen, allow_unreached=allowed, check_nan=check_nan)
-
-    @contextmanager
-    def entered() -> Iterator[Ledger]:
-        applied = applied_patches()
-        session = applied.session
-        session.on_end = lambda opener: applied.raise_nan()
-        session.confine_to_thread()
-        with session.opened():
-            try:
-                yield applied.ledger
-            except Exception as error:
-                applied.raise_nan(cause=error)
-                raise
-        applied.raise_nan()
-        applied.raise_unreached(applied.unreached(), "inside patched()")
-
     # Of iterators nothing would be left for a second entry.
     chosen = patches if isinstance(patches, Patch) else tuple(patches)
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
-    applied_patches()
-    return entered()
+    return Opened(lambda: _Patched(points_or_model, chosen, allow_unreached=allowed, check_nan=check_nan))
+
+
+class _Patched(AppliedPatches):
+    """The patches of one context."""
+
+    def __init__(self, points_or_model: HookPoints | nn.Module, patches: Any, **settings: Any) -> None:
+        refuse_unhookable(model_of(points_or_model))
+        super().__init__(points_or_model, patches, **settings)
+        self.session.on_end = lambda call: self.raise_nan()
+        self.session.confine_to_thread()
+
+    @property
+    def result(self) -> Ledger:
+        return self.ledger
+
+    def failed(self, error: Exception) -> None:
+        self.raise_nan(cause=error)
+
+    def finish(self) -> None:
+        self.raise_nan()
+        self.raise_unreached(self.unreached(), "inside patched()", compiled=True)
 
 
 def _reference(site: Site, source: Mapping[Any, Tensor] | Tensor) -> Tensor:

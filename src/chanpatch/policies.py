@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import types
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, TanhTransform, TransformedDistribution
+from torch.distributions import Distribution
 
 from ._checks import refuse_unhookable
-from ._hooks import Station, drop_hooks, eagerly, noticing_calls
+from ._hooks import drop_hooks, eagerly, noticing_calls
 from ._ledger import Ledger
 from ._lookup import model_of, resolve
+from ._outputs import described, distribution_in
 from ._patches import AppliedPatches, Patch
+from ._sessions import RootCall
 from .errors import DistributionError, UnsupportedModelError
 from .points import HookPoints
 
@@ -143,47 +146,14 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
             f"{type(policy).__name__} has no forward. Give rollout() or action_distribution() the function that "
             "gives its logits or distribution, such as lambda observations: agent.actor(observations)."
         ) from error
-    found = _distribution(output)
+    found = distribution_in(output)
     if found is None:
         raise DistributionError(
-            f"{type(policy).__name__} returned {_described(output)}, which holds no action distribution: expected a "
+            f"{type(policy).__name__} returned {described(output)}, which holds no action distribution: expected a "
             "torch.distributions object, logits (batch, action), a tuple that begins with one of them, or a dict "
             "with 'logits'. Pass a function that picks it out."
         )
     return found
-
-
-def _distribution(output: Any) -> Distribution | None:
-    if isinstance(output, Distribution):
-        return output
-    if isinstance(output, Tensor):
-        return Categorical(logits=output) if output.is_floating_point() and output.dim() else None
-    if isinstance(output, Mapping):
-        held = [value for value in output.values() if isinstance(value, Distribution)]
-        return held[0] if len(held) == 1 else _distribution(output["logits"]) if "logits" in output else None
-    if isinstance(output, (tuple, list)):
-        held = [value for value in output if isinstance(value, Distribution)]
-        return held[0] if len(held) == 1 else _distribution(output[0]) if output and not held else None
-    for name in ("distribution", "logits"):
-        if isinstance(getattr(output, name, None), (Distribution, Tensor)):
-            found = _distribution(getattr(output, name))
-            return TransformedDistribution(found, TanhTransform()) if found and _is_squashed(output) else found
-    return None
-
-
-def _is_squashed(output: Any) -> bool:
-    """Tell whether Stable-Baselines3 puts a tanh behind the distribution that it names."""
-    return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
-
-
-def _described(output: Any) -> str:
-    if isinstance(output, Tensor):
-        return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
-    if isinstance(output, Mapping):
-        return f"a dict of {', '.join(map(repr, output))}"
-    if isinstance(output, (tuple, list)):
-        return f"({', '.join(type(item).__name__ for item in output)})"
-    return type(output).__name__
 
 
 def _bound(policy: nn.Module | HookPoints, patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
@@ -267,32 +237,36 @@ class _TwinState:
             (name, module, other, {**module._modules}, {**other._modules})
             for (name, module), other in zip(twin.named_modules(), original.modules(), strict=True)
         ]
+        self._held, self._expected = zip(*(held for pair in self._pairs for held in _to_be_equal(*pair)), strict=True)
         self._inside = _patches_by_module(twin, applied)
         session = applied.session
         session.on_begin, session.on_end = self._begin, self._end
         session.attach(scopes=[module for module in self._inside if module is not twin])
 
-    def call(self, name: str, function: Callable[..., Any], twin: nn.Module, args: Any, kwargs: Any) -> Any:
+    def call(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a method of the twin as a root call, unless it is part of one."""
         session = self.applied.session
-        if not session.enabled:
-            return function(twin, *args, **kwargs)
-        if session.in_method:
-            session.check_thread()
-            forward = name == session.method == "__call__"  # one of many, perhaps: `generate` runs one per token
-            with session.forward_within((*args, *kwargs.values())) if forward else nullcontext():
-                return function(twin, *args, **kwargs)
-        known = name in self._running_methods
-        noticing = nullcontext() if known else noticing_calls(self._modules, lambda: self._running_methods.add(name))
+        if session.in_method or not session.enabled:
+            return session.run(name, method, args, kwargs)
         try:
-            with session.root_call(name, (*args, *kwargs.values())), noticing:
-                return function(twin, *args, **kwargs)
+            if name in self._running_methods:
+                return session.run(name, method, args, kwargs)
+            with noticing_calls(self._modules, lambda: self._running_methods.add(name)):
+                return session.run(name, method, args, kwargs)
         except Exception as error:
             self.applied.raise_nan(cause=error)
             raise
 
     def _begin(self) -> None:
         self.applied.forget()
+        try:
+            shared = all(map(operator.eq, self._held, self._expected))
+        except RuntimeError:  # two tensors are neither equal nor unequal; one and the same is not even compared
+            shared = False
+        if not shared:
+            self._refuse_replaced()
+
+    def _refuse_replaced(self) -> None:
         for name, module, other, children, other_children in self._pairs:
             if module._modules != children or other._modules != other_children:
                 raise UnsupportedModelError(_replaced(f"A submodule of '{name}'" if name else "A submodule"))
@@ -301,17 +275,29 @@ class _TwinState:
                     if key not in held or held[key] is not originally.get(key, held):
                         raise UnsupportedModelError(_replaced(f"'{name}.{key}'" if name else f"'{key}'"))
 
-    def _end(self, opener: object) -> None:
+    def _end(self, call: RootCall) -> None:
         self.applied.raise_nan()
-        method = self.applied.session.running or "__call__"
-        if isinstance(opener, Station):
-            inside = [numbers for module, numbers in self._inside.items() if id(module) == opener.module_id]
+        if call.station is not None:
+            inside = [numbers for module, numbers in self._inside.items() if id(module) == call.station.module_id]
             names = self.applied.unreached(set().union(*inside))
-        elif method in self._running_methods:
+        elif call.method in self._running_methods:
             names = self.applied.unreached()
         else:
             names = []
-        self.applied.raise_unreached(names, f"in {method}()", f" If it need not run there: allow_unreached={names!r}.")
+        if names:
+            advice = f" If it need not run there: allow_unreached={names!r}."
+            compiled = call.method == "__call__"  # a method is only checked once its modules were seen to run
+            self.applied.raise_unreached(names, f"in {call.method}()", compiled=compiled, advice=advice)
+
+
+def _to_be_equal(
+    name: str, module: nn.Module, other: nn.Module, children: dict[str, Any], other_children: dict[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield pairs of dicts that are equal as long as nothing was replaced in a module or in the twin's."""
+    yield module._modules, children
+    yield other._modules, other_children
+    yield module._parameters, other._parameters
+    yield module._buffers, other._buffers
 
 
 def _replaced(what: str) -> str:
@@ -327,7 +313,7 @@ def _patches_by_module(twin: nn.Module, applied: AppliedPatches) -> dict[nn.Modu
     by_name = dict(named)
     inside: dict[nn.Module, set[int]] = {}
     for number, patch in enumerate(applied.patches):
-        point = resolve(twin, patch.site)
+        point = resolve(by_name, patch.site)
         for name in [name for name, module in named if module is by_name.get(point.module)]:
             parts = name.split(".") if name else []
             for depth in range(len(parts) + 1):
@@ -368,6 +354,6 @@ def _rooted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         state = vars(self).get(_STATE)
         if state is None:
             return function(self, *args, **kwargs)
-        return eagerly(state.call, name, function, self, args, kwargs)
+        return eagerly(state.call, name, types.MethodType(function, self), args, kwargs)
 
     return method

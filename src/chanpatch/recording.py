@@ -7,8 +7,7 @@ cache["embedder.relu3"]        # (batch, channel)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import _GeneratorContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -16,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import (
+    Located,
     allowed_names,
-    bare_axes,
-    check_shape_against_trace,
     inside_vmap,
     no_batch,
     refuse_unhookable,
     region_lengths,
 )
+from ._contexts import Opened
 from ._lookup import BarePoint, model_of, resolve, sites_of
 from ._reductions import reduced, reduced_axes
-from ._regions import read, written
+from ._regions import written
 from ._sessions import StopForward, session_for
 from ._typing import Axes, Reduce
 from .errors import BatchAxisError, HookPointError, SiteError, UnreachedError, UnsupportedModelError
@@ -188,7 +187,7 @@ def recording(
     detach: bool = True,
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
-) -> _GeneratorContextManager[ActivationCache]:
+) -> Opened[ActivationCache]:
     """Record sites while the context is open; several forwards are joined along the batch.
 
     It is a decorator too: then each call of the function records into a cache of its own.
@@ -220,19 +219,14 @@ def recording(
         >>> cache["0"].shape
         torch.Size([2, 8])
     """
-    # Of an iterator nothing would be left for a second entry.
+    # Of iterators nothing would be left for a second entry.
     chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)
-    checked = _Recorder(points_or_model, chosen, reduce, before=before, detach=detach, device=device)
-    allowed = allowed_names(allow_unreached, checked.names, "nothing is recorded")
-
-    @contextmanager
-    def entered() -> Iterator[ActivationCache]:
-        recorder = _Recorder(points_or_model, chosen, reduce, before=before, detach=detach, device=device)
-        with recorder.session.opened():
-            yield recorder.cache
-        recorder.raise_unreached(allowed, "inside recording()")
-
-    return entered()
+    allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
+    return Opened(
+        lambda: _Recorder(
+            points_or_model, chosen, reduce, before=before, detach=detach, device=device, allow_unreached=allowed
+        )
+    )
 
 
 def run_with_cache(
@@ -272,18 +266,17 @@ def run_with_cache(
         >>> torch.equal(cache["0"].relu(), output)
         True
     """
-    recorder = _Recorder(points_or_model, sites, reduce, before=False, detach=detach, device=device)
-    recorder.stop = stop
+    recorder = _Recorder(points_or_model, sites, reduce, detach=detach, device=device, stop=stop)
     session = recorder.session
     output = None
-    with session.opened():
+    with session:
         try:
             output = getattr(session.root, session.method)(*inputs, **keywords)
         except StopForward as ended:
             if ended.args != (recorder,):
                 raise
-    recorder.raise_unreached((), "inside run_with_cache()")
-    return recorder.cache if stop else (output, recorder.cache)
+    recorder.raise_unreached("inside run_with_cache()")
+    return recorder.result if stop else (output, recorder.result)
 
 
 class _Recorder:
@@ -295,79 +288,92 @@ class _Recorder:
         sites: str | Site | HookPoint | Iterable[str | Site | HookPoint],
         reduce: Reduce | None,
         *,
-        before: bool,
         detach: bool,
         device: torch.device | str | None,
+        before: bool = False,
+        stop: bool = False,
+        allow_unreached: Iterable[str] = (),
     ) -> None:
-        model = model_of(points_or_model)
-        refuse_unhookable(model)
+        refuse_unhookable(model_of(points_or_model))
         self.session = session_for(points_or_model)
         self.session.confine_to_thread()
         self.session.on_begin = self._begin
-        self.cache = ActivationCache({}, {}, {})
-        self.stop = False
-        self._reduce, self._detach, self._device = reduce, detach, device
+        self.result = ActivationCache({}, {}, {})
+        self.reduce, self.detach, self.device = reduce, detach, device
         self._sites = sites_of(points_or_model, sites)
+        self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "nothing is recorded")
         self._missing: set[Site] = set()
-        self._last_calls_known = True
-        modules = dict(model.named_modules(remove_duplicate=False))
+        self._stops = stop
+        modules = self.session.modules
         for site in self._sites:
-            point = resolve(model, site)
-            if isinstance(point, HookPoint):
-                lengths = [1 if length is None else length for length in region_lengths(site, point)]
-                reduced(torch.empty(lengths, dtype=point.dtype, device="meta"), site, point.axes, reduce)
-            else:
-                self._last_calls_known &= point.call is not None
-            act = self._listener(site, point, modules.get(point.module))
-            self.session.listen(point, "before" if before else "after", act)
+            point = resolve(modules, site)
+            # Without a trace, a module that is called again would be an error, which only the rest can tell.
+            self._stops &= isinstance(point, HookPoint) or point.call is not None
+            record = _Record(self, site, point, modules.get(point.module))
+            self.session.listen(point, "before" if before else "after", record)
 
-    @property
-    def names(self) -> list[str]:
-        return [site.name for site in self._sites]
+    def recorded(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
+        """Keep what was recorded at a site."""
+        self.result._append(site, activation, axes, batch_axis)
+        self._missing.discard(site)
+        if self._stops and not self._missing:
+            self.session.stop(self)
 
     def _begin(self) -> None:
         self._missing = set(self._sites)
 
-    def _listener(
-        self, site: Site, point: HookPoint | BarePoint, module: nn.Module | None
-    ) -> Callable[[Tensor], Tensor]:
-        def record(leaf: Tensor) -> Tensor:
-            if torch._C._current_graph_task_id() != -1:
-                return leaf  # a backward pass computes anew what was recorded, as torch.utils.checkpoint has it do
-            if inside_vmap(leaf):
-                raise UnsupportedModelError(
-                    f"{site!r} cannot be recorded inside torch.vmap, which its record would have to leave. Call the "
-                    "model outside of vmap, on a batch of inputs."
-                )
-            if isinstance(point, HookPoint):
-                check_shape_against_trace(leaf, point)
-                axes, batch_axis = point.axes, point.batch_axis
-            else:
-                axes, batch_axis = bare_axes(point, module, leaf)
-            positions = site.positions(axes, leaf.shape)
-            region = read(leaf, positions)
-            if self._detach:
-                region = region.detach()
-            value = reduced(region, site, axes, self._reduce)
-            copied = any(isinstance(chosen, list) for chosen in positions.values())  # as an index list selects
-            on_the_way = value is region and not self._detach  # what follows is computed from the very record
-            if not on_the_way and not copied and (value is region or value._is_view()):
-                value = value.clone()
-            batch = None if batch_axis is None else axes[batch_axis]
-            kept = reduced_axes(site, axes, self._reduce)
-            self.cache._append(site, value.to(self._device), kept, kept.index(batch) if batch in kept else None)
-            self._missing.discard(site)
-            if self.stop and self._last_calls_known and not self._missing:
-                self.session.stop(self)
-            return written(leaf, positions, region) if on_the_way else leaf
+    def failed(self, error: Exception) -> None:
+        """Leave an exception as it is."""
 
-        return record
+    def finish(self) -> None:
+        self.raise_unreached("inside recording()")
 
-    def raise_unreached(self, allowed: Collection[str], where: str) -> None:
-        names = [site.name for site in self._sites if site not in self.cache and site.name not in allowed]
+    def raise_unreached(self, where: str) -> None:
+        names = [site.name for site in self._sites if site not in self.result and site.name not in self._allowed]
         if names:
             listed = ", ".join(f"'{name}'" for name in dict.fromkeys(names))
             raise UnreachedError(
                 f"Nothing was recorded at {listed} {where}. The model was compiled, or it is not on the path that "
                 "was called."
             )
+
+
+class _Record(Located):
+    """What records one site."""
+
+    def __init__(self, recorder: _Recorder, site: Site, point: HookPoint | BarePoint, module: nn.Module | None) -> None:
+        super().__init__(site, point, module)
+        self._recorder = recorder
+        self._kept: tuple[Axes, int | None] = ((), None)  # what the reduction leaves
+        if isinstance(point, HookPoint):
+            lengths = [1 if length is None else length for length in region_lengths(site, point)]
+            if recorder.reduce is not None:
+                reduced(torch.empty(lengths, dtype=point.dtype, device="meta"), site, point.axes, recorder.reduce)
+
+    def __call__(self, leaf: Tensor) -> Tensor:
+        if torch._C._current_graph_task_id() != -1:
+            return leaf  # a backward pass computes anew what was recorded, as torch.utils.checkpoint has it do
+        if inside_vmap(leaf):
+            raise UnsupportedModelError(
+                f"{self.site!r} cannot be recorded inside torch.vmap, which its record would have to leave. Call the "
+                "model outside of vmap, on a batch of inputs."
+            )
+        recorder = self._recorder
+        region = self.region(leaf)
+        if recorder.detach:
+            region = region.detach()
+        value = reduced(region, self.site, self.axes, recorder.reduce)
+        on_the_way = value is region and not recorder.detach  # what follows is computed from the very record
+        # What an index list selects is a copy already.
+        copied = any(isinstance(chosen, list) for chosen in self.positions.values())
+        if not on_the_way and not copied and (value is region or value._is_view()):
+            value = value.clone()
+        if recorder.device is not None:
+            value = value.to(recorder.device)
+        recorder.recorded(self.site, value, *self._kept)
+        return written(leaf, self.positions, region) if on_the_way else leaf
+
+    def _check(self, region: Tensor) -> None:
+        axes = reduced_axes(self.site, self.axes, self._recorder.reduce)
+        batch = None if self.batch_axis is None else self.axes[self.batch_axis]
+        self._kept = axes, axes.index(batch) if batch in axes else None

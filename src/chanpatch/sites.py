@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -102,9 +103,10 @@ class Site:
         return "the batch is as long as each forward's. Name its indices, or choose rows with where=."
 
     def at(self, point: HookPoint | None) -> Site:
-        """Attach the trace of a hook point that this site was checked against."""
-        object.__setattr__(self, "point", point)
-        return self
+        """Return the same site with the trace of a hook point that it was checked against."""
+        traced = copy.copy(self)
+        object.__setattr__(traced, "point", point)
+        return traced
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
         """Return what to select, by axis number, on a tensor with these axes.

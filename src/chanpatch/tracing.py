@@ -117,11 +117,8 @@ class _Trace:
 
     def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Run the model once, on copies of its inputs that it may write into, and note what fires."""
-        args, kwargs = inputs, dict(keywords)
-        for path, tensor in [*leaves((args, kwargs))]:
-            self.inputs[path] = tensor.clone()
-            args, kwargs = replace((args, kwargs), path, self.inputs[path])
-        args, kwargs = _copied(args, self.inputs.values()), _copied(kwargs, self.inputs.values())
+        args, kwargs = copied_inputs(inputs, keywords)
+        self.inputs = dict(leaves((args, kwargs)))
         with self.known, observed(self.model, self._on_inputs, self._on_output, self._on_tap):
             getattr(self.model, method)(*args, **kwargs)
 
@@ -177,6 +174,15 @@ class _Trace:
         self.known.learn(tensor, told)
         if fired.place in self.given:
             self.known.rename(tensor, self.given[fired.place])
+
+
+def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return copies of a model's arguments and keywords, which it may write into."""
+    args, kwargs = inputs, dict(keywords)
+    for path, tensor in [*leaves((args, kwargs))]:
+        args, kwargs = replace((args, kwargs), path, tensor.clone())
+    tensors = [tensor for _, tensor in leaves((args, kwargs))]
+    return _copied(args, tensors), _copied(kwargs, tensors)
 
 
 def _copied(arguments: Any, tensors: Iterable[Tensor]) -> Any:
@@ -324,27 +330,42 @@ def _batch_axis(names: Sequence[str | None], shape: torch.Size, grown: torch.Siz
     return longer[0] if names[longer[0]] in (None, "batch") and taken == longer[0] else None
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer or flag."""
-    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for module, training in flags:
-            module.training = training
+class undisturbed:
+    """Runs forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer or flag.
+
+    It may be entered again and again, but not inside itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [*model.modules()]
+        devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+        self._cuda = [device for device in devices if device.type == "cuda"]
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        self._training = [module.training for module in self._modules]
+        self._registered = [(module, dict(module._buffers)) for module in self._modules]
+        buffers = (buffer for _, named in self._registered for buffer in named.values() if buffer is not None)
+        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers]
+        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
+        self._no_grad.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._no_grad.__exit__(None, None, None)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        for device, state in zip(self._cuda, self._on_cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        for module, training in zip(self._modules, self._training, strict=True):
+            if module.training is not training:
+                module.training = training
         with torch.no_grad():
-            for buffer, value in values:
+            for buffer, value in self._values:
                 # A needless write would invalidate graphs that hold the buffer; on meta there is nothing to write.
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
-        for module, registered in buffers:
+        for module, named in self._registered:
             module._buffers.clear()
-            module._buffers.update(registered)
+            module._buffers.update(named)

@@ -1,0 +1,153 @@
+"""What a hooked call costs over a plain one on a tiny model, and what importing and recording cost.
+
+Times are CPU time of the thread, so that others on the machine do not count. Plain and hooked calls take turns.
+"""
+
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from chanpatch import PatchedPolicy, hook_points, patched, recording, zero_ablate
+from chanpatch.edits import Set
+from chanpatch.patching import edit
+from chanpatch.statistics import bootstrap_interval
+
+REPEATS = 31
+CALLS = 200
+
+MODEL = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+OBSERVATION = torch.zeros(1, 8)
+POINTS = hook_points(MODEL, torch.zeros(2, 8))
+SITE = POINTS.site("1", feature=3)
+ABLATION = zero_ablate(SITE)
+OF_A_TENSOR = edit(
+    SITE, Set(torch.zeros(1, 1))
+)  # an ablation by a tensor can bring NaN in; by the number zero it cannot
+
+
+def plain():
+    MODEL(OBSERVATION)
+
+
+def nothing():
+    pass
+
+
+@contextmanager
+def hooked_forward(context):
+    with context:
+        yield plain
+
+
+@contextmanager
+def call_of(twin):
+    yield lambda: twin(OBSERVATION)
+
+
+@contextmanager
+def entering():
+    yield enter_and_leave
+
+
+def enter_and_leave():
+    with patched(POINTS, ABLATION, allow_unreached="1"):
+        pass
+
+
+# What is compared with what, and how many microseconds more it may take.
+OVERHEADS = {
+    "recording": (plain, lambda: hooked_forward(recording(POINTS, "1")), 35),
+    "patched": (plain, lambda: hooked_forward(patched(POINTS, OF_A_TENSOR)), 70),
+    "twin": (plain, lambda: call_of(PatchedPolicy(POINTS, OF_A_TENSOR)), 40),
+    "twin, no NaN check": (plain, lambda: call_of(PatchedPolicy(POINTS, ABLATION, check_nan=False)), 35),
+    "entering and leaving": (nothing, entering, 60),
+}
+
+
+def microseconds(function):
+    start = time.thread_time()
+    for _ in range(CALLS):
+        function()
+    return 1e6 * (time.thread_time() - start) / CALLS
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", list(OVERHEADS))
+def test_the_overhead_of_a_call_is_small(benchmark, one_thread, name):
+    baseline, opened, target = OVERHEADS[name]
+    differences = []
+    for _ in range(REPEATS):
+        before = microseconds(baseline)
+        with opened() as call:
+            differences.append(microseconds(call) - before)
+    found = bootstrap_interval(differences, np.median, seed=0)
+    with opened() as call:
+        benchmark(call)
+    benchmark.extra_info.update(median=found.estimate, low=found.low, high=found.high, target=target)
+    print(f"\n{name:22} {found.estimate:5.1f} us more [{found.low:.1f}, {found.high:.1f}], target {target}")
+    assert found.low <= target
+
+
+IMPORTS = """
+import time
+import torch
+start = time.process_time()
+import chanpatch
+print(time.process_time() - start)
+"""
+
+RECORDS = """
+import resource, sys
+import torch
+from chanpatch import hook_points, recording
+from torch import nn
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU())
+with torch.no_grad():
+    points = hook_points(model, torch.rand(2, 3, 34, 34))
+    model(torch.rand(100, 3, 34, 34))
+    before = peak()
+    with recording(points, "1", reduce="sum") as cache:
+        for _ in range(100):
+            model(torch.rand(100, 3, 34, 34))
+    assert cache["1"].shape == (10_000, 32)
+print(peak() - before)
+"""
+
+
+def printed(program):
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def test_importing_chanpatch_adds_little_to_importing_torch(benchmark):
+    seconds = float(np.median([printed(IMPORTS) for _ in range(5)]))
+    benchmark.pedantic(printed, args=(IMPORTS,), rounds=1)
+    benchmark.extra_info.update(seconds=seconds, target=0.3)
+    print(f"\nimport chanpatch takes {seconds:.2f} s more than import torch")
+    assert seconds <= 0.3
+
+
+def test_the_channel_sums_of_ten_thousand_observations_take_little_memory(benchmark):
+    megabytes = benchmark.pedantic(printed, args=(RECORDS,), rounds=1)
+    benchmark.extra_info.update(megabytes=megabytes, target=100)
+    print(f"\nthe sums of 10,000 observations take {megabytes:.0f} MB more than the model and one batch")
+    assert megabytes < 100
