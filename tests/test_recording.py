@@ -712,3 +712,36 @@ def test_the_gradient_of_the_output_at_a_record_that_stays_in_the_graph_is_the_o
         by_hand = by_hand.index_select(number, torch.arange(by_hand.shape[number])[index])
     torch.testing.assert_close(found, by_hand)
     assert (cache[site] < 0).any()
+
+
+def test_the_gradient_at_a_record_in_the_graph_is_of_what_follows_the_hook_point_alone() -> None:
+    class UsesItsResult(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self.inner(x)
+            return hidden, 5 * hidden
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = UsesItsResult()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden, fivefold = self.encoder(x)
+            return 2 * hidden + fivefold
+
+    model, inputs = Model(), torch.randn(4, 3)
+    with recording(hook_points(model, inputs), "encoder.out[0]", detach=False) as cache:
+        output = model(inputs)
+    (gradient,) = torch.autograd.grad(output.sum(), cache["encoder.out[0]"])
+    assert torch.equal(gradient, torch.full((4, 3), 2.0))
+
+
+def test_what_is_written_in_place_downstream_does_not_change_a_record_in_the_graph() -> None:
+    model, inputs = nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True)), torch.randn(4, 3)
+    with recording(hook_points(model, inputs), "0", detach=False) as cache:
+        model(inputs)
+    assert torch.equal(cache["0"], model[0](inputs))

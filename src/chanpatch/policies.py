@@ -142,6 +142,8 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
     try:
         output = own(observations) if callable(own) else policy(observations)
     except NotImplementedError as error:
+        if 'missing the required "forward"' not in str(error):
+            raise
         raise DistributionError(
             f"{type(policy).__name__} has no forward. Give rollout() or action_distribution() the function that "
             "gives its logits or distribution, such as lambda observations: agent.actor(observations)."

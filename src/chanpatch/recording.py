@@ -363,15 +363,17 @@ class _Record(Located):
         if recorder.detach:
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce)
-        on_the_way = value is region and not recorder.detach  # what follows is computed from the very record
+        on_the_way = value is region and not recorder.detach  # what follows is computed from the record
         # What an index list selects is a copy already.
         copied = any(isinstance(chosen, list) for chosen in self.positions.values())
-        if not on_the_way and not copied and (value is region or value._is_view()):
+        # On the way, too, it is a node of its own: what a module computed from its result before it returned it is no
+        # part of what follows, and what is written into it in place later is no part of the record.
+        if on_the_way or (not copied and (value is region or value._is_view())):
             value = value.clone()
         if recorder.device is not None:
             value = value.to(recorder.device)
         recorder.recorded(self.site, value, *self._kept)
-        return written(leaf, self.positions, region) if on_the_way else leaf
+        return written(leaf, self.positions, value.clone()) if on_the_way else leaf
 
     def _check(self, region: Tensor) -> None:
         axes = reduced_axes(self.site, self.axes, self._recorder.reduce)
