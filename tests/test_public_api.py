@@ -11,10 +11,11 @@ import chanpatch
 def test_the_public_names_are_these() -> None:
     registry = ["hook_points", "HookPoint", "HookPoints", "Site", "tap"]
     reading = ["ActivationCache", "recording", "run_with_cache"]
+    sweeps = ["sweep"]
     writing = ["Patch", "patched", "zero_ablate", "mean_ablate", "resample_ablate", "patch_in", "steer", "edit"]
     policies = ["PatchedPolicy", "rollout", "paired_rollouts"]
     probes = ["contrast", "channel_sums", "ThresholdProbe", "label_channels"]
-    assert sorted(chanpatch.__all__) == sorted(registry + reading + writing + policies + probes)
+    assert sorted(chanpatch.__all__) == sorted(registry + reading + writing + sweeps + policies + probes)
 
 
 def test_every_public_name_exists_and_has_a_docstring() -> None:

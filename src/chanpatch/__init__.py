@@ -10,6 +10,7 @@ from .probes import ThresholdProbe, channel_sums, label_channels
 from .recording import ActivationCache, recording, run_with_cache
 from .rollouts import paired_rollouts, rollout
 from .sites import Site
+from .sweeps import sweep
 from .tracing import hook_points
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "rollout",
     "run_with_cache",
     "steer",
+    "sweep",
     "tap",
     "zero_ablate",
 ]

@@ -1,0 +1,185 @@
+"""Which strategy a group of patches gets: a fast one only where it gives the numbers of the plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import TransformedDistribution
+from torch.nn.modules import batchnorm, dropout
+
+from .._tree import _children, leaves, path_text
+from ..errors import SweepError
+from ._forward import Forward
+from ._plan import Entry, Group
+from ._prefix import Prefix
+from ._result import Swept
+from ._strategies import StrategyError, loop, resumed, vmapped
+
+Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
+Measured: TypeAlias = dict[str, Tensor]
+
+_COMPARED = 2  # patches of each group that are run by the plain loop too
+
+
+class Execution:
+    """Runs groups of patches, each by the fastest strategy that is right.
+
+    Args:
+        forward: What is run.
+        prefix: What the clean run remembered.
+        baseline: Its output.
+        strategy: What the user asked for.
+        max_bytes: For what one forward of many patches takes.
+        metrics: Measures an output.
+        keep: Called with each entry and its metrics; again where they turned out to be wrong.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        prefix: Prefix,
+        baseline: Any,
+        strategy: Strategy,
+        max_bytes: int,
+        metrics: Callable[[Any], Measured],
+        keep: Callable[[Entry, Measured], None],
+    ) -> None:
+        self._forward, self._prefix, self._baseline = forward, prefix, baseline
+        self._strategy, self._max_bytes, self._metrics, self._keep = strategy, max_bytes, metrics, keep
+        self._opaque = _opaque(baseline)
+        self._random = _random_modules(forward.model)
+
+    def run(self, group: Group) -> Swept:
+        """Run the entries of a group and return how."""
+        order = [group.entries[0], *group.entries[-1:], *group.entries[1:-1]][: len(group.entries)]
+        reasons: list[str] = []
+        for strategy in self._candidates(group, reasons):
+            failed, why = self._try(strategy, group, order)
+            reasons.append(why)
+            if failed is None:
+                return Swept(group.point.name, len(order), strategy, "; ".join(reasons))
+            order.sort(key=lambda entry: entry is not failed)  # what fails in the loop too is then raised at once
+        if self._strategy not in ("auto", "loop"):
+            loop(self._forward, order[0])  # where the loop fails too, that is the error
+            raise SweepError(
+                f"strategy='{self._strategy}' is not possible at '{group.point.name}': {'; '.join(reasons)}. Leave "
+                "strategy='auto' to fall back on the loop."
+            )
+        for entry in order:
+            self._keep(entry, self._metrics(loop(self._forward, entry)))
+        return Swept(group.point.name, len(order), "loop", "; ".join(reasons) or "asked for")
+
+    def _candidates(self, group: Group, reasons: list[str]) -> Iterator[Literal["vmap", "resume"]]:
+        """Yield the fast strategies that are worth a try; say why others are not."""
+        if self._strategy == "loop":
+            return
+        if self._random:
+            reasons.append(f"{', '.join(self._random)} in training mode (model.eval() ends it)")
+            return
+        if self._strategy == "auto" and len(group.entries) <= _COMPARED:
+            reasons.append(f"{len(group.entries)} patches are too few to gain anything")
+            return
+        if self._strategy in ("auto", "vmap"):
+            if self._opaque:
+                reasons.append(f"vmap: the output holds a {self._opaque}, in which tensors cannot be found")
+            elif group.alike:
+                yield "vmap"
+            else:
+                reasons.append("vmap: what the patches do later differs")
+        if self._strategy in ("auto", "resume"):
+            yield "resume"
+
+    def _try(
+        self, strategy: Literal["vmap", "resume"], group: Group, order: Sequence[Entry]
+    ) -> tuple[Entry | None, str]:
+        """Run the entries by a fast strategy; return the entry at which it failed, if any, and why."""
+        outputs = (
+            vmapped(self._forward, self._prefix, group, order, self._baseline, self._max_bytes)
+            if strategy == "vmap"
+            else resumed(self._forward, self._prefix, group, order)
+        )
+        for number, entry in enumerate(order):
+            try:
+                output = next(outputs)
+                if number < _COMPARED:
+                    self._compare(entry, output, (0, -1)[number])
+            except StrategyError as fault:
+                return entry, f"{strategy}: {fault}"
+            self._keep(entry, self._metrics(output))
+        return None, f"{min(_COMPARED, len(order))} of {len(order)} patches agree with the loop"
+
+    def _compare(self, entry: Entry, output: Any, end: Literal[0, -1]) -> None:
+        """Raise unless the plain loop gives the same output, to rounding.
+
+        One input tells, where the loop can be run on one; where that differs, the model may treat the inputs of a batch
+        together, or the patch may be made for all of them, so that the whole batch has to be run.
+        """
+        alone = None if self._opaque else self._forward.of_row(end)
+        if alone is not None and not _difference(_output_or_none(alone, entry), output, alone.row):
+            return
+        expected = loop(self._forward, entry)
+        difference = _difference((expected, self._metrics(expected)), (output, self._metrics(output)))
+        if difference:
+            raise StrategyError(f"not the numbers of the loop at {entry.label!r} ({difference})")
+
+
+def _output_or_none(forward: Forward, entry: Entry) -> Any:
+    try:
+        return loop(forward, entry)
+    except Exception:  # whatever it is: the whole batch tells
+        return None
+
+
+def _difference(expected: Any, output: Any, row: int | None = None) -> str:
+    """Return where two outputs differ by more than rounding, or nothing.
+
+    Args:
+        expected: Of the plain loop.
+        output: Of a fast strategy.
+        row: Which row of `output` is expected; all where None.
+    """
+    one, other = [*leaves(expected)], [*leaves(output)]
+    if not one or [path for path, _ in one] != [path for path, _ in other]:
+        return "other tensors"
+    for (path, wanted), (_, got) in zip(one, other, strict=True):
+        part = got if row is None or not got.dim() else got[row : row + 1]
+        if part.shape != wanted.shape or not _close(part, wanted, max(_largest(got), _largest(wanted))):
+            return f"{path_text(path)} differs"
+    return ""
+
+
+def _close(got: Tensor, wanted: Tensor, scale: float) -> bool:
+    if not wanted.is_floating_point():
+        return torch.equal(got, wanted)
+    tolerance = scale * min(100 * torch.finfo(wanted.dtype).eps, 0.02)  # the sums of a long layer lose some digits
+    return torch.allclose(got, wanted, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _opaque(tree: Any) -> str:
+    """Return the type of something in an output that may hold tensors where they are not found, or nothing."""
+    children = [child for _, child in _children(tree)]
+    if isinstance(tree, TransformedDistribution) or not (children or isinstance(tree, _PLAIN)):
+        return type(tree).__name__
+    return next(filter(None, map(_opaque, children)), "")
+
+
+_PLAIN = (Tensor, str, bytes, int, float, complex, type(None), tuple, list, Mapping, torch.dtype, torch.device)
+
+
+def _random_modules(model: nn.Module) -> list[str]:
+    """Return the modules in training mode whose output is drawn at random, or depends on what ran before."""
+    found = []
+    for name, module in model.named_modules():
+        drawn = isinstance(module, dropout._DropoutNd) and module.p > 0
+        drawn |= isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
+        if module.training and (drawn or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))):
+            found.append(f"'{name}' ({type(module).__name__})")
+    return found

@@ -1,0 +1,83 @@
+"""The forward that a sweep runs again and again, on the same inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .._lookup import model_of
+from .._published import forward_context, published
+from .._tree import leaves, replace
+from ..points import HookPoints
+from ..tracing import copied_inputs, undisturbed
+
+_FEWEST_TO_CUT = 8  # inputs; of fewer, one is no saving
+
+
+class Forward:
+    """One forward after another on the same inputs, of which nothing is left.
+
+    Args:
+        points_or_model: What is run.
+        inputs: What the model takes; it gets copies.
+        keywords: Keyword inputs.
+        row: The number of the one row that the inputs have; None for those that the patches are asked about anyway.
+
+    Attributes:
+        undisturbed: The context in which it runs; not to be entered inside itself.
+    """
+
+    def __init__(
+        self,
+        points_or_model: HookPoints | nn.Module,
+        inputs: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        row: int | None = None,
+    ) -> None:
+        self.points_or_model, self.model = points_or_model, model_of(points_or_model)
+        self.method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
+        self.inputs, self.row = (inputs, dict(keywords)), row
+        self.undisturbed = undisturbed(self.model)
+        each = (*inputs, *keywords.values())
+        self._reusable = all(isinstance(one, (Tensor, str, int, float, type(None))) for one in each)
+        self._copies: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._versions: list[int] = []
+
+    def __call__(self) -> Any:
+        """Return the model's output, with everything as it was before."""
+        rows = published.rows if self.row is None else [self.row]
+        with self.undisturbed, forward_context(step=published.step, rows=rows):
+            return self.disturbing()
+
+    def disturbing(self) -> Any:
+        """Return the model's output; the caller puts back what the forward changes."""
+        args, kwargs = self.copies()
+        return getattr(self.model, self.method)(*args, **kwargs)
+
+    def of_row(self, end: Literal[0, -1]) -> Forward | None:
+        """Return the same forward of the first or the last row alone.
+
+        None where that is no saving, or where it cannot be told what the rows are.
+        """
+        tensors = [(path, tensor) for path, tensor in leaves(self.inputs) if tensor.dim()]
+        count = len(tensors[0][1]) if tensors else 0
+        if count < _FEWEST_TO_CUT or published.rows is not None:
+            return None
+        row = range(count)[end]
+        cut: Any = self.inputs
+        for path, tensor in tensors:
+            if len(tensor) == count:
+                cut = replace(cut, path, tensor[row : row + 1])
+        inputs, keywords = cut
+        return Forward(self.points_or_model, inputs, keywords, row=row)
+
+    def copies(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return copies of the inputs that no forward has written into, the same ones for as long as none does."""
+        copies = self._copies
+        if copies is None or self._versions != [tensor._version for _, tensor in leaves(copies)]:
+            copies = copied_inputs(*self.inputs)
+            self._copies = copies if self._reusable else None
+            self._versions = [tensor._version for _, tensor in leaves(copies)]
+        return copies

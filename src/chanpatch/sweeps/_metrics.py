@@ -1,0 +1,77 @@
+"""Metrics of outputs: one number per input, or one for all of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..errors import MetricError
+
+Metric: TypeAlias = Callable[..., Any]
+
+
+class Metrics:
+    """Functions of an output, by name.
+
+    Args:
+        metric: One function, or several by name. One that takes a keyword-only `baseline` gets the unpatched output.
+        baseline: The unpatched output.
+
+    Attributes:
+        baseline: The metrics of the unpatched output: float64 `(input,)` each.
+    """
+
+    def __init__(self, metric: Metric | Mapping[str, Metric], baseline: Any) -> None:
+        named = metric if isinstance(metric, Mapping) else {_name(metric): metric}
+        if not named:
+            raise MetricError("There is no metric: the mapping is empty. Give a function of the model's output.")
+        wrong = [name for name, function in named.items() if not callable(function)]
+        if wrong:
+            raise MetricError(f"The metric {wrong[0]!r} is no function. A metric takes the model's output.")
+        self._functions = {
+            name: (function, {"baseline": baseline} if _compares(function) else {}) for name, function in named.items()
+        }
+        self.baseline: dict[str, Tensor] = {}
+        self.baseline = self(baseline)
+
+    def __call__(self, output: Any) -> dict[str, Tensor]:
+        """Return the metrics of an output."""
+        with torch.no_grad():
+            found = {name: _numbers(name, f(output, **keywords)) for name, (f, keywords) in self._functions.items()}
+        for name, before in self.baseline.items():
+            if found[name].shape != before.shape:
+                raise MetricError(
+                    f"The metric {name!r} returned {len(found[name])} numbers for a patched output, but {len(before)} "
+                    "for the unpatched one. It returns one per input."
+                )
+        return found
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    try:
+        numbers = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise MetricError(f"The metric {name!r} returned {type(value).__name__}. {_EXPECTED}") from None
+    if numbers.dim() > 1:
+        raise MetricError(f"The metric {name!r} returned a tensor of shape {tuple(numbers.shape)}. {_EXPECTED}")
+    return numbers.reshape(-1)
+
+
+_EXPECTED = "It returns one number per input, (batch,), or one number."
+
+
+def _name(metric: Metric) -> str:
+    name = getattr(metric, "__name__", "metric")
+    return "metric" if name == "<lambda>" else str(name)
+
+
+def _compares(metric: Metric) -> bool:
+    try:
+        parameter = inspect.signature(metric).parameters.get("baseline")
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY

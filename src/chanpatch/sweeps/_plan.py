@@ -1,0 +1,181 @@
+"""What is swept: labelled patches, the one clean forward, and the groups that share what comes before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from .._lookup import BarePoint, resolve
+from .._patches import AppliedPatches, Patch
+from .._sessions import session_for
+from ..errors import SweepError, UnreachedError
+from ..points import HookPoint
+from ..sites import Site
+from ._forward import Forward
+from ._prefix import Prefix
+
+Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
+
+_LIVE = 4  # activations alive at a time in a forward: what a module takes and returns, a residual, room to compute
+_FEWEST_ALIKE = 3  # patches that make a group of their own
+
+
+class Entry(NamedTuple):
+    """One row of the result: patches that are applied together."""
+
+    number: int
+    label: Any
+    patches: tuple[Patch, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Entries whose earliest patch is at one hook point.
+
+    Attributes:
+        point: The hook point.
+        entries: Whose patches begin there.
+        alike: Whether what they do later is the same for all.
+        call: Index of the module's call there.
+        skippable: How many module calls had finished before.
+        bytes_each: About how much one more patch takes in a forward of many.
+    """
+
+    point: HookPoint | BarePoint
+    entries: tuple[Entry, ...]
+    alike: bool
+    call: int
+    skippable: int
+    bytes_each: int
+
+    def first(self, entry: Entry) -> list[Patch]:
+        """Return the patches of an entry that stand at the hook point of the group."""
+        return [patch for patch in entry.patches if patch.site.name == self.point.name]
+
+    def later(self) -> list[Patch]:
+        """Return what every entry does later, where they do the same."""
+        return [patch for patch in self.entries[0].patches if patch.site.name != self.point.name]
+
+
+def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[Entry]:
+    """Return a numbered entry for each label.
+
+    Args:
+        forward: Of the model, whose sites are checked, all faults at once.
+        patches: As the user gave them.
+        what: How to call them in an error.
+
+    Raises:
+        SweepError: If there are none, or two would have one label.
+        HookPointError, SiteError: If a site does not exist.
+    """
+    if isinstance(patches, Patch):
+        patches = [patches]
+    if isinstance(patches, Mapping):
+        named = [(label, _together(each)) for label, each in patches.items()]
+    else:
+        named = [(" + ".join(_text(patch.site) for patch in each), each) for each in map(_together, patches)]
+    if not named:
+        raise SweepError(f"There are no {what}: the mapping or the sequence is empty.")
+    for label, each in named:
+        if not each:
+            raise SweepError(f"The {what} hold {label!r} without a patch. The unpatched output is the baseline.")
+    labels = [label for label, _ in named]
+    twice = next((label for label in labels if labels.count(label) > 1), None) if len({*labels}) < len(labels) else None
+    if twice is not None:
+        raise SweepError(
+            f"Two of the {what} are at {twice}, which makes one label for both. Give a mapping of labels to patches."
+        )
+    flat = [patch for _, each in named for patch in each]
+    checked = iter(AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=True).patches)
+    return [Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named)]
+
+
+def _together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
+    return (patches,) if isinstance(patches, Patch) else tuple(patches)
+
+
+def _text(site: Site) -> str:
+    return repr(site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)
+
+
+class _Firing(NamedTuple):
+    """What the clean forward had at a swept hook point."""
+
+    order: int
+    point: HookPoint | BarePoint
+    bytes: int
+    call: int
+    skippable: int
+
+
+def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tuple[Any, list[Group]]:
+    """Run the model once, unpatched; return its output and the groups, in execution order.
+
+    Raises:
+        UnreachedError: If a patch's hook point did not run.
+    """
+    session = session_for(forward.points_or_model)
+    fired: dict[str, _Firing] = {}
+
+    def noting(point: HookPoint | BarePoint) -> Callable[[Tensor], Tensor]:
+        def note(leaf: Tensor) -> Tensor:
+            fired[point.name] = _Firing(len(fired), point, leaf.nbytes, session.call, prefix.so_far)
+            return leaf
+
+        return note
+
+    for site in dict.fromkeys(Site(patch.site.name).at(patch.site.point) for e in entries for patch in e.patches):
+        point = resolve(session.modules, site)
+        session.listen(point, "patch", noting(point))
+    session.confine_to_thread()
+    with session, prefix.remembered():
+        output = forward()
+    for entry in entries:
+        for patch in entry.patches:
+            if patch.site.name not in fired:
+                raise UnreachedError(
+                    f"{entry.label!r}: the patch at '{patch.site.name}' never ran in the sweep. "
+                    f"'{patch.site.name}' is not on the path that was called."
+                )
+    return output, _groups(entries, fired, prefix)
+
+
+def _groups(entries: Sequence[Entry], fired: Mapping[str, _Firing], prefix: Prefix) -> list[Group]:
+    """Divide entries by where they begin, and then by what they do later."""
+    begun: dict[str, dict[Any, list[Entry]]] = {}
+    for entry in entries:
+        first = min((patch.site.name for patch in entry.patches), key=lambda name: fired[name].order)
+        later = tuple(_identity(patch) for patch in entry.patches if patch.site.name != first)
+        begun.setdefault(first, {}).setdefault(later, []).append(entry)
+    groups = []
+    for name in sorted(begun, key=lambda name: fired[name].order):
+        _, point, size, call, skippable = fired[name]
+        bytes_each = _LIVE * max(size, prefix.largest_after(skippable))
+        apart: list[Entry] = []
+        for later, each in begun[name].items():
+            if not later or len(each) >= _FEWEST_ALIKE:
+                groups.append(Group(point, tuple(each), True, call, skippable, bytes_each))
+            else:
+                apart += each
+        if apart:
+            alike = len(begun[name]) == 1
+            groups.append(Group(point, tuple(apart), alike, call, skippable, bytes_each))
+    return groups
+
+
+def _identity(patch: Patch) -> Any:
+    """Return what two patches have in common if they are sure to do the same."""
+    edit: Any = patch.edit
+    known = is_dataclass(edit) and type(edit).__module__ == "chanpatch.edits"
+    content = [_memory(getattr(edit, item.name)) for item in fields(edit)] if known else [id(edit)]
+    return patch.site, type(edit), *content, _memory(patch.where)
+
+
+def _memory(operand: Any) -> Any:
+    if isinstance(operand, Tensor):
+        return operand.data_ptr(), operand.shape, operand.stride(), operand.dtype
+    return id(operand) if callable(operand) else operand

@@ -1,0 +1,227 @@
+"""Three ways to run the same patches: the plain loop, the loop without what comes before, and many at a time.
+
+The plain loop is what the other two must agree with. The generators hold no context open while they wait, so that
+the plain loop may be run in between.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .._patches import AppliedPatches
+from .._sessions import session_for
+from .._tree import Path, leaves, replace
+from ..errors import EditError, NaNError, UnreachedError
+from ..patching import patched
+from ..recording import run_with_cache
+from ..sites import Site
+from ._forward import Forward
+from ._plan import Entry, Group
+from ._prefix import Prefix
+
+_CPU_BYTES = 2**24  # more at a time, which its caches do not hold, makes a CPU slower
+
+
+class StrategyError(Exception):
+    """A fast strategy that this model or these patches do not allow."""
+
+
+def loop(forward: Forward, entry: Entry) -> Any:
+    """Return the output under an entry's patches: one step of the plain loop."""
+    with _labelled(entry), patched(forward.points_or_model, entry.patches):
+        return forward()
+
+
+def resumed(forward: Forward, prefix: Prefix, group: Group, entries: Sequence[Entry]) -> Iterator[Any]:
+    """Yield the output under each entry; what comes before the patches is answered from memory."""
+    for entry in entries:
+        try:
+            with prefix.skipped(group.skippable):
+                output = loop(forward, entry)
+        except EditError:
+            raise
+        except Exception as fault:
+            raise StrategyError(_first_line(fault)) from fault
+        yield output
+
+
+def vmapped(
+    forward: Forward, prefix: Prefix, group: Group, entries: Sequence[Entry], baseline: Any, max_bytes: int
+) -> Iterator[Any]:
+    """Yield the output under each entry; what comes after the patches runs for many of them at a time.
+
+    Args:
+        forward: What is run.
+        prefix: What is not run again.
+        group: Where the entries begin.
+        entries: In this order.
+        baseline: An output, for the shape of the others.
+        max_bytes: For what one forward of many patches takes.
+    """
+    run = _Vmapped(forward, prefix, group, [path for path, _ in leaves(baseline)])
+    try:
+        clean = _clean(forward, prefix, group)
+    except Exception as fault:
+        raise StrategyError(_first_line(fault)) from fault
+    room = min(max_bytes, _CPU_BYTES) if clean.is_cpu else max_bytes
+    size = max(1, room // group.bytes_each)
+    for start in range(0, len(entries), size):
+        stack = _edited(forward, group, clean, entries[start : start + size])
+        try:
+            outputs = run(stack)
+            for row in range(len(stack)):
+                yield _rebuilt(baseline, {path: leaf[row] for path, leaf in outputs.items()})
+        except Exception as fault:
+            raise StrategyError(_first_line(fault)) from fault
+
+
+class _Vmapped:
+    """The forward, for many activations at one hook point at once.
+
+    Args:
+        forward: What is run.
+        prefix: What is not run again.
+        group: Where the activations go.
+        paths: Where the tensors stand in an output.
+    """
+
+    def __init__(self, forward: Forward, prefix: Prefix, group: Group, paths: Sequence[Path]) -> None:
+        self._forward, self._prefix, self._group, self._paths = forward, prefix, group, paths
+        self._session = session_for(forward.points_or_model)
+        self._session.listen(group.point, "patch", self._put)
+        self._session.confine_to_thread()
+        self._later = _PatchesInVmap(forward.points_or_model, group.later(), allow_unreached=(), check_nan=True)
+        self._later.session.confine_to_thread()
+        self._activation: Tensor | None = None
+
+    def __call__(self, stack: Tensor) -> dict[Path, Tensor]:
+        """Return every tensor of the output, each with an axis of activations before its own."""
+        with (
+            self._forward.undisturbed,
+            self._session,
+            self._later.session,
+            self._prefix.skipped(self._group.skippable),
+            _ways_that_vmap_knows(stack.device),
+        ):
+            tensors, brought_nan = torch.vmap(self._one)(stack)
+        if any(bool(flags.any()) for flags in brought_nan):
+            raise StrategyError("a later patch brought NaN in")  # the loop says which
+        if self._activation is not None or self._later.unreached():
+            raise StrategyError("a patch was not reached")
+        return dict(zip(self._paths, tensors, strict=True))
+
+    def _one(self, activation: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        self._activation = activation
+        self._later.forget()
+        output = [*leaves(self._forward.disturbing())]
+        if [path for path, _ in output] != self._paths:
+            raise StrategyError("the output has tensors in other places than the unpatched one")
+        return [leaf for _, leaf in output], self._later.brought_nan
+
+    def _put(self, leaf: Tensor) -> Tensor:
+        activation, self._activation = self._activation, None
+        if activation is None:
+            raise StrategyError("the hook point ran twice")
+        return activation
+
+
+class _PatchesInVmap(AppliedPatches):
+    """Patches whose NaN flags stand for many, so that nobody can read them before the vmap returns them."""
+
+    brought_nan: list[Tensor]
+
+    def forget(self) -> None:
+        """Begin anew."""
+        super().forget()
+        self.brought_nan = []
+
+    def compare_nan(self, number: int, before: Tensor, after: Tensor) -> None:
+        """Gather whether a patch brought NaN in."""
+        self.brought_nan.append((after.isnan() & ~before.isnan()).any())
+
+
+def _clean(forward: Forward, prefix: Prefix, group: Group) -> Tensor:
+    """Return the activation at a group's hook point without its patches."""
+    site = Site(group.point.name)
+    args, kwargs = forward.copies()
+    with forward.undisturbed, prefix.skipped(group.skippable):
+        cache = run_with_cache(forward.points_or_model, *args, sites=site, stop=True, **kwargs)
+    activation: Tensor = cache[site]
+    return activation
+
+
+def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
+    """Return the activations that the entries' first patches leave: `(entry, *activation)`."""
+    try:
+        return _stacked(forward, group, clean, entries)
+    except NaNError:
+        for entry in entries:  # one flag is read for all; now for each
+            with _labelled(entry):
+                _stacked(forward, group, clean, [entry])
+        raise
+
+
+def _stacked(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
+    stack = clean.new_empty((len(entries), *clean.shape))
+    patches = [group.first(entry) for entry in entries]
+    flat = [patch for each in patches for patch in each]
+    applied = AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=True)
+    listeners = iter(applied.session.listeners)
+
+    def fill(*args: Any, **kwargs: Any) -> None:
+        for entry, each, row in zip(entries, patches, stack, strict=True):
+            activation = clean
+            with _labelled(entry), forward.undisturbed:
+                for _ in each:
+                    activation = next(listeners).act(activation)
+            row.copy_(activation)
+
+    applied.session.call = group.call  # the edits find everything as it is when the hook point is reached
+    applied.session.run(forward.method, fill, *forward.inputs)
+    applied.raise_nan()
+    return stack
+
+
+def _rebuilt(baseline: Any, tensors: Mapping[Path, Tensor]) -> Any:
+    """Return an output like the baseline with other tensors in it."""
+    output = baseline
+    for path, tensor in tensors.items():
+        output = replace(output, path, tensor)
+    return output
+
+
+@contextmanager
+def _ways_that_vmap_knows(device: torch.device) -> Iterator[None]:
+    """Do without what vmap has no rule for: validation of distributions, and fused attention; refuse its slow loops."""
+    validates, fused = Distribution._validate_args, torch.backends.mha.get_fastpath_enabled()
+    Distribution.set_default_validate_args(False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    on_cpu = device.type == "cpu"  # the kernels of other devices have rules
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+            warnings.filterwarnings("error", message="There is a performance drop")
+            yield
+    finally:
+        Distribution.set_default_validate_args(validates)
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def _labelled(entry: Entry) -> Iterator[None]:
+    """Say in an error which patch it was."""
+    try:
+        yield
+    except (EditError, UnreachedError) as fault:
+        raise type(fault)(f"{entry.label!r}: {fault}") from fault
+
+
+def _first_line(fault: Exception) -> str:
+    return str(fault).partition("\n")[0] or type(fault).__name__

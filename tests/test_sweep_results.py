@@ -1,0 +1,325 @@
+"""What a sweep returns and refuses: labels, metrics, effects, controls, errors, interrupts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Model, vectors
+from torch import Tensor, nn
+
+from chanpatch import HookPoints, Site, edit, errors, hook_points, patched, steer, zero_ablate
+from chanpatch.edits import Scale
+from chanpatch.statistics import bootstrap_interval, rank_among
+from chanpatch.sweeps import SweepInterrupted, SweepResult, sweep
+
+ROWS = 12
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def points() -> HookPoints:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    return hook_points(model, *vectors(ROWS))
+
+
+def first(output: Tensor) -> Tensor:
+    return output[:, 0]
+
+
+def zeroed(points: HookPoints, name: str = "1") -> list[Any]:
+    return [zero_ablate(site) for site in points.site(name).split("feature")]
+
+
+def swept(points: HookPoints, **options: Any) -> SweepResult:
+    return sweep(points, *vectors(ROWS), **{"patches": zeroed(points), "metric": first, **options})
+
+
+def test_patches_without_labels_are_labelled_by_their_sites(points: HookPoints) -> None:
+    both = [zero_ablate(points.site("0")), zero_ablate(points.site("1", feature=2))]
+    assert swept(points, patches=[both[1], both]).labels == ("1, feature=2", "0 + 1, feature=2")
+
+
+def test_a_single_patch_is_a_sweep_of_one(points: HookPoints) -> None:
+    result = swept(points, patches=zero_ablate(points.site("1")))
+    assert result.labels == ("1",)
+    assert result.groups[0].strategy == "loop"
+
+
+def test_labels_and_rows_are_in_the_order_given(points: HookPoints) -> None:
+    patches = dict(reversed(list(enumerate([*zeroed(points), *zeroed(points, "0")]))))
+    result = swept(points, patches=patches)
+    assert result.labels == tuple(range(15, -1, -1))
+    assert [patch for each in result.patches for patch in each] == list(patches.values())
+
+
+def test_two_patches_with_one_label_are_an_error(points: HookPoints) -> None:
+    site = points.site("1", feature=3)
+    with pytest.raises(errors.SweepError, match="Two of the patches are at 1, feature=3.*Give a mapping"):
+        swept(points, patches=[zero_ablate(site), edit(site, Scale(2.0))])
+
+
+def test_no_patches_are_an_error(points: HookPoints) -> None:
+    with pytest.raises(errors.SweepError, match="There are no patches"):
+        swept(points, patches=[])
+    with pytest.raises(errors.SweepError, match="hold 'nothing' without a patch"):
+        swept(points, patches={"nothing": []})
+
+
+def test_what_is_no_patch_is_an_error(points: HookPoints) -> None:
+    with pytest.raises(TypeError, match="Expected a Patch, not Site"):
+        swept(points, patches={"site": [points.site("1")]})
+
+
+def test_all_unknown_sites_are_named_at_once(points: HookPoints) -> None:
+    with pytest.raises(errors.HookPointError, match="(?s)2 faults.*conv1.*conv2"):
+        swept(points, patches=[zero_ablate(Site("conv1")), zero_ablate(Site("conv2"))])
+
+
+def test_the_baseline_is_the_unpatched_metric(points: HookPoints) -> None:
+    with torch.no_grad():
+        expected = points.model(*vectors(ROWS))[:, 0]
+    torch.manual_seed(0)
+    points = hook_points(points.model, *vectors(ROWS))
+    inputs = vectors(ROWS)
+    result = sweep(points, *inputs, patches=zeroed(points), metric=first)
+    with torch.no_grad():
+        expected = points.model(*inputs)[:, 0]
+    np.testing.assert_array_equal(result.baseline["first"], expected.double())
+
+
+def test_several_metrics_are_measured_in_one_sweep(points: HookPoints) -> None:
+    def change(output: Tensor, *, baseline: Tensor) -> Tensor:
+        return (output - baseline).abs().sum(1)
+
+    inputs = vectors(ROWS)
+    result = sweep(points, *inputs, patches=zeroed(points), metric={"first": first, "change": change})
+    with torch.no_grad():
+        clean = points.model(*inputs)
+        with patched(points, zeroed(points)[3]):
+            output = points.model(*inputs)
+    np.testing.assert_allclose(result.values["first"][3], first(output), rtol=1e-6)
+    np.testing.assert_allclose(result.values["change"][3], change(output, baseline=clean), rtol=1e-6)
+    assert not result.baseline["change"].any()
+
+
+def test_with_several_metrics_one_has_to_be_named(points: HookPoints) -> None:
+    result = swept(points, metric={"first": first, "second": lambda output: output[:, 1]})
+    with pytest.raises(errors.MetricError, match="There are several metrics: 'first', 'second'. Name one of them."):
+        result.effect()
+    with pytest.raises(errors.MetricError, match="There is no metric 'third'"):
+        result.effect("third")
+    np.testing.assert_array_equal(result.effect("first"), swept(points).effect() * 0 + result.effect("first"))
+
+
+def test_a_metric_may_be_one_number_for_all_inputs(points: HookPoints) -> None:
+    result = swept(points, metric=lambda output: float(output.mean()))
+    assert result.values["metric"].shape == (8, 1)
+    assert np.isnan(result.interval().low).all()
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (lambda output: output, "returned a tensor of shape \\(12, 4\\). It returns one number per input"),
+        (lambda output: "much", "returned str. It returns one number per input"),
+        ({}, "There is no metric"),
+        ({"first": 0}, "The metric 'first' is no function"),
+    ],
+)
+def test_a_metric_that_is_none_is_an_error(points: HookPoints, metric: Any, message: str) -> None:
+    with pytest.raises(errors.MetricError, match=message):
+        swept(points, metric=metric)
+
+
+def test_a_metric_with_fewer_numbers_for_a_patched_output_is_an_error(points: HookPoints) -> None:
+    clean = []
+
+    def shrinking(output: Tensor) -> Tensor:
+        clean.append(output)
+        return output[: len(clean) % 2 + 1, 0]
+
+    with pytest.raises(errors.MetricError, match="returned 1 numbers for a patched output, but 2 for the unpatched"):
+        swept(points, metric=shrinking)
+
+
+def test_the_effect_is_the_mean_change_with_a_paired_interval(points: HookPoints) -> None:
+    result = swept(points)
+    changes = result.values["first"] - result.baseline["first"]
+    expected = bootstrap_interval(changes.T, seed=0)
+    np.testing.assert_array_equal(result.effect(), changes.mean(1))
+    np.testing.assert_array_equal(result.interval().low, expected.low)
+    np.testing.assert_array_equal(result.interval().high, expected.high)
+
+
+def test_top_rows_have_the_largest_absolute_effects(points: HookPoints) -> None:
+    result = swept(points)
+    order = np.argsort(-np.abs(result.effect()))[:3]
+    top = result.top(3)
+    assert top.labels == tuple(result.labels[row] for row in order)
+    np.testing.assert_array_equal(top.effect(), result.effect()[order])
+
+
+def test_effects_are_ranked_among_those_of_controls(points: HookPoints) -> None:
+    controls = {number: steer(points.site("0"), torch.full((1, 1), number / 10)) for number in range(19)}
+    inputs = vectors(ROWS)
+    result = sweep(points, *inputs, patches=zeroed(points), metric=first, controls=controls)
+    alone = sweep(points, *inputs, patches=controls, metric=first)
+    assert result.controls is not None
+    np.testing.assert_allclose(result.controls.effect(), alone.effect(), atol=1e-6)
+    assert result.ranks() == [rank_among(effect, result.controls.effect()) for effect in result.effect()]
+    records = result.to_records()
+    assert [record["control"] for record in records] == [False] * 8 + [True] * 19
+    assert records[0]["p"] == (result.ranks()[0].rank) / 20  # type: ignore[union-attr]
+
+
+def test_with_few_controls_there_is_a_rank_and_no_p(points: HookPoints) -> None:
+    result = swept(points, controls=zeroed(points, "0"))
+    assert result.to_records()[0]["p"] is None
+    assert "at least 19 controls" in result.to_records()[0]["no_p"]
+    assert "No p-values: it needs at least 19 controls" in repr(result)
+
+
+def test_a_record_has_what_a_figure_needs(points: HookPoints) -> None:
+    result = swept(points)
+    record = result.to_records()[2]
+    assert record["label"] == "1, feature=2"
+    assert (record["effect"], record["low"], record["high"]) == (
+        result.effect()[2],
+        result.interval().low[2],
+        result.interval().high[2],
+    )
+
+
+def test_records_become_a_data_frame(points: HookPoints) -> None:
+    pandas = pytest.importorskip("pandas")
+    result = swept(points)
+    pandas.testing.assert_frame_equal(result.to_pandas(), pandas.DataFrame(result.to_records()))
+
+
+def test_a_figure_shows_the_effects_of_one_metric(points: HookPoints) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    ax = swept(points, metric={"first": first, "second": lambda output: output[:, 1]}).plot("second")
+    assert len(ax.get_yticklabels()) == 8
+
+
+def test_the_table_says_how_many_rows_it_does_not_show(points: HookPoints) -> None:
+    lines = repr(swept(points, patches=dict(enumerate(zeroed(points) * 4)))).splitlines()
+    assert lines[0] == "32 patches, first over 12 inputs"
+    assert "... 12 more" in lines
+    assert lines[-1] == "By vmap at '1': 2 of 32 patches agree with the loop"
+
+
+def test_nan_is_an_error_that_names_the_label(points: HookPoints) -> None:
+    patches: dict[str, Any] = {f"fine {number}": patch for number, patch in enumerate(zeroed(points))}
+    patches["broken"] = edit(points.site("1", feature=2), lambda activation: activation / 0 * 0)
+    for strategy in ("auto", "loop"):
+        with pytest.raises(errors.NaNError, match="'broken': Patch.*brought NaN"):
+            swept(points, patches=dict(reversed(patches.items())), strategy=strategy)
+
+
+def test_nan_that_a_later_patch_brings_is_an_error_too(points: HookPoints) -> None:
+    broken = edit(points.site("2"), lambda activation: activation / 0 * 0)
+    with pytest.raises(errors.NaNError, match="Site\\('2'\\).*brought NaN"):
+        swept(points, patches={number: [patch, broken] for number, patch in enumerate(zeroed(points))})
+
+
+def test_an_edit_that_fails_is_named(points: HookPoints) -> None:
+    patches = {**dict(enumerate(zeroed(points))), "short": edit(points.site("1"), lambda activation: activation[:1])}
+    with pytest.raises(errors.EditError, match="'short': Patch.*returned shape"):
+        swept(points, patches=patches)
+
+
+def test_a_patch_that_never_ran_is_an_error(points: HookPoints) -> None:
+    class Detour(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, vector: Tensor) -> Tensor:
+            return self.used(vector)
+
+    with pytest.raises(errors.UnreachedError, match="'unused': the patch at 'unused' never ran in the sweep"):
+        sweep(Detour(), *vectors(ROWS), patches=[zero_ablate(Site("unused"))], metric=first)
+
+
+def traces(model: nn.Module) -> list[Any]:
+    return [(module._forward_hooks, module._forward_pre_hooks) for module in model.modules()
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("strategy", ["vmap", "resume", "loop"])
+def test_nothing_is_left_of_a_sweep_that_fails(model: Model, error: type[BaseException], strategy: Any) -> None:
+    inputs = model.inputs(ROWS)
+    points = hook_points(model.module, *inputs)
+    state, left = torch.get_rng_state(), []
+
+    def failing(activation: Tensor) -> Tensor:
+        left.append(activation)
+        raise error
+
+    def broken(output: Any) -> float:
+        return 0.0
+
+    patches = {number: edit(points.site(model.site), failing) for number in range(5)}
+    with pytest.raises(error):
+        sweep(points, *inputs, patches=patches, metric=broken, strategy=strategy)
+    assert left
+    assert not traces(model.module)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_interrupt_keeps_what_is_done(points: HookPoints) -> None:
+    measured: list[Tensor] = []
+
+    def interrupted(output: Tensor) -> Tensor:
+        if len(measured) == 6:
+            raise KeyboardInterrupt
+        measured.append(output[:, 0])
+        return output[:, 0]
+
+    inputs = vectors(ROWS)
+    with pytest.raises(KeyboardInterrupt, match="5 of 8 patches are done") as stopped:
+        sweep(points, *inputs, patches=zeroed(points), metric=interrupted)
+    assert isinstance(stopped.value, SweepInterrupted)
+    partial, whole = stopped.value.partial, sweep(points, *inputs, patches=zeroed(points), metric=first)
+    assert whole.complete
+    assert not partial.complete
+    assert repr(partial).startswith("INTERRUPTED, not all patches were run. 5 patches")
+    rows = [whole.labels.index(label) for label in partial.labels]
+    np.testing.assert_array_equal(partial.values["interrupted"], whole.values["first"][rows])
+
+
+def test_an_interrupt_before_the_first_patch_is_an_interrupt(points: HookPoints) -> None:
+    def interrupted(output: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        swept(points, metric=interrupted)
+    assert not isinstance(stopped.value, SweepInterrupted)
+
+
+def test_a_bar_counts_the_patches(points: HookPoints, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
+
+    class Bar(tqdm.tqdm):  # type: ignore[misc, name-defined]
+        def close(self) -> None:
+            bars.append((self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    swept(points, progress=True)
+    assert bars[0] == (8, 8)
+    bars.clear()
+    swept(points, progress=False)
+    assert not bars

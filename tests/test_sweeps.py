@@ -1,0 +1,464 @@
+"""Sweeps: the numbers of the loop that they replace, whatever strategy made them fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import Model, vectors
+from torch import Tensor, nn
+
+import chanpatch.sweeps._strategies as strategies
+from chanpatch import (
+    HookPoints,
+    Patch,
+    PatchedPolicy,
+    Site,
+    edit,
+    errors,
+    hook_points,
+    mean_ablate,
+    patch_in,
+    patched,
+    resample_ablate,
+    run_with_cache,
+    steer,
+    tap,
+    zero_ablate,
+)
+from chanpatch._tree import leaves
+from chanpatch.edits import Clamp, Project, Scale
+from chanpatch.sweeps import SweepResult, sweep
+
+ROWS = 12
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def total(output: Any) -> Tensor:
+    """All that an output holds, one number per row."""
+    return torch.stack([leaf.reshape(len(leaf), -1).sum(1) for _, leaf in leaves(output)]).sum(0)
+
+
+def by_hand(
+    points: HookPoints | nn.Module,
+    inputs: tuple[Any, ...],
+    patches: dict[Any, Any],
+    metric: Callable[..., Tensor] = total,
+) -> np.ndarray[Any, Any]:
+    """The loop that a sweep replaces."""
+    model = points.model if isinstance(points, HookPoints) else points
+    rows = []
+    for each in patches.values():
+        with torch.no_grad(), patched(points, each):
+            rows.append(metric(model(*inputs)).double())
+    return torch.stack(rows).numpy()
+
+
+def assert_equals_the_loop(
+    points: HookPoints | nn.Module, inputs: tuple[Any, ...], patches: dict[Any, Any], **options: Any
+) -> SweepResult:
+    result = sweep(points, *inputs, patches=patches, metric=total, **options)
+    np.testing.assert_allclose(result.values["total"], by_hand(points, inputs, patches), rtol=1e-6, atol=1e-6)
+    return result
+
+
+def strategy_of(result: SweepResult) -> str:
+    (strategy,) = {group.strategy for group in result.groups}
+    return strategy
+
+
+def traced(model: Model) -> tuple[HookPoints, tuple[Any, ...], Site]:
+    inputs = model.inputs(ROWS)
+    points = hook_points(model.module, *inputs)
+    return points, inputs, points.site(model.site)
+
+
+def parts(site: Site) -> tuple[Site, ...]:
+    """One site per channel, feature or whatever the last axis is; the site itself where it has rows alone."""
+    assert site.point is not None
+    axes = [axis for axis in site.point.axes if axis != "batch"]
+    return site.split("channel" if "channel" in axes else axes[-1]) if axes else (site,)
+
+
+def verb(name: str, points: HookPoints, reference: Tensor) -> Callable[[Site], Patch]:
+    """A patch of each kind at one channel of a site whose reference activation is given."""
+    ones = [1] * reference.dim()
+    verbs: dict[str, Callable[[Site], Patch]] = {
+        "zero_ablate": zero_ablate,
+        "mean_ablate": lambda part: mean_ablate(part, {Site(part.name): reference}),
+        "resample_ablate": lambda part: resample_ablate(part, {Site(part.name): reference}, seed=3),
+        "patch_in": lambda part: patch_in(part, {Site(part.name): reference}),
+        "steer": lambda part: steer(part, torch.ones(ones), 2.0),
+        "scale": lambda part: edit(part, Scale(0.5)),
+        "clamp": lambda part: edit(part, Clamp(high=0.1)),
+        "project": lambda part: edit(part, Project(torch.ones(ones))),
+        "a function": lambda part: edit(part, lambda activation: activation.flip(0) + 1),
+        "a mask of rows": lambda part: zero_ablate(part, where=(torch.arange(ROWS) % 2 == 0).view(-1, *ones[1:])),
+        "rows of the context": lambda part: edit(
+            part, Scale(2.0), where=lambda context: (context.rows % 3 == 0).view(-1, *ones[1:])
+        ),
+        "inputs of the context": lambda part: edit(part, lambda a, *, context: a * context.inputs[0].mean()),
+    }
+    return verbs[name]
+
+
+VERBS = ("zero_ablate", "mean_ablate", "resample_ablate", "patch_in", "steer", "scale", "clamp", "project",
+         "a function", "a mask of rows", "rows of the context", "inputs of the context")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_sweep_equals_the_loop_for_every_model_and_verb(model: Model, name: str) -> None:
+    points, inputs, site = traced(model)
+    _, cache = run_with_cache(points, *model.inputs(ROWS), sites=site)
+    patch = verb(name, points, cache[site])
+    assert_equals_the_loop(points, inputs, {part: patch(part) for part in parts(site)})
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "resume", "loop"])
+def test_every_strategy_equals_the_loop(plain_cnn: Model, strategy: Any) -> None:
+    points, inputs, site = traced(plain_cnn)
+    patches = {part: zero_ablate(part) for part in parts(site)}
+    assert strategy_of(assert_equals_the_loop(points, inputs, patches, strategy=strategy)) == strategy
+
+
+def test_a_sweep_of_a_model_without_a_trace_equals_the_loop(model: Model) -> None:
+    patches = {factor: edit(Site(model.site), Scale(factor)) for factor in (0.0, 0.5, 2.0, -1.0)}
+    assert_equals_the_loop(model.module, model.inputs(ROWS), patches)
+
+
+def test_every_hook_point_of_a_model_is_swept_at_once_and_equals_the_loop(model: Model) -> None:
+    inputs = model.inputs(ROWS)
+    points = hook_points(model.module, *inputs)
+    sites = [part for name in points for part in parts(points.site(name))]
+    result = assert_equals_the_loop(points, inputs, {site: edit(site, Scale(2.0)) for site in sites})
+    assert [group.point for group in result.groups] == list(points)
+
+
+class Squashed(nn.Module):
+    """Three layers with something in between that each test gives."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.between = between
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.last(self.between(self.second(torch.relu(self.first(vector)))))
+
+
+def swept(module: nn.Module, name: str = "first", **options: Any) -> SweepResult:
+    """A sweep of the channels of a module, checked against the loop."""
+    inputs = vectors(ROWS)
+    points = hook_points(module.eval(), *inputs)
+    patches = {site: zero_ablate(site) for site in parts(points.site(name))}
+    return assert_equals_the_loop(points, inputs, patches, **options)
+
+
+def test_where_the_inputs_of_a_batch_are_treated_together_the_numbers_are_still_those_of_the_loop() -> None:
+    assert strategy_of(swept(Squashed(lambda hidden: hidden - hidden.mean(0)))) == "vmap"
+
+
+def test_a_branch_that_depends_on_numbers_is_run_one_patch_at_a_time() -> None:
+    result = swept(Squashed(lambda hidden: hidden.tanh() if hidden.sum() > 0 else -hidden))
+    assert strategy_of(result) == "resume"
+    assert "vmap: " in result.groups[0].why
+
+
+class Whisper(nn.Module):
+    """Tells a later module something that its output does not hold, and that is forgotten once it was heard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.heard = nn.Linear(6, 8), nn.Linear(8, 4), []
+
+        class Ear(nn.Module):
+            def forward(ear, vector: Tensor) -> Tensor:
+                self.heard.append(vector.sum(1, keepdim=True))
+                return vector
+
+        self.ear = Ear()
+
+    def forward(self, vector: Tensor) -> Tensor:
+        output = self.last(self.first(self.ear(vector)))
+        return output + (self.heard.pop() if self.heard else 0)
+
+
+def test_a_fast_strategy_with_other_numbers_than_the_loop_is_not_taken_and_the_result_says_so() -> None:
+    result = swept(Whisper())
+    assert strategy_of(result) == "loop"
+    assert "not the numbers of the loop" in result.groups[0].why
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "resume"])
+def test_a_strategy_that_was_asked_for_and_is_wrong_is_an_error(strategy: Any) -> None:
+    with pytest.raises(errors.SweepError, match=f"strategy='{strategy}' is not possible at 'first'.*strategy='auto'"):
+        swept(Whisper(), strategy=strategy)
+
+
+def test_an_unknown_strategy_is_an_error_at_once() -> None:
+    with pytest.raises(errors.SweepError, match="'auto', 'vmap', 'resume' or 'loop'"):
+        swept(Squashed(), strategy="fast")
+
+
+@pytest.mark.parametrize("module", [nn.Dropout(0.5), nn.BatchNorm1d(8)])
+def test_in_train_mode_the_loop_is_taken_and_the_result_says_why(module: nn.Module) -> None:
+    model = Squashed(module).train()
+    inputs = vectors(ROWS)
+    points = hook_points(model, *inputs)
+    before = [buffer.clone() for buffer in model.buffers()]
+    result = sweep(points, *inputs, patches=[zero_ablate(s) for s in parts(points.site("first"))], metric=total)
+    assert strategy_of(result) == "loop"
+    assert f"'between' ({type(module).__name__}) in training mode" in result.groups[0].why
+    assert all(map(torch.equal, before, model.buffers()))
+    state = torch.get_rng_state()
+    for row, patches in zip(result.values["total"], result.patches, strict=True):
+        torch.set_rng_state(state)
+        with torch.no_grad(), patched(points, patches):
+            np.testing.assert_allclose(row, total(model(*inputs)), rtol=1e-6)
+
+
+def test_what_an_edit_draws_is_the_same_for_every_patch_and_strategy(plain_cnn: Model) -> None:
+    points, inputs, site = traced(plain_cnn)
+    patches = [edit(part, lambda activation: torch.rand_like(activation)) for part in parts(site)]
+    state = torch.get_rng_state()
+    results = [sweep(points, *inputs, patches=patches, metric=total, strategy=each) for each in STRATEGIES]
+    assert torch.equal(torch.get_rng_state(), state)
+    for result in results:
+        np.testing.assert_allclose(result.values["total"], results[0].values["total"], rtol=1e-6)
+
+
+STRATEGIES: tuple[Any, ...] = ("loop", "resume", "vmap")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_how_patches_are_cut_into_chunks_changes_nothing(model: Model, seed: int) -> None:
+    points, inputs, site = traced(model)
+    _, cache = run_with_cache(points, *model.inputs(ROWS), sites=site)
+    patches = {part: resample_ablate(part, cache, seed=seed) for part in parts(site)}
+    assert_equals_the_loop(points, inputs, patches, max_bytes=int(np.random.default_rng(seed).integers(1, 2**17)))
+
+
+def test_no_chunk_takes_more_than_max_bytes(plain_cnn: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    points, inputs, site = traced(plain_cnn)
+    sizes = []
+    stacked = strategies._stacked
+
+    def noted(*args: Any) -> Tensor:
+        sizes.append(stacked(*args))
+        return sizes[-1]
+
+    monkeypatch.setattr(strategies, "_stacked", noted)
+    assert_equals_the_loop(points, inputs, {part: zero_ablate(part) for part in parts(site)}, max_bytes=2**18)
+    assert len(sizes) > 1
+    assert max(stack.nbytes for stack in sizes) <= 2**18
+
+
+def test_what_comes_before_a_patch_runs_once_and_in_the_loop_that_two_patches_are_compared_with() -> None:
+    calls = []
+    model = Squashed()
+    first = model.first.forward
+    model.first.forward = lambda vector: (calls.append(len(vector)), first(vector))[1]  # type: ignore[method-assign]
+    points = hook_points(model.eval(), *vectors(ROWS))
+    calls.clear()
+    result = sweep(points, *vectors(ROWS), patches=[zero_ablate(s) for s in parts(points.site("second"))], metric=total)
+    assert strategy_of(result) == "vmap"
+    assert calls == [ROWS, 1, 1]
+
+
+def test_hooks_of_others_run_in_every_forward(plain_cnn: Model) -> None:
+    handle = plain_cnn.module.conv1.register_forward_hook(lambda module, args, output: output * 2)
+    points, inputs, _ = traced(plain_cnn)
+    assert_equals_the_loop(points, inputs, {s: zero_ablate(s) for s in parts(points.site("relu2"))})
+    assert list(plain_cnn.module.conv1._forward_hooks) == [handle.id]
+
+
+def test_what_a_model_writes_in_place_is_not_taken_for_what_was_there_before() -> None:
+    class WritesInPlace(Squashed):
+        def forward(self, vector: Tensor) -> Tensor:
+            vector.clamp_(min=0)
+            hidden = self.first(vector)
+            hidden.add_(1)
+            kept = self.second(hidden)
+            return self.last(kept.relu_() + hidden)
+
+    assert strategy_of(swept(WritesInPlace(), "second")) == "vmap"
+
+
+def test_a_branch_that_is_written_into_after_the_patch_is_handed_out_anew_each_time() -> None:
+    class Branch(Squashed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.elu = nn.ELU(inplace=True)
+
+        def forward(self, vector: Tensor) -> Tensor:
+            stem = self.first(vector)
+            hidden = self.second(vector[:, :1].expand(-1, 8))
+            return self.last(hidden + self.elu(stem))
+
+    assert strategy_of(swept(Branch(), "second")) == "vmap"
+    assert strategy_of(swept(Branch(), "second", strategy="resume")) == "resume"
+
+
+def test_taps_are_swept_by_the_index_of_their_call() -> None:
+    class Tapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+
+        def forward(self, vector: Tensor) -> Tensor:
+            return tap("hidden", self.fc(vector).tanh())
+
+    model = nn.Sequential(block := Tapped(), nn.Linear(6, 6), block, nn.Linear(6, 4))
+    assert strategy_of(swept(model, "hidden#1")) == "vmap"
+    assert strategy_of(swept(model, "hidden#0")) == "vmap"
+
+
+def test_inputs_are_swept(plain_cnn: Model) -> None:
+    points, inputs, _ = traced(plain_cnn)
+    for name in (".in[0]", "conv2.in[0]"):
+        assert_equals_the_loop(points, inputs, {s: zero_ablate(s) for s in parts(points.site(name))})
+
+
+def test_patches_that_do_the_same_later_share_a_forward(plain_cnn: Model) -> None:
+    points, inputs, _ = traced(plain_cnn)
+    freeze = [
+        steer(points.site("conv2", channel=3), torch.ones(1, 1, 1, 1)),
+        edit(points.site("relu2"), lambda a: a + 1),
+    ]
+    patches = {s: [zero_ablate(s), *freeze] for s in parts(points.site("relu1"))}
+    result = assert_equals_the_loop(points, inputs, patches)
+    assert [(group.point, group.strategy) for group in result.groups] == [("relu1", "vmap")]
+
+
+def test_patches_that_do_something_else_later_do_not_share_a_forward(plain_cnn: Model) -> None:
+    points, inputs, _ = traced(plain_cnn)
+    pairs = zip(parts(points.site("relu1")), parts(points.site("conv2")), strict=True)
+    patches = {str(one): [zero_ablate(other), zero_ablate(one)] for one, other in pairs}
+    result = assert_equals_the_loop(points, inputs, patches)
+    assert [(group.point, group.strategy) for group in result.groups] == [("relu1", "resume")]
+    assert "what the patches do later differs" in result.groups[0].why
+
+
+def test_several_patches_at_one_hook_point_are_applied_in_their_order(shared_module: Model) -> None:
+    points, inputs, _ = traced(shared_module)
+    patches = {
+        s: [
+            edit(s, Scale(3.0)),
+            steer(points.site("relu#0"), torch.ones(1, 1)),
+            zero_ablate(points.site("relu#1", feature=0)),
+        ]
+        for s in parts(points.site("relu#0"))
+    }
+    assert strategy_of(assert_equals_the_loop(points, inputs, patches)) == "vmap"
+
+
+def test_a_sweep_inside_patched_keeps_the_outer_patches(plain_cnn: Model) -> None:
+    points, inputs, site = traced(plain_cnn)
+    with patched(points, [zero_ablate(points.site("conv1", channel=2)), edit(points.site("conv2"), Scale(2.0))]):
+        assert_equals_the_loop(points, inputs, {part: zero_ablate(part) for part in parts(site)})
+
+
+def test_a_twin_is_swept_with_its_own_patches(tuple_output: Model) -> None:
+    inputs = tuple_output.inputs(ROWS)
+    twin = PatchedPolicy(tuple_output.module, zero_ablate(Site("body", feature=1)))
+    points = hook_points(twin, *inputs)
+    assert_equals_the_loop(points, inputs, {s: zero_ablate(s) for s in parts(points.site("policy_head"))})
+
+
+def test_a_policy_of_stable_baselines_is_swept_by_the_method_that_was_traced() -> None:
+    sb3 = pytest.importorskip("stable_baselines3.common.policies")
+    spaces = pytest.importorskip("gymnasium.spaces")
+    policy = sb3.ActorCriticPolicy(spaces.Box(-1, 1, (6,)), spaces.Discrete(4), lambda progress: 1e-3).eval()
+    points = hook_points(policy, *vectors(ROWS), method="get_distribution")
+    patches = {s: zero_ablate(s) for s in parts(points.site("mlp_extractor.policy_net.0"))}
+    inputs = vectors(ROWS)
+    result = sweep(points, *inputs, patches=patches, metric=lambda found: found.distribution.logits[:, 0])
+    for row, patch in zip(result.values["metric"], patches.values(), strict=True):
+        with torch.no_grad(), patched(points, patch):
+            np.testing.assert_allclose(row, policy.get_distribution(*inputs).distribution.logits[:, 0], rtol=1e-6)
+
+
+def test_keyword_inputs_are_swept() -> None:
+    class Keyword(Squashed):
+        def forward(self, *, vector: Tensor, factor: float) -> Tensor:
+            return super().forward(vector) * factor
+
+    model = Keyword().eval()
+    (vector,) = vectors(ROWS)
+    patches = [zero_ablate(Site("first", feature=number)) for number in range(8)]
+    result = sweep(model, vector=vector, factor=3.0, patches=patches, metric=total)
+    with torch.no_grad(), patched(model, patches[5]):
+        np.testing.assert_allclose(result.values["total"][5], total(model(vector=vector, factor=3.0)), rtol=1e-6)
+
+
+def test_a_model_that_draws_in_its_forward_draws_the_same_for_every_patch() -> None:
+    class Noise(nn.Module):
+        def forward(self, vector: Tensor) -> Tensor:
+            return vector + torch.rand_like(vector)
+
+    class Noisy(Squashed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = Noise(), Noise()
+
+        def forward(self, vector: Tensor) -> Tensor:
+            return self.last(self.late(self.second(self.early(self.first(vector)))))
+
+    model = Noisy().eval()
+    inputs = vectors(ROWS)
+    points = hook_points(model, *inputs)
+    for name, strategy in (("first", "resume"), ("second", "loop")):
+        patches = [zero_ablate(site) for site in parts(points.site(name))]
+        result = sweep(points, *inputs, patches=patches, metric=total)
+        assert strategy_of(result) == strategy
+        state = torch.get_rng_state()
+        for row, patch in zip(result.values["total"], patches, strict=True):
+            torch.set_rng_state(state)
+            with torch.no_grad(), patched(points, patch):
+                np.testing.assert_allclose(row, total(model(*inputs)), rtol=1e-6)
+        torch.set_rng_state(state)
+
+
+def test_a_sweep_in_inference_mode_equals_the_loop(inplace_relu: Model) -> None:
+    with torch.inference_mode():
+        points, inputs, site = traced(inplace_relu)
+        assert strategy_of(assert_equals_the_loop(points, inputs, {s: zero_ablate(s) for s in parts(site)})) == "vmap"
+
+
+def test_a_transformer_is_swept_for_many_patches_at_a_time() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)).eval()
+    inputs = (torch.randn(ROWS, 5, 8),)
+    points = hook_points(model, *inputs)
+    for name in ("0.layers.0.linear1", "0.layers.0"):
+        result = assert_equals_the_loop(points, inputs, {s: zero_ablate(s) for s in parts(points.site(name))})
+        assert strategy_of(result) == "vmap"
+
+
+def test_an_output_that_hides_tensors_is_not_rebuilt_from_the_unpatched_one() -> None:
+    class Hidden:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    class Hiding(Squashed):
+        def forward(self, vector: Tensor) -> Any:
+            output = super().forward(vector)
+            return output.argmax(1), Hidden(output)
+
+    model = Hiding().eval()
+    inputs = vectors(ROWS)
+    points = hook_points(model, *inputs)
+    patches = {site: zero_ablate(site) for site in parts(points.site("second"))}
+    result = sweep(points, *inputs, patches=patches, metric=lambda output: output[1].tensor[:, 0])
+    expected = by_hand(points, inputs, patches, lambda output: output[1].tensor[:, 0])
+    np.testing.assert_allclose(result.values["metric"], expected, rtol=1e-6)
+    assert strategy_of(result) == "resume"
+    assert "the output holds a Hidden" in result.groups[0].why
