@@ -1,7 +1,7 @@
 """The parts of the study, in the order of the report; each module ends in its `PART`."""
 
 from maze.part import Part
-from maze.parts import pair, search, sums
+from maze.parts import pair, search, sums, sweep
 
 PARTS: dict[str, Part] = {module.PART.name: module.PART for module in (pair, search, sums)}
 
@@ -9,4 +9,4 @@ PARTS: dict[str, Part] = {module.PART.name: module.PART for module in (pair, sea
 SIDE_BY_SIDE = ("search", "ranking", "sums", "decision", "ablation")
 
 # Measured only when `--only` names them.
-EXTRA: dict[str, Part] = {}
+EXTRA: dict[str, Part] = {sweep.PART.name: sweep.PART}
