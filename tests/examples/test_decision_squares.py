@@ -1,0 +1,124 @@
+import numpy as np
+import torch
+from studies import shipped_points
+
+import maze.part
+from maze.decision_squares import (
+    CHEESE_TO_CORNER,
+    DISTANCES,
+    TO_CHEESE,
+    TO_CORNER,
+    Decisions,
+    at_decision_squares,
+    cells,
+    joined,
+    precise_threshold,
+    said,
+    share_cells,
+    strata,
+    threshold_rows,
+)
+from maze.levels import draw_levels, observe, policy_input
+from maze.logistic import PENALTY, fit_logistic, predicted
+from maze.part import Study
+from maze.paths import Direction
+from maze.policy import ACTIONS
+from maze.selection import Selection
+from maze.states import mazes_from_pictures, write_mazes
+
+FORK = """
+    .....
+    .####
+    .....
+    .#.##
+    M#C..
+"""
+
+
+def test_a_decision_has_the_ways_the_moves_and_the_distances_of_its_maze():
+    points = shipped_points()
+    mazes = mazes_from_pictures(FORK).moved(mouse=(2, 0))
+    levels = write_mazes(mazes, draw_levels(1, size=3, seed=0)[0])
+    seen = at_decision_squares(points, levels)
+    assert (seen.cheese[0], seen.corner[0]) == (Direction.RIGHT, Direction.UP)
+    with torch.no_grad():
+        probs = points.model(torch.from_numpy(policy_input(observe(levels))))[0].probs[0].numpy()
+    expected = [probs[list(ACTIONS[each])].sum() for each in Direction]
+    expected[Direction.LEFT] = -1  # off the edge
+    np.testing.assert_allclose(seen.moves[0], expected, rtol=1e-5)
+    assert seen.distance(TO_CHEESE)[0] == 4 and seen.distance(TO_CORNER)[0] == 6
+    straight = [np.hypot(4, 2), np.hypot(2, 2), np.hypot(2, 4)]
+    np.testing.assert_allclose(seen.distances[0, [DISTANCES.index(CHEESE_TO_CORNER), 3, 4]], straight)
+
+
+def test_an_illegal_move_is_never_the_chosen_one():
+    seen = decisions(moves=[[-1, 0, -1, 0]], cheese=[1], corner=[3])
+    assert seen.chosen.tolist() == [Direction.DOWN]
+
+
+def test_joined_decisions_are_those_of_all_parts_in_order():
+    parts = [decisions(moves=np.eye(4)[[each]], cheese=[each], corner=[3]) for each in (0, 2)]
+    assert joined(parts).chosen.tolist() == [0, 2] and joined(parts).rows([1]).cheese.tolist() == [2]
+
+
+def test_a_stratum_is_a_pair_of_bins_of_the_two_path_lengths():
+    seen = decisions(moves=np.eye(4), cheese=[0] * 4, corner=[1] * 4)
+    seen.distances[:, DISTANCES.index(TO_CHEESE)] = [7, 8, 31, 32]
+    seen.distances[:, DISTANCES.index(TO_CORNER)] = [0, 8, 0, 100]
+    assert strata(seen).tolist() == [0, 5, 8, 15]
+
+
+def test_the_threshold_says_which_precision_it_could_reach():
+    study = Study(None, {}, 5, 0)
+    high = np.arange(40) >= 20
+    mixed = high & (np.arange(40) % 4 > 0)  # 15 of the 20 high sums; halves that are alike but for one get 7 or 8
+    study.__dict__["selection"] = selection(high * 9.0, high)
+    assert precise_threshold(study, Direction.UP).criterion == "precision of at least 0.99"
+    study.__dict__["selection"] = selection(high * 9.0, mixed)
+    probe = precise_threshold(study, Direction.UP)
+    assert (probe.threshold, float(probe.criterion.split()[-1]) < 0.99) == (4.5, True)
+    (row,) = threshold_rows(study.selection, {Direction.UP: probe})
+    assert not row["as_precise_as_asked"] and row["criterion"] == probe.criterion
+
+
+def test_a_channel_that_does_not_vary_has_no_threshold():
+    study = Study(None, {}, 5, 0)
+    study.__dict__["selection"] = selection(np.zeros(40), np.arange(40) < 20)
+    assert precise_threshold(study, Direction.UP) is None
+
+
+def test_what_cannot_be_estimated_is_none_and_said_so():
+    assert share_cells("share", 0, 0) == cells("share", None) == dict.fromkeys(("share", "share_low", "share_high"))
+    assert said(share_cells("share", 0, 0), "share") == "nothing to estimate"
+    assert said(share_cells("share", 9, 10), "share") == "90% (60% to 98%)"
+
+
+def test_the_gradient_of_the_penalised_likelihood_is_zero_at_the_fit():
+    rng = np.random.default_rng(0)
+    features, outcome = rng.normal(size=(60, 2)), rng.random(60) < 0.3
+    fit = fit_logistic(features, outcome)
+    residual = outcome - predicted(fit, features)
+    np.testing.assert_allclose(features.T @ residual, PENALTY * fit[1:], atol=1e-6)
+    assert abs(residual.sum()) < 1e-4
+
+
+def test_separable_and_constant_outcomes_have_finite_coefficients():
+    features = np.linspace(-1, 1, 20)[:, None]
+    separable = fit_logistic(features, features[:, 0] > 0)
+    assert np.isfinite(separable).all() and ((predicted(separable, features) > 0.5) == (features[:, 0] > 0)).all()
+    always = fit_logistic(features, np.ones(20, dtype=bool))
+    assert np.isfinite(always).all() and (predicted(always, features) > 0.9).all()
+
+
+def decisions(moves, cheese, corner, sums=None):
+    n = len(cheese)
+    sums = np.zeros((n, 1)) if sums is None else np.asarray(sums, dtype=float)
+    return Decisions(
+        np.array(cheese), np.array(corner), np.asarray(moves, dtype=float), sums, np.ones((n, len(DISTANCES)))
+    )
+
+
+def selection(sums, label):
+    first = np.where(label, Direction.UP, Direction.LEFT)
+    legal = np.ones((len(sums), 4), dtype=bool)
+    return Selection(maze.part.SITE, sums[:, None], first, legal, np.zeros((4, 1)), {Direction.UP: 0}, (0,), (0,))

@@ -1,0 +1,145 @@
+import copy
+
+import numpy as np
+import pytest
+from studies import from_files, shipped_points
+
+from maze.decision_squares import DISTANCES, Decisions, at_decision_squares
+from maze.part import Study
+from maze.parts import decision as part
+from maze.paths import Direction
+
+GOES = {"UP": [0, 0, 1, 0], "RIGHT": [0, 0, 0, 1]}
+
+
+@pytest.fixture(scope="module")
+def study():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "SIZE", 9)
+        patch.setattr(part, "MOST_DRAWN", 3)
+        patch.setattr("maze.part.SELECTION_LEVELS", 80)
+        yield Study(shipped_points(), {}, 6, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return part.measure(study)
+
+
+def seen(goes, cheese, corner):
+    n = len(goes)
+    return Decisions(
+        np.array([Direction[each] for each in cheese]),
+        np.array([Direction[each] for each in corner]),
+        np.array([GOES[each] for each in goes], dtype=float),
+        np.zeros((n, 1)),
+        np.ones((n, len(DISTANCES))),
+    )
+
+
+def test_a_square_is_counted_by_what_lies_there_and_whether_the_mouse_goes():
+    some = seen(("UP", "UP", "RIGHT", "RIGHT"), ("UP", "RIGHT", "UP", "RIGHT"), ("RIGHT", "UP", "RIGHT", "DOWN"))
+    rows = {(row["leads_to"], row["goes"]): row["count"] for row in part._squares({}, some, Direction.UP, 4)}
+    assert rows == {
+        ("cheese", True): 1,
+        ("cheese", False): 1,
+        ("corner", True): 1,
+        ("corner", False): 0,
+        ("neither", True): 0,
+        ("neither", False): 1,
+    }
+
+
+def test_without_accepted_levels_there_are_no_shares():
+    nothing = seen(("UP",), ("UP",), ("RIGHT",)).rows([])
+    assert {row["share"] for row in part._squares({}, nothing, Direction.UP, 9)} == {None}
+    row = part._choices({}, nothing, Direction.UP, 9)
+    assert (row["accepted"], row["goes"], row["to_cheese"]) == (0.0, None, None)
+
+
+def test_the_stratified_difference_is_the_mean_of_the_strata_by_mantel_and_haenszel():
+    inside = [(1, 0, 1), (1, 0, 1), (1, 3, 0), (1, 9, 1)]  # stratum 9 has nothing to be compared with
+    outside = [(0, 0, 1), (0, 0, 0), (0, 3, 0), (0, 3, 0), (0, 3, 1)]
+    expected = ((1 - 1 / 2) * (2 * 2 / 4) + (0 - 1 / 3) * (1 * 3 / 4)) / (2 * 2 / 4 + 1 * 3 / 4)
+    assert part.stratified_difference(np.array(inside + outside, dtype=float)) == pytest.approx(expected)
+
+
+def test_in_one_stratum_the_stratified_difference_is_that_of_the_shares():
+    sample = np.array([(1, 0, 1), (1, 0, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0)], dtype=float)
+    assert part.stratified_difference(sample) == pytest.approx(1 / 2 - 1 / 3)
+
+
+def test_strata_that_share_no_levels_leave_no_difference():
+    assert np.isnan(part.stratified_difference(np.array([(1, 0, 1), (0, 1, 1)], dtype=float)))
+
+
+def test_distance_that_explains_everything_leaves_no_matched_difference():
+    near = seen(("UP",) * 20, ("UP",) * 20, ("RIGHT",) * 20)
+    far = seen(("UP",) * 20, ("RIGHT",) * 20, ("UP",) * 20)
+    for each, distance in ((near, 4), (far, 40)):
+        each.distances[:] = distance
+    order = [*range(15), *range(20, 25)], [*range(15, 20), *range(25, 40)]
+    both = part.joined([near, far])
+    rows = {row["matched_on"]: row for row in part._matched("all", both.rows(order[0]), both.rows(order[1]), seed=0)}
+    assert rows["nothing"]["difference"] == pytest.approx(0.5) and rows["nothing"]["difference_low"] > 0
+    assert rows["both"]["difference"] == 0 and rows["both"]["strata"] == 2
+
+
+def test_accepted_levels_are_the_first_past_the_threshold(study, tables):
+    for threshold in tables["thresholds"]:
+        direction = Direction[threshold["direction"]]
+        levels = [
+            level
+            for number in range(part.MOST_DRAWN)
+            for level in study.levels(
+                f"decision {part.SPLITS[0]} {number}", size=part.SIZE, cheese=part.SPLITS[0], mouse="decision square"
+            )
+        ]
+        every = at_decision_squares(study.points, levels)
+        past = np.flatnonzero(every.sums[:, threshold["channel"]] > threshold["threshold"])[: study.n]
+        assert threshold["accepts"] == "above"
+        (row,) = (
+            row
+            for row in tables["choices"]
+            if (row["direction"], row["squares"], row["split"]) == (direction.name, "accepted", part.SPLITS[0])
+        )
+        drawn = past[-1] + 1 if len(past) == study.n else row["drawn"]
+        assert (row["n"], row["drawn"]) == (len(past), drawn)
+        if len(past):
+            assert row["to_cheese"] == pytest.approx((every.chosen == every.cheese)[past].mean())
+
+
+def test_the_counts_of_every_table_are_its_levels(tables):
+    for row in tables["choices"]:
+        key = row["direction"], row["split"], row["squares"]
+        counts = [
+            cell["count"] for cell in tables["squares"] if (cell["direction"], cell["split"], cell["squares"]) == key
+        ]
+        assert len(counts) == 6 and sum(counts) == row["n"] <= row["drawn"]
+
+
+def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
+    back = from_files(tables, tmp_path)
+    assert part.PART.finding(back) == part.PART.finding(tables)
+    assert len(part.PART.figure(back).axes) == 3
+
+
+def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
+    changed = copy.deepcopy(tables)
+    for row in changed["choices"]:
+        row |= {"n": 999, "goes_low": 0.9}
+    for row in changed["matched"]:
+        row |= {"difference": 0.5, "difference_low": 0.4, "difference_high": 0.6}
+    found = part.PART.finding(changed)
+    assert found.agrees == "yes" and "n=999" in found.ours
+    for row in changed["matched"]:
+        row["difference_low"] = -0.1
+    assert part.PART.finding(changed).agrees == "in part"
+
+
+def test_a_policy_without_thresholds_is_not_comparable(study, monkeypatch):
+    monkeypatch.setattr(part, "precise_threshold", lambda *_: None)
+    tables = part.measure(study)
+    found = part.PART.finding(tables)
+    assert found.agrees == "not comparable" and "has no threshold" in found.ours
+    assert part.PART.figure(tables).axes

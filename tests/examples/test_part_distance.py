@@ -1,0 +1,92 @@
+import copy
+
+import numpy as np
+import pytest
+from scipy.stats import rankdata, spearmanr
+from studies import from_files, shipped_points
+
+from maze.part import Study
+from maze.parts import distance as part
+
+
+@pytest.fixture(scope="module")
+def study():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "SIZE", 13)
+        patch.setattr(part, "RESAMPLES", 99)
+        patch.setattr("maze.part.SELECTION_LEVELS", 80)
+        yield Study(shipped_points(), {}, 12, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return part.measure(study)
+
+
+def test_without_strata_the_rank_correlation_is_spearmans():
+    rng = np.random.default_rng(0)
+    x = rng.integers(5, size=40) / 1.0
+    y = x + rng.normal(size=40)
+    sample = np.stack([np.zeros(40), x, y], axis=1)
+    assert part.rank_correlation(sample) == pytest.approx(spearmanr(x, y).statistic)
+
+
+def test_within_strata_only_ranks_inside_a_stratum_count():
+    rng = np.random.default_rng(1)
+    stratum = np.repeat([0, 3], (10, 20))
+    x, y = 100 * stratum + rng.normal(size=30), 100 * stratum + rng.integers(4, size=30)
+    ranks = [
+        np.concatenate([(rankdata(v[stratum == s]) - (n + 1) / 2) / n for s, n in ((0, 10), (3, 20))]) for v in (x, y)
+    ]
+    expected = ranks[0] @ ranks[1] / np.sqrt((ranks[0] @ ranks[0]) * (ranks[1] @ ranks[1]))
+    assert part.rank_correlation(np.stack([stratum, x, y], axis=1)) == pytest.approx(expected)
+
+
+def test_what_does_not_vary_has_no_correlation():
+    assert part.rank_correlation(np.array([[0, 1, 1], [0, 2, 1], [0, 3, 1]], dtype=float)) == 0
+
+
+def test_shares_are_counted_in_bins_of_the_distance():
+    distance, values = np.array([0.5, 3.9, 4.0, 9.0]), np.array([True, False, True, False])
+    rows = part._shares("mouse", distance, values)
+    assert [(row["from"], row["below"], row["n"], row["count"]) for row in rows] == [
+        (0, 4, 2, 1),
+        (4, 8, 1, 1),
+        (8, 12, 1, 0),
+    ]
+
+
+def test_every_level_is_in_one_bin_and_one_stratum(study, tables):
+    mouse = [row["n"] for row in tables["shares"] if row["measure"] == part.MOUSE]
+    assert sum(mouse) == 2 * study.n == sum(row["n_near"] + row["n_far"] for row in tables["strata"])
+
+
+def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
+    back = from_files(tables, tmp_path)
+    assert part.PART.finding(back) == part.PART.finding(tables)
+    assert len(part.PART.figure(back).axes) == 4
+
+
+def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
+    changed = copy.deepcopy(tables)
+    for row in changed["trends"]:
+        row |= {"correlation": -0.33, "correlation_low": -0.5, "correlation_high": -0.1}
+    found = part.PART.finding(changed)
+    assert found.agrees == "yes" and "-0.33" in found.ours and "does not explain the fall" in found.follows
+    for row in changed["trends"]:
+        row["correlation_high"] = 0.2
+    assert part.PART.finding(changed).agrees == "no"
+
+
+def test_a_policy_without_thresholds_and_without_variation_is_told_as_such(study, monkeypatch):
+    monkeypatch.setattr(part, "precise_threshold", lambda *_: None)
+    seen = part.at_decision_squares
+    monkeypatch.setattr(part, "at_decision_squares", lambda *given: still(seen(*given)))
+    tables = part.measure(study)
+    assert part.PART.finding(tables).agrees == "not comparable"
+    assert part.PART.figure(tables).axes
+
+
+def still(seen):
+    """The same levels, on which the mouse always goes to the cheese and no sum varies."""
+    return seen._replace(moves=np.eye(4)[seen.cheese], sums=np.ones_like(seen.sums))
