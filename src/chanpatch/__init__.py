@@ -3,6 +3,7 @@
 from ._patches import Patch
 from ._taps import tap
 from .contrast import contrast
+from .interventions import load, save
 from .patching import edit, mean_ablate, patch_in, patched, resample_ablate, steer, zero_ablate
 from .points import HookPoint, HookPoints
 from .policies import PatchedPolicy
@@ -28,6 +29,7 @@ __all__ = [
     "edit",
     "hook_points",
     "label_channels",
+    "load",
     "mean_ablate",
     "paired_rollouts",
     "patch_in",
@@ -36,6 +38,7 @@ __all__ = [
     "resample_ablate",
     "rollout",
     "run_with_cache",
+    "save",
     "steer",
     "sweep",
     "tap",

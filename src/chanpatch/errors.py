@@ -17,6 +17,7 @@
     ├── StatisticsError (ValueError)         counts or scores that no statistic can be taken of
     ├── ContrastError (ValueError)           pairs that are none
     ├── ProbeError (ValueError)              sums or labels that no probe can be fitted to
+    ├── InterventionError (ValueError)       patches that cannot be saved, or a file that cannot be loaded or repeated
     └── MissingPackageError (ImportError)    an optional package that is not installed
 
 A message says what is wrong with the user's own value, what was expected, and what to do.
@@ -96,6 +97,10 @@ class ContrastError(ChanpatchError, ValueError):
 
 class ProbeError(ChanpatchError, ValueError):
     """Sums or labels that no probe can be fitted to."""
+
+
+class InterventionError(ChanpatchError, ValueError):
+    """Patches that are no data, or a file of them that is damaged, does not fit the model, or does not repeat."""
 
 
 class MissingPackageError(ChanpatchError, ImportError):
