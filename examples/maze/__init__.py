@@ -16,11 +16,15 @@
 | `episodes.py` | what a policy did on every level, as arrays |
 | `exact.py` | every level as a Markov chain: probabilities without sampling, and walks with a rollout's own draws |
 | `tables.py` | the policy's action probabilities in every state, for many interventions at once |
+| `effects.py` | what interventions do on many levels: tables some levels at a time, ablations, effects with intervals |
+| `steering.py` | steering vectors of single mazes, and their controls |
 | `evaluation.py` | how well a policy does and where it goes, by size and place of the cheese, for `evaluate.py` |
 | `results.py` | results on disk, written atomically |
 | `figures.py` | pictures of what came out |
 | `experiment.py` | the post's causal experiment in procgen, from end to end: `--only rollouts` |
 | `selection.py` | which channels stand for which direction, chosen on mazes of their own |
+| `decision_squares.py` | what the policy does where the ways to the cheese and to the corner part |
+| `logistic.py` | a logistic regression with a small penalty |
 | `moved_walls.py` | contrastive pairs made from levels |
 | `part.py` | what a part of the study is: a question, tables, a figure, a finding |
 | `parts/` | the parts, one file each |

@@ -65,7 +65,7 @@ def action_tables(
     """
     interventions = {ORIGINAL: ()} if interventions is None else interventions
     rest = _Rest(points, site)
-    some = slice(_COMPARED)
+    some = slice(0, None, -(-len(chains) // _COMPARED))  # of several levels
     observations, level = _tensor(chains.observations(some), points), chains.level[some]
     recorded = rest.record(observations)
     for name, intervention in interventions.items():
@@ -138,9 +138,9 @@ class _Rest:
         """
         if self.site == SITE:
             patches = _patches(intervention, level)
-            if all(_sets_alone(patches, patch) for patch in patches):
-                changed = [self._change(patch, recorded[SITE]) for patch in patches]
-                return _probabilities(self._policies[LINEAR], sum(changed, recorded[LINEAR]))
+            if _only_sets_a_region(patches):
+                changes = (self._change(patch, recorded[SITE]) for patch in patches)
+                return _probabilities(self._policies[LINEAR], sum(changes, recorded[LINEAR]))
         policy, parts = self._policies[self.site], []
         for first in range(0, len(level), _BATCH):
             rows = slice(first, first + _BATCH)
@@ -158,15 +158,16 @@ class _Rest:
 
     def _columns(self, site: Site, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Which inputs of `LINEAR` a region of `SITE` is, (1, channel, row, col), and the weights of these."""
-        numbered = torch.arange(shape[1:].numel(), dtype=torch.float32).view(1, *shape[1:])
-        columns = run_with_cache(self._policies[SITE], numbered, sites=site, stop=True)[site].long()
         weight = self._points.model.get_submodule(LINEAR).weight
+        numbered = torch.arange(shape[1:].numel(), dtype=weight.dtype, device=weight.device).view(1, *shape[1:])
+        columns = run_with_cache(self._policies[SITE], numbered, sites=site, stop=True)[site].long()
         return columns, weight[:, columns.flatten()].T.contiguous()
 
 
-def _sets_alone(patches: Sequence[Patch], patch: Patch) -> bool:
-    """Whether a patch is the only one, and puts a value in place of a region of `SITE` in every row."""
-    return len(patches) == 1 and patch.site.name == SITE and isinstance(patch.edit, Set) and patch.where is None
+def _only_sets_a_region(patches: Sequence[Patch]) -> bool:
+    """Whether there is no patch, or one that puts a value in place of a region of `SITE` in every row."""
+    every = all(each.site.name == SITE and isinstance(each.edit, Set) and each.where is None for each in patches)
+    return every and len(patches) < 2  # of two, the later one may set what the earlier one did
 
 
 def _patches(intervention: Intervention, level: NDArray[np.int64]) -> Sequence[Patch]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.distributions import Categorical
 
-from chanpatch import PatchedPolicy, edit, hook_points, rollout, zero_ablate
+from chanpatch import PatchedPolicy, edit, hook_points, patch_in, rollout, steer, zero_ablate
 from maze.environment import MazeVectorEnv
 from maze.episodes import ORIGINAL, padded
 from maze.exact import STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, walk
@@ -14,7 +14,7 @@ from maze.paths import MOVES, Direction
 from maze.policy import ACTION_COUNT, ACTIONS, load_policy
 from maze.requirements import procgen_mazes
 from maze.states import CHEESE, WALL, mazes_from_pictures, read_mazes, write_mazes
-from maze.tables import SITE, SuffixError, action_tables, suffix
+from maze.tables import SITE, TOLERANCE, SuffixError, action_tables, suffix
 
 CORRIDOR = """
     ...
@@ -166,6 +166,15 @@ def test_in_the_long_run_the_mouse_gets_to_one_of_two_goals_with_probability_1(s
     assert (hits >= 0).all()
 
 
+def test_stacked_tables_give_what_each_gives_alone(small):
+    chains = Chains.of(small)
+    tables = np.stack([random_table(chains, seed=seed) for seed in range(5)])
+    together, both = first_hits(chains, tables, [chains.cheese], steps=30), decisions(chains, tables, steps=30)
+    for table, hits, taken in zip(tables, together, both, strict=True):
+        np.testing.assert_array_equal(hits, first_hits(chains, table, [chains.cheese], steps=30))
+        np.testing.assert_array_equal(taken, decisions(chains, table, steps=30))
+
+
 def test_at_the_decision_square_the_chances_of_two_ways_are_in_proportion_when_other_moves_come_back():
     chains = Chains.of(levels_from(FORK))  # the other moves are down, where the mouse can only come back, and a wall
     table = always(chains, LEFT=0.3, DOWN=0.2, UP=0.1, RIGHT=0.4)
@@ -263,16 +272,35 @@ def test_tables_are_what_the_patched_policy_says_of_every_state(points, small):
     observations = torch.from_numpy(policy_input(chains.observations(slice(None))[some]))
     for name, patches in interventions.items():
         expected = PatchedPolicy(points, patches).distribution(observations).probs
-        np.testing.assert_allclose(tables[name][some], expected.detach().numpy(), atol=1e-6, rtol=0)
+        np.testing.assert_allclose(tables[name][some], expected.detach().numpy(), atol=TOLERANCE, rtol=0)
     assert not np.allclose(tables["zeroed"], tables[ORIGINAL], atol=1e-3)
     assert not np.allclose(tables["zeroed"], tables["two"], atol=1e-3)
+
+
+def test_an_intervention_may_be_a_function_of_the_level_of_every_state(points, small):
+    chains = Chains.of(small[:4])
+    site, donors = points.site(SITE, channel=[3, 27]), torch.rand(4, 2, 8, 8, generator=torch.manual_seed(0))
+    early, vectors = points.site("embedder.block2"), torch.randn(4, 32, 1, 1, generator=torch.manual_seed(1))
+    late = action_tables(points, chains, {"set": lambda level: [patch_in(site, donors[level])]})["set"]
+    steered = action_tables(
+        points, chains, {"steered": lambda level: [steer(early, vectors[level])]}, site="embedder.block2"
+    )["steered"]
+    observations = torch.from_numpy(policy_input(chains.observations(slice(None))))
+    for level in range(4):
+        states = chains.level == level
+        for table, patch in (
+            (late, patch_in(site, donors[level : level + 1])),
+            (steered, steer(early, vectors[level : level + 1])),
+        ):
+            expected = PatchedPolicy(points, patch).distribution(observations[states]).probs
+            np.testing.assert_allclose(table[states], expected.detach(), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("site", ["embedder.block1", "embedder.block3", SITE, "embedder.fc"])
 def test_the_policy_runs_from_any_link_of_its_chain(points, small, site):
     chains = Chains.of(small[:1])
     table = action_tables(points, chains, site=site)[ORIGINAL]
-    np.testing.assert_allclose(table, action_tables(points, chains)[ORIGINAL], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(table, action_tables(points, chains)[ORIGINAL], atol=TOLERANCE, rtol=0)
 
 
 def test_the_suffix_shares_the_weights_and_leaves_the_policy_alone(points):
@@ -307,7 +335,7 @@ def test_a_patch_that_depends_on_the_row_is_refused(points, small):
         action_tables(points, Chains.of(small[:1]), {"rows": [patch]})
     assert str(error.value) == (
         "rows: run from 'embedder.relu3' on, the policy's action probabilities depend on the order of the states: a "
-        "patch depends on more than the activation."
+        "patch depends on more than activation and level."
     )
 
 

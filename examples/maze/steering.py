@@ -1,0 +1,92 @@
+"""Steering vectors of single mazes at the end of block 2's first residual block, and the controls for them.
+
+A vector is the activation of one picture of a level minus that of another, the mouse on its first square. It is added
+in every state of the level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from chanpatch import HookPoints, steer
+from chanpatch.controls import random_vectors
+from maze.effects import DESTINATIONS, activations, draw_effects, mean_intervals
+from maze.part import Table, Tables, interval_cells
+from maze.states import Mazes, write_mazes
+from maze.tables import Intervention
+
+BLOCK = "embedder.block2.res1"  # what comes out of it is what comes out of its resadd
+OWN = "own vector"
+CONTROLS = ("another level's", "channels shuffled", "random of the same norm")
+
+Values: TypeAlias = NDArray[np.float64]
+
+
+def difference_vectors(points: HookPoints, levels: Sequence[bytes], with_it: Mazes, without_it: Mazes) -> Tensor:
+    """The activation of one picture of each level minus that of another: (level, channel, row, col)."""
+    return (
+        activations(points, write_mazes(with_it, levels), BLOCK)
+        - activations(points, write_mazes(without_it, levels), BLOCK)
+    )[BLOCK]
+
+
+def steered(points: HookPoints, vectors: Tensor, coefficient: float, *, seed: int) -> dict[str, Intervention]:
+    """Every level's own vector added, and the controls: vectors that lack what the own one says of the level.
+
+    Args:
+        points: of the policy.
+        vectors: (level, channel, row, col).
+        coefficient: of them all.
+        seed: of the controls.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(vectors.shape[:2], generator=generator).argsort(dim=1)[:, :, None, None]
+    others = (
+        vectors.roll(1, dims=0),
+        vectors.gather(1, order.expand_as(vectors)),
+        random_vectors(vectors, count=1, seed=seed)[0] if vectors.any() else vectors,
+    )
+    chosen = {OWN: vectors, **dict(zip(CONTROLS, others, strict=True))}
+    return {name: added(points, each, coefficient) for name, each in chosen.items()}
+
+
+def added(points: HookPoints, vectors: Tensor, coefficient: float) -> Intervention:
+    """To every level its vector added, times the coefficient."""
+    site = points.site(BLOCK)
+    return lambda level: [steer(site, vectors[level], coefficient)]
+
+
+def against_controls(values: Mapping[str, Values], names: Sequence[str], seed: int) -> Table:
+    """How much more the own vector does than each control, over the same levels.
+
+    Args:
+        values: by measure, (1 + intervention, level), the original first.
+        names: of the interventions, the own vector among them.
+        seed: of the bootstrap.
+    """
+    rows: Table = []
+    for measure, of in values.items():
+        known = of[:, np.isfinite(of[0])]
+        if not known.shape[1]:
+            continue
+        own = known[1 + names.index(OWN)]
+        others = np.stack([known[1 + names.index(name)] for name in CONTROLS])
+        for name, interval in zip(CONTROLS, mean_intervals(own - others, seed), strict=True):
+            cells = interval_cells("own_minus_control", interval)
+            rows.append({"measure": measure, "control": name, "n": len(own), **cells})
+    return rows
+
+
+def vector_figure(tables: Tables, title: str) -> Figure:
+    """Where the mouse gets to under every vector."""
+    drawn = Figure(figsize=(9, 5), layout="constrained")
+    draw_effects(drawn.subplots(), tables["effects"], DESTINATIONS)
+    drawn.suptitle(title)
+    return drawn

@@ -1,0 +1,146 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from studies import from_files, shipped_points, small_study
+
+from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
+from maze.effects import ablation, activations
+from maze.exact import Chains
+from maze.levels import draw_levels, observe, policy_input
+from maze.part import shown
+from maze.parts import ablation as part
+from maze.paths import Direction
+from maze.policy import ACTIONS
+from maze.states import read_mazes
+from maze.tables import SITE, action_tables
+
+RANKED = (27, 16, 13, 10, 31, 3)
+PLACE = part.PLACES[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_mazes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "SIZE", 9)
+        patch.setattr(part, "REFERENCE", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study():
+    return small_study(3, RANKED)
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return part.measure(study)
+
+
+def row_of(tables, ablated, kind="zero", cheese=PLACE):
+    (row,) = (
+        row for row in tables["effects"] if (row["ablated"], row["kind"], row["cheese"]) == (ablated, kind, cheese)
+    )
+    return row
+
+
+def found_by_hand(policy, level):
+    """P(cheese within 256 steps) by the powers of one dense matrix."""
+    chains = Chains.of([level])
+    inputs = torch.from_numpy(policy_input(chains.observations(slice(None))))
+    shares = torch.cat([policy(batch)[0].probs for batch in inputs.split(64)]).double().detach().numpy()
+    end = len(chains)
+    matrix = np.zeros((end + 1, end + 1))
+    matrix[end, end] = 1
+    for state in range(end):
+        for action, share in enumerate(shares[state] / shares[state].sum()):
+            move = next((move for move, actions in ACTIONS.items() if action in actions), 4)
+            matrix[state, chains.following[state, move]] += share
+    return np.linalg.matrix_power(matrix, 256)[chains.start[0], end]
+
+
+def test_the_effect_of_a_zeroed_channel_is_that_of_a_dense_matrix_of_the_patched_policy(study):
+    levels = study.levels("by hand", 5, size=9, cheese=PLACE)
+    twin = PatchedPolicy(study.points, zero_ablate(study.points.site(SITE, channel=27)))
+    ablations = {"zero channel 27": ablation(study.points, "zero", [27], {}, seed=0)}
+    found, _, _ = part._measured(study, levels, ablations, {"channel 27": "UP"}, ())
+    expected = np.array([[found_by_hand(policy, level) for level in levels] for policy in (study.points.model, twin)])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(expected, axis=0).max() > 0.01
+
+
+def test_resampling_draws_the_donors_of_a_rollout_whose_episodes_are_the_levels():
+    points, levels = shipped_points(), draw_levels(6, size=5, seed=3, cheese="in distribution")
+    reference = activations(points, draw_levels(5, size=9, seed=4, mouse="anywhere"), SITE)
+    chains = Chains.of(levels)
+    intervention = ablation(points, "resample", [27, 16], reference, seed=7)
+    table = action_tables(points, chains, {"resampled": intervention})["resampled"]
+    patch = resample_ablate(points.site(SITE, channel=[27, 16]), reference, seed=7)
+    first = torch.from_numpy(policy_input(observe(levels)))
+    expected = PatchedPolicy(points, patch).distribution(first).probs
+    np.testing.assert_allclose(table[chains.start], expected.detach(), atol=1e-5)
+
+
+def test_every_live_channel_and_both_groups_are_ablated_in_three_ways_in_three_places(tables):
+    assert len(tables["effects"]) == 3 * 3 * (len(RANKED) + 1)
+    assert {row["ablated"] for row in tables["effects"]} == {*(f"channel {each}" for each in RANKED), "top 6"}
+
+
+def test_the_effect_is_the_modified_share_minus_the_original(tables):
+    for row in tables["effects"]:
+        assert row["effect"] == pytest.approx(row["modified"] - row["original"])
+        assert row["effect_low"] - 1e-12 <= row["effect"] <= row["effect_high"] + 1e-12
+
+
+def test_the_three_places_of_the_cheese_are_in_the_same_mazes(study):
+    mazes = [read_mazes(study.levels("ablation", size=9, cheese=place)) for place in part.PLACES]
+    for other in mazes[1:]:
+        np.testing.assert_array_equal(other.free, mazes[0].free)
+
+
+def test_the_rank_counts_the_live_channels_that_do_as_much(tables):
+    singles = [abs(row_of(tables, f"channel {each}")["effect"]) for each in RANKED]
+    row = row_of(tables, "channel 27")
+    assert row["rank"] == sum(each >= abs(row["effect"]) for each in singles)
+    assert (row["controls"], row["rank_p"]) == (len(RANKED) - 1, None)
+
+
+def test_the_counts_of_the_walks_add_up_to_the_levels(tables):
+    for row in tables["walks"]:
+        assert row["both"] + row["only_modified"] + row["only_original"] + row["neither"] == row["n"] == 3
+
+
+def test_16_others_are_live_channels_that_are_not_among_the_most_telling():
+    ranked = tuple(range(30, -1, -1))
+    groups = part._groups(small_study(1, ranked).selection, seed=0)
+    assert groups["top 16"] == ranked[:16]
+    assert set(groups["15 others"]) == set(ranked[16:])
+
+
+def test_a_policy_with_one_live_channel_is_measured_without_controls():
+    study = small_study(1, (27,), best=dict.fromkeys(Direction, 27))
+    tables = part.measure(study)
+    row = row_of(tables, "channel 27")
+    assert (row["role"], row["rank"], row["controls"]) == ("LEFT, DOWN, UP, RIGHT", None, None)
+    assert "rank" not in part.finding(tables).ours
+    part.figure(tables)
+
+
+@pytest.mark.parametrize(("effect", "low", "agrees"), [(0.2, 0.1, "yes"), (0.2, -0.1, "in part"), (-0.2, -0.3, "no")])
+def test_the_finding_agrees_when_zeroing_the_up_channel_helps_beyond_its_interval(tables, effect, low, agrees):
+    changed = copy.deepcopy(tables)
+    row_of(changed, "channel 27").update(effect=effect, effect_low=low)
+    finding = part.finding(changed)
+    assert finding.agrees == agrees
+    assert shown(row_of(changed, "channel 27"), "effect", "+.3f") in finding.ours
+
+
+def test_the_figure_has_three_panels(tables):
+    assert len(part.figure(tables).axes) == 3
+
+
+def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
+    read = from_files(tables, tmp_path)
+    assert part.finding(read) == part.finding(tables)
+    part.figure(read)

@@ -1,0 +1,120 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from studies import from_files, shipped_points, small_study
+
+from maze.episodes import ORIGINAL
+from maze.exact import Chains, cheese_and_corner
+from maze.levels import draw_levels
+from maze.part import shown
+from maze.parts import retarget as part
+from maze.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.tables import action_tables
+
+BLOCKED = """
+    ..C
+    .#.
+    M#.
+"""
+NO_WAY = """
+    ...
+    C#.
+    M#.
+"""
+
+
+@pytest.fixture(scope="module")
+def tables():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "CHOOSING_LEVELS", 8)
+        patch.setattr(part, "MULTIPLES", (1, 4))
+        yield part.measure(small_study(6, (27,)))
+
+
+def test_map_cells_count_from_the_top_left_of_the_world():
+    mazes = read_mazes(draw_levels(2, size=25, seed=0))
+    np.testing.assert_array_equal(part.map_cells(mazes, np.array([[24, 0], [0, 24]])), [[0, 0], [15, 15]])
+    small = read_mazes(draw_levels(1, size=5, seed=0))
+    np.testing.assert_array_equal(part.map_cells(small, np.array([[2, 2]])), [[8, 8]])  # the middle
+
+
+def test_the_cheese_channels_are_those_that_the_cheese_raises_most_at_its_cell(tables):
+    contrasts = [row["contrast"] for row in tables["channels"]]
+    assert contrasts == sorted(contrasts, reverse=True)
+    assert [row["chosen"] for row in tables["channels"]] == [True] * 3 + [False] * 29  # 11 of 128 are 3 of 32
+
+
+def test_targets_are_squares_before_the_cheese_and_not_the_start():
+    levels = draw_levels(20, size=7, seed=3)
+    kept, targets = part.with_targets(levels, seed=0)
+    chains = Chains.of(kept)
+    assert (chains.states_at(targets) >= 0).all()
+    assert (targets != 0).any(axis=1).all()
+
+
+def test_levels_with_the_cheese_right_behind_the_only_exit_are_left_out():
+    levels = write_mazes(mazes_from_pictures(BLOCKED, NO_WAY), draw_levels(1, size=3, seed=0)[0])
+    kept, targets = part.with_targets(levels, seed=0)
+    assert kept == levels[:1]
+    assert len(targets) == 1
+
+
+def test_only_the_channels_of_the_level_are_set_and_only_at_its_cell():
+    cells, channels = np.array([[2, 3], [4, 5]]), np.array([[7, 1], [0, 9]])
+    intervention = part.retargeted(shipped_points(), cells, channels, np.array([1.5, 2.5, 9.0]))
+    (patch,) = intervention(np.array([1, 0, 1]))
+    activation = torch.zeros(3, 32, 16, 16)
+    changed = torch.where(patch.where, patch.edit(activation), activation)
+    expected = torch.zeros(3, 32, 16, 16)
+    for row, level in enumerate([1, 0, 1]):
+        for channel, value in zip(channels[level], (1.5, 2.5), strict=True):
+            expected[row, channel, cells[level, 0], cells[level, 1]] = value
+    torch.testing.assert_close(changed, expected)
+
+
+def test_the_magnitude_with_the_largest_effect_is_the_one_that_is_used(tables):
+    best = max(tables["magnitudes"], key=lambda row: row["effect"])
+    assert str(tables["against"][0]["multiple"]) == best["intervention"]
+
+
+def test_with_the_cheese_itself_at_the_target_the_target_is_reached_as_often_as_the_cheese_is_found(tables):
+    study = small_study(6, (27,))
+    kept, targets = part.with_targets(study.levels("retarget", size=part.SIZE), study.seed_for("retarget targets"))
+    moved = write_mazes(read_mazes(kept).moved(cheese=targets), kept)
+    chains = Chains.of(moved)
+    found = cheese_and_corner(chains, action_tables(shipped_points(), chains)[ORIGINAL])[0]
+    (row,) = (row for row in tables["effects"] if row["intervention"] == part.MOVED)
+    assert row["modified"] == pytest.approx(found.mean(), abs=1e-6)
+
+
+def test_every_level_is_in_one_bin_of_distances(tables):
+    own = [row for row in tables["distance"] if row["intervention"] == part.ALL]
+    assert sum(row["n"] for row in own) == tables["effects"][0]["n"]
+    total = sum(row["n"] * row["effect"] for row in own)
+    assert total == pytest.approx(tables["effects"][0]["n"] * tables["effects"][0]["effect"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("effect_low", "beyond_low", "agrees"), [(0.1, 0.1, "yes"), (0.1, -0.1, "in part"), (-0.1, 0.1, "no")]
+)
+def test_the_finding_agrees_when_the_target_is_reached_more_often_than_with_other_channels(
+    tables, effect_low, beyond_low, agrees
+):
+    changed = copy.deepcopy(tables)
+    changed["effects"][0]["effect_low"] = effect_low
+    changed["against"][0]["own_minus_control_low"] = beyond_low
+    finding = part.finding(changed)
+    assert finding.agrees == agrees
+    assert shown(changed["effects"][0], "effect", "+.3f") in finding.ours
+
+
+def test_the_figure_shows_the_magnitudes_and_the_distances(tables):
+    assert len(part.figure(tables).axes) == 2
+
+
+def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
+    read = from_files(tables, tmp_path)
+    assert part.finding(read) == part.finding(tables)
+    part.figure(read)

@@ -1,0 +1,111 @@
+import copy
+
+import numpy as np
+import pytest
+from studies import from_files, small_study
+
+from maze.exact import Chains
+from maze.parts import top16 as part
+from maze.paths import Direction
+from maze.policy import ACTIONS
+from maze.states import read_mazes
+from maze.tables import action_tables
+
+RANKED = tuple(range(32))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_mazes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "SIZE", 9)
+        patch.setattr(part, "REFERENCE", 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def study():
+    return small_study(4, RANKED)
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return part.measure(study)
+
+
+def test_the_share_that_goes_elsewhere_is_half_the_distance_of_the_moves_averaged_over_states(study):
+    chains = Chains.of(study.levels("top16", 2, size=5, cheese="in distribution"))
+    first, second = np.random.default_rng(0).dirichlet(np.ones(15), (2, len(chains)))
+    expected = np.zeros(2)
+    for level in range(2):
+        states = np.flatnonzero(chains.level == level)
+        for state in states:
+            apart = [
+                first[state, list(actions)].sum() - second[state, list(actions)].sum() for actions in ACTIONS.values()
+            ]
+            apart.append(-sum(apart))  # of not moving
+            expected[level] += sum(map(abs, apart)) / 2 / len(states)
+    np.testing.assert_allclose(part._elsewhere(chains, np.stack([first, second])), [[0, 0], expected])
+
+
+def test_the_control_sets_are_different_sets_of_the_other_channels(tables):
+    sets = {row["channels"] for row in tables["effects"] if row["intervention"].startswith("control")}
+    assert sets == {" ".join(map(str, range(16, 32)))}  # 16 of 16: there is one
+    many = part._control_sets(small_study(1, tuple(range(40))).selection, seed=0)
+    assert len(set(many)) == len(many) == part.CONTROLS
+    assert all(len(each) == 16 and min(each) >= 16 for each in many)
+
+
+def test_a_policy_with_few_live_channels_has_no_control_sets():
+    assert part._control_sets(small_study(1, (3, 5)).selection, seed=0) == []
+
+
+def test_the_field_holds_the_mean_of_both_facings_and_nothing_where_the_episode_is_over(study, tables):
+    levels = study.levels("top16", size=part.SIZE, cheese="out of distribution")
+    size, cheese = tables["field"][0]["size"], (tables["field"][0]["cheese_row"], tables["field"][0]["cheese_col"])
+    (level,) = (each for each in levels if tuple(read_mazes([each]).cheese[0]) == cheese)
+    chains = Chains.of([level])
+    (table,) = action_tables(study.points, chains).values()
+    assert len(tables["field"]) == read_mazes([level]).free.sum()
+    for row in tables["field"]:
+        states = np.flatnonzero((chains.cell == (row["row"], row["col"])).all(axis=1))
+        if not len(states):
+            assert row["original_up"] is None and row["zeroed_up"] is None
+        else:
+            up = table[states][:, list(ACTIONS[Direction.UP])].sum(axis=1).mean()
+            assert row["original_up"] == pytest.approx(up, abs=1e-5)
+    assert size == part.SIZE
+
+
+@pytest.mark.parametrize(
+    ("moved_low", "found_high", "agrees"),
+    [(0.3, 0.1, "yes"), (0.3, -0.1, "in part"), (0.0, 0.1, "in part"), (0.0, -0.1, "no")],
+)
+def test_the_finding_agrees_when_much_changes_and_the_cheese_is_found_as_often(tables, moved_low, found_high, agrees):
+    changed = copy.deepcopy(tables)
+    for row in changed["effects"]:
+        if row["intervention"] == "top 16 zero" and row["measure"] == "moves":
+            row["effect_low"] = moved_low
+        if row["intervention"] == "top 16 zero" and row["measure"] == "found":
+            row["effect_high"] = found_high
+    assert part.finding(changed).agrees == agrees
+
+
+def test_without_decision_squares_and_controls_the_finding_says_so(tables):
+    fewer = [
+        row
+        for row in tables["effects"]
+        if not row["measure"].startswith("to_") and not row["intervention"].startswith("control")
+    ]
+    finding = part.finding({**tables, "effects": fewer})
+    assert "No level has a decision square." in finding.ours
+    assert "no other live channels" in finding.follows
+
+
+def test_the_figure_shows_three_fields_and_the_effects(tables):
+    assert len(part.figure(tables).axes) == 4
+
+
+def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
+    read = from_files(tables, tmp_path)
+    assert part.finding(read) == part.finding(tables)
+    part.figure(read)
