@@ -18,6 +18,9 @@ CREATED := $(VENV)/.created
 STUDY := $(VENV)/.installed-study
 DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
+PEERS_VENV := .venv-peers
+PEERS_PIP := $(PEERS_VENV)/bin/python -m pip --disable-pip-version-check install -c constraints.txt -c constraints-peers.txt
+PEERS := $(PEERS_VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -50,14 +53,15 @@ check: $(DEV)
 	$(BIN)/mypy --strict src
 	$(BIN)/lint-imports
 
-bench: $(DEV) ## the benchmarks
-	$(BIN)/python -m pytest tests/benchmarks
+bench: $(PEERS) ## the benchmarks, beside other libraries; options go into ARGS, and ARGS=--help explains them
+	$(PEERS_VENV)/bin/python -m pytest tests/benchmarks/test_*.py
+	PYTHONPATH=tests/benchmarks:examples $(PEERS_VENV)/bin/python -W ignore -m peers $(ARGS)
 
 docs: $(DOCS) ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
-clean: ## remove .venv, caches and what was built
-	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+clean: ## remove .venv, .venv-peers, caches and what was built
+	rm -rf $(VENV) $(PEERS_VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted installation starts again.
@@ -81,6 +85,13 @@ $(DEV): pyproject.toml constraints.txt | $(CREATED)
 	$(PIP) install -c constraints.txt -e ".[maze,plot,rl,dev]"
 	$(PIP) install -c constraints.txt --no-deps procgen-tools
 	@touch $(STUDY) $@
+
+# What is compared with may want other releases than the tests, so it has an environment of its own.
+$(PEERS): pyproject.toml constraints.txt constraints-peers.txt | $(CREATED)
+	$(BIN)/python -m venv $(PEERS_VENV)
+	$(PEERS_PIP) -e ".[maze,dev]" nnsight pyvene "tdhook; python_version >= '3.11'" captum transformer-lens
+	$(PEERS_PIP) --no-deps "pyarrow==23.0.1" circrl graphpatch procgen-tools # their metadata asks for what does not fit
+	@touch $@
 
 $(DOCS): pyproject.toml constraints.txt | $(CREATED)
 	$(PIP) install -c constraints.txt -e ".[rl,docs]"

@@ -14,4 +14,4 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = "chanpatch"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "performance_table.md"]  # the table is included in performance.md
