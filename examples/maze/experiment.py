@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from maze.paths import Direction, first_steps
 from maze.policy import load_policy
 from maze.results import check_folder, replace_table, replace_text, replaced, settings_key, versions
 from maze.states import Mazes, read_mazes
+from maze.tables import SITE
 
 _CHOICE_LEVELS = 500  # mazes that the channel is chosen on
 
@@ -69,7 +69,13 @@ def run_rollouts(settings: Settings) -> Path:
     policy = policy.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on a CPU
     choice_seed, level_seed, control_seed = _seeds(settings.seed, 3)
     points = hook_points(policy, _example_input())
-    points.site(settings.site, channel=settings.channel or 0)  # a wrong name ends here, before anything is drawn
+    site = points.site(settings.site)  # a wrong name ends here, before anything is drawn
+    if "channel" not in points[site.name].axes:
+        raise SettingsError(
+            f"--site is '{settings.site}', which has no channels: its axes are ({', '.join(points[site.name].axes)}). "
+            f"Name one that has, such as '{SITE}'."
+        )
+    points.site(settings.site, channel=settings.channel or 0)
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})")
     levels = draw_levels(settings.n, size=settings.size, seed=level_seed, cheese="bottom right")
     choice = _chosen(settings, points, choice_seed, read_mazes(levels))
@@ -174,7 +180,7 @@ def _write(
     levels: Sequence[bytes],
     settings: Settings,
 ) -> None:
-    """Write every result under a temporary name first; the parts are not needed any more then."""
+    """Write every result under a temporary name first."""
     replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     replace_table(folder / "table.csv", [_row(each) for each in comparisons])
     replace_table(
@@ -195,7 +201,6 @@ def _write(
     )
     with replaced(folder / "ablation.png") as partial:
         figure.savefig(partial, dpi=110)
-    shutil.rmtree(folder / "parts")
 
 
 def _telling_level(modified: Episodes, original: Episodes) -> int:

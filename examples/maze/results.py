@@ -65,10 +65,15 @@ def settings_key(settings: Mapping[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were computed with."""
+    """What the numbers were computed with; `source` changes with any line of chanpatch or of the study."""
+    digest = hashlib.sha256()
+    for package in (Path(chanpatch.__file__).parent, Path(__file__).parent):
+        for file in sorted(package.rglob("*.py")):
+            digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "chanpatch": chanpatch.__version__,
+        "source": digest.hexdigest()[:12],
     }

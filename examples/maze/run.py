@@ -5,14 +5,12 @@
         imitation/sums/manifest.json, *.csv, sums.png      a policy, a part
         control/...
 
-A part is measured when its folder is not there, or was measured with anything else: other weights, another n, seed or
-version, other code. It appears on disk whole or not at all.
+A part is measured when its folder is not there, or was measured with anything else: other weights, another n or
+seed, other versions or code. It appears on disk whole or not at all.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -132,7 +130,6 @@ def _manifest(part: Part, study: Study) -> dict[str, Any]:
         "n": study.n,
         "seed": study.seed,
         "versions": versions(),
-        "code": hashlib.sha256(inspect.getsource(sys.modules[part.measure.__module__]).encode()).hexdigest(),
     }
 
 

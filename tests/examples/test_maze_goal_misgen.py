@@ -47,9 +47,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return only(folder / "results"), done.stdout
 
 
-def test_a_small_study_leaves_its_four_files_and_nothing_else(finished: tuple[Path, str]) -> None:
+def test_a_small_study_leaves_its_four_files_and_the_episodes_and_nothing_else(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    assert sorted(file.name for file in folder.iterdir()) == FILES
+    assert sorted(file.name for file in folder.iterdir() if file.is_file()) == FILES
+    assert [file.name for file in folder.iterdir() if file.is_dir()] == ["parts"]
+
+
+def test_a_finished_study_is_not_played_again(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file() and file.suffix != ".png"}
+    again = study(*SMALL, cwd=folder.parents[1])
+    assert again.stdout.count("kept from before") == 3
+    assert again.stdout.replace(": kept from before", "") == printed
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
 
 
 def test_the_printed_table_is_the_one_on_disk(finished: tuple[Path, str]) -> None:
@@ -99,18 +109,18 @@ def test_an_interrupted_study_keeps_what_is_done_and_ends_with_the_same_numbers(
 
 def test_other_settings_get_a_folder_of_their_own(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     done = study(*SMALL, "--channel", "3", cwd=folder.parents[1])
     assert done.returncode == 0, done.stderr
     assert len(list(folder.parent.iterdir())) == 2
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--site", "embedder.relu_3"], "No hook point named 'embedder.relu_3'. Did you mean 'embedder.relu3'?"),
-        (["--site", "embedder.fc"], "there is no axis 'channel'"),
+        (["--site", "embedder.fc"], "--site is 'embedder.fc', which has no channels: its axes are (batch, feature)."),
         (["--channel", "32"], "channel 32 is out of range"),
         (["--channel", "-1"], "--channel is -1, but channels are counted from 0."),
         (["--size", "14"], "--size is 14, but the side of a maze is odd, and 7 to 25 in this study."),

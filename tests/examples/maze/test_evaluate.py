@@ -14,9 +14,9 @@ from chanpatch import hook_points
 from maze import evaluate
 from maze.evaluation import MEASURES, Score, markdown, mean_interval, measure, scores, sizes_in
 from maze.exact import Chains, cheese_and_corner, decisions, greedy
+from maze.experiment import SettingsError
 from maze.levels import draw_levels, observe, policy_input
 from maze.policy import load_policy
-from maze.experiment import SettingsError
 from maze.tables import action_tables
 
 SCRIPT = Path(evaluate.__file__)

@@ -66,7 +66,7 @@ def test_other_settings_are_measured_into_a_folder_of_their_own(parts, tmp_path)
     assert len(folders) == len(MEASURED) == 3
 
 
-@pytest.mark.parametrize("changed", ["weights", "versions", "code"])
+@pytest.mark.parametrize("changed", ["weights", "versions", "part"])
 def test_a_part_that_was_measured_with_anything_else_is_measured_again(changed, parts, tmp_path):
     manifest = run(settings(tmp_path)) / "policy" / "squares" / "manifest.json"
     known = json.loads(manifest.read_text())
