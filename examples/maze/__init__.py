@@ -25,6 +25,7 @@
 | `selection.py` | which channels stand for which direction, chosen on mazes of their own |
 | `decision_squares.py` | what the policy does where the ways to the cheese and to the corner part |
 | `logistic.py` | a logistic regression with a small penalty |
+| `readings.py` | what channels and policy say on levels: sums, moves, labels, AUCs |
 | `moved_walls.py` | contrastive pairs made from levels |
 | `part.py` | what a part of the study is: a question, tables, a figure, a finding |
 | `parts/` | the parts, one file each |

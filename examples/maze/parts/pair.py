@@ -22,9 +22,9 @@ BACKGROUND_LEVELS = 200
 
 def measure(study: Study) -> dict[str, Table]:
     channel = study.channel(Direction.UP)
-    base = draw_levels(1, size=25, seed=0)[0]  # lends its textures to all pictures
     rows: Table = []
     for number, pair in enumerate(contrastive_pairs()):
+        base = draw_levels(1, size=int(pair.size[0]), seed=0)[0]  # lends its textures, as in `pair_sums`
         for turn, mazes in enumerate(rotations(pair)):
             first = first_steps(mazes, mazes.cheese).argmax(axis=1)
             sums = channel_sums(study.points, SITE, write_mazes(mazes, base))[:, channel]
@@ -110,7 +110,8 @@ def finding(tables: Tables) -> Finding:
         f"Channel {channel}, the post's pair in four rotations: {sums}. Over five pairs, higher on the UP side in "
         f"{higher} of {len(rows)}; over {told['pairs']} pairs made from levels, in {shown(told, 'share', '.0%')}.",
         agrees,
-        f"One wall changes what the channel says. {len(strong)} of {len(tables['automatic'])} channels differ between "
+        f"One wall {'changes' if told['share_low'] > 0.5 else 'does not reliably change'} what the channel says. "
+        f"{len(strong)} of {len(tables['automatic'])} channels differ between "
         "UP and RIGHT after correction for their number.",
         "That the channel is used: a difference between two inputs is a correlation until something is ablated.",
     )

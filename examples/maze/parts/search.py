@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from chanpatch import HookPoints, contrast, recording
-from chanpatch.statistics import auc
 from maze.levels import observe, policy_input
 from maze.moved_walls import pairs_with_a_moved_wall
-from maze.part import POOL, Finding, Part, Study, Table, Tables, interval_cells, open_to, shown
+from maze.part import POOL, Finding, Part, Study, Table, Tables, open_to, shown
 from maze.paths import Direction
+from maze.readings import area, areas, optional_cells
 from maze.states import write_mazes
-from maze.tables import SITE
+from maze.tables import LINEAR, SITE
 
 SIZE = 25
 CHOICE_LEVELS = 300  # that the channel of every hook point is chosen on
@@ -46,8 +46,10 @@ def _hook_points(study: Study) -> Table:
         for point, chosen_on in sums["choice"].items():
             if not (live := np.flatnonzero(np.ptp(chosen_on, axis=0) > 0)).size:
                 continue
-            areas = [auc(chosen_on[:, channel], open_levels["choice"][1]).estimate for channel in live]
-            channel = int(live[np.argmax(areas)])
+            chosen = areas(chosen_on[:, live], open_levels["choice"][1])
+            if np.isnan(chosen).any():
+                continue
+            channel = int(live[np.argmax(chosen)])
             row: dict[str, Any] = {
                 "hook_point": point,
                 "direction": direction.name,
@@ -55,19 +57,29 @@ def _hook_points(study: Study) -> Table:
                 "live": len(live),
             }
             for name in ("in", "out"):
-                area = auc(sums[name][point][:, channel], open_levels[name][1])
-                row |= {f"n_{name}": len(open_levels[name][1]), **interval_cells(name, area)}
+                measured = area(sums[name][point][:, channel], open_levels[name][1])
+                row |= {f"n_{name}": len(open_levels[name][1]), **optional_cells(name, measured)}
             rows.append(row)
     return rows
 
 
-def _all_sums(points: HookPoints, levels: Sequence[bytes]) -> dict[str, NDArray[np.float64]]:
-    """The channel sums of every hook point that has channels or features: (level, channel) by name."""
-    named = [
+def _searched(points: HookPoints) -> list[str]:
+    """What each module with channels returns, and the linear layer, which ends the way from channels to actions.
+
+    Modules that consist of others are left out, as the last of these returns the same; so is what only reshapes.
+    """
+    return [
         name
         for name, point in points.items()
-        if point.side == "out" and not list(points.model.get_submodule(point.module).children())  # no other name's twin
+        if point.side == "out"
+        and ("channel" in point.axes or name == LINEAR)
+        and not list(points.model.get_submodule(point.module).children())
     ]
+
+
+def _all_sums(points: HookPoints, levels: Sequence[bytes]) -> dict[str, NDArray[np.float64]]:
+    """The sums of every channel or feature at every searched hook point: (level, channel) by name."""
+    named = _searched(points)
     frames = observe(levels)
     with recording(points, named, reduce="sum") as cache, torch.no_grad():
         for start in tqdm(range(0, len(frames), _BATCH), desc="search", unit="batch", delay=2, leave=False):
@@ -84,9 +96,8 @@ def _contrast(study: Study) -> Table:
     base = [levels[index] for index in kept]
     clean, corrupted = (torch.from_numpy(policy_input(observe(write_mazes(mazes, base)))) for mazes in (up, right))
     background = study.levels("search background", min(study.n, 500), size=15, mouse="anywhere")
-    result = contrast(
-        study.points, clean, corrupted, "all", background=torch.from_numpy(policy_input(observe(background)))
-    )
+    usual = torch.from_numpy(policy_input(observe(background)))
+    result = contrast(study.points, clean, corrupted, _searched(study.points), background=usual)
     return [
         {"rank": rank, "searched": len(result), "pairs": result.pairs, **record}
         for rank, record in enumerate(result.top(SHOWN).to_records(), 1)
@@ -99,7 +110,7 @@ def figure(tables: Tables) -> Figure:
     panels = drawn.subplots(2, 2, sharex=True, sharey=True)
     names = list(dict.fromkeys(row["hook_point"] for row in tables["hook_points"]))
     for axes, direction in zip(panels.flat, Direction, strict=True):
-        rows = [row for row in tables["hook_points"] if row["direction"] == direction.name]
+        rows = [row for row in _measured(tables) if row["direction"] == direction.name]
         place = np.array([names.index(row["hook_point"]) for row in rows])
         for name, marker, shift in (("in", "o", -0.15), ("out", "x", 0.15)):
             centre, low, high = (np.array([row[f"{name}{end}"] for row in rows]) for end in ("", "_low", "_high"))
@@ -118,12 +129,17 @@ def figure(tables: Tables) -> Figure:
     return drawn
 
 
+def _measured(tables: Tables) -> Table:
+    """The rows with both areas: with few mazes there may be none to estimate."""
+    return [row for row in tables["hook_points"] if row["in"] is not None and row["out"] is not None]
+
+
 def finding(tables: Tables) -> Finding:
-    rows = tables["hook_points"]
+    rows = _measured(tables)
+    if not rows:
+        return Finding("Too few mazes.", "not comparable", "Nothing.", "Raise --n.")
     at = [row for row in rows if row["hook_point"] == SITE]
-    best = [
-        max((row for row in rows if row["direction"] == each.name), key=lambda row: row["in"]) for each in Direction
-    ]
+    best = {row["direction"]: row for row in sorted(rows, key=lambda row: row["in"])}
     first = next((row["hook_point"] for row in rows if row["direction"] == "UP" and row["in_low"] > KNOWS), None)
     dropped = [row for row in at if row["in_low"] > row["out_high"]]
     top = tables["contrast"][0]
@@ -139,11 +155,10 @@ def finding(tables: Tables) -> Finding:
         "yes" if len(knows) == len(Direction) else "in part" if knows else "no",
         f"The first hook point in execution order whose best channel tells UP with an AUC above {KNOWS} is "
         f"{first or 'none'}; the best are "
-        + ", ".join(f"{row['hook_point']} for {row['direction']}" for row in best)
+        + ", ".join(f"{best[each.name]['hook_point']} for {each.name}" for each in Direction if each.name in best)
         + f". At {SITE} {len(dropped)} of {len(at)} directions are told worse out of distribution, intervals apart.",
         "That nothing before knows the way: this asks for one channel's sum. What is spread over channels, or lies "
-        "in the "
-        "place of an activation and not in its sum, does not show.",
+        "in the place of an activation and not in its sum, does not show.",
     )
 
 
@@ -153,8 +168,7 @@ PART = Part(
     name="search",
     question="Which hook points know the way to the cheese?",
     method="The sum of every channel of every module's output: per direction the best channel on mazes of its own, "
-    "its AUC "
-    "on others; and the contrast over pairs with a moved wall against the variation over random mazes.",
+    "its AUC on others; and the contrast over pairs with a moved wall against the variation over random mazes.",
     post="Not done systematically (footnote 1); channel 121 of relu3 stood out.",
     measure=measure,
     figure=figure,

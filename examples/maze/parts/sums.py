@@ -93,6 +93,7 @@ def finding(tables: Tables) -> Finding:
         return Finding("Too few mazes.", "not comparable", "Nothing.", "Raise --n.")
     up = {row["direction"]: row for row in areas}.get("UP", areas[0])
     false = {row["direction"]: row for row in alarms}.get(up["direction"], alarms[0])
+    both = [row["direction"] for row in areas if row["fit_low"] > 0.5 and row["shifted_low"] > 0.5]
     worse = [row["direction"] for row in areas if row["drop_low"] > 0]
     return Finding(
         f"Channel {up['channel']} ({up['direction']}): AUC in distribution {shown(up, 'fit')}, n={up['n_fit']}; "
@@ -100,8 +101,8 @@ def finding(tables: Tables) -> Finding:
         "positives go from "
         f"{shown(false, 'fit', '.1%')} to {shown(false, 'shifted', '.1%')}.",
         "yes" if up["drop_low"] > 0 and up["shifted_low"] > 0.5 else "in part" if up["fit_low"] > 0.5 else "no",
-        "The sums tell the direction in both sets; the drop in AUC from in to out of distribution is beyond its "
-        f"interval for {', '.join(worse) or 'no direction'}.",
+        f"The sums tell {', '.join(both) or 'no direction'} in both sets, intervals above 0.5; the drop in AUC from in "
+        f"to out of distribution is beyond its interval for {', '.join(worse) or 'no direction'}.",
         "That the threshold is wrong out of distribution because its precision is lower there: the share of "
         "mazes in which the way starts in that direction differs too. The rates, and the precision at equal base "
         "rates, are in the table.",

@@ -1,0 +1,210 @@
+"""Whether the policy reads the squares between crossings and the crossings themselves with the same channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from chanpatch.statistics import Interval, bootstrap_interval
+from maze.levels import random_squares
+from maze.part import Cell, Finding, Part, Study, Table, Tables, interval_cells, shown
+from maze.paths import Direction, direction_field, legal_moves
+from maze.readings import Readings, areas, optional_cells, rank_correlation
+from maze.states import read_mazes, write_mazes
+
+SIZE = 25
+CHOICE_LEVELS = 500  # per class, that its channels are chosen on
+CROSSING = "even, even"
+PASSAGES = {"odd, even": (Direction.DOWN, Direction.UP), "even, odd": (Direction.LEFT, Direction.RIGHT)}
+RESAMPLES = 999
+
+WAY, BACK, WALL = "the way", "the opposite of the way", "a wall"
+STYLES = (("own", "o", 0.13, "the same class"), ("other", "s", -0.13, "the other class"))
+
+Values = NDArray[np.float64]
+
+
+def measure(study: Study) -> dict[str, Table]:
+    """What the other class's channel loses, where the channels are active, and every channel's AUC by class.
+
+    All classes are measured on the same levels, each with the mouse on a square of its own. At a square between
+    crossings the way goes on or back. So that the same is asked at crossings, they are such that both moves along the
+    axis are legal and one of them is the way.
+    """
+    channels: Table = []
+    transfer: Table = []
+    tests: dict[tuple[str, str], Readings] = {}
+    live = study.selection.live
+    levels = {
+        purpose: study.levels(f"parity {purpose}", count, size=SIZE, cheese="in distribution")
+        for purpose, count in (("choice", CHOICE_LEVELS), ("test", study.n))
+    }
+    for passage, axis in PASSAGES.items():
+        classes = (passage, CROSSING)
+        choice, test = (
+            {name: _readings(study, levels[purpose], f"parity {purpose}", axis, name) for name in classes}
+            for purpose in levels
+        )
+        tests |= {(passage, name): readings for name, readings in test.items()}
+        for direction in axis:
+            chosen = {name: areas(here.sums[:, live], here.first[:, direction]) for name, here in choice.items()}
+            for name, other in (classes, classes[::-1]):
+                known = {"direction": direction.name, "square": name}
+                tested = areas(test[name].sums[:, live], test[name].first[:, direction])
+                rows = zip(live, _cells(chosen[name]), _cells(tested), strict=True)
+                channels += [known | {"channel": row[0], "auc_choice": row[1], "auc": row[2]} for row in rows]
+                seed = study.seed_for("parity bootstrap")
+                row = _transfer(test[name], direction, live, chosen[name], chosen[other], seed)
+                transfer.append({**known, "other": other, **row})
+    return {"transfer": transfer, "activity": _activity(study, tests), "channels": channels}
+
+
+def _readings(study: Study, levels: Sequence[bytes], purpose: str, axis: Sequence[Direction], square: str) -> Readings:
+    """Levels with the mouse on a random square of a class, from which the way goes along an axis and may go back."""
+    mazes = read_mazes(levels)
+    field, legal = direction_field(mazes, mazes.cheese)[:, axis], legal_moves(mazes)[:, axis]
+    odd_row, odd_col = np.indices((SIZE, SIZE)) % 2 == 1
+    of_class = {"odd, even": odd_row & ~odd_col, "even, odd": ~odd_row & odd_col, CROSSING: ~odd_row & ~odd_col}[square]
+    squares = field.any(axis=1) & legal.all(axis=1) & of_class
+    has = np.flatnonzero(squares.any(axis=(1, 2)))
+    cells = random_squares(squares[has], np.random.default_rng(study.seed_for(f"{purpose} {square} {axis[0].name}")))
+    return Readings.of(study.points, write_mazes(mazes[has].moved(mouse=cells), [levels[index] for index in has]))
+
+
+def _transfer(
+    test: Readings, direction: Direction, live: tuple[int, ...], own: Values, other: Values, seed: int
+) -> dict[str, Cell]:
+    """How what was chosen on squares of this class, and of the other one, does on this class."""
+    labels, sums = test.first[:, direction], test.sums[:, live]
+    cells: dict[str, Cell] = {"n": len(labels), "positives": int(labels.sum())}
+    names = ("auc_own", "auc_other", "loss", "rank_own", "rank_other", "rank_loss")
+    if min(labels.sum(), (~labels).sum()) < 2 or np.isnan([*own, *other]).any():
+        empty: dict[str, Cell] = {f"{name}{end}": None for name in names for end in ("", "_low", "_high")}
+        return {"channel_own": None, "channel_other": None, **cells, **empty}
+    best, best_other = int(own.argmax()), int(other.argmax())
+
+    def statistic(sample: Values) -> Values:
+        area = areas(sample[:, 1:], sample[:, 0] > 0)
+        auc = area[[best, best_other]]
+        rank = [rank_correlation(area, own), rank_correlation(area, other)]
+        return np.array([*auc, auc[0] - auc[1], *rank, rank[0] - rank[1]])
+
+    interval = bootstrap_interval(np.column_stack([labels, sums]), statistic, seed=seed, resamples=RESAMPLES)
+    for index, name in enumerate(names):
+        ends = (interval.estimate[index], interval.low[index], interval.high[index])
+        cells |= interval_cells(name, Interval(*map(float, ends), interval.confidence))
+    return {"channel_own": live[best], "channel_other": live[best_other], **cells}
+
+
+def _activity(study: Study, tests: Mapping[tuple[str, str], Readings]) -> Table:
+    """The mean sum of every direction's channel by the class of the square, with bootstrap intervals."""
+    rows: Table = []
+    for passage, axis in PASSAGES.items():
+        (across,) = set(PASSAGES) - {passage}
+        for direction in axis:
+            along, crossing, beside = tests[passage, passage], tests[passage, CROSSING], tests[across, across]
+            kinds = [
+                (name, kind, here.sums[here.first[:, first], study.channel(direction)])
+                for name, here in ((passage, along), (CROSSING, crossing))
+                for kind, first in ((WAY, direction), (BACK, 3 - direction))
+            ]
+            kinds.append((across, WALL, beside.sums[:, study.channel(direction)]))
+            for name, kind, sums in kinds:
+                known = {"direction": direction.name, "channel": study.channel(direction), "square": name, "kind": kind}
+                mean = bootstrap_interval(sums, seed=study.seed_for("activity")) if len(sums) else None
+                rows.append({**known, "n": len(sums), **optional_cells("sum", mean)})
+    return rows
+
+
+def _cells(values: Values) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def figure(tables: Tables) -> Figure:
+    """Own and other class's channel, rank correlations, and where the channels are active."""
+    drawn = Figure(figsize=(15, 5.8), layout="constrained")
+    area, rank, activity = drawn.subplots(1, 3, width_ratios=(1, 1, 1.6))
+    rows = [row for row in tables["transfer"] if row["auc_own"] is not None]
+    _draw_pairs(area, rows, "auc", "AUC on the square's class, 95% interval")
+    _draw_pairs(rank, rows, "rank", "rank correlation with the AUC of all live channels\non the square's class")
+    if rows:
+        area.legend(
+            frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, title="chosen on squares of"
+        )
+    rank.set_yticklabels([])
+    _draw_activity(activity, tables["activity"])
+    return drawn
+
+
+def _draw_pairs(axes: Axes, rows: Table, name: str, label: str) -> None:
+    for height, row in enumerate(reversed(rows)):
+        for which, marker, shift, said in STYLES:
+            axes.plot([row[f"{name}_{which}_low"], row[f"{name}_{which}_high"]], [height + shift] * 2, color="0.5")
+            style = {"markerfacecolor": "black" if which == "own" else "white", "label": None if height else said}
+            axes.plot(row[f"{name}_{which}"], height + shift, marker, color="black", linestyle="none", **style)
+    names = [f"{row['direction']} at ({row['square']})\nn={row['n']}" for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set(xlabel=label, ylim=(-0.6, len(rows) - 0.4))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_activity(axes: Axes, rows: Table) -> None:
+    rows = [row for row in rows if row["sum"] is not None]
+    styles = {WAY: ("o", "black"), BACK: ("s", "white"), WALL: ("x", "0.4")}
+    places = list(dict.fromkeys((row["direction"], row["square"]) for row in rows))
+    for number, (kind, (marker, fill)) in enumerate(styles.items()):
+        chosen = [row for row in rows if row["kind"] == kind]
+        at = np.array([places.index((row["direction"], row["square"])) for row in chosen]) + 0.18 * (number - 1)
+        axes.vlines(at, [row["sum_low"] for row in chosen], [row["sum_high"] for row in chosen], color="0.5")
+        color = "0.4" if marker == "x" else "black"
+        axes.plot(at, [row["sum"] for row in chosen], marker, color=color, markerfacecolor=fill, label=kind)
+    axes.set_xticks(range(len(places)), [f"{name} at ({square})" for name, square in places], rotation=90, fontsize=8)
+    axes.set(ylabel="mean sum of the channel, 95% interval", xlabel="square of the mouse, (row, col)")
+    axes.legend(frameon=False, fontsize=8, title="in the channel's direction there is")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def finding(tables: Tables) -> Finding:
+    rows = [row for row in tables["transfer"] if row["auc_own"] is not None]
+    if not rows:
+        return Finding("Too few mazes of each class.", "not comparable", "Nothing.", "Raise --n.")
+    same = [row for row in rows if row["channel_own"] == row["channel_other"]]
+    worse = [row for row in rows if row["loss_low"] > 0]
+    unlike = [row for row in rows if row["rank_loss_low"] > 0]
+    largest = max(rows, key=lambda row: row["loss"])
+    least = min(rows, key=lambda row: row["rank_other"])
+    lost = f" Elsewhere the other class's channel loses most for {_case(largest)}: AUC {shown(largest, 'loss')}."
+    return Finding(
+        f"In {len(same)} of {len(rows)} cases (direction and class of square, n={least['n']} mazes) both classes "
+        f"choose the same channel.{lost if len(same) < len(rows) else ''} The rankings of all live channels by the two "
+        f"classes agree least for {_case(least)}: rank correlation {shown(least, 'rank_other', '.2f')}, against "
+        f"{shown(least, 'rank_own', '.2f')} within the class.",
+        "not comparable",
+        f"The other class's channel is worse, interval above 0, in {len(worse)} of {len(rows)} cases, and the other "
+        f"class's ranking fits worse than the own one in {len(unlike)} (not corrected for their number): "
+        f"{'a' if worse or unlike else 'no'} sign of circuits of their own for a class.",
+        "That there is one circuit: different layers before could feed the same channel. Opposite directions are two "
+        "readings of the same mazes, so their rank correlations are one number and not two. The intervals are over the "
+        "tested mazes, with the choice fixed; noise in the AUCs lowers a rank correlation, which its bias-corrected "
+        "interval makes up for, so it lies high.",
+    )
+
+
+def _case(row: Mapping[str, Cell]) -> str:
+    return f"{row['direction']} at ({row['square']}) squares"
+
+
+PART = Part(
+    name="parity",
+    question="Are there separate circuits for (odd, even), (even, odd) and (even, even) squares?",
+    method=f"Size {SIZE}, cheese in distribution, mouse on a random square of a class from which the way goes along "
+    "one axis, both moves legal: the best channel per direction and class, chosen on other mazes, tested on both.",
+    post="Asked, not measured: maybe the model has separate circuits for (odd, even) and (even, odd) squares?",
+    measure=measure,
+    figure=figure,
+    finding=finding,
+)

@@ -1,0 +1,120 @@
+import copy
+
+import numpy as np
+import pytest
+from studies import small_study
+
+from chanpatch.statistics import auc
+from maze.parts import parity as part
+from maze.paths import Direction
+from maze.readings import Readings, rank_correlation
+from maze.states import read_mazes
+
+LIVE = (3, 10, 13, 16, 27, 31)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return small_study(12, LIVE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_levels_to_choose_on():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "CHOICE_LEVELS", 40)
+        patch.setattr(part, "RESAMPLES", 49)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return part.measure(study)
+
+
+@pytest.mark.parametrize(
+    ("square", "parity", "axis"),
+    [
+        ("odd, even", (1, 0), (Direction.DOWN, Direction.UP)),
+        ("even, odd", (0, 1), (Direction.LEFT, Direction.RIGHT)),
+        ("even, even", (0, 0), (Direction.DOWN, Direction.UP)),
+        ("even, even", (0, 0), (Direction.LEFT, Direction.RIGHT)),
+    ],
+)
+def test_the_mouse_is_on_a_square_of_the_class_from_which_it_goes_on_or_back(study, square, parity, axis):
+    levels = study.levels("parity test", 8, size=25, cheese="in distribution")
+    readings = part._readings(study, levels, "parity test", axis, square)
+    assert (readings.mazes.mouse % 2 == parity).all()
+    assert readings.legal[:, axis].all()
+    assert readings.first[:, axis].any(axis=1).all()
+    np.testing.assert_array_equal(readings.mazes.grid, read_mazes(levels).grid)
+
+
+def test_the_areas_and_what_is_lost_by_the_other_class_by_hand():
+    rng = np.random.default_rng(0)
+    first = np.zeros((30, 4), dtype=bool)
+    first[:, Direction.UP] = np.arange(30) % 2 == 0
+    first[:, Direction.DOWN] = ~first[:, Direction.UP]
+    sums = rng.normal(size=(30, 32))
+    sums[:, 10] += 3 * first[:, Direction.UP]
+    sums[:, 16] += 1 * first[:, Direction.UP]
+    test = Readings(None, sums, sums[:, :4], first, first)
+    own, other = np.array([0.5, 0.9, 0.6, 0.7, 0.5, 0.4]), np.array([0.5, 0.6, 0.4, 0.9, 0.3, 0.2])
+    cells = part._transfer(test, Direction.UP, LIVE, own, other, seed=0)
+    areas = [auc(sums[:, channel], first[:, Direction.UP]).estimate for channel in LIVE]
+    assert (cells["channel_own"], cells["channel_other"]) == (10, 16)
+    assert cells["auc_own"] == pytest.approx(areas[1])
+    assert cells["loss"] == pytest.approx(areas[1] - areas[3])
+    assert cells["rank_own"] == pytest.approx(rank_correlation(areas, own))
+    assert cells["rank_loss"] == pytest.approx(rank_correlation(areas, own) - rank_correlation(areas, other))
+    assert cells["loss_low"] < cells["loss"] < cells["loss_high"]
+
+
+def test_without_a_maze_of_either_kind_nothing_is_estimated():
+    first = np.ones((5, 4), dtype=bool)
+    test = Readings(None, np.zeros((5, 32)), np.zeros((5, 4)), first, first)
+    cells = part._transfer(test, Direction.UP, LIVE, np.full(6, 0.5), np.full(6, 0.5), seed=0)
+    assert cells["auc_own"] is None and cells["channel_own"] is None and cells["positives"] == 5
+
+
+def test_opposite_directions_are_two_readings_of_the_same_mazes(tables):
+    areas = {(row["direction"], row["square"], row["channel"]): row["auc"] for row in tables["channels"]}
+    for (direction, square, channel), area in areas.items():
+        opposite = Direction(3 - Direction[direction]).name
+        if area is not None:
+            assert area + areas[opposite, square, channel] == pytest.approx(1)
+
+
+def test_the_activity_is_told_for_the_way_its_opposite_and_a_wall(tables):
+    rows = [row for row in tables["activity"] if row["direction"] == "UP"]
+    assert [(row["square"], row["kind"]) for row in rows] == [
+        ("odd, even", part.WAY),
+        ("odd, even", part.BACK),
+        ("even, even", part.WAY),
+        ("even, even", part.BACK),
+        ("even, odd", part.WALL),
+    ]
+    assert rows[0]["n"] + rows[1]["n"] == rows[2]["n"] + rows[3]["n"] == rows[4]["n"] == 12
+
+
+def test_the_finding_names_the_case_that_loses_most_and_counts_the_signs(tables):
+    changed = copy.deepcopy(tables)
+    filled = {f"{name}{end}": 0.0 for name in ("auc_own", "loss", "rank_own", "rank_other", "rank_loss")
+              for end in ("", "_low", "_high")}  # fmt: skip
+    for row in changed["transfer"]:
+        row |= filled | {"channel_own": 5, "channel_other": 5}
+    assert "In 8 of 8 cases" in part.finding(changed).ours
+    assert "no sign of circuits" in part.finding(changed).follows
+    changed["transfer"][2] |= {"channel_other": 7, "loss": 0.25, "loss_low": 0.125, "loss_high": 0.5}
+    told = part.finding(changed)
+    assert "In 7 of 8 cases" in told.ours
+    assert "loses most for UP at (odd, even) squares: AUC 0.250 (0.125 to 0.500)" in told.ours
+    assert "in 1 of 8 cases" in told.follows and ": a sign of circuits" in told.follows
+
+
+def test_tables_without_estimates_are_drawn_and_told(tables):
+    empty = copy.deepcopy(tables)
+    for row in empty["transfer"]:
+        row |= {name: None for name in row if name.startswith(("auc", "loss", "rank"))}
+    assert part.finding(empty).agrees == "not comparable"
+    assert part.figure(empty).axes
+    assert part.figure(tables).axes

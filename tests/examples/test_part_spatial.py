@@ -1,0 +1,114 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from studies import shipped_points, small_study
+
+from chanpatch import run_with_cache
+from maze.levels import observe, policy_input
+from maze.parts import spatial as part
+from maze.paths import Direction
+from maze.states import FREE, read_mazes, write_mazes
+from maze.tables import SITE
+
+
+@pytest.fixture(scope="module")
+def study():
+    return small_study(6, (3, 10, 13, 16, 27))
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return part.measure(study)
+
+
+def centre(row, col, cells=8):
+    """Of a square of the world on the map, whose row 0 is at the top, in cells."""
+    return cells - (row + 0.5) * cells / 25, (col + 0.5) * cells / 25
+
+
+def test_the_mouse_is_seen_where_the_map_has_it(study):
+    levels = study.levels("spatial", 4, size=25, cheese="in distribution", mouse="anywhere")
+    mazes = read_mazes(levels)
+    away = mazes.moved(mouse=[np.argwhere(grid == FREE)[0] for grid in mazes.grid])
+    for maze, changed in enumerate((observe(levels) != observe(write_mazes(away, levels))).any(axis=-1)):
+        row, col = centre(*mazes.mouse[maze])
+        top, left = int(8 * row - 1.28), int(8 * col - 1.28)  # a square is 2.56 pixels wide
+        assert (mazes.mouse[maze] == away.mouse[maze]).all() or changed[top : top + 4, left : left + 4].any()
+        cells = np.argwhere(part._within(8, 1)[tuple(mazes.mouse[maze])])
+        expected = [(i, j) for i in range(8) for j in range(8) if np.hypot(i + 0.5 - row, j + 0.5 - col) <= 1]
+        assert list(map(tuple, cells.tolist())) == expected
+
+
+def test_shares_are_ratios_of_sums_over_all_mazes_by_hand(study, tables):
+    levels = study.levels("spatial", size=25, cheese="in distribution", mouse="anywhere")
+    inputs = torch.from_numpy(policy_input(observe(levels)))
+    with torch.no_grad():
+        maps = run_with_cache(shipped_points(), inputs, sites=SITE, stop=True)[SITE][:, 10].double().numpy()
+    mazes, around, elsewhere = read_mazes(levels), 0.0, 0.0
+    for maze, activation in enumerate(maps):
+        free = [tuple(cell) for cell in np.argwhere(mazes.grid[maze] == FREE) if (cell != mazes.mouse[maze]).any()]
+        places = [tuple(mazes.mouse[maze]), *free]
+        sums = []
+        for place in places:
+            row, col = centre(*place)
+            sums.append(
+                sum(activation[i, j] for i in range(8) for j in range(8) if np.hypot(i + 0.5 - row, j + 0.5 - col) <= 2)
+            )
+        around += sums[0]
+        elsewhere += np.mean(sums[1:])
+    (row,) = (row for row in tables["shares"] if (row["channel"], row["distance"]) == (10, 2))
+    assert row["share"] == pytest.approx(around / maps.sum(), abs=1e-4)
+    assert row["elsewhere"] == pytest.approx(elsewhere / maps.sum(), abs=1e-4)
+    assert row["difference"] == pytest.approx((around - elsewhere) / maps.sum(), abs=1e-4)
+
+
+def test_only_the_channels_of_directions_are_ranked_among_the_others(tables):
+    for row in tables["shares"]:
+        controls = [
+            other["difference"]
+            for other in tables["shares"]
+            if other["distance"] == row["distance"] and other["role"] == "control"
+        ]
+        if row["role"] == "control":
+            assert row["rank"] is None and row["channel"] == 3
+        else:
+            assert row["controls"] == 1
+            assert row["rank"] == 1 + sum(abs(each) >= abs(row["difference"]) for each in controls)
+
+
+def test_one_channel_may_stand_for_several_directions_without_controls():
+    tables = part.measure(small_study(3, (27,), dict.fromkeys(Direction, 27)))
+    assert {row["role"] for row in tables["shares"]} == {"LEFT and DOWN and UP and RIGHT"}
+    assert all(row["rank"] is None for row in tables["shares"])
+    assert part.figure(tables).axes and "no others" in part.finding(tables).follows
+
+
+def test_without_an_active_channel_the_finding_says_so(tables):
+    silent = {**tables, "shares": []}
+    assert part.finding(silent).agrees == "not comparable"
+    assert part.figure(silent).axes
+
+
+def test_a_channel_without_any_activation_has_no_share():
+    sums = np.array([[[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]], [[0.0, 1.0, 4.0], [0.0, 0.0, 0.0]]])
+    np.testing.assert_array_equal(part._shares(sums), [[1 / 8, 3 / 8, -2 / 8], [np.nan] * 3])
+
+
+@pytest.mark.parametrize(
+    ("share_low", "difference_low", "agrees"), [(0.95, 0.2, "yes"), (0.5, 0.2, "in part"), (0.95, -0.1, "no")]
+)
+def test_the_finding_agrees_when_nearly_all_of_the_sum_lies_around_the_mouse(tables, share_low, difference_low, agrees):
+    changed = copy.deepcopy(tables)
+    for row in changed["shares"]:
+        row |= {"share_low": share_low, "difference_low": difference_low}
+    assert part.finding(changed).agrees == agrees
+
+
+def test_the_figure_draws_the_observation_that_is_in_the_table(study, tables):
+    level = study.levels("spatial", size=25, cheese="in distribution", mouse="anywhere")[0]
+    grey = observe([level])[0].mean(axis=-1).round()
+    read = [list(bytes.fromhex(row["grey"][1:])) for row in tables["pixels"]]
+    np.testing.assert_array_equal(read, grey)
+    assert part.figure(tables).axes[0].get_xlabel() == "channel 27; column (pixel)"

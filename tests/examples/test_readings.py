@@ -1,0 +1,78 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from studies import shipped_points
+
+from maze.levels import draw_levels, observe, policy_input
+from maze.paths import Direction
+from maze.policy import ACTIONS
+from maze.readings import Readings, area, areas, optional_cells, rank_correlation
+from maze.states import read_mazes
+from maze.tables import SITE
+
+
+@pytest.fixture(scope="module")
+def levels():
+    return draw_levels(6, size=9, seed=3, cheese="in distribution", mouse="anywhere")
+
+
+@pytest.fixture(scope="module")
+def readings(levels):
+    return Readings.of(shipped_points(), levels)
+
+
+def test_readings_are_the_sums_and_the_probabilities_of_the_policy(levels, readings):
+    policy, recorded = shipped_points().model, []
+    hook = policy.get_submodule(SITE).register_forward_hook(lambda module, inputs, output: recorded.append(output))
+    with torch.no_grad():
+        probabilities = policy(torch.from_numpy(policy_input(observe(levels))))[0].probs.double().numpy()
+    hook.remove()
+    np.testing.assert_allclose(readings.sums, recorded[0].double().sum(dim=(2, 3)).numpy(), rtol=1e-4, atol=1e-4)
+    for direction in Direction:
+        expected = probabilities[:, list(ACTIONS[direction])].sum(axis=1)
+        np.testing.assert_allclose(readings.moves[:, direction], expected, atol=1e-5)
+
+
+def test_in_a_tree_one_legal_move_is_the_first_step(levels, readings):
+    assert (readings.first.sum(axis=1) == 1).all()
+    assert (readings.legal | ~readings.first).all()
+    np.testing.assert_array_equal(readings.mazes.mouse, read_mazes(levels).mouse)
+
+
+def test_readings_of_some_levels_are_those_rows(readings):
+    part = readings[np.array([4, 1])]
+    assert len(part) == 2
+    np.testing.assert_array_equal(part.sums, readings.sums[[4, 1]])
+    np.testing.assert_array_equal(part.first, readings.first[[4, 1]])
+
+
+def test_an_area_counts_the_pairs_in_which_the_positive_is_higher():
+    rng = np.random.default_rng(0)
+    sums, labels = rng.integers(0, 5, (12, 3)).astype(float), np.arange(12) % 3 == 0
+    for channel in range(3):
+        pairs = itertools.product(sums[labels, channel], sums[~labels, channel])
+        expected = np.mean([(high > low) + (high == low) / 2 for high, low in pairs])
+        assert areas(sums, labels)[channel] == pytest.approx(expected)
+        assert area(sums[:, channel], labels).estimate == pytest.approx(expected)
+
+
+def test_there_is_no_area_with_too_few_mazes_of_a_kind():
+    labels = np.array([True, False, False])
+    assert area(np.arange(3.0), labels) is None
+    assert np.isnan(areas(np.zeros((3, 2)), np.zeros(3, dtype=bool))).all()
+    assert optional_cells("auc", None) == {"auc": None, "auc_low": None, "auc_high": None}
+
+
+def test_the_cells_are_over_mazes_in_which_the_direction_is_legal(readings):
+    cells = readings.cells(27, Direction.UP)
+    assert cells["n"] == readings.legal[:, Direction.UP].sum()
+    assert cells["positives"] == readings.first[:, Direction.UP].sum()
+
+
+def test_a_rank_correlation_does_not_depend_on_the_scale_and_is_nan_without_variation():
+    assert rank_correlation([1, 2, 3, 4], [10, 100, 1000, 5000]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert np.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
+    assert np.isnan(rank_correlation([1], [2]))
