@@ -176,8 +176,10 @@ def share_cells(prefix: str, count: int, n: int) -> dict[str, Cell]:
 
 
 def said(row: dict[str, Any], prefix: str, form: str = ".0%") -> str:
-    """The three cells as text: "97% (94% to 99%)"; what is None is left out."""
+    """The three cells as text: "97% (94% to 99%)"; what is None is said to be missing."""
     estimate, low, high = (row[f"{prefix}{end}"] for end in ("", "_low", "_high"))
     if estimate is None:
         return "nothing to estimate"
-    return f"{estimate:{form}}" + ("" if low is None or high is None else f" ({low:{form}} to {high:{form}})")
+    return f"{estimate:{form}} " + (
+        "(no interval)" if low is None or high is None else f"({low:{form}} to {high:{form}})"
+    )

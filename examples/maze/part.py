@@ -29,6 +29,7 @@ from maze.tables import SITE
 Cell: TypeAlias = bool | int | float | str | None
 Table: TypeAlias = list[dict[str, Cell]]
 Tables: TypeAlias = Mapping[str, Table]
+Agrees: TypeAlias = Literal["yes", "in part", "undecided", "no", "not comparable"]
 
 POOL = 3  # how many levels to draw for each in which a given direction is open
 SELECTION_LEVELS = 1000  # mazes that channels and thresholds are chosen on, whatever n is
@@ -85,7 +86,7 @@ class Finding:
     """
 
     ours: str
-    agrees: Literal["yes", "in part", "no", "not comparable"]
+    agrees: Agrees
     follows: str
     does_not_follow: str
 
@@ -130,9 +131,41 @@ def interval_cells(prefix: str, interval: Interval) -> dict[str, Cell]:
 
 
 def shown(row: Mapping[str, Any], prefix: str, form: str = ".3f") -> str:
-    """The three cells of `interval_cells` as text: "0.974 (0.944 to 0.988)"."""
+    """The three cells of `interval_cells` as text: "0.974 (0.944 to 0.988)"; without ends "0.974 (no interval)"."""
     low, high = row[f"{prefix}_low"], row[f"{prefix}_high"]
-    return f"{row[prefix]:{form}} ({low:{form}} to {high:{form}})"
+    ends = "no interval" if low is None or np.isnan(low) else f"{low:{form}} to {high:{form}}"
+    return f"{row[prefix]:{form}} ({ends})"
+
+
+def above(row: Mapping[str, Any], prefix: str, limit: float = 0.0) -> bool | None:
+    """Whether an interval, three cells as of `interval_cells`, lies above a limit; None if on both sides or empty."""
+    low, high = row[f"{prefix}_low"], row[f"{prefix}_high"]
+    if low is None or high is None:
+        return None
+    return True if low > limit else False if high < limit else None
+
+
+def below(row: Mapping[str, Any], prefix: str, limit: float = 0.0) -> bool | None:
+    """The same for below."""
+    over = above(row, prefix, limit)
+    return None if over is None else not over
+
+
+def verdict(*claims: bool | None) -> Agrees:
+    """Whether a result agrees with what the post claims.
+
+    Too little data never makes a "no": that takes a claim whose interval lies on the other side.
+
+    Args:
+        claims: each True if it holds, False if the opposite does, None if that stays open.
+    """
+    if not claims:
+        return "not comparable"
+    if all(claims):
+        return "yes"
+    if any(claims):
+        return "in part"
+    return "no" if False in claims else "undecided"
 
 
 def column(table: Sequence[Mapping[str, Any]], name: str) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from maze.part import Cell, Finding, Part, Table, Tables, read_table
 from maze.results import replace_text, replaced
 
 _SHOWN_ROWS = 40  # of a table; the file has all
+_OPEN_ROWS = 12  # tables up to so long are open from the start
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -87,14 +88,24 @@ def _introduction(results: Mapping[tuple[str, str], Result], subjects: Sequence[
         )
     told = []
     for subject in others:
-        ours = [results[subject, name].finding.ours for name in ("sums", "ablation") if (subject, name) in results]
-        told.append(f"{subject}: {' '.join(ours) or 'not measured in this run.'}")
+        there = {name: result.finding for (policy, name), result in results.items() if policy == subject}
+        agree = [
+            f"{name}: {finding.agrees} ({main}: {results[main, name].finding.agrees})"
+            for name, finding in there.items()
+            if (main, name) in results
+        ]
+        ours = [f"{name.capitalize()}: {there[name].ours}" for name in ("sums", "ablation") if name in there]
+        told.append(
+            f"the {subject} policy agrees with the post, by the same rules, so: {', '.join(agree)}. {' '.join(ours)}"
+            if agree
+            else f"the {subject} policy was not measured in this run."
+        )
     missing = "" if "reward" in others else " No policy trained by reward stands beside them in this run."
     return (
         f"The policy under study ({main}) was trained by imitation with an auxiliary loss that teaches directions to "
-        "its middle layers, so a direction signal in it was in part taught. What remains in policies that were not "
-        "taught "
-        f"so: {' '.join(told)}{missing}"
+        "its middle layers, so a direction signal in it was in part taught. What remains without that teaching: "
+        f"{' '.join(told)}{missing} The policies differ in how well they find the cheese too, so a difference between "
+        "them is not of that teaching alone."
     )
 
 
@@ -118,8 +129,8 @@ def _html(
     yield "<h1>Why a mouse trained with the cheese in the top right corner goes to the corner when it is elsewhere</h1>"
     yield f"<p>{escape(_introduction(results, subjects))}</p>"
     yield f"<p>{escape(_facts(main[0]))}. Made by <code>{escape(command)}</code>. Figures of the post are of the "
-    yield "published network and stand beside ours; all others are of these weights and come from the CSV files of "
-    "this run.</p>"
+    yield "published network and stand beside ours; all others are of these weights and come from the CSV files of"
+    yield "this run.</p>"
     yield "<h2 id='summary'>Summary</h2><div class='scroll'><table><tr><th>part</th><th>ours</th><th>the post</th>"
     yield "<th>agrees</th></tr>"
     for result in main:
@@ -149,7 +160,8 @@ def _html_result(result: Result) -> Iterator[str]:
     yield f"<p><b>What follows.</b> {escape(finding.follows)}</p>"
     yield f"<p><b>What does not.</b> {escape(finding.does_not_follow)}</p>"
     for name, table in result.tables.items():
-        yield f"<details><summary>{escape(name)}.csv, {len(table)} rows</summary><div class='scroll'><table>"
+        unfolded = " open" if len(table) <= _OPEN_ROWS else ""
+        yield f"<details{unfolded}><summary>{escape(name)}.csv, {len(table)} rows</summary><div class='scroll'><table>"
         yield "<tr>" + "".join(f"<th>{escape(column)}</th>" for column in (table[0] if table else {})) + "</tr>"
         for row in table[:_SHOWN_ROWS]:
             yield "<tr>" + "".join(f"<td>{escape(_text(cell))}</td>" for cell in row.values()) + "</tr>"

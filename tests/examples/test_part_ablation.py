@@ -127,13 +127,22 @@ def test_a_policy_with_one_live_channel_is_measured_without_controls():
     part.figure(tables)
 
 
-@pytest.mark.parametrize(("effect", "low", "agrees"), [(0.2, 0.1, "yes"), (0.2, -0.1, "in part"), (-0.2, -0.3, "no")])
-def test_the_finding_agrees_when_zeroing_the_up_channel_helps_beyond_its_interval(tables, effect, low, agrees):
+@pytest.mark.parametrize(
+    ("effect", "low", "high", "agrees"),
+    [(0.2, 0.1, 0.3, "yes"), (0.2, -0.1, 0.3, "undecided"), (-0.2, -0.3, -0.1, "no")],
+)
+def test_the_finding_agrees_when_zeroing_the_up_channel_helps_beyond_its_interval(tables, effect, low, high, agrees):
     changed = copy.deepcopy(tables)
-    row_of(changed, "channel 27").update(effect=effect, effect_low=low)
+    row_of(changed, "channel 27").update(effect=effect, effect_low=low, effect_high=high)
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(row_of(changed, "channel 27"), "effect", "+.3f") in finding.ours
+
+
+def test_the_finding_says_how_many_other_channels_do_as_much(tables):
+    changed = copy.deepcopy(tables)
+    row_of(changed, "channel 27").update(rank=4, controls=30)
+    assert "Of the 30 other live channels, zeroed one by one, 3 change" in part.finding(changed).follows
 
 
 def test_the_figure_has_three_panels(tables):

@@ -71,14 +71,14 @@ def test_leaving_the_cheese_out_of_the_picture_changes_only_what_the_mouse_sees(
 
 @pytest.mark.parametrize(
     ("effect_high", "beyond_high", "agrees"),
-    [(-0.1, -0.1, "yes"), (-0.1, 0.1, "in part"), (0.1, -0.1, "no")],
+    [(-0.1, -0.1, "yes"), (-0.1, 0.1, "in part"), (0.1, -0.1, "undecided")],
 )
 def test_the_finding_agrees_when_less_cheese_is_found_than_with_every_control(tables, effect_high, beyond_high, agrees):
     changed = copy.deepcopy(tables)
     (own,) = (row for row in changed["effects"] if (row["measure"], row["intervention"]) == ("found", OWN))
-    own["effect_high"] = effect_high
+    own |= {"effect_low": -0.2, "effect_high": effect_high}
     for row in changed["against"]:
-        row["own_minus_control_high"] = beyond_high
+        row |= {"own_minus_control_low": -0.2, "own_minus_control_high": beyond_high}
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(own, "effect", "+.3f") in finding.ours

@@ -61,16 +61,17 @@ def test_with_the_vector_subtracted_the_first_square_looks_as_if_the_corner_were
 
 
 @pytest.mark.parametrize(
-    ("effect_low", "beyond_low", "agrees"), [(0.1, 0.1, "yes"), (0.1, -0.1, "in part"), (-0.1, 0.1, "no")]
+    ("effect_low", "beyond_low", "agrees"), [(0.1, 0.1, "yes"), (0.1, -0.1, "in part"), (-0.1, 0.1, "undecided")]
 )
 def test_the_finding_agrees_when_the_corner_is_passed_more_often_than_with_the_controls(
     tables, effect_low, beyond_low, agrees
 ):
     changed = copy.deepcopy(tables)
     (own,) = (row for row in changed["effects"] if (row["measure"], row["intervention"]) == ("corner", OWN))
-    own["effect_low"] = effect_low
+    own |= {"effect_low": effect_low, "effect_high": 0.2}
     for row in changed["against"]:
-        row["own_minus_control_low"] = beyond_low if row["control"] in part.JUDGES else -1.0
+        low = beyond_low if row["control"] in part.JUDGES else -1.0
+        row |= {"own_minus_control_low": low, "own_minus_control_high": 0.2}
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(own, "effect", "+.3f") in finding.ours

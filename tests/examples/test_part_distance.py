@@ -72,9 +72,12 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     for row in changed["trends"]:
         row |= {"correlation": -0.33, "correlation_low": -0.5, "correlation_high": -0.1}
     found = part.PART.finding(changed)
-    assert found.agrees == "yes" and "-0.33" in found.ours and "does not explain the fall" in found.follows
+    assert found.agrees == "yes" and "-0.33" in found.ours and "does not explain all of the fall" in found.follows
     for row in changed["trends"]:
         row["correlation_high"] = 0.2
+    assert part.PART.finding(changed).agrees == "undecided"
+    for row in changed["trends"]:
+        row |= {"correlation": 0.3, "correlation_low": 0.1, "correlation_high": 0.4}
     assert part.PART.finding(changed).agrees == "no"
 
 

@@ -111,11 +111,17 @@ def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     changed = copy.deepcopy(tables)
     for row in changed["controls"]:
-        row |= {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "rank": 77}
+        row |= {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "rank": 1, "rank_p": 0.01}
     for row in changed["predictions"]:
-        row["gain_low"] = 0.1
+        row |= {"gain_low": 0.1, "gain_high": 0.3}
     found = part.PART.finding(changed)
-    assert found.agrees == "yes" and "rank 77 of 100" in found.ours
+    assert found.agrees == "yes" and "rank 1 of 100" in found.ours
+    for row in changed["controls"]:
+        row |= {"rank": 77, "rank_p": 0.77}
+    found = part.PART.finding(changed)
+    assert found.agrees == "in part" and "rank 77 of 100" in found.ours
+    for row in changed["controls"]:
+        row["rank_p"] = 0.01
     for row in changed["predictions"]:
         if row["predictor"] == FITTED:
             row["gain_low"] = -0.1

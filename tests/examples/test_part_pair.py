@@ -38,11 +38,16 @@ def test_every_pair_made_from_a_level_is_counted_once(tables):
 
 @pytest.mark.parametrize(
     ("share_low", "swapped", "agrees", "changes"),
-    [(0.6, False, "yes", "wall changes"), (0.6, True, "in part", "wall changes"), (0.4, False, "no", "reliably")],
+    [
+        (0.6, False, "yes", "wall changes"),
+        (0.6, True, "in part", "wall changes"),
+        (0.4, False, "in part", "reliably"),
+        (0.4, True, "undecided", "reliably"),
+    ],
 )
 def test_the_finding_agrees_when_the_up_side_is_higher_everywhere(tables, share_low, swapped, agrees, changes):
     changed = copy.deepcopy(tables)
-    changed["told"][0]["share_low"] = share_low
+    changed["told"][0] |= {"share_low": share_low, "share_high": 0.9}
     for row in changed["pictures"]:
         row |= {"sum_0": 5.0, "sum_1": 1.0} if row["first_step_0"] == "UP" else {"sum_0": 1.0, "sum_1": 5.0}
     if swapped:

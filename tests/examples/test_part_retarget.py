@@ -97,14 +97,14 @@ def test_every_level_is_in_one_bin_of_distances(tables):
 
 
 @pytest.mark.parametrize(
-    ("effect_low", "beyond_low", "agrees"), [(0.1, 0.1, "yes"), (0.1, -0.1, "in part"), (-0.1, 0.1, "no")]
+    ("effect_low", "beyond_low", "agrees"), [(0.1, 0.1, "yes"), (0.1, -0.1, "in part"), (-0.1, 0.1, "undecided")]
 )
 def test_the_finding_agrees_when_the_target_is_reached_more_often_than_with_other_channels(
     tables, effect_low, beyond_low, agrees
 ):
     changed = copy.deepcopy(tables)
-    changed["effects"][0]["effect_low"] = effect_low
-    changed["against"][0]["own_minus_control_low"] = beyond_low
+    changed["effects"][0] |= {"effect_low": effect_low, "effect_high": 0.2}
+    changed["against"][0] |= {"own_minus_control_low": beyond_low, "own_minus_control_high": 0.2}
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(changed["effects"][0], "effect", "+.3f") in finding.ours

@@ -46,10 +46,14 @@ def test_the_contrast_is_over_all_channels_that_are_searched(study, tables):
     assert len(tables["contrast"]) == part.SHOWN
 
 
-@pytest.mark.parametrize(("knowing", "agrees"), [(4, "yes"), (2, "in part"), (0, "no")])
-def test_the_finding_agrees_when_relu3_knows_all_directions(tables, knowing, agrees):
+@pytest.mark.parametrize(
+    ("highest", "knowing", "agrees"),
+    [(SITE, 4, "yes"), (SITE, 2, "in part"), ("embedder.fc", 4, "in part"), ("embedder.fc", 0, "no")],
+)
+def test_the_finding_agrees_when_relu3_differs_most_and_tells_all_directions(tables, highest, knowing, agrees):
     changed = copy.deepcopy(tables)
-    filled = {name: 0.9 for name in ("in", "in_high", "out", "out_high")} | {"out_low": 0.8, "in_low": 0.5}
+    changed["contrast"][0]["site"] = f"Site('{highest}', channel=27)"
+    filled = {name: 0.9 for name in ("in", "in_high", "out", "out_high")} | {"out_low": 0.8, "in_low": 0.4}
     for row in changed["hook_points"]:
         row |= filled
     for row in [row for row in changed["hook_points"] if row["hook_point"] == SITE][:knowing]:

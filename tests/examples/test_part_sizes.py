@@ -43,7 +43,7 @@ def test_the_largest_size_is_compared_with_the_others_and_not_with_itself(tables
     assert any(row["minus_largest"] is not None for row in tables["sizes"])
 
 
-@pytest.mark.parametrize(("told", "agrees"), [(40, "yes"), (30, "in part"), (10, "no")])
+@pytest.mark.parametrize(("told", "agrees"), [(40, "yes"), (30, "in part"), (10, "in part"), (0, "undecided")])
 def test_the_finding_counts_the_cells_whose_interval_is_above_chance(tables, told, agrees):
     changed = copy.deepcopy(tables)
     inside = [row for row in changed["sizes"] if row["split"] == "in distribution"]

@@ -97,12 +97,14 @@ def test_a_channel_without_any_activation_has_no_share():
 
 
 @pytest.mark.parametrize(
-    ("share_low", "difference_low", "agrees"), [(0.95, 0.2, "yes"), (0.5, 0.2, "in part"), (0.95, -0.1, "no")]
+    ("share", "difference", "agrees"),
+    [(0.95, 0.2, "yes"), (0.85, 0.2, "in part"), (0.85, -0.1, "undecided"), (0.5, -0.5, "no")],
 )
-def test_the_finding_agrees_when_nearly_all_of_the_sum_lies_around_the_mouse(tables, share_low, difference_low, agrees):
+def test_the_finding_agrees_when_nearly_all_of_the_sum_lies_around_the_mouse(tables, share, difference, agrees):
     changed = copy.deepcopy(tables)
     for row in changed["shares"]:
-        row |= {"share_low": share_low, "difference_low": difference_low}
+        row |= {"share_low": share - 0.04, "share_high": share + 0.1}
+        row |= {"difference_low": difference - 0.05, "difference_high": difference + 0.15}
     assert part.finding(changed).agrees == agrees
 
 

@@ -41,17 +41,18 @@ def test_too_few_mazes_for_a_threshold_are_said_in_the_table_and_the_finding():
 
 
 @pytest.mark.parametrize(
-    ("fit_low", "shifted_low", "drop_low", "agrees"),
-    [(0.9, 0.7, 0.1, "yes"), (0.9, 0.7, -0.1, "in part"), (0.4, 0.4, 0.1, "no")],
+    ("fit", "shifted", "drop", "agrees"),
+    [(0.9, 0.7, 0.2, "yes"), (0.9, 0.7, 0.0, "in part"), (0.5, 0.5, 0.0, "undecided"), (0.3, 0.3, -0.2, "no")],
 )
-def test_the_finding_agrees_when_the_area_drops_and_stays_above_chance(tables, fit_low, shifted_low, drop_low, agrees):
+def test_the_finding_agrees_when_the_area_drops_and_stays_above_chance(tables, fit, shifted, drop, agrees):
     changed = copy.deepcopy(tables)
     for row in changed["transfer"]:
         if row["quantity"] == "AUC":
-            row |= {"fit_low": fit_low, "shifted_low": shifted_low, "drop_low": drop_low}
+            for name, value in (("fit", fit), ("shifted", shifted), ("drop", drop)):
+                row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
     told = part.finding(changed)
     assert told.agrees == agrees
-    assert ("no direction in both sets" in told.follows) == (fit_low < 0.5)
+    assert ("no direction in both sets" in told.follows) == (fit <= 0.5)
 
 
 def test_the_figure_has_a_column_of_marks_per_label_and_split(tables):

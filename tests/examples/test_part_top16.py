@@ -77,17 +77,24 @@ def test_the_field_holds_the_mean_of_both_facings_and_nothing_where_the_episode_
 
 
 @pytest.mark.parametrize(
-    ("moved_low", "found_high", "agrees"),
-    [(0.3, 0.1, "yes"), (0.3, -0.1, "in part"), (0.0, 0.1, "in part"), (0.0, -0.1, "no")],
+    ("moved", "found", "agrees"),
+    [(0.3, -0.1, "yes"), (0.3, -0.8, "in part"), (0.01, 0.0, "in part"), (0.1, -0.4, "undecided"), (0.01, -0.8, "no")],
 )
-def test_the_finding_agrees_when_much_changes_and_the_cheese_is_found_as_often(tables, moved_low, found_high, agrees):
+def test_the_finding_agrees_when_much_changes_and_half_of_the_cheese_is_still_found(tables, moved, found, agrees):
     changed = copy.deepcopy(tables)
     for row in changed["effects"]:
         if row["intervention"] == "top 16 zero" and row["measure"] == "moves":
-            row["effect_low"] = moved_low
+            row |= {"effect_low": moved - 0.05, "effect_high": moved + 0.05}
         if row["intervention"] == "top 16 zero" and row["measure"] == "found":
-            row["effect_high"] = found_high
+            row |= {"original": 0.8, "effect_low": found - 0.1, "effect_high": found + 0.1}
     assert part.finding(changed).agrees == agrees
+
+
+def test_a_mouse_that_never_finds_the_cheese_does_not_still_go_there(tables):
+    changed = copy.deepcopy(tables)
+    for row in changed["effects"]:
+        row |= {"original": 0.0, "effect": 0.0, "effect_low": 0.0, "effect_high": 0.0}
+    assert part.finding(changed).agrees == "no"
 
 
 def test_without_decision_squares_and_controls_the_finding_says_so(tables):

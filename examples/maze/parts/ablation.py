@@ -19,7 +19,7 @@ from maze.effects import KINDS, ablation, activations, level_batches, mean_inter
 from maze.episodes import ORIGINAL
 from maze.exact import first_hits, walk
 from maze.levels import observe, policy_input
-from maze.part import Finding, Part, Study, Table, Tables, interval_cells, shown
+from maze.part import Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction, top_right
 from maze.selection import Selection
 from maze.tables import SITE
@@ -220,8 +220,8 @@ def _absolute_z(
 
 def figure(tables: Tables) -> Figure:
     """The chosen channels by kind of ablation, the same zeroed with the cheese elsewhere, and the post's table."""
-    drawn = Figure(figsize=(15, 5.2), layout="constrained")
-    by_kind, by_place, mosaic = drawn.subplots(1, 3, width_ratios=(1.25, 1.1, 0.9))
+    drawn = Figure(figsize=(16, 5.2), layout="constrained")
+    by_kind, by_place, mosaic = drawn.subplots(1, 3, width_ratios=(1.25, 1.1, 1.15))
     rows = tables["effects"]
     _draw_effects(by_kind, [row for row in rows if row["cheese"] == PLACES[0]], "kind", controls=True)
     by_kind.set_title(f"cheese in the bottom right, n={rows[0]['n']}")
@@ -256,7 +256,8 @@ def _draw_effects(axes: Axes, rows: Sequence[Mapping[str, Any]], by: str, *, con
     axes.set_yticks(range(len(names), len(names) - len(labels), -1), labels)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("change of P(cheese within 256 steps),\npercentage points, 95% interval over levels")
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    axes.set_ylim(len(names) - len(labels) - 1.2, len(names) + 0.6)  # the legend has a place of its own
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -281,13 +282,24 @@ def finding(tables: Tables) -> Finding:
         f"Channel {walks['channel']} (UP) zeroed, n={zeroed['n']}: P(cheese) {zeroed['original']:.3f} becomes "
         f"{zeroed['modified']:.3f}, effect {shown(zeroed, 'effect', '+.3f')}{ranked}{p}. Walks with common draws, both "
         f"/ only modified / only original / neither: {counts} (McNemar p = {walks['mcnemar_p']:.2g}).",
-        "yes" if zeroed["effect_low"] > 0 else "in part" if zeroed["effect"] > 0 else "no",
-        f"By mean ablation the effect is {shown(by_mean, 'effect', '+.3f')}, by resampling "
+        verdict(above(zeroed, "effect")),
+        f"{_beside_controls(zeroed)}By mean ablation the effect is {shown(by_mean, 'effect', '+.3f')}, by resampling "
         f"{shown(resampled, 'effect', '+.3f')}. Zeroed with the cheese elsewhere it is {others}. On the same mazes it "
         f"is larger in the bottom right than {than}.",
-        "That only this channel matters: the other live channels, ablated one by one, are the controls, and the rank "
-        "says how many of them do as much. Nor that an effect of zeroing alone is about the direction: a channel that "
+        "That only this channel matters: the other live channels, ablated one by one, are the controls. "
+        "Nor that an effect of zeroing alone is about the direction: a channel that "
         "is never near zero is driven off its distribution, which the column absolute_z shows.",
+    )
+
+
+def _beside_controls(zeroed: Mapping[str, Any]) -> str:
+    if zeroed["rank"] is None:
+        return "There is no other live channel to compare with. "
+    special = zeroed["rank_p"] is not None and zeroed["rank_p"] < 0.05
+    return (
+        f"Of the {zeroed['controls']} other live channels, zeroed one by one, {zeroed['rank'] - 1} change P(cheese) "
+        "as much or more, up or down, so the verdict is about this channel's effect"
+        f"{', which few others have' if special else ' and not about its being special'}. "
     )
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from maze.effects import destinations, effect_rows, joined, level_batches
 from maze.episodes import ORIGINAL
-from maze.part import Finding, Part, Study, Table, Tables, shown
+from maze.part import Finding, Part, Study, Table, Tables, below, shown, verdict
 from maze.states import read_mazes
 from maze.steering import BLOCK, CONTROLS, OWN, against_controls, difference_vectors, steered, vector_figure
 from maze.tables import action_tables
@@ -44,10 +44,9 @@ def finding(tables: Tables) -> Finding:
     found = {row["intervention"]: row for row in tables["effects"] if row["measure"] == "found"}
     choice = {row["intervention"]: row for row in tables["effects"] if row["measure"] == "to_cheese"}
     own, unseen = found[OWN], found[UNSEEN]
-    beyond = [
-        row["control"] for row in tables["against"] if row["measure"] == "found" and row["own_minus_control_high"] < 0
-    ]
-    less = own["effect_high"] < 0
+    against = [row for row in tables["against"] if row["measure"] == "found"]
+    beyond = [row["control"] for row in against if below(row, "own_minus_control")]
+    less = below(own, "effect")
     squares = (
         "No level has a decision square."
         if not choice
@@ -59,9 +58,9 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         f"P(cheese) {own['original']:.3f} becomes {own['modified']:.3f}, effect {shown(own, 'effect', '+.3f')}, "
         f"n={own['n']}; with the cheese not shown at all {shown(unseen, 'effect', '+.3f')}. {squares}",
-        "yes" if less and len(beyond) == len(CONTROLS) else "in part" if less else "no",
-        f"Controls: {controls}. The own vector lowers P(cheese) by more than "
-        f"{' and '.join(beyond) or 'none of them'}, over the same levels.",
+        verdict(less, *(below(row, "own_minus_control") for row in against if less)),
+        f"Controls: {controls}. The own vector lowers P(cheese) by more than {len(beyond)} of these "
+        f"{len(CONTROLS)} do, interval of the paired difference below 0.",
         "That the vector is the cheese and nothing else: it was computed with the mouse on the first square and is "
         "added everywhere. What not showing the cheese does is the most that it could do if it were.",
     )

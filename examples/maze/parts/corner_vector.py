@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from maze.effects import destinations, effect_rows, joined, level_batches
 from maze.episodes import ORIGINAL
-from maze.part import Finding, Part, Study, Table, Tables, shown
+from maze.part import Finding, Part, Study, Table, Tables, above, shown, verdict
 from maze.paths import distances, shortest_paths, top_right
 from maze.states import WALL, Mazes, read_mazes
 from maze.steering import BLOCK, CONTROLS, OWN, added, against_controls, difference_vectors, steered, vector_figure
@@ -67,12 +67,9 @@ def finding(tables: Tables) -> Finding:
     choice = next(
         (row for row in tables["effects"] if row["measure"] == "to_corner" and row["intervention"] == OWN), None
     )
-    beyond = [
-        row["control"]
-        for row in tables["against"]
-        if row["measure"] == "corner" and row["control"] in JUDGES and row["own_minus_control_low"] > 0
-    ]
-    more = own["effect_low"] > 0
+    against = [row for row in tables["against"] if row["measure"] == "corner" and row["control"] in JUDGES]
+    beyond = [row["control"] for row in against if above(row, "own_minus_control")]
+    more = above(own, "effect")
     squares = (
         "No level has a decision square."
         if choice is None
@@ -83,10 +80,10 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         f"P(corner before the cheese) {own['original']:.3f} becomes {own['modified']:.3f} with the vector added, "
         f"effect {shown(own, 'effect', '+.3f')}, n={own['n']}; subtracted, {shown(away, 'effect', '+.3f')}. {squares}",
-        "yes" if more and len(beyond) == len(JUDGES) else "in part" if more else "no",
+        verdict(more, *(above(row, "own_minus_control") for row in against if more)),
         f"Another level's vector, which points to the same corner, has {shown(corner[TRANSFER], 'effect', '+.3f')}. "
-        f"Controls: {controls}. The own vector raises it by more than {' and '.join(beyond) or 'none of them'}, over "
-        "the same levels.",
+        f"Controls: {controls}. The own vector raises it by more than {len(beyond)} of these {len(JUDGES)} do, "
+        "interval of the paired difference above 0.",
         "That the vector stands for the corner as a goal: it is the difference that one wall next to the corner makes, "
         "wherever the mouse wants to go.",
     )

@@ -27,7 +27,7 @@ from maze.decision_squares import (
     strata,
     threshold_rows,
 )
-from maze.part import Finding, Part, Study, Table, Tables
+from maze.part import Finding, Part, Study, Table, Tables, above, verdict
 from maze.paths import Direction
 
 SIZE = 25
@@ -256,26 +256,37 @@ def finding(tables: Tables) -> Finding:
         name = threshold["direction"]
         inside, outside = (choices[name, "accepted", split] for split in SPLITS)
         raw, both = (differences[f"{name} channel high", on] for on in (UNMATCHED, BOTH))
-        lower = raw["difference_low"] is not None and raw["difference_low"] > 0
-        held += [] if not (inside["n"] and outside["n"]) else [lower, outside["goes_low"] > 0.5]
+        held += [above(raw, "difference"), above(outside, "goes", 0.5)] if inside["n"] and outside["n"] else []
+        cells_in, cells_out = (_four(tables["squares"], name, split) for split in SPLITS)
         told.append(
             f"{_limit(threshold)}: the mouse goes {name} in {said(inside, 'goes')} in distribution (n={inside['n']} of "
             f"{inside['drawn']} drawn) and {said(outside, 'goes')} out of it (n={outside['n']} of {outside['drawn']}), "
             f"and takes the way to the cheese in {said(inside, 'to_cheese')} and {said(outside, 'to_cheese')}. "
+            f"Cheese {name} goes / corner {name} goes / cheese {name} not / corner {name} not: in {cells_in}, out "
+            f"{cells_out}. "
             f"Difference {said(raw, 'difference', '+.2f')}; matched on both distances "
             f"{said(both, 'difference', '+.2f')}."
         )
-    agrees = "not comparable" if not held else "yes" if all(held) else "in part" if any(held) else "no"
     raw, both = (differences["all", on] for on in (UNMATCHED, BOTH))
     return Finding(
         " ".join(told),
-        agrees,
+        verdict(*held),
         "On all decision squares, whatever the channels say, the mouse goes to the cheese more often in distribution "
         f"by {said(raw, 'difference', '+.2f')}; matched on the lengths of both ways (n={both['n_in']} and "
         f"{both['n_out']}) by {said(both, 'difference', '+.2f')}. {_explained(raw, both)}",
         "That the channel's sum makes the mouse go there: a sum was looked at, nothing was changed. Nor that distance "
         "is fully controlled: levels of one stratum still differ, and strata that only one side has are left out.",
     )
+
+
+def _four(squares: Table, direction: str, split: str) -> str:
+    """The four cells of the post's table in its order, in percent; where neither is there is left out, as there."""
+    rows = [
+        row for row in squares if (row["direction"], row["split"], row["squares"]) == (direction, split, "accepted")
+    ]
+    share = {(row["leads_to"], row["goes"]): row["share"] for row in rows}
+    told = [share[goal, goes] for goes in (True, False) for goal in GOALS[:2]]
+    return " / ".join("none" if each is None else f"{100 * each:.1f}" for each in told)
 
 
 def _limit(threshold: dict[str, Any]) -> str:

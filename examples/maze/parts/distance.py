@@ -26,7 +26,7 @@ from maze.decision_squares import (
     strata,
     threshold_rows,
 )
-from maze.part import Finding, Part, Study, Table, Tables
+from maze.part import Finding, Part, Study, Table, Tables, below, verdict
 from maze.paths import Direction
 
 SIZE = 25
@@ -211,8 +211,6 @@ def finding(tables: Tables) -> Finding:
     trends = {(row["measure"], row["cheese"], row["within"]): row for row in tables["trends"]}
     told = [MOUSE, *(_sum(direction, "cheese") for direction in DIRECTIONS)]
     raw, within = ([trends[name, BOTH, kind] for name in told] for kind in ("no strata", "strata"))
-    falls = [row["correlation_high"] is not None and row["correlation_high"] < 0 for row in raw]
-    measured = any(row["correlation"] is not None for row in raw)
     shares = [row for row in tables["shares"] if row["measure"] == MOUSE]
     shares = [row for row in shares if row["n"] >= FEWEST] or shares
     outside = trends[MOUSE, SPLITS[1], "strata"]
@@ -222,7 +220,7 @@ def finding(tables: Tables) -> Finding:
         "Rank correlation with the distance: "
         + "; ".join(f"{row['measure']} {said(row, 'correlation', '+.2f')} (n={row['n']})" for row in raw)
         + ".",
-        "not comparable" if not measured else "yes" if all(falls) else "in part" if any(falls) else "no",
+        verdict(*(below(row, "correlation") for row in raw if row["correlation"] is not None)),
         "Within strata of the lengths of both ways from the decision square it is "
         + "; ".join(f"{said(row, 'correlation', '+.2f')} for '{row['measure']}'" for row in within)
         + f"; for the mouse with the cheese out of distribution alone {said(outside, 'correlation', '+.2f')}. "
@@ -242,7 +240,7 @@ def _explained(raw: dict[str, Any], within: dict[str, Any]) -> str:
     if raw["correlation_high"] >= 0:
         return "What the mouse does does not fall with the distance beyond its interval."
     if within["correlation_high"] < 0:
-        return "So how far the decision square is from both does not explain the fall."
+        return "So how far the decision square is from both does not explain all of the fall."
     return "So how far the decision square is from both may explain the fall."
 
 

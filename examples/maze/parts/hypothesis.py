@@ -25,7 +25,7 @@ from chanpatch.statistics import (
 from maze.decision_squares import Decisions, at_decision_squares, cells, said
 from maze.effects import activations
 from maze.logistic import fit_logistic, predicted
-from maze.part import Finding, Part, Study, Table, Tables
+from maze.part import Finding, Part, Study, Table, Tables, above, verdict
 from maze.paths import Direction
 from maze.selection import Selection
 from maze.tables import SITE
@@ -283,19 +283,20 @@ def finding(tables: Tables) -> Finding:
             f"rate {said(rows[split, BASE], 'accuracy')}), fitted {said(fitted, 'accuracy')}; the difference of the "
             f"pushes separates them with AUC {said(area, 'auc', '.2f')}{among}."
         )
-        held += [] if area["auc"] is None else [area["auc_low"] > 0.5, fitted["gain_low"] > 0]
+        if area["auc"] is not None:
+            # Weights dealt to other channels that do as well leave open whether these channels are what pushes.
+            beyond = True if area["rank_p"] is not None and area["rank_p"] < 0.05 else None
+            held += [above(area, "auc", 0.5), above(fitted, "gain"), beyond]
     without = [row["direction"] for row in tables["channels"] if row["count"] == 0]
     if without:
         told.append(f"No channel stands for {', '.join(without)}, whose push is 0 throughout.")
-    testable = held and len(without) < len(Direction)
-    agrees = "not comparable" if not testable else "yes" if all(held) else "in part" if any(held) else "no"
     gains = [
         f"{said(rows[split, each], 'gain', '+.2f')} {split} ({each})" for split in SPLITS for each in (PUSH, FITTED)
     ]
     changes = [f"{said(row, 'change', '+.2f')} {row['split']} for {row['ablated']}" for row in tables["ablations"]]
     return Finding(
         " ".join(told),
-        agrees,
+        verdict(*(held if len(without) < len(Direction) else [])),
         f"Gain in accuracy over the base rate: {'; '.join(gains)}. With the channels of one push set to their mean, "
         f"the share of levels on which the step to the cheese is likelier changes by {'; '.join(changes)}.",
         "That the rest of the policy adds up sums in this way: a readout that predicts the choice need not be the one "

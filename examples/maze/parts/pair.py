@@ -11,7 +11,7 @@ from maze.channels import channel_of, channel_sums
 from maze.levels import draw_levels, observe, policy_input
 from maze.moved_walls import pairs_with_a_moved_wall
 from maze.pairs import contrastive_pairs, rotations
-from maze.part import Finding, Part, Study, Table, Tables, interval_cells, shown
+from maze.part import Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction, first_steps
 from maze.states import Mazes, write_mazes
 from maze.tables import SITE
@@ -80,16 +80,16 @@ def figure(tables: Tables) -> Figure:
             axes[turn].plot([0, 1], [row["sum_0"], row["sum_1"]], "-" + "os^Dv"[number], color="black", alpha=0.75)
         names = [rows[0]["first_step_0"], rows[0]["first_step_1"]]
         axes[turn].set(xticks=[0, 1], xticklabels=names, xlim=(-0.4, 1.4), ylim=(-0.03 * highest, 1.08 * highest))
-        axes[turn].set_title(f"turned by {turn * 90}°")
+        axes[turn].set(title=f"turned by {turn * 90}°", xlabel="first step to the cheese")
         axes[turn].spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel(f"sum of channel {tables['pictures'][0]['channel']}")
+    axes[0].set_ylabel(f"sum of channel {tables['pictures'][0]['channel']}, one mark per pair (n={len(rows)})")
     top = tables["automatic"][:10][::-1]
     for row, each in enumerate(top):
         axes[4].plot([each["low"], each["high"]], [row, row], color="black")
         axes[4].plot(each["effect"], row, "o", color="black")
     axes[4].set_yticks(range(len(top)), [f"channel {each['channel']}" for each in top])
     axes[4].axvline(0, color="black", linewidth=0.8)
-    axes[4].set_xlabel("UP minus RIGHT, in standard deviations over\nrandom mazes, 95% interval")
+    axes[4].set_xlabel("UP minus RIGHT, in standard deviations\nover random mazes, 95% interval")
     axes[4].set_title(f"{tables['told'][0]['pairs']} pairs made from levels")
     axes[4].spines[["top", "right"]].set_visible(False)
     return drawn
@@ -103,9 +103,8 @@ def finding(tables: Tables) -> Finding:
     post = [row for row in tables["pictures"] if row["pair"] == 0]
     sums = ", ".join(f"{row['sum_0']:.1f}/{row['sum_1']:.1f}" for row in post)
     strong = [row for row in tables["automatic"] if row["p_holm"] is not None and row["p_holm"] < 0.05]
-    agrees = (
-        "yes" if higher == len(rows) and told["share_low"] > 0.5 else "in part" if told["share_low"] > 0.5 else "no"
-    )
+    mostly = None if higher > len(rows) / 2 else False
+    agrees = verdict(above(told, "share", 0.5), True if higher == len(rows) else mostly)
     return Finding(
         f"Channel {channel}, the post's pair in four rotations: {sums}. Over five pairs, higher on the UP side in "
         f"{higher} of {len(rows)}; over {told['pairs']} pairs made from levels, in {shown(told, 'share', '.0%')}.",

@@ -15,7 +15,7 @@ from maze.effects import activations, effect_rows, level_batches, mean_intervals
 from maze.episodes import ORIGINAL
 from maze.exact import Chains, first_hits
 from maze.levels import random_squares
-from maze.part import Finding, Part, Study, Table, Tables, interval_cells, shown
+from maze.part import Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import START, distances
 from maze.states import WORLD, Mazes, read_mazes, write_mazes
 from maze.steering import BLOCK, difference_vectors
@@ -199,13 +199,14 @@ def finding(tables: Tables) -> Finding:
     against = tables["against"][0]
     chosen = ", ".join(str(row["channel"]) for row in tables["channels"] if row["chosen"])
     near, far = ([row for row in tables["distance"] if row["intervention"] == ALL][end] for end in (0, -1))
-    more, beyond = own["effect_low"] > 0, against["own_minus_control_low"] > 0
+    more = above(own, "effect")
+    claims = [more, above(against, "own_minus_control")] if more else [more]
     return Finding(
         f"Channels {chosen} set to {against['multiple']} times what they have at the cheese: P(target) "
         f"{own['original']:.3f} becomes {own['modified']:.3f}, effect {shown(own, 'effect', '+.3f')}, n={own['n']}; "
         f"the first of them alone {shown(one, 'effect', '+.3f')}; the cheese itself put there "
         f"{shown(moved, 'effect', '+.3f')}.",
-        "yes" if more and beyond else "in part" if more else "no",
+        verdict(*claims),
         f"Other channels, drawn anew for every level: {shown(control, 'effect', '+.3f')}; the cheese channels do "
         f"{shown(against, 'own_minus_control', '+.3f')} more. Targets {near['from']} to {near['to']} steps away: "
         f"{shown(near, 'effect', '+.3f')} (n={near['n']}); {far['from']} to {far['to']}: "

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from chanpatch import HookPoints, contrast, recording
+from chanpatch.statistics import difference_interval
 from maze.levels import observe, policy_input
 from maze.moved_walls import pairs_with_a_moved_wall
-from maze.part import POOL, Finding, Part, Study, Table, Tables, open_to, shown
+from maze.part import POOL, Finding, Part, Study, Table, Tables, above, open_to, shown, verdict
 from maze.paths import Direction
 from maze.readings import area, areas, optional_cells
 from maze.states import write_mazes
@@ -56,10 +57,11 @@ def _hook_points(study: Study) -> Table:
                 "channel": channel,
                 "live": len(live),
             }
-            for name in ("in", "out"):
-                measured = area(sums[name][point][:, channel], open_levels[name][1])
-                row |= {f"n_{name}": len(open_levels[name][1]), **optional_cells(name, measured)}
-            rows.append(row)
+            told = {name: area(sums[name][point][:, channel], open_levels[name][1]) for name in ("in", "out")}
+            for name, each in told.items():
+                row |= {f"n_{name}": len(open_levels[name][1]), **optional_cells(name, each)}
+            known = told["in"] is not None and told["out"] is not None
+            rows.append(row | optional_cells("drop", difference_interval(told["in"], told["out"]) if known else None))
     return rows
 
 
@@ -141,9 +143,8 @@ def finding(tables: Tables) -> Finding:
     at = [row for row in rows if row["hook_point"] == SITE]
     best = {row["direction"]: row for row in sorted(rows, key=lambda row: row["in"])}
     first = next((row["hook_point"] for row in rows if row["direction"] == "UP" and row["in_low"] > KNOWS), None)
-    dropped = [row for row in at if row["in_low"] > row["out_high"]]
+    dropped = [row for row in at if above(row, "drop")]
     top = tables["contrast"][0]
-    knows = [row for row in at if row["in_low"] > KNOWS]
     return Finding(
         f"At {SITE}: "
         + "; ".join(
@@ -152,11 +153,12 @@ def finding(tables: Tables) -> Finding:
             for row in at
         )
         + f". Over {top['pairs']} pairs with a moved wall, {top['site']} differs most of {top['searched']} channels.",
-        "yes" if len(knows) == len(Direction) else "in part" if knows else "no",
-        f"The first hook point in execution order whose best channel tells UP with an AUC above {KNOWS} is "
-        f"{first or 'none'}; the best are "
+        verdict(SITE in top["site"], *(above(row, "in", 0.5) for row in at)),
+        f"The first hook point in execution order whose best channel tells UP with an AUC above {KNOWS}, all of its "
+        f"interval, is {first or 'none'}; the best are "
         + ", ".join(f"{best[each.name]['hook_point']} for {each.name}" for each in Direction if each.name in best)
-        + f". At {SITE} {len(dropped)} of {len(at)} directions are told worse out of distribution, intervals apart.",
+        + f". At {SITE} {len(dropped)} of {len(at)} directions are told worse out of distribution, interval of "
+        "the difference above 0.",
         "That nothing before knows the way: this asks for one channel's sum. What is spread over channels, or lies "
         "in the place of an activation and not in its sum, does not show.",
     )

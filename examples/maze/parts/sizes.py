@@ -5,7 +5,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from chanpatch.statistics import difference_interval
-from maze.part import Finding, Part, Study, Table, Tables, column
+from maze.part import Finding, Part, Study, Table, Tables, above, column, verdict
 from maze.paths import Direction
 from maze.readings import Readings, optional_cells
 from maze.states import WORLD
@@ -71,7 +71,8 @@ def finding(tables: Tables) -> Finding:
     inside = [row for row in measured if row["split"] == SPLITS[0]]
     if not inside:
         return Finding("Too few mazes of each size.", "not comparable", "Nothing.", "Raise --n.")
-    told = [row for row in inside if row["auc_low"] > 0.5]
+    outside = [row for row in measured if row["split"] == SPLITS[1]]
+    told, told_outside = ([row for row in rows if row["auc_low"] > 0.5] for rows in (inside, outside))
     compared = [row for row in measured if row["minus_largest"] is not None]
     lower = [row for row in compared if row["minus_largest_high"] < 0]
     higher = [row for row in compared if row["minus_largest_low"] > 0]
@@ -84,10 +85,11 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         f"In distribution, AUC over the sizes {inside[0]['size']} to {inside[-1]['size']}: {'; '.join(ranges)} "
         f"(n={counts.min()} to {counts.max()} per size and direction).",
-        "yes" if len(told) == len(inside) else "in part" if len(told) > len(inside) / 2 else "no",
-        f"In {len(told)} of {len(inside)} cells in distribution the channel tells its direction, interval above 0.5. "
+        verdict(*(above(row, "auc", 0.5) for row in inside)),
+        f"In {len(told)} of {len(inside)} cells in distribution the channel tells its direction, interval above 0.5, "
+        f"and in {len(told_outside)} of {len(outside)} out of it. "
         f"Compared with size {WORLD}, over both places of the cheese, the AUC is lower in {len(lower)} cells and "
-        f"higher in {len(higher)} of {len(compared)}, interval apart from 0.",
+        f"higher in {len(higher)} of {len(compared)}, interval apart from 0 (not corrected for their number).",
         "That a threshold carries over: an AUC compares sums within one size. Nor that size itself makes the "
         "difference, as ways are longer in larger mazes.",
     )

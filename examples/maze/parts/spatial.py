@@ -15,7 +15,7 @@ from chanpatch.plots import channel_map
 from chanpatch.statistics import Interval, bootstrap_interval, rank_among
 from maze.effects import activations
 from maze.levels import observe, policy_input
-from maze.part import Finding, Part, Study, Table, Tables, interval_cells, shown
+from maze.part import Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction
 from maze.states import FREE, WORLD, read_mazes
 from maze.tables import SITE
@@ -159,7 +159,6 @@ def finding(tables: Tables) -> Finding:
         return Finding("No direction's channel was ever active.", "not comparable", "Nothing.", "Raise --n.")
     near = [row for row in chosen if row["distance"] == NEAR]
     more = [row for row in chosen if row["difference_low"] > 0]
-    only = all(row["share_low"] > MOST for row in near)
     others = [row["share"] for row in tables["shares"] if row["role"] == "control" and row["distance"] == NEAR]
     beside = (
         f"the {len(others)} other live channels hold {np.median(others):.0%} there (median)" if others else "no others"
@@ -171,7 +170,7 @@ def finding(tables: Tables) -> Finding:
             for row in near
         )
         + ".",
-        "yes" if only and len(more) == len(chosen) else "in part" if more else "no",
+        verdict(*(above(row, "share", MOST) for row in near), *(above(row, "difference") for row in chosen)),
         f"In {len(more)} of {len(chosen)} comparisons more of the sum lies around the mouse than around other free "
         f"squares of the same maze, interval above 0; {beside}.",
         "That a channel which is high around the mouse knows the way: a detector of the mouse would be too. The "

@@ -18,7 +18,7 @@ from chanpatch.statistics import (
 )
 from maze.decision_squares import DISTANCES, Decisions, at_decision_squares, cells, said
 from maze.logistic import PENALTY, fit_logistic, predicted
-from maze.part import Finding, Part, Study, Table, Tables
+from maze.part import Finding, Part, Study, Table, Tables, above, verdict
 
 ALL = "all distances"
 RESAMPLES = 999
@@ -125,17 +125,19 @@ def figure(tables: Tables) -> Figure:
 
 def finding(tables: Tables) -> Finding:
     model = tables["scores"][0]
-    best = max(tables["scores"][1:], key=lambda row: row["accuracy"])
+    # Chosen on the levels fitted on, as the accuracies are of the levels scored on.
+    strongest = max(tables["coefficients"], key=lambda row: abs(row["alone_coefficient"] or 0.0))
+    best = next(row for row in tables["scores"] if row["model"] == strongest["distance"])
     signs = {row["distance"]: _sign(row) for row in tables["coefficients"]}
     named = [f"{'more' if sign > 0 else 'less'} often with a larger '{name}'" for name, sign in signs.items() if sign]
-    ranks = model["auc_low"] is not None and model["auc_low"] > 0.5
     return Finding(
         f"Base rate {said(model, 'base', '.3f')} ({model['always']}), predicted {said(model, 'accuracy', '.3f')}, gain "
         f"{said(model, 'gain', '+.3f')}; fitted on {model['n_fit']} levels, scored on {model['n']} others.",
-        "yes" if model["gain_low"] > 0 else "in part" if ranks else "no",
-        f"Held out, the probabilities rank the choices with AUC {said(model, 'auc', '.2f')}. Of single distances "
-        f"'{best['model']}' predicts best, {said(best, 'accuracy', '.3f')}. With the other distances held equal, the "
-        f"mouse takes the cheese {', '.join(named) or 'as often, whatever one of them is'}, beyond the interval.",
+        verdict(above(model, "gain"), above(model, "auc", 0.5)),
+        f"Held out, the probabilities rank the choices with AUC {said(model, 'auc', '.2f')}. The single distance "
+        f"with the largest coefficient, '{best['model']}', predicts "
+        f"{said(best, 'accuracy', '.3f')}. With the other distances held equal, the mouse takes the cheese "
+        f"{', '.join(named) or 'neither more nor less often with any of them'}, beyond the interval.",
         "That a distance causes the choice: they are tied to each other, so a coefficient can change its sign with the "
         "company it is in, as the coefficients alone show. The reference is of a network trained with a 7x7 region, so "
         "its base rate is another.",

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from chanpatch import ThresholdProbe
 from chanpatch.errors import ProbeError
 from maze.channels import channel_sums
-from maze.part import POOL, Finding, Part, Study, Table, Tables, open_to, shown
+from maze.part import POOL, Finding, Part, Study, Table, Tables, above, open_to, shown, verdict
 from maze.paths import Direction
 from maze.tables import SITE
 
@@ -93,14 +93,17 @@ def finding(tables: Tables) -> Finding:
         return Finding("Too few mazes.", "not comparable", "Nothing.", "Raise --n.")
     up = {row["direction"]: row for row in areas}.get("UP", areas[0])
     false = {row["direction"]: row for row in alarms}.get(up["direction"], alarms[0])
+    equal = [row for row in tables["transfer"] if row["quantity"].startswith("precision at the base rate")]
+    precise = {row["direction"]: row for row in equal}[up["direction"]]
     both = [row["direction"] for row in areas if row["fit_low"] > 0.5 and row["shifted_low"] > 0.5]
     worse = [row["direction"] for row in areas if row["drop_low"] > 0]
     return Finding(
         f"Channel {up['channel']} ({up['direction']}): AUC in distribution {shown(up, 'fit')}, n={up['n_fit']}; "
         f"out of it {shown(up, 'shifted')}, n={up['n_shifted']}. At the threshold {up['threshold']:.1f}, false "
         "positives go from "
-        f"{shown(false, 'fit', '.1%')} to {shown(false, 'shifted', '.1%')}.",
-        "yes" if up["drop_low"] > 0 and up["shifted_low"] > 0.5 else "in part" if up["fit_low"] > 0.5 else "no",
+        f"{shown(false, 'fit', '.1%')} to {shown(false, 'shifted', '.1%')}, and precision at equal base rates from "
+        f"{shown(precise, 'fit', '.1%')} to {shown(precise, 'shifted', '.1%')}.",
+        verdict(above(up, "fit", 0.5), above(up, "shifted", 0.5), above(up, "drop")),
         f"The sums tell {', '.join(both) or 'no direction'} in both sets, intervals above 0.5; the drop in AUC from in "
         f"to out of distribution is beyond its interval for {', '.join(worse) or 'no direction'}.",
         "That the threshold is wrong out of distribution because its precision is lower there: the share of "

@@ -24,7 +24,7 @@ from maze.effects import (
 )
 from maze.episodes import ORIGINAL
 from maze.exact import Chains, move_probabilities
-from maze.part import Finding, Part, Study, Table, Tables, shown
+from maze.part import Finding, Part, Study, Table, Tables, above, shown, verdict
 from maze.paths import MOVES, Direction, decision_squares
 from maze.selection import Selection
 from maze.states import read_mazes
@@ -36,6 +36,8 @@ MOST_LEVELS = 400
 REFERENCE = 200  # levels that give the means and the donors
 CONTROLS = 19  # random sets of other live channels, where there are so many
 CHANGES = 0.1  # of the probability of a move, on average over the squares, from which on a field is another one
+RARE = 0.01  # P(cheese) up to which there is nothing to keep
+KEPT = 0.5  # of P(cheese): with more than that left the mouse still goes to the cheese
 MEASURES = {"moves": "share of each move that goes elsewhere", **DESTINATIONS}
 
 Values = NDArray[np.float64]
@@ -173,9 +175,10 @@ def finding(tables: Tables) -> Finding:
     top = {row["measure"]: row for row in tables["effects"] if row["intervention"] == first}
     moved, found = top["moves"], top["found"]
     control = next((r for r in tables["effects"] if r["intervention"] == "control 1" and r["measure"] == "found"), None)
-    changed = moved["effect_low"] > CHANGES
+    changed = above(moved, "effect", CHANGES)
+    # A mouse that finds no cheese as it is has none to keep.
+    still = above(found, "effect", (KEPT - 1) * found["original"]) if found["original"] > RARE else None
     choice = top.get("to_cheese")
-    still = found["effect_high"] >= 0
     squares = (
         "No level has a decision square."
         if choice is None
@@ -186,12 +189,13 @@ def finding(tables: Tables) -> Finding:
         "There are no other live channels to compare with."
         if control is None
         else f"Other live channels zeroed instead ({control['count']} of them) change P(cheese) by "
-        f"{shown(control, 'effect', '+.3f')}."
+        f"{shown(control, 'effect', '+.3f')}; of {found['controls'] + 1} sets the top {found['count']} rank "
+        f"{found['rank']} by the size of the change."
     )
     return Finding(
         f"{first.capitalize()}, n={found['n']}: {shown(moved, 'effect')} of each move goes elsewhere. P(cheese) "
         f"{found['original']:.3f} becomes {found['modified']:.3f}, change {shown(found, 'effect', '+.3f')}. {squares}",
-        "yes" if changed and still else "in part" if changed or still else "no",
+        verdict(changed, still),
         f"{beside} The mean of the channels in place of zero changes P(cheese) by "
         f"{shown(_of(tables, 'mean'), 'effect', '+.3f')}, another level's activation by "
         f"{shown(_of(tables, 'resample'), 'effect', '+.3f')}.",

@@ -95,6 +95,7 @@ def test_the_shipped_policies_stand_side_by_side(parts, tmp_path):
     page = (run(settings(tmp_path, weights=None)) / "report.html").read_text()
     assert MEASURED[:2] == ["policy.safetensors", "control.safetensors"]
     assert "The same on the control policy" in page
+    assert "the control policy agrees with the post, by the same rules, so: squares: yes (imitation: yes)." in page
 
 
 def test_every_number_of_the_report_is_read_from_the_tables(parts, tmp_path):
@@ -112,6 +113,7 @@ def test_every_number_of_the_report_is_read_from_the_tables(parts, tmp_path):
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows(parts, tmp_path):
     page = (run(settings(tmp_path)) / "report.html").read_text()
+    assert "come from the CSV files of\nthis run.</p>" in page
     assert "id='part-squares'" in page and "that n &lt; 20 &amp; more" in page
     assert not re.findall(r"(?:src|href)='(?!data:|#)", page)
 
