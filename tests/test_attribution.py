@@ -329,6 +329,28 @@ def test_a_divergence_from_the_clean_run_needs_steps() -> None:
     assert steps.exact[0] > 0.01
 
 
+def test_a_gradient_that_is_cut_before_a_patch_with_an_effect_is_warned_about() -> None:
+    class Cut(nn.Module):
+        def forward(self, vector: Tensor) -> Tensor:
+            return vector.detach()
+
+    inputs = INPUTS.float()
+    points = hook_points(nn.Sequential(nn.Linear(4, 3), Cut(), nn.Linear(3, 3)), inputs)
+    for name, cut in (("0", True), ("1", False)):
+        patches = [zero_ablate(site) for site in points.site(name).split("feature")]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = attribution(points, inputs, patches=patches, metric=METRIC)
+        assert result.exact.all()
+        assert result.effect.any() != cut
+        assert [str(warning.message) for warning in caught] == [
+            "The gradient of the metric is zero everywhere at '0', but patches there change the metric, so that the "
+            "estimates miss their effects. Something in between has no gradient (torch.no_grad, .detach(), argmax, "
+            "rounding): sweep() the patches."
+        ] * cut
+        assert all(warning.filename == __file__ for warning in caught)
+
+
 class Tokens(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -362,6 +384,11 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         attributed([zero_ablate(Site("5"))]),
         HookPointError,
         "No hook point named '5'. (12 hook points; print the HookPoints to list them.)",
+    ),
+    "a model without a trace": (
+        lambda: attribution(POINTS.model, INPUTS, patches=[zero_ablate(Site("1"))], metric=METRIC),  # type: ignore[arg-type]
+        TypeError,
+        f"Expected HookPoints, not {type(POINTS.model).__name__}: points = hook_points(model, *inputs).",
     ),
     "no steps": (
         attributed([zero_ablate(WHOLE)], steps=0),

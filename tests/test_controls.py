@@ -245,6 +245,11 @@ UNNAMED = hook_points(ATTENTION.module, *ATTENTION.inputs(2))
             "floating point and finite, and not be zero. contrast(...).steering_vector(site) returns one.",
         ),
         (
+            lambda: random_vectors([3.0, 4.0], count=2, seed=0),  # type: ignore[arg-type]
+            EditError,
+            "The vector is list; it takes a tensor with the axes of its region.",
+        ),
+        (
             lambda: random_vectors(torch.ones(1, 3), count=0, seed=0),
             StatisticsError,
             "count is 0: ask for at least one control.",
@@ -255,6 +260,16 @@ def test_controls_that_do_not_exist_are_refused(call: Any, error: type[Chanpatch
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_a_model_without_a_trace_has_no_controls() -> None:
+    model: Any = POINTS.model
+    for call in (
+        lambda: matched_channels(model, Site("ramp", channel=0), IMAGES, count=1, seed=0),
+        lambda: off_distribution(model, zero_ablate(Site("ramp")), IMAGES, IMAGES),
+    ):
+        with pytest.raises(TypeError, match="Expected HookPoints, not .*: points = hook_points"):
+            call()
 
 
 def test_a_site_without_channels_has_no_controls() -> None:

@@ -622,6 +622,16 @@ def test_a_model_that_differs_is_one_error_with_all_faults(file: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_model_is_no_hook_points(file: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(2, 3))
+    with pytest.raises(TypeError, match="Expected HookPoints, not Sequential: points = hook_points"):
+        save(file, zero_ablate(Site("0")), model)
+    save(file, zero_ablate(Site("0")))
+    for read in (lambda: load(file, model), lambda: verify(file, model, torch.ones(1, 2))):
+        with pytest.raises(TypeError, match="Expected HookPoints, not Sequential: points = hook_points"):
+            read()
+
+
 def test_a_site_without_a_trace_is_checked_too(file: Path) -> None:
     points, _ = traced(build("plain_cnn"))
     save(file, [zero_ablate(Site("relu1", channel=8)), Patch(Site("fc"), Set(torch.zeros(1, 5)))])

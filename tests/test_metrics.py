@@ -40,6 +40,11 @@ COMPARING: list[Metric] = [kl_divergence, total_variation, action_flip]
 ONE_OUTPUT: list[Metric] = [logit_difference(0, 2), log_probability([0, 1]), action_probability(PER_INPUT), entropy]
 
 
+@pytest.mark.parametrize("metric", ONE_OUTPUT[:2])
+def test_an_output_without_rows_has_a_metric_without_numbers(metric: Metric) -> None:
+    assert metric(LOGITS[:0]).shape == (0,)
+
+
 def test_a_logit_difference_is_the_difference_of_two_logits() -> None:
     torch.testing.assert_close(logit_difference(0, 2)(LOGITS), LOGITS[:, 0] - LOGITS[:, 2])
 
@@ -309,6 +314,13 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "The output is a dict of 'state', which holds no action distribution: expected logits (batch, action), a "
         "torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Give a metric that "
         "picks it out.",
+    ),
+    "logits that are NaN": (
+        lambda: action_flip(LOGITS, baseline=LOGITS / 0 * 0),
+        DistributionError,
+        "The output is a torch.float32 tensor of shape (5, 4) with NaN among its logits, which give no distribution. "
+        "Look at which activation has it first: recording(...), or a patch with numbers too large for the layers "
+        "after it.",
     ),
     "logits of continuous actions": (
         lambda: total_variation(Normal(LOGITS, PROBS), baseline=Normal(LOGITS, PROBS)),

@@ -195,3 +195,8 @@ def test_unpaired_inputs_and_unknown_names_are_refused() -> None:
             effect(*names)
     with pytest.raises(HookPointError, match="Did you mean"):
         effect("first", "head.in[0]", frozen="secnod")
+
+
+def test_a_model_without_a_trace_is_refused() -> None:
+    with pytest.raises(TypeError, match="Expected HookPoints, not .*: points = hook_points"):
+        path_patch(POINTS.model, CLEAN, CORRUPTED, "first", "head.in[0]", metric=first_logit)  # type: ignore[arg-type]

@@ -178,6 +178,11 @@ def test_bytes_are_drawn_as_bright_as_the_fractions_they_stand_for() -> None:
     assert ax.get_title() == "zero everywhere"
 
 
+def test_observations_and_activations_in_half_precision_are_drawn() -> None:
+    ax = channel_map(torch.full((3, 4, 4), 0.25, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.bfloat16))
+    np.testing.assert_array_equal(ax.images[0].get_array(), 0.25)
+
+
 def test_every_figure_is_drawn_into_the_axes_it_is_given() -> None:
     figure, axes = pyplot.subplots(2, 2)
     drawn = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,8 @@ def test_no_patches_are_an_error(points: HookPoints) -> None:
 def test_what_is_no_patch_is_an_error(points: HookPoints) -> None:
     with pytest.raises(TypeError, match="Expected a Patch, not Site"):
         swept(points, patches={"site": [points.site("1")]})
+    with pytest.raises(TypeError, match="Expected a Patch, not Site"):
+        swept(points, patches=points.site("1").split("feature"))
 
 
 def test_all_unknown_sites_are_named_at_once(points: HookPoints) -> None:
@@ -131,6 +134,8 @@ def test_a_metric_may_be_one_number_for_all_inputs(points: HookPoints) -> None:
     [
         (lambda output: output, "returned a tensor of shape \\(12, 4\\). It returns one number per input"),
         (lambda output: "much", "returned str. It returns one number per input"),
+        (lambda output: output[:0, 0], "returned a tensor of shape \\(0,\\). It returns one number per input"),
+        (lambda output: output[:, 0] * 1j, "returned torch.complex64. .* Take .real or .abs\\(\\) of it."),
         ({}, "There is no metric"),
         ({"first": 0}, "The metric 'first' is no function"),
     ],
@@ -238,6 +243,18 @@ def test_an_edit_that_fails_is_named(points: HookPoints) -> None:
         swept(points, patches=patches)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes")
+@pytest.mark.parametrize("strategy", ["auto", "loop"])
+def test_an_error_of_the_users_own_is_raised_as_it_is_and_names_the_patch(points: HookPoints, strategy: Any) -> None:
+    def broken(activation: Tensor) -> Tensor:
+        raise ValueError("nothing to see")
+
+    patches = {**dict(enumerate(zeroed(points))), "broken": edit(points.site("1"), broken), "last": zeroed(points)[0]}
+    with pytest.raises(ValueError, match="nothing to see") as caught:
+        swept(points, patches=patches, strategy=strategy)
+    assert caught.value.__notes__ == ["This is of the patch 'broken' in a sweep."]
+
+
 def test_a_patch_that_never_ran_is_an_error(points: HookPoints) -> None:
     class Detour(nn.Module):
         def __init__(self) -> None:
@@ -297,6 +314,24 @@ def test_an_interrupt_keeps_what_is_done(points: HookPoints) -> None:
     assert repr(partial).startswith("INTERRUPTED, not all patches were run. 5 patches")
     rows = [whole.labels.index(label) for label in partial.labels]
     np.testing.assert_array_equal(partial.values["interrupted"], whole.values["first"][rows])
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_an_interrupt_before_the_first_control_leaves_a_result_that_prints(points: HookPoints, done: int) -> None:
+    measured: list[Tensor] = []
+
+    def interrupted(output: Tensor) -> Tensor:
+        if len(measured) == 1 + done:  # the first is the baseline
+            raise KeyboardInterrupt
+        measured.append(output)
+        return output[:, 0]
+
+    controls = [zero_ablate(points.site("2", feature=0))]
+    with pytest.raises(SweepInterrupted) as stopped:
+        sweep(points, *vectors(ROWS), patches=zeroed(points), controls=controls, metric=interrupted, strategy="loop")
+    partial = stopped.value.partial
+    assert f"{done} patches" in repr(partial)
+    assert [record["rank"] for record in partial.to_records()] == [None] * done
 
 
 def test_an_interrupt_before_the_first_patch_is_an_interrupt(points: HookPoints) -> None:

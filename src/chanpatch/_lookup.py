@@ -108,3 +108,13 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
     if isinstance(points_or_model, nn.Module):
         return points_or_model
     raise TypeError(f"Expected HookPoints or a torch.nn.Module, not {type(points_or_model).__name__}.")
+
+
+def refuse_untraced(points: object) -> None:
+    """Raise unless these are the HookPoints of a model.
+
+    Raises:
+        TypeError: If they are anything else, such as the model itself.
+    """
+    if not isinstance(points, HookPoints):
+        raise TypeError(f"Expected HookPoints, not {type(points).__name__}: points = hook_points(model, *inputs).")

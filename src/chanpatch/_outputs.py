@@ -23,8 +23,8 @@ def distribution_in(output: Any) -> Distribution | None:
     if isinstance(output, Tensor):
         if not output.is_floating_point() or not output.dim():
             return None
-        # Inside vmap no number can be read, so none can be validated.
-        return Categorical(logits=output, validate_args=False if inside_vmap(output) else None)
+        # Inside vmap no number can be read, so none can be validated; without rows there is none.
+        return Categorical(logits=output, validate_args=False if inside_vmap(output) or not output.numel() else None)
     if isinstance(output, Mapping):
         held = [value for value in output.values() if isinstance(value, Distribution)]
         return held[0] if len(held) == 1 else distribution_in(output["logits"]) if "logits" in output else None
@@ -49,7 +49,13 @@ def distribution_of(output: Any) -> Distribution:
     Raises:
         DistributionError: If there is none.
     """
-    found = distribution_in(output)
+    try:
+        found = distribution_in(output)
+    except ValueError as fault:
+        raise DistributionError(
+            f"The output is {described(output)} with NaN among its logits, which give no distribution. Look at which "
+            "activation has it first: recording(...), or a patch with numbers too large for the layers after it."
+        ) from fault
     if found is None:
         raise DistributionError(
             f"The output is {described(output)}, which holds no action distribution: expected logits (batch, action), "

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._batches import Inputs, batches, input_count
-from ._lookup import sites_of
+from ._lookup import refuse_untraced, sites_of
 from ._moments import Moments
 from ._optional import imported
 from ._patches import Patch
@@ -79,6 +79,7 @@ def matched_channels(
         >>> len(matched_channels(points, site, torch.randn(32, 3, 8, 8), count=19, seed=0))
         19
     """
+    refuse_untraced(points)
     if count < 1:
         raise StatisticsError(f"count is {count}: ask for at least one control.")
     (bound,) = sites_of(points, site)
@@ -138,6 +139,8 @@ def random_vectors(vector: Tensor, *, count: int, seed: int) -> Tensor:
     """
     if count < 1:
         raise StatisticsError(f"count is {count}: ask for at least one control.")
+    if not isinstance(vector, Tensor):
+        raise EditError(f"The vector is {type(vector).__name__}; it takes a tensor with the axes of its region.")
     if not (vector.dim() and vector.is_floating_point() and vector.isfinite().all() and vector.any()):
         raise EditError(
             f"The {vector.dtype} vector with shape {tuple(vector.shape)} has no random vectors of its norm: it must "
@@ -242,6 +245,7 @@ def off_distribution(
         >>> meter.outside
         array([1.])
     """
+    refuse_untraced(points)
     chosen = (patches,) if isinstance(patches, Patch) else tuple(patches)
     sites = sites_of(points, [patch.site for patch in chosen])
     parts = [part for site in sites for part in site.split(_channel_axis(site))]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ._batches import Inputs, batches, input_count
-from ._lookup import sites_of
+from ._lookup import refuse_untraced, sites_of
 from .errors import ContrastError, SiteError
 from .metrics import Metric, measured
 from .patching import patch_in, patched
@@ -72,6 +72,7 @@ def path_patch(
         Wang et al. 2023, "Interpretability in the wild: a circuit for indirect object identification in GPT-2 small";
         Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching".
     """
+    refuse_untraced(points)
     counts = [input_count(inputs) for inputs in (clean, corrupted)]
     if counts[0] != counts[1]:
         raise ContrastError(f"clean has {counts[0]} inputs and corrupted {counts[1]}: give one of each per pair.")

@@ -238,7 +238,8 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('column (pixel)', 'row (pixel)')
     """
-    pixels, cells = observation.detach().cpu().numpy(), activation.detach().cpu().double().numpy()
+    numbers = observation.float() if observation.is_floating_point() else observation  # numpy has no bfloat16
+    pixels, cells = numbers.detach().cpu().numpy(), activation.detach().cpu().double().numpy()
     fits = (
         pixels.ndim == 3 and pixels.shape[0] in (1, 3) and cells.ndim == 2 and cells.size and np.isfinite(cells).all()
     )

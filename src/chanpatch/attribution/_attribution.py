@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._lookup import bound
+from .._lookup import bound, refuse_untraced
 from .._patches import Patch
 from .._regions import Positions, read, written
 from ..errors import SiteError, SweepError
 from ..metrics import Metric, compares
 from ..points import HookPoints
 from ..sites import Site
-from ._flatness import warn_of_flat_inputs
+from ._flatness import warn_of_cut_gradients, warn_of_flat_inputs
 from ._result import Attribution
 from ._runs import Runs
 
@@ -65,7 +65,8 @@ def attribution(
 
     Warns:
         RuntimeWarning: If the gradient is numerically nothing for some inputs, because the probability of an action is
-            almost 1 there, or because a metric that compares with the clean output is at its minimum.
+            almost 1 there, or because a metric that compares with the clean output is at its minimum; or if it is zero
+            at a hook point where patches were verified to have effects.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -83,6 +84,7 @@ def attribution(
         "Attribution patching outperforms automated circuit discovery"; Sundararajan, Taly and Yan 2017, "Axiomatic
         attribution for deep networks", for the integrated version.
     """
+    refuse_untraced(points)
     if steps < 1 or verify < 0:
         raise SweepError(f"steps={steps} and verify={verify}: take one step at least, and verify none at least.")
     labels, chosen = _labelled(points, patches)
@@ -105,6 +107,9 @@ def attribution(
     order = np.argsort(-np.abs(effect), kind="stable")
     for row in {*order[:verify], *np.flatnonzero(drawn)}:
         exact[row] = run.exact(chosen[row])
+    reached = {point.name for point, gradient in [*used, *steep] if gradient.any()}
+    changing = {patch.site.name for patch, found in zip(chosen, exact, strict=True) if abs(found) > run.rounding}
+    warn_of_cut_gradients(changing - reached)
     return Attribution(
         labels=labels,
         patches=chosen,

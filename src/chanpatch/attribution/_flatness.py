@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,22 @@ def warn_of_flat_inputs(
             f"estimates miss their effects. {why}",
             RuntimeWarning,
             stacklevel=4,  # the caller of attribution(), past its decorator
+        )
+
+
+def warn_of_cut_gradients(names: Collection[str]) -> None:
+    """Warn of hook points where no gradient arrives, though patches there have effects.
+
+    Args:
+        names: Of the hook points.
+    """
+    if names:
+        warnings.warn(
+            f"The gradient of the metric is zero everywhere at {', '.join(map(repr, sorted(names)))}, but patches "
+            "there change the metric, so that the estimates miss their effects. Something in between has no gradient "
+            "(torch.no_grad, .detach(), argmax, rounding): sweep() the patches.",
+            RuntimeWarning,
+            stacklevel=4,  # as above
         )
 
 

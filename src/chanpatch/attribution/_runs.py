@@ -36,6 +36,11 @@ class Runs:
     def inputs(self) -> int:
         return len(self._clean)
 
+    @property
+    def rounding(self) -> float:
+        """How much of a change in the metric may be rounding."""
+        return 1e-6 * float(self._clean.abs().max())
+
     def differences(self, patches: Sequence[Patch]) -> list[Tensor]:
         """Return what each patch does to its region in the clean run: each is applied, and taken back."""
         changes = [_Change() for _ in patches]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._batches import Inputs
-from .._lookup import bound
+from .._lookup import bound, refuse_untraced
 from .._optional import imported
 from .._patches import Patch
 from .._tables import table
@@ -112,6 +112,7 @@ def save(
     if inputs is not None and points is None:
         raise InterventionError("A receipt of inputs needs the model: save(file, patches, points, inputs=inputs).")
     if points is not None:
+        refuse_untraced(points)
         chosen = _bound(points, chosen)
     records, tensors = encoded(chosen)
     run = None if points is None or inputs is None else functools.partial(receipt_of, points, inputs=inputs)
@@ -171,6 +172,8 @@ def load(
             return torch.device(device)
         return points[name].device if points is not None and name in points else torch.device("cpu")
 
+    if points is not None:
+        refuse_untraced(points)
     found = _read(file, device_of)
     return list(found.patches if points is None else _fitted(file, found, points))
 

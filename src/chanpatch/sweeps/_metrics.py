@@ -53,12 +53,14 @@ class Metrics:
 
 def _numbers(name: str, value: Any) -> Tensor:
     try:
-        numbers = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        numbers = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError):
         raise MetricError(f"The metric {name!r} returned {type(value).__name__}. {_EXPECTED}") from None
-    if numbers.dim() > 1:
+    if numbers.dim() > 1 or not numbers.numel():
         raise MetricError(f"The metric {name!r} returned a tensor of shape {tuple(numbers.shape)}. {_EXPECTED}")
-    return numbers.reshape(-1)
+    if numbers.is_complex():
+        raise MetricError(f"The metric {name!r} returned {numbers.dtype}. {_EXPECTED} Take .real or .abs() of it.")
+    return numbers.to("cpu", torch.float64).reshape(-1)
 
 
 _EXPECTED = "It returns one number per input, (batch,), or one number."

@@ -95,7 +95,11 @@ def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[En
 
 
 def _together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
-    return (patches,) if isinstance(patches, Patch) else tuple(patches)
+    each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
+    for patch in each:
+        if not isinstance(patch, Patch):
+            raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
+    return each
 
 
 def _text(site: Site) -> str:

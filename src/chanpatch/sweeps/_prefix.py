@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from .. import _taps
 from .._tree import leaves, replace
@@ -40,8 +44,8 @@ class _Call:
 class Prefix:
     """The calls of one forward, each with its output, for later forwards to skip.
 
-    A call is remembered whole if nobody listens inside it. Listeners at the module itself run each time, since a hook
-    is called around the forward that is remembered.
+    A call is remembered whole if nobody listens inside it and it draws nothing at random. Listeners at the module
+    itself run each time, since a hook is called around the forward that is remembered.
 
     Args:
         model: The model.
@@ -51,6 +55,7 @@ class Prefix:
 
     def __init__(self, model: nn.Module, taps: Collection[str], max_bytes: int) -> None:
         self._model, self._taps, self._free_bytes = model, taps, max_bytes
+        self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
         self._calls: list[_Call] = []
         self._sizes: list[tuple[int, int]] = []
         self._quiet: dict[nn.Module, bool] = {}
@@ -96,11 +101,13 @@ class Prefix:
             return output
         if any(getattr(part, "inplace", False) for part in module.modules()):
             self._keep_apart({id(tensor) for _, tensor in leaves((args, kwargs))})
-        self._tapped = False
+        self._tapped, drawn = False, self._random_state()
         output = self._run(forward, *args, **kwargs)
         size = _bytes(output)
         self._sizes.append((self._number, size))
-        known = not self._tapped and size <= self._free_bytes
+        # What is drawn later depends on what was drawn before; in-place writes to inference tensors cannot be noticed.
+        known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
+        known &= not any(tensor.is_inference() for _, tensor in leaves(output))
         self._free_bytes -= size if known else 0
         versions = [(tensor, tensor._version) for _, tensor in leaves(output)] if known else []
         self._calls.append(_Call(module, output if known else None, versions, known))
@@ -133,6 +140,14 @@ class Prefix:
                 call.output, call.copied, call.known = _copy(call.output), True, unwritten
                 call.versions = []
 
+    def _random_state(self) -> tuple[Any, ...]:
+        """Return the state of the generators that a model may draw from."""
+        on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
+        drawn = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_cuda)]
+        of_numpy = np.random.get_state(legacy=False)
+        position = of_numpy["state"]["pos"], of_numpy["has_gauss"]
+        return drawn, random.getstate(), of_numpy["state"]["key"].tobytes(), position
+
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         self._tapped |= name in self._taps
 
@@ -142,7 +157,8 @@ def _inner(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _bytes(output: Any) -> int:

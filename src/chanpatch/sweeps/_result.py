@@ -104,8 +104,8 @@ class SweepResult:
         Args:
             metric: As in `differences`.
         """
-        others = np.array([np.nan]) if self.controls is None else self.controls.effect(metric)
-        ranked = np.isfinite(self.effect(metric)) & np.isfinite(others).all()
+        others = np.zeros(0) if self.controls is None else self.controls.effect(metric)  # none after an interrupt too
+        ranked = np.isfinite(self.effect(metric)) & (len(others) > 0) & np.isfinite(others).all()
         return [rank_among(float(e), others) if r else None for e, r in zip(self.effect(metric), ranked, strict=True)]
 
     def top(self, count: int, metric: str | None = None) -> SweepResult:
@@ -187,7 +187,8 @@ class SweepResult:
         return [rank for ranks in zip(*each, strict=True) for rank in ranks]
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        effects = {name: (self.effect(name), self.interval(name)) for name in self.values}
+        # An interrupt may have left no row, of which there is no interval.
+        effects = {name: (self.effect(name), self.interval(name)) for name in self.values if len(self)}
         for row, label in enumerate(self.labels):
             for name, (effect, interval) in effects.items():
                 yield {

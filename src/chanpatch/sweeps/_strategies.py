@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -72,7 +72,7 @@ def vmapped(
     except Exception as fault:
         raise StrategyError(_first_line(fault)) from fault
     room = min(max_bytes, _CPU_BYTES) if clean.is_cpu else max_bytes
-    size = max(1, room // group.bytes_each)
+    size = max(1, room // max(1, group.bytes_each))  # inputs without rows take none
     for start in range(0, len(entries), size):
         stack = _edited(forward, group, clean, entries[start : start + size])
         try:
@@ -105,6 +105,7 @@ class _Vmapped:
     def __call__(self, stack: Tensor) -> dict[Path, Tensor]:
         """Return every tensor of the output, each with an axis of activations before its own."""
         with (
+            _attributes_put_back(self._forward.model),
             self._forward.undisturbed,
             self._session,
             self._later.session,
@@ -199,6 +200,19 @@ def _rebuilt(baseline: Any, tensors: Mapping[Path, Tensor]) -> Any:
 
 
 @contextmanager
+def _attributes_put_back(model: nn.Module) -> Iterator[None]:
+    """Put back what modules keep as attributes, since a tensor of a vmap that has ended is of no use to anybody."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for own, kept in before:
+            for name in own.keys() - kept.keys():
+                del own[name]
+            own.update(kept)
+
+
+@contextmanager
 def _ways_that_vmap_knows(device: torch.device) -> Iterator[None]:
     """Do without what vmap has no rule for: validation of distributions, and fused attention; refuse its slow loops."""
     validates, fused = Distribution._validate_args, torch.backends.mha.get_fastpath_enabled()
@@ -221,6 +235,10 @@ def _labelled(entry: Entry) -> Iterator[None]:
         yield
     except (EditError, UnreachedError) as fault:
         raise type(fault)(f"{entry.label!r}: {fault}") from fault
+    except Exception as fault:
+        if hasattr(fault, "add_note"):  # from Python 3.11 on
+            fault.add_note(f"This is of the patch {entry.label!r} in a sweep.")
+        raise
 
 
 def _first_line(fault: Exception) -> str:

@@ -37,7 +37,9 @@ def sweep(
     """Return what each of many patches does to a metric, on the same inputs.
 
     The numbers are those of a loop of forwards inside `patched`. Every forward runs under restored random number
-    generators, buffers and training flags, and without gradients.
+    generators, buffers and training flags, and without gradients. A model that counts its calls in an attribute of its
+    own, or changes with them, is not put back. Hooks of others run in every forward; in one of many patches they get
+    tensors of a `torch.vmap`, which must not be kept: where they do that, take `strategy="resume"` or `"loop"`.
 
     Args:
         points_or_model: The model, or its HookPoints: then their method is run.
