@@ -30,6 +30,7 @@ from chanpatch import (
     steer,
     zero_ablate,
 )
+from chanpatch._hooks import Station
 from chanpatch._published import forward_context
 from chanpatch._tree import leaves
 from chanpatch.edits import Add, Context
@@ -185,6 +186,34 @@ def test_a_copy_made_inside_a_context_has_no_hook_of_ours_when_that_closes(model
     for each in (copied, again, pickled(copied), pickled(again)):
         assert same(each(*inputs), plain)
         assert not hooks(each) + hook_flags(each)
+
+
+def test_an_interrupt_while_a_context_is_entered_leaves_no_hook(plain_cnn: Model, monkeypatch: Any) -> None:
+    register = nn.Module.register_forward_hook
+
+    def interrupted_after(*args: Any, **kwargs: Any) -> None:
+        register(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    context = patched(plain_cnn.module, zero_ablate(Site("conv1")))
+    with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
+        during.setattr(nn.Module, "register_forward_hook", interrupted_after)
+        context.__enter__()
+    assert not hooks(plain_cnn.module) + hook_flags(plain_cnn.module)
+
+
+def test_an_interrupt_while_a_context_is_left_leaves_no_hook(plain_cnn: Model, monkeypatch: Any) -> None:
+    plan, interrupts = Station.plan, [KeyboardInterrupt]
+
+    def interrupted_once(station: Station) -> None:
+        while interrupts:
+            raise interrupts.pop()
+        plan(station)
+
+    with pytest.raises(KeyboardInterrupt), recording(plain_cnn.module, ["conv1", "conv2"]):
+        plain_cnn.module(*plain_cnn.inputs(2))
+        monkeypatch.setattr(Station, "plan", interrupted_once)
+    assert not hooks(plain_cnn.module) + hook_flags(plain_cnn.module)
 
 
 def test_a_copy_made_inside_a_context_keeps_the_hooks_of_others(model: Model) -> None:

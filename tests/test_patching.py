@@ -749,6 +749,25 @@ def test_one_context_may_be_entered_again_and_inside_itself(net, points, image):
     torch.testing.assert_close(net(image), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_context_patches_the_module_that_is_there_when_it_is_entered(net, points, image, traced):
+    site = points.site("fc", feature=2) if traced else Site("fc", feature=2)
+    context = patched(points if traced else net, zero_ablate(site))
+    net.fc = nn.Linear(4, 5)
+    expected = by_hand(net, image)
+    expected[:, 2] = 0
+    with context:
+        torch.testing.assert_close(net(image), expected)
+    torch.testing.assert_close(net(image), by_hand(net, image))
+
+
+def test_a_module_that_is_gone_when_the_context_is_entered_is_a_clear_error(net, image):
+    context = patched(net, zero_ablate(Site("fc")))
+    del net.fc
+    with pytest.raises(HookPointError, match="No hook point named 'fc'"):
+        context.__enter__()
+
+
 def test_a_context_belongs_to_the_thread_that_enters_it(net, points, image):
     context = patched(points, edit(points.site("fc"), lambda region: region + 1))
     expected = net(image) + 1

@@ -405,10 +405,11 @@ def test_a_parameter_or_buffer_that_was_replaced_on_one_side_is_a_clear_error(
     assert named in str(caught.value)
 
 
-def test_a_parameter_of_one_number_that_was_replaced_by_another_number_is_a_clear_error():
+@pytest.mark.parametrize("difference", [0, 1])
+def test_a_parameter_of_one_number_that_was_replaced_by_an_equal_or_another_number_is_a_clear_error(difference):
     policy = nn.Linear(1, 1)
     twin = PatchedPolicy(policy, zero_ablate(Site(".out")))
-    twin.bias = nn.Parameter(policy.bias.detach() + 1)
+    twin.bias = nn.Parameter(policy.bias.detach() + difference)
     with pytest.raises(UnsupportedModelError, match="'bias' of the policy, or of its twin, was replaced"):
         twin(torch.zeros(1, 1))
 

@@ -608,6 +608,14 @@ def test_recording_as_a_decorator_records_anew_in_each_call(net, image):
     run()  # with nothing recorded it would be an error
 
 
+def test_recording_records_the_module_that_is_there_when_it_is_entered(net, image):
+    context = recording(net, "fc")
+    net.fc = nn.Linear(4, 5)
+    with context as cache:
+        output = net(image)
+    torch.testing.assert_close(cache["fc"], output)
+
+
 def test_recording_checks_its_sites_before_it_is_entered(points):
     with pytest.raises(HookPointError, match="No hook point named 'convv'"):
         recording(points, "convv")

@@ -44,10 +44,17 @@ class Opened(ContextDecorator, Generic[Result]):
         return Opened(self._effect)
 
     def __enter__(self) -> Result:
-        effect, self._next = self._next or self._effect(), None
-        effect.session.__enter__()
-        self._open.append(effect)
-        return effect.result
+        effect, self._next = self._next, None
+        if effect is None or _is_outdated(effect.session):
+            effect = self._effect()
+        try:
+            effect.session.__enter__()
+            self._open.append(effect)
+            return effect.result
+        except BaseException:  # an interrupt between the last of it and the body of `with`
+            self._open = [other for other in self._open if other is not effect]
+            effect.session.__exit__()
+            raise
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         effect = self._open.pop()
@@ -58,3 +65,8 @@ class Opened(ContextDecorator, Generic[Result]):
             effect.session.__exit__()
         if error is None:
             effect.finish()
+
+
+def _is_outdated(session: Session) -> bool:
+    """Tell whether a module of the model was replaced since the session was made."""
+    return session.modules != dict(session.root.named_modules(remove_duplicate=False))

@@ -34,10 +34,8 @@ class Station:
         self._module = weakref.ref(module)
         self._in, self._out = _Side("in"), _Side("out")
         self._copies: list[weakref.ref[nn.Module]] = []
-        self._handles = (
-            module.register_forward_pre_hook(_Hook(self, self._enter, _CopiedPreHook), with_kwargs=True),
-            module.register_forward_hook(_Hook(self, self._leave, _CopiedHook), always_call=True),
-        )
+        module.register_forward_pre_hook(_Hook(self, self._enter, _CopiedPreHook), with_kwargs=True)
+        module.register_forward_hook(_Hook(self, self._leave, _CopiedHook), always_call=True)
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
@@ -78,11 +76,12 @@ class Station:
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
-        if not self.is_open:
-            for handle in self._handles:
-                handle.remove()
+        module = self._module()
+        if not self.is_open and module is not None:
+            # By the hooks themselves: an interrupt may have come before the handles of all were at hand.
+            _drop(module, lambda hook: isinstance(hook, _Hook) and hook.station is self)
             for copied in self._copies_alive():
-                _drop(copied, _CopiedHook)
+                _drop(copied, _is_copied)
 
     def note_copy(self, copy: nn.Module | None) -> None:
         """Remember a copy of the module, to leave it too in the end."""
@@ -157,7 +156,11 @@ class _CopiedPreHook(_CopiedHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], passed: Any) -> None:
         if self._station is not None:
             self._station.refuse_copy(module)
-        _drop(module, _CopiedHook)
+        _drop(module, _is_copied)
+
+
+def _is_copied(hook: object) -> bool:
+    return isinstance(hook, _CopiedHook)
 
 
 class _Hook:
@@ -185,16 +188,17 @@ class _Hook:
 def drop_hooks(model: nn.Module) -> None:
     """Take chanpatch's own hooks off a model that was copied while they were on."""
     for module in model.modules():
-        _drop(module, (_Hook, _CopiedHook))
+        _drop(module, lambda hook: isinstance(hook, (_Hook, _CopiedHook)))
 
 
-def _drop(module: nn.Module, kinds: type | tuple[type, ...]) -> None:
-    for name in ("_forward_pre_hooks", "_forward_hooks"):
+def _drop(module: nn.Module, ours: Callable[[object], bool]) -> None:
+    # The pre-hook goes last, by which a station is found, so that what was interrupted can be done again.
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = vars(module).get(name, {})
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kinds)]:
-            del hooks[key]
+        for key in [key for key, hook in hooks.items() if ours(hook)]:
             for flags in ("_with_kwargs", "_always_called"):
                 vars(module).get(f"{name}{flags}", {}).pop(key, None)
+            del hooks[key]
 
 
 def eagerly(function: Callable[..., Any], *args: Any) -> Any:

@@ -154,7 +154,7 @@ class Session:
             for module in dict.fromkeys(scopes):
                 self._station(module).scopes.append(self)
         except BaseException:
-            self.detach()
+            self._abandon()
             raise
 
     def detach(self) -> None:
@@ -163,6 +163,11 @@ class Session:
             station.remove(self)
         self._stations.clear()
         _taps.forget(self)
+
+    def _abandon(self) -> None:
+        """Undo what was cut short; an interrupt may have come between a hook and the note of it."""
+        self._stations = [station for module in self.modules.values() if (station := Station.of(module)) is not None]
+        self.detach()
 
     def __enter__(self) -> None:
         if self.confined:
@@ -178,10 +183,16 @@ class Session:
             raise
 
     def __exit__(self, *error: object) -> None:
-        self.detach()
-        if self._watches:
-            _unwatch_method(self)
-        self._stance.__exit__(None, None, None)
+        try:
+            self.detach()
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            if self._watches:
+                _unwatch_method(self)
+            stance, self._stance = self._stance, nullcontext()
+            stance.__exit__(None, None, None)
 
     @property
     def _watches(self) -> bool:
@@ -258,9 +269,7 @@ class Session:
         outer = self._running
         if outer is None or not method == self.method == "__call__":
             return function(*args, **kwargs)
-        self._running = RootCall(
-            None, outer.method, args, kwargs
-        )  # one of many, perhaps: `generate` runs one per token
+        self._running = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
         try:
             return function(*args, **kwargs)
         finally:

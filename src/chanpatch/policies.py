@@ -240,6 +240,7 @@ class _TwinState:
             for (name, module), other in zip(twin.named_modules(), original.modules(), strict=True)
         ]
         self._held, self._expected = zip(*(held for pair in self._pairs for held in _to_be_equal(*pair)), strict=True)
+        self._numbers = [number for _, module, other, *_ in self._pairs for number in _of_one_element(module, other)]
         self._inside = _patches_by_module(twin, applied)
         session = applied.session
         session.on_begin, session.on_end = self._begin, self._end
@@ -265,7 +266,7 @@ class _TwinState:
             shared = all(map(operator.eq, self._held, self._expected))
         except RuntimeError:  # two tensors are neither equal nor unequal; one and the same is not even compared
             shared = False
-        if not shared:
+        if not shared or any([held.get(name) is not others.get(name) for name, held, others in self._numbers]):
             self._refuse_replaced()
 
     def _refuse_replaced(self) -> None:
@@ -300,6 +301,14 @@ def _to_be_equal(
     yield other._modules, other_children
     yield module._parameters, other._parameters
     yield module._buffers, other._buffers
+
+
+def _of_one_element(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Yield the names of tensors of one element, with the dicts that hold them: two such may be equal but not one."""
+    for held, others in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+        for name, tensor in held.items():
+            if tensor is not None and not nn.parameter.is_lazy(tensor) and tensor.numel() == 1:
+                yield name, held, others
 
 
 def _replaced(what: str) -> str:

@@ -64,12 +64,18 @@ def test_the_shipped_policy_is_the_one_that_its_facts_describe():
     assert facts == {
         "name": "policy.safetensors",
         "sha256": told["sha256"],
-        "width": told["scale"],
+        "width": told["width"],
         "parameters": told["parameters"],
     }
     assert not policy.training
     assert isinstance(policy, models.CategoricalPolicy)
     assert all(weight.requires_grad and weight.device.type == "cpu" for weight in policy.parameters())
+
+
+def test_the_shipped_policy_was_trained_from_the_first_stage_that_lies_beside_it():
+    told = json.loads((SHIPPED_WEIGHTS.parent / "facts.json").read_text())
+    _, first = load_policy(SHIPPED_WEIGHTS.with_name("first.safetensors"))
+    assert told["settings"]["start"] == first["sha256"]
 
 
 def test_the_control_is_the_one_that_its_facts_describe():
