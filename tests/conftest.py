@@ -1,9 +1,14 @@
-"""The models of models.py as fixtures."""
+"""The models of models.py as fixtures, and Ctrl-C as in a terminal."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from models import MODELS, Model, build
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us in the background has Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=list(MODELS))

@@ -166,7 +166,8 @@ def first_hits(
         here = np.concatenate([np.flatnonzero(states), len(chains) + np.arange(level.start, level.stop)])
         following = np.searchsorted(here, chains.following[states]).T
         reached[here] = _carried(reached[here], np.ascontiguousarray(moves[:, states]), following, steps)
-    return np.moveaxis(reached, 1, 0).reshape(*policies, *goal.shape)
+    probabilities = np.moveaxis(reached, 1, 0).reshape(*policies, *goal.shape)
+    return np.minimum(probabilities, 1)  # rounding
 
 
 def cheese_and_corner(
