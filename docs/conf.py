@@ -11,6 +11,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"  # fields are told once, under their own names
 default_role = "code"  # single backticks in docstrings hold code
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # numpy.bool_ would be read as a link
 
 html_theme = "furo"
 html_title = "chanpatch"
