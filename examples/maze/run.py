@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ def run(settings: RunSettings) -> Path:
         for number, part in enumerate(parts, 1):
             print(f"  {number} of {len(parts)}  {part.name:14}", end="", flush=True)
             print(_measured(part, study, folder / subject / part.name), flush=True)
-    report = write_report(folder, list(subjects), {**PARTS, **EXTRA}, _command())
+    report = write_report(folder, list(subjects), {**PARTS, **EXTRA}, _command(settings))
     print(f"\nReport: {report}")
     return folder
 
@@ -137,6 +136,7 @@ def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return all(found.get(name) == value for name, value in wanted.items())
 
 
-def _command() -> str:
-    """The command line of this run, as one would type it."""
-    return " ".join(["python", "examples/maze_goal_misgen.py", *sys.argv[1:]])
+def _command(settings: RunSettings) -> str:
+    """The command line that measures every part with these settings, whether or not this run was of some parts only."""
+    weights = f" --weights {settings.weights.name}" if settings.weights else ""
+    return f"python examples/maze_goal_misgen.py --n {settings.n} --seed {settings.seed}{weights}"
