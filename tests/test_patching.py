@@ -881,3 +881,10 @@ def test_a_sparse_tensor_can_be_patched_as_a_whole_only():
     with pytest.raises(UnsupportedModelError, match="sparse_coo tensor has no regions"):
         with patched(model, zero_ablate(Site("0", axis0=1))):
             model(torch.eye(2))
+
+
+def test_data_parallel_over_several_devices_is_refused():
+    model = nn.DataParallel(nn.Linear(3, 2))
+    model.device_ids = [0, 1]  # what torch sets where there are two GPUs
+    with pytest.raises(UnsupportedModelError, match="is a DataParallel over 2 devices, which runs copies"):
+        patched(model, zero_ablate(Site("module")))
