@@ -227,7 +227,8 @@ def test_the_rank_correlation_is_that_of_the_ranks_in_the_random_sample() -> Non
 
 
 def test_rows_are_sorted_and_turn_into_records() -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     result = attribution(POINTS, INPUTS, patches=map(zero_ablate, split("0", "1", "2")), metric=METRIC, verify=2)
     assert (np.diff(np.abs(result.effect)) <= 0).all()
     top = result.top(3)

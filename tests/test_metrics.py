@@ -126,7 +126,8 @@ def test_every_kind_of_policy_output_gives_the_numbers_of_its_logits(wrap: Calla
 
 
 def test_a_policy_of_sb3_is_understood() -> None:
-    distributions = pytest.importorskip("stable_baselines3.common.distributions")
+    from stable_baselines3.common import distributions
+
     output = distributions.CategoricalDistribution(4).proba_distribution(LOGITS)
     torch.testing.assert_close(logit_difference(0, 1)(output), LOGITS[:, 0] - LOGITS[:, 1])
 

@@ -205,13 +205,16 @@ def test_a_record_has_what_a_figure_needs(points: HookPoints) -> None:
 
 
 def test_records_become_a_data_frame(points: HookPoints) -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     result = swept(points)
     pandas.testing.assert_frame_equal(result.to_pandas(), pandas.DataFrame(result.to_records()))
 
 
 def test_a_figure_shows_the_effects_of_one_metric(points: HookPoints) -> None:
-    pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib
+
+    matplotlib.use("Agg")
     ax = swept(points, metric={"first": first, "second": lambda output: output[:, 1]}).plot("second")
     assert len(ax.get_yticklabels()) == 8
 
@@ -344,7 +347,8 @@ def test_an_interrupt_before_the_first_patch_is_an_interrupt(points: HookPoints)
 
 
 def test_a_bar_counts_the_patches(points: HookPoints, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    tqdm = pytest.importorskip("tqdm")
+    import tqdm
+
     bars = []
 
     class Bar(tqdm.tqdm):  # type: ignore[misc, name-defined]

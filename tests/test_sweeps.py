@@ -374,8 +374,9 @@ def test_a_twin_is_swept_with_its_own_patches(tuple_output: Model) -> None:
 
 
 def test_a_policy_of_stable_baselines_is_swept_by_the_method_that_was_traced() -> None:
-    sb3 = pytest.importorskip("stable_baselines3.common.policies")
-    spaces = pytest.importorskip("gymnasium.spaces")
+    from gymnasium import spaces
+    from stable_baselines3.common import policies as sb3
+
     policy = sb3.ActorCriticPolicy(spaces.Box(-1, 1, (6,)), spaces.Discrete(4), lambda progress: 1e-3).eval()
     points = hook_points(policy, *vectors(ROWS), method="get_distribution")
     patches = {s: zero_ablate(s) for s in parts(points.site("mlp_extractor.policy_net.0"))}

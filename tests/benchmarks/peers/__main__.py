@@ -38,7 +38,10 @@ def main() -> None:
         rows = TASKS[name].measure(name, arguments.quick)
         replace_text(folder / f"{name}.json", json.dumps({"key": key, "rows": rows}, indent=1))
     results = _measured(folder, key)
-    machine |= {"command": shlex.join(["python", "-m", "peers", *sys.argv[1:]])}
+    asked = sys.argv[1:]
+    if "--out" in asked:  # where the results are kept is of no interest to others
+        del asked[asked.index("--out") : asked.index("--out") + 2]
+    machine |= {"command": f"`{shlex.join(['python', '-m', 'peers', *asked])}`"}
     if arguments.quick:
         machine |= {"size": "quick: few patches and few repeats, which show that everything runs and little else"}
     text = report.page(results, machine, judged=not arguments.quick)
