@@ -888,3 +888,40 @@ def test_data_parallel_over_several_devices_is_refused():
     model.device_ids = [0, 1]  # what torch sets where there are two GPUs
     with pytest.raises(UnsupportedModelError, match="is a DataParallel over 2 devices, which runs copies"):
         patched(model, zero_ablate(Site("module")))
+
+
+def _without_grad(net: Any, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net(images)
+
+
+def _in_inference_mode(net: Any, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return net(images).clone()
+
+
+def _in_vmap(net: Any, images: Tensor) -> Tensor:
+    return torch.func.vmap(net)(torch.stack([images, -images]))
+
+
+def _with_gradients(net: Any, images: Tensor) -> Tensor:
+    images = images.clone().requires_grad_()
+    return torch.autograd.grad(net(images).square().sum(), images)[0]
+
+
+def _differentiated(net: Any, images: Tensor) -> Tensor:
+    return torch.func.grad(lambda images: net(images).square().sum())(images)
+
+
+MODES = [_without_grad, _in_inference_mode, _in_vmap, _with_gradients, _differentiated]
+
+
+@pytest.mark.parametrize("first", MODES)
+@pytest.mark.parametrize("indices", [{"channel": 1}, {"channel": [3, 1]}, {"channel": [3, 1], "row": slice(1, 3)}])
+def test_a_number_is_set_alike_in_every_mode_of_one_context_after_the_other(net, image, first, indices):
+    site, modes = Site("conv", **indices), (first, *MODES, first)
+    with patched(net, Patch(site, Set(0.5))) as ledger:
+        found = [mode(net, image) for mode in modes]
+    with patched(net, edit(site, lambda activation: torch.full_like(activation, 0.5))) as expected:
+        torch.testing.assert_close(found, [mode(net, image) for mode in modes])
+    assert ledger.to_records() == [{**expected.to_records()[0], "edit": "Set"}]

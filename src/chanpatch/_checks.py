@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -76,7 +77,7 @@ class Located:
         self.site, self._point, self._module = site, point, module
         self.axes: Axes = ()
         self.batch_axis: int | None = None
-        self.positions: dict[int, slice | list[int]] = {}
+        self.positions: dict[int, slice | Tensor] = {}
         self._known: tuple[Any, ...] | None = None
 
     def region(self, leaf: Tensor) -> Tensor:
@@ -85,12 +86,21 @@ class Located:
         Raises:
             TraceMismatchError, SiteError: If the tensor is not as in the trace, or has no such region.
         """
-        known = (leaf.shape, leaf.dtype, leaf.device)
-        if known != self._known:
+        self.locate(leaf)
+        return read(leaf, self.positions)
+
+    def locate(self, leaf: Tensor) -> None:
+        """Look up where the site lies in the tensor found at its hook point; raises as `region` does."""
+        known = type(leaf), leaf.shape, leaf.dtype, leaf.device
+        if known == self._known:
+            return
+        self._known = None
+        # What is kept serves forwards outside of inference mode, too.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._locate(leaf)
             self._check(read(leaf, self.positions))
-            self._known = known
-        return read(leaf, self.positions)
+        if type(leaf) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            self._known = known  # what is made inside a transform, or for a subclass, is of no use after it
 
     def _locate(self, leaf: Tensor) -> None:
         if isinstance(self._point, HookPoint):
@@ -98,7 +108,10 @@ class Located:
             check_shape_against_trace(leaf, self._point)
         else:
             self.axes, self.batch_axis = bare_axes(self._point, self._module, leaf)
-        self.positions = self.site.positions(self.axes, leaf.shape)
+        self.positions = {
+            axis: chosen if isinstance(chosen, slice) else torch.tensor(chosen, device=leaf.device)
+            for axis, chosen in self.site.positions(self.axes, leaf.shape).items()
+        }
 
     def _check(self, region: Tensor) -> None:
         """Raise if what is done there does not fit the region."""

@@ -170,7 +170,7 @@ class _Hook:
         self.station, self._run, self._copied = station, run, copied
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], passed: Any) -> Any:
-        return eagerly(self._run, module, args, passed)
+        return eager(self._run)(module, args, passed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
         self.station.note_copy(memo.get(self.station.module_id))
@@ -201,11 +201,11 @@ def _drop(module: nn.Module, ours: Callable[[object], bool]) -> None:
             del hooks[key]
 
 
-def eagerly(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function; a model that is being compiled calls it as it is, instead of tracing into it."""
-    if torch.compiler.is_compiling():
-        return torch._dynamo.disable(function)(*args)  # type: ignore[no-untyped-call]
-    return function(*args)
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, which a model that is being compiled calls as it is, instead of tracing into it."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
+    return function
 
 
 def compiled_code_runs_eagerly() -> AbstractContextManager[None]:

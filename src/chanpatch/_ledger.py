@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ class Ledger:
         self._counts: dict[tuple[str, int], tuple[Any, ...]] = {}
 
     def count(
-        self, method: str | None, number: int, region: Tensor, batch_axis: int | None, mask: Tensor | None
+        self, method: str | None, number: int, region: torch.Size, batch_axis: int | None, mask: Tensor | None
     ) -> None:
-        """Add one firing."""
-        rows: Any = None if batch_axis is None else region.shape[batch_axis]
+        """Add one firing at a region of this shape."""
+        rows: Any = None if batch_axis is None else region[batch_axis]
         elements: Any = region.numel()
         if mask is not None:
             elements = mask.sum() * (elements // max(mask.numel(), 1))
@@ -34,9 +35,10 @@ class Ledger:
                 others = [axis for axis in range(mask.dim()) if axis != batch_axis]
                 chosen = mask.any(dim=others) if others else mask
                 rows = chosen.sum() * (rows if mask.shape[batch_axis] == 1 else 1)
-        firings, total_rows, total_elements = self._counts.get((method or "", number), (0, 0, 0))
+        key = method or "", number
+        firings, total_rows, total_elements = self._counts.get(key, (0, 0, 0))
         total_rows = None if rows is None or total_rows is None else total_rows + rows
-        self._counts[method or "", number] = (firings + 1, total_rows, total_elements + elements)
+        self._counts[key] = firings + 1, total_rows, total_elements + elements
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per method and patch: method, site, edit, firings, rows, elements.

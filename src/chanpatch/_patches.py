@@ -30,7 +30,7 @@ from ._checks import (
 from ._ledger import Ledger, edit_name
 from ._lookup import BarePoint, bound, resolve
 from ._published import published
-from ._regions import written
+from ._regions import read, written
 from ._sessions import Session, session_for
 from ._typing import Mask
 from .edits import Edit, Set
@@ -122,18 +122,13 @@ class AppliedPatches:
         self.check_nan = check_nan
         self.session = session_for(points_or_model)
         self.ledger = Ledger(self.patches)
-        self._reached: set[int] = set()
+        self.reached: set[int] = set()  # numbers of the patches that ran
         self._nan: dict[int, Tensor] = {}
         modules = self.session.modules
         for number, patch in enumerate(self.patches):
             point = resolve(modules, patch.site)
             firing = _Firing(self, number, patch, point, modules.get(point.module))
             self.session.listen(point, "patch", firing)
-
-    def fired(self, number: int, region: Tensor, batch_axis: int | None, mask: Tensor | None) -> None:
-        """Note that a patch ran."""
-        self._reached.add(number)
-        self.ledger.count(self.session.running, number, region, batch_axis, mask)
 
     def compare_nan(self, number: int, before: Tensor, after: Tensor) -> None:
         """Gather, on the device, whether a patch brought NaN in."""
@@ -147,7 +142,7 @@ class AppliedPatches:
 
     def forget(self) -> None:
         """Begin to count anew which patches ran and which brought NaN."""
-        self._reached.clear()
+        self.reached.clear()
         self._nan.clear()
 
     def raise_nan(self, cause: Exception | None = None) -> None:
@@ -175,9 +170,9 @@ class AppliedPatches:
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
         """Return the names of the hook points whose patches did not run, among some patches or all."""
-        if len(self._reached) == len(self.patches):
+        if len(self.reached) == len(self.patches):
             return []
-        numbers = set(range(len(self.patches)) if among is None else among) - self._reached
+        numbers = set(range(len(self.patches)) if among is None else among) - self.reached
         names = dict.fromkeys(self.patches[number].site.name for number in sorted(numbers))
         return [name for name in names if name not in self.allow_unreached]
 
@@ -226,15 +221,24 @@ class _Firing(Located):
         super().__init__(patch.site, point, module)
         self._applied, self._number, self._patch = applied, number, patch
         self._edit: Callable[..., Tensor] = patch.edit
+        self._takes_context = patch.takes_context
         self._needs_context = patch.takes_context or callable(patch.where)
-        self._check_nan = applied.check_nan and not _never_brings_nan(patch.edit)
+        value: Any = patch.edit.value if type(patch.edit) is Set and isinstance(patch.edit.value, Real) else None
+        self._sets_number = value is not None
+        self._check_nan = applied.check_nan and (value is None or math.isnan(value))
+        self._kind: Any = None  # shape, dtype and device of the region
+        self._constant: Tensor | None = None  # what a number puts there
 
     def __call__(self, leaf: Tensor) -> Tensor:
-        region = self.region(leaf)
+        self.locate(leaf)
+        if self._constant is not None:
+            self._count(None)
+            return written(leaf, self.positions, self._constant)
+        region = read(leaf, self.positions)
         context = self._context(leaf) if self._needs_context else None
         mask = None if self._patch.where is None else self._mask(self._patch.where, region, context)
         new = self._edited(region, context)
-        self._applied.fired(self._number, region, self.batch_axis, mask)
+        self._count(mask)
         if new is region:
             return leaf
         self._check_result(new, region)
@@ -244,10 +248,19 @@ class _Firing(Located):
             self._applied.compare_nan(self._number, region, new)
         return written(leaf, self.positions, new)
 
+    def _count(self, mask: Tensor | None) -> None:
+        applied = self._applied
+        applied.reached.add(self._number)
+        applied.ledger.count(applied.session.running, self._number, self._kind[0], self.batch_axis, mask)
+
     def _check(self, region: Tensor) -> None:
+        self._kind = region.shape, region.dtype, region.device
         check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
         if isinstance(self._patch.where, Tensor):
             check_mask(self._patch.where, self.site, self.axes, region.shape)
+        # Nothing need be read for a number. A whole activation is left out: each has strides of its own.
+        constant = self._sets_number and self.positions and not self._check_nan and self._patch.where is None
+        self._constant = self._edit(region) if constant else None
 
     def _edited(self, region: Tensor, context: _Context | None) -> Tensor:
         given = region
@@ -255,7 +268,7 @@ class _Firing(Located):
             given, version = region.clone(), None
         else:
             version = region._version
-        new = self._edit(given, context=context) if self._patch.takes_context else self._edit(given)
+        new = self._edit(given, context=context) if self._takes_context else self._edit(given)
         if not _same(given, region) if version is None else region._version != version:
             raise EditError(
                 f"{self._patch!r} wrote into its region in place. Return a new tensor: "
@@ -273,7 +286,9 @@ class _Firing(Located):
         axis = self.batch_axis
         if axis is None:
             return _Context(self._applied.session, self.site, None, slice(None))
-        return _Context(self._applied.session, self.site, leaf.shape[axis], self.positions.get(axis, slice(None)))
+        chosen = self.positions.get(axis, slice(None))
+        chosen = chosen if isinstance(chosen, slice) else chosen.cpu()  # as the numbers of the rows are
+        return _Context(self._applied.session, self.site, leaf.shape[axis], chosen)
 
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
@@ -281,7 +296,7 @@ class _Firing(Located):
                 f"{self._patch!r} returned {type(new).__name__}. An edit returns a tensor: the new activation, "
                 "or the one it got to change nothing."
             )
-        if new.shape == region.shape and new.dtype == region.dtype and new.device == region.device:
+        if (new.shape, new.dtype, new.device) == self._kind:
             return
         what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
         got, expected = getattr(new, what), getattr(region, what)
@@ -293,7 +308,7 @@ class _Firing(Located):
 class _Context:
     """The forward under way, as edits and `where` functions see it."""
 
-    def __init__(self, session: Session, site: Site, batch: int | None, chosen: slice | list[int]) -> None:
+    def __init__(self, session: Session, site: Site, batch: int | None, chosen: slice | Tensor) -> None:
         self.inputs, self.call, self.step = session.inputs, session.call, published.step
         self._site, self._batch, self._chosen, self._rows = site, batch, chosen, published.rows
 
@@ -321,8 +336,3 @@ def _is_refusal(error: Exception) -> bool:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _never_brings_nan(edit: Callable[..., Any]) -> bool:
-    """Tell whether an edit is known to leave no NaN, whatever it is given that has none."""
-    return type(edit) is Set and isinstance(edit.value, Real) and not math.isnan(edit.value)

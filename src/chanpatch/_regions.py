@@ -10,7 +10,7 @@ from torch import Tensor
 from ._tree import inside_vmap
 from .errors import UnsupportedModelError
 
-Positions = Mapping[int, "slice | list[int]"]
+Positions = Mapping[int, "slice | list[int] | Tensor"]
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
@@ -28,7 +28,7 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
         if isinstance(chosen, slice):
             tensor = tensor.narrow(axis, chosen.start, chosen.stop - chosen.start)
         else:
-            tensor = tensor.index_select(axis, torch.tensor(chosen, device=tensor.device))
+            tensor = tensor.index_select(axis, torch.as_tensor(chosen, device=tensor.device))
     return tensor
 
 
@@ -45,7 +45,8 @@ def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
         region = written(read(tensor, {axis: chosen}), dict(others), region)
     if isinstance(chosen, slice):
         return torch.slice_scatter(tensor, region, axis, chosen.start, chosen.stop)
-    index = torch.tensor(chosen, device=tensor.device)
-    if inside_vmap(region):  # one of many regions: a copy of the one tensor has no room for them
+    index = torch.as_tensor(chosen, device=tensor.device)
+    # A copy of one tensor has no room for many regions, and vmap has no rule for writing into one of many.
+    if inside_vmap(region) or inside_vmap(tensor):
         return tensor.index_copy(axis, index, region)
     return tensor.clone().index_copy_(axis, index, region)  # a clone keeps the strides, and so the last bits downstream

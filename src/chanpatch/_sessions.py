@@ -125,6 +125,7 @@ class Session:
         self.call = 0  # the index of the module call under way
         self.on_begin: Callable[[], None] = _nothing
         self.on_end: Callable[[RootCall], None] = _ignore
+        self.on_error: Callable[[Exception], None] = _ignore  # of a method; may raise another in its place
         self.listeners: list[Listener] = []
         self._running: RootCall | None = None
         self._stations: list[Station] = []
@@ -250,8 +251,16 @@ class Session:
         """Return what a method of the model's own returns, called as a root call, or as a part of one."""
         if not self.enabled:
             return function(*args, **kwargs)
-        if self.in_method:
-            return self._run_within(method, function, args, kwargs)
+        outer = self._running
+        if outer is not None and outer.station is None:
+            self.check_thread()
+            if not method == self.method == "__call__":
+                return function(*args, **kwargs)
+            self._running = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._running = outer
         call = RootCall(None, method, args, kwargs)
         self._begin(call)
         failed = True
@@ -259,21 +268,11 @@ class Session:
             output = function(*args, **kwargs)
             failed = False
             return output
+        except Exception as error:
+            self.on_error(error)
+            raise
         finally:
             self._end(call, failed=failed)
-
-    def _run_within(
-        self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self.check_thread()
-        outer = self._running
-        if outer is None or not method == self.method == "__call__":
-            return function(*args, **kwargs)
-        self._running = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
-        try:
-            return function(*args, **kwargs)
-        finally:
-            self._running = outer
 
     def stop(self, token: object) -> NoReturn:
         """End the forward under way; the root calls of every session at the model are over."""
@@ -301,12 +300,14 @@ class Session:
 
     def _encloses(self, running: RootCall, station: Station) -> bool:
         """Tell whether a module's call is part of the root call under way, and not the first after one cut short."""
+        if running.station is None:
+            return True
         if running.station is station:
             inside = station.is_inside_itself()
             running.depth += inside
             return inside
         # Torch runs no hook on the way out of an interrupt, so that a module's call may have ended untold.
-        return running.station is None or station.module_id in running.station.inside
+        return station.module_id in running.station.inside
 
     def in_this_thread(self) -> bool:
         """Tell whether a root call is under way, in this thread."""
@@ -357,7 +358,7 @@ def session_for(points_or_model: HookPoints | nn.Module) -> Session:
 def _nothing() -> None: ...
 
 
-def _ignore(call: RootCall) -> None: ...
+def _ignore(what: object) -> None: ...
 
 
 _methods: WeakKeyDictionary[nn.Module, dict[str, list[Session]]] = WeakKeyDictionary()

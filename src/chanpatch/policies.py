@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 import types
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ._checks import refuse_unhookable
-from ._hooks import drop_hooks, eagerly, noticing_calls
+from ._hooks import drop_hooks, eager, noticing_calls
 from ._ledger import Ledger
 from ._lookup import model_of, resolve
 from ._outputs import described, distribution_in
@@ -242,31 +241,27 @@ class _TwinState:
         self._held, self._expected = zip(*(held for pair in self._pairs for held in _to_be_equal(*pair)), strict=True)
         self._numbers = [number for _, module, other, *_ in self._pairs for number in _of_one_element(module, other)]
         self._inside = _patches_by_module(twin, applied)
-        session = applied.session
-        session.on_begin, session.on_end = self._begin, self._end
+        self._session = session = applied.session
+        session.on_begin, session.on_end, session.on_error = self._begin, self._end, applied.raise_nan
         session.attach(scopes=[module for module in self._inside if module is not twin])
 
     def call(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a method of the twin as a root call, unless it is part of one."""
-        session = self.applied.session
-        if session.in_method or not session.enabled:
+        session = self._session
+        if name in self._running_methods or session.in_method or not session.enabled:
             return session.run(name, method, args, kwargs)
-        try:
-            if name in self._running_methods:
-                return session.run(name, method, args, kwargs)
-            with noticing_calls(self._modules, lambda: self._running_methods.add(name)):
-                return session.run(name, method, args, kwargs)
-        except Exception as error:
-            self.applied.raise_nan(cause=error)
-            raise
+        with noticing_calls(self._modules, lambda: self._running_methods.add(name)):
+            return session.run(name, method, args, kwargs)
 
     def _begin(self) -> None:
         self.applied.forget()
         try:
-            shared = all(map(operator.eq, self._held, self._expected))
+            shared = self._held == self._expected
         except RuntimeError:  # two tensors are neither equal nor unequal; one and the same is not even compared
             shared = False
-        if not shared or any([held.get(name) is not others.get(name) for name, held, others in self._numbers]):
+        for name, held, others in self._numbers:
+            shared = shared and held.get(name) is others.get(name)
+        if not shared:
             self._refuse_replaced()
 
     def _refuse_replaced(self) -> None:
@@ -365,6 +360,6 @@ def _rooted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         state = vars(self).get(_STATE)
         if state is None:
             return function(self, *args, **kwargs)
-        return eagerly(state.call, name, types.MethodType(function, self), args, kwargs)
+        return eager(state.call)(name, types.MethodType(function, self), args, kwargs)
 
     return method

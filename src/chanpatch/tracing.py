@@ -333,7 +333,7 @@ def _batch_axis(names: Sequence[str | None], shape: torch.Size, grown: torch.Siz
 class undisturbed:
     """Runs forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer or flag.
 
-    It may be entered again and again, but not inside itself.
+    It may be entered again and again, but not inside itself; `put_back` parts one forward from the next inside it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -353,6 +353,10 @@ class undisturbed:
 
     def __exit__(self, *error: object) -> None:
         self._no_grad.__exit__(None, None, None)
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Leave everything as it was at the entry."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
