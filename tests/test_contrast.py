@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
 from models import Model, build
+from torch import Tensor, nn
 
-from chanpatch import contrast, hook_points, patched, run_with_cache, steer
+from chanpatch import contrast, hook_points, patched, run_with_cache, steer, zero_ablate
 from chanpatch._moments import Moments
 from chanpatch.contrast import Contrast
+from chanpatch.contrast._contrast import MOST_CHANNELS, _flips, _no_holm
 from chanpatch.errors import ContrastError, SiteError
 
 CNN = build("plain_cnn")
@@ -52,6 +56,47 @@ def test_neither_batch_size_nor_a_stream_of_batches_changes_the_numbers() -> Non
     np.testing.assert_allclose(cut.effect, whole.effect, rtol=1e-4)
 
 
+ROWS = {"*": ("batch", "channel", "col")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_effects_are_taken_in_double_precision_and_depend_on_neither_batches_nor_order(dtype: torch.dtype) -> None:
+    rows = torch.randn(90, 3, 500, generator=GENERATOR).mul(1000).to(dtype)  # sums overflow in half precision
+    rows[:, 0] += 1000
+    clean, corrupted, background = rows.split(30)
+    points = hook_points(nn.ReLU(), clean[:2], axes=ROWS)
+    one, other, usual = (part.relu().double().sum(2).numpy() for part in (clean, corrupted, background))
+    whole = contrast(points, clean, corrupted, ".out", background=background, batch_size=100)
+    spread = usual.std(axis=0, ddof=1)
+    np.testing.assert_allclose(by_channel(whole, whole.difference), (one - other).mean(0), rtol=1e-10)
+    np.testing.assert_allclose(by_channel(whole, whole.effect), (one - other).mean(0) / spread, rtol=1e-10)
+    order = torch.randperm(30, generator=GENERATOR)
+    cut = contrast(
+        points, clean[order], corrupted[order], ".out", background=iter(background.flip(0).split(7)), batch_size=4
+    )
+    for name in ("difference", "absolute", "std", "effect"):
+        np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), rtol=1e-10)
+
+
+def test_a_channel_that_is_constant_up_to_rounding_has_no_effect_and_comes_last() -> None:
+    class Softmax(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:  # sums to 1 in its first channel
+            return torch.cat([image.flatten(2).softmax(2).view_as(image), image], dim=1)
+
+    points = hook_points(Softmax(), CLEAN[:2, :1], axes={".out": ("batch", "channel", "row", "col")})
+    result = contrast(points, CLEAN[:, :1], CORRUPTED[:, :1], ".out", background=BACKGROUND[:, :1])
+    assert 0 < result.std[1] < 1e-6
+    assert dict(result.sites[1].indices)["channel"] == (0,)
+    assert np.isnan([result.effect[1], result.low[1], result.high[1]]).all()
+
+
+def test_a_norm_is_that_of_each_channel_over_its_positions() -> None:
+    result = contrast(POINTS, CLEAN, CORRUPTED, "conv1", reduce="norm")
+    with torch.no_grad():
+        one, other = (CNN.module.conv1(images).double().square().sum((2, 3)).sqrt() for images in (CLEAN, CORRUPTED))
+    np.testing.assert_allclose(by_channel(result, result.difference), (one - other).mean(0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("cuts", [[1, 1, 98], [50, 50], [3] * 33 + [1]])
 def test_moments_depend_neither_on_the_cuts_nor_on_the_order(cuts: list[int]) -> None:
     rng = np.random.default_rng(0)
@@ -70,12 +115,78 @@ def test_a_feature_that_moves_one_channel_is_found_there_among_all_hook_points()
         model[0].weight[3] = 1e-3
     dim = torch.rand(8, 1, 4, 4, generator=GENERATOR)
     result = contrast(hook_points(model, dim[:2]), dim + 1, dim, background=torch.rand(30, 1, 4, 4) * 3)
-    assert {repr(site) for site in result.top(2).sites} <= {
-        f"Site('{name}', channel={channel})" for name in ("0", "1", ".out") for channel in (1, 3)
+    assert {repr(site) for site in result.top(2).sites} == {"Site('0', channel=1)", "Site('0', channel=3)"}
+    assert {repr(site) for site in result.sites[2:]} == {"Site('0', channel=0)", "Site('0', channel=2)"}
+    assert np.isnan(result.effect[2:]).all()  # channels that never vary come last
+
+
+def test_a_search_tests_the_same_activations_once_and_lists_where_else_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Dropout())).eval()
+    points = hook_points(model, CLEAN[:2])
+    result = contrast(points, CLEAN, CORRUPTED)
+    assert {site.name for site in result.sites} == {"0", "1.0"} and len(result) == 8
+    assert result.skipped == {
+        name: f"Site('{name}') has the same activations as Site('1.0')." for name in ("1.1", "1", ".out")
     }
-    dead = [row for row, site in enumerate(result.sites) if "channel=0" in repr(site)]
-    assert np.isnan(result.effect[dead]).all()
-    assert min(dead) > len(result) - 7  # channels that never vary come last
+    assert len(contrast(points, CLEAN, CORRUPTED, ["1.0", "1.1"])) == 8  # what is named is compared
+
+
+def test_layers_and_directions_of_a_recurrent_state_are_compared_each_by_itself() -> None:
+    torch.manual_seed(0)
+    model = nn.LSTM(6, 4, num_layers=2, bidirectional=True, batch_first=True)
+    clean, corrupted = torch.randn(2, 9, 5, 6)
+    points = hook_points(model, clean[:2])
+    with torch.no_grad():
+        one, other = (model(sequence)[1][0].double().numpy() for sequence in (clean, corrupted))
+    by_hand = (one - other).mean(axis=1)  # (layer, feature)
+    for sites in (".out[1][0]", "all"):
+        result = contrast(points, clean, corrupted, sites)
+        rows = {repr(site): row for row, site in enumerate(result.sites) if site.name == ".out[1][0]"}
+        assert len(rows) == 16
+        for layer in range(4):
+            for feature in range(4):
+                site = points.site(".out[1][0]", layer=layer, feature=feature)
+                assert result.difference[rows[repr(site)]] == pytest.approx(by_hand[layer, feature], rel=1e-4)
+    zero_ablate(result.sites[0])
+
+
+def test_so_many_flips_are_drawn_that_the_strongest_of_many_channels_can_be_significant() -> None:
+    model = nn.Identity()
+    one, other = torch.randn(2, 40, 1500, generator=torch.Generator().manual_seed(0))
+    one[:, 7] += 10
+    points = hook_points(model, one[:2], axes={".out": ("batch", "feature")})
+    result = contrast(points, one, other, ".out")
+    assert repr(result.sites[0]) == "Site('.out', feature=7)"
+    assert result.p[0] == 1 / 30001 and result.p_holm[0] == 1500 / 30001 < 0.05
+    assert not result.no_holm
+    again = contrast(points, one, other, ".out")
+    np.testing.assert_array_equal(again.p, result.p)
+
+
+def test_where_no_channel_can_be_significant_after_the_correction_the_result_says_so() -> None:
+    result = contrast(POINTS, CLEAN[:7], CORRUPTED[:7], "conv1")
+    assert (
+        result.no_holm == "7 independent pairs and 8 channels give 0.12 at least. Name fewer sites, or give more pairs."
+    )
+    assert f"No p (Holm) can reach 0.05: {result.no_holm}" in repr(result)
+    assert result.p_holm.min() >= 8 * 2 / 2**7
+    assert not contrast(POINTS, CLEAN, CORRUPTED, "conv1").no_holm
+    assert not _no_holm(40, MOST_CHANNELS, _flips(MOST_CHANNELS))
+    assert _no_holm(40, 10_001, _flips(10_001)) == (
+        "40 independent pairs and 10001 channels give 1 at least. Name fewer sites."
+    )
+
+
+@pytest.mark.parametrize("side", ["clean", "corrupted", "background"])
+def test_a_number_that_is_not_finite_is_refused_with_its_input(side: str) -> None:
+    inputs = {"clean": CLEAN, "corrupted": CORRUPTED, "background": BACKGROUND}
+    inputs[side] = inputs[side].clone()
+    inputs[side][9, 0, 0, 0] = torch.nan
+    with pytest.raises(ContrastError) as caught:
+        contrast(POINTS, inputs["clean"], inputs["corrupted"], "conv1", background=inputs["background"], batch_size=4)
+    assert str(caught.value) == (
+        f"{side}[9] leads to a number that is not finite at Site('conv1'): leave that input out, or that site."
+    )
 
 
 def test_a_search_leaves_out_what_cannot_be_reduced_and_says_why() -> None:
@@ -152,23 +263,64 @@ def test_the_batch_may_stand_on_another_axis_inside_the_model(model: Model) -> N
     assert result.pairs == 7
 
 
+LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
+
+
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("call", "message"),
     [
-        ((CLEAN, CORRUPTED[:5]), ContrastError, "clean has 12 inputs and corrupted 5: give one of each per pair."),
-        ((CLEAN[:0], CORRUPTED[:0]), ContrastError, "clean has 0 inputs and corrupted 0: give one of each per pair."),
+        (
+            lambda: contrast(POINTS, CLEAN, CORRUPTED[:5], "conv1"),
+            "clean has 12 inputs and corrupted 5: give one of each per pair.",
+        ),
+        (
+            lambda: contrast(POINTS, CLEAN[:0], CORRUPTED[:0], "conv1"),
+            "clean has 0 inputs and corrupted 0: give one of each per pair.",
+        ),
+        (
+            lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2]),
+            "clusters has shape (3,), but there are 12 pairs: give each a label.",
+        ),
+        (
+            lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
+            "background holds 0 inputs: at least two are needed to tell what varies. Leave it out to compare "
+            "differences as they are.",
+        ),
+        (
+            lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=CLEAN[:1]),
+            "background holds 1 inputs: at least two are needed to tell what varies. Leave it out to compare "
+            "differences as they are.",
+        ),
+        (
+            lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", batch_size=0),
+            "batch_size is 0, but a batch has at least one input.",
+        ),
+        (
+            lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1").top(-1),
+            "count is -1, but rows are counted from 0 on.",
+        ),
+        (
+            lambda: contrast(LSTM, torch.randn(70, 10, 3), torch.randn(70, 10, 3), ".out[0]"),
+            "The model takes its batch on axis 1 of its first input, but inputs stand on axis 0. Wrap the model in a "
+            "module that takes the batch first.",
+        ),
+        (
+            lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
+            "Nothing can be compared at any of the 1 hook points. Of the first: reduce=('b c h w -> b c h', 'sum') "
+            "leaves (batch, channel, row) at Site('conv1'); it must leave the batch and one axis at most.",
+        ),
     ],
 )
-def test_pairs_that_are_none_are_refused(arguments: tuple, error: type[Exception], message: str) -> None:
-    with pytest.raises(error) as caught:
-        contrast(POINTS, *arguments, "conv1")
+def test_what_cannot_be_compared_is_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ContrastError) as caught:
+        call()
     assert str(caught.value) == message
 
 
-def test_clusters_that_do_not_fit_and_reductions_that_leave_too_much_are_refused() -> None:
-    with pytest.raises(ContrastError, match=r"clusters has shape \(3,\), but there are 12 pairs: give each a label."):
-        contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2])
-    with pytest.raises(SiteError, match="it must leave the batch and one axis"):
+def test_a_reduction_that_leaves_too_much_is_refused() -> None:
+    with pytest.raises(SiteError) as caught:
         contrast(POINTS, CLEAN, CORRUPTED, "conv1", reduce=("b c h w -> b c h", "sum"))
-    with pytest.raises(ContrastError, match="background holds no inputs"):
-        contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[])
+    assert str(caught.value) == (
+        "reduce=('b c h w -> b c h', 'sum') leaves (batch, channel, row) at Site('conv1'); it must leave the batch and "
+        "one axis at most."
+    )

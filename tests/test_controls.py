@@ -98,10 +98,35 @@ def test_controls_depend_on_the_seed_and_on_neither_batches_nor_the_order_of_inp
     site = POINTS.site("ramp", channel=10)
 
     def drawn(background: Any, seed: int = 0, **more: int) -> tuple[Site, ...]:
-        return matched_channels(POINTS, site, background, count=5, seed=seed, **more)
+        return matched_channels(POINTS, site, background, count=5, seed=seed, **more).sites
 
     assert drawn(IMAGES) == drawn(iter(IMAGES.flip(0).split(7))) == drawn(IMAGES, batch_size=3)
     assert len({drawn(IMAGES, seed) for seed in range(5)}) > 1
+
+
+def test_controls_tell_how_near_they_are_in_spreads_of_the_other_live_channels() -> None:
+    means = SUMS.mean(axis=0) / 16
+    for target in ([16], [22, 4]):
+        found = matched_channels(POINTS, POINTS.site("ramp", channel=target), IMAGES, count=3, seed=0)
+        unit = np.std([means[channel] for channel in LIVE - set(target)])
+        for control, apart in zip(found, found.apart, strict=True):
+            pairs = zip(sorted(target), sorted(channels(control)), strict=True)  # these are far enough from each other
+            assert apart == pytest.approx(np.mean([abs(means[one] - means[other]) for one, other in pairs]) / unit)
+        assert (found.pool, found.live) == (6, 29 - len(target))
+        assert [record["apart"] for record in found.to_records()] == list(found.apart)
+    lines = repr(found).splitlines()
+    assert lines[0] == "3 controls, drawn among the 6 nearest of 27 other live channels"
+    assert lines[1].split() == ["site", "apart"] and len(lines) == 5
+    assert found.to_pandas()["site"].tolist() == list(map(repr, found))
+
+
+def test_controls_that_are_drawn_among_all_channels_say_that_they_are_not_matched() -> None:
+    found = matched_channels(POINTS, POINTS.site("ramp", channel=16), IMAGES, count=19, seed=0)
+    assert (found.pool, found.live) == (28, 28)
+    assert repr(found).startswith(
+        "19 controls, drawn among the 28 nearest of 28 other live channels: all of them, so they are not matched; a "
+        "smaller count draws nearer ones"
+    )
 
 
 def test_every_model_has_matched_channels(model: Model) -> None:
@@ -201,11 +226,53 @@ def test_the_distances_print_as_a_table() -> None:
 
 ATTENTION = build("attention")
 UNNAMED = hook_points(ATTENTION.module, *ATTENTION.inputs(2))
+LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
+BATCH_ON_AXIS_1 = (
+    "The model takes its batch on axis 1 of its first input, but inputs stand on axis 0. Wrap the model in a module "
+    "that takes the batch first."
+)
+WITH_NAN = IMAGES.clone()
+WITH_NAN[9, 0, 0, 0] = torch.nan
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (
+            lambda: matched_channels(LSTM, ".out[0]", torch.randn(70, 10, 3), count=1, seed=0),
+            StatisticsError,
+            BATCH_ON_AXIS_1,
+        ),
+        (
+            lambda: off_distribution(LSTM, zero_ablate(LSTM.site(".out[0]")), torch.randn(70, 10, 3), []),
+            StatisticsError,
+            BATCH_ON_AXIS_1,
+        ),
+        (
+            lambda: off_distribution(POINTS, [], IMAGES, IMAGES),
+            StatisticsError,
+            "patches is empty: give at least one, whose sites are measured.",
+        ),
+        (
+            lambda: matched_channels(POINTS, "ramp", IMAGES, count=1, seed=0, batch_size=0),
+            StatisticsError,
+            "batch_size is 0, but a batch has at least one input.",
+        ),
+        (
+            lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), WITH_NAN, count=1, seed=0, batch_size=4),
+            StatisticsError,
+            "background[9] leads to a number that is not finite at Site('ramp'): leave that input out, or that site.",
+        ),
+        (
+            lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES, WITH_NAN, batch_size=4),
+            StatisticsError,
+            "background[9] leads to a number that is not finite at Site('ramp'): leave that input out, or that site.",
+        ),
+        (
+            lambda: off_distribution(POINTS, steer(POINTS.site("ramp"), torch.zeros(1, 1, 1, 1)), WITH_NAN, IMAGES),
+            StatisticsError,
+            "inputs[9] leads to a number that is not finite at Site('ramp'): leave that input out, or that site.",
+        ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), IMAGES, count=29, seed=0),
             SiteError,

@@ -14,6 +14,7 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from chanpatch import ActivationCache, ThresholdProbe, hook_points, run_with_cache
 from chanpatch.errors import MissingPackageError, StatisticsError
 from chanpatch.plots import channel_map, contingency, effect_ranking, strip
 from chanpatch.statistics import PairedCounts
@@ -70,6 +71,12 @@ def test_the_parts_of_a_split_stand_side_by_side_with_marks_of_their_own() -> No
     assert list(ax.lines[0].get_ydata()) == [5.0, 5.0] and ax.lines[0].get_linestyle() == "--"
     legend = [text.get_text() for text in ax.get_legend().get_texts()]
     assert legend == ["in (n = 4)", "out (n = 2)", "threshold 5"]
+
+
+def test_the_threshold_of_a_strip_may_be_that_of_a_probe() -> None:
+    probe = ThresholdProbe.fit(np.repeat(SUMS, 2), np.repeat(np.equal(LABELS, "UP"), 2))
+    ax = strip(SUMS, LABELS, threshold=probe)
+    assert list(ax.lines[0].get_ydata()) == [probe.threshold] * 2
 
 
 def test_an_effect_is_a_dot_at_its_value_on_a_line_over_its_interval() -> None:
@@ -164,6 +171,14 @@ def test_a_map_lies_over_the_pixels_that_its_cells_stand_for() -> None:
     assert ax.figure.axes[1].get_ylabel() == "activation (no unit), 2 x 3 cells"
 
 
+def test_a_map_may_be_a_cache_of_one_channel_of_one_input() -> None:
+    model, image = torch.nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8)
+    points = hook_points(model, torch.rand(2, 3, 8, 8))
+    cache = run_with_cache(points, image, sites=points.site(".out", channel=2), stop=True)
+    drawn, by_hand = (channel_map(image[0], activation).images[1] for activation in (cache, model(image)[0, 2]))
+    np.testing.assert_array_equal(drawn.get_array(), by_hand.get_array())
+
+
 def test_negative_activations_are_surrounded_by_dashes() -> None:
     ax = channel_map(torch.zeros(1, 4, 4, dtype=torch.uint8), torch.tensor([[2.0, 0.0], [0.0, -2.0]]))
     assert ax.get_title() == "solid line: above 1; dashed line: below -1"
@@ -223,6 +238,23 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         (
             lambda: contingency(PairedCounts(0, 0, 0, 0)),
             "There are no pairs: all four counts are 0.",
+        ),
+        (
+            lambda: contingency(PairedCounts(3, -1, 2, 2)),
+            "PairedCounts(both=3, only_first=-1, only_second=2, neither=2) holds a negative number, but a count is not "
+            "negative.",
+        ),
+        (
+            lambda: channel_map(torch.full((3, 4, 4), 255), torch.zeros(2, 2)),
+            "observation is torch.int64 from 255 to 255: give fractions from 0 to 1, or bytes (torch.uint8).",
+        ),
+        (
+            lambda: channel_map(torch.linspace(0, 255, 16).view(1, 4, 4), torch.zeros(2, 2)),
+            "observation is torch.float32 from 0 to 255: give fractions from 0 to 1, or bytes (torch.uint8).",
+        ),
+        (
+            lambda: channel_map(torch.zeros(3, 8, 8), ActivationCache({}, {}, {})),
+            "The cache has 0 sites: give one that holds one channel's site.",
         ),
         (
             lambda: channel_map(torch.zeros(64, 64, 3), torch.zeros(8, 8)),

@@ -75,6 +75,14 @@ def test_positions_before_the_batch_axis_are_summed_too():
     np.testing.assert_allclose(channel_sums(points, [sequence], ".out[0]"), by_hand, rtol=1e-5)
 
 
+def test_a_layer_of_a_recurrent_state_has_sums():
+    torch.manual_seed(0)
+    model, sequence = nn.LSTM(6, 4, 2, batch_first=True), torch.randn(5, 3, 6)
+    points = hook_points(model, sequence)
+    sums = channel_sums(points, sequence, points.site(".out[1][0]", layer=1), batch_size=2)
+    np.testing.assert_allclose(sums, model(sequence)[1][0][1].detach().double(), rtol=1e-5)
+
+
 def test_inputs_may_be_a_tensor_the_arguments_the_keywords_or_batches_of_these():
     class Difference(nn.Module):
         def __init__(self):
@@ -90,6 +98,31 @@ def test_inputs_may_be_a_tensor_the_arguments_the_keywords_or_batches_of_these()
     batches = ((one[part], other[part]) for part in (slice(0, 2), slice(2, 7)))
     for inputs in ((one, other), {"one": one, "other": other}, batches):
         np.testing.assert_allclose(channel_sums(points, inputs, "relu", batch_size=3), by_hand)
+
+
+def test_an_einops_pair_reduces_as_it_says(cnn):
+    points, images, activation = cnn
+    for pair, by_hand in (
+        (("b c h w -> b h", "max"), activation.amax((1, 3))),
+        (("b c h w -> c b", lambda region, over: region.square().sum(over)), activation.square().sum((2, 3))),
+        (("b c h w -> b", "mean"), activation.mean((1, 2, 3))[:, None]),
+    ):
+        np.testing.assert_allclose(channel_sums(points, images, "relu1", reduce=pair, batch_size=3), by_hand, rtol=1e-6)
+
+
+def test_reductions_that_are_none_are_refused(cnn):
+    points, images, _ = cnn
+    for reduce, message in (
+        ("median", "reduce='median': it is 'sum', 'mean', 'max', 'norm' or an einops pair ('b c h w -> b c', 'sum')."),
+        (
+            ("b c h w -> b c h", "sum"),
+            "reduce=('b c h w -> b c h', 'sum') leaves (batch, channel, row) at Site('relu1'); it must leave the batch "
+            "and one axis at most.",
+        ),
+    ):
+        with pytest.raises(errors.SiteError) as caught:
+            channel_sums(points, images, "relu1", reduce=reduce)
+        assert str(caught.value) == message
 
 
 def test_sums_add_in_double_precision():
@@ -457,9 +490,22 @@ REFUSED = {
         lambda: channel_sums(nn.Linear(2, 2), torch.zeros(2, 2), ""),
         "points is a Linear: give the model's HookPoints, hook_points(model, inputs).",
     ),
-    "an unknown reduction": (
-        lambda: channel_sums(plain(), torch.zeros(2, 3, 8, 8), "relu1", reduce="median"),
-        "reduce='median': it is one of 'sum', 'mean', 'max', 'norm'.",
+    "a batch on another axis": (
+        lambda: channel_sums(
+            hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3)).select(".*[0]"), torch.randn(70, 10, 3), ".out[0]"
+        ),
+        "The model takes its batch on axis 1 of its first input, but inputs stand on axis 0. Wrap the model in a "
+        "module that takes the batch first.",
+    ),
+    "several layers": (
+        lambda: channel_sums(
+            hook_points(nn.LSTM(3, 4, 2, batch_first=True), torch.randn(9, 7, 3)), torch.randn(9, 7, 3), ".out[1][0]"
+        ),
+        "Site('.out[1][0]') has 2 layers, each with features of its own: name one, as in layer=0.",
+    ),
+    "a sum to predict from that is not finite": (
+        lambda: ThresholdProbe.fit(SUMS, LABELS).predict([[1.0, math.nan]]),
+        "sums[0, 1] is not finite: leave that input out.",
     ),
     "an empty batch": (
         lambda: channel_sums(plain(), torch.zeros(2, 3, 8, 8), "relu1", batch_size=0),

@@ -176,6 +176,7 @@ REDUCTIONS = {
     "sum": ("sum", lambda hidden: hidden.sum((2, 3)), ("batch", "channel")),
     "mean": ("mean", lambda hidden: hidden.mean((2, 3)), ("batch", "channel")),
     "max": ("max", lambda hidden: hidden.amax((2, 3)), ("batch", "channel")),
+    "norm": ("norm", lambda hidden: hidden.square().sum((2, 3)).sqrt(), ("batch", "channel")),
     "einops sum": (("b c h w -> b c", "sum"), lambda hidden: hidden.sum((2, 3)), ("batch", "channel")),
     "einops rows": (("b c h w -> b h", "max"), lambda hidden: hidden.amax((1, 3)), ("batch", "row")),
     "einops over the batch": (("b c h w -> c", "mean"), lambda hidden: hidden.mean((0, 2, 3)), ("channel",)),
@@ -243,7 +244,7 @@ def test_axes_without_names_are_not_reduced_by_guessing():
 @pytest.mark.parametrize("reduce", ["median", "b c -> b"])
 def test_what_is_no_reduction_is_refused_at_entry(points, reduce):
     with (
-        pytest.raises(SiteError, match="it is 'sum', 'mean', 'max' or an einops pair"),
+        pytest.raises(SiteError, match="it is 'sum', 'mean', 'max', 'norm' or an einops pair"),
         recording(points, "conv", reduce=reduce),
     ):
         raise AssertionError("the context was entered")

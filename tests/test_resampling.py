@@ -141,6 +141,16 @@ def test_the_sign_flip_test_equals_scipys_permutation_test():
     assert sign_flip_test(differences, seed=0) == pytest.approx(expected.pvalue)
 
 
+def test_many_flips_are_counted_some_thousand_at_a_time_as_all_at_once():
+    differences = random(5).normal(0.2, size=(20, 3))
+    signs = random(3).integers(0, 2, size=(25_000, 20)) * 2.0 - 1.0
+    reached = (np.abs(signs @ differences) >= np.abs(differences.sum(axis=0))).sum(axis=0)
+    assert sign_flip_test(differences, resamples=25_000, seed=3).tolist() == ((reached + 1) / 25_001).tolist()
+    every = 1 - 2 * ((np.arange(2**15)[:, None] >> np.arange(15)) & 1)
+    share = (np.abs(every @ differences[:15]) >= np.abs(differences[:15].sum(axis=0)) - 1e-9).mean(axis=0)
+    assert sign_flip_test(differences[:15], resamples=2**14, seed=3).tolist() == share.tolist()
+
+
 def test_pairs_of_one_cluster_flip_together():
     differences, labels = np.array([3.0, 1.0, 2.0, -1.0, 4.0, 5.0]), [0, 0, 1, 1, 2, 2]
     totals = [4.0, 1.0, 9.0]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+ROUNDING = 1e-6  # what may differ between two runs in single precision, relative to the activation
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -47,3 +49,8 @@ class Moments:
             return np.full_like(self.mean, np.nan)
         spread: NDArray[np.float64] = np.sqrt(self.squares / (self.count - 1))
         return spread
+
+    def varies(self, precision: float = 0.0) -> NDArray[np.bool_]:
+        """Return which channels vary by more than rounding: in single precision, or relatively by `precision`."""
+        beyond: NDArray[np.bool_] = self.std > max(ROUNDING, precision) * np.abs(self.mean)
+        return beyond

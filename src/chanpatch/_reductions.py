@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import einops
@@ -16,12 +17,21 @@ from .sites import Site
 _KEPT = ("batch", "channel", "feature")
 
 
-def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
+@dataclass(frozen=True)
+class InDouble:
+    """A reduction that is taken in double precision, whatever the model computes in."""
+
+    reduce: Reduce
+
+
+def reduced_axes(site: Site, axes: Axes, reduce: Reduce | InDouble | None) -> Axes:
     """Return the axes that a reduction leaves.
 
     Raises:
         SiteError: If the reduction is none, or cannot tell which axes to leave.
     """
+    if isinstance(reduce, InDouble):
+        reduce = reduce.reduce
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):
@@ -30,8 +40,10 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
         tokens, remain = (_expanded(side, rest) for side in (left, right))
         named = dict(zip(tokens, axes, strict=True)) if len(tokens) == len(axes) else {}
         return tuple(named.get(token, token.strip("()")) for token in remain)
-    if reduce not in ("sum", "mean", "max"):
-        raise SiteError(f"reduce={reduce!r}: it is 'sum', 'mean', 'max' or an einops pair ('b c h w -> b c', 'sum').")
+    if reduce not in _OPERATIONS:
+        raise SiteError(
+            f"reduce={reduce!r}: it is 'sum', 'mean', 'max', 'norm' or an einops pair ('b c h w -> b c', 'sum')."
+        )
     unnamed = [axis for axis in axes if re.fullmatch(r"axis\d+", axis)]
     if unnamed:
         raise SiteError(
@@ -41,6 +53,12 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
     return tuple(axis for axis in axes if axis in _KEPT)
 
 
+_OPERATIONS: dict[str, Any] = {
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "max": torch.amax,
+    "norm": torch.linalg.vector_norm,
+}
 _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
@@ -53,7 +71,7 @@ def _expanded(side: str, rest: int) -> list[str]:
     ]
 
 
-def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None) -> Tensor:
+def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | InDouble | None) -> Tensor:
     """Return a region reduced.
 
     Args:
@@ -65,15 +83,18 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None) -> Te
     Raises:
         SiteError: If the reduction does not apply to such a region.
     """
+    if isinstance(reduce, InDouble):
+        wide = torch.float32 if region.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
+        return reduced(region.to(wide), site, axes, reduce.reduce)
     kept = reduced_axes(site, axes, reduce)
     if reduce is None or kept == axes:
-        return region
+        # Where there is nothing to reduce, each number is its own sum, mean and maximum, but not its own norm.
+        return region.abs() if reduce == "norm" else region
     try:
         if isinstance(reduce, tuple):
             return einops.reduce(region, *reduce)
         over = [number for number, axis in enumerate(axes) if axis not in kept]
-        operation: Any = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax}[reduce]
-        result: Tensor = operation(region, dim=over)
+        result: Tensor = _OPERATIONS[reduce](region, dim=over)
         return result
     except (einops.EinopsError, RuntimeError, TypeError) as fault:
         raise SiteError(

@@ -7,7 +7,7 @@ rank_among(effect(zero_ablate(site)), [effect(zero_ablate(other)) for other in o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,27 +16,63 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._batches import Inputs, batches, input_count
+from ._batches import Inputs, input_count
+from ._channels import Floats, channel_axis, check_finite, check_inputs, recorded, rows
 from ._lookup import refuse_untraced, sites_of
-from ._moments import Moments
+from ._moments import ROUNDING, Moments
 from ._optional import imported
 from ._patches import Patch
-from ._reductions import reduced_axes
 from ._tables import table
-from ._typing import Reduce
 from .errors import EditError, SiteError, StatisticsError
 from .patching import patched
 from .points import HookPoint, HookPoints
-from .recording import ActivationCache, run_with_cache
+from .recording import ActivationCache
 from .sites import Site
 from .tracing import undisturbed
 
-Floats = NDArray[np.float64]
-
 # Controls are drawn among so many times as many nearest channels as are asked for: few enough to be near.
 _NEAR = 2
-_ROUNDING = 1e-6  # what may differ between two runs in single precision, relative to the activation
 _SHOWN = 20
+
+
+@dataclass(frozen=True, repr=False)
+class MatchedChannels(Sequence[Site]):
+    """Controls for a site, and how near each is: a sequence of their sites, in the order of the draw.
+
+    Attributes:
+        sites: One per control.
+        apart: Of each control, how far the mean activations of its channels are from those of the site's channels that
+            they were drawn for: the mean absolute distance, in standard deviations of the mean activation over the
+            other live channels. NaN where these do not differ.
+        pool: Among how many nearest channels one was drawn for each channel of the site.
+        live: Number of other live channels; where the pool is all of them, the controls are not matched.
+    """
+
+    sites: tuple[Site, ...]
+    apart: tuple[float, ...]
+    pool: int
+    live: int
+
+    def __getitem__(self, control: Any) -> Any:
+        return self.sites[control]
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per control: site, and how far apart its mean activation is."""
+        return [{"site": repr(site), "apart": apart} for site, apart in zip(self.sites, self.apart, strict=True)]
+
+    def to_pandas(self) -> Any:
+        """Return the records as a pandas data frame."""
+        return imported("pandas").DataFrame(self.to_records())
+
+    def __repr__(self) -> str:
+        title = f"{len(self)} controls, drawn among the {self.pool} nearest of {self.live} other live channels"
+        if self.pool == self.live:
+            title += ": all of them, so they are not matched; a smaller count draws nearer ones"
+        more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
+        return "\n".join([title, *table(self.to_records()[:_SHOWN]), *more])
 
 
 def matched_channels(
@@ -47,12 +83,13 @@ def matched_channels(
     count: int,
     seed: int,
     batch_size: int = 64,
-) -> tuple[Site, ...]:
+) -> MatchedChannels:
     """Return other live channels of the same hook point with about the same mean activation, as controls.
 
     Each control has as many channels as the site and none of the site's; for every channel of the site it has one
-    drawn from those nearest in mean activation, twice as many as there are controls. No two controls are equal;
-    controls of several channels may share some. A channel that varies nowhere over the background is dead, such as
+    drawn from those nearest in mean activation, twice as many as there are controls. So a large `count` among few
+    channels matches nothing; the result prints how near each control is. No two controls are equal; controls of
+    several channels may share some. A channel that varies nowhere over the background is dead, such as
     one behind a ReLU that is always 0: patching it shows nothing, so it is never a control.
 
     Args:
@@ -65,11 +102,12 @@ def matched_channels(
         batch_size: How many inputs go into one forward; the batches of an iterable go as they are.
 
     Returns:
-        One site per control, in the order of the draw: `[zero_ablate(other) for other in matched_channels(...)]`.
+        A sequence with one site per control: `[zero_ablate(other) for other in matched_channels(...)]`.
 
     Raises:
         HookPointError, SiteError: If the site does not exist or has no channels, or too few others are live.
-        StatisticsError: If `count` is below 1, or the background has fewer than two inputs.
+        StatisticsError: If `count` is below 1, the background has fewer than two inputs, or one of them leads to a
+            number that is not finite.
 
     Example:
         >>> from chanpatch import hook_points
@@ -82,8 +120,9 @@ def matched_channels(
     refuse_untraced(points)
     if count < 1:
         raise StatisticsError(f"count is {count}: ask for at least one control.")
+    check_inputs(points, background, batch_size, StatisticsError)
     (bound,) = sites_of(points, site)
-    axis = _channel_axis(bound)
+    axis = channel_axis(bound, "Controls", SiteError)
     elsewhere = {name: index for name, index in bound.indices if name != axis}
     whole = points.bind(Site(bound.name, **elsewhere))
     mean, live = _channel_means(points, whole, axis, background, batch_size)
@@ -97,21 +136,29 @@ def matched_channels(
             f"those of a site with fewer {axis}s."
         )
     generator = np.random.default_rng(seed)
-    found: dict[tuple[int, ...], None] = {}
+    found: dict[tuple[int, ...], tuple[int, ...]] = {}
     while len(found) < count:
-        found[_drawn(mean, target, others, _NEAR * count, generator)] = None
-    return tuple(points.bind(Site(bound.name, **elsewhere, **{axis: channels})) for channels in found)
+        drawn = _drawn(mean, target, others, _NEAR * count, generator)
+        found.setdefault(tuple(sorted(drawn)), drawn)
+    unit = np.std(mean[others]) or np.nan
+    return MatchedChannels(
+        tuple(points.bind(Site(bound.name, **elsewhere, **{axis: channels})) for channels in found),
+        tuple(float(np.abs(mean[list(drawn)] - mean[list(target)]).mean() / unit) for drawn in found.values()),
+        pool=min(_NEAR * count, len(others)),
+        live=len(others),
+    )
 
 
 def _drawn(
     mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
 ) -> tuple[int, ...]:
     """Draw one control: for every channel in turn one of the nearest that are not taken yet."""
-    free = others
+    free, drawn = others, []
     for channel in target:
         nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]
-        free = free[free != generator.choice(nearest)]
-    return tuple(np.setdiff1d(others, free).tolist())
+        drawn.append(int(generator.choice(nearest)))
+        free = free[free != drawn[-1]]
+    return tuple(drawn)
 
 
 def random_vectors(vector: Tensor, *, count: int, seed: int) -> Tensor:
@@ -233,7 +280,8 @@ def off_distribution(
 
     Raises:
         HookPointError, SiteError: If a site does not exist or has no channels.
-        StatisticsError: If there are no inputs, or fewer than two in the background.
+        StatisticsError: If there are no patches or no inputs, fewer than two inputs in the background, or one of them
+            leads to a number that is not finite.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -247,18 +295,22 @@ def off_distribution(
     """
     refuse_untraced(points)
     chosen = (patches,) if isinstance(patches, Patch) else tuple(patches)
+    if not chosen:
+        raise StatisticsError("patches is empty: give at least one, whose sites are measured.")
+    for each in (inputs, background):
+        check_inputs(points, each, batch_size, StatisticsError)
     sites = sites_of(points, [patch.site for patch in chosen])
-    parts = [part for site in sites for part in site.split(_channel_axis(site))]
+    parts = [part for site in sites for part in site.split(channel_axis(site, "Controls", SiteError))]
     count = input_count(inputs)
     if not count:
         raise StatisticsError("inputs holds no inputs: give at least one to run the patched model on.")
     with undisturbed(points.model):
         with patched(points, chosen):
-            (cache,) = _recorded(points, inputs, sites, "sum", count)
+            (cache,) = recorded(points, inputs, sites, "sum", count)
         usual, lowest, highest = _usual(points, background, sites, batch_size)
-    sums = _sums(cache, sites)
-    slack = _ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
-    z = (sums - usual.mean) / np.where(usual.std > _ROUNDING * np.abs(usual.mean), usual.std, np.nan)
+    sums = _sums("inputs", cache, sites, 0)
+    slack = ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
+    z = (sums - usual.mean) / np.where(usual.varies(), usual.std, np.nan)
     columns = {
         "patched": sums.mean(axis=0),
         "mean": usual.mean,
@@ -280,8 +332,8 @@ def _usual(
     """Return moments, smallest and largest of the channel sums of the background."""
     moments: Moments | None = None
     lowest, highest = np.array(np.inf), np.array(-np.inf)
-    for cache in _recorded(points, background, sites, "sum", batch_size):
-        sums = _sums(cache, sites)
+    for cache in recorded(points, background, sites, "sum", batch_size):
+        sums = _sums("background", cache, sites, moments.count if moments else 0)
         moments = _joined(moments, sums)
         lowest, highest = np.minimum(lowest, sums.min(axis=0)), np.maximum(highest, sums.max(axis=0))
     return _checked(moments), lowest, highest
@@ -295,27 +347,21 @@ def _channel_means(
     in_front = (point.batch_axis or 0, point.axes.index(axis))
     moments: Moments | None = None
     with undisturbed(points.model):
-        for cache in _recorded(points, background, [whole], None, batch_size):
-            rows = cache[whole].double().movedim(in_front, (0, 1)).numpy()
-            moments = _joined(moments, rows.reshape(*rows.shape[:2], -1))
+        for cache in recorded(points, background, [whole], None, batch_size):
+            sample = cache[whole].double().movedim(in_front, (0, 1)).numpy()
+            check_finite("background", sample, whole, moments.count if moments else 0, StatisticsError)
+            moments = _joined(moments, sample.reshape(*sample.shape[:2], -1))
     checked = _checked(moments)
-    varies = checked.std > _ROUNDING * np.abs(checked.mean)
-    return checked.mean.mean(axis=1), varies.any(axis=1)
+    return checked.mean.mean(axis=1), checked.varies().any(axis=1)
 
 
-def _recorded(
-    points: HookPoints, inputs: Any, sites: Sequence[Site], reduce: Reduce | None, batch_size: int
-) -> Iterator[ActivationCache]:
-    """Yield the recorded sites of each batch, on the CPU."""
-    for arguments, keywords in batches(inputs, batch_size):
-        yield run_with_cache(points, *arguments, sites=sites, reduce=reduce, device="cpu", stop=True, **keywords)
-
-
-def _sums(cache: ActivationCache, sites: Sequence[Site]) -> Floats:
-    """Return the channel sums of all sites side by side: `(input, channel)`."""
-    return np.concatenate(
-        [cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy() for site in sites], axis=1
-    )
+def _sums(name: str, cache: ActivationCache, sites: Sequence[Site], start: int) -> Floats:
+    """Return the channel sums of all sites side by side, `(input, channel)`, of inputs that messages call by a name."""
+    found = []
+    for site in sites:
+        found.append(rows(cache, site))
+        check_finite(name, found[-1], site, start, StatisticsError)
+    return np.concatenate(found, axis=1)
 
 
 def _joined(moments: Moments | None, sample: Floats) -> Moments:
@@ -328,19 +374,3 @@ def _checked(moments: Moments | None) -> Moments:
         count = moments.count if moments else 0
         raise StatisticsError(f"background holds {count} inputs: at least two are needed to tell what varies.")
     return moments
-
-
-def _channel_axis(site: Site) -> str:
-    """Return the name of the channel or feature axis of a site."""
-    point = site.point
-    assert point is not None  # sites_of binds sites to their points
-    kept = reduced_axes(site, point.axes, "sum")
-    channels = [axis for axis in kept if axis != "batch"]
-    if point.batch_axis is None or "batch" not in kept or len(channels) != 1:
-        raise SiteError(
-            f"{site!r} has axes ({', '.join(point.axes)})"
-            + (", and its batch axis is not proved" if point.batch_axis is None else "")
-            + ". Controls need the batch and one axis named channel or feature; "
-            "hook_points(..., axes={...}) names axes."
-        )
-    return channels[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._optional import imported
 from .errors import StatisticsError
+from .recording import ActivationCache
 from .statistics import PairedCounts
 
 if TYPE_CHECKING:
@@ -40,11 +41,19 @@ class Effects(Protocol):
         """Return one record per effect."""
 
 
+class Thresholded(Protocol):
+    """A result with a threshold: a `ThresholdProbe`."""
+
+    @property
+    def threshold(self) -> float:
+        """Return where the two sides meet."""
+
+
 def strip(
     sums: ArrayLike,
     labels: ArrayLike,
     split: ArrayLike | None = None,
-    threshold: float | None = None,
+    threshold: Thresholded | float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     r"""Return a strip plot of one channel's sums: a column of marks per label, side by side for every split.
@@ -54,7 +63,7 @@ def strip(
         labels: `(input,)`: the label of each input, such as the direction of the next step.
         split: `(input,)`: which part of the data each input belongs to, such as "in distribution" and "out of
             distribution"; up to six parts, each with a mark of its own.
-        threshold: Drawn as a dashed line, such as `ThresholdProbe.fit(...).threshold`.
+        threshold: A `ThresholdProbe` or a number, drawn as a dashed line.
         ax: Where to draw; new axes if None.
 
     Raises:
@@ -88,7 +97,9 @@ def strip(
         ax.scatter(np.concatenate(at), values[np.concatenate(chosen)], s=16, marker=marker, linewidths=0.8,
                    color=str(0.5 * (number % 2)), label=f"{each} (n = {(part == each).sum()})", **style)  # fmt: skip
     if threshold is not None:
-        ax.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
+        probe: Any = threshold
+        at_sum = float(getattr(probe, "threshold", probe))
+        ax.axhline(at_sum, color="black", linestyle="--", linewidth=1, label=f"threshold {at_sum:.4g}")
     ax.set_xticks(range(len(names)), [f"{name}\nn = {(label == name).sum()}" for name in names])
     ax.set_xlim(-0.5, len(names) - 0.5)
     ax.set_xlabel("label")
@@ -168,7 +179,7 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If there are no pairs.
+        StatisticsError: If there are no pairs, or a count is negative.
 
     Example:
         >>> ax = contingency(PairedCounts(both=2, only_first=1, only_second=0, neither=1))
@@ -176,6 +187,8 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
         [0.75, 0.75, 0.25, 0.25]
     """
     n, (first, second) = sum(counts), names
+    if min(counts) < 0:
+        raise StatisticsError(f"{counts} holds a negative number, but a count is not negative.")
     if not n:
         raise StatisticsError("There are no pairs: all four counts are 0.")
     ax = ax or _new_axes(7, 4.5)
@@ -217,20 +230,21 @@ def _draw_column(
         bottom += height
 
 
-def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
+def channel_map(observation: Tensor, activation: Tensor | ActivationCache, ax: Axes | None = None) -> Axes:
     """Return one channel's map over the observation that caused it, each cell drawn over the pixels it stands for.
 
     The observation is drawn in pale grey. Lines surround where the activation is beyond half of its largest absolute
     value: solid where it is positive, dashed where it is negative.
 
     Args:
-        observation: `(channel, row, col)` with one or three channels; numbers from 0 to 1, or bytes.
-        activation: `(row, col)`: of one channel, such as `cache["relu3"][0, 55]`; at most as large as the observation.
+        observation: `(channel, row, col)` with one or three channels; fractions from 0 to 1, or bytes (uint8).
+        activation: `(row, col)`: of one channel, such as `cache["relu3"][0, 55]`, at most as large as the observation;
+            or an `ActivationCache` of one site with one input and one channel.
         ax: Where to draw; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If the two do not have such axes.
+        StatisticsError: If the two do not have such axes, or the observation other numbers.
 
     Example:
         >>> import torch
@@ -239,7 +253,7 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
         ('column (pixel)', 'row (pixel)')
     """
     numbers = observation.float() if observation.is_floating_point() else observation  # numpy has no bfloat16
-    pixels, cells = numbers.detach().cpu().numpy(), activation.detach().cpu().double().numpy()
+    pixels, cells = numbers.detach().cpu().numpy(), _cells(activation)
     fits = (
         pixels.ndim == 3 and pixels.shape[0] in (1, 3) and cells.ndim == 2 and cells.size and np.isfinite(cells).all()
     )
@@ -247,6 +261,11 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
         raise StatisticsError(
             f"observation has shape {pixels.shape} and activation {cells.shape}: give one of each, (channel, row, col) "
             "with 1 or 3 channels, and (row, col), finite and no larger."
+        )
+    if pixels.dtype != np.uint8 and not (observation.is_floating_point() and pixels.min() >= 0 and pixels.max() <= 1):
+        raise StatisticsError(
+            f"observation is {observation.dtype} from {pixels.min():g} to {pixels.max():g}: give fractions from 0 to "
+            "1, or bytes (torch.uint8)."
         )
     ax = ax or _new_axes(5.5, 4.5)
     grey = pixels.mean(axis=0) / (255 if pixels.dtype == np.uint8 else 1)
@@ -273,6 +292,17 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
     ax.set_xlabel("column (pixel)")
     ax.set_ylabel("row (pixel)")
     return ax
+
+
+def _cells(activation: Tensor | ActivationCache) -> NDArray[np.float64]:
+    """Return a map as `(row, col)`, that of a cache without its axes of length 1; what is none as it is."""
+    if isinstance(activation, ActivationCache):
+        if len(activation) != 1:
+            raise StatisticsError(f"The cache has {len(activation)} sites: give one that holds one channel's site.")
+        (tensor,) = activation.values()
+        activation = tensor[0, 0] if tensor.dim() == 4 and tensor.shape[:2] == (1, 1) else tensor
+    cells: NDArray[np.float64] = activation.detach().cpu().double().numpy()
+    return cells
 
 
 def _new_axes(width: float, height: float) -> Axes:

@@ -195,8 +195,8 @@ def recording(
     Args:
         points_or_model: The model, or its HookPoints: then every site is checked against the trace at once.
         sites: Names, sites or hook points; HookPoints for all of theirs.
-        reduce: `"sum"`, `"mean"` or `"max"` over all axes but batch, channel and feature, or an einops pair
-            `("b c h w -> b c", "sum")`. Reduced inside the hook: only the result is kept.
+        reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes but batch, channel and feature, or an einops
+            pair `("b c h w -> b c", "sum")`. Reduced inside the hook: only the result is kept.
         before: Record what the patches found instead of what they left.
         detach: Cut the record from the graph. False keeps it there, and what follows is computed from it, so that
             `torch.autograd.grad(output, cache[site])` is the gradient at the site; a reduced record is a branch.
@@ -365,7 +365,7 @@ class _Record(Located):
         value = reduced(region, self.site, self.axes, recorder.reduce)
         on_the_way = value is region and not recorder.detach  # what follows is computed from the record
         # What an index list selects is a copy already.
-        copied = any(isinstance(chosen, list) for chosen in self.positions.values())
+        copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())
         # On the way, too, it is a node of its own: what a module computed from its result before it returned it is no
         # part of what follows, and what is written into it in place later is no part of the record.
         if on_the_way or (not copied and (value is region or value._is_view())):

@@ -22,6 +22,15 @@ def checked_sums(sums: ArrayLike, axes: tuple[str, ...]) -> Floats:
     array = np.asarray(sums, dtype=np.float64)
     if array.ndim != len(axes) or not array.size:
         raise ProbeError(f"sums has shape {array.shape}, but its axes must be ({', '.join(axes)}), none of length 0.")
+    return checked_finite(array)
+
+
+def checked_finite(array: Floats) -> Floats:
+    """Return sums in any shape.
+
+    Raises:
+        ProbeError: If one of them is not finite.
+    """
     if not np.isfinite(array).all():
         where = tuple(int(index) for index in np.argwhere(~np.isfinite(array))[0])
         raise ProbeError(f"sums[{', '.join(map(str, where))}] is not finite: leave that input out.")

@@ -13,7 +13,7 @@ from .._optional import imported
 from .._tables import table
 from ..errors import ProbeError
 from ..statistics import Interval, auc, difference_interval, reweighted_precision, wilson_interval
-from ._examples import Floats, Rows, checked_booleans, checked_sums, halves
+from ._examples import Floats, Rows, checked_booleans, checked_finite, checked_sums, halves
 
 Direction = Literal["above", "below"]
 
@@ -139,8 +139,12 @@ class ThresholdProbe:
         return cls(threshold, direction, f"precision of at least {min_precision:g}", len(fitting), held_out)
 
     def predict(self, sums: ArrayLike) -> NDArray[np.bool_]:
-        """Return whether each sum lies on the accepted side, in the shape of the sums."""
-        return _accepted(np.asarray(sums, dtype=np.float64), self.threshold, self.direction)
+        """Return whether each sum lies on the accepted side, in the shape of the sums.
+
+        Raises:
+            ProbeError: If a sum is not finite.
+        """
+        return _accepted(checked_finite(np.asarray(sums, dtype=np.float64)), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:
         """Return how the same threshold does on shifted data, beside how it did on the held-out half.

@@ -14,6 +14,8 @@ from ._interval import Interval, count, normal_quantile
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Any]
 
+_BLOCK = 256  # channels whose resamples are in memory at once
+
 
 def mean(sample: Floats) -> Floats:
     """Return the mean over the rows."""
@@ -116,18 +118,22 @@ def sign_flip_test(
     """
     rows = _rows("differences", differences)
     cluster = _cluster_numbers(clusters, len(rows))
-    signs, exact = _signs(int(cluster.max()) + 1, _positive("resamples", resamples), _generator(seed))
-    parts = []
-    for block in _blocks(rows):
-        known = np.isfinite(block).all(axis=0)
-        totals = np.zeros((signs.shape[1], block.shape[1]))
-        np.add.at(totals, cluster, np.where(known, block, 0.0))
-        # Patterns that tie with the real one must not lose to it by rounding.
-        least = np.abs(totals.sum(axis=0)) - 1e-9 * np.abs(totals).sum(axis=0)
-        reached = (np.abs(signs @ totals) >= least).sum(axis=0)
-        p = reached / len(signs) if exact else (reached + 1) / (len(signs) + 1)
-        parts.append(np.where(known, p, np.nan))
-    return np.concatenate(parts).reshape(rows.shape[1:])[()]
+    many, drawn = int(cluster.max()) + 1, _positive("resamples", resamples)
+    exact = many - 1 <= np.log2(drawn)
+    patterns = 2 ** (many - 1) if exact else drawn  # a pattern stands for its mirror too
+    flat = rows.reshape(len(rows), -1)
+    known = np.isfinite(flat).all(axis=0)
+    totals = np.zeros((many, flat.shape[1]))
+    np.add.at(totals, cluster, np.where(known, flat, 0.0))
+    # Patterns that tie with the real one must not lose to it by rounding.
+    least = np.abs(totals.sum(axis=0)) - 1e-9 * np.abs(totals).sum(axis=0)
+    reached = np.zeros(flat.shape[1])
+    for signs in _signs(many, patterns, None if exact else _generator(seed)):
+        for start in range(0, len(reached), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            reached[block] += (np.abs(signs @ totals[:, block]) >= least[block]).sum(axis=0)
+    p = reached / patterns if exact else (reached + 1) / (patterns + 1)
+    return np.where(known, p, np.nan).reshape(rows.shape[1:])[()]
 
 
 def _accelerated(
@@ -174,19 +180,21 @@ def _quantile(sample: Floats, level: Floats) -> Floats:
     return quantile
 
 
-def _signs(many: int, resamples: int, generator: np.random.Generator) -> tuple[Floats, bool]:
-    """Return sign patterns, `(pattern, cluster)`, and whether these are all; a pattern stands for its mirror too."""
-    if many - 1 <= np.log2(resamples):
-        patterns = (np.arange(2 ** (many - 1))[:, None] >> np.arange(many)) & 1
-        return 1.0 - 2.0 * patterns, True
-    return generator.integers(0, 2, size=(resamples, many)) * 2.0 - 1.0, False
+def _signs(many: int, patterns: int, generator: np.random.Generator | None) -> Iterator[Floats]:
+    """Yield sign patterns, `(pattern, cluster)`, some thousand at a time: drawn ones, or one after the other."""
+    for start in range(0, patterns, 10_000):
+        count = min(10_000, patterns - start)
+        if generator is None:
+            yield 1.0 - 2.0 * ((np.arange(start, start + count)[:, None] >> np.arange(many)) & 1)
+        else:
+            yield generator.integers(0, 2, size=(count, many)) * 2.0 - 1.0
 
 
 def _blocks(rows: Floats) -> Iterator[Floats]:
     """Yield all channels, some hundred at a time: their resamples would fill the memory."""
     flat = rows.reshape(len(rows), -1)
-    for start in range(0, flat.shape[1], 256):
-        yield flat[:, start : start + 256]
+    for start in range(0, flat.shape[1], _BLOCK):
+        yield flat[:, start : start + _BLOCK]
 
 
 def _rows(name: str, sample: ArrayLike) -> Floats:
