@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -394,7 +395,28 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no steps": (
         attributed([zero_ablate(WHOLE)], steps=0),
         SweepError,
-        "steps=0 and verify=16: take one step at least, and verify none at least.",
+        "steps=0 and verify=16: take one step at least and verify none at least, in whole numbers.",
+    ),
+    "a part of a step": (
+        attributed([zero_ablate(WHOLE)], steps=2.5),
+        SweepError,
+        "steps=2.5 and verify=16: take one step at least and verify none at least, in whole numbers.",
+    ),
+    "a function that makes patches": (
+        attributed(zero_ablate),
+        SweepError,
+        "Expected a Patch, not function. The effects of single patches are estimated; sweep() runs patches of several "
+        "sites together.",
+    ),
+    "several metrics": (
+        attributed([zero_ablate(WHOLE)], {"difference": METRIC}),  # type: ignore[arg-type]
+        MetricError,
+        "The metric is a dict: give one function. sweep() takes several by name.",
+    ),
+    "a count below zero": (
+        lambda: attributed([zero_ablate(WHOLE)])().top(-1),
+        SweepError,
+        "top(-1): the count is a number of rows, from 0 on.",
     ),
     "a metric without a gradient": (
         attributed([zero_ablate(WHOLE)], action_flip),
@@ -418,3 +440,19 @@ def test_what_cannot_be_estimated_is_refused(fault: str) -> None:
     with pytest.raises(kind) as caught:
         fails()
     assert str(caught.value) == message
+
+
+def test_a_single_patch_is_an_attribution_of_one() -> None:
+    (effect,) = attributed(zero_ablate(WHOLE))().exact
+    assert effect == pytest.approx(exact(POINTS, (INPUTS,), zero_ablate(WHOLE), METRIC))
+
+
+def test_a_baseline_of_the_users_own_is_kept() -> None:
+    metric = functools.partial(kl_divergence, baseline=MLP(OTHERS).detach())
+    patches = [zero_ablate(site) for site in split("1")]
+    result = attribution(POINTS, INPUTS, patches=patches, metric=metric, steps=100)
+    by_label = dict(zip(result.labels, result.exact, strict=True))
+    for site, patch in zip(split("1"), patches, strict=True):
+        expected = exact(POINTS, (INPUTS,), patch, metric)
+        assert by_label[f"1, feature={site.indices[0][1][0]}"] == pytest.approx(expected)
+    assert result.effect.sum() == pytest.approx(exact(POINTS, (INPUTS,), zero_ablate(WHOLE), metric), rel=1e-2)

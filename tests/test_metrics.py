@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -181,6 +182,20 @@ def test_a_metric_compares_if_it_has_a_keyword_only_baseline() -> None:
     assert all(compares(metric) and compares(at_position(metric, -1)) for metric in COMPARING)
     assert not any(compares(metric) or compares(at_position(metric, -1)) for metric in [*ONE_OUTPUT, value])
     assert not compares(lambda output, baseline=None: output)
+
+
+def test_a_metric_whose_baseline_was_given_keeps_it() -> None:
+    for metric in COMPARING:
+        given = functools.partial(metric, baseline=OTHER)
+        assert not compares(given)
+        assert not compares(at_position(given, -1))
+        assert torch.equal(measured(given, LOGITS, LOGITS), metric(LOGITS, baseline=OTHER))
+
+
+def test_several_metrics_are_not_measured_as_one() -> None:
+    with pytest.raises(MetricError) as caught:
+        measured({"entropy": entropy}, LOGITS, OTHER)  # type: ignore[arg-type]
+    assert str(caught.value) == "The metric is a dict: give one function. sweep() takes several by name."
 
 
 def test_a_metric_is_named_for_what_made_it() -> None:

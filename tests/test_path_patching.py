@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from chanpatch import hook_points, patch_in, patched
-from chanpatch.errors import ContrastError, HookPointError, SiteError
+from chanpatch.errors import ContrastError, HookPointError, MetricError, SiteError
 from chanpatch.metrics import kl_divergence
 from chanpatch.path_patching import path_patch
 
@@ -159,6 +160,76 @@ def test_attention_is_frozen_and_a_block_that_calls_it_is_not() -> None:
         change = model.one(corrupted, corrupted, corrupted)[0] - model.one(clean, clean, clean)[0]
         expected = (change[:, -1] @ model.head.weight.T)[:, 0]
     torch.testing.assert_close(found, expected)
+
+
+class Recurring(nn.Module):
+    """A residual stream that one block writes to three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        stream = self.embed(vector)
+        for _ in range(3):
+            stream = stream + self.block(stream.relu())
+        return self.head(stream)
+
+
+@pytest.mark.parametrize("frozen", [None, ["block#0", "block#1"]])
+def test_the_other_calls_of_a_receiving_module_are_held(frozen: Any) -> None:
+    torch.manual_seed(0)
+    model = Recurring()
+    points = hook_points(model, CLEAN)
+    found = path_patch(points, CLEAN, CORRUPTED, "embed", "block#2.in[0]", metric=first_logit, frozen=frozen)
+    with torch.no_grad():
+        stream = model.embed(CLEAN)
+        one = model.block(stream.relu())
+        two = model.block((stream + one).relu())
+        received = (model.embed(CORRUPTED) + one + two).relu()
+        expected = model.head(stream + one + two + model.block(received))[:, 0] - model(CLEAN)[:, 0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_baseline_of_the_users_own_is_kept() -> None:
+    theirs = torch.randn(5, 3)
+    metric = functools.partial(kl_divergence, baseline=theirs)
+    found = path_patch(POINTS, CLEAN, CORRUPTED, "first", ["second.in[0]", "head.in[0]"], metric=metric)
+    with torch.no_grad(), patched(POINTS, patch_in(POINTS.site("first"), MODEL.first(MODEL.embed(CORRUPTED)))):
+        expected = kl_divergence(MODEL(CLEAN), baseline=theirs) - kl_divergence(BASELINE, baseline=theirs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "two senders": (
+        lambda: effect(["first", "second"], "head.in[0]"),
+        SiteError,
+        "There are 2 senders, but a path begins at one. Take the paths of each in turn.",
+    ),
+    "no sender": (
+        lambda: effect([], "head.in[0]"),
+        SiteError,
+        "There is no sender: name a hook point, such as 'head.in[0]'.",
+    ),
+    "no receiver": (
+        lambda: effect("first", []),
+        SiteError,
+        "There is no receiver: name a hook point, such as 'head.in[0]'.",
+    ),
+    "several metrics": (
+        lambda: path_patch(POINTS, CLEAN, CORRUPTED, "first", "head.in[0]", metric={"first": first_logit}),  # type: ignore[arg-type]
+        MetricError,
+        "The metric is a dict: give one function. sweep() takes several by name.",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_no_path_is_refused(fault: str) -> None:
+    fails, kind, message = FAULTS[fault]
+    with pytest.raises(kind) as caught:
+        fails()
+    assert str(caught.value) == message
 
 
 def test_nothing_is_left_of_path_patching() -> None:

@@ -1,4 +1,5 @@
 import functools
+import sys
 
 import numpy as np
 import policies
@@ -11,7 +12,7 @@ from torch import nn
 from chanpatch import PatchedPolicy, Site, edit, hook_points, paired_rollouts, resample_ablate, zero_ablate
 from chanpatch._published import published
 from chanpatch.edits import Add, Scale
-from chanpatch.errors import BatchAxisError, EditError, HookPointError, NaNError, RolloutError
+from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingPackageError, NaNError, RolloutError
 from chanpatch.patching import Patch
 from chanpatch.recording import run_with_cache
 from chanpatch.rollouts import rollout_sweep
@@ -278,7 +279,9 @@ def test_the_patch_that_brought_nan_is_named(points):
         "broken": Patch(points.site("layers.1", feature=3), Scale(float("nan"))),
     }
     message = refused(NaNError, points, patches)
-    assert message.startswith("Patch(Site('layers.1', feature=3), Scale) brought NaN into a region that had none.")
+    assert message.startswith(
+        "'broken': Patch(Site('layers.1', feature=3), Scale) brought NaN into a region that had none."
+    )
 
 
 def test_an_edit_that_writes_in_place_is_refused(points):
@@ -290,5 +293,50 @@ def test_an_edit_that_writes_in_place_is_refused(points):
 def test_what_an_edit_returns_is_checked_against_its_own_rows(points):
     message = refused(EditError, points, {"other": edit(points.site("layers.1"), lambda region: region[:, :2])})
     assert message.startswith(
-        "Patch(Site('layers.1'), <lambda>) returned shape (3, 2), but the region has shape (3, 16)"
+        "'other': Patch(Site('layers.1'), <lambda>) returned shape (3, 2), but the region has shape (3, 16)"
     )
+
+
+def test_an_edit_that_raises_is_named_by_its_label(points):
+    def broken(region):
+        raise ValueError("nothing to see")
+
+    site = points.site("layers.1")
+    with pytest.raises(ValueError, match="nothing to see") as caught:
+        rollout_sweep(points, drifting(4), SEEDS, {"fine": zero_ablate(site), "x": edit(site, broken)}, max_steps=20)
+    if sys.version_info >= (3, 11):  # exceptions have notes
+        assert caught.value.__notes__ == ["This is of the patch 'x' in a sweep."]
+
+
+def test_nan_is_let_through_where_it_is_meant(points):
+    gone = edit(points.site("layers.1", feature=3), lambda region: region * float("nan"))
+    back = edit(points.site("layers.1"), torch.nan_to_num)
+    patches = {"gone and back": [gone, back], "zero": zero_ablate(points.site("layers.1", feature=3))}
+    found = rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=20, check_nan=False)
+    assert same(found["gone and back"], found["zero"])
+
+
+@pytest.mark.parametrize(("module", "name"), [(nn.BatchNorm1d(4), "BatchNorm1d"), (nn.Dropout(0.5), "Dropout")])
+def test_a_policy_that_treats_the_rows_of_all_labels_together_is_refused(module, name):
+    policy = nn.Sequential(module, nn.Linear(4, 3)).train()
+    points = hook_points(policy, torch.zeros(2, 4))
+    patches = {"ablated": zero_ablate(points.site("1", feature=0))}
+    assert refused(RolloutError, points, patches) == (
+        f"'0' ({name}) in training mode would treat the rows of all labels together. Call eval() on the policy, or "
+        "roll out a PatchedPolicy for each label with paired_rollouts."
+    )
+    policy.eval()
+    found, expected = (
+        rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=20),
+        one_by_one(points, patches, drifting(4), max_steps=20),
+    )
+    assert all(same(found[label], expected[label]) for label in expected)
+
+
+def test_without_a_bar_tqdm_is_not_needed(points, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    patches = {"ablated": zero_ablate(points.site("layers.1"))}
+    for progress in (False, None):
+        assert rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=3, progress=progress)["ablated"]
+    with pytest.raises(MissingPackageError):
+        rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=3, progress=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from chanpatch import HookPoints, Site, edit, errors, hook_points, patched, steer, zero_ablate
 from chanpatch.edits import Scale
+from chanpatch.metrics import kl_divergence
 from chanpatch.statistics import bootstrap_interval, rank_among
 from chanpatch.sweeps import SweepInterrupted, SweepResult, sweep
 
@@ -52,7 +54,7 @@ def test_patches_without_labels_are_labelled_by_their_sites(points: HookPoints) 
 def test_a_single_patch_is_a_sweep_of_one(points: HookPoints) -> None:
     result = swept(points, patches=zero_ablate(points.site("1")))
     assert result.labels == ("1",)
-    assert result.groups[0].strategy == "loop"
+    assert result.groups[0].strategy == "resume"
 
 
 def test_labels_and_rows_are_in_the_order_given(points: HookPoints) -> None:
@@ -150,9 +152,9 @@ def test_a_metric_with_fewer_numbers_for_a_patched_output_is_an_error(points: Ho
 
     def shrinking(output: Tensor) -> Tensor:
         clean.append(output)
-        return output[: len(clean) % 2 + 1, 0]
+        return output[:, 0] if len(clean) == 1 else output[:1, 0]
 
-    with pytest.raises(errors.MetricError, match="returned 1 numbers for a patched output, but 2 for the unpatched"):
+    with pytest.raises(errors.MetricError, match="returned 1 numbers for a patched output, but 12 for the unpatched"):
         swept(points, metric=shrinking)
 
 
@@ -362,3 +364,99 @@ def test_a_bar_counts_the_patches(points: HookPoints, capsys: pytest.CaptureFixt
     bars.clear()
     swept(points, progress=False)
     assert not bars
+
+
+def test_a_baseline_of_the_users_own_is_kept(points: HookPoints) -> None:
+    theirs = torch.randn(ROWS, 4)
+    metric = functools.partial(kl_divergence, baseline=theirs)
+    inputs = vectors(ROWS)
+    result = sweep(points, *inputs, patches=zeroed(points), metric=metric)
+    with torch.no_grad():
+        np.testing.assert_allclose(result.baseline["metric"], kl_divergence(points.model(*inputs), baseline=theirs))
+        for row, patch in zip(result.values["metric"], zeroed(points), strict=True):
+            with patched(points, patch):
+                expected = kl_divergence(points.model(*inputs), baseline=theirs)
+            np.testing.assert_allclose(row, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "resume", "loop"])
+def test_nan_is_let_through_where_it_is_meant(points: HookPoints, strategy: Any) -> None:
+    broken = [edit(patch.site, lambda activation: activation * float("nan")) for patch in zeroed(points)]
+    later = edit(points.site("2"), lambda activation: activation * float("nan"))
+    result = swept(points, patches=[[patch, later] for patch in broken], check_nan=False, strategy=strategy)
+    assert np.isnan(result.values["first"]).all()
+    assert {group.strategy for group in result.groups} == {strategy}
+
+
+def test_the_table_says_that_the_metric_is_nan_without_any_patch(points: HookPoints) -> None:
+    result = swept(points, metric=lambda output: output[:, 0].index_fill(0, torch.tensor([1, 2]), float("nan")))
+    assert "metric is NaN without any patch, for 2 of 12 inputs." in str(result).splitlines()
+    assert "without any patch" not in str(swept(points))
+
+
+def test_without_a_trace_nobody_knows_how_many_inputs_a_metric_is_of(points: HookPoints) -> None:
+    patches = [zero_ablate(Site("0", feature=number)) for number in range(3)]
+    result = sweep(points.model, *vectors(ROWS), patches=patches, metric=lambda output: output.sum(0))
+    assert result.values["metric"].shape == (3, 4)
+
+
+def test_inputs_are_counted_along_the_batch_axis_of_the_trace() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.last = nn.GRU(6, 8), nn.Linear(8, 4)
+
+        def forward(self, *, sequence: Tensor) -> Tensor:
+            return self.last(self.gru(sequence)[0][-1])
+
+    sequence = torch.randn(5, ROWS, 6)
+    points = hook_points(Last().eval(), sequence=sequence)
+    patches = zeroed(points, "gru.out[0]")
+    assert sweep(points, sequence=sequence, patches=patches, metric=first).values["first"].shape == (8, ROWS)
+    with pytest.raises(errors.MetricError, match="returned 4 numbers for 12 inputs"):
+        sweep(points, sequence=sequence, patches=patches, metric=lambda output: output[0])
+
+
+FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "a fraction of a byte": (
+        {"max_bytes": 1e6},
+        errors.SweepError,
+        "max_bytes is 1000000.0; it is a whole number of bytes from 1 on, such as 2**28.",
+    ),
+    "no bound": (
+        {"max_bytes": None},
+        errors.SweepError,
+        "max_bytes is None; it is a whole number of bytes from 1 on, such as 2**28.",
+    ),
+    "no bytes": (
+        {"max_bytes": 0},
+        errors.SweepError,
+        "max_bytes is 0; it is a whole number of bytes from 1 on, such as 2**28.",
+    ),
+    "a function that makes patches": (
+        {"patches": zero_ablate},
+        TypeError,
+        "Expected a Patch, not function: zero_ablate(Site('conv1', channel=5)).",
+    ),
+    "a metric of actions": (
+        {"metric": {"logits": lambda output: output[0]}},
+        errors.MetricError,
+        "The metric 'logits' returned 4 numbers for 12 inputs. It returns one number per input, (batch,), or one "
+        "number.",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_cannot_be_swept_is_refused(points: HookPoints, fault: str) -> None:
+    options, kind, message = FAULTS[fault]
+    with pytest.raises(kind) as caught:
+        swept(points, **options)
+    assert str(caught.value) == message
+
+
+def test_a_count_of_rows_below_zero_is_an_error(points: HookPoints) -> None:
+    with pytest.raises(errors.SweepError) as caught:
+        swept(points).top(-1)
+    assert str(caught.value) == "top(-1): the count is a number of rows, from 0 on."
+    assert len(swept(points).top(0)) == 0

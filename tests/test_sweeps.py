@@ -540,3 +540,200 @@ def test_under_autocast_a_sweep_equals_the_loop() -> None:
         patches = {site: zero_ablate(site) for site in parts(points.site("second"))}
         result = sweep(points, *inputs, patches=patches, metric=total)
         np.testing.assert_allclose(result.values["total"], by_hand(points, inputs, patches), atol=0.02)
+
+
+class Modulated(nn.Module):
+    """Takes factors from what an earlier module left on itself, which is a forward of its own to compute."""
+
+    def __init__(self, leave: Callable[[nn.Module, Tensor], None], take: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.last, self.take = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4), take
+
+        class Factors(nn.Module):
+            def __init__(inner) -> None:
+                super().__init__()
+                inner.linear, inner.kept = nn.Linear(6, 8), {}
+
+            def forward(inner, vector: Tensor) -> Tensor:
+                leave(inner, inner.linear(vector))
+                return vector
+
+        self.factors = Factors()
+
+    def forward(self, vector: Tensor) -> Tensor:
+        hidden = self.second(self.first(self.factors(vector)).relu())
+        return self.last(hidden * self.take(self.factors))
+
+
+KEPT: dict[str, Any] = {
+    "a tensor": (lambda module, factors: setattr(module, "found", factors), lambda module: module.found),
+    "a list": (lambda module, factors: setattr(module, "found", [factors]), lambda module: module.found[0]),
+    "a dict": (lambda module, factors: module.kept.update(found=factors), lambda module: module.kept["found"]),
+    "a dict in a dict": (
+        lambda module, factors: module.kept.setdefault("inner", {}).update(found=factors),
+        lambda module: module.kept["inner"]["found"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "resume"])
+def test_what_an_early_module_leaves_on_itself_is_there_for_every_chunk(kept: str, strategy: Any) -> None:
+    result = swept(Modulated(*KEPT[kept]), "second", strategy=strategy, max_bytes=4 * ROWS * 8 * 4 * 2)
+    assert strategy_of(result) == ("vmap" if strategy == "auto" else strategy)
+
+
+def test_what_an_early_patch_leaves_on_a_module_is_not_read_after_a_later_patch() -> None:
+    model, inputs = Modulated(*KEPT["a tensor"]).eval(), vectors(ROWS)
+    points = hook_points(model, *inputs)
+    middle = (torch.arange(ROWS) % 5 == 2).view(-1, 1)  # neither the first nor the last row
+    patches = {
+        site: [zero_ablate(site, where=middle)]
+        for name in ("factors.linear", "first", "second")
+        for site in parts(points.site(name))
+    }
+    assert_equals_the_loop(points, inputs, patches)
+    assert_equals_the_loop(points, inputs, {name: zero_ablate(points.site(name), where=middle) for name in points})
+
+
+def test_what_is_left_where_it_cannot_be_put_back_is_noticed() -> None:
+    elsewhere: dict[str, Tensor] = {}
+    model = Modulated(lambda module, factors: elsewhere.update(found=factors), lambda module: elsewhere["found"])
+    result = swept(model, "second", max_bytes=4 * ROWS * 8 * 4 * 2)
+    assert strategy_of(result) != "vmap"
+    assert "vmap: not the numbers of the loop" in result.groups[0].why
+
+
+@pytest.mark.parametrize("strategy", ["auto", "resume"])
+def test_an_edit_that_returns_its_region_leaves_the_tensor_that_is_written_into_later(strategy: Any) -> None:
+    class Aliased(Squashed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.same = nn.Identity()
+
+        def forward(self, vector: Tensor) -> Tensor:
+            hidden = self.first(vector)
+            self.same(hidden).relu_()
+            return self.last(hidden)
+
+    inputs = vectors(ROWS)
+    points = hook_points(Aliased().eval(), *inputs)
+    patches = {
+        number: edit(site, (lambda activation: activation) if number == 3 else (lambda activation: activation * 0 + 5))
+        for number, site in enumerate(parts(points.site("same")))
+    }
+    assert strategy_of(assert_equals_the_loop(points, inputs, patches, strategy=strategy)) == "resume"
+
+
+@pytest.mark.parametrize("names", [("1", "1.out"), ("1", "3"), ("1.in[0]", "3.in[0]")])
+def test_patches_under_two_names_of_one_place_are_applied_in_their_order(names: tuple[str, str]) -> None:
+    class Tied(nn.Sequential):
+        def forward(self, vector: Tensor) -> Tensor:
+            return self[2](self[1](self[0](vector)))
+
+    model = Tied(nn.Linear(6, 8), relu := nn.ReLU(), nn.Linear(8, 4), relu).eval()
+    zero, steered = edit(Site(names[0]), lambda activation: activation * 0), steer(Site(names[1]), torch.ones(1, 8))
+    later = zero_ablate(Site("2", feature=0))
+    patches = {number: [zero, steered, later] if number % 2 else [steered, zero, later] for number in range(6)}
+    assert strategy_of(assert_equals_the_loop(model, vectors(ROWS), patches)) == "vmap"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64])
+@pytest.mark.parametrize("strategy", ["vmap", "resume", "loop"])
+def test_an_output_may_hold_tensors_of_any_dtype(dtype: torch.dtype, strategy: Any) -> None:
+    class Several(Squashed):
+        def forward(self, vector: Tensor) -> Any:
+            output = super().forward(vector)
+            return {"logits": output, "other": output.mul(9).to(dtype)}
+
+    model, inputs = Several().eval(), vectors(ROWS)
+    points = hook_points(model, *inputs)
+    patches = {site: zero_ablate(site) for site in parts(points.site("second"))}
+
+    def both(output: Any) -> Tensor:
+        return output["logits"].sum(1) + output["other"].abs().sum(1) if dtype.is_complex else total(output)
+
+    result = sweep(points, *inputs, patches=patches, metric=both, strategy=strategy)
+    np.testing.assert_allclose(result.values["both"], by_hand(points, inputs, patches, both), rtol=1e-6)
+    assert strategy_of(result) == strategy
+
+
+def test_one_patch_at_each_hook_point_does_not_run_anew_what_comes_before() -> None:
+    calls = []
+    model, inputs = Squashed(), vectors(ROWS)
+    points = hook_points(model.eval(), *inputs)
+    first = model.first.forward
+    model.first.forward = lambda vector: (calls.append(len(vector)), first(vector))[1]  # type: ignore[method-assign]
+    patches = {name: zero_ablate(points.site(name)) for name in ("second.in[0]", "second", "last.in[0]", "last")}
+    result = assert_equals_the_loop(points, inputs, patches)
+    assert [(group.point, group.strategy) for group in result.groups] == [(name, "resume") for name in patches]
+    assert calls == [ROWS, *[1, 1] * len(patches), *[ROWS] * len(patches)]  # the last ones are those by hand
+
+
+def test_one_patch_that_is_made_for_the_whole_batch_loops() -> None:
+    inputs = vectors(ROWS)
+    points = hook_points(Squashed().eval(), *inputs)
+    patches = {name: patch_in(points.site(name), torch.randn(ROWS, 8)) for name in ("first", "second")}
+    assert strategy_of(assert_equals_the_loop(points, inputs, patches)) == "loop"
+
+
+def test_every_hook_point_of_a_transformer_is_swept_for_many_patches_at_a_time() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)).eval()
+    inputs = (torch.randn(ROWS, 5, 8),)
+    points = hook_points(model, *inputs)
+    assert torch.backends.mha.get_fastpath_enabled()
+    sites = [part for name in points for part in parts(points.site(name))]
+    assert strategy_of(assert_equals_the_loop(points, inputs, {site: zero_ablate(site) for site in sites})) == "vmap"
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "resume"])
+def test_a_list_that_a_module_returns_and_its_caller_changes_is_handed_out_anew_each_time(strategy: Any) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+
+        def forward(self, vector: Tensor) -> dict[str, list[Tensor]]:
+            hidden = self.first(vector).relu()
+            return {"skips": [hidden, self.second(hidden).relu()]}
+
+    class UNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.middle, self.up, self.last = (
+                Encoder(),
+                nn.Linear(8, 8),
+                nn.Linear(16, 8),
+                nn.Linear(16, 4),
+            )
+
+        def forward(self, vector: Tensor) -> Tensor:
+            skips = self.encoder(vector).pop("skips")
+            hidden = self.middle(skips[-1]).relu()
+            hidden = self.up(torch.cat([hidden, skips.pop()], 1)).relu()
+            return self.last(torch.cat([hidden, skips.pop()], 1))
+
+    assert strategy_of(swept(UNet(), "middle", strategy=strategy)) == ("vmap" if strategy == "auto" else strategy)
+
+
+def test_the_scores_of_attention_count_for_max_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, sequence: Tensor) -> Tensor:
+            hidden = self.first(sequence).unsqueeze(1)
+            return self.last(nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)[:, 0].mean(1))
+
+    sizes = []
+    stacked = strategies._stacked
+    monkeypatch.setattr(strategies, "_stacked", lambda *args: (sizes.append(len(args[-1])), stacked(*args))[1])
+    inputs = (torch.randn(2, 64, 6),)
+    points = hook_points(Attention().eval(), *inputs)
+    scores = 2 * 64 * 64 * 4
+    patches = {site: zero_ablate(site) for site in parts(points.site("first"))}
+    assert_equals_the_loop(points, inputs, patches, max_bytes=3 * 4 * scores)
+    assert sizes == [3, 3, 2]

@@ -339,8 +339,10 @@ def measured(metric: Metric, output: Any, baseline: Any) -> Tensor:
         `(batch,)`, or `(1,)` of a metric that gives one number for all inputs.
 
     Raises:
-        MetricError: If the metric returns anything else.
+        MetricError: If the metric is no function, or returns anything else.
     """
+    if not callable(metric):
+        raise MetricError(f"The metric is a {type(metric).__name__}: give one function. sweep() takes several by name.")
     result = metric(output, baseline=baseline) if compares(metric) else metric(output)
     if not isinstance(result, Tensor) or result.dim() > 1:
         raise MetricError(f"The metric returned {described(result)}: one number per input, (batch,), is expected.")
@@ -348,21 +350,21 @@ def measured(metric: Metric, output: Any, baseline: Any) -> Tensor:
 
 
 def compares(metric: Metric) -> bool:
-    """Return whether a metric has a keyword-only `baseline`, and so compares with the unpatched output."""
+    """Return whether a metric has a keyword-only `baseline` left open, and so compares with the unpatched output."""
     try:
         parameter = inspect.signature(metric).parameters.get("baseline")
     except (TypeError, ValueError):  # some builtins have no signature
         return False
-    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
+    given = getattr(inspect.unwrap(metric), "keywords", {})  # of a functools.partial
+    return "baseline" not in given and parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
 
 
 def _log_probabilities(output: Any) -> Tensor:
     """Return the normalised logits, `(batch, action)`."""
     logits = logits_of(output)
     if logits.dim() != 2:
-        advice = (
-            "at_position(metric, -1) takes the last position." if logits.dim() == 3 else "Give them these two axes."
-        )
+        last = "at_position(metric, -1) takes the last position."
+        advice = last if logits.dim() == 3 else "Give them these two axes."
         raise MetricError(
             f"The output has logits of shape {tuple(logits.shape)}, but a metric needs (batch, action). {advice}"
         )

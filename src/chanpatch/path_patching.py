@@ -49,7 +49,7 @@ def path_patch(
             it is what every module with weights returns that calls no other module (Linear, Conv2d, Embedding, LSTM,
             MultiheadAttention), but norms: those, and modules and functions without weights, are part of the direct
             path. `()` holds nothing, so that every path from the sender to the receivers counts. The sender, and what
-            the receivers take and return, are never held.
+            the receivers take and return in that call, are never held.
 
     Returns:
         `(batch,)`, the metric with the path patched minus the metric of the clean run.
@@ -76,7 +76,10 @@ def path_patch(
     counts = [input_count(inputs) for inputs in (clean, corrupted)]
     if counts[0] != counts[1]:
         raise ContrastError(f"clean has {counts[0]} inputs and corrupted {counts[1]}: give one of each per pair.")
-    (sending,), receiving = sites_of(points, sender), sites_of(points, receivers)
+    senders, receiving = _sites(points, sender, "sender"), _sites(points, receivers, "receiver")
+    if len(senders) > 1:
+        raise SiteError(f"There are {len(senders)} senders, but a path begins at one. Take the paths of each in turn.")
+    sending = senders[0]
     held = _between(points, sending, receiving, frozen)
     args, keywords = _copied(corrupted)
     with undisturbed(points.model):
@@ -119,10 +122,21 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
     else:
         frozen = frozen if isinstance(frozen, (str, Site, HookPoint)) else list(frozen)
         chosen = sites_of(points, frozen) if frozen else ()
-    ends = {points[site.name].module for site in receivers}
+    ends = {_call(points[site.name]) for site in receivers}
     return [
-        site for site in chosen if order[sender.name] < order[site.name] < last and points[site.name].module not in ends
+        site for site in chosen if order[sender.name] < order[site.name] < last and _call(points[site.name]) not in ends
     ]
+
+
+def _call(point: HookPoint) -> tuple[str, int | None]:
+    return point.module, point.call
+
+
+def _sites(points: HookPoints, named: Any, what: str) -> tuple[Site, ...]:
+    each = [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
+    if not each:
+        raise SiteError(f"There is no {what}: name a hook point, such as 'head.in[0]'.")
+    return sites_of(points, each)
 
 
 def _computes(point: HookPoint, points: HookPoints) -> bool:

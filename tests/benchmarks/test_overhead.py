@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,30 +112,58 @@ print(time.process_time() - start)
 """
 
 RECORDS = """
-import resource, sys
 import torch
 from chanpatch import hook_points, recording
+from peers.measure import peak_memory
 from torch import nn
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU())
 with torch.no_grad():
     points = hook_points(model, torch.rand(2, 3, 34, 34))
     model(torch.rand(100, 3, 34, 34))
-    before = peak()
+    before = peak_memory()
     with recording(points, "1", reduce="sum") as cache:
         for _ in range(100):
             model(torch.rand(100, 3, 34, 34))
     assert cache["1"].shape == (10_000, 32)
-print(peak() - before)
+print((peak_memory() - before) / 2**20)
+"""
+
+SWEEPS = """
+import torch
+from chanpatch import hook_points, sweep, zero_ablate
+from peers.measure import peak_memory
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 64), nn.Linear(64, 4)
+
+    def forward(self, sequence):
+        hidden = self.first(sequence).unflatten(-1, (8, 8)).transpose(1, 2)
+        return self.last(scaled_dot_product_attention(hidden, hidden, hidden).transpose(1, 2).flatten(2)).mean(1)
+
+torch.set_num_threads(1)
+sequence = torch.randn(2, 128, 8)
+points = hook_points(Attention().eval(), sequence)
+patches = [zero_ablate(site) for site in points.site("first").split("feature")]
+swept = dict(patches=patches, metric=lambda output: output[:, 0], max_bytes=2**24, progress=False)
+sweep(points, sequence, strategy="loop", **swept)
+sweep(points, sequence, strategy="vmap", **swept | dict(max_bytes=1))
+before = peak_memory()
+result = sweep(points, sequence, **swept)
+assert [group.strategy for group in result.groups] == ["vmap"]
+print((peak_memory() - before) / 2**20)
 """
 
 
 def printed(program):
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+    )
     return float(done.stdout)
 
 
@@ -151,3 +180,10 @@ def test_the_channel_sums_of_ten_thousand_observations_take_little_memory(benchm
     benchmark.extra_info.update(megabytes=megabytes, target=100)
     print(f"\nthe sums of 10,000 observations take {megabytes:.0f} MB more than the model and one batch")
     assert megabytes < 100
+
+
+def test_many_patches_at_a_time_take_no_more_memory_than_max_bytes(benchmark):
+    megabytes = benchmark.pedantic(printed, args=(SWEEPS,), rounds=1)
+    benchmark.extra_info.update(megabytes=megabytes, target=16)
+    print(f"\na sweep with max_bytes=2**24 takes {megabytes:.0f} MB more than one patch at a time")
+    assert megabytes <= 16

@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._labels import label_of
 from .._lookup import bound, refuse_untraced
 from .._patches import Patch
 from .._regions import Positions, read, written
 from ..errors import SiteError, SweepError
 from ..metrics import Metric, compares
 from ..points import HookPoints
-from ..sites import Site
 from ._flatness import warn_of_cut_gradients, warn_of_flat_inputs
 from ._result import Attribution
 from ._runs import Runs
@@ -27,7 +27,7 @@ from ._runs import Runs
 def attribution(
     points: HookPoints,
     *inputs: Any,
-    patches: Mapping[Any, Patch] | Iterable[Patch],
+    patches: Mapping[Any, Patch] | Iterable[Patch] | Patch,
     metric: Metric,
     steps: int = 1,
     verify: int = 16,
@@ -85,8 +85,10 @@ def attribution(
         attribution for deep networks", for the integrated version.
     """
     refuse_untraced(points)
-    if steps < 1 or verify < 0:
-        raise SweepError(f"steps={steps} and verify={verify}: take one step at least, and verify none at least.")
+    if type(steps) is not int or type(verify) is not int or steps < 1 or verify < 0:
+        raise SweepError(
+            f"steps={steps!r} and verify={verify!r}: take one step at least and verify none at least, in whole numbers."
+        )
     labels, chosen = _labelled(points, patches)
     run = Runs(points, inputs, keywords, metric)
     differences = run.differences(chosen)
@@ -125,6 +127,7 @@ def attribution(
 
 def _labelled(points: HookPoints, patches: Any) -> tuple[tuple[Any, ...], tuple[Patch, ...]]:
     """Return labels, each once, and patches whose sites are checked against the trace."""
+    patches = patches if isinstance(patches, Iterable) else [patches]
     named = list(patches.items()) if isinstance(patches, Mapping) else [(None, patch) for patch in patches]
     if not named:
         raise SweepError("There are no patches: the mapping or the sequence is empty.")
@@ -139,7 +142,7 @@ def _labelled(points: HookPoints, patches: Any) -> tuple[tuple[Any, ...], tuple[
     if whole:
         raise SiteError(f"'{whole[0]}' is {points[whole[0]].dtype}, which has no gradient. Patch where it is embedded.")
     labels = tuple(
-        _text(site) if label is None and not isinstance(patches, Mapping) else label
+        label_of(site) if label is None and not isinstance(patches, Mapping) else label
         for (label, _), site in zip(named, sites, strict=True)
     )
     twice = [label for label, count in Counter(labels).items() if count > 1]
@@ -148,10 +151,6 @@ def _labelled(points: HookPoints, patches: Any) -> tuple[tuple[Any, ...], tuple[
             f"Two patches are at {twice[0]}, which makes one label for both. Give a mapping of labels to patches."
         )
     return labels, tuple(Patch(site, patch.edit, patch.where) for (_, patch), site in zip(named, sites, strict=True))
-
-
-def _text(site: Site) -> str:
-    return repr(site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)
 
 
 def _lines(patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> Iterator[tuple[str, list[int]]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from .._optional import imported
 from .._patches import Patch
 from .._tables import table
+from ..errors import SweepError
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -45,7 +46,16 @@ class Attribution:
         return len(self.labels)
 
     def top(self, count: int) -> Attribution:
-        """Return the rows with the largest absolute estimates."""
+        """Return the rows with the largest absolute estimates.
+
+        Args:
+            count: How many.
+
+        Raises:
+            SweepError: If the count is below 0.
+        """
+        if count < 0:
+            raise SweepError(f"top({count}): the count is a number of rows, from 0 on.")
         return self._rows(np.arange(len(self))[:count])
 
     def to_records(self) -> list[dict[str, Any]]:

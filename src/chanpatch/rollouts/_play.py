@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .._optional import imported
+from .._progress import progress_bar
 from .._published import forward_context
 from ..errors import RolloutError
 from ..tracing import undisturbed
@@ -73,16 +74,16 @@ def play(
     if max_steps < 1:
         raise RolloutError(f"max_steps is {max_steps}, but an episode has at least one step.")
     waves = range(0, log.plays, envs.num_envs)
-    bar = imported("tqdm").tqdm(
-        total=len(waves) * max_steps, unit="step", delay=2, disable=None if progress is None else not progress
-    )
-    with undisturbed(policy if isinstance(policy, nn.Module) else nn.Module()), bar:
+    module = policy if isinstance(policy, nn.Module) else nn.Module()
+    with undisturbed(module), progress_bar(progress, len(waves) * max_steps, "step") as advance:
         actor = Actor(policy, initial_state, around)
-        for number, start in enumerate(waves):
+        for start in waves:
             wave = np.arange(start, min(start + envs.num_envs, log.plays))
+            left = max_steps
             for _ in _played_steps(actor, envs, wave, log, max_steps=max_steps, greedy=greedy):
-                bar.update()
-            bar.update((number + 1) * max_steps - bar.n)  # its episodes were over before
+                advance(1)
+                left -= 1
+            advance(left)  # its episodes were over before
 
 
 def check_environments(envs: object) -> None:

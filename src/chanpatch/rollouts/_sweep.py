@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._checks import no_batch
+from .._labels import labelled
+from .._lookup import model_of
 from .._patches import AppliedPatches, Patch
 from .._published import forward_context, published
+from .._training import training_modules
 from ..edits import Context
 from ..errors import BatchAxisError, RolloutError
 from ..points import HookPoint, HookPoints
@@ -38,6 +41,7 @@ def rollout_sweep(
     sampling_seed: int = 0,
     greedy: bool = False,
     initial_state: InitialState | None = None,
+    check_nan: bool = True,
     progress: bool | None = None,
 ) -> PairedRollouts:
     """Return what a policy does in the same episodes without patches, and with those of each label.
@@ -60,6 +64,7 @@ def rollout_sweep(
         sampling_seed: As for `rollout`.
         greedy: As for `rollout`.
         initial_state: As for `rollout`.
+        check_nan: Whether NaN that a patch brings in is an error.
         progress: As for `rollout`.
 
     Returns:
@@ -67,7 +72,8 @@ def rollout_sweep(
 
     Raises:
         BatchAxisError: If the batch axis of a site is not proved, so that a patch has no rows to be kept to.
-        ChanpatchError: As for `rollout` and PatchedPolicy, and if there are no patches.
+        ChanpatchError: As for `rollout` and PatchedPolicy, if there are no patches, or if the policy has batch norm or
+            dropout in training mode, which would treat the rows of all labels together.
 
     Example:
         >>> import gymnasium, torch
@@ -83,8 +89,14 @@ def rollout_sweep(
         raise RolloutError("patches is empty or no mapping: give {'no channel 5': zero_ablate(...), ...}.")
     if _ORIGINAL in patches:
         raise RolloutError(f"patches has the label '{_ORIGINAL}', which is the policy without patches. Rename it.")
+    together = training_modules(model_of(policy))
+    if together:
+        raise RolloutError(
+            f"{', '.join(together)} in training mode would treat the rows of all labels together. Call eval() on the "
+            "policy, or roll out a PatchedPolicy for each label with paired_rollouts."
+        )
     log = Log(seeds, sampling_seed, times=1 + len(patches))
-    interventions = _Interventions(policy, list(patches.values()), log.episodes)
+    interventions = _Interventions(policy, patches, log.episodes, check_nan=check_nan)
     play(
         interventions.twin,
         envs,
@@ -109,17 +121,24 @@ class _Interventions:
 
     Args:
         policy: As in rollout_sweep.
-        patches: Those of each intervention.
+        patches: Those of each intervention, by its label.
         episodes: How many episodes each is played in.
+        check_nan: Whether to look for NaN that they bring in.
     """
 
     def __init__(
-        self, policy: nn.Module | HookPoints, patches: Sequence[Patch | Iterable[Patch]], episodes: int
+        self,
+        policy: nn.Module | HookPoints,
+        patches: Mapping[str, Patch | Iterable[Patch]],
+        episodes: int,
+        *,
+        check_nan: bool,
     ) -> None:
+        self.labels = (_ORIGINAL, *patches)
         # Their sessions listen to nothing: the twin's patches run them, one after the other, on parts of activations.
         self.applied = {
-            number: AppliedPatches(policy, each, allow_unreached=(), check_nan=True)
-            for number, each in enumerate(patches, start=1)
+            number: AppliedPatches(policy, each, allow_unreached=(), check_nan=check_nan)
+            for number, each in enumerate(patches.values(), start=1)
         }
         self._episodes = episodes
         self.lengths: list[int] = []  # for each intervention in the forward under way, the number of its rows
@@ -143,15 +162,18 @@ class _Interventions:
         cuts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         self.lengths = lengths.tolist()
         self.inputs = {number: rows_of(inputs, batch_axes, cut) for number, cut in zip(numbers, cuts, strict=True)}
-        applied = [self.applied[number] for number in self.inputs if number]
         try:
             yield
         except Exception as error:
-            for each in applied:
-                each.raise_nan(cause=error)
+            self._raise_nan(error)
             raise
-        for each in applied:
-            each.raise_nan()
+        self._raise_nan()
+
+    def _raise_nan(self, cause: Exception | None = None) -> None:
+        for number in self.inputs:
+            if number:
+                with labelled(self.labels[number]):
+                    self.applied[number].raise_nan(cause)
 
 
 class _ByRows:
@@ -181,7 +203,8 @@ class _ByRows:
 
         session = self._interventions.applied[number].session
         session.call = call
-        with forward_context(step=published.step, rows=rows):
+        label = self._interventions.labels[number]
+        with labelled(label), forward_context(step=published.step, rows=rows):
             new: Tensor = session.run("__call__", patched, self._interventions.inputs[number], {})
         return new
 

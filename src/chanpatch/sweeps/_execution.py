@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import TransformedDistribution
-from torch.nn.modules import batchnorm, dropout
 
+from .._training import training_modules
 from .._tree import _children, leaves, path_text
 from ..errors import SweepError
 from ._forward import Forward
@@ -20,6 +20,7 @@ from ._strategies import StrategyError, loop, resumed, vmapped
 
 Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
 Measured: TypeAlias = dict[str, Tensor]
+_Alone: TypeAlias = tuple[Entry, Forward, Any]  # an output of the loop on one input; None where that failed
 
 _COMPARED = 2  # patches of each group that are run by the plain loop too
 
@@ -50,14 +51,16 @@ class Execution:
         self._forward, self._prefix, self._baseline = forward, prefix, baseline
         self._strategy, self._max_bytes, self._metrics, self._keep = strategy, max_bytes, metrics, keep
         self._opaque = _opaque(baseline)
-        self._random = _random_modules(forward.model)
+        self._ends = [] if self._opaque else [row for end in (0, -1) if (row := forward.of_row(end)) is not None]
+        self._random = training_modules(forward.model)
 
     def run(self, group: Group) -> Swept:
         """Run the entries of a group and return how."""
         order = [group.entries[0], *group.entries[-1:], *group.entries[1:-1]][: len(group.entries)]
         reasons: list[str] = []
-        for strategy in self._candidates(group, reasons):
-            failed, why = self._try(strategy, group, order)
+        alone = self._alone(group, order)
+        for strategy in self._candidates(group, alone, reasons):
+            failed, why = self._try(strategy, group, order, alone)
             reasons.append(why)
             if failed is None:
                 return Swept(group.point.name, len(order), strategy, "; ".join(reasons))
@@ -72,17 +75,34 @@ class Execution:
             self._keep(entry, self._metrics(loop(self._forward, entry)))
         return Swept(group.point.name, len(order), "loop", "; ".join(reasons) or "asked for")
 
-    def _candidates(self, group: Group, reasons: list[str]) -> Iterator[Literal["vmap", "resume"]]:
+    def _is_small(self, group: Group) -> bool:
+        return self._strategy == "auto" and len(group.entries) <= _COMPARED
+
+    def _alone(self, group: Group, order: Sequence[Entry]) -> list[_Alone]:
+        """Run the entries that are compared by the plain loop on one input each, the first and the last.
+
+        A fast strategy comes after that, so that where it would read what another forward left on the model, its
+        numbers differ.
+        """
+        if self._strategy == "loop" or self._random or (self._is_small(group) and not group.skippable):
+            return []
+        entries = [order[0], order[min(1, len(order) - 1)]]
+        return [(entry, end, _output_or_none(end, entry)) for entry, end in zip(entries, self._ends, strict=False)]
+
+    def _candidates(
+        self, group: Group, alone: Sequence[_Alone], reasons: list[str]
+    ) -> Iterator[Literal["vmap", "resume"]]:
         """Yield the fast strategies that are worth a try; say why others are not."""
         if self._strategy == "loop":
             return
         if self._random:
             reasons.append(f"{', '.join(self._random)} in training mode (model.eval() ends it)")
             return
-        if self._strategy == "auto" and len(group.entries) <= _COMPARED:
+        small = self._is_small(group)
+        if small and not (alone and all(output is not None for *_, output in alone)):
             reasons.append(f"{len(group.entries)} patches are too few to gain anything")
             return
-        if self._strategy in ("auto", "vmap"):
+        if self._strategy in ("auto", "vmap") and not small:
             if self._opaque:
                 reasons.append(f"vmap: the output holds a {self._opaque}, in which tensors cannot be found")
             elif group.alike:
@@ -93,7 +113,7 @@ class Execution:
             yield "resume"
 
     def _try(
-        self, strategy: Literal["vmap", "resume"], group: Group, order: Sequence[Entry]
+        self, strategy: Literal["vmap", "resume"], group: Group, order: Sequence[Entry], alone: Sequence[_Alone]
     ) -> tuple[Entry | None, str]:
         """Run the entries by a fast strategy; return the entry at which it failed, if any, and why."""
         outputs = (
@@ -105,20 +125,19 @@ class Execution:
             try:
                 output = next(outputs)
                 if number < _COMPARED:
-                    self._compare(entry, output, (0, -1)[number])
+                    self._compare(entry, output, [each for each in alone if each[0] is entry])
             except StrategyError as fault:
                 return entry, f"{strategy}: {fault}"
             self._keep(entry, self._metrics(output))
         return None, f"{min(_COMPARED, len(order))} of {len(order)} patches agree with the loop"
 
-    def _compare(self, entry: Entry, output: Any, end: Literal[0, -1]) -> None:
+    def _compare(self, entry: Entry, output: Any, alone: Sequence[_Alone]) -> None:
         """Raise unless the plain loop gives the same output, to rounding.
 
         One input tells, where the loop can be run on one; where that differs, the model may treat the inputs of a batch
         together, or the patch may be made for all of them, so that the whole batch has to be run.
         """
-        alone = None if self._opaque else self._forward.of_row(end)
-        if alone is not None and not _difference(_output_or_none(alone, entry), output, alone.row):
+        if alone and not any(_difference(expected, output, end.row) for _, end, expected in alone):
             return
         expected = loop(self._forward, entry)
         untold = self._opaque or next(leaves(self._baseline), None) is None  # then only the metrics tell
@@ -158,7 +177,7 @@ def _difference(expected: Any, output: Any, row: int | None = None) -> str:
 
 
 def _close(got: Tensor, wanted: Tensor, scale: float) -> bool:
-    if not wanted.is_floating_point():
+    if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(got, wanted)
     tolerance = min(100 * torch.finfo(wanted.dtype).eps, 0.02)  # the sums of a long layer lose some digits
     return torch.allclose(got, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
@@ -168,6 +187,8 @@ _MASK = 1e4  # numbers from here on, such as the -1e8 of a forbidden action, say
 
 
 def _largest(tensor: Tensor) -> float:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
     absolute = tensor.abs()
     usual = absolute[absolute < _MASK]
     return float(usual.max()) if usual.numel() else 0.0
@@ -182,14 +203,3 @@ def _opaque(tree: Any) -> str:
 
 
 _PLAIN = (Tensor, str, bytes, int, float, complex, type(None), tuple, list, Mapping, torch.dtype, torch.device)
-
-
-def _random_modules(model: nn.Module) -> list[str]:
-    """Return the modules in training mode whose output is drawn at random, or depends on what ran before."""
-    found = []
-    for name, module in model.named_modules():
-        drawn = isinstance(module, dropout._DropoutNd) and module.p > 0
-        drawn |= isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
-        if module.training and (drawn or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))):
-            found.append(f"'{name}' ({type(module).__name__})")
-    return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .._lookup import model_of
 from .._published import forward_context, published
-from .._tree import leaves, replace
+from .._tree import Item, get, leaves, replace
 from ..points import HookPoints
 from ..tracing import copied_inputs, undisturbed
 
@@ -23,6 +25,7 @@ class Forward:
         points_or_model: What is run.
         inputs: What the model takes; it gets copies.
         keywords: Keyword inputs.
+        check_nan: Whether to look for NaN that a patch brings in.
         row: The number of the one row that the inputs have; None for those that the patches are asked about anyway.
 
     Attributes:
@@ -34,11 +37,13 @@ class Forward:
         points_or_model: HookPoints | nn.Module,
         inputs: tuple[Any, ...],
         keywords: Mapping[str, Any],
+        *,
+        check_nan: bool = True,
         row: int | None = None,
     ) -> None:
         self.points_or_model, self.model = points_or_model, model_of(points_or_model)
         self.method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
-        self.inputs, self.row = (inputs, dict(keywords)), row
+        self.inputs, self.check_nan, self.row = (inputs, dict(keywords)), check_nan, row
         self.undisturbed = undisturbed(self.model)
         each = (*inputs, *keywords.values())
         self._reusable = all(isinstance(one, (Tensor, str, int, float, type(None))) for one in each)
@@ -54,7 +59,8 @@ class Forward:
     def disturbing(self) -> Any:
         """Return the model's output; the caller puts back what the forward changes."""
         args, kwargs = self.copies()
-        return getattr(self.model, self.method)(*args, **kwargs)
+        with usual_attention():
+            return getattr(self.model, self.method)(*args, **kwargs)
 
     def of_row(self, end: Literal[0, -1]) -> Forward | None:
         """Return the same forward of the first or the last row alone.
@@ -71,7 +77,19 @@ class Forward:
             if len(tensor) == count:
                 cut = replace(cut, path, tensor[row : row + 1])
         inputs, keywords = cut
-        return Forward(self.points_or_model, inputs, keywords, row=row)
+        return Forward(self.points_or_model, inputs, keywords, check_nan=self.check_nan, row=row)
+
+    def count(self) -> int | None:
+        """Return how many inputs there are, where the trace tells which axis of them is the batch."""
+        if not isinstance(self.points_or_model, HookPoints):
+            return None
+        args, keywords = self.inputs
+        for point in self.points_or_model.values():
+            if not point.module and point.side == "in" and point.batch_axis is not None:
+                with suppress(LookupError, AttributeError, TypeError):  # given in another way than in the trace
+                    positional = isinstance(point.path[0], Item) and isinstance(point.path[0].key, int)
+                    return int(get(args if positional else keywords, point.path).shape[point.batch_axis])
+        return None
 
     def copies(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return copies of the inputs that no forward has written into, the same ones for as long as none does."""
@@ -81,3 +99,14 @@ class Forward:
             self._copies = copies if self._reusable else None
             self._versions = [tensor._version for _, tensor in leaves(copies)]
         return copies
+
+
+@contextmanager
+def usual_attention() -> Iterator[None]:
+    """Do without the fused attention of torch: vmap has no rule for it, and which modules it calls depends on hooks."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import MetricError
-
-Metric: TypeAlias = Callable[..., Any]
+from ..metrics import Metric, compares
 
 
 class Metrics:
@@ -20,12 +18,13 @@ class Metrics:
     Args:
         metric: One function, or several by name. One that takes a keyword-only `baseline` gets the unpatched output.
         baseline: The unpatched output.
+        inputs: How many inputs there are; None where that cannot be told.
 
     Attributes:
         baseline: The metrics of the unpatched output: float64 `(input,)` each.
     """
 
-    def __init__(self, metric: Metric | Mapping[str, Metric], baseline: Any) -> None:
+    def __init__(self, metric: Metric | Mapping[str, Metric], baseline: Any, inputs: int | None) -> None:
         named = metric if isinstance(metric, Mapping) else {_name(metric): metric}
         if not named:
             raise MetricError("There is no metric: the mapping is empty. Give a function of the model's output.")
@@ -33,10 +32,15 @@ class Metrics:
         if wrong:
             raise MetricError(f"The metric {wrong[0]!r} is no function. A metric takes the model's output.")
         self._functions = {
-            name: (function, {"baseline": baseline} if _compares(function) else {}) for name, function in named.items()
+            name: (function, {"baseline": baseline} if compares(function) else {}) for name, function in named.items()
         }
         self.baseline: dict[str, Tensor] = {}
         self.baseline = self(baseline)
+        for name, before in self.baseline.items():
+            if inputs is not None and len(before) not in (1, inputs):
+                raise MetricError(
+                    f"The metric {name!r} returned {len(before)} numbers for {inputs} inputs. {_EXPECTED}"
+                )
 
     def __call__(self, output: Any) -> dict[str, Tensor]:
         """Return the metrics of an output."""
@@ -69,11 +73,3 @@ _EXPECTED = "It returns one number per input, (batch,), or one number."
 def _name(metric: Metric) -> str:
     name = getattr(metric, "__name__", "metric")
     return "metric" if name == "<lambda>" else str(name)
-
-
-def _compares(metric: Metric) -> bool:
-    try:
-        parameter = inspect.signature(metric).parameters.get("baseline")
-    except (TypeError, ValueError):  # some builtins have no signature
-        return False
-    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY

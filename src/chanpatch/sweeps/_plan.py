@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from .._labels import label_of
 from .._lookup import BarePoint, resolve
 from .._patches import AppliedPatches, Patch
 from .._sessions import session_for
@@ -37,6 +39,7 @@ class Group:
 
     Attributes:
         point: The hook point.
+        names: All names of it that the patches use.
         entries: Whose patches begin there.
         alike: Whether what they do later is the same for all.
         call: Index of the module's call there.
@@ -45,6 +48,7 @@ class Group:
     """
 
     point: HookPoint | BarePoint
+    names: frozenset[str]
     entries: tuple[Entry, ...]
     alike: bool
     call: int
@@ -53,11 +57,11 @@ class Group:
 
     def first(self, entry: Entry) -> list[Patch]:
         """Return the patches of an entry that stand at the hook point of the group."""
-        return [patch for patch in entry.patches if patch.site.name == self.point.name]
+        return [patch for patch in entry.patches if patch.site.name in self.names]
 
     def later(self) -> list[Patch]:
         """Return what every entry does later, where they do the same."""
-        return [patch for patch in self.entries[0].patches if patch.site.name != self.point.name]
+        return [patch for patch in self.entries[0].patches if patch.site.name not in self.names]
 
 
 def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[Entry]:
@@ -72,12 +76,12 @@ def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[En
         SweepError: If there are none, or two would have one label.
         HookPointError, SiteError: If a site does not exist.
     """
-    if isinstance(patches, Patch):
+    if not isinstance(patches, Iterable):
         patches = [patches]
     if isinstance(patches, Mapping):
         named = [(label, _together(each)) for label, each in patches.items()]
     else:
-        named = [(" + ".join(_text(patch.site) for patch in each), each) for each in map(_together, patches)]
+        named = [(" + ".join(label_of(patch.site) for patch in each), each) for each in map(_together, patches)]
     if not named:
         raise SweepError(f"There are no {what}: the mapping or the sequence is empty.")
     for label, each in named:
@@ -90,7 +94,7 @@ def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[En
             f"Two of the {what} are at {twice}, which makes one label for both. Give a mapping of labels to patches."
         )
     flat = [patch for _, each in named for patch in each]
-    checked = iter(AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=True).patches)
+    checked = iter(AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=False).patches)
     return [Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named)]
 
 
@@ -102,14 +106,10 @@ def _together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
     return each
 
 
-def _text(site: Site) -> str:
-    return repr(site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)
-
-
 class _Firing(NamedTuple):
     """What the clean forward had at a swept hook point."""
 
-    order: int
+    order: int  # one number for all names of a place
     point: HookPoint | BarePoint
     bytes: int
     call: int
@@ -124,10 +124,13 @@ def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tup
     """
     session = session_for(forward.points_or_model)
     fired: dict[str, _Firing] = {}
+    places: dict[Any, int] = {}
 
     def noting(point: HookPoint | BarePoint) -> Callable[[Tensor], Tensor]:
         def note(leaf: Tensor) -> Tensor:
-            fired[point.name] = _Firing(len(fired), point, leaf.nbytes, session.call, prefix.so_far)
+            place = session.modules.get(point.module, point.module), point.side, point.path, session.call
+            order = places.setdefault(place, len(places))
+            fired[point.name] = _Firing(order, point, leaf.nbytes, session.call, prefix.so_far)
             return leaf
 
         return note
@@ -145,29 +148,33 @@ def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tup
                     f"{entry.label!r}: the patch at '{patch.site.name}' never ran in the sweep. "
                     f"'{patch.site.name}' is not on the path that was called."
                 )
-    return output, _groups(entries, fired, prefix)
+    groups = _groups(entries, fired, prefix)
+    prefix.forget_after(max(group.skippable for group in groups))
+    return output, groups
 
 
 def _groups(entries: Sequence[Entry], fired: Mapping[str, _Firing], prefix: Prefix) -> list[Group]:
     """Divide entries by where they begin, and then by what they do later."""
-    begun: dict[str, dict[Any, list[Entry]]] = {}
+    order = {name: firing.order for name, firing in fired.items()}
+    begun: dict[int, dict[Any, list[Entry]]] = {}
     for entry in entries:
-        first = min((patch.site.name for patch in entry.patches), key=lambda name: fired[name].order)
-        later = tuple(_identity(patch) for patch in entry.patches if patch.site.name != first)
+        first = min(order[patch.site.name] for patch in entry.patches)
+        later = tuple(_identity(patch) for patch in entry.patches if order[patch.site.name] != first)
         begun.setdefault(first, {}).setdefault(later, []).append(entry)
     groups = []
-    for name in sorted(begun, key=lambda name: fired[name].order):
-        _, point, size, call, skippable = fired[name]
+    for first in sorted(begun):
+        names = [name for name in fired if order[name] == first]
+        _, point, size, call, skippable = fired[names[0]]
         bytes_each = _LIVE * max(size, prefix.largest_after(skippable))
+        group = partial(Group, point, frozenset(names), call=call, skippable=skippable, bytes_each=bytes_each)
         apart: list[Entry] = []
-        for later, each in begun[name].items():
+        for later, each in begun[first].items():
             if not later or len(each) >= _FEWEST_ALIKE:
-                groups.append(Group(point, tuple(each), True, call, skippable, bytes_each))
+                groups.append(group(tuple(each), alike=True))
             else:
                 apart += each
         if apart:
-            alike = len(begun[name]) == 1
-            groups.append(Group(point, tuple(apart), alike, call, skippable, bytes_each))
+            groups.append(group(tuple(apart), alike=len(begun[first]) == 1))
     return groups
 
 

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _taps
 from .._tree import leaves, replace
+from ._attributes import Attributes
 
 
 class ReplayError(Exception):
@@ -57,10 +59,11 @@ class Prefix:
         self._model, self._taps, self._free_bytes = model, taps, max_bytes
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
         self._calls: list[_Call] = []
-        self._sizes: list[tuple[int, int]] = []
+        self._sizes: dict[int, int] = {}  # of the largest tensor that was computed after so many calls
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
         self._number = self._skipped = 0
+        self.attributes = Attributes(model)
 
     @property
     def so_far(self) -> int:
@@ -68,8 +71,12 @@ class Prefix:
         return self._number
 
     def largest_after(self, number: int) -> int:
-        """Return the bytes of the largest output of a module once so many calls had finished."""
-        return max((size for position, size in self._sizes if position >= number), default=0)
+        """Return the bytes of the largest tensor that was computed once so many calls had finished."""
+        return max((size for position, size in self._sizes.items() if position >= number), default=0)
+
+    def forget_after(self, number: int) -> None:
+        """Keep no more than so many calls."""
+        del self._calls[number:]
 
     @contextmanager
     def remembered(self) -> Iterator[None]:
@@ -77,10 +84,11 @@ class Prefix:
         self._quiet = {module: not any(map(_hooked, _inner(module))) for module in self._model.modules()}
         _taps.observers.append(self._on_tap)
         try:
-            with _wrapped(self._model.modules(), self._remember):
+            with _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
                 yield
         finally:
             _taps.observers.remove(self._on_tap)
+        self.attributes = Attributes(self._model)
         for call in self._calls:
             call.known &= all(tensor._version == version for tensor, version in call.versions)
 
@@ -88,6 +96,7 @@ class Prefix:
     def skipped(self, number: int) -> Iterator[None]:
         """Answer so many calls from memory, in the one forward that runs inside."""
         self._number, self._inside, self._skipped = 0, False, number
+        self.attributes.put_back()  # a module that is skipped does not leave anew what later ones read
         with _wrapped({call.module for call in self._calls[:number]}, self._replay):
             yield
         if any(tensor._version != version for call in self._calls[:number] if call.known and not call.copied
@@ -96,21 +105,18 @@ class Prefix:
 
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._inside or not self._quiet[module]:
-            output = forward(*args, **kwargs)
-            self._sizes.append((self._number, _bytes(output)))
-            return output
+            return forward(*args, **kwargs)
         if any(getattr(part, "inplace", False) for part in module.modules()):
             self._keep_apart({id(tensor) for _, tensor in leaves((args, kwargs))})
         self._tapped, drawn = False, self._random_state()
         output = self._run(forward, *args, **kwargs)
-        size = _bytes(output)
-        self._sizes.append((self._number, size))
+        size = sum(tensor.nbytes for _, tensor in leaves(output))
         # What is drawn later depends on what was drawn before; in-place writes to inference tensors cannot be noticed.
         known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
         known &= not any(tensor.is_inference() for _, tensor in leaves(output))
         self._free_bytes -= size if known else 0
         versions = [(tensor, tensor._version) for _, tensor in leaves(output)] if known else []
-        self._calls.append(_Call(module, output if known else None, versions, known))
+        self._calls.append(_Call(module, _fresh(output) if known else None, versions, known))
         return output
 
     def _replay(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +128,7 @@ class Prefix:
         if not call.known:
             return self._run(forward, *args, **kwargs)
         self._number += 1
-        return _copy(call.output) if call.copied else call.output
+        return _copy(call.output) if call.copied else _fresh(call.output)
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._inside = True
@@ -148,6 +154,9 @@ class Prefix:
         position = of_numpy["state"]["pos"], of_numpy["has_gauss"]
         return drawn, random.getstate(), of_numpy["state"]["key"].tobytes(), position
 
+    def _on_size(self, size: int) -> None:
+        self._sizes[self._number] = max(size, self._sizes.get(self._number, 0))
+
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         self._tapped |= name in self._taps
 
@@ -161,8 +170,29 @@ def _hooked(module: nn.Module) -> bool:
     return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
 
 
-def _bytes(output: Any) -> int:
-    return sum(tensor.nbytes for _, tensor in leaves(output))
+class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells how much each operation allocates."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for _, tensor in leaves(output):
+                self._tell(tensor.nbytes)
+        if "scaled_dot_product" in func.__name__ and args[0].is_cpu:  # vmap computes all its scores
+            query, key = args[:2]
+            self._tell(query.nbytes // max(1, query.shape[-1]) * key.shape[-2])
+        return output
+
+
+def _fresh(output: Any) -> Any:
+    """Return an output in lists and dicts of its own, which its caller may change."""
+    if type(output) is list:
+        return [*map(_fresh, output)]
+    return {key: _fresh(value) for key, value in output.items()} if type(output) is dict else output
 
 
 def _copy(output: Any) -> Any:

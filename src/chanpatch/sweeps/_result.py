@@ -13,7 +13,7 @@ from .. import plots
 from .._optional import imported
 from .._patches import Patch
 from .._tables import table
-from ..errors import MetricError
+from ..errors import MetricError, SweepError
 from ..statistics import Interval, Rank, bootstrap_interval, rank_among
 
 Floats = NDArray[np.float64]
@@ -27,7 +27,7 @@ class Swept:
 
     Attributes:
         point: The hook point.
-        patches: How many rows of the result begin there.
+        patches: How many begin there, those of controls too.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
         why: Why this one, and what became of those before it.
     """
@@ -114,7 +114,12 @@ class SweepResult:
         Args:
             count: How many.
             metric: As in `differences`.
+
+        Raises:
+            SweepError: If the count is below 0.
         """
+        if count < 0:
+            raise SweepError(f"top({count}): the count is a number of rows, from 0 on.")
         order = np.argsort(-np.abs(self.effect(metric)), kind="stable")  # NaN comes last
         return self._rows(order[:count])
 
@@ -171,7 +176,11 @@ class SweepResult:
         return title if self.complete else f"INTERRUPTED, not all patches were run. {title}"
 
     def _notes(self) -> list[str]:
-        notes = []
+        notes = [
+            f"{name} is NaN without any patch, for {nan} of {len(before)} inputs."
+            for name, before in self.baseline.items()
+            if (nan := int(np.isnan(before).sum()))
+        ]
         if self.controls is not None:
             notes.append(f"Ranks are among {len(self.controls)} controls.")
             notes += sorted({f"No p-values: {rank.no_p}" for rank in self.ranks_of_all() if rank and rank.no_p})

@@ -12,18 +12,19 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._labels import labelled
 from .._patches import AppliedPatches
 from .._sessions import session_for
 from .._tree import Path, leaves, replace
-from ..errors import EditError, NaNError, UnreachedError
+from ..errors import EditError, NaNError
 from ..patching import patched
 from ..recording import run_with_cache
 from ..sites import Site
-from ._forward import Forward
+from ._forward import Forward, usual_attention
 from ._plan import Entry, Group
 from ._prefix import Prefix
 
@@ -36,7 +37,7 @@ class StrategyError(Exception):
 
 def loop(forward: Forward, entry: Entry) -> Any:
     """Return the output under an entry's patches: one step of the plain loop."""
-    with _labelled(entry), patched(forward.points_or_model, entry.patches):
+    with labelled(entry.label), patched(forward.points_or_model, entry.patches, check_nan=forward.check_nan):
         return forward()
 
 
@@ -98,14 +99,16 @@ class _Vmapped:
         self._session = session_for(forward.points_or_model)
         self._session.listen(group.point, "patch", self._put)
         self._session.confine_to_thread()
-        self._later = _PatchesInVmap(forward.points_or_model, group.later(), allow_unreached=(), check_nan=True)
+        self._later = _PatchesInVmap(
+            forward.points_or_model, group.later(), allow_unreached=(), check_nan=forward.check_nan
+        )
         self._later.session.confine_to_thread()
         self._activation: Tensor | None = None
 
     def __call__(self, stack: Tensor) -> dict[Path, Tensor]:
         """Return every tensor of the output, each with an axis of activations before its own."""
         with (
-            _attributes_put_back(self._forward.model),
+            self._attributes_put_back(),
             self._forward.undisturbed,
             self._session,
             self._later.session,
@@ -126,6 +129,13 @@ class _Vmapped:
         if [path for path, _ in output] != self._paths:
             raise StrategyError("the output has tensors in other places than the unpatched one")
         return [leaf for _, leaf in output], self._later.brought_nan
+
+    @contextmanager
+    def _attributes_put_back(self) -> Iterator[None]:
+        try:
+            yield
+        finally:  # a tensor of a vmap that has ended is of no use to anybody
+            self._prefix.attributes.put_back()
 
     def _put(self, leaf: Tensor) -> Tensor:
         activation, self._activation = self._activation, None
@@ -153,7 +163,7 @@ def _clean(forward: Forward, prefix: Prefix, group: Group) -> Tensor:
     """Return the activation at a group's hook point without its patches."""
     site = Site(group.point.name)
     args, kwargs = forward.copies()
-    with forward.undisturbed, prefix.skipped(group.skippable):
+    with forward.undisturbed, usual_attention(), prefix.skipped(group.skippable):
         cache = run_with_cache(forward.points_or_model, *args, sites=site, stop=True, **kwargs)
     activation: Tensor = cache[site]
     return activation
@@ -165,7 +175,7 @@ def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Ent
         return _stacked(forward, group, clean, entries)
     except NaNError:
         for entry in entries:  # one flag is read for all; now for each
-            with _labelled(entry):
+            with labelled(entry.label):
                 _stacked(forward, group, clean, [entry])
         raise
 
@@ -174,16 +184,20 @@ def _stacked(forward: Forward, group: Group, clean: Tensor, entries: Sequence[En
     stack = clean.new_empty((len(entries), *clean.shape))
     patches = [group.first(entry) for entry in entries]
     flat = [patch for each in patches for patch in each]
-    applied = AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=True)
+    applied = AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=forward.check_nan)
     listeners = iter(applied.session.listeners)
 
     def fill(*args: Any, **kwargs: Any) -> None:
-        for entry, each, row in zip(entries, patches, stack, strict=True):
-            activation = clean
-            with _labelled(entry), forward.undisturbed:
-                for _ in each:
-                    activation = next(listeners).act(activation)
-            row.copy_(activation)
+        with forward.undisturbed:
+            for entry, each, row in zip(entries, patches, stack, strict=True):
+                activation = clean
+                with labelled(entry.label):
+                    for _ in each:
+                        activation = next(listeners).act(activation)
+                if activation is clean:
+                    raise StrategyError(f"{entry.label!r} leaves the very tensor, which may be written into later")
+                row.copy_(activation)
+                forward.undisturbed.put_back()
 
     applied.session.call = group.call  # the edits find everything as it is when the hook point is reached
     applied.session.run(forward.method, fill, *forward.inputs)
@@ -200,24 +214,10 @@ def _rebuilt(baseline: Any, tensors: Mapping[Path, Tensor]) -> Any:
 
 
 @contextmanager
-def _attributes_put_back(model: nn.Module) -> Iterator[None]:
-    """Put back what modules keep as attributes, since a tensor of a vmap that has ended is of no use to anybody."""
-    before = [(vars(module), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for own, kept in before:
-            for name in own.keys() - kept.keys():
-                del own[name]
-            own.update(kept)
-
-
-@contextmanager
 def _ways_that_vmap_knows(device: torch.device) -> Iterator[None]:
     """Do without what vmap has no rule for: validation of distributions, and fused attention; refuse its slow loops."""
-    validates, fused = Distribution._validate_args, torch.backends.mha.get_fastpath_enabled()
+    validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
-    torch.backends.mha.set_fastpath_enabled(False)
     on_cpu = device.type == "cpu"  # the kernels of other devices have rules
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
@@ -225,20 +225,6 @@ def _ways_that_vmap_knows(device: torch.device) -> Iterator[None]:
             yield
     finally:
         Distribution.set_default_validate_args(validates)
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-@contextmanager
-def _labelled(entry: Entry) -> Iterator[None]:
-    """Say in an error which patch it was."""
-    try:
-        yield
-    except (EditError, UnreachedError) as fault:
-        raise type(fault)(f"{entry.label!r}: {fault}") from fault
-    except Exception as fault:
-        if hasattr(fault, "add_note"):  # from Python 3.11 on
-            fault.add_note(f"This is of the patch {entry.label!r} in a sweep.")
-        raise
 
 
 def _first_line(fault: Exception) -> str:

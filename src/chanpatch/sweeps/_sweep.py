@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 
 from .._checks import refuse_unhookable
 from .._lookup import model_of
-from .._optional import imported
-from ..errors import MissingPackageError, SweepError
+from .._progress import progress_bar
+from ..errors import SweepError
+from ..metrics import Metric
 from ..points import HookPoints
 from ._execution import Execution, Strategy
 from ._forward import Forward
-from ._metrics import Metric, Metrics
+from ._metrics import Metrics
 from ._plan import Entry, Patches, clean_run, entries_of
 from ._prefix import Prefix
 from ._result import SweepInterrupted, SweepResult, Swept
@@ -31,6 +31,7 @@ def sweep(
     controls: Patches | None = None,
     strategy: Strategy = "auto",
     max_bytes: int = 2**28,
+    check_nan: bool = True,
     progress: bool | None = None,
     **keywords: Any,
 ) -> SweepResult:
@@ -55,12 +56,14 @@ def sweep(
             none does, or where dropout or batch norm is in training mode.
         max_bytes: About how much the activations of one forward of many patches may take, and again what is kept of
             the model before the patches. One patch at a time runs whatever it takes.
+        check_nan: Whether NaN that a patch brings in is an error.
         progress: Whether to show a bar; None for one on a terminal, after two seconds, where tqdm is installed.
         keywords: Keyword inputs of the model.
 
     Raises:
         HookPointError, SiteError: If a site does not exist; all faults at once.
-        SweepError: If there are no patches, two have one label, or the strategy that was asked for is not possible.
+        SweepError: If there are no patches, two have one label, max_bytes is no number of bytes, or the strategy that
+            was asked for is not possible.
         MetricError: If a metric returns something else.
         EditError: If the result of an edit does not fit its region; NaNError if it brings NaN in.
         UnreachedError: If a patch never ran.
@@ -82,9 +85,11 @@ def sweep(
     """
     if strategy not in ("auto", "vmap", "resume", "loop"):
         raise SweepError(f"strategy is {strategy!r}; it is 'auto', 'vmap', 'resume' or 'loop'.")
+    if type(max_bytes) is not int or max_bytes < 1:
+        raise SweepError(f"max_bytes is {max_bytes!r}; it is a whole number of bytes from 1 on, such as 2**28.")
     refuse_unhookable(model_of(points_or_model))
     with torch.inference_mode(False):
-        forward = Forward(points_or_model, inputs, keywords)
+        forward = Forward(points_or_model, inputs, keywords, check_nan=check_nan)
         asked = entries_of(forward, patches, "patches")
         others = [] if controls is None else entries_of(forward, controls, "controls")
         entries = [*asked, *(Entry(number, *rest) for number, (_, *rest) in enumerate(others, len(asked)))]
@@ -92,10 +97,10 @@ def sweep(
                 if patch.site.point is not None and patch.site.point.side == "tap"}  # fmt: skip
         prefix = Prefix(forward.model, taps, 0 if strategy == "loop" else max_bytes)
         output, groups = clean_run(forward, entries, prefix)
-        metrics = Metrics(metric, output)
+        metrics = Metrics(metric, output, forward.count())
         rows: dict[int, dict[str, Tensor]] = {}
         done: list[Swept] = []
-        with _bar(progress, len(entries)) as advance:
+        with progress_bar(progress, len(entries), "patch") as advance:
 
             def keep(entry: Entry, measured: dict[str, Tensor]) -> None:
                 advance(entry.number not in rows)
@@ -133,20 +138,3 @@ def _result(
         return SweepResult(labels, patches, values, baseline, controls, tuple(groups), complete)
 
     return part(asked, 0, part(others, len(asked), None) if others else None)
-
-
-@contextmanager
-def _bar(progress: bool | None, total: int) -> Iterator[Callable[[int], object]]:
-    """Yield what advances a progress bar."""
-    if progress is False:
-        yield lambda count: None
-        return
-    try:
-        tqdm = imported("tqdm").tqdm
-    except MissingPackageError:
-        if progress:
-            raise
-        yield lambda count: None
-        return
-    with tqdm(total=total, unit="patch", delay=2, disable=None if progress is None else False) as bar:
-        yield bar.update
