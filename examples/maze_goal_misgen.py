@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from maze.command import UserError, exit_status
+from maze.limits import limits
 
 EXAMPLES = """examples:
   python examples/maze_goal_misgen.py                                 the whole study, on 200 levels each
@@ -58,7 +59,7 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", metavar="PART,...", help="parts to run (default: all but rollouts and sweep)")
-    parser.add_argument("--n", type=int, default=200, help="levels of each measurement (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=200, help=f"levels (default: %(default)s); {limits()}")
     parser.add_argument("--seed", type=int, default=0, help="of levels, draws and controls (default: %(default)s)")
     parser.add_argument(
         "--weights",

@@ -17,12 +17,14 @@
 | `exact.py` | every level as a Markov chain: probabilities without sampling, and walks with a rollout's own draws |
 | `tables.py` | the policy's action probabilities in every state, for many interventions at once |
 | `effects.py` | what interventions do on many levels: tables some levels at a time, ablations, effects with intervals |
+| `off_distribution.py` | how far interventions lead from activations that occur |
 | `steering.py` | steering vectors of single mazes, and their controls |
 | `evaluation.py` | how well a policy does and where it goes, by size and place of the cheese, for `evaluate.py` |
 | `results.py` | results on disk, written atomically |
 | `figures.py` | pictures of what came out |
 | `experiment.py` | the post's causal experiment in procgen, from end to end: `--only rollouts` |
 | `selection.py` | which channels stand for which direction, chosen on mazes of their own |
+| `labels.py` | what every channel stands for, told where the walls do not tell it already |
 | `decision_squares.py` | what the policy does where the ways to the cheese and to the corner part |
 | `logistic.py` | a logistic regression with a small penalty |
 | `readings.py` | what channels and policy say on levels: sums, moves, labels, AUCs |
@@ -30,6 +32,8 @@
 | `part.py` | what a part of the study is: a question, tables, a figure, a finding |
 | `parts/` | the parts, one file each |
 | `run.py` | a run of the study: parts measured, kept on disk, measured again only when something changed |
+| `policies.py` | the shipped policies that stand side by side: what each is, and what tells how much was taught |
+| `limits.py` | how many levels a part takes where that is not n |
 | `report.py` | `report.html` and `report.md`, told from a run's CSV files |
 | `evaluate.py` | a command: `python examples/maze/evaluate.py --help` |
 | `training_data.py` | what a policy is trained on: labelled observations, mazes to act in |

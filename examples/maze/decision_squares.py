@@ -17,8 +17,9 @@ from tqdm import tqdm
 from chanpatch import HookPoints, ThresholdProbe, recording
 from chanpatch.errors import ProbeError
 from chanpatch.statistics import Interval, wilson_interval
+from maze.channels import channel_sums
 from maze.levels import observe, policy_input
-from maze.part import Cell, Study, Table
+from maze.part import Cell, Study, Table, open_to
 from maze.paths import Direction, distances, first_steps, legal_moves, top_right
 from maze.policy import ACTIONS
 from maze.selection import Selection
@@ -30,7 +31,8 @@ TO_CORNER = "square to corner, path"
 CHEESE_TO_CORNER = "cheese to corner, straight"
 DISTANCES = (CHEESE_TO_CORNER, TO_CHEESE, TO_CORNER, "square to cheese, straight", "square to corner, straight")
 
-PRECISION = 0.99  # of the threshold on a channel's sum, on the selection mazes
+PRECISION = 0.99  # of the threshold on a channel's sum
+THRESHOLD_LEVELS = 1000  # mazes whose halves thresholds are chosen and scored on, whatever n is
 EDGES = (8, 16, 32)  # of the strata of a path's length, in steps
 STRATA = (len(EDGES) + 1) ** 2
 
@@ -117,15 +119,32 @@ def _distances(mazes: Mazes) -> Floats:
     return np.stack([straight[0], *paths, *straight[1:]], axis=1).astype(np.float64)
 
 
-def precise_threshold(study: Study, direction: Direction) -> ThresholdProbe | None:
-    """The smallest threshold on the sum of a direction's channel with `PRECISION` on half of the selection mazes.
+def precise_thresholds(study: Study, directions: Sequence[Direction]) -> dict[Direction, ThresholdProbe | None]:
+    """Of each direction the `precise_threshold` on its channel's sum, over the mazes in which the direction is free.
 
-    Only mazes in which the direction is free count. If no threshold is that precise, a precision lower by 0.01 is
-    asked for, and so on; the criterion that was met is in the probe. None where the channel has no threshold at all.
+    These are other mazes than those the channel was chosen on: the half that a threshold is scored on then had no part
+    in the choice of either.
     """
-    selection, seed = study.selection, study.seed_for("threshold")
-    rows = selection.legal[:, direction]
-    sums, labels = selection.sums[rows, study.channel(direction)], selection.first[rows] == direction
+    levels = study.levels("threshold", THRESHOLD_LEVELS, size=25, cheese="in distribution", mouse="anywhere")
+    probes = {}
+    for direction in directions:
+        free, labels = open_to(direction, levels, len(levels))
+        sums = channel_sums(study.points, SITE, free)[:, study.channel(direction)]
+        probes[direction] = precise_threshold(sums, labels, seed=study.seed_for("threshold halves"))
+    return probes
+
+
+def precise_threshold(sums: Floats, labels: NDArray[np.bool_], *, seed: int) -> ThresholdProbe | None:
+    """The smallest threshold with `PRECISION` on one half of the mazes, scored on the other.
+
+    If no threshold is that precise, a precision lower by 0.01 is asked for, and so on; the criterion that was met is
+    in the probe. None where the channel has no threshold at all.
+
+    Args:
+        sums: (level,), of one channel.
+        labels: bool (level,), whether the way to the cheese starts in its direction.
+        seed: of the halves.
+    """
     for percent in range(round(100 * PRECISION), 0, -1):
         try:
             return ThresholdProbe.fit_precision(sums, labels, min_precision=percent / 100, seed=seed)

@@ -5,13 +5,15 @@ reaching the cheese within 256 steps is computed and not sampled. The intervals 
 
   found      the mouse gets to the cheese within 256 steps
   corner     it passes the top right corner before
+  neither    it comes to neither of them within 256 steps
   decision   it stands where the way to the cheese and the way to the corner part: which does it take first?
 
 Each is told for sampled actions and for greedy ones (the likeliest action, always). The cheese is put
 
   in distribution       on a random square of the top right 5x5, where it was in training
   out of distribution   on a random square anywhere else
-  top left, top right, bottom right     in that corner
+  as drawn              where procgen put it, on any free square
+  top left, top right, bottom right     in that corner (the mouse starts in the fourth)
 
 and the same mazes are used for all of these. Results go to a folder that is named for the settings: summary.json,
 table.csv, table.md, levels.csv, evaluation.png. Interrupt it at any time; the same command goes on where it stopped.
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = """examples:
-  python examples/maze/evaluate.py                               the shipped weights, about 10 minutes on one core
+  python examples/maze/evaluate.py                               the shipped weights, about 12 minutes on one core
   python examples/maze/evaluate.py --weights mine.safetensors
   python examples/maze/evaluate.py --n 200 --sizes 3,5,...,25    every size: about an hour
   python examples/maze/evaluate.py --n 40 --sizes 15 --cheese "in distribution" "bottom right"    a first look
@@ -47,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
         "--sizes", default="9,15,25", help="sides of the mazes, odd, 3 to 25; 3,5,...,25 is all (default: %(default)s)"
     )
     parser.add_argument(
-        "--cheese", nargs="+", metavar="PLACE", help="places of the cheese, each in quotes (default: all five)"
+        "--cheese", nargs="+", metavar="PLACE", help="places of the cheese, each in quotes (default: all six)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the levels (default: %(default)s)")
     parser.add_argument(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from chanpatch import HookPoints, hook_points
 from chanpatch.statistics import Interval, wilson_interval
 from maze.episodes import ORIGINAL, STEPS
-from maze.exact import Chains, Table, cheese_and_corner, decisions, greedy
+from maze.exact import Chains, Table, cheese_and_corner, decisions, greedy, neither
 from maze.experiment import SettingsError
 from maze.figures import evaluation_figure
 from maze.levels import REGION, draw_levels, observe, policy_input
@@ -25,11 +25,13 @@ from maze.policy import load_policy
 from maze.results import replace_table, replace_text, replaced, settings_key, versions
 from maze.tables import action_tables
 
-PLACES = ("in distribution", "out of distribution", "top left", "top right", "bottom right")
+PLACES = ("in distribution", "out of distribution", "as drawn", "top left", "top right", "bottom right")
 ACTIONS = ("sampled", "greedy")
+SUMMARY = "summary.json"
 MEASURES = {
     "found": "finds the cheese",
     "corner": "passes the corner before",
+    "neither": "comes to neither",
     "to_cheese": "decision: to the cheese",
     "to_corner": "decision: to the corner",
     "to_neither": "decision: neither",
@@ -136,6 +138,9 @@ def run(settings: Settings) -> Path:
     }
     folder = settings.out / f"evaluation-n{settings.n}-seed{settings.seed}-{settings_key(known)}"
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})", flush=True)
+    if (folder / SUMMARY).exists():
+        print(f"Kept from before, with the same settings, weights and code: {folder}")
+        return folder
     parts = list(settings.parts())
     measured: dict[tuple[int, str], PerLevel] = {}
     for number, (size, place) in enumerate(parts, 1):
@@ -165,7 +170,7 @@ def measure(points: HookPoints, levels: Sequence[bytes]) -> PerLevel:
     tables: dict[str, Table] = {"sampled": sampled, "greedy": greedy(sampled)}
     for actions, table in tables.items():
         found, corner = cheese_and_corner(chains, table)
-        each = (found, corner, *decisions(chains, table).T)
+        each = (found, corner, neither(chains, table), *decisions(chains, table).T)
         values |= {f"{name} {actions}": value for name, value in zip(MEASURES, each, strict=True)}
     return values
 
@@ -209,14 +214,14 @@ def markdown(means: Sequence[Score]) -> str:
     for score in means:
         rows.setdefault((score.size, score.cheese, score.actions), {})[score.measure] = score
     lines = [
-        "| size | cheese | actions | levels | " + " | ".join(list(MEASURES.values())[:2]) + " | decision squares | "
+        "| size | cheese | actions | levels | " + " | ".join(list(MEASURES.values())[:3]) + " | decision squares | "
         "to the cheese | to the corner | neither |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (size, place, actions), of in rows.items():
         shown = {name: str(of[name]) if name in of else "-" for name in MEASURES}
         squares = of["to_cheese"].n if "to_cheese" in of else 0
-        cells = [size, place, actions, of["found"].n, shown["found"], shown["corner"], squares]
+        cells = [size, place, actions, of["found"].n, shown["found"], shown["corner"], shown["neither"], squares]
         cells += [shown[name] for name in ("to_cheese", "to_corner", "to_neither")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
@@ -263,7 +268,6 @@ def _write(
 ) -> None:
     """Write every result; the parts are not needed any more then."""
     records = [score.record() for score in means]
-    replace_text(folder / "summary.json", json.dumps({**known, "scores": records}, indent=2) + "\n")
     replace_table(folder / "table.csv", records)
     weights = known["weights"]
     heading = (
@@ -283,4 +287,6 @@ def _write(
     with replaced(folder / "evaluation.png") as partial:
         title = f"{weights['name']}, {known['n']} levels of each kind: means over levels with 95% intervals"
         evaluation_figure(means, title).savefig(partial, dpi=110)
+    # Last, since a folder with it is complete.
+    replace_text(folder / SUMMARY, json.dumps({**known, "scores": records}, indent=2) + "\n")
     shutil.rmtree(folder / "parts")

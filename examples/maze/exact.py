@@ -184,6 +184,13 @@ def cheese_and_corner(
     return found, np.where((chains.mazes.cheese == corner).all(axis=1), np.nan, passed)
 
 
+def neither(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np.float64]:
+    """The probability that the mouse gets neither to the cheese nor to the top right corner: (..., level)."""
+    goal = chains.cheese | chains.at(top_right(chains.mazes))
+    reached = first_hits(chains, table, [goal], steps=steps)[..., chains.start, 0]
+    return 1 - reached
+
+
 def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np.float64]:
     """Which way a mouse that stands on the decision square takes first: to the cheese, to the corner, or neither.
 

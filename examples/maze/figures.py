@@ -1,19 +1,19 @@
-"""Pictures of the study: trajectories on a maze, a table as a mosaic, differences with their intervals."""
+"""Pictures of the study: trajectories on a maze, a table of counts, differences with their intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from chanpatch.statistics import PairedCounts
+from chanpatch.plots import contingency
 from maze.ablation import Comparison
 from maze.environment import MazeVectorEnv
+from maze.episodes import ORIGINAL
 from maze.states import read_mazes
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def ablation_figure(
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1.1, 1, 1.1))
     draw_trajectories(axes[0], level, {name: mouse_path(level, taken) for name, taken in actions.items()})
-    draw_mosaic(axes[1], comparisons[0].counts, f"channel {comparisons[0].channel} zeroed")
+    # Short names, as two of them stand side by side under the table; the title says which channel.
+    contingency(comparisons[0].counts, axes[1], names=("zeroed", ORIGINAL))
+    axes[1].set_title(f"channel {comparisons[0].channel} zeroed against the {ORIGINAL}: who finds the cheese")
     draw_differences(axes[2], comparisons)
     figure.suptitle(title)
     return figure
@@ -72,33 +74,6 @@ def draw_trajectories(axes: Axes, level: bytes, paths: Mapping[str, NDArray[np.i
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False)
 
 
-def draw_mosaic(axes: Axes, counts: PairedCounts, modified: str) -> None:
-    """A 2x2 table whose areas are its counts."""
-    n = sum(counts)
-    columns = (
-        ("original found it", counts.both, counts.only_second),
-        ("original did not", counts.only_first, counts.neither),
-    )
-    left = 0.0
-    for label, found, not_found in columns:
-        width = (found + not_found) / n
-        bottom = 0.0
-        for count, color, hatch in ((not_found, "0.85", ""), (found, "tab:orange", "//")):
-            height = count / max(found + not_found, 1)
-            box = Rectangle((left, bottom), width, height, facecolor=color, edgecolor="black", hatch=hatch, alpha=0.75)
-            axes.add_patch(box)
-            if count:
-                style: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-                middle = (left + width / 2, bottom + height / 2)
-                axes.text(*middle, f"{count}\n{count / n:.1%}", ha="center", va="center", bbox=style)
-            bottom += height
-        if width:
-            axes.text(left + width / 2, -0.03, label, ha="center", va="top", fontsize=9)
-        left += width
-    axes.set(xlim=(0, 1), ylim=(0, 1), title=f"{modified}: hatched where it found the cheese\nn = {n} levels")
-    axes.set_axis_off()
-
-
 def draw_differences(axes: Axes, comparisons: Sequence[Comparison]) -> None:
     """How much more often the cheese is found with each channel zeroed, with 95% intervals."""
     for row, each in enumerate(reversed(comparisons)):
@@ -130,7 +105,7 @@ def evaluation_figure(scores: Sequence[Score], title: str) -> Figure:
             drawn.sort(key=lambda score: score.size)
             size = np.array([score.size for score in drawn]) + 0.15 * (number - len(places) / 2)  # side by side
             mean, low, high = ([getattr(s.mean, name) for s in drawn] for name in ("estimate", "low", "high"))
-            (line,) = axes.plot(size, mean, "os^Dv"[number % 5] + "-", label=place)
+            (line,) = axes.plot(size, mean, "os^DvP"[number % 6] + "-", label=place)
             axes.vlines(size, low, high, color=line.get_color(), linewidth=2)
         axes.set(xlabel="side of the maze", title=label, xticks=sizes, ylim=(-0.02, 1.02))
         axes.spines[["top", "right"]].set_visible(False)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from chanpatch import HookPoints
 from chanpatch.statistics import Interval
+from maze.labels import LabelledChannel, labelled_channels
 from maze.levels import draw_levels
 from maze.paths import Direction, first_steps, legal_moves
 from maze.selection import Selection, select_channels
@@ -32,7 +33,8 @@ Tables: TypeAlias = Mapping[str, Table]
 Agrees: TypeAlias = Literal["yes", "in part", "undecided", "no", "not comparable"]
 
 POOL = 3  # how many levels to draw for each in which a given direction is open
-SELECTION_LEVELS = 1000  # mazes that channels and thresholds are chosen on, whatever n is
+SELECTION_LEVELS = 1000  # mazes that channels are chosen on, whatever n is
+LABEL_LEVELS = 500  # mazes that labels are chosen on (one half) and tested on (the other), whatever n is
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,12 @@ class Study:
         levels = self.levels("selection", SELECTION_LEVELS, size=25, cheese="in distribution", mouse="anywhere")
         return select_channels(self.points, SITE, levels)
 
+    @cached_property
+    def labels(self) -> list[LabelledChannel]:
+        """What every channel stands for, on mazes of the same kind as those of `selection`, and others."""
+        levels = self.levels("labels", LABEL_LEVELS, size=25, cheese="in distribution")
+        return labelled_channels(self.points, self.selection, levels, self.seed_for("label halves"))
+
     def channel(self, direction: Direction) -> int:
         """The channel whose sum tells best, on the selection mazes, that the way to the cheese starts so."""
         return self.selection.best[direction]
@@ -80,7 +88,9 @@ class Finding:
 
     Attributes:
         ours: the figure to stand beside the post's, with its n and interval.
-        agrees: with the post, by a rule that stands in the code.
+        agrees: with the reference, by a rule that stands in the code. The reference is the part's `post`: what the
+            post measured, or else what it claims, or else what the work it builds on does. "not comparable" where
+            that says nothing of what would come out, or where there is too little data for any claim.
         follows: what follows from it.
         does_not_follow: what one could read into it, and why not.
     """
@@ -99,7 +109,7 @@ class Part:
         name: as `--only` takes it.
         question: that it answers.
         method: in two lines.
-        post: what the post found, in its own figures.
+        post: what the post found, in its own figures; where it did not look, what is known instead. The reference.
         measure: gives the tables of a policy; the only thing that takes time.
         figure: drawn from the tables.
         finding: told from the tables.
@@ -152,7 +162,7 @@ def below(row: Mapping[str, Any], prefix: str, limit: float = 0.0) -> bool | Non
 
 
 def verdict(*claims: bool | None) -> Agrees:
-    """Whether a result agrees with what the post claims.
+    """Whether a result agrees with what the reference claims.
 
     Too little data never makes a "no": that takes a claim whose interval lies on the other side.
 

@@ -36,7 +36,7 @@ _DRAWS = 3  # names the draws of actions and minibatches among those of a seed
 
 
 class Experience(NamedTuple):
-    """What happened in `STEPS` steps; all but the last three are (step, maze, ...).
+    """What happened in `STEPS` steps; all but the last two are (step, maze, ...).
 
     Attributes:
         frames: uint8 (step, maze, row=64, col=64, channel=3), what was seen.
@@ -47,7 +47,6 @@ class Experience(NamedTuple):
         ended: whether the step ended the level.
         value_after: of what is seen at the end: (maze,).
         right: whether the likeliest direction was right, where that was looked up: (look-up,).
-        stepping: seconds that the mazes took.
     """
 
     frames: Tensor
@@ -58,7 +57,6 @@ class Experience(NamedTuple):
     ended: NDArray[np.bool_]
     value_after: NDArray[np.float32]
     right: NDArray[np.bool_]
-    stepping: float
 
 
 class PPO:
@@ -81,7 +79,9 @@ class PPO:
         rng = np.random.default_rng((self.settings.seed, _DRAWS, number))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * (1 - progress)
+        started = time.perf_counter()
         experience = self._experience(rng)
+        acting = time.perf_counter() - started
         gained = advantages(
             experience.rewards, experience.values, experience.ended, experience.value_after, DISCOUNT, TRACE
         )
@@ -92,7 +92,7 @@ class PPO:
             "levels_per_step": torch.tensor(experience.ended.mean()),
             "right": torch.tensor(experience.right.mean()),
         }
-        return Update(experience.actions.size, experience.stepping, measures)
+        return Update(experience.actions.size, acting, measures)
 
     def state(self) -> dict[str, Any]:
         """Of the optimiser and the mazes; draws follow from the number of the update."""
@@ -106,7 +106,6 @@ class PPO:
     def _experience(self, rng: np.random.Generator) -> Experience:
         steps, right = [], []
         frames = torch.empty((STEPS, self.settings.environments or 1, 64, 64, 3), dtype=torch.uint8, device=self.device)
-        stepping = 0.0
         for step in range(STEPS):
             frames[step] = torch.from_numpy(self.mazes.frames())
             logits, value = self._forward(frames[step])
@@ -114,14 +113,10 @@ class PPO:
                 direction = direction_log_probabilities(torch.from_numpy(logits)).argmax(dim=1)
                 right.append(direction.numpy() == self.mazes.examples().step)
             chosen = sampled(np.exp(logits), rng.random(len(value)))
-            started = time.perf_counter()
             reward, ended = self.mazes.step(chosen)
-            stepping += time.perf_counter() - started
             steps.append((chosen, logits[np.arange(len(chosen)), chosen], value, reward, ended))
         _, value_after = self._forward(torch.from_numpy(self.mazes.frames()).to(self.device))
-        return Experience(
-            frames, *map(np.stack, zip(*steps, strict=True)), value_after, np.concatenate(right), stepping
-        )
+        return Experience(frames, *map(np.stack, zip(*steps, strict=True)), value_after, np.concatenate(right))
 
     @torch.no_grad()
     def _forward(self, frames: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

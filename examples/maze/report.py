@@ -5,17 +5,28 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from maze.limits import limits
 from maze.part import Cell, Finding, Part, Table, Tables, read_table
+from maze.policies import Measured, compared, described, introduction
 from maze.results import replace_text, replaced
 
-_SHOWN_ROWS = 40  # of a table; the file has all
-_OPEN_ROWS = 12  # tables up to so long are open from the start
+Rows: TypeAlias = Sequence[Mapping[str, str]]
 
+_SHOWN_ROWS = 40  # of a table; the file has all
+_OPEN_ROWS = 12  # tables up to so long are open from the start, and stand in the Markdown
+
+_TITLE = "Why a mouse trained with the cheese in the top right corner goes to the corner when it is elsewhere"
+_AGREES = "agrees with the reference"
+_REFERENCE = (
+    "The reference is what stands under 'the post': what it measured, or else what it claims, or else what the work it "
+    "builds on found. A result is not comparable where that says nothing of what would come out."
+)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: 1rem; }
@@ -24,7 +35,8 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: left; vertical-align: top; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
 .beside > div { background: #f5f5f2; padding: 0.6rem 1rem; border-radius: 4px; }
-summary { cursor: pointer; color: #444; } code { background: #f2f2ef; padding: 0 0.2rem; }
+summary { cursor: pointer; color: #444; } summary h3 { display: inline-block; margin: 0.6rem 0; }
+code { background: #f2f2ef; padding: 0 0.2rem; }
 """
 
 
@@ -35,7 +47,7 @@ class Result:
     part: Part
     subject: str
     folder: Path
-    manifest: Mapping[str, Any]
+    seconds: float
     tables: Tables
     finding: Finding
 
@@ -45,110 +57,203 @@ class Result:
         return self.folder / f"{self.part.name}.png"
 
 
-def write_report(folder: Path, subjects: Sequence[str], parts: Mapping[str, Part], command: str) -> Path:
-    """Draw the figure of every part that is in a run's folder and write report.html and report.md.
+@dataclass(frozen=True)
+class Contents:
+    """What a report tells.
+
+    Attributes:
+        folder: of the run.
+        command: that made it.
+        known: of every policy, the main one first, what its parts were measured with.
+        results: by policy and part.
+        left_out: the parts on disk that were measured with something else, and what differs.
+    """
+
+    folder: Path
+    command: str
+    known: Mapping[str, Mapping[str, Any]]
+    results: Mapping[tuple[str, str], Result]
+    left_out: Sequence[str]
+
+    def of(self, name: str) -> list[Result]:
+        """A part on every policy, the main one first."""
+        return [self.results[subject, name] for subject in self.known if (subject, name) in self.results]
+
+    @property
+    def shown(self) -> list[str]:
+        """The parts of the main policy, in the order of the report."""
+        main = next(iter(self.known))
+        return [name for subject, name in self.results if subject == main]
+
+    @property
+    def measured(self) -> Measured:
+        """The tables of every part by policy."""
+        return {
+            subject: {name: result.tables for (policy, name), result in self.results.items() if policy == subject}
+            for subject in self.known
+        }
+
+
+def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Part], command: str) -> Path:
+    """Draw the figure of every part that a run's folder holds and write report.html and report.md.
+
+    A part that was measured with anything else than is known now, such as older code, is left out and named.
 
     Args:
         folder: of the run.
-        subjects: names of its policies, the main one first.
+        known: of every policy, the main one first, all that decides the numbers of its parts: a manifest.
         parts: by name, in the order of the report.
         command: that made the run.
 
     Returns:
         The HTML file.
     """
-    results = {
-        (subject, name): _read(part, subject, folder / subject / name)
-        for name, part in parts.items()
-        for subject in subjects
-        if (folder / subject / name / "manifest.json").exists()
-    }
+    results, left_out = {}, []
+    for name, part in parts.items():
+        for subject, wanted in known.items():
+            here = folder / subject / name
+            if not (here / "manifest.json").exists():
+                continue
+            manifest = json.loads((here / "manifest.json").read_text())
+            if other := differing(manifest, wanted):
+                left_out.append(f"{subject}/{name} ({', '.join(other)})")
+            else:
+                results[subject, name] = _read(part, subject, here, manifest["seconds"])
     for result in results.values():
         with replaced(result.picture) as partial:
             result.part.figure(result.tables).savefig(partial, dpi=90)
-    shown = [name for name in parts if (subjects[0], name) in results]
-    replace_text(folder / "report.html", "\n".join(_html(results, subjects, shown, command)) + "\n")
-    replace_text(folder / "report.md", "\n".join(_markdown(results, subjects, shown, command, folder)) + "\n")
+    contents = Contents(folder, command, known, results, left_out)
+    replace_text(folder / "report.html", "\n".join(_html(contents)) + "\n")
+    replace_text(folder / "report.md", "\n".join(_markdown(contents)) + "\n")
     return folder / "report.html"
 
 
-def _read(part: Part, subject: str, folder: Path) -> Result:
-    manifest = json.loads((folder / "manifest.json").read_text())
+def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The names of what a manifest does not have as wanted, those within `versions` by their own names."""
+    names = []
+    for name, value in wanted.items():
+        other = found.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            names += differing(other, value)
+        elif other != value:
+            names.append(name)
+    return names
+
+
+def _read(part: Part, subject: str, folder: Path, seconds: float) -> Result:
     tables = {file.stem: read_table(file) for file in sorted(folder.glob("*.csv"))}
-    return Result(part, subject, folder, manifest, tables, part.finding(tables))
+    return Result(part, subject, folder, seconds, tables, part.finding(tables))
 
 
-def _introduction(results: Mapping[tuple[str, str], Result], subjects: Sequence[str]) -> str:
-    """What the policies were taught, and what is left of the result in those that were not taught directions."""
-    main, *others = subjects
-    if not others:
-        return (
-            "One policy only. If it was taught directions by an auxiliary loss, as the shipped imitation policy was in "
-            "its middle layers, a direction signal in it was in part taught; a control beside it would tell how much."
+def _summaries(contents: Contents) -> Iterator[tuple[str, str, Rows]]:
+    """Yields heading, text below it, and rows of each table of what came out; the first column names a part."""
+    every = {name: contents.of(name) for name in contents.shown}
+    yield (
+        "Summary",
+        _REFERENCE,
+        [
+            {"part": name, "ours": main.finding.ours, "the post": main.part.post, _AGREES: main.finding.agrees}
+            for name, (main, *_) in every.items()
+        ],
+    )
+    beside = [
+        {"part": name, "policy": each.subject, "ours": each.finding.ours, _AGREES: each.finding.agrees}
+        for name, policies in every.items()
+        for each in policies
+        if len(policies) > 1
+    ]
+    if beside:
+        yield "The same parts on every policy", "By the same rules.", beside
+
+
+def _times(contents: Contents) -> tuple[str, Rows]:
+    """Which part takes most of the time, and the seconds of all."""
+    seconds = {name: {each.subject: each.seconds for each in contents.of(name)} for name in contents.shown}
+    totals = {name: sum(of.values()) for name, of in seconds.items()}
+    longest, whole = max(totals, key=lambda name: totals[name]), sum(totals.values())
+    share = totals[longest] / whole if whole else 0.0
+    rows = [
+        {"part": name, **{subject: f"{of[subject]:.0f}" if subject in of else "" for subject in contents.known}}
+        for name, of in seconds.items()
+    ]
+    told = f"Measuring took {whole / 60:.0f} minutes in all; most of it {longest}, {share:.0%}. Seconds by policy:"
+    return told, rows
+
+
+def _header(contents: Contents) -> Iterator[str]:
+    """Yields what stands below the table of policies, one paragraph each."""
+    facts = _facts(next(iter(contents.known.values())))
+    yield f"{facts}. Made by `{contents.command}`. {limits()}"
+    yield (
+        "Figures of the post are of the published network and stand beside ours; all others are of these weights and "
+        "come from the CSV files of this run."
+    )
+    if contents.left_out:
+        yield (
+            "Left out, since they were measured with something else than now, which is named: "
+            f"{', '.join(contents.left_out)}."
         )
-    told = []
-    for subject in others:
-        there = {name: result.finding for (policy, name), result in results.items() if policy == subject}
-        agree = [
-            f"{name}: {finding.agrees} ({main}: {results[main, name].finding.agrees})"
-            for name, finding in there.items()
-            if (main, name) in results
-        ]
-        ours = [f"{name.capitalize()}: {there[name].ours}" for name in ("sums", "ablation") if name in there]
-        told.append(
-            f"the {subject} policy agrees with the post, by the same rules, so: {', '.join(agree)}. {' '.join(ours)}"
-            if agree
-            else f"the {subject} policy was not measured in this run."
-        )
-    missing = "" if "reward" in others else " No policy trained by reward stands beside them in this run."
+
+
+def _facts(known: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
     return (
-        f"The policy under study ({main}) was trained by imitation with an auxiliary loss that teaches directions to "
-        "its middle layers, so a direction signal in it was in part taught. What remains without that teaching: "
-        f"{' '.join(told)}{missing} The policies differ in how well they find the cheese too, so a difference between "
-        "them is not of that teaching alone."
+        f"weights {known['weights_name']} (width {known['width']}, sha256 {known['weights'][:12]}), "
+        f"n={known['n']}, seed {known['seed']}, {versions}"
     )
 
 
-def _facts(result: Result) -> str:
-    manifest = result.manifest
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    return (
-        f"weights {manifest['weights_name']} (width {manifest['width']}, sha256 {manifest['weights'][:12]}), "
-        f"n={manifest['n']}, seed {manifest['seed']}, {versions}"
-    )
-
-
-def _html(
-    results: Mapping[tuple[str, str], Result], subjects: Sequence[str], shown: Sequence[str], command: str
-) -> Iterator[str]:
-    escape = html.escape
-    main = [results[subjects[0], name] for name in shown]
+def _html(contents: Contents) -> Iterator[str]:
+    escape, measured = html.escape, contents.measured
     yield "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
     yield "<meta name='viewport' content='width=device-width, initial-scale=1'>"
     yield f"<title>Why the mouse goes to the corner</title><style>{_STYLE}</style></head><body>"
-    yield "<h1>Why a mouse trained with the cheese in the top right corner goes to the corner when it is elsewhere</h1>"
-    yield f"<p>{escape(_introduction(results, subjects))}</p>"
-    yield f"<p>{escape(_facts(main[0]))}. Made by <code>{escape(command)}</code>. Figures of the post are of the "
-    yield "published network and stand beside ours; all others are of these weights and come from the CSV files of"
-    yield "this run.</p>"
-    yield "<h2 id='summary'>Summary</h2><div class='scroll'><table><tr><th>part</th><th>ours</th><th>the post</th>"
-    yield "<th>agrees</th></tr>"
-    for result in main:
-        cells = (result.finding.ours, result.part.post, result.finding.agrees)
-        link = f"<a href='#part-{result.part.name}'>{escape(result.part.name)}</a>"
-        yield f"<tr><td>{link}</td>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
-    yield "</table></div>"
-    for result in main:
-        yield f"<section id='part-{result.part.name}'>"
-        yield f"<h2>{escape(result.part.name)}: {escape(result.part.question)}</h2><p>{escape(result.part.method)}</p>"
-        yield from _html_result(result)
-        for subject in subjects[1:]:
-            if (subject, result.part.name) in results:
-                beside = results[subject, result.part.name]
-                yield f"<h3>The same on the {escape(subject)} policy</h3><p>{escape(_facts(beside))}</p>"
-                yield from _html_result(beside)
-        yield "</section>"
+    yield f"<h1>{_TITLE}</h1>"
+    yield f"<p>{escape(introduction(measured))}</p>"
+    yield from _html_table(compared(measured))
+    if told := [f"<li><b>{escape(name)}</b>: {escape(what)}</li>" for name, what in described(measured)]:
+        yield f"<ul>{''.join(told)}</ul>"
+    for text in _header(contents):
+        marked = re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
+        yield f"<p>{marked}</p>"
+    if contents.shown:
+        yield from _html_parts(contents)
     yield "</body></html>"
+
+
+def _html_parts(contents: Contents) -> Iterator[str]:
+    escape = html.escape
+    for heading, text, rows in _summaries(contents):
+        yield f"<h2>{heading}</h2><p>{escape(text)}</p>"
+        yield from _html_table(rows, linked=True)
+    for name in contents.shown:
+        main, *others = contents.of(name)
+        yield f"<section id='part-{name}'>"
+        yield f"<h2>{escape(name)}: {escape(main.part.question)}</h2><p>{escape(main.part.method)}</p>"
+        yield from _html_result(main)
+        for other in others:
+            yield f"<details><summary><h3>The same on the {escape(other.subject)} policy</h3></summary>"
+            yield f"<p>{escape(_facts(contents.known[other.subject]))}</p>"
+            yield from _html_result(other)
+            yield "</details>"
+        yield "</section>"
+    text, rows = _times(contents)
+    yield f"<h2>Time</h2><p>{escape(text)}</p>"
+    yield from _html_table(rows, linked=True)
+
+
+def _html_table(rows: Rows, *, linked: bool = False) -> Iterator[str]:
+    """A table; its column called part can link to the sections."""
+    if not rows:
+        return
+    yield "<div class='scroll'><table>"
+    yield "<tr>" + "".join(f"<th>{html.escape(column)}</th>" for column in rows[0]) + "</tr>"
+    for row in rows:
+        cells = {column: html.escape(cell) for column, cell in row.items()}
+        if linked:
+            cells["part"] = f"<a href='#part-{cells['part']}'>{cells['part']}</a>"
+        yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells.values()) + "</tr>"
+    yield "</table></div>"
 
 
 def _html_result(result: Result) -> Iterator[str]:
@@ -156,49 +261,62 @@ def _html_result(result: Result) -> Iterator[str]:
     picture = base64.b64encode(result.picture.read_bytes()).decode()
     yield f"<img alt='{escape(result.part.question, quote=True)}' src='data:image/png;base64,{picture}'>"
     yield f"<div class='beside'><div><b>Ours.</b> {escape(finding.ours)}</div>"
-    yield f"<div><b>The post.</b> {escape(result.part.post)}<br><b>Agrees:</b> {finding.agrees}</div></div>"
+    yield f"<div><b>The post.</b> {escape(result.part.post)}<br><b>Ours {_AGREES}:</b> {finding.agrees}</div></div>"
     yield f"<p><b>What follows.</b> {escape(finding.follows)}</p>"
     yield f"<p><b>What does not.</b> {escape(finding.does_not_follow)}</p>"
     for name, table in result.tables.items():
         unfolded = " open" if len(table) <= _OPEN_ROWS else ""
-        yield f"<details{unfolded}><summary>{escape(name)}.csv, {len(table)} rows</summary><div class='scroll'><table>"
-        yield "<tr>" + "".join(f"<th>{escape(column)}</th>" for column in (table[0] if table else {})) + "</tr>"
-        for row in table[:_SHOWN_ROWS]:
-            yield "<tr>" + "".join(f"<td>{escape(_text(cell))}</td>" for cell in row.values()) + "</tr>"
-        yield "</table></div>" + _more(table) + "</details>"
+        yield f"<details{unfolded}><summary>{escape(name)}.csv, {len(table)} rows</summary>"
+        yield from _html_table(_texts(table[:_SHOWN_ROWS]))
+        yield _more(table) + "</details>"
 
 
-def _markdown(
-    results: Mapping[tuple[str, str], Result],
-    subjects: Sequence[str],
-    shown: Sequence[str],
-    command: str,
-    folder: Path,
-) -> Iterator[str]:
-    main = [results[subjects[0], name] for name in shown]
-    yield "# Why a mouse trained with the cheese in the top right corner goes to the corner when it is elsewhere\n"
-    yield f"{_introduction(results, subjects)}\n"
-    yield f"{_facts(main[0])}. Made by `{command}`.\n"
-    yield "## Summary\n\n| part | ours | the post | agrees |\n|---|---|---|---|"
-    for result in main:
-        cells = (result.part.name, result.finding.ours, result.part.post, result.finding.agrees)
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-    for result in main:
-        yield f"\n## {result.part.name}: {result.part.question}\n\n{result.part.method}"
-        for subject in subjects:
-            if (subject, result.part.name) in results:
-                yield from _markdown_result(results[subject, result.part.name], folder, named=subject != subjects[0])
+def _markdown(contents: Contents) -> Iterator[str]:
+    measured = contents.measured
+    yield f"# {_TITLE}\n\n{introduction(measured)}\n"
+    yield from _markdown_table(compared(measured))
+    if told := [f"- **{name}**: {what}" for name, what in described(measured)]:
+        yield "\n" + "\n".join(told)
+    for text in _header(contents):
+        yield f"\n{text}"
+    if not contents.shown:
+        return
+    for heading, text, rows in _summaries(contents):
+        yield f"\n## {heading}\n\n{text}\n"
+        yield from _markdown_table(rows)
+    for name in contents.shown:
+        main, *others = contents.of(name)
+        yield f"\n## {name}: {main.part.question}\n\n{main.part.method}"
+        yield from _markdown_result(main, contents.folder)
+        for other in others:
+            yield f"\n### The same on the {other.subject} policy\n\n{_facts(contents.known[other.subject])}"
+            yield from _markdown_result(other, contents.folder)
+    text, rows = _times(contents)
+    yield f"\n## Time\n\n{text}\n"
+    yield from _markdown_table(rows)
 
 
-def _markdown_result(result: Result, folder: Path, *, named: bool) -> Iterator[str]:
+def _markdown_table(rows: Rows) -> Iterator[str]:
+    if rows:
+        yield f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}"
+    for row in rows:
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()) + " |"
+
+
+def _markdown_result(result: Result, folder: Path) -> Iterator[str]:
     finding = result.finding
-    if named:
-        yield f"\n### The same on the {result.subject} policy\n\n{_facts(result)}"
     yield f"\n![{result.part.question}]({result.picture.relative_to(folder).as_posix()})\n"
-    yield f"**Ours.** {finding.ours}\n\n**The post.** {result.part.post} **Agrees:** {finding.agrees}\n"
-    yield f"**What follows.** {finding.follows}\n\n**What does not.** {finding.does_not_follow}\n"
-    files = (f"[{name}.csv]({(result.folder / name).relative_to(folder).as_posix()}.csv)" for name in result.tables)
-    yield f"Tables: {', '.join(files)}"
+    yield f"**Ours.** {finding.ours}\n\n**The post.** {result.part.post} **Ours {_AGREES}:** {finding.agrees}\n"
+    yield f"**What follows.** {finding.follows}\n\n**What does not.** {finding.does_not_follow}"
+    for name, table in result.tables.items():
+        file = (result.folder / name).relative_to(folder).as_posix()
+        yield f"\n[{name}.csv]({file}.csv), {len(table)} rows" + (":\n" if len(table) <= _OPEN_ROWS else "")
+        if len(table) <= _OPEN_ROWS:
+            yield from _markdown_table(_texts(table))
+
+
+def _texts(table: Table) -> Rows:
+    return [{column: _text(cell) for column, cell in row.items()} for row in table]
 
 
 def _text(cell: Cell) -> str:

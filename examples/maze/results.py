@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "procgen": version("procgen2" if sys.version_info >= (3, 11) else "procgen"),
         "chanpatch": chanpatch.__version__,
         "source": digest.hexdigest()[:12],
     }

@@ -6,7 +6,8 @@
         control/...
 
 A part is measured when its folder is not there, or was measured with anything else: other weights, another n or
-seed, other versions or code. It appears on disk whole or not at all.
+seed, other versions or code. It appears on disk whole or not at all. What was measured with anything else and is not
+measured again, as `--only` names other parts, is left out of the report.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from maze.command import UserError
 from maze.levels import draw_levels, observe, policy_input
 from maze.part import Part, Study
 from maze.parts import EXTRA, PARTS, SIDE_BY_SIDE
+from maze.policies import MAIN, POLICIES
 from maze.policy import SHIPPED_WEIGHTS, load_policy
-from maze.report import write_report
+from maze.report import differing, write_report
 from maze.results import check_folder, replace_table, replace_text, versions
 
-MAIN = "imitation"  # the name of the policy that is shipped as the default
-OTHERS = ("control", "reward")  # shipped beside it where they exist
+OTHERS = tuple(name for name in POLICIES if name != MAIN)  # shipped beside it where they exist
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def run(settings: RunSettings) -> Path:
     subjects = dict(_subjects(settings))
     sha = next(iter(subjects.values())).weights["sha256"]
     folder = settings.out / f"study-n{settings.n}-seed{settings.seed}-{sha[:8]}"
+    # Once, as of now: a file that is edited while the run goes on is not the code that runs.
+    known = {subject: _known(study) for subject, study in subjects.items()}
     for subject, study in subjects.items():
         weights = study.weights
         print(f"{subject}: weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})")
@@ -76,8 +79,8 @@ def run(settings: RunSettings) -> Path:
         parts = [part for part in settings.parts if main or part.name in SIDE_BY_SIDE]
         for number, part in enumerate(parts, 1):
             print(f"  {number} of {len(parts)}  {part.name:14}", end="", flush=True)
-            print(_measured(part, study, folder / subject / part.name), flush=True)
-    report = write_report(folder, list(subjects), {**PARTS, **EXTRA}, _command(settings))
+            print(_measured(part, study, known[subject], folder / subject / part.name), flush=True)
+    report = write_report(folder, known, {**PARTS, **EXTRA}, _command(settings))
     print(f"\nReport: {report}")
     return folder
 
@@ -101,11 +104,11 @@ def _study(weights: Path, settings: RunSettings) -> Study:
     return Study(hook_points(policy, example), facts, settings.n, settings.seed)
 
 
-def _measured(part: Part, study: Study, folder: Path) -> str:
+def _measured(part: Part, study: Study, known: Mapping[str, Any], folder: Path) -> str:
     """Measure a part unless its folder holds the very same already; return what was done."""
-    manifest = _manifest(part, study)
+    manifest = {"part": part.name, **known}
     file = folder / "manifest.json"
-    if file.exists() and _same(json.loads(file.read_text()), manifest):
+    if file.exists() and not differing(json.loads(file.read_text()), manifest):
         return "kept from before"
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -119,10 +122,9 @@ def _measured(part: Part, study: Study, folder: Path) -> str:
     return f"{seconds:.0f} s"
 
 
-def _manifest(part: Part, study: Study) -> dict[str, Any]:
+def _known(study: Study) -> dict[str, Any]:
     """Everything that decides the numbers of a part."""
     return {
-        "part": part.name,
         "weights": study.weights["sha256"],
         "weights_name": study.weights["name"],
         "width": study.weights["width"],
@@ -130,10 +132,6 @@ def _manifest(part: Part, study: Study) -> dict[str, Any]:
         "seed": study.seed,
         "versions": versions(),
     }
-
-
-def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return all(found.get(name) == value for name, value in wanted.items())
 
 
 def _command(settings: RunSettings) -> str:

@@ -7,7 +7,7 @@ in every state of the level.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from chanpatch import HookPoints, steer
 from chanpatch.controls import random_vectors
 from maze.effects import DESTINATIONS, activations, draw_effects, mean_intervals
-from maze.part import Table, Tables, interval_cells
-from maze.states import Mazes, write_mazes
+from maze.off_distribution import METERED, absolute_z, mouse_anywhere
+from maze.part import Study, Table, Tables, interval_cells
+from maze.states import Mazes, read_mazes, write_mazes
 from maze.tables import Intervention
 
 BLOCK = "embedder.block2.res1"  # what comes out of it is what comes out of its resadd
@@ -82,6 +83,30 @@ def against_controls(values: Mapping[str, Values], names: Sequence[str], seed: i
             cells = interval_cells("own_minus_control", interval)
             rows.append({"measure": measure, "control": name, "n": len(own), **cells})
     return rows
+
+
+def far_from_usual(
+    study: Study, interventions: Mapping[str, Intervention], levels: Sequence[bytes]
+) -> dict[str, float]:
+    """How far each vector leads the sums of `BLOCK` from those of other levels of this size: the mean over channels.
+
+    Args:
+        study: of the policy.
+        interventions: at `BLOCK`.
+        levels: of one size; the mouse is put anywhere in the first `METERED` of them, since vectors are added in every
+            state.
+    """
+    some = mouse_anywhere(levels[:METERED], study.seed_for("metered mouse"))
+    size = int(read_mazes(levels[:1]).size[0])
+    usual = study.levels("metered usual", METERED, size=size, cheese="as drawn", mouse="anywhere")
+    channels = {name: absolute_z(study.points, each, some, usual) for name, each in interventions.items()}
+    return {name: float(np.nanmean(list(each.values()))) for name, each in channels.items()}
+
+
+def told_far(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The absolute z of some rows of the effects, in words."""
+    said = ", ".join(f"{row['absolute_z']:.1f} with {row['intervention']}" for row in rows)
+    return f"Mean distance of the channels' sums from usual ones, in standard deviations (0.8 is usual): {said}."
 
 
 def vector_figure(tables: Tables, title: str) -> Figure:

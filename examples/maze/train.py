@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   python examples/maze/train.py --dagger 0.25 --large           also from where its own mistakes lead; more large mazes
   python examples/maze/train.py --auxiliary cell                the control: no directions are taught but the first step
   python examples/maze/train.py --algorithm ppo --start results/train/imitation-width1-seed0/policy.safetensors
-  python examples/maze/train.py --width 4 --batch 512 --observations 60000000       the published size; for a GPU
+  python examples/maze/train.py --width 4 --batch 512 --minutes 30    the published size; for a GPU
 
 then:
   python examples/maze/evaluate.py --weights results/train/imitation-width1-seed0/policy.safetensors
@@ -55,7 +55,7 @@ def arguments() -> Parser:
     add = parser.add_argument
     add("--algorithm", choices=list(DEFAULTS), default="imitation", help="(default: %(default)s)")
     add("--width", type=int, help="1 gives 32 channels at relu3, 4 gives 128 (default: that of --start, or 1)")
-    add("--start", type=Path, help="weights to start from, .safetensors or .pth (default: random ones)")
+    add("--start", "--weights", type=Path, help="weights to start from, .safetensors or .pth (default: random ones)")
     add("--seed", type=int, default=0, help="of weights, levels and draws (default: %(default)s)")
     add(
         "--large",

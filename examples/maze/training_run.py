@@ -209,9 +209,11 @@ def run(
         for file in (WEIGHTS, FACTS):  # of a run that is started over
             (folder / file).unlink(missing_ok=True)
     else:
+        position = Position(**checkpoint["position"])
+        if position.progress(settings) >= 1 and (folder / FACTS).exists():
+            return True  # nothing is left to do, and the facts stay those of the day on which it was done
         trainer.policy.load_state_dict(checkpoint["model_state_dict"])
         trainer.restore(checkpoint["trainer"])
-        position = Position(**checkpoint["position"])
     log = Log(folder / LOG)
     log.cut(position.updates)
     saved = time.perf_counter()

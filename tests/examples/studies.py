@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from chanpatch import HookPoints, hook_points
+from maze.labels import LabelledChannel
 from maze.levels import draw_levels, observe, policy_input
 from maze.part import Study, Tables, read_table
 from maze.paths import Direction
@@ -31,6 +32,7 @@ def small_study(n: int, ranked: tuple[int, ...], best: dict[Direction, int] | No
     chosen = BEST if best is None else best
     selection = Selection(SITE, nothing, nothing, nothing, nothing, chosen, tuple(sorted(ranked)), ranked)
     study.__dict__["selection"] = selection
+    study.__dict__["labels"] = [LabelledChannel() for _ in range(32)]
     return study
 
 

@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 import torch
-from studies import shipped_points
+from studies import BEST, shipped_points, small_study
 
-import maze.part
+from chanpatch import recording
 from maze.decision_squares import (
     CHEESE_TO_CORNER,
     DISTANCES,
@@ -13,6 +14,7 @@ from maze.decision_squares import (
     cells,
     joined,
     precise_threshold,
+    precise_thresholds,
     said,
     share_cells,
     strata,
@@ -20,11 +22,10 @@ from maze.decision_squares import (
 )
 from maze.levels import draw_levels, observe, policy_input
 from maze.logistic import PENALTY, fit_logistic, predicted
-from maze.part import Study
-from maze.paths import Direction
+from maze.paths import Direction, first_steps, legal_moves
 from maze.policy import ACTIONS
-from maze.selection import Selection
-from maze.states import mazes_from_pictures, write_mazes
+from maze.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.tables import SITE
 
 FORK = """
     .....
@@ -69,22 +70,36 @@ def test_a_stratum_is_a_pair_of_bins_of_the_two_path_lengths():
 
 
 def test_the_threshold_says_which_precision_it_could_reach():
-    study = Study(None, {}, 5, 0)
     high = np.arange(40) >= 20
     mixed = high & (np.arange(40) % 4 > 0)  # 15 of the 20 high sums; halves that are alike but for one get 7 or 8
-    study.__dict__["selection"] = selection(high * 9.0, high)
-    assert precise_threshold(study, Direction.UP).criterion == "precision of at least 0.99"
-    study.__dict__["selection"] = selection(high * 9.0, mixed)
-    probe = precise_threshold(study, Direction.UP)
+    assert precise_threshold(high * 9.0, high, seed=0).criterion == "precision of at least 0.99"
+    probe = precise_threshold(high * 9.0, mixed, seed=0)
     assert (probe.threshold, float(probe.criterion.split()[-1]) < 0.99) == (4.5, True)
-    (row,) = threshold_rows(study.selection, {Direction.UP: probe})
+    (row,) = threshold_rows(small_study(5, (27,)).selection, {Direction.UP: probe})
     assert not row["as_precise_as_asked"] and row["criterion"] == probe.criterion
 
 
 def test_a_channel_that_does_not_vary_has_no_threshold():
-    study = Study(None, {}, 5, 0)
-    study.__dict__["selection"] = selection(np.zeros(40), np.arange(40) < 20)
-    assert precise_threshold(study, Direction.UP) is None
+    assert precise_threshold(np.zeros(40), np.arange(40) < 20, seed=0) is None
+
+
+def test_a_threshold_is_fitted_and_scored_on_mazes_that_its_channel_was_not_chosen_on(monkeypatch):
+    monkeypatch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 60)
+    study = small_study(5, (27,))
+    where = {"size": 25, "cheese": "in distribution", "mouse": "anywhere"}
+    levels = study.levels("threshold", 60, **where)
+    assert not set(levels) & set(study.levels("selection", 60, **where))
+    mazes = read_mazes(levels)
+    free = legal_moves(mazes)[np.arange(60), Direction.UP, mazes.mouse[:, 0], mazes.mouse[:, 1]]
+    with torch.no_grad(), recording(study.points, SITE) as cache:
+        study.points.model(torch.from_numpy(policy_input(observe(levels))))
+    sums = cache[SITE][:, BEST[Direction.UP]].double().sum(dim=(1, 2)).numpy()[free]
+    labels = first_steps(mazes, mazes.cheese)[free, Direction.UP]
+    expected = precise_threshold(sums, labels, seed=study.seed_for("threshold halves"))
+    probe = precise_thresholds(study, [Direction.UP])[Direction.UP]
+    assert probe.threshold == pytest.approx(expected.threshold, rel=1e-3)
+    assert probe.held_out == expected.held_out
+    assert probe.fitted_on + probe.held_out.n == free.sum()
 
 
 def test_what_cannot_be_estimated_is_none_and_said_so():
@@ -116,9 +131,3 @@ def decisions(moves, cheese, corner, sums=None):
     return Decisions(
         np.array(cheese), np.array(corner), np.asarray(moves, dtype=float), sums, np.ones((n, len(DISTANCES)))
     )
-
-
-def selection(sums, label):
-    first = np.where(label, Direction.UP, Direction.LEFT)
-    legal = np.ones((len(sums), 4), dtype=bool)
-    return Selection(maze.part.SITE, sums[:, None], first, legal, np.zeros((4, 1)), {Direction.UP: 0}, (0,), (0,))

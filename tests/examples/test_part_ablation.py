@@ -8,6 +8,7 @@ from studies import from_files, shipped_points, small_study
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
 from maze.effects import ablation, activations
 from maze.exact import Chains
+from maze.labels import LabelledChannel
 from maze.levels import draw_levels, observe, policy_input
 from maze.part import shown
 from maze.parts import ablation as part
@@ -30,7 +31,9 @@ def small_mazes():
 
 @pytest.fixture(scope="module")
 def study():
-    return small_study(3, RANKED)
+    study = small_study(3, RANKED)
+    study.__dict__["labels"] = [LabelledChannel("UP" if channel in (27, 31) else None) for channel in range(32)]
+    return study
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,14 @@ def test_every_live_channel_and_both_groups_are_ablated_in_three_ways_in_three_p
     assert {row["ablated"] for row in tables["effects"]} == {*(f"channel {each}" for each in RANKED), "top 6"}
 
 
+def test_the_reference_of_means_and_donors_is_named_in_the_table_the_method_and_the_finding(tables):
+    words = "{} levels of size {}, cheese in distribution, mouse anywhere"
+    named = {(row["kind"], row["reference"]) for row in tables["effects"]}
+    assert named == {("zero", None), ("mean", words.format(20, 9)), ("resample", words.format(20, 9))}
+    assert f"Means and donors are of {words.format(20, 9)}." in part.finding(tables).follows
+    assert f"Means and donors are of {words.format(200, 15)}." in part.PART.method
+
+
 def test_the_effect_is_the_modified_share_minus_the_original(tables):
     for row in tables["effects"]:
         assert row["effect"] == pytest.approx(row["modified"] - row["original"])
@@ -127,16 +138,63 @@ def test_a_policy_with_one_live_channel_is_measured_without_controls():
     part.figure(tables)
 
 
+@pytest.fixture
+def helpful(tables):
+    """The tables of a policy that finds the cheese more often by every ablation, most of all in the post's place."""
+    changed = copy.deepcopy(tables)
+    for kind in ("zero", "mean", "resample"):
+        row_of(changed, "channel 27", kind).update(effect=0.2, effect_low=0.1, effect_high=0.3)
+    for row in changed["across"]:
+        row.update(difference=0.2, difference_low=0.1, difference_high=0.3)
+    return changed
+
+
 @pytest.mark.parametrize(
     ("effect", "low", "high", "agrees"),
     [(0.2, 0.1, 0.3, "yes"), (0.2, -0.1, 0.3, "undecided"), (-0.2, -0.3, -0.1, "no")],
 )
-def test_the_finding_agrees_when_zeroing_the_up_channel_helps_beyond_its_interval(tables, effect, low, high, agrees):
-    changed = copy.deepcopy(tables)
-    row_of(changed, "channel 27").update(effect=effect, effect_low=low, effect_high=high)
-    finding = part.finding(changed)
+def test_the_finding_agrees_only_when_zeroing_the_up_channel_helps(helpful, effect, low, high, agrees):
+    row_of(helpful, "channel 27").update(effect=effect, effect_low=low, effect_high=high)
+    finding = part.finding(helpful)
     assert finding.agrees == agrees
-    assert shown(row_of(changed, "channel 27"), "effect", "+.3f") in finding.ours
+    assert shown(row_of(helpful, "channel 27"), "effect", "+.3f") in finding.ours
+
+
+@pytest.mark.parametrize("kind", ["mean", "resample"])
+def test_the_finding_agrees_in_part_when_another_ablation_does_not_help(helpful, kind):
+    row_of(helpful, "channel 27", kind).update(effect=-0.2, effect_low=-0.3, effect_high=-0.1)
+    finding = part.finding(helpful)
+    assert finding.agrees == "in part"
+    assert "-0.200 (-0.300 to -0.100)" in finding.ours
+
+
+@pytest.mark.parametrize("place", part.PLACES[1:])
+def test_the_finding_agrees_in_part_when_zeroing_helps_as_much_with_the_cheese_elsewhere(helpful, place):
+    (row,) = (
+        row for row in helpful["across"] if (row["minus"], row["kind"], row["ablated"]) == (place, "zero", "channel 27")
+    )
+    row.update(difference_low=-0.1)
+    assert part.finding(helpful).agrees == "in part"
+
+
+def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whether_it_was_chosen(tables):
+    for channel, named in ((31, "channel 31 (UP), which the rule did not choose"), (10, "chose for RIGHT")):
+        changed = copy.deepcopy(tables)
+        row_of(changed, f"channel {channel}").update(effect=-0.9, effect_low=-0.95, effect_high=-0.85)
+        told = part.finding(changed).follows
+        assert named in told and "-0.900 (-0.950 to -0.850) (zero)" in told
+
+
+def test_how_far_the_ablated_sum_is_from_the_usual_stands_beside_the_effect_but_for_the_mean(tables):
+    assert all((row["absolute_z"] is None) == (row["kind"] == "mean") for row in tables["effects"])
+    zero, resampled = (row_of(tables, "channel 27", kind)["absolute_z"] for kind in ("zero", "resample"))
+    told = part.finding(tables).follows
+    assert f"lies {zero:.1f} (zero) and {resampled:.1f} (resample) standard deviations" in told
+
+
+def test_what_was_chosen_comes_first_in_the_table(tables):
+    controls = [row["role"] == "control" for row in tables["effects"]]
+    assert controls == sorted(controls) and set(controls) == {True, False}
 
 
 def test_the_finding_says_how_many_other_channels_do_as_much(tables):
@@ -145,8 +203,13 @@ def test_the_finding_says_how_many_other_channels_do_as_much(tables):
     assert "Of the 30 other live channels, zeroed one by one, 3 change" in part.finding(changed).follows
 
 
-def test_the_figure_has_three_panels(tables):
-    assert len(part.figure(tables).axes) == 3
+def test_the_figure_has_the_channels_above_the_groups_and_the_posts_table(tables):
+    channels, groups, elsewhere, _, table = part.figure(tables).axes
+    assert [axes.get_yticklabels()[0].get_text() for axes in (channels, groups)] == [
+        "channel 10\nbest for RIGHT",
+        "top 6",
+    ]
+    assert elsewhere.get_title() == "zeroed" and table.get_title() == "channel 27 zeroed, walks with common draws"
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):

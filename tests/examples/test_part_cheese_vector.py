@@ -5,13 +5,22 @@ import pytest
 import torch
 from studies import from_files, shipped_points, small_study
 
+from maze.effects import activations
 from maze.exact import Chains
 from maze.levels import observe, policy_input
+from maze.off_distribution import mouse_anywhere
 from maze.part import shown
 from maze.parts import cheese_vector as part
 from maze.states import read_mazes, write_mazes
-from maze.steering import BLOCK, CONTROLS, OWN, against_controls, difference_vectors, steered
+from maze.steering import BLOCK, CONTROLS, OWN, added, against_controls, difference_vectors, far_from_usual, steered
 from maze.tables import action_tables
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_metered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maze.steering.METERED", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,16 @@ def test_controls_have_the_norm_of_each_levels_own_vector_or_are_another_ones(ve
     assert not torch.allclose(shuffled, differences)
 
 
+def test_the_distance_of_a_vector_from_usual_sums_by_hand(study, vectors):
+    levels, differences = vectors
+    (far,) = far_from_usual(study, {OWN: added(study.points, differences, 2.0)}, levels).values()
+    some = mouse_anywhere(levels, study.seed_for("metered mouse"))
+    usual = study.levels("metered usual", 20, size=7, cheese="as drawn", mouse="anywhere")
+    sums, others = (activations(study.points, each, BLOCK)[BLOCK].double().sum(dim=(2, 3)) for each in (some, usual))
+    z = (sums + 2 * differences.double().sum(dim=(2, 3)) - others.mean(dim=0)).abs() / others.std(dim=0)
+    assert far == pytest.approx(float(z.mean()), rel=1e-3)
+
+
 def test_own_minus_control_is_the_mean_difference_over_levels():
     values = {"found": np.array([[0.5, 0.5], [0.1, 0.3], [0.4, 0.4], [0.5, 0.5], [0.2, 0.4]])}
     rows = against_controls(values, [OWN, *CONTROLS], seed=0)
@@ -87,6 +106,14 @@ def test_the_finding_agrees_when_less_cheese_is_found_than_with_every_control(ta
 def test_without_decision_squares_the_finding_says_so(tables):
     fewer = [row for row in tables["effects"] if not row["measure"].startswith("to_")]
     assert "No level has a decision square." in part.finding({**tables, "effects": fewer}).ours
+
+
+def test_the_distance_from_usual_sums_stands_beside_every_effect_and_in_the_finding(tables):
+    changed = copy.deepcopy(tables)
+    assert all(row["absolute_z"] > 0 for row in tables["effects"] if row["intervention"] in (OWN, *CONTROLS))
+    for row in changed["effects"]:
+        row["absolute_z"] = 7.25 if row["intervention"] == OWN else 1.0
+    assert f"7.2 with {OWN}, 1.0 with {CONTROLS[0]}" in part.finding(changed).follows
 
 
 def test_the_figure_has_a_line_for_every_vector(tables):

@@ -11,7 +11,7 @@ from maze.part import shown
 from maze.parts import corner_vector as part
 from maze.paths import distances, top_right
 from maze.states import mazes_from_pictures, read_mazes, write_mazes
-from maze.steering import BLOCK, OWN, added, difference_vectors
+from maze.steering import BLOCK, CONTROLS, OWN, added, difference_vectors
 from maze.tables import action_tables
 
 THROUGH_THE_CORNER = """
@@ -21,6 +21,13 @@ THROUGH_THE_CORNER = """
     .####
     M....
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_metered():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maze.steering.METERED", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +82,14 @@ def test_the_finding_agrees_when_the_corner_is_passed_more_often_than_with_the_c
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(own, "effect", "+.3f") in finding.ours
+
+
+def test_the_distance_from_usual_sums_stands_beside_every_effect_and_in_the_finding(tables):
+    changed = copy.deepcopy(tables)
+    assert all(row["absolute_z"] > 0 for row in tables["effects"] if row["intervention"] in (OWN, *CONTROLS))
+    for row in changed["effects"]:
+        row["absolute_z"] = 7.25 if row["intervention"] == OWN else 1.0
+    assert f"7.2 with {OWN}, 1.0 with {CONTROLS[0]}" in part.finding(changed).follows
 
 
 def test_the_figure_has_a_line_for_every_vector(tables):

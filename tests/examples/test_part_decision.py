@@ -18,6 +18,7 @@ def study():
         patch.setattr(part, "SIZE", 9)
         patch.setattr(part, "MOST_DRAWN", 3)
         patch.setattr("maze.part.SELECTION_LEVELS", 80)
+        patch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 80)
         yield Study(shipped_points(), {}, 6, seed=0)
 
 
@@ -96,13 +97,13 @@ def test_accepted_levels_are_the_first_past_the_threshold(study, tables):
             )
         ]
         every = at_decision_squares(study.points, levels)
-        past = np.flatnonzero(every.sums[:, threshold["channel"]] > threshold["threshold"])[: study.n]
         assert threshold["accepts"] == "above"
         (row,) = (
             row
             for row in tables["choices"]
             if (row["direction"], row["squares"], row["split"]) == (direction.name, "accepted", part.SPLITS[0])
         )
+        past = np.flatnonzero(every.sums[: row["drawn"], threshold["channel"]] > threshold["threshold"])
         drawn = past[-1] + 1 if len(past) == study.n else row["drawn"]
         assert (row["n"], row["drawn"]) == (len(past), drawn)
         if len(past):
@@ -121,13 +122,38 @@ def test_the_counts_of_every_table_are_its_levels(tables):
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
     back = from_files(tables, tmp_path)
     assert part.PART.finding(back) == part.PART.finding(tables)
-    assert len(part.PART.figure(back).axes) == 3
+    panels = part.PART.figure(back).axes
+    assert len(panels) == 3
+    n = {row["split"]: row["n"] for row in back["choices"] if (row["direction"], row["squares"]) == ("UP", "accepted")}
+    columns = [label.get_text() for label in panels[0].get_xticklabels()]
+    assert columns[:2] == [f"channel high,\nin, n={n[part.SPLITS[0]]}", f"channel high,\nout, n={n[part.SPLITS[1]]}"]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "drawn", "helps"),
+    [
+        (1000, 3000, False),  # n is there
+        (66, 1000, True),  # n will be
+        (240, 6000, False),  # `ENOUGH` is, and 20 n levels would hold some 800
+        (120, 3000, True),  # `ENOUGH` will be
+        (6, 1000, True),  # `FEWEST` may be
+        (1, 2000, False),  # 20 n levels would hold some 10, and 60 at best
+    ],
+)
+def test_levels_are_drawn_while_they_help(monkeypatch, accepted, drawn, helps):
+    monkeypatch.setattr(part, "MOST_DRAWN", 20)
+    assert part._helps(accepted, drawn, 1000) == helps
+
+
+def test_no_more_than_n_levels_are_waited_for(monkeypatch):
+    monkeypatch.setattr(part, "MOST_DRAWN", 20)
+    assert part._helps(19, 20, 20) and not part._helps(20, 20, 20) and not part._helps(0, 100_000, 20)
 
 
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     changed = copy.deepcopy(tables)
     for row in changed["choices"]:
-        row |= {"n": 999, "goes_low": 0.9}
+        row |= {"n": 999, "goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": 0.95, "to_cheese_high": 1.0}
     for row in changed["matched"]:
         row |= {"difference": 0.5, "difference_low": 0.4, "difference_high": 0.6}
     found = part.PART.finding(changed)
@@ -137,8 +163,25 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     assert part.PART.finding(changed).agrees == "in part"
 
 
+def test_few_levels_on_a_side_are_not_judged(tables):
+    changed = copy.deepcopy(tables)
+    for row in changed["choices"]:
+        row |= {"goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": 0.95, "to_cheese_high": 1.0}
+        row["n"] = part.FEWEST - (row["split"] == part.SPLITS[1])
+    for row in changed["matched"]:
+        row |= {"difference": 0.5, "difference_low": 0.4, "difference_high": 0.6}
+    found = part.PART.finding(changed)
+    assert found.agrees == "undecided" and "fewer than 100, so this is not judged" in found.ours
+
+
+def test_a_mouse_that_misses_the_cheese_in_distribution_does_not_agree_in_full(tables):
+    inside = {"n": 500, "to_cheese_low": 0.7, "to_cheese_high": 0.8}
+    outside = {"n": 500, "goes_low": 0.9, "goes_high": 1.0}
+    assert part._claims(inside, outside, {"difference_low": 0.4, "difference_high": 0.6}) == [False, True, True]
+
+
 def test_a_policy_without_thresholds_is_not_comparable(study, monkeypatch):
-    monkeypatch.setattr(part, "precise_threshold", lambda *_: None)
+    monkeypatch.setattr(part, "precise_thresholds", lambda _, directions: dict.fromkeys(directions))
     tables = part.measure(study)
     found = part.PART.finding(tables)
     assert found.agrees == "not comparable" and "has no threshold" in found.ours

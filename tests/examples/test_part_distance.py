@@ -15,6 +15,7 @@ def study():
         patch.setattr(part, "SIZE", 13)
         patch.setattr(part, "RESAMPLES", 99)
         patch.setattr("maze.part.SELECTION_LEVELS", 80)
+        patch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 80)
         yield Study(shipped_points(), {}, 12, seed=0)
 
 
@@ -81,8 +82,32 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     assert part.PART.finding(changed).agrees == "no"
 
 
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ((0.9, 0.4, 0.4, 0.1), "falls or stays from each of these 4 bins"),
+        ((0.9, 0.2, 0.3, 0.4), "in 2 of 3 bins, and lowest, 20% (10% to 30%), with the cheese 4 to under 8 cells"),
+    ],
+)
+def test_a_fall_that_is_not_steady_is_told_as_such(shares, told):
+    rows = [
+        {"from": 4 * place, "below": 4 * place + 4, "n": 50, "share": share, "share_low": 0.1, "share_high": 0.3}
+        for place, share in enumerate(shares)
+    ]
+    assert told in part._course(rows)
+
+
+def test_a_correlation_that_is_not_known_is_an_open_claim(tables):
+    changed = copy.deepcopy(tables)
+    for row in changed["trends"]:
+        known = row["measure"] == part.MOUSE
+        ends = (-0.33, -0.5, -0.1) if known else (None,) * 3
+        row |= dict(zip(("correlation", "correlation_low", "correlation_high"), ends, strict=True))
+    assert part.PART.finding(changed).agrees == "in part"
+
+
 def test_a_policy_without_thresholds_and_without_variation_is_told_as_such(study, monkeypatch):
-    monkeypatch.setattr(part, "precise_threshold", lambda *_: None)
+    monkeypatch.setattr(part, "precise_thresholds", lambda _, directions: dict.fromkeys(directions))
     seen = part.at_decision_squares
     monkeypatch.setattr(part, "at_decision_squares", lambda *given: still(seen(*given)))
     tables = part.measure(study)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from studies import from_files, shipped_points
 
+from chanpatch.statistics import Interval
 from maze.decision_squares import DISTANCES, Decisions
+from maze.labels import LabelledChannel
 from maze.part import Study
 from maze.parts import hypothesis as part
-from maze.parts.hypothesis import BASE, FITTED, OWN, PUSH, Pushes, towards_cheese
+from maze.parts.hypothesis import BASE, OWN, PUSH, Pushes, towards_cheese
 from maze.paths import Direction
 from maze.selection import Selection
 from maze.tables import SITE
@@ -20,6 +22,7 @@ def study():
         patch.setattr(part, "REFERENCE", 8)
         patch.setattr(part, "RESAMPLES", 99)
         patch.setattr("maze.part.SELECTION_LEVELS", 100)
+        patch.setattr("maze.part.LABEL_LEVELS", 60)
         yield Study(shipped_points(), {}, 12, seed=0)
 
 
@@ -49,16 +52,23 @@ def test_a_push_is_the_weighted_sum_of_the_standardised_sums():
     np.testing.assert_allclose(Pushes(weights, mean, deviation)(some), expected)
 
 
-def test_a_channel_of_two_directions_pushes_for_both_and_a_dead_one_for_none():
-    rng = np.random.default_rng(0)
-    first = np.arange(400) % 4
-    sums = rng.normal(size=(400, 3))
-    sums[:, 0] += 3 * (first == Direction.UP)
-    sums[:, 1] += 3 * np.isin(first, (Direction.LEFT, Direction.DOWN))
+def labelled(label, area):
+    return LabelledChannel(label, label, auc_choice=area and Interval(area, area - 0.1, area + 0.1, 0.95))
+
+
+def test_a_channel_of_two_directions_pushes_for_both_and_one_without_label_for_none():
+    sums = np.random.default_rng(0).normal(size=(40, 3))
     sums[:, 2] = 1.0
-    selection = Selection(SITE, sums, first, np.ones((400, 4), dtype=bool), np.empty(0), {}, (0, 1), (0, 1))
-    pushing = Pushes.of(selection, seed=0).weights > 0
-    assert np.argwhere(pushing).tolist() == [[Direction.LEFT, 1], [Direction.DOWN, 1], [Direction.UP, 0]]
+    selection = Selection(SITE, sums, np.zeros(40), np.empty(0), np.empty(0), {}, (0, 1), (0, 1))
+    pushes = Pushes.of(selection, [labelled("UP", 0.9), labelled("LEFT or DOWN", 0.75), labelled(None, None)])
+    np.testing.assert_allclose(pushes.weights, [[0, 0.25, 0], [0, 0.25, 0], [0.4, 0, 0], [0, 0, 0]])
+    assert pushes.deviation[2] == 1
+
+
+@pytest.mark.parametrize(("label", "area"), [("DOWN or UP", 0.7), ("UP", 0.45), ("UP", None)])
+def test_a_channel_that_tells_no_more_than_the_walls_do_pushes_for_no_direction(label, area):
+    selection = Selection(SITE, np.ones((4, 1)), np.zeros(4), np.empty(0), np.empty(0), {}, (0,), (0,))
+    assert not Pushes.of(selection, [labelled(label, area)]).weights.any()
 
 
 def test_towards_the_cheese_is_its_share_of_the_two_ways():
@@ -123,7 +133,7 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     for row in changed["controls"]:
         row["rank_p"] = 0.01
     for row in changed["predictions"]:
-        if row["predictor"] == FITTED:
+        if row["predictor"] == PUSH:
             row["gain_low"] = -0.1
     assert part.PART.finding(changed).agrees == "in part"
     for row in changed["controls"]:

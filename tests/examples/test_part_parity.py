@@ -96,19 +96,39 @@ def test_the_activity_is_told_for_the_way_its_opposite_and_a_wall(tables):
     assert rows[0]["n"] + rows[1]["n"] == rows[2]["n"] + rows[3]["n"] == rows[4]["n"] == 12
 
 
-def test_the_finding_names_the_case_that_loses_most_and_counts_the_signs(tables):
+def with_one_channel_in_every_case(tables):
     changed = copy.deepcopy(tables)
     filled = {f"{name}{end}": 0.0 for name in ("auc_own", "loss", "rank_own", "rank_other", "rank_loss")
               for end in ("", "_low", "_high")}  # fmt: skip
     for row in changed["transfer"]:
         row |= filled | {"channel_own": 5, "channel_other": 5}
-    assert "In 8 of 8 cases" in part.finding(changed).ours
-    assert "no sign of circuits" in part.finding(changed).follows
-    changed["transfer"][2] |= {"channel_other": 7, "loss": 0.25, "loss_low": 0.125, "loss_high": 0.5}
+    return changed
+
+
+def test_where_both_classes_choose_one_channel_no_loss_is_counted(tables):
+    told = part.finding(with_one_channel_in_every_case(tables))
+    assert "In 8 of 8 cases" in told.ours
+    assert "No class has a channel of its own." in told.follows
+    assert "worse" not in told.follows and "sign of circuits" not in told.follows
+
+
+@pytest.mark.parametrize(("low", "said"), [(0.125, "That is a sign of circuits"), (-0.125, "No sign of circuits")])
+def test_the_finding_names_the_case_that_loses_most_of_those_with_a_channel_of_their_own(tables, low, said):
+    changed = with_one_channel_in_every_case(tables)
+    row = next(row for row in changed["transfer"] if (row["direction"], row["square"]) == ("UP", "odd, even"))
+    row |= {"channel_other": 7, "loss": 0.25, "loss_low": low, "loss_high": 0.5}
     told = part.finding(changed)
     assert "In 7 of 8 cases" in told.ours
-    assert "loses most for UP at (odd, even) squares: AUC 0.250 (0.125 to 0.500)" in told.ours
-    assert "in 1 of 8 cases" in told.follows and ": a sign of circuits" in told.follows
+    assert f"loses most for UP at (odd, even) squares: AUC 0.250 ({low:.3f} to 0.500)" in told.follows
+    assert f"in {int(low > 0)} of 1 cases; it loses" in told.follows and said in told.follows
+
+
+def test_opposite_directions_count_once_where_the_order_of_channels_differs(tables):
+    changed = with_one_channel_in_every_case(tables)
+    for row in changed["transfer"]:
+        if row["direction"] in ("UP", "DOWN") and row["square"] == "odd, even":
+            row["rank_loss_low"] = 0.1
+    assert "in 1 of 4 cases of an axis and a class" in part.finding(changed).follows
 
 
 def test_tables_without_estimates_are_drawn_and_told(tables):

@@ -4,25 +4,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from studies import shipped_points, small_study
+from studies import from_files, shipped_points, small_study
 
+from chanpatch.statistics import Interval
+from maze.labels import LabelledChannel
 from maze.levels import draw_levels, observe, policy_input
 from maze.pairs import contrastive_pairs, rotations
 from maze.parts import ranking as part
 from maze.states import write_mazes
 from maze.tables import SITE
 
+KNOWN, UNKNOWN = Interval(0.8, 0.75, 0.85, 0.95), Interval(0.5, 0.4, 0.6, 0.95)
+
 
 def study_with_told_channels(live):
-    """Channel 27 tells UP on the made-up selection mazes, channel 13 DOWN or LEFT, and the others nothing."""
-    rng = np.random.default_rng(0)
-    first = np.arange(160) % 4
-    sums = rng.normal(size=(160, 32))
-    sums[:, 27] += 5 * (first == 2)
-    sums[:, 13] += 5 * (first <= 1)
-    sums[:, [channel for channel in range(32) if channel not in live]] = 0
+    """Channel 27 stands for UP, channel 13 for LEFT or DOWN, and the others for nothing."""
     study = small_study(4, live)
-    study.__dict__["selection"] = replace(study.selection, sums=sums, first=first)
+    told = {27: LabelledChannel("UP", "UP", 40, Interval(0.9, 0.8, 0.95, 0.95), 0.01, 60, KNOWN)}
+    told[13] = replace(told[27], label="LEFT or DOWN", candidate="LEFT or DOWN", n_choice=70)
+    nothing = LabelledChannel(None, "RIGHT", 40, Interval(0.5, 0.4, 0.6, 0.95), 1.0, 50, UNKNOWN)
+    study.__dict__["labels"] = [told.get(channel, nothing) for channel in range(32)]
     return study
 
 
@@ -49,23 +50,44 @@ def test_the_difference_is_the_mean_over_the_rotations_of_the_absolute_one(table
     assert sorted(row["rank_five_pairs"] for row in tables["ranking"]) == list(range(1, 33))
 
 
-def test_a_channel_gets_the_label_or_the_union_that_its_sum_tells(tables):
-    labels = {row["channel"]: row["label"] for row in tables["ranking"]}
-    assert (labels[27], labels[13]) == ("UP", "LEFT or DOWN")
+def test_a_channel_has_its_label_and_what_it_tells_where_there_is_a_choice(tables):
+    rows = {row["channel"]: row for row in tables["ranking"]}
+    assert (rows[27]["label"], rows[13]["label"], rows[0]["label"]) == ("UP", "LEFT or DOWN", None)
+    assert (rows[27]["n_choice"], rows[27]["auc_choice"], rows[27]["auc_choice_low"]) == (60, 0.8, 0.75)
 
 
-def test_the_finding_agrees_when_the_first_ten_have_labels_and_says_how_many_others_do(tables):
+@pytest.fixture
+def read(tables):
+    """The tables of a policy whose channels all stand for RIGHT beyond the walls."""
     changed = copy.deepcopy(tables)
     for row in changed["ranking"]:
-        row["label"] = "RIGHT"
-    assert part.finding(changed).agrees == "yes"
-    assert "of the 16 live channels that it ranks lower, 16 have a label" in part.finding(changed).does_not_follow
-    for row in changed["ranking"][:6]:
-        row["label"] = None
-    changed["ranking"][0]["channel"] = 99
-    told = part.finding(changed)
-    assert told.agrees == "no"
-    assert "99 no label" in told.ours
+        row.update(label="RIGHT", auc_choice=0.8, auc_choice_low=0.75)
+    return changed
+
+
+def test_the_finding_agrees_when_the_first_ten_stand_for_directions_and_says_how_many_others_do(read):
+    told = part.finding(read)
+    assert told.agrees == "yes" and "10 of these 10 stand for a direction" in told.ours
+    assert "of the 22 live channels that it ranks lower, 22 stand for a direction" in told.does_not_follow
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"label": None},
+        {"label": "DOWN or UP"},
+        {"label": "LEFT or RIGHT"},
+        {"label": "LEFT or DOWN or UP"},
+        {"auc_choice": 0.72, "auc_choice_low": 0.65},
+        {"auc_choice": None, "auc_choice_low": None, "auc_choice_high": None},
+    ],
+)
+def test_a_channel_that_notices_walls_or_opposite_directions_is_no_reading(changed, read):
+    for agrees, rows in (("in part", read["ranking"][:5]), ("no", read["ranking"][5:6])):
+        for row in rows:
+            row.update(changed)
+        assert part.finding(read).agrees == agrees
+    assert "4 of these 10 stand for a direction" in part.finding(read).ours
 
 
 def test_few_live_channels_are_ranked_and_drawn():
@@ -73,3 +95,9 @@ def test_few_live_channels_are_ranked_and_drawn():
     assert {row["channel"] for row in tables["ranking"]} == {13, 27}
     assert part.figure(tables).axes
     assert part.finding(tables).agrees == "yes"
+
+
+def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
+    read = from_files(tables, tmp_path)
+    assert part.finding(read) == part.finding(tables)
+    assert part.figure(read).axes

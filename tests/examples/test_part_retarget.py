@@ -5,12 +5,15 @@ import pytest
 import torch
 from studies import from_files, shipped_points, small_study
 
+from maze.effects import activations
 from maze.episodes import ORIGINAL
 from maze.exact import Chains, cheese_and_corner
 from maze.levels import draw_levels
+from maze.off_distribution import mouse_anywhere
 from maze.part import shown
 from maze.parts import retarget as part
 from maze.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.steering import BLOCK
 from maze.tables import action_tables
 
 BLOCKED = """
@@ -30,7 +33,13 @@ def tables():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "CHOOSING_LEVELS", 8)
         patch.setattr(part, "MULTIPLES", (1, 4))
+        patch.setattr(part, "METERED", 20)
         yield part.measure(small_study(6, (27,)))
+
+
+@pytest.fixture
+def few_metered(monkeypatch):
+    monkeypatch.setattr(part, "METERED", 20)
 
 
 def test_map_cells_count_from_the_top_left_of_the_world():
@@ -74,9 +83,46 @@ def test_only_the_channels_of_the_level_are_set_and_only_at_its_cell():
     torch.testing.assert_close(changed, expected)
 
 
-def test_the_magnitude_with_the_largest_effect_is_the_one_that_is_used(tables):
-    best = max(tables["magnitudes"], key=lambda row: row["effect"])
-    assert str(tables["against"][0]["multiple"]) == best["intervention"]
+def test_the_magnitude_whose_interval_has_the_highest_low_end_is_the_one_that_is_used(tables):
+    best = max(tables["magnitudes"], key=lambda row: row["effect_low"])
+    assert [str(row["multiple"]) for row in tables["against"]] == [best["intervention"]] * 2
+
+
+def test_a_magnitude_that_does_more_on_average_and_less_for_certain_is_not_taken():
+    reached = np.array([[0.1] * 6, [0.2] * 6, [0.0] * 3 + [0.7] * 3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "MULTIPLES", (1, 4))
+        patch.setattr(part, "_reached", lambda *_: reached)
+        study = small_study(6, (27,))
+        levels = study.levels("retarget choosing", 6, size=7)
+        rows, multiple = part._magnitudes(study, levels, np.array([2, 3]), np.array([1.0, 2.0]))
+    assert rows[1]["effect"] > rows[0]["effect"] and multiple == 1
+
+
+def test_the_controls_are_compared_over_the_same_levels(tables):
+    effects = {row["intervention"]: row["effect"] for row in tables["effects"]}
+    assert {row["intervention"]: row["control"] for row in tables["against"]} == part.CONTROLS
+    for row in tables["against"]:
+        more = effects[row["intervention"]] - effects[row["control"]]
+        assert row["own_minus_control"] == pytest.approx(more, abs=1e-9)
+
+
+@pytest.mark.usefixtures("few_metered")
+def test_the_absolute_z_of_the_first_channel_by_hand(tables):
+    study, first = small_study(6, (27,)), tables["channels"][0]
+    levels, targets = part.with_targets(
+        study.levels("retarget", size=part.SIZE, cheese="as drawn"), study.seed_for("retarget targets")
+    )
+    some = mouse_anywhere(levels, study.seed_for("retarget mouse"))
+    usual = study.levels("retarget usual", part.METERED, size=part.SIZE, cheese="as drawn", mouse="anywhere")
+    maps, others = (
+        activations(study.points, each, BLOCK)[BLOCK][:, first["channel"]].double().numpy() for each in (some, usual)
+    )
+    row, col = part.map_cells(read_mazes(levels), targets).T
+    maps[np.arange(len(maps)), row, col] = tables["against"][0]["multiple"] * first["activation"]
+    usual_sums = others.sum(axis=(1, 2))
+    z = np.abs(maps.sum(axis=(1, 2)) - usual_sums.mean()) / usual_sums.std(ddof=1)
+    assert tables["effects"][0]["absolute_z"] == pytest.approx(z.mean(), rel=1e-3)
 
 
 def test_with_the_cheese_itself_at_the_target_the_target_is_reached_as_often_as_the_cheese_is_found(tables):
@@ -90,7 +136,7 @@ def test_with_the_cheese_itself_at_the_target_the_target_is_reached_as_often_as_
 
 
 def test_every_level_is_in_one_bin_of_distances(tables):
-    own = [row for row in tables["distance"] if row["intervention"] == part.ALL]
+    own = [row for row in tables["distance"] if row["intervention"] == part.ONE]
     assert sum(row["n"] for row in own) == tables["effects"][0]["n"]
     total = sum(row["n"] * row["effect"] for row in own)
     assert total == pytest.approx(tables["effects"][0]["n"] * tables["effects"][0]["effect"], abs=1e-9)
@@ -108,6 +154,13 @@ def test_the_finding_agrees_when_the_target_is_reached_more_often_than_with_othe
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(changed["effects"][0], "effect", "+.3f") in finding.ours
+
+
+def test_the_finding_says_when_the_largest_multiple_was_taken(tables):
+    changed = copy.deepcopy(tables)
+    for multiple, said in ((4, True), (1, False)):
+        changed["against"][0]["multiple"] = multiple
+        assert ("the largest multiple tried" in part.finding(changed).ours) == said
 
 
 def test_the_figure_shows_the_magnitudes_and_the_distances(tables):

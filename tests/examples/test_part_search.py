@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 from studies import shipped_points, small_study
 
@@ -29,14 +30,24 @@ def test_every_module_with_channels_is_searched_once_and_no_alias():
     assert [name for name in shipped_points() if name in searched] == searched
 
 
-def test_a_channel_is_chosen_on_its_own_mazes_and_scored_on_others(study, tables):
-    levels = study.levels("search choice", 3 * 16, size=25, cheese="in distribution", mouse="anywhere")
-    opened, labels = part.open_to(part.Direction.UP, levels, 16)
-    sums = part._all_sums(study.points, opened)[SITE]
-    areas = [auc(sums[:, channel], labels).estimate for channel in range(32)]
-    (row,) = (row for row in tables["hook_points"] if (row["hook_point"], row["direction"]) == (SITE, "UP"))
-    assert areas[row["channel"]] == max(areas)
+@pytest.mark.parametrize("hook_point", [SITE, "embedder.fc"])
+def test_a_channel_is_chosen_either_way_round_on_its_own_mazes_and_scored_so_on_others(study, tables, hook_point):
+    areas = channel_areas(study, "search choice", 16, hook_point)
+    (row,) = (row for row in tables["hook_points"] if (row["hook_point"], row["direction"]) == (hook_point, "UP"))
+    telling = [abs(each - 0.5) for each in areas]
+    assert telling[row["channel"]] == pytest.approx(max(telling))
+    assert row["chosen_by"] == pytest.approx(0.5 + max(telling))
+    assert row["told_by"] == ("high sums" if areas[row["channel"]] >= 0.5 else "low sums")
+    scored = channel_areas(study, "search in", 12, hook_point)[row["channel"]]
+    assert row["in"] == pytest.approx(scored if row["told_by"] == "high sums" else 1 - scored)
     assert row["n_in"] == row["n_out"] == 12
+
+
+def channel_areas(study, purpose, n, hook_point):
+    levels = study.levels(purpose, 3 * n, size=25, cheese="in distribution", mouse="anywhere")
+    opened, labels = part.open_to(part.Direction.UP, levels, n)
+    sums = part._all_sums(study.points, opened)[hook_point]
+    return [auc(column, labels).estimate if np.ptp(column) else 0.5 for column in sums.T]
 
 
 def test_the_contrast_is_over_all_channels_that_are_searched(study, tables):
@@ -47,18 +58,52 @@ def test_the_contrast_is_over_all_channels_that_are_searched(study, tables):
 
 
 @pytest.mark.parametrize(
-    ("highest", "knowing", "agrees"),
-    [(SITE, 4, "yes"), (SITE, 2, "in part"), ("embedder.fc", 4, "in part"), ("embedder.fc", 0, "no")],
+    ("direction", "knowing", "agrees"),
+    [("UP", 4, "yes"), ("RIGHT", 4, "yes"), ("LEFT", 4, "in part"), ("UP", 2, "in part"), ("LEFT", 0, "no")],
 )
-def test_the_finding_agrees_when_relu3_differs_most_and_tells_all_directions(tables, highest, knowing, agrees):
+def test_the_finding_agrees_when_the_pairs_channel_differs_most_and_relu3_tells_all(tables, direction, knowing, agrees):
     changed = copy.deepcopy(tables)
-    changed["contrast"][0]["site"] = f"Site('{highest}', channel=27)"
-    filled = {name: 0.9 for name in ("in", "in_high", "out", "out_high")} | {"out_low": 0.8, "in_low": 0.4}
-    for row in changed["hook_points"]:
-        row |= filled
-    for row in [row for row in changed["hook_points"] if row["hook_point"] == SITE][:knowing]:
-        row["in_low"] = 0.85
+    filled = {name: 0.9 for name in ("in", "in_high", "out", "out_high", "out_low")} | {"in_low": 0.85}
+    at = [row for row in changed["hook_points"] if row["hook_point"] == SITE]
+    for number, row in enumerate(at):
+        row |= filled | ({} if number < knowing else {"in_low": 0.6, "in_high": 0.7}) | {"channel": number}
+    channels = {row["direction"]: row["channel"] for row in at}
+    effect = {"effect": 2.0, "low": 1.5, "high": 2.5}
+    changed["contrast"] = [
+        changed["contrast"][0] | effect | {"site": f"Site('{SITE}', channel={channels[direction]})", "rank": 1}
+    ]
     assert part.finding(changed).agrees == agrees
+
+
+@pytest.mark.parametrize(
+    ("top", "wanted", "stands_out"),
+    [
+        ((1.5, 2.5), (-1.7, -0.5), None),  # its size reaches the top's
+        ((1.5, 2.5), (-1.4, -0.5), False),
+        ((-0.1, 2.5), (-1.4, -0.5), None),  # nothing stands out
+        ((None, None), (-1.4, -0.5), None),
+    ],
+)
+def test_a_channel_of_other_directions_on_top_counts_against_it_only_beyond_the_intervals(top, wanted, stands_out):
+    rows = [{"site": name, "low": low, "high": high} for name, (low, high) in (("other", top), ("up", wanted))]
+    assert part._stands_out(rows, ["up"]) is stands_out
+    first_is_wanted = part._stands_out([rows[0] | {"site": "up"}], ["up"])
+    assert first_is_wanted is (True if top == (1.5, 2.5) else None)
+
+
+def test_the_best_hook_point_is_the_one_of_the_choice_mazes(tables):
+    changed = copy.deepcopy(tables)
+    for row in changed["hook_points"]:
+        row |= {"in": 0.9, "out": 0.9, "chosen_by": 0.8}
+    row = changed["hook_points"][-1]
+    row |= {"in": 0.6, "chosen_by": 0.81, "told_by": "low sums"}
+    told = f"{row['hook_point']} for {row['direction']} channel {row['channel']}, by low sums, AUC 0.600"
+    assert told in part.finding(changed).follows
+
+
+def test_the_legend_says_where_the_cheese_is(tables):
+    legend = part.figure(tables).axes[0].get_legend()
+    assert [each.get_text() for each in legend.get_texts()] == ["cheese in distribution", "cheese out of distribution"]
 
 
 def test_areas_that_could_not_be_estimated_are_left_out(tables):

@@ -6,6 +6,7 @@ import torch
 from studies import shipped_points, small_study
 
 from chanpatch import run_with_cache
+from maze.channels import channel_sums
 from maze.levels import observe, policy_input
 from maze.parts import spatial as part
 from maze.paths import Direction
@@ -82,7 +83,7 @@ def test_one_channel_may_stand_for_several_directions_without_controls():
     tables = part.measure(small_study(3, (27,), dict.fromkeys(Direction, 27)))
     assert {row["role"] for row in tables["shares"]} == {"LEFT and DOWN and UP and RIGHT"}
     assert all(row["rank"] is None for row in tables["shares"])
-    assert part.figure(tables).axes and "no others" in part.finding(tables).follows
+    assert part.figure(tables).axes and "there are no others" in part.finding(tables).follows
 
 
 def test_without_an_active_channel_the_finding_says_so(tables):
@@ -108,9 +109,24 @@ def test_the_finding_agrees_when_nearly_all_of_the_sum_lies_around_the_mouse(tab
     assert part.finding(changed).agrees == agrees
 
 
-def test_the_figure_draws_the_observation_that_is_in_the_table(study, tables):
-    level = study.levels("spatial", size=25, cheese="in distribution", mouse="anywhere")[0]
+def test_the_finding_is_of_the_circle_of_one_cell_and_says_the_rank_there(tables):
+    found = part.finding(tables)
+    assert found.ours.startswith("Share of the sum within 1 map cell (3.1 squares) of the mouse")
+    row = next(row for row in tables["shares"] if (row["channel"], row["distance"]) == (27, 1))
+    assert f"UP (channel 27) {row['share']:.3f}" in found.ours and f"rank {row['rank']} of 2" in found.ours
+    wider = copy.deepcopy(tables)
+    for row in wider["shares"]:
+        if row["distance"] > 1:
+            row |= {"share_low": 0.0, "share_high": 0.1, "difference_low": -0.9, "difference_high": -0.5}
+    assert part.finding(wider) == found
+
+
+def test_the_figure_draws_the_maze_with_the_highest_sum(study, tables):
+    levels = study.levels("spatial", size=25, cheese="in distribution", mouse="anywhere")
+    level = levels[int(channel_sums(study.points, SITE, levels)[:, 27].argmax())]
     grey = observe([level])[0].mean(axis=-1).round()
     read = [list(bytes.fromhex(row["grey"][1:])) for row in tables["pixels"]]
     np.testing.assert_array_equal(read, grey)
-    assert part.figure(tables).axes[0].get_xlabel() == "channel 27; column (pixel)"
+    assert (
+        part.figure(tables).axes[0].get_xlabel().startswith("channel 27 (UP) in the maze of all with the highest sum")
+    )

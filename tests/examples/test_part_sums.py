@@ -5,6 +5,7 @@ import pytest
 from studies import BEST, small_study
 
 from maze.channels import channel_sums
+from maze.decision_squares import precise_threshold
 from maze.parts import sums as part
 from maze.paths import Direction, first_steps, legal_moves
 from maze.states import read_mazes
@@ -35,17 +36,32 @@ def test_the_sums_are_of_mazes_in_which_the_direction_is_legal(study, tables):
 
 def test_too_few_mazes_for_a_threshold_are_said_in_the_table_and_the_finding():
     few = part.measure(small_study(3, tuple(range(32))))
-    assert all(row["quantity"].startswith("not measured") for row in few["transfer"])
+    assert all(row["quantity"].startswith("not measured") for row in few["transfer"] + few["precise"])
     assert part.finding(few).agrees == "not comparable"
     assert part.figure(few).axes
 
 
+def test_the_precise_threshold_is_the_smallest_of_one_half_scored_on_the_other_and_outside(study, tables):
+    of = {}
+    for split in part.SPLITS:
+        rows = [row for row in tables["sums"] if (row["direction"], row["split"]) == ("UP", split)]
+        of[split] = np.array([row["sum"] for row in rows]), np.array([row["is_it"] for row in rows])
+    probe = precise_threshold(*of["in distribution"], seed=study.seed_for("halves"))
+    sums, labels = of["out of distribution"]
+    hits, alarms = ((sums > probe.threshold)[labels == which].mean() for which in (True, False))
+    base = probe.held_out.base_rate.estimate
+    row = precise_row(tables)
+    assert (row["threshold"], row["criterion"]) == (probe.threshold, probe.criterion)
+    assert row["fit"] == pytest.approx(probe.held_out.precision.estimate, nan_ok=True)
+    assert row["shifted"] == pytest.approx(base * hits / (base * hits + (1 - base) * alarms), nan_ok=True)
+
+
 @pytest.mark.parametrize(
     ("fit", "shifted", "drop", "agrees"),
-    [(0.9, 0.7, 0.2, "yes"), (0.9, 0.7, 0.0, "in part"), (0.5, 0.5, 0.0, "undecided"), (0.3, 0.3, -0.2, "no")],
+    [(0.9, 0.7, 0.2, "yes"), (0.9, 0.7, 0.0, "in part"), (0.5, 0.5, 0.0, "in part"), (0.3, 0.3, -0.2, "in part")],
 )
 def test_the_finding_agrees_when_the_area_drops_and_stays_above_chance(tables, fit, shifted, drop, agrees):
-    changed = copy.deepcopy(tables)
+    changed = with_precision(tables, (0.95, 0.99), (0.6, 0.8))
     for row in changed["transfer"]:
         if row["quantity"] == "AUC":
             for name, value in (("fit", fit), ("shifted", shifted), ("drop", drop)):
@@ -53,6 +69,47 @@ def test_the_finding_agrees_when_the_area_drops_and_stays_above_chance(tables, f
     told = part.finding(changed)
     assert told.agrees == agrees
     assert ("no direction in both sets" in told.follows) == (fit <= 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fit", "shifted", "agrees"),
+    [
+        ((0.95, 0.99), (0.6, 0.8), "yes"),
+        ((0.85, 0.99), (0.6, 0.8), "in part"),
+        ((0.95, 0.99), (0.85, 0.95), "in part"),
+        ((0.6, 0.8), (0.6, 0.8), "in part"),
+    ],
+)
+def test_almost_surely_in_distribution_and_not_outside_is_asked_of_the_precision(tables, fit, shifted, agrees):
+    changed = with_precision(tables, fit, shifted)
+    for row in changed["transfer"]:
+        row |= {f"{name}{end}": 0.8 for name in ("fit", "shifted", "drop") for end in ("", "_low", "_high")}
+    told = part.finding(changed)
+    assert told.agrees == agrees
+    assert ("all of the interval, for UP" in told.follows) == (fit[0] > part.SURE)
+
+
+def test_a_threshold_that_accepts_nothing_leaves_the_claim_open(tables):
+    changed = with_precision(tables, (0.0, 1.0), (0.0, 1.0))
+    precise_row(changed)["fit"] = np.nan
+    found = part.finding(changed)
+    assert "in distribution in no sum is past it" in found.ours and found.agrees != "yes"
+
+
+def precise_row(tables):
+    return next(
+        row
+        for row in tables["precise"]
+        if row["direction"] == "UP" and row["quantity"] == "precision at the base rate of the fit"
+    )
+
+
+def with_precision(tables, fit, shifted):
+    """The tables with other intervals of the precision for UP, in distribution and out of it."""
+    changed = copy.deepcopy(tables)
+    for name, (low, high) in (("fit", fit), ("shifted", shifted)):
+        precise_row(changed).update({name: (low + high) / 2, f"{name}_low": low, f"{name}_high": high})
+    return changed
 
 
 def test_the_figure_has_a_column_of_marks_per_label_and_split(tables):

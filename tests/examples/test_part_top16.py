@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from studies import from_files, small_study
 
+from maze.channels import channel_sums, pair_sums
 from maze.exact import Chains
 from maze.parts import top16 as part
 from maze.paths import Direction
 from maze.policy import ACTIONS
 from maze.states import read_mazes
-from maze.tables import action_tables
+from maze.tables import SITE, action_tables
 
 RANKED = tuple(range(32))
 
@@ -47,16 +48,48 @@ def test_the_share_that_goes_elsewhere_is_half_the_distance_of_the_moves_average
     np.testing.assert_allclose(part._elsewhere(chains, np.stack([first, second])), [[0, 0], expected])
 
 
-def test_the_control_sets_are_different_sets_of_the_other_channels(tables):
-    sets = {row["channels"] for row in tables["effects"] if row["intervention"].startswith("control")}
-    assert sets == {" ".join(map(str, range(16, 32)))}  # 16 of 16: there is one
-    many = part._control_sets(small_study(1, tuple(range(40))).selection, seed=0)
-    assert len(set(many)) == len(many) == part.CONTROLS
-    assert all(len(each) == 16 and min(each) >= 16 for each in many)
+def test_the_pairs_channels_differ_most_over_the_four_rotations_of_the_posts_pair(study, tables):
+    _, sums = pair_sums(study.points, SITE)
+    differences = [sum(abs(turn[0][channel] - turn[1][channel]) for turn in sums) for channel in RANKED]
+    (row,) = (row for row in tables["effects"] if (row["chosen"], row["measure"]) == (part.PAIR, "found"))
+    given = list(map(int, row["channels"].split()))
+    assert given == sorted(RANKED, key=lambda channel: -differences[channel])[:16]
 
 
-def test_a_policy_with_few_live_channels_has_no_control_sets():
-    assert part._control_sets(small_study(1, (3, 5)).selection, seed=0) == []
+def test_the_control_sets_are_different_sets_of_live_channels_and_none_of_the_tested_ones(tables):
+    rows = [row for row in tables["effects"] if row["measure"] == "found" and row["kind"] == "zero"]
+    sets = [tuple(sorted(map(int, row["channels"].split()))) for row in rows]
+    assert [row["chosen"] for row in rows] == [part.PAIR, part.TELLING] + [part.CONTROL] * part.CONTROLS
+    assert len(set(sets)) == len(sets) and all(len(set(each)) == 16 for each in sets)
+
+
+def test_both_sets_have_a_rank_among_the_controls(tables):
+    for row in tables["effects"]:
+        if row["chosen"] == part.CONTROL or row["kind"] != "zero":
+            assert row["rank"] is None
+        else:
+            controls = [
+                each["effect"]
+                for each in tables["effects"]
+                if each["chosen"] == part.CONTROL and each["measure"] == row["measure"]
+            ]
+            assert row["rank"] == 1 + sum(abs(each) >= abs(row["effect"]) for each in controls)
+
+
+def test_a_policy_with_hardly_more_live_channels_than_a_set_takes_has_fewer_control_sets():
+    assert part._control_sets(range(16), (range(16),), seed=0) == []
+    assert len(part._control_sets(range(17), (range(16),), seed=0)) == 16
+
+
+def test_the_absolute_z_of_a_set_is_the_mean_of_its_channels_by_hand(study, tables):
+    usual = study.levels("top16 reference", 20, size=9, cheese="in distribution", mouse="anywhere")
+    sums = channel_sums(study.points, SITE, usual)
+    for row in tables["effects"]:
+        if row["kind"] == "zero":
+            channels = list(map(int, row["channels"].split()))
+            varying = sums[:, [channel for channel in channels if np.ptp(sums[:, channel])]]
+            z = np.abs(varying.mean(axis=0) / varying.std(axis=0, ddof=1))
+            assert row["absolute_z"] == pytest.approx(z.mean(), rel=1e-3)
 
 
 def test_the_field_holds_the_mean_of_both_facings_and_nothing_where_the_episode_is_over(study, tables):
@@ -83,9 +116,9 @@ def test_the_field_holds_the_mean_of_both_facings_and_nothing_where_the_episode_
 def test_the_finding_agrees_when_much_changes_and_half_of_the_cheese_is_still_found(tables, moved, found, agrees):
     changed = copy.deepcopy(tables)
     for row in changed["effects"]:
-        if row["intervention"] == "top 16 zero" and row["measure"] == "moves":
+        if (row["chosen"], row["measure"]) == (part.PAIR, "moves"):
             row |= {"effect_low": moved - 0.05, "effect_high": moved + 0.05}
-        if row["intervention"] == "top 16 zero" and row["measure"] == "found":
+        if (row["chosen"], row["measure"]) == (part.PAIR, "found"):
             row |= {"original": 0.8, "effect_low": found - 0.1, "effect_high": found + 0.1}
     assert part.finding(changed).agrees == agrees
 
@@ -98,14 +131,21 @@ def test_a_mouse_that_never_finds_the_cheese_does_not_still_go_there(tables):
 
 
 def test_without_decision_squares_and_controls_the_finding_says_so(tables):
-    fewer = [
-        row
-        for row in tables["effects"]
-        if not row["measure"].startswith("to_") and not row["intervention"].startswith("control")
-    ]
+    fewer = [row for row in tables["effects"] if not row["measure"].startswith("to_") and row["chosen"] != part.CONTROL]
     finding = part.finding({**tables, "effects": fewer})
     assert "No level has a decision square." in finding.ours
-    assert "no other live channels" in finding.follows
+    assert "No other set of as many live channels" in finding.follows
+
+
+def test_the_finding_tells_the_ranks_and_the_range_of_the_controls(tables):
+    changed = copy.deepcopy(tables)
+    controls = [row for row in changed["effects"] if row["chosen"] == part.CONTROL and row["measure"] == "found"]
+    controls[3]["effect"], controls[5]["effect"] = -0.987, 0.123
+    for row in changed["effects"]:
+        if row["chosen"] == part.PAIR:
+            row |= {"rank": 7, "rank_p": 0.35}
+    told = part.finding(changed).follows
+    assert "by -0.987 to +0.123" in told and "the pair's set ranks 7 " in told and "(p = 0.35 and" in told
 
 
 def test_the_figure_shows_three_fields_and_the_effects(tables):

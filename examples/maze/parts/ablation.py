@@ -11,15 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from chanpatch import ActivationCache, mean_ablate, resample_ablate, zero_ablate
+from chanpatch import ActivationCache, resample_ablate, zero_ablate
 from chanpatch.controls import off_distribution
 from chanpatch.plots import contingency
 from chanpatch.statistics import PairedCounts, mcnemar_exact, paired_counts, paired_difference_interval, rank_among
+from maze.channels import channel_of
 from maze.effects import KINDS, ablation, activations, level_batches, mean_intervals
 from maze.episodes import ORIGINAL
 from maze.exact import first_hits, walk
 from maze.levels import observe, policy_input
-from maze.part import Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
+from maze.part import Agrees, Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction, top_right
 from maze.selection import Selection
 from maze.tables import SITE
@@ -28,6 +29,7 @@ SIZE = 15
 PLACES = ("bottom right", "in distribution", "top left")  # of the cheese; the first is the post's
 ELSEWHERE = 50  # levels with the cheese in each of the other two places, or a quarter of n where that is more
 REFERENCE = 200  # levels that give the means and the donors
+REFERENCE_PLACES = {"cheese": "in distribution", "mouse": "anywhere"}
 TOGETHER = 16  # channels that are ablated together
 
 Values = NDArray[np.float64]
@@ -35,9 +37,7 @@ Values = NDArray[np.float64]
 
 def measure(study: Study) -> dict[str, Table]:
     """Every ablation with the cheese in every place; the post's table of counts; the same channels across places."""
-    reference_levels = study.levels(
-        "ablation reference", REFERENCE, size=SIZE, cheese="in distribution", mouse="anywhere"
-    )
+    reference_levels = study.levels("ablation reference", REFERENCE, size=SIZE, **REFERENCE_PLACES)
     reference = activations(study.points, reference_levels, SITE)
     groups = _groups(study.selection, study.seed_for("ablation others"))
     roles = _roles(study.selection, groups)
@@ -48,6 +48,7 @@ def measure(study: Study) -> dict[str, Table]:
         for name, channels in groups.items()
     }
     far = _absolute_z(study, reference, reference_levels, seed)
+    labels = {f"channel {channel}": study.labels[channel].label for channel in study.selection.live}
     effects: Table = []
     changes: dict[str, Values] = {}
     for place in PLACES:
@@ -58,9 +59,19 @@ def measure(study: Study) -> dict[str, Table]:
         if posts:
             walks = _walks(study.selection, walked, found, list(ablations))
         changes[place] = found[1:] - found[0]
-        effects += _rows(place, found, corner, groups, roles, far, study.seed_for("ablation bootstrap"))
+        rows = _rows(place, found, corner, groups, roles, far, study.seed_for("ablation bootstrap"))
+        effects += [{**row, "label": labels.get(row["ablated"])} for row in rows]
+    effects.sort(
+        key=lambda row: row["role"] == "control"
+    )  # stable: what was chosen first, as tables are cut when shown
     across = _across(changes, list(ablations), roles, study.seed_for("ablation bootstrap"))
     return {"effects": effects, "walks": walks, "across": across}
+
+
+def _reference() -> str:
+    """What gives the means and the donors, in words."""
+    places = ", ".join(f"{what} {where}" for what, where in REFERENCE_PLACES.items())
+    return f"{REFERENCE} levels of size {SIZE}, {places}"
 
 
 def _groups(selection: Selection, seed: int) -> dict[str, tuple[int, ...]]:
@@ -146,11 +157,12 @@ def _rows(
     corner: Values,
     groups: Mapping[str, Sequence[int]],
     roles: Mapping[str, str],
-    far: Mapping[str, Mapping[int, float]],
+    far: Mapping[str, Mapping[int, float | None]],
     seed: int,
 ) -> Table:
     """One row per ablation: its effect, and its rank among the same ablation of the other live channels."""
     effects = mean_intervals(found[1:] - found[0], seed)
+    (original,) = mean_intervals(found[:1], seed)
     ablated = [(kind, name) for kind in KINDS for name in groups]
     rows: Table = []
     for row, (kind, name) in enumerate(ablated):
@@ -160,16 +172,17 @@ def _rows(
             if other_kind == kind and other != name and other.startswith("channel")
         ]
         rank = rank_among(effects[row].estimate, others) if name.startswith("channel") and others else None
-        distances = [far[kind][channel] for channel in groups[name]]
+        distances = [far[kind][channel] for channel in groups[name] if far[kind][channel] is not None]
         rows.append(
             {
                 "cheese": place,
                 "kind": kind,
+                "reference": None if kind == "zero" else _reference(),
                 "ablated": name,
                 "role": roles.get(name, "control"),
                 "channels": " ".join(map(str, groups[name])),
                 "n": found.shape[1],
-                "original": float(found[0].mean()),
+                **interval_cells("original", original),
                 "modified": float(found[1 + row].mean()),
                 **interval_cells("effect", effects[row]),
                 "corner_original": float(corner[0].mean()),
@@ -177,7 +190,7 @@ def _rows(
                 "rank": rank and rank.rank,
                 "controls": rank and rank.controls,
                 "rank_p": rank and rank.p,
-                "absolute_z": None if np.isnan(distances).any() else float(np.mean(distances)),
+                "absolute_z": float(np.mean(distances)) if len(distances) == len(groups[name]) else None,
             }
         )
     return rows
@@ -199,43 +212,60 @@ def _across(changes: Mapping[str, Values], names: Sequence[str], roles: Mapping[
 
 def _absolute_z(
     study: Study, reference: ActivationCache, background: Sequence[bytes], seed: int
-) -> dict[str, dict[int, float]]:
-    """Per kind and live channel, how far the ablated sum lies from the reference levels, in standard deviations."""
+) -> dict[str, dict[int, float | None]]:
+    """Per kind and live channel, how far the ablated sum lies from the reference levels, in standard deviations.
+
+    None for the mean: its sum is the mean of the reference levels, so 0 would say nothing of how unusual it is. None
+    for a channel that is the same on all of them, too.
+    """
     live = list(study.selection.live)
     site = study.points.site(SITE, channel=live)
     inputs = study.levels("ablation", min(study.n, REFERENCE), size=SIZE, cheese=PLACES[0])
     frames, usual = (torch.from_numpy(policy_input(observe(levels))) for levels in (inputs, background))
-    patches = {
-        "zero": zero_ablate(site),
-        "mean": mean_ablate(site, reference),
-        "resample": resample_ablate(site, reference, seed=seed),
-    }
-    distances = {}
+    patches = {"zero": zero_ablate(site), "resample": resample_ablate(site, reference, seed=seed)}
+    distances: dict[str, dict[int, float | None]] = {"mean": dict.fromkeys(live)}
     for kind, patch in patches.items():
         meter = off_distribution(study.points, patch, frames, usual)
-        by_site = dict(zip(meter.sites, meter.absolute_z.tolist(), strict=True))
-        distances[kind] = {channel: by_site[study.points.site(SITE, channel=channel)] for channel in live}
+        far = {channel_of(part): z for part, z in zip(meter.sites, meter.absolute_z.tolist(), strict=True)}
+        distances[kind] = {channel: None if np.isnan(far[channel]) else far[channel] for channel in live}
     return distances
 
 
 def figure(tables: Tables) -> Figure:
-    """The chosen channels by kind of ablation, the same zeroed with the cheese elsewhere, and the post's table."""
-    drawn = Figure(figsize=(16, 5.2), layout="constrained")
-    by_kind, by_place, mosaic = drawn.subplots(1, 3, width_ratios=(1.25, 1.1, 1.15))
-    rows = tables["effects"]
-    _draw_effects(by_kind, [row for row in rows if row["cheese"] == PLACES[0]], "kind", controls=True)
-    by_kind.set_title(f"cheese in the bottom right, n={rows[0]['n']}")
-    _draw_effects(by_place, [row for row in rows if row["kind"] == KINDS[0]], "cheese", controls=False)
-    by_place.set_title("zeroed, by the place of the cheese")
+    """The chosen channels by kind of ablation, the same zeroed with the cheese elsewhere, and the post's table.
+
+    Groups of channels have axes of their own below, as their effects are several times as large.
+    """
+    drawn = Figure(figsize=(16, 6.4), layout="constrained")
+    grid = drawn.add_gridspec(2, 3, width_ratios=(1.2, 1.1, 1), height_ratios=(5, 2.4))
+    rows = [row for row in tables["effects"] if row["cheese"] == PLACES[0]]
+    zeroed = [row for row in tables["effects"] if row["kind"] == KINDS[0]]
+    panels = ((rows, "kind", f"cheese in the bottom right, n={rows[0]['n']}"), (zeroed, "cheese", "zeroed"))
+    for place, (shown_rows, by, title) in enumerate(panels):
+        alone, together = (drawn.add_subplot(grid[level, place]) for level in range(2))
+        _draw_effects(alone, [row for row in shown_rows if _is_channel(row)], by, controls=by == "kind")
+        _draw_effects(together, [row for row in shown_rows if not _is_channel(row)], by, controls=False)
+        alone.set_title(title)
+        together.set_xlabel("change of P(cheese within 256 steps),\npercentage points, 95% interval over levels")
+        together.legend(*alone.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="upper center",
+                        bbox_to_anchor=(0.5, -0.5), columnspacing=1, handletextpad=0.2)  # fmt: skip
     walks = {row["direction"]: row for row in tables["walks"]}["UP"]
     counts = PairedCounts(*(walks[name] for name in ("both", "only_modified", "only_original", "neither")))
-    contingency(counts, mosaic, names=(f"{walks['channel']} zeroed", ORIGINAL))
+    mosaic = drawn.add_subplot(grid[:, 2])
+    contingency(counts, mosaic, names=("zeroed", ORIGINAL))
+    mosaic.set_title(f"channel {walks['channel']} zeroed, walks with common draws")
     return drawn
 
 
+def _is_channel(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of one channel alone."""
+    return str(row["ablated"]).startswith("channel")
+
+
 def _draw_effects(axes: Axes, rows: Sequence[Mapping[str, Any]], by: str, *, controls: bool) -> None:
-    """The effect of every chosen group with its interval, side by side by `by`; the controls as one row of dots."""
+    """The effect of everything chosen with its interval, side by side by `by`; the controls as one row of dots."""
     chosen = [row for row in rows if row["role"] != "control"]
+    others = [row for row in rows if row["role"] == "control"] if controls else []
     names = list(dict.fromkeys((row["ablated"], row["role"]) for row in chosen))
     for number, value in enumerate(dict.fromkeys(row[by] for row in rows)):
         shift = 0.24 * (1 - number)
@@ -246,50 +276,66 @@ def _draw_effects(axes: Axes, rows: Sequence[Mapping[str, Any]], by: str, *, con
             axes.plot(row["effect"] * 100, height, linestyle="none", markersize=6, **style)
         label = f"{value} (n={next(row['n'] for row in rows if row[by] == value)})"
         axes.plot([], [], linestyle="none", label=label, **style)
-        if controls:
-            others = [row["effect"] * 100 for row in rows if row["role"] == "control" and row[by] == value]
-            axes.plot(others, [shift] * len(others), linestyle="none", markersize=3, alpha=0.6, **style)
+        dots = [row["effect"] * 100 for row in others if row[by] == value]
+        axes.plot(dots, [shift] * len(dots), linestyle="none", markersize=3, alpha=0.6, **style)
     labels = [name if role == name else f"{name}\nbest for {role}" for name, role in names]
-    if controls:
-        many = len({row["ablated"] for row in rows if row["role"] == "control"})
-        labels.append(f"{many} other live\nchannels, one each")
+    if others:
+        labels.append(f"{len({row['ablated'] for row in others})} other live\nchannels, one each")
+        far = max((row for row in others if row["kind"] == KINDS[0]), key=lambda row: abs(row["effect"]))
+        axes.annotate(_named(far), (far["effect"] * 100, 0.24), xytext=(0, 6), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
     axes.set_yticks(range(len(names), len(names) - len(labels), -1), labels)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("change of P(cheese within 256 steps),\npercentage points, 95% interval over levels")
-    axes.set_ylim(len(names) - len(labels) - 1.2, len(names) + 0.6)  # the legend has a place of its own
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_ylim(len(names) - len(labels) + 0.4, len(names) + 0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """A channel with what it stands for: "channel 31 (UP)"."""
+    return f"{row['ablated']} ({row['label'] or 'no label'})"
 
 
 def finding(tables: Tables) -> Finding:
     walks = {row["direction"]: row for row in tables["walks"]}["UP"]
-    up = [row for row in tables["effects"] if row["ablated"] == f"channel {walks['channel']}"]
-    zeroed, by_mean, resampled = (row for row in up if row["cheese"] == PLACES[0])
-    elsewhere = {row["cheese"]: row for row in up if row["kind"] == KINDS[0]}
-    larger = [
-        row["minus"]
-        for row in tables["across"]
-        if row["ablated"] == zeroed["ablated"] and row["kind"] == KINDS[0] and row["difference_low"] > 0
-    ]
+    up = f"channel {walks['channel']}"
+    effects = {(row["cheese"], row["kind"], row["ablated"]): row for row in tables["effects"]}
+    zeroed, by_mean, resampled = (effects[PLACES[0], kind, up] for kind in KINDS)
+    elsewhere = [(place, effects[place, KINDS[0], up]) for place in PLACES[1:]]
+    across = [row for row in tables["across"] if (row["ablated"], row["kind"]) == (up, KINDS[0])]
     counts = " / ".join(
         f"{walks[name] / walks['n']:.1%}" for name in ("both", "only_modified", "only_original", "neither")
     )
     ranked = "" if zeroed["rank"] is None else f", rank {zeroed['rank']} of {zeroed['controls'] + 1} live channels"
     p = "" if zeroed["rank_p"] is None else f" (p = {zeroed['rank_p']:.2g})"
-    others = ", ".join(f"{shown(elsewhere[place], 'effect', '+.3f')} {_where(place)}" for place in PLACES[1:])
-    than = " and than ".join(map(_where, larger)) or "in neither of the other places"
+    others = ", ".join(f"{shown(row, 'effect', '+.3f')} {_where(place)}" for place, row in elsewhere)
+    more = ", ".join(f"{shown(row, 'difference', '+.3f')} more than {_where(row['minus'])}" for row in across)
     return Finding(
         f"Channel {walks['channel']} (UP) zeroed, n={zeroed['n']}: P(cheese) {zeroed['original']:.3f} becomes "
-        f"{zeroed['modified']:.3f}, effect {shown(zeroed, 'effect', '+.3f')}{ranked}{p}. Walks with common draws, both "
-        f"/ only modified / only original / neither: {counts} (McNemar p = {walks['mcnemar_p']:.2g}).",
-        verdict(above(zeroed, "effect")),
-        f"{_beside_controls(zeroed)}By mean ablation the effect is {shown(by_mean, 'effect', '+.3f')}, by resampling "
-        f"{shown(resampled, 'effect', '+.3f')}. Zeroed with the cheese elsewhere it is {others}. On the same mazes it "
-        f"is larger in the bottom right than {than}.",
-        "That only this channel matters: the other live channels, ablated one by one, are the controls. "
-        "Nor that an effect of zeroing alone is about the direction: a channel that "
-        "is never near zero is driven off its distribution, which the column absolute_z shows.",
+        f"{zeroed['modified']:.3f}, effect {shown(zeroed, 'effect', '+.3f')}{ranked}{p}; by mean ablation "
+        f"{shown(by_mean, 'effect', '+.3f')}, by resampling {shown(resampled, 'effect', '+.3f')}. Walks with common "
+        f"draws, both / only modified / only original / neither: {counts} (McNemar p = {walks['mcnemar_p']:.2g}).",
+        _agrees(zeroed, [by_mean, resampled], across),
+        f"{_far(zeroed, resampled)}{_beside_controls(zeroed)}{_largest(effects, zeroed)}Means and donors are of "
+        f"{by_mean['reference']}. Zeroed with the cheese elsewhere the effect is {others}; on the same mazes that in "
+        f"the bottom right is {more}.",
+        "That only this channel matters: the other live channels, ablated one by one, are the controls. Nor that an "
+        "effect of zeroing alone is about the direction: it may drive a channel to where it never is, which mean and "
+        "resample ablation do less.",
     )
+
+
+def _agrees(
+    zeroed: Mapping[str, Any], otherwise: Sequence[Mapping[str, Any]], across: Sequence[Mapping[str, Any]]
+) -> Agrees:
+    """Whether zeroing helps as in the post and, if so, whether that is about the channel and about the place.
+
+    If the channel holds the mouse back from a cheese below, it helps whatever takes the channel's place, and more than
+    with the cheese elsewhere.
+    """
+    helps = above(zeroed, "effect")
+    more = [*(above(row, "effect") for row in otherwise), *(above(row, "difference") for row in across)]
+    return verdict(helps, *(more if helps else ()))
 
 
 def _beside_controls(zeroed: Mapping[str, Any]) -> str:
@@ -303,6 +349,31 @@ def _beside_controls(zeroed: Mapping[str, Any]) -> str:
     )
 
 
+def _largest(effects: Mapping[tuple[Any, ...], Mapping[str, Any]], zeroed: Mapping[str, Any]) -> str:
+    """The channel that changes most when it is zeroed, picked because it does, so without a p-value."""
+    rows = [row for (place, kind, _), row in effects.items() if (place, kind) == (PLACES[0], KINDS[0])]
+    row = max(filter(_is_channel, rows), key=lambda row: abs(row["effect"]))
+    if row["ablated"] == zeroed["ablated"]:
+        return "No other channel changes more. "
+    told = [f"{shown(effects[PLACES[0], kind, row['ablated']], 'effect', '+.3f')} ({kind})" for kind in KINDS]
+    chosen = "did not choose" if row["role"] == "control" else f"chose for {row['role']}"
+    return (
+        f"The one that changes most is {_named(row)}, which the rule {chosen}: {', '.join(told)}; named here for its "
+        "effect, so without a p-value. "
+    )
+
+
+def _far(zeroed: Mapping[str, Any], resampled: Mapping[str, Any]) -> str:
+    """How unusual the ablated sum is: beside the effect, as what is unusual may break the policy."""
+    if zeroed["absolute_z"] is None or resampled["absolute_z"] is None:
+        return "How far its ablated sum is from what is usual was not measured: it does not vary in the reference. "
+    return (
+        f"Its sum then lies {zeroed['absolute_z']:.1f} (zero) and {resampled['absolute_z']:.1f} (resample) standard "
+        "deviations from those of the reference levels, on average; by the mean that is 0 by construction, so it is "
+        "left out. "
+    )
+
+
 def _where(place: str) -> str:
     return place if place.startswith("in ") else f"in the {place}"
 
@@ -311,7 +382,8 @@ PART = Part(
     name="ablation",
     question="Does the mouse find the cheese in the bottom right more often without the channel that says UP?",
     method="Size 15: P(cheese within 256 steps) of every level computed from the policy's table of states, not drawn. "
-    "Every live channel, the 16 most telling ones and 16 others ablated: zero, mean, or another level's activation.",
+    "Every live channel, the 16 most telling ones and 16 others ablated: zero, mean, or another level's activation. "
+    f"Means and donors are of {_reference()}.",
     post="Channel 121 zeroed, sampled, n=1000: both 36.6, only modified 15.7, only original 3.5, neither 42.2.",
     measure=measure,
     figure=figure,

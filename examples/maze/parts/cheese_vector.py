@@ -11,7 +11,17 @@ from maze.effects import destinations, effect_rows, joined, level_batches
 from maze.episodes import ORIGINAL
 from maze.part import Finding, Part, Study, Table, Tables, below, shown, verdict
 from maze.states import read_mazes
-from maze.steering import BLOCK, CONTROLS, OWN, against_controls, difference_vectors, steered, vector_figure
+from maze.steering import (
+    BLOCK,
+    CONTROLS,
+    OWN,
+    against_controls,
+    difference_vectors,
+    far_from_usual,
+    steered,
+    told_far,
+    vector_figure,
+)
 from maze.tables import action_tables
 
 SIZE = 11
@@ -32,7 +42,9 @@ def measure(study: Study) -> dict[str, Table]:
         unseen = action_tables(study.points, replace(chains, mazes=chains.mazes.without_cheese()))[ORIGINAL]
         batches.append(destinations(chains, np.concatenate([tables, unseen[None]])))
     values, names, seed = joined(batches), [*interventions, UNSEEN], study.seed_for("cheese-vector bootstrap")
-    return {"effects": effect_rows(values, names, seed), "against": against_controls(values, names, seed)}
+    far = far_from_usual(study, interventions, levels)
+    effects = [row | {"absolute_z": far.get(row["intervention"])} for row in effect_rows(values, names, seed)]
+    return {"effects": effects, "against": against_controls(values, names, seed)}
 
 
 def figure(tables: Tables) -> Figure:
@@ -60,7 +72,8 @@ def finding(tables: Tables) -> Finding:
         f"n={own['n']}; with the cheese not shown at all {shown(unseen, 'effect', '+.3f')}. {squares}",
         verdict(less, *(below(row, "own_minus_control") for row in against if less)),
         f"Controls: {controls}. The own vector lowers P(cheese) by more than {len(beyond)} of these "
-        f"{len(CONTROLS)} do, interval of the paired difference below 0.",
+        f"{len(CONTROLS)} do, interval of the paired difference below 0. "
+        f"{told_far([found[name] for name in (OWN, *CONTROLS)])}",
         "That the vector is the cheese and nothing else: it was computed with the mouse on the first square and is "
         "added everywhere. What not showing the cheese does is the most that it could do if it were.",
     )

@@ -14,7 +14,18 @@ from maze.episodes import ORIGINAL
 from maze.part import Finding, Part, Study, Table, Tables, above, shown, verdict
 from maze.paths import distances, shortest_paths, top_right
 from maze.states import WALL, Mazes, read_mazes
-from maze.steering import BLOCK, CONTROLS, OWN, added, against_controls, difference_vectors, steered, vector_figure
+from maze.steering import (
+    BLOCK,
+    CONTROLS,
+    OWN,
+    added,
+    against_controls,
+    difference_vectors,
+    far_from_usual,
+    steered,
+    told_far,
+    vector_figure,
+)
 
 SIZE = 11
 MOST_LEVELS = 500
@@ -38,7 +49,9 @@ def measure(study: Study) -> dict[str, Table]:
     batches = level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=BLOCK)
     values, names = joined([destinations(*batch) for batch in batches]), list(interventions)
     seed = study.seed_for("corner-vector bootstrap")
-    return {"effects": effect_rows(values, names, seed), "against": against_controls(values, names, seed)}
+    far = far_from_usual(study, interventions, levels)
+    effects = [row | {"absolute_z": far[row["intervention"]]} for row in effect_rows(values, names, seed)]
+    return {"effects": effects, "against": against_controls(values, names, seed)}
 
 
 def without_corner(mazes: Mazes) -> Mazes:
@@ -83,7 +96,7 @@ def finding(tables: Tables) -> Finding:
         verdict(more, *(above(row, "own_minus_control") for row in against if more)),
         f"Another level's vector, which points to the same corner, has {shown(corner[TRANSFER], 'effect', '+.3f')}. "
         f"Controls: {controls}. The own vector raises it by more than {len(beyond)} of these {len(JUDGES)} do, "
-        "interval of the paired difference above 0.",
+        f"interval of the paired difference above 0. {told_far([corner[name] for name in (OWN, *CONTROLS)])}",
         "That the vector stands for the corner as a goal: it is the difference that one wall next to the corner makes, "
         "wherever the mouse wants to go.",
     )

@@ -21,7 +21,7 @@ from maze.decision_squares import (
     at_decision_squares,
     cells,
     joined,
-    precise_threshold,
+    precise_thresholds,
     said,
     share_cells,
     strata,
@@ -34,6 +34,9 @@ SIZE = 25
 SPLITS = ("in distribution", "out of distribution")
 DIRECTIONS = (Direction.UP, Direction.RIGHT)
 MOST_DRAWN = 20  # levels for each that is to be accepted
+ENOUGH = 200  # accepted levels where n cannot be had: they tell a share to 7 points or better
+FEWEST = 100  # that claims are judged by: 10 points or better
+FOUND = 0.9  # of mice whose channel is high, in distribution: more of them go to the cheese
 RESAMPLES = 1999
 UNMATCHED, BOTH = "nothing", "both"  # path lengths that in and out of distribution are matched on
 GOALS = ("cheese", "corner", "neither")  # to which the direction leads
@@ -43,7 +46,7 @@ Probes = dict[Direction, ThresholdProbe | None]
 
 def measure(study: Study) -> dict[str, Table]:
     """The thresholds, the 2x2 tables, where the mouse goes, and the difference between in and out, matched or not."""
-    probes = {direction: precise_threshold(study, direction) for direction in DIRECTIONS}
+    probes = precise_thresholds(study, DIRECTIONS)
     squares: Table = []
     choices: Table = []
     taken: dict[str, list[Decisions]] = {}
@@ -66,7 +69,7 @@ def measure(study: Study) -> dict[str, Table]:
 
 
 def _drawn(study: Study, split: str, probes: Probes) -> Decisions:
-    """Levels as they are drawn, until n of them are accepted by every channel or `MOST_DRAWN` times n are drawn."""
+    """Levels as they are drawn, until more would not help any channel; `MOST_DRAWN` times n at most."""
     parts: list[Decisions] = []
     for number in range(MOST_DRAWN):
         levels = study.levels(f"decision {split} {number}", size=SIZE, cheese=split, mouse="decision square")
@@ -74,9 +77,19 @@ def _drawn(study: Study, split: str, probes: Probes) -> Decisions:
         seen = joined(parts)
         # A channel without threshold accepts nothing, and waiting would not help.
         known = [direction for direction in DIRECTIONS if probes[direction] is not None]
-        if all(len(_accepted(study, seen, probes, direction)[0]) == study.n for direction in known):
+        if not any(_helps(len(_accepted(study, seen, probes, each)[0]), len(seen.chosen), study.n) for each in known):
             break
     return seen
+
+
+def _helps(accepted: int, drawn: int, n: int) -> bool:
+    """Whether a channel gains by more levels: one of n, `ENOUGH` and `FEWEST` is not there yet, and may still be.
+
+    So a channel that accepts one level in 500 is not waited for. This goes by how many are accepted, never by what
+    the mouse does on them.
+    """
+    at_best = wilson_interval(accepted, drawn).high * MOST_DRAWN * n
+    return any(accepted < min(goal, n) <= at_best for goal in (n, ENOUGH, FEWEST))
 
 
 def _accepted(study: Study, seen: Decisions, probes: Probes, direction: Direction) -> tuple[NDArray[np.int64], int]:
@@ -182,68 +195,64 @@ def stratified_difference(sample: NDArray[np.float64]) -> float:
 
 
 def figure(tables: Tables) -> Figure:
-    """The 2x2 tables as stacked bars, and the difference between in and out by what it is matched on."""
-    drawn = Figure(figsize=(14, 4.8), layout="constrained")
+    """The post's table with intervals for each direction, and the difference between in and out, matched or not."""
+    drawn = Figure(figsize=(15, 5.2), layout="constrained")
     panels = drawn.subplots(1, 3, width_ratios=(1, 1, 1.1))
     for axes, threshold in zip(panels, tables["thresholds"], strict=False):
-        _draw_squares(axes, [row for row in tables["squares"] if row["direction"] == threshold["direction"]])
-        limit = (
-            "no threshold" if threshold["threshold"] is None else f"{threshold['accepts']} {threshold['threshold']:.1f}"
-        )
-        axes.set_title(f"{threshold['direction']}: sum of channel {threshold['channel']} {limit}", fontsize=10)
-    panels[0].set_ylabel("share of decision squares")
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, fontsize=8)
+        name, limit = threshold["direction"], threshold["threshold"]
+        past = "has no threshold" if limit is None else f"{threshold['accepts']} {limit:.1f}"
+        axes.set_title(f"{name}: sum of channel {threshold['channel']} {past}", fontsize=10)
+        _draw_squares(axes, [row for row in tables["squares"] if row["direction"] == name], name)
     _draw_matched(panels[2], tables["matched"])
     return drawn
 
 
-_FILL = {
-    ("cheese", True): {"facecolor": "tab:orange"},
-    ("cheese", False): {"facecolor": "white", "hatch": "//"},
-    ("corner", True): {"facecolor": "0.35"},
-    ("corner", False): {"facecolor": "white", "hatch": "xx"},
-    ("neither", True): {"facecolor": "0.8", "hatch": ".."},
-    ("neither", False): {"facecolor": "white", "hatch": ".."},
-}
-
-
-def _draw_squares(axes: Axes, rows: Table) -> None:
-    bars = [(which, split) for which in ("accepted", "all") for split in SPLITS]
-    names = []
-    for place, (which, split) in enumerate(bars):
-        bar = [row for row in rows if (row["squares"], row["split"]) == (which, split)]
-        names.append(f"{'channel high' if which == 'accepted' else 'all squares'}\n{split.split()[0]}, n={bar[0]['n']}")
-        bottom = 0.0
-        for row in bar:
-            goal, goes, share = row["leads_to"], row["goes"], row["share"] or 0.0
-            label = f"{goal} is there, mouse {'goes' if goes else 'does not'}" if place == 0 else None
-            axes.bar(place, share, bottom=bottom, edgecolor="black", linewidth=0.7, label=label, **_FILL[goal, goes])
-            if share > 0.06:
-                box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-                axes.text(place, bottom + share / 2, f"{share:.0%}", ha="center", va="center", fontsize=8, bbox=box)
-            bottom += share
-    axes.set_xticks(range(len(bars)), names, fontsize=8)
-    axes.set_ylim(0, 1)
-    axes.spines[["top", "right"]].set_visible(False)
+def _draw_squares(axes: Axes, rows: Table, direction: str) -> None:
+    """A shaded table: a column per kind of square, a row per cell of the post's table, each with its interval."""
+    kinds = [(which, split) for which in ("accepted", "all") for split in SPLITS]
+    leads = [(goal, goes) for goal in GOALS for goes in (True, False)]
+    of = {(row["squares"], row["split"], row["leads_to"], row["goes"]): row for row in rows}
+    shares = np.array([[of[kind + lead]["share"] or 0.0 for kind in kinds] for lead in leads])
+    axes.imshow(shares, cmap="Greys", vmin=0, vmax=1.3, aspect="auto")
+    for (height, place), share in np.ndenumerate(shares):
+        row = of[kinds[place] + leads[height]]
+        if row["share"] is not None:
+            told = f"{100 * share:.1f}\n({100 * row['share_low']:.1f} to {100 * row['share_high']:.1f})"
+            color = "white" if share > 0.6 else "black"
+            axes.text(place, height, told, ha="center", va="center", fontsize=8, color=color)
+    counts = [of[kind + leads[0]]["n"] for kind in kinds]
+    names = [
+        f"{'channel high' if which == 'accepted' else 'all squares'},\n{split.split()[0]}, n={n}"
+        for (which, split), n in zip(kinds, counts, strict=True)
+    ]
+    axes.set_xticks(range(len(kinds)), names, fontsize=8)
+    axes.set_yticks(
+        range(len(leads)),
+        [f"{goal} {direction},\n{'goes' if goes else 'does not'}" for goal, goes in leads],
+        fontsize=8,
+    )
+    axes.set_xlabel("percent of squares, 95% interval")
+    axes.tick_params(length=0)
+    axes.axvline(1.5, color="white", linewidth=3)
 
 
 def _draw_matched(axes: Axes, rows: Table) -> None:
     names = list(dict.fromkeys(row["matched_on"] for row in rows))
+    beside = axes.get_yaxis_transform()  # x from 0 to 1 along the axes, y in data
     for number, which in enumerate(dict.fromkeys(row["squares"] for row in rows)):
         for row in (row for row in rows if row["squares"] == which and row["difference"] is not None):
-            height = len(names) - names.index(row["matched_on"]) + 0.2 * (1 - number)
+            height = len(names) - names.index(row["matched_on"]) + 0.24 * (1 - number)
             if row["difference_low"] is not None:
                 axes.plot([100 * row["difference_low"], 100 * row["difference_high"]], [height] * 2, color="0.5")
             axes.plot(100 * row["difference"], height, "os^"[number], color="black", markersize=5)
-            axes.text(100 * row["difference"], height + 0.04, f"{row['n_in']}, {row['n_out']}", fontsize=7, va="bottom")
+            count = f"{row['n_in']}, {row['n_out']}"
+            axes.text(1.03, height, count, transform=beside, fontsize=8, va="center")
         axes.plot([], [], "os^"[number], color="black", markersize=5, label=which)
+    axes.text(1.03, len(names) + 0.5, "n in, out", transform=beside, fontsize=8, va="center")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names), 0, -1), ["not matched" if name == UNMATCHED else name for name in names])
     axes.set_ylim(0.5, len(names) + 0.6)
-    axes.set_xlabel(
-        "goes to the cheese: in minus out of distribution,\npercentage points, 95% interval (numbers: n in, n out)"
-    )
+    axes.set_xlabel("goes to the cheese: in minus out of distribution,\npercentage points, 95% interval")
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -256,7 +265,7 @@ def finding(tables: Tables) -> Finding:
         name = threshold["direction"]
         inside, outside = (choices[name, "accepted", split] for split in SPLITS)
         raw, both = (differences[f"{name} channel high", on] for on in (UNMATCHED, BOTH))
-        held += [above(raw, "difference"), above(outside, "goes", 0.5)] if inside["n"] and outside["n"] else []
+        held += _claims(inside, outside, raw) if threshold["threshold"] is not None else []
         cells_in, cells_out = (_four(tables["squares"], name, split) for split in SPLITS)
         told.append(
             f"{_limit(threshold)}: the mouse goes {name} in {said(inside, 'goes')} in distribution (n={inside['n']} of "
@@ -266,6 +275,7 @@ def finding(tables: Tables) -> Finding:
             f"{cells_out}. "
             f"Difference {said(raw, 'difference', '+.2f')}; matched on both distances "
             f"{said(both, 'difference', '+.2f')}."
+            + ("" if _enough(inside, outside) else f" A side has fewer than {FEWEST}, so this is not judged.")
         )
     raw, both = (differences["all", on] for on in (UNMATCHED, BOTH))
     return Finding(
@@ -277,6 +287,20 @@ def finding(tables: Tables) -> Finding:
         "That the channel's sum makes the mouse go there: a sum was looked at, nothing was changed. Nor that distance "
         "is fully controlled: levels of one stratum still differ, and strata that only one side has are left out.",
     )
+
+
+def _claims(inside: dict[str, Any], outside: dict[str, Any], raw: dict[str, Any]) -> list[bool | None]:
+    """The mouse finds the cheese in distribution, goes in the direction outside as well, and there to the cheese less.
+
+    Each stays open where either side has too few levels.
+    """
+    if not _enough(inside, outside):
+        return [None] * 3
+    return [above(inside, "to_cheese", FOUND), above(outside, "goes", 0.5), above(raw, "difference")]
+
+
+def _enough(inside: dict[str, Any], outside: dict[str, Any]) -> bool:
+    return bool(min(inside["n"], outside["n"]) >= FEWEST)
 
 
 def _four(squares: Table, direction: str, split: str) -> str:
@@ -314,8 +338,8 @@ PART = Part(
     name="decision",
     question="On the decision square, does a high sum of a direction's channel send the mouse there, cheese or not?",
     method="Size 25, mouse on the decision square. Levels are drawn until n have a sum past the threshold chosen on "
-    f"other mazes for precision {PRECISION:g}; the likeliest legal move. Differences are matched on path lengths in "
-    f"bins at {', '.join(map(str, EDGES))} steps.",
+    f"other mazes for precision {PRECISION:g}, or {ENOUGH} where {MOST_DRAWN} n would not hold so many; the likeliest "
+    f"legal move. Differences are matched on path lengths in bins at {', '.join(map(str, EDGES))} steps.",
     post="Channel 121 (UP) above 30, cheese UP goes / corner UP goes / cheese UP not / corner UP not: "
     "in 99.5 / 0.2 / 0 / 0.3, out 34.7 / 60.4 / 4.4 / 0.5; channel 73 (RIGHT): in 98 / 0 / 0 / 2, out 33 / 65 / 0 / 2 "
     "(n=1000 each).",

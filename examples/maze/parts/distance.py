@@ -20,7 +20,7 @@ from maze.decision_squares import (
     at_decision_squares,
     cells,
     joined,
-    precise_threshold,
+    precise_thresholds,
     said,
     share_cells,
     strata,
@@ -44,7 +44,7 @@ Probes = dict[Direction, ThresholdProbe | None]
 
 def measure(study: Study) -> dict[str, Table]:
     """Shares by distance, rank correlations with it, and the same within strata of the square's own distances."""
-    probes = {direction: precise_threshold(study, direction) for direction in DIRECTIONS}
+    probes = precise_thresholds(study, DIRECTIONS)
     by_split = {
         split: at_decision_squares(
             study.points,
@@ -164,16 +164,15 @@ def _by_stratum(seen: Decisions) -> Table:
 
 def figure(tables: Tables) -> Figure:
     """Shares by distance: the mouse, the channels towards the cheese, the channels towards the corner; correlations."""
-    drawn = Figure(figsize=(15, 4.4), layout="constrained")
-    panels = drawn.subplots(1, 4, width_ratios=(1, 1, 1, 1.15))
+    drawn = Figure(figsize=(14, 9), layout="constrained")
+    panels = drawn.subplots(2, 2).flat
     _draw_shares(panels[0], tables["shares"], {"": MOUSE})
-    panels[0].set_title(MOUSE, fontsize=9)
+    panels[0].set_title(MOUSE, fontsize=10)
     for axes, goal in zip(panels[1:3], ("cheese", "corner"), strict=True):
         _draw_shares(axes, tables["shares"], {each.name: _high(each, goal) for each in DIRECTIONS})
-        axes.set_title(f"the channel of the {goal}'s direction is high", fontsize=9)
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
+        axes.set_title(f"the channel of the {goal}'s direction is high", fontsize=10)
+        axes.legend(frameon=False, fontsize=9, loc="upper right")
     _draw_trends(panels[3], [row for row in tables["trends"] if row["cheese"] == BOTH])
-    panels[0].set_ylabel("share of levels, 95% interval (n below)")
     return drawn
 
 
@@ -183,9 +182,18 @@ def _draw_shares(axes: Axes, rows: Table, names: Mapping[str, str]) -> None:
         centre = np.array([(row["from"] + row["below"]) / 2 for row in of]) + 0.5 * (number - (len(names) - 1) / 2)
         axes.vlines(centre, [row["share_low"] for row in of], [row["share_high"] for row in of], color="0.6")
         axes.plot(centre, [row["share"] for row in of], "ox"[number] + ("-", "--")[number], color="black", label=label)
-        for place, row in zip(centre, of, strict=True):
-            axes.text(place, -0.07 - 0.05 * number, row["n"], ha="center", fontsize=6.5)
-    axes.set(xlim=(0, 36), ylim=(-0.15, 1.05), xlabel="distance of the cheese from the corner,\ncells, straight")
+        for row in of:
+            axes.text((row["from"] + row["below"]) / 2, -0.07 - 0.06 * number, row["n"], ha="center", fontsize=9)
+        axes.text(-0.2, -0.07 - 0.06 * number, f"n {label}".rstrip(), ha="right", fontsize=9, clip_on=False)
+    ticks = np.arange(0, 37, WIDTH)  # the edges of the bins
+    axes.set(
+        xlim=(0, 36),
+        ylim=(-0.17, 1.05),
+        xticks=ticks,
+        yticks=np.linspace(0, 1, 6),
+        ylabel="share of levels, 95% interval",
+    )
+    axes.set_xlabel("straight distance of the cheese from the corner, cells")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -200,10 +208,10 @@ def _draw_trends(axes: Axes, rows: Table) -> None:
         axes.plot([], [], "os"[number], color="black", fillstyle=("full", "none")[number], label=label)
     counts = {row["measure"]: row["n"] for row in rows}
     labels = [textwrap.fill(f"{name}, n={counts[name]}", 32) for name in names]
-    axes.set_yticks(range(len(names), 0, -1), labels, fontsize=7)
+    axes.set_yticks(range(len(names), 0, -1), labels, fontsize=9)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="rank correlation with the distance,\n95% interval", ylim=(0.4, len(names) + 0.6))
-    axes.legend(frameon=False, fontsize=7, loc="best")
+    axes.set(xlabel="rank correlation with the distance, 95% interval", ylim=(0.4, len(names) + 0.6))
+    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -216,11 +224,11 @@ def finding(tables: Tables) -> Finding:
     outside = trends[MOUSE, SPLITS[1], "strata"]
     return Finding(
         f"The mouse takes the way to the cheese in {said(shares[0], 'share')} of levels with the cheese "
-        f"{_bin(shares[0])}, in {said(shares[-1], 'share')} with the cheese {_bin(shares[-1])}. "
+        f"{_bin(shares[0])}, in {said(shares[-1], 'share')} with the cheese {_bin(shares[-1])}. {_course(shares)} "
         "Rank correlation with the distance: "
         + "; ".join(f"{row['measure']} {said(row, 'correlation', '+.2f')} (n={row['n']})" for row in raw)
         + ".",
-        verdict(*(below(row, "correlation") for row in raw if row["correlation"] is not None)),
+        verdict(*(below(row, "correlation") for row in raw if any(each["correlation"] is not None for each in raw))),
         "Within strata of the lengths of both ways from the decision square it is "
         + "; ".join(f"{said(row, 'correlation', '+.2f')} for '{row['measure']}'" for row in within)
         + f"; for the mouse with the cheese out of distribution alone {said(outside, 'correlation', '+.2f')}. "
@@ -231,7 +239,19 @@ def finding(tables: Tables) -> Finding:
 
 
 def _bin(row: dict[str, Any]) -> str:
-    return f"{row['from']} to {row['below']} cells from the corner (n={row['n']})"
+    return f"{row['from']} to under {row['below']} cells from the corner (n={row['n']})"
+
+
+def _course(shares: Table) -> str:
+    """Whether what the mouse does falls from each bin to the next: first against last does not tell."""
+    lowest = min(shares, key=lambda row: row["share"])
+    rises = [later for row, later in zip(shares, shares[1:], strict=False) if later["share"] > row["share"]]
+    if not rises:
+        return f"It falls or stays from each of these {len(shares)} bins to the next."
+    return (
+        f"It does not fall steadily: the share is higher than in the bin before in {len(rises)} of {len(shares) - 1} "
+        f"bins, and lowest, {said(lowest, 'share')}, with the cheese {_bin(lowest)}."
+    )
 
 
 def _explained(raw: dict[str, Any], within: dict[str, Any]) -> str:

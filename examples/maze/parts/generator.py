@@ -93,14 +93,14 @@ def _share(count: int, n: int) -> dict[str, object]:
 
 def figure(tables: Tables) -> Figure:
     """How often each square of one size is free, and every fact over all sizes."""
-    drawn = Figure(figsize=(13, 4.8), layout="constrained")
+    drawn = Figure(figsize=(14, 4.8), layout="constrained")
     squares, facts_axes = drawn.subplots(1, 2, width_ratios=(1, 1.3))
     rows = tables["frequencies"]
     if rows:
         size = int(column(rows, "row").max()) + 1
         shares = column(rows, "share").reshape(size, size)
         image = squares.imshow(shares, origin="lower", cmap="gray", vmin=0, vmax=1)
-        drawn.colorbar(image, ax=squares, label="share of levels in which the square is free")
+        drawn.colorbar(image, ax=squares, label="share of levels in which it is free")
         squares.set(xlabel="column", ylabel="row", title=f"size {size}, n={rows[0]['n']} levels")
         squares.set(xticks=range(0, size, 2), yticks=range(0, size, 2))
     overall = tables["overall"][::-1]
@@ -109,6 +109,7 @@ def figure(tables: Tables) -> Figure:
         facts_axes.plot(row["share"], height, "o", color="black")
     facts_axes.set_yticks(range(len(overall)), [f"{row['fact']}\n{row['holds']} of {row['n']}" for row in overall])
     facts_axes.set_xlabel("share of levels of all sizes, 95% interval")
+    facts_axes.locator_params(axis="x", nbins=4)  # shares close to 1 have long labels
     facts_axes.spines[["top", "right"]].set_visible(False)
     return drawn
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from chanpatch import mean_ablate, patched
 from chanpatch.errors import StatisticsError
-from chanpatch.probes import label_channels
 from chanpatch.statistics import (
     auc,
     bootstrap_interval,
@@ -24,6 +23,7 @@ from chanpatch.statistics import (
 )
 from maze.decision_squares import Decisions, at_decision_squares, cells, said
 from maze.effects import activations
+from maze.labels import LabelledChannel, directions_of, is_reading
 from maze.logistic import fit_logistic, predicted
 from maze.part import Finding, Part, Study, Table, Tables, above, verdict
 from maze.paths import Direction
@@ -51,7 +51,9 @@ class Pushes:
     """How much the channels of a hook point push for each direction: a linear readout that was fixed before.
 
     Attributes:
-        weights: (direction, channel): AUC - 0.5 of the channels that stand for the direction, 0 of the others.
+        weights: (direction, channel): AUC - 0.5 of the channels that stand for the direction, 0 of the others. The
+            AUC is that on mazes in which the way may or may not be as the label says: what a channel knows of the
+            walls alone gives it no weight.
         mean: (channel,), of the sums on the selection mazes.
         deviation: (channel,), their standard deviation; 1 for dead channels, which have no weight.
     """
@@ -61,14 +63,12 @@ class Pushes:
     deviation: Floats
 
     @classmethod
-    def of(cls, selection: Selection, seed: int) -> Pushes:
+    def of(cls, selection: Selection, labels: Sequence[LabelledChannel]) -> Pushes:
         """The readout of the selection mazes; a channel that stands for "UP or LEFT" counts for UP and for LEFT."""
-        labels = label_channels(selection.sums, selection.first, names=[each.name for each in Direction], seed=seed)
         weights = np.zeros((len(Direction), selection.sums.shape[1]))
-        for each in labels:
-            if each.label is not None and each.auc is not None:
-                stands_for = [Direction[name] for name in each.label.split(" or ")]
-                weights[stands_for, each.channel] = each.auc.estimate - 0.5
+        for channel, told in enumerate(labels):
+            if is_reading(told.label) and told.auc_choice is not None:
+                weights[list(directions_of(told.label)), channel] = max(told.auc_choice.estimate - 0.5, 0.0)
         deviation = selection.sums.std(axis=0)
         return cls(weights, selection.sums.mean(axis=0), np.where(deviation > 0, deviation, 1.0))
 
@@ -85,7 +85,7 @@ class Pushes:
 
 def measure(study: Study) -> dict[str, Table]:
     """The channels of every push, how well pushes predict the choice, against controls, and what ablation changes."""
-    pushes = Pushes.of(study.selection, study.seed_for("hypothesis labels"))
+    pushes = Pushes.of(study.selection, study.labels)
     levels = {
         (split, use): study.levels(f"hypothesis {split} {use}", size=SIZE, cheese=split, mouse="decision square")
         for split in SPLITS
@@ -240,19 +240,17 @@ def _pushing(pushes: Pushes, towards: int, away_from: int) -> list[int]:
 
 def figure(tables: Tables) -> Figure:
     """The accuracy of every predictor in and out of distribution, and what ablation does to the choice."""
-    drawn = Figure(figsize=(13, 4.4), layout="constrained")
+    drawn = Figure(figsize=(13, 4.8), layout="constrained")
     accuracy, ablation = drawn.subplots(1, 2, width_ratios=(1.2, 1))
     _draw_points(accuracy, tables["predictions"], "predictor", "accuracy")
     accuracy.set_xlabel("choices predicted right, %, 95% interval")
     _draw_points(ablation, tables["ablations"], "ablated", "change")
     ablation.axvline(0, color="black", linewidth=0.8)
-    ablation.set_xlabel(
-        "levels on which the step to the cheese is likelier than\nthat to the corner, change in percentage points"
-    )
+    ablation.set_xlabel("levels on which the step to the cheese is the likelier\none, change in percentage points")
     ablation.set_title("channels of one push set to their mean", fontsize=10)
     for axes in (accuracy, ablation):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, loc="best")
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
     return drawn
 
 
@@ -286,7 +284,7 @@ def finding(tables: Tables) -> Finding:
         if area["auc"] is not None:
             # Weights dealt to other channels that do as well leave open whether these channels are what pushes.
             beyond = True if area["rank_p"] is not None and area["rank_p"] < 0.05 else None
-            held += [above(area, "auc", 0.5), above(fitted, "gain"), beyond]
+            held += [above(area, "auc", 0.5), above(push, "gain"), beyond]
     without = [row["direction"] for row in tables["channels"] if row["count"] == 0]
     if without:
         told.append(f"No channel stands for {', '.join(without)}, whose push is 0 throughout.")
@@ -308,8 +306,8 @@ PART = Part(
     name="hypothesis",
     question="Does the mouse go where the channels together push more: to the cheese or to the corner?",
     method="Size 25, mouse on the decision square. Push of a direction: standardised sums of the channels labelled "
-    "with it on other mazes, weighted by AUC - 0.5. The larger one is the prediction; so is a regression on both, "
-    "fitted on other levels.",
+    "with it on other mazes, weighted by AUC - 0.5 where that way is one of several. The larger one is the prediction; "
+    "so is a regression on both, fitted on other levels.",
     post="A hypothesis, not measured: if the aggregated push for the action to the cheese is higher than that for the "
     "corner, the mouse goes to the cheese, otherwise to the corner.",
     measure=measure,

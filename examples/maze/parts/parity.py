@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,6 +25,13 @@ RESAMPLES = 999
 
 WAY, BACK, WALL = "the way", "the opposite of the way", "a wall"
 STYLES = (("own", "o", 0.13, "the same class"), ("other", "s", -0.13, "the other class"))
+LEGEND: dict[str, Any] = {  # above the axes, where no interval can reach it
+    "frameon": False,
+    "fontsize": 8,
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "ncols": 3,
+}
 
 Values = NDArray[np.float64]
 
@@ -127,14 +135,12 @@ def _cells(values: Values) -> list[float | None]:
 def figure(tables: Tables) -> Figure:
     """Own and other class's channel, rank correlations, and where the channels are active."""
     drawn = Figure(figsize=(15, 5.8), layout="constrained")
-    area, rank, activity = drawn.subplots(1, 3, width_ratios=(1, 1, 1.6))
+    area, rank, activity = drawn.subplots(1, 3, width_ratios=(1, 1, 1.3))
     rows = [row for row in tables["transfer"] if row["auc_own"] is not None]
     _draw_pairs(area, rows, "auc", "AUC on the square's class, 95% interval")
     _draw_pairs(rank, rows, "rank", "rank correlation with the AUC of all live channels\non the square's class")
     if rows:
-        area.legend(
-            frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, title="chosen on squares of"
-        )
+        area.legend(**LEGEND, title="chosen on squares of")
     rank.set_yticklabels([])
     _draw_activity(activity, tables["activity"])
     return drawn
@@ -155,16 +161,16 @@ def _draw_pairs(axes: Axes, rows: Table, name: str, label: str) -> None:
 def _draw_activity(axes: Axes, rows: Table) -> None:
     rows = [row for row in rows if row["sum"] is not None]
     styles = {WAY: ("o", "black"), BACK: ("s", "white"), WALL: ("x", "0.4")}
-    places = list(dict.fromkeys((row["direction"], row["square"]) for row in rows))
+    places = list(dict.fromkeys((row["direction"], row["square"]) for row in rows))[::-1]
     for number, (kind, (marker, fill)) in enumerate(styles.items()):
         chosen = [row for row in rows if row["kind"] == kind]
-        at = np.array([places.index((row["direction"], row["square"])) for row in chosen]) + 0.18 * (number - 1)
-        axes.vlines(at, [row["sum_low"] for row in chosen], [row["sum_high"] for row in chosen], color="0.5")
+        at = np.array([places.index((row["direction"], row["square"])) for row in chosen]) + 0.18 * (1 - number)
+        axes.hlines(at, [row["sum_low"] for row in chosen], [row["sum_high"] for row in chosen], color="0.5")
         color = "0.4" if marker == "x" else "black"
-        axes.plot(at, [row["sum"] for row in chosen], marker, color=color, markerfacecolor=fill, label=kind)
-    axes.set_xticks(range(len(places)), [f"{name} at ({square})" for name, square in places], rotation=90, fontsize=8)
-    axes.set(ylabel="mean sum of the channel, 95% interval", xlabel="square of the mouse, (row, col)")
-    axes.legend(frameon=False, fontsize=8, title="in the channel's direction there is")
+        axes.plot([row["sum"] for row in chosen], at, marker, color=color, markerfacecolor=fill, label=kind)
+    axes.set_yticks(range(len(places)), [f"{name} at ({square})" for name, square in places], fontsize=8)
+    axes.set(xlabel="mean sum of the channel, 95% interval")
+    axes.legend(**LEGEND, title="in the channel's direction there is")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -172,26 +178,48 @@ def finding(tables: Tables) -> Finding:
     rows = [row for row in tables["transfer"] if row["auc_own"] is not None]
     if not rows:
         return Finding("Too few mazes of each class.", "not comparable", "Nothing.", "Raise --n.")
-    same = [row for row in rows if row["channel_own"] == row["channel_other"]]
-    worse = [row for row in rows if row["loss_low"] > 0]
-    unlike = [row for row in rows if row["rank_loss_low"] > 0]
-    largest = max(rows, key=lambda row: row["loss"])
+    # Where both classes choose one channel there is nothing to lose, whatever the mazes.
+    own = [row for row in rows if row["channel_own"] != row["channel_other"]]
     least = min(rows, key=lambda row: row["rank_other"])
-    lost = f" Elsewhere the other class's channel loses most for {_case(largest)}: AUC {shown(largest, 'loss')}."
     return Finding(
-        f"In {len(same)} of {len(rows)} cases (direction and class of square, n={least['n']} mazes) both classes "
-        f"choose the same channel.{lost if len(same) < len(rows) else ''} The rankings of all live channels by the two "
-        f"classes agree least for {_case(least)}: rank correlation {shown(least, 'rank_other', '.2f')}, against "
+        f"In {len(rows) - len(own)} of {len(rows)} cases (direction and class of square, n={least['n']} mazes) both "
+        f"classes choose the same channel. The rankings of all live channels by the two classes agree least for "
+        f"{_case(least)}: rank correlation {shown(least, 'rank_other', '.2f')}, against "
         f"{shown(least, 'rank_own', '.2f')} within the class.",
         "not comparable",
-        f"The other class's channel is worse, interval above 0, in {len(worse)} of {len(rows)} cases, and the other "
-        f"class's ranking fits worse than the own one in {len(unlike)} (not corrected for their number): "
-        f"{'a' if worse or unlike else 'no'} sign of circuits of their own for a class.",
+        f"{_own_channels(own)} {_own_order(rows)}",
         "That there is one circuit: different layers before could feed the same channel. Opposite directions are two "
         "readings of the same mazes, so their rank correlations are one number and not two. The intervals are over the "
         "tested mazes, with the choice fixed; noise in the AUCs lowers a rank correlation, which its bias-corrected "
         "interval makes up for, so it lies high.",
     )
+
+
+def _own_channels(rows: Table) -> str:
+    """What the other class's channel loses in the cases in which it is another one."""
+    if not rows:
+        return "No class has a channel of its own."
+    worse = sum(row["loss_low"] > 0 for row in rows)
+    largest = max(rows, key=lambda row: row["loss"])
+    return (
+        f"Where a class has a channel of its own, the other class's one is worse, interval above 0, in {worse} of "
+        f"{len(rows)} cases; it loses most for {_case(largest)}: AUC {shown(largest, 'loss')}. "
+        f"{'That is a' if worse else 'No'} sign of circuits of their own for a class."
+    )
+
+
+def _own_order(rows: Table) -> str:
+    """In how many pairs of opposite directions, which share their rank correlations, the order is a class's own."""
+    pairs = {(row["square"], _axis(row)): row["rank_loss_low"] > 0 for row in rows}
+    unlike = sum(pairs.values())
+    return (
+        f"The order of all live channels, which the weaker ones make, is another one in the other class, interval "
+        f"above 0, in {unlike} of {len(pairs)} cases of an axis and a class (not corrected for their number)."
+    )
+
+
+def _axis(row: Mapping[str, Cell]) -> str:
+    return next(passage for passage, axis in PASSAGES.items() if Direction[str(row["direction"])] in axis)
 
 
 def _case(row: Mapping[str, Cell]) -> str:

@@ -130,7 +130,7 @@ def _behaviour(readings: Readings) -> dict[str, Cell]:
 
 def figure(tables: Tables) -> Figure:
     """AUC and behaviour against the share of random squares, and two of the mazes."""
-    drawn = Figure(figsize=(15, 4.2), layout="constrained")
+    drawn = Figure(figsize=(15, 4.6), layout="constrained")
     areas, behaviour, *mazes = drawn.subplots(1, 4, width_ratios=(1.3, 1, 1, 1))
     for number, (direction, marker) in enumerate(zip(Direction, "<v^>", strict=True)):
         rows = [row for row in tables["areas"] if row["direction"] == direction.name and row["auc"] is not None]
@@ -151,7 +151,7 @@ def figure(tables: Tables) -> Figure:
     for axes in (areas, behaviour):
         axes.set(xlabel="share of squares made random", xticks=SHARES)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, loc="lower left")
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
         axes.spines[["top", "right"]].set_visible(False)
     for axes, share in zip(mazes, DRAWN, strict=True):
         _draw_maze(axes, [row["cells"] for row in tables["pictures"] if row["share"] == share])

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from chanpatch import contrast, label_channels
+from chanpatch import contrast
 from chanpatch.statistics import bootstrap_interval
 from maze.channels import channel_of
+from maze.labels import WAYS, is_reading
 from maze.levels import draw_levels, observe, policy_input
 from maze.pairs import contrastive_pairs, rotations
-from maze.part import Finding, Part, Study, Table, Tables, column, interval_cells, shown
-from maze.paths import Direction
+from maze.part import Finding, Part, Study, Table, Tables, above, column, interval_cells, shown
 from maze.readings import optional_cells, rank_correlation
 from maze.states import Mazes, write_mazes
 from maze.tables import SITE
 
 TOP = 16
+READ = 10  # channels of which the post gives a reading
+KNOWS = 0.7  # of the AUC where there is a choice: a reading is more than what the walls say if it lies above
 BACKGROUND_LEVELS = 200
 
 
@@ -27,14 +32,12 @@ def measure(study: Study) -> dict[str, Table]:
     side = int(pairs[0].size[0])
     background = _frames(study.levels("ranking background", BACKGROUND_LEVELS, size=side, mouse="anywhere"))
     by_post, by_five = (_differences(study, chosen, background) for chosen in (pairs[:1], pairs))
-    selection = study.selection
-    names = [direction.name for direction in Direction]
-    labels = label_channels(selection.sums, selection.first, names=names, seed=study.seed_for("labels"))
-    channels = sorted(selection.live, key=lambda channel: -by_post[channel]["absolute"])
-    five = sorted(selection.live, key=lambda channel: -by_five[channel]["absolute"])
+    live = study.selection.live
+    channels = sorted(live, key=lambda channel: -by_post[channel]["absolute"])
+    five = sorted(live, key=lambda channel: -by_five[channel]["absolute"])
     rows: Table = []
     for rank, channel in enumerate(channels, 1):
-        told = labels[channel]
+        told = study.labels[channel]
         rows.append(
             {
                 "rank": rank,
@@ -45,9 +48,11 @@ def measure(study: Study) -> dict[str, Table]:
                 "absolute_five_pairs": by_five[channel]["absolute"],
                 "label": told.label,
                 "candidate": told.candidate,
-                "n": labels.scored_on,
+                "n": told.n,
                 **optional_cells("auc", told.auc),
                 "adjusted_p": None if np.isnan(told.adjusted_p) else told.adjusted_p,
+                "n_choice": told.n_choice,
+                **optional_cells("auc_choice", told.auc_choice),
             }
         )
     return {"ranking": rows, "agreement": _agreement(rows, study.seed_for("ranking bootstrap"))}
@@ -83,8 +88,9 @@ def _frames(levels: list[bytes]) -> torch.Tensor:
 
 def _agreement(rows: Table, seed: int) -> Table:
     """Rank correlations over the channels, with bootstrap intervals over channels."""
-    scored = [row for row in rows if row["auc"] is not None]
-    compared = [("absolute", "auc"), ("absolute_five_pairs", "auc"), ("absolute", "absolute_five_pairs")]
+    scored = [row for row in rows if row["auc_choice"] is not None]
+    told = "auc_choice"
+    compared = [("absolute", told), ("absolute_five_pairs", told), ("absolute", "absolute_five_pairs")]
     table: Table = []
     for one, other in compared:
         values = np.stack([column(scored, one), column(scored, other)], axis=1).astype(np.float64)
@@ -100,42 +106,57 @@ def figure(tables: Tables) -> Figure:
     top = tables["ranking"][:TOP]
     highest = max(row["absolute"] for row in top)
     for row in top:
-        labelled = row["label"] is not None
-        bars.barh(row["rank"], row["absolute"], color="0.75" if labelled else "white", edgecolor="black")
-        said = row["label"] if labelled else "no label"
-        area = "" if row["auc"] is None else f", AUC {row['auc']:.2f}"
-        bars.text(row["absolute"] + 0.01 * highest, row["rank"], said + area, va="center", fontsize=9)
+        bars.barh(row["rank"], row["absolute"], color="0.75" if _is_read(row) else "white", edgecolor="black")
+        area = "" if row["auc_choice"] is None else f", AUC {row['auc_choice']:.2f}"
+        said = (row["label"] or "no label") + area
+        bars.text(row["absolute"] + 0.01 * highest, row["rank"], said, va="center", fontsize=9)
     bars.set_yticks([row["rank"] for row in top], [f"channel {row['channel']}" for row in top])
     bars.invert_yaxis()
     bars.set(xlim=(0, 1.45 * highest), xlabel="mean absolute difference of sums, the post's pair in 4 rotations")
-    bars.set_title(f"the {len(top)} channels that differ most; labels from n={top[0]['n']} other mazes")
-    for marker, name, labelled in (("o", "with a label", True), ("x", "without", False)):
-        rows = [row for row in tables["ranking"] if row["auc"] is not None and (row["label"] is not None) == labelled]
-        scatter.plot(column(rows, "absolute"), column(rows, "auc"), marker, color="black", alpha=0.7, label=name)
+    bars.set_title(f"the {len(top)} channels that differ most; grey: a reading beyond the walls", fontsize=11)
+    for marker, name, read in (("o", "with a reading beyond the walls", True), ("x", "without", False)):
+        rows = [row for row in tables["ranking"] if row["auc_choice"] is not None and _is_read(row) == read]
+        x, y = column(rows, "absolute"), column(rows, "auc_choice")
+        scatter.plot(x, y, marker, color="black", alpha=0.7, label=f"{name} ({len(rows)})")
     agreement = tables["agreement"][0]
-    scatter.set(xlabel="mean absolute difference of sums", ylabel="AUC of the label, held-out mazes")
-    scatter.set_title(f"rank correlation {shown(agreement, 'spearman', '.2f')},\n{agreement['channels']} live channels")
-    scatter.legend(frameon=False, loc="lower right")
+    scatter.set(xlabel="mean absolute difference of sums", ylabel="AUC of the label where there is a choice")
+    scatter.set_title(
+        f"rank correlation {shown(agreement, 'spearman', '.2f')},\n{agreement['channels']} live channels", fontsize=11
+    )
+    scatter.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     for axes in (bars, scatter):
         axes.spines[["top", "right"]].set_visible(False)
     return drawn
 
 
+def _is_read(row: Mapping[str, Any]) -> bool:
+    """Whether a channel stands for a direction, or two that are not opposite, by more than what the walls say."""
+    return is_reading(row["label"]) and above(row, "auc_choice", KNOWS) is True
+
+
 def finding(tables: Tables) -> Finding:
-    top, rest = tables["ranking"][:TOP], tables["ranking"][TOP:]
-    said = [f"{row['channel']} {row['label'] or 'no label'}" for row in top[:10]]
-    labelled = sum(row["label"] is not None for row in top[:10])
-    share = labelled / len(said)
+    top, rest = tables["ranking"][:READ], tables["ranking"][READ:]
+    said = [
+        f"{row['channel']} {row['label'] or 'no label'}"
+        + ("" if row["label"] is None or row["auc_choice"] is None else f" {row['auc_choice']:.2f}")
+        for row in top
+    ]
+    read = sum(map(_is_read, top))
+    labelled = sum(row["label"] is not None for row in top)
     pair, five = tables["agreement"][:2]
+    counts = [row["n_choice"] for row in top if row["n_choice"]]
+    of = f"n={min(counts)} to {max(counts)} mazes each" if counts else "no mazes"
     return Finding(
-        f"By the post's pair: {', '.join(said)} (labels from n={top[0]['n']} held-out mazes, p < 0.05 after Holm's "
-        f"correction for {pair['channels']} live channels).",
-        "yes" if share == 1 else "in part" if share >= 0.5 else "no",
-        f"{labelled} of the first {len(said)} channels stand for a direction or a union of directions. One pair ranks "
-        f"channels as their AUC does with a rank correlation of {shown(pair, 'spearman', '.2f')} over "
-        f"{pair['channels']} channels; five pairs with {shown(five, 'spearman', '.2f')}.",
+        f"By the post's pair, with the AUC where there is a choice ({of}): {', '.join(said)}. {read} of these "
+        f"{len(top)} stand for a direction, or two that are not opposite, with an interval above {KNOWS:g}.",
+        "yes" if read == len(top) else "in part" if read >= len(top) / 2 else "no",
+        f"{labelled} of them have a label beyond chance (n={top[0]['n']} held-out squares, p < 0.05 after Holm's "
+        f"correction for {len(tables['ranking'])} live channels); {labelled - read} of these labels are those of an "
+        "opposite pair or of three directions, or tell little where there is a choice. One pair ranks channels as "
+        f"that AUC does with a rank correlation of {shown(pair, 'spearman', '.2f')} over {pair['channels']} channels; "
+        f"five pairs with {shown(five, 'spearman', '.2f')}.",
         f"That the pair is what finds such channels: of the {len(rest)} live channels that it ranks lower, "
-        f"{sum(row['label'] is not None for row in rest)} have a label too. Four rotations of one pair are one "
+        f"{sum(map(_is_read, rest))} stand for a direction by the same rule. Four rotations of one pair are one "
         "independent observation, so the differences have no p-value.",
     )
 
@@ -144,7 +165,9 @@ PART = Part(
     name="ranking",
     question="Which channels differ most over the post's pair, and what does each of them stand for?",
     method="Mean absolute difference of the sums at relu3 over the four rotations of the post's pair; per channel the "
-    "label or union of labels chosen on one half of the selection mazes and scored on the other.",
+    f"direction or union of directions chosen on one half of squares where {WAYS} ways or more part and tested on the "
+    "other. Its AUC where there is a choice is that on squares from which a move inside the union and one outside it "
+    "are free, so that to notice walls is not enough.",
     post="121 UP, 21 DOWN or LEFT, 80 LEFT, 35 UP or LEFT, 112 LEFT, 73 RIGHT, 71 UP, 7 UP or RIGHT, 123 DOWN, "
     "17 DOWN, read from the pictures of the pair.",
     measure=measure,

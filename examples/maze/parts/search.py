@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ SIZE = 25
 CHOICE_LEVELS = 300  # that the channel of every hook point is chosen on
 PAIR_LEVELS = 48
 SHOWN = 30  # channels of the systematic search that the table keeps
+KNOWS = 0.8  # an AUC from which a channel's sum is said to know the direction
+LEGEND = {"in": "in", "out": "out of"}
 _BATCH = 64
 
 
@@ -33,7 +35,11 @@ def measure(study: Study) -> dict[str, Table]:
 
 
 def _hook_points(study: Study) -> Table:
-    """Per hook point and direction the channel chosen on other mazes, and its AUC on both kinds of mazes."""
+    """Per hook point and direction the channel chosen on other mazes, and its AUC on both kinds of mazes.
+
+    Where activations have both signs a direction may be told by low sums as well as by high ones, so a channel is
+    chosen by how far its AUC is from 0.5, and is read the way round that it has there.
+    """
     sets = {"choice": ("in distribution", CHOICE_LEVELS), "in": ("in distribution", study.n)}
     sets["out"] = ("out of distribution", study.n)
     pools = {
@@ -50,14 +56,17 @@ def _hook_points(study: Study) -> Table:
             chosen = areas(chosen_on[:, live], open_levels["choice"][1])
             if np.isnan(chosen).any():
                 continue
-            channel = int(live[np.argmax(chosen)])
+            best = int(np.argmax(np.abs(chosen - 0.5)))
+            channel, sign = int(live[best]), 1 if chosen[best] >= 0.5 else -1
             row: dict[str, Any] = {
                 "hook_point": point,
                 "direction": direction.name,
                 "channel": channel,
+                "told_by": "high sums" if sign > 0 else "low sums",
                 "live": len(live),
+                "chosen_by": 0.5 + abs(chosen[best] - 0.5),
             }
-            told = {name: area(sums[name][point][:, channel], open_levels[name][1]) for name in ("in", "out")}
+            told = {name: area(sign * sums[name][point][:, channel], open_levels[name][1]) for name in ("in", "out")}
             for name, each in told.items():
                 row |= {f"n_{name}": len(open_levels[name][1]), **optional_cells(name, each)}
             known = told["in"] is not None and told["out"] is not None
@@ -108,7 +117,7 @@ def _contrast(study: Study) -> Table:
 
 def figure(tables: Tables) -> Figure:
     """AUC of the best channel by hook point, in execution order, in and out of distribution."""
-    drawn = Figure(figsize=(13, 8), layout="constrained")
+    drawn = Figure(figsize=(14, 8.5), layout="constrained")
     panels = drawn.subplots(2, 2, sharex=True, sharey=True)
     names = list(dict.fromkeys(row["hook_point"] for row in tables["hook_points"]))
     for axes, direction in zip(panels.flat, Direction, strict=True):
@@ -118,13 +127,13 @@ def figure(tables: Tables) -> Figure:
             centre, low, high = (np.array([row[f"{name}{end}"] for row in rows]) for end in ("", "_low", "_high"))
             axes.vlines(place + shift, low, high, color="0.6", linewidth=1.2)
             axes.plot(
-                place + shift, centre, marker, color="black", markersize=4, label=f"cheese {name} of distribution"
+                place + shift, centre, marker, color="black", markersize=4, label=f"cheese {LEGEND[name]} distribution"
             )
         axes.axhline(0.5, color="0.7", linewidth=0.8)
         axes.set_title(f"{direction.name}, n={rows[0]['n_in']} and {rows[0]['n_out']}" if rows else direction.name)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels[1]:
-        axes.set_xticks(range(len(names)), [name.removeprefix("embedder.") for name in names], rotation=90, fontsize=7)
+        axes.set_xticks(range(len(names)), [name.removeprefix("embedder.") for name in names], rotation=90, fontsize=8)
     for axes in panels[:, 0]:
         axes.set_ylabel("AUC of the best channel, 95% interval")
     panels[0, 0].legend(frameon=False, loc="upper left")
@@ -140,37 +149,81 @@ def finding(tables: Tables) -> Finding:
     rows = _measured(tables)
     if not rows:
         return Finding("Too few mazes.", "not comparable", "Nothing.", "Raise --n.")
-    at = [row for row in rows if row["hook_point"] == SITE]
-    best = {row["direction"]: row for row in sorted(rows, key=lambda row: row["in"])}
-    first = next((row["hook_point"] for row in rows if row["direction"] == "UP" and row["in_low"] > KNOWS), None)
-    dropped = [row for row in at if above(row, "drop")]
+    at = {row["direction"]: row for row in rows if row["hook_point"] == SITE}
+    first = next((row["hook_point"] for row in rows if row["direction"] == "UP" and above(row, "in", KNOWS)), None)
+    dropped = [name for name, row in at.items() if above(row, "drop")]
     top = tables["contrast"][0]
+    # The pairs differ in whether the way is UP or RIGHT, as the post's pair does, and 121 is its channel for UP.
+    wanted = [f"Site('{SITE}', channel={at[name]['channel']})" for name in ("UP", "RIGHT") if name in at]
     return Finding(
         f"At {SITE}: "
-        + "; ".join(
-            f"{row['direction']} channel {row['channel']}, AUC {shown(row, 'in')} in and "
-            f"{shown(row, 'out')} out (n={row['n_in']}, {row['n_out']})"
-            for row in at
-        )
-        + f". Over {top['pairs']} pairs with a moved wall, {top['site']} differs most of {top['searched']} channels.",
-        verdict(SITE in top["site"], *(above(row, "in", 0.5) for row in at)),
+        + "; ".join(_told(row) for row in at.values())
+        + f". Over {top['pairs']} pairs with a moved wall, {top['site']} differs most of {top['searched']} channels; "
+        + (f"the channels for UP and RIGHT there are {_ranks(tables['contrast'], wanted)}." if wanted else ""),
+        verdict(_stands_out(tables["contrast"], wanted), *(above(row, "in", KNOWS) for row in at.values())),
         f"The first hook point in execution order whose best channel tells UP with an AUC above {KNOWS}, all of its "
-        f"interval, is {first or 'none'}; the best are "
-        + ", ".join(f"{best[each.name]['hook_point']} for {each.name}" for each in Direction if each.name in best)
-        + f". At {SITE} {len(dropped)} of {len(at)} directions are told worse out of distribution, interval of "
-        "the difference above 0.",
+        f"interval, is {first or 'none'}. The hook points with the best channel by the mazes that channels are chosen "
+        f"on, scored on others: {_best(rows)}. At {SITE} {len(dropped)} of {len(at)} directions are told worse out of "
+        "distribution, interval of the difference above 0.",
         "That nothing before knows the way: this asks for one channel's sum. What is spread over channels, or lies "
-        "in the place of an activation and not in its sum, does not show.",
+        f"in the place of an activation and not in its sum, does not show. Nor that the best of {_many(rows)} hook "
+        "points is better than the next: no interval is of that comparison, and the more channels a hook point has, "
+        "the higher the best of them.",
     )
 
 
-KNOWS = 0.8  # an AUC from which a channel's sum is said to know the direction
+def _told(row: dict[str, Any]) -> str:
+    turned = "" if row["told_by"] == "high sums" else ", by low sums"
+    return (
+        f"{row['direction']} channel {row['channel']}{turned}, AUC {shown(row, 'in')} in and {shown(row, 'out')} out "
+        f"(n={row['n_in']}, {row['n_out']})"
+    )
+
+
+def _stands_out(contrast: Table, wanted: Sequence[str]) -> bool | None:
+    """Whether one of the wanted channels differs most; None where none does, but the interval of one reaches the top's.
+
+    That reads effects without their sign. A top whose own interval holds 0 says nothing.
+    """
+    top, *others = contrast
+    low, _ = _size(top)
+    if not low or not wanted:
+        return None
+    if top["site"] in wanted:
+        return True
+    return None if any(_size(row)[1] >= low for row in others if row["site"] in wanted) else False
+
+
+def _size(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The interval of an effect's size: from 0 on where the effect's own holds 0 or is not known."""
+    if row["low"] is None or row["high"] is None:
+        return 0.0, np.inf
+    ends = sorted((abs(row["low"]), abs(row["high"])))
+    return (0.0 if row["low"] * row["high"] <= 0 else ends[0]), ends[1]
+
+
+def _ranks(contrast: Table, sites: Sequence[str]) -> str:
+    ranks = {row["site"]: row["rank"] for row in contrast}
+    return " and ".join(f"number {ranks[site]}" if site in ranks else f"not among the first {SHOWN}" for site in sites)
+
+
+def _best(rows: Table) -> str:
+    """Of each direction the hook point that was best on the choice mazes: the highest of the scores would flatter."""
+    best = {row["direction"]: row for row in sorted(rows, key=lambda row: row["chosen_by"])}
+    told = [best[each.name] for each in Direction if each.name in best]
+    return "; ".join(f"{row['hook_point']} for {_told(row)}" for row in told)
+
+
+def _many(rows: Table) -> int:
+    return len({row["hook_point"] for row in rows})
+
 
 PART = Part(
     name="search",
     question="Which hook points know the way to the cheese?",
     method="The sum of every channel of every module's output: per direction the best channel on mazes of its own, "
-    "its AUC on others; and the contrast over pairs with a moved wall against the variation over random mazes.",
+    "by high or low sums, its AUC on others; and the contrast over pairs with a moved wall against the variation over "
+    "random mazes.",
     post="Not done systematically (footnote 1); channel 121 of relu3 stood out.",
     measure=measure,
     figure=figure,

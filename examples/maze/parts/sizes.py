@@ -44,7 +44,7 @@ def measure(study: Study) -> dict[str, Table]:
 
 def figure(tables: Tables) -> Figure:
     """AUC against size, one panel per direction."""
-    drawn = Figure(figsize=(14, 3.9), layout="constrained")
+    drawn = Figure(figsize=(14, 4.4), layout="constrained")
     for axes, direction in zip(drawn.subplots(1, len(Direction), sharey=True), Direction, strict=True):
         here = [row for row in tables["sizes"] if row["direction"] == direction.name]
         for split, line, shift in zip(SPLITS, ("o-", "s--"), (-0.2, 0.2), strict=True):
@@ -60,7 +60,7 @@ def figure(tables: Tables) -> Figure:
             title=f"{direction.name}: channel {here[0]['channel']}", xticks=SIZES, xlabel="side of the maze, squares"
         )
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, loc="lower left")
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         axes.spines[["top", "right"]].set_visible(False)
     drawn.axes[0].set_ylabel("AUC of the channel's sum, 95% interval")
     return drawn

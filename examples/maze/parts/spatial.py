@@ -22,7 +22,9 @@ from maze.tables import SITE
 
 SIZE = WORLD  # so the maze fills the observation
 DISTANCES = (1, 2, 3)  # from the mouse, in cells of the map
-NEAR, MOST = 3, 0.9  # "only around the mouse": at least this share of the sum within this distance
+NEAR, MOST = 1, 0.9  # "only around the mouse": at least this share of the sum within this distance
+CELLS = 8  # of relu3's map, along a side
+SQUARES = WORLD / CELLS  # of the maze, along a cell of the map
 
 Values = NDArray[np.float64]
 
@@ -47,7 +49,8 @@ def measure(study: Study) -> dict[str, Table]:
         ends = np.stack([interval.estimate, interval.low, interval.high], axis=-1)
         shares = dict(zip(np.array(live)[active].tolist(), ends.tolist(), strict=True))
         rows += _rows(shares, study.selection.best, distance, len(levels))
-    return {"shares": rows, **_one_map(study, levels[0])}
+    strongest = int(total[:, live.index(study.channel(Direction.UP))].argmax())
+    return {"shares": rows, **_one_map(study, levels[strongest])}
 
 
 def _shares(sums: Values) -> Values:
@@ -126,11 +129,18 @@ def figure(tables: Tables) -> Figure:
     grey = np.stack([np.frombuffer(bytes.fromhex(row["grey"][1:]), np.uint8) for row in tables["pixels"]])
     cells = np.array([[value for name, value in row.items() if name.startswith("col_")] for row in tables["map"]])
     channel_map(torch.from_numpy(grey[None].copy()), torch.from_numpy(cells), left)
-    left.set_xlabel(f"channel {tables['map'][0]['channel']}; column (pixel)")
+    left.set_xlabel(
+        f"channel {tables['map'][0]['channel']} (UP) in the maze of all with the highest sum,\n"
+        f"{cells.sum():.1f}; column (pixel)"
+    )
     for axes, distance in zip(panels, DISTANCES, strict=True):
         _draw_shares(axes, [row for row in tables["shares"] if row["distance"] == distance])
-        axes.set_title(f"within {distance} of 8 map cells", fontsize="medium")
+        axes.set_title(f"within {_radius(distance)}", fontsize="medium")
     return drawn
+
+
+def _radius(distance: int) -> str:
+    return f"{distance} map {'cell' if distance == 1 else 'cells'} ({distance * SQUARES:.1f} squares)"
 
 
 def _draw_shares(axes: Axes, rows: Table) -> None:
@@ -158,31 +168,41 @@ def finding(tables: Tables) -> Finding:
     if not chosen:
         return Finding("No direction's channel was ever active.", "not comparable", "Nothing.", "Raise --n.")
     near = [row for row in chosen if row["distance"] == NEAR]
-    more = [row for row in chosen if row["difference_low"] > 0]
+    more = [row for row in near if above(row, "difference")]
     others = [row["share"] for row in tables["shares"] if row["role"] == "control" and row["distance"] == NEAR]
     beside = (
-        f"the {len(others)} other live channels hold {np.median(others):.0%} there (median)" if others else "no others"
+        f"the {len(others)} other live channels hold {np.median(others):.0%} there (median), {max(others):.0%} at most"
+        if others
+        else "there are no others"
     )
     return Finding(
-        f"Share of the sum within {NEAR} map cells of the mouse, and of other free squares: "
+        f"Share of the sum within {_radius(NEAR)} of the mouse, and of other free squares: "
         + "; ".join(
             f"{row['role']} (channel {row['channel']}) {shown(row, 'share')} and {row['elsewhere']:.3f}, n={row['n']}"
+            f"{_rank(row)}"
             for row in near
         )
         + ".",
-        verdict(*(above(row, "share", MOST) for row in near), *(above(row, "difference") for row in chosen)),
-        f"In {len(more)} of {len(chosen)} comparisons more of the sum lies around the mouse than around other free "
-        f"squares of the same maze, interval above 0; {beside}.",
+        verdict(*(above(row, "share", MOST) for row in near), *(above(row, "difference") for row in near)),
+        f"In {len(more)} of {len(near)} channels more of the sum lies around the mouse than around other free squares "
+        f"of the same maze, interval above 0; {beside}. A wider circle is not judged: one of {_radius(DISTANCES[-1])} "
+        f"is {_within(CELLS, DISTANCES[-1]).mean():.0%} of the map.",
         "That a channel which is high around the mouse knows the way: a detector of the mouse would be too. The "
         "controls say how special it is; and each cell of the map sees most of the observation.",
     )
+
+
+def _rank(row: dict[str, Any]) -> str:
+    """Where its difference stands, by size, among itself and the channels that stand for no direction."""
+    return "" if row["rank"] is None else f", rank {row['rank']} of {row['controls'] + 1}"
 
 
 PART = Part(
     name="spatial",
     question="Do the channels' high values occur only around the mouse?",
     method=f"Size {SIZE}, mouse on a random square: the share of a channel's sum, over all mazes, that lies within "
-    "1, 2 and 3 cells of the mouse on the 8x8 map of relu3, against the mean share around all other free squares.",
+    f"1, 2 and 3 cells of the mouse on the 8x8 map of relu3, a cell being {SQUARES:.1f} squares wide, against the mean "
+    f"share around all other free squares. It is judged at {NEAR}: at least {MOST:.0%} of the sum.",
     post="The only pattern found: high values happen only around the mouse location (footnote 4), no figure given.",
     measure=measure,
     figure=figure,

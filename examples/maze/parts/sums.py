@@ -2,63 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from chanpatch import ThresholdProbe
 from chanpatch.errors import ProbeError
 from maze.channels import channel_sums
-from maze.part import POOL, Finding, Part, Study, Table, Tables, above, open_to, shown, verdict
+from maze.decision_squares import PRECISION, precise_threshold
+from maze.part import POOL, Cell, Finding, Part, Study, Table, Tables, above, below, open_to, shown, verdict
 from maze.paths import Direction
 from maze.tables import SITE
 
 SPLITS = ("in distribution", "out of distribution")
 SIZE = 25
+SURE = 0.9  # "almost surely": all of the interval of a precision is above this
+EQUAL_RATES = "precision at the base rate"  # how the row of the precision that compares in and out begins
+
+Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.bool_]]  # of one channel, and whether the way starts so
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """Sums per level, and per direction how a threshold on them fares out of distribution."""
+    """Sums per level, and per direction how two thresholds on them fare out of distribution."""
     sums: Table = []
     transfer: Table = []
+    precise: Table = []
     pools = {
         split: study.levels(f"sums {split}", POOL * study.n, size=SIZE, cheese=split, mouse="anywhere")
         for split in SPLITS
     }
     for direction in Direction:
         channel = study.channel(direction)
-        sets = {}
+        sets = []
         for split, pool in pools.items():
             levels, labels = open_to(direction, pool, study.n)
             values = channel_sums(study.points, SITE, levels)[:, channel]
-            sets[split] = values, labels
+            sets.append((values, labels))
+            named: dict[str, Cell] = {"direction": direction.name, "channel": channel, "split": split}
             sums += [
-                {
-                    "direction": direction.name,
-                    "channel": channel,
-                    "split": split,
-                    "sum": float(each),
-                    "is_it": bool(label),
-                }
-                for each, label in zip(values, labels, strict=True)
+                {**named, "sum": float(each), "is_it": bool(label)} for each, label in zip(values, labels, strict=True)
             ]
-        transfer += _transfer(direction, channel, sets, study.seed_for("halves"))
-    return {"sums": sums, "transfer": transfer}
+        for table, fit in ((transfer, ThresholdProbe.fit), (precise, precise_threshold)):
+            named = {"direction": direction.name, "channel": channel}
+            table += [{**named, **row} for row in _transferred(fit, *sets, seed=study.seed_for("halves"))]
+    return {"sums": sums, "transfer": transfer, "precise": precise}
 
 
-def _transfer(direction: Direction, channel: int, sets: dict[str, tuple[Any, Any]], seed: int) -> Table:
-    """The threshold of one half of the mazes in distribution, on the other half and on the mazes out of it."""
-    inside, outside = (sets[split] for split in SPLITS)
-    named = {"direction": direction.name, "channel": channel}
+def _transferred(fit: Callable[..., ThresholdProbe | None], inside: Sums, outside: Sums, *, seed: int) -> Table:
+    """A threshold of one half of the mazes in distribution, on the other half and on the mazes out of it."""
     try:
-        probe = ThresholdProbe.fit(*inside, seed=seed)
-        records = probe.transfer(*outside).to_records()
+        probe = fit(*inside, seed=seed)
+        records = [] if probe is None else probe.transfer(*outside).to_records()
+        why = "the channel has no threshold"
     except ProbeError as error:  # a label is too rare among so few mazes
+        probe, records, why = None, [], str(error)
+    if probe is None:
         empty = {f"{which}{end}": None for which in ("fit", "shifted", "drop") for end in ("", "_low", "_high")}
-        return [{**named, "threshold": None, "n_fit": 0, "n_shifted": 0, "quantity": f"not measured: {error}", **empty}]
-    known = {**named, "threshold": probe.threshold, "n_fit": probe.held_out.n, "n_shifted": len(outside[0])}
-    return [{**known, **{name.replace(" ", "_"): cell for name, cell in record.items()}} for record in records]
+        known = {"threshold": None, "criterion": None, "n_fit": 0, "n_shifted": 0}
+        return [{**known, "quantity": f"not measured: {why}", **empty}]
+    known = {"threshold": probe.threshold, "criterion": probe.criterion, "n_fit": probe.held_out.n}
+    return [
+        {**known, "n_shifted": len(outside[0]), **{name.replace(" ", "_"): cell for name, cell in record.items()}}
+        for record in records
+    ]
 
 
 def figure(tables: Tables) -> Figure:
@@ -73,9 +82,13 @@ def figure(tables: Tables) -> Figure:
             jitter = place + rng.uniform(-0.3, 0.3, len(sums))
             axes.scatter(jitter, sums, s=7, marker="o" if label else "x", color="black", alpha=0.45, linewidths=0.7)
             axes.text(place, 1.01, f"n={len(sums)}", transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
-        threshold = next((row["threshold"] for row in tables["transfer"] if row["direction"] == direction.name), None)
-        if threshold is not None:
-            axes.axhline(threshold, color="black", linestyle="--", linewidth=0.9)
+        for name, style in (("transfer", "--"), ("precise", ":")):
+            row = next(row for row in tables[name] if row["direction"] == direction.name)
+            if row["threshold"] is not None:
+                label = f"{row['threshold']:.1f}: {row['criterion']}"
+                axes.axhline(row["threshold"], color="black", linestyle=style, linewidth=1.1, label=label)
+        if axes.get_legend_handles_labels()[0]:  # under the axes, where no marks are
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
         labels = [f"{direction.name}\nin", "not\nin", f"{direction.name}\nout", "not\nout"]
         axes.set(xticks=range(4), xticklabels=labels, ylabel=f"sum of channel {rows[0]['channel']}")
         axes.axvline(1.5, color="0.7", linewidth=0.8)
@@ -88,27 +101,57 @@ def figure(tables: Tables) -> Figure:
 
 def finding(tables: Tables) -> Finding:
     areas = [row for row in tables["transfer"] if row["quantity"] == "AUC"]
-    alarms = [row for row in tables["transfer"] if row["quantity"] == "false-positive rate"]
     if not areas:
         return Finding("Too few mazes.", "not comparable", "Nothing.", "Raise --n.")
     up = {row["direction"]: row for row in areas}.get("UP", areas[0])
-    false = {row["direction"]: row for row in alarms}.get(up["direction"], alarms[0])
-    equal = [row for row in tables["transfer"] if row["quantity"].startswith("precision at the base rate")]
-    precise = {row["direction"]: row for row in equal}[up["direction"]]
+    false = _row(tables["transfer"], up, "false-positive rate")
+    sure = {row["direction"]: row for row in tables["precise"] if row["quantity"].startswith(EQUAL_RATES)}
+    precise = sure.get(up["direction"])
+    claims = [above(up, "fit", 0.5), above(up, "shifted", 0.5), above(up, "drop")]
+    claims += [None, None] if precise is None else [above(precise, "fit", SURE), below(precise, "shifted", SURE)]
     both = [row["direction"] for row in areas if row["fit_low"] > 0.5 and row["shifted_low"] > 0.5]
     worse = [row["direction"] for row in areas if row["drop_low"] > 0]
+    kept = [name for name, row in sure.items() if above(row, "fit", SURE)]
+    lost = [name for name in kept if below(sure[name], "shifted", SURE)]
     return Finding(
         f"Channel {up['channel']} ({up['direction']}): AUC in distribution {shown(up, 'fit')}, n={up['n_fit']}; "
-        f"out of it {shown(up, 'shifted')}, n={up['n_shifted']}. At the threshold {up['threshold']:.1f}, false "
-        "positives go from "
-        f"{shown(false, 'fit', '.1%')} to {shown(false, 'shifted', '.1%')}, and precision at equal base rates from "
-        f"{shown(precise, 'fit', '.1%')} to {shown(precise, 'shifted', '.1%')}.",
-        verdict(above(up, "fit", 0.5), above(up, "shifted", 0.5), above(up, "drop")),
-        f"The sums tell {', '.join(both) or 'no direction'} in both sets, intervals above 0.5; the drop in AUC from in "
-        f"to out of distribution is beyond its interval for {', '.join(worse) or 'no direction'}.",
-        "That the threshold is wrong out of distribution because its precision is lower there: the share of "
-        "mazes in which the way starts in that direction differs too. The rates, and the precision at equal base "
-        "rates, are in the table.",
+        f"out of it {shown(up, 'shifted')}, n={up['n_shifted']}. {_told(tables, precise)} At the threshold that "
+        f"divides best, {up['threshold']:.1f}, false positives go from {shown(false, 'fit', '.1%')} to "
+        f"{shown(false, 'shifted', '.1%')}.",
+        verdict(*claims),
+        f"The sums tell {_named(both)} in both sets, intervals above 0.5; the drop in AUC from in to out of "
+        f"distribution is beyond its interval for {_named(worse)}. A sum past the precise threshold is right in more "
+        f"than {SURE:.0%} of mazes in distribution, all of the interval, for {_named(kept)}"
+        + (f"; out of it in less, for {_named(lost)} of these." if kept else "."),
+        "That the threshold is wrong out of distribution because its raw precision is lower there: the share of "
+        "mazes in which the way starts in that direction differs too. So precisions are compared at one share, that "
+        "of the mazes in distribution.",
+    )
+
+
+def _named(directions: list[str]) -> str:
+    return ", ".join(directions) or "no direction"
+
+
+def _row(table: Table, like: Mapping[str, Any], quantity: str) -> dict[str, Any]:
+    """The row of a quantity for the direction of another row."""
+    return next(row for row in table if (row["direction"], row["quantity"]) == (like["direction"], quantity))
+
+
+def _told(tables: Tables, precise: Mapping[str, Any] | None) -> str:
+    """What a threshold that is to mean the direction almost surely is worth."""
+    if precise is None:
+        return f"Too few mazes for a threshold with precision {PRECISION:g}."
+    accepted = _row(tables["precise"], precise, "accepted")
+    told = {
+        which: "no sum is past it" if np.isnan(precise[which]) else shown(precise, which, ".1%")
+        for which in ("fit", "shifted")
+    }
+    return (
+        f"Above {precise['threshold']:.1f} (chosen for a {precise['criterion']} on the other half) the way is "
+        f"{precise['direction']} in distribution in {told['fit']} of the mazes it accepts, which are "
+        f"{shown(accepted, 'fit', '.1%')} of {precise['n_fit']}; out of it, at the same base rate, in "
+        f"{told['shifted']} of those it accepts, {shown(accepted, 'shifted', '.1%')} of {precise['n_shifted']}."
     )
 
 
@@ -116,8 +159,8 @@ PART = Part(
     name="sums",
     question="Does the sum of a channel tell the way to the cheese, in distribution and out of it?",
     method="Size 25, mouse on a random square where the direction is free; per direction the channel chosen on "
-    "other mazes, a threshold fitted on half of the mazes in distribution and scored on the other half and on those "
-    "out of it.",
+    "other mazes. Two thresholds are fitted on half of the mazes in distribution and scored on the other half and on "
+    f"those out of it: the one that divides best, and the smallest with precision {PRECISION:g}.",
     post="Above 30, channel 121 means UP almost surely in distribution, and does not outside (n=1000 each).",
     measure=measure,
     figure=figure,

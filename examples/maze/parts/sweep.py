@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +21,10 @@ from maze.levels import policy_input
 from maze.part import Finding, Part, Study, Table, Tables, interval_cells, shown
 from maze.policy import ACTION_COUNT, ACTIONS, NO_MOVE
 
-SIZE = 9
+SIZE = 7  # the smallest whose bottom right is outside the region that had the cheese in training
 MOST_LEVELS = 40  # every state of each goes through the rest of the network once per channel
+LEVEL = 0.05  # of the corrected p
+LIVE = 1e-6  # how much a move's probability must change for a channel to do anything; rounding changes it by 1e-8
 _STATES = 256  # in one sweep
 _TABLES = 32  # interventions whose chains are computed at once
 
@@ -38,10 +42,28 @@ def measure(study: Study) -> dict[str, Table]:
             for first in range(0, len(moves), _TABLES)
         ]
     )
-    effects = found - before
+    live = np.abs(moves - plain).max(axis=(1, 2)) > LIVE
+    return {"channels": _rows(study, channels, before, found - before, live)}
+
+
+def _rows(
+    study: Study,
+    channels: Sequence[tuple[str, int]],
+    before: NDArray[np.float64],
+    effects: NDArray[np.float64],
+    live: NDArray[np.bool_],
+) -> Table:
+    """One row per channel: its effect, a p corrected for all live ones, its rank among those of its hook point.
+
+    Args:
+        study: for the seeds.
+        channels: (hook point, channel) of each.
+        before: P(cheese) of the policy itself, (level,).
+        effects: how much zeroing changes it, (channel, level).
+        live: which of them do anything at all.
+    """
     intervals = mean_intervals(effects, study.seed_for("sweep bootstrap"))
     p = sign_flip_test(effects.T, seed=study.seed_for("sweep flips"))
-    live = np.abs(moves - plain).max(axis=(1, 2)) > 0
     p_bh = benjamini_hochberg(np.where(live, p, np.nan))
     rows: Table = []
     for number, (point, channel) in enumerate(channels):
@@ -56,17 +78,17 @@ def measure(study: Study) -> dict[str, Table]:
                 "hook_point": point,
                 "channel": channel,
                 "live": bool(live[number]),
-                "n": len(levels),
+                "n": len(before),
                 "original": float(before.mean()),
                 **interval_cells("effect", intervals[number]),
-                "p": float(p[number]),
-                "p_bh": None if np.isnan(p_bh[number]) else float(p_bh[number]),
-                "rank": None if rank is None else rank.rank,
-                "controls": None if rank is None else rank.controls,
-                "rank_p": None if rank is None else rank.p,
+                "p": float(p[number]) if live[number] else None,
+                "p_bh": float(p_bh[number]) if live[number] else None,
+                "rank": rank and rank.rank,
+                "controls": rank and rank.controls,
+                "rank_p": rank and rank.p,
             }
         )
-    return {"channels": rows}
+    return rows
 
 
 def _channels(points: HookPoints) -> Iterator[tuple[str, int]]:
@@ -110,12 +132,12 @@ def figure(tables: Tables) -> Figure:
     """Effects by hook point, in execution order; filled where they stand after correction."""
     drawn = Figure(figsize=(12, 4.8), layout="constrained")
     axes = drawn.subplots()
-    names = list(dict.fromkeys(row["hook_point"] for row in tables["channels"]))
+    counts = Counter(row["hook_point"] for row in tables["channels"])
+    names = list(counts)
     for row in tables["channels"]:
         if row["live"]:
-            significant = row["p_bh"] is not None and row["p_bh"] < LEVEL
-            place = names.index(row["hook_point"]) + 0.6 * (row["channel"] / 32 - 0.5)
-            axes.plot(place, row["effect"], "o" if significant else "x", color="black", markersize=4, alpha=0.7)
+            place = names.index(row["hook_point"]) + 0.6 * (row["channel"] / counts[row["hook_point"]] - 0.5)
+            axes.plot(place, row["effect"], "o" if _stands(row) else "x", color="black", markersize=4, alpha=0.7)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(names)), [name.removeprefix("embedder.") for name in names], rotation=45, ha="right")
     axes.set_ylabel(f"change of P(cheese within 256 steps)\nn={tables['channels'][0]['n']} levels of side {SIZE}")
@@ -124,27 +146,26 @@ def figure(tables: Tables) -> Figure:
     return drawn
 
 
-LEVEL = 0.05
+def _stands(row: Mapping[str, Any]) -> bool:
+    return row["p_bh"] is not None and row["p_bh"] < LEVEL
 
 
 def finding(tables: Tables) -> Finding:
     rows = [row for row in tables["channels"] if row["live"]]
     if not rows:
         return Finding("No channel changes anything.", "not comparable", "Nothing.", "Anything.")
-    helps = [row for row in rows if row["p_bh"] is not None and row["p_bh"] < LEVEL and row["effect"] > 0]
-    hurts = [row for row in rows if row["p_bh"] is not None and row["p_bh"] < LEVEL and row["effect"] < 0]
+    helps = [row for row in rows if _stands(row) and row["effect"] > 0]
+    hurts = [row for row in rows if _stands(row) and row["effect"] < 0]
     best = max(rows, key=lambda row: row["effect"])
+    ranked = "" if best["rank"] is None else f", rank {best['rank']} of the {best['controls'] + 1} live ones there"
+    where = list(dict.fromkeys(row["hook_point"] for row in helps))
     return Finding(
-        f"Of {len(rows)} live channels, zeroing raises P(cheese) for {len(helps)} and lowers it for {len(hurts)} after "
-        f"correction at {LEVEL}. The largest gain: {best['hook_point']} channel {best['channel']}, "
-        f"{shown(best, 'effect', '+.3f')}, rank {best['rank']} of the {best['controls'] + 1} live ones there; "
-        f"n={best['n']}.",
+        f"Of {len(rows)} live channels, zeroing raises P(cheese), {best['original']:.3f}, for {len(helps)} and lowers "
+        f"it for {len(hurts)} after Benjamini-Hochberg correction at {LEVEL}. The largest gain: {best['hook_point']} "
+        f"channel {best['channel']}, {shown(best, 'effect', '+.3f')}{ranked}; n={best['n']}.",
         "not comparable",
-        "Channels that lower the chance of the cheese when it is in the bottom right corner are not confined to the "
-        "last "
-        "convolution."
-        if len({row["hook_point"] for row in helps}) > 1
-        else "Gains, if any, come from one hook point.",
+        f"Channels that lower the chance of the cheese in the bottom right corner are at {len(where)} of "
+        f"{len({row['hook_point'] for row in rows})} hook points: {', '.join(where) or 'none'}.",
         "That the channel with the largest gain would have it again: it is the best of many. Its interval is not "
         "corrected for that choice; the p-values are.",
     )
@@ -154,8 +175,8 @@ PART = Part(
     name="sweep",
     question="Which channels of which convolution keep the mouse from the cheese in the bottom right corner?",
     method=f"Size {SIZE}, at most {MOST_LEVELS} levels. Every channel of every convolution's output zeroed in turn, "
-    "in every "
-    "state; P(cheese within 256 steps) computed, not sampled. Controls: the other live channels of the hook point.",
+    "in every state; P(cheese within 256 steps) computed, not sampled. Controls: the other live channels of the hook "
+    "point; p by sign flips over levels.",
     post="Not done; the post zeroed one channel of relu3.",
     measure=measure,
     figure=figure,

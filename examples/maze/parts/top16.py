@@ -1,9 +1,9 @@
-"""The 16 most telling channels zeroed at once: what changes in the vector field, and does the mouse still arrive?"""
+"""16 channels zeroed at once: what changes in the vector field, and does the mouse still arrive?"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from chanpatch.statistics import rank_among
+from maze.channels import pair_sums
 from maze.effects import (
     DESTINATIONS,
     KINDS,
+    Kind,
     ablation,
     activations,
     destinations,
@@ -24,50 +26,77 @@ from maze.effects import (
 )
 from maze.episodes import ORIGINAL
 from maze.exact import Chains, move_probabilities
-from maze.part import Finding, Part, Study, Table, Tables, above, shown, verdict
+from maze.off_distribution import METERED, absolute_z, mouse_anywhere
+from maze.part import Finding, Part, Study, Table, Tables, above, column, shown, verdict
 from maze.paths import MOVES, Direction, decision_squares
-from maze.selection import Selection
 from maze.states import read_mazes
 from maze.tables import SITE, action_tables
 
 SIZE = 15
 TOGETHER = 16
-MOST_LEVELS = 400
+MOST_LEVELS = 300
 REFERENCE = 200  # levels that give the means and the donors
-CONTROLS = 19  # random sets of other live channels, where there are so many
+CONTROLS = 19  # random sets of live channels, where there are so many; they overlap
 CHANGES = 0.1  # of the probability of a move, on average over the squares, from which on a field is another one
 RARE = 0.01  # P(cheese) up to which there is nothing to keep
 KEPT = 0.5  # of P(cheese): with more than that left the mouse still goes to the cheese
+INSTEAD = {"mean": "the mean", "resample": "another level's activation"}
 MEASURES = {"moves": "share of each move that goes elsewhere", **DESTINATIONS}
 
+PAIR, TELLING, CONTROL = "pair", "telling", "control"  # what a set was chosen by
+
 Values = NDArray[np.float64]
+
+
+class Ablated(NamedTuple):
+    """Channels that are ablated together, what they were chosen by, and how."""
+
+    chosen: str
+    kind: Kind
+    channels: tuple[int, ...]
 
 
 def measure(study: Study) -> dict[str, Table]:
     """What each set of channels changes, over levels; and the vector fields of one maze."""
     reference_levels = study.levels("top16 reference", REFERENCE, size=SIZE, cheese="in distribution", mouse="anywhere")
     reference = activations(study.points, reference_levels, SITE)
-    top = study.selection.ranked[:TOGETHER]
-    seed = study.seed_for("top16 donors")
-    sets = {f"top {len(top)} {kind}": (kind, top) for kind in KINDS}
-    others = _control_sets(study.selection, study.seed_for("top16 controls"))
-    sets |= {f"control {number}": (KINDS[0], channels) for number, channels in enumerate(others, 1)}
+    sets, seed = _sets(study), study.seed_for("top16 donors")
     interventions = {
-        name: ablation(study.points, kind, channels, reference, seed=seed) for name, (kind, channels) in sets.items()
+        name: ablation(study.points, kind, channels, reference, seed=seed) for name, (_, kind, channels) in sets.items()
     }
     levels = study.levels("top16", min(study.n, MOST_LEVELS), size=SIZE, cheese="out of distribution")
     values = _measured(study, levels, {ORIGINAL: (), **interventions})
+    some = mouse_anywhere(levels[:METERED], study.seed_for("top16 mouse"))
+    live = study.selection.live
+    far = {
+        kind: absolute_z(study.points, ablation(study.points, kind, live, reference, seed=seed), some, reference_levels)
+        for kind in KINDS
+        if kind != "mean"  # which is where the meter starts from
+    }
     shown_level = int(np.argmax(decision_squares(read_mazes(levels))[1]))  # the first in which there is a choice
-    field = _field(study, levels[shown_level], {ORIGINAL: (), "zeroed": interventions[f"top {len(top)} {KINDS[0]}"]})
-    return {"effects": _rows(values, sets, study.seed_for("top16 bootstrap")), "field": field}
+    field = _field(study, levels[shown_level], {ORIGINAL: (), "zeroed": next(iter(interventions.values()))})
+    return {"effects": _rows(values, sets, far, study.seed_for("top16 bootstrap")), "field": field}
 
 
-def _control_sets(selection: Selection, seed: int) -> list[tuple[int, ...]]:
-    """Different sets of live channels that are not among the most telling ones, as many as these or all there are."""
-    rest, rng = selection.ranked[TOGETHER:], np.random.default_rng(seed)
-    # Where hardly more channels are left than a set takes, the same sets come up again: tries are limited.
-    drawn = {tuple(sorted(rng.permutation(rest)[:TOGETHER].tolist())): None for _ in range(10 * CONTROLS) if rest}
-    return list(drawn)[:CONTROLS]
+def _sets(study: Study) -> dict[str, Ablated]:
+    """The sets by name: the post's choice first, then the most telling channels, then the controls."""
+    differences = np.abs(np.diff(pair_sums(study.points, SITE)[1], axis=1)).mean(axis=(0, 1))
+    live = study.selection.live
+    pair = tuple(sorted(live, key=lambda channel: -differences[channel])[:TOGETHER])
+    top = study.selection.ranked[:TOGETHER]
+    sets = {f"the pair's {len(pair)} {KINDS[0]}": Ablated(PAIR, KINDS[0], pair)}
+    sets |= {f"top {len(top)} {kind}": Ablated(TELLING, kind, top) for kind in KINDS}
+    others = _control_sets(live, (pair, top), study.seed_for("top16 controls"))
+    controls = {f"control {number}": Ablated(CONTROL, KINDS[0], each) for number, each in enumerate(others, 1)}
+    return sets | controls
+
+
+def _control_sets(live: Sequence[int], tested: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
+    """Different random sets of the live channels, none of them one that is tested; fewer where there are no more."""
+    rng = np.random.default_rng(seed)
+    # Where hardly more channels live than a set takes, the same sets come up again: tries are limited.
+    drawn = {tuple(sorted(rng.permutation(live)[:TOGETHER].tolist())): None for _ in range(10 * CONTROLS)}
+    return [each for each in drawn if each not in {tuple(sorted(other)) for other in tested}][:CONTROLS]
 
 
 def _measured(study: Study, levels: Sequence[bytes], interventions: Mapping[str, Any]) -> dict[str, Values]:
@@ -84,28 +113,32 @@ def _elsewhere(chains: Chains, tables: NDArray[np.float32]) -> Values:
     return totals / np.bincount(chains.level, minlength=len(chains.levels))
 
 
-def _rows(values: Mapping[str, Values], sets: Mapping[str, tuple[str, Sequence[int]]], seed: int) -> Table:
-    """One row per measure and set: the means over levels, the effect, and its rank among the control sets."""
+def _rows(
+    values: Mapping[str, Values], sets: Mapping[str, Ablated], far: Mapping[str, Mapping[int, float]], seed: int
+) -> Table:
+    """One row per measure and set: the means over levels, the effect, its rank among the control sets, absolute z."""
     effects = effect_rows(values, list(sets), seed)
     rows: Table = []
     for row in effects:
-        kind, channels = sets[row["intervention"]]
+        chosen, kind, channels = sets[row["intervention"]]
         controls = [
             other["effect"]
             for other in effects
-            if other["measure"] == row["measure"] and other["intervention"].startswith("control")
+            if other["measure"] == row["measure"] and sets[other["intervention"]].chosen == CONTROL
         ]
-        ranked = kind == KINDS[0] and channels == sets[effects[0]["intervention"]][1] and controls
+        ranked = chosen != CONTROL and kind == KINDS[0] and controls
         rank = rank_among(row["effect"], controls) if ranked else None
         rows.append(
             {
                 **row,
+                "chosen": chosen,
                 "kind": kind,
                 "channels": " ".join(map(str, channels)),
                 "count": len(channels),
                 "rank": rank and rank.rank,
                 "controls": rank and rank.controls,
                 "rank_p": rank and rank.p,
+                "absolute_z": float(np.nanmean([far[kind][channel] for channel in channels])) if kind in far else None,
             }
         )
     return rows
@@ -139,11 +172,12 @@ def figure(tables: Tables) -> Figure:
     drawn = Figure(figsize=(17, 4.8), layout="constrained")
     *fields, effects = drawn.subplots(1, 4, width_ratios=(1, 1, 1, 1.25))
     reached = [row for row in tables["field"] if row[f"{ORIGINAL}_left"] is not None]
+    count = tables["effects"][0]["count"]
     arrows = {name: _arrows(reached, name) for name in (ORIGINAL, "zeroed")}
-    arrows["zeroed minus original"] = arrows["zeroed"] - arrows[ORIGINAL]
+    arrows["zeroed minus original, half as long"] = (arrows["zeroed"] - arrows[ORIGINAL]) / 2
     for axes, (title, vectors) in zip(fields, arrows.items(), strict=True):
         _draw_field(axes, tables["field"], reached, vectors)
-        axes.set_title(title)
+        axes.set_title(f"the pair's {count} zeroed" if title == "zeroed" else title, fontsize="medium")
     draw_effects(effects, tables["effects"], MEASURES)
     return drawn
 
@@ -151,13 +185,14 @@ def figure(tables: Tables) -> Figure:
 def _draw_field(
     axes: Axes, free: Sequence[Mapping[str, Any]], reached: Sequence[Mapping[str, Any]], vectors: Values
 ) -> None:
-    """One arrow per square, one cell long for a move that is certain: the mean of where the moves lead."""
+    """One arrow in each square, almost a cell long for a move that is certain: the mean of where the moves lead."""
     size, cheese = free[0]["size"], (free[0]["cheese_row"], free[0]["cheese_col"])
     maze = np.zeros((size, size))
     maze[[row["row"] for row in free], [row["col"] for row in free]] = 1
     axes.imshow(maze, origin="lower", cmap="gray", vmin=-1.5, vmax=1)
     col, row = [each["col"] for each in reached], [each["row"] for each in reached]
-    axes.quiver(col, row, vectors[:, 1], vectors[:, 0], angles="xy", scale_units="xy", scale=1, width=0.006)
+    style: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.2, "width": 0.006, "pivot": "mid"}
+    axes.quiver(col, row, vectors[:, 1], vectors[:, 0], **style)
     axes.plot(cheese[1], cheese[0], "*", color="gold", markeredgecolor="black", markersize=15)
     axes.plot(size - 1, size - 1, "s", color="none", markeredgecolor="black", markersize=11)
     axes.set(xticks=[], yticks=[], xlabel="star: cheese, square: top right corner")
@@ -171,48 +206,61 @@ def _arrows(reached: Sequence[Mapping[str, Any]], name: str) -> Values:
 
 
 def finding(tables: Tables) -> Finding:
-    first = tables["effects"][0]["intervention"]
-    top = {row["measure"]: row for row in tables["effects"] if row["intervention"] == first}
-    moved, found = top["moves"], top["found"]
-    control = next((r for r in tables["effects"] if r["intervention"] == "control 1" and r["measure"] == "found"), None)
+    pair, top = ({row["measure"]: row for row in _of(tables, chosen, KINDS[0])} for chosen in (PAIR, TELLING))
+    moved, found = pair["moves"], pair["found"]
     changed = above(moved, "effect", CHANGES)
     # A mouse that finds no cheese as it is has none to keep.
     still = above(found, "effect", (KEPT - 1) * found["original"]) if found["original"] > RARE else None
-    choice = top.get("to_cheese")
+    choice = pair.get("to_cheese")
     squares = (
         "No level has a decision square."
         if choice is None
         else f"At the decision square P(first to the cheese) {choice['original']:.3f} becomes "
         f"{choice['modified']:.3f}, change {shown(choice, 'effect', '+.3f')}, n={choice['n']}."
     )
-    beside = (
-        "There are no other live channels to compare with."
-        if control is None
-        else f"Other live channels zeroed instead ({control['count']} of them) change P(cheese) by "
-        f"{shown(control, 'effect', '+.3f')}; of {found['controls'] + 1} sets the top {found['count']} rank "
-        f"{found['rank']} by the size of the change."
+    instead = (
+        f"{INSTEAD[kind]} in place of zero {shown(row, 'effect', '+.3f')}"
+        for kind in KINDS[1:]
+        for row in _of(tables, TELLING, kind)
+        if row["measure"] == "found"
     )
     return Finding(
-        f"{first.capitalize()}, n={found['n']}: {shown(moved, 'effect')} of each move goes elsewhere. P(cheese) "
-        f"{found['original']:.3f} becomes {found['modified']:.3f}, change {shown(found, 'effect', '+.3f')}. {squares}",
+        f"The pair's {found['count']} channels zeroed, n={found['n']}: {shown(moved, 'effect')} of each move goes "
+        f"elsewhere. P(cheese) {found['original']:.3f} becomes {found['modified']:.3f}, change "
+        f"{shown(found, 'effect', '+.3f')}. {squares} The {top['found']['count']} that tell most on the selection "
+        f"mazes: {shown(top['moves'], 'effect')} of each move, P(cheese) {shown(top['found'], 'effect', '+.3f')}.",
         verdict(changed, still),
-        f"{beside} The mean of the channels in place of zero changes P(cheese) by "
-        f"{shown(_of(tables, 'mean'), 'effect', '+.3f')}, another level's activation by "
-        f"{shown(_of(tables, 'resample'), 'effect', '+.3f')}.",
+        f"{_beside_controls(tables, found, top['found'])} Of those that tell most, {' and '.join(instead)}.",
         "That what is left knows the way by itself: one maze, the post's or the one drawn here, shows a field and not "
-        "how often it leads anywhere, which is why the levels are counted.",
+        "how often it leads anywhere, which is why the levels are counted. Nor that a set which changes more is about "
+        "the way: zeroed sums lie off those that occur.",
     )
 
 
-def _of(tables: Tables, kind: str) -> Mapping[str, Any]:
-    return next(row for row in tables["effects"] if row["measure"] == "found" and row["kind"] == kind)
+def _beside_controls(tables: Tables, pair: Mapping[str, Any], top: Mapping[str, Any]) -> str:
+    controls = [row for row in _of(tables, CONTROL, KINDS[0]) if row["measure"] == "found"]
+    far = f"{pair['absolute_z']:.1f} standard deviations off for the pair's, {top['absolute_z']:.1f} for the telling"
+    if not controls:
+        return f"No other set of as many live channels is there to compare with; zeroed sums lie {far}."
+    p = "" if pair["rank_p"] is None else f" (p = {pair['rank_p']:.2g} and {top['rank_p']:.2g})"
+    return (
+        f"{len(controls)} random sets of as many live channels, which overlap with these, change P(cheese) by "
+        f"{min(column(controls, 'effect')):+.3f} to {max(column(controls, 'effect')):+.3f}; by the size of the change "
+        f"the pair's set ranks {pair['rank']} and the telling one {top['rank']} of {pair['controls'] + 1}{p}. Zeroed "
+        f"sums lie {far} and {column(controls, 'absolute_z').mean():.1f} for the random sets (0.8 is usual)."
+    )
+
+
+def _of(tables: Tables, chosen: str, kind: str) -> list[Mapping[str, Any]]:
+    return [row for row in tables["effects"] if row["chosen"] == chosen and row["kind"] == kind]
 
 
 PART = Part(
     name="top16",
-    question="With the 16 most telling channels zeroed, what changes, and does the mouse still go to the cheese?",
-    method="Size 15, cheese outside the top right 5x5: from the probabilities of all moves in every state, arriving "
-    "within 256 steps and the way taken at the decision square are computed; controls are other live channels.",
+    question="With 16 channels zeroed, what changes, and does the mouse still go to the cheese?",
+    method="Size 15, cheese outside the top right 5x5. Zeroed: the 16 that differ most over the post's pair, as the "
+    "post's did, on which the verdict rests; the 16 that tell most; random sets. Arriving within 256 steps and the way "
+    "taken at the decision square are computed from the probabilities of all moves in every state.",
     post="One maze, drawn: zeroing 16 channels changes a lot, but the mouse would still go to the cheese.",
     measure=measure,
     figure=figure,

@@ -13,7 +13,7 @@ import torch
 from chanpatch import hook_points
 from maze import evaluate
 from maze.evaluation import MEASURES, Score, markdown, mean_interval, measure, scores, sizes_in
-from maze.exact import Chains, cheese_and_corner, decisions, greedy
+from maze.exact import Chains, cheese_and_corner, decisions, greedy, neither
 from maze.experiment import SettingsError
 from maze.levels import draw_levels, observe, policy_input
 from maze.policy import load_policy
@@ -72,6 +72,14 @@ def test_an_evaluation_leaves_its_five_files_and_nothing_else(finished):
     assert sorted(file.name for file in only(finished[0]).iterdir()) == FILES
 
 
+def test_a_finished_evaluation_is_not_done_again(finished):
+    folder = only(finished[0])
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    again = command(*SMALL, cwd=folder.parents[1])
+    assert f"Kept from before, with the same settings, weights and code: results/{folder.name}" in again.stdout
+    assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+
+
 def test_numbers_on_disk_are_those_of_the_levels_evaluated_at_once(finished, points):
     folder = only(finished[0])
     rows = table(folder / "levels.csv")
@@ -96,7 +104,7 @@ def test_the_table_holds_the_means_of_the_levels_that_have_a_measure(finished):
         assert int(row["n"]) == len(values)
         assert float(row["mean"]) == pytest.approx(np.mean(values))
         assert float(row["low"]) <= float(row["mean"]) <= float(row["high"])
-    assert {row["measure"] for row in rows if row["cheese"] == "top right"} == {"found"}
+    assert {row["measure"] for row in rows if row["cheese"] == "top right"} == {"found", "neither"}
 
 
 def test_sizes_without_squares_outside_the_top_right_have_no_cheese_there(finished):
@@ -118,7 +126,8 @@ def test_measures_are_those_of_the_exact_engine_for_both_kinds_of_actions(points
     (sampled,) = action_tables(points, chains).values()
     values = measure(points, levels)
     for actions, actions_table in (("sampled", sampled), ("greedy", greedy(sampled))):
-        expected = (*cheese_and_corner(chains, actions_table), *decisions(chains, actions_table).T)
+        expected = (*cheese_and_corner(chains, actions_table), neither(chains, actions_table))
+        expected += (*decisions(chains, actions_table).T,)
         for name, value in zip(MEASURES, expected, strict=True):
             np.testing.assert_array_equal(values[f"{name} {actions}"], value)
     assert np.isin(values["found greedy"], (0, 1)).all()
@@ -180,8 +189,8 @@ def test_other_lists_of_sizes_are_refused(text):
         (["--sizes", "9,14"], "--sizes holds 14, but the side of a maze is odd, 3 to 25."),
         (
             ["--cheese", "here"],
-            "--cheese holds 'here'; it is one or more of 'in distribution', 'out of distribution', 'top left', "
-            "'top right', 'bottom right'.",
+            "--cheese holds 'here'; it is one or more of 'in distribution', 'out of distribution', 'as drawn', "
+            "'top left', 'top right', 'bottom right'.",
         ),
         (
             ["--sizes", "3,5", "--cheese", "out of distribution"],

@@ -8,7 +8,7 @@ from torch.distributions import Categorical
 from chanpatch import PatchedPolicy, edit, hook_points, patch_in, rollout, steer, zero_ablate
 from maze.environment import MazeVectorEnv
 from maze.episodes import ORIGINAL, padded
-from maze.exact import STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, walk
+from maze.exact import STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, neither, walk
 from maze.levels import draw_levels, observe, policy_input
 from maze.paths import MOVES, Direction
 from maze.policy import ACTION_COUNT, ACTIONS, load_policy
@@ -126,7 +126,9 @@ def test_probabilities_are_those_of_a_distribution_carried_forward_in_plain_pyth
         if tuple(chains.mazes.cheese[level]) == last:
             assert np.isnan(corner[level])
         else:
-            assert corner[level] == pytest.approx(carried(chains, table, level, steps=30, ends=(last,))[1], abs=1e-12)
+            before, passed = carried(chains, table, level, steps=30, ends=(last,))
+            assert corner[level] == pytest.approx(passed, abs=1e-12)
+            assert neither(chains, table, steps=30)[level] == pytest.approx(1 - before - passed, abs=1e-12)
 
 
 def carried(chains, table, level, steps, ends):
@@ -213,6 +215,20 @@ def test_200_walks_are_rollouts_in_procgen_action_by_action(points, walked, name
     np.testing.assert_array_equal(episodes.found[same], done.terminated[same])
     np.testing.assert_array_equal(episodes.lengths[same], done.lengths[same])
     assert 0 < episodes.found.sum() < 200
+
+
+@pytest.mark.slow
+def test_200_walks_through_levels_of_all_kinds_are_whole_rollouts_in_procgen_action_by_action(points):
+    sides = (7, 9, 11, 13, 15)
+    levels = [level for side in sides for level in draw_levels(40, size=side, seed=6, cheese="out of distribution")]
+    chains = Chains.of(levels)
+    (table,) = action_tables(points, chains).values()
+    done = rollout(points.model, MazeVectorEnv(levels, num_envs=50), range(200), max_steps=256, sampling_seed=8)
+    episodes, near_ties = walk(chains, table, sampling_seed=8)
+    same = (padded(done.actions, 256) == episodes.actions).all(axis=1)
+    assert same[near_ties == 0].all()
+    assert (near_ties == 0).sum() > 180
+    np.testing.assert_array_equal(episodes.found[same], done.terminated[same])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import torch
 from procgen_tools import models
 from safetensors.torch import load_file, save_file
 
+from chanpatch import PatchedPolicy, edit, hook_points
 from maze.levels import draw_levels, observe, policy_input
 from maze.paths import Direction
 from maze.policy import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, WeightsError, load_policy
@@ -31,7 +32,7 @@ def original(width):
 
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_pth_file_gives_the_policy_that_was_saved(tmp_path, observations, width, wrapped):
+def test_a_pth_file_gives_the_policy_that_was_saved_through_a_twin_too(tmp_path, observations, width, wrapped):
     policy = original(width)
     with torch.no_grad():
         policy.fc_policy.weight.mul_(100)  # so that the logits differ visibly
@@ -41,9 +42,15 @@ def test_a_pth_file_gives_the_policy_that_was_saved(tmp_path, observations, widt
     with torch.no_grad():
         expected, value = policy(observations)
         given, given_value = loaded(observations)
+        channel = hook_points(loaded, observations).site("embedder.relu3", channel=3)
+        through_twin, value_through_twin = PatchedPolicy(loaded, edit(channel, lambda activation: activation + 0))(
+            observations
+        )
     assert expected.logits.std() > 0.01
-    torch.testing.assert_close(given.logits, expected.logits, atol=1e-6, rtol=0)
-    torch.testing.assert_close(given_value, value, atol=1e-6, rtol=0)
+    for logits in (given.logits, through_twin.logits):
+        torch.testing.assert_close(logits, expected.logits, atol=1e-6, rtol=0)
+    for each in (given_value, value_through_twin):
+        torch.testing.assert_close(each, value, atol=1e-6, rtol=0)
     assert facts["width"] == width
     assert facts["parameters"] == {1: 626_256, 4: 3_653_136}[width]
     assert facts["name"] == "model.pth"
@@ -78,13 +85,25 @@ def test_the_shipped_policy_was_trained_from_the_first_stage_that_lies_beside_it
     assert told["settings"]["start"] == first["sha256"]
 
 
-def test_the_control_is_the_one_that_its_facts_describe():
-    policy, facts = load_policy(SHIPPED_WEIGHTS.with_name("control.safetensors"))
-    told = json.loads(SHIPPED_WEIGHTS.with_name("control.json").read_text())
-    assert {name: told[name] for name in ("sha256", "width", "parameters")} == {
-        name: facts[name] for name in ("sha256", "width", "parameters")
-    }
-    assert told["settings"]["auxiliary"] == "cell"
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("control", "auxiliary", "cell"),
+        ("reward", "algorithm", "ppo"),
+        ("seed1", "seed", 1),
+        ("seed2", "seed", 2),
+    ],
+)
+def test_another_shipped_policy_is_the_one_that_its_facts_describe(name, setting, value):
+    _, facts = load_policy(SHIPPED_WEIGHTS.with_name(f"{name}.safetensors"))
+    told = json.loads(SHIPPED_WEIGHTS.with_name(f"{name}.json").read_text())
+    assert facts == {"name": f"{name}.safetensors"} | {key: told[key] for key in ("sha256", "width", "parameters")}
+    assert told["settings"][setting] == value
+
+
+def test_the_reward_policy_was_trained_from_the_shipped_one():
+    told = json.loads(SHIPPED_WEIGHTS.with_name("reward.json").read_text())
+    assert told["settings"]["start"] == load_policy()[1]["sha256"]
 
 
 def test_loading_restores_the_width_of_the_module_and_draws_no_random_numbers():

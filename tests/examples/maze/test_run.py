@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +13,17 @@ from matplotlib.figure import Figure
 
 from maze import run as runs
 from maze.command import UserError
-from maze.part import Finding, Part, Study, read_table
+from maze.decision_squares import THRESHOLD_LEVELS
+from maze.limits import LIMITS, limits
+from maze.part import LABEL_LEVELS, SELECTION_LEVELS, Finding, Part, Study, read_table
+from maze.parts import PARTS, ablation, cheese_vector, corner_vector, parity, retarget, search, sweep, top16
 from maze.policy import SHIPPED_WEIGHTS
 from maze.report import write_report
 from maze.run import RunSettings, run
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "maze_goal_misgen.py"
 MEASURED = []
+FACTS = ("weights", "weights_name", "width", "n", "seed", "versions")  # all that decides the numbers of a part
 
 
 def measure(study):
@@ -76,6 +82,17 @@ def test_a_part_that_was_measured_with_anything_else_is_measured_again(changed, 
     assert json.loads(manifest.read_text())[changed] == known[changed]
 
 
+def test_code_that_is_edited_while_a_run_goes_on_is_not_what_its_parts_are_said_to_be_measured_with(
+    parts, tmp_path, monkeypatch
+):
+    sources = iter("ab")
+    monkeypatch.setattr(runs, "versions", lambda: {"source": next(sources)})
+    monkeypatch.setattr(runs, "PARTS", {"first": replace(PART, name="first"), "squares": PART})
+    folder = run(settings(tmp_path))
+    known = [json.loads(file.read_text())["versions"]["source"] for file in folder.glob("policy/*/manifest.json")]
+    assert known == ["a", "a"] and "Left out" not in (folder / "report.md").read_text()
+
+
 def test_a_part_that_is_interrupted_leaves_nothing_and_those_before_it_stay(parts, tmp_path, monkeypatch):
     def interrupted(study):
         raise KeyboardInterrupt
@@ -95,7 +112,65 @@ def test_the_shipped_policies_stand_side_by_side(parts, tmp_path):
     page = (run(settings(tmp_path, weights=None)) / "report.html").read_text()
     assert MEASURED[:2] == ["policy.safetensors", "control.safetensors"]
     assert "The same on the control policy" in page
-    assert "the control policy agrees with the post, by the same rules, so: squares: yes (imitation: yes)." in page
+    assert "What remains without it stays open here: no sums, no ablation of the control policy." in page
+
+
+def test_another_policy_is_studied_where_its_weights_are_there(parts, tmp_path, monkeypatch):
+    weights = tmp_path / "weights" / SHIPPED_WEIGHTS.name
+    weights.parent.mkdir()
+    for copy in (weights, weights.with_name("seed2.safetensors")):
+        shutil.copy(SHIPPED_WEIGHTS, copy)
+    monkeypatch.setattr(runs, "SHIPPED_WEIGHTS", weights)
+    page = (run(settings(tmp_path / "out", weights=None)) / "report.html").read_text()
+    assert MEASURED == ["policy.safetensors", "seed2.safetensors"]
+    assert "<li><b>seed2</b>: another seed of imitation with the same losses" in page
+
+
+@pytest.fixture
+def two_policies(parts, tmp_path, monkeypatch):
+    """A run on two policies, the second of which squares differently, and on one of which a second part was run."""
+    monkeypatch.setattr(runs, "OTHERS", ("control",))
+    alone = replace(PART, name="alone")
+    monkeypatch.setattr(runs, "PARTS", {"alone": alone, "squares": PART})
+    folder = run(settings(tmp_path, weights=None))
+    file = folder / "control" / "squares" / "squares.csv"
+    file.write_text(file.read_text().replace("\n19,361,", "\n19,36100,"))
+    write_report(folder, as_measured(folder, "imitation", "control"), runs.PARTS, "make report")
+    return folder
+
+
+def as_measured(folder, *subjects):
+    """What the squares of each policy were measured with."""
+    manifests = {each: json.loads((folder / each / "squares" / "manifest.json").read_text()) for each in subjects}
+    return {each: {name: known[name] for name in FACTS} for each, known in manifests.items()}
+
+
+def test_parts_measured_on_every_policy_stand_in_a_table_with_the_main_policy_first(two_policies):
+    text = (two_policies / "report.md").read_text()
+    heading = "## The same parts on every policy\n\nBy the same rules.\n\n"
+    assert text.split(heading)[1].split("\n\n")[0].splitlines() == [
+        "| part | policy | ours | agrees with the reference |",
+        "|---|---|---|---|",
+        "| squares | imitation | the last square is 361 | yes |",
+        "| squares | control | the last square is 36100 | yes |",
+    ]
+    page = (two_policies / "report.html").read_text()
+    cells = "<td>control</td><td>the last square is 36100</td><td>yes</td>"
+    assert f"<tr><td><a href='#part-squares'>squares</a></td>{cells}</tr>" in page
+
+
+def test_the_results_of_the_other_policies_are_folded_under_their_heading(two_policies):
+    page = (two_policies / "report.html").read_text()
+    before, folded = page.split("<details><summary><h3>The same on the control policy</h3></summary>")
+    assert "<b>Ours.</b> the last square is 361<" in before and "<b>Ours.</b> the last square is 36100<" in folded
+    assert page.count("<details") == page.count("</details>")
+
+
+def test_a_run_of_one_policy_has_no_table_of_policies(parts, tmp_path):
+    folder = run(settings(tmp_path))
+    for name in ("report.html", "report.md"):
+        text = (folder / name).read_text()
+        assert "Summary" in text and "The same parts on every policy" not in text
 
 
 def test_every_number_of_the_report_is_read_from_the_tables(parts, tmp_path):
@@ -103,7 +178,7 @@ def test_every_number_of_the_report_is_read_from_the_tables(parts, tmp_path):
     before = (folder / "report.html").read_text()
     file = folder / "policy" / "squares" / "squares.csv"
     file.write_text(file.read_text().replace("\n19,361,", "\n19,36100,"))
-    write_report(folder, ["policy"], {"squares": PART}, "make report")
+    write_report(folder, as_measured(folder, "policy"), {"squares": PART}, "make report")
     after, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     assert "the last square is 361<" in before and "the last square is 36100<" in after
     assert "the last square is 36100" in markdown
@@ -113,9 +188,110 @@ def test_every_number_of_the_report_is_read_from_the_tables(parts, tmp_path):
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows(parts, tmp_path):
     page = (run(settings(tmp_path)) / "report.html").read_text()
-    assert "come from the CSV files of\nthis run.</p>" in page
+    assert "come from the CSV files of this run.</p>" in page
     assert "id='part-squares'" in page and "that n &lt; 20 &amp; more" in page
     assert not re.findall(r"(?:src|href)='(?!data:|#)", page)
+
+
+def test_a_changed_cell_of_a_real_part_changes_what_the_page_says(tmp_path):
+    folder = run(settings(tmp_path, only=("statistics",)))
+    file = folder / "policy" / "statistics" / "scores.csv"
+    rows = [line.split(",") for line in file.read_text().splitlines()]
+    place = rows[0].index("accuracy")
+    before = float(rows[1][place])
+    rows[1][place] = "0.123456"
+    file.write_text("\n".join(",".join(row) for row in rows) + "\n")
+    pages = {}
+    pages["before"] = (folder / "report.html").read_text()
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    known = {"policy": {name: manifest[name] for name in FACTS}}
+    pages["after"] = write_report(folder, known, PARTS, "make report").read_text()
+    assert f"predicted {before:.3f} (" in pages["before"] and f"predicted {before:.3f} (" not in pages["after"]
+    assert "predicted 0.123 (" in pages["after"] and "<td>0.1235</td>" in pages["after"]
+    pictures = [re.search("base64,([^']+)", page).group(1) for page in pages.values()]
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"weights": "other"}, "weights"),
+        ({"n": 7, "seed": 7}, "n, seed"),
+        ({"versions": {"source": "other"}}, "python, torch, numpy, procgen, chanpatch, source"),
+    ],
+)
+def test_a_part_that_was_measured_with_anything_else_is_left_out_of_the_report_and_named(
+    changed, named, parts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runs, "PARTS", {"old": replace(PART, name="old"), "squares": PART})
+    folder = run(settings(tmp_path))
+    old = folder / "policy" / "old"
+    manifest = json.loads((old / "manifest.json").read_text())
+    versions = {"versions": {name: "0" for name in manifest["versions"]}} if "versions" in changed else {}
+    (old / "manifest.json").write_text(json.dumps(manifest | changed | versions))
+    (old / "squares.csv").write_text("a column of older code\n1\n")
+    run(settings(tmp_path, only=("squares",)))
+    for name in ("report.html", "report.md"):
+        text = (folder / name).read_text()
+        assert f"measured with something else than now, which is named: policy/old ({named})." in text
+        assert "the last square is 361" in text and "old: What are squares?" not in text
+
+
+def test_a_report_of_nothing_that_is_current_names_what_it_leaves_out(parts, tmp_path):
+    folder = run(settings(tmp_path))
+    known = as_measured(folder, "policy")
+    known["policy"]["seed"] = 1
+    page = write_report(folder, known, {"squares": PART}, "make report").read_text()
+    assert "policy/squares (seed)." in page and "Summary" not in page
+    assert page.endswith("</body></html>\n")
+
+
+def test_the_report_says_how_long_each_part_took_and_which_took_most(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PARTS", {"slow": replace(PART, name="slow"), "squares": PART})
+    folder = run(settings(tmp_path))
+    for name, seconds in (("slow", 90.0), ("squares", 30.0)):
+        file = folder / "policy" / name / "manifest.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": seconds}))
+    write_report(folder, as_measured(folder, "policy"), runs.PARTS, "make report")
+    told = "## Time\n\nMeasuring took 2 minutes in all; most of it slow, 75%. Seconds by policy:\n\n"
+    table = (folder / "report.md").read_text().split(told)[1]
+    assert table.splitlines() == ["| part | policy |", "|---|---|", "| slow | 90 |", "| squares | 30 |"]
+
+
+def test_short_tables_stand_in_the_markdown_and_long_ones_are_named(parts, tmp_path, monkeypatch):
+    def measured(study):
+        return {"few": measure(study)["squares"][:12], **measure(study)}
+
+    monkeypatch.setattr(runs, "PARTS", {"squares": replace(PART, measure=measured)})
+    text = (run(settings(tmp_path)) / "report.md").read_text()
+    assert "[few.csv](policy/squares/few.csv), 12 rows:\n\n| number | square | share |" in text
+    assert text.count("| 11 | 121 | 3.667 |") == 1 and "| 19 | 361 |" not in text
+    assert "[squares.csv](policy/squares/squares.csv), 20 rows\n" in text
+
+
+def test_the_report_and_the_help_say_where_n_is_capped(parts, tmp_path):
+    page = (run(settings(tmp_path)) / "report.html").read_text()
+    told = " ".join(
+        subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True).stdout.split()
+    )
+    assert limits() in page
+    assert limits().replace(" ", "") in told.replace(" ", "")  # argparse breaks lines at hyphens too
+
+
+def test_the_caps_that_are_told_are_those_of_the_parts():
+    assert LIMITS["top16"] == str(top16.MOST_LEVELS)
+    assert LIMITS["retarget"] == str(retarget.MOST_LEVELS)
+    assert LIMITS["sweep"] == str(sweep.MOST_LEVELS)
+    assert LIMITS["cheese-vector"] == str(cheese_vector.MOST_LEVELS)
+    assert LIMITS["corner-vector"] == str(corner_vector.MOST_LEVELS)
+    assert LIMITS["search"] == f"background 500, pairs {search.PAIR_LEVELS}"
+    assert f"at least {ablation.ELSEWHERE}," in LIMITS["ablation"]
+    chosen = (
+        f"channels are chosen on {SELECTION_LEVELS} mazes (search {search.CHOICE_LEVELS}, parity "
+        f"{parity.CHOICE_LEVELS} per class, retarget {retarget.CHOOSING_LEVELS}), labels on {LABEL_LEVELS} and "
+        f"thresholds on {THRESHOLD_LEVELS}."
+    )
+    assert limits().endswith(chosen)
 
 
 @pytest.mark.parametrize(

@@ -277,12 +277,13 @@ def test_walks_start_with_the_expert_and_go_on_with_the_policy():
     assert (trainer.mazes.examples().distance > after.distance - 11).any()
 
 
-def test_width_4_is_trained():
-    trainer = Imitation(untrained(4), settings(width=4, batch=4), device=CPU, workers=0)
-    before = weights(trainer)
-    for number in range(2):
-        trainer.update(number, 0)
-    assert len(before) == 3_653_136 and (weights(trainer) != before).any()
+def test_width_4_is_trained_by_the_command(tmp_path):
+    given = ["--width", "4", "--observations", "16", "--batch", "8", "--workers", "0", "--out", str(tmp_path)]
+    assert main(given) == 0
+    policy, facts = load_policy(tmp_path / WEIGHTS)
+    assert facts["width"] == 4 and facts["parameters"] == 3_653_136
+    start = torch.cat([weight.detach().flatten() for weight in untrained(4).parameters()])
+    assert (torch.cat([weight.detach().flatten() for weight in policy.parameters()]) != start).any()
 
 
 def test_advantages_are_the_sums_of_discounted_surprises():
@@ -363,6 +364,22 @@ def test_a_finished_run_leaves_a_policy_and_its_facts(uninterrupted):
     from_checkpoint, _ = load_policy(uninterrupted / CHECKPOINT)
     for one, other in zip(policy.parameters(), from_checkpoint.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_finished_run_that_is_asked_for_again_keeps_its_policy_and_its_facts(uninterrupted):
+    before = {name: (uninterrupted / name).stat().st_mtime_ns for name in (WEIGHTS, FACTS, CHECKPOINT)}
+    assert main([*RUN, "--out", str(uninterrupted)]) == 0
+    assert {name: (uninterrupted / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_ppo_starts_from_weights_and_leaves_others(uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "STEPS", 4)
+    given = ["--algorithm", "ppo", "--weights", str(uninterrupted / WEIGHTS), "--environments", "4", "--batch", "8"]
+    assert main([*given, "--observations", "32", "--out", str(tmp_path)]) == 0
+    facts = json.loads((tmp_path / FACTS).read_text())
+    assert facts["settings"]["start"] == load_policy(uninterrupted / WEIGHTS)[1]["sha256"]
+    assert facts["last"]["updates"] == 2 and 0 < facts["last"]["waiting_for_data"] < 1
+    assert (tmp_path / WEIGHTS).read_bytes() != (uninterrupted / WEIGHTS).read_bytes()
 
 
 def test_a_run_with_other_settings_is_refused(uninterrupted, capsys):

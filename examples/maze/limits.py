@@ -1,0 +1,26 @@
+"""How many levels a part takes where that is not the n of `--n`.
+
+It imports nothing: `--help` answers before any package is there.
+"""
+
+from __future__ import annotations
+
+# By part; tests hold each against the constants of its part.
+LIMITS = {
+    "search": "background 500, pairs 48",
+    "ablation": "a quarter of n, at least 50, with the cheese in the other two places",
+    "top16": "300",
+    "cheese-vector": "500",
+    "corner-vector": "500",
+    "retarget": "400",
+    "sweep": "40",
+}
+
+
+def limits() -> str:
+    """What n counts, and where it is capped, in two sentences."""
+    capped = "; ".join(f"{part} {limit}" for part, limit in LIMITS.items())
+    return (
+        f"n is the number of levels of each measurement, but at most: {capped}. Whatever n is, channels are chosen on "
+        "1000 mazes (search 300, parity 500 per class, retarget 60), labels on 500 and thresholds on 1000."
+    )
