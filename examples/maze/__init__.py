@@ -20,6 +20,7 @@
 | `off_distribution.py` | how far interventions lead from activations that occur |
 | `steering.py` | steering vectors of single mazes, and their controls |
 | `evaluation.py` | how well a policy does and where it goes, by size and place of the cheese, for `evaluate.py` |
+| `paired_evaluation.py` | two policies on the same levels, for `evaluate.py --against` |
 | `results.py` | results on disk, written atomically |
 | `figures.py` | pictures of what came out |
 | `experiment.py` | the post's causal experiment in procgen, from end to end: `--only rollouts` |

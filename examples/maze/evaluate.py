@@ -29,6 +29,7 @@ from typing import Any
 EXAMPLES = """examples:
   python examples/maze/evaluate.py                               the shipped weights, about 12 minutes on one core
   python examples/maze/evaluate.py --weights mine.safetensors
+  python examples/maze/evaluate.py --weights mine.safetensors --against examples/maze/weights/policy.safetensors
   python examples/maze/evaluate.py --n 200 --sizes 3,5,...,25    every size: about an hour
   python examples/maze/evaluate.py --n 40 --sizes 15 --cheese "in distribution" "bottom right"    a first look
 """
@@ -41,6 +42,9 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--weights", type=Path, help="a .pth or .safetensors file, of any width (default: the shipped weights)"
+    )
+    parser.add_argument(
+        "--against", type=Path, metavar="WEIGHTS", help="a second policy; how much the first differs from it per level"
     )
     parser.add_argument(
         "--n", type=int, default=100, help="levels of each size and place of the cheese (default: %(default)s)"
@@ -69,12 +73,18 @@ def main() -> int:
 def evaluate(given: dict[str, Any]) -> None:
     """Evaluate with these settings."""
     from maze.evaluation import PLACES, Settings, run, sizes_in  # here, so that --help answers at once
+    from maze.paired_evaluation import run_against
     from maze.results import check_folder
 
+    against = given.pop("against")
     given["sizes"] = sizes_in(given["sizes"])
     given["cheese"] = tuple(given["cheese"] or PLACES)
     check_folder(given["out"])
-    run(Settings(**given))
+    settings = Settings(**given)
+    if against is None:
+        run(settings)
+    else:
+        run_against(settings, against)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from maze.tables import action_tables
 
 PLACES = ("in distribution", "out of distribution", "as drawn", "top left", "top right", "bottom right")
 ACTIONS = ("sampled", "greedy")
-SUMMARY = "summary.json"
+SUMMARY, LEVELS = "summary.json", "levels.csv"
 MEASURES = {
     "found": "finds the cheese",
     "corner": "passes the corner before",
@@ -276,7 +276,7 @@ def _write(
     )
     replace_text(folder / "table.md", heading + markdown(means))
     replace_table(
-        folder / "levels.csv",
+        folder / LEVELS,
         (
             {"size": size, "cheese": place, "level": level}
             | {name: "" if np.isnan(value[level]) else float(value[level]) for name, value in values.items()}

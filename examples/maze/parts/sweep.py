@@ -21,7 +21,7 @@ from maze.levels import policy_input
 from maze.part import Finding, Part, Study, Table, Tables, interval_cells, shown
 from maze.policy import ACTION_COUNT, ACTIONS, NO_MOVE
 
-SIZE = 7  # the smallest whose bottom right is outside the region that had the cheese in training
+SIZE = 11  # the smallest at which the shipped policy finds that cheese about as often as not: room for both signs
 MOST_LEVELS = 40  # every state of each goes through the rest of the network once per channel
 LEVEL = 0.05  # of the corrected p
 LIVE = 1e-6  # how much a move's probability must change for a channel to do anything; rounding changes it by 1e-8
