@@ -163,7 +163,7 @@ def test_a_mean_interval_has_a_width_and_lies_around_the_mean_within_0_and_1(val
 def test_the_markdown_table_has_a_dash_where_a_measure_means_nothing():
     interval = mean_interval(np.array([1.0, 1.0]), "greedy")
     lines = markdown([Score(9, "top right", "greedy", "found", 2, interval)]).splitlines()
-    assert lines[2] == "| 9 | top right | greedy | 2 | 100.0% (34.2% to 100.0%) | - | 0 | - | - | - |"
+    assert lines[2] == "| 9 | top right | greedy | 2 | 100.0% (34.2% to 100.0%) | - | - | 0 | - | - | - |"
 
 
 @pytest.mark.parametrize(
