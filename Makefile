@@ -54,8 +54,8 @@ check: $(DEV)
 	$(BIN)/lint-imports
 
 bench: $(PEERS) ## the benchmarks, beside other libraries; options go into ARGS, and ARGS=--help explains them
-	$(PEERS_VENV)/bin/python -m pytest tests/benchmarks/test_*.py
 	PYTHONPATH=tests/benchmarks:examples $(PEERS_VENV)/bin/python -W ignore -m peers $(ARGS)
+	$(PEERS_VENV)/bin/python -m pytest tests/benchmarks/test_*.py # last: it fails where a target is missed
 
 docs: $(DOCS) ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
