@@ -23,6 +23,7 @@
 | `paired_evaluation.py` | two policies on the same levels, for `evaluate.py --against` |
 | `results.py` | results on disk, written atomically |
 | `figures.py` | pictures of what came out |
+| `vector_fields.py` | where the moves of a policy lead from each square, and the difference of two |
 | `experiment.py` | the post's causal experiment in procgen, from end to end: `--only rollouts` |
 | `selection.py` | which channels stand for which direction, chosen on mazes of their own |
 | `labels.py` | what every channel stands for, told where the walls do not tell it already |

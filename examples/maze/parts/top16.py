@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -28,9 +27,10 @@ from maze.episodes import ORIGINAL
 from maze.exact import Chains, move_probabilities
 from maze.off_distribution import METERED, absolute_z, mouse_anywhere
 from maze.part import Finding, Part, Study, Table, Tables, above, column, shown, verdict
-from maze.paths import MOVES, Direction, decision_squares
+from maze.paths import Direction, decision_squares
 from maze.states import read_mazes
 from maze.tables import SITE, action_tables
+from maze.vector_fields import vector_field, vector_field_difference
 
 SIZE = 15
 TOGETHER = 16
@@ -171,38 +171,13 @@ def figure(tables: Tables) -> Figure:
     """The two vector fields and their difference, and the effects over levels."""
     drawn = Figure(figsize=(17, 4.8), layout="constrained")
     *fields, effects = drawn.subplots(1, 4, width_ratios=(1, 1, 1, 1.25))
-    reached = [row for row in tables["field"] if row[f"{ORIGINAL}_left"] is not None]
     count = tables["effects"][0]["count"]
-    arrows = {name: _arrows(reached, name) for name in (ORIGINAL, "zeroed")}
-    arrows["zeroed minus original, half as long"] = (arrows["zeroed"] - arrows[ORIGINAL]) / 2
-    for axes, (title, vectors) in zip(fields, arrows.items(), strict=True):
-        _draw_field(axes, tables["field"], reached, vectors)
-        axes.set_title(f"the pair's {count} zeroed" if title == "zeroed" else title, fontsize="medium")
+    vector_field(tables["field"], ORIGINAL, fields[0]).set_title(ORIGINAL, fontsize="medium")
+    vector_field(tables["field"], "zeroed", fields[1]).set_title(f"the pair's {count} zeroed", fontsize="medium")
+    difference = vector_field_difference(tables["field"], "zeroed", ORIGINAL, fields[2])
+    difference.set_title("zeroed minus original, half as long", fontsize="medium")
     draw_effects(effects, tables["effects"], MEASURES)
     return drawn
-
-
-def _draw_field(
-    axes: Axes, free: Sequence[Mapping[str, Any]], reached: Sequence[Mapping[str, Any]], vectors: Values
-) -> None:
-    """One arrow in each square, almost a cell long for a move that is certain: the mean of where the moves lead."""
-    size, cheese = free[0]["size"], (free[0]["cheese_row"], free[0]["cheese_col"])
-    maze = np.zeros((size, size))
-    maze[[row["row"] for row in free], [row["col"] for row in free]] = 1
-    axes.imshow(maze, origin="lower", cmap="gray", vmin=-1.5, vmax=1)
-    col, row = [each["col"] for each in reached], [each["row"] for each in reached]
-    style: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.2, "width": 0.006, "pivot": "mid"}
-    axes.quiver(col, row, vectors[:, 1], vectors[:, 0], **style)
-    axes.plot(cheese[1], cheese[0], "*", color="gold", markeredgecolor="black", markersize=15)
-    axes.plot(size - 1, size - 1, "s", color="none", markeredgecolor="black", markersize=11)
-    axes.set(xticks=[], yticks=[], xlabel="star: cheese, square: top right corner")
-
-
-def _arrows(reached: Sequence[Mapping[str, Any]], name: str) -> Values:
-    """The mean of where the moves lead from each square: (square, row and col)."""
-    shares = np.array([[row[f"{name}_{move.name.lower()}"] for move in Direction] for row in reached])
-    arrows: Values = shares @ MOVES
-    return arrows
 
 
 def finding(tables: Tables) -> Finding:
