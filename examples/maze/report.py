@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from PIL import Image
 
 from maze.limits import limits
 from maze.part import Cell, Finding, Part, Table, Tables, read_table
@@ -19,6 +22,7 @@ from maze.results import replace_text, replaced
 Rows: TypeAlias = Sequence[Mapping[str, str]]
 
 _SHOWN_ROWS = 40  # of a table; the file has all
+_COLOURS = 128  # of a figure
 _OPEN_ROWS = 12  # tables up to so long are open from the start, and stand in the Markdown
 
 _TITLE = "Why a mouse trained with the cheese in the top right corner goes to the corner when it is elsewhere"
@@ -120,12 +124,19 @@ def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Ma
             else:
                 results[subject, name] = _read(part, subject, here, manifest["seconds"])
     for result in results.values():
-        with replaced(result.picture) as partial:
-            result.part.figure(result.tables).savefig(partial, dpi=90)
+        _draw(result)
     contents = Contents(folder, command, known, results, left_out)
     replace_text(folder / "report.html", "\n".join(_html(contents)) + "\n")
     replace_text(folder / "report.md", "\n".join(_markdown(contents)) + "\n")
     return folder / "report.html"
+
+
+def _draw(result: Result) -> None:
+    """Writes the part's figure, in so few colours that a report of all policies is a few MB."""
+    drawn = io.BytesIO()
+    result.part.figure(result.tables).savefig(drawn, dpi=90)
+    with replaced(result.picture) as partial:
+        Image.open(drawn).convert("RGB").quantize(_COLOURS).save(partial, optimize=True)
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
