@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from chanpatch import HookPoints, Site, recording
+from chanpatch import HookPoints, Site, channel_sums
 from chanpatch.statistics import Interval, auc
 from maze.levels import draw_levels, observe, policy_input
 from maze.pairs import contrastive_pairs, rotations
@@ -44,15 +43,11 @@ class ChannelChoice:
     positives: int
 
 
-def channel_sums(points: HookPoints, name: str, levels: Sequence[bytes]) -> NDArray[np.float64]:
-    """Sums of every channel at a hook point: (level, channel)."""
+def level_sums(points: HookPoints, name: str, levels: Sequence[bytes]) -> NDArray[np.float64]:
+    """Sums of every channel at a hook point, one observation of each level: (level, channel)."""
     frames = observe(levels)
-    batches = range(0, len(frames), _BATCH)
-    with recording(points, name, reduce="sum") as cache, torch.no_grad():
-        for start in tqdm(batches, desc="channel sums", unit="batch", delay=2, leave=False):
-            points.model(torch.from_numpy(policy_input(frames[start : start + _BATCH])))
-    sums: NDArray[np.float64] = cache[name].double().numpy()
-    return sums
+    batches = (frames[start : start + _BATCH] for start in range(0, len(frames), _BATCH))
+    return channel_sums(points, (torch.from_numpy(policy_input(batch)) for batch in batches), name)
 
 
 def channel_of(site: Site) -> int:
@@ -65,7 +60,7 @@ def pair_sums(points: HookPoints, name: str) -> tuple[list[Mazes], NDArray[np.fl
     """The contrastive pair in its four rotations, and the sums of every channel: (rotation, maze=2, channel)."""
     pairs = rotations(contrastive_pairs()[0])
     base = draw_levels(1, size=int(pairs[0].size[0]), seed=0)[0]  # lends its textures
-    sums = [channel_sums(points, name, write_mazes(pair, base)) for pair in pairs]
+    sums = [level_sums(points, name, write_mazes(pair, base)) for pair in pairs]
     return pairs, np.stack(sums)
 
 
@@ -86,7 +81,7 @@ def choose_channel(
     mazes = read_mazes(levels)
     legal = legal_moves(mazes)[np.arange(len(mazes)), direction, mazes.mouse[:, 0], mazes.mouse[:, 1]]
     labels = first_steps(mazes, mazes.cheese)[legal, direction]
-    sums = channel_sums(points, name, [level for level, chosen in zip(levels, legal, strict=True) if chosen])
+    sums = level_sums(points, name, [level for level, chosen in zip(levels, legal, strict=True) if chosen])
     live = np.flatnonzero(np.ptp(sums, axis=0) > 0)
     candidates = live if channel is None else [channel]
     scored = {int(candidate): auc(sums[:, candidate], labels) for candidate in candidates}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from chanpatch import HookPoints, ThresholdProbe, recording
 from chanpatch.errors import ProbeError
 from chanpatch.statistics import Interval, wilson_interval
-from maze.channels import channel_sums
+from maze.channels import level_sums
 from maze.levels import observe, policy_input
 from maze.part import Cell, Study, Table, open_to
 from maze.paths import Direction, distances, first_steps, legal_moves, top_right
@@ -129,7 +129,7 @@ def precise_thresholds(study: Study, directions: Sequence[Direction]) -> dict[Di
     probes = {}
     for direction in directions:
         free, labels = open_to(direction, levels, len(levels))
-        sums = channel_sums(study.points, SITE, free)[:, study.channel(direction)]
+        sums = level_sums(study.points, SITE, free)[:, study.channel(direction)]
         probes[direction] = precise_threshold(sums, labels, seed=study.seed_for("threshold halves"))
     return probes
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from chanpatch import HookPoints, label_channels
 from chanpatch.statistics import Interval, auc
-from maze.channels import channel_sums
+from maze.channels import level_sums
 from maze.levels import random_squares
 from maze.paths import Direction, first_steps, legal_moves
 from maze.selection import Selection
@@ -63,7 +63,7 @@ def labelled_channels(
     at = at_partings(levels, seed)
     mazes = read_mazes(at)
     first = first_steps(mazes, mazes.cheese).argmax(axis=1)
-    told = label_channels(channel_sums(points, selection.site, at), first, names=names, seed=seed)
+    told = label_channels(level_sums(points, selection.site, at), first, names=names, seed=seed)
     return [
         LabelledChannel(
             each.label,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chanpatch import HookPoints
 from chanpatch.statistics import auc
-from maze.channels import channel_sums
+from maze.channels import level_sums
 from maze.paths import Direction, first_steps, legal_moves
 from maze.states import read_mazes
 
@@ -58,7 +58,7 @@ def select_channels(points: HookPoints, site: str, levels: Sequence[bytes]) -> S
     mazes = read_mazes(levels)
     first = first_steps(mazes, mazes.cheese).argmax(axis=1)
     legal = legal_moves(mazes)[np.arange(len(mazes)), :, mazes.mouse[:, 0], mazes.mouse[:, 1]]
-    sums = channel_sums(points, site, levels)
+    sums = level_sums(points, site, levels)
     live = np.flatnonzero(np.ptp(sums, axis=0) > 0)
     areas = np.full((len(Direction), sums.shape[1]), np.nan)
     for direction in Direction:

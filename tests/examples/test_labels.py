@@ -43,7 +43,7 @@ def selection():
 
 @pytest.fixture
 def told(levels, selection, monkeypatch):
-    monkeypatch.setattr(labels, "channel_sums", lambda points, site, at: made_up_sums(at, 1)[0])
+    monkeypatch.setattr(labels, "level_sums", lambda points, site, at: made_up_sums(at, 1)[0])
     return labelled_channels(shipped_points(), selection, levels, seed=5)
 
 

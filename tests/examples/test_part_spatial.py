@@ -6,7 +6,7 @@ import torch
 from studies import shipped_points, small_study
 
 from chanpatch import run_with_cache
-from maze.channels import channel_sums
+from maze.channels import level_sums
 from maze.levels import observe, policy_input
 from maze.parts import spatial as part
 from maze.paths import Direction
@@ -123,7 +123,7 @@ def test_the_finding_is_of_the_circle_of_one_cell_and_says_the_rank_there(tables
 
 def test_the_figure_draws_the_maze_with_the_highest_sum(study, tables):
     levels = study.levels("spatial", size=25, cheese="in distribution", mouse="anywhere")
-    level = levels[int(channel_sums(study.points, SITE, levels)[:, 27].argmax())]
+    level = levels[int(level_sums(study.points, SITE, levels)[:, 27].argmax())]
     grey = observe([level])[0].mean(axis=-1).round()
     read = [list(bytes.fromhex(row["grey"][1:])) for row in tables["pixels"]]
     np.testing.assert_array_equal(read, grey)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from studies import BEST, small_study
 
-from maze.channels import channel_sums
+from maze.channels import level_sums
 from maze.decision_squares import precise_threshold
 from maze.parts import sums as part
 from maze.paths import Direction, first_steps, legal_moves
@@ -28,7 +28,7 @@ def test_the_sums_are_of_mazes_in_which_the_direction_is_legal(study, tables):
     legal = legal_moves(mazes)[np.arange(60), Direction.UP, mazes.mouse[:, 0], mazes.mouse[:, 1]]
     chosen = np.flatnonzero(legal)[:20]
     rows = [row for row in tables["sums"] if (row["direction"], row["split"]) == ("UP", "in distribution")]
-    sums = channel_sums(study.points, SITE, [levels[index] for index in chosen])[:, BEST[Direction.UP]]
+    sums = level_sums(study.points, SITE, [levels[index] for index in chosen])[:, BEST[Direction.UP]]
     np.testing.assert_allclose([row["sum"] for row in rows], sums, rtol=1e-4, atol=1e-4)
     labels = first_steps(mazes, mazes.cheese)[chosen, Direction.UP]
     np.testing.assert_array_equal([row["is_it"] for row in rows], labels)

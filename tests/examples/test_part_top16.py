@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from studies import from_files, small_study
 
-from maze.channels import channel_sums, pair_sums
+from maze.channels import level_sums, pair_sums
 from maze.exact import Chains
 from maze.parts import top16 as part
 from maze.paths import Direction
@@ -83,7 +83,7 @@ def test_a_policy_with_hardly_more_live_channels_than_a_set_takes_has_fewer_cont
 
 def test_the_absolute_z_of_a_set_is_the_mean_of_its_channels_by_hand(study, tables):
     usual = study.levels("top16 reference", 20, size=9, cheese="in distribution", mouse="anywhere")
-    sums = channel_sums(study.points, SITE, usual)
+    sums = level_sums(study.points, SITE, usual)
     for row in tables["effects"]:
         if row["kind"] == "zero":
             channels = list(map(int, row["channels"].split()))

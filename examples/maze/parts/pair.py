@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from chanpatch import contrast
 from chanpatch.statistics import wilson_interval
-from maze.channels import channel_of, channel_sums
+from maze.channels import channel_of, level_sums
 from maze.levels import draw_levels, observe, policy_input
 from maze.moved_walls import pairs_with_a_moved_wall
 from maze.pairs import contrastive_pairs, rotations
@@ -27,7 +27,7 @@ def measure(study: Study) -> dict[str, Table]:
         base = draw_levels(1, size=int(pair.size[0]), seed=0)[0]  # lends its textures, as in `pair_sums`
         for turn, mazes in enumerate(rotations(pair)):
             first = first_steps(mazes, mazes.cheese).argmax(axis=1)
-            sums = channel_sums(study.points, SITE, write_mazes(mazes, base))[:, channel]
+            sums = level_sums(study.points, SITE, write_mazes(mazes, base))[:, channel]
             rows += [
                 {
                     "pair": number,
@@ -55,7 +55,7 @@ def _automatic(study: Study, channel: int) -> tuple[Table, Table]:
         {"channel": channel_of(site), **{name: cell for name, cell in record.items() if name != "site"}}
         for site, record in zip(result.sites, result.to_records(), strict=True)
     ]
-    sums = [channel_sums(study.points, SITE, write_mazes(mazes, base))[:, channel] for mazes in (up, right)]
+    sums = [level_sums(study.points, SITE, write_mazes(mazes, base))[:, channel] for mazes in (up, right)]
     falls = int((sums[0] > sums[1]).sum())
     told = {"channel": channel, "pairs": len(kept), "falls": falls}
     return rows, [{**told, **interval_cells("share", wilson_interval(falls, len(kept)))}]

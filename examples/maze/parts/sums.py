@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from chanpatch import ThresholdProbe
 from chanpatch.errors import ProbeError
-from maze.channels import channel_sums
+from maze.channels import level_sums
 from maze.decision_squares import PRECISION, precise_threshold
 from maze.part import POOL, Cell, Finding, Part, Study, Table, Tables, above, below, open_to, shown, verdict
 from maze.paths import Direction
@@ -39,7 +39,7 @@ def measure(study: Study) -> dict[str, Table]:
         sets = []
         for split, pool in pools.items():
             levels, labels = open_to(direction, pool, study.n)
-            values = channel_sums(study.points, SITE, levels)[:, channel]
+            values = level_sums(study.points, SITE, levels)[:, channel]
             sets.append((values, labels))
             named: dict[str, Cell] = {"direction": direction.name, "channel": channel, "split": split}
             sums += [
