@@ -237,7 +237,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.NaNError,
         lambda: run(POINTS, edit(POINTS.site("fc"), divided)),
         "Patch(Site('fc'), divided) brought NaN into a region that had none. Check its operands (a mean over no rows, "
-        "0/0), or pass check_nan=False if NaN is meant.",
+        "0/0); patched() and PatchedPolicy take check_nan=False where NaN is meant.",
     ),
     "an edit that is none": (
         errors.EditError,

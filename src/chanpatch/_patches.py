@@ -161,7 +161,7 @@ class AppliedPatches:
         number = next(number for number, flag in flags.items() if flag)
         message = (
             f"{self.patches[number]!r} brought NaN into a region that had none. Check its operands (a mean over no "
-            "rows, 0/0), or pass check_nan=False if NaN is meant."
+            "rows, 0/0); patched() and PatchedPolicy take check_nan=False where NaN is meant."
         )
         if cause is None or _is_refusal(cause):
             raise NaNError(message) from cause
