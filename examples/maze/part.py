@@ -7,6 +7,7 @@ report is one that a reader finds in a file of the run, and a part that is done 
 from __future__ import annotations
 
 import csv
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,7 +88,7 @@ class Finding:
     """What came out, in words made from the tables.
 
     Attributes:
-        ours: the figure to stand beside the post's, with its n and interval.
+        ours: the figure to stand beside the post's, with its n and interval; what matters most in the first sentence.
         agrees: with the reference, by a rule that stands in the code. The reference is the part's `post`: what the
             post measured, or else what it claims, or else what the work it builds on does. "not comparable" where
             that says nothing of what would come out, or where there is too little data for any claim.
@@ -99,6 +100,11 @@ class Finding:
     agrees: Agrees
     follows: str
     does_not_follow: str
+
+    @property
+    def headline(self) -> str:
+        """The first sentence of `ours`."""
+        return re.split(r"(?<=\.) (?=[A-Z])", self.ours, maxsplit=1)[0]
 
 
 @dataclass(frozen=True)

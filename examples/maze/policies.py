@@ -13,16 +13,16 @@ Measured: TypeAlias = Mapping[str, Mapping[str, Tables]]
 MAIN, CONTROL, REWARD = "imitation", "control", "reward"
 
 _SEED = (
-    "another seed of imitation with the same losses, directions taught too, in one stage of 1.0 million observations "
-    "with large mazes and its own mistakes from the start: how much depends on the seed, as far as a shorter run tells"
+    "the run of the imitation policy with another seed, directions taught too, on 1.0 million observations instead of "
+    "2.5: how much depends on the seed, as far as a shorter run tells"
 )
 
 # By name, the main one first; those after it are studied where their weights are there.
 POLICIES = {
     MAIN: "imitation of shortest paths; auxiliary losses taught its middle layers the field of directions and the "
-    "mouse's cell; two stages, 3.3 million observations in all",
-    CONTROL: "the same imitation without the field of directions but with the mouse's cell, in one stage of 1.2 "
-    "million observations: what remains without that teaching",
+    "mouse's cell; 2.5 million observations",
+    CONTROL: "imitation without the field of directions but with the mouse's cell, on as many observations, though in "
+    "two stages: what remains without that teaching",
     REWARD: "trained by reward (PPO) from the imitation policy, so its start was taught directions: what reward "
     "changes, not what remains without that teaching",
     "seed1": _SEED,
@@ -48,9 +48,9 @@ def introduction(measured: Measured) -> str:
         return f"{taught} What remains without it stays open here: no sums, no ablation of the control policy."
     return (
         f"{taught} The {CONTROL} policy had no such loss, so the table tells what remains without that teaching. But a "
-        "difference between the two is not of that teaching alone: the control saw 1.2 million observations against "
-        "3.3 million, and the two differ in how often they find the cheese at all. Nor is what remains there without "
-        "any help: the control keeps the loss that teaches the mouse's cell."
+        "difference between the two is not of that teaching alone: the control saw as many observations, but larger "
+        "mazes and its own mistakes in the second half only, and the two differ in how often they find the cheese at "
+        "all. Nor is what remains there without any help: the control keeps the loss that teaches the mouse's cell."
     )
 
 

@@ -29,7 +29,8 @@ _TITLE = "Why a mouse trained with the cheese in the top right corner goes to th
 _AGREES = "agrees with the reference"
 _REFERENCE = (
     "The reference is what stands under 'the post': what it measured, or else what it claims, or else what the work it "
-    "builds on found. A result is not comparable where that says nothing of what would come out."
+    "builds on found. Ours is the first sentence of what the part says. A result is not comparable where the reference "
+    "says nothing of what would come out."
 )
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -163,12 +164,12 @@ def _summaries(contents: Contents) -> Iterator[tuple[str, str, Rows]]:
         "Summary",
         _REFERENCE,
         [
-            {"part": name, "ours": main.finding.ours, "the post": main.part.post, _AGREES: main.finding.agrees}
+            {"part": name, "ours": main.finding.headline, "the post": main.part.post, _AGREES: main.finding.agrees}
             for name, (main, *_) in every.items()
         ],
     )
     beside = [
-        {"part": name, "policy": each.subject, "ours": each.finding.ours, _AGREES: each.finding.agrees}
+        {"part": name, "policy": each.subject, "ours": each.finding.headline, _AGREES: each.finding.agrees}
         for name, policies in every.items()
         for each in policies
         if len(policies) > 1

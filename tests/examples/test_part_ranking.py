@@ -67,7 +67,7 @@ def read(tables):
 
 def test_the_finding_agrees_when_the_first_ten_stand_for_directions_and_says_how_many_others_do(read):
     told = part.finding(read)
-    assert told.agrees == "yes" and "10 of these 10 stand for a direction" in told.ours
+    assert told.agrees == "yes" and "10 of the first 10 stand for a direction" in told.ours
     assert "of the 22 live channels that it ranks lower, 22 stand for a direction" in told.does_not_follow
 
 
@@ -87,7 +87,7 @@ def test_a_channel_that_notices_walls_or_opposite_directions_is_no_reading(chang
         for row in rows:
             row.update(changed)
         assert part.finding(read).agrees == agrees
-    assert "4 of these 10 stand for a direction" in part.finding(read).ours
+    assert "4 of the first 10 stand for a direction" in part.finding(read).ours
 
 
 def test_few_live_channels_are_ranked_and_drawn():

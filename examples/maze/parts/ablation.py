@@ -282,12 +282,12 @@ def _draw_effects(axes: Axes, rows: Sequence[Mapping[str, Any]], by: str, *, con
     if others:
         labels.append(f"{len({row['ablated'] for row in others})} other live\nchannels, one each")
         far = max((row for row in others if row["kind"] == KINDS[0]), key=lambda row: abs(row["effect"]))
-        axes.annotate(_named(far), (far["effect"] * 100, 0.24), xytext=(0, 6), textcoords="offset points",
-                      ha="center", fontsize=8)  # fmt: skip
+        axes.annotate(_named(far), (far["effect"] * 100, 0.24), xytext=(far["effect"] * 100, -0.75), fontsize=8,
+                      ha="center", va="center", arrowprops={"arrowstyle": "-", "linewidth": 0.6})  # fmt: skip
     axes.set_yticks(range(len(names), len(names) - len(labels), -1), labels)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_ylim(len(names) - len(labels) + 0.4, len(names) + 0.6)
+    axes.set_ylim(len(names) - len(labels) + (0.0 if others else 0.4), len(names) + 0.6)  # room for the name below
     axes.spines[["top", "right"]].set_visible(False)
 
 

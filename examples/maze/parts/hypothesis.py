@@ -286,6 +286,7 @@ def finding(tables: Tables) -> Finding:
             beyond = True if area["rank_p"] is not None and area["rank_p"] < 0.05 else None
             held += [above(area, "auc", 0.5), above(push, "gain"), beyond]
     without = [row["direction"] for row in tables["channels"] if row["count"] == 0]
+    told.reverse()  # out of distribution first, since there the two goals compete
     if without:
         told.append(f"No channel stands for {', '.join(without)}, whose push is 0 throughout.")
     gains = [
@@ -296,7 +297,8 @@ def finding(tables: Tables) -> Finding:
         " ".join(told),
         verdict(*(held if len(without) < len(Direction) else [])),
         f"Gain in accuracy over the base rate: {'; '.join(gains)}. With the channels of one push set to their mean, "
-        f"the share of levels on which the step to the cheese is likelier changes by {'; '.join(changes)}.",
+        f"the share of levels on which the step to the cheese is likelier changes by {'; '.join(changes)}. Their sums "
+        "are then the usual ones, 0 standard deviations from the mean, by construction.",
         "That the rest of the policy adds up sums in this way: a readout that predicts the choice need not be the one "
         "that the policy computes, and what is gained in accuracy over a high base rate is small by necessity.",
     )

@@ -147,8 +147,8 @@ def finding(tables: Tables) -> Finding:
     counts = [row["n_choice"] for row in top if row["n_choice"]]
     of = f"n={min(counts)} to {max(counts)} mazes each" if counts else "no mazes"
     return Finding(
-        f"By the post's pair, with the AUC where there is a choice ({of}): {', '.join(said)}. {read} of these "
-        f"{len(top)} stand for a direction, or two that are not opposite, with an interval above {KNOWS:g}.",
+        f"{read} of the first {len(top)} stand for a direction, or two that are not opposite, with an interval above "
+        f"{KNOWS:g}. By the post's pair, with the AUC where there is a choice ({of}): {', '.join(said)}.",
         "yes" if read == len(top) else "in part" if read >= len(top) / 2 else "no",
         f"{labelled} of them have a label beyond chance (n={top[0]['n']} held-out squares, p < 0.05 after Holm's "
         f"correction for {len(tables['ranking'])} live channels); {labelled - read} of these labels are those of an "

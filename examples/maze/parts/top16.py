@@ -201,7 +201,7 @@ def finding(tables: Tables) -> Finding:
     )
     return Finding(
         f"The pair's {found['count']} channels zeroed, n={found['n']}: {shown(moved, 'effect')} of each move goes "
-        f"elsewhere. P(cheese) {found['original']:.3f} becomes {found['modified']:.3f}, change "
+        f"elsewhere; P(cheese) {found['original']:.3f} becomes {found['modified']:.3f}, change "
         f"{shown(found, 'effect', '+.3f')}. {squares} The {top['found']['count']} that tell most on the selection "
         f"mazes: {shown(top['moves'], 'effect')} of each move, P(cheese) {shown(top['found'], 'effect', '+.3f')}.",
         verdict(changed, still),

@@ -123,7 +123,7 @@ def test_another_policy_is_studied_where_its_weights_are_there(parts, tmp_path, 
     monkeypatch.setattr(runs, "SHIPPED_WEIGHTS", weights)
     page = (run(settings(tmp_path / "out", weights=None)) / "report.html").read_text()
     assert MEASURED == ["policy.safetensors", "seed2.safetensors"]
-    assert "<li><b>seed2</b>: another seed of imitation with the same losses" in page
+    assert "<li><b>seed2</b>: the run of the imitation policy with another seed" in page
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_what_remains_without_the_teaching_is_told_in_the_numbers_of_the_tables(
 
 def test_what_else_differs_between_the_control_and_the_policy_under_study_is_told():
     told = introduction(IMITATION | CONTROL)
-    assert "the control saw 1.2 million observations against 3.3 million" in told
+    assert "the control saw as many observations, but larger mazes and its own mistakes in the second half only" in told
     assert told.endswith("the control keeps the loss that teaches the mouse's cell.")
 
 
@@ -79,10 +79,10 @@ def test_a_control_without_measurements_leaves_open_what_remains():
     ("name", "what"),
     [
         ("imitation", "auxiliary losses taught its middle layers the field of directions"),
-        ("control", "the same imitation without the field of directions but with the mouse's cell"),
+        ("control", "imitation without the field of directions but with the mouse's cell, on as many observations"),
         ("reward", "from the imitation policy, so its start was taught directions"),
-        ("seed1", "another seed of imitation with the same losses, directions taught too, in one stage of 1.0 million"),
-        ("seed2", "another seed of imitation with the same losses, directions taught too, in one stage of 1.0 million"),
+        ("seed1", "the run of the imitation policy with another seed, directions taught too, on 1.0 million"),
+        ("seed2", "the run of the imitation policy with another seed, directions taught too, on 1.0 million"),
     ],
 )
 def test_each_policy_is_called_what_it_is(name, what):
@@ -92,5 +92,5 @@ def test_each_policy_is_called_what_it_is(name, what):
 def test_a_policy_without_measurements_and_a_missing_policy_by_reward_are_told():
     told = dict(described(IMITATION | {"control": {}}))
     assert list(told) == ["imitation", "control", "reward"]
-    assert told["control"].endswith("; not measured in this run.") and told["imitation"].endswith("in all.")
+    assert told["control"].endswith("; not measured in this run.") and told["imitation"].endswith("observations.")
     assert told["reward"] == "no policy trained by reward stands beside them in this run."
