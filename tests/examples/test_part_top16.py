@@ -140,12 +140,12 @@ def test_without_decision_squares_and_controls_the_finding_says_so(tables):
 def test_the_finding_tells_the_ranks_and_the_range_of_the_controls(tables):
     changed = copy.deepcopy(tables)
     controls = [row for row in changed["effects"] if row["chosen"] == part.CONTROL and row["measure"] == "found"]
-    controls[3]["effect"], controls[5]["effect"] = -0.987, 0.123
+    controls[3]["effect"], controls[5]["effect"] = -0.987, 0.988
     for row in changed["effects"]:
         if row["chosen"] == part.PAIR:
             row |= {"rank": 7, "rank_p": 0.35}
     told = part.finding(changed).follows
-    assert "by -0.987 to +0.123" in told and "the pair's set ranks 7 " in told and "(p = 0.35 and" in told
+    assert "by -0.987 to +0.988" in told and "the pair's set ranks 7 " in told and "(p = 0.35 and" in told
 
 
 def test_the_figure_shows_three_fields_and_the_effects(tables):

@@ -79,10 +79,13 @@ def test_the_shipped_policy_is_the_one_that_its_facts_describe():
     assert all(weight.requires_grad and weight.device.type == "cpu" for weight in policy.parameters())
 
 
-def test_the_shipped_policy_was_trained_from_the_first_stage_that_lies_beside_it():
-    told = json.loads((SHIPPED_WEIGHTS.parent / "facts.json").read_text())
-    _, first = load_policy(SHIPPED_WEIGHTS.with_name("first.safetensors"))
-    assert told["settings"]["start"] == first["sha256"]
+def test_the_shipped_policy_and_the_two_seeds_were_trained_alike_from_random_weights():
+    files = [SHIPPED_WEIGHTS.with_name(f"{name}.json") for name in ("facts", "seed1", "seed2")]
+    settings = [json.loads(file.read_text())["settings"] for file in files]
+    assert [each.pop("seed") for each in settings] == [0, 1, 2]
+    assert [each.pop("observations") for each in settings] == [2_500_000, 1_000_000, 1_000_000]
+    assert settings[0] == settings[1] == settings[2]
+    assert settings[0]["start"] is None
 
 
 @pytest.mark.parametrize(
