@@ -164,8 +164,7 @@ def advantages(
 ) -> NDArray[np.float32]:
     """Generalised advantage estimates: (step, maze).
 
-    A level that ended without a reward ran out of time. What the mouse would have gone on from is not shown by procgen,
-    so the value of what was seen a step before stands for its value.
+    A level that ran out of time counts as one that ended: procgen does not show its last state.
 
     Args:
         rewards: (step, maze).
@@ -177,11 +176,9 @@ def advantages(
     """
     gained = np.zeros_like(rewards)
     following, later = value_after, np.zeros_like(value_after)
-    out_of_time = ended & (rewards == 0)
     for step in reversed(range(len(rewards))):
         going_on = ~ended[step]
-        next_value = np.where(out_of_time[step], values[step], following * going_on)
-        surprise = rewards[step] + discount * next_value - values[step]
+        surprise = rewards[step] + discount * following * going_on - values[step]
         gained[step] = later = surprise + discount * trace * later * going_on
         following = values[step]
     return gained
