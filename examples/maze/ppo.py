@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maze.imitation import direction_log_probabilities, log_probabilities, network_input, precision
-from maze.training_data import TrainingMazes, sampled
+from maze.training_data import REWARDED, TrainingMazes, sampled
 from maze.training_run import Settings, Update
 
 STEPS = 256  # of every maze between two updates
@@ -71,7 +71,8 @@ class PPO:
     def __init__(self, policy: nn.Module, settings: Settings, *, device: torch.device) -> None:
         self.policy = policy.to(device, memory_format=torch.channels_last).train()
         self.settings, self.device = settings, device
-        self.mazes = TrainingMazes(settings.environments or 1, seed=settings.seed, large=settings.large)
+        # Levels that the policy it starts from has not walked through, should that be of the same seed.
+        self.mazes = TrainingMazes(settings.environments or 1, seed=settings.seed, large=settings.large, draws=REWARDED)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.rate, eps=1e-5)
 
     def update(self, number: int, progress: float) -> Update:
@@ -164,7 +165,8 @@ def advantages(
 ) -> NDArray[np.float32]:
     """Generalised advantage estimates: (step, maze).
 
-    A level that ran out of time counts as one that ended: procgen does not show its last state.
+    A level that ran out of time counts as one that ended, as is usual with procgen, which does not show its last state:
+    the limit is part of the task, and a mouse that is stuck is to feel it.
 
     Args:
         rewards: (step, maze).

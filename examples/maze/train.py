@@ -23,7 +23,6 @@ EXAMPLES = """examples:
   python examples/maze/train.py                                 imitation with the defaults
   python examples/maze/train.py --minutes 2 --out results/trial    a trial
   python examples/maze/train.py --bfloat16                      faster where the processor knows that format
-  python examples/maze/train.py --dagger 0.25 --large           also from where its own mistakes lead; more large mazes
   python examples/maze/train.py --auxiliary cell                the control: no directions are taught but the first step
   python examples/maze/train.py --algorithm ppo --start results/train/imitation-width1-seed0/policy.safetensors
   python examples/maze/train.py --width 4 --batch 512 --minutes 30    the published size; for a GPU
@@ -35,10 +34,10 @@ then:
 
 # Options that belong to one algorithm, with its defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "imitation": {"batch": 128, "rate": 1e-3, "auxiliary": "field,cell", "dagger": 0.0},
+    "imitation": {"batch": 128, "rate": 1e-3, "auxiliary": "field,cell", "dagger": 0.25},
     "ppo": {"batch": 1024, "rate": 1e-4, "environments": 64},
 }
-OBSERVATIONS = 2_000_000
+OBSERVATIONS = 2_500_000
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,9 +61,9 @@ def arguments() -> Parser:
         type=float,
         nargs="?",
         const=1.0,
-        default=0.0,
+        default=1.0,
         metavar="POWER",
-        help="draw sides with probability proportional to side ** POWER, 1 if no POWER is given (default: all equally)",
+        help="draw sides with probability proportional to side ** POWER, 0 for all equally (default: %(default)g)",
     )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--observations", type=int, help=f"the budget (default: {OBSERVATIONS:,})")
@@ -82,7 +81,7 @@ def arguments() -> Parser:
         "--dagger",
         type=float,
         metavar="SHARE",
-        help="share of the observations that come from where the policy itself goes (default: 0)",
+        help="share of the observations that come from where the policy itself goes (default: 0.25)",
     )
     ppo = parser.add_argument_group("for ppo")
     ppo.add_argument("--environments", type=int, help="mazes that are acted in at once (default: 64)")

@@ -29,7 +29,7 @@ CHUNK = LEVELS * CHEESES * MICE
 
 NO_DIRECTION = -1  # in `Examples.field`, where there is nothing to learn
 
-_STREAM, _WALKED = 0, 1  # kinds of draws that share a seed
+_STREAM, WALKED, REWARDED = 0, 1, 4  # kinds of draws that share a seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,11 +189,14 @@ class TrainingMazes:
         seed: gives the sequence of levels.
         large: see `fresh_levels`.
         patience: steps after which a level is given up; None leaves that to procgen, which does after 500.
+        draws: `WALKED` or `REWARDED`: other levels of the same seed.
     """
 
-    def __init__(self, count: int, *, seed: int, large: float = 0.0, patience: int | None = None) -> None:
+    def __init__(
+        self, count: int, *, seed: int, large: float = 0.0, patience: int | None = None, draws: int = WALKED
+    ) -> None:
         self._procgen = procgen_mazes(count)
-        self._seed, self._large, self._patience = seed, large, patience
+        self._seed, self._draws, self._large, self._patience = seed, draws, large, patience
         self._age = np.zeros(count, dtype=np.int64)  # steps since the level started
         self._started = 0  # levels so far
         self._levels: list[bytes] = []  # of the chunk that the next level is in
@@ -250,7 +253,7 @@ class TrainingMazes:
             self._started += 1
 
     def _chunk(self) -> list[bytes]:
-        return fresh_levels((self._seed, _WALKED, self._started // LEVELS), self._large)
+        return fresh_levels((self._seed, self._draws, self._started // LEVELS), self._large)
 
 
 def sampled(probabilities: NDArray[np.floating[Any]], draws: NDArray[np.float64]) -> NDArray[np.int64]:

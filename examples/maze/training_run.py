@@ -204,6 +204,7 @@ def run(
         Whether the budget is spent.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    made = {"versions": versions(), "commit": _commit()}  # as of now: a file edited meanwhile is not the code that runs
     position = Position()
     if checkpoint is None:
         for file in (WEIGHTS, FACTS):  # of a run that is started over
@@ -238,7 +239,7 @@ def run(
     _save(trainer, settings, position, folder)
     finished = position.progress(settings) >= 1
     if finished:
-        _write_policy(trainer.policy, settings, log.last, folder)
+        _write_policy(trainer.policy, settings, log.last, made, folder)
     return finished
 
 
@@ -281,7 +282,9 @@ def _save(trainer: Trainer, settings: Settings, position: Position, folder: Path
         torch.save(checkpoint, partial)
 
 
-def _write_policy(policy: nn.Module, settings: Settings, last: Mapping[str, Any], folder: Path) -> None:
+def _write_policy(
+    policy: nn.Module, settings: Settings, last: Mapping[str, Any], made: Mapping[str, Any], folder: Path
+) -> None:
     # Copied into the usual memory layout, in which the file does not depend on how the policy was trained.
     weights = {name: weight.detach().cpu().contiguous() for name, weight in policy.state_dict().items()}
     content = safetensors_bytes(weights)
@@ -294,8 +297,7 @@ def _write_policy(policy: nn.Module, settings: Settings, last: Mapping[str, Any]
         "sha256": sha256(content).hexdigest(),
         "settings": asdict(settings),
         "last": last,
-        "versions": versions(),
-        "commit": _commit(),
+        **made,
         "threads": torch.get_num_threads(),
         "device": str(next(policy.parameters()).device),
     }
