@@ -17,6 +17,7 @@
 | `exact.py` | every level as a Markov chain: probabilities without sampling, and walks with a rollout's own draws |
 | `tables.py` | the policy's action probabilities in every state, for many interventions at once |
 | `effects.py` | what interventions do on many levels: tables some levels at a time, ablations, effects with intervals |
+| `ablation_grid.py` | the picture of the ablations |
 | `off_distribution.py` | how far interventions lead from activations that occur |
 | `steering.py` | steering vectors of single mazes, and their controls |
 | `evaluation.py` | how well a policy does and where it goes, by size and place of the cheese, for `evaluate.py` |

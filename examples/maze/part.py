@@ -23,7 +23,7 @@ from chanpatch import HookPoints
 from chanpatch.statistics import Interval
 from maze.labels import LabelledChannel, labelled_channels
 from maze.levels import draw_levels
-from maze.paths import Direction, first_steps, legal_moves
+from maze.paths import Direction, first_steps, legal_moves, top_right
 from maze.selection import Selection, select_channels
 from maze.states import read_mazes
 from maze.tables import SITE
@@ -139,6 +139,13 @@ def open_to(direction: Direction, levels: Sequence[bytes], count: int) -> tuple[
     free = legal_moves(mazes)[np.arange(len(mazes)), direction, mazes.mouse[:, 0], mazes.mouse[:, 1]]
     kept = np.flatnonzero(free)[:count]
     return [levels[index] for index in kept], first_steps(mazes, mazes.cheese)[kept, direction]
+
+
+def towards_corner(direction: Direction, levels: Sequence[bytes]) -> NDArray[np.bool_]:
+    """In which levels the way to the top right corner starts in a direction: (level,)."""
+    mazes = read_mazes(levels)
+    starts: NDArray[np.bool_] = first_steps(mazes, top_right(mazes))[:, direction]
+    return starts
 
 
 def interval_cells(prefix: str, interval: Interval) -> dict[str, Cell]:

@@ -17,6 +17,8 @@ _SEED = (
     "2.5: how much depends on the seed, as far as a shorter run tells"
 )
 
+_AREA = "AUC of the sum of the channel for "
+
 # By name, the main one first; those after it are studied where their weights are there.
 POLICIES = {
     MAIN: "imitation of shortest paths; auxiliary losses taught its middle layers the field of directions and the "
@@ -47,11 +49,26 @@ def introduction(measured: Measured) -> str:
     if not _rows(measured[CONTROL]):
         return f"{taught} What remains without it stays open here: no sums, no ablation of the control policy."
     return (
-        f"{taught} The {CONTROL} policy had no such loss, so the table tells what remains without that teaching. But a "
+        f"{taught} The {CONTROL} policy had no such loss: without that teaching {_remains(measured)}. But a "
         "difference between the two is not of that teaching alone: the control saw as many observations, but larger "
         "mazes and its own mistakes in the second half only, and the two differ in how often they find the cheese at "
         "all. Nor is what remains there without any help: the control keeps the loss that teaches the mouse's cell."
     )
+
+
+def _remains(measured: Measured) -> str:
+    """How well the best channel of each direction tells it in the control, beside the main policy."""
+    main = next(iter(measured))
+    told = {policy: _rows(measured[policy]) for policy in (main, CONTROL)}
+    areas = [quantity for quantity in told[CONTROL] if quantity.startswith("AUC") and quantity in told[main]]
+    if not areas:
+        return "the table tells what remains"
+    both = (
+        f"{told[CONTROL][each].partition(',')[0]} against {told[main][each].partition(',')[0]} for "
+        f"{each.removeprefix(_AREA).partition(' ')[0]}"
+        for each in areas
+    )
+    return f"the best channel tells a direction in distribution with an AUC of {', '.join(both)}"
 
 
 def compared(measured: Measured) -> Sequence[Mapping[str, str]]:
@@ -72,7 +89,7 @@ def _rows(parts: Mapping[str, Tables]) -> dict[str, str]:
     rows: dict[str, str] = {}
     transfer = parts["sums"]["transfer"] if "sums" in parts else []
     for row in _of(transfer, "AUC"):
-        rows[f"AUC of the sum of the channel for {row['direction']} at relu3, cheese in distribution"] = (
+        rows[f"{_AREA}{row['direction']} at relu3, cheese in distribution"] = (
             f"{shown(row, 'fit')}, channel {row['channel']}, n={row['n_fit']}"
         )
     for row in _of(transfer, "false-positive rate"):

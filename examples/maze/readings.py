@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from chanpatch import HookPoints, recording
-from chanpatch.statistics import Interval, auc
+from chanpatch.statistics import Interval, auc, difference_interval
 from maze.exact import move_probabilities
 from maze.levels import observe, policy_input
 from maze.part import Cell, interval_cells
@@ -77,11 +77,26 @@ class Readings:
         rows = self.legal[:, direction]
         return area(self.sums[rows, channel], self.first[rows, direction])
 
+    def walls(self, direction: Direction) -> Interval | None:
+        """The AUC that the walls around the mouse alone would have: the fewer legal moves, the likelier each is."""
+        rows = self.legal[:, direction]
+        return area(-self.legal[rows].sum(axis=1).astype(np.float64), self.first[rows, direction])
+
+    def beyond_walls(self, channel: int, direction: Direction) -> Interval | None:
+        """How much the AUC of a channel's sum is above that of the walls."""
+        told, walls = self.area(channel, direction), self.walls(direction)
+        return None if told is None or walls is None else difference_interval(told, walls)
+
     def cells(self, channel: int, direction: Direction) -> dict[str, Cell]:
-        """The same as cells of a table, with the number of mazes and in how many of them the way starts so."""
+        """The same as cells, with the number of mazes, in how many of them the way starts so, and what walls tell."""
         rows = self.legal[:, direction]
         counts: dict[str, Cell] = {"n": int(rows.sum()), "positives": int(self.first[rows, direction].sum())}
-        return counts | optional_cells("auc", self.area(channel, direction))
+        return (
+            counts
+            | optional_cells("auc", self.area(channel, direction))
+            | optional_cells("walls", self.walls(direction))
+            | optional_cells("beyond_walls", self.beyond_walls(channel, direction))
+        )
 
 
 def area(sums: NDArray[np.float64], labels: NDArray[np.bool_]) -> Interval | None:

@@ -157,25 +157,25 @@ def _read(part: Part, subject: str, folder: Path, seconds: float) -> Result:
     return Result(part, subject, folder, seconds, tables, part.finding(tables))
 
 
-def _summaries(contents: Contents) -> Iterator[tuple[str, str, Rows]]:
-    """Yields heading, text below it, and rows of each table of what came out; the first column names a part."""
-    every = {name: contents.of(name) for name in contents.shown}
-    yield (
-        "Summary",
-        _REFERENCE,
-        [
-            {"part": name, "ours": main.finding.headline, "the post": main.part.post, _AGREES: main.finding.agrees}
-            for name, (main, *_) in every.items()
-        ],
-    )
-    beside = [
-        {"part": name, "policy": each.subject, "ours": each.finding.headline, _AGREES: each.finding.agrees}
-        for name, policies in every.items()
-        for each in policies
-        if len(policies) > 1
+def _summary(contents: Contents) -> tuple[str, str, Rows]:
+    """Heading, text below it, and what came out of every part on the main policy, one row each."""
+    mains = [(name, contents.of(name)[0]) for name in contents.shown]
+    rows = [
+        {"part": name, "ours": main.finding.headline, "the post": main.part.post, _AGREES: main.finding.agrees}
+        for name, main in mains
     ]
-    if beside:
-        yield "The same parts on every policy", "By the same rules.", beside
+    return "Summary", _REFERENCE, rows
+
+
+def _beside(contents: Contents) -> tuple[str, str, Rows] | None:
+    """The same for the parts that were measured on several policies; None where there are none."""
+    rows = [
+        {"part": name, "policy": each.subject, "ours": each.finding.headline, _AGREES: each.finding.agrees}
+        for name in contents.shown
+        for each in contents.of(name)
+        if len(contents.of(name)) > 1
+    ]
+    return ("The same parts on every policy", "By the same rules.", rows) if rows else None
 
 
 def _times(contents: Contents) -> tuple[str, Rows]:
@@ -222,7 +222,11 @@ def _html(contents: Contents) -> Iterator[str]:
     yield f"<title>Why the mouse goes to the corner</title><style>{_STYLE}</style></head><body>"
     yield f"<h1>{_TITLE}</h1>"
     yield f"<p>{escape(introduction(measured))}</p>"
-    yield from _html_table(compared(measured))
+    if contents.shown:
+        yield from _html_summary(*_summary(contents))
+    if rows := compared(measured):
+        yield "<h2>The policies</h2>"
+        yield from _html_table(rows)
     if told := [f"<li><b>{escape(name)}</b>: {escape(what)}</li>" for name, what in described(measured)]:
         yield f"<ul>{''.join(told)}</ul>"
     for text in _header(contents):
@@ -235,9 +239,8 @@ def _html(contents: Contents) -> Iterator[str]:
 
 def _html_parts(contents: Contents) -> Iterator[str]:
     escape = html.escape
-    for heading, text, rows in _summaries(contents):
-        yield f"<h2>{heading}</h2><p>{escape(text)}</p>"
-        yield from _html_table(rows, linked=True)
+    if beside := _beside(contents):
+        yield from _html_summary(*beside)
     for name in contents.shown:
         main, *others = contents.of(name)
         yield f"<section id='part-{name}'>"
@@ -251,6 +254,11 @@ def _html_parts(contents: Contents) -> Iterator[str]:
         yield "</section>"
     text, rows = _times(contents)
     yield f"<h2>Time</h2><p>{escape(text)}</p>"
+    yield from _html_table(rows, linked=True)
+
+
+def _html_summary(heading: str, text: str, rows: Rows) -> Iterator[str]:
+    yield f"<h2>{heading}</h2><p>{html.escape(text)}</p>"
     yield from _html_table(rows, linked=True)
 
 
@@ -285,17 +293,20 @@ def _html_result(result: Result) -> Iterator[str]:
 
 def _markdown(contents: Contents) -> Iterator[str]:
     measured = contents.measured
-    yield f"# {_TITLE}\n\n{introduction(measured)}\n"
-    yield from _markdown_table(compared(measured))
+    yield f"# {_TITLE}\n\n{introduction(measured)}"
+    if contents.shown:
+        yield from _markdown_summary(*_summary(contents))
+    if rows := compared(measured):
+        yield "\n## The policies\n"
+        yield from _markdown_table(rows)
     if told := [f"- **{name}**: {what}" for name, what in described(measured)]:
         yield "\n" + "\n".join(told)
     for text in _header(contents):
         yield f"\n{text}"
     if not contents.shown:
         return
-    for heading, text, rows in _summaries(contents):
-        yield f"\n## {heading}\n\n{text}\n"
-        yield from _markdown_table(rows)
+    if beside := _beside(contents):
+        yield from _markdown_summary(*beside)
     for name in contents.shown:
         main, *others = contents.of(name)
         yield f"\n## {name}: {main.part.question}\n\n{main.part.method}"
@@ -305,6 +316,11 @@ def _markdown(contents: Contents) -> Iterator[str]:
             yield from _markdown_result(other, contents.folder)
     text, rows = _times(contents)
     yield f"\n## Time\n\n{text}\n"
+    yield from _markdown_table(rows)
+
+
+def _markdown_summary(heading: str, text: str, rows: Rows) -> Iterator[str]:
+    yield f"\n## {heading}\n\n{text}\n"
     yield from _markdown_table(rows)
 
 

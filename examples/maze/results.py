@@ -76,6 +76,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "scipy": version("scipy"),
         "procgen": version("procgen2" if sys.version_info >= (3, 11) else "procgen"),
         "chanpatch": chanpatch.__version__,
         "source": digest.hexdigest()[:12],

@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from maze.policy import SHIPPED_WEIGHTS, load_policy
 from maze.report import differing, write_report
 from maze.results import check_folder, replace_table, replace_text, versions
 
+MOST_OTHERS = 500  # levels of each measurement of a policy that only stands beside the main one
 OTHERS = tuple(name for name in POLICIES if name != MAIN)  # shipped beside it where they exist
 
 
@@ -94,7 +95,7 @@ def _subjects(settings: RunSettings) -> Iterator[tuple[str, Study]]:
     for name in OTHERS:
         file = SHIPPED_WEIGHTS.with_name(f"{name}.safetensors")
         if file.exists():
-            yield name, _study(file, settings)
+            yield name, _study(file, replace(settings, n=min(settings.n, MOST_OTHERS)))
 
 
 def _study(weights: Path, settings: RunSettings) -> Study:

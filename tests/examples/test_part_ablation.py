@@ -6,7 +6,7 @@ import torch
 from studies import from_files, shipped_points, small_study
 
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
-from maze.effects import ablation, activations
+from maze.effects import KINDS, ablation, activations
 from maze.exact import Chains
 from maze.labels import LabelledChannel
 from maze.levels import draw_levels, observe, policy_input
@@ -118,6 +118,39 @@ def test_the_rank_counts_the_live_channels_that_do_as_much(tables):
     assert (row["controls"], row["rank_p"]) == (len(RANKED) - 1, None)
 
 
+def test_a_channel_that_is_the_same_on_all_reference_levels_is_no_control():
+    found = np.array([[0.5, 0.5], *([0.5 + each / 10] * 2 for each in (3, 0, 2, 1))])
+    groups = {f"channel {each}": (each,) for each in range(4)}
+    far = {"zero": {0: 1.0, 1: None, 2: 1.0, 3: 1.0}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "KINDS", ("zero",))
+        rows = part._rows("top left", found, found, groups, {"channel 0": "UP"}, far, np.arange(4.0), seed=0)
+    assert [(row["rank"], row["controls"]) for row in rows] == [(1, 2), (None, None), (2, 2), (3, 2)]
+    assert [row["lowest_sum"] for row in rows] == [0, 1, 2, 3]
+
+
+def test_only_what_was_chosen_before_has_a_p_value_of_its_rank():
+    groups = {f"channel {each}": (each,) for each in range(20)}
+    found = 0.5 + np.arange(21)[:, None] / 100 * np.ones(2)
+    far = {"zero": dict.fromkeys(range(20), 1.0)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(part, "KINDS", ("zero",))
+        rows = part._rows("top left", found, found, groups, {"channel 19": "UP"}, far, np.zeros(20), seed=0)
+    assert {row["rank_p"] for row in rows[:-1]} == {None}
+    assert rows[-1]["rank_p"] == pytest.approx(1 / 20)
+
+
+def test_channels_that_never_come_to_zero_are_named_with_all_three_effects(tables):
+    changed = copy.deepcopy(tables)
+    for row in changed["effects"]:
+        row["lowest_sum"] = 0.0
+    assert "Every live channel comes to 0" in part.finding(changed).follows
+    for kind in KINDS:
+        row_of(changed, "channel 27", kind).update(lowest_sum=2.5, effect=0.125)
+    told = part.finding(changed).follows
+    assert "channel 27 (at least 2.5): +0.125 (zero), +0.125 (mean), +0.125 (resample). " in told
+
+
 def test_the_counts_of_the_walks_add_up_to_the_levels(tables):
     for row in tables["walks"]:
         assert row["both"] + row["only_modified"] + row["only_original"] + row["neither"] == row["n"] == 3
@@ -136,7 +169,7 @@ def test_a_policy_with_one_live_channel_is_measured_without_controls():
     row = row_of(tables, "channel 27")
     assert (row["role"], row["rank"], row["controls"]) == ("LEFT, DOWN, UP, RIGHT", None, None)
     assert "rank" not in part.finding(tables).ours
-    part.figure(tables)
+    part.PART.figure(tables)
 
 
 @pytest.fixture
@@ -205,7 +238,7 @@ def test_the_finding_says_how_many_other_channels_do_as_much(tables):
 
 
 def test_the_figure_has_the_channels_above_the_groups_and_the_posts_table(tables):
-    channels, groups, elsewhere, _, table = part.figure(tables).axes
+    channels, groups, elsewhere, _, table = part.PART.figure(tables).axes
     assert [axes.get_yticklabels()[0].get_text() for axes in (channels, groups)] == [
         "channel 10\nbest for RIGHT",
         "top 6",
@@ -216,4 +249,4 @@ def test_the_figure_has_the_channels_above_the_groups_and_the_posts_table(tables
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    part.figure(read)
+    part.PART.figure(read)

@@ -89,18 +89,35 @@ def test_leaving_the_cheese_out_of_the_picture_changes_only_what_the_mouse_sees(
 
 
 @pytest.mark.parametrize(
-    ("effect_high", "beyond_high", "agrees"),
-    [(-0.1, -0.1, "yes"), (-0.1, 0.1, "in part"), (0.1, -0.1, "undecided")],
+    ("effect_high", "beyond_high", "left", "agrees"),
+    [
+        (-0.1, -0.1, 0.02, "yes"),
+        (-0.1, -0.1, 0.3, "in part"),
+        (-0.1, 0.1, 0.02, "in part"),
+        (0.1, -0.1, 0.02, "undecided"),
+    ],
 )
-def test_the_finding_agrees_when_less_cheese_is_found_than_with_every_control(tables, effect_high, beyond_high, agrees):
+def test_the_finding_agrees_when_less_cheese_is_found_than_with_every_control_as_if_it_were_not_shown(
+    tables, effect_high, beyond_high, left, agrees
+):
     changed = copy.deepcopy(tables)
     (own,) = (row for row in changed["effects"] if (row["measure"], row["intervention"]) == ("found", OWN))
     own |= {"effect_low": -0.2, "effect_high": effect_high}
     for row in changed["against"]:
         row |= {"own_minus_control_low": -0.2, "own_minus_control_high": beyond_high}
+    for row in changed["ignoring"]:
+        row |= {"own_minus_unseen_low": left - 0.01, "own_minus_unseen_high": left + 0.01, "equivalent": left < 0.04}
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(own, "effect", "+.3f") in finding.ours
+
+
+def test_what_the_vector_leaves_of_the_cheese_is_its_difference_from_not_showing_it(tables):
+    modified = {row["intervention"]: row["modified"] for row in tables["effects"] if row["measure"] == "found"}
+    (row,) = tables["ignoring"]
+    assert row["own_minus_unseen"] == pytest.approx(modified[OWN] - modified[part.UNSEEN])
+    low, high = row["own_minus_unseen_low"], row["own_minus_unseen_high"]
+    assert row["equivalent"] == (low > -part.MARGIN and high < part.MARGIN)
 
 
 def test_without_decision_squares_the_finding_says_so(tables):

@@ -153,7 +153,8 @@ def test_no_more_than_n_levels_are_waited_for(monkeypatch):
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     changed = copy.deepcopy(tables)
     for row in changed["choices"]:
-        row |= {"n": 999, "goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": 0.95, "to_cheese_high": 1.0}
+        least = 0.95 if row["split"] == part.SPLITS[0] else 0.2
+        row |= {"n": 999, "goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": least, "to_cheese_high": least + 0.05}
     for row in changed["matched"]:
         row |= {"difference": 0.5, "difference_low": 0.4, "difference_high": 0.6}
     found = part.PART.finding(changed)
@@ -176,8 +177,8 @@ def test_few_levels_on_a_side_are_not_judged(tables):
 
 def test_a_mouse_that_misses_the_cheese_in_distribution_does_not_agree_in_full(tables):
     inside = {"n": 500, "to_cheese_low": 0.7, "to_cheese_high": 0.8}
-    outside = {"n": 500, "goes_low": 0.9, "goes_high": 1.0}
-    assert part._claims(inside, outside, {"difference_low": 0.4, "difference_high": 0.6}) == [False, True, True]
+    outside = {"n": 500, "goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": 0.4, "to_cheese_high": 0.6}
+    assert part._claims(inside, outside, {"difference_low": 0.4, "difference_high": 0.6}) == [False, True, None, True]
 
 
 def test_a_policy_without_thresholds_is_not_comparable(study, monkeypatch):

@@ -112,12 +112,13 @@ def test_the_finding_reads_the_largest_share(tables):
     changed = copy.deepcopy(tables)
     for row in changed["areas"]:
         row |= {"auc": 0.7, "auc_low": 0.6, "auc_high": 0.8, "minus_unedited_high": -0.1, "minus_matched_high": 0.1}
+        row |= {"walls": 0.61, "beyond_walls_low": 0.05, "beyond_walls_high": 0.2}
         if row["share"] == 0.5 and row["direction"] == "UP":
-            row |= {"auc": 0.4321, "auc_low": 0.4, "minus_matched_high": -0.05}
+            row |= {"auc": 0.4321, "beyond_walls_low": -0.3, "minus_matched_high": -0.05}
     told = part.finding(changed)
     assert told.agrees == "not comparable"
     assert "0.432" in told.ours
-    assert "The labels LEFT, DOWN, RIGHT hold there" in told.follows
+    assert "The labels LEFT, DOWN, RIGHT hold there" in told.follows and "(at most 0.61)" in told.follows
     assert "as long a way for UP." in told.follows
 
 

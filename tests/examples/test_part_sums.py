@@ -6,8 +6,9 @@ from studies import BEST, small_study
 
 from maze.channels import level_sums
 from maze.decision_squares import precise_threshold
+from maze.part import POOL, open_to
 from maze.parts import sums as part
-from maze.paths import Direction, first_steps, legal_moves
+from maze.paths import Direction, first_steps, legal_moves, top_right
 from maze.states import read_mazes
 from maze.tables import SITE
 
@@ -57,17 +58,16 @@ def test_the_precise_threshold_is_the_smallest_of_one_half_scored_on_the_other_a
 
 
 @pytest.mark.parametrize(
-    ("fit", "shifted", "drop", "agrees"),
-    [(0.9, 0.7, 0.2, "yes"), (0.9, 0.7, 0.0, "in part"), (0.5, 0.5, 0.0, "in part"), (0.3, 0.3, -0.2, "in part")],
+    ("fit", "shifted", "drop"), [(0.9, 0.7, 0.2), (0.9, 0.7, 0.0), (0.5, 0.5, 0.0), (0.3, 0.3, -0.2)]
 )
-def test_the_finding_agrees_when_the_area_drops_and_stays_above_chance(tables, fit, shifted, drop, agrees):
+def test_the_areas_are_told_and_not_judged(tables, fit, shifted, drop):
     changed = with_precision(tables, (0.95, 0.99), (0.6, 0.8))
     for row in changed["transfer"]:
         if row["quantity"] == "AUC":
             for name, value in (("fit", fit), ("shifted", shifted), ("drop", drop)):
                 row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
     told = part.finding(changed)
-    assert told.agrees == agrees
+    assert told.agrees == "yes"
     assert ("no direction in both sets" in told.follows) == (fit <= 0.5)
 
 
@@ -118,3 +118,20 @@ def test_the_figure_has_a_column_of_marks_per_label_and_split(tables):
         counts = [int(text.get_text().removeprefix("n=")) for text in each.texts]
         assert len(counts) == 4
         assert counts[0] + counts[1] == counts[2] + counts[3] == 20
+
+
+def test_the_way_to_the_corner_is_told_apart_from_that_to_the_cheese(study, tables):
+    row = next(row for row in tables["goals"] if (row["direction"], row["split"]) == ("UP", "out of distribution"))
+    pool = study.levels("sums out of distribution", POOL * study.n, size=25, cheese=row["split"], mouse="anywhere")
+    levels, cheese = open_to(Direction.UP, pool, study.n)
+    mazes = read_mazes(levels)
+    corner = first_steps(mazes, top_right(mazes))[:, Direction.UP]
+    sums = np.array(
+        [each["sum"] for each in tables["sums"] if (each["direction"], each["split"]) == ("UP", row["split"])]
+    )
+    pairs = [(one > other) + (one == other) / 2 for one in sums[corner] for other in sums[~corner]]
+    assert row["corner"] == pytest.approx(np.mean(pairs))
+    assert row["n_parted"] == (cheese != corner).sum()
+    alone = (corner[cheese].mean() - corner[~cheese].mean() + 1) / 2
+    assert row["corner_alone"] == pytest.approx(alone)
+    assert f"that to the corner with {row['corner']:.2f}" in part.finding(tables).follows

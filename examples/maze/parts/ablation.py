@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from chanpatch import ActivationCache, resample_ablate, zero_ablate
 from chanpatch.controls import off_distribution
-from chanpatch.plots import contingency
-from chanpatch.statistics import PairedCounts, mcnemar_exact, paired_counts, paired_difference_interval, rank_among
+from chanpatch.statistics import mcnemar_exact, paired_counts, paired_difference_interval, rank_among
+from maze.ablation_grid import PLACES, ablation_grid, is_channel, named
 from maze.channels import channel_of
 from maze.effects import KINDS, ablation, activations, level_batches, mean_intervals
 from maze.episodes import ORIGINAL
@@ -26,7 +24,6 @@ from maze.selection import Selection
 from maze.tables import SITE
 
 SIZE = 15
-PLACES = ("bottom right", "in distribution", "top left")  # of the cheese; the first is the post's
 ELSEWHERE = 50  # levels with the cheese in each of the other two places, or a quarter of n where that is more
 REFERENCE = 200  # levels that give the means and the donors
 REFERENCE_PLACES = {"cheese": "in distribution", "mouse": "anywhere"}
@@ -47,6 +44,7 @@ def measure(study: Study) -> dict[str, Table]:
         for kind in KINDS
         for name, channels in groups.items()
     }
+    lowest = reference[study.points.site(SITE)].double().sum(dim=(2, 3)).amin(dim=0).numpy()
     far = _absolute_z(study, reference, reference_levels, seed)
     labels = {f"channel {channel}": study.labels[channel].label for channel in study.selection.live}
     effects: Table = []
@@ -59,7 +57,7 @@ def measure(study: Study) -> dict[str, Table]:
         if posts:
             walks = _walks(study.selection, walked, found, list(ablations))
         changes[place] = found[1:] - found[0]
-        rows = _rows(place, found, corner, groups, roles, far, study.seed_for("ablation bootstrap"))
+        rows = _rows(place, found, corner, groups, roles, far, lowest, study.seed_for("ablation bootstrap"))
         effects += [{**row, "label": labels.get(row["ablated"])} for row in rows]
     effects.sort(
         key=lambda row: row["role"] == "control"
@@ -158,9 +156,17 @@ def _rows(
     groups: Mapping[str, Sequence[int]],
     roles: Mapping[str, str],
     far: Mapping[str, Mapping[int, float | None]],
+    lowest: Values,
     seed: int,
 ) -> Table:
-    """One row per ablation: its effect, and its rank among the same ablation of the other live channels."""
+    """One row per ablation: its effect, and its rank among the same ablation of the other live channels.
+
+    A channel that is the same on all reference levels is dead here: it is no control.
+    """
+
+    def varies(channels: Sequence[int]) -> bool:
+        return far["zero"][channels[0]] is not None
+
     effects = mean_intervals(found[1:] - found[0], seed)
     (original,) = mean_intervals(found[:1], seed)
     ablated = [(kind, name) for kind in KINDS for name in groups]
@@ -169,9 +175,10 @@ def _rows(
         others = [
             effects[index].estimate
             for index, (other_kind, other) in enumerate(ablated)
-            if other_kind == kind and other != name and other.startswith("channel")
+            if other_kind == kind and other != name and other.startswith("channel") and varies(groups[other])
         ]
-        rank = rank_among(effects[row].estimate, others) if name.startswith("channel") and others else None
+        ranked = name.startswith("channel") and varies(groups[name]) and others
+        rank = rank_among(effects[row].estimate, others) if ranked else None
         distances = [far[kind][channel] for channel in groups[name] if far[kind][channel] is not None]
         rows.append(
             {
@@ -189,7 +196,8 @@ def _rows(
                 "corner_modified": None if name not in roles else float(corner[1 + row].mean()),
                 "rank": rank and rank.rank,
                 "controls": rank and rank.controls,
-                "rank_p": rank and rank.p,
+                "rank_p": rank.p if rank and name in roles else None,  # of what was chosen before only
+                "lowest_sum": lowest[groups[name][0]] if len(groups[name]) == 1 else None,
                 "absolute_z": float(np.mean(distances)) if len(distances) == len(groups[name]) else None,
             }
         )
@@ -231,71 +239,6 @@ def _absolute_z(
     return distances
 
 
-def figure(tables: Tables) -> Figure:
-    """The chosen channels by kind of ablation, the same zeroed with the cheese elsewhere, and the post's table.
-
-    Groups of channels have axes of their own below, as their effects are several times as large.
-    """
-    drawn = Figure(figsize=(16, 6.4), layout="constrained")
-    grid = drawn.add_gridspec(2, 3, width_ratios=(1.2, 1.1, 1), height_ratios=(5, 2.4))
-    rows = [row for row in tables["effects"] if row["cheese"] == PLACES[0]]
-    zeroed = [row for row in tables["effects"] if row["kind"] == KINDS[0]]
-    panels = ((rows, "kind", f"cheese in the bottom right, n={rows[0]['n']}"), (zeroed, "cheese", "zeroed"))
-    for place, (shown_rows, by, title) in enumerate(panels):
-        alone, together = (drawn.add_subplot(grid[level, place]) for level in range(2))
-        _draw_effects(alone, [row for row in shown_rows if _is_channel(row)], by, controls=by == "kind")
-        _draw_effects(together, [row for row in shown_rows if not _is_channel(row)], by, controls=False)
-        alone.set_title(title)
-        together.set_xlabel("change of P(cheese within 256 steps),\npercentage points, 95% interval over levels")
-        together.legend(*alone.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="upper center",
-                        bbox_to_anchor=(0.5, -0.5), columnspacing=1, handletextpad=0.2)  # fmt: skip
-    walks = {row["direction"]: row for row in tables["walks"]}["UP"]
-    counts = PairedCounts(*(walks[name] for name in ("both", "only_modified", "only_original", "neither")))
-    mosaic = drawn.add_subplot(grid[:, 2])
-    contingency(counts, mosaic, names=("zeroed", ORIGINAL))
-    mosaic.set_title(f"channel {walks['channel']} zeroed, walks with common draws")
-    return drawn
-
-
-def _is_channel(row: Mapping[str, Any]) -> bool:
-    """Whether a row is of one channel alone."""
-    return str(row["ablated"]).startswith("channel")
-
-
-def _draw_effects(axes: Axes, rows: Sequence[Mapping[str, Any]], by: str, *, controls: bool) -> None:
-    """The effect of everything chosen with its interval, side by side by `by`; the controls as one row of dots."""
-    chosen = [row for row in rows if row["role"] != "control"]
-    others = [row for row in rows if row["role"] == "control"] if controls else []
-    names = list(dict.fromkeys((row["ablated"], row["role"]) for row in chosen))
-    for number, value in enumerate(dict.fromkeys(row[by] for row in rows)):
-        shift = 0.24 * (1 - number)
-        style = {"marker": "os^"[number], "color": ("black", "tab:orange", "tab:blue")[number]}
-        for row in (row for row in chosen if row[by] == value):
-            height = len(names) - names.index((row["ablated"], row["role"])) + shift
-            axes.plot([row["effect_low"] * 100, row["effect_high"] * 100], [height] * 2, color=style["color"])
-            axes.plot(row["effect"] * 100, height, linestyle="none", markersize=6, **style)
-        label = f"{value} (n={next(row['n'] for row in rows if row[by] == value)})"
-        axes.plot([], [], linestyle="none", label=label, **style)
-        dots = [row["effect"] * 100 for row in others if row[by] == value]
-        axes.plot(dots, [shift] * len(dots), linestyle="none", markersize=3, alpha=0.6, **style)
-    labels = [name if role == name else f"{name}\nbest for {role}" for name, role in names]
-    if others:
-        labels.append(f"{len({row['ablated'] for row in others})} other live\nchannels, one each")
-        far = max((row for row in others if row["kind"] == KINDS[0]), key=lambda row: abs(row["effect"]))
-        axes.annotate(_named(far), (far["effect"] * 100, 0.24), xytext=(far["effect"] * 100, -0.75), fontsize=8,
-                      ha="center", va="center", arrowprops={"arrowstyle": "-", "linewidth": 0.6})  # fmt: skip
-    axes.set_yticks(range(len(names), len(names) - len(labels), -1), labels)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.locator_params(axis="x", nbins=6)
-    axes.set_ylim(len(names) - len(labels) + (0.0 if others else 0.4), len(names) + 0.6)  # room for the name below
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _named(row: Mapping[str, Any]) -> str:
-    """A channel with what it stands for: "channel 31 (UP)"."""
-    return f"{row['ablated']} ({row['label'] or 'no label'})"
-
-
 def finding(tables: Tables) -> Finding:
     walks = {row["direction"]: row for row in tables["walks"]}["UP"]
     up = f"channel {walks['channel']}"
@@ -316,7 +259,8 @@ def finding(tables: Tables) -> Finding:
         f"{shown(by_mean, 'effect', '+.3f')}, by resampling {shown(resampled, 'effect', '+.3f')}. Walks with common "
         f"draws, both / only modified / only original / neither: {counts} (McNemar p = {walks['mcnemar_p']:.2g}).",
         _agrees(zeroed, [by_mean, resampled], across),
-        f"{_far(zeroed, resampled)}{_beside_controls(zeroed)}{_largest(effects, zeroed)}Means and donors are of "
+        f"{_far(zeroed, resampled)}{_beside_controls(zeroed)}{_largest(effects, zeroed)}"
+        f"{_never_zero(effects)}Means and donors are of "
         f"{by_mean['reference']}. Zeroed with the cheese elsewhere the effect is {others}; on the same mazes that in "
         f"the bottom right is {more}.",
         "That only this channel matters: the other live channels, ablated one by one, are the controls. Nor that an "
@@ -352,13 +296,13 @@ def _beside_controls(zeroed: Mapping[str, Any]) -> str:
 def _largest(effects: Mapping[tuple[Any, ...], Mapping[str, Any]], zeroed: Mapping[str, Any]) -> str:
     """The channel that changes most when it is zeroed, picked because it does, so without a p-value."""
     rows = [row for (place, kind, _), row in effects.items() if (place, kind) == (PLACES[0], KINDS[0])]
-    row = max(filter(_is_channel, rows), key=lambda row: abs(row["effect"]))
+    row = max(filter(is_channel, rows), key=lambda row: abs(row["effect"]))
     if row["ablated"] == zeroed["ablated"]:
         return "No other channel changes more. "
     told = [f"{shown(effects[PLACES[0], kind, row['ablated']], 'effect', '+.3f')} ({kind})" for kind in KINDS]
     chosen = "did not choose" if row["role"] == "control" else f"chose for {row['role']}"
     return (
-        f"The one that changes most is {_named(row)}, which the rule {chosen}: {', '.join(told)}; named here for its "
+        f"The one that changes most is {named(row)}, which the rule {chosen}: {', '.join(told)}; named here for its "
         "effect, so without a p-value. "
     )
 
@@ -374,6 +318,20 @@ def _far(zeroed: Mapping[str, Any], resampled: Mapping[str, Any]) -> str:
     )
 
 
+def _never_zero(effects: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> str:
+    """What zeroing does to channels that are never at zero by themselves, beside ablations that keep them usual."""
+    rows = [row for (place, kind, _), row in effects.items() if (place, kind) == (PLACES[0], KINDS[0])]
+    never = [row for row in filter(is_channel, rows) if row["lowest_sum"] > 0]
+    if not never:
+        return "Every live channel comes to 0 somewhere in the reference, so that zeroing is within what occurs. "
+    told = [
+        f"{row['ablated']} (at least {row['lowest_sum']:.2g}): "
+        + ", ".join(f"{effects[PLACES[0], kind, row['ablated']]['effect']:+.3f} ({kind})" for kind in KINDS)
+        for row in never
+    ]
+    return f"Channels whose sum is never 0 in the reference, so that zeroing is not usual: {'; '.join(told)}. "
+
+
 def _where(place: str) -> str:
     return place if place.startswith("in ") else f"in the {place}"
 
@@ -386,6 +344,6 @@ PART = Part(
     f"Means and donors are of {_reference()}.",
     post="Channel 121 zeroed, sampled, n=1000: both 36.6, only modified 15.7, only original 3.5, neither 42.2.",
     measure=measure,
-    figure=figure,
+    figure=ablation_grid,
     finding=finding,
 )

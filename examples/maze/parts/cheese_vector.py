@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from maze.effects import destinations, effect_rows, joined, level_batches
+from chanpatch.statistics import equivalent
+from maze.effects import destinations, effect_rows, joined, level_batches, mean_intervals
 from maze.episodes import ORIGINAL
-from maze.part import Finding, Part, Study, Table, Tables, below, shown, verdict
+from maze.part import Cell, Finding, Part, Study, Table, Tables, above, below, interval_cells, shown, verdict
 from maze.states import read_mazes
 from maze.steering import (
     BLOCK,
@@ -28,6 +32,7 @@ SIZE = 11
 MOST_LEVELS = 500
 COEFFICIENT = -1.0
 UNSEEN = "cheese not shown"  # what ignoring it altogether would do
+MARGIN = 0.05  # of P(cheese): what is no nearer to that than this ignores the cheese
 
 
 def measure(study: Study) -> dict[str, Table]:
@@ -44,7 +49,23 @@ def measure(study: Study) -> dict[str, Table]:
     values, names, seed = joined(batches), [*interventions, UNSEEN], study.seed_for("cheese-vector bootstrap")
     far = far_from_usual(study, interventions, levels)
     effects = [row | {"absolute_z": far.get(row["intervention"])} for row in effect_rows(values, names, seed)]
-    return {"effects": effects, "against": against_controls(values, names, seed)}
+    return {
+        "effects": effects,
+        "against": against_controls(values, names, seed),
+        "ignoring": [_ignoring(values["found"], names, seed)],
+    }
+
+
+def _ignoring(found: NDArray[np.float64], names: Sequence[str], seed: int) -> dict[str, Cell]:
+    """Whether the vector does what not showing the cheese does, within a margin."""
+    own, unseen = (found[1 + names.index(name)] for name in (OWN, UNSEEN))
+    (left,) = mean_intervals((own - unseen)[None], seed)
+    return {
+        "n": len(own),
+        **interval_cells("own_minus_unseen", left),
+        "margin": MARGIN,
+        "equivalent": bool(equivalent(left, MARGIN)),
+    }
 
 
 def figure(tables: Tables) -> Figure:
@@ -59,6 +80,7 @@ def finding(tables: Tables) -> Finding:
     against = [row for row in tables["against"] if row["measure"] == "found"]
     beyond = [row["control"] for row in against if below(row, "own_minus_control")]
     less = below(own, "effect")
+    (left,) = tables["ignoring"]
     squares = (
         "No level has a decision square."
         if not choice
@@ -70,13 +92,22 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         f"P(cheese) {own['original']:.3f} becomes {own['modified']:.3f}, effect {shown(own, 'effect', '+.3f')}, "
         f"n={own['n']}; with the cheese not shown at all {shown(unseen, 'effect', '+.3f')}. {squares}",
-        verdict(less, *(below(row, "own_minus_control") for row in against if less)),
-        f"Controls: {controls}. The own vector lowers P(cheese) by more than {len(beyond)} of these "
-        f"{len(CONTROLS)} do, interval of the paired difference below 0. "
+        verdict(less, *((*(below(row, "own_minus_control") for row in against), _ignores(left)) if less else ())),
+        f"The vector leaves {shown(left, 'own_minus_unseen', '+.3f')} of P(cheese) more than not showing the cheese "
+        f"does, {'' if left['equivalent'] else 'not '}all of the interval within {MARGIN:g}. Controls: {controls}. The "
+        f"own vector lowers P(cheese) by more than {len(beyond)} of these {len(CONTROLS)} do, interval of the paired "
+        "difference below 0. "
         f"{told_far([found[name] for name in (OWN, *CONTROLS)])}",
         "That the vector is the cheese and nothing else: it was computed with the mouse on the first square and is "
         "added everywhere. What not showing the cheese does is the most that it could do if it were.",
     )
+
+
+def _ignores(left: Mapping[str, Any]) -> bool | None:
+    if left["equivalent"]:
+        return True
+    beyond = above(left, "own_minus_unseen", MARGIN) or below(left, "own_minus_unseen", -MARGIN)
+    return False if beyond else None
 
 
 PART = Part(

@@ -27,7 +27,7 @@ from maze.decision_squares import (
     strata,
     threshold_rows,
 )
-from maze.part import Finding, Part, Study, Table, Tables, above, verdict
+from maze.part import Finding, Part, Study, Table, Tables, above, below, verdict
 from maze.paths import Direction
 
 SIZE = 25
@@ -290,13 +290,18 @@ def finding(tables: Tables) -> Finding:
 
 
 def _claims(inside: dict[str, Any], outside: dict[str, Any], raw: dict[str, Any]) -> list[bool | None]:
-    """The mouse finds the cheese in distribution, goes in the direction outside as well, and there to the cheese less.
+    """In distribution the mouse goes to the cheese; outside it goes the same way, but mostly not to the cheese.
 
     Each stays open where either side has too few levels.
     """
     if not _enough(inside, outside):
-        return [None] * 3
-    return [above(inside, "to_cheese", FOUND), above(outside, "goes", 0.5), above(raw, "difference")]
+        return [None] * 4
+    return [
+        above(inside, "to_cheese", FOUND),
+        above(outside, "goes", 0.5),
+        below(outside, "to_cheese", 0.5),
+        above(raw, "difference"),
+    ]
 
 
 def _enough(inside: dict[str, Any], outside: dict[str, Any]) -> bool:

@@ -222,14 +222,23 @@ def finding(tables: Tables) -> Finding:
     shares = [row for row in tables["shares"] if row["measure"] == MOUSE]
     shares = [row for row in shares if row["n"] >= FEWEST] or shares
     outside = trends[MOUSE, SPLITS[1], "strata"]
+    alone = [trends[name, SPLITS[1], "no strata"] for name in told]
     return Finding(
         f"The mouse takes the way to the cheese in {said(shares[0], 'share')} of levels with the cheese "
         f"{_bin(shares[0])}, in {said(shares[-1], 'share')} with the cheese {_bin(shares[-1])}. {_course(shares)} "
         "Rank correlation with the distance: "
         + "; ".join(f"{row['measure']} {said(row, 'correlation', '+.2f')} (n={row['n']})" for row in raw)
         + ".",
-        verdict(*(below(row, "correlation") for row in raw if any(each["correlation"] is not None for each in raw))),
-        "Within strata of the lengths of both ways from the decision square it is "
+        verdict(
+            *(
+                below(row, "correlation")
+                for row in (*raw, *alone)
+                if any(each["correlation"] is not None for each in raw)
+            )
+        ),
+        "With the cheese out of distribution alone, where it is farther, the correlations are "
+        + "; ".join(f"{said(row, 'correlation', '+.2f')} for '{row['measure']}'" for row in alone)
+        + ". Within strata of the lengths of both ways from the decision square it is "
         + "; ".join(f"{said(row, 'correlation', '+.2f')} for '{row['measure']}'" for row in within)
         + f"; for the mouse with the cheese out of distribution alone {said(outside, 'correlation', '+.2f')}. "
         + _explained(raw[0], within[0]),

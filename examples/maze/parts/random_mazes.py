@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from chanpatch.statistics import Interval, difference_interval, wilson_interval
 from maze.levels import random_squares
-from maze.part import Cell, Finding, Part, Study, Table, Tables, column, interval_cells, shown
+from maze.part import Cell, Finding, Part, Study, Table, Tables, above, column, interval_cells, shown
 from maze.paths import Direction, distances
 from maze.readings import Readings, optional_cells
 from maze.states import CHEESE, FREE, WALL, Mazes, read_mazes, write_mazes
@@ -185,7 +185,7 @@ def finding(tables: Tables) -> Finding:
         ]
         for name in ("unedited", "matched")
     }
-    kept = [row["direction"] for row in rows if row["auc_low"] > 0.5]
+    kept = [row["direction"] for row in rows if above(row, "beyond_walls")]
     areas = "; ".join(
         f"{row['direction']} (channel {row['channel']}) {shown(row, 'auc')}, n={row['n']}" for row in rows
     )
@@ -194,7 +194,9 @@ def finding(tables: Tables) -> Finding:
         f"shortest way in {shown(edited, 'right', '.0%')} of n={edited['n']} mazes (a random legal move in "
         f"{edited['chance']:.0%}), and in {shown(matched, 'right', '.0%')} of unedited mazes with as long a way.",
         "not comparable",
-        f"The labels {', '.join(kept) or 'of no direction'} hold there, interval above 0.5. The AUC is lower than "
+        f"The labels {', '.join(kept) or 'of no direction'} hold there: the AUC is above that "
+        f"of the walls around the mouse alone (at most {max((row['walls'] for row in rows), default=0.5):.2f}), "
+        "interval of the difference above 0. The AUC is lower than "
         f"without random squares for {', '.join(lower['unedited']) or 'no direction'}, and lower than in unedited "
         f"mazes with as long a way for {', '.join(lower['matched']) or 'no direction'}. The mean way is "
         f"{edited['steps']:.0f} steps, and {edited['several_first_steps']:.0%} of the mazes have several shortest "

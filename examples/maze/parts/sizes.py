@@ -72,11 +72,12 @@ def finding(tables: Tables) -> Finding:
     if not inside:
         return Finding("Too few mazes of each size.", "not comparable", "Nothing.", "Raise --n.")
     outside = [row for row in measured if row["split"] == SPLITS[1]]
-    told, told_outside = ([row for row in rows if row["auc_low"] > 0.5] for rows in (inside, outside))
+    told, told_outside = ([row for row in rows if above(row, "beyond_walls")] for rows in (inside, outside))
     compared = [row for row in measured if row["minus_largest"] is not None]
     lower = [row for row in compared if row["minus_largest_high"] < 0]
     higher = [row for row in compared if row["minus_largest_low"] > 0]
     counts = column(inside, "n")
+    walls = [row["walls"] for row in measured if row["walls"] is not None]
     ranges = []
     for direction in Direction:
         areas = column([row for row in inside if row["direction"] == direction.name], "auc")
@@ -85,9 +86,10 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         f"In distribution, AUC over the sizes {inside[0]['size']} to {inside[-1]['size']}: {'; '.join(ranges)} "
         f"(n={counts.min()} to {counts.max()} per size and direction).",
-        verdict(*(above(row, "auc", 0.5) for row in inside)),
-        f"In {len(told)} of {len(inside)} cells in distribution the channel tells its direction, interval above 0.5, "
-        f"and in {len(told_outside)} of {len(outside)} out of it. "
+        verdict(*(above(row, "beyond_walls") for row in measured)),
+        f"In {len(told)} of {len(inside)} cells in distribution the channel tells its direction better than the number "
+        f"of walls around the mouse does, and in {len(told_outside)} of {len(outside)} out of it, interval of the "
+        f"difference above 0; the walls alone have an AUC of up to {max(walls, default=0.5):.2f}. "
         f"Compared with size {WORLD}, over both places of the cheese, the AUC is lower in {len(lower)} cells and "
         f"higher in {len(higher)} of {len(compared)}, interval apart from 0 (not corrected for their number).",
         "That a threshold carries over: an AUC compares sums within one size. Nor that size itself makes the "

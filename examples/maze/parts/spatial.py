@@ -183,7 +183,7 @@ def finding(tables: Tables) -> Finding:
             for row in near
         )
         + ".",
-        verdict(*(above(row, "share", MOST) for row in near), *(above(row, "difference") for row in near)),
+        verdict(*(above(row, "share", MOST) for row in near)),
         f"In {len(more)} of {len(near)} channels more of the sum lies around the mouse than around other free squares "
         f"of the same maze, interval above 0; {beside}. A wider circle is not judged: one of {_radius(DISTANCES[-1])} "
         f"is {_within(CELLS, DISTANCES[-1]).mean():.0%} of the map.",

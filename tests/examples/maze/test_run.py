@@ -19,7 +19,7 @@ from maze.part import LABEL_LEVELS, SELECTION_LEVELS, Finding, Part, Study, read
 from maze.parts import PARTS, ablation, cheese_vector, corner_vector, parity, retarget, search, sweep, top16
 from maze.policy import SHIPPED_WEIGHTS
 from maze.report import write_report
-from maze.run import RunSettings, run
+from maze.run import MOST_OTHERS, RunSettings, run
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "maze_goal_misgen.py"
 MEASURED = []
@@ -113,6 +113,26 @@ def test_the_shipped_policies_stand_side_by_side(parts, tmp_path):
     assert MEASURED[:2] == ["policy.safetensors", "control.safetensors"]
     assert "The same on the control policy" in page
     assert "What remains without it stays open here: no sums, no ablation of the control policy." in page
+
+
+def test_the_policies_beside_the_main_one_are_measured_on_fewer_levels(parts, tmp_path):
+    folder = run(settings(tmp_path, weights=None, n=MOST_OTHERS + 1))
+    manifests = {each.parts[-3]: json.loads(each.read_text())["n"] for each in folder.glob("*/squares/manifest.json")}
+    assert manifests.pop("imitation") == MOST_OTHERS + 1
+    assert set(manifests.values()) == {MOST_OTHERS}
+
+
+def test_two_measurements_of_a_real_part_are_equal_to_the_byte(tmp_path):
+    files = [
+        run(settings(tmp_path / name, only=("statistics",))) / "policy" / "statistics" / "scores.csv" for name in "ab"
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_summary_comes_before_the_policies_and_the_parts(two_policies):
+    for name in ("report.html", "report.md"):
+        text = (two_policies / name).read_text()
+        assert text.index("Summary") < text.index("imitation of shortest paths") < text.index("What are squares?")
 
 
 def test_another_policy_is_studied_where_its_weights_are_there(parts, tmp_path, monkeypatch):
@@ -217,7 +237,7 @@ def test_a_changed_cell_of_a_real_part_changes_what_the_page_says(tmp_path):
     [
         ({"weights": "other"}, "weights"),
         ({"n": 7, "seed": 7}, "n, seed"),
-        ({"versions": {"source": "other"}}, "python, torch, numpy, procgen, chanpatch, source"),
+        ({"versions": {"source": "other"}}, "python, torch, numpy, scipy, procgen, chanpatch, source"),
     ],
 )
 def test_a_part_that_was_measured_with_anything_else_is_left_out_of_the_report_and_named(
@@ -281,6 +301,7 @@ def test_the_report_and_the_help_say_where_n_is_capped(parts, tmp_path):
 def test_the_caps_that_are_told_are_those_of_the_parts():
     assert LIMITS["top16"] == str(top16.MOST_LEVELS)
     assert LIMITS["retarget"] == str(retarget.MOST_LEVELS)
+    assert LIMITS["every part of a policy that stands beside the main one"] == str(MOST_OTHERS)
     assert LIMITS["sweep"] == str(sweep.MOST_LEVELS)
     assert LIMITS["cheese-vector"] == str(cheese_vector.MOST_LEVELS)
     assert LIMITS["corner-vector"] == str(corner_vector.MOST_LEVELS)

@@ -57,6 +57,11 @@ def test_what_remains_without_the_teaching_is_told_in_the_numbers_of_the_tables(
     ]
 
 
+def test_the_first_paragraph_says_what_remains_without_the_teaching():
+    told = introduction(IMITATION | CONTROL)
+    assert "with an AUC of 0.740 (0.000 to 1.000) against 0.930 (0.000 to 1.000) for UP. But" in told
+
+
 def test_what_else_differs_between_the_control_and_the_policy_under_study_is_told():
     told = introduction(IMITATION | CONTROL)
     assert "the control saw as many observations, but larger mazes and its own mistakes in the second half only" in told
