@@ -428,19 +428,20 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnreachedError,
         run_branching_the_other_way,
         "The patch at 'left' never ran inside patched(). The model was compiled, or 'left' is not on the path that was "
-        "called.",
+        "called, or was called by its forward(), which runs no hooks.",
     ),
     "a record that never ran": (
         errors.UnreachedError,
         record_the_other_way,
         "Nothing was recorded at 'left' inside run_with_cache(). The model was compiled, or it is not on the path that "
-        "was called.",
+        "was called, or was called by its forward(), which runs no hooks.",
     ),
     "a twin's patch that never ran": (
         errors.UnreachedError,
         call_twin_the_other_way,
         "The patch at 'left' never ran in __call__(). The model was compiled, or 'left' is not on the path that was "
-        "called. If it need not run there: allow_unreached=['left'].",
+        "called, or was called by its forward(), which runs no hooks. If it need not run there: "
+        "allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
         errors.HookPointError,

@@ -191,7 +191,8 @@ class AppliedPatches:
             raise UnreachedError(
                 f"The {'patches' if many else 'patch'} at {listed} never ran {where}. "
                 f"{'The model was compiled, or ' if compiled else ''}{listed} {'are' if many else 'is'} not on the "
-                f"path that was called.{advice}"
+                f"path that was called, or {'were' if many else 'was'} called by {'their' if many else 'its'} "
+                f"forward(), which runs no hooks.{advice}"
             )
 
 

@@ -7,9 +7,11 @@ twin(observations)             # patched; policy(observations) is not
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import types
 from abc import ABC
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -74,9 +76,10 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         if inner is not None:
             original, each, allowed = inner.original, (*inner.applied.patches, *each), allowed | inner.allowed
         refuse_unhookable(original)
-        _refuse_held_functions(original)
         twin = _copied(copied)
-        applied = AppliedPatches(twin, _bound(policy, each), allow_unreached=allowed, check_nan=check_nan)
+        if isinstance(policy, HookPoints):
+            each = AppliedPatches(policy, each, allow_unreached=(), check_nan=False).patches
+        applied = AppliedPatches(twin, each, allow_unreached=allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
             applied.session.method, applied.session.calls = policy.method, policy.calls
         kind: Any = type(original)  # not the copy's own: a torch.fx.GraphModule makes a class for every instance
@@ -110,14 +113,13 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the policy without hooks, and the patches to put into it again."""
-        state = _state(self)
-        build = functools.partial(
-            PatchedPolicy, allow_unreached=tuple(state.allowed), check_nan=state.applied.check_nan
-        )
-        return build, (_copied(self), state.applied.patches)  # type: ignore[arg-type]
+        allowed, applied = tuple(_state(self).allowed), _state(self).applied
+        build = functools.partial(PatchedPolicy, allow_unreached=allowed, check_nan=applied.check_nan)
+        return build, (_copied(self), applied.patches)  # type: ignore[arg-type]
 
 
 _STATE = "_chanpatch"
+_CONTAINERS = (list, tuple, set, deque, dict)
 _OFFERED = ("patches", "ledger", "disable", "distribution")
 
 
@@ -157,18 +159,12 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
     return found
 
 
-def _bound(policy: nn.Module | HookPoints, patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
-    if not isinstance(policy, HookPoints):
-        return patches
-    return AppliedPatches(policy, patches, allow_unreached=(), check_nan=False).patches
-
-
 def _copied(policy: nn.Module) -> nn.Module:
     """Return a copy of the module tree, without hooks of ours, that holds the very parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*policy.parameters(), *policy.buffers(), *_results(policy))}
+    _refuse_held_functions(policy)
     plain = _without_patches(policy) if _STATE in vars(policy) else policy
     try:
-        twin = copy.deepcopy(plain, shared)
+        twin = copy.deepcopy(plain, _memo(policy))
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(plain).__name__} cannot be copied, so it can have no twin ({type(error).__name__}: {error}). "
@@ -186,45 +182,72 @@ def _without_patches(twin: nn.Module) -> nn.Module:
     return plain
 
 
-def _results(policy: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters that a policy holds anywhere, and results of forwards, which cannot be copied, nor need be."""
-    seen: set[int] = set()
-    waiting: list[Any] = [policy]
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen or isinstance(item, (type, types.ModuleType, types.FunctionType)):
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            if not item.is_leaf or isinstance(item, nn.Parameter):
-                yield item
-        elif isinstance(item, (list, tuple)):
-            waiting += item
-        elif isinstance(item, Mapping):
-            waiting += item.values()
-        else:
-            waiting += getattr(item, "__dict__", {}).values()
+def _memo(policy: nn.Module) -> dict[int, Any]:
+    """Return what a copy holds in place of tensors: the very weights; results of forwards have a graph, so clones."""
+    tensors = [item for item in _reachable([policy], _kept_by) if isinstance(item, Tensor)]
+    clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
+    weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
+    return clones | {id(tensor): tensor for tensor in weights}
 
 
 def _refuse_held_functions(policy: nn.Module) -> None:
-    """Raise for a function stored on a policy that holds a module of it: from a twin it would run the original's."""
+    """Raise for a function or hook kept on a policy that holds it: from a twin it would run the original's modules."""
     modules = set(policy.modules())
+    own = {id(item) for module in modules for item in vars(module).values() if isinstance(item, _CONTAINERS)}
+
+    def parts(item: Any) -> Iterable[Any]:
+        if hasattr(type(item), "__deepcopy__"):  # it knows what its copies hold, as hooks of ours do
+            return [item.__wrapped__] if hasattr(item, "__wrapped__") else ()  # but a cache keeps its function
+        return () if isinstance(item, nn.Module) and item in modules else _kept_by(item)
+
     for name, module in policy.named_modules():
         for attribute, item in vars(module).items():
-            compiled = hasattr(item, "_torchdynamo_orig_callable")
-            if compiled or (isinstance(item, types.FunctionType) and _holds(item, modules)):
-                where = f"'{name}.{attribute}'" if name else f"'{attribute}'"
-                raise UnsupportedModelError(
-                    f"{where} of {type(policy).__name__} is a {'compiled ' * compiled}function that holds the policy "
-                    "itself, so from a twin it would run the unpatched original. Make it a method, or use patched()."
-                )
+            skipped = attribute == _STATE or "state_dict" in attribute  # hooks of state dicts run in no call
+            hook = attribute.startswith(("_forward", "_backward")) and attribute.endswith("hooks")
+            for function in () if skipped else _reachable([item], parts):
+                compiled = function is item and hasattr(item, "_torchdynamo_orig_callable")
+                if compiled or (isinstance(function, types.FunctionType) and _holds(function, modules, own, hook)):
+                    where = f"A hook of '{name}'" if hook and name else "A hook" if hook else _quoted(name, attribute)
+                    raise UnsupportedModelError(
+                        f"{where} of {type(policy).__name__} {'is' if hook or function is item else 'has'} a "
+                        f"{'compiled ' * compiled}function that holds the policy itself, or what it fills, so from a "
+                        "twin it would reach the unpatched original. Make it a method, or use patched()."
+                    )
 
 
-def _holds(function: types.FunctionType, modules: set[nn.Module]) -> bool:
-    cells = [cell.cell_contents for cell in function.__closure__ or () if cell.cell_contents is not function]
-    values = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    values += [item.__self__ for item in values if isinstance(item, types.MethodType)]
-    return any(isinstance(item, nn.Module) and item in modules for item in values)
+def _holds(function: types.FunctionType, modules: set[nn.Module], own: set[int], hook: bool) -> bool:
+    names = {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}
+    held = [*_reachable([function], _held_by), *map(function.__globals__.get, names)]
+    return any((hook and id(item) in own) or (isinstance(item, nn.Module) and item in modules) for item in held)
+
+
+def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
+    seen, waiting = set[int](), [*roots]
+    while waiting:
+        if id(item := waiting.pop()) not in seen:
+            seen.add(id(item))
+            yield item
+            waiting += parts(item)
+
+
+def _kept_by(item: Any) -> Iterable[Any]:
+    plain = isinstance(item, (type, types.ModuleType, types.FunctionType))
+    return () if plain else _inside(item) or getattr(item, "__dict__", {}).values()
+
+
+def _held_by(item: Any) -> Iterable[Any]:
+    if not isinstance(item, types.FunctionType):
+        return _inside(item)
+    cells = [cell.cell_contents for cell in item.__closure__ or ()]
+    return [*cells, *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values(), *vars(item).values()]
+
+
+def _inside(item: Any) -> Iterable[Any]:
+    if isinstance(item, functools.partial):
+        return item.func, item.args, item.keywords
+    if isinstance(item, types.MethodType):
+        return item.__func__, item.__self__
+    return item.values() if isinstance(item, Mapping) else item if isinstance(item, _CONTAINERS) else ()
 
 
 class _TwinState:
@@ -240,6 +263,7 @@ class _TwinState:
         ]
         self._held, self._expected = zip(*(held for pair in self._pairs for held in _to_be_equal(*pair)), strict=True)
         self._numbers = [number for _, module, other, *_ in self._pairs for number in _of_one_element(module, other)]
+        self._buffers = [(pair[0], pair[1]._buffers, pair[2]._buffers) for pair in self._pairs if pair[2]._buffers]
         self._inside = _patches_by_module(twin, applied)
         self._session = session = applied.session
         session.on_begin, session.on_end, session.on_error = self._begin, self._end, applied.raise_nan
@@ -259,9 +283,7 @@ class _TwinState:
             shared = self._held == self._expected
         except RuntimeError:  # two tensors are neither equal nor unequal; one and the same is not even compared
             shared = False
-        for name, held, others in self._numbers:
-            shared = shared and held.get(name) is others.get(name)
-        if not shared:
+        if not shared or any(held.get(name) is not others.get(name) for name, held, others in self._numbers):
             self._refuse_replaced()
 
     def _refuse_replaced(self) -> None:
@@ -271,31 +293,39 @@ class _TwinState:
             for held, originally in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
                 for key in held.keys() | originally.keys():
                     if key not in held or held[key] is not originally.get(key, held):
-                        raise UnsupportedModelError(_replaced(f"'{name}.{key}'" if name else f"'{key}'"))
+                        raise UnsupportedModelError(_replaced(_quoted(name, key), tensor=True))
+
+    def _refuse_replaced_in(self, method: str) -> None:
+        names = []
+        for name, held, shared in self._buffers:
+            for key in [key for key in shared if held.get(key) is not shared[key]]:
+                names.append(_quoted(name, key))
+                held[key] = shared[key]  # so that the next call is told the same, and not that a new twin would help
+        if names:
+            raise UnsupportedModelError(
+                f"{method}() of the policy itself replaced the buffer {names[0]}, which the policy and its twin share. "
+                "Write into it with copy_(), or make it a plain attribute."
+            )
 
     def _end(self, call: RootCall) -> None:
         self.applied.raise_nan()
+        self._refuse_replaced_in(call.method)
+        names: list[str] = []
         if call.station is not None:
             inside = [numbers for module, numbers in self._inside.items() if id(module) == call.station.module_id]
             names = self.applied.unreached(set().union(*inside))
         elif call.method in self._running_methods:
             names = self.applied.unreached()
-        else:
-            names = []
         if names:
             advice = f" If it need not run there: allow_unreached={names!r}."
             compiled = call.method == "__call__"  # a method is only checked once its modules were seen to run
             self.applied.raise_unreached(names, f"in {call.method}()", compiled=compiled, advice=advice)
 
 
-def _to_be_equal(
-    name: str, module: nn.Module, other: nn.Module, children: dict[str, Any], other_children: dict[str, Any]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _to_be_equal(_: str, module: nn.Module, other: nn.Module, *children: Any) -> Iterator[tuple[Any, Any]]:
     """Yield pairs of dicts that are equal as long as nothing was replaced in a module or in the twin's."""
-    yield module._modules, children
-    yield other._modules, other_children
-    yield module._parameters, other._parameters
-    yield module._buffers, other._buffers
+    yield from zip((module._modules, other._modules), children, strict=True)
+    yield from ((module._parameters, other._parameters), (module._buffers, other._buffers))
 
 
 def _of_one_element(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -306,10 +336,16 @@ def _of_one_element(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, 
                 yield name, held, others
 
 
-def _replaced(what: str) -> str:
+def _quoted(*names: str) -> str:
+    return f"'{'.'.join(filter(None, names))}'"
+
+
+def _replaced(what: str, *, tensor: bool = False) -> str:
     return (
         f"{what} of the policy, or of its twin, was replaced since the twin was made, so the two no longer share all "
         "weights. Make the twin anew: PatchedPolicy(policy, patches)."
+        + " If torch.func.functional_call replaced it for a call, give that the policy, inside patched()."
+        * tensor
     )
 
 
@@ -339,9 +375,7 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
     Names that the policy has itself stay its own: its `distribution` is not replaced by ours.
     """
     members: dict[str, Any] = {name: vars(PatchedPolicy)[name] for name in _OFFERED if name not in taken}
-    for owner in reversed(kind.__mro__):
-        if owner is object:
-            continue
+    for owner in reversed(kind.__mro__[:-1]):  # but object
         for name, member in vars(owner).items():
             written_by_user = owner is not nn.Module and not (name.startswith("__") and name != "__call__")
             if name == "__call__" or (written_by_user and isinstance(member, types.FunctionType)):

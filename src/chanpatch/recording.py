@@ -334,7 +334,7 @@ class _Recorder:
             listed = ", ".join(f"'{name}'" for name in dict.fromkeys(names))
             raise UnreachedError(
                 f"Nothing was recorded at {listed} {where}. The model was compiled, or it is not on the path that "
-                "was called."
+                "was called, or was called by its forward(), which runs no hooks."
             )
 
 

@@ -1,0 +1,289 @@
+"""Twins of policies that reach themselves by functions and hooks, or that keep state: the original stays out of it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chanpatch import PatchedPolicy, Site, patched, zero_ablate
+from chanpatch.errors import UnreachedError, UnsupportedModelError
+
+ON_A = zero_ablate(Site("a"))
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.feats: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+    def keep(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        self.feats["a"] = output
+
+
+class Reading(Plain):
+    """Reads what a hook has kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a(x)
+        return self.b(self.feats["a"])
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 4)
+
+
+def doubled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: function(*args) * 2
+
+
+class Keeper:
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+
+HELD = {
+    "list": lambda run: [run],
+    "tuple": lambda run: (1, run),
+    "dict": lambda run: {"run": run},
+    "nested": lambda run: {"run": [(run,)]},
+    "wrapped": lambda run: doubled(run),
+    "partial": lambda run: functools.partial(run),
+    "cached": lambda run: functools.lru_cache(run),
+    "object": lambda run: Keeper(run),
+}
+
+
+@pytest.mark.parametrize("holding", HELD.values(), ids=HELD)
+@pytest.mark.parametrize("place", ["policy", "inside"])
+def test_functions_that_hold_the_policy_are_refused_wherever_they_are_kept(holding, place):
+    policy = Plain()
+    (policy if place == "policy" else policy.b).ops = holding(lambda x: policy.b(policy.a(x).relu()))
+    named = "'ops'" if place == "policy" else "'b.ops'"
+    with pytest.raises(UnsupportedModelError, match=f"{named} of Plain .*function that holds the policy itself"):
+        PatchedPolicy(policy, ON_A)
+
+
+def forward_hook(policy, hook):
+    policy.a.register_forward_hook(lambda m, i, o: hook(m, i, o))
+
+
+def forward_hook_with_kwargs(policy, hook):
+    policy.a.register_forward_hook(lambda m, i, k, o: hook(m, i, o), with_kwargs=True)
+
+
+def forward_pre_hook(policy, hook):
+    policy.a.register_forward_pre_hook(lambda m, i: hook(m, i))
+
+
+def full_backward_hook(policy, hook):
+    policy.a.register_full_backward_hook(lambda m, i, o: hook(m, i, o))
+
+
+def full_backward_pre_hook(policy, hook):
+    policy.a.register_full_backward_pre_hook(lambda m, o: hook(m, o))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [forward_hook, forward_hook_with_kwargs, forward_pre_hook, full_backward_hook, full_backward_pre_hook],
+)
+def test_a_hook_that_holds_the_policy_is_refused(register):
+    policy = Plain()
+    register(policy, policy.keep)
+    with pytest.raises(UnsupportedModelError) as caught:
+        PatchedPolicy(policy, ON_A)
+    assert str(caught.value) == (
+        "A hook of 'a' of Plain is a function that holds the policy itself, or what it fills, so from a twin it would "
+        "reach the unpatched original. Make it a method, or use patched()."
+    )
+
+
+def test_a_hook_that_holds_a_dict_of_the_policy_is_refused():
+    policy = Reading()
+    feats = policy.feats
+    policy.a.register_forward_hook(lambda module, args, output: feats.__setitem__("a", output))
+    with pytest.raises(UnsupportedModelError, match="a function that holds the policy itself, or what it fills"):
+        PatchedPolicy(policy, ON_A)
+
+
+GLOBAL = Reading()
+
+
+def test_a_hook_that_reaches_the_policy_by_a_global_name_is_refused(monkeypatch):
+    monkeypatch.setitem(globals(), "GLOBAL", policy := Reading())
+    policy.a.register_forward_hook(lambda module, args, output: GLOBAL.feats.__setitem__("a", output))
+    with pytest.raises(UnsupportedModelError, match="A hook of 'a' of Reading is a function that holds the policy"):
+        PatchedPolicy(policy, ON_A)
+
+
+def test_a_hook_of_the_policy_as_a_whole_is_named():
+    policy = Plain()
+    policy.register_forward_hook(lambda module, args, output: policy.b(policy.a(args[0])))
+    with pytest.raises(UnsupportedModelError, match="A hook of Plain is a function that holds the policy itself"):
+        PatchedPolicy(policy, ON_A)
+
+
+@pytest.mark.parametrize("hook", ["method", "partial of a method"])
+def test_a_hook_that_is_a_bound_method_fills_the_twin(hook, x):
+    policy = Reading()
+    policy.a.register_forward_hook(policy.keep if hook == "method" else functools.partial(policy.keep))
+    policy(x)
+    kept = policy.feats["a"]
+    twin = PatchedPolicy(policy, zero_ablate(Site("a", feature=0)))
+    expected = policy.a(x).detach()
+    policy.feats["a"] = kept
+    twin(x)
+    assert policy.feats["a"] is kept
+    torch.testing.assert_close(twin.feats["a"].detach(), expected)  # the user's own hook comes before ours
+    assert twin.a._forward_hooks
+
+
+def test_functions_and_hooks_that_do_not_hold_the_policy_run_on_the_twin(x):
+    policy, scale, seen = Plain(), 2.0, []
+    policy.ops = [lambda x: x * scale, torch.relu, policy.keep, functools.partial(policy.keep, None)]
+    policy.a.register_forward_hook(lambda module, args, output: seen.append(output))
+    policy.a.register_forward_hook(lambda module, args, output: output * scale)
+    twin = PatchedPolicy(policy, ON_A)
+    twin(x)
+    assert len(seen) == 1
+    assert twin.ops[2].__self__ is twin
+
+
+def test_a_policy_that_is_patched_and_whose_twin_is_patched_too_has_twins(x):
+    policy = Plain()
+    twin = PatchedPolicy(policy, ON_A)
+    with patched(policy, ON_A, allow_unreached="a"), patched(twin, ON_A, allow_unreached="a"):
+        again = PatchedPolicy(twin, zero_ablate(Site("b")))
+        other = PatchedPolicy(policy, ON_A)
+    assert not again(x).any()
+    torch.testing.assert_close(other(x), policy.b(torch.zeros(3, 8)))
+
+
+def test_a_hook_on_a_twin_that_holds_the_twin_is_refused_in_a_twin_of_it():
+    twin = PatchedPolicy(Plain(), ON_A)
+    twin.a.register_forward_hook(lambda module, args, output: twin.feats.__setitem__("a", output))
+    with pytest.raises(
+        UnsupportedModelError, match="A hook of 'a' of PatchedPlain is a function that holds the policy"
+    ):
+        PatchedPolicy(twin, zero_ablate(Site("b")))
+
+
+# --- state ---
+
+
+class Recurrent(nn.Module):
+    """Resets its state in place, and then replaces it by one with a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.cell, self.head = nn.Linear(4, 8), nn.GRUCell(8, 8), nn.Linear(8, 3)
+        self.h = torch.zeros(3, 8)
+
+    def forward(self, x: Tensor, done: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.h.mul_(1 - done[:, None])
+        self.h = self.cell(self.a(x).relu(), self.h)
+        return self.head(self.h)
+
+
+@pytest.mark.parametrize("kept", ["attribute", "list"])
+def test_a_reset_of_the_twins_state_leaves_the_original_its_own(kept, x):
+    policy = Recurrent()
+    policy(x, torch.zeros(3))
+    if kept == "list":
+        policy.states = [policy.h]
+    before = policy.h.detach().clone()
+    twin = PatchedPolicy(policy, ON_A)
+    torch.testing.assert_close(twin.h, policy.h, check_stride=True)
+    assert kept == "attribute" or twin.states[0] is twin.h
+    twin(x, torch.ones(3))
+    torch.testing.assert_close(policy.h.detach(), before, rtol=0, atol=0)
+
+
+class Buffered(nn.Module):
+    """Replaces a buffer in its forward, or in another method."""
+
+    def __init__(self, start: Tensor | None) -> None:
+        super().__init__()
+        self.a, self.cell, self.head = nn.Linear(4, 8), nn.GRUCell(8, 8), nn.Linear(8, 3)
+        self.register_buffer("h", start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.zeros(len(x), 8) if self.h is None else self.h
+        self.h = self.cell(self.a(x).relu(), hidden)
+        return self.head(self.h)
+
+    def reset(self) -> None:
+        self.h = torch.zeros(3, 8)
+
+
+@pytest.mark.parametrize("start", [torch.zeros(3, 8), None], ids=["tensor", "none"])
+@pytest.mark.parametrize("method", ["__call__", "reset"])
+def test_a_buffer_that_the_policy_itself_replaces_is_a_clear_error_of_every_such_call(start, method, x):
+    policy = Buffered(start)
+    twin = PatchedPolicy(policy, ON_A)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError) as caught:
+            twin(x) if method == "__call__" else twin.reset()
+        assert str(caught.value) == (
+            f"{method}() of the policy itself replaced the buffer 'h', which the policy and its twin share. Write "
+            "into it with copy_(), or make it a plain attribute."
+        )
+    assert twin.h is policy.h
+
+
+def test_a_buffer_that_the_forward_writes_into_is_shared(x):
+    class Written(Buffered):
+        def forward(self, x: Tensor) -> Tensor:
+            self.h.copy_(self.cell(self.a(x).relu(), self.h).detach())
+            return self.head(self.h)
+
+    policy = Written(torch.zeros(3, 8))
+    twin = PatchedPolicy(policy, ON_A)
+    twin(x), twin(x)
+    assert twin.h is policy.h
+    assert policy.h.any()
+
+
+def test_other_weights_by_functional_call_are_refused_by_name(x):
+    policy = Plain()
+    other = {"a.weight": torch.ones(8, 4)}
+    with pytest.raises(UnsupportedModelError) as caught:
+        torch.func.functional_call(PatchedPolicy(policy, ON_A), other, (x,))
+    assert str(caught.value) == (
+        "'a.weight' of the policy, or of its twin, was replaced since the twin was made, so the two no longer share "
+        "all weights. Make the twin anew: PatchedPolicy(policy, patches). If torch.func.functional_call replaced it "
+        "for a call, give that the policy, inside patched()."
+    )
+
+
+def test_a_module_that_is_called_by_its_forward_is_told_to_run_no_hooks(x):
+    class Direct(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a.forward(x))
+
+    twin = PatchedPolicy(Direct(), ON_A)
+    with pytest.raises(UnreachedError, match=r"or was called by its forward\(\), which runs no hooks\. "):
+        twin(x)
+
+
+def test_a_deep_copy_of_a_twin_has_state_of_its_own(x):
+    policy = Recurrent()
+    policy(x, torch.zeros(3))
+    twin = PatchedPolicy(policy, ON_A)
+    twin(x, torch.zeros(3))
+    copied = copy.copy(twin)
+    before = twin.h.detach().clone()
+    copied(x, torch.ones(3))
+    torch.testing.assert_close(twin.h.detach(), before, rtol=0, atol=0)
