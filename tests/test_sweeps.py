@@ -505,11 +505,13 @@ def test_what_a_model_keeps_as_an_attribute_can_be_read_after_a_sweep() -> None:
             return self.last(self.kept)
 
     model, inputs = Keeping().eval(), vectors(ROWS)
+    model(*inputs)
+    kept = model.kept.tolist()
     points = hook_points(model, *inputs)
     patches = [zero_ablate(site) for site in parts(points.site("second"))]
     result = sweep(points, *inputs, patches=patches, metric=total, max_bytes=2**12)  # the last chunk is not compared
     assert strategy_of(result) == "vmap"
-    assert model.kept.tolist()
+    assert model.kept.tolist() == kept
 
 
 def test_hooks_of_others_on_every_module_run_in_every_forward_that_is_resumed() -> None:

@@ -84,12 +84,19 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | InDouble | 
         SiteError: If the reduction does not apply to such a region.
     """
     if isinstance(reduce, InDouble):
+        if region.is_complex():
+            raise SiteError(
+                f"{site!r} is {region.dtype}, and a double holds half of a complex number only. Give "
+                "torch.view_as_real of it a name in the forward, tap('name', ...), and take that."
+            )
         wide = torch.float32 if region.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
         return reduced(region.to(wide), site, axes, reduce.reduce)
     kept = reduced_axes(site, axes, reduce)
     if reduce is None or kept == axes:
         # Where there is nothing to reduce, each number is its own sum, mean and maximum, but not its own norm.
         return region.abs() if reduce == "norm" else region
+    if region.dtype in (torch.float16, torch.bfloat16):
+        region = region.float()  # a sum is soon beyond what half precision holds
     try:
         if isinstance(reduce, tuple):
             return einops.reduce(region, *reduce)

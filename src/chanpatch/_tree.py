@@ -71,6 +71,28 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from leaves(child, (*path, step))
 
 
+def fresh(tree: Any) -> Any:
+    """Return an output in containers of its own, which others may change; what lies in them is the same."""
+    if type(tree) is list:
+        return [*map(fresh, tree)]
+    if isinstance(tree, tuple):
+        parts = [*map(fresh, tree)]
+        if all(part is before for part, before in zip(parts, tree, strict=True)):
+            return tree
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if isinstance(tree, dict):
+        copied = copy.copy(tree)
+        for key, value in tree.items():
+            copied[key] = fresh(value)
+        return copied
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        own: Any = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(own, field.name, fresh(getattr(tree, field.name)))
+        return own
+    return tree
+
+
 def get(tree: Any, path: Path) -> Any:
     """Return what a path leads to.
 

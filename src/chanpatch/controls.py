@@ -304,10 +304,11 @@ def off_distribution(
     count = input_count(inputs)
     if not count:
         raise StatisticsError("inputs holds no inputs: give at least one to run the patched model on.")
-    with undisturbed(points.model):
+    with undisturbed(points.model) as run:
         with patched(points, chosen):
             (cache,) = recorded(points, inputs, sites, "sum", count)
-        usual, lowest, highest = _usual(points, background, sites, batch_size)
+        run.put_back()
+        usual, lowest, highest = _usual(run.apart(recorded(points, background, sites, "sum", batch_size)), sites)
     sums = _sums("inputs", cache, sites, 0)
     slack = ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
     z = (sums - usual.mean) / np.where(usual.varies(), usual.std, np.nan)
@@ -326,13 +327,11 @@ def off_distribution(
     return OffDistribution(tuple(parts[row] for row in order), **ordered, inputs=count, background=usual.count)
 
 
-def _usual(
-    points: HookPoints, background: Any, sites: Sequence[Site], batch_size: int
-) -> tuple[Moments, Floats, Floats]:
+def _usual(forwards: Iterable[ActivationCache], sites: Sequence[Site]) -> tuple[Moments, Floats, Floats]:
     """Return moments, smallest and largest of the channel sums of the background."""
     moments: Moments | None = None
     lowest, highest = np.array(np.inf), np.array(-np.inf)
-    for cache in recorded(points, background, sites, "sum", batch_size):
+    for cache in forwards:
         sums = _sums("background", cache, sites, moments.count if moments else 0)
         moments = _joined(moments, sums)
         lowest, highest = np.minimum(lowest, sums.min(axis=0)), np.maximum(highest, sums.max(axis=0))
@@ -346,8 +345,8 @@ def _channel_means(
     point = points[whole.name]
     in_front = (point.batch_axis or 0, point.axes.index(axis))
     moments: Moments | None = None
-    with undisturbed(points.model):
-        for cache in recorded(points, background, [whole], None, batch_size):
+    with undisturbed(points.model) as run:
+        for cache in run.apart(recorded(points, background, [whole], None, batch_size)):
             sample = cache[whole].double().movedim(in_front, (0, 1)).numpy()
             check_finite("background", sample, whole, moments.count if moments else 0, StatisticsError)
             moments = _joined(moments, sample.reshape(*sample.shape[:2], -1))

@@ -84,8 +84,8 @@ def path_patch(
     args, keywords = _copied(corrupted)
     with undisturbed(points.model):
         source = run_with_cache(points, *args, sites=sending, stop=True, **keywords)
-    with undisturbed(points.model), recording(points, [sending, *held]) as cache:
-        baseline = _output(points, clean)
+    with undisturbed(points.model) as run, recording(points, [sending, *held]) as cache:
+        baseline = run.kept(_output(points, clean))
     patches = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
     with undisturbed(points.model), patched(points, patches), recording(points, receiving) as received:
         _output(points, clean)
@@ -143,5 +143,16 @@ def _computes(point: HookPoint, points: HookPoints) -> bool:
     """Tell whether a hook point is what a module with weights returns that calls no other one, and is no norm."""
     if point.side != "out" or not point.parameters or "norm" in point.module_type.lower():
         return False
+    if _computes_a_weight(point):
+        return False
     inside = f"{point.module}." if point.module else ""
-    return not any(other.module.startswith(inside) and other.module != point.module for other in points.values())
+    return not any(
+        other.module.startswith(inside) and other.module != point.module and other.parameters
+        for other in points.values()
+        if not _computes_a_weight(other)
+    )
+
+
+def _computes_a_weight(point: HookPoint) -> bool:
+    """Tell whether a hook point lies inside what computes a module's weights, not its activations."""
+    return "parametrizations" in point.module.split(".")

@@ -6,15 +6,16 @@ import copy
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._attributes import Attributes, storage, write_back
 from ._axes import NamePropagation, Names, axis_names
 from ._checks import refuse_unhookable, refuse_untraceable
 from ._hooks import observed
@@ -33,7 +34,7 @@ def hook_points(
     """Return every place where an activation of the model can be read or written, in execution order.
 
     The model is run under `torch.no_grad`, and once more with one row more, which proves the batch axis. Random
-    number generators, buffers and training flags are put back afterwards.
+    number generators, buffers, attributes and training flags are put back afterwards.
 
     Args:
         model: Any module.
@@ -92,6 +93,7 @@ class _Fired:
         return self.module, self.side, self.path, self.call
 
 
+_Each = TypeVar("_Each")
 _Place: TypeAlias = tuple[str, str, Path, int]
 
 
@@ -283,7 +285,10 @@ def _with_one_row_more(
         second = _Trace(model)
         with undisturbed(model), suppress(Exception):  # a model may be made for one batch size only
             second.run(method, *grown)
-            return {second.name(fired): fired.tensor.shape for fired in second.fired}
+            # One more of some of the rows, as an expert is given them, does not tell which rows they are.
+            of_all = {trace.name(fired) for fired in trace.fired if rows in fired.tensor.shape}
+            shapes = {second.name(fired): fired.tensor.shape for fired in second.fired}
+            return {name: shape for name, shape in shapes.items() if name in of_all and rows + 1 in shape}
     return {}
 
 
@@ -331,25 +336,28 @@ def _batch_axis(names: Sequence[str | None], shape: torch.Size, grown: torch.Siz
 
 
 class undisturbed:
-    """Runs forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer or flag.
+    """Runs forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer, attribute or flag.
 
     It may be entered again and again, but not inside itself; `put_back` parts one forward from the next inside it.
+    A policy of the user's may log what it did in lists: `lists=False` leaves what those hold.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [*model.modules()]
+    def __init__(self, model: nn.Module, *, lists: bool = True) -> None:
+        self._modules, self._lists = [*model.modules()], lists
         devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
         self._cuda = [device for device in devices if device.type == "cuda"]
         self._no_grad = torch.no_grad()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> undisturbed:
         self._training = [module.training for module in self._modules]
         self._registered = [(module, dict(module._buffers)) for module in self._modules]
         buffers = (buffer for _, named in self._registered for buffer in named.values() if buffer is not None)
         self._values = [(buffer, buffer.detach().clone()) for buffer in buffers]
+        self._attributes = Attributes(self._modules, lists=self._lists)
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
         self._no_grad.__enter__()
+        return self
 
     def __exit__(self, *error: object) -> None:
         self._no_grad.__exit__(None, None, None)
@@ -362,14 +370,31 @@ class undisturbed:
         torch.set_rng_state(self._torch)
         for device, state in zip(self._cuda, self._on_cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
+        self._attributes.put_back_generators()
+        self.put_back_state()
+
+    def put_back_state(self) -> None:
+        """Leave the model as it was at the entry, but let random draws go on."""
         for module, training in zip(self._modules, self._training, strict=True):
             if module.training is not training:
                 module.training = training
-        with torch.no_grad():
-            for buffer, value in self._values:
-                # A needless write would invalidate graphs that hold the buffer; on meta there is nothing to write.
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        for buffer, value in self._values:
+            write_back(buffer, value)
         for module, named in self._registered:
             module._buffers.clear()
             module._buffers.update(named)
+        self._attributes.put_back()
+
+    def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
+        """Yield what forwards over several batches give, each of which begins with the model as it was."""
+        for each in forwards:
+            self.put_back_state()
+            yield each
+
+    def kept(self, output: Any) -> Any:
+        """Return an output in which nothing changes when the model's state is put back under it."""
+        written = {storage(tensor) for tensor in [*(buffer for buffer, _ in self._values), *self._attributes.tensors]}
+        for path, tensor in [*leaves(output)]:
+            if storage(tensor) in written - {0}:
+                output = replace(output, path, tensor.clone())
+        return output

@@ -49,9 +49,9 @@ class Runs:
             for patch, change in zip(patches, changes, strict=True)
             for each in (edit(patch.site, change.note), patch, edit(patch.site, change.undo))
         ]
-        with undisturbed(self._points.model):
+        with undisturbed(self._points.model) as run:
             with patched(self._points, applied):
-                self.baseline = self._output()
+                self.baseline = run.kept(self._output())
             self._clean = self._measured(self.baseline)
         return [change.difference for change in changes]
 

@@ -74,10 +74,12 @@ def contrast(
     """
     labels = _checked_pairs(points, clean, corrupted, clusters, batch_size)
     chosen, skipped = searched(points, sites, reduce)
-    with undisturbed(points.model):
-        one = gathered(points, ("clean", clean), chosen, reduce, batch_size)
-        other = gathered(points, ("corrupted", corrupted), chosen, reduce, batch_size)
-        count, spread = spread_over(points, background, chosen, reduce, batch_size)
+    with undisturbed(points.model) as run:
+        one = gathered(run, points, ("clean", clean), chosen, reduce, batch_size)
+        run.put_back()  # both sides begin with the same state, and draw the same
+        other = gathered(run, points, ("corrupted", corrupted), chosen, reduce, batch_size)
+        run.put_back()
+        count, spread = spread_over(run, points, background, chosen, reduce, batch_size)
     if isinstance(sites, str) and sites == "all":
         chosen, repeated = distinct(chosen, [one, other, *([spread] if count else [])])
         skipped |= repeated

@@ -108,10 +108,11 @@ class Contrast:
             raise SiteError(f"{bound!r} has no batch axis that is proved, so there is no mean over the pairs.")
         axis = point.batch_axis
         means = []
-        with undisturbed(self._points.model):
+        with undisturbed(self._points.model) as run:
             for inputs in self._inputs:
+                run.put_back()
                 moments = None
-                for cache in recorded(self._points, inputs, [bound], None, self._batch_size):
+                for cache in run.apart(recorded(self._points, inputs, [bound], None, self._batch_size)):
                     part = Moments.of(cache[bound].double().movedim(axis, 0).numpy())
                     moments = part if moments is None else moments + part
                 means.append(moments.mean)  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ from .._typing import Reduce
 from ..errors import ContrastError, SiteError
 from ..points import HookPoints
 from ..sites import Site
+from ..tracing import undisturbed
 
 
 def searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:
@@ -77,12 +78,17 @@ def channels_of(site: Site, count: int, reduce: Reduce) -> Sequence[Site]:
 
 
 def gathered(
-    points: HookPoints, named: tuple[str, Any], sites: Sequence[Site], reduce: Reduce, batch_size: int
+    run: undisturbed,
+    points: HookPoints,
+    named: tuple[str, Any],
+    sites: Sequence[Site],
+    reduce: Reduce,
+    batch_size: int,
 ) -> dict[Site, Floats]:
     """Return the reduced activations of all inputs, which messages call by a name: `(input, channel)` per site."""
     name, inputs = named
     parts: dict[Site, list[Floats]] = {site: [] for site in sites}
-    for cache in recorded(points, inputs, sites, reduce, batch_size):
+    for cache in run.apart(recorded(points, inputs, sites, reduce, batch_size)):
         for site in sites:
             parts[site].append(rows(cache, site))
     samples = {site: np.concatenate(arrays) for site, arrays in parts.items()}
@@ -92,7 +98,7 @@ def gathered(
 
 
 def spread_over(
-    points: HookPoints, background: Any, sites: Sequence[Site], reduce: Reduce, batch_size: int
+    run: undisturbed, points: HookPoints, background: Any, sites: Sequence[Site], reduce: Reduce, batch_size: int
 ) -> tuple[int, dict[Site, Floats]]:
     """Return the number of background inputs and, per site, `(2, channel)`: what a channel varies by, and the unit.
 
@@ -102,7 +108,7 @@ def spread_over(
         return 0, {}
     check_inputs(points, background, batch_size, ContrastError)
     moments: dict[Site, Moments] = {}
-    for cache in recorded(points, background, sites, reduce, batch_size):
+    for cache in run.apart(recorded(points, background, sites, reduce, batch_size)):
         for site in sites:
             sample = rows(cache, site)
             check_finite("background", sample, site, moments[site].count if site in moments else 0, ContrastError)

@@ -29,7 +29,8 @@ def channel_sums(
     """Return the sum of each channel over its positions, for every input: `(input, channel)`.
 
     The model runs without gradients, batch by batch and no further than the site; of each batch only the sums are
-    kept, taken in double precision. Random number generators, buffers and training flags are put back afterwards.
+    kept, taken in double precision. Random number generators, buffers, attributes and training flags are put back
+    afterwards.
 
     Args:
         points: Of the model.
@@ -62,8 +63,9 @@ def channel_sums(
     if isinstance(reduce, str):
         channel_axis(bound, "Channel sums", ProbeError)
     check_leaves_channels(bound, reduce)
-    with undisturbed(points.model):
-        parts = [rows(cache, bound) for cache in _watched(recorded(points, inputs, [bound], reduce, batch_size))]
+    with undisturbed(points.model) as run:
+        forwards = run.apart(recorded(points, inputs, [bound], reduce, batch_size))
+        parts = [rows(cache, bound) for cache in _watched(forwards)]
     if not parts:
         raise ProbeError("inputs is empty: give at least one input.")
     sums: NDArray[np.float64] = np.concatenate(parts)

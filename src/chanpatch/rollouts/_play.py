@@ -75,7 +75,7 @@ def play(
         raise RolloutError(f"max_steps is {max_steps}, but an episode has at least one step.")
     waves = range(0, log.plays, envs.num_envs)
     module = policy if isinstance(policy, nn.Module) else nn.Module()
-    with undisturbed(module), progress_bar(progress, len(waves) * max_steps, "step") as advance:
+    with undisturbed(module, lists=False), progress_bar(progress, len(waves) * max_steps, "step") as advance:
         actor = Actor(policy, initial_state, around)
         for start in waves:
             wave = np.arange(start, min(start + envs.num_envs, log.plays))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._lookup import model_of
 from .._published import forward_context, published
-from .._tree import Item, get, leaves, replace
+from .._tree import Item, fresh, get, leaves, replace
 from ..points import HookPoints
 from ..tracing import copied_inputs, undisturbed
 
@@ -54,13 +54,14 @@ class Forward:
         """Return the model's output, with everything as it was before."""
         rows = published.rows if self.row is None else [self.row]
         with self.undisturbed, forward_context(step=published.step, rows=rows):
-            return self.disturbing()
+            return self.undisturbed.kept(self.disturbing())
 
     def disturbing(self) -> Any:
         """Return the model's output; the caller puts back what the forward changes."""
         args, kwargs = self.copies()
         with usual_attention():
-            return getattr(self.model, self.method)(*args, **kwargs)
+            output = getattr(self.model, self.method)(*args, **kwargs)
+        return fresh(output)  # a model may return the very dict again that it returned before
 
     def of_row(self, end: Literal[0, -1]) -> Forward | None:
         """Return the same forward of the first or the last row alone.

@@ -16,8 +16,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _taps
-from .._tree import leaves, replace
-from ._attributes import Attributes
+from .._attributes import Attributes
+from .._tree import fresh, leaves, replace
 
 
 class ReplayError(Exception):
@@ -34,6 +34,7 @@ class _Call:
         versions: Of the tensors in the output, at that time.
         known: Whether the output may stand for the call.
         copied: Whether a later module writes into the output, so that only copies of it may be handed out.
+        left: What the module's attributes were then.
     """
 
     module: nn.Module
@@ -41,6 +42,7 @@ class _Call:
     versions: list[tuple[Tensor, int]]
     known: bool
     copied: bool = False
+    left: Attributes | None = None
 
 
 class Prefix:
@@ -88,7 +90,6 @@ class Prefix:
                 yield
         finally:
             _taps.observers.remove(self._on_tap)
-        self.attributes = Attributes(self._model)
         for call in self._calls:
             call.known &= all(tensor._version == version for tensor, version in call.versions)
 
@@ -96,9 +97,14 @@ class Prefix:
     def skipped(self, number: int) -> Iterator[None]:
         """Answer so many calls from memory, in the one forward that runs inside."""
         self._number, self._inside, self._skipped = 0, False, number
-        self.attributes.put_back()  # a module that is skipped does not leave anew what later ones read
-        with _wrapped({call.module for call in self._calls[:number]}, self._replay):
-            yield
+        for call in self._calls[:number]:
+            if call.known and call.left is not None:
+                call.left.put_back()  # a module that is skipped does not leave anew what later ones read
+        try:
+            with _wrapped({call.module for call in self._calls[:number]}, self._replay):
+                yield
+        finally:
+            self.attributes.put_back()
         if any(tensor._version != version for call in self._calls[:number] if call.known and not call.copied
                for tensor, version in call.versions):  # fmt: skip
             raise ReplayError("a forward wrote into what an earlier module had returned")
@@ -116,7 +122,8 @@ class Prefix:
         known &= not any(tensor.is_inference() for _, tensor in leaves(output))
         self._free_bytes -= size if known else 0
         versions = [(tensor, tensor._version) for _, tensor in leaves(output)] if known else []
-        self._calls.append(_Call(module, _fresh(output) if known else None, versions, known))
+        left = Attributes(module) if known else None
+        self._calls.append(_Call(module, fresh(output) if known else None, versions, known, left=left))
         return output
 
     def _replay(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +135,7 @@ class Prefix:
         if not call.known:
             return self._run(forward, *args, **kwargs)
         self._number += 1
-        return _copy(call.output) if call.copied else _fresh(call.output)
+        return _copy(call.output) if call.copied else fresh(call.output)
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._inside = True
@@ -152,7 +159,8 @@ class Prefix:
         drawn = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_cuda)]
         of_numpy = np.random.get_state(legacy=False)
         position = of_numpy["state"]["pos"], of_numpy["has_gauss"]
-        return drawn, random.getstate(), of_numpy["state"]["key"].tobytes(), position
+        own = self.attributes.generator_states()
+        return drawn, own, random.getstate(), of_numpy["state"]["key"].tobytes(), position
 
     def _on_size(self, size: int) -> None:
         self._sizes[self._number] = max(size, self._sizes.get(self._number, 0))
@@ -186,13 +194,6 @@ class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             query, key = args[:2]
             self._tell(query.nbytes // max(1, query.shape[-1]) * key.shape[-2])
         return output
-
-
-def _fresh(output: Any) -> Any:
-    """Return an output in lists and dicts of its own, which its caller may change."""
-    if type(output) is list:
-        return [*map(_fresh, output)]
-    return {key: _fresh(value) for key, value in output.items()} if type(output) is dict else output
 
 
 def _copy(output: Any) -> Any:

@@ -1,0 +1,130 @@
+"""What modules keep as attributes, where one forward may leave something that the next one reads."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_OF_TORCH = frozenset(vars(nn.Module()))  # parameters, hooks and the like
+
+
+class Attributes:
+    """The attributes of all modules of a model at one moment, and what the containers, arrays and tensors there hold.
+
+    Weights are left out: a forward does not change them, and copies of them would be large.
+
+    Args:
+        model: The model, or some of its modules.
+        lists: Whether what lists hold is put back.
+    """
+
+    def __init__(self, model: nn.Module | Iterable[nn.Module], *, lists: bool = True) -> None:
+        modules = model.modules() if isinstance(model, nn.Module) else model
+        self._own = [(vars(module), _kept(vars(module))) for module in modules]
+        self._held: dict[int, tuple[Any, Any]] = {}
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._generators: list[tuple[Any, Any]] = []
+        self._noted: set[int] = set()
+        self._lists = lists
+        for _, kept in self._own:
+            self._note(kept.values())
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those whose content is put back."""
+        return [tensor for tensor, _ in self._tensors]
+
+    def put_back(self) -> None:
+        """Leave everything as it was at that moment, but for the generators."""
+        for own, kept in self._own:
+            for name in _kept(own).keys() - kept.keys():
+                del own[name]
+            own.update(kept)
+        for container, content in self._held.values():
+            _refill(container, content)
+        for tensor, value in self._tensors:
+            write_back(tensor, value)
+
+    def put_back_generators(self) -> None:
+        """Leave the generators of the model's own as they were at that moment."""
+        for generator, state in self._generators:
+            _set_state(generator, state)
+
+    def generator_states(self) -> list[str]:
+        """Return the states that the generators of the model's own have by now, for comparison."""
+        states = [_state(generator) for generator, _ in self._generators]
+        return [str(state.tolist()) if isinstance(state, Tensor) else repr(state) for state in states]
+
+    def _note(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if id(value) in self._noted or isinstance(value, _PLAIN):
+                continue
+            self._noted.add(id(value))
+            if isinstance(value, (dict, set, deque, np.ndarray)) or (self._lists and isinstance(value, list)):
+                self._held[id(value)] = value, value.copy()
+            elif isinstance(value, Tensor):
+                if _may_be_written(value):
+                    self._tensors.append((value, value.detach().clone()))
+            elif isinstance(value, _GENERATORS):
+                self._generators.append((value, _state(value)))
+            if isinstance(value, (list, tuple, deque, dict)):
+                self._note([*value.values()] if isinstance(value, dict) else value)
+
+
+_PLAIN = (int, float, str, bytes, type(None))
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def write_back(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor its content back; a needless write would invalidate graphs that hold it."""
+    if tensor.is_meta or torch.equal(tensor, value):
+        return
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # others may not write into such a tensor
+        tensor.copy_(value)
+
+
+def storage(tensor: Tensor) -> int:
+    """Return where a tensor's numbers lie; 0 where that cannot be told."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else 0
+
+
+def _may_be_written(tensor: Tensor) -> bool:
+    weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
+    return not weight and tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, np.ndarray):
+        if container.flags.writeable:
+            container[...] = content
+        return
+    container.clear()
+    container.update(content) if isinstance(container, (dict, set)) else container.extend(content)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _kept(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a module that are the user's own, but functions: those that run may be wrapped."""
+    return {name: own[name] for name in own.keys() - _OF_TORCH if not callable(own[name])}

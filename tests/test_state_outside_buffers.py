@@ -1,0 +1,157 @@
+"""State that a model keeps outside buffers, and outputs that lie in its state: no forward reads another one's."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chanpatch import contrast, hook_points, paired_rollouts, patched, steer, sweep, zero_ablate
+from chanpatch.attribution import attribution
+from chanpatch.path_patching import path_patch
+from chanpatch.probes import channel_sums
+
+
+class Recurrent(nn.Module):
+    """Keeps its state in a plain attribute, with one row per input."""
+
+    def __init__(self, actions: int = 3) -> None:
+        super().__init__()
+        self.enc, self.cell, self.head = nn.Linear(4, 8), nn.GRUCell(8, 8), nn.Linear(8, actions)
+        self.h: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.h is None or len(self.h) != len(x):
+            self.h = torch.zeros(len(x), 8)
+        self.h = self.cell(self.enc(x).relu(), self.h)
+        return self.head(self.h * 20)
+
+
+class Caching(nn.Module):
+    """Writes into a plain tensor, and appends to a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.head, self.cache, self.seen = nn.Linear(4, 8), nn.Linear(8, 3), torch.zeros(16, 8), [1.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache[: len(x)] += self.enc(x)
+        self.seen.append(self.seen[-1] + 1)
+        return self.head(self.cache[: len(x)] * self.seen[-1])
+
+
+class StaticOutput(nn.Module):
+    """Returns a view of one buffer, or of one plain tensor, each time."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.enc, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("out", torch.zeros(16, 3)) if buffer else setattr(self, "out", torch.zeros(16, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.out[: len(x)] = self.head(self.enc(x).relu())
+        return self.out[: len(x)]
+
+
+class Drawing(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.enc, self.head, self.generator = nn.Linear(4, 8), nn.Linear(8, 3), generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.generator, torch.Generator):
+            noise = torch.rand((), generator=self.generator)
+        else:
+            noise = torch.tensor(self.generator.random(), dtype=torch.float32)
+        return self.head(self.enc(x) + noise)
+
+
+GENERATORS = [lambda: torch.Generator().manual_seed(0), lambda: np.random.default_rng(0), lambda: random.Random(0)]
+MODELS = [
+    Recurrent,
+    Caching,
+    lambda: StaticOutput(True),
+    lambda: StaticOutput(False),
+    *(lambda made=made: Drawing(made()) for made in GENERATORS),
+]
+
+
+def first(output: Tensor) -> Tensor:
+    return output[:, 0]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def anew(model: nn.Module, x: Tensor, *patches: Any) -> Tensor:
+    """Return what a copy of the model, which has run nothing yet, returns."""
+    fresh = copy.deepcopy(model)
+    if isinstance(model, Drawing) and isinstance(model.generator, torch.Generator):
+        fresh.generator = model.generator.clone_state()
+    with patched(fresh, patches):
+        return fresh(x).clone()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "loop"])
+def test_a_sweep_gives_the_numbers_of_models_that_have_run_nothing_yet(model, x, strategy) -> None:
+    points = hook_points(model, x)
+    patches = [zero_ablate(points.site("enc", feature=k)) for k in range(8)]
+    expected = [first(anew(model, x, zero_ablate(points.site("enc", feature=k)))) for k in range(8)]
+    result = sweep(points, x, patches=patches, metric={"metric": first}, strategy=strategy)
+    np.testing.assert_allclose(result.values["metric"], torch.stack(expected), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.baseline["metric"], first(anew(model, x)), rtol=1e-4, atol=1e-5)
+
+
+def test_tracing_and_sweeping_leave_the_next_forward_as_it_would_have_been(model, x) -> None:
+    expected = anew(model, x)
+    points = hook_points(model, x)
+    sweep(points, x, patches=[steer(points.site("enc"), torch.zeros(1, 1))], metric=first)
+    channel_sums(points, x, "enc", batch_size=5)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
+def test_a_contrast_of_inputs_with_themselves_is_zero(model, x) -> None:
+    assert not contrast(hook_points(model, x), x, x, "head").difference.any()
+
+
+def test_attribution_gives_the_exact_effect_of_a_model_that_has_run_nothing_yet(x) -> None:
+    for made in (Recurrent, lambda: Drawing(random.Random(0))):
+        points = hook_points(made().eval(), x)
+        patch = zero_ablate(points.site("enc"))
+        expected = first(anew(points.model, x, patch) - anew(points.model, x)).mean()
+        found = attribution(points, x, patches=[patch], metric=first)
+        np.testing.assert_allclose(found.exact, [expected], rtol=1e-4, atol=1e-6)
+
+
+def test_a_path_is_measured_against_a_baseline_that_stays(x) -> None:
+    points = hook_points(StaticOutput(True).eval(), x)
+    expected = first(anew(points.model, x.flip(0)) - anew(points.model, x))
+    found = path_patch(points, x, x.flip(0), "enc", "head.in[0]", metric=first)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_two_rollouts_of_one_policy_begin_with_the_same_state() -> None:
+    torch.manual_seed(1)
+    policy = Recurrent(2).eval()
+    envs = gymnasium.make_vec("CartPole-v1", num_envs=1, vectorization_mode="sync")
+    pairs = paired_rollouts({"a": policy, "b": policy}, envs, range(6), max_steps=60)
+    assert all(map(np.array_equal, pairs["a"].actions, pairs["b"].actions))
+    assert policy.h is None
