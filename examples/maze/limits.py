@@ -14,7 +14,7 @@ LIMITS = {
     "corner-vector": "500",
     "retarget": "400",
     "sweep": "40",
-    "every part of a policy that stands beside the main one": "500",
+    "every part of a policy that stands beside the main one": "300",
 }
 
 

@@ -33,7 +33,7 @@ from maze.policy import SHIPPED_WEIGHTS, load_policy
 from maze.report import differing, write_report
 from maze.results import check_folder, replace_table, replace_text, versions
 
-MOST_OTHERS = 500  # levels of each measurement of a policy that only stands beside the main one
+MOST_OTHERS = 300  # levels of each measurement of a policy that only stands beside the main one
 OTHERS = tuple(name for name in POLICIES if name != MAIN)  # shipped beside it where they exist
 
 
