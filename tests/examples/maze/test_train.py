@@ -278,8 +278,8 @@ def test_walks_start_with_the_expert_and_go_on_with_the_policy():
 
 
 def test_width_4_is_trained_by_the_command(tmp_path):
-    given = ["--width", "4", "--observations", "16", "--batch", "8", "--workers", "0", "--out", str(tmp_path)]
-    assert main(given) == 0
+    given = ["--width", "4", "--observations", "16", "--batch", "8", "--bfloat16", "--workers", "0"]
+    assert main([*given, "--out", str(tmp_path)]) == 0
     policy, facts = load_policy(tmp_path / WEIGHTS)
     assert facts["width"] == 4 and facts["parameters"] == 3_653_136
     start = torch.cat([weight.detach().flatten() for weight in untrained(4).parameters()])
