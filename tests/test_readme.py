@@ -46,7 +46,7 @@ def test_the_users_own_ablation_changes_exactly_the_rows_whose_mouse_is_in_the_l
             policy(torch.from_numpy(observations))
         patched_sums, plain = patched_run["embedder.relu3"], plain_run["embedder.relu3"]
         differs = (patched_sums != plain).flatten(1).any(1).numpy()
-        had_something = plain[:, 27].flatten(1).any(1).numpy()
+        had_something = plain[:, 7].flatten(1).any(1).numpy()
         assert np.array_equal(differs, left & had_something)
         seen |= set(zip(left.tolist(), differs.tolist(), strict=True))
     assert {(True, True), (False, False)} <= seen

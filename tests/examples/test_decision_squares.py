@@ -75,7 +75,7 @@ def test_the_threshold_says_which_precision_it_could_reach():
     assert precise_threshold(high * 9.0, high, seed=0).criterion == "precision of at least 0.99"
     probe = precise_threshold(high * 9.0, mixed, seed=0)
     assert (probe.threshold, float(probe.criterion.split()[-1]) < 0.99) == (4.5, True)
-    (row,) = threshold_rows(small_study(5, (27,)).selection, {Direction.UP: probe})
+    (row,) = threshold_rows(small_study(5, (7,)).selection, {Direction.UP: probe})
     assert not row["as_precise_as_asked"] and row["criterion"] == probe.criterion
 
 
@@ -85,7 +85,7 @@ def test_a_channel_that_does_not_vary_has_no_threshold():
 
 def test_a_threshold_is_fitted_and_scored_on_mazes_that_its_channel_was_not_chosen_on(monkeypatch):
     monkeypatch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 60)
-    study = small_study(5, (27,))
+    study = small_study(5, (7,))
     where = {"size": 25, "cheese": "in distribution", "mouse": "anywhere"}
     levels = study.levels("threshold", 60, **where)
     assert not set(levels) & set(study.levels("selection", 60, **where))

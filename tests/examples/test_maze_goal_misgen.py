@@ -167,7 +167,7 @@ def test_zeroing_a_channel_changes_what_the_policy_does_and_the_original_beside_
     policy, _ = load_policy()
     levels = draw_levels(8, size=9, seed=5, cheese="bottom right")
     points = hook_points(policy, torch.from_numpy(policy_input(observe(levels[:2]))))
-    policies = {ORIGINAL: policy, "again": policy, "patched": zeroed(points, "embedder.relu3", 31)}
+    policies = {ORIGINAL: policy, "again": policy, "patched": zeroed(points, "embedder.relu3", 7)}
     done = play(policies, levels, sampling_seed=0, keep=tmp_path)
     assert np.array_equal(done[ORIGINAL].actions, done["again"].actions)
     assert not np.array_equal(done[ORIGINAL].actions, done["patched"].actions)

@@ -17,7 +17,7 @@ from maze.policy import ACTIONS
 from maze.states import read_mazes
 from maze.tables import SITE, action_tables
 
-RANKED = (27, 16, 13, 10, 31, 3)
+RANKED = (7, 8, 24, 30, 23, 16)
 PLACE = part.PLACES[0]
 
 
@@ -32,7 +32,7 @@ def small_mazes():
 @pytest.fixture(scope="module")
 def study():
     study = small_study(3, RANKED)
-    study.__dict__["labels"] = [LabelledChannel("UP" if channel in (27, 31) else None) for channel in range(32)]
+    study.__dict__["labels"] = [LabelledChannel("UP" if channel in (7, 23) else None) for channel in range(32)]
     return study
 
 
@@ -78,9 +78,9 @@ def test_resampling_draws_the_donors_of_a_rollout_whose_episodes_are_the_levels(
     points, levels = shipped_points(), draw_levels(6, size=5, seed=3, cheese="in distribution")
     reference = activations(points, draw_levels(5, size=9, seed=4, mouse="anywhere"), SITE)
     chains = Chains.of(levels)
-    intervention = ablation(points, "resample", [27, 16], reference, seed=7)
+    intervention = ablation(points, "resample", [7, 8], reference, seed=7)
     table = action_tables(points, chains, {"resampled": intervention})["resampled"]
-    patch = resample_ablate(points.site(SITE, channel=[27, 16]), reference, seed=7)
+    patch = resample_ablate(points.site(SITE, channel=[7, 8]), reference, seed=7)
     first = torch.from_numpy(policy_input(observe(levels)))
     expected = PatchedPolicy(points, patch).distribution(first).probs
     np.testing.assert_allclose(table[chains.start], expected.detach(), atol=1e-5)
@@ -113,7 +113,7 @@ def test_the_three_places_of_the_cheese_are_in_the_same_mazes(study):
 
 def test_the_rank_counts_the_live_channels_that_do_as_much(tables):
     singles = [abs(row_of(tables, f"channel {each}")["effect"]) for each in RANKED]
-    row = row_of(tables, "channel 27")
+    row = row_of(tables, "channel 7")
     assert row["rank"] == sum(each >= abs(row["effect"]) for each in singles)
     assert (row["controls"], row["rank_p"]) == (len(RANKED) - 1, None)
 
@@ -146,9 +146,9 @@ def test_channels_that_never_come_to_zero_are_named_with_all_three_effects(table
         row["lowest_sum"] = 0.0
     assert "Every live channel comes to 0" in part.finding(changed).follows
     for kind in KINDS:
-        row_of(changed, "channel 27", kind).update(lowest_sum=2.5, effect=0.125)
+        row_of(changed, "channel 7", kind).update(lowest_sum=2.5, effect=0.125)
     told = part.finding(changed).follows
-    assert "channel 27 (at least 2.5): +0.125 (zero), +0.125 (mean), +0.125 (resample). " in told
+    assert "channel 7 (at least 2.5): +0.125 (zero), +0.125 (mean), +0.125 (resample). " in told
 
 
 def test_the_counts_of_the_walks_add_up_to_the_levels(tables):
@@ -164,9 +164,9 @@ def test_16_others_are_live_channels_that_are_not_among_the_most_telling():
 
 
 def test_a_policy_with_one_live_channel_is_measured_without_controls():
-    study = small_study(1, (27,), best=dict.fromkeys(Direction, 27))
+    study = small_study(1, (7,), best=dict.fromkeys(Direction, 7))
     tables = part.measure(study)
-    row = row_of(tables, "channel 27")
+    row = row_of(tables, "channel 7")
     assert (row["role"], row["rank"], row["controls"]) == ("LEFT, DOWN, UP, RIGHT", None, None)
     assert "rank" not in part.finding(tables).ours
     part.PART.figure(tables)
@@ -177,7 +177,7 @@ def helpful(tables):
     """The tables of a policy that finds the cheese more often by every ablation, most of all in the post's place."""
     changed = copy.deepcopy(tables)
     for kind in ("zero", "mean", "resample"):
-        row_of(changed, "channel 27", kind).update(effect=0.2, effect_low=0.1, effect_high=0.3)
+        row_of(changed, "channel 7", kind).update(effect=0.2, effect_low=0.1, effect_high=0.3)
     for row in changed["across"]:
         row.update(difference=0.2, difference_low=0.1, difference_high=0.3)
     return changed
@@ -188,15 +188,15 @@ def helpful(tables):
     [(0.2, 0.1, 0.3, "yes"), (0.2, -0.1, 0.3, "undecided"), (-0.2, -0.3, -0.1, "no")],
 )
 def test_the_finding_agrees_only_when_zeroing_the_up_channel_helps(helpful, effect, low, high, agrees):
-    row_of(helpful, "channel 27").update(effect=effect, effect_low=low, effect_high=high)
+    row_of(helpful, "channel 7").update(effect=effect, effect_low=low, effect_high=high)
     finding = part.finding(helpful)
     assert finding.agrees == agrees
-    assert shown(row_of(helpful, "channel 27"), "effect", "+.3f") in finding.ours
+    assert shown(row_of(helpful, "channel 7"), "effect", "+.3f") in finding.ours
 
 
 @pytest.mark.parametrize("kind", ["mean", "resample"])
 def test_the_finding_agrees_in_part_when_another_ablation_does_not_help(helpful, kind):
-    row_of(helpful, "channel 27", kind).update(effect=-0.2, effect_low=-0.3, effect_high=-0.1)
+    row_of(helpful, "channel 7", kind).update(effect=-0.2, effect_low=-0.3, effect_high=-0.1)
     finding = part.finding(helpful)
     assert finding.agrees == "in part"
     assert "-0.200 (-0.300 to -0.100)" in finding.ours
@@ -205,14 +205,14 @@ def test_the_finding_agrees_in_part_when_another_ablation_does_not_help(helpful,
 @pytest.mark.parametrize("place", part.PLACES[1:])
 def test_the_finding_agrees_in_part_when_zeroing_helps_as_much_with_the_cheese_elsewhere(helpful, place):
     (row,) = (
-        row for row in helpful["across"] if (row["minus"], row["kind"], row["ablated"]) == (place, "zero", "channel 27")
+        row for row in helpful["across"] if (row["minus"], row["kind"], row["ablated"]) == (place, "zero", "channel 7")
     )
     row.update(difference_low=-0.1)
     assert part.finding(helpful).agrees == "in part"
 
 
 def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whether_it_was_chosen(tables):
-    for channel, named in ((31, "channel 31 (UP), which the rule did not choose"), (10, "chose for RIGHT")):
+    for channel, named in ((23, "channel 23 (UP), which the rule did not choose"), (30, "chose for RIGHT")):
         changed = copy.deepcopy(tables)
         row_of(changed, f"channel {channel}").update(effect=-0.9, effect_low=-0.95, effect_high=-0.85)
         told = part.finding(changed).follows
@@ -221,7 +221,7 @@ def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whet
 
 def test_how_far_the_ablated_sum_is_from_the_usual_stands_beside_the_effect_but_for_the_mean(tables):
     assert all((row["absolute_z"] is None) == (row["kind"] == "mean") for row in tables["effects"])
-    zero, resampled = (row_of(tables, "channel 27", kind)["absolute_z"] for kind in ("zero", "resample"))
+    zero, resampled = (row_of(tables, "channel 7", kind)["absolute_z"] for kind in ("zero", "resample"))
     told = part.finding(tables).follows
     assert f"lies {zero:.1f} (zero) and {resampled:.1f} (resample) standard deviations" in told
 
@@ -233,17 +233,17 @@ def test_what_was_chosen_comes_first_in_the_table(tables):
 
 def test_the_finding_says_how_many_other_channels_do_as_much(tables):
     changed = copy.deepcopy(tables)
-    row_of(changed, "channel 27").update(rank=4, controls=30)
+    row_of(changed, "channel 7").update(rank=4, controls=30)
     assert "Of the 30 other live channels, zeroed one by one, 3 change" in part.finding(changed).follows
 
 
 def test_the_figure_has_the_channels_above_the_groups_and_the_posts_table(tables):
     channels, groups, elsewhere, _, table = part.PART.figure(tables).axes
     assert [axes.get_yticklabels()[0].get_text() for axes in (channels, groups)] == [
-        "channel 10\nbest for RIGHT",
+        "channel 7\nbest for UP",
         "top 6",
     ]
-    assert elsewhere.get_title() == "zeroed" and table.get_title() == "channel 27 zeroed, walks with common draws"
+    assert elsewhere.get_title() == "zeroed" and table.get_title() == "channel 7 zeroed, walks with common draws"
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):

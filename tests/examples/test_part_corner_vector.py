@@ -32,7 +32,7 @@ def few_metered():
 
 @pytest.fixture(scope="module")
 def study():
-    return small_study(4, (27,))
+    return small_study(4, (7,))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def study():
-    return small_study(5, (27,))
+    return small_study(5, (7,))
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def tables():
         patch.setattr(part, "CHOOSING_LEVELS", 8)
         patch.setattr(part, "MULTIPLES", (1, 4))
         patch.setattr(part, "METERED", 20)
-        yield part.measure(small_study(6, (27,)))
+        yield part.measure(small_study(6, (7,)))
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_magnitude_that_does_more_on_average_and_less_for_certain_is_not_taken
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "MULTIPLES", (1, 4))
         patch.setattr(part, "_reached", lambda *_: reached)
-        study = small_study(6, (27,))
+        study = small_study(6, (7,))
         levels = study.levels("retarget choosing", 6, size=7)
         rows, multiple = part._magnitudes(study, levels, np.array([2, 3]), np.array([1.0, 2.0]))
     assert rows[1]["effect"] > rows[0]["effect"] and multiple == 1
@@ -109,7 +109,7 @@ def test_the_controls_are_compared_over_the_same_levels(tables):
 
 @pytest.mark.usefixtures("few_metered")
 def test_the_absolute_z_of_the_first_channel_by_hand(tables):
-    study, first = small_study(6, (27,)), tables["channels"][0]
+    study, first = small_study(6, (7,)), tables["channels"][0]
     levels, targets = part.with_targets(
         study.levels("retarget", size=part.SIZE, cheese="as drawn"), study.seed_for("retarget targets")
     )
@@ -126,7 +126,7 @@ def test_the_absolute_z_of_the_first_channel_by_hand(tables):
 
 
 def test_with_the_cheese_itself_at_the_target_the_target_is_reached_as_often_as_the_cheese_is_found(tables):
-    study = small_study(6, (27,))
+    study = small_study(6, (7,))
     kept, targets = part.with_targets(study.levels("retarget", size=part.SIZE), study.seed_for("retarget targets"))
     moved = write_mazes(read_mazes(kept).moved(cheese=targets), kept)
     chains = Chains.of(moved)

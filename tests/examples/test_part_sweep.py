@@ -26,7 +26,7 @@ def some_channels():
 
 @pytest.fixture(scope="module")
 def tables():
-    return part.measure(small_study(3, (27,)))
+    return part.measure(small_study(3, (7,)))
 
 
 def test_every_channel_of_every_convolution_is_swept():
@@ -36,7 +36,7 @@ def test_every_channel_of_every_convolution_is_swept():
 
 
 def test_the_effect_of_a_channel_is_that_of_the_patched_policy_run_state_by_state(tables):
-    study = small_study(3, (27,))
+    study = small_study(3, (7,))
     levels = study.levels("sweep", size=part.SIZE, cheese="bottom right")
     chains = Chains.of(levels)
     observations = torch.from_numpy(policy_input(chains.observations(slice(None))))
@@ -51,7 +51,7 @@ def test_the_effect_of_a_channel_is_that_of_the_patched_policy_run_state_by_stat
 
 
 def test_a_channel_whose_change_is_rounding_is_dead_and_no_control():
-    study = small_study(3, (27,))
+    study = small_study(3, (7,))
     real = part._swept
 
     def with_a_dead_channel(*given):
