@@ -14,6 +14,7 @@ from chanpatch._tree import fresh
 from chanpatch.errors import SiteError
 from chanpatch.metrics import kl_divergence
 from chanpatch.path_patching import path_patch
+from chanpatch.sweeps._execution import _difference
 
 
 class ReusesItsDict(nn.Module):
@@ -140,6 +141,12 @@ def test_in_half_precision_a_dead_channel_has_no_effect() -> None:
         for strategy in ("auto", "loop")
     )
     assert (fast.effect() == loop.effect()).all() and not fast.effect()[:20].any() and fast.effect()[20:].any()
+
+
+def test_in_half_precision_nan_is_not_zero_and_infinity_is_not_the_largest_number() -> None:
+    for got, wanted, alike in ((torch.nan, torch.nan, True), (torch.nan, 0.0, False), (torch.inf, 65504.0, False)):
+        given, expected = (torch.tensor([number]).half() for number in (got, wanted))
+        assert (_difference(expected, given) == "") is alike
 
 
 class Complex(nn.Module):

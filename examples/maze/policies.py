@@ -13,8 +13,8 @@ Measured: TypeAlias = Mapping[str, Mapping[str, Tables]]
 MAIN, CONTROL, REWARD = "imitation", "control", "reward"
 
 _SEED = (
-    "the run of the imitation policy with another seed, directions taught too, on 1.0 million observations instead of "
-    "2.5: how much depends on the seed, as far as a shorter run tells"
+    "the run of the imitation policy with another seed, directions taught too, on fewer observations: how much depends "
+    "on the seed, as far as a shorter run tells"
 )
 
 _AREA = "AUC of the sum of the channel for "
@@ -22,7 +22,7 @@ _AREA = "AUC of the sum of the channel for "
 # By name, the main one first; those after it are studied where their weights are there.
 POLICIES = {
     MAIN: "imitation of shortest paths; auxiliary losses taught its middle layers the field of directions and the "
-    "mouse's cell; 2.5 million observations",
+    "mouse's cell",
     CONTROL: "imitation without the field of directions but with the mouse's cell, on as many observations, though in "
     "two stages: what remains without that teaching",
     REWARD: "trained by reward (PPO) from the imitation policy, so its start was taught directions: what reward "

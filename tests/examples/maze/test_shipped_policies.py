@@ -86,8 +86,8 @@ def test_a_control_without_measurements_leaves_open_what_remains():
         ("imitation", "auxiliary losses taught its middle layers the field of directions"),
         ("control", "imitation without the field of directions but with the mouse's cell, on as many observations"),
         ("reward", "from the imitation policy, so its start was taught directions"),
-        ("seed1", "the run of the imitation policy with another seed, directions taught too, on 1.0 million"),
-        ("seed2", "the run of the imitation policy with another seed, directions taught too, on 1.0 million"),
+        ("seed1", "the run of the imitation policy with another seed, directions taught too, on fewer"),
+        ("seed2", "the run of the imitation policy with another seed, directions taught too, on fewer"),
     ],
 )
 def test_each_policy_is_called_what_it_is(name, what):
@@ -97,5 +97,5 @@ def test_each_policy_is_called_what_it_is(name, what):
 def test_a_policy_without_measurements_and_a_missing_policy_by_reward_are_told():
     told = dict(described(IMITATION | {"control": {}}))
     assert list(told) == ["imitation", "control", "reward"]
-    assert told["control"].endswith("; not measured in this run.") and told["imitation"].endswith("observations.")
+    assert told["control"].endswith("; not measured in this run.") and told["imitation"].endswith("mouse's cell.")
     assert told["reward"] == "no policy trained by reward stands beside them in this run."
