@@ -123,7 +123,9 @@ class Imitation:
         self.optimizer.step()
         measures = {name: loss for name, (_, loss) in losses.items()} | {"right": right[: len(right) - self.walked]}
         if self.mazes and walk is not None:
+            started = time.perf_counter()
             self.mazes.step(walk)  # while a GPU is still at work on the gradient
+            waited += time.perf_counter() - started
             measures["right_walked"] = right[-self.walked :]
         return Update(len(examples), waited, {name: each.detach().float().mean() for name, each in measures.items()})
 
