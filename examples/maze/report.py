@@ -9,15 +9,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image
 
+from maze.differences import differences, side_by_side
 from maze.limits import limits
 from maze.part import Cell, Finding, Part, Table, Tables, read_table
 from maze.policies import Measured, compared, described, introduction
-from maze.results import replace_text, replaced
+from maze.results import replace_table, replace_text, replaced
 
 Rows: TypeAlias = Sequence[Mapping[str, str]]
 
@@ -98,6 +100,11 @@ class Contents:
             for subject in self.known
         }
 
+    @cached_property
+    def differences(self) -> Table:
+        """The headline figures of every policy and what the others' differ by; no rows for one policy."""
+        return differences(self.measured)
+
 
 def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Part], command: str) -> Path:
     """Draw the figure of every part that a run's folder holds and write report.html and report.md.
@@ -127,6 +134,9 @@ def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Ma
     for result in results.values():
         _draw(result)
     contents = Contents(folder, command, known, results, left_out)
+    (folder / "differences.csv").unlink(missing_ok=True)
+    if contents.differences:
+        replace_table(folder / "differences.csv", contents.differences)
     replace_text(folder / "report.html", "\n".join(_html(contents)) + "\n")
     replace_text(folder / "report.md", "\n".join(_markdown(contents)) + "\n")
     return folder / "report.html"
@@ -167,15 +177,18 @@ def _summary(contents: Contents) -> tuple[str, str, Rows]:
     return "Summary", _REFERENCE, rows
 
 
-def _beside(contents: Contents) -> tuple[str, str, Rows] | None:
-    """The same for the parts that were measured on several policies; None where there are none."""
+def _beside(contents: Contents) -> Iterator[tuple[str, str, Rows]]:
+    """Yields the same for the parts that were measured on several policies, and the differences between these."""
     rows = [
         {"part": name, "policy": each.subject, "ours": each.finding.headline, _AGREES: each.finding.agrees}
         for name in contents.shown
         for each in contents.of(name)
         if len(contents.of(name)) > 1
     ]
-    return ("The same parts on every policy", "By the same rules.", rows) if rows else None
+    if rows:
+        yield "The same parts on every policy", "By the same rules.", rows
+    if contents.differences:
+        yield "How the policies differ", *side_by_side(contents.differences)
 
 
 def _times(contents: Contents) -> tuple[str, Rows]:
@@ -239,8 +252,8 @@ def _html(contents: Contents) -> Iterator[str]:
 
 def _html_parts(contents: Contents) -> Iterator[str]:
     escape = html.escape
-    if beside := _beside(contents):
-        yield from _html_summary(*beside)
+    for heading, text, rows in _beside(contents):
+        yield from _html_summary(heading, text, rows)
     for name in contents.shown:
         main, *others = contents.of(name)
         yield f"<section id='part-{name}'>"
@@ -305,8 +318,8 @@ def _markdown(contents: Contents) -> Iterator[str]:
         yield f"\n{text}"
     if not contents.shown:
         return
-    if beside := _beside(contents):
-        yield from _markdown_summary(*beside)
+    for heading, text, rows in _beside(contents):
+        yield from _markdown_summary(heading, text, rows)
     for name in contents.shown:
         main, *others = contents.of(name)
         yield f"\n## {name}: {main.part.question}\n\n{main.part.method}"

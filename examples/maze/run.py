@@ -1,7 +1,7 @@
 """A run of the study: parts measured one after the other, kept on disk, and a report of what is there.
 
     <out>/study-n200-seed0-a8d9d567/
-        report.html, report.md
+        report.html, report.md, differences.csv
         imitation/sums/manifest.json, *.csv, sums.png      a policy, a part
         control/...
 
