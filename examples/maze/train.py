@@ -121,13 +121,9 @@ def main(given: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train as the options say; return the exit status."""
-    import torch  # here and below, so that --help answers at once
+    from maze.training_run import LOG, WEIGHTS, read_checkpoint, run  # here and below, so that --help answers at once
 
-    from maze.training_run import LOG, WEIGHTS, TrainingError, read_checkpoint, run
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("--device is cuda, but torch finds none.")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(options.device)
     policy, width, start = _policy(options)
     settings = _settings(options, width, start, device.type)
     folder = options.out or _folder(options, width)
@@ -145,6 +141,18 @@ def train(options: argparse.Namespace) -> int:
         return 130
     print(f"Done: {folder / WEIGHTS}\nHow it went: {folder / LOG}")
     return 0
+
+
+def _device(name: str | None) -> Any:
+    """The device of that name; without one a GPU where there is one."""
+    import torch
+
+    from maze.training_run import TrainingError
+
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise TrainingError("--device is cuda, but torch finds none.")
+    return torch.device(name or ("cuda" if found else "cpu"))
 
 
 def _settings(options: argparse.Namespace, width: int, start: str | None, device: str) -> Any:
