@@ -16,6 +16,7 @@ from chanpatch import contrast, hook_points, paired_rollouts, patched, steer, sw
 from chanpatch.attribution import attribution
 from chanpatch.path_patching import path_patch
 from chanpatch.probes import channel_sums
+from chanpatch.tracing import undisturbed
 
 
 class Recurrent(nn.Module):
@@ -126,6 +127,39 @@ def test_tracing_and_sweeping_leave_the_next_forward_as_it_would_have_been(model
     channel_sums(points, x, "enc", batch_size=5)
     with torch.no_grad():
         assert torch.equal(model(x), expected)
+
+
+class Rebinding(nn.Module):
+    """Puts equal objects in the place of others, in attributes and in containers, and other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.empty, self.one, self.gone = nn.Linear(4, 3), [], 1, 0.5
+        self.seen, self.nested = {"a": [], "b": 2}, ([],)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.empty, self.one, self.new = [], True, 0.5
+        self.seen["a"] = self.seen.pop("a")
+        self.nested[0].append(len(x))
+        vars(self).pop("gone", None)
+        return self.head(x)
+
+
+def test_every_forward_leaves_the_very_objects_in_their_order(x) -> None:
+    model = Rebinding()
+    before, seen = dict(vars(model)), [*model.seen.items()]
+    for run in (undisturbed(model), undisturbed(model)):
+        for _ in range(2):
+            with run:
+                for _ in range(2):
+                    model(x)
+                    run.put_back()
+                    assert vars(model).keys() == before.keys()
+                    assert all(vars(model)[name] is before[name] for name in before)
+                    assert [*model.seen.items()] == seen and model.nested == ([],)
+            model.nested[0].append(0)
+            assert model.nested == ([0],)  # what changes outside stays
+            model.nested[0].clear()
 
 
 def test_a_contrast_of_inputs_with_themselves_is_zero(model, x) -> None:

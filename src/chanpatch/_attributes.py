@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 import random
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ _OF_TORCH = frozenset(vars(nn.Module()))  # parameters, hooks and the like
 
 
 class Attributes:
-    """The attributes of all modules of a model at one moment, and what the containers, arrays and tensors there hold.
+    """The attributes of all modules of a model when `note` was called, and what containers, arrays and tensors hold.
 
     Weights are left out: a forward does not change them, and copies of them would be large.
 
@@ -26,14 +29,20 @@ class Attributes:
 
     def __init__(self, model: nn.Module | Iterable[nn.Module], *, lists: bool = True) -> None:
         modules = model.modules() if isinstance(model, nn.Module) else model
-        self._own = [(vars(module), _kept(vars(module))) for module in modules]
-        self._held: dict[int, tuple[Any, Any]] = {}
+        self._owns = [vars(module) for module in modules]
+        self._lists = lists
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._held: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._generators: list[tuple[Any, Any]] = []
-        self._noted: set[int] = set()
-        self._lists = lists
-        for _, kept in self._own:
-            self._note(kept.values())
+
+    def note(self) -> Attributes:
+        """Note what is there now; where that is plain and what it was, as in most models, nothing is copied again."""
+        in_place = self._tensors or self._generators or any(isinstance(held, np.ndarray) for held, _ in self._held)
+        if in_place or not (self._bound_as_noted() and all(itertools.starmap(same, self._held))):
+            self._note_all()
+        return self
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -42,12 +51,14 @@ class Attributes:
 
     def put_back(self) -> None:
         """Leave everything as it was at that moment, but for the generators."""
-        for own, kept in self._own:
-            for name in _kept(own).keys() - kept.keys():
-                del own[name]
-            own.update(kept)
-        for container, content in self._held.values():
-            _refill(container, content)
+        if not self._bound_as_noted():
+            for own, kept in zip(self._owns, self._kept, strict=True):
+                for name in _kept(own).keys() - kept.keys():
+                    del own[name]
+                own.update(kept)
+        for container, content in self._held:
+            if not same(container, content):
+                refill(container, content)
         for tensor, value in self._tensors:
             write_back(tensor, value)
 
@@ -61,13 +72,26 @@ class Attributes:
         states = [_state(generator) for generator, _ in self._generators]
         return [str(state.tolist()) if isinstance(state, Tensor) else repr(state) for state in states]
 
+    def _note_all(self) -> None:
+        self._names, self._values = [*_chained(self._owns)], [*_chained(map(dict.values, self._owns))]
+        self._kept = [_kept(own) for own in self._owns]
+        self._held, self._tensors, self._generators = [], [], []
+        self._noted: set[int] = set()
+        for kept in self._kept:
+            self._note(kept.values())
+
+    def _bound_as_noted(self) -> bool:
+        """Tell whether every name of every module, torch's own too, still stands for the same object."""
+        values = _chained(map(dict.values, self._owns))
+        return [*_chained(self._owns)] == self._names and all(map(operator.is_, values, self._values))
+
     def _note(self, values: Iterable[Any]) -> None:
         for value in values:
-            if id(value) in self._noted or isinstance(value, _PLAIN):
+            if isinstance(value, _PLAIN) or id(value) in self._noted:
                 continue
             self._noted.add(id(value))
             if isinstance(value, (dict, set, deque, np.ndarray)) or (self._lists and isinstance(value, list)):
-                self._held[id(value)] = value, value.copy()
+                self._held.append((value, value.copy()))
             elif isinstance(value, Tensor):
                 if _may_be_written(value):
                     self._tensors.append((value, value.detach().clone()))
@@ -77,6 +101,7 @@ class Attributes:
                 self._note([*value.values()] if isinstance(value, dict) else value)
 
 
+_chained = itertools.chain.from_iterable
 _PLAIN = (int, float, str, bytes, type(None))
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
@@ -91,7 +116,10 @@ def write_back(tensor: Tensor, value: Tensor) -> None:
 
 def storage(tensor: Tensor) -> int:
     """Return where a tensor's numbers lie; 0 where that cannot be told."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else 0
+    if tensor.layout == torch.strided and not tensor.is_meta:
+        with suppress(RuntimeError):  # a tensor that is made of others has no storage of its own
+            return tensor.untyped_storage().data_ptr()
+    return 0
 
 
 def _may_be_written(tensor: Tensor) -> bool:
@@ -99,7 +127,19 @@ def _may_be_written(tensor: Tensor) -> bool:
     return not weight and tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
 
 
-def _refill(container: Any, content: Any) -> None:
+def same(container: Any, content: Any) -> bool:
+    """Tell whether a container holds the very objects of a copy, in its order; of arrays it is not worth a look."""
+    if isinstance(container, np.ndarray) or len(container) != len(content):
+        return False
+    if isinstance(container, set):
+        return bool(container == content)
+    if isinstance(container, dict) and not all(map(operator.is_, container.values(), content.values())):
+        return False
+    return all(map(operator.is_, container, content))
+
+
+def refill(container: Any, content: Any) -> None:
+    """Give a container its content back."""
     if isinstance(container, np.ndarray):
         if container.flags.writeable:
             container[...] = content

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._attributes import Attributes, storage, write_back
+from ._attributes import Attributes, refill, same, storage, write_back
 from ._axes import NamePropagation, Names, axis_names
 from ._checks import refuse_unhookable, refuse_untraceable
 from ._hooks import observed
@@ -95,6 +95,7 @@ class _Fired:
 
 _Each = TypeVar("_Each")
 _Place: TypeAlias = tuple[str, str, Path, int]
+_MOST_TRIES = 32  # of which inputs have the batch on which axis
 
 
 class _Trace:
@@ -292,9 +293,6 @@ def _with_one_row_more(
     return {}
 
 
-_MOST_TRIES = 32
-
-
 def _point(trace: _Trace, fired: _Fired, grown: torch.Size | None) -> HookPoint:
     tensor = fired.tensor
     names = list(trace.known.names(tensor) or (None,) * tensor.dim())
@@ -343,17 +341,19 @@ class undisturbed:
     """
 
     def __init__(self, model: nn.Module, *, lists: bool = True) -> None:
-        self._modules, self._lists = [*model.modules()], lists
-        devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())}
+        self._modules = [*model.modules()]
+        own = [each for module in self._modules for each in (module._parameters, module._buffers) if each]
+        devices = {tensor.device for each in own for tensor in each.values() if tensor is not None}
         self._cuda = [device for device in devices if device.type == "cuda"]
         self._no_grad = torch.no_grad()
+        self._attributes = Attributes(self._modules, lists=lists)
 
     def __enter__(self) -> undisturbed:
         self._training = [module.training for module in self._modules]
         self._registered = [(module, dict(module._buffers)) for module in self._modules]
-        buffers = (buffer for _, named in self._registered for buffer in named.values() if buffer is not None)
-        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers]
-        self._attributes = Attributes(self._modules, lists=self._lists)
+        buffers = (buffer for _, named in self._registered for buffer in named.values())
+        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers if buffer is not None]
+        self._attributes.note()
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
         self._no_grad.__enter__()
@@ -381,8 +381,8 @@ class undisturbed:
         for buffer, value in self._values:
             write_back(buffer, value)
         for module, named in self._registered:
-            module._buffers.clear()
-            module._buffers.update(named)
+            if (named or module._buffers) and not same(module._buffers, named):
+                refill(module._buffers, named)
         self._attributes.put_back()
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:

@@ -65,7 +65,7 @@ class Prefix:
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
         self._number = self._skipped = 0
-        self.attributes = Attributes(model)
+        self.attributes = Attributes(model).note()
 
     @property
     def so_far(self) -> int:
@@ -122,7 +122,7 @@ class Prefix:
         known &= not any(tensor.is_inference() for _, tensor in leaves(output))
         self._free_bytes -= size if known else 0
         versions = [(tensor, tensor._version) for _, tensor in leaves(output)] if known else []
-        left = Attributes(module) if known else None
+        left = Attributes(module).note() if known else None
         self._calls.append(_Call(module, fresh(output) if known else None, versions, known, left=left))
         return output
 
