@@ -18,7 +18,6 @@ from tqdm import tqdm
 Name = TypeVar("Name", bound=Hashable)
 
 REPEATS = 15
-SLOW = ((10.0, 3), (2.0, 5))  # a variant that takes longer than so many seconds is repeated so often
 
 
 class Interval(NamedTuple):
@@ -50,16 +49,16 @@ def interleaved(
     title: str,
     repeats: int,
     calls: int = 1,
-    warm: Mapping[Name, float] | None = None,
+    warm: bool = False,
 ) -> dict[Name, list[float]]:
     """Return the CPU seconds of one call of each variant, measured in rounds in which each has its turn.
 
     Args:
         variants: By name.
         title: Of the progress bar.
-        repeats: How many rounds; slow variants take part in some of them only, see `SLOW`.
+        repeats: How many rounds.
         calls: How many calls are timed together.
-        warm: About how many seconds each takes, where they have been called before; otherwise each is called once.
+        warm: Whether they have been called before; otherwise each is, once.
     """
 
     def timed(variant: Callable[[], object]) -> float:
@@ -70,10 +69,9 @@ def interleaved(
 
     samples: dict[Name, list[float]] = {name: [] for name in variants}
     with quiet():
-        first = warm or {name: calls * timed(variant) for name, variant in variants.items()}
-        every = {name: repeats // _repeats(first[name], repeats) for name in variants}
-        turns = [name for turn in range(repeats) for name in variants if turn % every[name] == 0]
-        for name in tqdm(turns, desc=title):
+        for variant in () if warm else variants.values():
+            timed(variant)
+        for name in tqdm([*variants] * repeats, desc=title):
             samples[name].append(timed(variants[name]))
             gc.collect()
     return samples
@@ -96,10 +94,6 @@ def peak_memory() -> int:
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _repeats(seconds: float, repeats: int) -> int:
-    return next((min(few, repeats) for limit, few in SLOW if seconds > limit), repeats)
 
 
 def _bootstrapped(
