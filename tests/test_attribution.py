@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tqdm
 from models import Model
 from scipy.stats import rankdata
 from torch import Tensor, nn
@@ -456,3 +460,45 @@ def test_a_baseline_of_the_users_own_is_kept() -> None:
         expected = exact(POINTS, (INPUTS,), patch, metric)
         assert by_label[f"1, feature={site.indices[0][1][0]}"] == pytest.approx(expected)
     assert result.effect.sum() == pytest.approx(exact(POINTS, (INPUTS,), zero_ablate(WHOLE), metric), rel=1e-2)
+
+
+@pytest.mark.parametrize(("steps", "verify"), [(1, 4), (3, 2), (3, 20), (2, 0)])
+def test_one_bar_counts_the_steps_and_the_verifying_forwards(
+    steps: int, verify: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Any] = []
+
+    class Bar(tqdm.tqdm):  # type: ignore[misc]
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings, file=io.StringIO())
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    patches = [*map(zero_ablate, split("1", "3")), steer(POINTS.site("1"), torch.ones(1, 6).double())]
+    attribution(POINTS, INPUTS, patches=patches, metric=METRIC, steps=steps, verify=verify, progress=True)
+    lines = 3  # the last one overlaps the units of its hook point
+    assert [bar.total for bar in bars] == [min(2 * verify, len(patches)) + (steps * lines if steps > 1 else 0)]
+    assert [bar.n for bar in bars] == [bars[0].total]
+    attribution(POINTS, INPUTS, patches=patches, metric=METRIC, progress=False)
+    assert len(bars) == 1
+
+
+@pytest.mark.parametrize("measurements", range(1, 9))
+def test_an_interrupt_goes_through_and_leaves_nothing_of_the_runs(measurements: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    before = copy.deepcopy(model.state_dict())
+    points = hook_points(model, INPUTS)
+    count = itertools.count(1)
+
+    def interrupted(output: Tensor) -> Tensor:
+        if next(count) == measurements:
+            raise KeyboardInterrupt
+        return METRIC(output)
+
+    patches = [*map(zero_ablate, points.site("0").split("feature"))]
+    state = torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt):
+        attribution(points, INPUTS, patches=patches, metric=interrupted, steps=3, verify=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

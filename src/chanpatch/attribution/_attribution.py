@@ -14,6 +14,7 @@ from torch import Tensor
 from .._labels import label_of
 from .._lookup import bound, refuse_untraced
 from .._patches import Patch
+from .._progress import progress_bar
 from .._regions import Positions, read, written
 from ..errors import SiteError, SweepError
 from ..metrics import Metric, compares
@@ -32,6 +33,7 @@ def attribution(
     steps: int = 1,
     verify: int = 16,
     seed: int = 0,
+    progress: bool | None = None,
     **keywords: Any,
 ) -> Attribution:
     """Return estimates of how much each of many patches, alone, changes a metric.
@@ -47,6 +49,10 @@ def attribution(
 
     The receipt: the patches with the largest estimates, and as many drawn at random, are also run.
 
+    What each patch changes in its region is kept until the end, so that memory grows by one region per patch: all
+    channels of a hook point, each by itself, take as much as one activation, but as many patches of the whole hook
+    point take as many activations. Give such patches in parts.
+
     Args:
         points: Of the model.
         inputs: What the model takes.
@@ -56,6 +62,8 @@ def attribution(
         steps: At how many points of the line the gradient is taken; 1 takes it at the clean activation itself.
         verify: How many of the largest estimates, and how many patches drawn at random, are verified by real forwards.
         seed: Of the draw.
+        progress: Whether to show a bar of the steps and of the verifying forwards; None for one on a terminal, after
+            two seconds, where tqdm is installed.
         keywords: Keyword inputs of the model.
 
     Raises:
@@ -94,21 +102,28 @@ def attribution(
     differences = run.differences(chosen)
     watched = {patch.site.name: points[patch.site.name] for patch in chosen}
     clean, gradients, slopes = run.gradients(watched)
-    effect = np.zeros(len(chosen))
-    used = []
-    for name, rows in _lines(chosen, clean):
-        changes = [(_positions(chosen[row], clean[name]), differences[row]) for row in rows]
-        gradient = gradients[name] if steps == 1 else run.mean_gradient(name, clean[name], changes, steps)
-        used.append((watched[name], gradient))
-        for row, (positions, difference) in zip(rows, changes, strict=True):
-            effect[row] = float((difference * read(gradient, positions)).double().sum()) / run.inputs
-    steep = [(watched[name], slope) for name, slope in slopes.items()]
-    warn_of_flat_inputs(used, steep, run.baseline, compares=compares(metric))
-    exact, drawn = np.full(len(chosen), np.nan), np.zeros(len(chosen), bool)
+    lines = [*_lines(chosen, clean)]
+    effect, exact, drawn = np.zeros(len(chosen)), np.full(len(chosen), np.nan), np.zeros(len(chosen), bool)
     drawn[np.random.default_rng(seed).choice(len(chosen), min(verify, len(chosen)), replace=False)] = True
-    order = np.argsort(-np.abs(effect), kind="stable")
-    for row in {*order[:verify], *np.flatnonzero(drawn)}:
-        exact[row] = run.exact(chosen[row])
+    verified, stepped = min(2 * verify, len(chosen)), 0 if steps == 1 else steps * len(lines)
+    used = []
+    with progress_bar(progress, stepped + verified, "forward") as advance:
+        for name, rows in lines:
+            changes = [(_positions(chosen[row], clean[name]), differences[row]) for row in rows]
+            gradient = gradients[name]
+            if steps > 1:
+                gradient = run.mean_gradient(name, clean[name], changes, steps, advance)
+            used.append((watched[name], gradient))
+            for row, (positions, difference) in zip(rows, changes, strict=True):
+                effect[row] = float((difference * read(gradient, positions)).double().sum()) / run.inputs
+        steep = [(watched[name], slope) for name, slope in slopes.items()]
+        warn_of_flat_inputs(used, steep, run.baseline, compares=compares(metric))
+        order = np.argsort(-np.abs(effect), kind="stable")
+        to_verify = {*order[:verify], *np.flatnonzero(drawn)}
+        advance(verified - len(to_verify))  # some of those drawn are among the largest
+        for row in to_verify:
+            exact[row] = run.exact(chosen[row])
+            advance(1)
     reached = {point.name for point, gradient in [*used, *steep] if gradient.any()}
     changing = {patch.site.name for patch, found in zip(chosen, exact, strict=True) if abs(found) > run.rounding}
     warn_of_cut_gradients(changing - reached)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,12 @@ class Runs:
         return {name: activation.detach() for name, activation in clean.items()}, gradients, slopes
 
     def mean_gradient(
-        self, name: str, clean: Tensor, changes: Iterable[tuple[Positions, Tensor]], steps: int
+        self,
+        name: str,
+        clean: Tensor,
+        changes: Iterable[tuple[Positions, Tensor]],
+        steps: int,
+        advance: Callable[[int], object],
     ) -> Tensor:
         """Return the mean of the metric's gradient along the line from the clean activation to the changed one."""
         moved = torch.zeros_like(clean)
@@ -92,6 +97,7 @@ class Runs:
                 patched(self._points, patch_in(self._points.site(name), there)),
             ):
                 total += _gradients(self._measured(self._output()), {name: there})[name]
+            advance(1)
         return total / steps
 
     def exact(self, patch: Patch) -> float:
@@ -118,8 +124,9 @@ class _Change:
         return region
 
     def undo(self, region: Tensor) -> Tensor:
-        self.difference = region - self._before
-        return self._before
+        before, self._before = self._before, torch.empty(0)  # one region per patch is enough to keep
+        self.difference = region - before
+        return before
 
 
 def _differentiable(activation: Tensor) -> Tensor:
