@@ -224,11 +224,10 @@ class _Firing(Located):
         self._edit: Callable[..., Tensor] = patch.edit
         self._takes_context = patch.takes_context
         self._needs_context = patch.takes_context or callable(patch.where)
-        value: Any = patch.edit.value if type(patch.edit) is Set and isinstance(patch.edit.value, Real) else None
-        self._sets_number = value is not None
-        self._check_nan = applied.check_nan and (value is None or math.isnan(value))
+        self._sets: Any = patch.edit.value if type(patch.edit) is Set else None
+        self._check_nan = applied.check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
-        self._constant: Tensor | None = None  # what a number puts there
+        self._constant: Tensor | None = None  # what is put there, whatever is there
 
     def __call__(self, leaf: Tensor) -> Tensor:
         self.locate(leaf)
@@ -259,9 +258,13 @@ class _Firing(Located):
         check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
         if isinstance(self._patch.where, Tensor):
             check_mask(self._patch.where, self.site, self.axes, region.shape)
-        # Nothing need be read for a number. A whole activation is left out: each has strides of its own.
-        constant = self._sets_number and self.positions and not self._check_nan and self._patch.where is None
-        self._constant = self._edit(region) if constant else None
+        self._constant = None
+        # A whole activation is left out, as each has strides of its own.
+        if self._sets is not None and self.positions and not self._check_nan and self._patch.where is None:
+            if isinstance(self._sets, Real):
+                self._constant = self._edit(region)
+            elif self._sets.shape == region.shape:
+                self._constant = self._sets
 
     def _edited(self, region: Tensor, context: _Context | None) -> Tensor:
         given = region

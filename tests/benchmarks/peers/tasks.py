@@ -94,8 +94,8 @@ def _own_variants(work: Work) -> dict[str, Callable[[], object]]:
     """Return what only chanpatch has: twins, and its context alone."""
     peer = module_of("chanpatch").Peer(work)
     (write,) = work.writes
-    site = peer.points.site(write.point, feature=write.region[1])
-    patch = patch_in(site, torch.zeros(1, 1))  # an activation, which may hold NaN: of a number it is known at once
+    # An activation that is put there may hold NaN, so that there is something to look for; a zero does not.
+    patch = patch_in(peer.points.site(write.point, feature=write.region[1]), torch.zeros(1, 1))
 
     def enter_and_leave() -> None:
         with patched(peer.points, patch, allow_unreached=[write.point]):
