@@ -1,6 +1,7 @@
 import functools
 import sys
 
+import gymnasium
 import numpy as np
 import policies
 import pytest
@@ -16,6 +17,7 @@ from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingP
 from chanpatch.patching import Patch
 from chanpatch.recording import run_with_cache
 from chanpatch.rollouts import rollout_sweep
+from chanpatch.statistics import bootstrap_interval, rank_among
 
 
 @pytest.fixture(params=list(policies.CASES))
@@ -226,6 +228,77 @@ def test_the_state_in_a_patchs_inputs_is_that_of_its_own_rows():
     assert rollout_sweep(points, envs, SEEDS, patches, max_steps=20, initial_state=policy.initial_state)["looks"]
 
 
+# --- what is compared with what ---
+
+
+@pytest.fixture(scope="module")
+def cart_pole():
+    """Return the hook points of a policy for CartPole, an ablation of each of its 24 features, and environments."""
+    torch.manual_seed(0)
+    policy = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 2)).eval()
+    points = hook_points(policy, torch.zeros(2, 4))
+    ablations = {f"no {n}": zero_ablate(points.site("1", feature=n)) for n in range(24)}
+    return points, ablations, SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 30)
+
+
+def few(ablations, start, end):
+    return dict([*ablations.items()][start:end])
+
+
+def test_controls_are_played_beside_the_patches_and_rank_their_effects(cart_pole):
+    points, ablations, envs = cart_pole
+    everything = rollout_sweep(points, envs, SEEDS, ablations, max_steps=60)
+    asked, others = few(ablations, 0, 4), few(ablations, 4, 24)
+    found = rollout_sweep(points, envs, SEEDS, asked, controls=others, max_steps=60)
+    assert list(found) == ["original", *asked] and list(found.controls) == [*others] and found.labels == tuple(asked)
+    assert all(same(found[label], everything[label]) for label in found)
+    assert all(same(found.controls[label], everything[label]) for label in others)
+    effects = [(everything[label].returns - everything["original"].returns).mean() for label in ablations]
+    np.testing.assert_allclose(found.effect(), effects[:4])
+    assert np.ptp(effects[:4]) > 0
+    assert found.ranks() == [rank_among(effect, effects[4:]) for effect in effects[:4]]
+    assert all(rank.p == rank.rank / 21 for rank in found.ranks())
+
+
+def test_records_hold_the_paired_difference_of_mean_return_its_interval_and_the_rank(cart_pole):
+    points, ablations, envs = cart_pole
+    found = rollout_sweep(points, envs, SEEDS, few(ablations, 0, 2), controls=few(ablations, 2, 4), max_steps=60)
+    original = found["original"].returns
+    records = found.comparisons()
+    assert [(record["label"], record["control"]) for record in records] == [
+        ("no 0", False), ("no 1", False), ("no 2", True), ("no 3", True)
+    ]  # fmt: skip
+    for record in records:
+        returns = {**found, **found.controls}[record["label"]].returns
+        interval = bootstrap_interval(returns - original, seed=0)
+        assert (record["patched"], record["original"]) == (returns.mean(), original.mean())
+        np.testing.assert_allclose(record["effect"], (returns - original).mean())
+        np.testing.assert_allclose([record["low"], record["high"]], [interval.low, interval.high])
+    assert [record["rank"] for record in records] == [*(rank.rank for rank in found.ranks()), None, None]
+    assert {record["p"] for record in records} == {None}
+    assert [record["no_p"] for record in records[1:3]] == [
+        "it needs at least 19 controls", "no rank among the controls"
+    ]  # fmt: skip
+    without = rollout_sweep(points, envs, SEEDS, few(ablations, 0, 2), max_steps=60)
+    assert without.ranks() == [None, None] and "rank" not in without.comparisons()[0]
+
+
+def test_a_sweep_prints_the_differences_and_p_values_from_19_controls_on(cart_pole):
+    points, ablations, envs = cart_pole
+    settings = {"max_steps": 60}
+    printed = {
+        count: repr(rollout_sweep(points, envs, SEEDS, few(ablations, 0, 1), controls=few(ablations, 5, 5 + count),
+                                  **settings)).splitlines()
+        for count in (18, 19)
+    }  # fmt: skip
+    assert printed[19][0] == f"1 patches, mean return over the same {len(SEEDS)} episodes"
+    assert printed[19][1].split() == ["label", "effect", "95%", "patched", "original", "rank", "p"]
+    assert printed[19][3:] == ["Ranks are among 19 controls."]
+    assert printed[18][3:] == ["Ranks are among 18 controls.", "No p-values: it needs at least 19 controls"]
+    assert len(printed[19][2].split()) == len(printed[18][2].split()) + 1
+    assert repr(rollout_sweep(points, envs, SEEDS, ablations, **settings)).endswith("... 4 more")
+
+
 # --- what is refused ---
 
 
@@ -267,6 +340,13 @@ def test_the_label_of_the_policy_without_patches_is_refused(points):
     assert refused(RolloutError, points, {"original": zero_ablate(points.site("layers.1"))}) == (
         "patches has the label 'original', which is the policy without patches. Rename it."
     )
+
+
+def test_controls_without_a_label_of_their_own_are_refused(points):
+    patches = {"ablated": zero_ablate(points.site("layers.1"))}
+    for controls, message in (({}, "controls is empty or no"), ({"original": []}, "controls has the label 'original'")):
+        with pytest.raises(RolloutError, match=message):
+            rollout_sweep(points, drifting(4), SEEDS, patches, controls=controls, max_steps=20)
 
 
 def test_a_name_that_does_not_exist_is_refused(points):

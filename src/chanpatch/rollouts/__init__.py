@@ -8,8 +8,8 @@ an action is the inverse CDF of the policy's distribution at the next draw. So n
 environments run side by side, and two policies that agree act alike.
 """
 
-from ._results import PairedRollouts, Rollout
+from ._results import PairedRollouts, Rollout, SweptRollouts
 from ._rollouts import paired_rollouts, rollout
 from ._sweep import rollout_sweep
 
-__all__ = ["PairedRollouts", "Rollout", "paired_rollouts", "rollout", "rollout_sweep"]
+__all__ = ["PairedRollouts", "Rollout", "SweptRollouts", "paired_rollouts", "rollout", "rollout_sweep"]

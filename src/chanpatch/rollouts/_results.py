@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .._optional import imported
 from .._tables import table
+from ..statistics import Interval, Rank, bootstrap_interval, rank_among
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -94,4 +95,105 @@ class PairedRollouts(Mapping[str, Rollout]):
         return "\n".join([f"{len(self)} policies over the same {episodes} episodes", *table(means)])
 
 
-_SHOWN = 10  # episodes that a repr lists
+ORIGINAL = "original"  # the name of the policy without patches in a sweep
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SweptRollouts(PairedRollouts):
+    """The rollouts of a policy without patches, `"original"`, and with those of each label.
+
+    Attributes:
+        rollouts: By label, that of the policy without patches first.
+        controls: Those of the control patches, by label, or None. They are not among the rollouts.
+    """
+
+    controls: PairedRollouts | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the patches, in the order given."""
+        return tuple(label for label in self if label != ORIGINAL)
+
+    def differences(self) -> NDArray[np.float64]:
+        """Return each episode's return with the patches minus that of the original: `(patch, episode)`."""
+        return self._differences(self)
+
+    def effect(self) -> NDArray[np.float64]:
+        """Return the mean over the episodes of the differences: `(patch,)`, in the unit of the return."""
+        found: NDArray[np.float64] = self.differences().mean(axis=1)
+        return found
+
+    def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
+        """Return the effects with 95% bootstrap intervals over the episodes, each paired with itself.
+
+        The episodes count as independent of each other. The ends are NaN with fewer than two.
+
+        Args:
+            seed: Of the bootstrap.
+        """
+        return bootstrap_interval(self.differences().T, seed=seed)
+
+    def ranks(self) -> list[Rank | None]:
+        """Return where each effect ranks among those of the controls, by absolute value.
+
+        A p-value needs 19 controls or more, and a patch that was not picked for its effect. None for an effect that is
+        not finite, and for all where there are no controls or not all of theirs are finite.
+        """
+        others = np.zeros(0) if self.controls is None else self._differences(self.controls).mean(axis=1)
+        ranked = np.isfinite(self.effect()) & (len(others) > 0) & np.isfinite(others).all()
+        return [rank_among(float(e), others) if r else None for e, r in zip(self.effect(), ranked, strict=True)]
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """Return one record per label, those of the controls last.
+
+        A record has the label, the mean return under the patches and without, the effect, `low` and `high` of its
+        interval and, where there are controls, whether it is one, its rank among them, p and why there is no p.
+        """
+        records = self._compared(self)
+        if self.controls is None:
+            return records
+        none = {"rank": None, "p": None, "no_p": "no rank among the controls"}
+        ranks = [none if r is None else {"rank": r.rank, "p": r.p, "no_p": r.no_p} for r in self.ranks()]
+        ranked = [record | {"control": False, **rank} for record, rank in zip(records, ranks, strict=True)]
+        return ranked + [record | {"control": True, **none} for record in self._compared(self.controls)]
+
+    def __repr__(self) -> str:
+        shown = [record for record in self.comparisons() if not record.get("control")]
+        lines = [
+            {
+                "label": record["label"],
+                "effect": f"{record['effect']:+.3g}",
+                "95%": f"{record['low']:+.3g} to {record['high']:+.3g}",
+                "patched": record["patched"],
+                "original": record["original"],
+                **({"rank": record["rank"], "p": record["p"]} if self.controls else {}),
+            }
+            for record in shown[:_SHOWN_PATCHES]
+        ]
+        title = f"{len(shown)} patches, mean return over the same {len(self[ORIGINAL])} episodes"
+        notes = [f"... {len(shown) - _SHOWN_PATCHES} more"] if len(shown) > _SHOWN_PATCHES else []
+        notes += [] if self.controls is None else [f"Ranks are among {len(self.controls)} controls."]
+        notes += sorted({f"No p-values: {rank.no_p}" for rank in self.ranks() if rank and rank.no_p})
+        return "\n".join([title, *table(lines), *notes])
+
+    def _differences(self, rollouts: PairedRollouts) -> NDArray[np.float64]:
+        found = [rollout.returns - self[ORIGINAL].returns for label, rollout in rollouts.items() if label != ORIGINAL]
+        return np.array(found)
+
+    def _compared(self, rollouts: PairedRollouts) -> list[dict[str, Any]]:
+        differences = self._differences(rollouts)
+        interval = bootstrap_interval(differences.T, seed=0)
+        return [
+            {
+                "label": label,
+                "effect": float(differences[row].mean()),
+                "low": float(interval.low[row]),
+                "high": float(interval.high[row]),
+                "patched": float(rollouts[label].returns.mean()),
+                "original": float(self[ORIGINAL].returns.mean()),
+            }
+            for row, label in enumerate(label for label in rollouts if label != ORIGINAL)
+        ]
+
+
+_SHOWN, _SHOWN_PATCHES = 10, 20  # episodes and patches that a repr lists

@@ -24,7 +24,7 @@ from ..points import HookPoint, HookPoints
 from ..policies import PatchedPolicy
 from ..sites import Site
 from ._play import Log, check_environments, play
-from ._results import PairedRollouts
+from ._results import ORIGINAL, PairedRollouts, SweptRollouts
 from ._state import BatchAxes, InitialState, rows_of
 
 if TYPE_CHECKING:
@@ -38,12 +38,13 @@ def rollout_sweep(
     patches: Mapping[str, Patch | Iterable[Patch]],
     *,
     max_steps: int,
+    controls: Mapping[str, Patch | Iterable[Patch]] | None = None,
     sampling_seed: int = 0,
     greedy: bool = False,
     initial_state: InitialState | None = None,
     check_nan: bool = True,
     progress: bool | None = None,
-) -> PairedRollouts:
+) -> SweptRollouts:
     """Return what a policy does in the same episodes without patches, and with those of each label.
 
     It is what `paired_rollouts` gives with a PatchedPolicy per label, in fewer forwards: the labels share the
@@ -61,6 +62,8 @@ def rollout_sweep(
         seeds: As for `rollout`.
         patches: One patch or more for each label; their sites come from a trace, which proves the batch axis.
         max_steps: As for `rollout`.
+        controls: Patches to rank the others among by their effect on the mean return, as `patches`; they are played
+            in the same vector environment. From 19 on there are p-values.
         sampling_seed: As for `rollout`.
         greedy: As for `rollout`.
         initial_state: As for `rollout`.
@@ -68,7 +71,8 @@ def rollout_sweep(
         progress: As for `rollout`.
 
     Returns:
-        One rollout per label, after that of the policy without patches, `"original"`.
+        One rollout per label, after that of the policy without patches, `"original"`. Its `comparisons()`, and what it
+        prints, are the differences of mean return between each label and the original, with intervals and ranks.
 
     Raises:
         BatchAxisError: If the batch axis of a site is not proved, so that a patch has no rows to be kept to.
@@ -85,18 +89,20 @@ def rollout_sweep(
         ['original', 'no action 0', 'no action 1']
     """
     check_environments(envs)
-    if not isinstance(patches, Mapping) or not patches:
-        raise RolloutError("patches is empty or no mapping: give {'no channel 5': zero_ablate(...), ...}.")
-    if _ORIGINAL in patches:
-        raise RolloutError(f"patches has the label '{_ORIGINAL}', which is the policy without patches. Rename it.")
+    for what, each in (("patches", patches), *([] if controls is None else [("controls", controls)])):
+        if not isinstance(each, Mapping) or not each:
+            raise RolloutError(f"{what} is empty or no mapping: give {{'no channel 5': zero_ablate(...), ...}}.")
+        if ORIGINAL in each:
+            raise RolloutError(f"{what} has the label '{ORIGINAL}', which is the policy without patches. Rename it.")
     together = training_modules(model_of(policy))
     if together:
         raise RolloutError(
             f"{', '.join(together)} in training mode would treat the rows of all labels together. Call eval() on the "
             "policy, or roll out a PatchedPolicy for each label with paired_rollouts."
         )
-    log = Log(seeds, sampling_seed, times=1 + len(patches))
-    interventions = _Interventions(policy, patches, log.episodes, check_nan=check_nan)
+    labelled_patches = [*patches.items(), *(controls or {}).items()]
+    log = Log(seeds, sampling_seed, times=1 + len(labelled_patches))
+    interventions = _Interventions(policy, labelled_patches, log.episodes, check_nan=check_nan)
     play(
         interventions.twin,
         envs,
@@ -107,10 +113,12 @@ def rollout_sweep(
         progress=progress,
         around=interventions.forward,
     )
-    return PairedRollouts(dict(zip([_ORIGINAL, *patches], log.rollouts(), strict=True)))
+    played = iter(log.rollouts())
+    rollouts = {label: next(played) for label in (ORIGINAL, *patches)}
+    others = None if controls is None else PairedRollouts({label: next(played) for label in controls})
+    return SweptRollouts(rollouts, others)
 
 
-_ORIGINAL = "original"
 _Firing: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -121,7 +129,7 @@ class _Interventions:
 
     Args:
         policy: As in rollout_sweep.
-        patches: Those of each intervention, by its label.
+        patches: Those of each intervention, after its label.
         episodes: How many episodes each is played in.
         check_nan: Whether to look for NaN that they bring in.
     """
@@ -129,16 +137,16 @@ class _Interventions:
     def __init__(
         self,
         policy: nn.Module | HookPoints,
-        patches: Mapping[str, Patch | Iterable[Patch]],
+        patches: Sequence[tuple[str, Patch | Iterable[Patch]]],
         episodes: int,
         *,
         check_nan: bool,
     ) -> None:
-        self.labels = (_ORIGINAL, *patches)
+        self.labels = (ORIGINAL, *(label for label, _ in patches))
         # Their sessions listen to nothing: the twin's patches run them, one after the other, on parts of activations.
         self.applied = {
             number: AppliedPatches(policy, each, allow_unreached=(), check_nan=check_nan)
-            for number, each in enumerate(patches.values(), start=1)
+            for number, (_, each) in enumerate(patches, start=1)
         }
         self._episodes = episodes
         self.lengths: list[int] = []  # for each intervention in the forward under way, the number of its rows
