@@ -756,6 +756,29 @@ def test_a_receipt_leaves_buffers_flags_hooks_and_inputs_as_they_were(file: Path
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class StaticOutput(nn.Module):
+    """Returns one and the same buffer each time, as a captured graph does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.register_buffer("out", torch.zeros(3, 4))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.out.copy_(self.fc(vector))
+
+
+def test_a_receipt_is_of_the_output_also_where_that_is_a_buffer_that_is_put_back(file: Path) -> None:
+    vectors = torch.randn(3, 6)
+    points = hook_points(StaticOutput(), vectors)
+    patch = zero_ablate(points.site("fc", feature=0))
+    save(file, patch, points, inputs=vectors)
+    with torch.no_grad(), patched(points, patch):
+        expected = points.model(vectors).clone()
+    receipt = contents(file).receipt
+    assert receipt is not None and receipt.output == digest(("", expected))
+
+
 COUNT = itertools.count()  # nothing of the model's, so nothing that is put back
 
 

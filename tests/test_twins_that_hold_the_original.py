@@ -74,6 +74,18 @@ def test_functions_that_hold_the_policy_are_refused_wherever_they_are_kept(holdi
         PatchedPolicy(policy, ON_A)
 
 
+def test_a_function_whose_variable_was_deleted_holds_nothing(x):
+    policy, captured = Plain(), [1]
+
+    def op():
+        nonlocal captured
+        return captured
+
+    policy.op = op
+    del captured
+    assert not torch.equal(PatchedPolicy(policy, ON_A)(x), policy(x))
+
+
 def forward_hook(policy, hook):
     policy.a.register_forward_hook(lambda m, i, o: hook(m, i, o))
 

@@ -6,21 +6,19 @@ twin(observations)             # patched; policy(observations) is not
 
 from __future__ import annotations
 
-import copy
-import dis
 import functools
 import types
 from abc import ABC
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import Distribution
 
 from ._checks import refuse_unhookable
-from ._hooks import drop_hooks, eager, noticing_calls
+from ._copies import STATE, copied, quoted
+from ._hooks import eager, noticing_calls
 from ._ledger import Ledger
 from ._lookup import model_of, resolve
 from ._outputs import described, distribution_in
@@ -71,12 +69,12 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         """Return the twin, an instance of a subclass of the policy's own class."""
         allowed = {allow_unreached} if isinstance(allow_unreached, str) else set(allow_unreached)
         each = (patches,) if isinstance(patches, Patch) else tuple(patches)
-        copied = original = model_of(policy)
-        inner = vars(original).get(_STATE)
+        given = original = model_of(policy)
+        inner = vars(original).get(STATE)
         if inner is not None:
             original, each, allowed = inner.original, (*inner.applied.patches, *each), allowed | inner.allowed
         refuse_unhookable(original)
-        twin = _copied(copied)
+        twin = _copied(given)
         if isinstance(policy, HookPoints):
             each = AppliedPatches(policy, each, allow_unreached=(), check_nan=False).patches
         applied = AppliedPatches(twin, each, allow_unreached=allowed, check_nan=check_nan)
@@ -84,7 +82,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
             applied.session.method, applied.session.calls = policy.method, policy.calls
         kind: Any = type(original)  # not the copy's own: a torch.fx.GraphModule makes a class for every instance
         twin.__class__ = _twin_class(kind, frozenset(name for name in _OFFERED if hasattr(original, name)))
-        vars(twin)[_STATE] = _TwinState(twin, original, applied, allowed)
+        vars(twin)[STATE] = _TwinState(twin, original, applied, allowed)
         return twin
 
     @property
@@ -118,8 +116,6 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         return build, (_copied(self), applied.patches)  # type: ignore[arg-type]
 
 
-_STATE = "_chanpatch"
-_CONTAINERS = (list, tuple, set, deque, dict)
 _OFFERED = ("patches", "ledger", "disable", "distribution")
 
 
@@ -159,95 +155,16 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
     return found
 
 
-def _copied(policy: nn.Module) -> nn.Module:
-    """Return a copy of the module tree, without hooks of ours, that holds the very parameters and buffers."""
-    _refuse_held_functions(policy)
-    plain = _without_patches(policy) if _STATE in vars(policy) else policy
-    try:
-        twin = copy.deepcopy(plain, _memo(policy))
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(plain).__name__} cannot be copied, so it can have no twin ({type(error).__name__}: {error}). "
-            "Keep what cannot be copied (environments, files, locks) out of the module, or use patched()."
-        ) from error
-    drop_hooks(twin)
-    return twin
-
-
 def _without_patches(twin: nn.Module) -> nn.Module:
     """Return the policy that a twin would be without patches: of the policy's class, with all that the twin holds."""
     kind = type(_state(twin).original)
     plain: nn.Module = kind.__new__(kind)
-    vars(plain).update({name: item for name, item in vars(twin).items() if name != _STATE})
+    vars(plain).update({name: item for name, item in vars(twin).items() if name != STATE})
     return plain
 
 
-def _memo(policy: nn.Module) -> dict[int, Any]:
-    """Return what a copy holds in place of tensors: the very weights; results of forwards have a graph, so clones."""
-    tensors = [item for item in _reachable([policy], _kept_by) if isinstance(item, Tensor)]
-    clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
-    weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
-    return clones | {id(tensor): tensor for tensor in weights}
-
-
-def _refuse_held_functions(policy: nn.Module) -> None:
-    """Raise for a function or hook kept on a policy that holds it: from a twin it would run the original's modules."""
-    modules = set(policy.modules())
-    own = {id(item) for module in modules for item in vars(module).values() if isinstance(item, _CONTAINERS)}
-
-    def parts(item: Any) -> Iterable[Any]:
-        if hasattr(type(item), "__deepcopy__"):  # it knows what its copies hold, as hooks of ours do
-            return [item.__wrapped__] if hasattr(item, "__wrapped__") else ()  # but a cache keeps its function
-        return () if isinstance(item, nn.Module) and item in modules else _kept_by(item)
-
-    for name, module in policy.named_modules():
-        for attribute, item in vars(module).items():
-            skipped = attribute == _STATE or "state_dict" in attribute  # hooks of state dicts run in no call
-            hook = attribute.startswith(("_forward", "_backward")) and attribute.endswith("hooks")
-            for function in () if skipped else _reachable([item], parts):
-                compiled = function is item and hasattr(item, "_torchdynamo_orig_callable")
-                if compiled or (isinstance(function, types.FunctionType) and _holds(function, modules, own, hook)):
-                    where = f"A hook of '{name}'" if hook and name else "A hook" if hook else _quoted(name, attribute)
-                    raise UnsupportedModelError(
-                        f"{where} of {type(policy).__name__} {'is' if hook or function is item else 'has'} a "
-                        f"{'compiled ' * compiled}function that holds the policy itself, or what it fills, so from a "
-                        "twin it would reach the unpatched original. Make it a method, or use patched()."
-                    )
-
-
-def _holds(function: types.FunctionType, modules: set[nn.Module], own: set[int], hook: bool) -> bool:
-    names = {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}
-    held = [*_reachable([function], _held_by), *map(function.__globals__.get, names)]
-    return any((hook and id(item) in own) or (isinstance(item, nn.Module) and item in modules) for item in held)
-
-
-def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
-    seen, waiting = set[int](), [*roots]
-    while waiting:
-        if id(item := waiting.pop()) not in seen:
-            seen.add(id(item))
-            yield item
-            waiting += parts(item)
-
-
-def _kept_by(item: Any) -> Iterable[Any]:
-    plain = isinstance(item, (type, types.ModuleType, types.FunctionType))
-    return () if plain else _inside(item) or getattr(item, "__dict__", {}).values()
-
-
-def _held_by(item: Any) -> Iterable[Any]:
-    if not isinstance(item, types.FunctionType):
-        return _inside(item)
-    cells = [cell.cell_contents for cell in item.__closure__ or ()]
-    return [*cells, *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values(), *vars(item).values()]
-
-
-def _inside(item: Any) -> Iterable[Any]:
-    if isinstance(item, functools.partial):
-        return item.func, item.args, item.keywords
-    if isinstance(item, types.MethodType):
-        return item.__func__, item.__self__
-    return item.values() if isinstance(item, Mapping) else item if isinstance(item, _CONTAINERS) else ()
+def _copied(policy: nn.Module) -> nn.Module:
+    return copied(policy, _without_patches(policy) if STATE in vars(policy) else policy)
 
 
 class _TwinState:
@@ -293,13 +210,13 @@ class _TwinState:
             for held, originally in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
                 for key in held.keys() | originally.keys():
                     if key not in held or held[key] is not originally.get(key, held):
-                        raise UnsupportedModelError(_replaced(_quoted(name, key), tensor=True))
+                        raise UnsupportedModelError(_replaced(quoted(name, key), tensor=True))
 
     def _refuse_replaced_in(self, method: str) -> None:
         names = []
         for name, held, shared in self._buffers:
             for key in [key for key in shared if held.get(key) is not shared[key]]:
-                names.append(_quoted(name, key))
+                names.append(quoted(name, key))
                 held[key] = shared[key]  # so that the next call is told the same, and not that a new twin would help
         if names:
             raise UnsupportedModelError(
@@ -336,16 +253,11 @@ def _of_one_element(module: nn.Module, other: nn.Module) -> Iterator[tuple[str, 
                 yield name, held, others
 
 
-def _quoted(*names: str) -> str:
-    return f"'{'.'.join(filter(None, names))}'"
-
-
 def _replaced(what: str, *, tensor: bool = False) -> str:
+    for_a_call = " If torch.func.functional_call replaced it for a call, give that the policy, inside patched()."
     return (
         f"{what} of the policy, or of its twin, was replaced since the twin was made, so the two no longer share all "
-        "weights. Make the twin anew: PatchedPolicy(policy, patches)."
-        + " If torch.func.functional_call replaced it for a call, give that the policy, inside patched()."
-        * tensor
+        f"weights. Make the twin anew: PatchedPolicy(policy, patches).{for_a_call if tensor else ''}"
     )
 
 
@@ -364,7 +276,7 @@ def _patches_by_module(twin: nn.Module, applied: AppliedPatches) -> dict[nn.Modu
 
 
 def _state(twin: Any) -> _TwinState:
-    state: _TwinState = vars(twin)[_STATE]
+    state: _TwinState = vars(twin)[STATE]
     return state
 
 
@@ -391,7 +303,7 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
 def _rooted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = vars(self).get(_STATE)
+        state = vars(self).get(STATE)
         if state is None:
             return function(self, *args, **kwargs)
         return eager(state.call)(name, types.MethodType(function, self), args, kwargs)

@@ -55,9 +55,9 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
     given, taken = copied_inputs(args, keywords)
-    with undisturbed(model), patched(points, patches, check_nan=False):
+    with undisturbed(model) as run, patched(points, patches, check_nan=False):
         _seed(model)
-        output = getattr(model, points.method)(*given, **taken)
+        output = run.kept(getattr(model, points.method)(*given, **taken))
         if next(leaves(output), None) is None:
             raise InterventionError(
                 f"The model returned {type(output).__name__} without a tensor, so there is no output to compare. Save "
