@@ -30,7 +30,7 @@ from chanpatch import (
     zero_ablate,
 )
 from chanpatch._tree import leaves
-from chanpatch.edits import Clamp, Project, Scale
+from chanpatch.edits import Clamp, Project, Scale, Set
 from chanpatch.sweeps import SweepResult, sweep
 
 ROWS = 12
@@ -338,10 +338,43 @@ def test_patches_that_do_the_same_later_share_a_forward(plain_cnn: Model) -> Non
     assert [(group.point, group.strategy) for group in result.groups] == [("relu1", "vmap")]
 
 
-def test_patches_that_do_something_else_later_do_not_share_a_forward(plain_cnn: Model) -> None:
+def test_patches_that_put_something_else_later_share_a_forward_too(plain_cnn: Model) -> None:
+    points, inputs, _ = traced(plain_cnn)
+    activations = run_with_cache(points, *inputs, sites="conv2", stop=True)
+    flipped = activations["conv2"].flip(0)
+    checkered = (torch.arange(8) % 2 == 0).view(1, 1, 8, 1)
+    puts = [
+        lambda site, own: zero_ablate(site),
+        lambda site, own: mean_ablate(site, activations),
+        lambda site, own: patch_in(site, own),
+        lambda site, own: Patch(site, Set(own), where=checkered),
+        lambda site, own: Patch(site, Set(2.0), where=checkered.expand(1, 1, 8, 8)),
+    ]
+    later = points.site("conv2").split("channel")
+    rows = points.site("conv2", channel=[1, 4], row=slice(2, 5))
+    push = steer(points.site("relu2"), torch.ones(1, 1, 1, 1))
+    patches: dict[Any, Any] = {}
+    for number, (one, other) in enumerate(zip(parts(points.site("relu1")), later, strict=True)):
+        put = puts[number % len(puts)](other, flipped[:, number : number + 1])
+        patches[number] = [zero_ablate(one), put, push]
+    patches["rows"] = [zero_ablate(points.site("relu1", channel=2)), zero_ablate(rows), push]
+    result = assert_equals_the_loop(points, inputs, patches)
+    assert [(group.point, group.strategy) for group in result.groups] == [("relu1", "vmap")]
+
+
+def test_nan_that_is_put_in_place_later_is_found_in_a_forward_of_many(plain_cnn: Model) -> None:
+    points, inputs, _ = traced(plain_cnn)
+    pairs = list(zip(parts(points.site("relu1")), parts(points.site("conv2")), strict=True))
+    patches = {number: [zero_ablate(one), zero_ablate(other)] for number, (one, other) in enumerate(pairs)}
+    patches[5] = [patches[5][0], Patch(pairs[5][1], Set(float("nan")))]
+    with pytest.raises(errors.NaNError, match=r"Site\('conv2', channel=5\)"):
+        sweep(points, *inputs, patches=patches, metric=total)
+
+
+def test_patches_that_compute_something_else_later_do_not_share_a_forward(plain_cnn: Model) -> None:
     points, inputs, _ = traced(plain_cnn)
     pairs = zip(parts(points.site("relu1")), parts(points.site("conv2")), strict=True)
-    patches = {str(one): [zero_ablate(other), zero_ablate(one)] for one, other in pairs}
+    patches = {str(one): [zero_ablate(other), edit(one, lambda region: region * 0.5)] for other, one in pairs}
     result = assert_equals_the_loop(points, inputs, patches)
     assert [(group.point, group.strategy) for group in result.groups] == [("relu1", "resume")]
     assert "what the patches do later differs" in result.groups[0].why

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ from ..errors import SweepError, UnreachedError
 from ..points import HookPoint
 from ..sites import Site
 from ._forward import Forward
+from ._later import kind
 from ._prefix import Prefix
 
 Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
@@ -41,7 +42,8 @@ class Group:
         point: The hook point.
         names: All names of it that the patches use.
         entries: Whose patches begin there.
-        alike: Whether what they do later is the same for all.
+        alike: Whether what they do later can go into one forward.
+        blank: Zeros like the activation, by hook point.
         call: Index of the module's call there.
         skippable: How many module calls had finished before.
         bytes_each: About how much one more patch takes in a forward of many.
@@ -51,6 +53,7 @@ class Group:
     names: frozenset[str]
     entries: tuple[Entry, ...]
     alike: bool
+    blank: Mapping[str, Tensor]
     call: int
     skippable: int
     bytes_each: int
@@ -59,9 +62,9 @@ class Group:
         """Return the patches of an entry that stand at the hook point of the group."""
         return [patch for patch in entry.patches if patch.site.name in self.names]
 
-    def later(self) -> list[Patch]:
-        """Return what every entry does later, where they do the same."""
-        return [patch for patch in self.entries[0].patches if patch.site.name not in self.names]
+    def later(self, entry: Entry) -> list[Patch]:
+        """Return the patches of an entry that stand at other hook points."""
+        return [patch for patch in entry.patches if patch.site.name not in self.names]
 
 
 def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[Entry]:
@@ -111,7 +114,7 @@ class _Firing(NamedTuple):
 
     order: int  # one number for all names of a place
     point: HookPoint | BarePoint
-    bytes: int
+    blank: Tensor
     call: int
     skippable: int
 
@@ -130,7 +133,8 @@ def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tup
         def note(leaf: Tensor) -> Tensor:
             place = session.modules.get(point.module, point.module), point.side, point.path, session.call
             order = places.setdefault(place, len(places))
-            fired[point.name] = _Firing(order, point, leaf.nbytes, session.call, prefix.so_far)
+            blank = leaf.new_zeros(()).expand(leaf.shape)
+            fired[point.name] = _Firing(order, point, blank, session.call, prefix.so_far)
             return leaf
 
         return note
@@ -146,7 +150,8 @@ def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tup
             if patch.site.name not in fired:
                 raise UnreachedError(
                     f"{entry.label!r}: the patch at '{patch.site.name}' never ran in the sweep. "
-                    f"'{patch.site.name}' is not on the path that was called."
+                    f"'{patch.site.name}' is not on the path that was called, or was called by its forward(), which "
+                    "runs no hooks."
                 )
     groups = _groups(entries, fired, prefix)
     prefix.forget_after(max(group.skippable for group in groups))
@@ -159,14 +164,17 @@ def _groups(entries: Sequence[Entry], fired: Mapping[str, _Firing], prefix: Pref
     begun: dict[int, dict[Any, list[Entry]]] = {}
     for entry in entries:
         first = min(order[patch.site.name] for patch in entry.patches)
-        later = tuple(_identity(patch) for patch in entry.patches if order[patch.site.name] != first)
+        later = tuple(kind(patch) for patch in entry.patches if order[patch.site.name] != first)
         begun.setdefault(first, {}).setdefault(later, []).append(entry)
+    blanks = {name: firing.blank for name, firing in fired.items()}
     groups = []
     for first in sorted(begun):
         names = [name for name in fired if order[name] == first]
-        _, point, size, call, skippable = fired[names[0]]
-        bytes_each = _LIVE * max(size, prefix.largest_after(skippable))
-        group = partial(Group, point, frozenset(names), call=call, skippable=skippable, bytes_each=bytes_each)
+        _, point, blank, call, skippable = fired[names[0]]
+        bytes_each = _LIVE * max(blank.nbytes, prefix.largest_after(skippable))
+        group = partial(
+            Group, point, frozenset(names), blank=blanks, call=call, skippable=skippable, bytes_each=bytes_each
+        )
         apart: list[Entry] = []
         for later, each in begun[first].items():
             if not later or len(each) >= _FEWEST_ALIKE:
@@ -176,17 +184,3 @@ def _groups(entries: Sequence[Entry], fired: Mapping[str, _Firing], prefix: Pref
         if apart:
             groups.append(group(tuple(apart), alike=len(begun[first]) == 1))
     return groups
-
-
-def _identity(patch: Patch) -> Any:
-    """Return what two patches have in common if they are sure to do the same."""
-    edit: Any = patch.edit
-    known = is_dataclass(edit) and type(edit).__module__ == "chanpatch.edits"
-    content = [_memory(getattr(edit, item.name)) for item in fields(edit)] if known else [id(edit)]
-    return patch.site, type(edit), *content, _memory(patch.where)
-
-
-def _memory(operand: Any) -> Any:
-    if isinstance(operand, Tensor):
-        return operand.data_ptr(), operand.shape, operand.stride(), operand.dtype
-    return id(operand) if callable(operand) else operand

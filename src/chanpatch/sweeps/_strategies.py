@@ -25,6 +25,7 @@ from ..patching import patched
 from ..recording import run_with_cache
 from ..sites import Site
 from ._forward import Forward, usual_attention
+from ._later import Later, Operands
 from ._plan import Entry, Group
 from ._prefix import Prefix
 
@@ -73,11 +74,12 @@ def vmapped(
     except Exception as fault:
         raise StrategyError(_first_line(fault)) from fault
     room = min(max_bytes, _CPU_BYTES) if clean.is_cpu else max_bytes
-    size = max(1, room // max(1, group.bytes_each))  # inputs without rows take none
+    size = max(1, room // max(1, group.bytes_each + run.later.bytes_each))  # inputs without rows take none
     for start in range(0, len(entries), size):
-        stack = _edited(forward, group, clean, entries[start : start + size])
+        chosen = entries[start : start + size]
+        stack = _edited(forward, group, clean, chosen)
         try:
-            outputs = run(stack)
+            outputs = run(stack, chosen)
             for row in range(len(stack)):
                 yield _rebuilt(baseline, {path: leaf[row] for path, leaf in outputs.items()})
         except Exception as fault:
@@ -99,14 +101,16 @@ class _Vmapped:
         self._session = session_for(forward.points_or_model)
         self._session.listen(group.point, "patch", self._put)
         self._session.confine_to_thread()
+        self.later = Later([group.later(entry) for entry in group.entries], group.blank)
         self._later = _PatchesInVmap(
-            forward.points_or_model, group.later(), allow_unreached=(), check_nan=forward.check_nan
+            forward.points_or_model, self.later.patches, allow_unreached=(), check_nan=forward.check_nan
         )
         self._later.session.confine_to_thread()
         self._activation: Tensor | None = None
 
-    def __call__(self, stack: Tensor) -> dict[Path, Tensor]:
-        """Return every tensor of the output, each with an axis of activations before its own."""
+    def __call__(self, stack: Tensor, entries: Sequence[Entry]) -> dict[Path, Tensor]:
+        """Return every tensor of the output, each with an axis of entries before its own."""
+        operands = self.later.operands([self._group.later(entry) for entry in entries])
         with (
             self._attributes_put_back(),
             self._forward.undisturbed,
@@ -115,15 +119,16 @@ class _Vmapped:
             self._prefix.skipped(self._group.skippable),
             _ways_that_vmap_knows(stack.device),
         ):
-            tensors, brought_nan = torch.vmap(self._one)(stack)
+            tensors, brought_nan = torch.vmap(self._one)(stack, operands)
         if any(bool(flags.any()) for flags in brought_nan):
             raise StrategyError("a later patch brought NaN in")  # the loop says which
         if self._activation is not None or self._later.unreached():
             raise StrategyError("a patch was not reached")
         return dict(zip(self._paths, tensors, strict=True))
 
-    def _one(self, activation: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _one(self, activation: Tensor, operands: Sequence[Operands]) -> tuple[list[Tensor], list[Tensor]]:
         self._activation = activation
+        self.later.use(operands)
         self._later.forget()
         output = [*leaves(self._forward.disturbing())]
         if [path for path, _ in output] != self._paths:
