@@ -119,7 +119,7 @@ def joined(batches: Sequence[Mapping[str, NDArray[np.float64]]]) -> dict[str, ND
 
 
 def effect_rows(values: Mapping[str, NDArray[np.float64]], names: Sequence[str], seed: int) -> Table:
-    """One row per measure and intervention: means over levels, and the effect with its 95% bootstrap interval.
+    """One row per measure and intervention: means over levels and the effect, with 95% bootstrap intervals.
 
     A measure that no level has gives no rows.
 
@@ -133,9 +133,19 @@ def effect_rows(values: Mapping[str, NDArray[np.float64]], names: Sequence[str],
         known = of[:, np.isfinite(of[0])]
         if not known.shape[1]:
             continue
-        for name, row, effect in zip(names, known[1:], mean_intervals(known[1:] - known[0], seed), strict=True):
-            means = {"n": len(row), "original": float(known[0].mean()), "modified": float(row.mean())}
-            rows.append({"measure": measure, "intervention": name, **means, **interval_cells("effect", effect)})
+        original, *modified = mean_intervals(known, seed)
+        effects = mean_intervals(known[1:] - known[0], seed)
+        for name, mean, effect in zip(names, modified, effects, strict=True):
+            rows.append(
+                {
+                    "measure": measure,
+                    "intervention": name,
+                    "n": known.shape[1],
+                    **interval_cells("original", original),
+                    **interval_cells("modified", mean),
+                    **interval_cells("effect", effect),
+                }
+            )
     return rows
 
 

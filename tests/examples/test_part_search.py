@@ -65,7 +65,7 @@ def test_the_finding_agrees_when_the_pairs_channel_differs_most(tables, directio
     for number, row in enumerate(at):
         row |= filled | ({} if number < knowing else {"in_low": 0.6, "in_high": 0.7}) | {"channel": number}
     channels = {row["direction"]: row["channel"] for row in at}
-    effect = {"effect": 2.0, "low": 1.5, "high": 2.5}
+    effect = {"effect": 2.0, "effect_low": 1.5, "effect_high": 2.5}
     changed["contrast"] = [
         changed["contrast"][0] | effect | {"site": f"Site('{SITE}', channel={channels[direction]})", "rank": 1}
     ]
@@ -82,7 +82,7 @@ def test_the_finding_agrees_when_the_pairs_channel_differs_most(tables, directio
     ],
 )
 def test_a_channel_of_other_directions_on_top_counts_against_it_only_beyond_the_intervals(top, wanted, stands_out):
-    rows = [{"site": name, "low": low, "high": high} for name, (low, high) in (("other", top), ("up", wanted))]
+    rows = [{"site": name, "effect_low": low, "effect_high": high} for name, (low, high) in (("other", top), ("up", wanted))]
     assert part._stands_out(rows, ["up"]) is stands_out
     first_is_wanted = part._stands_out([rows[0] | {"site": "up"}], ["up"])
     assert first_is_wanted is (True if top == (1.5, 2.5) else None)

@@ -13,6 +13,7 @@ from maze.moved_walls import pairs_with_a_moved_wall
 from maze.pairs import contrastive_pairs, rotations
 from maze.part import Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction, first_steps
+from maze.readings import contrast_rows
 from maze.states import Mazes, write_mazes
 from maze.tables import SITE
 
@@ -52,8 +53,7 @@ def _automatic(study: Study, channel: int) -> tuple[Table, Table]:
     background = study.levels("pair background", BACKGROUND_LEVELS, size=15, mouse="anywhere")
     result = contrast(study.points, _seen(up, base), _seen(right, base), SITE, background=_frames(background))
     rows: Table = [
-        {"channel": channel_of(site), **{name: cell for name, cell in record.items() if name != "site"}}
-        for site, record in zip(result.sites, result.to_records(), strict=True)
+        {"channel": channel_of(site), **row} for site, row in zip(result.sites, contrast_rows(result), strict=True)
     ]
     sums = [level_sums(study.points, SITE, write_mazes(mazes, base))[:, channel] for mazes in (up, right)]
     falls = int((sums[0] > sums[1]).sum())
@@ -85,7 +85,7 @@ def figure(tables: Tables) -> Figure:
     axes[0].set_ylabel(f"sum of channel {tables['pictures'][0]['channel']}, one mark per pair (n={len(rows)})")
     top = tables["automatic"][:10][::-1]
     for row, each in enumerate(top):
-        axes[4].plot([each["low"], each["high"]], [row, row], color="black")
+        axes[4].plot([each["effect_low"], each["effect_high"]], [row, row], color="black")
         axes[4].plot(each["effect"], row, "o", color="black")
     axes[4].set_yticks(range(len(top)), [f"channel {each['channel']}" for each in top])
     axes[4].axvline(0, color="black", linewidth=0.8)

@@ -14,7 +14,7 @@ from chanpatch.statistics import Interval, bootstrap_interval
 from maze.levels import random_squares
 from maze.part import Cell, Finding, Part, Study, Table, Tables, interval_cells, shown
 from maze.paths import Direction, direction_field, legal_moves
-from maze.readings import Readings, areas, optional_cells, rank_correlation
+from maze.readings import Readings, area, areas, optional_cells, rank_correlation
 from maze.states import read_mazes, write_mazes
 
 SIZE = 25
@@ -62,9 +62,7 @@ def measure(study: Study) -> dict[str, Table]:
             chosen = {name: areas(here.sums[:, live], here.first[:, direction]) for name, here in choice.items()}
             for name, other in (classes, classes[::-1]):
                 known = {"direction": direction.name, "square": name}
-                tested = areas(test[name].sums[:, live], test[name].first[:, direction])
-                rows = zip(live, _cells(chosen[name]), _cells(tested), strict=True)
-                channels += [known | {"channel": row[0], "auc_choice": row[1], "auc": row[2]} for row in rows]
+                channels += [known | _told(choice[name], test[name], channel, direction) for channel in live]
                 seed = study.seed_for("parity bootstrap")
                 row = _transfer(test[name], direction, live, chosen[name], chosen[other], seed)
                 transfer.append({**known, "other": other, **row})
@@ -128,8 +126,13 @@ def _activity(study: Study, tests: Mapping[tuple[str, str], Readings]) -> Table:
     return rows
 
 
-def _cells(values: Values) -> list[float | None]:
-    return [None if np.isnan(value) else float(value) for value in values]
+def _told(choice: Readings, test: Readings, channel: int, direction: Direction) -> dict[str, Cell]:
+    """One channel's AUC on the mazes to choose on and on those to test on."""
+    cells: dict[str, Cell] = {"channel": channel}
+    for name, here in (("auc_choice", choice), ("auc", test)):
+        n = name.replace("auc", "n")
+        cells |= {n: len(here), **optional_cells(name, area(here.sums[:, channel], here.first[:, direction]))}
+    return cells
 
 
 def figure(tables: Tables) -> Figure:

@@ -10,8 +10,9 @@ import torch
 from matplotlib.figure import Figure
 
 from chanpatch import contrast
-from chanpatch.statistics import bootstrap_interval
+from chanpatch.statistics import Interval, bootstrap_interval
 from maze.channels import channel_of
+from maze.decision_squares import cells
 from maze.labels import WAYS, is_reading
 from maze.levels import draw_levels, observe, policy_input
 from maze.pairs import contrastive_pairs, rotations
@@ -33,8 +34,7 @@ def measure(study: Study) -> dict[str, Table]:
     background = _frames(study.levels("ranking background", BACKGROUND_LEVELS, size=side, mouse="anywhere"))
     by_post, by_five = (_differences(study, chosen, background) for chosen in (pairs[:1], pairs))
     live = study.selection.live
-    channels = sorted(live, key=lambda channel: -by_post[channel]["absolute"])
-    five = sorted(live, key=lambda channel: -by_five[channel]["absolute"])
+    channels, five = (sorted(live, key=lambda channel: -of[channel]["absolute"].estimate) for of in (by_post, by_five))
     rows: Table = []
     for rank, channel in enumerate(channels, 1):
         told = study.labels[channel]
@@ -42,10 +42,12 @@ def measure(study: Study) -> dict[str, Table]:
             {
                 "rank": rank,
                 "channel": channel,
-                "absolute": by_post[channel]["absolute"],
-                "effect": by_post[channel]["effect"],
+                "pairs": 1,
+                **cells("absolute", by_post[channel]["absolute"]),
+                **cells("effect", by_post[channel]["effect"]),
                 "rank_five_pairs": five.index(channel) + 1,
-                "absolute_five_pairs": by_five[channel]["absolute"],
+                "n_five_pairs": len(pairs),
+                **cells("absolute_five_pairs", by_five[channel]["absolute"]),
                 "label": told.label,
                 "candidate": told.candidate,
                 "n": told.n,
@@ -58,8 +60,11 @@ def measure(study: Study) -> dict[str, Table]:
     return {"ranking": rows, "agreement": _agreement(rows, study.seed_for("ranking bootstrap"))}
 
 
-def _differences(study: Study, pairs: list[Mazes], background: torch.Tensor) -> dict[int, dict[str, float | None]]:
-    """Per channel the mean absolute difference of sums over all rotations, and the same in standard deviations."""
+def _differences(study: Study, pairs: list[Mazes], background: torch.Tensor) -> dict[int, dict[str, Interval]]:
+    """Per channel the mean absolute difference of sums over all rotations, and the same in standard deviations.
+
+    The rotations of a pair are one observation, so one pair alone has no interval.
+    """
     # A level of the same size lends its textures, as in `pair_sums`.
     bases = [draw_levels(1, size=int(pair.size[0]), seed=0)[0] for pair in pairs]
     turned = [(number, mazes) for number, pair in enumerate(pairs) for mazes in rotations(pair)]
@@ -75,9 +80,10 @@ def _differences(study: Study, pairs: list[Mazes], background: torch.Tensor) -> 
         absolute=True,
         clusters=[number for number, _ in turned],
     )
-    effects = np.where(np.isfinite(result.effect), result.effect, None)
+    unit, ends = result.std, np.stack([result.effect, result.low, result.high])
+    told = {"absolute": [result.absolute, *(ends * unit)[1:]], "effect": ends}
     return {
-        channel_of(site): {"absolute": float(result.absolute[row]), "effect": effects[row]}
+        channel_of(site): {name: Interval(*(float(each[row]) for each in of), 0.95) for name, of in told.items()}
         for row, site in enumerate(result.sites)
     }
 

@@ -40,7 +40,7 @@ Values: TypeAlias = NDArray[np.float64]
 def measure(study: Study) -> dict[str, Table]:
     """Which channels mark the cheese, how strongly to set them, and how often the mouse gets to the marked square."""
     choosing = study.levels("retarget choosing", CHOOSING_LEVELS, size=SIZE, cheese="as drawn")
-    channels, chosen, marks = cheese_channels(study.points, choosing)
+    channels, chosen, marks = cheese_channels(study.points, choosing, study.seed_for("retarget bootstrap"))
     magnitudes, multiple = _magnitudes(study, choosing, chosen, marks)
 
     drawn = study.levels("retarget", min(study.n, MOST_LEVELS), size=SIZE, cheese="as drawn")
@@ -101,8 +101,13 @@ def _absolute_z(
     return {ONE: own[0], ONE_OTHER: other[0], ALL: float(np.mean(own)), OTHERS: float(np.mean(other))}
 
 
-def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table, Cells, Values]:
+def cheese_channels(points: HookPoints, levels: Sequence[bytes], seed: int) -> tuple[Table, Cells, Values]:
     """The channels whose activation the cheese raises most on its own cell of the map.
+
+    Args:
+        points: of the policy.
+        levels: to choose on.
+        seed: of the bootstrap.
 
     Returns:
         One row per channel, the highest contrast first; the channels that are taken; and their mean activation at
@@ -117,13 +122,14 @@ def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table,
     at_cheese = activation[every, :, row, col].astype(np.float64)
     order = np.argsort(-contrast.mean(axis=0), kind="stable")
     chosen = order[: max(1, round(SHARE * len(order)))]
+    means = [mean_intervals(each.T, seed) for each in (contrast, at_cheese)]
     rows: Table = [
         {
             "channel": int(channel),
-            "contrast": float(contrast[:, channel].mean()),
-            "activation": float(at_cheese[:, channel].mean()),
-            "highest": float(activation[:, channel].max()),
             "n": len(levels),
+            **interval_cells("contrast", means[0][channel]),
+            **interval_cells("activation", means[1][channel]),
+            "highest": float(activation[:, channel].max()),
             "varies": bool(np.ptp(at_cheese[:, channel]) > 0),
             "chosen": bool(channel in chosen),
         }

@@ -17,7 +17,7 @@ from maze.levels import observe, policy_input
 from maze.moved_walls import pairs_with_a_moved_wall
 from maze.part import POOL, Finding, Part, Study, Table, Tables, above, open_to, shown, verdict
 from maze.paths import Direction
-from maze.readings import area, areas, optional_cells
+from maze.readings import area, areas, contrast_rows, optional_cells
 from maze.states import write_mazes
 from maze.tables import LINEAR, SITE
 
@@ -77,8 +77,10 @@ def _hook_points(study: Study) -> Table:
 def _searched(points: HookPoints) -> list[str]:
     """What each module with channels returns, and the linear layer, which ends the way from channels to actions.
 
-    Modules that consist of others are left out, as the last of these returns the same; so is what only reshapes.
+    Modules that consist of others are left out, as the last of these returns the same.
     """
+    # Not `sites="all"`, which has the flattened map too: each of its features is one position of one channel and no
+    # sum, and those that are nearly always 0 have the largest effects of all, in standard deviations of almost nothing.
     return [
         name
         for name, point in points.items()
@@ -110,8 +112,7 @@ def _contrast(study: Study) -> Table:
     usual = torch.from_numpy(policy_input(observe(background)))
     result = contrast(study.points, clean, corrupted, _searched(study.points), background=usual)
     return [
-        {"rank": rank, "searched": len(result), "pairs": result.pairs, **record}
-        for rank, record in enumerate(result.top(SHOWN).to_records(), 1)
+        {"rank": rank, "searched": len(result), **row} for rank, row in enumerate(contrast_rows(result.top(SHOWN)), 1)
     ]
 
 
@@ -197,10 +198,11 @@ def _stands_out(contrast: Table, wanted: Sequence[str]) -> bool | None:
 
 def _size(row: Mapping[str, Any]) -> tuple[float, float]:
     """The interval of an effect's size: from 0 on where the effect's own holds 0 or is not known."""
-    if row["low"] is None or row["high"] is None:
+    low, high = row["effect_low"], row["effect_high"]
+    if low is None or high is None:
         return 0.0, np.inf
-    ends = sorted((abs(row["low"]), abs(row["high"])))
-    return (0.0 if row["low"] * row["high"] <= 0 else ends[0]), ends[1]
+    ends = sorted((abs(low), abs(high)))
+    return (0.0 if low * high <= 0 else ends[0]), ends[1]
 
 
 def _ranks(contrast: Table, sites: Sequence[str]) -> str:
