@@ -82,7 +82,9 @@ def test_the_finding_agrees_when_the_pairs_channel_differs_most(tables, directio
     ],
 )
 def test_a_channel_of_other_directions_on_top_counts_against_it_only_beyond_the_intervals(top, wanted, stands_out):
-    rows = [{"site": name, "effect_low": low, "effect_high": high} for name, (low, high) in (("other", top), ("up", wanted))]
+    rows = [
+        {"site": name, "effect_low": low, "effect_high": high} for name, (low, high) in (("other", top), ("up", wanted))
+    ]
     assert part._stands_out(rows, ["up"]) is stands_out
     first_is_wanted = part._stands_out([rows[0] | {"site": "up"}], ["up"])
     assert first_is_wanted is (True if top == (1.5, 2.5) else None)
