@@ -31,10 +31,14 @@ class CategoricalPolicy(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
-        self.forwards = []
+        self.note = [].append  # what a list of its own holds is put back
+
+    @property
+    def forwards(self):
+        return self.note.__self__
 
     def forward(self, observations):
-        self.forwards.append((published.step, published.rows.tolist(), len(observations)))
+        self.note((published.step, published.rows.tolist(), len(observations)))
         return Categorical(logits=self.layers(observations))
 
 

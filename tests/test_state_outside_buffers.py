@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch import contrast, hook_points, paired_rollouts, patched, steer, sweep, zero_ablate
+from chanpatch import contrast, hook_points, paired_rollouts, patched, rollout, steer, sweep, zero_ablate
 from chanpatch.attribution import attribution
 from chanpatch.path_patching import path_patch
 from chanpatch.probes import channel_sums
@@ -182,10 +183,42 @@ def test_a_path_is_measured_against_a_baseline_that_stays(x) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_two_rollouts_of_one_policy_begin_with_the_same_state() -> None:
+class Framing(nn.Module):
+    """Keeps the means of what it saw in a list, and acts by their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.frames = nn.Linear(4, 2), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.frames.append(float(x.mean()))
+        return self.head(x) + 5 * torch.tensor([sum(self.frames), 0.0])
+
+
+NAMED = Framing()
+WAYS = {
+    "module": lambda policy: policy,
+    "closure": lambda policy: lambda x: policy(x),
+    "method": lambda policy: policy.forward,
+    "default": lambda policy: lambda x, policy=policy: policy(x),
+    "partial": lambda policy: functools.partial(lambda policy, x: policy(x), policy),
+    "object": lambda policy: type("Acting", (), {"__init__": lambda self: setattr(self, "policy", policy),
+                                                 "__call__": lambda self, x: self.policy(x)})(),
+    "global": lambda policy: lambda x: NAMED(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("made", [lambda: Recurrent(2), Framing])
+def test_two_rollouts_of_one_policy_begin_with_the_same_state(way, made, monkeypatch) -> None:
     torch.manual_seed(1)
-    policy = Recurrent(2).eval()
+    policy = made().eval()
+    monkeypatch.setitem(globals(), "NAMED", policy)
+    before = dict(vars(policy))
     envs = gymnasium.make_vec("CartPole-v1", num_envs=1, vectorization_mode="sync")
-    pairs = paired_rollouts({"a": policy, "b": policy}, envs, range(6), max_steps=60)
+    acting = way(policy)
+    pairs = paired_rollouts({"a": acting, "b": acting}, envs, range(6), max_steps=60)
     assert all(map(np.array_equal, pairs["a"].actions, pairs["b"].actions))
-    assert policy.h is None
+    again = rollout(acting, envs, [5], max_steps=60)  # no episode begins with what another one left
+    assert np.array_equal(pairs["a"].actions[5], again.actions[0])
+    assert all(vars(policy)[name] is before[name] for name in before) and not getattr(policy, "frames", None)

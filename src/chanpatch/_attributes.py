@@ -24,13 +24,11 @@ class Attributes:
 
     Args:
         model: The model, or some of its modules.
-        lists: Whether what lists hold is put back.
     """
 
-    def __init__(self, model: nn.Module | Iterable[nn.Module], *, lists: bool = True) -> None:
+    def __init__(self, model: nn.Module | Iterable[nn.Module]) -> None:
         modules = model.modules() if isinstance(model, nn.Module) else model
         self._owns = [vars(module) for module in modules]
-        self._lists = lists
         self._names: list[str] = []
         self._values: list[Any] = []
         self._held: list[tuple[Any, Any]] = []
@@ -90,7 +88,7 @@ class Attributes:
             if isinstance(value, _PLAIN) or id(value) in self._noted:
                 continue
             self._noted.add(id(value))
-            if isinstance(value, (dict, set, deque, np.ndarray)) or (self._lists and isinstance(value, list)):
+            if isinstance(value, (list, dict, set, deque, np.ndarray)):
                 self._held.append((value, value.copy()))
             elif isinstance(value, Tensor):
                 if _may_be_written(value):

@@ -1,4 +1,4 @@
-"""Copies of policies that share the weights, and what stands in the way of one."""
+"""Copies of policies that share the weights, what stands in the way of one, and what functions hold."""
 
 from __future__ import annotations
 
@@ -46,6 +46,19 @@ def quoted(*names: str) -> str:
     return f"'{'.'.join(filter(None, names))}'"
 
 
+def held_modules(policy: Any) -> list[nn.Module]:
+    """Return the modules that a policy is or holds: in a closure, a default, an attribute, or by the name of a global.
+
+    Args:
+        policy: A module, or a function or object that calls some.
+    """
+    if isinstance(policy, nn.Module):
+        return [policy]
+    held = [*_reachable([policy, *getattr(policy, "__dict__", {}).values()], _held_by)]
+    called = [item for function in held if isinstance(function, types.FunctionType) for item in _globals_of(function)]
+    return [item for item in (*held, *called) if isinstance(item, nn.Module)]
+
+
 def _memo(policy: nn.Module) -> dict[int, Any]:
     """Return what a copy holds in place of tensors: the very weights; results of forwards have a graph, so clones."""
     tensors = [item for item in _reachable([policy], _kept_by) if isinstance(item, Tensor)]
@@ -83,9 +96,13 @@ def _refuse_held_functions(policy: nn.Module) -> None:
 
 
 def _holds(function: types.FunctionType, modules: set[nn.Module], own: set[int], hook: bool) -> bool:
-    names = {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}
-    held = [*_reachable([function], _held_by), *map(function.__globals__.get, names)]
+    held = [*_reachable([function], _held_by), *_globals_of(function)]
     return any((hook and id(item) in own) or (isinstance(item, nn.Module) and item in modules) for item in held)
+
+
+def _globals_of(function: types.FunctionType) -> Iterable[Any]:
+    names = {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}
+    return map(function.__globals__.get, names)
 
 
 def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:

@@ -337,16 +337,15 @@ class undisturbed:
     """Runs forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer, attribute or flag.
 
     It may be entered again and again, but not inside itself; `put_back` parts one forward from the next inside it.
-    A policy of the user's may log what it did in lists: `lists=False` leaves what those hold.
     """
 
-    def __init__(self, model: nn.Module, *, lists: bool = True) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._modules = [*model.modules()]
         own = [each for module in self._modules for each in (module._parameters, module._buffers) if each]
         devices = {tensor.device for each in own for tensor in each.values() if tensor is not None}
         self._cuda = [device for device in devices if device.type == "cuda"]
         self._no_grad = torch.no_grad()
-        self._attributes = Attributes(self._modules, lists=lists)
+        self._attributes = Attributes(self._modules)
 
     def __enter__(self) -> undisturbed:
         self._training = [module.training for module in self._modules]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from .._copies import held_modules
 from .._optional import imported
 from .._progress import progress_bar
 from .._published import forward_context
@@ -74,10 +75,11 @@ def play(
     if max_steps < 1:
         raise RolloutError(f"max_steps is {max_steps}, but an episode has at least one step.")
     waves = range(0, log.plays, envs.num_envs)
-    module = policy if isinstance(policy, nn.Module) else nn.Module()
-    with undisturbed(module, lists=False), progress_bar(progress, len(waves) * max_steps, "step") as advance:
+    held = nn.ModuleList(held_modules(policy))
+    with undisturbed(held) as run, progress_bar(progress, len(waves) * max_steps, "step") as advance:
         actor = Actor(policy, initial_state, around)
         for start in waves:
+            run.put_back_state()  # no episode begins with what another one left on the policy
             wave = np.arange(start, min(start + envs.num_envs, log.plays))
             left = max_steps
             for _ in _played_steps(actor, envs, wave, log, max_steps=max_steps, greedy=greedy):

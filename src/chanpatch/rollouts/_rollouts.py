@@ -30,9 +30,14 @@ def rollout(
     The policy is called once per step, with the rows of the episodes that still run, and patches see the step
     and the numbers of these episodes in their `context`. Where the policy treats its rows one by one, the
     result depends neither on the number of environments nor on the other seeds; a seed that is listed twice
-    is the same level with other draws. The training flag stays as it is; random number generators are put
-    back afterwards. Actions are passed on as drawn: to keep them in a Box space, wrap the environments in
-    gymnasium's ClipAction.
+    is the same level with other draws. Actions are passed on as drawn: to keep them in a Box space, wrap the
+    environments in gymnasium's ClipAction.
+
+    The training flag stays as it is. Random number generators are put back afterwards, and so is all that the
+    policy keeps in buffers and attributes, lists too: also whenever the environments begin new episodes, so
+    that none begins with what another one left. A policy's log of its own goes where no attribute holds it,
+    such as a list to which a function appends. For a policy that is a function, this holds of the modules in
+    its closure, in its defaults and in the globals that it names.
 
     A recurrent policy is called as `policy(observations, state)` and returns `(output, new state)`. Every
     episode begins with a state of its own, so such a policy needs no flag for the start of an episode. One
