@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -271,3 +272,45 @@ def test_unpaired_inputs_and_unknown_names_are_refused() -> None:
 def test_a_model_without_a_trace_is_refused() -> None:
     with pytest.raises(TypeError, match="Expected HookPoints, not .*: points = hook_points"):
         path_patch(POINTS.model, CLEAN, CORRUPTED, "first", "head.in[0]", metric=first_logit)  # type: ignore[arg-type]
+
+
+class WithAHookInside(nn.Module):
+    """A linear layer of its own weights with an identity inside, as transformer libraries have them."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(like.weight.data.clone()), nn.Parameter(like.bias.data.clone())
+        self.hook = nn.Identity()
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.hook(vector @ self.weight.T + self.bias)
+
+
+class Stream(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        stream = self.a(vector)
+        stream = stream + self.b(stream).relu()
+        stream = stream + self.c(stream).relu()
+        return self.head(stream)
+
+
+def test_paths_are_held_in_whatever_way_a_layer_keeps_its_weights() -> None:
+    torch.manual_seed(0)
+    plain = Stream()
+    hooked, normed = copy.deepcopy(plain), copy.deepcopy(plain)
+    hooked.b, hooked.c = WithAHookInside(plain.b), WithAHookInside(plain.c)
+    for name in "bc":
+        nn.utils.parametrizations.weight_norm(getattr(normed, name))
+    clean, corrupted = torch.randn(2, 6, 4)
+    direct = [
+        path_patch(hook_points(model, clean), clean, corrupted, "a", "head.in[0]", metric=lambda output: output[:, 0])
+        for model in (plain, hooked, normed)
+    ]
+    by_hand = (plain.a(corrupted) - plain.a(clean)) @ plain.head.weight[0]
+    torch.testing.assert_close(torch.as_tensor(direct[0]).float(), by_hand.detach(), rtol=1e-4, atol=1e-5)
+    for other in direct[1:]:
+        torch.testing.assert_close(torch.as_tensor(other), torch.as_tensor(direct[0]), rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from scipy.stats import mannwhitneyu
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
-from torch import nn
+from torch import Tensor, nn
 
 from chanpatch import ThresholdProbe, channel_sums, errors, hook_points, label_channels, run_with_cache
 from chanpatch.probes import linear_probe
@@ -608,3 +608,14 @@ def test_what_no_probe_can_be_fitted_to_is_refused_by_name(name):
     with pytest.raises(errors.ProbeError) as caught:
         call()
     assert str(caught.value) == message
+
+
+class Complex(nn.Module):
+    def forward(self, vector: Tensor) -> Tensor:
+        return torch.complex(vector, 2 * vector)
+
+
+def test_sums_of_complex_activations_are_refused_where_half_of_them_would_be_lost() -> None:
+    points = hook_points(nn.Sequential(Complex()), torch.randn(2, 3), axes={"0": ("batch", "feature")})
+    with pytest.raises(errors.SiteError, match="complex64.*view_as_real"):
+        channel_sums(points, torch.randn(2, 3), "0")

@@ -754,3 +754,12 @@ def test_what_is_written_in_place_downstream_does_not_change_a_record_in_the_gra
     with recording(hook_points(model, inputs), "0", detach=False) as cache:
         model(inputs)
     assert torch.equal(cache["0"], model[0](inputs))
+
+
+def test_sums_of_half_precision_activations_do_not_overflow() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1)).half()
+    nn.init.constant_(model[0].weight, 60.0)
+    image = torch.full((2, 1, 64, 64), 1.0).half()
+    with recording(hook_points(model, image), "0", reduce="sum") as cache, torch.no_grad():
+        expected = model(image).double().sum(dim=(2, 3))
+    torch.testing.assert_close(cache["0"].double(), expected)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from chanpatch import contrast, hook_points, paired_rollouts, patched, rollout, steer, sweep, zero_ablate
 from chanpatch.attribution import attribution
+from chanpatch.metrics import kl_divergence
 from chanpatch.path_patching import path_patch
 from chanpatch.probes import channel_sums
 from chanpatch.tracing import undisturbed
@@ -222,3 +223,32 @@ def test_two_rollouts_of_one_policy_begin_with_the_same_state(way, made, monkeyp
     again = rollout(acting, envs, [5], max_steps=60)  # no episode begins with what another one left
     assert np.array_equal(pairs["a"].actions[5], again.actions[0])
     assert all(vars(policy)[name] is before[name] for name in before) and not getattr(policy, "frames", None)
+
+
+class ReusesItsDict(nn.Module):
+    """Returns one and the same dict from every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head, self.out = nn.Linear(4, 8), nn.Linear(8, 3), {}
+
+    def forward(self, vector: Tensor) -> dict[str, Tensor]:
+        self.out["logits"] = self.head(self.encoder(vector).relu())
+        return self.out
+
+
+@pytest.mark.parametrize("strategy", ["auto", "resume", "loop"])
+def test_a_model_that_returns_the_same_dict_again_is_compared_with_what_it_held_then(strategy: Any) -> None:
+    torch.manual_seed(0)
+    model, vectors = ReusesItsDict().eval(), torch.randn(12, 4)
+    points = hook_points(model, vectors)
+    patches = [zero_ablate(points.site("encoder", feature=unit)) for unit in range(8)]
+    expected = []
+    with torch.no_grad():
+        baseline = {"logits": model(vectors)["logits"].clone()}
+        for patch in patches:
+            with patched(points, patch):
+                expected.append(float(kl_divergence(model(vectors), baseline=baseline).mean()))
+    effects = sweep(points, vectors, patches=patches, metric=kl_divergence, strategy=strategy).effect()
+    assert max(expected) > 0.001
+    torch.testing.assert_close(torch.as_tensor(effects).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)

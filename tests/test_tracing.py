@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chanpatch._taps import tap
 from chanpatch.errors import HookPointError, SiteError, UnsupportedModelError
@@ -557,3 +557,24 @@ def test_a_model_on_the_meta_device_can_be_traced():
 def test_packed_sequences_prove_no_batch():
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 6), torch.randn(2, 6)])
     assert set(batch_axes(hook_points(nn.LSTM(6, 4), packed)).values()) == {None}
+
+
+class OneExpert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.expert = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        hidden = self.router(vector)
+        chosen = (vector[:, 0] > 0).nonzero()[:, 0]
+        output = torch.zeros_like(hidden)
+        output[chosen] = self.expert(hidden[chosen])
+        return output
+
+
+def test_rows_that_an_expert_was_given_are_not_the_batch() -> None:
+    vectors = torch.randn(8, 4)
+    vectors[:, 0] = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, 1])
+    points = hook_points(OneExpert(), vectors)
+    assert points["router"].batch_axis == 0
+    assert points["expert"].batch_axis is None

@@ -28,7 +28,7 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from chanpatch._tree import Attr, Item, get, leaves, parse_path, path_text, replace
+from chanpatch._tree import Attr, Item, fresh, get, leaves, parse_path, path_text, replace
 from chanpatch.errors import UnsupportedModelError
 
 
@@ -422,3 +422,21 @@ def test_a_read_only_mapping_can_be_read_but_not_rebuilt():
     assert [path for path, _ in leaves(output)] == [(Item("a"),)]
     with pytest.raises(UnsupportedModelError, match="Have the module return a dict"):
         replace(output, (Item("a"),), t(3))
+
+
+@dataclass
+class Holding:
+    inner: list[int]
+
+
+def test_an_output_has_containers_of_its_own_all_the_way_down() -> None:
+    tensor = torch.zeros(1)
+    before = (tensor, [tensor, {"a": [1]}], OrderedDict(b=[2]), Holding([3]))
+    after = fresh(before)
+    after[1][1]["a"].append(0)
+    after[2]["b"].append(0)
+    after[3].inner.append(0)
+    assert before[1][1] == {"a": [1]} and before[2] == OrderedDict(b=[2]) and before[3] == Holding([3])
+    assert after[0] is tensor and after[1][0] is tensor and type(after[2]) is OrderedDict
+    pair = (tensor, tensor)
+    assert fresh(pair) is pair
