@@ -170,8 +170,8 @@ def figure(tables: Tables) -> Figure:
     panels[0].set_title(MOUSE, fontsize=10)
     for axes, goal in zip(panels[1:3], ("cheese", "corner"), strict=True):
         _draw_shares(axes, tables["shares"], {each.name: _high(each, goal) for each in DIRECTIONS})
-        axes.set_title(f"the channel of the {goal}'s direction is high", fontsize=10)
-        axes.legend(frameon=False, fontsize=9, loc="upper right")
+        axes.set_title(f"the channel of the {goal}'s direction is high", fontsize=10, loc="left")
+        axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)  # above all marks
     _draw_trends(panels[3], [row for row in tables["trends"] if row["cheese"] == BOTH])
     return drawn
 

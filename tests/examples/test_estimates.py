@@ -1,0 +1,89 @@
+"""Every estimate in the tables of the study has its interval, and says of how many levels it is."""
+
+import importlib
+
+import pytest
+from studies import shipped_points
+
+from maze.part import Study
+from maze.parts import PARTS
+
+# Fewer of everything that n does not decide, so that all parts are measured in a minute.
+FEWER = {
+    "AUTOMATIC_LEVELS": 8,
+    "BACKGROUND_LEVELS": 20,
+    "CHOICE_LEVELS": 40,
+    "CHOOSING_LEVELS": 8,
+    "METERED": 20,
+    "MOST_DRAWN": 3,
+    "PAIR_LEVELS": 8,
+    "REFERENCE": 20,
+    "RESAMPLES": 99,
+}
+SMALLER = ("ablation", "decision", "hypothesis", "top16")  # in mazes of size 9
+CHOSEN_ON = {
+    "maze.part.SELECTION_LEVELS": 100,
+    "maze.part.LABEL_LEVELS": 60,
+    "maze.decision_squares.THRESHOLD_LEVELS": 80,
+    "maze.steering.METERED": 20,
+}
+
+SETTING = "a setting, or chosen by a rule: nothing is estimated"
+ONE = "of one maze"
+OTHER = "how the controls came out, each of which has an interval of its own or none is told"
+METER = "how unusual an activation is: told beside an effect, and no effect itself"
+P = "a p-value"
+NO_ESTIMATES = {
+    "absolute_z": METER,
+    "lowest_sum": METER,
+    "controls_apart": METER,
+    "threshold": SETTING,
+    "margin": SETTING,
+    "median_distance": SETTING,
+    "mean": SETTING,  # with the deviation the unit of coefficients
+    "deviation": SETTING,
+    "chosen_by": SETTING,  # too high by the choice; the score on other mazes stands beside it
+    "weight": SETTING,
+    "highest": "that occurred",
+    **dict.fromkeys(("sum", "sum_0", "sum_1", *(f"col_{col}" for col in range(8))), ONE),
+    **dict.fromkeys((f"{what}_{to}" for what in ("original", "zeroed") for to in ("left", "down", "up", "right")), ONE),
+    **dict.fromkeys(("controls_lowest", "controls_median", "controls_highest"), OTHER),
+    **dict.fromkeys(("p", "p_holm", "p_bh", "adjusted_p", "rank_p", "mcnemar_p"), P),
+}
+OF = ("n", "pairs", "channels")
+# What is none in these tables, by names that are estimates elsewhere.
+IN_TABLE = {
+    **dict.fromkeys((f"random-mazes/{name}" for name in ("areas", "behaviour", "pictures")), {"share"}),  # a setting
+    # What an ablation leaves, over the same levels as `original` and `effect`, which have the intervals.
+    "ablation/effects": {"modified", "corner_original", "corner_modified"},
+    "ablation/walks": {"exact_original", "exact_modified"},  # beside what was walked; effects.csv has the intervals
+}
+
+
+@pytest.fixture(params=PARTS)
+def measured(request, monkeypatch):
+    """A part's name and its tables on few levels."""
+    part = PARTS[request.param]
+    module = importlib.import_module(part.measure.__module__)
+    for name, fewer in FEWER.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, fewer)
+    if part.name in SMALLER:
+        monkeypatch.setattr(module, "SIZE", 9)
+    for name, fewer in CHOSEN_ON.items():
+        monkeypatch.setattr(name, fewer)
+    return part.name, part.measure(Study(shipped_points(), {"name": "policy.safetensors"}, 20, seed=0))
+
+
+@pytest.mark.slow
+def test_every_estimate_has_its_interval_and_its_n(measured):
+    part, tables = measured
+    for name, table in tables.items():
+        columns = list(table[0])
+        numbers = {column for row in table for column, cell in row.items() if isinstance(cell, float)}
+        ends = {f"{column}{end}" for column in columns for end in ("_low", "_high")}
+        estimates = numbers - ends - NO_ESTIMATES.keys() - IN_TABLE.get(f"{part}/{name}", set())
+        for estimate in estimates:
+            assert {f"{estimate}_low", f"{estimate}_high"} <= set(columns), f"{part}/{name}.csv: {estimate}"
+        if estimates:
+            assert any(column in OF or column.startswith("n_") for column in columns), f"{part}/{name}.csv has no n"
