@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
@@ -49,17 +51,39 @@ class Caching(nn.Module):
         return self.head(self.cache[: len(x)] * self.seen[-1])
 
 
-class StaticOutput(nn.Module):
-    """Returns a view of one buffer, or of one plain tensor, each time."""
+@dataclass
+class Memory:
+    total: Any = 0.0
+    seen: list[int] = field(default_factory=list)
 
-    def __init__(self, buffer: bool) -> None:
+
+class Remembering(nn.Module):
+    """Keeps its state in an object."""
+
+    def __init__(self, memory: Any) -> None:
         super().__init__()
-        self.enc, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
-        self.register_buffer("out", torch.zeros(16, 3)) if buffer else setattr(self, "out", torch.zeros(16, 3))
+        self.enc, self.head, self.memory = nn.Linear(4, 8), nn.Linear(8, 3), memory
 
     def forward(self, x: Tensor) -> Tensor:
-        self.out[: len(x)] = self.head(self.enc(x).relu())
-        return self.out[: len(x)]
+        hidden = self.enc(x)
+        self.memory.total = self.memory.total + hidden.mean()
+        self.memory.seen.append(len(x))
+        return self.head(hidden + self.memory.total * len(self.memory.seen))
+
+
+class StaticOutput(nn.Module):
+    """Returns a view of one buffer, of one plain tensor or of one array, each time."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.enc, self.head, self.array = nn.Linear(4, 8), nn.Linear(8, 3), np.zeros((16, 3), np.float32)
+        self.register_buffer("buffer", torch.zeros(16, 3))
+        self.tensor, self.kind = torch.zeros(16, 3), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.from_numpy(self.array) if self.kind == "array" else getattr(self, self.kind)
+        out[: len(x)] = self.head(self.enc(x).relu()).detach()
+        return out[: len(x)]
 
 
 class Drawing(nn.Module):
@@ -81,8 +105,9 @@ GENERATORS = [lambda: torch.Generator().manual_seed(0), lambda: np.random.defaul
 MODELS = [
     Recurrent,
     Caching,
-    lambda: StaticOutput(True),
-    lambda: StaticOutput(False),
+    lambda: Remembering(Memory()),
+    lambda: Remembering(SimpleNamespace(total=0.0, seen=[])),
+    *(lambda kind=kind: StaticOutput(kind) for kind in ("buffer", "tensor", "array")),
     *(lambda made=made: Drawing(made()) for made in GENERATORS),
 ]
 
@@ -178,7 +203,7 @@ def test_attribution_gives_the_exact_effect_of_a_model_that_has_run_nothing_yet(
 
 
 def test_a_path_is_measured_against_a_baseline_that_stays(x) -> None:
-    points = hook_points(StaticOutput(True).eval(), x)
+    points = hook_points(StaticOutput("buffer").eval(), x)
     expected = first(anew(points.model, x.flip(0)) - anew(points.model, x))
     found = path_patch(points, x, x.flip(0), "enc", "head.in[0]", metric=first)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -8,6 +8,8 @@ import random
 from collections import deque
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ _OF_TORCH = frozenset(vars(nn.Module()))  # parameters, hooks and the like
 class Attributes:
     """The attributes of all modules of a model when `note` was called, and what containers, arrays and tensors hold.
 
-    Weights are left out: a forward does not change them, and copies of them would be large.
+    Dataclasses and namespaces are containers too; other objects may reach anywhere, and are left alone. Weights are
+    left out: a forward does not change them, and copies of them would be large.
 
     Args:
         model: The model, or some of its modules.
@@ -42,10 +45,10 @@ class Attributes:
             self._note_all()
         return self
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """Those whose content is put back."""
-        return [tensor for tensor, _ in self._tensors]
+    def storages(self) -> set[int]:
+        """Return where the tensors and arrays lie whose content is put back."""
+        arrays = {int(held.ctypes.data) for held, _ in self._held if isinstance(held, np.ndarray)}
+        return arrays | {storage(tensor) for tensor, _ in self._tensors}
 
     def put_back(self) -> None:
         """Leave everything as it was at that moment, but for the generators."""
@@ -97,6 +100,8 @@ class Attributes:
                 self._generators.append((value, _state(value)))
             if isinstance(value, (list, tuple, deque, dict)):
                 self._note([*value.values()] if isinstance(value, dict) else value)
+            elif is_dataclass(value) or isinstance(value, SimpleNamespace):
+                self._note([getattr(value, "__dict__", None)])
 
 
 _chained = itertools.chain.from_iterable

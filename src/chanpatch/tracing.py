@@ -392,7 +392,7 @@ class undisturbed:
 
     def kept(self, output: Any) -> Any:
         """Return an output in which nothing changes when the model's state is put back under it."""
-        written = {storage(tensor) for tensor in [*(buffer for buffer, _ in self._values), *self._attributes.tensors]}
+        written = {storage(buffer) for buffer, _ in self._values} | self._attributes.storages()
         for path, tensor in [*leaves(output)]:
             if storage(tensor) in written - {0}:
                 output = replace(output, path, tensor.clone())
