@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,13 +10,22 @@ from maze.decision_squares import precise_threshold
 from maze.part import POOL, open_to
 from maze.parts import sums as part
 from maze.paths import Direction, first_steps, legal_moves, top_right
+from maze.selection import select_channels
 from maze.states import read_mazes
 from maze.tables import SITE
 
 
+def study_of(n):
+    """A study whose channels are given, with the sums of some selection mazes."""
+    study = small_study(n, tuple(range(32)))
+    levels = study.levels("selection", 60, size=25, cheese="in distribution", mouse="anywhere")
+    study.__dict__["selection"] = replace(select_channels(study.points, SITE, levels), best=BEST)
+    return study
+
+
 @pytest.fixture(scope="module")
 def study():
-    return small_study(20, tuple(range(32)))
+    return study_of(20)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +46,7 @@ def test_the_sums_are_of_mazes_in_which_the_direction_is_legal(study, tables):
 
 
 def test_too_few_mazes_for_a_threshold_are_said_in_the_table_and_the_finding():
-    few = part.measure(small_study(3, tuple(range(32))))
+    few = part.measure(study_of(3))
     assert all(row["quantity"].startswith("not measured") for row in few["transfer"] + few["precise"])
     assert part.finding(few).agrees == "not comparable"
     assert part.figure(few).axes
@@ -113,11 +123,19 @@ def with_precision(tables, fit, shifted):
 
 
 def test_the_figure_has_a_column_of_marks_per_label_and_split(tables):
-    axes = part.figure(tables).axes
-    for each in axes:
-        counts = [int(text.get_text().removeprefix("n=")) for text in each.texts]
-        assert len(counts) == 4
-        assert counts[0] + counts[1] == counts[2] + counts[3] == 20
+    for axes, direction in zip(part.figure(tables).axes, Direction, strict=True):
+        names, counts = zip(*(text.get_text().split("\nn = ") for text in axes.get_xticklabels()), strict=True)
+        assert names == (direction.name, f"not {direction.name}")
+        assert sum(map(int, counts)) == 40
+        assert [len(marks.get_offsets()) for marks in axes.collections] == [20, 20]
+
+
+def test_what_all_channels_tell_is_told_beside_what_the_one_does(tables):
+    inside, outside = (row for row in tables["linear"] if row["direction"] == "UP")
+    assert (inside["channel"], inside["n"], inside["split"]) == (BEST[Direction.UP], 20, "in distribution")
+    goals = next(row for row in tables["goals"] if (row["direction"], row["split"]) == ("UP", outside["split"]))
+    assert outside["one"] == goals["cheese"]
+    assert f"tells UP with AUC {inside['linear']:.3f}" in part.finding(tables).follows
 
 
 def test_the_way_to_the_corner_is_told_apart_from_that_to_the_cheese(study, tables):

@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from chanpatch import ThresholdProbe
 from chanpatch.errors import ProbeError
+from chanpatch.plots import strip
 from maze.channels import level_sums
 from maze.decision_squares import PRECISION, precise_threshold
+from maze.linear import readout
 from maze.part import (
     POOL,
     Cell,
@@ -46,6 +49,7 @@ def measure(study: Study) -> dict[str, Table]:
     transfer: Table = []
     precise: Table = []
     goals: Table = []
+    linear: Table = []
     pools = {
         split: study.levels(f"sums {split}", POOL * study.n, size=SIZE, cheese=split, mouse="anywhere")
         for split in SPLITS
@@ -55,8 +59,11 @@ def measure(study: Study) -> dict[str, Table]:
         sets = []
         for split, pool in pools.items():
             levels, labels = open_to(direction, pool, study.n)
-            values = level_sums(study.points, SITE, levels)[:, channel]
+            every = level_sums(study.points, SITE, levels)
+            values = every[:, channel]
             sets.append((values, labels))
+            told = readout(study.selection, direction, every, labels, seed=study.seed_for("readout bootstrap"))
+            linear.append({"direction": direction.name, "split": split, **told})
             goals.append({"direction": direction.name, "channel": channel, "split": split, "n": len(levels)})
             goals[-1] |= _goals(values, labels, towards_corner(direction, levels))
             named: dict[str, Cell] = {"direction": direction.name, "channel": channel, "split": split}
@@ -66,7 +73,7 @@ def measure(study: Study) -> dict[str, Table]:
         for table, fit in ((transfer, ThresholdProbe.fit), (precise, precise_threshold)):
             named = {"direction": direction.name, "channel": channel}
             table += [{**named, **row} for row in _transferred(fit, *sets, seed=study.seed_for("halves"))]
-    return {"sums": sums, "transfer": transfer, "precise": precise, "goals": goals}
+    return {"sums": sums, "transfer": transfer, "precise": precise, "goals": goals, "linear": linear}
 
 
 def _goals(values: NDArray[np.float64], cheese: NDArray[np.bool_], corner: NDArray[np.bool_]) -> dict[str, Cell]:
@@ -105,31 +112,26 @@ def _transferred(fit: Callable[..., ThresholdProbe | None], inside: Sums, outsid
 
 def figure(tables: Tables) -> Figure:
     """Sums by label and split, one panel per direction."""
-    drawn = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = drawn.subplots(1, len(Direction))
-    for axes, direction in zip(panels, Direction, strict=True):
-        rows = [row for row in tables["sums"] if row["direction"] == direction.name]
-        rng = np.random.default_rng(0)
-        for place, (split, label) in enumerate((split, label) for split in SPLITS for label in (True, False)):
-            sums = [row["sum"] for row in rows if row["split"] == split and row["is_it"] == label]
-            jitter = place + rng.uniform(-0.3, 0.3, len(sums))
-            axes.scatter(jitter, sums, s=7, marker="o" if label else "x", color="black", alpha=0.45, linewidths=0.7)
-            axes.text(place, 1.01, f"n={len(sums)}", transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
-        for name, style in (("transfer", "--"), ("precise", ":")):
-            row = next(row for row in tables[name] if row["direction"] == direction.name)
-            if row["threshold"] is not None:
-                label = f"{row['threshold']:.1f}: {row['criterion']}"
-                axes.axhline(row["threshold"], color="black", linestyle=style, linewidth=1.1, label=label)
-        if axes.get_legend_handles_labels()[0]:  # under the axes, where no marks are
-            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13))
-        labels = [f"{direction.name}\nin", "not\nin", f"{direction.name}\nout", "not\nout"]
-        axes.set(xticks=range(4), xticklabels=labels, ylabel=f"sum of channel {rows[0]['channel']}")
-        axes.axvline(1.5, color="0.7", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    drawn.suptitle(
-        "Is the way to the cheese in the channel's direction? Cheese in (left) and out of (right) the top right 5x5"
-    )
+    drawn = Figure(figsize=(14, 10), layout="constrained")
+    for axes, direction in zip(drawn.subplots(2, 2).flat, Direction, strict=True):
+        _draw_sums(axes, tables, direction.name)
+    drawn.suptitle("Does the way to the cheese start in the channel's direction?")
     return drawn
+
+
+def _draw_sums(axes: Axes, tables: Tables, direction: str) -> None:
+    """The sums of one direction's channel, and both thresholds."""
+    rows = [row for row in tables["sums"] if row["direction"] == direction]
+    labels = [direction if row["is_it"] else f"not {direction}" for row in rows]
+    strip([row["sum"] for row in rows], labels, [f"cheese {row['split']}" for row in rows], ax=axes)
+    for name, style in (("transfer", "--"), ("precise", ":")):
+        row = next(row for row in tables[name] if row["direction"] == direction)
+        if row["threshold"] is not None:
+            label = f"{row['threshold']:.1f}: {row['criterion']}"
+            axes.axhline(row["threshold"], color="black", linestyle=style, linewidth=1.1, label=label)
+    axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    axes.set(xlabel="first step to the cheese", ylabel=f"sum of channel {rows[0]['channel']}")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def finding(tables: Tables) -> Finding:
@@ -155,7 +157,7 @@ def finding(tables: Tables) -> Finding:
         f"distribution is beyond its interval for {_named(worse)}. A sum past the precise threshold is right in more "
         f"than {SURE:.0%} of mazes in distribution, all of the interval, for {_named(kept)}"
         + (f"; out of it in less, for {_named(lost)} of these. " if kept else ". ")
-        + _goals_told(tables["goals"], up["direction"]),
+        + f"{_goals_told(tables['goals'], up['direction'])} {_linear_told(tables['linear'], up['direction'])}",
         "That the channel knows the cheese: the ways to the cheese and to the corner start alike in most mazes, so the "
         "corner's tells the cheese's well. Nor that the threshold is wrong out of distribution because its raw "
         "precision is lower there: the share of mazes in which the way starts in that direction differs too. So "
@@ -178,6 +180,19 @@ def _goals_told(goals: Table, direction: str) -> str:
         f"Out of distribution the sum for {direction} tells the first step to the cheese with AUC "
         f"{shown(outside, 'cheese', '.2f')} and that to the corner with {shown(outside, 'corner', '.2f')}; the "
         f"corner's step alone would tell the cheese's with {shown(outside, 'corner_alone', '.2f')}{parted}."
+    )
+
+
+def _linear_told(linear: Table, direction: str) -> str:
+    """How much more all channels tell than the one, in distribution and out of it."""
+    inside, outside = (row for row in linear if row["direction"] == direction)
+    if inside["linear"] is None or outside["linear"] is None:
+        return "There are too few mazes for a readout of all channels."
+    return (
+        f"A linear readout of all {inside['live']} live channels, fitted on the {inside['n_fit']} mazes that the "
+        f"channel was chosen on, tells {direction} with AUC {shown(inside, 'linear')} in distribution, "
+        f"{shown(inside, 'more', '+.3f')} more than the channel (n={inside['n']}), and {shown(outside, 'linear')} out "
+        f"of it, {shown(outside, 'more', '+.3f')} more (n={outside['n']})."
     )
 
 
@@ -212,7 +227,8 @@ PART = Part(
     question="Does the sum of a channel tell the way to the cheese, in distribution and out of it?",
     method="Size 25, mouse on a random square where the direction is free; per direction the channel chosen on "
     "other mazes. Two thresholds are fitted on half of the mazes in distribution and scored on the other half and on "
-    f"those out of it: the one that divides best, and the smallest with precision {PRECISION:g}.",
+    f"those out of it: the one that divides best, and the smallest with precision {PRECISION:g}. Beside the channel "
+    "stands a logistic regression on the sums of all channels.",
     post="Above 30, channel 121 means UP almost surely in distribution, and does not outside (n=1000 each).",
     measure=measure,
     figure=figure,
