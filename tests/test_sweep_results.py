@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from chanpatch import HookPoints, Site, edit, errors, hook_points, patched, steer, zero_ablate
 from chanpatch.edits import Scale
 from chanpatch.metrics import kl_divergence
+from chanpatch.path_patching import path_patch
 from chanpatch.statistics import bootstrap_interval, rank_among
 from chanpatch.sweeps import SweepInterrupted, SweepResult, sweep
 
@@ -460,3 +461,23 @@ def test_a_count_of_rows_below_zero_is_an_error(points: HookPoints) -> None:
         swept(points).top(-1)
     assert str(caught.value) == "top(-1): the count is a number of rows, from 0 on."
     assert len(swept(points).top(0)) == 0
+
+
+def writing_into_the_output(output: Tensor) -> Tensor:
+    return output.mul_(2)[:, 0]
+
+
+def writing_into_the_baseline(output: Tensor, *, baseline: Tensor) -> Tensor:
+    return baseline.sub_(output)[:, 0]
+
+
+@pytest.mark.parametrize("metric", [writing_into_the_output, writing_into_the_baseline])
+def test_a_metric_that_writes_into_what_others_are_given_is_refused(metric: Any, points: HookPoints) -> None:
+    with pytest.raises(errors.MetricError) as caught:
+        swept(points, metric={"first": first, "writing": metric})
+    assert str(caught.value) == (
+        "The metric 'writing' wrote into the output or the baseline in place, which others are given too. Return new "
+        "tensors: output - baseline instead of output.sub_(baseline)."
+    )
+    with pytest.raises(errors.MetricError, match="The metric wrote into the output or the baseline in place"):
+        path_patch(points, *(vectors(ROWS)[0], -vectors(ROWS)[0]), "0", "2.in[0]", metric=metric)

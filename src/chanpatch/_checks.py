@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +19,7 @@ from ._tree import inside_vmap as inside_vmap
 from ._tree import leaves
 from ._typing import Axes
 from .edits import Add, Project, Resample, Scale, Set
-from .errors import BatchAxisError, EditError, TraceMismatchError, UnsupportedModelError
+from .errors import BatchAxisError, EditError, MetricError, TraceMismatchError, UnsupportedModelError
 from .points import HookPoint
 from .sites import Site
 
@@ -275,3 +275,24 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str
     if unknown:
         raise ValueError(f"allow_unreached names {sorted(unknown)}, where {nothing}.")
     return allowed
+
+
+@contextmanager
+def unwritten(metric: str, *given: Any) -> Iterator[None]:
+    """Refuse a metric that writes into what it is given, which is also given to others, and with other patches.
+
+    Args:
+        metric: How to call it.
+        given: To it.
+
+    Raises:
+        MetricError: At the end, if it wrote.
+    """
+    tensors = [tensor for tree in given for _, tensor in leaves(tree) if not tensor.is_inference()]
+    before = [tensor._version for tensor in tensors]
+    yield
+    if [tensor._version for tensor in tensors] != before:
+        raise MetricError(
+            f"{metric} wrote into the output or the baseline in place, which others are given too. Return new tensors: "
+            "output - baseline instead of output.sub_(baseline)."
+        )

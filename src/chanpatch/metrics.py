@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl
 
+from ._checks import unwritten
 from ._outputs import Actions, Choice, described, distribution_of, is_categorical, logits_of, shown, value_candidates
 from .errors import DistributionError, MetricError
 
@@ -328,22 +329,20 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
 
 
 def measured(metric: Metric, output: Any, baseline: Any) -> Tensor:
-    """Return a metric of an output, compared with the baseline if it is a metric that compares.
+    """Return a metric of an output, `(batch,)` or `(1,)`, compared with the baseline if it is one that compares.
 
     Args:
         metric: A function of an output, or of an output and a keyword-only `baseline`.
         output: Of the model.
         baseline: Of the unpatched model, on the same inputs.
 
-    Returns:
-        `(batch,)`, or `(1,)` of a metric that gives one number for all inputs.
-
     Raises:
-        MetricError: If the metric is no function, or returns anything else.
+        MetricError: If the metric is no function, returns anything else, or writes into what it is given.
     """
     if not callable(metric):
         raise MetricError(f"The metric is a {type(metric).__name__}: give one function. sweep() takes several by name.")
-    result = metric(output, baseline=baseline) if compares(metric) else metric(output)
+    with unwritten("The metric", output, baseline):
+        result = metric(output, baseline=baseline) if compares(metric) else metric(output)
     if not isinstance(result, Tensor) or result.dim() > 1:
         raise MetricError(f"The metric returned {described(result)}: one number per input, (batch,), is expected.")
     return result.reshape(-1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import unwritten
 from ..errors import MetricError
 from ..metrics import Metric, compares
 
@@ -45,7 +46,7 @@ class Metrics:
     def __call__(self, output: Any) -> dict[str, Tensor]:
         """Return the metrics of an output."""
         with torch.no_grad():
-            found = {name: _numbers(name, f(output, **keywords)) for name, (f, keywords) in self._functions.items()}
+            found = {name: self._measured(name, output) for name in self._functions}
         for name, before in self.baseline.items():
             if found[name].shape != before.shape:
                 raise MetricError(
@@ -53,6 +54,11 @@ class Metrics:
                     "for the unpatched one. It returns one per input."
                 )
         return found
+
+    def _measured(self, name: str, output: Any) -> Tensor:
+        function, keywords = self._functions[name]
+        with unwritten(f"The metric {name!r}", output, *keywords.values()):
+            return _numbers(name, function(output, **keywords))
 
 
 def _numbers(name: str, value: Any) -> Tensor:
