@@ -17,11 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from chanpatch import HookPoints, recording
-from chanpatch.contrast import Contrast
 from chanpatch.statistics import Interval, auc, difference_interval
 from maze.exact import move_probabilities
 from maze.levels import observe, policy_input
-from maze.part import Cell, Table, interval_cells
+from maze.part import Cell, interval_cells
 from maze.paths import Direction, first_steps, legal_moves
 from maze.states import Mazes, read_mazes
 from maze.tables import SITE
@@ -124,28 +123,6 @@ def optional_cells(prefix: str, interval: Interval | None) -> dict[str, Cell]:
     if interval is None:
         return {prefix: None, f"{prefix}_low": None, f"{prefix}_high": None}
     return interval_cells(prefix, interval)
-
-
-def contrast_rows(result: Contrast) -> Table:
-    """One row per channel of a contrast, the largest effect first: differences of sums, and p-values.
-
-    An effect is a difference divided by what the channel varies by over the background, which counts as known. So the
-    interval of one is that of the other in another unit.
-    """
-    rows: Table = []
-    for record in result.to_records():
-        low, high, unit = record["low"], record["high"], record["std"]
-        rows.append(
-            {
-                "site": record["site"],
-                "pairs": result.pairs,
-                "background": result.background,
-                **interval_cells("difference", Interval(record["difference"], low * unit, high * unit, 0.95)),
-                **interval_cells("effect", Interval(record["effect"], low, high, 0.95)),
-                **{name: record[name] for name in ("p", "p_holm", "p_bh", "no_p")},
-            }
-        )
-    return rows
 
 
 def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:

@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from chanpatch import contrast
 from chanpatch.statistics import wilson_interval
 from maze.channels import channel_of, level_sums
+from maze.contrasts import contrast_rows, draw_contrast
 from maze.levels import draw_levels, observe, policy_input
 from maze.moved_walls import pairs_with_a_moved_wall
 from maze.pairs import contrastive_pairs, rotations
 from maze.part import Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction, first_steps
-from maze.readings import contrast_rows
 from maze.states import Mazes, write_mazes
 from maze.tables import SITE
 
@@ -71,7 +71,7 @@ def _frames(levels: list[bytes]) -> torch.Tensor:
 
 def figure(tables: Tables) -> Figure:
     """The sums of every pair, one panel per rotation, and the most telling channels over the automatic pairs."""
-    drawn = Figure(figsize=(13, 4.2), layout="constrained")
+    drawn = Figure(figsize=(14, 5.4), layout="constrained")
     axes = drawn.subplots(1, 5, sharey=False, width_ratios=(1, 1, 1, 1, 1.7))
     highest = max(max(row["sum_0"], row["sum_1"]) for row in tables["pictures"])
     for turn in range(4):
@@ -83,15 +83,7 @@ def figure(tables: Tables) -> Figure:
         axes[turn].set(title=f"turned by {turn * 90}°", xlabel="first step to the cheese")
         axes[turn].spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel(f"sum of channel {tables['pictures'][0]['channel']}, one mark per pair (n={len(rows)})")
-    top = tables["automatic"][:10][::-1]
-    for row, each in enumerate(top):
-        axes[4].plot([each["effect_low"], each["effect_high"]], [row, row], color="black")
-        axes[4].plot(each["effect"], row, "o", color="black")
-    axes[4].set_yticks(range(len(top)), [f"channel {each['channel']}" for each in top])
-    axes[4].axvline(0, color="black", linewidth=0.8)
-    axes[4].set_xlabel("UP minus RIGHT, in standard deviations\nover random mazes, 95% interval")
-    axes[4].set_title(f"{tables['told'][0]['pairs']} pairs made from levels")
-    axes[4].spines[["top", "right"]].set_visible(False)
+    draw_contrast(axes[4], tables["automatic"], len(tables["automatic"]))
     return drawn
 
 

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from chanpatch import HookPoints, contrast, recording
 from chanpatch.statistics import difference_interval
+from maze.contrasts import contrast_rows, draw_contrast
 from maze.levels import observe, policy_input
 from maze.moved_walls import pairs_with_a_moved_wall
 from maze.part import POOL, Finding, Part, Study, Table, Tables, above, open_to, shown, verdict
 from maze.paths import Direction
-from maze.readings import area, areas, contrast_rows, optional_cells
+from maze.readings import area, areas, optional_cells
 from maze.states import write_mazes
 from maze.tables import LINEAR, SITE
 
@@ -117,9 +118,10 @@ def _contrast(study: Study) -> Table:
 
 
 def figure(tables: Tables) -> Figure:
-    """AUC of the best channel by hook point, in execution order, in and out of distribution."""
-    drawn = Figure(figsize=(14, 8.5), layout="constrained")
-    panels = drawn.subplots(2, 2, sharex=True, sharey=True)
+    """AUC of the best channel by hook point, in execution order, in and out of distribution; the largest contrasts."""
+    drawn = Figure(figsize=(18, 8.5), layout="constrained")
+    left, right = drawn.subfigures(1, 2, width_ratios=(2.4, 1))
+    panels = left.subplots(2, 2, sharex=True, sharey=True)
     names = list(dict.fromkeys(row["hook_point"] for row in tables["hook_points"]))
     for axes, direction in zip(panels.flat, Direction, strict=True):
         rows = [row for row in _measured(tables) if row["direction"] == direction.name]
@@ -138,6 +140,7 @@ def figure(tables: Tables) -> Figure:
     for axes in panels[:, 0]:
         axes.set_ylabel("AUC of the best channel, 95% interval")
     panels[0, 0].legend(frameon=False, loc="upper left")
+    draw_contrast(right.subplots(), tables["contrast"], tables["contrast"][0]["searched"])
     return drawn
 
 
