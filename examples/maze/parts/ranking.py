@@ -113,19 +113,23 @@ def figure(tables: Tables) -> Figure:
     highest = max(row["absolute"] for row in top)
     for row in top:
         bars.barh(row["rank"], row["absolute"], color="0.75" if _is_read(row) else "white", edgecolor="black")
-        area = "" if row["auc_choice"] is None else f", AUC {row['auc_choice']:.2f}"
+        area = "" if row["auc_choice"] is None else f", AUC {shown(row, 'auc_choice', '.2f')}"
         said = (row["label"] or "no label") + area
         bars.text(row["absolute"] + 0.01 * highest, row["rank"], said, va="center", fontsize=9)
     bars.set_yticks([row["rank"] for row in top], [f"channel {row['channel']}" for row in top])
     bars.invert_yaxis()
-    bars.set(xlim=(0, 1.45 * highest), xlabel="mean absolute difference of sums, the post's pair in 4 rotations")
+    bars.set(
+        xlim=(0, 1.7 * highest),
+        xlabel="mean absolute difference of sums, the post's pair in 4 rotations: one observation",
+    )
     bars.set_title(f"the {len(top)} channels that differ most; grey: a reading beyond the walls", fontsize=11)
     for marker, name, read in (("o", "with a reading beyond the walls", True), ("x", "without", False)):
         rows = [row for row in tables["ranking"] if row["auc_choice"] is not None and _is_read(row) == read]
         x, y = column(rows, "absolute"), column(rows, "auc_choice")
+        scatter.vlines(x, column(rows, "auc_choice_low"), column(rows, "auc_choice_high"), color="0.7", linewidth=1)
         scatter.plot(x, y, marker, color="black", alpha=0.7, label=f"{name} ({len(rows)})")
     agreement = tables["agreement"][0]
-    scatter.set(xlabel="mean absolute difference of sums", ylabel="AUC of the label where there is a choice")
+    scatter.set(xlabel="mean absolute difference of sums", ylabel="AUC where there is a choice, 95% interval")
     scatter.set_title(
         f"rank correlation {shown(agreement, 'spearman', '.2f')},\n{agreement['channels']} live channels", fontsize=11
     )
