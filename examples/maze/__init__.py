@@ -18,6 +18,7 @@
 | `tables.py` | the policy's action probabilities in every state, for many interventions at once |
 | `effects.py` | what interventions do on many levels: tables some levels at a time, ablations, effects with intervals |
 | `ablation_grid.py` | the picture of the ablations |
+| `push_ablation.py` | the channels that push for a goal ablated, beside matched sets of others |
 | `off_distribution.py` | how far interventions lead from activations that occur |
 | `steering.py` | steering vectors of single mazes, and their controls |
 | `evaluation.py` | how well a policy does and where it goes, by size and place of the cheese, for `evaluate.py` |

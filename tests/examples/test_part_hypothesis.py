@@ -2,15 +2,21 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 from studies import from_files, shipped_points
 
+from chanpatch import channel_sums, mean_ablate, patched
+from chanpatch.controls import matched_channels
 from chanpatch.statistics import Interval
 from maze.decision_squares import DISTANCES, Decisions
+from maze.effects import activations
 from maze.labels import LabelledChannel
+from maze.levels import observe, policy_input
 from maze.part import Study
 from maze.parts import hypothesis as part
 from maze.parts.hypothesis import BASE, OWN, PUSH, Pushes, towards_cheese
 from maze.paths import Direction
+from maze.push_ablation import Ablation, MatchedSets, ablate_push
 from maze.selection import Selection
 from maze.tables import SITE
 
@@ -100,16 +106,83 @@ def test_mice_that_all_go_one_way_leave_nothing_to_separate(study):
 
 
 def test_without_any_channel_nothing_is_ablated(study):
-    some_levels = study.levels("nothing", 4, size=9, mouse="decision square")
-    some = part.at_decision_squares(study.points, some_levels)
-    without = Pushes(np.zeros((4, 32)), np.zeros(32), np.ones(32))
-    rows = part._ablated("in", some_levels, some, without, study, None)
-    assert {(row["n_with_channels"], row["change"]) for row in rows} == {(0, 0.0)}
+    levels = study.levels("nothing", 4, size=9, mouse="decision square")
+    some = part.at_decision_squares(study.points, levels)
+    done = ablate_push(study.points, levels, some, lambda cheese, corner: [], None, None)
+    assert np.array_equal(done.towards, towards_cheese(some) > 0.5) and done.affected == 0
+    row = part._ablated(done.towards, done)
+    assert (row["n_with_channels"], row["change"]) == (0, 0.0)
+
+
+def observations(study, count=20):
+    return torch.from_numpy(policy_input(observe(study.levels("background", count, size=9, mouse="anywhere"))))
+
+
+@pytest.mark.parametrize("channels", [(7,), (7, 16, 26)])
+def test_controls_are_19_different_sets_of_as_many_other_live_channels(study, channels):
+    background = observations(study)
+    sums = channel_sums(study.points, background, SITE)
+    dead = set(np.flatnonzero(np.ptp(sums, axis=0) == 0))
+    sets = [dict(site.indices)["channel"] for site in MatchedSets(study.points, background, seed=0).of(channels)]
+    assert len({frozenset(each) for each in sets}) == 19
+    for each in sets:
+        assert len(set(each)) == len(channels) and not set(each) & (dead | set(channels))
+
+
+def test_controls_of_several_channels_are_nearer_than_random_sets(study):
+    background, channels = observations(study), (7, 16, 26)
+    near = MatchedSets(study.points, background, seed=0).of(channels)
+    site = study.points.site(SITE, channel=list(channels))
+    every = matched_channels(study.points, site, background, count=19, seed=0)  # among all, as the pool is so large
+    assert every.pool == every.live
+    assert np.mean(list(near.values())) < 0.75 * np.mean(every.apart)
+
+
+def test_where_few_other_channels_are_live_there_are_fewer_controls_and_no_p(study):
+    few = MatchedSets(study.points, observations(study), seed=0)
+    most = tuple(np.flatnonzero(np.ptp(channel_sums(study.points, few.background, SITE), axis=0)).tolist())[:-3]
+    assert len(few.of(most)) == 0
+    before = np.array([True, False, True])
+    row = part._ablated(before, Ablation(~before, np.stack([before, before]), 3, 0.5))
+    assert (row["controls"], row["rank"], row["rank_p"]) == (2, 1, None)
+    assert row["why_no_p"] == "it needs at least 19 controls"
+    assert "rank 1 of 3, no p: it needs at least 19 controls" in part._beside(row)
+    alone = part._ablated(before, Ablation(~before, np.empty((0, 3), dtype=bool), 3, np.nan))
+    assert (alone["controls"], alone["rank"], alone["why_no_p"]) == (0, None, "there are no other channels")
+    assert part._beside(alone) == "no other channels to compare with"
+
+
+def test_an_ablated_push_and_its_controls_are_those_of_a_loop(study):
+    levels = study.levels("loop", 12, size=9, mouse="decision square")
+    some = part.at_decision_squares(study.points, levels)
+    background = study.levels("background", 20, size=9, mouse="anywhere")
+    reference, sets = activations(study.points, background, SITE), MatchedSets(study.points, observations(study), 0)
+    done = ablate_push(study.points, levels, some, lambda cheese, corner: [7, 16, cheese], sets, reference)
+    controls = range(-1, len(done.controls))
+    for level, (cheese, corner) in enumerate(zip(some.cheese, some.corner, strict=True)):
+        channels = 7, 16, int(cheese)
+        sites = [study.points.site(SITE, channel=list(channels)), *sets.of(channels)]
+        for number in controls:
+            with patched(study.points, mean_ablate(sites[number + 1], reference)):
+                (moves,) = part.at_decision_squares(study.points, levels[level : level + 1]).moves
+            told = done.towards if number < 0 else done.controls[number]
+            assert told[level] == (moves[cheese] > moves[corner])
+    assert len(done.controls) == 19 and (done.controls != done.towards).any()
+
+
+def test_the_rank_of_a_push_counts_the_controls_that_change_as_much(tables):
+    for row in tables["ablations"]:
+        key = row["split"], row["ablated"]
+        others = [each["change"] for each in tables["ablation_controls"] if (each["split"], each["ablated"]) == key]
+        assert row["controls"] == len(others) == 19
+        assert row["rank"] == 1 + sum(abs(each) >= abs(row["change"]) - 1e-12 for each in others)
+        assert row["rank_p"] == row["rank"] / 20
+        assert row["controls_median"] == pytest.approx(np.median(others))
 
 
 def test_the_channels_of_a_push_are_those_of_no_other_way():
     weights = np.array([[0.2, 0.3, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.4], [0.0] * 3])
-    assert part._pushing(Pushes(weights, np.zeros(3), np.ones(3)), 0, 1) == [0]
+    assert Pushes(weights, np.zeros(3), np.ones(3)).only(0, 1) == [0]
 
 
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):

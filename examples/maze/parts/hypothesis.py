@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from chanpatch import mean_ablate, patched
 from chanpatch.errors import StatisticsError
 from chanpatch.statistics import (
     auc,
@@ -21,12 +21,14 @@ from chanpatch.statistics import (
     rank_among,
     wilson_interval,
 )
-from maze.decision_squares import Decisions, at_decision_squares, cells, said
+from maze.decision_squares import Decisions, at_decision_squares, cells, said, share_cells
 from maze.effects import activations
 from maze.labels import LabelledChannel, directions_of, is_reading
+from maze.levels import observe, policy_input
 from maze.logistic import fit_logistic, predicted
 from maze.part import Finding, Part, Study, Table, Tables, above, verdict
 from maze.paths import Direction
+from maze.push_ablation import Ablation, MatchedSets, ablate_push
 from maze.selection import Selection
 from maze.tables import SITE
 
@@ -39,6 +41,7 @@ BASE, PUSH, FITTED, CARRIED, OWN = (
     "pushes, fitted on the other split",
     "the policy's own probabilities",
 )
+ABLATED = ("the cheese's", "the corner's")
 CONTROLS = 99  # random assignments of the weights to other live channels
 RESAMPLES = 1999
 REFERENCE = 200  # levels whose mean activation takes the place of an ablated channel
@@ -82,6 +85,11 @@ class Pushes:
         every = np.arange(len(by_direction))
         return np.stack([by_direction[every, seen.cheese], by_direction[every, seen.corner]], axis=1)
 
+    def only(self, towards: int, away_from: int) -> list[int]:
+        """The channels that push for one direction and not for the other."""
+        channels: list[int] = np.flatnonzero((self.weights[towards] > 0) & (self.weights[away_from] == 0)).tolist()
+        return channels
+
 
 def measure(study: Study) -> dict[str, Table]:
     """The channels of every push, how well pushes predict the choice, against controls, and what ablation changes."""
@@ -93,11 +101,11 @@ def measure(study: Study) -> dict[str, Table]:
     }
     seen = {key: at_decision_squares(study.points, each) for key, each in levels.items()}
     fits = {split: _fit(pushes(seen[split, "fit"]), towards_cheese(seen[split, "fit"]) > 0.5) for split in SPLITS}
-    predictions: Table = []
-    controls: Table = []
-    ablations: Table = []
     reference = study.levels("hypothesis reference", REFERENCE, size=SIZE, cheese=SPLITS[0], mouse="anywhere")
     cache = activations(study.points, reference, SITE)
+    background = torch.from_numpy(policy_input(observe(reference)))
+    others = MatchedSets(study.points, background, study.seed_for("hypothesis others"))
+    tables: dict[str, Table] = {"channels": _channels(pushes), "weights": _weights(pushes, study.labels)}
     for split, other in (SPLITS, SPLITS[::-1]):
         score = seen[split, "score"]
         towards = towards_cheese(score)
@@ -110,10 +118,17 @@ def measure(study: Study) -> dict[str, Table]:
             CARRIED: _said_cheese(fits[other], push),
             OWN: towards > 0.5,
         }
-        predictions += _scored(split, score, told, study.seed_for("hypothesis bootstrap"))
-        controls.append(_against_controls(split, score, pushes, study))
-        ablations += _ablated(split, levels[split, "score"], score, pushes, study, cache)
-    return {"channels": _channels(pushes), "predictions": predictions, "controls": controls, "ablations": ablations}
+        scored = _scored(split, score, told, study.seed_for("hypothesis bootstrap"))
+        tables.setdefault("predictions", []).extend(scored)
+        tables.setdefault("controls", []).append(_against_controls(split, score, pushes, study))
+        for name, channels_of in zip(
+            ABLATED, (pushes.only, lambda cheese, corner: pushes.only(corner, cheese)), strict=True
+        ):
+            done = ablate_push(study.points, levels[split, "score"], score, channels_of, others, cache)
+            known = {"split": split, "ablated": name, "n": len(towards)}
+            tables.setdefault("ablations", []).append(known | _ablated(towards > 0.5, done))
+            tables.setdefault("ablation_controls", []).extend(known | row for row in _each(towards > 0.5, done))
+    return {name: table for name, table in tables.items() if table}
 
 
 def towards_cheese(seen: Decisions) -> Floats:
@@ -137,15 +152,29 @@ def _said_cheese(fit: tuple[Floats, Floats, Floats], push: Floats) -> NDArray[np
 
 
 def _channels(pushes: Pushes) -> Table:
-    """One row per direction: the channels that push for it, and their weights."""
+    """One row per direction: the channels that push for it."""
     return [
         {
             "direction": direction.name,
             "count": int(np.count_nonzero(pushes.weights[direction])),
             "channels": " ".join(map(str, np.flatnonzero(pushes.weights[direction]))),
-            "weights": " ".join(f"{weight:.3f}" for weight in pushes.weights[direction] if weight),
         }
         for direction in Direction
+    ]
+
+
+def _weights(pushes: Pushes, labels: Sequence[LabelledChannel]) -> Table:
+    """One row per direction and channel: the weight, and the AUC that it is 0.5 below, with its n."""
+    return [
+        {
+            "direction": direction.name,
+            "channel": int(channel),
+            "weight": pushes.weights[direction, channel],
+            "n": labels[channel].n_choice,
+            **cells("auc", labels[channel].auc_choice),
+        }
+        for direction in Direction
+        for channel in np.flatnonzero(pushes.weights[direction])
     ]
 
 
@@ -201,41 +230,33 @@ def _separation(push: Floats, seen: Decisions) -> Any:
     return auc(push[:, 0] - push[:, 1], seen.took_cheese)
 
 
-def _ablated(split: str, levels: Sequence[bytes], seen: Decisions, pushes: Pushes, study: Study, cache: Any) -> Table:
-    """How often the step to the cheese is likelier than that to the corner, with the channels of one push ablated."""
-    before = towards_cheese(seen)
-    after = {name: before.copy() for name in ("the cheese's", "the corner's", "others, as many as the corner's")}
-    ablated = dict.fromkeys(after, 0)
-    generator = np.random.default_rng(study.seed_for("hypothesis others"))
-    for cheese, corner in np.unique(np.stack([seen.cheese, seen.corner], axis=1), axis=0):
-        rows = np.flatnonzero((seen.cheese == cheese) & (seen.corner == corner))
-        chosen = _pushing(pushes, cheese, corner), _pushing(pushes, corner, cheese)
-        silent = [each for each in study.selection.live if not pushes.weights[[cheese, corner], each].any()]
-        others = generator.permutation(silent)[: len(chosen[1])].tolist()
-        for name, channels in zip(after, (*chosen, others), strict=True):
-            ablated[name] += len(rows) * bool(channels)
-            if channels:
-                patch = mean_ablate(study.points.site(SITE, channel=channels), cache)
-                with patched(study.points, patch):
-                    after[name][rows] = towards_cheese(at_decision_squares(study.points, [levels[row] for row in rows]))
-    return [
-        {
-            "split": split,
-            "ablated": name,
-            "n": len(before),
-            "n_with_channels": ablated[name],
-            "before": float((before > 0.5).mean()),
-            "after": float((each > 0.5).mean()),
-            **cells("change", paired_difference_interval(*paired_counts(each > 0.5, before > 0.5))),
-        }
-        for name, each in after.items()
-    ]
+def _ablated(before: NDArray[np.bool_], done: Ablation) -> dict[str, Any]:
+    """On how many levels the step to the cheese is likelier, before and after, and the rank of the change."""
+    changes = [(each.sum() - before.sum()) / len(before) for each in done.controls]
+    rank = rank_among((done.towards.sum() - before.sum()) / len(before), changes) if changes else None
+    return {
+        "n_with_channels": done.affected,
+        **share_cells("before", before.sum(), len(before)),
+        **share_cells("after", done.towards.sum(), len(before)),
+        **_change(before, done.towards),
+        "controls": len(changes),
+        "controls_apart": None if np.isnan(done.apart) else done.apart,
+        "controls_lowest": min(changes, default=None),
+        "controls_median": float(np.median(changes)) if changes else None,
+        "controls_highest": max(changes, default=None),
+        "rank": rank and rank.rank,
+        "rank_p": rank and rank.p,
+        "why_no_p": rank.no_p if rank else "there are no other channels",
+    }
 
 
-def _pushing(pushes: Pushes, towards: int, away_from: int) -> list[int]:
-    """The channels that push for one direction and not for the other."""
-    weights = pushes.weights
-    return np.flatnonzero((weights[towards] > 0) & (weights[away_from] == 0)).tolist()
+def _each(before: NDArray[np.bool_], done: Ablation) -> Table:
+    """The change by each of the controls."""
+    return [{"control": number, **_change(before, after)} for number, after in enumerate(done.controls, 1)]
+
+
+def _change(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> dict[str, Any]:
+    return cells("change", paired_difference_interval(*paired_counts(after, before)))
 
 
 def figure(tables: Tables) -> Figure:
@@ -245,9 +266,10 @@ def figure(tables: Tables) -> Figure:
     _draw_points(accuracy, tables["predictions"], "predictor", "accuracy")
     accuracy.set_xlabel("choices predicted right, %, 95% interval")
     _draw_points(ablation, tables["ablations"], "ablated", "change")
+    _draw_controls(ablation, tables.get("ablation_controls", []))
     ablation.axvline(0, color="black", linewidth=0.8)
     ablation.set_xlabel("levels on which the step to the cheese is the likelier\none, change in percentage points")
-    ablation.set_title("channels of one push set to their mean", fontsize=10)
+    ablation.set_title("a push's channels, or matched others, set to their mean", fontsize=10)
     for axes in (accuracy, ablation):
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
@@ -267,6 +289,16 @@ def _draw_points(axes: Axes, rows: Table, by: str, what: str) -> None:
         axes.plot([], [], "ox"[number], color="black", label=f"{split}, n={of[0]['n']}")
     axes.set_yticks(range(len(names), 0, -1), names)
     axes.set_ylim(0.5, len(names) + 0.5)
+
+
+def _draw_controls(axes: Axes, rows: Table) -> None:
+    """A dot for every matched set, below the push that it was drawn for."""
+    for number, split in enumerate(SPLITS):
+        of = [row for row in rows if row["split"] == split]
+        heights = [len(ABLATED) - ABLATED.index(row["ablated"]) + 0.12 * (1 - 2 * number) - 0.05 for row in of]
+        label = f"matched sets of other channels, {split.split()[0]}"
+        axes.plot([100 * row["change"] for row in of], heights, "ox"[number], color="tab:orange", markersize=3,
+                  alpha=0.7, label=label)  # fmt: skip
 
 
 def finding(tables: Tables) -> Finding:
@@ -292,15 +324,30 @@ def finding(tables: Tables) -> Finding:
     gains = [
         f"{said(rows[split, each], 'gain', '+.2f')} {split} ({each})" for split in SPLITS for each in (PUSH, FITTED)
     ]
-    changes = [f"{said(row, 'change', '+.2f')} {row['split']} for {row['ablated']}" for row in tables["ablations"]]
+    changes = [
+        f"{said(row, 'change', '+.2f')} {row['split']} for {row['ablated']} ({_beside(row)})"
+        for row in tables["ablations"]
+    ]
     return Finding(
         " ".join(told),
         verdict(*(held if len(without) < len(Direction) else [])),
         f"Gain in accuracy over the base rate: {'; '.join(gains)}. With the channels of one push set to their mean, "
         f"the share of levels on which the step to the cheese is likelier changes by {'; '.join(changes)}. Their sums "
-        "are then the usual ones, 0 standard deviations from the mean, by construction.",
+        "are then the usual ones, 0 standard deviations from the mean of the reference levels, by construction.",
         "That the rest of the policy adds up sums in this way: a readout that predicts the choice need not be the one "
         "that the policy computes, and what is gained in accuracy over a high base rate is small by necessity.",
+    )
+
+
+def _beside(row: Mapping[str, Any]) -> str:
+    """What as large sets of other channels do, and where the push ranks among them."""
+    if not row["controls"]:
+        return "no other channels to compare with"
+    p = f", no p: {row['why_no_p']}" if row["rank_p"] is None else f", p = {row['rank_p']:.2g}"
+    return (
+        f"{row['controls']} matched sets of others: median {row['controls_median']:+.3f}, "
+        f"{row['controls_lowest']:+.3f} to {row['controls_highest']:+.3f}; rank {row['rank']} of "
+        f"{row['controls'] + 1}{p}"
     )
 
 
@@ -309,7 +356,8 @@ PART = Part(
     question="Does the mouse go where the channels together push more: to the cheese or to the corner?",
     method="Size 25, mouse on the decision square. Push of a direction: standardised sums of the channels labelled "
     "with it on other mazes, weighted by AUC - 0.5 where that way is one of several. The larger one is the prediction; "
-    "so is a regression on both, fitted on other levels.",
+    "so is a regression on both, fitted on other levels. An ablated push is ranked among sets of as many other live "
+    "channels, matched on mean activation.",
     post="A hypothesis, not measured: if the aggregated push for the action to the cheese is higher than that for the "
     "corner, the mouse goes to the cheese, otherwise to the corner.",
     measure=measure,
