@@ -57,6 +57,7 @@ class Attributes:
                 for name in _kept(own).keys() - kept.keys():
                     del own[name]
                 own.update(kept)
+            self._note_bound()  # what else differs, such as a wrapped forward, may do so for long
         for container, content in self._held:
             if not same(container, content):
                 refill(container, content)
@@ -74,12 +75,15 @@ class Attributes:
         return [str(state.tolist()) if isinstance(state, Tensor) else repr(state) for state in states]
 
     def _note_all(self) -> None:
-        self._names, self._values = [*_chained(self._owns)], [*_chained(map(dict.values, self._owns))]
+        self._note_bound()
         self._kept = [_kept(own) for own in self._owns]
         self._held, self._tensors, self._generators = [], [], []
         self._noted: set[int] = set()
         for kept in self._kept:
             self._note(kept.values())
+
+    def _note_bound(self) -> None:
+        self._names, self._values = [*_chained(self._owns)], [*_chained(map(dict.values, self._owns))]
 
     def _bound_as_noted(self) -> bool:
         """Tell whether every name of every module, torch's own too, still stands for the same object."""
