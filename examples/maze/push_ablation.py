@@ -21,6 +21,7 @@ from chanpatch.controls import matched_channels
 from chanpatch.errors import SiteError
 from maze.decision_squares import Decisions
 from maze.levels import observe, policy_input
+from maze.paths import Direction
 from maze.policy import ACTIONS
 from maze.tables import SITE
 
@@ -124,7 +125,7 @@ def _swept(
     points: HookPoints, levels: Sequence[bytes], patches: dict[str, Patch], cheese: int, corner: int
 ) -> NDArray[np.bool_]:
     """Under every patch, whether one direction is likelier than another: bool (patch, level)."""
-    towards, away = (list(ACTIONS[direction]) for direction in (cheese, corner))
+    towards, away = (list(ACTIONS[Direction(direction)]) for direction in (cheese, corner))
 
     def more(output: Any) -> Tensor:
         probabilities: Tensor = output[0].probs

@@ -6,6 +6,7 @@ import torch
 from studies import from_files, shipped_points, small_study
 
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
+from maze.channels import level_sums
 from maze.effects import KINDS, ablation, activations
 from maze.exact import Chains
 from maze.labels import LabelledChannel
@@ -223,7 +224,21 @@ def test_how_far_the_ablated_sum_is_from_the_usual_stands_beside_the_effect_but_
     assert all((row["absolute_z"] is None) == (row["kind"] == "mean") for row in tables["effects"])
     zero, resampled = (row_of(tables, "channel 7", kind)["absolute_z"] for kind in ("zero", "resample"))
     told = part.finding(tables).follows
-    assert f"lies {zero:.1f} (zero) and {resampled:.1f} (resample) standard deviations" in told
+    assert f"lies {zero:.1f} (zero) and {resampled:.1f} (resample) standard deviations from those of 200 other" in told
+    named = {(row["kind"], row["absolute_z_against"]) for row in tables["effects"]}
+    words = "200 other levels of size 9, cheese in distribution, mouse anywhere, unpatched"
+    assert named == {("zero", words), ("mean", None), ("resample", words)}
+
+
+def test_what_is_usual_is_told_by_other_levels_than_the_donors_and_the_patched(study, tables):
+    purposes = {"ablation reference": part.REFERENCE_PLACES, "ablation usual": part.REFERENCE_PLACES}
+    reference, usual = (set(study.levels(name, 20, size=9, **where)) for name, where in purposes.items())
+    assert not usual & (reference | set(study.levels("ablation", 20, size=9, cheese=PLACE)))
+    levels = study.levels("ablation usual", part.METERED, size=9, **part.REFERENCE_PLACES)
+    sums = level_sums(study.points, SITE, levels)
+    assert row_of(tables, "channel 7")["absolute_z"] == pytest.approx(
+        sums[:, 7].mean() / sums[:, 7].std(ddof=1), rel=1e-3
+    )
 
 
 def test_what_was_chosen_comes_first_in_the_table(tables):

@@ -20,6 +20,7 @@ def small_mazes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 9)
         patch.setattr(part, "REFERENCE", 20)
+        patch.setattr(part, "METERED", 20)
         yield
 
 
@@ -82,7 +83,8 @@ def test_a_policy_with_hardly_more_live_channels_than_a_set_takes_has_fewer_cont
 
 
 def test_the_absolute_z_of_a_set_is_the_mean_of_its_channels_by_hand(study, tables):
-    usual = study.levels("top16 reference", 20, size=9, cheese="in distribution", mouse="anywhere")
+    usual = study.levels("top16 usual", 20, size=9, cheese="in distribution", mouse="anywhere")
+    assert not set(usual) & set(study.levels("top16 reference", 20, size=9, **part.REFERENCE_PLACES))
     sums = level_sums(study.points, SITE, usual)
     for row in tables["effects"]:
         if row["kind"] == "zero":

@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from chanpatch import ActivationCache, resample_ablate, zero_ablate
-from chanpatch.controls import off_distribution
+from chanpatch import ActivationCache
 from chanpatch.statistics import mcnemar_exact, paired_counts, paired_difference_interval, rank_among
 from maze.ablation_grid import PLACES, ablation_grid, is_channel, named
-from maze.channels import channel_of
 from maze.effects import KINDS, ablation, activations, level_batches, mean_intervals
 from maze.episodes import ORIGINAL
 from maze.exact import first_hits, walk
-from maze.levels import observe, policy_input
+from maze.off_distribution import METERED, absolute_z, background
 from maze.part import Agrees, Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction, top_right
 from maze.selection import Selection
@@ -45,7 +42,7 @@ def measure(study: Study) -> dict[str, Table]:
         for name, channels in groups.items()
     }
     lowest = reference[study.points.site(SITE)].double().sum(dim=(2, 3)).amin(dim=0).numpy()
-    far = _absolute_z(study, reference, reference_levels, seed)
+    far = _absolute_z(study, reference, seed)
     labels = {f"channel {channel}": study.labels[channel].label for channel in study.selection.live}
     effects: Table = []
     changes: dict[str, Values] = {}
@@ -161,7 +158,7 @@ def _rows(
 ) -> Table:
     """One row per ablation: its effect, and its rank among the same ablation of the other live channels.
 
-    A channel that is the same on all reference levels is dead here: it is no control.
+    A channel that is the same on all levels that tell what is usual is dead here: it is no control.
     """
 
     def varies(channels: Sequence[int]) -> bool:
@@ -199,6 +196,7 @@ def _rows(
                 "rank_p": rank.p if rank and name in roles else None,  # of what was chosen before only
                 "lowest_sum": lowest[groups[name][0]] if len(groups[name]) == 1 else None,
                 "absolute_z": float(np.mean(distances)) if len(distances) == len(groups[name]) else None,
+                "absolute_z_against": background(SIZE) if distances else None,
             }
         )
     return rows
@@ -218,24 +216,21 @@ def _across(changes: Mapping[str, Values], names: Sequence[str], roles: Mapping[
     return rows
 
 
-def _absolute_z(
-    study: Study, reference: ActivationCache, background: Sequence[bytes], seed: int
-) -> dict[str, dict[int, float | None]]:
-    """Per kind and live channel, how far the ablated sum lies from the reference levels, in standard deviations.
+def _absolute_z(study: Study, reference: ActivationCache, seed: int) -> dict[str, dict[int, float | None]]:
+    """Per kind and live channel, how far the ablated sum lies from usual ones, in standard deviations.
 
-    None for the mean: its sum is the mean of the reference levels, so 0 would say nothing of how unusual it is. None
-    for a channel that is the same on all of them, too.
+    What is usual is told by other levels of the same kind than those of the donors, which would be near themselves.
+    None for the mean: its sum is the mean of the reference levels, so about 0 would say nothing of how unusual it is.
+    None for a channel that is the same on all of them, too.
     """
     live = list(study.selection.live)
-    site = study.points.site(SITE, channel=live)
-    inputs = study.levels("ablation", min(study.n, REFERENCE), size=SIZE, cheese=PLACES[0])
-    frames, usual = (torch.from_numpy(policy_input(observe(levels))) for levels in (inputs, background))
-    patches = {"zero": zero_ablate(site), "resample": resample_ablate(site, reference, seed=seed)}
+    levels = study.levels("ablation", min(study.n, METERED), size=SIZE, cheese=PLACES[0])
+    usual = study.levels("ablation usual", METERED, size=SIZE, **REFERENCE_PLACES)
     distances: dict[str, dict[int, float | None]] = {"mean": dict.fromkeys(live)}
-    for kind, patch in patches.items():
-        meter = off_distribution(study.points, patch, frames, usual)
-        far = {channel_of(part): z for part, z in zip(meter.sites, meter.absolute_z.tolist(), strict=True)}
-        distances[kind] = {channel: None if np.isnan(far[channel]) else far[channel] for channel in live}
+    for kind in KINDS:
+        if kind != "mean":
+            far = absolute_z(study.points, ablation(study.points, kind, live, reference, seed=seed), levels, usual)
+            distances[kind] = {channel: None if np.isnan(far[channel]) else far[channel] for channel in live}
     return distances
 
 
@@ -310,11 +305,11 @@ def _largest(effects: Mapping[tuple[Any, ...], Mapping[str, Any]], zeroed: Mappi
 def _far(zeroed: Mapping[str, Any], resampled: Mapping[str, Any]) -> str:
     """How unusual the ablated sum is: beside the effect, as what is unusual may break the policy."""
     if zeroed["absolute_z"] is None or resampled["absolute_z"] is None:
-        return "How far its ablated sum is from what is usual was not measured: it does not vary in the reference. "
+        return "How far its ablated sum is from what is usual was not measured: it does not vary on other levels. "
     return (
         f"Its sum then lies {zeroed['absolute_z']:.1f} (zero) and {resampled['absolute_z']:.1f} (resample) standard "
-        "deviations from those of the reference levels, on average; by the mean that is 0 by construction, so it is "
-        "left out. "
+        f"deviations from those of {zeroed['absolute_z_against']}, on average (0.8 is usual); by the mean that is "
+        "about 0 by construction, so it is left out. "
     )
 
 

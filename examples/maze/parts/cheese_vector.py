@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from chanpatch.statistics import equivalent
 from maze.effects import destinations, effect_rows, joined, level_batches, mean_intervals
 from maze.episodes import ORIGINAL
+from maze.off_distribution import background
 from maze.part import Cell, Finding, Part, Study, Table, Tables, above, below, interval_cells, shown, verdict
 from maze.states import read_mazes
 from maze.steering import (
@@ -48,7 +49,11 @@ def measure(study: Study) -> dict[str, Table]:
         batches.append(destinations(chains, np.concatenate([tables, unseen[None]])))
     values, names, seed = joined(batches), [*interventions, UNSEEN], study.seed_for("cheese-vector bootstrap")
     far = far_from_usual(study, interventions, levels)
-    effects = [row | {"absolute_z": far.get(row["intervention"])} for row in effect_rows(values, names, seed)]
+    usual = background(SIZE, "as drawn")
+    effects = [
+        row | {"absolute_z": far.get(row["intervention"]), "absolute_z_against": usual}
+        for row in effect_rows(values, names, seed)
+    ]
     return {
         "effects": effects,
         "against": against_controls(values, names, seed),

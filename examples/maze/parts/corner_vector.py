@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from maze.effects import destinations, effect_rows, joined, level_batches
 from maze.episodes import ORIGINAL
+from maze.off_distribution import background
 from maze.part import Finding, Part, Study, Table, Tables, above, shown, verdict
 from maze.paths import distances, shortest_paths, top_right
 from maze.states import WALL, Mazes, read_mazes
@@ -50,7 +51,11 @@ def measure(study: Study) -> dict[str, Table]:
     values, names = joined([destinations(*batch) for batch in batches]), list(interventions)
     seed = study.seed_for("corner-vector bootstrap")
     far = far_from_usual(study, interventions, levels)
-    effects = [row | {"absolute_z": far[row["intervention"]]} for row in effect_rows(values, names, seed)]
+    usual = background(SIZE, "as drawn")
+    effects = [
+        row | {"absolute_z": far.get(row["intervention"]), "absolute_z_against": usual}
+        for row in effect_rows(values, names, seed)
+    ]
     return {"effects": effects, "against": against_controls(values, names, seed)}
 
 

@@ -125,7 +125,7 @@ def measure(study: Study) -> dict[str, Table]:
             ABLATED, (pushes.only, lambda cheese, corner: pushes.only(corner, cheese)), strict=True
         ):
             done = ablate_push(study.points, levels[split, "score"], score, channels_of, others, cache)
-            known = {"split": split, "ablated": name, "n": len(towards)}
+            known: dict[str, Any] = {"split": split, "ablated": name, "n": len(towards)}
             tables.setdefault("ablations", []).append(known | _ablated(towards > 0.5, done))
             tables.setdefault("ablation_controls", []).extend(known | row for row in _each(towards > 0.5, done))
     return {name: table for name, table in tables.items() if table}

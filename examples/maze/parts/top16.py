@@ -25,7 +25,7 @@ from maze.effects import (
 )
 from maze.episodes import ORIGINAL
 from maze.exact import Chains, move_probabilities
-from maze.off_distribution import METERED, absolute_z, mouse_anywhere
+from maze.off_distribution import METERED, absolute_z, background, mouse_anywhere
 from maze.part import Finding, Part, Study, Table, Tables, above, column, shown, verdict
 from maze.paths import Direction, decision_squares
 from maze.states import read_mazes
@@ -36,6 +36,7 @@ SIZE = 15
 TOGETHER = 16
 MOST_LEVELS = 300
 REFERENCE = 200  # levels that give the means and the donors
+REFERENCE_PLACES = {"cheese": "in distribution", "mouse": "anywhere"}
 CONTROLS = 19  # random sets of live channels, where there are so many; they overlap
 CHANGES = 0.1  # of the probability of a move, on average over the squares, from which on a field is another one
 RARE = 0.01  # P(cheese) up to which there is nothing to keep
@@ -58,8 +59,9 @@ class Ablated(NamedTuple):
 
 def measure(study: Study) -> dict[str, Table]:
     """What each set of channels changes, over levels; and the vector fields of one maze."""
-    reference_levels = study.levels("top16 reference", REFERENCE, size=SIZE, cheese="in distribution", mouse="anywhere")
-    reference = activations(study.points, reference_levels, SITE)
+    reference = activations(
+        study.points, study.levels("top16 reference", REFERENCE, size=SIZE, **REFERENCE_PLACES), SITE
+    )
     sets, seed = _sets(study), study.seed_for("top16 donors")
     interventions = {
         name: ablation(study.points, kind, channels, reference, seed=seed) for name, (_, kind, channels) in sets.items()
@@ -67,11 +69,13 @@ def measure(study: Study) -> dict[str, Table]:
     levels = study.levels("top16", min(study.n, MOST_LEVELS), size=SIZE, cheese="out of distribution")
     values = _measured(study, levels, {ORIGINAL: (), **interventions})
     some = mouse_anywhere(levels[:METERED], study.seed_for("top16 mouse"))
+    # Other levels than those of the donors, which would be near themselves.
+    usual = study.levels("top16 usual", METERED, size=SIZE, **REFERENCE_PLACES)
     live = study.selection.live
     far = {
-        kind: absolute_z(study.points, ablation(study.points, kind, live, reference, seed=seed), some, reference_levels)
+        kind: absolute_z(study.points, ablation(study.points, kind, live, reference, seed=seed), some, usual)
         for kind in KINDS
-        if kind != "mean"  # which is where the meter starts from
+        if kind != "mean"  # near 0 by construction
     }
     shown_level = int(np.argmax(decision_squares(read_mazes(levels))[1]))  # the first in which there is a choice
     field = _field(study, levels[shown_level], {ORIGINAL: (), "zeroed": next(iter(interventions.values()))})
@@ -139,6 +143,7 @@ def _rows(
                 "controls": rank and rank.controls,
                 "rank_p": rank and rank.p,
                 "absolute_z": float(np.nanmean([far[kind][channel] for channel in channels])) if kind in far else None,
+                "absolute_z_against": background(SIZE) if kind in far else None,
             }
         )
     return rows
@@ -222,7 +227,8 @@ def _beside_controls(tables: Tables, pair: Mapping[str, Any], top: Mapping[str, 
         f"{len(controls)} random sets of as many live channels, which overlap with these, change P(cheese) by "
         f"{min(column(controls, 'effect')):+.3f} to {max(column(controls, 'effect')):+.3f}; by the size of the change "
         f"the pair's set ranks {pair['rank']} and the telling one {top['rank']} of {pair['controls'] + 1}{p}. Zeroed "
-        f"sums lie {far} and {column(controls, 'absolute_z').mean():.1f} for the random sets (0.8 is usual)."
+        f"sums lie {far} and {column(controls, 'absolute_z').mean():.1f} for the random sets (0.8 is usual), from "
+        f"those of {pair['absolute_z_against']}."
     )
 
 
