@@ -95,20 +95,21 @@ def _ranking(tables: Tables) -> Iterator[Headline]:
     names = {"absolute": "the post's pair", "absolute_five_pairs": "five pairs"}
     for row in tables["agreement"]:
         if row["with"] == "auc_choice":
-            name = f"rank correlation of the differences over {names[row['of']]} with what channels tell, n channels"
+            name = f"rank correlation over n channels: differences in {names[row['of']]}, and what they tell"
             yield name, row["channels"], row, "spearman"
 
 
 def _sums(tables: Tables) -> Iterator[Headline]:
     for table, quantity, name in (
-        ("transfer", "AUC", "AUC of the channel for UP"),
-        ("transfer", "false-positive rate", "false positives of the threshold for UP that divides best"),
-        ("precise", "precision at the base rate", "precision of the precise threshold for UP, at one base rate"),
+        ("transfer", "AUC", "AUC of the channel for"),
+        ("transfer", "false-positive rate", "false positives of the threshold that divides best for"),
+        ("precise", "precision at the base rate", "precision of the precise threshold, at one base rate, for"),
     ):
         for row in tables[table]:
-            if row["direction"] == "UP" and row["quantity"].startswith(quantity):
-                yield f"{name}, cheese in distribution", row["n_fit"], row, "fit"
-                yield f"{name}, cheese out of distribution", row["n_shifted"], row, "shifted"
+            if row["quantity"].startswith(quantity) and (row["direction"] == "UP" or quantity == "AUC"):
+                told = f"{name} {row['direction']}"
+                yield f"{told}, cheese in distribution", row["n_fit"], row, "fit"
+                yield f"{told}, cheese out of distribution", row["n_shifted"], row, "shifted"
 
 
 def _decision(tables: Tables) -> Iterator[Headline]:
