@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _taps
+from ._containers import Lent, containers, lent, poured
 from ._typing import STAGES
 from .errors import ConcurrencyError, UnsupportedModelError
 
@@ -34,8 +35,9 @@ class Station:
         self._module = weakref.ref(module)
         self._in, self._out = _Side("in"), _Side("out")
         self._copies: list[weakref.ref[nn.Module]] = []
+        self._lent: dict[int, Lent] = {}  # by the id of the copy, in the calls under way
         module.register_forward_pre_hook(_Hook(self, self._enter, _CopiedPreHook), with_kwargs=True)
-        module.register_forward_hook(_Hook(self, self._leave, _CopiedHook), always_call=True)
+        module.register_forward_hook(_Hook(self, self._leave, _CopiedHook), with_kwargs=True, always_call=True)
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
@@ -73,6 +75,7 @@ class Station:
 
     def remove(self, session: Session) -> None:
         """Forget a session, and leave the module, and copies of it, when it was the last one."""
+        self._lent.clear()  # of calls that an interrupt cut short
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
@@ -104,11 +107,21 @@ class Station:
             self.refuse_copy(module)
         for session in self.scopes:
             session.begin(self, args, kwargs)
-        return self._in.run((args, kwargs)) if self._in.listeners else None
+        changed = self._in.run((args, kwargs)) if self._in.listeners else None
+        if changed is not None:
+            self._lent |= {id(each.copy): each for each in lent((args, kwargs), changed)}
+        return changed
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         failed = output is None and sys.exc_info()[0] is not None  # torch calls us on the way out of an exception
         changed = self._out.run(output) if self._out.listeners and not failed else None
+        if changed is not None and not isinstance(output, Tensor):
+            users = {id(tensor) for session in self._out.sessions for tensor in session.users_tensors}
+            changed = poured(output, changed, (args, kwargs), users)
+        if self._lent:
+            for container in containers((args, kwargs)):
+                if each := self._lent.pop(id(container), None):
+                    each.give_back()
         for session in self.scopes:
             session.end(self, failed=failed)
         return changed
@@ -141,7 +154,7 @@ class _CopiedHook:
     def __init__(self, station: Station | None) -> None:
         self._station = station
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], passed: Any) -> None: ...
+    def __call__(self, module: nn.Module, *passed: Any) -> None: ...
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
         return self
@@ -153,7 +166,7 @@ class _CopiedHook:
 class _CopiedPreHook(_CopiedHook):
     """Refuses calls of the copy while the module is patched; then goes by itself where closing did not know of it."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], passed: Any) -> None:
+    def __call__(self, module: nn.Module, *passed: Any) -> None:
         if self._station is not None:
             self._station.refuse_copy(module)
         _drop(module, _is_copied)
@@ -169,8 +182,8 @@ class _Hook:
     def __init__(self, station: Station, run: Callable[..., Any], copied: type[_CopiedHook]) -> None:
         self.station, self._run, self._copied = station, run, copied
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], passed: Any) -> Any:
-        return eager(self._run)(module, args, passed)
+    def __call__(self, module: nn.Module, *passed: Any) -> Any:
+        return eager(self._run)(module, *passed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
         self.station.note_copy(memo.get(self.station.module_id))

@@ -6,19 +6,18 @@ counted, and checks are made, per root call.
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NoReturn, Protocol
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from . import _taps
 from ._hooks import Station, compiled_code_runs_eagerly
-from ._tree import Item, Path, get, replace
+from ._methods import unwatch_method, watch_method
+from ._tree import Item, Path, get, leaves, replace
 from ._typing import Stage
 from .errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .points import HookPoints
@@ -98,12 +97,13 @@ class RootCall:
         kwargs: Its keyword arguments.
     """
 
-    __slots__ = ("args", "counts", "depth", "kwargs", "method", "station")
+    __slots__ = ("args", "counts", "depth", "kwargs", "method", "station", "tensors")
 
     def __init__(self, station: Station | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.station, self.method, self.args, self.kwargs = station, method, args, kwargs
         self.counts: dict[object, int] = {}
         self.depth = 0  # of calls of the module inside itself
+        self.tensors: list[Tensor] = []  # in the arguments as they were given
 
 
 class Session:
@@ -127,6 +127,7 @@ class Session:
         self.on_end: Callable[[RootCall], None] = _ignore
         self.on_error: Callable[[Exception], None] = _ignore  # of a method; may raise another in its place
         self.listeners: list[Listener] = []
+        self._in_containers = False  # whether what modules return in containers is listened to
         self._running: RootCall | None = None
         self._stations: list[Station] = []
         self._stance: AbstractContextManager[None] = nullcontext()
@@ -150,6 +151,7 @@ class Session:
                     self._station(self.modules[listener.place.module]).listeners.append(listener)
             for station in self._stations:
                 station.plan()
+            self._in_containers = any(each.place.side == "out" and each.place.path for each in self.listeners)
             if any(listener.place.side == "tap" for listener in self.listeners):
                 scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
             for module in dict.fromkeys(scopes):
@@ -178,7 +180,7 @@ class Session:
         try:
             self.attach(scopes=() if self._watches else (self.root,))
             if self._watches:
-                _watch_method(self)
+                watch_method(self)
         except BaseException:
             self.__exit__()
             raise
@@ -191,7 +193,7 @@ class Session:
             raise
         finally:
             if self._watches:
-                _unwatch_method(self)
+                unwatch_method(self)
             stance, self._stance = self._stance, nullcontext()
             stance.__exit__(None, None, None)
 
@@ -226,6 +228,11 @@ class Session:
     def in_method(self) -> bool:
         """Whether a root call of a method is under way; the calls inside it are part of it."""
         return self._running is not None and self._running.station is None
+
+    @property
+    def users_tensors(self) -> list[Tensor]:
+        """What the root call under way was given, where what a module returns in containers is patched."""
+        return [] if self._running is None else self._running.tensors
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -287,6 +294,8 @@ class Session:
         self.check_thread()
         self.on_begin()  # may refuse: then no call has begun
         self._thread, self._running = threading.get_ident(), call
+        if self._in_containers:
+            call.tensors = [tensor for _, tensor in leaves((call.args, call.kwargs))]
 
     def _end(self, call: RootCall, *, failed: bool) -> None:
         """End a root call; it is checked only when no exception is in flight."""
@@ -359,41 +368,3 @@ def _nothing() -> None: ...
 
 
 def _ignore(what: object) -> None: ...
-
-
-_methods: WeakKeyDictionary[nn.Module, dict[str, list[Session]]] = WeakKeyDictionary()
-_replaced: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
-
-
-def _watch_method(session: Session) -> None:
-    """Make each call of the session's method on the model itself a root call."""
-    root, method = session.root, session.method
-    sessions = _methods.setdefault(root, {}).setdefault(method, [])
-    if not sessions:
-        original = getattr(root, method)
-        _replaced.setdefault(root, {})[method] = vars(root).get(method)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            call = original
-            for each in reversed(sessions):
-                call = functools.partial(_run, each, method, call)
-            return call(*args, **kwargs)
-
-        vars(root)[method] = watched
-    sessions.append(session)
-
-
-def _run(session: Session, method: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    return session.run(method, function, args, kwargs)
-
-
-def _unwatch_method(session: Session) -> None:
-    """Undo `_watch_method`; the last session to leave takes the wrapper off."""
-    sessions = _methods.get(session.root, {}).get(session.method, [])
-    if session in sessions:
-        sessions.remove(session)
-        if not sessions:
-            before = _replaced[session.root].pop(session.method)
-            del vars(session.root)[session.method]
-            if before is not None:  # the user had put a function of her own there
-                vars(session.root)[session.method] = before

@@ -1,0 +1,108 @@
+"""Dicts, lists and dataclasses that a module was given, which its caller goes on to use.
+
+A region is replaced in a copy of the container around it. Where a module writes into what it was given, caller and
+module would then hold two containers, and each would miss what the other puts there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ._tree import Attr, Item, _children, replace
+
+
+def poured(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
+    """Return what a module leaves, with the containers that it was given written into, where they would be copied.
+
+    Args:
+        before: What the module returned.
+        after: The same, patched.
+        given: The module's arguments.
+        users: The ids of tensors that are the user's own. A container in which one of these was replaced is copied
+            after all: the user may call the model with it again.
+    """
+    shared = {id(container) for container in containers(given)}
+    return _poured(before, after, shared, users) if shared else after
+
+
+def _poured(before: Any, after: Any, shared: Container[int], users: Container[int]) -> Any:
+    if before is after or isinstance(after, Tensor):
+        return after
+    changed = [
+        (step, old, _poured(old, new, shared, users))
+        for (step, old), (_, new) in zip(_children(before), _children(after), strict=True)
+        if old is not new
+    ]
+    if id(before) in shared and not any(id(old) in users for _, old, _ in changed):
+        for step, _, new in changed:
+            _put(before, step, new)
+        return before
+    for step, _, new in changed:
+        after = replace(after, (step,), new)
+    return after
+
+
+class Lent:
+    """A container of the caller's, and the copy that a module was given in its place.
+
+    Args:
+        own: The caller's.
+        copy: What the module writes into.
+    """
+
+    def __init__(self, own: Any, copy: Any) -> None:
+        self._own, self.copy = own, copy
+        items = zip(_children(own), _children(copy), strict=True)
+        self._replaced = [(new, old) for (_, old), (_, new) in items if new is not old]
+
+    def give_back(self) -> None:
+        """Let the caller have what the module wrote, but not what it was patched with."""
+        replaced = {id(new): old for new, old in self._replaced}
+        if isinstance(self._own, list):
+            self._own[:] = [replaced.get(id(item), item) for item in self.copy]
+            return
+        wanted = {step: replaced.get(id(child), child) for step, child in _children(self.copy)}
+        present = dict(_children(self._own))
+        for step in present.keys() - wanted.keys():
+            if isinstance(step, Item):  # a dataclass keeps its fields
+                del self._own[step.key]
+        for step, child in wanted.items():
+            if step not in present or present[step] is not child:
+                _put(self._own, step, child)
+
+
+def lent(before: Any, after: Any) -> Iterator[Lent]:
+    """Yield the containers in the arguments of a module that were copied to be patched."""
+    if before is after or isinstance(before, Tensor):
+        return
+    if _is_mutable(before):
+        yield Lent(before, after)
+    for (_, old), (_, new) in zip(_children(before), _children(after), strict=True):
+        yield from lent(old, new)
+
+
+def containers(tree: Any) -> Iterator[Any]:
+    """Yield all containers inside that can be written into."""
+    if isinstance(tree, Tensor):
+        return
+    if _is_mutable(tree):
+        yield tree
+    for _, child in _children(tree):
+        yield from containers(child)
+
+
+def _is_mutable(tree: Any) -> bool:
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return isinstance(tree, dict) or not type(tree).__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return isinstance(tree, (dict, list))
+
+
+def _put(container: Any, step: Item | Attr, child: Any) -> None:
+    if isinstance(step, Attr):
+        setattr(container, step.name, child)
+    else:
+        container[step.key] = child

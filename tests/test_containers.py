@@ -1,0 +1,206 @@
+"""Containers that a module writes into: the caller sees what was patched there, and misses nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from chanpatch import PatchedPolicy, edit, hook_points, patched, sweep, zero_ablate
+
+
+class Encoder(nn.Module):
+    """Writes what it computes into the dict it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, batch):
+        batch["hidden"] = self.linear(batch["x"]).relu()
+        return batch
+
+
+class FilledDict(nn.Module):
+    """Ignores what the encoder returns, as the dict is at hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Encoder()
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        batch = {"x": x}
+        self.encoder(batch)
+        return self.head(batch["hidden"]) + batch["x"][:, :2]
+
+
+class UsersDict(FilledDict):
+    """The same with a dict of the user's."""
+
+    def forward(self, batch):
+        self.encoder(batch)
+        batch["logits"] = self.head(batch["hidden"]) + batch["x"][:, :2]
+        return batch
+
+
+class Block(nn.Module):
+    """Appends to a list that goes through the model, as losses do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, losses):
+        x = self.linear(x)
+        losses.append(x.square().mean(1))
+        return x
+
+
+class Losses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x):
+        losses = []
+        self.second(self.first(x, losses), losses)
+        assert len(losses) == 2
+        return losses[0] + 10 * losses[1]
+
+
+@dataclass
+class State:
+    x: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+class StateEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, state):
+        state.hidden = self.linear(state.x)
+        return state
+
+
+class FilledDataclass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = StateEncoder()
+
+    def forward(self, x):
+        state = State(x)
+        self.encoder(state)
+        return state.hidden.sum(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+X = torch.linspace(-1, 1, 36).view(9, 4)
+
+
+def by_hand(model, module, hook, *inputs):
+    handle = model.get_submodule(module).register_forward_hook(hook)
+    try:
+        return model(*inputs)
+    finally:
+        handle.remove()
+
+
+def zero_hidden(_, __, output):
+    output["hidden"] = torch.zeros_like(output["hidden"])
+
+
+def test_what_is_patched_in_a_dict_that_the_caller_holds_is_what_it_reads():
+    model = FilledDict()
+    points = hook_points(model, X)
+    patch = zero_ablate(points.site('encoder.out["hidden"]'))
+    expected = by_hand(model, "encoder", zero_hidden, X)
+    with patched(points, patch):
+        assert torch.equal(model(X), expected)
+    assert torch.equal(PatchedPolicy(points, patch)(X), expected)
+    assert not torch.allclose(model(X), expected)
+
+
+def test_a_sweep_over_such_a_dict_has_the_effects_of_hooks_written_by_hand():
+    model = FilledDict()
+    points = hook_points(model, X)
+    sites = points.site('encoder.out["hidden"]').split("feature")
+    result = sweep(points, X, patches=[zero_ablate(site) for site in sites], metric=lambda output: output[:, 0])
+    for feature, row in enumerate(result.values["metric"]):
+
+        def zero(_, __, output, feature=feature):
+            output["hidden"] = output["hidden"].index_fill(1, torch.tensor([feature]), 0)
+
+        torch.testing.assert_close(torch.from_numpy(row).float(), by_hand(model, "encoder", zero, X)[:, 0])
+    assert np.count_nonzero(result.effect("metric")) > 3
+
+
+def test_a_dataclass_that_the_caller_holds_is_patched_too():
+    model = FilledDataclass()
+    points = hook_points(model, X)
+    with patched(points, zero_ablate(points.site("encoder.out.hidden"))):
+        assert not model(X).any()
+
+
+def test_the_users_own_tensor_in_the_users_own_dict_stays():
+    model = UsersDict()
+    points = hook_points(model, {"x": X})
+    batch = {"x": X}
+    with patched(points, zero_ablate(points.site('encoder.out["x"]'))):
+        model(batch)
+    assert batch["x"] is X
+
+
+def test_a_users_dict_is_filled_as_without_patches():
+    model = UsersDict()
+    points = hook_points(model, {"x": X})
+    batch = {"x": X}
+    with patched(points, zero_ablate(points.site('encoder.out["hidden"]'))):
+        output = model(batch)
+    assert output is batch
+    assert not batch["hidden"].any()
+    assert torch.equal(batch["logits"], by_hand(model, "encoder", zero_hidden, {"x": X})["logits"])
+
+
+def test_what_a_module_writes_into_a_patched_argument_reaches_the_caller_and_the_patch_does_not():
+    model = FilledDict()
+    points = hook_points(model, X)
+    with patched(points, zero_ablate(points.site('encoder.in[0]["x"]'))):
+        patched_output = model(X)
+    hidden = model.encoder.linear(torch.zeros_like(X)).relu()
+    assert torch.equal(patched_output, model.head(hidden) + X[:, :2])
+
+
+def test_what_is_appended_to_a_list_with_a_patched_element_is_not_lost():
+    model = Losses()
+    points = hook_points(model, X)
+    expected = model(X)
+    with patched(points, zero_ablate(points.site("second.in[1][0]"))):
+        assert torch.equal(model(X), expected)  # the block appends and does not read
+
+
+def test_a_module_that_raises_leaves_nothing_to_the_next_forward():
+    model = Losses()
+    points = hook_points(model, X)
+    expected = model(X)
+
+    def fail(module, args):
+        raise ValueError("stop")
+
+    with patched(points, edit(points.site("second.in[1][0]"), lambda loss: loss + 0.0)):
+        handle = model.second.linear.register_forward_pre_hook(fail)
+        with pytest.raises(ValueError, match="stop"):
+            model(X)
+        handle.remove()
+        assert torch.equal(model(X), expected)
