@@ -7,6 +7,7 @@ seen.took_cheese, seen.sums[:, channel], seen.distances[:, DISTANCES.index(TO_CH
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +22,7 @@ from maze.channels import level_sums
 from maze.levels import observe, policy_input
 from maze.part import Cell, Study, Table, open_to
 from maze.paths import Direction, distances, first_steps, legal_moves, top_right
-from maze.policy import ACTIONS
-from maze.selection import Selection
+from maze.policy import ACTIONS, is_posts
 from maze.states import Mazes, read_mazes
 from maze.tables import SITE
 
@@ -32,6 +32,9 @@ CHEESE_TO_CORNER = "cheese to corner, straight"
 DISTANCES = (CHEESE_TO_CORNER, TO_CHEESE, TO_CORNER, "square to cheese, straight", "square to corner, straight")
 
 PRECISION = 0.99  # of the threshold on a channel's sum
+POSTS_CHANNELS = {Direction.UP: 121, Direction.RIGHT: 73}  # of its own network
+POSTS_THRESHOLD = 30.0  # above which the cheese is "almost certainly" there, on both
+POSTS = "the post's, on its own network"
 THRESHOLD_LEVELS = 1000  # mazes whose halves thresholds are chosen and scored on, whatever n is
 EDGES = (8, 16, 32)  # of the strata of a path's length, in steps
 STRATA = (len(EDGES) + 1) ** 2
@@ -119,19 +122,33 @@ def _distances(mazes: Mazes) -> Floats:
     return np.stack([straight[0], *paths, *straight[1:]], axis=1).astype(np.float64)
 
 
-def precise_thresholds(study: Study, directions: Sequence[Direction]) -> dict[Direction, ThresholdProbe | None]:
-    """Of each direction the `precise_threshold` on its channel's sum, over the mazes in which the direction is free.
+def tested_channel(study: Study, direction: Direction) -> int:
+    """The channel whose sum is held against a threshold: the post's on its own network, else the direction's."""
+    posts = is_posts(study.weights) and direction in POSTS_CHANNELS
+    return POSTS_CHANNELS[direction] if posts else study.channel(direction)
 
-    These are other mazes than those the channel was chosen on: the half that a threshold is scored on then had no part
-    in the choice of either.
+
+def thresholds(study: Study, directions: Sequence[Direction]) -> dict[Direction, ThresholdProbe | None]:
+    """Of each direction the threshold on its channel's sum: the post's on its own network, else `precise_threshold`.
+
+    The mazes are those in which the direction is free, and others than the channel was chosen on: the half that a
+    threshold is scored on then had no part in the choice of either.
     """
     levels = study.levels("threshold", THRESHOLD_LEVELS, size=25, cheese="in distribution", mouse="anywhere")
     probes = {}
     for direction in directions:
         free, labels = open_to(direction, levels, len(levels))
-        sums = level_sums(study.points, SITE, free)[:, study.channel(direction)]
-        probes[direction] = precise_threshold(sums, labels, seed=study.seed_for("threshold halves"))
+        sums = level_sums(study.points, SITE, free)[:, tested_channel(study, direction)]
+        probe = precise_threshold(sums, labels, seed=study.seed_for("threshold halves"))
+        given = is_posts(study.weights) and direction in POSTS_CHANNELS
+        probes[direction] = posts_threshold(probe, sums, labels) if given and probe else probe
     return probes
+
+
+def posts_threshold(probe: ThresholdProbe, sums: Floats, labels: NDArray[np.bool_]) -> ThresholdProbe:
+    """The post's threshold in place of a chosen one, scored on all mazes, as it was chosen on none of them."""
+    given = replace(probe, threshold=POSTS_THRESHOLD, direction="above", criterion=POSTS, fitted_on=0)
+    return replace(given, held_out=given.transfer(sums, labels).shifted)
 
 
 def precise_threshold(sums: Floats, labels: NDArray[np.bool_], *, seed: int) -> ThresholdProbe | None:
@@ -153,18 +170,18 @@ def precise_threshold(sums: Floats, labels: NDArray[np.bool_], *, seed: int) -> 
     return None
 
 
-def threshold_rows(selection: Selection, probes: dict[Direction, ThresholdProbe | None]) -> Table:
+def threshold_rows(study: Study, probes: dict[Direction, ThresholdProbe | None]) -> Table:
     """One row per direction: its channel, its threshold, and what that is worth on the half not fitted on."""
     rows: Table = []
     for direction, probe in probes.items():
         rows.append(
             {
                 "direction": direction.name,
-                "channel": selection.best[direction],
+                "channel": tested_channel(study, direction),
                 "threshold": probe and probe.threshold,
                 "accepts": probe and probe.direction,
                 "criterion": "none: the channel has no threshold" if probe is None else probe.criterion,
-                "as_precise_as_asked": probe is not None and probe.criterion.endswith(f" {PRECISION:g}"),
+                "as_precise_as_asked": None if probe and probe.criterion == POSTS else _precise(probe),
                 "n_fit": probe and probe.fitted_on,
                 "n_held_out": probe and probe.held_out.n,
                 **cells("precision", probe and probe.held_out.precision),
@@ -172,6 +189,10 @@ def threshold_rows(selection: Selection, probes: dict[Direction, ThresholdProbe 
             }
         )
     return rows
+
+
+def _precise(probe: ThresholdProbe | None) -> bool:
+    return probe is not None and probe.criterion.endswith(f" {PRECISION:g}")
 
 
 def strata(seen: Decisions) -> NDArray[np.int64]:

@@ -37,6 +37,9 @@ _FIRST_WEIGHT = "embedder.block1.conv.weight"
 _FIRST_CHANNELS = 16  # of `_FIRST_WEIGHT` at width 1
 
 
+POSTS_NAME, POSTS_WIDTH = "model_rand_region_5.pth", 4  # the network that the post is about
+
+
 class WeightsError(UserError):
     """A file that is not the weights of a maze policy."""
 
@@ -75,6 +78,15 @@ def load_policy(path: str | Path | None = None) -> tuple[nn.Module, dict[str, An
         "parameters": sum(weight.numel() for weight in policy.parameters()),
     }
     return policy.eval(), facts
+
+
+def is_posts(weights: Mapping[str, Any]) -> bool:
+    """Whether these are, by name and width, the weights that the post is about, so that its channel numbers hold.
+
+    Args:
+        weights: what `load_policy` knows of them.
+    """
+    return (weights.get("name"), weights.get("width")) == (POSTS_NAME, POSTS_WIDTH)
 
 
 def new_policy(width: int) -> nn.Module:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from studies import BEST, shipped_points, small_study
 
-from chanpatch import recording
+from chanpatch import hook_points, recording
 from maze.decision_squares import (
     CHEESE_TO_CORNER,
     DISTANCES,
@@ -14,16 +14,19 @@ from maze.decision_squares import (
     cells,
     joined,
     precise_threshold,
-    precise_thresholds,
     said,
     share_cells,
     strata,
     threshold_rows,
+    thresholds,
 )
 from maze.levels import draw_levels, observe, policy_input
 from maze.logistic import PENALTY, fit_logistic, predicted
+from maze.part import Study
+from maze.parts.decision import _limit
 from maze.paths import Direction, first_steps, legal_moves
-from maze.policy import ACTIONS
+from maze.policy import ACTIONS, load_policy, new_policy
+from maze.selection import Selection
 from maze.states import mazes_from_pictures, read_mazes, write_mazes
 from maze.tables import SITE
 
@@ -75,7 +78,7 @@ def test_the_threshold_says_which_precision_it_could_reach():
     assert precise_threshold(high * 9.0, high, seed=0).criterion == "precision of at least 0.99"
     probe = precise_threshold(high * 9.0, mixed, seed=0)
     assert (probe.threshold, float(probe.criterion.split()[-1]) < 0.99) == (4.5, True)
-    (row,) = threshold_rows(small_study(5, (7,)).selection, {Direction.UP: probe})
+    (row,) = threshold_rows(small_study(5, (7,)), {Direction.UP: probe})
     assert not row["as_precise_as_asked"] and row["criterion"] == probe.criterion
 
 
@@ -96,10 +99,30 @@ def test_a_threshold_is_fitted_and_scored_on_mazes_that_its_channel_was_not_chos
     sums = cache[SITE][:, BEST[Direction.UP]].double().sum(dim=(1, 2)).numpy()[free]
     labels = first_steps(mazes, mazes.cheese)[free, Direction.UP]
     expected = precise_threshold(sums, labels, seed=study.seed_for("threshold halves"))
-    probe = precise_thresholds(study, [Direction.UP])[Direction.UP]
+    probe = thresholds(study, [Direction.UP])[Direction.UP]
     assert probe.threshold == pytest.approx(expected.threshold, rel=1e-3)
     assert probe.held_out == expected.held_out
     assert probe.fitted_on + probe.held_out.n == free.sum()
+
+
+@pytest.mark.parametrize(("name", "given"), [("model_rand_region_5.pth", True), ("another.pth", False)])
+def test_on_the_posts_own_network_the_channels_and_the_threshold_are_the_posts(tmp_path, monkeypatch, name, given):
+    monkeypatch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 60)
+    torch.manual_seed(0)
+    torch.save({"model_state_dict": new_policy(4).state_dict()}, tmp_path / name)
+    policy, weights = load_policy(tmp_path / name)
+    points = hook_points(policy, torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0)))))
+    study = Study(points, weights, 5, seed=0)
+    chosen = Selection(SITE, *[np.empty(0)] * 4, dict.fromkeys(Direction, 7), (7,), (7,))
+    study.__dict__["selection"] = chosen
+    rows = threshold_rows(study, thresholds(study, [Direction.UP, Direction.RIGHT]))
+    assert [row["channel"] for row in rows] == ([121, 73] if given else [7, 7])
+    for row in rows:
+        told = row["threshold"], row["accepts"], row["criterion"], row["n_fit"], row["as_precise_as_asked"]
+        assert (told == (30.0, "above", "the post's, on its own network", 0, None)) == given
+        assert row["n_held_out"] > 0 and (given or row["n_fit"] > 0)
+        assert ("the post's, on its own network" in _limit(row)) == given
+        assert not (given and "none has 0.99" in _limit(row))
 
 
 def test_what_cannot_be_estimated_is_none_and_said_so():

@@ -182,7 +182,7 @@ def test_a_mouse_that_misses_the_cheese_in_distribution_does_not_agree_in_full(t
 
 
 def test_a_policy_without_thresholds_is_not_comparable(study, monkeypatch):
-    monkeypatch.setattr(part, "precise_thresholds", lambda _, directions: dict.fromkeys(directions))
+    monkeypatch.setattr(part, "thresholds", lambda _, directions: dict.fromkeys(directions))
     tables = part.measure(study)
     found = part.PART.finding(tables)
     assert found.agrees == "not comparable" and "has no threshold" in found.ours

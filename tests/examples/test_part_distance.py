@@ -107,7 +107,7 @@ def test_a_correlation_that_is_not_known_is_an_open_claim(tables):
 
 
 def test_a_policy_without_thresholds_and_without_variation_is_told_as_such(study, monkeypatch):
-    monkeypatch.setattr(part, "precise_thresholds", lambda _, directions: dict.fromkeys(directions))
+    monkeypatch.setattr(part, "thresholds", lambda _, directions: dict.fromkeys(directions))
     seen = part.at_decision_squares
     monkeypatch.setattr(part, "at_decision_squares", lambda *given: still(seen(*given)))
     tables = part.measure(study)

@@ -13,6 +13,7 @@ from chanpatch import ThresholdProbe
 from chanpatch.statistics import Interval, bootstrap_interval, difference_interval, wilson_interval
 from maze.decision_squares import (
     EDGES,
+    POSTS_THRESHOLD,
     PRECISION,
     STRATA,
     TO_CHEESE,
@@ -21,11 +22,12 @@ from maze.decision_squares import (
     at_decision_squares,
     cells,
     joined,
-    precise_thresholds,
     said,
     share_cells,
     strata,
+    tested_channel,
     threshold_rows,
+    thresholds,
 )
 from maze.part import Finding, Part, Study, Table, Tables, above, below, verdict
 from maze.paths import Direction
@@ -46,7 +48,7 @@ Probes = dict[Direction, ThresholdProbe | None]
 
 def measure(study: Study) -> dict[str, Table]:
     """The thresholds, the 2x2 tables, where the mouse goes, and the difference between in and out, matched or not."""
-    probes = precise_thresholds(study, DIRECTIONS)
+    probes = thresholds(study, DIRECTIONS)
     squares: Table = []
     choices: Table = []
     taken: dict[str, list[Decisions]] = {}
@@ -64,8 +66,8 @@ def measure(study: Study) -> dict[str, Table]:
     matched = [
         row for which, each in taken.items() for row in _matched(which, *each, study.seed_for("decision bootstrap"))
     ]
-    thresholds = threshold_rows(study.selection, probes)
-    return {"thresholds": thresholds, "squares": squares, "choices": choices, "matched": matched}
+    limits = threshold_rows(study, probes)
+    return {"thresholds": limits, "squares": squares, "choices": choices, "matched": matched}
 
 
 def _drawn(study: Study, split: str, probes: Probes) -> Decisions:
@@ -97,7 +99,7 @@ def _accepted(study: Study, seen: Decisions, probes: Probes, direction: Directio
     probe = probes[direction]
     if probe is None:
         return np.arange(0), len(seen.chosen)
-    accepted = np.flatnonzero(probe.predict(seen.sums[:, study.channel(direction)]))[: study.n]
+    accepted = np.flatnonzero(probe.predict(seen.sums[:, tested_channel(study, direction)]))[: study.n]
     return accepted, int(accepted[-1]) + 1 if len(accepted) == study.n else len(seen.chosen)
 
 
@@ -322,7 +324,7 @@ def _limit(threshold: dict[str, Any]) -> str:
     named = f"Channel {threshold['channel']} ({threshold['direction']})"
     if threshold["threshold"] is None:
         return f"{named} has no threshold"
-    lower = "" if threshold["as_precise_as_asked"] else f"; none has {PRECISION:g} on these mazes"
+    lower = f"; none has {PRECISION:g} on these mazes" if threshold["as_precise_as_asked"] is False else ""
     return (
         f"{named} {threshold['accepts']} {threshold['threshold']:.1f} ({threshold['criterion']}{lower}; held out "
         f"{said(threshold, 'precision')}, accepting {said(threshold, 'accepted')})"
@@ -344,7 +346,8 @@ PART = Part(
     question="On the decision square, does a high sum of a direction's channel send the mouse there, cheese or not?",
     method="Size 25, mouse on the decision square. Levels are drawn until n have a sum past the threshold chosen on "
     f"other mazes for precision {PRECISION:g}, or {ENOUGH} where {MOST_DRAWN} n would not hold so many; the likeliest "
-    f"legal move. Differences are matched on path lengths in bins at {', '.join(map(str, EDGES))} steps.",
+    f"legal move. On the post's own network: its channels, above {POSTS_THRESHOLD:g}. Differences are matched on path "
+    f"lengths in bins at {', '.join(map(str, EDGES))} steps.",
     post="Channel 121 (UP) above 30, cheese UP goes / corner UP goes / cheese UP not / corner UP not: "
     "in 99.5 / 0.2 / 0 / 0.3, out 34.7 / 60.4 / 4.4 / 0.5; channel 73 (RIGHT): in 98 / 0 / 0 / 2, out 33 / 65 / 0 / 2 "
     "(n=1000 each).",

@@ -20,11 +20,12 @@ from maze.decision_squares import (
     at_decision_squares,
     cells,
     joined,
-    precise_thresholds,
     said,
     share_cells,
     strata,
+    tested_channel,
     threshold_rows,
+    thresholds,
 )
 from maze.part import Finding, Part, Study, Table, Tables, below, verdict
 from maze.paths import Direction
@@ -44,7 +45,7 @@ Probes = dict[Direction, ThresholdProbe | None]
 
 def measure(study: Study) -> dict[str, Table]:
     """Shares by distance, rank correlations with it, and the same within strata of the square's own distances."""
-    probes = precise_thresholds(study, DIRECTIONS)
+    probes = thresholds(study, DIRECTIONS)
     by_split = {
         split: at_decision_squares(
             study.points,
@@ -62,7 +63,7 @@ def measure(study: Study) -> dict[str, Table]:
         for name, rows, values in _measures(study, seen, probes):
             trends += _trends(name, population, seen.rows(rows), values, study.seed_for("distance bootstrap"))
     return {
-        "thresholds": threshold_rows(study.selection, probes),
+        "thresholds": threshold_rows(study, probes),
         "shares": shares,
         "trends": trends,
         "strata": _by_stratum(populations[BOTH]),
@@ -73,7 +74,7 @@ def _measures(study: Study, seen: Decisions, probes: Probes) -> Iterator[tuple[s
     """Yields what is held against the distance: its name, the levels that have it, and its value on these."""
     yield MOUSE, np.ones(len(seen.chosen), dtype=np.bool_), seen.took_cheese
     for direction, probe in probes.items():
-        sums = seen.sums[:, study.channel(direction)]
+        sums = seen.sums[:, tested_channel(study, direction)]
         for goal, leads in (("cheese", seen.cheese == direction), ("corner", seen.corner == direction)):
             if probe is not None:
                 yield _high(direction, goal), leads, probe.predict(sums[leads])
