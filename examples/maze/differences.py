@@ -67,7 +67,8 @@ def _text(rows: Table, main: str) -> str:
         f"What each other policy has more or less than {main}, with the 95% interval of the difference of two "
         "independent figures (Newcombe; Zou and Donner). The levels are drawn with one seed, so they are the same ones "
         "on every policy where n is. A paired interval would be narrower, where a level that is hard for one policy is "
-        "hard for another, but needs equal n and the levels one by one. Channels are each policy's own choice. "
+        "hard for another, but needs equal n and the levels one by one. Channels are each policy's own choice, and so "
+        "are the decision squares on which one is high. "
         f"{beyond} of {len(compared)} intervals leave out 0, not corrected for their number. File: differences.csv."
     )
 

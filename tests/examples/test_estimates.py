@@ -5,8 +5,9 @@ import importlib
 import pytest
 from studies import shipped_points
 
+from maze.differences import differences
 from maze.part import Study
-from maze.parts import PARTS
+from maze.parts import PARTS, SIDE_BY_SIDE
 
 # Fewer of everything that n does not decide, so that all parts are measured in a minute.
 FEWER = {
@@ -60,19 +61,20 @@ IN_TABLE = {
 }
 
 
-@pytest.fixture(params=PARTS)
-def measured(request, monkeypatch):
+@pytest.fixture(scope="module", params=PARTS)
+def measured(request):
     """A part's name and its tables on few levels."""
     part = PARTS[request.param]
     module = importlib.import_module(part.measure.__module__)
-    for name, fewer in FEWER.items():
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, fewer)
-    if part.name in SMALLER:
-        monkeypatch.setattr(module, "SIZE", 9)
-    for name, fewer in CHOSEN_ON.items():
-        monkeypatch.setattr(name, fewer)
-    return part.name, part.measure(Study(shipped_points(), {"name": "policy.safetensors"}, 20, seed=0))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fewer in FEWER.items():
+            if hasattr(module, name):
+                patch.setattr(module, name, fewer)
+        if part.name in SMALLER:
+            patch.setattr(module, "SIZE", 9)
+        for name, fewer in CHOSEN_ON.items():
+            patch.setattr(name, fewer)
+        yield part.name, part.measure(Study(shipped_points(), {"name": "policy.safetensors"}, 20, seed=0))
 
 
 @pytest.mark.slow
@@ -87,3 +89,11 @@ def test_every_estimate_has_its_interval_and_its_n(measured):
             assert {f"{estimate}_low", f"{estimate}_high"} <= set(columns), f"{part}/{name}.csv: {estimate}"
         if estimates:
             assert any(column in OF or column.startswith("n_") for column in columns), f"{part}/{name}.csv has no n"
+
+
+@pytest.mark.slow
+def test_the_parts_of_every_policy_have_the_figures_that_policies_are_compared_by(measured):
+    part, tables = measured
+    rows = differences({"one": {part: tables}, "other": {part: tables}})
+    assert bool(rows) == (part in SIDE_BY_SIDE)
+    assert {row["difference"] for row in rows} <= {None, 0.0}
