@@ -772,3 +772,37 @@ def test_the_scores_of_attention_count_for_max_bytes(monkeypatch: pytest.MonkeyP
     patches = {site: zero_ablate(site) for site in parts(points.site("first"))}
     assert_equals_the_loop(points, inputs, patches, max_bytes=3 * 4 * scores)
     assert sizes == [3, 3, 2]
+
+
+class Noted(nn.Module):
+    """Keeps something on itself at each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.hidden = torch.zeros(1, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.first(x).relu()
+        return self.second(self.hidden)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "resume", "loop"])
+def test_a_metric_that_reads_what_a_forward_left_on_a_module_is_refused(strategy: Any) -> None:
+    model = Noted()
+    points = hook_points(model, *vectors(ROWS))
+    inputs = vectors(ROWS)
+    model(*inputs)
+    patches = [zero_ablate(site) for site in points.site("first").split("feature")]
+    for metric in (lambda output: model.hidden.sum(1), lambda output: model.hidden[:, 0]):
+        with pytest.raises(errors.MetricError, match="it reads 'hidden', which each forward sets on its module"):
+            sweep(points, *inputs, patches=patches, metric=metric, strategy=strategy)
+    held = model.hidden
+    sweep(points, *inputs, patches=patches, metric=lambda output: model.second.weight.sum() * output[:, 0])
+    assert model.hidden is held
+
+
+def test_inputs_without_rows_are_refused(plain_cnn: Model) -> None:
+    points, (images,), site = traced(plain_cnn)
+    with pytest.raises(errors.MetricError, match="returned no number. Give inputs of one row at least"):
+        sweep(points, images[:0], patches=zero_ablate(site), metric=lambda output: output[:, 0])

@@ -578,3 +578,25 @@ def test_rows_that_an_expert_was_given_are_not_the_batch() -> None:
     points = hook_points(OneExpert(), vectors)
     assert points["router"].batch_axis == 0
     assert points["expert"].batch_axis is None
+
+
+class OfOneBatch(dict):
+    """A dict that knows its batch size, as a TensorDict does, and refuses tensors of another."""
+
+    def __setitem__(self, key, tensor):
+        if "x" in self and len(tensor) != len(self["x"]):
+            raise RuntimeError("batch dimension mismatch")
+        super().__setitem__(key, tensor)
+
+
+def test_a_container_that_refuses_one_row_more_leaves_the_batch_axis_unproved():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, batch):
+            return self.second(self.first(batch["x"]))
+
+    points = hook_points(Model(), OfOneBatch(x=torch.randn(5, 4)))
+    assert points["first"].axes == ("axis0", "feature")

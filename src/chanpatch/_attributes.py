@@ -6,8 +6,8 @@ import itertools
 import operator
 import random
 from collections import deque
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,17 @@ class Attributes:
         """Return where the tensors and arrays lie whose content is put back."""
         arrays = {int(held.ctypes.data) for held, _ in self._held if isinstance(held, np.ndarray)}
         return arrays | {storage(tensor) for tensor, _ in self._tensors}
+
+    def rebound(self) -> list[tuple[dict[str, Any], str]]:
+        """Return what stands for another object by now: the attributes of its module, and its name."""
+        if self._bound_as_noted():
+            return []
+        return [
+            (own, name)
+            for own, kept in zip(self._owns, self._kept, strict=True)
+            for name, value in _kept(own).items()
+            if name not in kept or kept[name] is not value
+        ]
 
     def put_back(self) -> None:
         """Leave everything as it was at that moment, but for the generators."""
@@ -108,6 +119,22 @@ class Attributes:
                 self._note([getattr(value, "__dict__", None)])
 
 
+@contextmanager
+def unreadable(bound: Iterable[tuple[dict[str, Any], str]]) -> Iterator[None]:
+    """Put something of no use in place of attributes."""
+    before = [(own, name, own.get(name, _unreadable)) for own, name in bound]
+    for own, name, _ in before:
+        own[name] = _unreadable
+    try:
+        yield
+    finally:
+        for own, name, value in before:
+            own[name] = value
+            if value is _unreadable:
+                del own[name]
+
+
+_unreadable = object()
 _chained = itertools.chain.from_iterable
 _PLAIN = (int, float, str, bytes, type(None))
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)

@@ -86,13 +86,14 @@ def path_patch(
         source = run_with_cache(points, *args, sites=sending, stop=True, **keywords)
     with undisturbed(points.model) as run, recording(points, [sending, *held]) as cache:
         baseline = run.kept(_output(points, clean))
+        before = measured(metric, baseline, baseline)  # of the model as this run leaves it
     patches = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
     with undisturbed(points.model), patched(points, patches), recording(points, receiving) as received:
         _output(points, clean)
     with undisturbed(points.model):
         with patched(points, [patch_in(site, received) for site in receiving]):
             output = _output(points, clean)
-        return measured(metric, output, baseline) - measured(metric, baseline, baseline)
+        return measured(metric, output, baseline) - before
 
 
 def _output(points: HookPoints, inputs: Inputs) -> Any:

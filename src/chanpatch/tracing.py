@@ -280,11 +280,11 @@ def _with_one_row_more(
         choices.append([batch_axis] if tensor is first else [known] if known is not None else [*fitting, None])
     for chosen in itertools.islice(itertools.product(*choices), _MOST_TRIES if rows else 0):
         grown: Any = (inputs, dict(keywords))
-        for (path, tensor), axis in zip(tensors, chosen, strict=True):
-            if axis is not None:
-                grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
         second = _Trace(model)
-        with undisturbed(model), suppress(Exception):  # a model may be made for one batch size only
+        with undisturbed(model), suppress(Exception):  # a model, or a container, may be made for one batch size only
+            for (path, tensor), axis in zip(tensors, chosen, strict=True):
+                if axis is not None:
+                    grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
             second.run(method, *grown)
             # One more of some of the rows, as an expert is given them, does not tell which rows they are.
             of_all = {trace.name(fired) for fired in trace.fired if rows in fired.tensor.shape}
@@ -345,14 +345,14 @@ class undisturbed:
         devices = {tensor.device for each in own for tensor in each.values() if tensor is not None}
         self._cuda = [device for device in devices if device.type == "cuda"]
         self._no_grad = torch.no_grad()
-        self._attributes = Attributes(self._modules)
+        self.attributes = Attributes(self._modules)
 
     def __enter__(self) -> undisturbed:
         self._training = [module.training for module in self._modules]
         self._registered = [(module, dict(module._buffers)) for module in self._modules]
         buffers = (buffer for _, named in self._registered for buffer in named.values())
         self._values = [(buffer, buffer.detach().clone()) for buffer in buffers if buffer is not None]
-        self._attributes.note()
+        self.attributes.note()
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
         self._no_grad.__enter__()
@@ -369,7 +369,7 @@ class undisturbed:
         torch.set_rng_state(self._torch)
         for device, state in zip(self._cuda, self._on_cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
-        self._attributes.put_back_generators()
+        self.attributes.put_back_generators()
         self.put_back_state()
 
     def put_back_state(self) -> None:
@@ -382,7 +382,7 @@ class undisturbed:
         for module, named in self._registered:
             if (named or module._buffers) and not same(module._buffers, named):
                 refill(module._buffers, named)
-        self._attributes.put_back()
+        self.attributes.put_back()
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
         """Yield what forwards over several batches give, each of which begins with the model as it was."""
@@ -392,7 +392,7 @@ class undisturbed:
 
     def kept(self, output: Any) -> Any:
         """Return an output in which nothing changes when the model's state is put back under it."""
-        written = {storage(buffer) for buffer, _ in self._values} | self._attributes.storages()
+        written = {storage(buffer) for buffer, _ in self._values} | self.attributes.storages()
         for path, tensor in [*leaves(output)]:
             if storage(tensor) in written - {0}:
                 output = replace(output, path, tensor.clone())

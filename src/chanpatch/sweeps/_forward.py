@@ -30,6 +30,7 @@ class Forward:
 
     Attributes:
         undisturbed: The context in which it runs; not to be entered inside itself.
+        rebound: The attributes of modules that the first forward set.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Forward:
         self.method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
         self.inputs, self.check_nan, self.row = (inputs, dict(keywords)), check_nan, row
         self.undisturbed = undisturbed(self.model)
+        self.rebound: list[tuple[dict[str, Any], str]] | None = None
         each = (*inputs, *keywords.values())
         self._reusable = all(isinstance(one, (Tensor, str, int, float, type(None))) for one in each)
         self._copies: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -54,7 +56,10 @@ class Forward:
         """Return the model's output, with everything as it was before."""
         rows = published.rows if self.row is None else [self.row]
         with self.undisturbed, forward_context(step=published.step, rows=rows):
-            return self.undisturbed.kept(self.disturbing())
+            output = self.undisturbed.kept(self.disturbing())
+            if self.rebound is None:
+                self.rebound = self.undisturbed.attributes.rebound()
+            return output
 
     def disturbing(self) -> Any:
         """Return the model's output; the caller puts back what the forward changes."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._attributes import unreadable
 from .._checks import unwritten
 from ..errors import MetricError
 from ..metrics import Metric, compares
@@ -55,6 +56,28 @@ class Metrics:
                 )
         return found
 
+    def refuse_attributes(self, output: Any, rebound: Sequence[tuple[dict[str, Any], str]]) -> None:
+        """Raise if a metric reads what each forward sets on a module, which is put back before a metric is asked.
+
+        Args:
+            output: The unpatched one.
+            rebound: What the forward that returned it set.
+        """
+        if not rebound:
+            return
+        for name, before in self.baseline.items():
+            with unreadable(rebound):
+                try:
+                    again = self._measured(name, output)
+                except Exception:  # whatever comes of using what is of no use
+                    again = None
+            if again is None or not torch.allclose(again, before, equal_nan=True):
+                names = ", ".join(f"'{attribute}'" for _, attribute in rebound)
+                raise MetricError(
+                    f"The metric {name!r} depends on more than the output: it reads {names}, which each forward sets "
+                    "on its module. Have the model return what is measured."
+                )
+
     def _measured(self, name: str, output: Any) -> Tensor:
         function, keywords = self._functions[name]
         with unwritten(f"The metric {name!r}", output, *keywords.values()):
@@ -66,7 +89,9 @@ def _numbers(name: str, value: Any) -> Tensor:
         numbers = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError):
         raise MetricError(f"The metric {name!r} returned {type(value).__name__}. {_EXPECTED}") from None
-    if numbers.dim() > 1 or not numbers.numel():
+    if not numbers.numel():
+        raise MetricError(f"The metric {name!r} returned no number. Give inputs of one row at least.")
+    if numbers.dim() > 1:
         raise MetricError(f"The metric {name!r} returned a tensor of shape {tuple(numbers.shape)}. {_EXPECTED}")
     if numbers.is_complex():
         raise MetricError(f"The metric {name!r} returned {numbers.dtype}. {_EXPECTED} Take .real or .abs() of it.")

@@ -98,6 +98,7 @@ def sweep(
         prefix = Prefix(forward.model, taps, 0 if strategy == "loop" else max_bytes)
         output, groups = clean_run(forward, entries, prefix)
         metrics = Metrics(metric, output, forward.count())
+        metrics.refuse_attributes(output, forward.rebound or [])
         rows: dict[int, dict[str, Tensor]] = {}
         done: list[Swept] = []
         with progress_bar(progress, len(entries), "patch") as advance:
