@@ -6,6 +6,7 @@ import torch
 from studies import from_files, shipped_points, small_study
 
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
+from chanpatch.statistics import wilson_interval
 from maze.channels import level_sums
 from maze.effects import KINDS, ablation, activations
 from maze.exact import Chains
@@ -155,6 +156,23 @@ def test_channels_that_never_come_to_zero_are_named_with_all_three_effects(table
 def test_the_counts_of_the_walks_add_up_to_the_levels(tables):
     for row in tables["walks"]:
         assert row["both"] + row["only_modified"] + row["only_original"] + row["neither"] == row["n"] == 3
+
+
+def test_shares_of_walks_and_means_of_both_policies_have_their_intervals(tables):
+    for row in tables["walks"]:
+        for name in part.OUTCOMES:
+            share = wilson_interval(row[name], row["n"])
+            assert [row[f"{name}_share{end}"] for end in ("", "_low", "_high")] == [
+                share.estimate,
+                share.low,
+                share.high,
+            ]
+    for name in ("original", "modified", "corner_original", "corner_modified"):
+        for row in tables["effects"]:
+            estimate, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+            assert (estimate is None) == (low is None) == (high is None)
+            assert estimate is None or low - 1e-12 <= estimate <= high + 1e-12
+            assert (estimate is None) == (name == "corner_modified" and row["role"] == "control")
 
 
 def test_16_others_are_live_channels_that_are_not_among_the_most_telling():

@@ -9,13 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chanpatch import ActivationCache
-from chanpatch.statistics import mcnemar_exact, paired_counts, paired_difference_interval, rank_among
+from chanpatch.statistics import (
+    PairedCounts,
+    mcnemar_exact,
+    paired_counts,
+    paired_difference_interval,
+    rank_among,
+    wilson_interval,
+)
 from maze.ablation_grid import PLACES, ablation_grid, is_channel, named
 from maze.effects import KINDS, ablation, activations, level_batches, mean_intervals
 from maze.episodes import ORIGINAL
 from maze.exact import first_hits, walk
 from maze.off_distribution import METERED, absolute_z, background
-from maze.part import Agrees, Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
+from maze.part import Agrees, Cell, Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction, top_right
 from maze.selection import Selection
 from maze.tables import SITE
@@ -25,6 +32,8 @@ ELSEWHERE = 50  # levels with the cheese in each of the other two places, or a q
 REFERENCE = 200  # levels that give the means and the donors
 REFERENCE_PLACES = {"cheese": "in distribution", "mouse": "anywhere"}
 TOGETHER = 16  # channels that are ablated together
+OUTCOMES = ("both", "only_modified", "only_original", "neither")  # of the walks, in the order of `PairedCounts`
+NO_CORNER = dict.fromkeys(("corner_modified", "corner_modified_low", "corner_modified_high"))
 
 Values = NDArray[np.float64]
 
@@ -35,7 +44,7 @@ def measure(study: Study) -> dict[str, Table]:
     reference = activations(study.points, reference_levels, SITE)
     groups = _groups(study.selection, study.seed_for("ablation others"))
     roles = _roles(study.selection, groups)
-    seed = study.seed_for("ablation donors")
+    seed, seed_of_intervals = study.seed_for("ablation donors"), study.seed_for("ablation bootstrap")
     ablations = {
         f"{kind} {name}": ablation(study.points, kind, channels, reference, seed=seed)
         for kind in KINDS
@@ -52,14 +61,14 @@ def measure(study: Study) -> dict[str, Table]:
         posts = place == PLACES[0]
         found, corner, walked = _measured(study, levels, ablations, roles, _walking(study.selection) if posts else ())
         if posts:
-            walks = _walks(study.selection, walked, found, list(ablations))
+            walks = _walks(study.selection, walked, found, list(ablations), seed_of_intervals)
         changes[place] = found[1:] - found[0]
-        rows = _rows(place, found, corner, groups, roles, far, lowest, study.seed_for("ablation bootstrap"))
+        rows = _rows(place, found, corner, groups, roles, far, lowest, seed_of_intervals)
         effects += [{**row, "label": labels.get(row["ablated"])} for row in rows]
     effects.sort(
         key=lambda row: row["role"] == "control"
     )  # stable: what was chosen first, as tables are cut when shown
-    across = _across(changes, list(ablations), roles, study.seed_for("ablation bootstrap"))
+    across = _across(changes, list(ablations), roles, seed_of_intervals)
     return {"effects": effects, "walks": walks, "across": across}
 
 
@@ -122,28 +131,35 @@ def _measured(
     return np.concatenate(found, axis=1), np.concatenate(corner, axis=1), episodes
 
 
-def _walks(selection: Selection, walked: Mapping[str, NDArray[np.bool_]], found: Values, names: Sequence[str]) -> Table:
+def _walks(
+    selection: Selection, walked: Mapping[str, NDArray[np.bool_]], found: Values, names: Sequence[str], seed: int
+) -> Table:
     """The post's table of each direction's channel, from episodes with common draws, beside the exact shares."""
     rows: Table = []
     for direction in Direction:
         name = f"zero channel {selection.best[direction]}"
         counts = paired_counts(walked[name], walked[ORIGINAL])
+        exact = mean_intervals(found[[0, 1 + names.index(name)]], seed)
         rows.append(
             {
                 "direction": direction.name,
                 "channel": selection.best[direction],
                 "n": len(walked[name]),
-                "both": counts.both,
-                "only_modified": counts.only_first,
-                "only_original": counts.only_second,
-                "neither": counts.neither,
+                **_counted(counts),
                 "mcnemar_p": mcnemar_exact(counts.only_first, counts.only_second),
                 **interval_cells("difference", paired_difference_interval(*counts)),
-                "exact_original": float(found[0].mean()),
-                "exact_modified": float(found[1 + names.index(name)].mean()),
+                **interval_cells("exact_original", exact[0]),
+                **interval_cells("exact_modified", exact[1]),
             }
         )
     return rows
+
+
+def _counted(counts: PairedCounts) -> dict[str, Cell]:
+    """The four cells of the post's table: each count, and its share of the levels."""
+    cells = dict(zip(OUTCOMES, counts, strict=True))
+    shares = {f"{name}_share": wilson_interval(count, sum(counts)) for name, count in cells.items()}
+    return cells | {end: cell for name, share in shares.items() for end, cell in interval_cells(name, share).items()}
 
 
 def _rows(
@@ -165,7 +181,8 @@ def _rows(
         return far["zero"][channels[0]] is not None
 
     effects = mean_intervals(found[1:] - found[0], seed)
-    (original,) = mean_intervals(found[:1], seed)
+    original, *modified = mean_intervals(found, seed)
+    first = mean_intervals(corner, seed)  # of the corner; the controls have none
     ablated = [(kind, name) for kind in KINDS for name in groups]
     rows: Table = []
     for row, (kind, name) in enumerate(ablated):
@@ -187,10 +204,10 @@ def _rows(
                 "channels": " ".join(map(str, groups[name])),
                 "n": found.shape[1],
                 **interval_cells("original", original),
-                "modified": float(found[1 + row].mean()),
+                **interval_cells("modified", modified[row]),
                 **interval_cells("effect", effects[row]),
-                "corner_original": float(corner[0].mean()),
-                "corner_modified": None if name not in roles else float(corner[1 + row].mean()),
+                **interval_cells("corner_original", first[0]),
+                **(interval_cells("corner_modified", first[1 + row]) if name in roles else NO_CORNER),
                 "rank": rank and rank.rank,
                 "controls": rank and rank.controls,
                 "rank_p": rank.p if rank and name in roles else None,  # of what was chosen before only
@@ -241,18 +258,17 @@ def finding(tables: Tables) -> Finding:
     zeroed, by_mean, resampled = (effects[PLACES[0], kind, up] for kind in KINDS)
     elsewhere = [(place, effects[place, KINDS[0], up]) for place in PLACES[1:]]
     across = [row for row in tables["across"] if (row["ablated"], row["kind"]) == (up, KINDS[0])]
-    counts = " / ".join(
-        f"{walks[name] / walks['n']:.1%}" for name in ("both", "only_modified", "only_original", "neither")
-    )
+    counts = " / ".join(shown(walks, f"{name}_share", ".1%") for name in OUTCOMES)
     ranked = "" if zeroed["rank"] is None else f", rank {zeroed['rank']} of {zeroed['controls'] + 1} live channels"
     p = "" if zeroed["rank_p"] is None else f" (p = {zeroed['rank_p']:.2g})"
     others = ", ".join(f"{shown(row, 'effect', '+.3f')} {_where(place)}" for place, row in elsewhere)
     more = ", ".join(f"{shown(row, 'difference', '+.3f')} more than {_where(row['minus'])}" for row in across)
     return Finding(
-        f"Channel {walks['channel']} (UP) zeroed, n={zeroed['n']}: P(cheese) {zeroed['original']:.3f} becomes "
-        f"{zeroed['modified']:.3f}, effect {shown(zeroed, 'effect', '+.3f')}{ranked}{p}; by mean ablation "
+        f"Channel {walks['channel']} (UP) zeroed, n={zeroed['n']}: P(cheese) {shown(zeroed, 'original')} becomes "
+        f"{shown(zeroed, 'modified')}, effect {shown(zeroed, 'effect', '+.3f')}{ranked}{p}; by mean ablation "
         f"{shown(by_mean, 'effect', '+.3f')}, by resampling {shown(resampled, 'effect', '+.3f')}. Walks with common "
-        f"draws, both / only modified / only original / neither: {counts} (McNemar p = {walks['mcnemar_p']:.2g}).",
+        f"draws, n={walks['n']}, both / only modified / only original / neither: {counts} "
+        f"(McNemar p = {walks['mcnemar_p']:.2g}).",
         _agrees(zeroed, [by_mean, resampled], across),
         f"{_far(zeroed, resampled)}{_beside_controls(zeroed)}{_largest(effects, zeroed)}"
         f"{_never_zero(effects)}Means and donors are of "
