@@ -17,9 +17,11 @@ from chanpatch import HookPoints, PatchedPolicy, rollout, zero_ablate
 from chanpatch.statistics import (
     Interval,
     PairedCounts,
+    Rank,
     mcnemar_exact,
     paired_counts,
     paired_difference_interval,
+    rank_among,
     wilson_interval,
 )
 from maze.environment import MazeVectorEnv
@@ -101,6 +103,18 @@ def compare(episodes: Mapping[str, Episodes], channels: Mapping[str, int], chose
             )
         )
     return comparisons
+
+
+def ranked(comparisons: Sequence[Comparison]) -> Rank | None:
+    """Where the difference of the channel under test, which comes first, ranks among the controls; None without any."""
+    first, *controls = (each.difference.estimate for each in comparisons)
+    return rank_among(first, controls) if controls else None
+
+
+def told_rank(rank: Rank) -> str:
+    """A rank in words: "rank 1 of 4 (no p-value: it needs at least 19 controls)"."""
+    p = f"no p-value: {rank.no_p}" if rank.p is None else f"p = {rank.p:.2g}"
+    return f"rank {rank.rank} of {rank.controls + 1} ({p})"
 
 
 def _episodes(name: str, policy: nn.Module, envs: MazeVectorEnv, sampling_seed: int, file: Path) -> Episodes:

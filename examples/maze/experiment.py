@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from chanpatch import HookPoints, hook_points
+from chanpatch.controls import matched_channels
 from chanpatch.statistics import Interval
-from maze.ablation import Comparison, compare, play, zeroed
-from maze.channels import ChannelChoice, choose_channel, pair_sums
+from maze.ablation import Comparison, compare, play, ranked, told_rank, zeroed
+from maze.channels import ChannelChoice, channel_of, choose_channel, pair_sums
 from maze.command import UserError
 from maze.episodes import ORIGINAL, STEPS, Episodes
 from maze.figures import ablation_figure
@@ -78,10 +79,11 @@ def run_rollouts(settings: Settings) -> Path:
     points.site(settings.site, channel=settings.channel or 0)
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})")
     levels = draw_levels(settings.n, size=settings.size, seed=level_seed, cheese="bottom right")
-    choice = _chosen(settings, points, choice_seed, read_mazes(levels))
+    others = _other_levels(settings, choice_seed, read_mazes(levels))
+    choice = _chosen(settings, points, others)
     pairs = _shown_pairs(points, settings.site, choice)
 
-    controls = _controls(choice, settings.controls, control_seed)
+    controls = _controls(settings, points, choice, others, control_seed)
     channels = {_name(channel): channel for channel in (choice.channel, *controls)}
     known = {**_plain(settings), "weights": weights["sha256"], "versions": versions()}
     folder = settings.out / f"ablation-size{settings.size}-n{settings.n}-seed{settings.seed}-{settings_key(known)}"
@@ -91,6 +93,8 @@ def run_rollouts(settings: Settings) -> Path:
     episodes = play(policies, levels, sampling_seed=settings.seed, keep=folder / "parts")
     comparisons = compare(episodes, channels, choice.channel)
 
+    rank = ranked(comparisons)
+
     summary = {
         **known,
         "weights": weights,
@@ -98,6 +102,7 @@ def run_rollouts(settings: Settings) -> Path:
         "pair_sums": pairs,
         "original_found": int(episodes[ORIGINAL].found.sum()),
         "comparisons": [asdict(each) | {"counts": each.counts._asdict()} for each in comparisons],
+        "rank": rank and asdict(rank),
     }
     _write(folder, summary, comparisons, episodes, levels, settings)
     _print_table(comparisons, settings)
@@ -114,12 +119,16 @@ def _example_input() -> torch.Tensor:
     return torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0))))
 
 
-def _chosen(settings: Settings, points: HookPoints, seed: int, used: Mazes) -> ChannelChoice:
-    """Choose the channel on mazes of which none is among the experiment's."""
+def _other_levels(settings: Settings, seed: int, used: Mazes) -> list[bytes]:
+    """Mazes to choose the channel and the controls on, of which none is among the experiment's."""
     drawn = draw_levels(_CHOICE_LEVELS, size=settings.size, seed=seed, cheese="in distribution", mouse="anywhere")
     taken = {_walls(used, index) for index in range(len(used))}
     mazes = read_mazes(drawn)
-    levels = [level for index, level in enumerate(drawn) if _walls(mazes, index) not in taken]
+    return [level for index, level in enumerate(drawn) if _walls(mazes, index) not in taken]
+
+
+def _chosen(settings: Settings, points: HookPoints, levels: Sequence[bytes]) -> ChannelChoice:
+    """Choose the channel and print what is known of it."""
     choice = choose_channel(points, settings.site, levels, Direction.UP, settings.channel)
     how = "chosen as the best of" if settings.channel is None else "given; there are"
     print(
@@ -156,11 +165,21 @@ def _shown_pairs(points: HookPoints, site: str, choice: ChannelChoice) -> list[l
     return shown
 
 
-def _controls(choice: ChannelChoice, count: int, seed: int) -> list[int]:
+def _controls(
+    settings: Settings, points: HookPoints, choice: ChannelChoice, levels: Sequence[bytes], seed: int
+) -> list[int]:
+    """Other live channels of about the same mean activation, since larger ones may matter more whatever they say."""
     others = [channel for channel in choice.live if channel != choice.channel]
-    if count > len(others):
-        raise SettingsError(f"--controls is {count}, but there are only {len(others)} other live channels.")
-    return sorted(int(channel) for channel in np.random.default_rng(seed).choice(others, size=count, replace=False))
+    if settings.controls > len(others):
+        raise SettingsError(f"--controls is {settings.controls}, but there are only {len(others)} other live channels.")
+    if not settings.controls:
+        return []
+    site, background = (
+        points.site(settings.site, channel=choice.channel),
+        torch.from_numpy(policy_input(observe(levels))),
+    )
+    matched = matched_channels(points, site, background, count=settings.controls, seed=seed)
+    return sorted(channel_of(each) for each in matched)
 
 
 def _name(channel: int) -> str:
@@ -182,7 +201,7 @@ def _write(
 ) -> None:
     """Write every result under a temporary name first."""
     replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    replace_table(folder / "table.csv", [_row(each) for each in comparisons])
+    replace_table(folder / "table.csv", _rows(comparisons))
     replace_table(
         folder / "episodes.csv",
         (
@@ -209,6 +228,13 @@ def _telling_level(modified: Episodes, original: Episodes) -> int:
         if differs.any():
             return int(np.argmax(differs))
     return 0
+
+
+def _rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """One row per channel; the rank is that of the channel under test among the controls."""
+    rank = ranked(comparisons)
+    ranks = {"rank": rank and rank.rank, "rank_of": rank and rank.controls + 1, "rank_p": rank and rank.p}
+    return [_row(each) | (dict.fromkeys(ranks) if each.control else ranks) for each in comparisons]
 
 
 def _row(each: Comparison) -> dict[str, Any]:
@@ -245,6 +271,8 @@ def _print_table(comparisons: Sequence[Comparison], settings: Settings) -> None:
         difference = f"{each.difference.estimate:+.1%} ({each.difference.low:+.1%} to {each.difference.high:+.1%})"
         share = f"{each.found.estimate:.1%} ({each.found.low:.1%} to {each.found.high:.1%})"
         print(f"{label:12}{share:>24}{difference:>28}{each.p:>12.2g}")
+    if rank := ranked(comparisons):
+        print(f"The difference of channel {first.channel}, up or down, is {told_rank(rank)}.")
 
 
 def _shown(interval: Interval) -> str:

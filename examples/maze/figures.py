@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from chanpatch.plots import contingency
-from maze.ablation import Comparison
+from maze.ablation import Comparison, ranked
 from maze.environment import MazeVectorEnv
 from maze.episodes import ORIGINAL
 from maze.states import read_mazes
@@ -40,6 +40,9 @@ def ablation_figure(
     contingency(comparisons[0].counts, axes[1], names=("zeroed", ORIGINAL))
     axes[1].set_title(f"channel {comparisons[0].channel} zeroed against the {ORIGINAL}: who finds the cheese")
     draw_differences(axes[2], comparisons)
+    if rank := ranked(comparisons):
+        p = "" if rank.p is None else f", p = {rank.p:.2g}"
+        axes[2].set_title(f"channel {comparisons[0].channel}: rank {rank.rank} of {rank.controls + 1} by size{p}")
     figure.suptitle(title)
     return figure
 

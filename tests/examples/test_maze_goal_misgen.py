@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from chanpatch import hook_points
-from maze.ablation import ORIGINAL, Episodes, compare, play, zeroed
+from chanpatch.statistics import Interval, PairedCounts
+from maze.ablation import ORIGINAL, Comparison, Episodes, compare, play, ranked, told_rank, zeroed
 from maze.levels import draw_levels, observe, policy_input
 from maze.policy import load_policy
 
@@ -73,6 +74,31 @@ def test_the_printed_table_is_the_one_on_disk(finished: tuple[Path, str]) -> Non
     rows = table(folder / "table.csv")
     assert [int(row["channel"]) for row in rows] == [each["channel"] for each in summary["comparisons"]]
     assert [row["control"] for row in rows] == ["0", "1"]
+
+
+def test_the_rank_of_the_channel_is_printed_and_on_disk(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    first, control = table(folder / "table.csv")
+    rank = 1 + (abs(float(control["difference"])) >= abs(float(first["difference"])))
+    assert [first[name] for name in ("rank", "rank_of", "rank_p")] == [str(rank), "2", ""]
+    assert [control[name] for name in ("rank", "rank_of", "rank_p")] == [""] * 3
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["rank"]["rank"], summary["rank"]["controls"], summary["rank"]["p"]) == (rank, 1, None)
+    told = (
+        f"The difference of channel {first['channel']}, up or down, is rank {rank} of 2 (no p-value: it needs at least"
+    )
+    assert told in printed
+
+
+def test_a_rank_has_a_p_value_from_19_controls_on_and_none_without_controls() -> None:
+    def comparison(channel: int, difference: float) -> Comparison:
+        interval = Interval(difference, difference - 0.1, difference + 0.1, 0.95)
+        return Comparison(channel, channel > 0, PairedCounts(1, 1, 1, 1), 1.0, interval, interval)
+
+    many = [comparison(channel, 0.3 if channel == 0 else -0.01 * channel) for channel in range(20)]
+    assert told_rank(ranked(many)) == "rank 1 of 20 (p = 0.05)"
+    assert told_rank(ranked(many[:19])) == "rank 1 of 19 (no p-value: it needs at least 19 controls)"
+    assert ranked(many[:1]) is None
 
 
 def test_the_table_counts_the_episodes_on_disk(finished: tuple[Path, str]) -> None:
