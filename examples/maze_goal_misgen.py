@@ -30,8 +30,8 @@ Channels are chosen on mazes that nothing else is measured on, by rules that sta
 under --out with a report (report.html, which opens from disk, and report.md), their tables as CSV and their figures as
 PNG. Interrupt it at any time; the same command goes on where it stopped.
 
-The report ends with the seconds that each part took, as do the manifests. Where the time of the longest part goes, line
-by line: python -m cProfile -s cumulative examples/maze_goal_misgen.py --only ablation --n 60 --out /tmp/profile
+The report ends with the seconds that each part took, as do the manifests. Where the time of the longest part goes, by
+function: python -m cProfile -s cumulative examples/maze_goal_misgen.py --only ablation --n 60 --out /tmp/profile
 """
 
 from __future__ import annotations

@@ -55,9 +55,6 @@ OF = ("n", "pairs", "channels")
 # What is none in these tables, by names that are estimates elsewhere.
 IN_TABLE = {
     **dict.fromkeys((f"random-mazes/{name}" for name in ("areas", "behaviour", "pictures")), {"share"}),  # a setting
-    # What an ablation leaves, over the same levels as `original` and `effect`, which have the intervals.
-    "ablation/effects": {"modified", "corner_original", "corner_modified"},
-    "ablation/walks": {"exact_original", "exact_modified"},  # beside what was walked; effects.csv has the intervals
 }
 
 
