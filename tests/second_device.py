@@ -21,9 +21,12 @@ class _Backend(_DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return []
 
+    def device_count(self) -> int:
+        return 0  # so that other tests of the same process, which look for accelerators, do not find it
 
-_setup_privateuseone_for_python_backend("second", backend_module=_Backend())
-DEVICE = torch.device("second:0")
+
+_setup_privateuseone_for_python_backend("simulated", backend_module=_Backend())
+DEVICE = torch.device("simulated:0")
 
 _aten = torch.ops.aten
 _BETWEEN_DEVICES = (_aten._to_copy.default, _aten.copy_.default)

@@ -204,3 +204,94 @@ def test_a_module_that_raises_leaves_nothing_to_the_next_forward():
             model(X)
         handle.remove()
         assert torch.equal(model(X), expected)
+
+
+class Moving(nn.Module):
+    """Keeps what it was given under another key, and at another place."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, batch, items):
+        batch["skip"] = batch["x"]
+        batch["x"] = self.linear(batch["x"])
+        items.append(items.pop(0))
+
+
+class Moved(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Moving()
+
+    def forward(self, x):
+        batch, items = {"x": x}, [x, 2 * x]
+        self.block(batch, items)
+        return batch["skip"] + batch["x"] + items[-1]
+
+
+def test_what_a_module_moves_to_another_place_is_what_it_was_given():
+    model = Moved()
+    points = hook_points(model, X)
+    with patched(points, zero_ablate(points.site('block.in[0]["x"]'))):
+        assert torch.equal(model(X), model.block.linear(torch.zeros_like(X)) + X)
+    with patched(points, zero_ablate(points.site("block.in[1][0]"))):
+        assert torch.equal(model(X), X + model.block.linear(X))
+
+
+def test_the_users_tensor_in_a_dict_of_the_models_own_is_patched_for_the_caller():
+    model = FilledDict()
+    points = hook_points(model, X)
+    with patched(points, zero_ablate(points.site('encoder.out["x"]'))):
+        assert torch.equal(model(X), model.head(model.encoder.linear(X).relu()))
+
+
+class Twice(nn.Module):
+    """Is given one dict as two arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = Both()
+
+    def forward(self, x):
+        batch = {"x": x}
+        return self.both(batch, batch)
+
+
+class Both(nn.Module):
+    def forward(self, one, other):
+        one["y"] = 2 * one["x"]
+        return other["y"] + other["x"]
+
+
+@pytest.mark.parametrize("place", ["0", "1"])
+def test_a_dict_that_is_given_twice_stays_one(place):
+    model = Twice()
+    points = hook_points(model, X)
+    with patched(points, zero_ablate(points.site(f'both.in[{place}]["x"]'))):
+        assert not model(X).any()
+
+
+class Counting(nn.Module):
+    """Writes beside the fields of a dataclass."""
+
+    def forward(self, state):
+        state.extra = state.x + 1
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.counting = Counting()
+
+    def forward(self, x):
+        state = State(x)
+        self.counting(state)
+        return state.extra + state.x
+
+
+def test_what_is_written_beside_the_fields_of_a_dataclass_reaches_the_caller():
+    model = Counted()
+    points = hook_points(model, X)
+    with patched(points, zero_ablate(points.site("counting.in[0].x"))):
+        assert torch.equal(model(X), 1 + X)

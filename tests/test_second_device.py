@@ -95,7 +95,7 @@ def test_an_operand_on_the_wrong_device_is_refused_with_both_named():
     with second_device():
         batch = inputs(4)[0].to(DEVICE)
         points = hook_points(module.to(DEVICE), batch)
-        with pytest.raises(ChanpatchError, match=r"on cpu, but the region is torch\.float32 on second:0") as caught:
+        with pytest.raises(ChanpatchError, match=r"on cpu, but the region is torch\.float32 on simulated:0") as caught:
             with patched(points, patch_in(points.site(site), torch.zeros(4, *points[site].shape))):
                 module(batch)
-    assert "value.to('second:0', torch.float32)" in str(caught.value)
+    assert "value.to('simulated:0', torch.float32)" in str(caught.value)

@@ -7,7 +7,7 @@ module would then hold two containers, and each would miss what the other puts t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +22,8 @@ def poured(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
         before: What the module returned.
         after: The same, patched.
         given: The module's arguments.
-        users: The ids of tensors that are the user's own. A container in which one of these was replaced is copied
-            after all: the user may call the model with it again.
+        users: The ids of tensors and containers that are the user's own. Where such a tensor in such a container was
+            replaced, the container is copied after all: the user may call the model with it again.
     """
     shared = {id(container) for container in containers(given)}
     return _poured(before, after, shared, users) if shared else after
@@ -37,7 +37,8 @@ def _poured(before: Any, after: Any, shared: Container[int], users: Container[in
         for (step, old), (_, new) in zip(_children(before), _children(after), strict=True)
         if old is not new
     ]
-    if id(before) in shared and not any(id(old) in users for _, old, _ in changed):
+    users_own = id(before) in users and any(id(old) in users for _, old, _ in changed)
+    if id(before) in shared and not users_own:
         for step, _, new in changed:
             _put(before, step, new)
         return before
@@ -55,24 +56,40 @@ class Lent:
     """
 
     def __init__(self, own: Any, copy: Any) -> None:
-        self._own, self.copy = own, copy
+        self.own, self.copy = own, copy
         items = zip(_children(own), _children(copy), strict=True)
-        self._replaced = [(new, old) for (_, old), (_, new) in items if new is not old]
+        self._replaced = {step: (new, old) for (step, old), (_, new) in items if new is not old}
+        for name, value in _beside_fields(own).items():
+            vars(copy).setdefault(name, value)
+        self._beside = _beside_fields(copy)
 
     def give_back(self) -> None:
         """Let the caller have what the module wrote, but not what it was patched with."""
-        replaced = {id(new): old for new, old in self._replaced}
-        if isinstance(self._own, list):
-            self._own[:] = [replaced.get(id(item), item) for item in self.copy]
-            return
-        wanted = {step: replaced.get(id(child), child) for step, child in _children(self.copy)}
-        present = dict(_children(self._own))
-        for step in present.keys() - wanted.keys():
-            if isinstance(step, Item):  # a dataclass keeps its fields
-                del self._own[step.key]
-        for step, child in wanted.items():
-            if step not in present or present[step] is not child:
-                _put(self._own, step, child)
+        wanted = dict(_children(self.copy))
+        for step, (new, old) in self._replaced.items():
+            if wanted.get(step) is new:
+                wanted[step] = old
+        if isinstance(self.own, list):
+            self.own[:] = wanted.values()
+        else:
+            present = dict(_children(self.own))
+            for step in present.keys() - wanted.keys():
+                if isinstance(step, Item):  # a dataclass keeps its fields
+                    del self.own[step.key]
+            for step, child in wanted.items():
+                if step not in present or present[step] is not child:
+                    _put(self.own, step, child)
+        for name, value in _beside_fields(self.copy).items():
+            if name not in self._beside or self._beside[name] is not value:
+                setattr(self.own, name, value)
+
+
+def in_each_place(arguments: Any, lent: Sequence[Lent]) -> Any:
+    """Return (args, kwargs) with the copy of a container in place of each argument that it is."""
+    copies = {id(each.own): each.copy for each in lent}
+    args, kwargs = arguments
+    changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
+    return tuple(copies.get(id(argument), argument) for argument in args), changed
 
 
 def lent(before: Any, after: Any) -> Iterator[Lent]:
@@ -93,6 +110,14 @@ def containers(tree: Any) -> Iterator[Any]:
         yield tree
     for _, child in _children(tree):
         yield from containers(child)
+
+
+def _beside_fields(container: Any) -> dict[str, Any]:
+    """Return the attributes of a dataclass that are none of its fields."""
+    if not dataclasses.is_dataclass(container):
+        return {}
+    names = {field.name for field in dataclasses.fields(container)}
+    return {name: value for name, value in getattr(container, "__dict__", {}).items() if name not in names}
 
 
 def _is_mutable(tree: Any) -> bool:

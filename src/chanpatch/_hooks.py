@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _taps
-from ._containers import Lent, containers, lent, poured
+from ._containers import Lent, containers, in_each_place, lent, poured
 from ._typing import STAGES
 from .errors import ConcurrencyError, UnsupportedModelError
 
@@ -109,14 +109,16 @@ class Station:
             session.begin(self, args, kwargs)
         changed = self._in.run((args, kwargs)) if self._in.listeners else None
         if changed is not None:
-            self._lent |= {id(each.copy): each for each in lent((args, kwargs), changed)}
+            copies = [*lent((args, kwargs), changed)]
+            changed = in_each_place(changed, copies)
+            self._lent |= {id(each.copy): each for each in copies}
         return changed
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         failed = output is None and sys.exc_info()[0] is not None  # torch calls us on the way out of an exception
         changed = self._out.run(output) if self._out.listeners and not failed else None
         if changed is not None and not isinstance(output, Tensor):
-            users = {id(tensor) for session in self._out.sessions for tensor in session.users_tensors}
+            users = {id(own) for session in self._out.sessions for own in session.users_own}
             changed = poured(output, changed, (args, kwargs), users)
         if self._lent:
             for container in containers((args, kwargs)):

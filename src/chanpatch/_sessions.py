@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, Protocol
 from torch import Tensor, nn
 
 from . import _taps
+from ._containers import containers
 from ._hooks import Station, compiled_code_runs_eagerly
 from ._methods import unwatch_method, watch_method
 from ._tree import Item, Path, get, leaves, replace
@@ -97,13 +98,13 @@ class RootCall:
         kwargs: Its keyword arguments.
     """
 
-    __slots__ = ("args", "counts", "depth", "kwargs", "method", "station", "tensors")
+    __slots__ = ("args", "counts", "depth", "given", "kwargs", "method", "station")
 
     def __init__(self, station: Station | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.station, self.method, self.args, self.kwargs = station, method, args, kwargs
         self.counts: dict[object, int] = {}
         self.depth = 0  # of calls of the module inside itself
-        self.tensors: list[Tensor] = []  # in the arguments as they were given
+        self.given: list[Any] = []  # tensors and containers in the arguments as they were given
 
 
 class Session:
@@ -230,9 +231,9 @@ class Session:
         return self._running is not None and self._running.station is None
 
     @property
-    def users_tensors(self) -> list[Tensor]:
+    def users_own(self) -> list[Any]:
         """What the root call under way was given, where what a module returns in containers is patched."""
-        return [] if self._running is None else self._running.tensors
+        return [] if self._running is None else self._running.given
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -295,7 +296,8 @@ class Session:
         self.on_begin()  # may refuse: then no call has begun
         self._thread, self._running = threading.get_ident(), call
         if self._in_containers:
-            call.tensors = [tensor for _, tensor in leaves((call.args, call.kwargs))]
+            given = call.args, call.kwargs
+            call.given = [*containers(given), *(tensor for _, tensor in leaves(given))]
 
     def _end(self, call: RootCall, *, failed: bool) -> None:
         """End a root call; it is checked only when no exception is in flight."""
