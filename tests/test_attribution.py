@@ -30,6 +30,7 @@ from chanpatch import (
     recording,
     resample_ablate,
     steer,
+    sweep,
     zero_ablate,
 )
 from chanpatch.attribution import Attribution, attribution
@@ -502,3 +503,52 @@ def test_an_interrupt_goes_through_and_leaves_nothing_of_the_runs(measurements: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class WritesInPlace(nn.Module):
+    """Reads its stream again after the ReLU has written into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.relu, self.layer = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        stream = self.embed(vector)
+        return self.head(stream + self.layer(self.relu(stream)))
+
+
+def test_an_input_that_is_written_into_in_place_is_warned_about_and_leaves_exact_effects_right() -> None:
+    model, vectors = WritesInPlace(), torch.randn(5, 4)
+    points = hook_points(model, vectors)
+    patches = [zero_ablate(site) for name in ("relu.in[0]", "layer") for site in points.site(name).split("feature")]
+    with pytest.warns(RuntimeWarning, match=r"writes in place into its input.*the estimates are off"):
+        result = attribution(points, vectors, patches=patches, metric=logit_difference(0, 1), verify=len(patches))
+    expected = sweep(points, vectors, patches=patches, metric=logit_difference(0, 1), strategy="loop")
+    found = dict(zip(result.labels, result.exact, strict=True))
+    np.testing.assert_allclose([found[label] for label in expected.labels], expected.effect(), atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what the module returns is no such input
+        attribution(points, vectors, patches=patches[6:], metric=logit_difference(0, 1))
+
+
+class PartlyWithoutGradients(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.frozen(vector)
+        return self.head(features)
+
+
+def test_a_site_inside_no_grad_is_refused_by_name() -> None:
+    vectors = torch.randn(5, 4)
+    points = hook_points(PartlyWithoutGradients(), vectors)
+    with pytest.raises(SiteError) as caught:
+        attribution(points, vectors, patches=zero_ablate(points.site("frozen")), metric=logit_difference(0, 1))
+    assert str(caught.value) == (
+        "'frozen' is computed under torch.no_grad(), through which no gradient flows. sweep() its patches, or patch "
+        "what comes after it."
+    )

@@ -457,7 +457,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
         "NoForward has no forward. Give rollout() or action_distribution() the function that gives its logits or "
-        "distribution, such as lambda observations: agent.actor(observations).",
+        "distribution, such as lambda observations: agent.actor(observations); give rollout_sweep() a module whose "
+        "forward does that.",
     ),
     "no distribution": (
         errors.DistributionError,

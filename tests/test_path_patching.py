@@ -314,3 +314,65 @@ def test_paths_are_held_in_whatever_way_a_layer_keeps_its_weights() -> None:
     torch.testing.assert_close(torch.as_tensor(direct[0]).float(), by_hand.detach(), rtol=1e-4, atol=1e-5)
     for other in direct[1:]:
         torch.testing.assert_close(torch.as_tensor(other), torch.as_tensor(direct[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_output_of_the_head_as_receiver_is_its_input_as_receiver() -> None:
+    torch.testing.assert_close(effect("first", "head"), by_hand(to_second=False, to_head=True))
+
+
+def test_what_computes_a_receiving_blocks_output_is_not_held() -> None:
+    model = Stacked()
+    points = hook_points(model, CLEAN)
+    into, out = (
+        path_patch(points, CLEAN, CORRUPTED, "embed", receiver, metric=first_logit)
+        for receiver in ("block.in[0]", "block")
+    )
+    torch.testing.assert_close(out, into)
+    assert into.abs().max() > 1e-3
+
+
+class Stacked(nn.Module):
+    """A block of several layers beside the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.block = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        stream = self.embed(vector)
+        return self.head(stream + self.block(stream))
+
+
+def test_the_whole_models_output_is_no_receiver_unless_it_is_said_what_is_frozen() -> None:
+    with pytest.raises(SiteError) as caught:
+        effect("first", ".out")
+    assert str(caught.value) == (
+        "The receiver Site('.out') is what the whole model returns, where every path ends. Name the module that "
+        "computes it, or its input, such as 'head.in[0]'; or what is to be frozen."
+    )
+    torch.testing.assert_close(effect("first", ".out", frozen=()), by_hand(to_second=True, to_head=True))
+
+
+class WritesInPlace(nn.Module):
+    """Reads its stream again after the ReLU has written into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        stream = self.embed(vector)
+        return self.head(stream + self.layer(self.relu(stream)))
+
+
+def test_an_activation_that_is_written_into_in_place_makes_no_effect_of_its_own() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = WritesInPlace()
+    points = hook_points(model, CLEAN)
+    assert not path_patch(points, CLEAN, CLEAN, "embed", "relu.in[0]", metric=first_logit).any()
+    assert path_patch(points, CLEAN, CORRUPTED, "embed", "relu.in[0]", metric=first_logit).any()

@@ -84,9 +84,13 @@ def path_patch(
     args, keywords = _copied(corrupted)
     with undisturbed(points.model):
         source = run_with_cache(points, *args, sites=sending, stop=True, **keywords)
-    with undisturbed(points.model) as run, recording(points, [sending, *held]) as cache:
+    with undisturbed(points.model) as run, recording(points, [sending, *held, *receiving]) as cache:
         baseline = run.kept(_output(points, clean))
-        before = measured(metric, baseline, baseline)  # of the model as this run leaves it
+    with undisturbed(points.model):
+        # The clean activations are put there too, which is not the same where a module writes into them in place.
+        with patched(points, [patch_in(site, cache) for site in receiving]):
+            output = _output(points, clean)
+        before = measured(metric, output, baseline)
     patches = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
     with undisturbed(points.model), patched(points, patches), recording(points, receiving) as received:
         _output(points, clean)
@@ -115,6 +119,12 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
             f"The receiver {before[0]!r} does not come after the sender {sender!r} in the forward, so that no path "
             "leads there. Print the HookPoints: they are listed in execution order."
         )
+    whole = [site for site in receivers if not points[site.name].module]
+    if whole and frozen is None:
+        raise SiteError(
+            f"The receiver {whole[0]!r} is what the whole model returns, where every path ends. Name the module that "
+            "computes it, or its input, such as 'head.in[0]'; or what is to be frozen."
+        )
     last = max(order[site.name] for site in receivers)
     if frozen is None:
         chosen: tuple[Site, ...] = tuple(
@@ -123,14 +133,18 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
     else:
         frozen = frozen if isinstance(frozen, (str, Site, HookPoint)) else list(frozen)
         chosen = sites_of(points, frozen) if frozen else ()
-    ends = {_call(points[site.name]) for site in receivers}
+    ends = [points[site.name] for site in receivers]
     return [
-        site for site in chosen if order[sender.name] < order[site.name] < last and _call(points[site.name]) not in ends
+        site
+        for site in chosen
+        if order[sender.name] < order[site.name] < last and not any(_is_part(points[site.name], end) for end in ends)
     ]
 
 
-def _call(point: HookPoint) -> tuple[str, int | None]:
-    return point.module, point.call
+def _is_part(point: HookPoint, receiver: HookPoint) -> bool:
+    """Tell whether a hook point is of the very call of a receiver, or inside the module whose output it is."""
+    inside = receiver.side == "out" and point.module.startswith(f"{receiver.module}.")
+    return inside or (point.module, point.call) == (receiver.module, receiver.call)
 
 
 def _sites(points: HookPoints, named: Any, what: str) -> tuple[Site, ...]:

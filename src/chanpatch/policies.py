@@ -143,7 +143,8 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
             raise
         raise DistributionError(
             f"{type(policy).__name__} has no forward. Give rollout() or action_distribution() the function that "
-            "gives its logits or distribution, such as lambda observations: agent.actor(observations)."
+            "gives its logits or distribution, such as lambda observations: agent.actor(observations); give "
+            "rollout_sweep() a module whose forward does that."
         ) from error
     found = distribution_in(output)
     if found is None:

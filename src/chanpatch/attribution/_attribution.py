@@ -39,8 +39,8 @@ def attribution(
     """Return estimates of how much each of many patches, alone, changes a metric.
 
     The estimate is the change that the patch makes to its region times the gradient of the metric there, summed over
-    the region: for all patches together one forward that applies and takes back each patch, one forward and one
-    backward. It is exact where the metric is linear in the activation.
+    the region: for all patches together a forward, one that applies and takes back each patch, one forward more and
+    one backward. It is exact where the metric is linear in the activation.
 
     With `steps` above 1 the gradient is the mean of those in the middle of so many equal parts of the straight line
     between the clean and the patched activation (integrated gradients). Patches of one hook point whose regions do not
@@ -74,7 +74,8 @@ def attribution(
     Warns:
         RuntimeWarning: If the gradient is numerically nothing for some inputs, because the probability of an action is
             almost 1 there, or because a metric that compares with the clean output is at its minimum; or if it is zero
-            at a hook point where patches were verified to have effects.
+            at a hook point where patches were verified to have effects; or if a module writes in place into an
+            activation that is patched and read elsewhere too.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,18 @@ def warn_of_flat_inputs(
             RuntimeWarning,
             stacklevel=4,  # the caller of attribution(), past its decorator
         )
+
+
+def warn_of_shared_memory(names: Iterable[str]) -> None:
+    """Warn that estimates are of another model, where a module writes in place into what is read elsewhere too."""
+    listed = ", ".join(f"'{name}'" for name in sorted(names))
+    warnings.warn(
+        "The model gives another output when an activation is replaced by its equal: a module writes in place into its "
+        f"input, which is read elsewhere too. One of {listed} is such an input, and the estimates are off; the exact "
+        "effects are not. Patch what the module returns, or build it without inplace=True.",
+        RuntimeWarning,
+        stacklevel=6,  # the caller of attribution(), past its decorator and the run
+    )
 
 
 def warn_of_cut_gradients(names: Collection[str]) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from .._patches import Patch
 from .._regions import Positions, written
-from ..errors import MetricError
+from ..errors import MetricError, SiteError
 from ..metrics import Metric, measured
 from ..patching import edit, patch_in, patched
 from ..points import HookPoints
 from ..recording import recording
 from ..tracing import copied_inputs, undisturbed
-from ._flatness import log_odds
+from ._flatness import log_odds, warn_of_shared_memory
 
 
 class Runs:
@@ -50,9 +50,10 @@ class Runs:
             for each in (edit(patch.site, change.note), patch, edit(patch.site, change.undo))
         ]
         with undisturbed(self._points.model) as run:
-            with patched(self._points, applied):
-                self.baseline = run.kept(self._output())
+            self.baseline = run.kept(self._output())
             self._clean = self._measured(self.baseline)
+        with undisturbed(self._points.model), patched(self._points, applied):
+            self._compare(self._output(), {patch.site.name for patch in patches})
         return [change.difference for change in changes]
 
     def gradients(self, names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -71,6 +72,13 @@ class Runs:
         ):
             output = self._output()
             clean = {name: cache[name] for name in names}
+            cut = [name for name, activation in clean.items() if not activation.requires_grad]
+            if cut:
+                raise SiteError(
+                    f"'{cut[0]}' is computed under torch.no_grad(), through which no gradient flows. sweep() its "
+                    "patches, or patch what comes after it."
+                )
+            self._compare(output, names)
             odds = log_odds(output)
             slopes = {} if odds is None else _gradients(odds, clean)
             gradients = _gradients(self._measured(output), clean)
@@ -104,6 +112,13 @@ class Runs:
         """Return what the patch changes in the metric, by a real forward."""
         with undisturbed(self._points.model), patched(self._points, patch):
             return float((self._measured(self._output()) - self._clean).double().mean())
+
+    def _compare(self, output: Any, names: Iterable[str]) -> None:
+        """Warn if the model computes something else where regions were replaced by their equals."""
+        found = self._measured(output).detach()
+        precision = 1e-2 if found.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        if not torch.allclose(found, self._clean, precision, precision * float(self._clean.abs().max()), True):
+            warn_of_shared_memory(names)
 
     def _output(self) -> Any:
         args, keywords = copied_inputs(*self._given)

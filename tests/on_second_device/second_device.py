@@ -22,7 +22,7 @@ class _Backend(_DummyBackendModule):
         return []
 
     def device_count(self) -> int:
-        return 0  # so that other tests of the same process, which look for accelerators, do not find it
+        return 0  # it has no random state of its own
 
 
 _setup_privateuseone_for_python_backend("simulated", backend_module=_Backend())
