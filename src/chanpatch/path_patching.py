@@ -86,10 +86,10 @@ def path_patch(
         source = run_with_cache(points, *args, sites=sending, stop=True, **keywords)
     with undisturbed(points.model) as run, recording(points, [sending, *held, *receiving]) as cache:
         baseline = run.kept(_output(points, clean))
-    with undisturbed(points.model):
+    with undisturbed(points.model) as run:
         # The clean activations are put there too, which is not the same where a module writes into them in place.
         with patched(points, [patch_in(site, cache) for site in receiving]):
-            output = _output(points, clean)
+            output = run.kept(_output(points, clean))
         before = measured(metric, output, baseline)
     patches = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
     with undisturbed(points.model), patched(points, patches), recording(points, receiving) as received:
