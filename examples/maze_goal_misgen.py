@@ -31,7 +31,7 @@ under --out with a report (report.html, which opens from disk, and report.md), t
 PNG. Interrupt it at any time; the same command goes on where it stopped.
 
 The report ends with the seconds that each part took, as do the manifests. Where the time of the longest part goes, by
-function: python -m cProfile -s cumulative examples/maze_goal_misgen.py --only ablation --n 60 --out /tmp/profile
+function: python -m cProfile -s cumulative examples/maze_goal_misgen.py --only ablation --n 60 --out results/profile
 """
 
 from __future__ import annotations

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
 from models import MODELS, Model, build
-
-# Whoever imports what is there makes a device known to torch, for as long as the process lives.
-collect_ignore = [] if "ON_SECOND_DEVICE" in os.environ else ["on_second_device"]
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts us in the background has Ctrl-C ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)

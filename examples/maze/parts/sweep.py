@@ -84,8 +84,8 @@ def _rows(
                 "p": float(p[number]) if live[number] else None,
                 "p_bh": float(p_bh[number]) if live[number] else None,
                 "rank": rank and rank.rank,
-                "controls": rank and rank.controls,
-                "rank_p": rank and rank.p,
+                "controls": rank
+                and rank.controls,  # without a p: the channel that is told of was picked for its effect
             }
         )
     return rows

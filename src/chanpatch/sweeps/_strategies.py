@@ -102,10 +102,10 @@ class _Vmapped:
         self._session.listen(group.point, "patch", self._put)
         self._session.confine_to_thread()
         self.later = Later([group.later(entry) for entry in group.entries], group.blank)
-        self._later = _PatchesInVmap(
+        self._applied = _PatchesInVmap(
             forward.points_or_model, self.later.patches, allow_unreached=(), check_nan=forward.check_nan
         )
-        self._later.session.confine_to_thread()
+        self._applied.session.confine_to_thread()
         self._activation: Tensor | None = None
 
     def __call__(self, stack: Tensor, entries: Sequence[Entry]) -> dict[Path, Tensor]:
@@ -115,25 +115,25 @@ class _Vmapped:
             self._attributes_put_back(),
             self._forward.undisturbed,
             self._session,
-            self._later.session,
+            self._applied.session,
             self._prefix.skipped(self._group.skippable),
             _ways_that_vmap_knows(stack.device),
         ):
             tensors, brought_nan = torch.vmap(self._one)(stack, operands)
         if any(bool(flags.any()) for flags in brought_nan):
             raise StrategyError("a later patch brought NaN in")  # the loop says which
-        if self._activation is not None or self._later.unreached():
+        if self._activation is not None or self._applied.unreached():
             raise StrategyError("a patch was not reached")
         return dict(zip(self._paths, tensors, strict=True))
 
     def _one(self, activation: Tensor, operands: Sequence[Operands]) -> tuple[list[Tensor], list[Tensor]]:
         self._activation = activation
         self.later.use(operands)
-        self._later.forget()
+        self._applied.forget()
         output = [*leaves(self._forward.disturbing())]
         if [path for path, _ in output] != self._paths:
             raise StrategyError("the output has tensors in other places than the unpatched one")
-        return [leaf for _, leaf in output], self._later.brought_nan
+        return [leaf for _, leaf in output], self._applied.brought_nan
 
     @contextmanager
     def _attributes_put_back(self) -> Iterator[None]:
