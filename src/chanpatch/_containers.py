@@ -15,7 +15,7 @@ from torch import Tensor
 from ._tree import Attr, Item, _children, replace
 
 
-def poured(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
+def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
     """Return what a module leaves, with the containers that it was given written into, where they would be copied.
 
     Args:
@@ -26,14 +26,14 @@ def poured(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
             replaced, the container is copied after all: the user may call the model with it again.
     """
     shared = {id(container) for container in containers(given)}
-    return _poured(before, after, shared, users) if shared else after
+    return _written_into(before, after, shared, users) if shared else after
 
 
-def _poured(before: Any, after: Any, shared: Container[int], users: Container[int]) -> Any:
+def _written_into(before: Any, after: Any, shared: Container[int], users: Container[int]) -> Any:
     if before is after or isinstance(after, Tensor):
         return after
     changed = [
-        (step, old, _poured(old, new, shared, users))
+        (step, old, _written_into(old, new, shared, users))
         for (step, old), (_, new) in zip(_children(before), _children(after), strict=True)
         if old is not new
     ]
@@ -47,7 +47,7 @@ def _poured(before: Any, after: Any, shared: Container[int], users: Container[in
     return after
 
 
-class Lent:
+class CopiedContainer:
     """A container of the caller's, and the copy that a module was given in its place.
 
     Args:
@@ -63,7 +63,7 @@ class Lent:
             vars(copy).setdefault(name, value)
         self._beside = _beside_fields(copy)
 
-    def give_back(self) -> None:
+    def write_back(self) -> None:
         """Let the caller have what the module wrote, but not what it was patched with."""
         wanted = dict(_children(self.copy))
         for step, (new, old) in self._replaced.items():
@@ -84,22 +84,22 @@ class Lent:
                 setattr(self.own, name, value)
 
 
-def in_each_place(arguments: Any, lent: Sequence[Lent]) -> Any:
+def with_copies(arguments: Any, copied: Sequence[CopiedContainer]) -> Any:
     """Return (args, kwargs) with the copy of a container in place of each argument that it is."""
-    copies = {id(each.own): each.copy for each in lent}
+    copies = {id(each.own): each.copy for each in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
     return tuple(copies.get(id(argument), argument) for argument in args), changed
 
 
-def lent(before: Any, after: Any) -> Iterator[Lent]:
+def copied_containers(before: Any, after: Any) -> Iterator[CopiedContainer]:
     """Yield the containers in the arguments of a module that were copied to be patched."""
     if before is after or isinstance(before, Tensor):
         return
     if _is_mutable(before):
-        yield Lent(before, after)
+        yield CopiedContainer(before, after)
     for (_, old), (_, new) in zip(_children(before), _children(after), strict=True):
-        yield from lent(old, new)
+        yield from copied_containers(old, new)
 
 
 def containers(tree: Any) -> Iterator[Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _taps
-from ._containers import Lent, containers, in_each_place, lent, poured
+from ._containers import CopiedContainer, containers, copied_containers, with_copies, written_into
 from ._typing import STAGES
 from .errors import ConcurrencyError, UnsupportedModelError
 
@@ -35,7 +35,7 @@ class Station:
         self._module = weakref.ref(module)
         self._in, self._out = _Side("in"), _Side("out")
         self._copies: list[weakref.ref[nn.Module]] = []
-        self._lent: dict[int, Lent] = {}  # by the id of the copy, in the calls under way
+        self._copied_containers: dict[int, CopiedContainer] = {}  # by the id of the copy, in the calls under way
         module.register_forward_pre_hook(_Hook(self, self._enter, _CopiedPreHook), with_kwargs=True)
         module.register_forward_hook(_Hook(self, self._leave, _CopiedHook), with_kwargs=True, always_call=True)
 
@@ -75,7 +75,7 @@ class Station:
 
     def remove(self, session: Session) -> None:
         """Forget a session, and leave the module, and copies of it, when it was the last one."""
-        self._lent.clear()  # of calls that an interrupt cut short
+        self._copied_containers.clear()  # of calls that an interrupt cut short
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
@@ -109,9 +109,9 @@ class Station:
             session.begin(self, args, kwargs)
         changed = self._in.run((args, kwargs)) if self._in.listeners else None
         if changed is not None:
-            copies = [*lent((args, kwargs), changed)]
-            changed = in_each_place(changed, copies)
-            self._lent |= {id(each.copy): each for each in copies}
+            copies = [*copied_containers((args, kwargs), changed)]
+            changed = with_copies(changed, copies)
+            self._copied_containers |= {id(each.copy): each for each in copies}
         return changed
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -119,11 +119,11 @@ class Station:
         changed = self._out.run(output) if self._out.listeners and not failed else None
         if changed is not None and not isinstance(output, Tensor):
             users = {id(own) for session in self._out.sessions for own in session.users_own}
-            changed = poured(output, changed, (args, kwargs), users)
-        if self._lent:
+            changed = written_into(output, changed, (args, kwargs), users)
+        if self._copied_containers:
             for container in containers((args, kwargs)):
-                if each := self._lent.pop(id(container), None):
-                    each.give_back()
+                if each := self._copied_containers.pop(id(container), None):
+                    each.write_back()
         for session in self.scopes:
             session.end(self, failed=failed)
         return changed
