@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import EXPERT, HANDWRITTEN, LIBRARIES, module_of
+from peers import EXPERT, HANDWRITTEN, LIBRARIES, module_of, report
 from peers.interface import Unable
 from peers.measure import interleaved, ratio
 from peers.models import impala, impala_everywhere, mlp, transformer
@@ -79,3 +79,11 @@ def test_a_ratio_is_that_of_the_medians_inside_its_interval():
     found = ratio([2.0, 2.2, 9.0], [1.0, 1.1, 1.2])
     assert found.estimate == pytest.approx(2.0)
     assert found.low <= found.estimate <= found.high
+
+
+@pytest.mark.parametrize(("megabytes", "met"), [(99, "yes"), (101, "**no**")])
+def test_a_target_is_met_where_the_measurement_reaches_it(megabytes, met):
+    rows = [{"peer": "chanpatch", "bytes": megabytes * 1e6, "size": "10000 observations"}]
+    page = report.page({"memory-sums": rows}, {}, judged=True)
+    (line,) = [line for line in page.splitlines() if line.startswith("| channel sums")]
+    assert line.endswith(f"| {met} |")

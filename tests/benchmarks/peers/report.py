@@ -60,7 +60,7 @@ TARGETS = (
     _overhead("a twin's call", 40),
     _overhead("a twin's call, check_nan=False", 15),
     _overhead("entering and leaving a context", 60),
-    Target("channel sums of 10,000 observations", "memory-sums", {"peer": "chanpatch"}, "bytes", 100e6, " MB"),
+    Target("channel sums of 10,000 observations", "memory-sums", {"peer": "chanpatch"}, "bytes", 100, " MB"),
     Target("import chanpatch", "import", {"peer": "chanpatch"}, "over", 0.3, " s"),
 )
 
@@ -156,7 +156,7 @@ def _targets(results: Results) -> str:
     lines = []
     for target in TARGETS:
         rows = [row for row in results.get(target.task, ()) if all(row.get(k) == v for k, v in target.pick.items())]
-        line = {"target": target.name, "limit": f"{'>=' if target.at_least else '<='} {_limit(target)}{target.unit}"}
+        line = {"target": target.name, "limit": f"{'>=' if target.at_least else '<='} {target.limit:g}{target.unit}"}
         if rows:
             estimate, low, high = _numbers(target, rows[0])
             reaches = operator.ge(high, target.limit) if target.at_least else operator.le(low, target.limit)
@@ -170,10 +170,6 @@ def _numbers(target: Target, row: Row) -> tuple[float, float, float]:
         return (row["bytes"] / 1e6,) * 3
     estimate, low, high = row[target.key]
     return (1 / estimate, 1 / high, 1 / low) if target.at_least else (estimate, low, high)
-
-
-def _limit(target: Target) -> str:
-    return f"{target.limit / 1e6:g}" if target.key == "bytes" else f"{target.limit:g}"
 
 
 def _facts(machine: Mapping[str, str]) -> str:
