@@ -6,6 +6,7 @@ import gc
 import itertools
 import tracemalloc
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import einops
@@ -24,7 +25,7 @@ from chanpatch.errors import (
     TraceMismatchError,
     UnreachedError,
 )
-from chanpatch.patching import edit, patched, zero_ablate
+from chanpatch.patching import edit, patch_in, patched, zero_ablate
 from chanpatch.recording import ActivationCache, recording, run_with_cache
 from chanpatch.sites import Site
 from chanpatch.tracing import hook_points
@@ -275,6 +276,43 @@ def test_sums_of_ten_thousand_inputs_keep_no_activation(points, net, image):
     assert len(held) == 20
     assert cache["conv"].shape == (10_000, 4)
     assert cache["conv"].untyped_storage().nbytes() == 10_000 * 4 * 4
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def _recorded(points, image):
+    with recording(points, "conv") as cache:
+        points.model(image)
+    return cache["conv"]
+
+
+def _run_to_the_end(points, image):
+    return run_with_cache(points, image, sites="conv")[1]["conv"]
+
+
+def _run_to_the_site(points, image):
+    return run_with_cache(points, image, sites="conv", stop=True)["conv"]
+
+
+def _patched_in(points, image):
+    donor = torch.zeros(4, 4, 4, 4)
+    with patched(points, patch_in(points.site("conv"), donor)):
+        points.model(image)
+    return donor
+
+
+@pytest.mark.parametrize("run", [_recorded, _run_to_the_end, _run_to_the_site, _patched_in])
+@pytest.mark.usefixtures("no_garbage_collector")
+def test_a_tensor_is_freed_with_the_last_name_for_it_without_the_garbage_collector(points, image, run):
+    tensor = run(points, image)
+    alive = weakref.ref(tensor)
+    del tensor
+    assert alive() is None
 
 
 def test_a_long_recording_does_not_grow_but_by_its_records(net, points, image):

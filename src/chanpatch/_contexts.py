@@ -59,12 +59,15 @@ class Opened(ContextDecorator, Generic[Result]):
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         effect = self._open.pop()
         try:
-            if isinstance(error, Exception):
-                effect.failed(error)
+            try:
+                if isinstance(error, Exception):
+                    effect.failed(error)
+            finally:
+                effect.session.__exit__()
+            if error is None:
+                effect.finish()
         finally:
-            effect.session.__exit__()
-        if error is None:
-            effect.finish()
+            effect.session.let_go()
 
 
 def _is_outdated(session: Session) -> bool:

@@ -168,6 +168,11 @@ class Session:
         self._stations.clear()
         _taps.forget(self)
 
+    def let_go(self) -> None:
+        """Forget for good what was listened for: in cycles, its tensors would stay until the garbage collector runs."""
+        self.listeners.clear()
+        self.on_begin, self.on_end, self.on_error = _nothing, _ignore, _ignore
+
     def _abandon(self) -> None:
         """Undo what was cut short; an interrupt may have come between a hook and the note of it."""
         self._stations = [station for module in self.modules.values() if (station := Station.of(module)) is not None]

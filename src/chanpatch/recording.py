@@ -276,6 +276,7 @@ def run_with_cache(
             if ended.args != (recorder,):
                 raise
     recorder.raise_unreached("inside run_with_cache()")
+    session.let_go()
     return recorder.result if stop else (output, recorder.result)
 
 
