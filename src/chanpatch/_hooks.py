@@ -185,7 +185,8 @@ class _Hook:
         self.station, self._run, self._copied = station, run, copied
 
     def __call__(self, module: nn.Module, *passed: Any) -> Any:
-        return eager(self._run)(module, *passed)
+        run = eager(self._run) if _is_compiling() else self._run
+        return run(module, *passed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
         self.station.note_copy(memo.get(self.station.module_id))
@@ -216,9 +217,12 @@ def _drop(module: nn.Module, ours: Callable[[object], bool]) -> None:
             del hooks[key]
 
 
+_is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
+
+
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function, which a model that is being compiled calls as it is, instead of tracing into it."""
-    if torch.compiler.is_dynamo_compiling():
+    if _is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function
 

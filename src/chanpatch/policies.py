@@ -201,7 +201,7 @@ class _TwinState:
             shared = self._held == self._expected
         except RuntimeError:  # two tensors are neither equal nor unequal; one and the same is not even compared
             shared = False
-        if not shared or any(held.get(name) is not others.get(name) for name, held, others in self._numbers):
+        if not shared or self._numbers and any(held.get(name) is not others.get(name) for name, held, others in self._numbers):
             self._refuse_replaced()
 
     def _refuse_replaced(self) -> None:
