@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from numbers import Real
 from typing import Any
 
@@ -84,14 +84,24 @@ class Patch:
     @cached_property
     def takes_context(self) -> bool:
         """Whether the edit has a keyword-only parameter `context`."""
-        try:
-            parameter = inspect.signature(self.edit).parameters.get("context")
-        except (TypeError, ValueError):  # some builtins have no signature
-            return False
-        return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
+        kind: Any = type(self.edit)
+        return _class_takes_context(kind) if kind.__module__ == Set.__module__ else _takes_context(self.edit)
 
     def __repr__(self) -> str:
         return f"Patch({self.site!r}, {edit_name(self.edit)}{', where=...' if self.where is not None else ''})"
+
+
+def _takes_context(edit: Callable[..., Any]) -> bool:
+    try:
+        parameter = inspect.signature(edit).parameters.get("context")
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
+
+
+@cache
+def _class_takes_context(kind: Any) -> bool:
+    return _takes_context(kind.__call__)
 
 
 class AppliedPatches:
