@@ -201,8 +201,11 @@ class _TwinState:
             shared = self._held == self._expected
         except RuntimeError:  # two tensors are neither equal nor unequal; one and the same is not even compared
             shared = False
-        if not shared or self._numbers and any(held.get(name) is not others.get(name) for name, held, others in self._numbers):
+        if not shared or (self._numbers and self._is_number_replaced()):
             self._refuse_replaced()
+
+    def _is_number_replaced(self) -> bool:
+        return any(held.get(name) is not others.get(name) for name, held, others in self._numbers)
 
     def _refuse_replaced(self) -> None:
         for name, module, other, children, other_children in self._pairs:
