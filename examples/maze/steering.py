@@ -17,7 +17,17 @@ from torch import Tensor
 
 from chanpatch import HookPoints, steer
 from chanpatch.controls import random_vectors
-from maze.effects import DESTINATIONS, activations, draw_effects, mean_intervals
+from chanpatch.statistics import rank_among
+from maze.effects import (
+    DESTINATIONS,
+    activations,
+    destinations,
+    draw_effects,
+    joined,
+    level_batches,
+    mean_intervals,
+)
+from maze.episodes import ORIGINAL
 from maze.off_distribution import METERED, absolute_z, mouse_anywhere
 from maze.part import Study, Table, Tables, interval_cells
 from maze.states import Mazes, read_mazes, write_mazes
@@ -26,6 +36,8 @@ from maze.tables import Intervention
 BLOCK = "embedder.block2.res1"  # what comes out of it is what comes out of its resadd
 OWN = "own vector"
 CONTROLS = ("another level's", "channels shuffled", "random of the same norm")
+RANDOM = 19  # vectors of the same norm that the own one is ranked among: as many as a p-value takes
+RANKED = 100  # levels that this is done on
 
 Values: TypeAlias = NDArray[np.float64]
 
@@ -83,6 +95,50 @@ def against_controls(values: Mapping[str, Values], names: Sequence[str], seed: i
             cells = interval_cells("own_minus_control", interval)
             rows.append({"measure": measure, "control": name, "n": len(own), **cells})
     return rows
+
+
+def ranked(
+    study: Study, levels: Sequence[bytes], vectors: Tensor, coefficient: float, measure: str, *, seed: int
+) -> Table:
+    """Where the own vectors' effect ranks among those of `RANDOM` sets of random ones of the same norms: one row.
+
+    Args:
+        study: of the policy.
+        levels: of which the first `RANKED` are taken.
+        vectors: (level, channel, row, col).
+        coefficient: of them all.
+        measure: on which effect, as `DESTINATIONS` names it.
+        seed: of the random vectors.
+    """
+    levels, own = levels[:RANKED], vectors[:RANKED]
+    drawn = random_vectors(own, count=RANDOM, seed=seed) if own.any() else own.expand(RANDOM, *own.shape)
+    sets = {OWN: own, **{f"random {number}": each for number, each in enumerate(drawn)}}
+    interventions = {name: added(study.points, each, coefficient) for name, each in sets.items()}
+    batches = level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=BLOCK)
+    original, *modified = joined([destinations(*batch) for batch in batches])[measure].mean(axis=1)
+    effect, *others = (float(each - original) for each in modified)
+    rank = rank_among(effect, others)
+    return [
+        {
+            "measure": measure,
+            "n": len(levels),
+            "effect": effect,
+            "rank": rank.rank,
+            "controls": rank.controls,
+            "rank_p": rank.p,
+            "lowest_of_controls": min(others),
+            "highest_of_controls": max(others),
+        }
+    ]
+
+
+def told_rank(row: Mapping[str, Any]) -> str:
+    """A row of `ranked` in words."""
+    return (
+        f"On {row['n']} of the levels its effect, {row['effect']:+.3f}, ranks {row['rank']} of {row['controls'] + 1} "
+        f"(p = {row['rank_p']:.2g}) among random vectors of the same norm, which have {row['lowest_of_controls']:+.3f} "
+        f"to {row['highest_of_controls']:+.3f}."
+    )
 
 
 def far_from_usual(

@@ -23,8 +23,10 @@ from maze.steering import (
     against_controls,
     difference_vectors,
     far_from_usual,
+    ranked,
     steered,
     told_far,
+    told_rank,
     vector_figure,
 )
 from maze.tables import action_tables
@@ -58,6 +60,7 @@ def measure(study: Study) -> dict[str, Table]:
         "effects": effects,
         "against": against_controls(values, names, seed),
         "ignoring": [_ignoring(values["found"], names, seed)],
+        "ranked": ranked(study, levels, vectors, COEFFICIENT, "found", seed=study.seed_for("cheese-vector random")),
     }
 
 
@@ -101,7 +104,7 @@ def finding(tables: Tables) -> Finding:
         f"The vector leaves {shown(left, 'own_minus_unseen', '+.3f')} of P(cheese) more than not showing the cheese "
         f"does, {'' if left['equivalent'] else 'not '}all of the interval within {MARGIN:g}. Controls: {controls}. The "
         f"own vector lowers P(cheese) by more than {len(beyond)} of these {len(CONTROLS)} do, interval of the paired "
-        "difference below 0. "
+        f"difference below 0. {told_rank(tables['ranked'][0])} "
         f"{told_far([found[name] for name in (OWN, *CONTROLS)])}",
         "That the vector is the cheese and nothing else: it was computed with the mouse on the first square and is "
         "added everywhere. What not showing the cheese does is the most that it could do if it were.",

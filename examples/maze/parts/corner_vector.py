@@ -23,8 +23,10 @@ from maze.steering import (
     against_controls,
     difference_vectors,
     far_from_usual,
+    ranked,
     steered,
     told_far,
+    told_rank,
     vector_figure,
 )
 
@@ -56,7 +58,11 @@ def measure(study: Study) -> dict[str, Table]:
         row | {"absolute_z": far.get(row["intervention"]), "absolute_z_against": usual}
         for row in effect_rows(values, names, seed)
     ]
-    return {"effects": effects, "against": against_controls(values, names, seed)}
+    return {
+        "effects": effects,
+        "against": against_controls(values, names, seed),
+        "ranked": ranked(study, levels, vectors, 1.0, "corner", seed=study.seed_for("corner-vector random")),
+    }
 
 
 def without_corner(mazes: Mazes) -> Mazes:
@@ -101,7 +107,8 @@ def finding(tables: Tables) -> Finding:
         verdict(more, *(above(row, "own_minus_control") for row in against if more)),
         f"Another level's vector, which points to the same corner, has {shown(corner[TRANSFER], 'effect', '+.3f')}. "
         f"Controls: {controls}. The own vector raises it by more than {len(beyond)} of these {len(JUDGES)} do, "
-        f"interval of the paired difference above 0. {told_far([corner[name] for name in (OWN, *CONTROLS)])}",
+        f"interval of the paired difference above 0. {told_rank(tables['ranked'][0])} "
+        f"{told_far([corner[name] for name in (OWN, *CONTROLS)])}",
         "That the vector stands for the corner as a goal: it is the difference that one wall next to the corner makes, "
         "wherever the mouse wants to go.",
     )

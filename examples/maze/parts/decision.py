@@ -270,8 +270,9 @@ def finding(tables: Tables) -> Finding:
         held += _claims(inside, outside, raw) if threshold["threshold"] is not None else []
         cells_in, cells_out = (_four(tables["squares"], name, split) for split in SPLITS)
         told.append(
-            f"{_limit(threshold)}: the mouse goes {name} in {said(inside, 'goes')} in distribution (n={inside['n']} of "
-            f"{inside['drawn']} drawn) and {said(outside, 'goes')} out of it (n={outside['n']} of {outside['drawn']}), "
+            f"{_limit(threshold)}: on decision squares where it is so the mouse goes {name} in {said(inside, 'goes')} "
+            f"in distribution (n={inside['n']}, {said(inside, 'accepted')} of the {inside['drawn']} drawn) and "
+            f"{said(outside, 'goes')} out of it (n={outside['n']}, {said(outside, 'accepted')} of {outside['drawn']}), "
             f"and takes the way to the cheese in {said(inside, 'to_cheese')} and {said(outside, 'to_cheese')}. "
             f"Cheese {name} goes / corner {name} goes / cheese {name} not / corner {name} not: in {cells_in}, out "
             f"{cells_out}. "
@@ -321,13 +322,14 @@ def _four(squares: Table, direction: str, split: str) -> str:
 
 
 def _limit(threshold: dict[str, Any]) -> str:
-    named = f"Channel {threshold['channel']} ({threshold['direction']})"
+    name = threshold["direction"]
+    named = f"Channel {threshold['channel']} ({name})"
     if threshold["threshold"] is None:
         return f"{named} has no threshold"
     lower = f"; none has {PRECISION:g} on these mazes" if threshold["as_precise_as_asked"] is False else ""
     return (
         f"{named} {threshold['accepts']} {threshold['threshold']:.1f} ({threshold['criterion']}{lower}; held out "
-        f"{said(threshold, 'precision')}, accepting {said(threshold, 'accepted')})"
+        f"{said(threshold, 'precision')}, accepting {said(threshold, 'accepted')} of squares where {name} is free)"
     )
 
 

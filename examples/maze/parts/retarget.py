@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ ONE, ONE_OTHER = "first cheese channel", "one random other"  # the reference set
 ALL, OTHERS = "all cheese channels", "as many random others"
 CONTROLS = {ONE: ONE_OTHER, ALL: OTHERS}
 MOVED = "the cheese itself there"  # instead of where it was: what a perfect mark would do
+DRAWN = 0.5  # of that: with less, the mouse is not drawn as by a cheese
 
 Cells: TypeAlias = NDArray[np.int64]
 Values: TypeAlias = NDArray[np.float64]
@@ -251,12 +252,13 @@ def finding(tables: Tables) -> Finding:
     most = max(int(row["intervention"]) for row in tables["magnitudes"])
     edge = " (the largest multiple tried)" if against["multiple"] == most else ""
     more = above(one, "effect")
-    claims = [more, above(against, "own_minus_control")] if more else [more]
+    half = DRAWN * moved["effect"]
+    claims = [more, above(against, "own_minus_control"), above(one, "effect", half)] if more else [more]
     return Finding(
         f"Channel {first['channel']}, set to {against['multiple']} times what it has at the cheese{edge}: P(target) "
         f"{one['original']:.3f} becomes {one['modified']:.3f}, effect {shown(one, 'effect', '+.3f')}, n={one['n']}; "
         f"all {count} cheese channels {shown(own, 'effect', '+.3f')}; the cheese itself put there "
-        f"{shown(moved, 'effect', '+.3f')}.",
+        f"{shown(moved, 'effect', '+.3f')}{_share(one, moved)}.",
         verdict(*claims),
         f"Another channel, drawn anew for every level: {shown(other, 'effect', '+.3f')}; the cheese channel does "
         f"{shown(against, 'own_minus_control', '+.3f')} more. {count} others: {shown(others, 'effect', '+.3f')}; all "
@@ -269,6 +271,13 @@ def finding(tables: Tables) -> Finding:
         "That the mouse was sent there on every level: the cheese stays in the maze and in the other channels, and "
         "what is told is how much more often the mouse comes by.",
     )
+
+
+def _share(one: Mapping[str, Any], moved: Mapping[str, Any]) -> str:
+    """How much of what the cheese does the mark does, in words; nothing where the cheese itself does nothing."""
+    if not above(moved, "effect"):
+        return ""
+    return f", of which the one channel does {one['effect'] / moved['effect']:.0%} (a half would be drawing the mouse)"
 
 
 PART = Part(

@@ -38,6 +38,10 @@ from maze.tables import SITE
 SPLITS = ("in distribution", "out of distribution")
 SIZE = 25
 SURE = 0.9  # "almost surely": all of the interval of a precision is above this
+ELSEWHERE = (
+    "Other parts have other AUCs of the same channel, as they ask elsewhere: search on other mazes of this kind, sizes "
+    "in mazes of one size each, parity and ranking on squares with a choice, random-mazes where several ways are right."
+)
 EQUAL_RATES = "precision at the base rate"  # how the row of the precision that compares in and out begins
 
 Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.bool_]]  # of one channel, and whether the way starts so
@@ -139,6 +143,7 @@ def finding(tables: Tables) -> Finding:
     if not areas:
         return Finding("Too few mazes.", "not comparable", "Nothing.", "Raise --n.")
     up = {row["direction"]: row for row in areas}.get("UP", areas[0])
+    inside, outside = (row for row in tables["goals"] if row["direction"] == up["direction"])
     false = _row(tables["transfer"], up, "false-positive rate")
     sure = {row["direction"]: row for row in tables["precise"] if row["quantity"].startswith(EQUAL_RATES)}
     precise = sure.get(up["direction"])
@@ -148,16 +153,18 @@ def finding(tables: Tables) -> Finding:
     kept = [name for name, row in sure.items() if above(row, "fit", SURE)]
     lost = [name for name in kept if below(sure[name], "shifted", SURE)]
     return Finding(
-        f"Channel {up['channel']} ({up['direction']}): AUC in distribution {shown(up, 'fit')}, n={up['n_fit']}; "
-        f"out of it {shown(up, 'shifted')}, n={up['n_shifted']}. {_told(tables, precise)} At the threshold that "
-        f"divides best, {up['threshold']:.1f}, false positives go from {shown(false, 'fit', '.1%')} to "
+        f"Channel {up['channel']} ({up['direction']}): AUC in distribution {shown(inside, 'cheese')}, n={inside['n']}; "
+        f"out of it {shown(outside, 'cheese')}, n={outside['n']}. {_told(tables, precise)} At the threshold that "
+        f"divides best, {up['threshold']:.1f} (fitted on one half in distribution, scored on the {up['n_fit']} of the "
+        f"other), false positives go from {shown(false, 'fit', '.1%')} to "
         f"{shown(false, 'shifted', '.1%')}.",
         verdict(*claims),
         f"The sums tell {_named(both)} in both sets, intervals above 0.5; the drop in AUC from in to out of "
         f"distribution is beyond its interval for {_named(worse)}. A sum past the precise threshold is right in more "
         f"than {SURE:.0%} of mazes in distribution, all of the interval, for {_named(kept)}"
         + (f"; out of it in less, for {_named(lost)} of these. " if kept else ". ")
-        + f"{_goals_told(tables['goals'], up['direction'])} {_linear_told(tables['linear'], up['direction'])}",
+        + f"{_goals_told(tables['goals'], up['direction'])} {_linear_told(tables['linear'], up['direction'])} "
+        + ELSEWHERE,
         "That the channel knows the cheese: the ways to the cheese and to the corner start alike in most mazes, so the "
         "corner's tells the cheese's well. Nor that the threshold is wrong out of distribution because its raw "
         "precision is lower there: the share of mazes in which the way starts in that direction differs too. So "
