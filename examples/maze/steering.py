@@ -29,7 +29,7 @@ from maze.effects import (
 )
 from maze.episodes import ORIGINAL
 from maze.off_distribution import METERED, absolute_z, mouse_anywhere
-from maze.part import Study, Table, Tables, interval_cells
+from maze.part import Study, Table, Tables, interval_cells, shown
 from maze.states import Mazes, read_mazes, write_mazes
 from maze.tables import Intervention
 
@@ -115,19 +115,20 @@ def ranked(
     sets = {OWN: own, **{f"random {number}": each for number, each in enumerate(drawn)}}
     interventions = {name: added(study.points, each, coefficient) for name, each in sets.items()}
     batches = level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=BLOCK)
-    original, *modified = joined([destinations(*batch) for batch in batches])[measure].mean(axis=1)
-    effect, *others = (float(each - original) for each in modified)
-    rank = rank_among(effect, others)
+    values = joined([destinations(*batch) for batch in batches])[measure]
+    effect, *controls = mean_intervals(values[1:] - values[0], seed)
+    others = [each.estimate for each in controls]
+    rank = rank_among(effect.estimate, others)
     return [
         {
             "measure": measure,
             "n": len(levels),
-            "effect": effect,
+            **interval_cells("effect", effect),
             "rank": rank.rank,
             "controls": rank.controls,
             "rank_p": rank.p,
-            "lowest_of_controls": min(others),
-            "highest_of_controls": max(others),
+            "controls_lowest": min(others),
+            "controls_highest": max(others),
         }
     ]
 
@@ -135,9 +136,9 @@ def ranked(
 def told_rank(row: Mapping[str, Any]) -> str:
     """A row of `ranked` in words."""
     return (
-        f"On {row['n']} of the levels its effect, {row['effect']:+.3f}, ranks {row['rank']} of {row['controls'] + 1} "
-        f"(p = {row['rank_p']:.2g}) among random vectors of the same norm, which have {row['lowest_of_controls']:+.3f} "
-        f"to {row['highest_of_controls']:+.3f}."
+        f"On {row['n']} of the levels its effect, {shown(row, 'effect', '+.3f')}, ranks {row['rank']} of "
+        f"{row['controls'] + 1} (p = {row['rank_p']:.2g}) among random vectors of the same norm, which have "
+        f"{row['controls_lowest']:+.3f} to {row['controls_highest']:+.3f}."
     )
 
 

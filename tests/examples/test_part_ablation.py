@@ -283,3 +283,18 @@ def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
     part.PART.figure(read)
+
+
+def test_the_groups_are_told_and_ranked(tables):
+    live = len(RANKED)
+    assert "sets" not in tables  # all live channels are in the group
+    (top,) = [
+        row
+        for row in tables["effects"]
+        if (row["ablated"], row["kind"], row["cheese"]) == (f"top {live}", "zero", PLACE)
+    ]
+    told = part.finding(tables).follows
+    assert f"Zeroed together, n={top['n']}: top {live} {top['effect']:+.3f}" in told
+    row = {"kind": "zero", "ablated": "top 16", "n": 9, "effect": -0.3, "effect_low": -0.4, "effect_high": -0.2}
+    row |= {"rank": 5, "controls": 19, "rank_p": 0.25, "controls_lowest": -0.4, "controls_highest": 0.1}
+    assert "zero -0.300 (-0.400 to -0.200), rank 5 of 20 (p = 0.25)" in part.finding({**tables, "sets": [row]}).follows

@@ -142,3 +142,12 @@ def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
     part.figure(read)
+
+
+def test_the_own_vector_is_ranked_among_random_ones(tables):
+    (row,) = tables["ranked"]
+    own = next(each for each in tables["effects"] if (each["measure"], each["intervention"]) == ("found", OWN))
+    assert (row["controls"], row["n"], row["effect"]) == (19, own["n"], pytest.approx(own["effect"]))
+    assert row["rank_p"] == pytest.approx(row["rank"] / 20)
+    changed = {**tables, "ranked": [row | {"rank": 3, "rank_p": 0.15}]}
+    assert "ranks 3 of 20 (p = 0.15) among random vectors of the same norm" in part.finding(changed).follows

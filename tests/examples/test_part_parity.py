@@ -138,3 +138,15 @@ def test_tables_without_estimates_are_drawn_and_told(tables):
     assert part.finding(empty).agrees == "not comparable"
     assert part.figure(empty).axes
     assert part.figure(tables).axes
+
+
+def test_the_two_kinds_of_passage_are_compared_by_how_well_each_channel_tells_one_way_from_the_other(tables):
+    (row,) = tables["between"]
+    told = [
+        [abs(each["auc"] - 0.5) for each in tables["channels"] if (each["square"], each["direction"]) == passage]
+        for passage in (("odd, even", "DOWN"), ("even, odd", "LEFT"))
+    ]
+    assert row["rank_correlation"] == pytest.approx(rank_correlation(*told))
+    assert (row["live"], row["n_vertical"], row["n_horizontal"]) == (len(LIVE), 12, 12)
+    changed = {**tables, "between": [row | {"rank_correlation": 0.42}]}
+    assert "rank correlation 0.42" in part.finding(changed).follows

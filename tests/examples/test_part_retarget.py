@@ -143,17 +143,25 @@ def test_every_level_is_in_one_bin_of_distances(tables):
 
 
 @pytest.mark.parametrize(
-    ("effect_low", "beyond_low", "agrees"), [(0.1, 0.1, "yes"), (0.1, -0.1, "in part"), (-0.1, 0.1, "undecided")]
+    ("effect_low", "beyond_low", "of_the_cheese", "agrees"),
+    [
+        (0.1, 0.1, 0.16, "yes"),
+        (0.1, -0.1, 0.16, "in part"),
+        (0.1, 0.1, 0.5, "in part"),  # less than half of what the cheese itself does
+        (-0.1, 0.1, 0.16, "undecided"),
+    ],
 )
-def test_the_finding_agrees_when_the_target_is_reached_more_often_than_with_other_channels(
-    tables, effect_low, beyond_low, agrees
+def test_the_finding_agrees_when_the_target_is_reached_more_often_than_with_other_channels_and_half_as_with_the_cheese(
+    tables, effect_low, beyond_low, of_the_cheese, agrees
 ):
     changed = copy.deepcopy(tables)
-    changed["effects"][0] |= {"effect_low": effect_low, "effect_high": 0.2}
+    changed["effects"][0] |= {"effect": 0.15, "effect_low": effect_low, "effect_high": 0.2}
+    changed["effects"][-1] |= {"effect": of_the_cheese, "effect_low": 0.1, "effect_high": 0.6}
     changed["against"][0] |= {"own_minus_control_low": beyond_low, "own_minus_control_high": 0.2}
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(changed["effects"][0], "effect", "+.3f") in finding.ours
+    assert f"the one channel does {0.15 / of_the_cheese:.0%}" in finding.ours
 
 
 def test_the_finding_says_when_the_largest_multiple_was_taken(tables):

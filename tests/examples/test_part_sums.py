@@ -153,3 +153,10 @@ def test_the_way_to_the_corner_is_told_apart_from_that_to_the_cheese(study, tabl
     alone = (corner[cheese].mean() - corner[~cheese].mean() + 1) / 2
     assert row["corner_alone"] == pytest.approx(alone)
     assert f"that to the corner with {row['corner']:.2f}" in part.finding(tables).follows
+
+
+def test_the_area_in_distribution_is_over_all_mazes_as_it_needs_no_fit(tables):
+    inside, outside = (row for row in tables["goals"] if row["direction"] == "UP")
+    told = part.finding(tables).ours
+    assert f"AUC in distribution {inside['cheese']:.3f}" in told and f"n={inside['n']}; out" in told
+    assert f"out of it {outside['cheese']:.3f}" in told

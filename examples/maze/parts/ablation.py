@@ -24,6 +24,7 @@ from maze.exact import first_hits, walk
 from maze.off_distribution import METERED, absolute_z, background
 from maze.part import Agrees, Cell, Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
 from maze.paths import Direction, top_right
+from maze.random_sets import random_sets, told_sets
 from maze.selection import Selection
 from maze.tables import SITE
 
@@ -61,6 +62,8 @@ def measure(study: Study) -> dict[str, Table]:
         posts = place == PLACES[0]
         found, corner, walked = _measured(study, levels, ablations, roles, _walking(study.selection) if posts else ())
         if posts:
+            top = study.selection.ranked[:TOGETHER]
+            sets = random_sets(study, levels, top, reference, seed=study.seed_for("ablation sets"))
             walks = _walks(study.selection, walked, found, list(ablations), seed_of_intervals)
         changes[place] = found[1:] - found[0]
         rows = _rows(place, found, corner, groups, roles, far, lowest, seed_of_intervals)
@@ -69,7 +72,7 @@ def measure(study: Study) -> dict[str, Table]:
         key=lambda row: row["role"] == "control"
     )  # stable: what was chosen first, as tables are cut when shown
     across = _across(changes, list(ablations), roles, seed_of_intervals)
-    return {"effects": effects, "walks": walks, "across": across}
+    return {"effects": effects, "walks": walks, "across": across, **({"sets": sets} if sets else {})}
 
 
 def _reference() -> str:
@@ -271,7 +274,7 @@ def finding(tables: Tables) -> Finding:
         f"(McNemar p = {walks['mcnemar_p']:.2g}).",
         _agrees(zeroed, [by_mean, resampled], across),
         f"{_far(zeroed, resampled)}{_beside_controls(zeroed)}{_largest(effects, zeroed)}"
-        f"{_never_zero(effects)}Means and donors are of "
+        f"{_never_zero(effects)}{_together(effects)}{told_sets(tables.get('sets', ()))}Means and donors are of "
         f"{by_mean['reference']}. Zeroed with the cheese elsewhere the effect is {others}; on the same mazes that in "
         f"the bottom right is {more}.",
         "That only this channel matters: the other live channels, ablated one by one, are the controls. Nor that an "
@@ -341,6 +344,13 @@ def _never_zero(effects: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> str:
         for row in never
     ]
     return f"Channels whose sum is never 0 in the reference, so that zeroing is not usual: {'; '.join(told)}. "
+
+
+def _together(effects: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> str:
+    """What zeroing the groups does."""
+    rows = [row for (place, kind, _), row in effects.items() if (place, kind) == (PLACES[0], KINDS[0])]
+    told = [f"{row['ablated']} {shown(row, 'effect', '+.3f')}" for row in rows if not is_channel(row)]
+    return f"Zeroed together, n={rows[0]['n']}: {', '.join(told)}. " if told else ""
 
 
 def _where(place: str) -> str:

@@ -66,7 +66,8 @@ def measure(study: Study) -> dict[str, Table]:
                 seed = study.seed_for("parity bootstrap")
                 row = _transfer(test[name], direction, live, chosen[name], chosen[other], seed)
                 transfer.append({**known, "other": other, **row})
-    return {"transfer": transfer, "activity": _activity(study, tests), "channels": channels}
+    between = [_between(tests, live, study.seed_for("parity between"))]
+    return {"transfer": transfer, "between": between, "activity": _activity(study, tests), "channels": channels}
 
 
 def _readings(study: Study, levels: Sequence[bytes], purpose: str, axis: Sequence[Direction], square: str) -> Readings:
@@ -104,6 +105,36 @@ def _transfer(
         ends = (interval.estimate[index], interval.low[index], interval.high[index])
         cells |= interval_cells(name, Interval(*map(float, ends), interval.confidence))
     return {"channel_own": live[best], "channel_other": live[best_other], **cells}
+
+
+def _between(tests: Mapping[tuple[str, str], Readings], live: tuple[int, ...], seed: int) -> dict[str, Cell]:
+    """Whether the channels that tell the way on one kind of passage are those that tell it on the other.
+
+    No direction can be asked on both, as a passage has two ways and they lie along its own axis. So of every channel
+    the distance of its AUC from a half is compared, which is the same for both ways of a passage.
+    """
+    sides = [tests[passage, passage] for passage in PASSAGES]
+    labels = [side.first[:, axis[0]] for side, axis in zip(sides, PASSAGES.values(), strict=True)]
+    cells: dict[str, Cell] = {
+        f"n_{name}": len(side) for name, side in zip(("vertical", "horizontal"), sides, strict=True)
+    }
+    if any(min(each.sum(), (~each).sum()) < 2 for each in labels):
+        return {**cells, "live": len(live), **optional_cells("rank_correlation", None)}
+    sample = np.concatenate(
+        [
+            np.column_stack([np.full(len(side), number), label, side.sums[:, live]])
+            for number, (side, label) in enumerate(zip(sides, labels, strict=True))
+        ]
+    )
+
+    def statistic(rows: Values) -> float:
+        told = [
+            np.abs(areas(here[:, 2:], here[:, 1] > 0) - 0.5) for here in (rows[rows[:, 0] == 0], rows[rows[:, 0] == 1])
+        ]
+        return rank_correlation(*told)
+
+    interval = bootstrap_interval(sample, statistic, seed=seed, resamples=RESAMPLES)
+    return {**cells, "live": len(live), **optional_cells("rank_correlation", interval)}
 
 
 def _activity(study: Study, tests: Mapping[tuple[str, str], Readings]) -> Table:
@@ -190,7 +221,7 @@ def finding(tables: Tables) -> Finding:
         f"{_case(least)}: rank correlation {shown(least, 'rank_other', '.2f')}, against "
         f"{shown(least, 'rank_own', '.2f')} within the class.",
         "not comparable",
-        f"{_own_channels(own)} {_own_order(rows)}",
+        f"{_own_channels(own)} {_own_order(rows)} {_between_told(tables['between'][0])}",
         "That there is one circuit: different layers before could feed the same channel. Opposite directions are two "
         "readings of the same mazes, so their rank correlations are one number and not two. The intervals are over the "
         "tested mazes, with the choice fixed; noise in the AUCs lowers a rank correlation, which its bias-corrected "
@@ -218,6 +249,18 @@ def _own_order(rows: Table) -> str:
     return (
         f"The order of all live channels, which the weaker ones make, is another one in the other class, interval "
         f"above 0, in {unlike} of {len(pairs)} cases of an axis and a class (not corrected for their number)."
+    )
+
+
+def _between_told(row: Mapping[str, Cell]) -> str:
+    """How (odd, even) and (even, odd) squares compare directly."""
+    if row["rank_correlation"] is None:
+        return "The two kinds of passage are not compared directly: too few mazes."
+    return (
+        "(odd, even) and (even, odd) squares have no direction in common, so they are compared by how well each of the "
+        f"{row['live']} live channels tells one way from the other: rank correlation "
+        f"{shown(row, 'rank_correlation', '.2f')}, n={row['n_vertical']} and {row['n_horizontal']}; near 1 the same "
+        "channels would serve both, near 0 each kind would have its own."
     )
 
 

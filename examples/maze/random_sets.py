@@ -1,0 +1,75 @@
+"""What ablating channels together does to reaching the cheese, ranked among as many live channels drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from chanpatch import ActivationCache
+from chanpatch.statistics import rank_among
+from maze.effects import KINDS, ablation, level_batches, mean_intervals
+from maze.episodes import ORIGINAL
+from maze.exact import first_hits
+from maze.part import Study, Table, interval_cells, shown
+from maze.tables import SITE
+
+SETS = 19  # as many as a p-value takes
+SET_LEVELS = 200  # that they are compared on, at most
+
+
+def random_sets(
+    study: Study, levels: Sequence[bytes], group: Sequence[int], reference: ActivationCache, *, seed: int
+) -> Table:
+    """One row per kind of ablation: the group's effect on P(cheese), and its rank; none where all live channels are it.
+
+    The sets are drawn among all live channels, those of the group too: half of the channels leave only one other half.
+
+    Args:
+        study: of the policy.
+        levels: of which the first `SET_LEVELS` are taken.
+        group: channels that are ablated together.
+        reference: activations that give means and donors.
+        seed: of the sets, the donors and the bootstrap.
+    """
+    live, levels = study.selection.live, levels[:SET_LEVELS]
+    if len(group) >= len(live):
+        return []
+    rng = np.random.default_rng(seed)
+    drawn = [sorted(rng.permutation(live)[: len(group)].tolist()) for _ in range(SETS)]
+    interventions = {
+        f"{kind} {number}": ablation(study.points, kind, channels, reference, seed=seed)
+        for kind in KINDS
+        for number, channels in enumerate([list(group), *drawn])
+    }
+    parts = [
+        first_hits(chains, tables, [chains.cheese])[:, chains.start, 0]
+        for chains, tables in level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=SITE)
+    ]
+    found = np.concatenate(parts, axis=1)
+    effects = mean_intervals(found[1:] - found[0], seed)
+    rows: Table = []
+    for number, kind in enumerate(KINDS):
+        own, *others = effects[number * (1 + SETS) : (number + 1) * (1 + SETS)]
+        among = [each.estimate for each in others]
+        rank = rank_among(own.estimate, among)
+        cells = {"kind": kind, "ablated": f"top {len(group)}", "n": len(levels), **interval_cells("effect", own)}
+        rank_cells = {"rank": rank.rank, "controls": rank.controls, "rank_p": rank.p}
+        rows.append({**cells, **rank_cells, "controls_lowest": min(among), "controls_highest": max(among)})
+    return rows
+
+
+def told_sets(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in words."""
+    if not rows:
+        return ""
+    told = "; ".join(
+        f"{row['kind']} {shown(row, 'effect', '+.3f')}, rank {row['rank']} of {row['controls'] + 1} "
+        f"(p = {row['rank_p']:.2g}), the sets {row['controls_lowest']:+.3f} to {row['controls_highest']:+.3f}"
+        for row in rows
+    )
+    return (
+        f"The {rows[0]['ablated']} together, among {rows[0]['controls']} random sets of as many live channels, "
+        f"n={rows[0]['n']}: {told}. "
+    )
