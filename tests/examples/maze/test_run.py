@@ -18,8 +18,10 @@ from maze.limits import LIMITS, limits
 from maze.part import LABEL_LEVELS, SELECTION_LEVELS, Finding, Part, Study, read_table
 from maze.parts import PARTS, ablation, cheese_vector, corner_vector, parity, retarget, search, sweep, top16
 from maze.policy import SHIPPED_WEIGHTS
+from maze.random_sets import SET_LEVELS
 from maze.report import write_report
 from maze.run import MOST_OTHERS, RunSettings, run
+from maze.steering import RANKED
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "maze_goal_misgen.py"
 MEASURED = []
@@ -303,14 +305,15 @@ def test_the_caps_that_are_told_are_those_of_the_parts():
     assert LIMITS["retarget"] == str(retarget.MOST_LEVELS)
     assert LIMITS["every part of a policy that stands beside the main one"] == str(MOST_OTHERS)
     assert LIMITS["sweep"] == str(sweep.MOST_LEVELS)
-    assert LIMITS["cheese-vector"] == str(cheese_vector.MOST_LEVELS)
-    assert LIMITS["corner-vector"] == str(corner_vector.MOST_LEVELS)
+    assert LIMITS["cheese-vector"] == f"{cheese_vector.MOST_LEVELS}, and {RANKED} for its rank"
+    assert LIMITS["corner-vector"] == f"{corner_vector.MOST_LEVELS}, and {RANKED} for its rank"
+    assert f"{SET_LEVELS} for random sets" in LIMITS["ablation"]
     assert LIMITS["search"] == f"background 500, pairs {search.PAIR_LEVELS}"
     assert f"at least {ablation.ELSEWHERE}," in LIMITS["ablation"]
     chosen = (
         f"channels are chosen on {SELECTION_LEVELS} mazes (search {search.CHOICE_LEVELS}, parity "
-        f"{parity.CHOICE_LEVELS} per class, retarget {retarget.CHOOSING_LEVELS}), labels on {LABEL_LEVELS} and "
-        f"thresholds on {THRESHOLD_LEVELS}."
+        f"{parity.CHOICE_LEVELS} per class, retarget {retarget.CHOOSING_LEVELS}), labels on {LABEL_LEVELS}, and "
+        f"thresholds on those of {THRESHOLD_LEVELS} in which the direction is free, about half."
     )
     assert limits().endswith(chosen)
 
