@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -259,6 +260,22 @@ def test_no_chunk_takes_more_than_max_bytes(plain_cnn: Model, monkeypatch: pytes
     assert_equals_the_loop(points, inputs, {part: zero_ablate(part) for part in parts(site)}, max_bytes=2**18)
     assert len(sizes) > 1
     assert max(stack.nbytes for stack in sizes) <= 2**18
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sweep_leaves_no_activation_to_the_garbage_collector(plain_cnn: Model, strategy: Any) -> None:
+    points, inputs, site = traced(plain_cnn)
+    patches = [zero_ablate(part) for part in parts(site)]
+    sweep(points, *inputs, patches=patches, metric=total, strategy=strategy)  # torch imports parts of its own here
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(each) for each in gc.get_objects() if type(each) is Tensor}
+        sweep(points, *inputs, patches=patches, metric=total, strategy=strategy)
+        left = [each for each in gc.get_objects() if type(each) is Tensor and id(each) not in before]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_what_comes_before_a_patch_runs_once_and_in_the_loop_that_two_patches_are_compared_with() -> None:

@@ -145,6 +145,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tup
     session.confine_to_thread()
     with session, prefix.remembered():
         output = forward()
+    session.let_go()
     for entry in entries:
         for patch in entry.patches:
             if patch.site.name not in fired:

@@ -75,15 +75,18 @@ def vmapped(
         raise StrategyError(_first_line(fault)) from fault
     room = min(max_bytes, _CPU_BYTES) if clean.is_cpu else max_bytes
     size = max(1, room // max(1, group.bytes_each + run.later.bytes_each))  # inputs without rows take none
-    for start in range(0, len(entries), size):
-        chosen = entries[start : start + size]
-        stack = _edited(forward, group, clean, chosen)
-        try:
-            outputs = run(stack, chosen)
-            for row in range(len(stack)):
-                yield _rebuilt(baseline, {path: leaf[row] for path, leaf in outputs.items()})
-        except Exception as fault:
-            raise StrategyError(_first_line(fault)) from fault
+    try:
+        for start in range(0, len(entries), size):
+            chosen = entries[start : start + size]
+            stack = _edited(forward, group, clean, chosen)
+            try:
+                outputs = run(stack, chosen)
+                for row in range(len(stack)):
+                    yield _rebuilt(baseline, {path: leaf[row] for path, leaf in outputs.items()})
+            except Exception as fault:
+                raise StrategyError(_first_line(fault)) from fault
+    finally:
+        run.let_go()
 
 
 class _Vmapped:
@@ -125,6 +128,11 @@ class _Vmapped:
         if self._activation is not None or self._applied.unreached():
             raise StrategyError("a patch was not reached")
         return dict(zip(self._paths, tensors, strict=True))
+
+    def let_go(self) -> None:
+        """Forget the listeners, as no forward comes any more."""
+        self._session.let_go()
+        self._applied.session.let_go()
 
     def _one(self, activation: Tensor, operands: Sequence[Operands]) -> tuple[list[Tensor], list[Tensor]]:
         self._activation = activation
@@ -206,6 +214,7 @@ def _stacked(forward: Forward, group: Group, clean: Tensor, entries: Sequence[En
 
     applied.session.call = group.call  # the edits find everything as it is when the hook point is reached
     applied.session.run(forward.method, fill, *forward.inputs)
+    applied.session.let_go()
     applied.raise_nan()
     return stack
 
