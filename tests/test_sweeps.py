@@ -631,7 +631,7 @@ KEPT: dict[str, Any] = {
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("strategy", ["auto", "vmap", "resume"])
 def test_what_an_early_module_leaves_on_itself_is_there_for_every_chunk(kept: str, strategy: Any) -> None:
-    result = swept(Modulated(*KEPT[kept]), "second", strategy=strategy, max_bytes=4 * ROWS * 8 * 4 * 2)
+    result = swept(Modulated(*KEPT[kept]), "second", strategy=strategy, max_bytes=6 * ROWS * 8 * 4 * 2)
     assert strategy_of(result) == ("vmap" if strategy == "auto" else strategy)
 
 
@@ -651,7 +651,7 @@ def test_what_an_early_patch_leaves_on_a_module_is_not_read_after_a_later_patch(
 def test_what_is_left_where_it_cannot_be_put_back_is_noticed() -> None:
     elsewhere: dict[str, Tensor] = {}
     model = Modulated(lambda module, factors: elsewhere.update(found=factors), lambda module: elsewhere["found"])
-    result = swept(model, "second", max_bytes=4 * ROWS * 8 * 4 * 2)
+    result = swept(model, "second", max_bytes=6 * ROWS * 8 * 4 * 2)
     assert strategy_of(result) != "vmap"
     assert "vmap: not the numbers of the loop" in result.groups[0].why
 
@@ -787,7 +787,7 @@ def test_the_scores_of_attention_count_for_max_bytes(monkeypatch: pytest.MonkeyP
     points = hook_points(Attention().eval(), *inputs)
     scores = 2 * 64 * 64 * 4
     patches = {site: zero_ablate(site) for site in parts(points.site("first"))}
-    assert_equals_the_loop(points, inputs, patches, max_bytes=3 * 4 * scores)
+    assert_equals_the_loop(points, inputs, patches, max_bytes=3 * 6 * scores)
     assert sizes == [3, 3, 2]
 
 

@@ -22,7 +22,7 @@ from ._prefix import Prefix
 
 Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
 
-_LIVE = 4  # activations alive at a time in a forward: what a module takes and returns, a residual, room to compute
+_LIVE = 6  # activations alive at a time in a forward: what a module takes and returns, a residual, copies to compute
 _FEWEST_ALIKE = 3  # patches that make a group of their own
 
 

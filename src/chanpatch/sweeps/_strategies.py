@@ -29,7 +29,7 @@ from ._later import Later, Operands
 from ._plan import Entry, Group
 from ._prefix import Prefix
 
-_CPU_BYTES = 2**25  # more at a time, which its caches do not hold, makes a CPU slower
+_CPU_BYTES = 3 * 2**24  # more at a time, which its caches do not hold, makes a CPU slower
 
 
 class StrategyError(Exception):
