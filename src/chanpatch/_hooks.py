@@ -185,7 +185,7 @@ class _Hook:
         self.station, self._run, self._copied = station, run, copied
 
     def __call__(self, module: nn.Module, *passed: Any) -> Any:
-        run = eager(self._run) if _is_compiling() else self._run
+        run = eager(self._run) if is_compiling() else self._run
         return run(module, *passed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
@@ -217,12 +217,12 @@ def _drop(module: nn.Module, ours: Callable[[object], bool]) -> None:
             del hooks[key]
 
 
-_is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
+is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function, which a model that is being compiled calls as it is, instead of tracing into it."""
-    if _is_compiling():
+    if is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function
 

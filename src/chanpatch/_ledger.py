@@ -23,18 +23,8 @@ class Ledger:
         self._patches = tuple(patches)
         self._counts: dict[tuple[str, int], tuple[Any, ...]] = {}
 
-    def count(
-        self, method: str | None, number: int, region: torch.Size, batch_axis: int | None, mask: Tensor | None
-    ) -> None:
-        """Add one firing at a region of this shape."""
-        rows: Any = None if batch_axis is None else region[batch_axis]
-        elements: Any = region.numel()
-        if mask is not None:
-            elements = mask.sum() * (elements // max(mask.numel(), 1))
-            if batch_axis is not None:
-                others = [axis for axis in range(mask.dim()) if axis != batch_axis]
-                chosen = mask.any(dim=others) if others else mask
-                rows = chosen.sum() * (rows if mask.shape[batch_axis] == 1 else 1)
+    def count(self, method: str | None, number: int, rows: Any, elements: Any) -> None:
+        """Add one firing of a patch, on so many rows and elements."""
         key = method or "", number
         firings, total_rows, total_elements = self._counts.get(key, (0, 0, 0))
         total_rows = None if rows is None or total_rows is None else total_rows + rows
@@ -72,6 +62,19 @@ class Ledger:
             for r in self.to_records()
         ]
         return "\n".join(lines) or "no patches"
+
+
+def touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
+    """Return how many rows, None without a batch axis, and elements of a region of this shape a patch applies to."""
+    rows: Any = None if batch_axis is None else region[batch_axis]
+    elements: Any = region.numel()
+    if mask is None:
+        return rows, elements
+    if batch_axis is not None:
+        others = [axis for axis in range(mask.dim()) if axis != batch_axis]
+        chosen = mask.any(dim=others) if others else mask
+        rows = chosen.sum() * (rows if mask.shape[batch_axis] == 1 else 1)
+    return rows, mask.sum() * (elements // max(mask.numel(), 1))
 
 
 def edit_name(edit: Any) -> str:

@@ -27,7 +27,7 @@ from ._checks import (
     no_batch,
     region_lengths,
 )
-from ._ledger import Ledger, edit_name
+from ._ledger import Ledger, edit_name, touched
 from ._lookup import BarePoint, bound, resolve
 from ._published import published
 from ._regions import read, written
@@ -237,6 +237,7 @@ class _Firing(Located):
         self._sets: Any = patch.edit.value if type(patch.edit) is Set else None
         self._check_nan = applied.check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
+        self._size: tuple[Any, Any] = (None, 0)  # rows and elements of the region
         self._constant: Tensor | None = None  # what is put there, whatever is there
 
     def __call__(self, leaf: Tensor) -> Tensor:
@@ -261,10 +262,12 @@ class _Firing(Located):
     def _count(self, mask: Tensor | None) -> None:
         applied = self._applied
         applied.reached.add(self._number)
-        applied.ledger.count(applied.session.running, self._number, self._kind[0], self.batch_axis, mask)
+        size = self._size if mask is None else touched(self._kind[0], self.batch_axis, mask)
+        applied.ledger.count(applied.session.running, self._number, *size)
 
     def _check(self, region: Tensor) -> None:
         self._kind = region.shape, region.dtype, region.device
+        self._size = touched(region.shape, self.batch_axis)
         check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
         if isinstance(self._patch.where, Tensor):
             check_mask(self._patch.where, self.site, self.axes, region.shape)

@@ -79,7 +79,7 @@ class Listener:
                 "TransformerEncoder makes it of padded inputs, build that with enable_nested_tensor=False."
             )
         new = self.act(leaf)
-        return tree if new is leaf else replace(tree, self._path, new)
+        return new if not self._path else tree if new is leaf else replace(tree, self._path, new)
 
 
 def _argument_path(path: Path) -> Path:

@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 
 from ._checks import refuse_unhookable
 from ._copies import STATE, copied, quoted
-from ._hooks import eager, noticing_calls
+from ._hooks import eager, is_compiling, noticing_calls
 from ._ledger import Ledger
 from ._lookup import model_of, resolve
 from ._outputs import described, distribution_in
@@ -230,7 +230,8 @@ class _TwinState:
 
     def _end(self, call: RootCall) -> None:
         self.applied.raise_nan()
-        self._refuse_replaced_in(call.method)
+        if self._buffers:
+            self._refuse_replaced_in(call.method)
         names: list[str] = []
         if call.station is not None:
             inside = [numbers for module, numbers in self._inside.items() if id(module) == call.station.module_id]
@@ -307,9 +308,10 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
 def _rooted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state = vars(self).get(STATE)
+        state = self.__dict__.get(STATE)
         if state is None:
             return function(self, *args, **kwargs)
-        return eager(state.call)(name, types.MethodType(function, self), args, kwargs)
+        call = eager(state.call) if is_compiling() else state.call
+        return call(name, types.MethodType(function, self), args, kwargs)
 
     return method
