@@ -22,7 +22,7 @@ SET_LEVELS = 200  # that they are compared on, at most
 def random_sets(
     study: Study, levels: Sequence[bytes], group: Sequence[int], reference: ActivationCache, *, seed: int
 ) -> Table:
-    """One row per kind of ablation: the group's effect on P(cheese), and its rank; none where all live channels are it.
+    """One row per kind of ablation: the group's effect on P(cheese), and its rank; none where there are no other sets.
 
     The sets are drawn among all live channels, those of the group too: half of the channels leave only one other half.
 
@@ -33,15 +33,13 @@ def random_sets(
         reference: activations that give means and donors.
         seed: of the sets, the donors and the bootstrap.
     """
-    live, levels = study.selection.live, levels[:SET_LEVELS]
-    if len(group) >= len(live):
+    levels, drawn = levels[:SET_LEVELS], different_sets(study.selection.live, [group], seed)
+    if not drawn:
         return []
-    rng = np.random.default_rng(seed)
-    drawn = [sorted(rng.permutation(live)[: len(group)].tolist()) for _ in range(SETS)]
     interventions = {
         f"{kind} {number}": ablation(study.points, kind, channels, reference, seed=seed)
         for kind in KINDS
-        for number, channels in enumerate([list(group), *drawn])
+        for number, channels in enumerate([group, *drawn])
     }
     parts = [
         first_hits(chains, tables, [chains.cheese])[:, chains.start, 0]
@@ -51,7 +49,7 @@ def random_sets(
     effects = mean_intervals(found[1:] - found[0], seed)
     rows: Table = []
     for number, kind in enumerate(KINDS):
-        own, *others = effects[number * (1 + SETS) : (number + 1) * (1 + SETS)]
+        own, *others = effects[number * (1 + len(drawn)) : (number + 1) * (1 + len(drawn))]
         among = [each.estimate for each in others]
         rank = rank_among(own.estimate, among)
         cells = {"kind": kind, "ablated": f"top {len(group)}", "n": len(levels), **interval_cells("effect", own)}
@@ -60,16 +58,28 @@ def random_sets(
     return rows
 
 
+def different_sets(live: Sequence[int], tested: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
+    """Random sets of the live channels, as large as the tested ones and none of them; fewer where there are no more."""
+    rng, count = np.random.default_rng(seed), len(tested[0])
+    # Where hardly more channels live than a set takes, the same sets come up again: tries are limited.
+    drawn = {tuple(sorted(rng.permutation(live)[:count].tolist())): None for _ in range(10 * SETS)}
+    return [each for each in drawn if each not in {tuple(sorted(other)) for other in tested}][:SETS]
+
+
 def told_sets(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in words."""
     if not rows:
         return ""
     told = "; ".join(
         f"{row['kind']} {shown(row, 'effect', '+.3f')}, rank {row['rank']} of {row['controls'] + 1} "
-        f"(p = {row['rank_p']:.2g}), the sets {row['controls_lowest']:+.3f} to {row['controls_highest']:+.3f}"
+        f"({_told_p(row)}), the sets {row['controls_lowest']:+.3f} to {row['controls_highest']:+.3f}"
         for row in rows
     )
     return (
         f"The {rows[0]['ablated']} together, among {rows[0]['controls']} random sets of as many live channels, "
         f"n={rows[0]['n']}: {told}. "
     )
+
+
+def _told_p(row: Mapping[str, Any]) -> str:
+    return "too few for a p-value" if row["rank_p"] is None else f"p = {row['rank_p']:.2g}"

@@ -8,7 +8,7 @@ from chanpatch import zero_ablate
 from maze.effects import KINDS, activations
 from maze.episodes import ORIGINAL
 from maze.exact import Chains, first_hits
-from maze.random_sets import SETS, random_sets, told_sets
+from maze.random_sets import SETS, different_sets, random_sets, told_sets
 from maze.tables import SITE, action_tables
 
 GROUP = (7, 24)
@@ -16,7 +16,7 @@ GROUP = (7, 24)
 
 @pytest.fixture(scope="module")
 def study():
-    return small_study(3, (*GROUP, 8, 30, 23, 16))
+    return small_study(3, (*GROUP, 8, 30, 23, 16, 5, 0))
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,17 @@ def test_the_effect_is_that_of_the_group_alone(study, levels, rows):
     np.testing.assert_allclose(rows[0]["effect"], (after - before).mean(), atol=1e-6)
 
 
+def test_the_sets_are_different_ones_and_none_that_is_tested():
+    sets = different_sets(range(32), (range(16), range(16, 32)), seed=0)
+    assert len(set(sets)) == SETS and not {tuple(range(16)), tuple(range(16, 32))} & set(sets)
+    assert all(len(set(each)) == 16 for each in sets)
+
+
+def test_where_hardly_more_channels_live_than_a_set_takes_there_are_fewer_sets():
+    assert different_sets(range(16), (range(16),), seed=0) == []
+    assert len(different_sets(range(17), (range(16),), seed=0)) == 16
+
+
 def test_there_are_no_sets_of_all_live_channels(study, levels):
     assert random_sets(study, levels, study.selection.live, None, seed=1) == []
     assert told_sets([]) == ""
@@ -60,3 +71,7 @@ def test_the_rank_is_told_with_its_controls(rows):
     told = told_sets([rows[0] | {"rank": 3, "rank_p": 0.15}])
     assert "The top 2 together, among 19 random sets of as many live channels, n=3" in told
     assert "rank 3 of 20 (p = 0.15)" in told
+
+
+def test_a_rank_among_too_few_sets_has_no_p_value(rows):
+    assert "(too few for a p-value)" in told_sets([rows[0] | {"controls": 16, "rank_p": None}])

@@ -28,6 +28,7 @@ from maze.exact import Chains, move_probabilities
 from maze.off_distribution import METERED, absolute_z, background, mouse_anywhere
 from maze.part import Finding, Part, Study, Table, Tables, above, column, shown, verdict
 from maze.paths import Direction, decision_squares
+from maze.random_sets import different_sets
 from maze.states import read_mazes
 from maze.tables import SITE, action_tables
 from maze.vector_fields import vector_field, vector_field_difference
@@ -37,7 +38,6 @@ TOGETHER = 16
 MOST_LEVELS = 300
 REFERENCE = 200  # levels that give the means and the donors
 REFERENCE_PLACES = {"cheese": "in distribution", "mouse": "anywhere"}
-CONTROLS = 19  # random sets of live channels, where there are so many; they overlap
 CHANGES = 0.1  # of the probability of a move, on average over the squares, from which on a field is another one
 RARE = 0.01  # P(cheese) up to which there is nothing to keep
 KEPT = 0.5  # of P(cheese): with more than that left the mouse still goes to the cheese
@@ -90,17 +90,9 @@ def _sets(study: Study) -> dict[str, Ablated]:
     top = study.selection.ranked[:TOGETHER]
     sets = {f"the pair's {len(pair)} {KINDS[0]}": Ablated(PAIR, KINDS[0], pair)}
     sets |= {f"top {len(top)} {kind}": Ablated(TELLING, kind, top) for kind in KINDS}
-    others = _control_sets(live, (pair, top), study.seed_for("top16 controls"))
+    others = different_sets(live, (pair, top), study.seed_for("top16 controls"))
     controls = {f"control {number}": Ablated(CONTROL, KINDS[0], each) for number, each in enumerate(others, 1)}
     return sets | controls
-
-
-def _control_sets(live: Sequence[int], tested: Sequence[Sequence[int]], seed: int) -> list[tuple[int, ...]]:
-    """Different random sets of the live channels, none of them one that is tested; fewer where there are no more."""
-    rng = np.random.default_rng(seed)
-    # Where hardly more channels live than a set takes, the same sets come up again: tries are limited.
-    drawn = {tuple(sorted(rng.permutation(live)[:TOGETHER].tolist())): None for _ in range(10 * CONTROLS)}
-    return [each for each in drawn if each not in {tuple(sorted(other)) for other in tested}][:CONTROLS]
 
 
 def _measured(study: Study, levels: Sequence[bytes], interventions: Mapping[str, Any]) -> dict[str, Values]:
