@@ -164,6 +164,15 @@ def test_the_finding_agrees_when_the_target_is_reached_more_often_than_with_othe
     assert f"the one channel does {0.15 / of_the_cheese:.0%}" in finding.ours
 
 
+def test_where_the_cheese_itself_draws_no_mouse_a_mark_cannot_draw_it_as_a_cheese_does(tables):
+    changed = copy.deepcopy(tables)
+    changed["effects"][0] |= {"effect": 0.15, "effect_low": 0.1, "effect_high": 0.2}
+    changed["effects"][-1] |= {"effect": 0.02, "effect_low": -0.1, "effect_high": 0.1}
+    changed["against"][0] |= {"own_minus_control_low": 0.1, "own_minus_control_high": 0.2}
+    finding = part.finding(changed)
+    assert finding.agrees == "in part" and "of which the one channel" not in finding.ours
+
+
 def test_the_finding_says_when_the_largest_multiple_was_taken(tables):
     changed = copy.deepcopy(tables)
     for multiple, said in ((4, True), (1, False)):

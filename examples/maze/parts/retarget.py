@@ -252,8 +252,9 @@ def finding(tables: Tables) -> Finding:
     most = max(int(row["intervention"]) for row in tables["magnitudes"])
     edge = " (the largest multiple tried)" if against["multiple"] == most else ""
     more = above(one, "effect")
-    half = DRAWN * moved["effect"]
-    claims = [more, above(against, "own_minus_control"), above(one, "effect", half)] if more else [more]
+    # Where the cheese itself draws no mouse, there is nothing that the mark could be half of.
+    half = above(one, "effect", DRAWN * moved["effect"]) if above(moved, "effect") else None
+    claims = [more, above(against, "own_minus_control"), half] if more else [more]
     return Finding(
         f"Channel {first['channel']}, set to {against['multiple']} times what it has at the cheese{edge}: P(target) "
         f"{one['original']:.3f} becomes {one['modified']:.3f}, effect {shown(one, 'effect', '+.3f')}, n={one['n']}; "
