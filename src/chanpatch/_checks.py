@@ -98,7 +98,7 @@ class Located:
         # What is kept serves forwards outside of inference mode, too.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._locate(leaf)
-            self._check(read(leaf, self.positions))
+            self._check(leaf)
         if type(leaf) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
             self._known = known  # what is made inside a transform, or for a subclass, is of no use after it
 
@@ -113,7 +113,7 @@ class Located:
             for axis, chosen in self.site.positions(self.axes, leaf.shape).items()
         }
 
-    def _check(self, region: Tensor) -> None:
+    def _check(self, leaf: Tensor) -> None:
         """Raise if what is done there does not fit the region."""
 
 

@@ -30,7 +30,7 @@ from ._checks import (
 from ._ledger import Ledger, edit_name, touched
 from ._lookup import BarePoint, bound, resolve
 from ._published import published
-from ._regions import read, written
+from ._regions import Overwrite, read, written
 from ._sessions import Session, session_for
 from ._typing import Mask
 from .edits import Edit, Set
@@ -238,13 +238,13 @@ class _Firing(Located):
         self._check_nan = applied.check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
         self._size: tuple[Any, Any] = (None, 0)  # rows and elements of the region
-        self._constant: Tensor | None = None  # what is put there, whatever is there
+        self._overwrite: Overwrite | None = None  # where the same is put there whatever is there
 
     def __call__(self, leaf: Tensor) -> Tensor:
         self.locate(leaf)
-        if self._constant is not None:
+        if self._overwrite is not None:
             self._count(None)
-            return written(leaf, self.positions, self._constant)
+            return self._overwrite(leaf)
         region = read(leaf, self.positions)
         context = self._context(leaf) if self._needs_context else None
         mask = None if self._patch.where is None else self._mask(self._patch.where, region, context)
@@ -265,19 +265,20 @@ class _Firing(Located):
         size = self._size if mask is None else touched(self._kind[0], self.batch_axis, mask)
         applied.ledger.count(applied.session.running, self._number, *size)
 
-    def _check(self, region: Tensor) -> None:
+    def _check(self, leaf: Tensor) -> None:
+        region = read(leaf, self.positions)
         self._kind = region.shape, region.dtype, region.device
         self._size = touched(region.shape, self.batch_axis)
         check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
         if isinstance(self._patch.where, Tensor):
             check_mask(self._patch.where, self.site, self.axes, region.shape)
-        self._constant = None
+        self._overwrite = None
         # A whole activation is left out, as each has strides of its own.
         if self._sets is not None and self.positions and not self._check_nan and self._patch.where is None:
             if isinstance(self._sets, Real):
-                self._constant = self._edit(region)
+                self._overwrite = Overwrite(self.positions, self._edit(region))
             elif self._sets.shape == region.shape:
-                self._constant = self._sets
+                self._overwrite = Overwrite(self.positions, self._sets)
 
     def _edited(self, region: Tensor, context: _Context | None) -> Tensor:
         given = region

@@ -12,6 +12,9 @@ from .errors import UnsupportedModelError
 
 Positions = Mapping[int, "slice | list[int] | Tensor"]
 
+_FEW = 2**10  # elements up to which one kernel over all of them takes less than a copy and a write into that
+_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
     """Return the region at these positions, by axis number; the tensor itself where there are none.
@@ -50,3 +53,37 @@ def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     if inside_vmap(region) or inside_vmap(tensor):
         return tensor.index_copy(axis, index, region)
     return tensor.clone().index_copy_(axis, index, region)  # a clone keeps the strides, and so the last bits downstream
+
+
+class Overwrite:
+    """Writes one region, again and again, into tensors of one shape, dtype and device.
+
+    Args:
+        positions: As for `written`.
+        region: What is written there.
+    """
+
+    def __init__(self, positions: Positions, region: Tensor) -> None:
+        self._positions, self._region = positions, region
+        self._tensors = 0
+        self._mask: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the tensor with the region replaced, as `written` does."""
+        if self._mask is not None and tensor.is_contiguous():
+            return torch.where(self._mask, self._region, tensor)
+        self._tensors += 1
+        if self._tensors == 2:  # making a mask takes as much as four tensors save
+            self._mask = self._mask_of(tensor)
+        return written(tensor, self._positions, self._region)
+
+    def _mask_of(self, tensor: Tensor) -> Tensor | None:
+        """Return where the region lies; None unless it broadcasts to the tensor, and that is small enough."""
+        broadcasts = self._region.is_contiguous() and all(self._region.shape[axis] == 1 for axis in self._positions)
+        small = tensor.numel() <= _FEW and tensor.dtype in _PLAIN_DTYPES
+        if not (broadcasts and small) or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None  # what is made inside a transform is of no use after it
+        with torch.inference_mode(False):  # and what is made in inference mode is of none for gradients
+            lengths = [length if axis in self._positions else 1 for axis, length in enumerate(tensor.shape)]
+            mask = torch.zeros(lengths, dtype=torch.bool, device=tensor.device)
+            return written(mask, self._positions, torch.ones_like(read(mask, self._positions)))

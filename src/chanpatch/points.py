@@ -134,8 +134,7 @@ class HookPoints(Mapping[str, HookPoint]):
         point = self[site.name]
         if site.point == point:
             return site
-        bound = Site(point.name, **dict(site.indices))
-        return normalised(bound, point)
+        return normalised(site if site.name == point.name else Site(point.name, **dict(site.indices)), point)
 
     def _unknown(self, name: str) -> str:
         fired = [point.name for point in self._points.values() if name in (point.module, *_modules(point))]
@@ -212,12 +211,13 @@ def _modules(point: HookPoint) -> tuple[str, ...]:
 def normalised(site: Site, point: HookPoint) -> Site:
     """Check a site against the trace, write its indices out, and attach the hook point."""
     lengths = {axis: point.length(axis) for axis in point.axes}
-    traced = Site(site.name, **{axis: index for axis, index in site.indices if lengths.get(axis, 0) is not None})
-    found = traced.positions(point.axes, [lengths[axis] or 0 for axis in point.axes])
-    written: dict[str, Selection] = {axis: index for axis, index in site.indices if axis not in dict(traced.indices)}
-    for number, positions in found.items():
+    rows = {axis: index for axis, index in site.indices if lengths.get(axis, 0) is None}  # of any forward's length
+    others = {axis: index for axis, index in site.indices if axis not in rows}
+    traced = Site(site.name, **others) if rows else site
+    written: dict[str, Selection] = {}
+    for number, positions in traced.positions(point.axes, [lengths[axis] or 0 for axis in point.axes]).items():
         axis, length = point.axes[number], lengths[point.axes[number]] or 0
         chosen = tuple(range(length)[positions]) if isinstance(positions, slice) else tuple(positions)
-        if chosen != tuple(range(length)):
+        if len(chosen) < length or chosen != tuple(range(length)):
             written[axis] = chosen
-    return Site(site.name, **written).at(point)
+    return (site if written == others else Site(site.name, **rows, **written)).at(point)

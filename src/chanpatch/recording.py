@@ -376,7 +376,7 @@ class _Record(Located):
         recorder.recorded(self.site, value, *self._kept)
         return written(leaf, self.positions, value.clone()) if on_the_way else leaf
 
-    def _check(self, region: Tensor) -> None:
+    def _check(self, leaf: Tensor) -> None:
         axes = reduced_axes(self.site, self.axes, self._recorder.reduce)
         batch = None if self.batch_axis is None else self.axes[self.batch_axis]
         self._kept = axes, axes.index(batch) if batch in axes else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -104,8 +103,8 @@ class Site:
 
     def at(self, point: HookPoint | None) -> Site:
         """Return the same site with the trace of a hook point that it was checked against."""
-        traced = copy.copy(self)
-        object.__setattr__(traced, "point", point)
+        traced = object.__new__(Site)
+        vars(traced).update(vars(self), point=point)
         return traced
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
