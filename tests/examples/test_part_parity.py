@@ -140,6 +140,37 @@ def test_tables_without_estimates_are_drawn_and_told(tables):
     assert part.figure(tables).axes
 
 
+def test_every_channel_is_compared_between_the_two_kinds_of_passage(tables):
+    areas = {(row["square"], row["direction"], row["channel"]): row for row in tables["channels"]}
+    assert [row["channel"] for row in tables["passages"]] == list(LIVE)
+    for row in tables["passages"]:
+        folded = []
+        for square, name in (("odd, even", "UP"), ("even, odd", "RIGHT")):
+            told = areas[square, name, row["channel"]]
+            assert [row[f"n_{name}"], row[f"auc_{name}_low"]] == [told["n"], told["auc_low"]]
+            folded.append(max(told["auc"], 1 - told["auc"]))
+        assert row["vertical_minus_horizontal"] == pytest.approx(folded[0] - folded[1])
+        low, high = row["vertical_minus_horizontal_low"], row["vertical_minus_horizontal_high"]
+        assert low <= row["vertical_minus_horizontal"] <= high
+
+
+@pytest.mark.parametrize(
+    ("vertical", "horizontal", "said"),
+    [
+        (0.8, 0.2, "6 of 6 tell the way on both kinds"),
+        (0.8, 0.5, "6 on (odd, even) squares only and 0 on (even, odd) only"),
+        (0.5, 0.5, "0 of 6 tell the way on both kinds"),
+    ],
+)
+def test_the_finding_counts_the_channels_of_each_kind_of_passage(tables, vertical, horizontal, said):
+    changed = copy.deepcopy(tables)
+    for row in changed["passages"]:
+        for name, value in (("auc_UP", vertical), ("auc_RIGHT", horizontal), ("vertical_minus_horizontal", 0.2)):
+            row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+    told = part.finding(changed).follows
+    assert said in told and "6 tell it better on one kind than on the other" in told
+
+
 def test_the_two_kinds_of_passage_are_compared_by_how_well_each_channel_tells_one_way_from_the_other(tables):
     (row,) = tables["between"]
     told = [

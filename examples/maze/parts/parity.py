@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from chanpatch.statistics import Interval, bootstrap_interval
+from chanpatch.statistics import Interval, bootstrap_interval, difference_interval
 from maze.levels import random_squares
-from maze.part import Cell, Finding, Part, Study, Table, Tables, interval_cells, shown
+from maze.part import Cell, Finding, Part, Study, Table, Tables, above, interval_cells, shown
 from maze.paths import Direction, direction_field, legal_moves
 from maze.readings import Readings, area, areas, optional_cells, rank_correlation
 from maze.states import read_mazes, write_mazes
@@ -67,7 +67,13 @@ def measure(study: Study) -> dict[str, Table]:
                 row = _transfer(test[name], direction, live, chosen[name], chosen[other], seed)
                 transfer.append({**known, "other": other, **row})
     between = [_between(tests, live, study.seed_for("parity between"))]
-    return {"transfer": transfer, "between": between, "activity": _activity(study, tests), "channels": channels}
+    return {
+        "transfer": transfer,
+        "between": between,
+        "passages": [_on_passages(tests, channel) for channel in live],
+        "activity": _activity(study, tests),
+        "channels": channels,
+    }
 
 
 def _readings(study: Study, levels: Sequence[bytes], purpose: str, axis: Sequence[Direction], square: str) -> Readings:
@@ -135,6 +141,29 @@ def _between(tests: Mapping[tuple[str, str], Readings], live: tuple[int, ...], s
 
     interval = bootstrap_interval(sample, statistic, seed=seed, resamples=RESAMPLES)
     return {**cells, "live": len(live), **optional_cells("rank_correlation", interval)}
+
+
+def _on_passages(tests: Mapping[tuple[str, str], Readings], channel: int) -> dict[str, Cell]:
+    """How well one channel tells one way of a passage from the other, by low sums or by high ones, on both kinds.
+
+    The two are other squares of the same mazes, and are taken as independent.
+    """
+    cells: dict[str, Cell] = {"channel": channel}
+    told = []
+    for passage, axis in PASSAGES.items():
+        here, name = tests[passage, passage], axis[-1].name
+        told.append(area(here.sums[:, channel], here.first[:, axis[-1]]))
+        cells |= {f"n_{name}": len(here), **optional_cells(f"auc_{name}", told[-1])}
+    vertical, horizontal = told
+    known = vertical is not None and horizontal is not None
+    apart = difference_interval(_either_way(vertical), _either_way(horizontal)) if known else None
+    return cells | optional_cells("vertical_minus_horizontal", apart)
+
+
+def _either_way(told: Interval) -> Interval:
+    """An AUC read the way round in which it is above a half."""
+    turned = Interval(1 - told.estimate, 1 - told.high, 1 - told.low, told.confidence)
+    return max(told, turned, key=lambda each: each.estimate)
 
 
 def _activity(study: Study, tests: Mapping[tuple[str, str], Readings]) -> Table:
@@ -221,7 +250,8 @@ def finding(tables: Tables) -> Finding:
         f"{_case(least)}: rank correlation {shown(least, 'rank_other', '.2f')}, against "
         f"{shown(least, 'rank_own', '.2f')} within the class.",
         "not comparable",
-        f"{_own_channels(own)} {_own_order(rows)} {_between_told(tables['between'][0])}",
+        f"{_own_channels(own)} {_own_order(rows)} {_between_told(tables['between'][0])} "
+        f"{_passages_told(tables['passages'])}",
         "That there is one circuit: different layers before could feed the same channel. Opposite directions are two "
         "readings of the same mazes, so their rank correlations are one number and not two. The intervals are over the "
         "tested mazes, with the choice fixed; noise in the AUCs lowers a rank correlation, which its bias-corrected "
@@ -264,6 +294,26 @@ def _between_told(row: Mapping[str, Cell]) -> str:
     )
 
 
+def _passages_told(rows: Table) -> str:
+    """How many channels tell the way on one kind of passage, on both, or better on one."""
+    known = [row for row in rows if row["vertical_minus_horizontal"] is not None]
+    if not known:
+        return "No channel is compared between them: too few mazes."
+    tells = {
+        (row["channel"], name): above(row, f"auc_{name}", 0.5) is not None for row in known for name in ("UP", "RIGHT")
+    }
+    both, vertical, horizontal = (
+        sum((tells[row["channel"], "UP"], tells[row["channel"], "RIGHT"]) == wanted for row in known)
+        for wanted in ((True, True), (True, False), (False, True))
+    )
+    apart = sum(above(row, "vertical_minus_horizontal") is not None for row in known)
+    return (
+        f"Channel by channel, {both} of {len(known)} tell the way on both kinds, interval of the AUC apart from a "
+        f"half, {vertical} on (odd, even) squares only and {horizontal} on (even, odd) only; {apart} tell it better "
+        "on one kind than on the other, interval of the difference apart from 0 (not corrected for their number)."
+    )
+
+
 def _axis(row: Mapping[str, Cell]) -> str:
     return next(passage for passage, axis in PASSAGES.items() if Direction[str(row["direction"])] in axis)
 
@@ -276,7 +326,8 @@ PART = Part(
     name="parity",
     question="Are there separate circuits for (odd, even), (even, odd) and (even, even) squares?",
     method=f"Size {SIZE}, cheese in distribution, mouse on a random square of a class from which the way goes along "
-    "one axis, both moves legal: the best channel per direction and class, chosen on other mazes, tested on both.",
+    "one axis, both moves legal: the best channel per direction and class, chosen on other mazes, tested on both. "
+    "Every AUC is of one way of that axis against the other, over squares of one class, so that walls tell nothing.",
     post="Asked, not measured: maybe the model has separate circuits for (odd, even) and (even, odd) squares?",
     measure=measure,
     figure=figure,
