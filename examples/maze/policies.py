@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from maze.part import Table, Tables, shown
+from maze.part import Tables, shown
 
 # By policy, the one under study first, then by part: what was measured, read from the files of the run.
 Measured: TypeAlias = Mapping[str, Mapping[str, Tables]]
@@ -87,13 +87,14 @@ def compared(measured: Measured) -> Sequence[Mapping[str, str]]:
 def _rows(parts: Mapping[str, Tables]) -> dict[str, str]:
     """The quantities of one policy as texts."""
     rows: dict[str, str] = {}
-    transfer = parts["sums"]["transfer"] if "sums" in parts else []
-    for row in _of(transfer, "AUC"):
-        rows[f"{_AREA}{row['direction']} at relu3, cheese in distribution"] = (
-            f"{shown(row, 'fit')}, channel {row['channel']}, n={row['n_fit']}"
-        )
-    for row in _of(transfer, "false-positive rate"):
-        if row["direction"] == "UP":
+    sums = parts.get("sums", {"goals": [], "transfer": []})
+    for row in sums["goals"]:
+        if row["split"] == "in distribution" and row["cheese"] is not None:
+            rows[f"{_AREA}{row['direction']} at relu3, cheese in distribution"] = (
+                f"{shown(row, 'cheese')}, channel {row['channel']}, n={row['n']}"
+            )
+    for row in sums["transfer"]:
+        if (row["direction"], row["quantity"]) == ("UP", "false-positive rate"):
             for split, where, n in (("fit", "in", "n_fit"), ("shifted", "out of", "n_shifted")):
                 rows[f"false positives of the threshold on the channel for UP, {where} distribution"] = (
                     f"{shown(row, split, '.1%')}, n={row[n]}"
@@ -102,10 +103,6 @@ def _rows(parts: Mapping[str, Tables]) -> dict[str, str]:
         quantity = f"P(cheese within 256 steps) of the unchanged policy, cheese {row['cheese']}"
         rows.setdefault(quantity, f"{shown(row, 'original')}, n={row['n']}")  # the same in all rows of a place
     return rows
-
-
-def _of(transfer: Table, quantity: str) -> Table:
-    return [row for row in transfer if row["quantity"] == quantity]
 
 
 def described(measured: Measured) -> Iterator[tuple[str, str]]:

@@ -68,17 +68,18 @@ def test_the_precise_threshold_is_the_smallest_of_one_half_scored_on_the_other_a
 
 
 @pytest.mark.parametrize(
-    ("fit", "shifted", "drop"), [(0.9, 0.7, 0.2), (0.9, 0.7, 0.0), (0.5, 0.5, 0.0), (0.3, 0.3, -0.2)]
+    ("inside", "outside", "drop"), [(0.9, 0.7, 0.2), (0.9, 0.7, 0.0), (0.5, 0.5, 0.0), (0.3, 0.3, -0.2)]
 )
-def test_the_areas_are_told_and_not_judged(tables, fit, shifted, drop):
+def test_the_areas_are_told_and_not_judged(tables, inside, outside, drop):
     changed = with_precision(tables, (0.95, 0.99), (0.6, 0.8))
-    for row in changed["transfer"]:
-        if row["quantity"] == "AUC":
-            for name, value in (("fit", fit), ("shifted", shifted), ("drop", drop)):
-                row |= {name: value, f"{name}_low": value - 0.1, f"{name}_high": value + 0.1}
+    for row in changed["goals"]:
+        value = inside if row["split"] == part.SPLITS[0] else outside
+        for name, of in (("cheese", value), ("drop", drop)):
+            row |= {name: of, f"{name}_low": of - 0.1, f"{name}_high": of + 0.1}
     told = part.finding(changed)
     assert told.agrees == "yes"
-    assert ("no direction in both sets" in told.follows) == (fit <= 0.5)
+    assert ("no direction in both sets" in told.follows) == (inside <= 0.5)
+    assert ("beyond its interval for no direction" in told.follows) == (drop <= 0)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,9 @@ def test_the_way_to_the_corner_is_told_apart_from_that_to_the_cheese(study, tabl
 
 def test_the_area_in_distribution_is_over_all_mazes_as_it_needs_no_fit(tables):
     inside, outside = (row for row in tables["goals"] if row["direction"] == "UP")
+    assert (inside["n"], outside["n"]) == (20, 20)
+    assert outside["drop"] == pytest.approx(inside["cheese"] - outside["cheese"]) and inside["drop"] is None
+    assert not any(row["quantity"] == "AUC" for row in tables["transfer"] + tables["precise"])
     told = part.finding(tables).ours
     assert f"AUC in distribution {inside['cheese']:.3f}" in told and f"n={inside['n']}; out" in told
     assert f"out of it {outside['cheese']:.3f}" in told

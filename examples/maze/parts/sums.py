@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from chanpatch import ThresholdProbe
 from chanpatch.errors import ProbeError
 from chanpatch.plots import strip
+from chanpatch.statistics import Interval, difference_interval
 from maze.channels import level_sums
 from maze.decision_squares import PRECISION, precise_threshold
 from maze.linear import readout
@@ -74,16 +75,25 @@ def measure(study: Study) -> dict[str, Table]:
             sums += [
                 {**named, "sum": float(each), "is_it": bool(label)} for each, label in zip(values, labels, strict=True)
             ]
+        goals[-2] |= optional_cells("drop", None)
+        goals[-1] |= optional_cells("drop", _drop(*sets))
         for table, fit in ((transfer, ThresholdProbe.fit), (precise, precise_threshold)):
             named = {"direction": direction.name, "channel": channel}
             table += [{**named, **row} for row in _transferred(fit, *sets, seed=study.seed_for("halves"))]
     return {"sums": sums, "transfer": transfer, "precise": precise, "goals": goals, "linear": linear}
 
 
+def _drop(inside: Sums, outside: Sums) -> Interval | None:
+    """How much lower the AUC is out of distribution; None with too few mazes."""
+    known, shifted = area(*inside), area(*outside)
+    return None if known is None or shifted is None else difference_interval(known, shifted)
+
+
 def _goals(values: NDArray[np.float64], cheese: NDArray[np.bool_], corner: NDArray[np.bool_]) -> dict[str, Cell]:
     """What the sums tell of the ways to the cheese and to the corner, which mostly start alike.
 
-    Beside them stands what one would tell of the way to the cheese who knew the way to the corner only.
+    Beside them stands what one would tell of the way to the cheese who knew the way to the corner only. All mazes
+    count, in distribution too: an AUC needs no fit.
     """
     parted = cheese != corner
     return {
@@ -111,6 +121,7 @@ def _transferred(fit: Callable[..., ThresholdProbe | None], inside: Sums, outsid
     return [
         {**known, "n_shifted": len(outside[0]), **{name.replace(" ", "_"): cell for name, cell in record.items()}}
         for record in records
+        if record["quantity"] != "AUC"  # of all mazes, see `_goals`, and not of this half
     ]
 
 
@@ -139,31 +150,32 @@ def _draw_sums(axes: Axes, tables: Tables, direction: str) -> None:
 
 
 def finding(tables: Tables) -> Finding:
-    areas = [row for row in tables["transfer"] if row["quantity"] == "AUC"]
-    if not areas:
+    rates = [row for row in tables["transfer"] if row["quantity"] == "false-positive rate"]
+    if not rates:
         return Finding("Too few mazes.", "not comparable", "Nothing.", "Raise --n.")
-    up = {row["direction"]: row for row in areas}.get("UP", areas[0])
-    inside, outside = (row for row in tables["goals"] if row["direction"] == up["direction"])
-    false = _row(tables["transfer"], up, "false-positive rate")
+    false = {row["direction"]: row for row in rates}.get("UP", rates[0])
+    areas = {(row["direction"], row["split"]): row for row in tables["goals"]}
+    inside, outside = (areas[false["direction"], split] for split in SPLITS)
     sure = {row["direction"]: row for row in tables["precise"] if row["quantity"].startswith(EQUAL_RATES)}
-    precise = sure.get(up["direction"])
+    precise = sure.get(false["direction"])
     claims = [None, None] if precise is None else [above(precise, "fit", SURE), below(precise, "shifted", SURE)]
-    both = [row["direction"] for row in areas if row["fit_low"] > 0.5 and row["shifted_low"] > 0.5]
-    worse = [row["direction"] for row in areas if row["drop_low"] > 0]
+    names = dict.fromkeys(name for name, _ in areas)
+    both = [name for name in names if all(above(areas[name, split], "cheese", 0.5) for split in SPLITS)]
+    worse = [name for name in names if above(areas[name, SPLITS[1]], "drop")]
     kept = [name for name, row in sure.items() if above(row, "fit", SURE)]
     lost = [name for name in kept if below(sure[name], "shifted", SURE)]
     return Finding(
-        f"Channel {up['channel']} ({up['direction']}): AUC in distribution {shown(inside, 'cheese')}, n={inside['n']}; "
-        f"out of it {shown(outside, 'cheese')}, n={outside['n']}. {_told(tables, precise)} At the threshold that "
-        f"divides best, {up['threshold']:.1f} (fitted on one half in distribution, scored on the {up['n_fit']} of the "
-        f"other), false positives go from {shown(false, 'fit', '.1%')} to "
+        f"Channel {false['channel']} ({false['direction']}): AUC in distribution {shown(inside, 'cheese')}, "
+        f"n={inside['n']}; out of it {shown(outside, 'cheese')}, n={outside['n']}. {_told(tables, precise)} "
+        f"At the threshold that divides best, {false['threshold']:.1f} (fitted on one half in distribution, scored on "
+        f"the {false['n_fit']} of the other), false positives go from {shown(false, 'fit', '.1%')} to "
         f"{shown(false, 'shifted', '.1%')}.",
         verdict(*claims),
         f"The sums tell {_named(both)} in both sets, intervals above 0.5; the drop in AUC from in to out of "
         f"distribution is beyond its interval for {_named(worse)}. A sum past the precise threshold is right in more "
         f"than {SURE:.0%} of mazes in distribution, all of the interval, for {_named(kept)}"
         + (f"; out of it in less, for {_named(lost)} of these. " if kept else ". ")
-        + f"{_goals_told(tables['goals'], up['direction'])} {_linear_told(tables['linear'], up['direction'])} "
+        + f"{_goals_told(tables['goals'], false['direction'])} {_linear_told(tables['linear'], false['direction'])} "
         + ELSEWHERE,
         "That the channel knows the cheese: the ways to the cheese and to the corner start alike in most mazes, so the "
         "corner's tells the cheese's well. Nor that the threshold is wrong out of distribution because its raw "
@@ -233,9 +245,9 @@ PART = Part(
     name="sums",
     question="Does the sum of a channel tell the way to the cheese, in distribution and out of it?",
     method="Size 25, mouse on a random square where the direction is free; per direction the channel chosen on "
-    "other mazes. Two thresholds are fitted on half of the mazes in distribution and scored on the other half and on "
-    f"those out of it: the one that divides best, and the smallest with precision {PRECISION:g}. Beside the channel "
-    "stands a logistic regression on the sums of all channels.",
+    "other mazes; AUCs are over all n of these. Two thresholds are fitted on half of the mazes in distribution and "
+    "scored on the other half and on those out of it: the one that divides best, and the smallest with precision "
+    f"{PRECISION:g}. Beside the channel stands a logistic regression on the sums of all channels.",
     post="Above 30, channel 121 means UP almost surely in distribution, and does not outside (n=1000 each).",
     measure=measure,
     figure=figure,

@@ -58,3 +58,11 @@ def test_a_figure_without_an_interval_is_left_out(policy):
     without = {**MEASURED[policy], "decision": decision(30, 50)}
     without["decision"]["choices"][0]["goes_low"] = None
     assert {row["policy"] for row in differences(MEASURED | {policy: without})} <= {"imitation"}
+
+
+def test_the_area_of_a_direction_is_that_over_all_mazes():
+    row = {"direction": "LEFT", "split": "out of distribution", "n": 300}
+    sums = {"goals": [row | interval_cells("cheese", wilson_interval(80, 100))], "transfer": [], "precise": []}
+    rows = differences({"imitation": {"sums": sums}, "control": {"sums": sums}})
+    assert {each["figure"] for each in rows} == {"AUC of the channel for LEFT, cheese out of distribution"}
+    assert [(each["n"], each["value"]) for each in rows] == [(300, 0.8)] * 2

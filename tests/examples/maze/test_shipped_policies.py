@@ -11,10 +11,13 @@ def sums(channel, area):
     ends = {f"{split}_{end}": end == "high" and 1.0 or 0.0 for split in ("fit", "shifted") for end in ("low", "high")}
     return {
         "transfer": [
-            {**named, **ends, "quantity": "AUC", "fit": area, "shifted": 0.5},
             {**named, **ends, "quantity": "false-positive rate", "fit": 0.11, "shifted": 0.22},
             {**named, **ends, "quantity": "base rate", "fit": 0.5, "shifted": 0.5},
-        ]
+        ],
+        "goals": [
+            {**named, "split": split, "n": 1000, "cheese": of, "cheese_low": 0.0, "cheese_high": 1.0}
+            for split, of in (("in distribution", area), ("out of distribution", 0.5))
+        ],
     }
 
 
@@ -39,9 +42,9 @@ def test_what_remains_without_the_teaching_is_told_in_the_numbers_of_the_tables(
     assert compared(IMITATION | CONTROL | SEED) == [
         {
             "quantity": "AUC of the sum of the channel for UP at relu3, cheese in distribution",
-            "imitation": "0.930 (0.000 to 1.000), channel 27, n=500",
-            "control": "0.740 (0.000 to 1.000), channel 16, n=500",
-            "seed1": "0.900 (0.000 to 1.000), channel 3, n=500",
+            "imitation": "0.930 (0.000 to 1.000), channel 27, n=1000",
+            "control": "0.740 (0.000 to 1.000), channel 16, n=1000",
+            "seed1": "0.900 (0.000 to 1.000), channel 3, n=1000",
         },
         *(
             {"quantity": f"false positives of the threshold on the channel for UP, {where} distribution"}
