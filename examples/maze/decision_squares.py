@@ -36,6 +36,7 @@ POSTS_CHANNELS = {Direction.UP: 121, Direction.RIGHT: 73}  # of its own network
 POSTS_THRESHOLD = 30.0  # above which the cheese is "almost certainly" there, on both
 POSTS = "the post's, on its own network"
 THRESHOLD_LEVELS = 1000  # mazes whose halves thresholds are chosen and scored on, whatever n is
+ACCEPTED = "accepted_of_random_squares"  # where the direction is free; fewer are of decision squares
 EDGES = (8, 16, 32)  # of the strata of a path's length, in steps
 STRATA = (len(EDGES) + 1) ** 2
 
@@ -185,7 +186,7 @@ def threshold_rows(study: Study, probes: dict[Direction, ThresholdProbe | None])
                 "n_fit": probe and probe.fitted_on,
                 "n_held_out": probe and probe.held_out.n,
                 **cells("precision", probe and probe.held_out.precision),
-                **cells("accepted", probe and probe.held_out.acceptance),
+                **cells(ACCEPTED, probe and probe.held_out.acceptance),
             }
         )
     return rows

@@ -55,7 +55,7 @@ def test_without_accepted_levels_there_are_no_shares():
     nothing = seen(("UP",), ("UP",), ("RIGHT",)).rows([])
     assert {row["share"] for row in part._squares({}, nothing, Direction.UP, 9)} == {None}
     row = part._choices({}, nothing, Direction.UP, 9)
-    assert (row["accepted"], row["goes"], row["to_cheese"]) == (0.0, None, None)
+    assert (row[part.CHOSEN], row["goes"], row["to_cheese"]) == (0.0, None, None)
 
 
 def test_the_stratified_difference_is_the_mean_of_the_strata_by_mantel_and_haenszel():
@@ -162,6 +162,14 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     for row in changed["matched"]:
         row["difference_low"] = -0.1
     assert part.PART.finding(changed).agrees == "in part"
+
+
+def test_every_rate_of_acceptance_says_what_it_is_a_rate_of(tables):
+    assert "accepted_of_random_squares" in tables["thresholds"][0]
+    assert "accepted_of_decision_squares" in tables["choices"][0]
+    told = part.PART.finding(tables).ours
+    row = next(row for row in tables["choices"] if (row["direction"], row["squares"]) == ("UP", "accepted"))
+    assert "of random squares where UP is free" in told and f"of the {row['drawn']} decision squares drawn" in told
 
 
 def test_few_levels_on_a_side_are_not_judged(tables):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from chanpatch import ThresholdProbe
 from chanpatch.statistics import Interval, bootstrap_interval, difference_interval, wilson_interval
 from maze.decision_squares import (
+    ACCEPTED,
     EDGES,
     POSTS_THRESHOLD,
     PRECISION,
@@ -41,6 +42,7 @@ FEWEST = 100  # that claims are judged by: 10 points or better
 FOUND = 0.9  # of mice whose channel is high, in distribution: more of them go to the cheese
 RESAMPLES = 1999
 UNMATCHED, BOTH = "nothing", "both"  # path lengths that in and out of distribution are matched on
+CHOSEN = "accepted_of_decision_squares"  # of those drawn until there were n
 GOALS = ("cheese", "corner", "neither")  # to which the direction leads
 
 Probes = dict[Direction, ThresholdProbe | None]
@@ -126,7 +128,7 @@ def _choices(named: dict[str, Any], seen: Decisions, direction: Direction, drawn
         "leads_to_cheese": seen.cheese == direction,
     }
     counted = {name: share_cells(name, each.sum(), n) for name, each in shares.items()}
-    row = {**named, "n": n, "drawn": drawn, **share_cells("accepted", n, drawn)}
+    row = {**named, "n": n, "drawn": drawn, **share_cells(CHOSEN, n, drawn)}
     return row | {name: cell for three in counted.values() for name, cell in three.items()}
 
 
@@ -271,9 +273,10 @@ def finding(tables: Tables) -> Finding:
         cells_in, cells_out = (_four(tables["squares"], name, split) for split in SPLITS)
         told.append(
             f"{_limit(threshold)}: on decision squares where it is so the mouse goes {name} in {said(inside, 'goes')} "
-            f"in distribution (n={inside['n']}, {said(inside, 'accepted')} of the {inside['drawn']} drawn) and "
-            f"{said(outside, 'goes')} out of it (n={outside['n']}, {said(outside, 'accepted')} of {outside['drawn']}), "
-            f"and takes the way to the cheese in {said(inside, 'to_cheese')} and {said(outside, 'to_cheese')}. "
+            f"in distribution (n={inside['n']}, {said(inside, CHOSEN)} of the {inside['drawn']} decision squares "
+            f"drawn) and {said(outside, 'goes')} out of it (n={outside['n']}, {said(outside, CHOSEN)} of the "
+            f"{outside['drawn']} drawn), and takes the way to the cheese in {said(inside, 'to_cheese')} and "
+            f"{said(outside, 'to_cheese')}. "
             f"Cheese {name} goes / corner {name} goes / cheese {name} not / corner {name} not: in {cells_in}, out "
             f"{cells_out}. "
             f"Difference {said(raw, 'difference', '+.2f')}; matched on both distances "
@@ -329,7 +332,7 @@ def _limit(threshold: dict[str, Any]) -> str:
     lower = f"; none has {PRECISION:g} on these mazes" if threshold["as_precise_as_asked"] is False else ""
     return (
         f"{named} {threshold['accepts']} {threshold['threshold']:.1f} ({threshold['criterion']}{lower}; held out "
-        f"{said(threshold, 'precision')}, accepting {said(threshold, 'accepted')} of squares where {name} is free)"
+        f"{said(threshold, 'precision')}, accepting {said(threshold, ACCEPTED)} of random squares where {name} is free)"
     )
 
 
