@@ -1,4 +1,5 @@
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from studies import BEST, small_study
 from maze.channels import level_sums
 from maze.decision_squares import precise_threshold
 from maze.part import POOL, open_to
+from maze.parts import PARTS
 from maze.parts import sums as part
 from maze.paths import Direction, first_steps, legal_moves, top_right
 from maze.selection import select_channels
@@ -164,3 +166,15 @@ def test_the_area_in_distribution_is_over_all_mazes_as_it_needs_no_fit(tables):
     told = part.finding(tables).ours
     assert f"AUC in distribution {inside['cheese']:.3f}" in told and f"n={inside['n']}; out" in told
     assert f"out of it {outside['cheese']:.3f}" in told
+
+
+@pytest.mark.parametrize("name", ["search", "ranking", "sums", "sizes", "parity", "random-mazes", "hypothesis"])
+def test_every_method_with_areas_says_over_which_squares_or_mazes_they_are(name):
+    (said,) = re.findall(r"[^.;:]*\bAUCs?\b.*", PARTS[name].method)
+    assert re.search("squares|mazes|over all n of these", said)
+
+
+def test_it_is_told_why_other_parts_have_other_areas_of_the_same_channel(tables):
+    told = part.finding(tables).follows
+    assert "Other parts have other AUCs of the same channel, as they ask elsewhere" in told
+    assert all(name in told for name in ("search on", "sizes in", "parity and ranking on", "random-mazes where"))

@@ -355,9 +355,9 @@ PART = Part(
     name="hypothesis",
     question="Does the mouse go where the channels together push more: to the cheese or to the corner?",
     method="Size 25, mouse on the decision square. Push of a direction: standardised sums of the channels labelled "
-    "with it on other mazes, weighted by AUC - 0.5 where that way is one of several. The larger one is the prediction; "
-    "so is a regression on both, fitted on other levels. An ablated push is ranked among sets of as many other live "
-    "channels, matched on mean activation.",
+    "with it on other mazes, weighted by AUC - 0.5 on random squares where that way is one of several. The larger one "
+    "is the prediction; so is a regression on both, fitted on other levels. An ablated push is ranked among sets of as "
+    "many other live channels, matched on mean activation.",
     post="A hypothesis, not measured: if the aggregated push for the action to the cheese is higher than that for the "
     "corner, the mouse goes to the cheese, otherwise to the corner.",
     measure=measure,

@@ -211,7 +211,8 @@ PART = Part(
     name="random-mazes",
     question="Do the channels keep their labels in mazes whose squares are more random than procgen's?",
     method=f"Size {SIZE}: a share of all squares made free or a wall with equal chances, edited until there is a way "
-    "from the mouse to the cheese; the label UP means that UP is among the first steps of the shortest ways.",
+    "from the mouse to the cheese; the label UP means that UP is among the first steps of the shortest ways. "
+    "AUCs are over mazes in which the direction is legal.",
     post="Asked, not measured: perhaps there would be no channel with a clear 'go up' interpretation in a more random "
     "maze.",
     measure=measure,

@@ -176,8 +176,8 @@ PART = Part(
     question="Which channels differ most over the post's pair, and what does each of them stand for?",
     method="Mean absolute difference of the sums at relu3 over the four rotations of the post's pair; per channel the "
     f"direction or union of directions chosen on one half of squares where {WAYS} ways or more part and tested on the "
-    "other. Its AUC where there is a choice is that on squares from which a move inside the union and one outside it "
-    "are free, so that to notice walls is not enough.",
+    "other. Its AUC where there is a choice is that on random squares of the mazes that channels are chosen on, from "
+    "which a move inside the union and one outside it are free, so that to notice walls is not enough.",
     post="121 UP, 21 DOWN or LEFT, 80 LEFT, 35 UP or LEFT, 112 LEFT, 73 RIGHT, 71 UP, 7 UP or RIGHT, 123 DOWN, "
     "17 DOWN, read from the pictures of the pair.",
     measure=measure,

@@ -228,8 +228,8 @@ PART = Part(
     name="search",
     question="Which hook points tell the first step to the cheese?",
     method="The sum of every channel of every module's output: per direction the best channel on mazes of its own, "
-    "by high or low sums, its AUC on others; and the contrast over pairs with a moved wall against the variation over "
-    "random mazes.",
+    f"by high or low sums, its AUC on n others (size {SIZE}, mouse on a random square where the direction is free); "
+    "and the contrast over pairs with a moved wall against the variation over random mazes.",
     post="Not done systematically (footnote 1); channel 121 of relu3 stood out.",
     measure=measure,
     figure=figure,
