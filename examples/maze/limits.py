@@ -24,5 +24,5 @@ def limits() -> str:
     return (
         f"n is the number of levels of each measurement, but at most: {capped}. Whatever n is, channels are chosen on "
         "1000 mazes (search 300, parity 500 per class, retarget 60), labels on 500, and thresholds on those of 1000 in "
-        "which the direction is free, about half."
+        "which the direction is free, about half: one half of these fits, the other scores."
     )

@@ -313,7 +313,8 @@ def test_the_caps_that_are_told_are_those_of_the_parts():
     chosen = (
         f"channels are chosen on {SELECTION_LEVELS} mazes (search {search.CHOICE_LEVELS}, parity "
         f"{parity.CHOICE_LEVELS} per class, retarget {retarget.CHOOSING_LEVELS}), labels on {LABEL_LEVELS}, and "
-        f"thresholds on those of {THRESHOLD_LEVELS} in which the direction is free, about half."
+        f"thresholds on those of {THRESHOLD_LEVELS} in which the direction is free, about half: one half of these "
+        "fits, the other scores."
     )
     assert limits().endswith(chosen)
 
