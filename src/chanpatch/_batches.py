@@ -16,13 +16,14 @@ def batches(inputs: Inputs | Iterable[Inputs], batch_size: int) -> Iterator[tupl
     """Yield the arguments and the keywords of each forward.
 
     Args:
-        inputs: All inputs at once, cut along the first axis of every tensor: a tensor, a tuple of the model's
-            arguments, or a mapping of its keywords. Any other iterable holds batches of these kinds, which stay whole.
+        inputs: All inputs at once, cut along the first axis of every tensor: a tensor or a TensorDict, a tuple of the
+            model's arguments, or a mapping of its keywords. Any other iterable holds batches of these kinds, which stay
+            whole.
         batch_size: How many inputs go into one forward, where they are cut.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size) if whole else inputs:
-        if isinstance(batch, Mapping):
+        if isinstance(batch, Mapping) and not _tree.knows_batch_size(batch):
             yield (), batch
         else:
             yield batch if isinstance(batch, tuple) else (batch,), {}
@@ -30,7 +31,7 @@ def batches(inputs: Inputs | Iterable[Inputs], batch_size: int) -> Iterator[tupl
 
 def input_count(inputs: Inputs) -> int:
     """Return the length of the first axis of the first tensor that has axes."""
-    return next((len(tensor) for _, tensor in _tree.leaves(inputs) if tensor.dim()), 0)
+    return next((len(tensor) for _, tensor in _tree.with_rows(inputs)), 0)
 
 
 def _cut(inputs: Any, batch_size: int) -> Iterator[Any]:
@@ -38,7 +39,7 @@ def _cut(inputs: Any, batch_size: int) -> Iterator[Any]:
     count = input_count(inputs)
     for start in range(0, count, batch_size):
         batch = inputs
-        for path, tensor in _tree.leaves(inputs):
-            if tensor.dim() and len(tensor) == count:
+        for path, tensor in _tree.with_rows(inputs):
+            if len(tensor) == count:
                 batch = _tree.replace(batch, path, tensor[start : start + batch_size])
         yield batch

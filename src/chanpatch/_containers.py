@@ -7,7 +7,7 @@ module would then hold two containers, and each would miss what the other puts t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -123,7 +123,7 @@ def _beside_fields(container: Any) -> dict[str, Any]:
 def _is_mutable(tree: Any) -> bool:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return isinstance(tree, dict) or not type(tree).__dataclass_params__.frozen  # type: ignore[attr-defined]
-    return isinstance(tree, (dict, list))
+    return isinstance(tree, (MutableMapping, list))
 
 
 def _put(container: Any, step: Item | Attr, child: Any) -> None:

@@ -71,6 +71,24 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
         yield from leaves(child, (*path, step))
 
 
+def with_rows(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield, with its path, every tensor that has axes, and whole every container that knows its batch size.
+
+    Such a container, as a TensorDict is, refuses tensors of another size. It is cut and lengthened as tensors are.
+    """
+    if knows_batch_size(tree) or (isinstance(tree, Tensor) and tree.dim()):
+        yield path, tree
+    elif not isinstance(tree, Tensor):
+        for step, child in _children(tree):
+            yield from with_rows(child, (*path, step))
+
+
+def knows_batch_size(tree: Any) -> bool:
+    """Tell whether this is a container whose tensors all begin with the axes of its batch size."""
+    size = getattr(tree, "batch_size", None)
+    return isinstance(size, torch.Size) and len(size) > 0
+
+
 def fresh(tree: Any) -> Any:
     """Return an output in containers of its own, which others may change; what lies in them is the same."""
     if type(tree) is list:

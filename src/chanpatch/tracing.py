@@ -19,7 +19,7 @@ from ._attributes import Attributes, refill, same, storage, write_back
 from ._axes import NamePropagation, Names, axis_names
 from ._checks import refuse_unhookable, refuse_untraceable
 from ._hooks import observed
-from ._tree import Attr, Path, leaves, path_text, replace
+from ._tree import Attr, Path, leaves, path_text, replace, with_rows
 from .errors import HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .points import HookPoint, HookPoints, glob
 
@@ -126,8 +126,9 @@ class _Trace:
             getattr(self.model, method)(*args, **kwargs)
 
     def batch_of_input(self, path: Path) -> int | None:
-        """Return which axis of an input has the name of the batch."""
-        names = self.known.names(self.inputs[path]) or ()
+        """Return which axis of an input, of a TensorDict of its first tensor, has the name of the batch."""
+        first = next(tensor for place, tensor in self.inputs.items() if place[: len(path)] == path)
+        names = self.known.names(first) or ()
         return names.index("batch") if "batch" in names else None
 
     def not_called(self) -> list[str]:
@@ -238,7 +239,7 @@ def _grown(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Tr
     Where the growth of the first axis shows that some module's batch is another axis of the inputs (a model may begin
     with Linear layers, which do not care, and have a sequence-first LSTM later), the others are tried in turn.
     """
-    tensors = [(path, tensor) for path, tensor in leaves((inputs, dict(keywords))) if tensor.dim()]
+    tensors = [*with_rows((inputs, dict(keywords)))]
     if not tensors or any(Attr("batch_sizes") in path for path, _ in tensors):
         return {}  # a PackedSequence has its rows between one another
     origin, first = tensors[0]
@@ -270,7 +271,7 @@ def _with_one_row_more(
     model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace, batch_axis: int
 ) -> dict[str, torch.Size]:
     """Return the shapes of a run whose first tensor is longer by one on an axis; empty where no such run succeeds."""
-    tensors = [(path, tensor) for path, tensor in leaves((inputs, dict(keywords))) if tensor.dim()]
+    tensors = [*with_rows((inputs, dict(keywords)))]
     first = tensors[0][1]
     rows = first.shape[batch_axis]
     choices: list[list[int | None]] = []

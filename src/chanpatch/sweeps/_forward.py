@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._lookup import model_of
 from .._published import forward_context, published
-from .._tree import Item, fresh, get, leaves, replace
+from .._tree import Item, fresh, get, leaves, replace, with_rows
 from ..points import HookPoints
 from ..tracing import copied_inputs, undisturbed
 
@@ -73,7 +73,7 @@ class Forward:
 
         None where that is no saving, or where it cannot be told what the rows are.
         """
-        tensors = [(path, tensor) for path, tensor in leaves(self.inputs) if tensor.dim()]
+        tensors = [*with_rows(self.inputs)]
         count = len(tensors[0][1]) if tensors else 0
         if count < _FEWEST_TO_CUT or published.rows is not None:
             return None
