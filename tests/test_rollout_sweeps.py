@@ -329,11 +329,23 @@ def test_a_site_without_rows_in_the_trace_is_refused(policy):
     assert message.startswith("rollout_sweep keeps the patch at Site('table') to rows of its own. The trace could not")
 
 
-@pytest.mark.parametrize("patches", [{}, [], None])
+@pytest.mark.parametrize("patches", [{}, []])
 def test_no_patches_are_refused(points, patches):
-    assert refused(RolloutError, points, patches) == (
-        "patches is empty or no mapping: give {'no channel 5': zero_ablate(...), ...}."
+    assert refused(RolloutError, points, patches) == "There are no patches: the mapping or the sequence is empty."
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_patches_without_labels_are_labelled_by_their_sites(points, one):
+    site = points.site("layers.1", feature=2)
+    patch, other = zero_ablate(site), edit(site, torch.neg)
+    given = (patch, other) if one else ([patch], [other])
+    named = ({"layers.1, feature=2": each} for each in (patch, other))
+    found, expected = (
+        rollout_sweep(points, drifting(4), SEEDS, patches, controls=controls, max_steps=20)
+        for patches, controls in (given, named)
     )
+    assert found.comparisons() == expected.comparisons()
+    assert [*found] == ["original", "layers.1, feature=2"]
 
 
 def test_the_label_of_the_policy_without_patches_is_refused(points):
@@ -344,7 +356,7 @@ def test_the_label_of_the_policy_without_patches_is_refused(points):
 
 def test_controls_without_a_label_of_their_own_are_refused(points):
     patches = {"ablated": zero_ablate(points.site("layers.1"))}
-    for controls, message in (({}, "controls is empty or no"), ({"original": []}, "controls has the label 'original'")):
+    for controls, message in (({}, "There are no controls"), ({"original": []}, "controls has the label 'original'")):
         with pytest.raises(RolloutError, match=message):
             rollout_sweep(points, drifting(4), SEEDS, patches, controls=controls, max_steps=20)
 

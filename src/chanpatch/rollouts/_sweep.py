@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._checks import no_batch
-from .._labels import labelled
+from .._labels import Patches, labelled, labelled_patches
 from .._lookup import model_of
 from .._patches import AppliedPatches, Patch
 from .._published import forward_context, published
@@ -35,10 +35,10 @@ def rollout_sweep(
     policy: nn.Module | HookPoints,
     envs: VectorEnv[Any, Any, Any],
     seeds: Iterable[int],
-    patches: Mapping[str, Patch | Iterable[Patch]],
+    patches: Patches | Patch,
     *,
     max_steps: int,
-    controls: Mapping[str, Patch | Iterable[Patch]] | None = None,
+    controls: Patches | Patch | None = None,
     sampling_seed: int = 0,
     greedy: bool = False,
     initial_state: InitialState | None = None,
@@ -60,7 +60,8 @@ def rollout_sweep(
         policy: A module, or its HookPoints.
         envs: As for `rollout`.
         seeds: As for `rollout`.
-        patches: One patch or more for each label; their sites come from a trace, which proves the batch axis.
+        patches: One patch or more for each label: a mapping of labels to patches, or patches, which are labelled by
+            their sites. The sites come from a trace, which proves the batch axis.
         max_steps: As for `rollout`.
         controls: Patches to rank the others among by their effect on the mean return, as `patches`; they are played
             in the same vector environment. From 19 on there are p-values.
@@ -89,10 +90,10 @@ def rollout_sweep(
         ['original', 'no action 0', 'no action 1']
     """
     check_environments(envs)
-    for what, each in (("patches", patches), *([] if controls is None else [("controls", controls)])):
-        if not isinstance(each, Mapping) or not each:
-            raise RolloutError(f"{what} is empty or no mapping: give {{'no channel 5': zero_ablate(...), ...}}.")
-        if ORIGINAL in each:
+    asked = labelled_patches(patches, "patches", RolloutError)
+    others = [] if controls is None else labelled_patches(controls, "controls", RolloutError)
+    for what, each in (("patches", asked), ("controls", others)):
+        if ORIGINAL in dict(each):
             raise RolloutError(f"{what} has the label '{ORIGINAL}', which is the policy without patches. Rename it.")
     together = training_modules(model_of(policy))
     if together:
@@ -100,9 +101,8 @@ def rollout_sweep(
             f"{', '.join(together)} in training mode would treat the rows of all labels together. Call eval() on the "
             "policy, or roll out a PatchedPolicy for each label with paired_rollouts."
         )
-    labelled_patches = [*patches.items(), *(controls or {}).items()]
-    log = Log(seeds, sampling_seed, times=1 + len(labelled_patches))
-    interventions = _Interventions(policy, labelled_patches, log.episodes, check_nan=check_nan)
+    log = Log(seeds, sampling_seed, times=1 + len(asked) + len(others))
+    interventions = _Interventions(policy, [*asked, *others], log.episodes, check_nan=check_nan)
     play(
         interventions.twin,
         envs,
@@ -114,9 +114,9 @@ def rollout_sweep(
         around=interventions.forward,
     )
     played = iter(log.rollouts())
-    rollouts = {label: next(played) for label in (ORIGINAL, *patches)}
-    others = None if controls is None else PairedRollouts({label: next(played) for label in controls})
-    return SweptRollouts(rollouts, others)
+    rollouts = {label: next(played) for label in (ORIGINAL, *dict(asked))}
+    ranked = PairedRollouts({label: next(played) for label in dict(others)}) if others else None
+    return SweptRollouts(rollouts, ranked)
 
 
 _Firing: TypeAlias = Callable[[Tensor], Tensor]
@@ -137,7 +137,7 @@ class _Interventions:
     def __init__(
         self,
         policy: nn.Module | HookPoints,
-        patches: Sequence[tuple[str, Patch | Iterable[Patch]]],
+        patches: Sequence[tuple[Any, tuple[Patch, ...]]],
         episodes: int,
         *,
         check_nan: bool,

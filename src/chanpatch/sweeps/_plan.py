@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .._labels import label_of
+from .._labels import Patches, labelled_patches
 from .._lookup import BarePoint, resolve
 from .._patches import AppliedPatches, Patch
 from .._sessions import session_for
@@ -19,8 +19,6 @@ from ..sites import Site
 from ._forward import Forward
 from ._later import kind
 from ._prefix import Prefix
-
-Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
 
 _LIVE = 6  # activations alive at a time in a forward: what a module takes and returns, a residual, copies to compute
 _FEWEST_ALIKE = 3  # patches that make a group of their own
@@ -79,34 +77,13 @@ def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[En
         SweepError: If there are none, or two would have one label.
         HookPointError, SiteError: If a site does not exist.
     """
-    if not isinstance(patches, Iterable):
-        patches = [patches]
-    if isinstance(patches, Mapping):
-        named = [(label, _together(each)) for label, each in patches.items()]
-    else:
-        named = [(" + ".join(label_of(patch.site) for patch in each), each) for each in map(_together, patches)]
-    if not named:
-        raise SweepError(f"There are no {what}: the mapping or the sequence is empty.")
+    named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
             raise SweepError(f"The {what} hold {label!r} without a patch. The unpatched output is the baseline.")
-    labels = [label for label, _ in named]
-    twice = next((label for label in labels if labels.count(label) > 1), None) if len({*labels}) < len(labels) else None
-    if twice is not None:
-        raise SweepError(
-            f"Two of the {what} are at {twice}, which makes one label for both. Give a mapping of labels to patches."
-        )
     flat = [patch for _, each in named for patch in each]
     checked = iter(AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=False).patches)
     return [Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named)]
-
-
-def _together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
-    each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
-    for patch in each:
-        if not isinstance(patch, Patch):
-            raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
-    return each
 
 
 class _Firing(NamedTuple):

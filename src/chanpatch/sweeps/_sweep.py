@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import refuse_unhookable
+from .._labels import Patches
 from .._lookup import model_of
 from .._progress import progress_bar
 from ..errors import SweepError
@@ -18,7 +19,7 @@ from ..points import HookPoints
 from ._execution import Execution, Strategy
 from ._forward import Forward
 from ._metrics import Metrics
-from ._plan import Entry, Patches, clean_run, entries_of
+from ._plan import Entry, clean_run, entries_of
 from ._prefix import Prefix
 from ._result import SweepInterrupted, SweepResult, Swept
 
