@@ -17,7 +17,7 @@ from chanpatch.patching import edit, zero_ablate
 from chanpatch.policies import PatchedPolicy
 from chanpatch.rollouts import paired_rollouts, rollout
 from chanpatch.sites import Site
-from chanpatch.statistics import paired_counts
+from chanpatch.statistics import bootstrap_interval, paired_counts
 from chanpatch.tracing import hook_points
 
 SEEDS = [3, 11, 4, 90, 2, 77, 5]
@@ -474,19 +474,57 @@ def test_a_rollout_prints_as_a_table_of_its_first_episodes():
     )
 
 
-def test_paired_rollouts_print_as_one_row_per_policy():
-    policies = {
-        "always right": lambda x: Bernoulli(torch.ones(len(x))),
-        "fair": lambda x: Bernoulli(torch.full((len(x),), 0.5)),
+POLICIES = {
+    "fair": lambda x: Bernoulli(torch.full((len(x),), 0.5)),
+    "always right": lambda x: Bernoulli(torch.ones(len(x))),
+    "fair again": lambda x: Bernoulli(torch.full((len(x),), 0.5)),
+}
+
+
+def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_first():
+    pairs = paired_rollouts(POLICIES, cart_poles(4), range(8), max_steps=99)
+    first, right = pairs["fair"], pairs["always right"]
+    interval = bootstrap_interval(right.returns - first.returns, seed=0)
+    columns = [line.split("  ") for line in repr(pairs).splitlines()]
+    filled = [[cell.strip() for cell in row if cell.strip()] for row in columns]
+    assert filled[:2] == [
+        ["3 policies over the same 8 episodes"],
+        ["policy", "mean return", "difference", "95%", "mean length", "terminated"],
+    ]
+    ended = f"{first.terminated.mean():.1%}"
+    assert filled[2] == ["fair", f"{first.returns.mean():.4g}", f"{first.lengths.mean():.4g}", ended]
+    assert filled[3][:4] == [
+        "always right",
+        f"{right.returns.mean():.4g}",
+        f"{interval.estimate:+.3g}",
+        f"{interval.low:+.3g} to {interval.high:+.3g}",
+    ]
+    assert filled[4][2:4] == ["+0", "+0 to +0"]  # the same draws behind the actions
+
+
+def test_policies_are_compared_with_the_first_episode_by_episode():
+    pairs = paired_rollouts(POLICIES, cart_poles(4), range(8), max_steps=99)
+    assert pairs.labels == ("always right", "fair again")
+    expected = pairs["always right"].returns - pairs["fair"].returns
+    np.testing.assert_array_equal(pairs.differences(), [expected, np.zeros(8)])
+    np.testing.assert_allclose(pairs.effect(), [expected.mean(), 0])
+    interval, by_hand = pairs.interval(), bootstrap_interval(expected, seed=0)
+    assert (interval.low[0], interval.high[0]) == pytest.approx((by_hand.low, by_hand.high))
+    assert pairs.comparisons()[0] == {
+        "label": "always right",
+        "effect": pytest.approx(expected.mean()),
+        "low": pytest.approx(by_hand.low),
+        "high": pytest.approx(by_hand.high),
+        "patched": pairs["always right"].returns.mean(),
+        "original": pairs["fair"].returns.mean(),
+        "n": 8,
     }
-    pairs = paired_rollouts(policies, cart_poles(4), range(4), max_steps=9)
-    lines = repr(pairs).splitlines()
-    assert lines[0] == "2 policies over the same 4 episodes"
-    assert lines[1].split("  ")[0] == "policy"
-    assert lines[2] == (
-        f"always right  {pairs['always right'].returns.mean():<11.4g}  "
-        f"{pairs['always right'].lengths.mean():<11.4g}  {pairs['always right'].terminated.mean():.1%}"
-    )
+
+
+def test_one_policy_alone_is_compared_with_none():
+    alone = paired_rollouts({"fair": POLICIES["fair"]}, cart_poles(4), range(4), max_steps=9)
+    assert (alone.labels, alone.comparisons(), alone.differences().shape) == ((), [], (0, 4))
+    assert repr(alone).splitlines()[1].split() == ["policy", "mean", "return", "mean", "length", "terminated"]
 
 
 def test_paired_rollouts_are_a_mapping_whose_records_name_the_policy():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,10 @@ class Rollout:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PairedRollouts(Mapping[str, Rollout]):
-    """The rollouts of several policies, by name; their arrays match episode by episode."""
+    """The rollouts of several policies, by name; their arrays match episode by episode.
+
+    The first one is the original, with which the others are compared.
+    """
 
     rollouts: Mapping[str, Rollout]
 
@@ -73,6 +76,38 @@ class PairedRollouts(Mapping[str, Rollout]):
     def __len__(self) -> int:
         return len(self.rollouts)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of the policies that are compared with the first, in the order given."""
+        return tuple(self)[1:]
+
+    def differences(self) -> NDArray[np.float64]:
+        """Return each episode's return minus that under the first policy: `(policy, episode)`."""
+        return self._differences([self[label] for label in self.labels])
+
+    def effect(self) -> NDArray[np.float64]:
+        """Return the mean over the episodes of the differences: `(policy,)`, in the unit of the return."""
+        found: NDArray[np.float64] = self.differences().mean(axis=1)
+        return found
+
+    def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
+        """Return the effects with 95% bootstrap intervals over the episodes, each paired with itself.
+
+        The episodes count as independent of each other. The ends are NaN with fewer than two.
+
+        Args:
+            seed: Of the bootstrap.
+        """
+        return bootstrap_interval(self.differences().T, seed=seed)
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """Return one record per policy but the first.
+
+        A record has the policy's label, the effect with `low` and `high` of its 95% interval, its own mean return
+        (`patched`) and that of the first (`original`), and the number of episodes.
+        """
+        return self._compared({label: self[label] for label in self.labels})
+
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per policy and episode: policy, seed, return, length, terminated, truncated."""
         return [{"policy": name, **record} for name in self for record in self[name].to_records()]
@@ -82,17 +117,52 @@ class PairedRollouts(Mapping[str, Rollout]):
         return imported("pandas").DataFrame(self.to_records())
 
     def __repr__(self) -> str:
+        compared = [_shown("difference", each) for each in self.comparisons()]
+        compared.insert(0, dict.fromkeys(compared[0], "") if compared else {})
         means = [
             {
                 "policy": name,
                 "mean return": f"{rollout.returns.mean():.4g}",
+                **difference,
                 "mean length": f"{rollout.lengths.mean():.4g}",
                 "terminated": f"{rollout.terminated.mean():.1%}",
             }
-            for name, rollout in self.rollouts.items()
+            for (name, rollout), difference in zip(self.rollouts.items(), compared, strict=True)
         ]
-        episodes = len(next(iter(self.rollouts.values())))
-        return "\n".join([f"{len(self)} policies over the same {episodes} episodes", *table(means)])
+        return "\n".join([f"{len(self)} policies over the same {len(self._original)} episodes", *table(means)])
+
+    @property
+    def _original(self) -> Rollout:
+        return next(iter(self.rollouts.values()))
+
+    def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
+        found = np.zeros((len(others), len(self._original)))
+        for row, rollout in enumerate(others):
+            found[row] = rollout.returns - self._original.returns
+        return found
+
+    def _compared(self, others: Mapping[str, Rollout]) -> list[dict[str, Any]]:
+        if not others:
+            return []
+        differences = self._differences([*others.values()])
+        interval = bootstrap_interval(differences.T, seed=0)
+        return [
+            {
+                "label": label,
+                "effect": float(differences[row].mean()),
+                "low": float(interval.low[row]),
+                "high": float(interval.high[row]),
+                "patched": float(rollout.returns.mean()),
+                "original": float(self._original.returns.mean()),
+                "n": len(rollout),
+            }
+            for row, (label, rollout) in enumerate(others.items())
+        ]
+
+
+def _shown(name: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return an effect and its interval as a table shows them."""
+    return {name: f"{record['effect']:+.3g}", "95%": f"{record['low']:+.3g} to {record['high']:+.3g}"}
 
 
 ORIGINAL = "original"  # the name of the policy without patches in a sweep
@@ -107,31 +177,7 @@ class SweptRollouts(PairedRollouts):
         controls: Those of the control patches, by label, or None. They are not among the rollouts.
     """
 
-    controls: PairedRollouts | None = None
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Of the patches, in the order given."""
-        return tuple(label for label in self if label != ORIGINAL)
-
-    def differences(self) -> NDArray[np.float64]:
-        """Return each episode's return with the patches minus that of the original: `(patch, episode)`."""
-        return self._differences(self)
-
-    def effect(self) -> NDArray[np.float64]:
-        """Return the mean over the episodes of the differences: `(patch,)`, in the unit of the return."""
-        found: NDArray[np.float64] = self.differences().mean(axis=1)
-        return found
-
-    def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
-        """Return the effects with 95% bootstrap intervals over the episodes, each paired with itself.
-
-        The episodes count as independent of each other. The ends are NaN with fewer than two.
-
-        Args:
-            seed: Of the bootstrap.
-        """
-        return bootstrap_interval(self.differences().T, seed=seed)
+    controls: Mapping[str, Rollout] | None = None
 
     def ranks(self) -> list[Rank | None]:
         """Return where each effect ranks among those of the controls, by absolute value.
@@ -139,17 +185,16 @@ class SweptRollouts(PairedRollouts):
         A p-value needs 19 controls or more, and a patch that was not picked for its effect. None for an effect that is
         not finite, and for all where there are no controls or not all of theirs are finite.
         """
-        others = np.zeros(0) if self.controls is None else self._differences(self.controls).mean(axis=1)
+        others = self._differences([*(self.controls or {}).values()]).mean(axis=1)
         ranked = np.isfinite(self.effect()) & (len(others) > 0) & np.isfinite(others).all()
         return [rank_among(float(e), others) if r else None for e, r in zip(self.effect(), ranked, strict=True)]
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label, those of the controls last.
 
-        A record has the label, the mean return under the patches and without, the effect, `low` and `high` of its
-        interval and, where there are controls, whether it is one, its rank among them, p and why there is no p.
+        Where there are controls, a record also has whether it is one, its rank among them, p and why there is no p.
         """
-        records = self._compared(self)
+        records = super().comparisons()
         if self.controls is None:
             return records
         none = {"rank": None, "p": None, "no_p": "no rank among the controls"}
@@ -162,38 +207,18 @@ class SweptRollouts(PairedRollouts):
         lines = [
             {
                 "label": record["label"],
-                "effect": f"{record['effect']:+.3g}",
-                "95%": f"{record['low']:+.3g} to {record['high']:+.3g}",
+                **_shown("effect", record),
                 "patched": record["patched"],
                 "original": record["original"],
                 **({"rank": record["rank"], "p": record["p"]} if self.controls else {}),
             }
             for record in shown[:_SHOWN_PATCHES]
         ]
-        title = f"{len(shown)} patches, mean return over the same {len(self[ORIGINAL])} episodes"
+        title = f"{len(shown)} patches, mean return over the same {len(self._original)} episodes"
         notes = [f"... {len(shown) - _SHOWN_PATCHES} more"] if len(shown) > _SHOWN_PATCHES else []
         notes += [] if self.controls is None else [f"Ranks are among {len(self.controls)} controls."]
         notes += sorted({f"No p-values: {rank.no_p}" for rank in self.ranks() if rank and rank.no_p})
         return "\n".join([title, *table(lines), *notes])
-
-    def _differences(self, rollouts: PairedRollouts) -> NDArray[np.float64]:
-        found = [rollout.returns - self[ORIGINAL].returns for label, rollout in rollouts.items() if label != ORIGINAL]
-        return np.array(found)
-
-    def _compared(self, rollouts: PairedRollouts) -> list[dict[str, Any]]:
-        differences = self._differences(rollouts)
-        interval = bootstrap_interval(differences.T, seed=0)
-        return [
-            {
-                "label": label,
-                "effect": float(differences[row].mean()),
-                "low": float(interval.low[row]),
-                "high": float(interval.high[row]),
-                "patched": float(rollouts[label].returns.mean()),
-                "original": float(self[ORIGINAL].returns.mean()),
-            }
-            for row, label in enumerate(label for label in rollouts if label != ORIGINAL)
-        ]
 
 
 _SHOWN, _SHOWN_PATCHES = 10, 20  # episodes and patches that a repr lists

@@ -106,7 +106,8 @@ def paired_rollouts(
     The policies are rolled out one after the other, each once.
 
     Args:
-        policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`.
+        policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The
+            others are compared with the first.
         envs: As for `rollout`.
         seeds: As for `rollout`.
         max_steps: As for `rollout`.

@@ -24,7 +24,7 @@ from ..points import HookPoint, HookPoints
 from ..policies import PatchedPolicy
 from ..sites import Site
 from ._play import Log, check_environments, play
-from ._results import ORIGINAL, PairedRollouts, SweptRollouts
+from ._results import ORIGINAL, SweptRollouts
 from ._state import BatchAxes, InitialState, rows_of
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def rollout_sweep(
     )
     played = iter(log.rollouts())
     rollouts = {label: next(played) for label in (ORIGINAL, *dict(asked))}
-    ranked = PairedRollouts({label: next(played) for label in dict(others)}) if others else None
-    return SweptRollouts(rollouts, ranked)
+    return SweptRollouts(rollouts, {label: next(played) for label in dict(others)} or None)
 
 
 _Firing: TypeAlias = Callable[[Tensor], Tensor]
