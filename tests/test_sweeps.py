@@ -262,6 +262,23 @@ def test_no_chunk_takes_more_than_max_bytes(plain_cnn: Model, monkeypatch: pytes
     assert max(stack.nbytes for stack in sizes) <= 2**18
 
 
+@pytest.mark.parametrize(("side", "expected"), [(16, "vmap"), (96, "resume")])
+def test_activations_of_which_few_fit_into_the_caches_of_a_cpu_go_one_by_one(side: int, expected: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.LazyLinear(2)).eval()
+    inputs = torch.randn(8, 3, side, side)
+    model(inputs)
+    points = hook_points(model, inputs)
+    patches = [zero_ablate(site) for site in points.site("1").split("channel")]
+    found = {
+        name: sweep(points, inputs, patches=patches, metric=total, strategy=name) for name in ("auto", *STRATEGIES)
+    }
+    assert found["auto"].groups[0].strategy == expected and found["vmap"].groups[0].strategy == "vmap"
+    assert ("gain nothing by it" in found["auto"].groups[0].why) == (expected == "resume")
+    for result in found.values():
+        np.testing.assert_allclose(result.values["total"], found["loop"].values["total"], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sweep_leaves_no_activation_to_the_garbage_collector(plain_cnn: Model, strategy: Any) -> None:
     points, inputs, site = traced(plain_cnn)

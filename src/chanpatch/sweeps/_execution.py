@@ -16,7 +16,7 @@ from ._forward import Forward
 from ._plan import Entry, Group
 from ._prefix import Prefix
 from ._result import Swept
-from ._strategies import StrategyError, loop, resumed, vmapped
+from ._strategies import StrategyError, gains_by_vmap, loop, resumed, vmapped
 
 Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
 Measured: TypeAlias = dict[str, Tensor]
@@ -105,10 +105,12 @@ class Execution:
         if self._strategy in ("auto", "vmap") and not small:
             if self._opaque:
                 reasons.append(f"vmap: the output holds a {self._opaque}, in which tensors cannot be found")
-            elif group.alike:
-                yield "vmap"
-            else:
+            elif not group.alike:
                 reasons.append("vmap: what the patches do later differs")
+            elif self._strategy == "auto" and not gains_by_vmap(group):
+                reasons.append("vmap: activations so large gain nothing by it on a CPU")
+            else:
+                yield "vmap"
         if self._strategy in ("auto", "resume"):
             yield "resume"
 

@@ -56,6 +56,11 @@ class Group:
     skippable: int
     bytes_each: int
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the activation is on a CPU."""
+        return self.blank[self.point.name].is_cpu
+
     def first(self, entry: Entry) -> list[Patch]:
         """Return the patches of an entry that stand at the hook point of the group."""
         return [patch for patch in entry.patches if patch.site.name in self.names]

@@ -30,6 +30,7 @@ from ._plan import Entry, Group
 from ._prefix import Prefix
 
 _CPU_BYTES = 3 * 2**24  # more at a time, which its caches do not hold, makes a CPU slower
+_FEWEST = 8  # patches at a time, from which on a CPU gains by that
 
 
 class StrategyError(Exception):
@@ -73,7 +74,7 @@ def vmapped(
         clean = _clean(forward, prefix, group)
     except Exception as fault:
         raise StrategyError(_first_line(fault)) from fault
-    room = min(max_bytes, _CPU_BYTES) if clean.is_cpu else max_bytes
+    room = min(max_bytes, _CPU_BYTES) if group.on_cpu else max_bytes
     size = max(1, room // max(1, group.bytes_each + run.later.bytes_each))  # inputs without rows take none
     try:
         for start in range(0, len(entries), size):
@@ -87,6 +88,14 @@ def vmapped(
                 raise StrategyError(_first_line(fault)) from fault
     finally:
         run.let_go()
+
+
+def gains_by_vmap(group: Group) -> bool:
+    """Tell whether many patches at a time are faster than one after the other, from their size alone.
+
+    A CPU gains what a forward costs beside its arithmetic, and loses the fused attention.
+    """
+    return not group.on_cpu or _FEWEST * group.bytes_each <= _CPU_BYTES
 
 
 class _Vmapped:
