@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chanpatch._regions import Overwrite, read, written
+from chanpatch.errors import UnsupportedModelError
 from chanpatch.patching import patch_in, patched, zero_ablate
 from chanpatch.sites import Site
 
@@ -108,3 +109,12 @@ def test_forwards_inside_a_transform_and_outside_follow_each_other(plain_first, 
         assert torch.equal(output, ablated(inputs))
     for output in inside:
         torch.testing.assert_close(output, transformed(ablated, inputs))
+
+
+def test_a_sparse_tensor_after_dense_ones_is_refused_as_it_is_at_first():
+    model = nn.Identity()
+    with patched(model, zero_ablate(Site(".out", axis1=1))):
+        for _ in range(3):
+            model(torch.ones(2, 3))
+        with pytest.raises(UnsupportedModelError, match="has no regions"):
+            model(torch.ones(2, 3).to_sparse())

@@ -157,6 +157,8 @@ def storage(tensor: Tensor) -> int:
 
 
 def _may_be_written(tensor: Tensor) -> bool:
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False  # it was left by a transform that has ended, and cannot be read
     weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
     return not weight and tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested)
 

@@ -23,7 +23,7 @@ def batches(inputs: Inputs | Iterable[Inputs], batch_size: int) -> Iterator[tupl
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size) if whole else inputs:
-        if isinstance(batch, Mapping) and not _tree.knows_batch_size(batch):
+        if isinstance(batch, Mapping) and not _tree.is_tensordict(batch):
             yield (), batch
         else:
             yield batch if isinstance(batch, tuple) else (batch,), {}

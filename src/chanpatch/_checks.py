@@ -64,7 +64,7 @@ def bare_axes(point: BarePoint, module: nn.Module | None, leaf: Tensor) -> tuple
 
 
 class Located:
-    """Where a site lies in the tensors of its hook point: looked up, and checked, once per shape, dtype and device.
+    """Where a site lies in the tensors of its hook point: looked up, and checked, once per kind of tensor.
 
     Attributes:
         site: The site.
@@ -91,7 +91,7 @@ class Located:
 
     def locate(self, leaf: Tensor) -> None:
         """Look up where the site lies in the tensor found at its hook point; raises as `region` does."""
-        known = type(leaf), leaf.shape, leaf.dtype, leaf.device
+        known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
         self._known = None

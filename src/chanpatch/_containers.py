@@ -7,6 +7,7 @@ module would then hold two containers, and each would miss what the other puts t
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Container, Iterator, MutableMapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def _written_into(before: Any, after: Any, shared: Container[int], users: Contai
         for (step, old), (_, new) in zip(_children(before), _children(after), strict=True)
         if old is not new
     ]
-    users_own = id(before) in users and any(id(old) in users for _, old, _ in changed)
+    users_own = id(before) in users and any(id(old) in users for _, old, new in changed if new is not old)
     if id(before) in shared and not users_own:
         for step, _, new in changed:
             _put(before, step, new)
@@ -123,7 +124,11 @@ def _beside_fields(container: Any) -> dict[str, Any]:
 def _is_mutable(tree: Any) -> bool:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         return isinstance(tree, dict) or not type(tree).__dataclass_params__.frozen  # type: ignore[attr-defined]
-    return isinstance(tree, (MutableMapping, list))
+    if isinstance(tree, (dict, list)):
+        return True
+    # What a lazy stack of TensorDicts gives is made anew each time, so that nobody can tell what was replaced in it.
+    items_stay = isinstance(tree, MutableMapping) and all(map(operator.is_, tree.values(), tree.values()))
+    return items_stay and not getattr(tree, "is_locked", False)
 
 
 def _put(container: Any, step: Item | Attr, child: Any) -> None:

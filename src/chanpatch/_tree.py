@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
@@ -85,8 +85,18 @@ def with_rows(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def knows_batch_size(tree: Any) -> bool:
     """Tell whether this is a container whose tensors all begin with the axes of its batch size."""
-    size = getattr(tree, "batch_size", None)
-    return isinstance(size, torch.Size) and len(size) > 0
+    return is_tensordict(tree) and len(tree.batch_size) > 0
+
+
+def is_tensordict(tree: Any) -> bool:
+    """Tell whether this is a TensorDict, or a class made of one."""
+    return isinstance(getattr(tree, "batch_size", None), torch.Size)
+
+
+def _copy(container: Any) -> Any:
+    """Return a container of its own that holds the very same."""
+    # Copies of TensorDicts by the copy module may share what they are made of.
+    return container.clone(recurse=False) if is_tensordict(container) else copy.copy(container)
 
 
 def fresh(tree: Any) -> Any:
@@ -98,8 +108,10 @@ def fresh(tree: Any) -> Any:
         if all(part is before for part, before in zip(parts, tree, strict=True)):
             return tree
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
-    if isinstance(tree, dict):
-        copied = copy.copy(tree)
+    if is_tensordict(tree):
+        return _copy(tree)  # those inside it are copied too
+    if isinstance(tree, MutableMapping):
+        copied: Any = _copy(tree)
         for key, value in tree.items():
             copied[key] = fresh(value)
         return copied
@@ -144,7 +156,7 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         # What torch.max and its like return only their own type can make; of others __new__ may take anything.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     try:
-        changed = copy.copy(tree)
+        changed = _copy(tree)
         changed[step.key] = child
     except TypeError as fault:  # a read-only view, as of types.MappingProxyType
         raise UnsupportedModelError(
@@ -172,6 +184,10 @@ def _children(tree: Any) -> Iterator[tuple[Item | Attr, Any]]:
 
 
 def _with(instance: Any, name: str, child: Any) -> Any:
+    if is_tensordict(instance):
+        made = _copy(instance)
+        setattr(made, name, child)
+        return made
     derives = hasattr(instance, "__post_init__") and all(item.init for item in dataclasses.fields(instance))
     if derives:
         with suppress(TypeError, ValueError):  # an __init__ of its own, or one that takes an InitVar

@@ -127,8 +127,8 @@ class _Trace:
 
     def batch_of_input(self, path: Path) -> int | None:
         """Return which axis of an input, of a TensorDict of its first tensor, has the name of the batch."""
-        first = next(tensor for place, tensor in self.inputs.items() if place[: len(path)] == path)
-        names = self.known.names(first) or ()
+        first = next((tensor for place, tensor in self.inputs.items() if place[: len(path)] == path), None)
+        names = () if first is None else self.known.names(first) or ()
         return names.index("batch") if "batch" in names else None
 
     def not_called(self) -> list[str]:

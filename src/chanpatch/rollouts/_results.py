@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .._optional import imported
 from .._tables import table
+from ..errors import RolloutError
 from ..statistics import Interval, Rank, bootstrap_interval, rank_among
 
 
@@ -138,6 +139,8 @@ class PairedRollouts(Mapping[str, Rollout]):
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
         found = np.zeros((len(others), len(self._original)))
         for row, rollout in enumerate(others):
+            if rollout.seeds != self._original.seeds:
+                raise RolloutError("The policies were not rolled out over the same episodes: their seeds differ.")
             found[row] = rollout.returns - self._original.returns
         return found
 
