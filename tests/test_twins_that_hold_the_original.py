@@ -299,3 +299,12 @@ def test_a_deep_copy_of_a_twin_has_state_of_its_own(x):
     before = twin.h.detach().clone()
     copied(x, torch.ones(3))
     torch.testing.assert_close(twin.h.detach(), before, rtol=0, atol=0)
+
+
+def test_a_module_that_copies_its_own_parameters_can_have_no_twin(x):
+    class Copying(nn.Linear):
+        def __deepcopy__(self, memo):
+            return Copying(self.in_features, self.out_features)
+
+    with pytest.raises(UnsupportedModelError, match="copies its parameters by itself .* Use patched"):
+        PatchedPolicy(nn.Sequential(Copying(4, 4)), zero_ablate(Site("0")))

@@ -38,6 +38,11 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
             "Keep what cannot be copied (environments, files, locks) out of the module, or use patched()."
         ) from error
     drop_hooks(twin)
+    if any(own is not weight for own, weight in zip(twin.parameters(), policy.parameters(), strict=True)):
+        raise UnsupportedModelError(
+            f"A module in {type(plain).__name__} copies its parameters by itself (TorchRL's TensorDictParams does), so "
+            "a twin would not share the weights. Use patched()."
+        )
     return twin
 
 
