@@ -15,7 +15,7 @@ from chanpatch._published import published
 from chanpatch.errors import DistributionError, MissingPackageError, RolloutError
 from chanpatch.patching import edit, zero_ablate
 from chanpatch.policies import PatchedPolicy
-from chanpatch.rollouts import paired_rollouts, rollout
+from chanpatch.rollouts import PairedRollouts, paired_rollouts, rollout
 from chanpatch.sites import Site
 from chanpatch.statistics import bootstrap_interval, paired_counts
 from chanpatch.tracing import hook_points
@@ -519,6 +519,12 @@ def test_policies_are_compared_with_the_first_episode_by_episode():
         "original": pairs["fair"].returns.mean(),
         "n": 8,
     }
+
+
+def test_rollouts_over_other_episodes_are_not_compared():
+    one, other = (rollout(POLICIES["fair"], cart_poles(4), seeds, max_steps=9) for seeds in (range(4), range(1, 5)))
+    with pytest.raises(RolloutError, match="their seeds differ"):
+        PairedRollouts({"one": one, "other": other}).comparisons()
 
 
 def test_one_policy_alone_is_compared_with_none():
