@@ -87,6 +87,11 @@ class Patch:
         kind: Any = type(self.edit)
         return _class_takes_context(kind) if kind.__module__ == Set.__module__ else _takes_context(self.edit)
 
+    @property
+    def runs_only_ours(self) -> bool:
+        """Whether no function of the user's runs in it, so that it leaves nothing behind but what it returns."""
+        return type(self.edit).__module__ == Set.__module__ and not callable(self.where)
+
     def __repr__(self) -> str:
         return f"Patch({self.site!r}, {edit_name(self.edit)}{', where=...' if self.where is not None else ''})"
 
@@ -125,7 +130,7 @@ class AppliedPatches:
         allow_unreached: Iterable[str],
         check_nan: bool,
     ) -> None:
-        self.patches = _checked(points_or_model, patches)
+        self.patches = checked_patches(points_or_model, patches)
         self.allow_unreached = allowed_names(
             allow_unreached, (patch.site.name for patch in self.patches), "there is no patch"
         )
@@ -206,7 +211,14 @@ class AppliedPatches:
             )
 
 
-def _checked(points_or_model: HookPoints | nn.Module, patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
+def checked_patches(points_or_model: HookPoints | nn.Module, patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
+    """Return patches whose sites are bound to the trace, or by names alone, all faults at once.
+
+    Raises:
+        TypeError: If something else than patches is among them.
+        HookPointError, SiteError: If a site does not exist.
+        EditError: If an operand does not fit a traced site.
+    """
     each = (patches,) if isinstance(patches, Patch) else tuple(patches)
     for patch in each:
         if not isinstance(patch, Patch):

@@ -203,6 +203,11 @@ def _constructor(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in names if name != "validate_args")
 
 
+@cache
+def _validates(kind: Any) -> bool:
+    return "validate_args" in inspect.signature(kind.__init__).parameters
+
+
 _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", "scale_tril"})
 
 
@@ -265,8 +270,7 @@ def _refuse_unfaithful(distribution: Distribution, changed: str) -> None:
 def _constructed(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
     kind: Any = type(distribution)
     alternatives = set().union(*_ALTERNATIVES)
-    takes = inspect.signature(kind.__init__).parameters
-    arguments: dict[str, Any] = {"validate_args": distribution._validate_args} if "validate_args" in takes else {}
+    arguments: dict[str, Any] = {"validate_args": distribution._validate_args} if _validates(kind) else {}
     built_with = set(_parameters(distribution)).difference(*(each for each in _ALTERNATIVES if changed in each))
     for name in _constructor(kind):
         attribute = _attribute(name)

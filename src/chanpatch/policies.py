@@ -22,7 +22,7 @@ from ._hooks import eager, is_compiling, noticing_calls
 from ._ledger import Ledger
 from ._lookup import model_of, resolve
 from ._outputs import described, distribution_in
-from ._patches import AppliedPatches, Patch
+from ._patches import AppliedPatches, Patch, checked_patches
 from ._sessions import RootCall
 from .errors import DistributionError, UnsupportedModelError
 from .points import HookPoints
@@ -76,7 +76,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         refuse_unhookable(original)
         twin = _copied(given)
         if isinstance(policy, HookPoints):
-            each = AppliedPatches(policy, each, allow_unreached=(), check_nan=False).patches
+            each = checked_patches(policy, each)
         applied = AppliedPatches(twin, each, allow_unreached=allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
             applied.session.method, applied.session.calls = policy.method, policy.calls

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._labels import Patches, labelled_patches
 from .._lookup import BarePoint, resolve
-from .._patches import AppliedPatches, Patch
+from .._patches import Patch, checked_patches
 from .._sessions import session_for
 from ..errors import SweepError, UnreachedError
 from ..points import HookPoint
@@ -87,7 +87,7 @@ def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[En
         if not each:
             raise SweepError(f"The {what} hold {label!r} without a patch. The unpatched output is the baseline.")
     flat = [patch for _, each in named for patch in each]
-    checked = iter(AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=False).patches)
+    checked = iter(checked_patches(forward.points_or_model, flat))
     return [Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named)]
 
 

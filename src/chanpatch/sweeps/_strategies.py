@@ -219,7 +219,8 @@ def _stacked(forward: Forward, group: Group, clean: Tensor, entries: Sequence[En
                 if activation is clean:
                     raise StrategyError(f"{entry.label!r} leaves the very tensor, which may be written into later")
                 row.copy_(activation)
-                forward.undisturbed.put_back()
+                if not all(patch.runs_only_ours for patch in each):
+                    forward.undisturbed.put_back()
 
     applied.session.call = group.call  # the edits find everything as it is when the hook point is reached
     applied.session.run(forward.method, fill, *forward.inputs)
