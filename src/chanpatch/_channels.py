@@ -84,7 +84,7 @@ def recorded(
 def rows(cache: ActivationCache, site: Site) -> Floats:
     """Return what was recorded at a site that was reduced to the batch and one axis at most: `(input, channel)`."""
     # A copy: what was made in the middle of a forward would keep apart, if it stayed, what the forward gives back.
-    array: Floats = np.array(cache[site].double().movedim(cache.batch_axis(site) or 0, 0))
+    array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
     return array if array.ndim > 1 else array[:, None]
 
 
