@@ -46,8 +46,8 @@ def test_the_code_of_the_page_on_policies_runs() -> None:
 
 def test_a_model_of_stable_baselines_runs_with_a_twin_in_place_of_its_policy() -> None:
     model = PPO("MlpPolicy", "CartPole-v1", seed=0)
-    points = hook_points(model.policy, torch.zeros(2, 4), method="get_distribution")
-    bias = torch.tensor([[-1e6, 1e6]])
+    points = hook_points(model.policy, torch.zeros(2, 4, device=model.device), method="get_distribution")
+    bias = torch.tensor([[-1e6, 1e6]], device=model.device)
     twin = PatchedPolicy(points, patch_in(points.site("action_net"), bias))
     model.policy = twin
     assert model.predict(np.zeros((3, 4), np.float32))[0].tolist() == [1, 1, 1]

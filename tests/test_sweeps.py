@@ -223,7 +223,7 @@ def test_in_train_mode_the_loop_is_taken_and_the_result_says_why(module: nn.Modu
     for row, patches in zip(result.values["total"], result.patches, strict=True):
         torch.set_rng_state(state)
         with torch.no_grad(), patched(points, patches):
-            np.testing.assert_allclose(row, total(model(*inputs)), rtol=1e-6)
+            np.testing.assert_allclose(row, total(model(*inputs)), rtol=1e-6, atol=1e-6)
 
 
 def test_what_an_edit_draws_is_the_same_for_every_patch_and_strategy(plain_cnn: Model) -> None:
@@ -233,7 +233,7 @@ def test_what_an_edit_draws_is_the_same_for_every_patch_and_strategy(plain_cnn: 
     results = [sweep(points, *inputs, patches=patches, metric=total, strategy=each) for each in STRATEGIES]
     assert torch.equal(torch.get_rng_state(), state)
     for result in results:
-        np.testing.assert_allclose(result.values["total"], results[0].values["total"], rtol=1e-6)
+        np.testing.assert_allclose(result.values["total"], results[0].values["total"], rtol=1e-6, atol=1e-6)
 
 
 STRATEGIES: tuple[Any, ...] = ("loop", "resume", "vmap")
@@ -491,7 +491,7 @@ def test_a_model_that_draws_in_its_forward_draws_the_same_for_every_patch() -> N
         for row, patch in zip(result.values["total"], patches, strict=True):
             torch.set_rng_state(state)
             with torch.no_grad(), patched(points, patch):
-                np.testing.assert_allclose(row, total(model(*inputs)), rtol=1e-6)
+                np.testing.assert_allclose(row, total(model(*inputs)), rtol=1e-6, atol=1e-6)
         torch.set_rng_state(state)
 
 
