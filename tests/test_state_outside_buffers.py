@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from chanpatch import contrast, hook_points, paired_rollouts, patched, rollout, steer, sweep, zero_ablate
+from chanpatch._undisturbed import undisturbed
 from chanpatch.attribution import attribution
+from chanpatch.errors import UnsupportedModelError
 from chanpatch.metrics import kl_divergence
 from chanpatch.path_patching import path_patch
 from chanpatch.probes import channel_sums
-from chanpatch.tracing import undisturbed
 
 
 class Recurrent(nn.Module):
@@ -277,3 +278,140 @@ def test_a_model_that_returns_the_same_dict_again_is_compared_with_what_it_held_
     effects = sweep(points, vectors, patches=patches, metric=kl_divergence, strategy=strategy).effect()
     assert max(expected) > 0.001
     torch.testing.assert_close(torch.as_tensor(effects).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-6)
+
+
+class HooksItself(nn.Module):
+    """Hooks its first layer in its first forward, as Hugging Face's models do where hidden states are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.hooked = False
+
+    def forward(self, vector: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if not self.hooked:
+            self.handle = self.first.register_forward_hook(self.keep, with_kwargs=True)
+            self.hooked = True
+        self.seen: list[Tensor] = []
+        return self.second(self.first(vector)), self.seen
+
+    def keep(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        self.seen.append(output)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "resume", "loop"])
+def test_a_hook_that_a_forward_registers_is_taken_off_again_and_counted_once(strategy: Any) -> None:
+    torch.manual_seed(0)
+    model, vectors = HooksItself(), torch.randn(9, 4)
+    points = hook_points(model, vectors)
+    assert not model.first._forward_hooks and not model.hooked
+    found = sweep(
+        points,
+        vectors,
+        patches=[zero_ablate(site) for site in points.site(".in[0]").split("feature")],
+        metric=lambda output: sum(each.sum(1) for each in output[1]),
+        strategy=strategy,
+    )
+    assert not model.first._forward_hooks and not model.hooked
+    weights = model.first.weight.sum(0)  # what each input adds to the sum of the first layer
+    np.testing.assert_allclose(found.effect(), -(vectors.mean(0) * weights).detach(), rtol=1e-4, atol=1e-5)
+    assert len(model(vectors)[1]) == len(model(vectors)[1]) == 1
+
+
+def test_a_hook_that_a_forward_takes_off_is_put_back_where_it_was() -> None:
+    model, vectors = HooksItself(), torch.randn(9, 4)
+    model(vectors)
+    model.first.register_forward_hook(lambda module, args, output: output)
+    before = {name: dict(held) for name, held in vars(model.first).items() if "hooks" in name}
+
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, vector: Tensor) -> Tensor:
+            output: Tensor = self.inner(vector)[0]
+            self.inner.handle.remove()
+            return output
+
+    hook_points(Once(), vectors)
+    assert {name: dict(held) for name, held in vars(model.first).items() if "hooks" in name} == before
+    assert list(model.first._forward_hooks) == list(before["_forward_hooks"])
+
+
+class Built(nn.Module):
+    """Makes its head when it knows how wide that has to be."""
+
+    def __init__(self, parameter: bool) -> None:
+        super().__init__()
+        self.parameter, self.head = parameter, None
+
+    def forward(self, vector: Tensor) -> Tensor:
+        if self.head is None:
+            width = vector.shape[1]
+            self.head = nn.Parameter(torch.randn(width)) if self.parameter else nn.Linear(width, 2)
+        return vector * self.head if self.parameter else self.head(vector)
+
+
+@pytest.mark.parametrize("parameter", [False, True])
+def test_a_model_that_builds_a_part_of_itself_in_its_first_forward_is_refused_until_it_has(parameter: bool) -> None:
+    model, vectors = Built(parameter), torch.randn(9, 4)
+    with pytest.raises(UnsupportedModelError, match="'head' of Built is built in the forward.*Run the model once"):
+        hook_points(model, vectors)
+    assert model.head is None and not model._modules and not model._parameters
+    expected = model(vectors)
+    points = hook_points(model, vectors)
+    assert parameter or "head" in points
+    torch.testing.assert_close(model(vectors), expected, rtol=0, atol=0)
+
+
+@dataclass(slots=True)
+class Slotted:
+    count: int = 0
+    seen: list[int] = field(default_factory=list)
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.state, self.bytes = nn.Linear(4, 6), Slotted(), bytearray(b"1")
+
+    def forward(self, vector: Tensor) -> Tensor:
+        self.state.count += 1
+        self.state.seen.append(self.state.count)
+        self.bytes.append(self.state.count)
+        return self.layer(vector) * len(self.bytes) * self.state.count
+
+
+def test_a_dataclass_with_slots_and_a_bytearray_are_put_back() -> None:
+    torch.manual_seed(0)
+    model, vectors = Counting(), torch.randn(9, 4)
+    points = hook_points(model, vectors)
+    patches = [zero_ablate(site) for site in points.site("layer").split("feature")]
+    found = sweep(points, vectors, patches=patches, metric=lambda output: output.sum(1))
+    assert model.state == Slotted() and model.bytes == b"1"
+    np.testing.assert_allclose(found.effect(), -2 * model.layer(vectors).mean(0).detach(), rtol=1e-4)
+
+
+class Adjacent(nn.Module):
+    """Has a sparse buffer, and one that takes its size in the first forward, as observers of quantisation have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("adjacency", torch.eye(6).to_sparse())
+        self.register_buffer("largest", torch.tensor([]))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        hidden: Tensor = self.layer(vector)
+        if not len(self.largest):
+            self.largest.resize_(6).copy_(hidden.detach().amax(0))
+        self.adjacency.mul_(2)
+        return (self.adjacency @ hidden.T).T
+
+
+def test_sparse_buffers_and_those_that_grow_are_put_back() -> None:
+    model, vectors = Adjacent(), torch.randn(9, 6)
+    hook_points(model, vectors)
+    assert not len(model.largest)
+    torch.testing.assert_close(model.adjacency.to_dense(), torch.eye(6), rtol=0, atol=0)

@@ -840,3 +840,23 @@ def test_inputs_without_rows_are_refused(plain_cnn: Model) -> None:
     points, (images,), site = traced(plain_cnn)
     with pytest.raises(errors.MetricError, match="returned no number. Give inputs of one row at least"):
         sweep(points, images[:0], patches=zero_ablate(site), metric=lambda output: output[:, 0])
+
+
+class Pooled(nn.Module):
+    """Sums nodes by the graph that each belongs to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, nodes: Tensor, graph: Tensor) -> Tensor:
+        hidden = self.layer(nodes).relu()
+        pooled: Tensor = self.head(hidden.new_zeros(int(graph.max()) + 1, 8).index_add(0, graph, hidden))
+        return pooled
+
+
+def test_where_the_rows_of_the_output_are_not_the_inputs_a_metric_returns_one_number_per_output() -> None:
+    inputs = torch.randn(12, 4), torch.arange(12) // 4
+    points = hook_points(Pooled().eval(), *inputs)
+    patches = {site: zero_ablate(site) for site in points.site("layer").split("feature")}
+    assert assert_equals_the_loop(points, inputs, patches).values["total"].shape == (8, 3)

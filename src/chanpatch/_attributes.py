@@ -35,12 +35,14 @@ class Attributes:
         self._names: list[str] = []
         self._values: list[Any] = []
         self._held: list[tuple[Any, Any]] = []
+        self._slots: list[tuple[Any, str, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._generators: list[tuple[Any, Any]] = []
 
     def note(self) -> Attributes:
         """Note what is there now; where that is plain and what it was, as in most models, nothing is copied again."""
-        in_place = self._tensors or self._generators or any(isinstance(held, np.ndarray) for held, _ in self._held)
+        in_place = self._tensors or self._slots or self._generators
+        in_place = in_place or any(isinstance(held, np.ndarray) for held, _ in self._held)
         if in_place or not (self._bound_as_noted() and all(itertools.starmap(same, self._held))):
             self._note_all()
         return self
@@ -72,6 +74,9 @@ class Attributes:
         for container, content in self._held:
             if not same(container, content):
                 refill(container, content)
+        for instance, slot, value in self._slots:
+            if getattr(instance, slot, None) is not value:
+                object.__setattr__(instance, slot, value)  # a frozen dataclass refuses the plain assignment
         for tensor, value in self._tensors:
             write_back(tensor, value)
 
@@ -88,7 +93,7 @@ class Attributes:
     def _note_all(self) -> None:
         self._note_bound()
         self._kept = [_kept(own) for own in self._owns]
-        self._held, self._tensors, self._generators = [], [], []
+        self._held, self._slots, self._tensors, self._generators = [], [], [], []
         self._noted: set[int] = set()
         for kept in self._kept:
             self._note(kept.values())
@@ -106,7 +111,7 @@ class Attributes:
             if isinstance(value, _PLAIN) or id(value) in self._noted:
                 continue
             self._noted.add(id(value))
-            if isinstance(value, (list, dict, set, deque, np.ndarray)):
+            if isinstance(value, (list, dict, set, deque, bytearray, np.ndarray)):
                 self._held.append((value, value.copy()))
             elif isinstance(value, Tensor):
                 if _may_be_written(value):
@@ -116,7 +121,9 @@ class Attributes:
             if isinstance(value, (list, tuple, deque, dict)):
                 self._note([*value.values()] if isinstance(value, dict) else value)
             elif is_dataclass(value) or isinstance(value, SimpleNamespace):
-                self._note([getattr(value, "__dict__", None)])
+                slots = [(slot, getattr(value, slot)) for slot in _slots(type(value)) if hasattr(value, slot)]
+                self._slots += [(value, slot, held) for slot, held in slots]
+                self._note([getattr(value, "__dict__", None), *(held for _, held in slots)])
 
 
 @contextmanager
@@ -140,12 +147,26 @@ _PLAIN = (int, float, str, bytes, type(None))
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
+def _slots(kind: type) -> Iterator[str]:
+    for each in kind.__mro__:
+        slots = vars(each).get("__slots__", ())
+        yield from {slots} if isinstance(slots, str) else {*slots} - {"__dict__", "__weakref__"}
+
+
 def write_back(tensor: Tensor, value: Tensor) -> None:
     """Give a tensor its content back; a needless write would invalidate graphs that hold it."""
-    if tensor.is_meta or torch.equal(tensor, value):
+    if tensor.is_meta or tensor.is_nested or _equal(tensor, value):
         return
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():  # others may not write into such a tensor
+        if tensor.shape != value.shape:
+            tensor.resize_(value.shape)
         tensor.copy_(value)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.layout != torch.strided:
+        one, other = one.to_dense(), other.to_dense()
+    return torch.equal(one, other)
 
 
 def storage(tensor: Tensor) -> int:

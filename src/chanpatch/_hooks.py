@@ -201,10 +201,15 @@ class _Hook:
         return self._copied, (None,)
 
 
+def is_ours(hook: object) -> bool:
+    """Tell whether a hook is chanpatch's own."""
+    return isinstance(hook, (_Hook, _CopiedHook))
+
+
 def drop_hooks(model: nn.Module) -> None:
     """Take chanpatch's own hooks off a model that was copied while they were on."""
     for module in model.modules():
-        _drop(module, lambda hook: isinstance(hook, (_Hook, _CopiedHook)))
+        _drop(module, is_ours)
 
 
 def _drop(module: nn.Module, ours: Callable[[object], bool]) -> None:

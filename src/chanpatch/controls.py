@@ -23,12 +23,12 @@ from ._moments import ROUNDING, Moments
 from ._optional import imported
 from ._patches import Patch
 from ._tables import table
+from ._undisturbed import undisturbed
 from .errors import EditError, SiteError, StatisticsError
 from .patching import patched
 from .points import HookPoint, HookPoints
 from .recording import ActivationCache
 from .sites import Site
-from .tracing import undisturbed
 
 # Controls are drawn among so many times as many nearest channels as are asked for: few enough to be near.
 _NEAR = 2

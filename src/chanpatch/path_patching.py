@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ._batches import Inputs, batches, input_count
 from ._lookup import refuse_untraced, sites_of
+from ._undisturbed import undisturbed
 from .errors import ContrastError, SiteError
 from .metrics import Metric, measured
 from .patching import patch_in, patched
 from .points import HookPoint, HookPoints
 from .recording import recording, run_with_cache
 from .sites import Site
-from .tracing import copied_inputs, undisturbed
+from .tracing import copied_inputs
 
 
 def path_patch(

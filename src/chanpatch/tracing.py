@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._attributes import Attributes, refill, same, storage, write_back
 from ._axes import NamePropagation, Names, axis_names
 from ._checks import refuse_unhookable, refuse_untraceable
 from ._hooks import observed
 from ._tree import Attr, Path, leaves, path_text, replace, with_rows
+from ._undisturbed import undisturbed
 from .errors import HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .points import HookPoint, HookPoints, glob
 
@@ -93,7 +91,6 @@ class _Fired:
         return self.module, self.side, self.path, self.call
 
 
-_Each = TypeVar("_Each")
 _Place: TypeAlias = tuple[str, str, Path, int]
 _MOST_TRIES = 32  # of which inputs have the batch on which axis
 
@@ -332,69 +329,3 @@ def _batch_axis(names: Sequence[str | None], shape: torch.Size, grown: torch.Siz
         return None
     taken = names.index("batch") if "batch" in names else longer[0]
     return longer[0] if names[longer[0]] in (None, "batch") and taken == longer[0] else None
-
-
-class undisturbed:
-    """Runs forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer, attribute or flag.
-
-    It may be entered again and again, but not inside itself; `put_back` parts one forward from the next inside it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [*model.modules()]
-        own = [each for module in self._modules for each in (module._parameters, module._buffers) if each]
-        devices = {tensor.device for each in own for tensor in each.values() if tensor is not None}
-        self._cuda = [device for device in devices if device.type == "cuda"]
-        self._no_grad = torch.no_grad()
-        self.attributes = Attributes(self._modules)
-
-    def __enter__(self) -> undisturbed:
-        self._training = [module.training for module in self._modules]
-        self._registered = [(module, dict(module._buffers)) for module in self._modules]
-        buffers = (buffer for _, named in self._registered for buffer in named.values())
-        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers if buffer is not None]
-        self.attributes.note()
-        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
-        self._no_grad.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._no_grad.__exit__(None, None, None)
-        self.put_back()
-
-    def put_back(self) -> None:
-        """Leave everything as it was at the entry."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        for device, state in zip(self._cuda, self._on_cuda, strict=True):
-            torch.cuda.set_rng_state(state, device)
-        self.attributes.put_back_generators()
-        self.put_back_state()
-
-    def put_back_state(self) -> None:
-        """Leave the model as it was at the entry, but let random draws go on."""
-        for module, training in zip(self._modules, self._training, strict=True):
-            if module.training is not training:
-                module.training = training
-        for buffer, value in self._values:
-            write_back(buffer, value)
-        for module, named in self._registered:
-            if (named or module._buffers) and not same(module._buffers, named):
-                refill(module._buffers, named)
-        self.attributes.put_back()
-
-    def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Yield what forwards over several batches give, each of which begins with the model as it was."""
-        for each in forwards:
-            self.put_back_state()
-            yield each
-
-    def kept(self, output: Any) -> Any:
-        """Return an output in which nothing changes when the model's state is put back under it."""
-        written = {storage(buffer) for buffer, _ in self._values} | self.attributes.storages()
-        for path, tensor in [*leaves(output)]:
-            if storage(tensor) in written - {0}:
-                output = replace(output, path, tensor.clone())
-        return output

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .._patches import Patch
 from .._regions import Positions, written
+from .._undisturbed import undisturbed
 from ..errors import MetricError, SiteError
 from ..metrics import Metric, measured
 from ..patching import edit, patch_in, patched
 from ..points import HookPoints
 from ..recording import recording
-from ..tracing import copied_inputs, undisturbed
+from ..tracing import copied_inputs
 from ._flatness import log_odds, warn_of_shared_memory
 
 

@@ -12,11 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from .._batches import Inputs, input_count
 from .._channels import check_inputs
 from .._typing import Reduce
+from .._undisturbed import undisturbed
 from ..errors import ContrastError
 from ..points import HookPoint, HookPoints
 from ..sites import Site
 from ..statistics import benjamini_hochberg, bootstrap_interval, holm, sign_flip_test
-from ..tracing import undisturbed
 from ._result import LEVEL, Contrast
 from ._search import channels_of, distinct, gathered, searched, spread_over
 

@@ -14,11 +14,11 @@ from .._lookup import sites_of
 from .._moments import Moments
 from .._optional import imported
 from .._tables import table
+from .._undisturbed import undisturbed
 from ..errors import ContrastError, SiteError
 from ..plots import effect_ranking
 from ..points import HookPoints
 from ..sites import Site
-from ..tracing import undisturbed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ from .._lookup import sites_of
 from .._moments import Moments
 from .._reductions import reduced_axes
 from .._typing import Reduce
+from .._undisturbed import undisturbed
 from ..errors import ContrastError, SiteError
 from ..points import HookPoints
 from ..sites import Site
-from ..tracing import undisturbed
 
 
 def searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:

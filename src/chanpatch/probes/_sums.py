@@ -11,11 +11,11 @@ from .._batches import Inputs
 from .._channels import channel_axis, check_inputs, check_leaves_channels, recorded, rows
 from .._lookup import sites_of
 from .._typing import Reduce
+from .._undisturbed import undisturbed
 from ..errors import ProbeError
 from ..points import HookPoint, HookPoints
 from ..recording import ActivationCache
 from ..sites import Site
-from ..tracing import undisturbed
 
 
 def channel_sums(

@@ -14,8 +14,8 @@ from .._copies import held_modules
 from .._optional import imported
 from .._progress import progress_bar
 from .._published import forward_context
+from .._undisturbed import undisturbed
 from ..errors import RolloutError
-from ..tracing import undisturbed
 from ._actions import checked_seed, chosen_actions, draw_streams, fitting_actions
 from ._actor import Actor, Around
 from ._results import Rollout

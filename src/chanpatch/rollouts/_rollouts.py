@@ -42,7 +42,8 @@ def rollout(
     A recurrent policy is called as `policy(observations, state)` and returns `(output, new state)`. Every
     episode begins with a state of its own, so such a policy needs no flag for the start of an episode. One
     with other arguments goes into a function: of sb3-contrib's RecurrentPPO
-    `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`.
+    `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. One that keeps its state
+    on itself, a row per environment, is right in one environment only: as episodes end, rows leave the forward.
 
     Args:
         policy: A module or function from observations to an action distribution, or to anything in which

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .._lookup import model_of
 from .._published import forward_context, published
 from .._tree import Item, fresh, get, leaves, replace, with_rows
+from .._undisturbed import undisturbed
 from ..points import HookPoints
-from ..tracing import copied_inputs, undisturbed
+from ..tracing import copied_inputs
 
 _FEWEST_TO_CUT = 8  # inputs; of fewer, one is no saving
 
@@ -86,9 +87,12 @@ class Forward:
         return Forward(self.points_or_model, inputs, keywords, check_nan=self.check_nan, row=row)
 
     def count(self) -> int | None:
-        """Return how many inputs there are, where the trace tells which axis of them is the batch."""
+        """Return how many inputs there are, where the trace tells which axis of them, and of outputs, is the batch."""
         if not isinstance(self.points_or_model, HookPoints):
             return None
+        outputs = [point for point in self.points_or_model.values() if not point.module and point.side == "out"]
+        if outputs and all(point.batch_axis is None for point in outputs):
+            return None  # of many nodes, say, the output tells one number per graph
         args, keywords = self.inputs
         for point in self.points_or_model.values():
             if not point.module and point.side == "in" and point.batch_axis is not None:
