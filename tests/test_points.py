@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -203,3 +204,28 @@ def test_the_html_table_says_what_was_not_called_and_where_the_batch_is_not_prov
 
     page = hook_points(Silent(), torch.randn(2, 6))._repr_html_()
     assert page.endswith("<p>Batch axis not proved for 1 of them: .out</p><p>Not called: never</p>")
+
+
+class Projected(NamedTuple):
+    proj: torch.Tensor
+
+
+class Clashing(nn.Module):
+    """Returns `.proj`, and has a submodule `out` with a submodule `proj`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Sequential()
+        self.out.add_module("proj", nn.Linear(4, 4))
+
+    def forward(self, vector: torch.Tensor) -> Projected:
+        return Projected(self.out(vector) * 2)
+
+
+def test_a_name_that_two_hook_points_have_is_neither_of_them_and_the_error_says_which_they_are():
+    model = nn.Sequential(Clashing())
+    points = hook_points(model, torch.randn(3, 4))
+    assert "0.out.proj" not in points and "0.out.proj.in[0]" in points
+    with pytest.raises(HookPointError, match=r"2 hook points: out of '0\.out\.proj', out\.proj of '0'\. Give"):
+        points.site("0.out.proj")
+    assert "Left out, as several have that name: 0.out.proj" in repr(points)

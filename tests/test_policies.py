@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -1048,3 +1049,56 @@ def test_what_holds_no_action_distribution_is_described(output, described):
 def test_a_policy_without_forward_is_told_what_to_pass(vector):
     with pytest.raises(DistributionError, match="Agent has no forward. Give rollout"):
         action_distribution(Agent(), vector)
+
+
+class Deepening(nn.Module):
+    """Calls itself: one layer, again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, vector: Tensor, depth: int = 2) -> Tensor:
+        hidden = self.layer(vector).tanh()
+        return self(hidden, depth - 1) if depth else hidden
+
+    def twice(self, vector: Tensor) -> Tensor:
+        return self(vector) + self(vector)
+
+
+@pytest.mark.parametrize("name", ["layer#0", "layer#2", "#1.in[0]", "#0.out"])
+def test_in_a_twin_a_forward_inside_a_forward_is_a_part_of_it_and_those_of_a_method_are_not(name):
+    torch.manual_seed(0)
+    model, vectors = Deepening(), torch.randn(3, 4)
+    points = hook_points(model, vectors)
+    patch = edit(points.site(name), Scale(2.0))
+    with patched(points, patch):
+        expected = model(vectors)
+    twin = PatchedPolicy(points, patch)
+    torch.testing.assert_close(twin(vectors), expected, rtol=0, atol=0)
+    torch.testing.assert_close(twin.twice(vectors), 2 * expected, rtol=0, atol=0)
+    assert [record["firings"] for record in twin.ledger.to_records()] == [1, 2]
+
+
+class Offloaded(Mapping):
+    """Weights that are on a disk until they are asked for."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def __getitem__(self, name):
+        raise KeyError(name)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def test_a_mapping_that_computes_what_it_holds_is_not_asked_for_it_when_a_twin_is_made():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+    model.weights = Offloaded(["0.weight"])
+    vectors = torch.randn(3, 4)
+    twin = PatchedPolicy(model, zero_ablate(Site("1")))
+    assert not twin(vectors).any() and model(vectors).any()

@@ -315,3 +315,10 @@ def test_what_cannot_be_resampled_or_combined_is_refused_by_name(call, message):
     with pytest.raises(StatisticsError) as caught:
         call()
     assert str(caught.value) == message
+
+
+def test_a_reweighted_precision_of_intervals_without_width_has_none():
+    sure = [Interval(rate, rate, rate, 0.95) for rate in (0.618, 0.745)]
+    interval = reweighted_precision(*sure, base_rate=0.3)
+    assert interval.low == pytest.approx(interval.estimate) == pytest.approx(interval.high)
+    assert interval.estimate == pytest.approx(0.3 * 0.618 / (0.3 * 0.618 + 0.7 * 0.745))

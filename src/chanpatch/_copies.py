@@ -143,4 +143,8 @@ def _inside(item: Any) -> Iterable[Any]:
         return item.func, item.args, item.keywords
     if isinstance(item, types.MethodType):
         return item.__func__, item.__self__
-    return item.values() if isinstance(item, Mapping) else item if isinstance(item, _CONTAINERS) else ()
+    if isinstance(item, Mapping):
+        # One that computes its values, as those of offloaded weights do from a disk, is asked for what it is made of.
+        computes = type(item).values is Mapping.values
+        return vars(item).values() if computes and hasattr(item, "__dict__") else item.values()
+    return item if isinstance(item, _CONTAINERS) else ()

@@ -103,7 +103,7 @@ class RootCall:
     def __init__(self, station: Station | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.station, self.method, self.args, self.kwargs = station, method, args, kwargs
         self.counts: dict[object, int] = {}
-        self.depth = 0  # of calls of the module inside itself
+        self.depth = 0  # of calls of the module inside itself, or of its forward inside a method
         self.given: list[Any] = []  # tensors and containers in the arguments as they were given
 
 
@@ -267,9 +267,10 @@ class Session:
         outer = self._running
         if outer is not None and outer.station is None:
             self.check_thread()
-            if not method == self.method == "__call__":
-                return function(*args, **kwargs)
+            if not method == self.method == "__call__" or outer.method == "__call__" or outer.depth:
+                return function(*args, **kwargs)  # a forward inside a forward is a part of it
             self._running = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
+            self._running.depth = 1
             try:
                 return function(*args, **kwargs)
             finally:

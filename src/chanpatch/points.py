@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ._tables import table
-from ._tree import Path
+from ._tree import Path, path_text
 from ._typing import Axes, Index, Shape
 from .errors import HookPointError, did_you_mean
 from .sites import Selection, Site
@@ -86,7 +87,10 @@ class HookPoints(Mapping[str, HookPoint]):
         not_called: Sequence[str],
     ) -> None:
         self.model, self.method, self.calls, self.not_called = model, method, dict(calls), tuple(not_called)
-        self._points = {point.name: point for point in points}
+        listed = [*points]
+        counts = Counter(point.name for point in listed)
+        self._points = {point.name: point for point in listed if counts[point.name] == 1}
+        self._doubled = [point for point in listed if counts[point.name] > 1]
         self._aliases = {alias: point.name for point in self._points.values() for alias in point.aliases}
 
     def __getitem__(self, name: str) -> HookPoint:
@@ -137,6 +141,13 @@ class HookPoints(Mapping[str, HookPoint]):
         return normalised(site if site.name == point.name else Site(point.name, **dict(site.indices)), point)
 
     def _unknown(self, name: str) -> str:
+        doubled = [each for each in self._doubled if each.name == name]
+        if doubled:
+            places = ", ".join(f"{each.side}{path_text(each.path)} of '{each.module}'" for each in doubled)
+            return (
+                f"'{name}' is the name of {len(doubled)} hook points: {places}. Give a submodule, or a part of what a "
+                "module returns, another name."
+            )
         fired = [point.name for point in self._points.values() if name in (point.module, *_modules(point))]
         if name in self.not_called:
             return (
@@ -181,6 +192,9 @@ class HookPoints(Mapping[str, HookPoint]):
             notes.append(f"Batch axis not proved for {len(unproved)} of them: {shown}")
         if self.not_called:
             notes.append(f"Not called: {', '.join(self.not_called)}")
+        if self._doubled:
+            names = dict.fromkeys(point.name for point in self._doubled)
+            notes.append(f"Left out, as several have that name: {', '.join(names)}")
         return notes
 
     def _repr_html_(self) -> str:

@@ -237,7 +237,8 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
     """Return the lower end of above / below: where `above - ratio * below` reaches the end of its own interval."""
     numerator = above_low * (2 * above - above_low)
-    root = math.sqrt((above * below) ** 2 - numerator * below_high * (2 * below - below_high))
+    squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
+    root = math.sqrt(max(squared, 0.0))  # it is 0, to rounding, where both intervals have no width
     return numerator / (above * below + root) if numerator else 0.0
 
 
