@@ -1102,3 +1102,19 @@ def test_a_mapping_that_computes_what_it_holds_is_not_asked_for_it_when_a_twin_i
     vectors = torch.randn(3, 4)
     twin = PatchedPolicy(model, zero_ablate(Site("1")))
     assert not twin(vectors).any() and model(vectors).any()
+
+
+def test_a_twin_inside_a_model_keeps_its_patches_in_a_twin_of_that():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = PatchedPolicy(nn.Sequential(nn.Linear(4, 5), nn.ReLU()), zero_ablate(Site("0")))
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, vector):
+            return self.head(self.inner(vector))
+
+    model, vectors = Outer(), torch.randn(3, 4)
+    twin = PatchedPolicy(model, edit(Site("head"), Scale(2.0)))
+    torch.testing.assert_close(twin(vectors), 2 * model(vectors), rtol=0, atol=0)
+    torch.testing.assert_close(model(vectors), model.head.bias.expand(3, 2), rtol=0, atol=0)

@@ -619,3 +619,27 @@ def test_sums_of_complex_activations_are_refused_where_half_of_them_would_be_los
     points = hook_points(nn.Sequential(Complex()), torch.randn(2, 3), axes={"0": ("batch", "feature")})
     with pytest.raises(errors.SiteError, match="complex64.*view_as_real"):
         channel_sums(points, torch.randn(2, 3), "0")
+
+
+class Bank(nn.Module):
+    """Looks every input up among keys that all of them share."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, vector, keys):
+        return self.head(torch.softmax(self.query(vector) @ keys.T, -1) @ keys)
+
+
+def test_an_input_that_the_trace_shows_to_have_no_batch_is_not_cut_where_it_is_as_long_as_there_are_inputs():
+    model, vectors, keys = Bank(), torch.randn(20, 4), torch.randn(20, 4)
+    points = hook_points(model, vectors[:3], keys)
+    expected = model(vectors, keys).detach()
+    np.testing.assert_allclose(channel_sums(points, (vectors, keys), "head", batch_size=6), expected, atol=1e-6)
+
+
+def test_a_site_that_names_rows_is_refused_since_each_batch_has_rows_of_its_own(plain_cnn):
+    points = hook_points(plain_cnn.module, *plain_cnn.inputs(2))
+    with pytest.raises(errors.ProbeError, match="names rows.*leave batch= out"):
+        channel_sums(points, *plain_cnn.inputs(6), points.site("relu1", batch=[0, 2]))

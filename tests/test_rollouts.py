@@ -761,3 +761,54 @@ def test_a_long_rollout_draws_a_progress_bar_off_a_terminal_only_when_asked_to(c
 
     rollout(act, cart_poles(1), SEEDS, max_steps=1, progress=progress)
     assert ("7/7" in capsys.readouterr().err) == drawn
+
+
+def acting(envs, distribution):
+    return rollout(lambda observations: distribution(len(observations)), envs, [0, 1], max_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "message"),
+    [
+        (lambda rows: torch.zeros(rows), r"Categorical has batch shape \(\) for 2 rows.*logits \(row, action\)"),
+        (lambda rows: torch.zeros(1, 2), r"batch shape \(1,\) for 2 rows"),
+        (lambda rows: torch.zeros(rows, 1), r"Categorical has 1 actions, but the environment takes Discrete\(2\)"),
+        (lambda rows: torch.zeros(rows, 3), "has 3 actions"),
+        (lambda rows: Normal(torch.zeros(rows), 1.0), "Normal gives fractions"),
+    ],
+)
+def test_a_distribution_for_other_rows_or_over_other_actions_is_refused(distribution, message):
+    with pytest.raises(RolloutError, match=message):
+        acting(cart_poles(2), distribution)
+
+
+class Buttons(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+def test_of_several_actions_some_may_have_fewer_choices_if_the_others_logits_are_padded():
+    envs = SyncVectorEnv([lambda: Buttons(gymnasium.spaces.MultiDiscrete([2, 3]))] * 2)
+    padded = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
+    assert acting(envs, lambda rows: padded.expand(rows, 2, 3)).actions[0].shape == (3, 2)
+    with pytest.raises(RolloutError, match=r"has 3 actions, but the environment takes MultiDiscrete\(\[2 3\]\)"):
+        acting(envs, lambda rows: torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 0.0]]).expand(rows, 2, 3))
+    with pytest.raises(RolloutError, match="has 2 actions"):
+        acting(envs, lambda rows: torch.zeros(rows, 2, 2))
+
+
+def test_a_normal_presses_no_buttons():
+    envs = SyncVectorEnv([lambda: Buttons(gymnasium.spaces.MultiBinary(2))] * 2)
+    assert acting(envs, lambda rows: Bernoulli(logits=torch.zeros(rows, 2))).actions[0].shape == (3, 2)
+    with pytest.raises(RolloutError, match="Normal gives fractions"):
+        acting(envs, lambda rows: Normal(torch.zeros(rows, 2), 1.0))

@@ -41,8 +41,8 @@ class Attributes:
 
     def note(self) -> Attributes:
         """Note what is there now; where that is plain and what it was, as in most models, nothing is copied again."""
-        in_place = self._tensors or self._slots or self._generators
-        in_place = in_place or any(isinstance(held, np.ndarray) for held, _ in self._held)
+        arrays = any(isinstance(held, np.ndarray) for held, _ in self._held)
+        in_place = arrays or self._tensors or self._slots or self._generators
         if in_place or not (self._bound_as_noted() and all(itertools.starmap(same, self._held))):
             self._note_all()
         return self
@@ -150,7 +150,9 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 def _slots(kind: type) -> Iterator[str]:
     for each in kind.__mro__:
         slots = vars(each).get("__slots__", ())
-        yield from {slots} if isinstance(slots, str) else {*slots} - {"__dict__", "__weakref__"}
+        for slot in {slots} if isinstance(slots, str) else {*slots} - {"__dict__", "__weakref__"}:
+            private = slot.startswith("__") and not slot.endswith("__")
+            yield f"_{each.__name__.lstrip('_')}{slot}" if private else slot
 
 
 def write_back(tensor: Tensor, value: Tensor) -> None:

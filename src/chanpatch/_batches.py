@@ -12,7 +12,9 @@ from . import _tree
 Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 
 
-def batches(inputs: Inputs | Iterable[Inputs], batch_size: int) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+def batches(
+    inputs: Inputs | Iterable[Inputs], batch_size: int, shared: Mapping[_tree.Path, int] | None = None
+) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
     """Yield the arguments and the keywords of each forward.
 
     Args:
@@ -20,9 +22,11 @@ def batches(inputs: Inputs | Iterable[Inputs], batch_size: int) -> Iterator[tupl
             model's arguments, or a mapping of its keywords. Any other iterable holds batches of these kinds, which stay
             whole.
         batch_size: How many inputs go into one forward, where they are cut.
+        shared: The length of tensors that all inputs have in common, which are not cut, by their path from the
+            arguments or the keywords on.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
-    for batch in _cut(inputs, batch_size) if whole else inputs:
+    for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
         if isinstance(batch, Mapping) and not _tree.is_tensordict(batch):
             yield (), batch
         else:
@@ -34,12 +38,13 @@ def input_count(inputs: Inputs) -> int:
     return next((len(tensor) for _, tensor in _tree.with_rows(inputs)), 0)
 
 
-def _cut(inputs: Any, batch_size: int) -> Iterator[Any]:
+def _cut(inputs: Any, batch_size: int, shared: Mapping[_tree.Path, int]) -> Iterator[Any]:
     """Cut every tensor with one entry per input; what else there is goes into every forward."""
     count = input_count(inputs)
+    single = isinstance(inputs, Tensor) or _tree.is_tensordict(inputs)
     for start in range(0, count, batch_size):
         batch = inputs
         for path, tensor in _tree.with_rows(inputs):
-            if len(tensor) == count:
+            if len(tensor) == count != shared.get((_tree.Item(0), *path) if single else path):
                 batch = _tree.replace(batch, path, tensor[start : start + batch_size])
         yield batch

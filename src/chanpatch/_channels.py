@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._batches import Inputs, batches
 from ._reductions import InDouble, reduced_axes
+from ._tree import Path
 from ._typing import Reduce
 from .errors import ChanpatchError, SiteError
 from .points import HookPoints
@@ -55,6 +56,8 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
     """Return the name of the channel or feature axis of a bound site; `what` needs it, else the error is raised."""
     point = site.point
     assert point is not None  # sites_of binds sites to their points
+    if "batch" in dict(site.indices):
+        raise error(f"{site!r} names rows. {what} take all inputs: leave batch= out, and give those inputs alone.")
     kept = reduced_axes(site, point.axes, "sum")
     channels = [axis for axis in kept if axis != "batch"]
     if point.batch_axis is None or "batch" not in kept or len(channels) != 1:
@@ -75,10 +78,17 @@ def recorded(
 ) -> Iterator[ActivationCache]:
     """Yield the sites of each batch on the CPU, reduced in double precision; nothing is kept from batch to batch."""
     wide = None if reduce is None else cast("Reduce", InDouble(reduce))  # no reduction of a user's
-    for arguments, keywords in batches(inputs, batch_size):
+    for arguments, keywords in batches(inputs, batch_size, _shared(points)):
         with torch.no_grad():
             cache = run_with_cache(points, *arguments, sites=sites, reduce=wide, device="cpu", stop=True, **keywords)
         yield cache
+
+
+def _shared(points: HookPoints) -> dict[Path, int]:
+    """Return the lengths of the model's inputs that stay as they are when the batch grows, by path."""
+    taken = [point for point in points.values() if not point.module and point.side == "in" and point.shape]
+    proved = any(point.batch_axis is not None for point in taken)
+    return {point.path: point.shape[0] for point in taken if proved and point.batch_axis is None}
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:

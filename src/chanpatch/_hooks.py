@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -207,9 +207,13 @@ def is_ours(hook: object) -> bool:
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Take chanpatch's own hooks off a model that was copied while they were on."""
+    """Take chanpatch's own hooks off a model that was copied while they were on; a twin inside it keeps its own."""
     for module in model.modules():
-        _drop(module, is_ours)
+        _drop(module, partial(_is_of_another, Station.of(module)))
+
+
+def _is_of_another(station: Station | None, hook: object) -> bool:
+    return is_ours(hook) and not (isinstance(hook, _Hook) and hook.station is station)
 
 
 def _drop(module: nn.Module, ours: Callable[[object], bool]) -> None:

@@ -121,7 +121,8 @@ class _Registered:
             for name in _REGISTRIES:
                 now, before = own[name], noted.get(name, {})
                 if name in _BUILT:
-                    built += [f"'{key}' of {type(module).__name__}" for key in now if key not in before]
+                    new = [key for key, value in now.items() if value is not None and before.get(key) is None]
+                    built += [f"'{key}' of {type(module).__name__}" for key in new]
                 after = _after(name, now, before)
                 if not same(now, after):
                     refill(now, after)
@@ -138,7 +139,7 @@ def _after(name: str, now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict
     if name in _FLAGS:  # of hooks, by number: those of hooks that are gone say nothing
         return {**now, **before}
     if name == "_parameters":
-        return {key: now.get(key, parameter) for key, parameter in before.items()}
+        return {key: None if value is None else now.get(key, value) for key, value in before.items()}
     kept = {key: value for key, value in before.items() if key in now or not is_ours(value)}
     return kept | {key: value for key, value in now.items() if is_ours(value)}
 

@@ -279,7 +279,7 @@ def _with_one_row_more(
     for chosen in itertools.islice(itertools.product(*choices), _MOST_TRIES if rows else 0):
         grown: Any = (inputs, dict(keywords))
         second = _Trace(model)
-        with undisturbed(model), suppress(Exception):  # a model, or a container, may be made for one batch size only
+        with suppress(Exception), undisturbed(model):  # a model, or a container, may be made for one batch size only
             for (path, tensor), axis in zip(tensors, chosen, strict=True):
                 if axis is not None:
                     grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))

@@ -16,6 +16,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 from ..errors import DistributionError, RolloutError
 
 if TYPE_CHECKING:
+    from gymnasium.spaces import Space
     from gymnasium.vector import VectorEnv
 
 
@@ -46,11 +47,20 @@ def checked_seed(name: str, seed: int) -> int:
     return number
 
 
-def chosen_actions(distribution: Distribution, streams: Sequence[np.random.Generator] | None) -> NDArray[Any]:
-    """Return one action per row, at the next draw of each row's stream, or the mode without streams.
+def chosen_actions(
+    distribution: Distribution, streams: Sequence[np.random.Generator] | None, rows: int, envs: VectorEnv[Any, Any, Any]
+) -> NDArray[Any]:
+    """Return one action per row, as the environments take them.
+
+    Args:
+        distribution: Of the policy.
+        streams: Of each row; its next draw chooses. None for the mode.
+        rows: How many there are.
+        envs: Whose action space it has to fit.
 
     Raises:
         DistributionError: If the distribution has no known inverse CDF.
+        RolloutError: If it is not one per row, or over other actions than the environments take.
     """
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
@@ -60,27 +70,50 @@ def chosen_actions(distribution: Distribution, streams: Sequence[np.random.Gener
             "inverse CDF, which is known for Categorical, Bernoulli and Normal, alone or inside Independent. "
             "Give the rollout a function that calls the policy and returns one of these."
         )
+    if distribution.batch_shape[:1] != (rows,):
+        raise RolloutError(
+            f"The policy's {type(distribution).__name__} has batch shape {tuple(distribution.batch_shape)} for {rows} "
+            "rows. A policy returns one distribution per row: logits (row, action), not (action,)."
+        )
     if streams is None:
         # torch's mode of a Bernoulli is NaN at one half.
         mode = distribution.probs >= 0.5 if isinstance(distribution, Bernoulli) else distribution.mode
-        return mode.cpu().numpy()
-    draws = np.stack([stream.random(distribution.batch_shape[1:]) for stream in streams])
-    return _inverse_cdf(distribution, torch.from_numpy(draws)).numpy()
+        actions = mode.cpu().numpy()
+    else:
+        draws = np.stack([stream.random(distribution.batch_shape[1:]) for stream in streams])
+        actions = _inverse_cdf(distribution, torch.from_numpy(draws)).numpy()
+    return _fitting(actions, distribution, rows, envs.single_action_space)
 
 
-def fitting_actions(actions: NDArray[Any], rows: int, envs: VectorEnv[Any, Any, Any]) -> NDArray[Any]:
-    """Return the actions in the dtype of the environments' action space, and counted from where that begins.
-
-    Raises:
-        RolloutError: If they are of another shape.
-    """
-    space = envs.single_action_space
+def _fitting(
+    actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, rows: int, space: Space[Any]
+) -> NDArray[Any]:
+    """Return the actions in the dtype of an action space, and counted from where that begins."""
     if space.shape is None or actions.shape != (rows, *space.shape):
         raise RolloutError(
             f"The policy's distribution gives actions of shape {actions.shape} for {rows} rows, but {space} "
             f"takes {'no single array' if space.shape is None else f'shape {(rows, *space.shape)}'}."
         )
+    wrong = _wrong_actions(actions, distribution, space)
+    if wrong:
+        raise RolloutError(
+            f"The policy's {type(distribution).__name__} {wrong}, but the environment takes {space}. Give the rollout "
+            "a function that calls the policy and returns a distribution over those actions."
+        )
     return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # a Discrete may begin elsewhere than 0
+
+
+def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
+    """Say how a distribution is over other actions than a space of whole numbers has; nothing where it is not."""
+    if space.dtype is None or not np.issubdtype(space.dtype, np.integer) or type(space).__name__ == "Box":
+        return ""
+    if isinstance(distribution, Normal):
+        return "gives fractions"
+    counts = 2 if type(space).__name__ == "MultiBinary" else getattr(space, "nvec", getattr(space, "n", None))
+    has = distribution.probs.shape[-1] if isinstance(distribution, Categorical) else 2
+    if counts is None or (isinstance(counts, np.ndarray) and has >= counts.max() and (actions < counts).all()):
+        return ""  # of several actions some may have fewer choices, which the others' logits are padded for
+    return "" if not isinstance(counts, np.ndarray) and has == counts else f"has {has} actions"
 
 
 def _inverse_cdf(distribution: Categorical | Bernoulli | Normal, uniform: Tensor) -> Tensor:

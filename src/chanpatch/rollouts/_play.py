@@ -16,7 +16,7 @@ from .._progress import progress_bar
 from .._published import forward_context
 from .._undisturbed import undisturbed
 from ..errors import RolloutError
-from ._actions import checked_seed, chosen_actions, draw_streams, fitting_actions
+from ._actions import checked_seed, chosen_actions, draw_streams
 from ._actor import Actor, Around
 from ._results import Rollout
 from ._state import InitialState
@@ -119,7 +119,7 @@ def _played_steps(
         with forward_context(step=step, rows=plays % log.episodes):
             distribution = actor.distribution(observations, running, plays)
         streams = None if greedy else [log.streams[number] for number in plays]
-        chosen = fitting_actions(chosen_actions(distribution, streams), len(running), envs)
+        chosen = chosen_actions(distribution, streams, len(running), envs)
         if actions is None:
             actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
         actions[running] = chosen  # a sub-environment that is done repeats its last action
