@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch import contrast, hook_points, paired_rollouts, patched, rollout, steer, sweep, zero_ablate
+from chanpatch import contrast, edit, hook_points, paired_rollouts, patched, rollout, steer, sweep, zero_ablate
 from chanpatch._undisturbed import undisturbed
 from chanpatch.attribution import attribution
 from chanpatch.errors import UnsupportedModelError
@@ -415,3 +415,86 @@ def test_sparse_buffers_and_those_that_grow_are_put_back() -> None:
     hook_points(model, vectors)
     assert not len(model.largest)
     torch.testing.assert_close(model.adjacency.to_dense(), torch.eye(6), rtol=0, atol=0)
+
+
+class Merging(nn.Module):
+    """Adds something to a weight for the time of its forward, as adapters are merged."""
+
+    def __init__(self, swaps: bool) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.swaps = swaps
+
+    def forward(self, vector: Tensor) -> Tensor:
+        before = self.body.weight
+        if self.swaps:
+            self.body.weight = nn.Parameter(before + 1)
+        else:
+            before.data += 1
+        output: Tensor = self.head(self.body(vector))
+        if self.swaps:
+            self.body.weight = before
+        else:
+            before.data -= 1
+        return output
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+def test_a_forward_that_changes_weights_for_a_while_is_never_ended_early(swaps: bool) -> None:
+    torch.manual_seed(0)
+    model, vectors = Merging(swaps), torch.randn(12, 4)
+    points = hook_points(model, vectors)
+    assert not points.steady and not points.select("body*").steady
+    with torch.no_grad():
+        expected = model.body(vectors) + vectors.sum(1, keepdim=True)
+    weight, before = model.body.weight, model.body.weight.detach().clone()
+    np.testing.assert_allclose(channel_sums(points, vectors, "body", batch_size=4), expected, atol=1e-5)
+    patches = [zero_ablate(site) for site in points.site("body").split("feature")]
+    for _ in range(2):
+        sweep(points, vectors, patches=patches, metric=lambda output: output[:, 0])
+    assert model.body.weight is weight
+    torch.testing.assert_close(weight, before, rtol=0, atol=1e-6)
+
+
+class Louder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.gain = nn.Linear(4, 8), nn.Linear(8, 3), 1.0
+
+    def forward(self, vector: Tensor) -> Tensor:
+        output: Tensor = self.second(self.first(vector)) * self.gain
+        return output
+
+
+def test_what_an_edit_leaves_on_the_model_for_the_rest_of_its_forward_is_there_in_a_sweep() -> None:
+    torch.manual_seed(0)
+    model, vectors = Louder(), torch.randn(9, 4)
+
+    def louder(activation: Tensor) -> Tensor:
+        model.gain = 3.0
+        return activation.clone()
+
+    points = hook_points(model, vectors)
+    patches: dict[int, Any] = dict(enumerate(map(zero_ablate, points.site("first").split("feature"))))
+    patches[2] = edit(points.site("first"), louder)
+    found = sweep(points, vectors, patches=patches, metric=lambda output: output[:, 0])
+    expected = 2 * model(vectors)[:, 0].mean().item()
+    assert found.effect()[2] == pytest.approx(expected, rel=1e-4)
+    assert found.groups[0].strategy == "resume" and "2 leaves something on the model" in found.groups[0].why
+
+
+class CallingCopies(nn.Module):
+    def __init__(self, copies: Any) -> None:
+        super().__init__()
+        self.layer, self.copies = nn.Linear(4, 4), copies
+
+    def forward(self, vector: Tensor) -> Tensor:
+        output: Tensor = self.layer(self.copies(self.layer)(vector))
+        return output
+
+
+@pytest.mark.parametrize("copies", [copy.copy, copy.deepcopy])
+def test_copies_of_modules_that_a_forward_calls_are_no_hook_points(copies: Any) -> None:
+    model = CallingCopies(copies)
+    assert list(hook_points(model, torch.randn(3, 4))) == [".in[0]", "layer.in[0]", "layer", ".out"]
+    assert not model.layer._forward_hooks and not model.layer._forward_pre_hooks

@@ -265,6 +265,20 @@ class _SharedStance:
 _stance = _SharedStance()
 
 
+class _Observer:
+    """Calls back for the modules of the model, and not for copies of them that a forward makes and calls."""
+
+    def __init__(self, known: Container[nn.Module], call_back: Callable[..., None]) -> None:
+        self._known, self._call_back = known, call_back
+
+    def __call__(self, module: nn.Module, *passed: Any) -> None:
+        if module in self._known:
+            self._call_back(module, *passed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Observer:
+        return self
+
+
 @contextmanager
 def observed(
     model: nn.Module,
@@ -273,14 +287,13 @@ def observed(
     on_tap: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
     """Call back at every module call and tap inside the model; changes nothing."""
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        on_output(module, output)
-
+    known = set(model.modules())
     handles = []
     try:
-        for module in model.modules():
-            handles.append(module.register_forward_pre_hook(on_inputs, with_kwargs=True))
+        for module in known:
+            before = _Observer(known, on_inputs)
+            after = _Observer(known, lambda module, args, output: on_output(module, output))
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(module.register_forward_hook(after))
         _taps.observers.append(on_tap)
         with compiled_code_runs_eagerly():
@@ -293,12 +306,12 @@ def observed(
 
 
 @contextmanager
-def noticing_calls(modules: Container[nn.Module], notice: Callable[[], None]) -> Iterator[None]:
+def noticing_calls(modules: Container[nn.Module], notice: Callable[[nn.Module], object]) -> Iterator[None]:
     """Call back when any of these modules is called, wherever; for the one call that has to be learnt about."""
 
     def before(module: nn.Module, args: Any) -> None:
         if module in modules:
-            notice()
+            notice(module)
 
     handle = nn.modules.module.register_module_forward_pre_hook(before)
     try:

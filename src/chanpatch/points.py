@@ -75,6 +75,7 @@ class HookPoints(Mapping[str, HookPoint]):
         method: The method that was run, `"__call__"` for the forward.
         calls: How often each module and tap was called, by name.
         not_called: Names of the modules that the traced forward never called.
+        steady: Whether the traced forward left the parameters alone while it ran; otherwise none is ended early.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class HookPoints(Mapping[str, HookPoint]):
         method: str,
         calls: Mapping[str, int],
         not_called: Sequence[str],
+        steady: bool = True,
     ) -> None:
         self.model, self.method, self.calls, self.not_called = model, method, dict(calls), tuple(not_called)
+        self.steady = steady
         listed = [*points]
         counts = Counter(point.name for point in listed)
         self._points = {point.name: point for point in listed if counts[point.name] == 1}
@@ -118,7 +121,14 @@ class HookPoints(Mapping[str, HookPoint]):
         chosen = [p for p in self._points.values() if any(matches(name) for name in (p.name, *p.aliases))]
         if not chosen:
             raise HookPointError(f"No hook point matches '{pattern}'. {self._advice()}")
-        return HookPoints(self.model, chosen, method=self.method, calls=self.calls, not_called=self.not_called)
+        return HookPoints(
+            self.model,
+            chosen,
+            method=self.method,
+            calls=self.calls,
+            not_called=self.not_called,
+            steady=self.steady,
+        )
 
     def site(self, name: str, /, **indices: Index) -> Site:
         """Return a region of a hook point, checked against the trace.

@@ -192,7 +192,7 @@ class _TwinState:
         session = self._session
         if name in self._running_methods or session.in_method or not session.enabled:
             return session.run(name, method, args, kwargs)
-        with noticing_calls(self._modules, lambda: self._running_methods.add(name)):
+        with noticing_calls(self._modules, lambda module: self._running_methods.add(name)):
             return session.run(name, method, args, kwargs)
 
     def _begin(self) -> None:

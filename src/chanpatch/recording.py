@@ -249,7 +249,8 @@ def run_with_cache(
         device: As in recording.
         stop: Return the cache alone, and end the forward as soon as every site was recorded. A forward of a model
             without a trace runs on where a site names no call (`relu` rather than `relu#0`), since only the rest of
-            it can tell whether the module is called again, which is an error.
+            it can tell whether the module is called again, which is an error; so does one that changes its own
+            parameters for a while, as the trace shows, since it has to change them back.
         detach: As in recording.
         keywords: Keyword inputs of the model.
 
@@ -268,13 +269,14 @@ def run_with_cache(
     """
     recorder = _Recorder(points_or_model, sites, reduce, detach=detach, device=device, stop=stop)
     session = recorder.session
-    output = None
+    output, gradients = None, torch.is_grad_enabled()
     with session:
         try:
             output = getattr(session.root, session.method)(*inputs, **keywords)
         except StopForward as ended:
             if ended.args != (recorder,):
                 raise
+            torch.set_grad_enabled(gradients)  # the forward may have meant to do so at its end
     recorder.raise_unreached("inside run_with_cache()")
     session.let_go()
     return recorder.result if stop else (output, recorder.result)
@@ -304,7 +306,7 @@ class _Recorder:
         self._sites = sites_of(points_or_model, sites)
         self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "nothing is recorded")
         self._missing: set[Site] = set()
-        self._stops = stop
+        self._stops = stop and not (isinstance(points_or_model, HookPoints) and not points_or_model.steady)
         modules = self.session.modules
         for site in self._sites:
             point = resolve(modules, site)

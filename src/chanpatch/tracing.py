@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._axes import NamePropagation, Names, axis_names
 from ._checks import refuse_unhookable, refuse_untraceable
-from ._hooks import observed
+from ._hooks import noticing_calls, observed
 from ._tree import Attr, Path, leaves, path_text, replace, with_rows
 from ._undisturbed import undisturbed
 from .errors import HookPointError, SiteError, UnsupportedModelError, did_you_mean
@@ -63,8 +63,8 @@ def hook_points(
         raise TypeError(f"hook_points takes a torch.nn.Module, not {type(model).__name__}.")
     refuse_unhookable(model)
     refuse_untraceable(model, (example_inputs, example_keywords))
-    trace = _Trace(model)
-    with undisturbed(model):
+    trace, weights = _Trace(model), _Weights(model)
+    with undisturbed(model), weights.watched():
         trace.run(method, example_inputs, example_keywords)
     if axes:  # run anew with the names known from the start, so that they are passed on to what comes after
         trace = _Trace(model, _names_by_place(trace, axes))
@@ -73,7 +73,9 @@ def hook_points(
     _refuse_ambiguous_taps(trace)
     grown = _grown(model, method, example_inputs, example_keywords, trace)
     points = [_point(trace, fired, grown.get(trace.name(fired))) for fired in trace.fired]
-    return HookPoints(model, points, method=method, calls=trace.calls, not_called=trace.not_called())
+    return HookPoints(
+        model, points, method=method, calls=trace.calls, not_called=trace.not_called(), steady=weights.steady
+    )
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,39 @@ class _Trace:
         self.known.learn(tensor, told)
         if fired.place in self.given:
             self.known.rename(tensor, self.given[fired.place])
+
+
+class _Weights:
+    """Whether a forward leaves the parameters alone while it runs.
+
+    One that merges, casts or exchanges them, and undoes that at its end, must not be ended early.
+
+    Attributes:
+        steady: Whether each module had, when it was called, the very parameters of before.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.steady = True
+        self._before = {id(weight): _total(weight) for weight in model.parameters()}
+        self._modules = set(model.modules())
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Look at the parameters of every module in the forward that runs inside, when it is first called."""
+        return noticing_calls(self._modules, self._notice)
+
+    def _notice(self, module: nn.Module) -> None:
+        self._modules.discard(module)
+        for weight in module.parameters(recurse=False):
+            before = self._before.get(id(weight), "another parameter")
+            self.steady &= before == _total(weight)
+
+
+def _total(weight: Tensor) -> Any:
+    """Return the sum of a parameter, from which a change can be told; None where that cannot be taken."""
+    if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
+        return None
+    total = weight.detach().sum(dtype=torch.complex128 if weight.is_complex() else torch.float64)
+    return str(total.item())  # by text, NaN equals itself
 
 
 def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -220,6 +220,10 @@ def _stacked(forward: Forward, group: Group, clean: Tensor, entries: Sequence[En
                     raise StrategyError(f"{entry.label!r} leaves the very tensor, which may be written into later")
                 row.copy_(activation)
                 if not all(patch.runs_only_ours for patch in each):
+                    if forward.undisturbed.attributes.rebound():
+                        raise StrategyError(
+                            f"{entry.label!r} leaves something on the model for the rest of its forward"
+                        )
                     forward.undisturbed.put_back()
 
     applied.session.call = group.call  # the edits find everything as it is when the hook point is reached
