@@ -324,3 +324,8 @@ def test_a_reduction_that_leaves_too_much_is_refused() -> None:
         "reduce=('b c h w -> b c h', 'sum') leaves (batch, channel, row) at Site('conv1'); it must leave the batch and "
         "one axis at most."
     )
+
+
+def test_a_model_that_was_not_traced_is_refused():
+    with pytest.raises(TypeError, match="Expected HookPoints, not Linear"):
+        contrast(torch.nn.Linear(4, 2), torch.zeros(3, 4), torch.zeros(3, 4))

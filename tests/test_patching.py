@@ -925,3 +925,13 @@ def test_a_number_is_set_alike_in_every_mode_of_one_context_after_the_other(net,
     with patched(net, edit(site, lambda activation: torch.full_like(activation, 0.5))) as expected:
         torch.testing.assert_close(found, [mode(net, image) for mode in modes])
     assert ledger.to_records() == [{**expected.to_records()[0], "edit": "Set"}]
+
+
+def test_newcomers_are_told_what_a_patch_is_and_how_an_edit_takes_its_context():
+    model = nn.Sequential(nn.Linear(4, 5))
+    with pytest.raises(TypeError, match="Expected a Patch, not Site: zero_ablate"):
+        with patched(model, Site("0")):
+            pass
+    with pytest.raises(EditError, match=r"takes `context` by position.*def function\(activation, \*, context\)"):
+        with patched(model, edit(Site("0"), lambda activation, context: activation)):
+            pass

@@ -1118,3 +1118,17 @@ def test_a_twin_inside_a_model_keeps_its_patches_in_a_twin_of_that():
     twin = PatchedPolicy(model, edit(Site("head"), Scale(2.0)))
     torch.testing.assert_close(twin(vectors), 2 * model(vectors), rtol=0, atol=0)
     torch.testing.assert_close(model(vectors), model.head.bias.expand(3, 2), rtol=0, atol=0)
+
+
+def test_a_twin_whose_class_copies_itself_in_a_way_of_its_own_is_copied_with_its_patches():
+    torch.manual_seed(0)
+    graph, vectors = (
+        torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))),
+        torch.randn(3, 4),
+    )
+    twin = PatchedPolicy(graph, zero_ablate(Site("1")))
+    copied = copy.deepcopy(twin)
+    with torch.no_grad():
+        next(twin.parameters()).zero_()
+    torch.testing.assert_close(copied(vectors), twin(vectors), rtol=0, atol=0)
+    assert next(copied.parameters()).any() and copied.patches

@@ -812,3 +812,11 @@ def test_a_normal_presses_no_buttons():
     assert acting(envs, lambda rows: Bernoulli(logits=torch.zeros(rows, 2))).actions[0].shape == (3, 2)
     with pytest.raises(RolloutError, match="Normal gives fractions"):
         acting(envs, lambda rows: Normal(torch.zeros(rows, 2), 1.0))
+
+
+def test_policies_without_names_and_seeds_that_are_a_number_are_refused():
+    policy = CategoricalPolicy()
+    with pytest.raises(TypeError, match="it takes policies by name"):
+        paired_rollouts([policy, policy], cart_poles(2), range(2), max_steps=3)
+    with pytest.raises(RolloutError, match=r"seeds is 5: name one seed per episode, as in range\(100\)"):
+        rollout(policy, cart_poles(2), 5, max_steps=3)

@@ -101,7 +101,14 @@ def _takes_context(edit: Callable[..., Any]) -> bool:
         parameter = inspect.signature(edit).parameters.get("context")
     except (TypeError, ValueError):  # some builtins have no signature
         return False
-    return parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
+    if parameter is None:
+        return False
+    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty:
+        raise EditError(
+            f"{edit_name(edit)} takes `context` by position. An edit takes it by keyword alone: "
+            "def function(activation, *, context)."
+        )
+    return parameter.kind is parameter.KEYWORD_ONLY
 
 
 @cache
@@ -219,7 +226,7 @@ def checked_patches(points_or_model: HookPoints | nn.Module, patches: Patch | It
         HookPointError, SiteError: If a site does not exist.
         EditError: If an operand does not fit a traced site.
     """
-    each = (patches,) if isinstance(patches, Patch) else tuple(patches)
+    each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
             raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")

@@ -234,7 +234,7 @@ def patched(
         Site('.out') Set: 1 firings, 4 rows, 12 elements
     """
     # Of iterators nothing would be left for a second entry.
-    chosen = patches if isinstance(patches, Patch) else tuple(patches)
+    chosen = tuple(patches) if isinstance(patches, Iterable) else patches
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     return Opened(lambda: _Patched(points_or_model, chosen, allow_unreached=allowed, check_nan=check_nan))
 

@@ -6,6 +6,7 @@ twin(observations)             # patched; policy(observations) is not
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from abc import ABC
@@ -68,7 +69,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
     ) -> Any:
         """Return the twin, an instance of a subclass of the policy's own class."""
         allowed = {allow_unreached} if isinstance(allow_unreached, str) else set(allow_unreached)
-        each = (patches,) if isinstance(patches, Patch) else tuple(patches)
+        each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
         given = original = model_of(policy)
         inner = vars(original).get(STATE)
         if inner is not None:
@@ -114,6 +115,12 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         allowed, applied = tuple(_state(self).allowed), _state(self).applied
         build = functools.partial(PatchedPolicy, allow_unreached=allowed, check_nan=applied.check_nan)
         return build, (_copied(self), applied.patches)  # type: ignore[arg-type]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Copy as above, also where the policy's class copies itself in a way of its own."""
+        build, parts = self.__reduce_ex__(4)
+        memo[id(self)] = twin = build(*copy.deepcopy(parts, memo))
+        return twin
 
 
 _OFFERED = ("patches", "ledger", "disable", "distribution")
@@ -299,7 +306,8 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
                 members[name] = _rooted(name, member)
             elif name in members and name not in _OFFERED:
                 del members[name]  # overridden by something that is no method
-    members |= {"__reduce_ex__": PatchedPolicy.__reduce_ex__, "__module__": kind.__module__}
+    members |= {name: vars(PatchedPolicy)[name] for name in ("__reduce_ex__", "__deepcopy__")}
+    members["__module__"] = kind.__module__
     twin_class = type(f"Patched{kind.__name__}", (kind,), members)
     PatchedPolicy.register(twin_class)
     return twin_class

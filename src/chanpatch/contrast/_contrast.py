@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._batches import Inputs, input_count
 from .._channels import check_inputs
+from .._lookup import refuse_untraced
 from .._typing import Reduce
 from .._undisturbed import undisturbed
 from ..errors import ContrastError
@@ -154,6 +155,7 @@ def _checked_pairs(
     points: HookPoints, clean: Any, corrupted: Any, clusters: ArrayLike | None, batch_size: int
 ) -> NDArray[Any]:
     """Return one cluster label per pair."""
+    refuse_untraced(points)
     check_inputs(points, clean, batch_size, ContrastError)
     lengths = [input_count(inputs) for inputs in (clean, corrupted)]
     if lengths[0] != lengths[1] or not lengths[0]:

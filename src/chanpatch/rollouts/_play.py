@@ -40,6 +40,8 @@ class Log:
     """
 
     def __init__(self, seeds: Iterable[int], sampling_seed: int, times: int = 1) -> None:
+        if not isinstance(seeds, Iterable):
+            raise RolloutError(f"seeds is {seeds!r}: name one seed per episode, as in range(100).")
         checked = [checked_seed("A seed", seed) for seed in seeds]
         if not checked:
             raise RolloutError("seeds is empty: name one seed per episode.")

@@ -132,7 +132,12 @@ def paired_rollouts(
     """
     if not policies:
         raise RolloutError("policies is empty: name at least one policy.")
-    seeds = list(seeds)
+    if not isinstance(policies, Mapping):
+        raise TypeError(
+            f"policies is of type {type(policies).__name__}; it takes policies by name, as in "
+            '{"original": policy, "patched": twin}.'
+        )
+    seeds = list(seeds) if isinstance(seeds, Iterable) else seeds
     settings: dict[str, Any] = {
         "max_steps": max_steps,
         "sampling_seed": sampling_seed,
