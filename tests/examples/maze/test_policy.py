@@ -95,6 +95,7 @@ def test_the_shipped_policy_and_the_two_seeds_were_trained_alike_from_random_wei
         ("reward", "algorithm", "ppo"),
         ("seed1", "seed", 1),
         ("seed2", "seed", 2),
+        ("width4", "width", 4),
     ],
 )
 def test_another_shipped_policy_is_the_one_that_its_facts_describe(name, setting, value):
