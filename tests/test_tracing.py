@@ -600,3 +600,8 @@ def test_a_container_that_refuses_one_row_more_leaves_the_batch_axis_unproved():
 
     points = hook_points(Model(), OfOneBatch(x=torch.randn(5, 4)))
     assert points["first"].axes == ("axis0", "feature")
+
+
+def test_numpy_arrays_are_given_as_tensors_where_the_model_takes_none():
+    with pytest.raises(TypeError, match=r"Linear took no NumPy array\. Give torch\.as_tensor\(array\)"):
+        hook_points(nn.Linear(4, 2), np.zeros((3, 4), np.float32))

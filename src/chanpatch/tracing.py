@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,8 +65,13 @@ def hook_points(
     refuse_unhookable(model)
     refuse_untraceable(model, (example_inputs, example_keywords))
     trace, weights = _Trace(model), _Weights(model)
-    with undisturbed(model), weights.watched():
-        trace.run(method, example_inputs, example_keywords)
+    try:
+        with undisturbed(model), weights.watched():
+            trace.run(method, example_inputs, example_keywords)
+    except TypeError as fault:
+        if any(isinstance(each, np.ndarray) for each in (*example_inputs, *example_keywords.values())):
+            raise TypeError(f"{type(model).__name__} took no NumPy array. Give torch.as_tensor(array).") from fault
+        raise
     if axes:  # run anew with the names known from the start, so that they are passed on to what comes after
         trace = _Trace(model, _names_by_place(trace, axes))
         with undisturbed(model):
@@ -208,8 +214,10 @@ def _total(weight: Tensor) -> Any:
     """Return the sum of a parameter, from which a change can be told; None where that cannot be taken."""
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
-    total = weight.detach().sum(dtype=torch.complex128 if weight.is_complex() else torch.float64)
-    return str(total.item())  # by text, NaN equals itself
+    with suppress(RuntimeError):  # some dtypes know no sum, and inside a vmap no number can be read
+        total = weight.detach().sum(dtype=torch.complex128 if weight.is_complex() else torch.float64)
+        return str(total.item())  # by text, NaN equals itself
+    return None
 
 
 def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
