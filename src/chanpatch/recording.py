@@ -306,7 +306,7 @@ class _Recorder:
         self._sites = sites_of(points_or_model, sites)
         self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "nothing is recorded")
         self._missing: set[Site] = set()
-        self._stops = stop and not (isinstance(points_or_model, HookPoints) and not points_or_model.steady)
+        self._stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         modules = self.session.modules
         for site in self._sites:
             point = resolve(modules, site)

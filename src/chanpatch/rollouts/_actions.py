@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
+from .._optional import imported
 from ..errors import DistributionError, RolloutError
 
 if TYPE_CHECKING:
@@ -105,15 +106,17 @@ def _fitting(
 
 def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
     """Say how a distribution is over other actions than a space of whole numbers has; nothing where it is not."""
-    if space.dtype is None or not np.issubdtype(space.dtype, np.integer) or type(space).__name__ == "Box":
+    spaces = imported("gymnasium.spaces")
+    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return ""
     if isinstance(distribution, Normal):
         return "gives fractions"
-    counts = 2 if type(space).__name__ == "MultiBinary" else getattr(space, "nvec", getattr(space, "n", None))
     has = distribution.probs.shape[-1] if isinstance(distribution, Categorical) else 2
-    if counts is None or (isinstance(counts, np.ndarray) and has >= counts.max() and (actions < counts).all()):
-        return ""  # of several actions some may have fewer choices, which the others' logits are padded for
-    return "" if not isinstance(counts, np.ndarray) and has == counts else f"has {has} actions"
+    if isinstance(space, spaces.MultiDiscrete):  # some may have fewer choices, whose logits are padded
+        fits = has >= space.nvec.max() and (actions < space.nvec).all()
+    else:
+        fits = has == (space.n if isinstance(space, spaces.Discrete) else 2)
+    return "" if fits else f"has {has} actions"
 
 
 def _inverse_cdf(distribution: Categorical | Bernoulli | Normal, uniform: Tensor) -> Tensor:
