@@ -18,8 +18,8 @@ from chanpatch import (
     sweep,
     zero_ablate,
 )
-from chanpatch._tree import leaves
-from chanpatch.attribution import attribution
+from chanpatch.engine.paths import leaves
+from chanpatch.sweeps import attribution
 
 
 def numbers(output):

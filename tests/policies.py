@@ -16,8 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import Tensor, nn
 
 from chanpatch import HookPoints, PatchedPolicy, edit, hook_points, paired_rollouts, rollout, zero_ablate
-from chanpatch.policies import action_distribution
-from chanpatch.rollouts import PairedRollouts, Rollout
+from chanpatch.policies import PairedRollouts, Rollout, action_distribution
 from maze.requirements import policy_models
 
 SEEDS = [3, 11, 4, 90, 2]

@@ -33,9 +33,10 @@ from chanpatch import (
     sweep,
     zero_ablate,
 )
-from chanpatch.attribution import Attribution, attribution
 from chanpatch.errors import HookPointError, MetricError, SiteError, SweepError
-from chanpatch.metrics import Metric, action_flip, action_probability, kl_divergence, logit_difference, measured, value
+from chanpatch.metrics import Metric, action_flip, action_probability, kl_divergence, logit_difference, value
+from chanpatch.metrics.measured import measured
+from chanpatch.sweeps import Attribution, attribution
 
 GENERATOR = torch.Generator().manual_seed(0)
 MLP = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from chanpatch._axes import axis_names
-from chanpatch._tree import Item
-from chanpatch.tracing import hook_points
+from chanpatch.engine.paths import Item
+from chanpatch.registry import hook_points
+from chanpatch.registry.axes import axis_names
 
 B, C = "batch", "channel"
 

@@ -11,7 +11,7 @@ import pytest
 import chanpatch
 from chanpatch import Site, zero_ablate
 from chanpatch.__main__ import main
-from chanpatch.interventions import contents, save
+from chanpatch.saving import contents, save
 
 
 def test_show_prints_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

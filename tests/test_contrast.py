@@ -12,9 +12,9 @@ from models import Model, build
 from torch import Tensor, nn
 
 from chanpatch import contrast, hook_points, patched, run_with_cache, steer, zero_ablate
-from chanpatch._moments import Moments
-from chanpatch.contrast import Contrast
-from chanpatch.contrast._contrast import MOST_CHANNELS, _flips, _no_holm
+from chanpatch.channels import Moments
+from chanpatch.contrasts import Contrast
+from chanpatch.contrasts.contrast import MOST_CHANNELS, _flips, _no_holm
 from chanpatch.errors import ContrastError, SiteError
 
 CNN = build("plain_cnn")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from chanpatch.edits import Add, Clamp, Project, Resample, Scale, Set, donor_rows
 from chanpatch.errors import EditError
+from chanpatch.patching import Add, Clamp, Project, Resample, Scale, Set
+from chanpatch.patching.edits import donor_rows
 
 REGION = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 CHANNELS = torch.tensor([1.0, -2.0, 0.5]).view(1, 3, 1, 1)

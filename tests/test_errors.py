@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from chanpatch import (
-    ActivationCache,
     HookPoints,
     Patch,
     PatchedPolicy,
@@ -32,9 +31,9 @@ from chanpatch import (
     tap,
     zero_ablate,
 )
-from chanpatch._regions import read
-from chanpatch._tree import Attr, Item, replace
-from chanpatch.edits import Clamp, Project, Resample, Set
+from chanpatch.engine.paths import Attr, Item, replace
+from chanpatch.engine.regions import read
+from chanpatch.patching import ActivationCache, Clamp, Project, Resample, Set
 from chanpatch.policies import action_distribution
 
 CNN = build("plain_cnn")

@@ -29,7 +29,7 @@ from chanpatch import (
     zero_ablate,
 )
 from chanpatch.errors import EditError, NaNError, SweepError
-from chanpatch.interventions import load, save, verify
+from chanpatch.saving import load, save, verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -38,9 +38,9 @@ from chanpatch import (
     steer,
     zero_ablate,
 )
-from chanpatch.edits import Add, Clamp, Project, Resample, Scale, Set
 from chanpatch.errors import HookPointError, InterventionError, MissingPackageError, UnreachedError
-from chanpatch.interventions import TracedPoint, contents, load, save, verify
+from chanpatch.patching import Add, Clamp, Project, Resample, Scale, Set
+from chanpatch.saving import TracedPoint, contents, load, save, verify
 
 VERSION = chanpatch.__version__
 
@@ -337,11 +337,11 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
         ),
         "3 faults:\n"
         "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, and a file holds data only. "
-        "Write it with Set, Add, Scale, Clamp, Project, Resample of chanpatch.edits; several patches of one site apply "
-        "in order.\n"
+        "Write it with Set, Add, Scale, Clamp, Project, Resample of chanpatch.patching; several patches of one site "
+        "apply in order.\n"
         "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, and a file holds data only. "
-        "Write it with Set, Add, Scale, Clamp, Project, Resample of chanpatch.edits; several patches of one site apply "
-        "in order.\n"
+        "Write it with Set, Add, Scale, Clamp, Project, Resample of chanpatch.patching; several patches of one site "
+        "apply in order.\n"
         "- Patch 4, Patch(Site('fc'), Set, where=...), cannot be saved: its where is a function, and a file holds data "
         "only. Give the mask that it returns: a bool tensor.",
     ),

@@ -30,10 +30,9 @@ from chanpatch import (
     steer,
     zero_ablate,
 )
-from chanpatch._hooks import Station
-from chanpatch._published import forward_context
-from chanpatch._tree import leaves
-from chanpatch.edits import Add, Context
+from chanpatch.engine.hooks import Station
+from chanpatch.engine.paths import leaves
+from chanpatch.engine.sessions import forward_context
 from chanpatch.errors import (
     ChanpatchError,
     ConcurrencyError,
@@ -43,6 +42,7 @@ from chanpatch.errors import (
     TraceMismatchError,
     UnreachedError,
 )
+from chanpatch.patching import Add, Context
 
 
 def tensors(output: Any) -> list[Tensor]:

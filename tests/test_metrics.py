@@ -20,16 +20,15 @@ from chanpatch.metrics import (
     action_flip,
     action_probability,
     at_position,
-    compares,
     entropy,
     kl_divergence,
     log_probability,
     logit_difference,
-    measured,
     normalized_effect,
     total_variation,
     value,
 )
+from chanpatch.metrics.measured import compares, measured
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(5, 4, generator=GENERATOR) * 2

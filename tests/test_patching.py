@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 
-from chanpatch._patches import Patch
-from chanpatch._published import forward_context
-from chanpatch.edits import Clamp, Project, Resample, Scale, Set, donor_rows
+from chanpatch.engine.sessions import forward_context
 from chanpatch.errors import (
     BatchAxisError,
     EditError,
@@ -25,10 +23,24 @@ from chanpatch.errors import (
     UnreachedError,
     UnsupportedModelError,
 )
-from chanpatch.patching import edit, mean_ablate, patch_in, patched, resample_ablate, steer, zero_ablate
-from chanpatch.recording import run_with_cache
-from chanpatch.sites import Site
-from chanpatch.tracing import hook_points
+from chanpatch.patching import (
+    Clamp,
+    Patch,
+    Project,
+    Resample,
+    Scale,
+    Set,
+    edit,
+    mean_ablate,
+    patch_in,
+    patched,
+    resample_ablate,
+    run_with_cache,
+    steer,
+    zero_ablate,
+)
+from chanpatch.patching.edits import donor_rows
+from chanpatch.registry import Site, hook_points
 
 
 class Net(nn.Module):

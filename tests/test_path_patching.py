@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from chanpatch import hook_points, patch_in, patched
 from chanpatch.errors import ContrastError, HookPointError, MetricError, SiteError
 from chanpatch.metrics import kl_divergence
-from chanpatch.path_patching import path_patch
+from chanpatch.sweeps import path_patch
 
 
 class Residual(nn.Module):

@@ -14,8 +14,9 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from chanpatch import ActivationCache, ThresholdProbe, hook_points, run_with_cache
+from chanpatch import ThresholdProbe, hook_points, run_with_cache
 from chanpatch.errors import MissingPackageError, StatisticsError
+from chanpatch.patching import ActivationCache
 from chanpatch.plots import channel_map, contingency, effect_ranking, strip
 from chanpatch.statistics import PairedCounts
 

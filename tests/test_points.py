@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from chanpatch._lookup import bound
 from chanpatch.errors import HookPointError, SiteError
-from chanpatch.points import HookPoints
-from chanpatch.sites import Site
-from chanpatch.tracing import hook_points
+from chanpatch.registry import HookPoints, Site, hook_points
+from chanpatch.registry.lookup import bound
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from stable_baselines3.common.policies import (
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 
-from chanpatch.edits import Scale, Set
 from chanpatch.errors import (
     ConcurrencyError,
     DistributionError,
@@ -37,11 +36,9 @@ from chanpatch.errors import (
     UnreachedError,
     UnsupportedModelError,
 )
-from chanpatch.patching import edit, patched, zero_ablate
+from chanpatch.patching import Scale, Set, edit, patched, recording, run_with_cache, zero_ablate
 from chanpatch.policies import PatchedPolicy, action_distribution
-from chanpatch.recording import recording, run_with_cache
-from chanpatch.sites import Site
-from chanpatch.tracing import hook_points
+from chanpatch.registry import Site, hook_points
 
 
 class Policy(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from chanpatch import ThresholdProbe, channel_sums, errors, hook_points, label_channels, run_with_cache
 from chanpatch.probes import linear_probe
-from chanpatch.probes._examples import halves
+from chanpatch.probes.checks import halves
 from chanpatch.statistics import auc, mcnemar_exact, wilson_interval
 
 NAMES = ("UP", "DOWN", "LEFT", "RIGHT")

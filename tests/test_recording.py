@@ -25,10 +25,8 @@ from chanpatch.errors import (
     TraceMismatchError,
     UnreachedError,
 )
-from chanpatch.patching import edit, patch_in, patched, zero_ablate
-from chanpatch.recording import ActivationCache, recording, run_with_cache
-from chanpatch.sites import Site
-from chanpatch.tracing import hook_points
+from chanpatch.patching import ActivationCache, edit, patch_in, patched, recording, run_with_cache, zero_ablate
+from chanpatch.registry import Site, hook_points
 
 
 class Counted(nn.Module):

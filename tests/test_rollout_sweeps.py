@@ -11,12 +11,10 @@ from policies import SEEDS, Drifting, Recurrent, same
 from torch import nn
 
 from chanpatch import PatchedPolicy, Site, edit, hook_points, paired_rollouts, resample_ablate, zero_ablate
-from chanpatch._published import published
-from chanpatch.edits import Add, Scale
+from chanpatch.engine.sessions import published
 from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingPackageError, NaNError, RolloutError
-from chanpatch.patching import Patch
-from chanpatch.recording import run_with_cache
-from chanpatch.rollouts import rollout_sweep
+from chanpatch.patching import Add, Patch, Scale, run_with_cache
+from chanpatch.policies import rollout_sweep
 from chanpatch.statistics import bootstrap_interval, rank_among
 
 

@@ -11,14 +11,12 @@ from stable_baselines3 import PPO
 from torch import nn
 from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal
 
-from chanpatch._published import published
+from chanpatch.engine.sessions import published
 from chanpatch.errors import DistributionError, MissingPackageError, RolloutError
 from chanpatch.patching import edit, zero_ablate
-from chanpatch.policies import PatchedPolicy
-from chanpatch.rollouts import PairedRollouts, paired_rollouts, rollout
-from chanpatch.sites import Site
+from chanpatch.policies import PairedRollouts, PatchedPolicy, paired_rollouts, rollout
+from chanpatch.registry import Site, hook_points
 from chanpatch.statistics import bootstrap_interval, paired_counts
-from chanpatch.tracing import hook_points
 
 SEEDS = [3, 11, 4, 90, 2, 77, 5]
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from chanpatch.errors import SiteError
-from chanpatch.sites import Site
-from chanpatch.tracing import hook_points
+from chanpatch.registry import Site, hook_points
 
 AXES = ("batch", "channel", "row", "col")
 LENGTHS = (4, 8, 8, 8)

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from chanpatch import contrast, edit, hook_points, paired_rollouts, patched, rollout, steer, sweep, zero_ablate
-from chanpatch._undisturbed import undisturbed
-from chanpatch.attribution import attribution
+from chanpatch.engine.state import undisturbed
 from chanpatch.errors import UnsupportedModelError
 from chanpatch.metrics import kl_divergence
-from chanpatch.path_patching import path_patch
 from chanpatch.probes import channel_sums
+from chanpatch.sweeps import attribution, path_patch
 
 
 class Recurrent(nn.Module):

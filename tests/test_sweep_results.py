@@ -14,11 +14,10 @@ from models import Model, vectors
 from torch import Tensor, nn
 
 from chanpatch import HookPoints, Site, edit, errors, hook_points, patched, steer, zero_ablate
-from chanpatch.edits import Scale
 from chanpatch.metrics import kl_divergence
-from chanpatch.path_patching import path_patch
+from chanpatch.patching import Scale
 from chanpatch.statistics import bootstrap_interval, rank_among
-from chanpatch.sweeps import SweepInterrupted, SweepResult, sweep
+from chanpatch.sweeps import SweepInterrupted, SweepResult, path_patch, sweep
 
 ROWS = 12
 

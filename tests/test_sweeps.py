@@ -12,7 +12,7 @@ import torch
 from models import Model, vectors
 from torch import Tensor, nn
 
-import chanpatch.sweeps._strategies as strategies
+import chanpatch.sweeps.strategies as strategies
 from chanpatch import (
     HookPoints,
     Patch,
@@ -30,8 +30,8 @@ from chanpatch import (
     tap,
     zero_ablate,
 )
-from chanpatch._tree import leaves
-from chanpatch.edits import Clamp, Project, Scale, Set
+from chanpatch.engine.paths import leaves
+from chanpatch.patching import Clamp, Project, Scale, Set
 from chanpatch.sweeps import SweepResult, sweep
 
 ROWS = 12

@@ -1,4 +1,4 @@
-from chanpatch._tables import table
+from chanpatch.results import table
 
 
 def test_columns_are_as_wide_as_their_widest_cell_and_lines_end_without_blanks():

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch._taps import tap
 from chanpatch.errors import HookPointError, SiteError, UnsupportedModelError
-from chanpatch.tracing import hook_points
+from chanpatch.registry import hook_points, tap
 
 
 def hooks(model: nn.Module) -> list[int]:

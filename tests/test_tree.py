@@ -28,8 +28,9 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from chanpatch._tree import Attr, Item, fresh, get, leaves, parse_path, path_text, replace
+from chanpatch.engine.paths import Attr, Item, fresh, get, leaves, path_text, replace
 from chanpatch.errors import UnsupportedModelError
+from chanpatch.registry.names import parse_path
 
 
 class Heads(NamedTuple):

@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
-from chanpatch._published import forward_context
-from chanpatch._taps import tap
-from chanpatch._tree import leaves
-from chanpatch.edits import Set
+from chanpatch.engine.paths import leaves
+from chanpatch.engine.sessions import forward_context
 from chanpatch.errors import (
     EditError,
     HookPointError,
@@ -33,12 +31,19 @@ from chanpatch.errors import (
     UnreachedError,
     UnsupportedModelError,
 )
-from chanpatch.patching import edit, patch_in, patched, resample_ablate, steer, zero_ablate
-from chanpatch.points import HookPoints
+from chanpatch.patching import (
+    Set,
+    edit,
+    patch_in,
+    patched,
+    recording,
+    resample_ablate,
+    run_with_cache,
+    steer,
+    zero_ablate,
+)
 from chanpatch.policies import PatchedPolicy
-from chanpatch.recording import recording, run_with_cache
-from chanpatch.sites import Site
-from chanpatch.tracing import hook_points
+from chanpatch.registry import HookPoints, Site, hook_points, tap
 from maze.requirements import policy_models
 
 

@@ -37,6 +37,6 @@ def _what_to_mend(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ImportError):
         return f"{error}. Type: make study (or see 'Install' in the README)"
-    from chanpatch.errors import ChanpatchError  # here, since --help answers before any package is imported
+    from chanpatch.errors import ChanpatchError
 
     return str(error) if isinstance(error, ChanpatchError) else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from chanpatch.contrast import Contrast
+from chanpatch.contrasts import Contrast
 from chanpatch.plots import effect_ranking
 from chanpatch.statistics import Interval
 from maze.part import Table, interval_cells

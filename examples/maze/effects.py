@@ -15,16 +15,9 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from chanpatch import (
-    ActivationCache,
-    HookPoints,
-    Patch,
-    mean_ablate,
-    patch_in,
-    recording,
-    zero_ablate,
-)
-from chanpatch.edits import donor_rows
+from chanpatch import HookPoints, Patch, mean_ablate, patch_in, recording, zero_ablate
+from chanpatch.patching import ActivationCache
+from chanpatch.patching.edits import donor_rows
 from chanpatch.statistics import Interval, bootstrap_interval
 from maze.exact import Chains, cheese_and_corner, decisions
 from maze.levels import observe, policy_input

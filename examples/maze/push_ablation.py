@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chanpatch import ActivationCache, HookPoints, Patch, Site, mean_ablate, sweep
+from chanpatch import HookPoints, Patch, Site, mean_ablate, sweep
 from chanpatch.controls import matched_channels
 from chanpatch.errors import SiteError
+from chanpatch.patching import ActivationCache
 from maze.decision_squares import Decisions
 from maze.levels import observe, policy_input
 from maze.paths import Direction

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from chanpatch import ActivationCache
+from chanpatch.patching import ActivationCache
 from chanpatch.statistics import rank_among
 from maze.effects import KINDS, ablation, level_batches, mean_intervals
 from maze.episodes import ORIGINAL

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from chanpatch import HookPoint, HookPoints, Patch, Site, patched, run_with_cache
-from chanpatch.edits import Set
+from chanpatch import HookPoints, Patch, Site, patched, run_with_cache
+from chanpatch.patching import Set
+from chanpatch.registry import HookPoint
 from maze.episodes import ORIGINAL
 from maze.exact import Chains
 from maze.levels import policy_input

@@ -1,24 +1,30 @@
 """Activation patching on any torch module: hook points, contrasts, channel-sum probes, ablation and patch policies."""
 
-from ._patches import Patch
-from ._taps import tap
-from .contrast import contrast
-from .interventions import load, save
-from .patching import edit, mean_ablate, patch_in, patched, resample_ablate, steer, zero_ablate
-from .points import HookPoint, HookPoints
-from .policies import PatchedPolicy
+import importlib
+from typing import Any
+
+from .contrasts import contrast
+from .patching import (
+    Patch,
+    edit,
+    mean_ablate,
+    patch_in,
+    patched,
+    recording,
+    resample_ablate,
+    run_with_cache,
+    steer,
+    zero_ablate,
+)
+from .policies import PatchedPolicy, paired_rollouts, rollout
 from .probes import ThresholdProbe, channel_sums, label_channels
-from .recording import ActivationCache, recording, run_with_cache
-from .rollouts import paired_rollouts, rollout
-from .sites import Site
+from .registry import HookPoints, Site, hook_points, tap
+from .saving import load, save
 from .sweeps import sweep
-from .tracing import hook_points
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ActivationCache",
-    "HookPoint",
     "HookPoints",
     "Patch",
     "PatchedPolicy",
@@ -44,3 +50,29 @@ __all__ = [
     "tap",
     "zero_ablate",
 ]
+
+_PUBLIC_MODULES = (
+    "contrasts",
+    "controls",
+    "errors",
+    "metrics",
+    "patching",
+    "plots",
+    "policies",
+    "probes",
+    "registry",
+    "saving",
+    "statistics",
+    "sweeps",
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public module when it is first asked for."""
+    if name in _PUBLIC_MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module 'chanpatch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_PUBLIC_MODULES])

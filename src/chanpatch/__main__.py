@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from .errors import ChanpatchError
-from .interventions import contents
+from .saving.files import contents
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="print what a file of interventions holds",
         description="Print each patch of a file: its site, its edit, the elements it applies to (where), and the hook "
         "point it was made for. A receipt says what one run with the patches was, in SHA-256 digests: "
-        "chanpatch.interventions.verify(file, points, inputs) repeats that run. Nothing in the file is run.",
+        "chanpatch.saving.verify(file, points, inputs) repeats that run. Nothing in the file is run.",
     )
     show.add_argument("file", help="such as channel_55.safetensors")
     chosen = parser.parse_args(arguments)

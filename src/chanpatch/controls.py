@@ -16,22 +16,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ._batches import Inputs, input_count
-from ._channels import Floats, channel_axis, check_finite, check_inputs, recorded, rows
-from ._lookup import refuse_untraced, sites_of
-from ._moments import ROUNDING, Moments
-from ._optional import imported
-from ._patches import Patch
-from ._tables import table
-from ._undisturbed import undisturbed
+from .channels import ROUNDING, Floats, Moments, channel_axis, check_finite, check_inputs, recorded, rows
+from .engine.inputs import Inputs, input_count
+from .engine.state import undisturbed
 from .errors import EditError, SiteError, StatisticsError
-from .patching import patched
-from .points import HookPoint, HookPoints
-from .recording import ActivationCache
-from .sites import Site
+from .patching.cache import ActivationCache
+from .patching.contexts import patched
+from .patching.patch import Patch
+from .registry.lookup import refuse_untraced, sites_of
+from .registry.points import HookPoints
+from .registry.sites import HookPoint, Site
+from .results import imported, table
+
+__all__ = [
+    "MatchedChannels",
+    "OffDistribution",
+    "matched_channels",
+    "off_distribution",
+    "random_vectors",
+]
 
 # Controls are drawn among so many times as many nearest channels as are asked for: few enough to be near.
 _NEAR = 2
+
+
 _SHOWN = 20
 
 

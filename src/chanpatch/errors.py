@@ -28,6 +28,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+__all__ = [
+    "BatchAxisError",
+    "ChanpatchError",
+    "ConcurrencyError",
+    "ContrastError",
+    "DistributionError",
+    "EditError",
+    "HookPointError",
+    "InterventionError",
+    "MetricError",
+    "MissingPackageError",
+    "NaNError",
+    "ProbeError",
+    "RolloutError",
+    "SiteError",
+    "StatisticsError",
+    "SweepError",
+    "TraceMismatchError",
+    "UnreachedError",
+    "UnsupportedModelError",
+]
+
 
 class ChanpatchError(Exception):
     """The base of every error that chanpatch raises."""

@@ -17,15 +17,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ._optional import imported
 from .errors import StatisticsError
-from .recording import ActivationCache
-from .statistics import PairedCounts
+from .patching.cache import ActivationCache
+from .results import imported
+from .statistics.proportions import PairedCounts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+
+__all__ = [
+    "channel_map",
+    "contingency",
+    "effect_ranking",
+    "strip",
+]
+
 _SHOWN = 20
+
+
 _MARKERS = ("o", "x", "^", "s", "+", "v")
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from chanpatch import PatchedPolicy, hook_points, patched, recording, zero_ablate
-from chanpatch.edits import Set
-from chanpatch.patching import edit
+from chanpatch.patching import Set, edit
 from chanpatch.statistics import bootstrap_interval
 
 REPEATS = 31

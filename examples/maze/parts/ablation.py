@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chanpatch import ActivationCache
+from chanpatch.patching import ActivationCache
 from chanpatch.statistics import (
     PairedCounts,
     mcnemar_exact,

@@ -9,13 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from chanpatch.errors import StatisticsError
-from chanpatch.statistics import (
-    auc,
-    bootstrap_interval,
-    paired_counts,
-    paired_difference_interval,
-    wilson_interval,
-)
+from chanpatch.statistics import auc, bootstrap_interval, paired_counts, paired_difference_interval, wilson_interval
 from maze.decision_squares import DISTANCES, Decisions, at_decision_squares, cells, said
 from maze.logistic import PENALTY, fit_logistic, predicted
 from maze.part import Finding, Part, Study, Table, Tables, above, verdict

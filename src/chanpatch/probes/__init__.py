@@ -9,10 +9,10 @@ What is chosen (a threshold, a label) is chosen on one half of the inputs and sc
 independent of each other: give one input per level, or the intervals are too narrow.
 """
 
-from ._labels import ChannelLabel, ChannelLabels, label_channels
-from ._linear import LinearProbe, linear_probe
-from ._sums import channel_sums
-from ._threshold import ThresholdProbe, ThresholdScores, Transfer
+from .labels import ChannelLabel, ChannelLabels, label_channels
+from .linear import LinearProbe, linear_probe
+from .sums import channel_sums
+from .threshold import ThresholdProbe, ThresholdScores, Transfer
 
 __all__ = [
     "ChannelLabel",

@@ -5,9 +5,9 @@ Counts of a paired comparison are named by who succeeded, in the order of the ta
 `clusters` names the rows that are not independent of each other.
 """
 
-from ._corrections import benjamini_hochberg, equivalent, holm
-from ._interval import Interval
-from ._proportions import (
+from .corrections import benjamini_hochberg, equivalent, holm
+from .interval import Interval
+from .proportions import (
     PairedCounts,
     difference_interval,
     mcnemar_exact,
@@ -16,8 +16,8 @@ from ._proportions import (
     reweighted_precision,
     wilson_interval,
 )
-from ._ranking import Rank, auc, rank_among
-from ._resampling import bootstrap_interval, sign_flip_test
+from .ranking import Rank, auc, rank_among
+from .resampling import bootstrap_interval, sign_flip_test
 
 __all__ = [
     "Interval",

@@ -1,14 +1,16 @@
-"""Many patches, one by one, and what each does to a metric.
+"""Many patches, one by one: the effect of each on a metric, its gradient estimate, and the paths it takes.
 
     sites = points.site("embedder.relu3").split("channel")
     result = sweep(points, observations, patches=[zero_ablate(site) for site in sites], metric=logit_difference(0, 1))
     result.top(10)
 
-What comes before the patches runs once, and what comes after them for many patches at a time where that gives the
-numbers of the plain loop; the result says which strategy each hook point got, and why.
+The shared prefix runs once, and the suffix for many patches at a time if that gives the numbers of the plain loop.
 """
 
-from ._result import SweepInterrupted, SweepResult, Swept
-from ._sweep import sweep
+from .attribution import attribution
+from .attribution_result import Attribution
+from .path_patching import path_patch
+from .result import SweepInterrupted, SweepResult, Swept
+from .sweep import sweep
 
-__all__ = ["SweepInterrupted", "SweepResult", "Swept", "sweep"]
+__all__ = ["Attribution", "SweepInterrupted", "SweepResult", "Swept", "attribution", "path_patch", "sweep"]

@@ -1,0 +1,158 @@
+"""Reduced activations of many inputs in double precision: what contrasts, probes and controls are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .engine.inputs import Inputs, batches
+from .engine.paths import Path
+from .errors import ChanpatchError, SiteError
+from .patching.cache import ActivationCache
+from .patching.recording import run_with_cache
+from .patching.reductions import InDouble, Reduce, reduced_axes
+from .registry.points import HookPoints
+from .registry.sites import Site
+
+ROUNDING = 1e-6  # what may differ between two runs in single precision, relative to the activation
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and summed squared deviation per channel, in float64; `+` merges two samples.
+
+    Attributes:
+        count: Number of inputs.
+        mean: `(channel,)`.
+        squares: `(channel,)`, the sum of squared deviations from the mean.
+
+    References:
+        Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), equation 2.1.
+    """
+
+    count: int
+    mean: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+    @staticmethod
+    def of(sample: ArrayLike) -> Moments:
+        """Return the moments of a sample `(input, channel)`."""
+        values = np.asarray(sample, dtype=np.float64)
+        mean = values.mean(axis=0)
+        return Moments(len(values), mean, np.square(values - mean).sum(axis=0))
+
+    def __add__(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        mean = self.mean + apart * (other.count / count)
+        return Moments(
+            count, mean, self.squares + other.squares + np.square(apart) * (self.count * other.count / count)
+        )
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """Standard deviation per channel, `(channel,)`, with count - 1 in the denominator; NaN for fewer than two."""
+        if self.count < 2:
+            return np.full_like(self.mean, np.nan)
+        spread: NDArray[np.float64] = np.sqrt(self.squares / (self.count - 1))
+        return spread
+
+    def varies(self, precision: float = 0.0) -> NDArray[np.bool_]:
+        """Return which channels vary by more than rounding: in single precision, or relatively by `precision`."""
+        beyond: NDArray[np.bool_] = self.std > max(ROUNDING, precision) * np.abs(self.mean)
+        return beyond
+
+
+Floats = NDArray[np.float64]
+
+
+def check_inputs(
+    points: HookPoints, inputs: Inputs | Iterable[Inputs], batch_size: int, error: type[ChanpatchError]
+) -> None:
+    """Raise the error if a batch would be empty, or if inputs would be cut along another axis than the batch."""
+    if batch_size < 1:
+        raise error(f"batch_size is {batch_size}, but a batch has at least one input.")
+    whole = isinstance(inputs, (Tensor, tuple, Mapping))
+    first = next((point for point in points.values() if not point.module and point.side == "in" and point.axes), None)
+    if whole and first is not None and first.batch_axis not in (None, 0):
+        raise error(
+            f"The model takes its batch on axis {first.batch_axis} of its first input, but inputs stand on axis 0. "
+            "Wrap the model in a module that takes the batch first."
+        )
+
+
+def check_leaves_channels(site: Site, reduce: Reduce) -> None:
+    """Raise unless a reduction leaves the batch of a bound site and one axis at most.
+
+    Raises:
+        SiteError: If it leaves others.
+    """
+    point = site.point
+    assert point is not None  # sites_of binds sites to their points
+    left = reduced_axes(site, point.axes, reduce)
+    if "batch" not in left or len(left) > 2:
+        raise SiteError(
+            f"reduce={reduce!r} leaves ({', '.join(left)}) at {site!r}; it must leave the batch and one axis at most."
+        )
+
+
+def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
+    """Return the name of the channel or feature axis of a bound site; `what` needs it, else the error is raised."""
+    point = site.point
+    assert point is not None  # sites_of binds sites to their points
+    if "batch" in dict(site.indices):
+        raise error(f"{site!r} names rows. {what} take all inputs: leave batch= out, and give those inputs alone.")
+    kept = reduced_axes(site, point.axes, "sum")
+    channels = [axis for axis in kept if axis != "batch"]
+    if point.batch_axis is None or "batch" not in kept or len(channels) != 1:
+        raise error(
+            f"{site!r} has axes ({', '.join(point.axes)})"
+            + (", and its batch axis is not proved" if point.batch_axis is None else "")
+            + f". {what} need the batch and one axis named channel or feature; "
+            "hook_points(..., axes={...}) names axes."
+        )
+    layers = len(site.split("layer")) if "layer" in point.axes else 1
+    if layers > 1:
+        raise error(f"{site!r} has {layers} layers, each with {channels[0]}s of its own: name one, as in layer=0.")
+    return channels[0]
+
+
+def recorded(
+    points: HookPoints, inputs: Inputs | Iterable[Inputs], sites: Sequence[Site], reduce: Reduce | None, batch_size: int
+) -> Iterator[ActivationCache]:
+    """Yield the sites of each batch on the CPU, reduced in double precision; nothing is kept from batch to batch."""
+    wide = None if reduce is None else cast("Reduce", InDouble(reduce))  # no reduction of a user's
+    for arguments, keywords in batches(inputs, batch_size, _shared(points)):
+        with torch.no_grad():
+            cache = run_with_cache(points, *arguments, sites=sites, reduce=wide, device="cpu", stop=True, **keywords)
+        yield cache
+
+
+def _shared(points: HookPoints) -> dict[Path, int]:
+    """Return the lengths of the model's inputs that stay as they are when the batch grows, by path."""
+    taken = [point for point in points.values() if not point.module and point.side == "in" and point.shape]
+    proved = any(point.batch_axis is not None for point in taken)
+    return {point.path: point.shape[0] for point in taken if proved and point.batch_axis is None}
+
+
+def rows(cache: ActivationCache, site: Site) -> Floats:
+    """Return what was recorded at a site that was reduced to the batch and one axis at most: `(input, channel)`."""
+    # A copy: what was made in the middle of a forward would keep apart, if it stayed, what the forward gives back.
+    array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
+    return array if array.ndim > 1 else array[:, None]
+
+
+def check_finite(name: str, sample: Floats, site: Site, start: int, error: type[ChanpatchError]) -> None:
+    """Raise the error if an input, the first of them number `start`, leads to NaN or an infinity at a site."""
+    finite = np.isfinite(sample).all(axis=tuple(range(1, sample.ndim)))
+    if not finite.all():
+        raise error(
+            f"{name}[{start + int(np.argmin(finite))}] leads to a number that is not finite at {site!r}: leave that "
+            "input out, or that site."
+        )

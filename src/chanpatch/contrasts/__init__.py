@@ -1,0 +1,10 @@
+"""Wing 2, the contrastive-pair differ: which channels respond to a feature, relative to their background variation.
+
+result = contrast(points, clean, corrupted, background=observations)
+result.top(10)
+"""
+
+from .contrast import contrast
+from .result import Contrast
+
+__all__ = ["Contrast", "contrast"]

@@ -1,0 +1,171 @@
+"""Pairs of inputs, compared channel by channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..channels import check_inputs
+from ..engine.inputs import Inputs, input_count
+from ..engine.state import undisturbed
+from ..errors import ContrastError
+from ..patching.reductions import Reduce
+from ..registry.lookup import refuse_untraced
+from ..registry.points import HookPoints
+from ..registry.sites import HookPoint, Site
+from ..statistics.corrections import benjamini_hochberg, holm
+from ..statistics.resampling import bootstrap_interval, sign_flip_test
+from .result import LEVEL, Contrast
+from .search import channels_of, distinct, gathered, searched, spread_over
+
+FEWEST_CLUSTERS = 6  # with fewer, no sign-flip test can give a p below 0.05
+
+
+FLIPS = 9_999  # at least
+
+
+MOST_CHANNELS = 10_000  # that get more flips so that one can reach the level: under a minute
+
+
+def contrast(
+    points: HookPoints,
+    clean: Inputs,
+    corrupted: Inputs,
+    sites: str | Site | HookPoint | Iterable[str | Site | HookPoint] = "all",
+    *,
+    reduce: Reduce = "sum",
+    background: Inputs | Iterable[Inputs] | None = None,
+    absolute: bool = False,
+    clusters: ArrayLike | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Contrast:
+    """Return how much each channel differs between clean and corrupted inputs.
+
+    Args:
+        points: Of the model.
+        clean: One input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such.
+        corrupted: The other input of each pair.
+        sites: Where to look; `"all"` searches what every module returns, and every tap, the same activations once.
+        reduce: What is compared of each channel, as in `recording`; it leaves the batch and at most one axis. Layers
+            of a recurrent state are compared each by itself, unless an einops pair joins them.
+        background: Inputs that tell how much a channel varies anyway: as `clean`, or any iterable of batches of it.
+            Two at least.
+        absolute: Rank by the mean absolute difference, for pairs in which the feature may point either way.
+        clusters: A label per pair; pairs of one label, such as rotations of one maze, are not independent.
+        seed: Of the bootstrap and of the sign flips.
+        batch_size: Inputs in one forward.
+
+    Raises:
+        HookPointError, SiteError: If a site does not exist or cannot be reduced so; all faults at once.
+        ContrastError: If there are no pairs, the two sides have other numbers of inputs, clusters do not fit, the
+            background is too small, or an activation is not finite.
+
+    Example:
+        >>> import torch
+        >>> from chanpatch import hook_points
+        >>> model = torch.nn.Linear(3, 2)
+        >>> clean, corrupted = torch.ones(8, 3), torch.zeros(8, 3)
+        >>> result = contrast(hook_points(model, clean), clean, corrupted, ".out")
+        >>> len(result), result.pairs
+        (2, 8)
+
+    References:
+        Turner et al. 2023, "Steering language models with activation engineering", for differences of paired inputs;
+        Davison and Hinkley 1997, "Bootstrap methods and their application", for flips and intervals.
+    """
+    labels = _checked_pairs(points, clean, corrupted, clusters, batch_size)
+    chosen, skipped = searched(points, sites, reduce)
+    with undisturbed(points.model) as run:
+        one = gathered(run, points, ("clean", clean), chosen, reduce, batch_size)
+        run.put_back()  # both sides begin with the same state, and draw the same
+        other = gathered(run, points, ("corrupted", corrupted), chosen, reduce, batch_size)
+        run.put_back()
+        count, spread = spread_over(run, points, background, chosen, reduce, batch_size)
+    if isinstance(sites, str) and sites == "all":
+        chosen, repeated = distinct(chosen, [one, other, *([spread] if count else [])])
+        skipped |= repeated
+    differences = np.concatenate([one[site] - other[site] for site in chosen], axis=1)
+    channels = tuple(row for site in chosen for row in channels_of(site, one[site].shape[1], reduce))
+    std, scale = np.full(len(channels), np.nan), np.ones(len(channels))
+    if count:
+        std, scale = np.concatenate([spread[site] for site in chosen], axis=1)
+    measured = np.abs(differences) if absolute else differences
+    interval = bootstrap_interval(measured / scale, clusters=labels, seed=seed)
+    independent = len(np.unique(labels))
+    no_p, flips = _no_p(absolute, independent), _flips(len(channels))
+    p = np.full(len(channels), np.nan)
+    if not no_p:
+        p = sign_flip_test(differences, clusters=labels, resamples=flips, seed=seed)
+    result = Contrast(
+        sites=channels,
+        difference=differences.mean(axis=0),
+        absolute=np.abs(differences).mean(axis=0),
+        std=std,
+        effect=measured.mean(axis=0) / scale,
+        low=interval.low,
+        high=interval.high,
+        p=p,
+        p_holm=holm(p),
+        p_bh=benjamini_hochberg(p),
+        no_p=no_p,
+        no_holm="" if no_p else _no_holm(independent, len(channels), flips),
+        pairs=len(labels),
+        clusters=independent,
+        background=count,
+        skipped=skipped,
+        effect_label=_effect_label(absolute, len(labels), count),
+        _points=points,
+        _inputs=(clean, corrupted),
+        _batch_size=batch_size,
+    )
+    order = np.argsort(-np.abs(result.effect), kind="stable")  # NaN, of channels that never vary, comes last
+    return result._rows(order)
+
+
+def _flips(channels: int) -> int:
+    """Return how many sign flips to draw: enough that the strongest of so many channels can reach the level."""
+    return FLIPS if channels > MOST_CHANNELS else max(FLIPS, math.ceil(channels / LEVEL))
+
+
+def _no_holm(independent: int, channels: int, flips: int) -> str:
+    """Return why no corrected p can reach the level, or nothing."""
+    # The smallest p is one in all flips, or in those drawn and the real one.
+    least = channels * max(2.0 ** (1 - independent), 1 / (flips + 1))
+    if least <= LEVEL:
+        return ""
+    return f"{independent} independent pairs and {channels} channels give {min(least, 1.0):.2g} at least. " + (
+        "Name fewer sites." if channels > MOST_CHANNELS else "Name fewer sites, or give more pairs."
+    )
+
+
+def _no_p(absolute: bool, independent: int) -> str:
+    if absolute:
+        return "a mean absolute difference is above zero also where nothing differs but noise; take signed differences."
+    if independent < FEWEST_CLUSTERS:
+        return f"{independent} independent pairs are too few for a sign-flip test; it needs {FEWEST_CLUSTERS}."
+    return ""
+
+
+def _effect_label(absolute: bool, pairs: int, background: int) -> str:
+    label = f"{'absolute ' * absolute}difference of clean and corrupted, n = {pairs} pairs"
+    return label + f" (in standard deviations over {background} background inputs)" * bool(background)
+
+
+def _checked_pairs(
+    points: HookPoints, clean: Any, corrupted: Any, clusters: ArrayLike | None, batch_size: int
+) -> NDArray[Any]:
+    """Return one cluster label per pair."""
+    refuse_untraced(points)
+    check_inputs(points, clean, batch_size, ContrastError)
+    lengths = [input_count(inputs) for inputs in (clean, corrupted)]
+    if lengths[0] != lengths[1] or not lengths[0]:
+        raise ContrastError(f"clean has {lengths[0]} inputs and corrupted {lengths[1]}: give one of each per pair.")
+    labels = np.arange(lengths[0]) if clusters is None else np.asarray(clusters)
+    if labels.shape != (lengths[0],):
+        raise ContrastError(f"clusters has shape {labels.shape}, but there are {lengths[0]} pairs: give each a label.")
+    return labels

@@ -1,0 +1,37 @@
+"""Metrics: functions of a model's output that return one number per input.
+
+    logits = model(observations)
+    logit_difference(3, 5)(logits)                  # (batch,)
+    kl_divergence(patched_logits, baseline=logits)  # (batch,)
+
+Any function of an output that returns a tensor `(batch,)` is a metric. One with a keyword-only `baseline` compares: it
+gets the unpatched output too.
+"""
+
+from .measured import Metric
+from .metrics import (
+    action_flip,
+    action_probability,
+    at_position,
+    entropy,
+    kl_divergence,
+    log_probability,
+    logit_difference,
+    normalized_effect,
+    total_variation,
+    value,
+)
+
+__all__ = [
+    "Metric",
+    "action_flip",
+    "action_probability",
+    "at_position",
+    "entropy",
+    "kl_divergence",
+    "log_probability",
+    "logit_difference",
+    "normalized_effect",
+    "total_variation",
+    "value",
+]

@@ -1,0 +1,366 @@
+"""Metrics: functions of a model's output with one number per input.
+
+logits = model(observations)
+logit_difference(3, 5)(logits)                  # (batch,)
+kl_divergence(patched_logits, baseline=logits)  # (batch,)
+
+Any function of an output that returns a tensor `(batch,)` is a metric. One with a keyword-only `baseline` compares: it
+gets the unpatched output too. The metrics here understand logits `(batch, action)`, `torch.distributions` objects,
+tuples that begin with one of them, dicts and objects that hold one, and Stable-Baselines3's distributions. Logits of
+sequences, `(batch, position, action)`, are refused until `at_position` says which position is meant: where sequences
+are padded, the last position is not that of the last token. All but `action_flip` are differentiable.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, kl
+
+from ..errors import DistributionError, MetricError
+from .measured import Metric, compares
+from .outputs import Actions, Choice, described, distribution_of, is_categorical, logits_of, shown, value_candidates
+
+
+def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
+    """Return the metric `logit of correct minus logit of incorrect`: the log odds between the two.
+
+    The logit of a set of actions is the log of the sum of their exponentials, so that the difference of two sets is the
+    log of the ratio of their probabilities.
+
+    Args:
+        correct: An action, a sequence of actions that count as one, or an int64 tensor `(batch,)` with an action per
+            input.
+        incorrect: The same.
+
+    Returns:
+        A function of an output that returns `(batch,)`.
+
+    Raises:
+        MetricError: If the actions are none; in the call, if the output lacks them or has sequences (`at_position`).
+
+    Example:
+        >>> logit_difference(0, 2)(torch.tensor([[3.0, 0.0, 1.0]]))
+        tensor([2.])
+
+    References:
+        Wang et al. 2023, "Interpretability in the wild: a circuit for indirect object identification in GPT-2 small".
+    """
+    of_correct, of_incorrect = Choice("correct", correct), Choice("incorrect", incorrect)
+
+    def logit_difference(output: Any) -> Tensor:  # the name that a result shows
+        logits = _log_probabilities(output)
+        return of_correct(logits) - of_incorrect(logits)
+
+    return logit_difference
+
+
+def log_probability(actions: Actions) -> Metric:
+    """Return the metric `log of the probability of an action, or of a set of actions together`, in nats.
+
+    Args:
+        actions: As in `logit_difference`.
+
+    Returns:
+        A function of an output that returns `(batch,)`.
+
+    Raises:
+        MetricError: If the actions are none; in the call, if the output lacks them or has sequences (`at_position`).
+
+    Example:
+        >>> log_probability([0, 1])(torch.zeros(1, 4)).exp()
+        tensor([0.5000])
+    """
+    chosen = Choice("actions", actions)
+
+    def log_probability(output: Any) -> Tensor:
+        return chosen(_log_probabilities(output))
+
+    return log_probability
+
+
+def action_probability(actions: Actions) -> Metric:
+    """Return the metric `probability of an action, or of a set of actions together`, between 0 and 1.
+
+    Args:
+        actions: As in `logit_difference`.
+
+    Returns:
+        A function of an output that returns `(batch,)`.
+
+    Raises:
+        MetricError: If the actions are none; in the call, if the output lacks them or has sequences (`at_position`).
+
+    Example:
+        >>> action_probability([0, 1, 2])(torch.zeros(1, 4))
+        tensor([0.7500])
+    """
+    chosen = Choice("actions", actions)
+
+    def action_probability(output: Any) -> Tensor:
+        return chosen(_log_probabilities(output)).exp()
+
+    return action_probability
+
+
+def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
+    """Return the Kullback-Leibler divergence of the output's distribution from the baseline's, in nats.
+
+    It is the mean under the baseline of `log p_baseline - log p_output`: 0 where the two agree, infinite where the
+    output rules out what the baseline may do. The dimensions of a continuous action are summed.
+
+    Args:
+        output: Of the patched model.
+        baseline: Of the unpatched model, on the same inputs.
+
+    Returns:
+        `(batch,)`.
+
+    Raises:
+        DistributionError: If there is no distribution, or no divergence between two of these kinds.
+        MetricError: If the two are not of the same shape, or have logits of sequences (see `at_position`).
+
+    Example:
+        >>> kl_divergence(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
+        tensor([0.6931])
+    """
+    found, reference = distribution_of(output), distribution_of(baseline)
+    if is_categorical(found) and is_categorical(reference):
+        ours, theirs = _compared(output, baseline)
+        return _expected(theirs.exp(), theirs - ours)
+    _check_same_shape(found.batch_shape + found.event_shape, reference.batch_shape + reference.event_shape)
+    return _summed(found, "divergence from the baseline's", lambda: kl.kl_divergence(reference, found))
+
+
+def total_variation(output: Any, *, baseline: Any) -> Tensor:
+    """Return half the sum of the absolute differences of probability from the baseline's: 0 the same, 1 disjoint.
+
+    Args:
+        output: Of the patched model.
+        baseline: Of the unpatched model, on the same inputs.
+
+    Returns:
+        `(batch,)`.
+
+    Raises:
+        DistributionError: If one of them has no logits.
+        MetricError: If the two are not of the same shape, or have logits of sequences (see `at_position`).
+
+    Example:
+        >>> total_variation(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
+        tensor([0.5000])
+    """
+    ours, theirs = _compared(output, baseline)
+    return (ours.exp() - theirs.exp()).abs().sum(-1) / 2
+
+
+def action_flip(output: Any, *, baseline: Any) -> Tensor:
+    """Return whether the most probable action is another one than the baseline's: 1 or 0; its mean is the flip rate.
+
+    Of actions that are equally probable the first one counts. Its gradient is zero everywhere.
+
+    Args:
+        output: Of the patched model.
+        baseline: Of the unpatched model, on the same inputs.
+
+    Returns:
+        `(batch,)`, in the output's dtype.
+
+    Raises:
+        DistributionError: If one of them has no logits.
+        MetricError: If the two are not of the same shape, or have logits of sequences (see `at_position`).
+
+    Example:
+        >>> action_flip(torch.eye(2), baseline=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        tensor([0., 1.])
+    """
+    ours, theirs = _compared(output, baseline)
+    return (ours.argmax(-1) != theirs.argmax(-1)).to(ours.dtype)
+
+
+def entropy(output: Any) -> Tensor:
+    """Return the entropy of the output's distribution, in nats, summed over the dimensions of a continuous action.
+
+    Args:
+        output: Of the model.
+
+    Returns:
+        `(batch,)`.
+
+    Raises:
+        DistributionError: If there is no distribution, or one whose entropy has no formula.
+        MetricError: If there are logits of sequences (see `at_position`).
+
+    Example:
+        >>> entropy(torch.zeros(1, 2))
+        tensor([0.6931])
+    """
+    found = distribution_of(output)
+    if not is_categorical(found):
+        return _summed(found, "entropy", found.entropy)
+    logs = _log_probabilities(output)
+    return _expected(logs.exp(), -logs)
+
+
+def value(output: Any) -> Tensor:
+    """Return the value that a policy gives its observations beside the distribution.
+
+    It is the entry `value` or `values` of a dict or an object, otherwise the one tensor `(batch,)` or `(batch, 1)` in a
+    tuple beside its distribution (or its first entry, the logits); a tensor of that shape is the value itself.
+
+    Args:
+        output: Of the model.
+
+    Returns:
+        `(batch,)`.
+
+    Raises:
+        MetricError: If there is no value, or more than one tensor that could be it.
+
+    Example:
+        >>> value((torch.zeros(2, 4), torch.tensor([[0.5], [0.25]])))
+        tensor([0.5000, 0.2500])
+    """
+    candidates = value_candidates(output)
+    if len(candidates) != 1:
+        raise MetricError(
+            f"The output, {described(output)}, holds {len(candidates)} tensors (batch,) or (batch, 1) that could be "
+            "the value. Give a metric that picks it out: lambda output: output[1]."
+        )
+    return candidates[0].reshape(-1)
+
+
+def at_position(metric: Metric, position: int | Tensor) -> Metric:
+    """Return a metric of the logits at one position of each sequence.
+
+    Args:
+        metric: Of logits `(batch, action)`; one that compares gets the baseline's at the same position.
+        position: Of every sequence, -1 for the last one; or an int64 tensor `(batch,)` with a position for each, as
+            `lengths - 1` where sequences are padded.
+
+    Returns:
+        A function of an output with logits `(batch, position, action)` that returns `(batch,)`.
+
+    Raises:
+        MetricError: If the position is none; in the call, if the logits have no such axis or position.
+
+    Example:
+        >>> logits = torch.zeros(2, 5, 4)
+        >>> lengths = torch.tensor([5, 3])
+        >>> at_position(action_probability(1), lengths - 1)(logits)
+        tensor([0.2500, 0.2500])
+    """
+    numbers = position.tolist() if isinstance(position, Tensor) else [position]
+    if not numbers or not all(type(number) is int for number in numbers):
+        raise MetricError(f"position is {shown(position)}; it takes an int, or an int64 tensor (batch,).")
+
+    def selected(output: Any) -> Tensor:
+        logits = logits_of(output)
+        if logits.dim() != 3:
+            raise MetricError(
+                f"The output has logits of shape {tuple(logits.shape)}, but at_position needs axes (batch, "
+                "position, action)."
+            )
+        inputs, length, _ = logits.shape
+        if not -length <= min(numbers) <= max(numbers) < length:
+            raise MetricError(f"position is {shown(position)}, but the output has {length} (0 to {length - 1}).")
+        if isinstance(position, int):
+            return logits[:, position]
+        if len(numbers) != inputs:
+            raise MetricError(f"There are {len(numbers)} positions, but the output has {inputs} inputs. Give each one.")
+        return logits[torch.arange(inputs, device=logits.device), position.to(logits.device)]
+
+    @functools.wraps(metric)  # keeps the signature, which tells whether it compares
+    def there(output: Any, **baseline: Any) -> Tensor:
+        return metric(selected(output), **{name: selected(other) for name, other in baseline.items()})
+
+    return there
+
+
+def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
+    """Return a metric on the scale where the corrupted run is 0 and the clean run is 1.
+
+    It is `(metric - corrupted) / (clean - corrupted)`, where clean and corrupted are the means of the metric over these
+    runs. In a patched corrupted run its mean is the share of the effect that the patch restores.
+
+    Args:
+        metric: Of one output; not one that compares.
+        clean: Output of the model on the clean inputs.
+        corrupted: Output of the model on the corrupted inputs.
+
+    Returns:
+        A function of an output that returns `(batch,)`.
+
+    Raises:
+        MetricError: If clean and corrupted agree, so that there is no effect to share out, or the metric compares.
+
+    Example:
+        >>> clean, corrupted = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> restored = normalized_effect(logit_difference(0, 1), clean, corrupted)
+        >>> restored(torch.tensor([[3.0, 0.0]]))
+        tensor([0.7500])
+
+    References:
+        Zhang and Nanda 2024, "Towards best practices of activation patching in language models: metrics and methods".
+    """
+    if compares(metric):
+        raise MetricError(
+            "normalized_effect takes a metric of one output, but this one compares with a baseline, which is 0 where "
+            "the run is the baseline already."
+        )
+    one, zero = metric(clean).detach().mean(), metric(corrupted).detach().mean()
+    if torch.isclose(one, zero, atol=0.0):
+        raise MetricError(
+            f"The metric is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no effect to "
+            "take a share of. Choose inputs or a metric that differ between the two."
+        )
+
+    def normalized_effect(output: Any) -> Tensor:
+        return (metric(output) - zero) / (one - zero)
+
+    return normalized_effect
+
+
+def _log_probabilities(output: Any) -> Tensor:
+    """Return the normalised logits, `(batch, action)`."""
+    logits = logits_of(output)
+    if logits.dim() != 2:
+        last = "at_position(metric, -1) takes the last position."
+        advice = last if logits.dim() == 3 else "Give them these two axes."
+        raise MetricError(
+            f"The output has logits of shape {tuple(logits.shape)}, but a metric needs (batch, action). {advice}"
+        )
+    return logits
+
+
+def _compared(output: Any, baseline: Any) -> tuple[Tensor, Tensor]:
+    ours, theirs = _log_probabilities(output), _log_probabilities(baseline)
+    _check_same_shape(ours.shape, theirs.shape)
+    return ours, theirs
+
+
+def _check_same_shape(ours: Sequence[int], theirs: Sequence[int]) -> None:
+    if tuple(ours) != tuple(theirs):
+        raise MetricError(
+            f"The output has shape {tuple(ours)} and the baseline {tuple(theirs)}: compare outputs for the same inputs."
+        )
+
+
+def _expected(probabilities: Tensor, quantity: Tensor) -> Tensor:
+    """Return an expectation; an action that cannot happen adds nothing, however large its quantity."""
+    return (torch.where(probabilities > 0, quantity, 0.0) * probabilities).sum(-1)
+
+
+def _summed(found: Distribution, what: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Return a quantity of a continuous distribution, summed over the dimensions of the action."""
+    try:
+        result = compute()
+    except NotImplementedError:
+        raise DistributionError(
+            f"The {what} of a {type(found).__name__} has no formula in torch.distributions. Estimate it by samples."
+        ) from None
+    return result.flatten(1).sum(-1) if result.dim() > 1 else result

@@ -1,0 +1,169 @@
+"""What is in the output of a policy of whatever kind: its distribution, the logits of actions, its value."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, OneHotCategorical, TanhTransform, TransformedDistribution
+
+from ..engine.paths import inside_vmap
+from ..errors import DistributionError, MetricError
+
+Actions: TypeAlias = "int | Sequence[int] | Tensor"
+
+
+def distribution_in(output: Any) -> Distribution | None:
+    """Return the distribution that an output holds, or gives the logits of; None where there is none."""
+    if isinstance(output, Distribution):
+        return output
+    if isinstance(output, Tensor):
+        if not output.is_floating_point() or not output.dim():
+            return None
+        # Inside vmap no number can be read, so none can be validated; without rows there is none.
+        return Categorical(logits=output, validate_args=False if inside_vmap(output) or not output.numel() else None)
+    if isinstance(output, Mapping):
+        held = [value for value in output.values() if isinstance(value, Distribution)]
+        return held[0] if len(held) == 1 else distribution_in(output["logits"]) if "logits" in output else None
+    if isinstance(output, (tuple, list)):
+        held = [value for value in output if isinstance(value, Distribution)]
+        return held[0] if len(held) == 1 else distribution_in(output[0]) if output and not held else None
+    for name in ("distribution", "logits"):
+        if isinstance(getattr(output, name, None), (Distribution, Tensor)):
+            found = distribution_in(getattr(output, name))
+            return TransformedDistribution(found, TanhTransform()) if found and _is_squashed(output) else found
+    return None
+
+
+def _is_squashed(output: Any) -> bool:
+    """Tell whether Stable-Baselines3 puts a tanh behind the distribution that it names."""
+    return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
+
+
+def distribution_of(output: Any) -> Distribution:
+    """Return the distribution that an output holds, or gives the logits of.
+
+    Raises:
+        DistributionError: If there is none.
+    """
+    try:
+        found = distribution_in(output)
+    except ValueError as fault:
+        raise DistributionError(
+            f"The output is {described(output)} with NaN among its logits, which give no distribution. Look at which "
+            "activation has it first: recording(...), or a patch with numbers too large for the layers after it."
+        ) from fault
+    if found is None:
+        raise DistributionError(
+            f"The output is {described(output)}, which holds no action distribution: expected logits (batch, action), "
+            "a torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Give a "
+            "metric that picks it out."
+        )
+    return found
+
+
+def is_categorical(found: Distribution) -> bool:
+    """Tell whether a distribution is one over a set of actions, with logits."""
+    return isinstance(found, (Categorical, OneHotCategorical))
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the normalised logits of an output, `(..., action)`.
+
+    Raises:
+        DistributionError: If it has none.
+    """
+    found = distribution_of(output)
+    if not is_categorical(found):
+        raise DistributionError(
+            f"The output's distribution is {type(found).__name__}, which is none over a set of actions and has no "
+            "logits. Of continuous actions there are kl_divergence and entropy."
+        )
+    logits: Tensor = found.logits  # type: ignore[attr-defined]
+    return logits
+
+
+class Choice:
+    """Actions that count as one: the log of the sum of their exponentials, among logits.
+
+    Args:
+        name: Of the argument, for messages.
+        actions: As in `chanpatch.metrics.logit_difference`.
+
+    Raises:
+        MetricError: If the actions are none; in the call, if the logits do not have them.
+    """
+
+    def __init__(self, name: str, actions: Actions) -> None:
+        self.name = name
+        self.per_input = isinstance(actions, Tensor) and actions.dim() == 1
+        several = isinstance(actions, Sequence) or self.per_input
+        try:
+            numbers = [_number(action) for action in (actions if several else [actions])]  # type: ignore[union-attr]
+        except TypeError:
+            raise MetricError(
+                f"{name} is {shown(actions)}; it takes an action (an int), a sequence of actions that count as one, "
+                "or an int64 tensor (batch,) with an action per input."
+            ) from None
+        if not numbers or min(numbers) < 0:
+            raise MetricError(f"{name} is {shown(actions)}; actions are numbers from 0 on, one at least.")
+        if not self.per_input and len(set(numbers)) < len(numbers):
+            raise MetricError(f"{name} is {actions}, which counts an action twice. Name each one once.")
+        self._numbers, self._highest = torch.tensor(numbers), max(numbers)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return `(batch,)` from `(batch, action)`."""
+        count = logits.shape[-1]
+        if self._highest >= count:
+            raise MetricError(f"{self.name} has action {self._highest}, but the output has {count} (0 to {count - 1}).")
+        numbers = self._numbers.to(logits.device)
+        if not self.per_input:
+            return logits.index_select(-1, numbers).logsumexp(-1)
+        if len(numbers) != len(logits):
+            raise MetricError(
+                f"{self.name} has an action for each of {len(numbers)} inputs, but the output has {len(logits)}. "
+                "Give one for each, or a list for a set of actions that count as one."
+            )
+        return logits.gather(-1, numbers.unsqueeze(-1)).squeeze(-1)
+
+
+def _number(action: Any) -> int:
+    if isinstance(action, bool) or getattr(action, "dtype", None) == torch.bool:
+        raise TypeError("a mask names no actions")
+    return operator.index(action)
+
+
+def value_candidates(output: Any) -> list[Tensor]:
+    """Return the tensors of an output that could be its value, a number per input; one where it is clear."""
+    if isinstance(output, Tensor):
+        return [output] if _is_one_per_input(output) else []
+    names = ("value", "values")
+    named = map(output.get, names) if isinstance(output, Mapping) else (getattr(output, name, None) for name in names)
+    found = [item for item in named if isinstance(item, Tensor)]
+    if not found and isinstance(output, (tuple, list)):
+        distributed = any(isinstance(item, Distribution) for item in output)
+        found = [item for item in output[not distributed :] if isinstance(item, Tensor)]
+    return [tensor for tensor in found if _is_one_per_input(tensor)]
+
+
+def _is_one_per_input(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and (tensor.dim() == 1 or (tensor.dim() == 2 and tensor.shape[1] == 1))
+
+
+def described(output: Any) -> str:
+    """Say what an output is, for a message that it holds something else than was expected."""
+    if isinstance(output, Tensor):
+        return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a dict of {', '.join(map(repr, output))}"
+    if isinstance(output, (tuple, list)):
+        return f"({', '.join(type(item).__name__ for item in output)})"
+    return type(output).__name__
+
+
+def shown(argument: Any) -> str:
+    """Return an argument as it was written; of a tensor with axes, what it is."""
+    return described(argument) if isinstance(argument, Tensor) and argument.dim() else repr(argument)

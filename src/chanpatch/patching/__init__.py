@@ -1,0 +1,36 @@
+"""Reading and writing sites: edits, patches, the contexts that apply them, and recordings.
+
+with patched(points, zero_ablate(points.site("embedder.relu3", channel=55))):
+points.model(observations)
+"""
+
+from .cache import ActivationCache
+from .contexts import patched
+from .edits import Add, Clamp, Context, Edit, Project, Resample, Scale, Set
+from .ledger import Ledger
+from .patch import Patch
+from .recording import recording, run_with_cache
+from .verbs import edit, mean_ablate, patch_in, resample_ablate, steer, zero_ablate
+
+__all__ = [
+    "ActivationCache",
+    "Add",
+    "Clamp",
+    "Context",
+    "Edit",
+    "Ledger",
+    "Patch",
+    "Project",
+    "Resample",
+    "Scale",
+    "Set",
+    "edit",
+    "mean_ablate",
+    "patch_in",
+    "patched",
+    "recording",
+    "resample_ablate",
+    "run_with_cache",
+    "steer",
+    "zero_ablate",
+]

@@ -1,0 +1,165 @@
+"""Reading sites: recorded activations, reduced inside the hook where only sums are wanted.
+
+output, cache = run_with_cache(points, observations, sites="embedder.relu3", reduce="sum")
+cache["embedder.relu3"]        # (batch, channel)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BatchAxisError, HookPointError, SiteError
+from ..registry.lookup import no_batch
+from ..registry.points import normalised
+from ..registry.sites import Axes, HookPoint, Site
+
+
+class ActivationCache(Mapping[Site, Tensor]):
+    """Activations by site. A name will do for a key: of the whole hook point, or of the one site of it that is held.
+
+    Caches of equal sites can be added, subtracted, multiplied and divided, with each other or with a number:
+    `clean - corrupted`.
+
+    Args:
+        activations: By site, each with the axes of its region, such as `(batch, channel, row, col)`, or with those
+            that a reduction left, such as `(batch, channel)`.
+        axes: Axis names of each activation, by site.
+        batch_axes: Which axis of each activation is the batch, by site; None where none is known.
+    """
+
+    def __init__(
+        self,
+        activations: Mapping[Site, Tensor],
+        axes: Mapping[Site, Axes],
+        batch_axes: Mapping[Site, int | None],
+    ) -> None:
+        self._parts = {site: [activation] for site, activation in activations.items()}
+        self._axes, self._batch_axes = dict(axes), dict(batch_axes)
+
+    def __getitem__(self, key: Site | str | HookPoint) -> Tensor:
+        site = self._site(key)
+        parts = self._parts[site]
+        if len(parts) > 1:
+            parts[:] = [torch.cat(parts, dim=self._batch_axes[site] or 0)]
+        return parts[0]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def axes(self, key: Site | str) -> Axes:
+        """Return the axis names of an activation."""
+        return self._axes[self._site(key)]
+
+    def batch_axis(self, key: Site | str) -> int | None:
+        """Return which axis of an activation is the batch, or None."""
+        return self._batch_axes[self._site(key)]
+
+    def _site(self, key: Site | str | HookPoint) -> Site:
+        if isinstance(key, Site) and key in self._parts:
+            return key
+        name = key if isinstance(key, str) else key.name
+        held = [site for site in self._parts if site.name == name or (site.point and name in site.point.aliases)]
+        if isinstance(key, Site):  # another way to write the same region, as channel=-1
+            held = [site for site in held if site.point is not None and normalised(key, site.point) == site]
+        elif len(held) > 1:  # the name alone means all of the hook point, where that is held
+            held = [site for site in held if not site.indices] or held
+        if len(held) != 1:
+            holds = ", ".join(map(repr, self)) or "nothing yet"
+            what = f"{len(held)} sites of '{name}'" if len(held) > 1 else f"no {key!r}"
+            raise HookPointError(f"The cache has {what}. It holds {holds}.")
+        return held[0]
+
+    def _like(self, change: Callable[[Tensor, Site], Tensor]) -> ActivationCache:
+        changed = {site: change(activation, site) for site, activation in self.items()}
+        return ActivationCache(changed, self._axes, self._batch_axes)
+
+    def _combined(self, other: Any, operation: Callable[[Any, Any], Tensor]) -> ActivationCache:
+        if not isinstance(other, (ActivationCache, Real)):
+            raise TypeError(
+                f"An ActivationCache is combined with another one or a number, not {type(other).__name__}, which would "
+                "broadcast to every site. Take the activation itself: cache[site] * tensor."
+            )
+        if isinstance(other, Real):
+            return self._like(lambda activation, site: operation(activation, other))
+        if set(self) != set(other):
+            apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
+            raise SiteError(f"Caches of different sites cannot be combined: {apart} is in one of them only.")
+        for site, activation in self.items():
+            lengths, others = activation.shape, other[site].shape
+            if len(lengths) != len(others) or any(
+                m != n and 1 not in (m, n) for m, n in zip(lengths, others, strict=True)
+            ):
+                raise SiteError(f"{site!r} has shape {tuple(lengths)} in one cache and {tuple(others)} in the other.")
+        return self._like(lambda activation, site: operation(activation, other[site]))
+
+    def __add__(self, other: Any) -> ActivationCache:
+        return self._combined(other, torch.add)
+
+    def __sub__(self, other: Any) -> ActivationCache:
+        return self._combined(other, torch.sub)
+
+    def __mul__(self, other: Any) -> ActivationCache:
+        return self._combined(other, torch.mul)
+
+    def __truediv__(self, other: Any) -> ActivationCache:
+        return self._combined(other, torch.div)
+
+    def __neg__(self) -> ActivationCache:
+        return self._like(lambda activation, site: -activation)
+
+    __radd__, __rmul__ = __add__, __mul__
+    __array_ufunc__ = None  # so that numpy's numbers leave it to the cache
+
+    def mean(self) -> ActivationCache:
+        """Return the means over the batch; the batch axis stays, with length 1.
+
+        Raises:
+            BatchAxisError: If the batch axis of an activation is not known.
+        """
+
+        def average(activation: Tensor, site: Site) -> Tensor:
+            axis = self._batch_axes[site]
+            if axis is None:
+                raise BatchAxisError(f"The mean over the batch at {site!r}: {no_batch(site)}")
+            return activation.mean(dim=axis, keepdim=True)
+
+        return self._like(average)
+
+    def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
+        """Return the cache on another device or in another dtype; arguments as for `Tensor.to`."""
+        return self._like(lambda activation, site: activation.to(*args, **kwargs))
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per number: site, the index on each axis by its name, value."""
+        records = []
+        for site, activation in self.items():
+            values = activation.detach().cpu().flatten().tolist()
+            for index, value in zip(itertools.product(*map(range, activation.shape)), values, strict=True):
+                records.append({"site": repr(site), **dict(zip(self._axes[site], index, strict=True)), "value": value})
+        return records
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {site!r}: ({', '.join(self._axes[site])}) = {tuple(activation.shape)} {activation.dtype}"
+            for site, activation in self.items()
+        ]
+        return "\n".join([f"ActivationCache of {len(self)} sites", *lines])
+
+    def _append(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
+        """Add what one forward recorded; forwards are joined along the batch."""
+        if site in self._parts and batch_axis is None:
+            raise BatchAxisError(
+                f"{site!r} was recorded in a second forward, and the two cannot be joined. {no_batch(site)} "
+                "Or open one recording per forward."
+            )
+        self._parts.setdefault(site, []).append(activation)
+        self._axes[site], self._batch_axes[site] = axes, batch_axis

@@ -1,0 +1,175 @@
+"""What must hold before a model is hooked and a tensor edited: hooks that run, shapes and operands that fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.regions import read
+from ..errors import EditError
+from ..registry.lookup import bare_axes, check_shape_against_trace
+from ..registry.names import BarePoint
+from ..registry.sites import Axes, HookPoint, Site
+from .edits import Add, Project, Resample, Scale, Set
+
+
+class Located:
+    """Where a site lies in the tensors of its hook point: looked up, and checked, once per kind of tensor.
+
+    Attributes:
+        site: The site.
+        axes: Names of the axes of the tensor, and so of the region.
+        batch_axis: Which of them is the batch, or None.
+        positions: What to select, by axis number.
+    """
+
+    def __init__(self, site: Site, point: HookPoint | BarePoint, module: nn.Module | None) -> None:
+        self.site, self._point, self._module = site, point, module
+        self.axes: Axes = ()
+        self.batch_axis: int | None = None
+        self.positions: dict[int, slice | Tensor] = {}
+        self._known: tuple[Any, ...] | None = None
+
+    def region(self, leaf: Tensor) -> Tensor:
+        """Return the site's region of the tensor found at its hook point.
+
+        Raises:
+            TraceMismatchError, SiteError: If the tensor is not as in the trace, or has no such region.
+        """
+        self.locate(leaf)
+        return read(leaf, self.positions)
+
+    def locate(self, leaf: Tensor) -> None:
+        """Look up where the site lies in the tensor found at its hook point; raises as `region` does."""
+        known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
+        if known == self._known:
+            return
+        self._known = None
+        # What is kept serves forwards outside of inference mode, too.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self._locate(leaf)
+            self._check(leaf)
+        if type(leaf) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            self._known = known  # what is made inside a transform, or for a subclass, is of no use after it
+
+    def _locate(self, leaf: Tensor) -> None:
+        if isinstance(self._point, HookPoint):
+            self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
+            check_shape_against_trace(leaf, self._point)
+        else:
+            self.axes, self.batch_axis = bare_axes(self._point, self._module, leaf)
+        self.positions = {
+            axis: chosen if isinstance(chosen, slice) else torch.tensor(chosen, device=leaf.device)
+            for axis, chosen in self.site.positions(self.axes, leaf.shape).items()
+        }
+
+    def _check(self, leaf: Tensor) -> None:
+        """Raise if what is done there does not fit the region."""
+
+
+_VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Project: "projects"}
+
+
+def check_operands(
+    edit: Callable[..., Any],
+    site: Site,
+    axes: Axes,
+    lengths: Sequence[int | None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raise if an operand of one of chanpatch's edits would broadcast, or is of another dtype or device.
+
+    Args:
+        edit: Any edit; those of others are checked by what they return.
+        site: Where it is applied.
+        axes: Of the region.
+        lengths: Of the region's axes; None where any length may come.
+        dtype: Of the region.
+        device: Of the region.
+    """
+    if not isinstance(edit, (*_VERBS, Resample)):
+        return
+    name = type(edit).__name__
+    if isinstance(edit, Resample):  # the donors need not be as many as the rows
+        if "batch" in axes and axes.index("batch") != edit.batch_axis:
+            number = axes.index("batch")
+            raise EditError(
+                f"Resample at {site!r} has batch_axis={edit.batch_axis}, but the batch is axis {number} of "
+                f"({', '.join(axes)}). Resample(reference, seed, batch_axis={number}) draws rows."
+            )
+        lengths = [None if number == edit.batch_axis else length for number, length in enumerate(lengths)]
+    for item in fields(edit):  # type: ignore[arg-type]
+        operand = getattr(edit, item.name)
+        if isinstance(operand, Tensor):
+            check_shape(f"{name} at {site!r}", item.name, operand, axes, lengths, _VERBS.get(type(edit), "draws"))
+            if operand.dtype != dtype or operand.device != device:
+                raise EditError(
+                    f"{name} at {site!r}: the {item.name} is {operand.dtype} on {operand.device}, but the region is "
+                    f"{dtype} on {device}. Convert it: {item.name}.to('{device}', {dtype})."
+                )
+        elif not _holds(dtype, operand):
+            raise EditError(
+                f"{name} at {site!r}: the {item.name} is {operand}, which the region, {dtype}, cannot hold. Give a "
+                "whole number."
+            )
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return True
+    return math.isfinite(number) and number == (bool(number) if dtype == torch.bool else int(number))
+
+
+def check_mask(mask: Any, site: Site, axes: Axes, lengths: Sequence[int | None]) -> None:
+    """Raise if a `where` is no bool tensor that fits the region."""
+    check_mask_type(mask, site)
+    check_shape(f"where at {site!r}", "mask", mask, axes, lengths, "selects")
+
+
+def check_mask_type(mask: Any, site: Site) -> None:
+    """Raise if a `where` is no bool tensor."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
+        raise EditError(f"where at {site!r} is {got}, but it takes a bool tensor, as in mask = column < 12.")
+
+
+def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
+    """Raise unless the operand has one length per axis of the region, each equal or 1."""
+    if operand.dim() == len(axes) and all(
+        expected is None or length in (1, expected) for length, expected in zip(operand.shape, lengths, strict=True)
+    ):
+        return
+    advice = ""
+    rows = [axes.index("batch")] if "batch" in axes else [0]
+    others = [number for number in range(len(axes)) if number not in rows]
+    # A mask of that length is more often one of rows, a vector more often one of channels.
+    fitting = [number for number in (rows + others if noun == "mask" else others) if lengths[number] == operand.numel()]
+    if operand.dim() == 1 and fitting:
+        number = fitting[0]
+        view = ", ".join(str(len(operand)) if axis == number else "1" for axis in range(len(axes)))
+        advice = f": {noun}.view({view}) {verb} along {axes[number]}"
+    shown = ", ".join("any" if length is None else str(length) for length in lengths)
+    raise EditError(
+        f"{subject}: the {noun} has shape {tuple(operand.shape)}, but the region has axes ({', '.join(axes)}) = "
+        f"({shown}). Give every axis, with length 1 where the {noun} repeats{advice}."
+    )
+
+
+def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
+    """Return the names in `allow_unreached`.
+
+    Raises:
+        ValueError: If one of them is not known; `nothing` says what there is not.
+    """
+    allowed = frozenset([names] if isinstance(names, str) else names)
+    unknown = allowed - set(known)
+    if unknown:
+        raise ValueError(f"allow_unreached names {sorted(unknown)}, where {nothing}.")
+    return allowed

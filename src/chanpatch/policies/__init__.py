@@ -1,0 +1,21 @@
+"""Wing 4, ablation and patch policies: a policy with patches inside, and what it does in an environment.
+
+twin = PatchedPolicy(policy, zero_ablate(points.site("embedder.relu3", channel=55)))
+paired_rollouts({"original": policy, "patched": twin}, envs, seeds=range(100), max_steps=256)
+"""
+
+from .results import PairedRollouts, Rollout, SweptRollouts
+from .rollout_sweep import rollout_sweep
+from .rollouts import paired_rollouts, rollout
+from .twin import PatchedPolicy, action_distribution
+
+__all__ = [
+    "PairedRollouts",
+    "PatchedPolicy",
+    "Rollout",
+    "SweptRollouts",
+    "action_distribution",
+    "paired_rollouts",
+    "rollout",
+    "rollout_sweep",
+]

@@ -1,0 +1,278 @@
+"""Which label, or union of labels, each channel stands for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import ProbeError
+from ..results import imported, table
+from ..statistics.corrections import benjamini_hochberg, holm
+from ..statistics.interval import Interval
+from ..statistics.ranking import auc
+from .checks import Floats, Rows, checked_sums, halves
+
+Booleans = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ChannelLabel:
+    """What one channel stands for.
+
+    Attributes:
+        channel: Its number.
+        label: Such as `"UP"` or `"DOWN or LEFT"`; None where the held-out half does not bear out the candidate.
+        candidate: The label chosen on the first half; None for a dead channel.
+        auc: The probability that the sum is larger for an input with the candidate than for one without, on the
+            held-out half, with its interval of 95%; None for a dead channel.
+        p: Share of permutations of the held-out labels whose area is at least as large; NaN for a dead channel.
+        adjusted_p: The same, corrected for the number of channels.
+        note: Why there is no label, or nothing.
+    """
+
+    channel: int
+    label: str | None
+    candidate: str | None
+    auc: Interval | None
+    p: float
+    adjusted_p: float
+    note: str
+
+
+@dataclass(frozen=True, repr=False)
+class ChannelLabels(Sequence[ChannelLabel]):
+    """What each channel stands for, by channel number.
+
+    Attributes:
+        channels: One entry per channel.
+        chosen_on: Number of inputs on which the candidates were chosen.
+        scored_on: Number of other inputs on which they were scored.
+        level: The adjusted p up to which a candidate is a label.
+        correction: What `adjusted_p` is corrected by.
+    """
+
+    channels: tuple[ChannelLabel, ...]
+    chosen_on: int
+    scored_on: int
+    level: float
+    correction: str
+
+    def __getitem__(self, channel: Any) -> Any:
+        return self.channels[channel]
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    def best(self, label: str) -> list[ChannelLabel]:
+        """Return the channels with a label, that with the largest area first."""
+        return [each for each in self._ranked() if each.label == label]
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one dict per channel: channel, label, candidate, AUC with its ends, p, adjusted p, note."""
+        return [
+            {
+                "channel": each.channel,
+                "label": each.label or "no label",
+                "candidate": each.candidate,
+                "auc": each.auc and each.auc.estimate,
+                "low": each.auc and each.auc.low,
+                "high": each.auc and each.auc.high,
+                "p": each.p,
+                "adjusted p": each.adjusted_p,
+                "note": each.note,
+            }
+            for each in self.channels
+        ]
+
+    def to_pandas(self) -> Any:
+        """Return the records as a pandas data frame."""
+        return imported("pandas").DataFrame(self.to_records())
+
+    def __repr__(self) -> str:
+        kinds = Counter("label" if each.label else "dead" if each.auc is None else "no label" for each in self.channels)
+        records = self.to_records()
+        shown = [records[each.channel] for each in self._ranked()[:_SHOWN]]
+        title = (
+            f"{len(self)} channels: {kinds['label']} with a label, {kinds['no label']} without, {kinds['dead']} dead; "
+            f"chosen on {self.chosen_on} inputs, scored on {self.scored_on} others, p adjusted by {self.correction}"
+        )
+        more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
+        return "\n".join([title, *table(shown), *more])
+
+    def _ranked(self) -> list[ChannelLabel]:
+        """Return the labelled channels first, and the larger areas first among them and among the others."""
+        return sorted(
+            self.channels,
+            key=lambda each: (each.label is None, -(each.auc.estimate if each.auc else -1.0), each.channel),
+        )
+
+
+_SHOWN = 16
+
+
+def label_channels(
+    sums: ArrayLike,
+    labels: ArrayLike,
+    *,
+    names: Sequence[str],
+    seed: int,
+    penalty: float = 0.02,
+    correction: Literal["holm", "benjamini-hochberg"] = "holm",
+    level: float = 0.05,
+    permutations: int = 9999,
+) -> ChannelLabels:
+    """Return the label, or the union of labels, that each channel's sum tells best.
+
+    On one half of the inputs, every union of labels that some inputs have and some have not is scored by the
+    area under the curve (AUC) with which large sums tell it, less `penalty` for every label after the first; the
+    best is the channel's candidate. So a union has to tell more than a single label by that much. On the other
+    half, the candidate's area is compared with the areas under permuted labels. It becomes the channel's label if
+    that p-value, corrected for the number of channels, is at most `level`. Channels that do not vary within one
+    of the halves are dead and get none.
+
+    Args:
+        sums: `(input, channel)`.
+        labels: `(input,)`: the number of the name that each input has; or `(input, label)`: booleans. Every label
+            is on at least four inputs, and each half gets half of them.
+        names: One per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; at most ten.
+        seed: Of the halves and of the permutations.
+        penalty: In units of the AUC.
+        correction: Of the p-values, for the channels that are not dead.
+        level: The largest adjusted p-value of a label, between 0 and 1.
+        permutations: How many are drawn. No p-value is smaller than `1 / (permutations + 1)`.
+
+    Raises:
+        ProbeError: If sums, labels and names do not fit, a label is too rare, or the permutations are too few for
+            any label.
+
+    Example:
+        >>> generator = np.random.default_rng(0)
+        >>> directions = generator.integers(4, size=400)
+        >>> sums = generator.normal(size=(400, 3))
+        >>> sums[:, 0] += 2 * (directions == 0)
+        >>> sums[:, 1] += 2 * np.isin(directions, (1, 2))
+        >>> [each.label for each in label_channels(sums, directions, names=("UP", "DOWN", "LEFT", "RIGHT"), seed=0)]
+        ['UP', 'DOWN or LEFT', None]
+
+    References:
+        Mann and Whitney, "On a test of whether one of two random variables is stochastically larger than the
+        other" (1947), for the area as a statistic; Phipson and Smyth, "Permutation p-values should never be
+        zero" (2010), for the p-value.
+    """
+    array = checked_sums(sums, ("input", "channel"))
+    indicators = _indicators(labels, names, len(array))
+    first, second = halves(indicators, seed)
+    unions = list(_unions(indicators, (first, second)))
+    if not unions:
+        raise ProbeError("No label divides both halves of the inputs: give more inputs.")
+    members = np.stack([indicators[:, list(union)].any(axis=1) for union in unions])  # (union, input)
+    alive = np.flatnonzero((np.ptp(array[first], axis=0) > 0) & (np.ptp(array[second], axis=0) > 0))
+    adjust = _adjustment(correction, level, permutations, len(alive))
+
+    fees = penalty * (np.array([len(union) for union in unions]) - 1)
+    best = np.argmax(_areas(array[first][:, alive], members[:, first]) - fees[:, None], axis=0)
+    p = np.full(array.shape[1], np.nan)
+    p[alive] = _permutation_p(array[second][:, alive], members[best][:, second], permutations, seed)
+    chosen = dict(zip(alive.tolist(), best.tolist(), strict=True))
+    adjusted = adjust(p)
+
+    def described(channel: int) -> ChannelLabel:
+        if channel not in chosen:
+            return ChannelLabel(channel, None, None, None, np.nan, np.nan, "dead: its sum does not vary")
+        candidate = " or ".join(names[label] for label in unions[chosen[channel]])
+        area = auc(array[second, channel], members[chosen[channel], second])
+        kept = bool(adjusted[channel] <= level)
+        note = "" if kept else "not above the permuted labels"
+        return ChannelLabel(
+            channel, candidate if kept else None, candidate, area, float(p[channel]), float(adjusted[channel]), note
+        )
+
+    channels = tuple(described(channel) for channel in range(array.shape[1]))
+    return ChannelLabels(channels, len(first), len(second), level, correction)
+
+
+def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
+    """Return which input has which label: `(input, label)`."""
+    array = np.asarray(labels)
+    if not 2 <= len(names) <= 10 or len(set(names)) < len(names):
+        raise ProbeError(f"names is {tuple(names)}: give two to ten different names, one per label.")
+    if array.shape == (inputs,) and np.issubdtype(array.dtype, np.integer):
+        if array.min() < 0 or array.max() >= len(names):
+            wrong = array[(array < 0) | (array >= len(names))][0]
+            raise ProbeError(
+                f"labels holds {wrong}, but the {len(names)} names have the numbers 0 to {len(names) - 1}."
+            )
+        array = array[:, None] == np.arange(len(names))
+    if array.shape != (inputs, len(names)) or array.dtype != np.bool_:
+        raise ProbeError(
+            f"labels is {array.dtype} of shape {array.shape}: for {inputs} inputs and {len(names)} names give "
+            f"({inputs},) whole numbers from 0 on, or ({inputs}, {len(names)}) booleans."
+        )
+    for name, count in zip(names, array.sum(axis=0).tolist(), strict=True):
+        if min(count, inputs - count) < 4:
+            raise ProbeError(
+                f"Label '{name}' is on {count} of {inputs} inputs, but four with and four without it are needed, half "
+                "of them to choose by and half to score. Leave it out, or give more inputs."
+            )
+    return array
+
+
+def _unions(indicators: Booleans, parts: tuple[Rows, Rows]) -> Iterator[tuple[int, ...]]:
+    """Yield the unions of labels that in either half at least two inputs have and two have not, small ones first."""
+    labels = range(indicators.shape[1])
+    for size in range(1, len(labels) + 1):
+        for union in itertools.combinations(labels, size):
+            counts = [(indicators[part][:, list(union)].any(axis=1).sum(), len(part)) for part in parts]
+            if all(2 <= positives <= inputs - 2 for positives, inputs in counts):
+                yield union
+
+
+def _adjustment(correction: str, level: float, permutations: int, tests: int) -> Callable[[Floats], Floats]:
+    """Return the correction, after a check that any label can pass it."""
+    adjustments = {"holm": holm, "benjamini-hochberg": benjamini_hochberg}
+    if correction not in adjustments:
+        raise ProbeError(f"correction={correction!r}: it is one of {', '.join(map(repr, adjustments))}.")
+    if not 0 < level < 1:
+        raise ProbeError(f"level is {level!r}, but it must lie between 0 and 1, such as 0.05.")
+    least = math.ceil((tests if correction == "holm" else 1) / level) - 1
+    if permutations < max(least, 1):
+        raise ProbeError(
+            f"permutations is {permutations}, with which no adjusted p-value of {tests} channels can reach {level:g}: "
+            f"give at least {least}."
+        )
+    return adjustments[correction]
+
+
+def _areas(sums: Floats, members: Booleans) -> Floats:
+    """Return the area under the curve of every union, `(union, channel)`."""
+    import scipy.stats
+
+    positives = members.sum(axis=1, keepdims=True)
+    ranks = members.astype(np.float64) @ scipy.stats.rankdata(sums, axis=0)
+    areas: Floats = (ranks - positives * (positives + 1) / 2) / (positives * (members.shape[1] - positives))
+    return areas
+
+
+def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int) -> Floats:
+    """Return for each channel how often permuted labels, `(channel, input)`, have so large a sum of ranks."""
+    import scipy.stats
+
+    ranks = scipy.stats.rankdata(sums, axis=0)
+    kinds, kind = np.unique(members, axis=0, return_inverse=True)
+    generator = np.random.default_rng((seed, 1))  # other draws than those of the halves
+    reached = np.zeros(sums.shape[1])
+    for start in range(0, permutations, 1000):
+        count = min(1000, permutations - start)
+        order = generator.permuted(np.tile(np.arange(len(sums)), (count, 1)), axis=1)
+        for number, union in enumerate(kinds):
+            channels = np.flatnonzero(kind.reshape(-1) == number)
+            permuted = union[order].astype(np.float64) @ ranks[:, channels]
+            reached[channels] += (permuted >= union @ ranks[:, channels]).sum(axis=0)  # ranks are halves: no rounding
+    return (reached + 1) / (permutations + 1)

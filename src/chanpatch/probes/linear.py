@@ -1,0 +1,116 @@
+"""All channels together against one label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import ProbeError
+from ..results import imported, table
+from ..statistics.interval import Interval
+from ..statistics.proportions import mcnemar_exact, paired_counts, paired_difference_interval, wilson_interval
+from ..statistics.ranking import auc
+from .checks import checked_booleans, checked_seed, checked_sums
+
+
+@dataclass(frozen=True, repr=False)
+class LinearProbe:
+    """How well a weighted sum of the channels tells a label, on inputs that it was not fitted on.
+
+    The intervals, of 95%, are those of one fixed rule on as many independent inputs; that each fold has a rule of
+    its own is not in them.
+
+    Attributes:
+        accuracy: The share of inputs that are told right.
+        auc: The probability that a positive scores above a negative.
+        base_rate: The share of the more frequent label: the accuracy of always naming it.
+        gain: Accuracy minus base rate, over the same inputs.
+        p: Two-sided exact McNemar p-value that the gain is zero.
+        n: Number of inputs.
+        folds: Number of folds.
+    """
+
+    accuracy: Interval
+    auc: Interval
+    base_rate: float
+    gain: Interval
+    p: float
+    n: int
+    folds: int
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one dict per quantity: quantity, estimate, low, high, p, n."""
+        base = Interval(self.base_rate, np.nan, np.nan, self.accuracy.confidence)
+        rows = {"accuracy": self.accuracy, "base rate": base, "gain": self.gain, "AUC": self.auc}
+        return [
+            {
+                "quantity": name,
+                "estimate": interval.estimate,
+                "low": None if interval is base else interval.low,
+                "high": None if interval is base else interval.high,
+                "p": self.p if name == "gain" else None,
+                "n": self.n,
+            }
+            for name, interval in rows.items()
+        ]
+
+    def to_pandas(self) -> Any:
+        """Return the records as a pandas data frame."""
+        return imported("pandas").DataFrame(self.to_records())
+
+    def __repr__(self) -> str:
+        return "\n".join([f"Linear probe, {self.folds} folds of {self.n} inputs", *table(self.to_records())])
+
+
+def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> LinearProbe:
+    """Return how well a logistic regression on all channels tells a label, by cross-validation.
+
+    Channels are scaled to unit variance on the inputs of each fit, and weights are regularised as scikit-learn
+    does by default (C = 1).
+
+    Args:
+        sums: `(input, channel)`.
+        labels: `(input,)`: booleans; either on at least as many inputs as there are folds.
+        folds: Into how many parts the inputs are cut, each told by a fit on the others; at least 2.
+        seed: Of the folds.
+
+    Raises:
+        MissingPackageError: If scikit-learn is not installed.
+        ProbeError: If sums and labels do not fit, or a label is too rare.
+
+    Example:
+        >>> labels = np.arange(200) % 4 == 0
+        >>> sums = np.random.default_rng(0).normal(size=(200, 3)) + labels[:, None]
+        >>> probe = linear_probe(sums, labels)
+        >>> probe.accuracy.estimate > probe.base_rate
+        True
+
+    References:
+        Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016), section 3.
+    """
+    array = checked_sums(sums, ("input", "channel"))
+    if folds < 2:
+        raise ProbeError(f"folds is {folds}, but cross-validation needs at least two.")
+    positive = checked_booleans(labels, len(array), fewest=folds)
+    linear_model = imported("sklearn.linear_model", package="scikit-learn")
+    selection, preprocessing = imported("sklearn.model_selection"), imported("sklearn.preprocessing")
+    model = imported("sklearn.pipeline").make_pipeline(
+        preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=5000)
+    )
+    split = selection.StratifiedKFold(folds, shuffle=True, random_state=checked_seed(seed))
+    scores = selection.cross_val_predict(model, array, positive, cv=split, method="decision_function")
+
+    right, majority = (scores > 0) == positive, positive.mean() > 0.5
+    counts = paired_counts(right, positive == majority)
+    return LinearProbe(
+        accuracy=wilson_interval(int(right.sum()), len(array)),
+        auc=auc(scores, positive),
+        base_rate=float((positive == majority).mean()),
+        gain=paired_difference_interval(*counts),
+        p=mcnemar_exact(counts.only_first, counts.only_second),
+        n=len(array),
+        folds=folds,
+    )

@@ -1,0 +1,82 @@
+"""Channel sums of many inputs, reduced inside the hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..channels import channel_axis, check_inputs, check_leaves_channels, recorded, rows
+from ..engine.inputs import Inputs
+from ..engine.state import undisturbed
+from ..errors import ProbeError
+from ..patching.cache import ActivationCache
+from ..patching.reductions import Reduce
+from ..registry.lookup import sites_of
+from ..registry.points import HookPoints
+from ..registry.sites import HookPoint, Site
+
+
+def channel_sums(
+    points: HookPoints,
+    inputs: Inputs | Iterable[Inputs],
+    site: str | Site | HookPoint,
+    *,
+    reduce: Reduce = "sum",
+    batch_size: int = 64,
+) -> NDArray[np.float64]:
+    """Return the sum of each channel over its positions, for every input: `(input, channel)`.
+
+    The model runs without gradients, batch by batch and no further than the site; of each batch only the sums are
+    kept, taken in double precision. Random number generators, buffers, attributes and training flags are put back
+    afterwards.
+
+    Args:
+        points: Of the model.
+        inputs: All inputs, `(input, ...)`: a tensor, a tuple of the model's arguments or a dict of its keywords; or
+            any other iterable of batches of that kind.
+        site: A hook point or a region of one, with a channel or a feature axis.
+        reduce: What is taken over the positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean),
+            or an einops pair that leaves the batch and one axis at most.
+        batch_size: How many inputs go into one forward; the batches of an iterable go as they are.
+
+    Raises:
+        HookPointError, SiteError: If the site does not exist, its axes have no names, or it cannot be reduced so.
+        ProbeError: If the site has no channels or no proved batch axis, there are no inputs, or the model takes its
+            batch on another axis than the first.
+
+    Example:
+        >>> import torch
+        >>> from chanpatch import hook_points
+        >>> model = torch.nn.Conv2d(3, 8, 3)
+        >>> points = hook_points(model, torch.zeros(2, 3, 6, 6))
+        >>> channel_sums(points, torch.zeros(100, 3, 6, 6), ".out").shape
+        (100, 8)
+    """
+    if not isinstance(points, HookPoints):
+        raise ProbeError(
+            f"points is a {type(points).__name__}: give the model's HookPoints, hook_points(model, inputs)."
+        )
+    check_inputs(points, inputs, batch_size, ProbeError)
+    (bound,) = sites_of(points, site)
+    if isinstance(reduce, str):
+        channel_axis(bound, "Channel sums", ProbeError)
+    check_leaves_channels(bound, reduce)
+    with undisturbed(points.model) as run:
+        forwards = run.apart(recorded(points, inputs, [bound], reduce, batch_size))
+        parts = [rows(cache, bound) for cache in _watched(forwards)]
+    if not parts:
+        raise ProbeError("inputs is empty: give at least one input.")
+    sums: NDArray[np.float64] = np.concatenate(parts)
+    return sums
+
+
+def _watched(forwards: Iterable[ActivationCache]) -> Iterable[ActivationCache]:
+    """Return the same behind a progress bar on a terminal, after two seconds, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return forwards
+    watched: Iterable[ActivationCache] = tqdm(forwards, unit="batch", delay=2, disable=None)
+    return watched

@@ -1,0 +1,12 @@
+"""Wing 1, the hook-point registry: every place where an activation can be read or written.
+
+points = hook_points(model, observations)
+points.site("embedder.relu3", channel=55)
+"""
+
+from ..engine.taps import tap
+from .points import HookPoints
+from .sites import HookPoint, Site
+from .trace import hook_points
+
+__all__ = ["HookPoint", "HookPoints", "Site", "hook_points", "tap"]

@@ -1,0 +1,260 @@
+"""Axis names, from what a module is, never from how many axes its output has.
+
+A module type that fixes the meaning of its axes names them (convolution, pooling, linear, recurrent,
+attention, embedding). Elementwise modules and elementwise torch functions hand on the names of their input.
+Every other axis has no name here; the registry calls it `axis0`, `axis1`, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..engine.paths import Item, Path, leaves
+
+Names = tuple["str | None", ...]
+
+
+_SPACE = {1: ("position",), 2: ("row", "col"), 3: ("depth", "row", "col")}
+
+
+_SPATIAL = ("Conv", "ConvTranspose", "LazyConv", "LazyConvTranspose", "MaxPool", "MaxUnpool", "AvgPool", "LPPool",
+            "FractionalMaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "BatchNorm", "InstanceNorm",
+            "ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")  # fmt: skip
+
+
+_DIMENSIONS: dict[type, int] = {
+    kind: count
+    for count in _SPACE
+    for prefix in _SPATIAL
+    if (kind := getattr(nn, f"{prefix}{count}d", None)) is not None
+} | {nn.PixelShuffle: 2, nn.PixelUnshuffle: 2}
+
+
+_ACTIVATIONS = tuple(
+    kind
+    for name in torch.nn.modules.activation.__all__
+    if (kind := getattr(nn, name, None)) is not None and kind not in (nn.MultiheadAttention, nn.GLU)
+)
+
+
+_DROPOUT = tuple(getattr(nn, name) for name in torch.nn.modules.dropout.__all__)
+
+
+_NORMS = tuple(
+    getattr(nn, name) for name in ("LayerNorm", "RMSNorm", "GroupNorm", "LocalResponseNorm") if hasattr(nn, name)
+)
+
+
+_ELEMENTWISE = (*_ACTIVATIONS, *_DROPOUT, *_NORMS, nn.Identity)
+
+
+_ATTENTION = (
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
+    """Return the names that a module's type gives to the axes of one of its tensors; None where it gives none.
+
+    Args:
+        module: The module that takes or returns the tensor.
+        side: `"in"` for a tensor that the module takes, `"out"` for one that it returns.
+        path: Where the tensor stands among the inputs or in the output.
+        ndim: The tensor's number of axes.
+        inputs: Names of the axes of the module's first input, where they are known.
+    """
+    unknown: Names = (None,) * ndim
+    if (count := _spatial_dimensions(module)) is not None:
+        return _spatial_names(module, count, ndim, inputs) or unknown
+    if isinstance(module, nn.Linear) and ndim:
+        leading = inputs[:-1] if side == "out" and inputs and len(inputs) == ndim else unknown[:-1]
+        return (*leading, "feature")
+    if isinstance(module, nn.RNNBase):
+        return _recurrent_names(module, side, path, ndim) or unknown
+    if isinstance(module, (nn.RNNCellBase, nn.MultiheadAttention, *_ATTENTION)):
+        return _fixed_names(module, side, path, ndim) or unknown
+    if side == "in" or inputs is None:
+        return unknown
+    if isinstance(module, nn.Embedding):
+        return (*inputs, "feature") if len(inputs) == ndim - 1 else unknown
+    if isinstance(module, nn.Flatten):
+        return _flattened(module, inputs, ndim) or unknown
+    if isinstance(module, _ELEMENTWISE) and len(inputs) == ndim:
+        return inputs
+    return unknown
+
+
+def _spatial_dimensions(module: nn.Module) -> int | None:
+    return next((_DIMENSIONS[kind] for kind in type(module).__mro__ if kind in _DIMENSIONS), None)
+
+
+def _spatial_names(module: nn.Module, count: int, ndim: int, inputs: Names | None) -> Names | None:
+    if isinstance(module, nn.BatchNorm1d) and ndim == 2:
+        return inputs if inputs and len(inputs) == 2 and None not in inputs else ("batch", "channel")
+    if ndim == count + 2:
+        return ("batch", "channel", *_SPACE[count])
+    return ("channel", *_SPACE[count]) if ndim == count + 1 else None
+
+
+def _recurrent_names(module: nn.RNNBase, side: str, path: Path, ndim: int) -> Names | None:
+    if not all(isinstance(step, Item) for step in path):  # a PackedSequence has no axis of its own for the batch
+        return None
+    if path in ((Item(0),), (Item("input"),)):
+        if ndim == 2:
+            return ("position", "feature")
+        return ("batch", "position", "feature") if module.batch_first else ("position", "batch", "feature")
+    return {3: ("layer", "batch", "feature"), 2: ("layer", "feature")}.get(ndim)
+
+
+def _fixed_names(module: nn.Module, side: str, path: Path, ndim: int) -> Names | None:
+    if isinstance(module, nn.RNNCellBase):
+        return {2: ("batch", "feature"), 1: ("feature",)}.get(ndim)
+    if isinstance(module, nn.MultiheadAttention) and side == "out" and path == (Item(1),):
+        return {4: ("batch", "head", "query", "key"), 3: ("batch", "query", "key"), 2: ("query", "key")}.get(ndim)
+    if side == "in" and path != (Item(0),):
+        return None  # masks
+    attention = next(child for child in module.modules() if isinstance(child, nn.MultiheadAttention))
+    batched = ("batch", "position") if attention.batch_first else ("position", "batch")
+    return {3: (*batched, "feature"), 2: ("position", "feature")}.get(ndim)
+
+
+def _flattened(module: nn.Flatten, inputs: Names, ndim: int) -> Names | None:
+    start = module.start_dim % len(inputs) if inputs else 0
+    end = module.end_dim % len(inputs) if inputs else 0
+    names = (*inputs[:start], "feature", *inputs[end + 1 :])
+    return names if len(names) == ndim else None
+
+
+_FUNCTIONS = frozenset(
+    [
+        "add",
+        "sub",
+        "rsub",
+        "radd",
+        "mul",
+        "rmul",
+        "div",
+        "truediv",
+        "rtruediv",
+        "true_divide",
+        "neg",
+        "pos",
+        "pow",
+        "abs",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "exp",
+        "log",
+        "relu",
+        "relu6",
+        "gelu",
+        "silu",
+        "mish",
+        "elu",
+        "selu",
+        "celu",
+        "leaky_relu",
+        "rrelu",
+        "softplus",
+        "softsign",
+        "sigmoid",
+        "logsigmoid",
+        "tanh",
+        "hardtanh",
+        "hardswish",
+        "hardsigmoid",
+        "softmax",
+        "log_softmax",
+        "dropout",
+        "alpha_dropout",
+        "feature_dropout",
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "batch_norm",
+        "instance_norm",
+        "normalize",
+        "clamp",
+        "clip",
+        "minimum",
+        "maximum",
+        "where",
+        "masked_fill",
+        "lerp",
+        "sign",
+        "erf",
+        "sin",
+        "cos",
+        "clone",
+        "contiguous",
+        "detach",
+        "to",
+        "type",
+        "float",
+        "half",
+        "double",
+        "bfloat16",
+        "cuda",
+        "cpu",
+        "requires_grad",
+        "iadd",
+        "isub",
+        "imul",
+        "itruediv",
+    ]
+)
+
+
+class NamePropagation(TorchFunctionMode):
+    """While active, elementwise torch functions hand the axis names of their operands to their result.
+
+    Names are kept by tensor identity, so every named tensor is kept alive until the mode is left.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[int, Names] = {}
+        self._alive: list[Tensor] = []
+
+    def names(self, tensor: Tensor) -> Names | None:
+        """Return the names known for a tensor, or None."""
+        return self._names.get(id(tensor))
+
+    def learn(self, tensor: Tensor, names: Sequence[str | None]) -> Names:
+        """Fill in names that were unknown and return all that are known now; the first name stays."""
+        known = self._names.get(id(tensor))
+        if known is None or len(known) != tensor.dim():
+            self._alive.append(tensor)
+            known = (None,) * tensor.dim()
+        self._names[id(tensor)] = merged = tuple(a or b for a, b in zip(known, names, strict=True))
+        return merged
+
+    def rename(self, tensor: Tensor, names: Sequence[str]) -> None:
+        """Let these names stand, whatever was known."""
+        self._names.pop(id(tensor), None)
+        self.learn(tensor, names)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the function and name its result after its operands of the same shape; the first name stays."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _FUNCTIONS:
+            for _, operand in leaves((args, dict(kwargs or {}))):
+                names = self._names.get(id(operand))
+                if names is not None and operand.shape == result.shape:
+                    self.learn(result, names)
+        return result

@@ -1,0 +1,96 @@
+"""What a run with patches was, in digests: enough to tell whether another run is the same bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..engine.inputs import Inputs, batches, copied_inputs
+from ..engine.paths import leaves, path_text
+from ..engine.state import undisturbed
+from ..errors import InterventionError
+from ..patching.contexts import patched
+from ..patching.patch import Patch
+from ..registry.points import HookPoints
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a run with patches was. Two are equal if the runs were, bit for bit; where they ran does not count.
+
+    Attributes:
+        weights: SHA-256 over name, dtype, shape and bytes of all that is in the model's `state_dict`.
+        inputs: The same over every tensor among the inputs.
+        output: The same over every tensor in the patched output.
+        environment: What computed it, which explains other last bits: torch, devices, threads, the model's mode.
+    """
+
+    weights: str
+    inputs: str
+    output: str
+    environment: str = field(compare=False)
+
+    def differences(self, other: Receipt) -> list[str]:
+        """Return the names of what is not the same in another run."""
+        names = [item.name for item in fields(self) if item.compare]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+
+def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
+    """Run the model with patches, without gradients, and return what the run was.
+
+    What the forward draws at random begins at seed 0, so that a policy that samples is the same each time.
+
+    Raises:
+        InterventionError: If the forward returns no tensor.
+    """
+    model = points.model
+    ((args, keywords),) = batches([inputs], batch_size=1)
+    given, taken = copied_inputs(args, keywords)
+    with undisturbed(model) as run, patched(points, patches, check_nan=False):
+        _seed(model)
+        output = run.kept(getattr(model, points.method)(*given, **taken))
+        if next(leaves(output), None) is None:
+            raise InterventionError(
+                f"The model returned {type(output).__name__} without a tensor, so there is no output to compare. Save "
+                "without inputs, or trace a method that returns one: hook_points(..., method=...)."
+            )
+    return Receipt(_digest(model.state_dict()), _digest((args, keywords)), _digest(output), _environment(points))
+
+
+def _seed(model: nn.Module) -> None:
+    """Seed the generators that `undisturbed` puts back, and no others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
+    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_cuda}
+    for device in devices:
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+
+
+def _digest(tree: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(((path_text(path), leaf) for path, leaf in leaves(tree)), key=lambda pair: pair[0]):
+        dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+        digest.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
+        if dense.is_meta:  # of offloaded weights, whose numbers are elsewhere
+            continue
+        flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _environment(points: HookPoints) -> str:
+    devices = {point.device for point in points.values()}
+    named = {torch.cuda.get_device_name(each) if each.type == "cuda" else each.type for each in devices}
+    mode = "train" if points.model.training else "eval"
+    return f"torch {torch.__version__}, {', '.join(sorted(named))}, {torch.get_num_threads()} threads, {mode} mode"

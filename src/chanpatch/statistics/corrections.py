@@ -1,0 +1,107 @@
+"""What many tests at once, and a margin instead of a null, make of p-values and intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import StatisticsError
+from .interval import Interval
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values adjusted so that all claims below a level are true together, but for a share of that level.
+
+    Args:
+        p_values: One per test, in any shape. NaN is no test: it stays NaN and does not count.
+
+    Returns:
+        The adjusted p-values in the same shape, at most 1.
+
+    Raises:
+        StatisticsError: If a p-value is not between 0 and 1.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03, float("nan")])
+        array([0.03, 0.06, 0.06,  nan])
+
+    References:
+        Holm, "A simple sequentially rejective multiple test procedure" (1979).
+    """
+    p, tested = _checked(p_values)
+    family = p[tested]
+    order = np.argsort(family)
+    remaining = np.arange(family.size, 0, -1)
+    adjusted = np.empty_like(family)
+    adjusted[order] = np.minimum(np.maximum.accumulate(family[order] * remaining), 1.0)
+    p[tested] = adjusted
+    return p
+
+
+def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values adjusted so that a level is the share of false ones expected among the claims below it.
+
+    It holds for tests that are independent of each other or rise and fall together.
+
+    Args:
+        p_values: One per test, in any shape. NaN is no test: it stays NaN and does not count.
+
+    Returns:
+        The adjusted p-values in the same shape, at most 1.
+
+    Raises:
+        StatisticsError: If a p-value is not between 0 and 1.
+
+    Example:
+        >>> benjamini_hochberg([0.01, 0.04, 0.03, float("nan")])
+        array([0.03, 0.04, 0.04,  nan])
+
+    References:
+        Benjamini and Hochberg, "Controlling the false discovery rate" (1995).
+    """
+    import scipy.stats
+
+    p, tested = _checked(p_values)
+    if tested.any():
+        p[tested] = scipy.stats.false_discovery_control(p[tested], method="bh")
+    return p
+
+
+def equivalent(difference: Interval[Any], margin: float) -> Any:
+    """Return whether a difference is too small to matter: its whole interval lies within -margin and margin.
+
+    A difference without significance is not yet equivalent. This is the pair of one-sided tests at level
+    `(1 - confidence) / 2`: 0.025 for an interval of 95%, the customary 0.05 for one of 90%.
+
+    Args:
+        difference: The difference and its interval, or arrays of them.
+        margin: The largest difference that would not matter, chosen before the data; in the unit of the difference.
+
+    Returns:
+        A bool, or an array of them; an interval with NaN is never equivalent.
+
+    Raises:
+        StatisticsError: If the margin is not above 0.
+
+    Example:
+        >>> equivalent(Interval(0.01, -0.02, 0.04, confidence=0.9), margin=0.05)
+        True
+
+    References:
+        Schuirmann, "A comparison of the two one-sided tests procedure and the power approach" (1987).
+    """
+    if not margin > 0:
+        raise StatisticsError(f"margin is {margin!r}, but the largest difference that would not matter is above 0.")
+    return (-margin < difference.low) & (difference.high < margin)
+
+
+def _checked(p_values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Return a copy of the p-values, and which of them are tests."""
+    p = np.array(p_values, dtype=np.float64)
+    tested = ~np.isnan(p)
+    outside = p[tested & ~((p >= 0) & (p <= 1))]
+    if outside.size:
+        raise StatisticsError(f"{float(outside[0])} is no p-value: it must lie between 0 and 1.")
+    return p, tested

@@ -1,0 +1,263 @@
+"""Proportions, paired proportions, and what follows from two of them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import StatisticsError
+from .interval import Interval, count, wilson
+
+
+class PairedCounts(NamedTuple):
+    """The table of a paired comparison; `paired_difference_interval(*counts)` takes it as it is."""
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Return a proportion and its Wilson score interval, within 0 and 1.
+
+    Unlike the interval of the normal approximation it has a width also at 0 and at 1.
+
+    Args:
+        successes: How many of the trials succeeded, 0 to `n`.
+        n: The number of trials, at least 1.
+        confidence: The coverage aimed at, between 0 and 1.
+
+    Raises:
+        StatisticsError: If the counts are no counts, or the confidence is not between 0 and 1.
+
+    Example:
+        >>> interval = wilson_interval(9, 10)
+        >>> print(f"{interval.estimate:.2f} ({interval.low:.3f} to {interval.high:.3f})")
+        0.90 (0.596 to 0.982)
+
+    References:
+        Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
+    """
+    successes, n = count("successes", successes), count("n", n)
+    if n == 0:
+        raise StatisticsError("n is 0: a proportion needs at least one trial.")
+    if successes > n:
+        raise StatisticsError(f"successes is {successes}, but there were only n = {n} trials.")
+    return wilson(successes / n, n, confidence)
+
+
+def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
+    """Return in how many pairs both succeeded, only the first, only the second, and neither.
+
+    Args:
+        first: One boolean per pair: whether the first succeeded.
+        second: One boolean per pair: whether the second succeeded.
+
+    Raises:
+        StatisticsError: If the two are not booleans, one per pair.
+
+    Example:
+        >>> paired_counts([True, True, False], [True, False, False])
+        PairedCounts(both=1, only_first=1, only_second=0, neither=1)
+    """
+    one, other = np.asarray(first), np.asarray(second)
+    if one.ndim != 1 or one.shape != other.shape or one.dtype != np.bool_ or other.dtype != np.bool_:
+        raise StatisticsError(
+            f"first is {one.dtype} of shape {one.shape} and second is {other.dtype} of shape {other.shape}: "
+            "give one boolean per pair, such as returns > 0."
+        )
+    return PairedCounts(
+        both=int((one & other).sum()),
+        only_first=int((one & ~other).sum()),
+        only_second=int((~one & other).sum()),
+        neither=int((~one & ~other).sum()),
+    )
+
+
+def mcnemar_exact(only_first: int, only_second: int) -> float:
+    """Return the two-sided exact p-value that two paired proportions are equal, between 0 and 1.
+
+    Pairs with equal outcomes say nothing about the difference; of the others, half should favour either side.
+
+    Args:
+        only_first: Pairs in which only the first succeeded.
+        only_second: Pairs in which only the second succeeded.
+
+    Returns:
+        The p-value; 1 where no pair differs.
+
+    Raises:
+        StatisticsError: If the counts are no counts.
+
+    Example:
+        >>> round(mcnemar_exact(1, 9), 4)
+        0.0215
+
+    References:
+        McNemar, "Note on the sampling error of the difference between correlated proportions or percentages"
+        (1947), with the binomial distribution in place of the normal one.
+    """
+    import scipy.stats
+
+    only_first, only_second = count("only_first", only_first), count("only_second", only_second)
+    differing = only_first + only_second
+    return float(scipy.stats.binomtest(only_first, differing).pvalue) if differing else 1.0
+
+
+def paired_difference_interval(
+    both: int, only_first: int, only_second: int, neither: int, confidence: float = 0.95
+) -> Interval:
+    """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
+
+    The Wilson intervals of the two proportions are combined with the correlation of the pairs, so the
+    interval has a width also where all pairs agree.
+
+    Args:
+        both: Pairs in which both succeeded.
+        only_first: Pairs in which only the first succeeded.
+        only_second: Pairs in which only the second succeeded.
+        neither: Pairs in which neither succeeded.
+        confidence: The coverage aimed at, between 0 and 1.
+
+    Returns:
+        The difference, positive where the first succeeds more often.
+
+    Raises:
+        StatisticsError: If the counts are no counts or all 0, or the confidence is not between 0 and 1.
+
+    Example:
+        >>> interval = paired_difference_interval(both=14, only_first=5, only_second=0, neither=22)
+        >>> print(f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})")
+        +0.122 (+0.011 to +0.226)
+
+    References:
+        Newcombe, "Improved confidence intervals for the difference between binomial proportions based on
+        paired data" (1998), section 2, method 10.
+    """
+    both, neither = count("both", both), count("neither", neither)
+    only_first, only_second = count("only_first", only_first), count("only_second", only_second)
+    n = both + only_first + only_second + neither
+    if n == 0:
+        raise StatisticsError("All four counts are 0: a difference of proportions needs at least one pair.")
+    first = wilson_interval(both + only_first, n, confidence)
+    second = wilson_interval(both + only_second, n, confidence)
+    correlation = _corrected_phi(both, only_first, only_second, neither)
+
+    low, high = _combined(first, second, correlation)
+    return Interval((only_first - only_second) / n, low, high, confidence)
+
+
+def difference_interval(first: Interval, second: Interval) -> Interval:
+    """Return the first estimate minus the second, which are independent of each other, and its interval.
+
+    It is made from the two intervals alone, so it takes proportions, areas under a curve, or any two
+    estimates in one unit; of two Wilson intervals it makes Newcombe's interval.
+
+    Args:
+        first: An estimate and its interval.
+        second: The same of other data.
+
+    Raises:
+        StatisticsError: If the two confidences differ.
+
+    Example:
+        >>> interval = difference_interval(wilson_interval(56, 70), wilson_interval(48, 80))
+        >>> print(f"{interval.estimate:+.3f} ({interval.low:+.3f} to {interval.high:+.3f})")
+        +0.200 (+0.052 to +0.334)
+
+    References:
+        Newcombe, "Interval estimation for the difference between independent proportions: comparison of
+        eleven methods" (1998), method 10; Zou and Donner, "Construction of confidence limits about effect
+        measures: a general approach" (2008), section 2, for other estimates.
+    """
+    _check_one_confidence(first, second)
+    low, high = _combined(first, second, correlation=0.0)
+    return Interval(first.estimate - second.estimate, low, high, first.confidence)
+
+
+def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
+    """Return the precision that two rates would have at another base rate, and its interval within 0 and 1.
+
+    Precision grows with the share of positives in the data, so precisions of two data sets compare only at
+    one base rate. The interval is of the two rates; the base rate counts as known.
+
+    Args:
+        true_positive_rate: Of the positives, the share that is accepted.
+        false_positive_rate: Of the negatives, the share that is accepted.
+        base_rate: The share of positives to reweight to, between 0 and 1.
+
+    Returns:
+        The precision by Bayes' rule; NaN, within 0 and 1, where nothing was accepted.
+
+    Raises:
+        StatisticsError: If the confidences differ, or the base rate is not between 0 and 1.
+
+    Example:
+        >>> interval = reweighted_precision(wilson_interval(45, 50), wilson_interval(5, 50), base_rate=0.25)
+        >>> print(f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})")
+        0.75 (0.58 to 0.87)
+
+    References:
+        Newcombe, "MOVER-R confidence intervals for ratios and products of two independently estimated
+        quantities" (2016), for the interval of the ratio of the two rates, on which the precision depends.
+    """
+    _check_one_confidence(true_positive_rate, false_positive_rate)
+    if not 0 < base_rate < 1:
+        raise StatisticsError(f"base_rate is {base_rate!r}, but it must lie between 0 and 1.")
+    hit, alarm = true_positive_rate, false_positive_rate
+    lowest = _lowest_ratio(hit.estimate, hit.low, alarm.estimate, alarm.high)
+    lowest_inverse = _lowest_ratio(alarm.estimate, alarm.low, hit.estimate, hit.high)
+
+    def precision(hits: float, alarms: float) -> float:
+        accepted = base_rate * hits + (1 - base_rate) * alarms
+        return base_rate * hits / accepted if accepted else math.nan
+
+    return Interval(
+        precision(hit.estimate, alarm.estimate), precision(lowest, 1.0), precision(1.0, lowest_inverse), hit.confidence
+    )
+
+
+def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
+    """Return the ends of the difference of two estimates: their distances add as the sides of a triangle."""
+
+    def distance(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
+
+    estimate = first.estimate - second.estimate
+    return (
+        estimate - distance(first.estimate - first.low, second.high - second.estimate),
+        estimate + distance(first.high - first.estimate, second.estimate - second.low),
+    )
+
+
+def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
+    """Return the lower end of above / below: where `above - ratio * below` reaches the end of its own interval."""
+    numerator = above_low * (2 * above - above_low)
+    squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
+    root = math.sqrt(max(squared, 0.0))  # it is 0, to rounding, where both intervals have no width
+    return numerator / (above * below + root) if numerator else 0.0
+
+
+def _check_one_confidence(first: Interval, second: Interval) -> None:
+    if first.confidence != second.confidence:
+        raise StatisticsError(
+            f"The intervals have confidence {first.confidence} and {second.confidence}: make both with the same."
+        )
+
+
+def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -> float:
+    """Return the correlation of paired outcomes; a continuity correction draws a positive one towards 0.
+
+    It is 0 where one of the proportions is 0 or 1, and thus has no correlation.
+    """
+    margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
+    if margins == 0:
+        return 0.0
+    agreement = both * neither - only_first * only_second
+    n = both + only_first + only_second + neither
+    corrected = max(agreement - n / 2, 0.0) if agreement > 0 else agreement
+    return corrected / math.sqrt(margins)

@@ -1,0 +1,139 @@
+"""How well a number ranks the examples of a label above the others, and where an effect ranks among controls."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import StatisticsError
+from .interval import Interval, normal_quantile, wilson
+
+FEWEST_CONTROLS = 19  # with fewer, even the first rank has a p above 0.05
+
+
+def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Return the probability that a positive scores above a negative, and its interval within 0 and 1.
+
+    Ties count one half, so 0.5 means that the scores say nothing about the labels, and a value below 0.5 that
+    low scores are the positives'. The groups may spread differently. With few examples and an area near 0 or
+    1 the interval covers less often than it says.
+
+    Args:
+        scores: One finite number per example.
+        labels: One boolean (or 0 or 1) per example; both must occur twice at least.
+        confidence: The coverage aimed at, between 0 and 1.
+
+    Raises:
+        StatisticsError: If scores and labels do not match, a score is not finite, or a label is too rare.
+
+    Example:
+        >>> interval = auc([0.9, 0.8, 0.4, 0.6, 0.3, 0.1], [True, True, True, False, False, False])
+        >>> print(f"{interval.estimate:.3f} ({interval.low:.2f} to {interval.high:.2f})")
+        0.889 (0.26 to 0.99)
+
+    References:
+        DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver
+        operating characteristic curves: a nonparametric approach" (1988), for the variance; Qin and
+        Hotilovac, "Comparison of non-parametric confidence intervals for the area under the ROC curve of a
+        continuous-scale diagnostic test" (2008), for taking the interval on the logit scale.
+    """
+    import scipy.special
+    import scipy.stats
+
+    positive, negative = _by_label(scores, labels)
+    rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
+    # What share of the other group an example beats: the ranks above those within its own group.
+    beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
+    beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
+    area = float(beaten.mean())
+    if np.ptp(beaten) == 0 and np.ptp(beaten_by) == 0:
+        # Separated or all tied: no variance to be seen. Disjoint pairs are independent trials of one event.
+        return wilson(area, min(positive.size, negative.size), confidence)
+    variance = beaten.var(ddof=1) / positive.size + beaten_by.var(ddof=1) / negative.size
+    margin = normal_quantile(confidence) * math.sqrt(variance) / (area * (1 - area))
+    low, high = scipy.special.expit(scipy.special.logit(area) + np.array([-margin, margin]))
+    return Interval(area, float(low), float(high), confidence)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Where an effect ranks among the effects of controls, by absolute value; the largest has rank 1.
+
+    Attributes:
+        rank: 1 plus the number of controls whose effect is at least as large: 1 to `controls + 1`.
+        controls: Number of controls.
+        p: `rank / (controls + 1)`; None with fewer than 19 controls.
+        no_p: Why there is no p, or nothing.
+    """
+
+    rank: int
+    controls: int
+    p: float | None
+    no_p: str
+
+    def __str__(self) -> str:
+        end = f"no p-value: {self.no_p}" if self.p is None else f"p = {self.p:.3g}"
+        return f"rank {self.rank} of {self.controls + 1} (the effect and {self.controls} controls), {end}"
+
+
+def rank_among(effect: float, controls: ArrayLike) -> Rank:
+    """Return where an effect ranks among those of controls, by absolute value, and its p-value.
+
+    The p-value is how often one of `controls + 1` effects of the same kind, picked at random, ranks as high. It holds
+    where the controls were chosen without a look at their effects and so was the one that is ranked: of a channel
+    that was picked because its effect is the largest of all, it says nothing.
+
+    Args:
+        effect: Of the patch in question, a finite number.
+        controls: `(control,)`: the effects of the controls in the same unit; a tie counts against the effect.
+
+    Raises:
+        StatisticsError: If there is no control, or an effect is not finite.
+
+    Example:
+        >>> print(rank_among(-0.6, np.linspace(-0.3, 0.3, 19)))
+        rank 1 of 20 (the effect and 19 controls), p = 0.05
+        >>> print(rank_among(0.2, [0.1, -0.5, 0.2]))
+        rank 3 of 4 (the effect and 3 controls), no p-value: it needs at least 19 controls
+
+    References:
+        Phipson and Smyth, "Permutation p-values should never be zero" (2010), for counting the effect itself.
+    """
+    others = np.asarray(controls, dtype=np.float64)
+    if others.ndim != 1 or not others.size:
+        raise StatisticsError(
+            f"controls has shape {others.shape}: give the effect of at least one control, (control,)."
+        )
+    if not (math.isfinite(effect) and np.isfinite(others).all()):
+        raise StatisticsError("An effect that is not finite has no rank: leave that control out, or measure it again.")
+    rank = 1 + int((np.abs(others) >= abs(effect)).sum())
+    if others.size < FEWEST_CONTROLS:
+        return Rank(rank, others.size, None, f"it needs at least {FEWEST_CONTROLS} controls")
+    return Rank(rank, others.size, rank / (others.size + 1), "")
+
+
+def _by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    score, label = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    if score.ndim != 1 or label.shape != score.shape:
+        raise StatisticsError(
+            f"scores has shape {score.shape} and labels has shape {label.shape}: give one number and one "
+            "label per example."
+        )
+    if not np.isfinite(score).all():
+        raise StatisticsError(f"scores[{int(np.argmin(np.isfinite(score)))}] is not finite: leave that example out.")
+    if not np.isin(label, (0, 1)).all():
+        raise StatisticsError(
+            "labels must be booleans (or 0 and 1); compare them with the label that counts as positive."
+        )
+    positive = label.astype(bool)
+    positives = int(positive.sum())
+    if min(positives, positive.size - positives) < 2:
+        raise StatisticsError(
+            f"There are {positives} positives and {positive.size - positives} negatives: a ranking needs at "
+            "least two of each."
+        )
+    return score[positive], score[~positive]

@@ -1,0 +1,229 @@
+"""Intervals and tests that resample the rows of a sample, or whole clusters of them, for all channels at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import StatisticsError
+from .interval import Interval, count, normal_quantile
+
+Floats = NDArray[np.float64]
+
+
+Statistic = Callable[[Floats], Any]
+
+
+_BLOCK = 256  # channels whose resamples are in memory at once
+
+
+def mean(sample: Floats) -> Floats:
+    """Return the mean over the rows."""
+    # Around one of the rows, so that equal rows have exactly their own mean.
+    average: Floats = sample[0] + np.mean(sample - sample[0], axis=0)
+    return average
+
+
+def bootstrap_interval(
+    sample: ArrayLike,
+    statistic: Statistic = mean,
+    *,
+    clusters: ArrayLike | None = None,
+    confidence: float = 0.95,
+    resamples: int = 9999,
+    seed: int,
+) -> Interval[Any]:
+    """Return a statistic of a sample and its bootstrap interval, for every channel on its own.
+
+    The interval is bias-corrected and accelerated (BCa). Every channel sees the same resamples, so its
+    interval does not depend on which other channels are there. With few rows, or few clusters, any bootstrap
+    is too narrow: of 95%, one from ten normal rows covers about 89%, one from thirty about 93%.
+
+    Args:
+        sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The
+            other axes, such as channel, are kept.
+        statistic: Takes rows `(row, ...)` and reduces the first axis; the order of the rows must not matter.
+            The mean is fast; any other is called once per resample.
+        clusters: A label per row; rows of one label, such as rotations of one maze, are drawn together. None
+            where all rows are independent.
+        confidence: The coverage aimed at, between 0 and 1.
+        resamples: How many samples are drawn.
+        seed: Of the draws.
+
+    Returns:
+        Floats for a sample with one axis, otherwise arrays of the statistic's shape. The ends are NaN for a
+        channel with a NaN or an infinity in it, and for all with fewer than two rows, or two clusters. A channel
+        in which all rows are equal has the width 0: the sample shows no variation.
+
+    Raises:
+        StatisticsError: If there are no rows, or the other arguments do not fit.
+
+    Example:
+        >>> differences = np.random.default_rng(0).normal(loc=[0, 1], size=(40, 2))
+        >>> interval = bootstrap_interval(differences, seed=0)
+        >>> interval.low < interval.estimate
+        array([ True,  True])
+
+    References:
+        Efron and Tibshirani, "An introduction to the bootstrap" (1993), section 14.3; Davison and Hinkley,
+        "Bootstrap methods and their application" (1997), section 3.8, for clusters.
+    """
+    rows = _rows("sample", sample)
+    cluster = _cluster_numbers(clusters, len(rows))
+    z = normal_quantile(confidence)
+    generator = _generator(seed)
+    many = int(cluster.max()) + 1
+    drawn = generator.multinomial(many, np.full(many, 1 / many), size=_positive("resamples", resamples))
+    one_out = 1 - np.eye(many, dtype=np.int64)
+    blocks = _blocks(rows) if statistic is mean else [rows]
+    with np.errstate(invalid="ignore"):  # of channels with an infinity
+        estimate = np.asarray(statistic(rows), dtype=np.float64)
+        ends = [_accelerated(block, statistic, drawn[:, cluster], one_out[:, cluster], z) for block in blocks]
+    low, high = np.concatenate(ends, axis=-1).reshape(2, *estimate.shape)
+    return Interval(estimate[()], low[()], high[()], confidence)
+
+
+def sign_flip_test(
+    differences: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int
+) -> Any:
+    """Return the two-sided p-values that the differences of pairs are symmetric around zero, for every channel.
+
+    If clean and corrupted did not differ, each difference could as well have had the other sign. The p-value is
+    the share of sign patterns under which the mean is at least as far from zero as it is: of all patterns, where
+    no more than twice `resamples` exist, otherwise of as many drawn ones and the real one. For differences whose
+    mean is zero but whose distribution is skewed it holds approximately, better the more there are.
+
+    Args:
+        differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
+        clusters: A label per pair; pairs of one label, such as rotations of one maze, flip together. None where
+            all pairs are independent.
+        resamples: How many sign patterns are drawn where not all are taken.
+        seed: Of the draws.
+
+    Returns:
+        A float for differences with one axis, otherwise an array of the other axes; NaN for a channel with a NaN
+        or an infinity in it. None is smaller than `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
+        than `1 / (resamples + 1)` where patterns are drawn.
+
+    Raises:
+        StatisticsError: If there are no pairs, or the other arguments do not fit.
+
+    Example:
+        >>> float(sign_flip_test([0.2, 0.9, 0.4, 0.3, 0.8, 0.1], seed=0))
+        0.03125
+
+    References:
+        Fisher, "The design of experiments" (1935), section 21; Winkler et al., "Permutation inference for the
+        general linear model" (2014), sign-flipping, and (2015) for flips of whole blocks.
+    """
+    rows = _rows("differences", differences)
+    cluster = _cluster_numbers(clusters, len(rows))
+    many, drawn = int(cluster.max()) + 1, _positive("resamples", resamples)
+    exact = many - 1 <= np.log2(drawn)
+    patterns = 2 ** (many - 1) if exact else drawn  # a pattern stands for its mirror too
+    flat = rows.reshape(len(rows), -1)
+    known = np.isfinite(flat).all(axis=0)
+    totals = np.zeros((many, flat.shape[1]))
+    np.add.at(totals, cluster, np.where(known, flat, 0.0))
+    # Patterns that tie with the real one must not lose to it by rounding.
+    least = np.abs(totals.sum(axis=0)) - 1e-9 * np.abs(totals).sum(axis=0)
+    reached = np.zeros(flat.shape[1])
+    for signs in _signs(many, patterns, None if exact else _generator(seed)):
+        for start in range(0, len(reached), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            reached[block] += (np.abs(signs @ totals[:, block]) >= least[block]).sum(axis=0)
+    p = reached / patterns if exact else (reached + 1) / (patterns + 1)
+    return np.where(known, p, np.nan).reshape(rows.shape[1:])[()]
+
+
+def _accelerated(
+    rows: Floats, statistic: Statistic, drawn: NDArray[np.int64], one_out: NDArray[np.int64], z: float
+) -> Floats:
+    """Return the two ends of the BCa interval: `(end, ...)`."""
+    from scipy.special import ndtr, ndtri
+
+    estimate = np.asarray(statistic(rows), dtype=np.float64)
+    if len(one_out) < 2:
+        return np.full((2, *estimate.shape), np.nan)
+    resampled, jackknife = _replicated(rows, statistic, drawn), _replicated(rows, statistic, one_out)
+    known = np.isfinite(estimate) & np.isfinite(resampled).all(axis=0) & np.isfinite(jackknife).all(axis=0)
+    resampled, jackknife = np.where(known, resampled, 0.0), np.where(known, jackknife, 0.0)
+    below = ((resampled < estimate).sum(axis=0) + (resampled <= estimate).sum(axis=0)) / 2
+    bias = ndtri(np.clip(below, 0.5, len(drawn) - 0.5) / len(drawn))
+    influence = jackknife.mean(axis=0) - jackknife
+    spread = 6 * (influence**2).sum(axis=0) ** 1.5
+    acceleration = (influence**3).sum(axis=0) / np.where(spread > 0, spread, 1.0)
+    ends = []
+    for side in (-z, z):
+        stretch = np.maximum(1 - acceleration * (bias + side), 0.01)  # the formula is for small accelerations
+        ends.append(_quantile(resampled, ndtr(bias + (bias + side) / stretch)))
+    return np.where(known, np.stack(ends), np.nan)
+
+
+def _replicated(rows: Floats, statistic: Statistic, times: NDArray[np.int64]) -> Floats:
+    """Return the statistic of samples in which each row stands so many times: `(sample, ...)`."""
+    if statistic is mean:
+        offsets = (rows - rows[0]).reshape(len(rows), -1)
+        means = times.astype(np.float64) @ offsets / times.sum(axis=1, keepdims=True)
+        around: Floats = means.reshape(len(times), *rows.shape[1:]) + rows[0]
+        return around
+    return np.stack([np.asarray(statistic(np.repeat(rows, each, axis=0)), dtype=np.float64) for each in times])
+
+
+def _quantile(sample: Floats, level: Floats) -> Floats:
+    """Return the quantile of each channel at a level of its own, interpolated."""
+    ordered = np.sort(np.moveaxis(sample, 0, -1), axis=-1)
+    position = level * (len(sample) - 1)
+    under = np.clip(np.floor(position).astype(np.int64), 0, len(sample) - 2)[..., None]
+    low, high = np.take_along_axis(ordered, under, -1)[..., 0], np.take_along_axis(ordered, under + 1, -1)[..., 0]
+    quantile: Floats = low + (position - under[..., 0]) * (high - low)
+    return quantile
+
+
+def _signs(many: int, patterns: int, generator: np.random.Generator | None) -> Iterator[Floats]:
+    """Yield sign patterns, `(pattern, cluster)`, some thousand at a time: drawn ones, or one after the other."""
+    for start in range(0, patterns, 10_000):
+        count = min(10_000, patterns - start)
+        if generator is None:
+            yield 1.0 - 2.0 * ((np.arange(start, start + count)[:, None] >> np.arange(many)) & 1)
+        else:
+            yield generator.integers(0, 2, size=(count, many)) * 2.0 - 1.0
+
+
+def _blocks(rows: Floats) -> Iterator[Floats]:
+    """Yield all channels, some hundred at a time: their resamples would fill the memory."""
+    flat = rows.reshape(len(rows), -1)
+    for start in range(0, flat.shape[1], _BLOCK):
+        yield flat[:, start : start + _BLOCK]
+
+
+def _rows(name: str, sample: ArrayLike) -> Floats:
+    rows = np.asarray(sample, dtype=np.float64)
+    if rows.ndim == 0 or not rows.size:
+        raise StatisticsError(f"{name} has shape {rows.shape}: give at least one row, on the first axis.")
+    return rows
+
+
+def _cluster_numbers(clusters: ArrayLike | None, rows: int) -> NDArray[np.int64]:
+    if clusters is None:
+        return np.arange(rows)
+    labels = np.asarray(clusters)
+    if labels.shape != (rows,):
+        raise StatisticsError(f"clusters has shape {labels.shape}, but there are {rows} rows: give one label per row.")
+    numbers: NDArray[np.int64] = np.unique(labels, return_inverse=True)[1]
+    return numbers
+
+
+def _positive(name: str, number: int) -> int:
+    if not count(name, number):
+        raise StatisticsError(f"{name} is 0, but at least one is needed.")
+    return number
+
+
+def _generator(seed: int) -> np.random.Generator:
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise StatisticsError(f"seed is {seed!r}, but it must be a whole number from 0 on.")
+    return np.random.default_rng(seed)

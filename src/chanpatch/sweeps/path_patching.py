@@ -1,0 +1,174 @@
+"""Path patching: what one component does to the output through others, and not by any other way.
+
+path_patch(points, clean, corrupted, "blocks.0.attention", "blocks.3.mlp.in[0]", metric=logit_difference(0, 1))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..engine.inputs import Inputs, batches, copied_inputs, input_count
+from ..engine.state import undisturbed
+from ..errors import ContrastError, SiteError
+from ..metrics.measured import Metric, measured
+from ..patching.contexts import patched
+from ..patching.recording import recording, run_with_cache
+from ..patching.verbs import patch_in
+from ..registry.lookup import refuse_untraced, sites_of
+from ..registry.points import HookPoints
+from ..registry.sites import HookPoint, Site
+
+
+def path_patch(
+    points: HookPoints,
+    clean: Inputs,
+    corrupted: Inputs,
+    sender: str | Site | HookPoint,
+    receivers: str | Site | HookPoint | Iterable[str | Site | HookPoint],
+    *,
+    metric: Metric,
+    frozen: str | Site | HookPoint | Iterable[str | Site | HookPoint] | None = None,
+) -> Tensor:
+    """Return what the direct path from a sender to receivers does to a metric.
+
+    The sender gets its activation from the corrupted run, while what lies between it and the receivers is held at its
+    clean activation, so that the receivers see the change by the direct path alone. What they see then is patched into
+    a clean run, where it goes every way to the output.
+
+    Args:
+        points: Of the model.
+        clean: Inputs: a tensor `(batch, ...)`, or a tuple or dict of such, as the model takes them.
+        corrupted: The other input of each pair.
+        sender: Where the path begins.
+        receivers: Where it ends; hook points later in the forward, such as the inputs of a module. What goes from the
+            sender to one through another counts, since it begins with the path to the other.
+        metric: A function of the output, or of the output and a keyword-only `baseline`, the clean output.
+        frozen: What is held at its clean activation, where it lies between the sender and the last receiver. Left out,
+            it is what every module with weights returns that calls no other module (Linear, Conv2d, Embedding, LSTM,
+            MultiheadAttention), but norms: those, and modules and functions without weights, are part of the direct
+            path. `()` holds nothing, so that every path from the sender to the receivers counts. The sender, and what
+            the receivers take and return in that call, are never held.
+
+    Returns:
+        `(batch,)`, the metric with the path patched minus the metric of the clean run.
+
+    Raises:
+        HookPointError, SiteError: If a site does not exist, or a receiver does not come after the sender.
+        ContrastError: If the two sides have other numbers of inputs.
+        MetricError: If the metric does not return `(batch,)`.
+
+    Example:
+        >>> import torch
+        >>> from chanpatch import hook_points
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> clean, corrupted = torch.randn(2, 8, 3)
+        >>> points = hook_points(model, clean)
+        >>> path_patch(points, clean, corrupted, "0", "2.in[0]", metric=lambda output: output[:, 0]).shape
+        torch.Size([8])
+
+    References:
+        Wang et al. 2023, "Interpretability in the wild: a circuit for indirect object identification in GPT-2 small";
+        Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching".
+    """
+    refuse_untraced(points)
+    counts = [input_count(inputs) for inputs in (clean, corrupted)]
+    if counts[0] != counts[1]:
+        raise ContrastError(f"clean has {counts[0]} inputs and corrupted {counts[1]}: give one of each per pair.")
+    senders, receiving = _sites(points, sender, "sender"), _sites(points, receivers, "receiver")
+    if len(senders) > 1:
+        raise SiteError(f"There are {len(senders)} senders, but a path begins at one. Take the paths of each in turn.")
+    sending = senders[0]
+    held = _between(points, sending, receiving, frozen)
+    args, keywords = _copied(corrupted)
+    with undisturbed(points.model):
+        source = run_with_cache(points, *args, sites=sending, stop=True, **keywords)
+    with undisturbed(points.model) as run, recording(points, [sending, *held, *receiving]) as cache:
+        baseline = run.kept(_output(points, clean))
+    with undisturbed(points.model) as run:
+        # The clean activations are put there too, which is not the same where a module writes into them in place.
+        with patched(points, [patch_in(site, cache) for site in receiving]):
+            output = run.kept(_output(points, clean))
+        before = measured(metric, output, baseline)
+    patches = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
+    with undisturbed(points.model), patched(points, patches), recording(points, receiving) as received:
+        _output(points, clean)
+    with undisturbed(points.model):
+        with patched(points, [patch_in(site, received) for site in receiving]):
+            output = _output(points, clean)
+        return measured(metric, output, baseline) - before
+
+
+def _output(points: HookPoints, inputs: Inputs) -> Any:
+    args, keywords = _copied(inputs)
+    return getattr(points.model, points.method)(*args, **keywords)
+
+
+def _copied(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ((args, keywords),) = batches([inputs], 1)
+    return copied_inputs(args, keywords)
+
+
+def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen: Any) -> list[Site]:
+    """Return the sites to hold, which lie between the sender and the last receiver."""
+    order = {name: number for number, name in enumerate(points)}
+    before = [site for site in receivers if order[site.name] <= order[sender.name]]
+    if before:
+        raise SiteError(
+            f"The receiver {before[0]!r} does not come after the sender {sender!r} in the forward, so that no path "
+            "leads there. Print the HookPoints: they are listed in execution order."
+        )
+    whole = [site for site in receivers if not points[site.name].module]
+    if whole and frozen is None:
+        raise SiteError(
+            f"The receiver {whole[0]!r} is what the whole model returns, where every path ends. Name the module that "
+            "computes it, or its input, such as 'head.in[0]'; or what is to be frozen."
+        )
+    last = max(order[site.name] for site in receivers)
+    if frozen is None:
+        chosen: tuple[Site, ...] = tuple(
+            points.site(point.name) for point in points.values() if _computes(point, points)
+        )
+    else:
+        frozen = frozen if isinstance(frozen, (str, Site, HookPoint)) else list(frozen)
+        chosen = sites_of(points, frozen) if frozen else ()
+    ends = [points[site.name] for site in receivers]
+    return [
+        site
+        for site in chosen
+        if order[sender.name] < order[site.name] < last and not any(_is_part(points[site.name], end) for end in ends)
+    ]
+
+
+def _is_part(point: HookPoint, receiver: HookPoint) -> bool:
+    """Tell whether a hook point is of the very call of a receiver, or inside the module whose output it is."""
+    inside = receiver.side == "out" and point.module.startswith(f"{receiver.module}.")
+    return inside or (point.module, point.call) == (receiver.module, receiver.call)
+
+
+def _sites(points: HookPoints, named: Any, what: str) -> tuple[Site, ...]:
+    each = [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
+    if not each:
+        raise SiteError(f"There is no {what}: name a hook point, such as 'head.in[0]'.")
+    return sites_of(points, each)
+
+
+def _computes(point: HookPoint, points: HookPoints) -> bool:
+    """Tell whether a hook point is what a module with weights returns that calls no other one, and is no norm."""
+    if point.side != "out" or not point.parameters or "norm" in point.module_type.lower():
+        return False
+    if _computes_a_weight(point):
+        return False
+    inside = f"{point.module}." if point.module else ""
+    return not any(
+        other.module.startswith(inside) and other.module != point.module and other.parameters
+        for other in points.values()
+        if not _computes_a_weight(other)
+    )
+
+
+def _computes_a_weight(point: HookPoint) -> bool:
+    """Tell whether a hook point lies inside what computes a module's weights, not its activations."""
+    return "parametrizations" in point.module.split(".")

@@ -1,0 +1,228 @@
+"""What comes before the patches: run once, and answered from memory in every forward after that."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..engine import taps as _taps
+from ..engine.attributes import Attributes
+from ..engine.paths import fresh, leaves, replace
+
+
+class ReplayError(Exception):
+    """A forward that does not call the modules of the one that was remembered."""
+
+
+@dataclass
+class _Call:
+    """One call of one module in the remembered forward.
+
+    Attributes:
+        module: Which.
+        output: What its forward returned, before any hook.
+        versions: Of the tensors in the output, at that time.
+        known: Whether the output may stand for the call.
+        copied: Whether a later module writes into the output, so that only copies of it may be handed out.
+        left: What the module's attributes were then.
+    """
+
+    module: nn.Module
+    output: Any
+    versions: list[tuple[Tensor, int]]
+    known: bool
+    copied: bool = False
+    left: Attributes | None = None
+
+
+class Prefix:
+    """The calls of one forward, each with its output, for later forwards to skip.
+
+    A call is remembered whole if nobody listens inside it and it draws nothing at random. Listeners at the module
+    itself run each time, since a hook is called around the forward that is remembered.
+
+    Args:
+        model: The model.
+        taps: Names of the taps that are swept; a call in which one of them runs is never skipped.
+        max_bytes: Of the outputs that are kept; calls beyond that are run anew each time.
+    """
+
+    def __init__(self, model: nn.Module, taps: Collection[str], max_bytes: int) -> None:
+        self._model, self._taps, self._free_bytes = model, taps, max_bytes
+        self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
+        self._calls: list[_Call] = []
+        self._sizes: dict[int, int] = {}  # of the largest tensor that was computed after so many calls
+        self._quiet: dict[nn.Module, bool] = {}
+        self._inside = self._tapped = False
+        self._number = self._skipped = 0
+        self.attributes = Attributes(model).note()
+
+    @property
+    def so_far(self) -> int:
+        """How many calls the forward under way has finished."""
+        return self._number
+
+    def largest_after(self, number: int) -> int:
+        """Return the bytes of the largest tensor that was computed once so many calls had finished."""
+        return max((size for position, size in self._sizes.items() if position >= number), default=0)
+
+    def forget_after(self, number: int) -> None:
+        """Keep no more than so many calls."""
+        del self._calls[number:]
+
+    @contextmanager
+    def remembered(self) -> Iterator[None]:
+        """Remember the one forward that runs inside; the hooks that count as listeners are those of this moment."""
+        self._quiet = {module: not any(map(_hooked, _inner(module))) for module in self._model.modules()}
+        _taps.observers.append(self._on_tap)
+        try:
+            with _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
+                yield
+        finally:
+            _taps.observers.remove(self._on_tap)
+        for call in self._calls:
+            call.known &= all(tensor._version == version for tensor, version in call.versions)
+
+    @contextmanager
+    def skipped(self, number: int) -> Iterator[None]:
+        """Answer so many calls from memory, in the one forward that runs inside."""
+        self._number, self._inside, self._skipped = 0, False, number
+        for call in self._calls[:number]:
+            if call.known and call.left is not None:
+                call.left.put_back()  # a module that is skipped does not leave anew what later ones read
+        try:
+            with _wrapped({call.module for call in self._calls[:number]}, self._replay):
+                yield
+        finally:
+            self.attributes.put_back()
+        if any(tensor._version != version for call in self._calls[:number] if call.known and not call.copied
+               for tensor, version in call.versions):  # fmt: skip
+            raise ReplayError("a forward wrote into what an earlier module had returned")
+
+    def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._inside or not self._quiet[module]:
+            return forward(*args, **kwargs)
+        if any(getattr(part, "inplace", False) for part in module.modules()):
+            self._keep_apart({id(tensor) for _, tensor in leaves((args, kwargs))})
+        self._tapped, drawn = False, self._random_state()
+        output = self._run(forward, *args, **kwargs)
+        size = sum(tensor.nbytes for _, tensor in leaves(output))
+        # What is drawn later depends on what was drawn before; in-place writes to inference tensors cannot be noticed.
+        known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
+        known &= not any(tensor.is_inference() for _, tensor in leaves(output))
+        self._free_bytes -= size if known else 0
+        versions = [(tensor, tensor._version) for _, tensor in leaves(output)] if known else []
+        left = Attributes(module).note() if known else None
+        self._calls.append(_Call(module, fresh(output) if known else None, versions, known, left=left))
+        return output
+
+    def _replay(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._inside or self._number >= self._skipped:
+            return forward(*args, **kwargs)
+        call = self._calls[self._number]
+        if call.module is not module:
+            raise ReplayError(f"{type(module).__name__} was called where {type(call.module).__name__} had been")
+        if not call.known:
+            return self._run(forward, *args, **kwargs)
+        self._number += 1
+        return _copy(call.output) if call.copied else fresh(call.output)
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._inside = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._inside = False
+            self._number += 1
+
+    def _keep_apart(self, written: Collection[int]) -> None:
+        """Keep copies of the outputs that a module is about to write into."""
+        for call in self._calls:
+            if call.known and any(id(tensor) in written for tensor, _ in call.versions):
+                unwritten = all(tensor._version == version for tensor, version in call.versions)
+                call.output, call.copied, call.known = _copy(call.output), True, unwritten
+                call.versions = []
+
+    def _random_state(self) -> tuple[Any, ...]:
+        """Return the state of the generators that a model may draw from."""
+        on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
+        drawn = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_cuda)]
+        of_numpy = np.random.get_state(legacy=False)
+        position = of_numpy["state"]["pos"], of_numpy["has_gauss"]
+        own = self.attributes.generator_states()
+        return drawn, own, random.getstate(), of_numpy["state"]["key"].tobytes(), position
+
+    def _on_size(self, size: int) -> None:
+        self._sizes[self._number] = max(size, self._sizes.get(self._number, 0))
+
+    def _on_tap(self, name: str, tensor: Tensor) -> None:
+        self._tapped |= name in self._taps
+
+
+def _inner(module: nn.Module) -> Iterator[nn.Module]:
+    return (part for part in module.modules() if part is not module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
+
+
+class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells how much each operation allocates."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tell = tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for _, tensor in leaves(output):
+                self._tell(tensor.nbytes)
+        if "scaled_dot_product" in func.__name__ and args[0].is_cpu:  # vmap computes all its scores
+            query, key = args[:2]
+            self._tell(query.nbytes // max(1, query.shape[-1]) * key.shape[-2])
+        return output
+
+
+def _copy(output: Any) -> Any:
+    for path, tensor in [*leaves(output)]:
+        output = replace(output, path, tensor.clone())
+    return output
+
+
+@contextmanager
+def _wrapped(modules: Collection[nn.Module] | Iterator[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
+    """Call `around(module, forward, ...)` wherever a module's forward is called."""
+    before = []
+    try:
+        for module in modules:
+            own = vars(module)
+            before.append((own, own.get("forward")))
+            own["forward"] = _around(around, module, module.forward)
+        yield
+    finally:
+        for own, forward in before:
+            if forward is None:
+                del own["forward"]
+            else:  # the user had put a function of her own there
+                own["forward"] = forward
+
+
+def _around(around: Callable[..., Any], module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)  # some models look at the arguments that a layer takes
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return around(module, forward, *args, **kwargs)
+
+    return called
