@@ -120,7 +120,7 @@ def patched(
 
     Example:
         >>> import torch
-        >>> from chanpatch import hook_points
+        >>> from chanpatch import hook_points, zero_ablate
         >>> points = hook_points(torch.nn.Linear(2, 3), torch.ones(2, 2))
         >>> with patched(points, zero_ablate(points.site(".out"))) as ledger:
         ...     _ = points.model(torch.ones(4, 2))

@@ -33,6 +33,7 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
 
     Example:
         >>> import torch
+        >>> from chanpatch import patched
         >>> model = torch.nn.Linear(2, 3)
         >>> with patched(model, zero_ablate(Site(".out", feature=1))):
         ...     output = model(torch.ones(4, 2))
@@ -135,6 +136,7 @@ def patch_in(site: Site, source: Mapping[Any, Tensor] | Tensor, *, where: Mask |
 
     Example:
         >>> import torch
+        >>> from chanpatch import patched
         >>> model = torch.nn.Linear(2, 3)
         >>> with patched(model, patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]]))):
         ...     model(torch.ones(1, 2))
@@ -162,6 +164,7 @@ def steer(
 
     Example:
         >>> import torch
+        >>> from chanpatch import patched
         >>> model = torch.nn.Linear(2, 3, bias=False)
         >>> with patched(model, steer(Site(".out"), torch.tensor([[1.0, 0.0, 0.0]]), coefficient=-2.0)):
         ...     model(torch.zeros(1, 2)).detach()
