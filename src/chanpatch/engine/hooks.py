@@ -1,50 +1,89 @@
-"""The only file that registers torch hooks: one station per module, and an observer of all of them for the trace.
+"""The only torch hooks: one pair per module for all open sessions, observers for the trace, taps, and method wrappers.
 
-A `Station` is the one hook pair of a module. It serves every open session: records of the unpatched value, then
+A `Station` is the one pair of hooks of a module. It serves every open session: records of the unpatched value, then
 patches in order of entry, then records.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+import types
 import weakref
-from collections.abc import Callable, Container, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NoReturn, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
-from . import taps as _taps
 from .containers import CopiedContainer, containers, copied_containers, with_copies, written_into
-from .taps import STAGES, Listener, Scope
+from .paths import Path
+
+Stage: TypeAlias = Literal["before", "patch", "after"]
+STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # the order in which listeners at one place run
+
+
+class Place(Protocol):
+    """Where a listener listens; a HookPoint is one."""
+
+    # fmt: off
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def module(self) -> str: ...  # noqa: D102
+    @property
+    def side(self) -> Literal["in", "out", "tap"]: ...  # noqa: D102
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+    @property
+    def call(self) -> int | None: ...  # noqa: D102
+    # fmt: on
+
+
+class _Scope(Protocol):
+    """Listeners that come and go together, and the calls they want to hear of."""
+
+    # fmt: off
+    @property
+    def listeners(self) -> Sequence[Any]: ...
+    @property
+    def users_own(self) -> list[Any]: ...
+    def begin(self, station: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
+    def end(self, station: Any, *, failed: bool) -> None: ...
+    def enter_call(self, counted: object) -> None: ...
+    def leave_call(self, counted: object) -> None: ...
+    def abandon(self, station: Any) -> None: ...
+    def in_this_thread(self) -> bool: ...
+    # fmt: on
 
 
 class Station:
-    """The one hook pair of one module, and the sessions that listen there."""
+    """The one pair of hooks of one module, and the listeners there (each has a session, a place and a stage)."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.listeners: list[Listener] = []
-        self.scopes: list[Scope] = []
+        self.listeners: list[Any] = []
+        self.scopes: list[_Scope] = []  # for which a call of the module may be a root call
         self.module_id = id(module)
         self._module = weakref.ref(module)
-        self._in, self._out = _Side("in"), _Side("out")
-        self._copies: list[weakref.ref[nn.Module]] = []
+        self._on_inputs: list[Any] = []
+        self._on_output: list[Any] = []
+        self._counting: list[_Scope] = []
+        self._copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._copied_containers: dict[int, CopiedContainer] = {}  # by the id of the copy, in the calls under way
-        module.register_forward_pre_hook(_Hook(self, self._enter, _CopiedPreHook), with_kwargs=True)
-        module.register_forward_hook(_Hook(self, self._leave, _CopiedHook), with_kwargs=True, always_call=True)
+        module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
+        module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True)
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
-        """Return the module's station; the module itself holds it, by its hooks, so that both are freed together."""
+        """Return the module's station, which the module itself holds by its hooks, so that both are freed together."""
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _Hook) and hook.station.module_id == id(module):
                 return hook.station
         return None
 
-    @cached_property
+    @functools.cached_property
     def inside(self) -> frozenset[int]:
         """The ids of the modules inside."""
         module = self._module()
@@ -56,7 +95,7 @@ class Station:
         return bool(self.listeners or self.scopes)
 
     def is_inside_itself(self) -> bool:
-        """Tell whether the module is called inside a call of itself, and not anew after one that was cut short."""
+        """Return whether the module is called inside a call of itself, and not after one that was cut short."""
         calls, frame = 0, sys._getframe()
         while frame is not None and calls < 2:
             calls += frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module_id
@@ -65,57 +104,57 @@ class Station:
 
     def plan(self) -> None:
         """Order the listeners by stage, then by entry."""
-        for side in (self._in, self._out):
-            here = [listener for listener in self.listeners if listener.place.side == side.name]
-            side.listeners = sorted(here, key=lambda listener: STAGES.index(listener.stage))
-            side.sessions = list(dict.fromkeys([listener.session for listener in here]))
+        ordered = sorted(self.listeners, key=lambda listener: STAGES.index(listener.stage))
+        self._on_inputs = [listener for listener in ordered if listener.place.side == "in"]
+        self._on_output = [listener for listener in ordered if listener.place.side == "out"]
+        self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
-    def remove(self, session: Scope) -> None:
-        """Forget a session, and leave the module, and copies of it, when it was the last one."""
+    def remove(self, session: _Scope) -> None:
+        """Forget a session, and leave the module, and copies of it, if it was the last one."""
         self._copied_containers.clear()  # of calls that an interrupt cut short
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
         module = self._module()
         if not self.is_open and module is not None:
-            # By the hooks themselves: an interrupt may have come before the handles of all were at hand.
-            _drop(module, lambda hook: isinstance(hook, _Hook) and hook.station is self)
-            for copied in self._copies_alive():
-                _drop(copied, _is_copied)
+            for each in (module, *self._copies):
+                _drop(each, lambda hook: isinstance(hook, _Hook) and hook.station is self)
 
-    def note_copy(self, copy: nn.Module | None) -> None:
-        """Remember a copy of the module, to leave it too in the end."""
-        if copy is not None:
-            self._copies = [weakref.ref(alive) for alive in (*self._copies_alive(), copy)]
-
-    def _copies_alive(self) -> list[nn.Module]:
-        return [copy for reference in self._copies if (copy := reference()) is not None]
-
-    def refuse_copy(self, module: nn.Module) -> None:
-        """Raise while the module that this is a copy of is patched or recorded, which the copy is not."""
-        if self.is_open:
-            raise ConcurrencyError(
-                f"This {type(module).__name__} is a copy (deepcopy or a DataParallel replica) of a module that is "
-                "being patched or recorded, and was made meanwhile. Use the module that was patched, on one device."
-            )
+    def note_copy(self, memo: dict[int, Any]) -> None:
+        """Remember the copy that is being made of the module, or of a copy, to take the hooks off it too."""
+        originals = [self.module_id, *map(id, self._copies)]
+        self._copies.update(memo[original] for original in originals if original in memo)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if id(module) != self.module_id:
-            self.refuse_copy(module)
+            return self._refuse_copy(module)
         for session in self.scopes:
             session.begin(self, args, kwargs)
-        changed = self._in.run((args, kwargs)) if self._in.listeners else None
-        if changed is not None:
-            copies = [*copied_containers((args, kwargs), changed)]
-            changed = with_copies(changed, copies)
-            self._copied_containers |= {id(each.copy): each for each in copies}
-        return changed
+        for session in self._counting:
+            session.enter_call(self)
+        if not self._on_inputs:
+            return None
+        given: Any = (args, kwargs)
+        changed = given
+        for listener in self._on_inputs:
+            changed = listener(changed)
+        if changed is given:
+            return None
+        copies = [*copied_containers(given, changed)]
+        self._copied_containers |= {id(each.copy): each for each in copies}
+        return with_copies(changed, copies)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if id(module) != self.module_id:
+            return None
         failed = output is None and sys.exc_info()[0] is not None  # torch calls us on the way out of an exception
-        changed = self._out.run(output) if self._out.listeners and not failed else None
-        if changed is not None and not isinstance(output, Tensor):
-            users = {id(own) for session in self._out.sessions for own in session.users_own}
+        for session in self._counting:
+            session.leave_call(self)
+        changed = output
+        for listener in () if failed else self._on_output:
+            changed = listener(changed)
+        if changed is not output and not isinstance(output, Tensor):
+            users = {id(own) for session in self._counting for own in session.users_own}
             changed = written_into(output, changed, (args, kwargs), users)
         if self._copied_containers:
             for container in containers((args, kwargs)):
@@ -123,98 +162,57 @@ class Station:
                     each.write_back()
         for session in self.scopes:
             session.end(self, failed=failed)
-        return changed
+        return None if changed is output else changed
 
-
-class _Side:
-    """What listens to the inputs of a module, or to its outputs."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.sessions: list[Scope] = []
-        self.listeners: list[Listener] = []
-
-    def run(self, tree: Any) -> Any:
-        """Return the tree that the listeners leave, or None if they left the very same."""
-        for session in self.sessions:
-            session.count(self)
-        changed = tree
-        for listener in self.listeners:
-            changed = listener(changed)
-        return None if changed is tree else changed
+    def _refuse_copy(self, module: nn.Module) -> None:
+        if self.is_open:
+            raise ConcurrencyError(
+                f"This {type(module).__name__} is a copy (deepcopy or a DataParallel replica) of a module that is "
+                "being patched or recorded, and was made meanwhile. Use the module that was patched, on one device."
+            )
 
 
 _CALL = nn.Module._call_impl.__code__  # the frame that runs a module's hooks and its forward
 
 
-class _CopiedHook:
-    """What a copy of a module has in place of a hook of ours; closing the last context takes it off the copy."""
-
-    def __init__(self, station: Station | None) -> None:
-        self._station = station
-
-    def __call__(self, module: nn.Module, *passed: Any) -> None: ...
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
-        return self
-
-    def __reduce__(self) -> Any:
-        return type(self), (None,)
-
-
-class _CopiedPreHook(_CopiedHook):
-    """Refuses calls of the copy while the module is patched; then goes by itself where closing did not know of it."""
-
-    def __call__(self, module: nn.Module, *passed: Any) -> None:
-        if self._station is not None:
-            self._station.refuse_copy(module)
-        _drop(module, _is_copied)
-
-
-def _is_copied(hook: object) -> bool:
-    return isinstance(hook, _CopiedHook)
-
-
 class _Hook:
-    """What torch calls; a copy and a pickle of the module get another in its place."""
+    """The function that torch calls; copies of the module share it, and are refused while the module is patched."""
 
-    def __init__(self, station: Station, run: Callable[..., Any], copied: type[_CopiedHook]) -> None:
-        self.station, self._run, self._copied = station, run, copied
+    def __init__(self, station: Station, run: Callable[..., Any]) -> None:
+        self.station, self._run = station, run
 
     def __call__(self, module: nn.Module, *passed: Any) -> Any:
         run = eager(self._run) if is_compiling() else self._run
         return run(module, *passed)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _CopiedHook:
-        self.station.note_copy(memo.get(self.station.module_id))
-        return self._copied(self.station)
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        self.station.note_copy(memo)
+        return self
 
-    def __reduce__(self) -> Any:
-        if any(not session.confined for session in self.station.scopes):
-            raise UnsupportedModelError(
-                "This module is part of a PatchedPolicy, and without it would lose its patches. Pickle the twin as a "
-                "whole, or the same part of the policy that it was made from."
-            )
-        return self._copied, (None,)
+    def __reduce__(self) -> NoReturn:
+        raise ConcurrencyError(
+            "A module cannot be pickled while it is patched or recorded: its copy would run without the patches. Save "
+            "its state_dict(), close the context first, or pickle a PatchedPolicy as a whole."
+        )
 
 
 def is_ours(hook: object) -> bool:
-    """Tell whether a hook is chanpatch's own."""
-    return isinstance(hook, (_Hook, _CopiedHook))
+    """Return whether a hook is chanpatch's own."""
+    return isinstance(hook, _Hook)
 
 
 def drop_hooks(model: nn.Module) -> None:
     """Take chanpatch's own hooks off a model that was copied while they were on; a twin inside it keeps its own."""
     for module in model.modules():
-        _drop(module, partial(_is_of_another, Station.of(module)))
+        _drop(module, functools.partial(_is_of_another, Station.of(module)))
 
 
 def _is_of_another(station: Station | None, hook: object) -> bool:
-    return is_ours(hook) and not (isinstance(hook, _Hook) and hook.station is station)
+    return isinstance(hook, _Hook) and hook.station is not station
 
 
-def _drop(module: nn.Module, ours: Callable[[object], bool]) -> None:
-    # The pre-hook goes last, by which a station is found, so that what was interrupted can be done again.
+def _drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
+    # The pre-hook goes last: a station is found by it, so an interrupted removal can be repeated.
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = vars(module).get(name, {})
         for key in [key for key, hook in hooks.items() if ours(hook)]:
@@ -223,98 +221,178 @@ def _drop(module: nn.Module, ours: Callable[[object], bool]) -> None:
             del hooks[key]
 
 
+@contextmanager
+def observed(
+    modules: Iterable[nn.Module],
+    on_inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object] | None = None,
+    on_output: Callable[[nn.Module, Any], object] | None = None,
+    on_tap: Callable[[str, Tensor], object] | None = None,
+) -> Iterator[None]:
+    """Call back at every call of these modules, and at every tap; changes nothing.
+
+    Copies of the modules that a forward makes and calls are not observed.
+    """
+    known = set(modules)
+    handles = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if on_inputs is not None and module in known:
+            on_inputs(module, args, kwargs)
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if on_output is not None and module in known:
+            on_output(module, output)
+
+    try:
+        for module in known:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
+        if on_tap is not None:
+            _tap_observers.append(on_tap)
+        with compiled_code_runs_eagerly():
+            yield
+    finally:
+        if on_tap in _tap_observers:
+            _tap_observers.remove(on_tap)
+        for handle in handles:
+            handle.remove()
+
+
+_tap_observers: list[Callable[[str, Tensor], object]] = []
+_tap_sessions: dict[str, list[weakref.ref[Any]]] = {}  # weak, so that a patched policy can be freed
+
+
+def tap(name: str, tensor: Tensor) -> Tensor:
+    """Return the tensor, and make this place in a `forward` a hook point; free when nobody looks.
+
+    Args:
+        name: The hook point's name. Where the same tap runs more than once in a forward, each time is one call of
+            it (`name#0`, `name#1`); a name made of the module's own, such as `f"block{i}.pattern"`, reads better.
+        tensor: Any tensor of the forward.
+
+    Returns:
+        The same tensor, or what the open patches made of it.
+
+    Raises:
+        HookPointError: Where a context is open, if a site there names no call of a tap that runs more than once in a
+            root call, or names one outside of any.
+        TraceMismatchError: Where a context is open, if the tap runs more often, or the tensor has another shape or
+            dtype, than in the trace.
+        SiteError, EditError: Where a context is open, if the tensor has no such region, or a patch does not fit it.
+
+    Example:
+        >>> import torch
+        >>> class Attention(torch.nn.Module):
+        ...     def forward(self, query, key):
+        ...         return tap("pattern", (query @ key.mT).softmax(-1))
+    """
+    for observer in _tap_observers:
+        observer(name, tensor)
+    if name not in _tap_sessions:
+        return tensor
+    sessions = [session for session in _hearing(name) if session.in_this_thread()]
+    for session in sessions:
+        session.enter_call(name)
+        session.leave_call(name)
+    here = [each for session in sessions for each in session.listeners if each.place.side == "tap"]
+    for listener in sorted(here, key=lambda each: STAGES.index(each.stage)):
+        if listener.place.module == name:
+            tensor = listener(tensor)
+    return tensor
+
+
+def hear_tap(name: str, session: _Scope) -> None:
+    """Let a session hear of a tap while it is open."""
+    if session not in _hearing(name):
+        _tap_sessions.setdefault(name, []).append(weakref.ref(session))
+
+
+def forget_taps(session: _Scope) -> None:
+    """Let a session hear of no tap any more."""
+    for name in list(_tap_sessions):
+        _tap_sessions[name] = [each for each in _tap_sessions[name] if each() not in (None, session)]
+        if not _tap_sessions[name]:
+            del _tap_sessions[name]
+
+
+def _hearing(name: str) -> list[Any]:
+    return [session for each in _tap_sessions.get(name, ()) if (session := each()) is not None]
+
+
+@contextmanager
+def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    """Call `around(method, *args, **kwargs)` in place of a method of this module.
+
+    Several wrappers nest in order of entry, and may close in any order.
+    """
+    found = vars(module).get(name)
+    wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
+    vars(module)[name] = wrapper
+    wrapper.around.append(around)
+    try:
+        yield
+    finally:
+        wrapper.around.remove(around)
+        if not wrapper.around and vars(module).get(name) is wrapper:
+            del vars(module)[name]
+            if wrapper.own is not None:  # a function that the user had put there
+                vars(module)[name] = wrapper.own
+
+
+class _MethodWrapper:
+    """An instance attribute in place of a method; a copy of the module has the plain method again."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()
+        self._module, self._name, self._method = module, name, getattr(module, name)
+        functools.update_wrapper(self, self._method)  # some models look at the arguments that a layer takes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._method
+        for around in reversed(self.around):
+            call = functools.partial(around, call)
+        return call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return types.MethodType(getattr(type(self._module), self._name), memo.get(id(self._module), self._module))
+
+
 is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, which a model that is being compiled calls as it is, instead of tracing into it."""
+    """Return the function; a model that is being compiled calls it as it is, instead of tracing into it."""
     if is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function
 
 
-def compiled_code_runs_eagerly() -> AbstractContextManager[None]:
-    """Let compiled code run as it was written, since hooks that are added after compilation are ignored there."""
-    # Where nothing was compiled, dynamo is not imported, which takes a second.
-    compiles = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
-    return _stance if compiles else nullcontext()
-
-
-class _SharedStance:
-    """One eager stance for all open contexts, whatever the order in which they close."""
-
-    def __init__(self) -> None:
-        self._open = 0
-        self._stance: Any = None
-
-    def __enter__(self) -> None:
-        if self._open == 0:
-            self._stance = torch.compiler.set_stance("force_eager")
-            self._stance.__enter__()
-        self._open += 1
-
-    def __exit__(self, *error: object) -> None:
-        self._open -= 1
-        if self._open == 0:
-            self._stance.__exit__(None, None, None)
-
-
-_stance = _SharedStance()
-
-
-class _Observer:
-    """Calls back for the modules of the model, and not for copies of them that a forward makes and calls."""
-
-    def __init__(self, known: Container[nn.Module], call_back: Callable[..., None]) -> None:
-        self._known, self._call_back = known, call_back
-
-    def __call__(self, module: nn.Module, *passed: Any) -> None:
-        if module in self._known:
-            self._call_back(module, *passed)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Observer:
-        return self
-
-
 @contextmanager
-def observed(
-    model: nn.Module,
-    on_inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
-    on_output: Callable[[nn.Module, Any], None],
-    on_tap: Callable[[str, Tensor], None],
-) -> Iterator[None]:
-    """Call back at every module call and tap inside the model; changes nothing."""
-    known = set(model.modules())
-    handles = []
+def compiled_code_runs_eagerly() -> Iterator[None]:
+    """Run compiled code eagerly, since hooks that are added after compilation are ignored there.
+
+    All open contexts share one stance, in whatever order they close.
+    """
+    token = object()
+    _eager.append(token)
     try:
-        for module in known:
-            before = _Observer(known, on_inputs)
-            after = _Observer(known, lambda module, args, output: on_output(module, output))
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-        _taps.observers.append(on_tap)
-        with compiled_code_runs_eagerly():
-            yield
-    finally:
-        if on_tap in _taps.observers:
-            _taps.observers.remove(on_tap)
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def noticing_calls(modules: Container[nn.Module], notice: Callable[[nn.Module], object]) -> Iterator[None]:
-    """Call back when any of these modules is called, wherever; for the one call that has to be learnt about."""
-
-    def before(module: nn.Module, args: Any) -> None:
-        if module in modules:
-            notice(module)
-
-    handle = nn.modules.module.register_module_forward_pre_hook(before)
-    try:
+        _settle_stance()
         yield
     finally:
-        handle.remove()
+        _eager.remove(token)
+        _settle_stance()
+
+
+_eager: list[object] = []
+_stance: list[Any] = []  # the one in force, if any
+
+
+def _settle_stance() -> None:
+    if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        _stance.append(torch.compiler.set_stance("force_eager"))  # without dynamo, nothing was compiled
+        _stance[0].__enter__()
+    elif _stance and not _eager:
+        _stance.pop().__exit__(None, None, None)
 
 
 def refuse_unhookable(model: nn.Module) -> None:

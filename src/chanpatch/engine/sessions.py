@@ -1,7 +1,7 @@
-"""What one context, or one patched policy, wants to see or change, and the root call that it is in.
+"""Listeners that come and go together, and the root call they are in.
 
-Forwards are divided into root calls: one call of the model, or of the method that was named. Call indices are
-counted, and checks are made, per root call.
+A root call is one call of the model, or of the method that was named. Calls of modules are counted, and checks are
+made, per root call.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
-from . import taps as _taps
 from .containers import containers
-from .hooks import Station, compiled_code_runs_eagerly
-from .methods import unwatch_method, watch_method
+from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, forget_taps, hear_tap, wrapped_method
 from .paths import Item, Path, get, leaves, replace
-from .taps import Place, Stage
 
 
 class _Published(threading.local):
@@ -43,6 +41,25 @@ def forward_context(*, step: int | None = None, rows: Any = None) -> Iterator[No
         published.step, published.rows = before
 
 
+@dataclass(frozen=True)
+class Moment:
+    """The forward in which a patch runs, for a caller without a session; a Session has the same attributes.
+
+    Attributes:
+        inputs: Inputs of the root call.
+        call: Index of the module's call within the root call.
+        step: Step of the rollout, or None.
+        rows: int64 `(batch,)`, the number of each row of the forward; None for 0, 1, 2, ...
+        running: Method of the root call, or None.
+    """
+
+    inputs: tuple[Any, ...] = ()
+    call: int = 0
+    step: int | None = None
+    rows: Tensor | None = None
+    running: str | None = None
+
+
 class StopForward(BaseException):
     """Ends a forward that chanpatch itself started; no `except Exception` on the way catches it."""
 
@@ -51,20 +68,20 @@ class Listener:
     """One place that a session listens to.
 
     Args:
-        session: Whose.
-        place: Where.
+        session: The session.
+        place: The hook point.
         stage: Before the patches, as a patch, or after them.
-        act: Takes the tensor found there; returns the tensor to put in its place, or the very same one.
+        act: Takes the tensor found there and the session; returns the tensor to put in its place, or the same one.
     """
 
     __slots__ = ("_path", "act", "place", "session", "stage")
 
-    def __init__(self, session: Session, place: Place, stage: Stage, act: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, session: Session, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
         self.session, self.place, self.stage, self.act = session, place, stage, act
         self._path = _argument_path(place.path) if place.side == "in" else place.path
 
     def __call__(self, tree: Any) -> Any:
-        """Return the tree that the listener leaves."""
+        """Return the inputs or the output that the listener leaves."""
         if not self.session.enabled or not self.session.is_call(self.place):
             return tree
         leaf = tree
@@ -83,7 +100,7 @@ class Listener:
                 f"The tensor at hook point '{self.place.name}' is a nested one, which has no shape. Where a "
                 "TransformerEncoder makes it of padded inputs, build that with enable_nested_tensor=False."
             )
-        new = self.act(leaf)
+        new = self.act(leaf, self.session)
         return new if not self._path else tree if new is leaf else replace(tree, self._path, new)
 
 
@@ -94,26 +111,28 @@ def _argument_path(path: Path) -> Path:
 
 
 class RootCall:
-    """One call of the model, or of the method that was named, within which calls are counted.
+    """One root call, within which the calls of modules are counted.
 
     Args:
-        station: Of the module whose call it is; None for a method.
+        station: The station of the module that was called; None for a method.
         method: The method; `"__call__"` for a module's call.
         args: Its arguments.
         kwargs: Its keyword arguments.
     """
 
-    __slots__ = ("args", "counts", "depth", "given", "kwargs", "method", "station")
+    __slots__ = ("args", "counts", "depth", "given", "is_forward_of_method", "kwargs", "method", "station", "under_way")
 
     def __init__(self, station: Station | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.station, self.method, self.args, self.kwargs = station, method, args, kwargs
-        self.counts: dict[object, int] = {}
-        self.depth = 0  # of calls of the module inside itself, or of its forward inside a method
-        self.given: list[Any] = []  # tensors and containers in the arguments as they were given
+        self.is_forward_of_method = False  # one of the forwards that a method such as `generate` runs
+        self.depth = 0  # of calls of the module inside itself
+        self.counts: dict[object, int] = {}  # calls so far, by station or tap
+        self.under_way: dict[object, list[int]] = {}  # their indices, while they run
+        self.given: list[Any] = []  # tensors and containers among the arguments
 
 
 class Session:
-    """Listeners that come and go together, and the root call that they are in.
+    """Listeners that come and go together, and the root call they are in.
 
     As a context it is attached, and each call of its method is a root call.
 
@@ -123,25 +142,47 @@ class Session:
         calls: How often each module was called in the traced root call, by name; None without a trace.
     """
 
+    confined = False  # to the thread that opened it; otherwise to the thread of the root call under way
+
     def __init__(self, root: nn.Module, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
         self.root, self.method, self.calls = root, method, calls
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.enabled = True
-        self.confined = False  # to the thread that opened it; otherwise to that of the root call under way
-        self.call = 0  # the index of the module call under way
-        self.on_begin: Callable[[], None] = _nothing
-        self.on_end: Callable[[RootCall], None] = _ignore
-        self.on_error: Callable[[Exception], None] = _ignore  # of a method; may raise another in its place
+        self.call = 0  # index of the module call under way
         self.listeners: list[Listener] = []
-        self._in_containers = False  # whether what modules return in containers is listened to
+        self._in_containers = False  # whether it listens to tensors inside containers that modules return
         self._running: RootCall | None = None
-        self._stations: list[Station] = []
-        self._stance: AbstractContextManager[None] = nullcontext()
+        self._touched: dict[nn.Module, None] = {}
+        self._exit = ExitStack()
         self._thread: int | None = None
 
-    def listen(self, place: Place, stage: Stage, act: Callable[[Tensor], Tensor]) -> None:
+    def on_begin(self) -> None:
+        """Prepare for a root call; may refuse it."""
+
+    def on_end(self, call: RootCall) -> None:
+        """Check a root call that raised nothing."""
+
+    def on_error(self, error: Exception) -> None:
+        """Add to an exception of a method; may raise another in its place."""
+
+    def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
         """Add a listener, before the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
+
+    def __enter__(self) -> Any:
+        self._thread = threading.get_ident() if self.confined else None
+        with ExitStack() as stack:
+            stack.enter_context(compiled_code_runs_eagerly())
+            stack.callback(self.detach)
+            if self.method == "__call__":
+                self.attach([self.root])
+            else:
+                self.attach()
+                stack.enter_context(wrapped_method(self.root, self.method, self._as_root_call))
+            self._exit = stack.pop_all()
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Start to listen, all or nothing.
@@ -152,83 +193,43 @@ class Session:
         try:
             for listener in self.listeners:
                 if listener.place.side == "tap":
-                    _taps.wait(listener.place.module, self)
+                    hear_tap(listener.place.module, self)
+                    scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
                 else:
                     self._station(self.modules[listener.place.module]).listeners.append(listener)
-            for station in self._stations:
-                station.plan()
-            self._in_containers = any(each.place.side == "out" and each.place.path for each in self.listeners)
-            if any(listener.place.side == "tap" for listener in self.listeners):
-                scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
+                    self._in_containers |= listener.place.side == "out" and bool(listener.place.path)
             for module in dict.fromkeys(scopes):
                 self._station(module).scopes.append(self)
+            for module in self._touched:
+                self._station(module).plan()
         except BaseException:
-            self._abandon()
+            self.detach()
             raise
 
     def detach(self) -> None:
         """Stop to listen; the hooks of others stay as they are."""
-        for station in self._stations:
-            station.remove(self)
-        self._stations.clear()
-        _taps.forget(self)
-
-    def let_go(self) -> None:
-        """Forget for good what was listened for: in cycles, its tensors would stay until the garbage collector runs."""
-        self.listeners.clear()
-        self.on_begin, self.on_end, self.on_error = _nothing, _ignore, _ignore
-
-    def _abandon(self) -> None:
-        """Undo what was cut short; an interrupt may have come between a hook and the note of it."""
-        self._stations = [station for module in self.modules.values() if (station := Station.of(module)) is not None]
-        self.detach()
-
-    def __enter__(self) -> None:
-        if self.confined:
-            self._thread = threading.get_ident()
-        self._stance = compiled_code_runs_eagerly()
-        self._stance.__enter__()
         try:
-            self.attach(scopes=() if self._watches else (self.root,))
-            if self._watches:
-                watch_method(self)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self.detach()
-        except BaseException:
-            self._abandon()
+            self._leave_modules()
+        except BaseException:  # an interrupt
+            self._leave_modules()
             raise
         finally:
-            if self._watches:
-                unwatch_method(self)
-            stance, self._stance = self._stance, nullcontext()
-            stance.__exit__(None, None, None)
+            forget_taps(self)
 
-    @property
-    def _watches(self) -> bool:
-        return self.method != "__call__"
+    def _leave_modules(self) -> None:
+        while self._touched:
+            module = next(iter(self._touched))
+            if station := Station.of(module):
+                station.remove(self)
+            self._touched.pop(module, None)
+
+    def let_go(self) -> None:
+        """Free what the listeners hold: in reference cycles, tensors would stay until the garbage collector runs."""
+        self.listeners.clear()
 
     def _station(self, module: nn.Module) -> Station:
-        station = Station.of(module) or Station(module)
-        if station not in self._stations:
-            self._stations.append(station)
-        return station
-
-    def confine_to_thread(self) -> None:
-        """Refuse forwards from any thread but the one that opens it; otherwise only while a root call is under way."""
-        self.confined = True
-
-    def check_thread(self) -> None:
-        """Raise if the forward under way is not in the session's thread."""
-        if self._thread is not None and threading.get_ident() != self._thread:
-            raise ConcurrencyError(
-                f"{type(self.root).__name__} is patched or recorded in another thread. Open the context in the "
-                "thread that runs the model, or give each thread a PatchedPolicy of its own."
-            )
+        self._touched[module] = None  # first, so that an interrupt leaves no hook behind
+        return Station.of(module) or Station(module)
 
     @property
     def running(self) -> str | None:
@@ -241,18 +242,35 @@ class Session:
         return self._running is not None and self._running.station is None
 
     @property
-    def users_own(self) -> list[Any]:
-        """What the root call under way was given, where what a module returns in containers is patched."""
-        return [] if self._running is None else self._running.given
-
-    @property
     def inputs(self) -> tuple[Any, ...]:
         """The inputs of the root call under way."""
         return () if self._running is None else (*self._running.args, *self._running.kwargs.values())
 
+    @property
+    def step(self) -> int | None:
+        """The step of the rollout under way."""
+        return published.step
+
+    @property
+    def rows(self) -> Tensor | None:
+        """The number of each row of the forward, or None."""
+        return published.rows
+
+    @property
+    def users_own(self) -> list[Any]:
+        """Tensors and containers among the arguments of the root call under way."""
+        return [] if self._running is None else self._running.given
+
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a root call with a module's call, unless that is part of the one under way."""
-        if self.enabled and (self._running is None or not self._encloses(self._running, station)):
+        if not self.enabled or self.in_method:
+            return
+        running = self._running
+        home = None if running is None else running.station
+        # Torch runs no hook on the way out of an interrupt, so the root call under way may be over.
+        if running is not None and home is station and station.is_inside_itself():
+            running.depth += 1  # the model calls itself
+        elif home is None or home is station or station.module_id not in home.inside:
             self._begin(RootCall(station, "__call__", args, kwargs))
 
     def end(self, station: Station, *, failed: bool) -> None:
@@ -265,17 +283,20 @@ class Session:
         else:
             self._end(running, failed=failed)
 
+    def _as_root_call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.method, function, args, kwargs)
+
     def run(self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a method of the model's own returns, called as a root call, or as a part of one."""
+        """Return what a method of the model returns, called as a root call, or as a part of one."""
         if not self.enabled:
             return function(*args, **kwargs)
         outer = self._running
         if outer is not None and outer.station is None:
             self.check_thread()
-            if not method == self.method == "__call__" or outer.method == "__call__" or outer.depth:
+            if not method == self.method == "__call__" or outer.method == "__call__" or outer.is_forward_of_method:
                 return function(*args, **kwargs)  # a forward inside a forward is a part of it
             self._running = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
-            self._running.depth = 1
+            self._running.is_forward_of_method = True
             try:
                 return function(*args, **kwargs)
             finally:
@@ -297,10 +318,13 @@ class Session:
         """End the forward under way; the root calls of every session at the model are over."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
-            running = session._running if isinstance(session, Session) else None
-            if isinstance(session, Session) and running is not None and running.station is station:
-                session._end(running, failed=True)
+            session.abandon(station)
         raise StopForward(token)
+
+    def abandon(self, station: Station) -> None:
+        """Give up the root call under way if it is a call of this module."""
+        if self._running is not None and self._running.station is station:
+            self._end(self._running, failed=True)
 
     def _begin(self, call: RootCall) -> None:
         self.check_thread()
@@ -311,7 +335,6 @@ class Session:
             call.given = [*containers(given), *(tensor for _, tensor in leaves(given))]
 
     def _end(self, call: RootCall, *, failed: bool) -> None:
-        """End a root call; it is checked only when no exception is in flight."""
         try:
             if not failed:
                 self.on_end(call)
@@ -320,23 +343,20 @@ class Session:
             if not self.confined:
                 self._thread = None
 
-    def _encloses(self, running: RootCall, station: Station) -> bool:
-        """Tell whether a module's call is part of the root call under way, and not the first after one cut short."""
-        if running.station is None:
-            return True
-        if running.station is station:
-            inside = station.is_inside_itself()
-            running.depth += inside
-            return inside
-        # Torch runs no hook on the way out of an interrupt, so that a module's call may have ended untold.
-        return station.module_id in running.station.inside
+    def check_thread(self) -> None:
+        """Raise if the forward under way is not in the session's thread."""
+        if self._thread is not None and threading.get_ident() != self._thread:
+            raise ConcurrencyError(
+                f"{type(self.root).__name__} is patched or recorded in another thread. Open the context in the "
+                "thread that runs the model, or give each thread a PatchedPolicy of its own."
+            )
 
     def in_this_thread(self) -> bool:
-        """Tell whether a root call is under way, in this thread."""
+        """Return whether a root call is under way, in this thread."""
         return self.enabled and self._running is not None and self._thread == threading.get_ident()
 
-    def count(self, counted: object) -> None:
-        """Count a call of a module or a tap; the listeners there read its index in `call`."""
+    def enter_call(self, counted: object) -> None:
+        """Count a call of a module or a tap; its listeners read the index in `call`."""
         if not self.enabled:
             return
         self.check_thread()
@@ -344,10 +364,19 @@ class Session:
         if running is None:
             self.call = 0
         else:
-            self.call = running.counts[counted] = running.counts.get(counted, -1) + 1
+            self.call = running.counts.get(counted, 0)
+            running.counts[counted] = self.call + 1
+            running.under_way.setdefault(counted, []).append(self.call)
+
+    def leave_call(self, counted: object) -> None:
+        """Let `call` be the index of the call that ends; calls of one module inside each other end in reverse."""
+        if not self.enabled or (self._thread is not None and threading.get_ident() != self._thread):
+            return  # a call from another thread was refused when it was entered
+        under_way = None if self._running is None else self._running.under_way.get(counted)
+        self.call = under_way.pop() if under_way else 0
 
     def is_call(self, place: Place) -> bool:
-        """Tell whether the call under way is the one that a place means."""
+        """Return whether the call under way is the one that a place means."""
         if self._running is None:
             if place.call is not None:
                 raise HookPointError(
@@ -368,9 +397,3 @@ class Session:
                 f"Name the call, as in '{place.module}#0', or trace the model with hook_points()."
             )
         return place.call is None or place.call == self.call
-
-
-def _nothing() -> None: ...
-
-
-def _ignore(what: object) -> None: ...

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..engine.hooks import refuse_unhookable
 from ..engine.paths import inside_vmap
 from ..engine.regions import written
-from ..engine.sessions import StopForward
+from ..engine.sessions import Session, StopForward
 from ..errors import UnreachedError, UnsupportedModelError
-from ..registry.lookup import model_of, region_lengths, resolve, session_for, sites_of
+from ..registry.lookup import model_of, region_lengths, resolve, root_of, sites_of
 from ..registry.names import BarePoint
 from ..registry.points import HookPoints
 from ..registry.sites import Axes, HookPoint, Site
@@ -117,22 +117,23 @@ def run_with_cache(
         True
     """
     recorder = _Recorder(points_or_model, sites, reduce, detach=detach, device=device, stop=stop)
-    session = recorder.session
     output, gradients = None, torch.is_grad_enabled()
-    with session:
+    with recorder:
         try:
-            output = getattr(session.root, session.method)(*inputs, **keywords)
+            output = getattr(recorder.root, recorder.method)(*inputs, **keywords)
         except StopForward as ended:
             if ended.args != (recorder,):
                 raise
             torch.set_grad_enabled(gradients)  # the forward may have meant to do so at its end
     recorder.raise_unreached("inside run_with_cache()")
-    session.let_go()
+    recorder.let_go()
     return recorder.result if stop else (output, recorder.result)
 
 
-class _Recorder:
+class _Recorder(Session):
     """A session that records sites into a cache."""
+
+    confined = True
 
     def __init__(
         self,
@@ -147,31 +148,29 @@ class _Recorder:
         allow_unreached: Iterable[str] = (),
     ) -> None:
         refuse_unhookable(model_of(points_or_model))
-        self.session = session_for(points_or_model)
-        self.session.confine_to_thread()
-        self.session.on_begin = self._begin
+        super().__init__(*root_of(points_or_model))
         self.result = ActivationCache({}, {}, {})
-        self.reduce, self.detach, self.device = reduce, detach, device
+        self.reduce, self.device, self.keeps_graph = reduce, device, not detach
         self._sites = sites_of(points_or_model, sites)
         self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "nothing is recorded")
         self._missing: set[Site] = set()
         self._stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
-        modules = self.session.modules
         for site in self._sites:
-            point = resolve(modules, site)
+            point = resolve(self.modules, site)
             # Without a trace, a module that is called again would be an error, which only the rest can tell.
             self._stops &= isinstance(point, HookPoint) or point.call is not None
-            record = _Record(self, site, point, modules.get(point.module))
-            self.session.listen(point, "before" if before else "after", record)
+            record = _Record(self, site, point, self.modules.get(point.module))
+            self.listen(point, "before" if before else "after", record)
 
     def recorded(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
         """Keep what was recorded at a site."""
         self.result._append(site, activation, axes, batch_axis)
         self._missing.discard(site)
         if self._stops and not self._missing:
-            self.session.stop(self)
+            self.stop(self)
 
-    def _begin(self) -> None:
+    def on_begin(self) -> None:
+        """Start to wait for all sites again."""
         self._missing = set(self._sites)
 
     def failed(self, error: Exception) -> None:
@@ -202,7 +201,7 @@ class _Record(Located):
             if recorder.reduce is not None:
                 reduced(torch.empty(lengths, dtype=point.dtype, device="meta"), site, point.axes, recorder.reduce)
 
-    def __call__(self, leaf: Tensor) -> Tensor:
+    def __call__(self, leaf: Tensor, session: Session) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
             return leaf  # a backward pass computes anew what was recorded, as torch.utils.checkpoint has it do
         if inside_vmap(leaf):
@@ -212,10 +211,10 @@ class _Record(Located):
             )
         recorder = self._recorder
         region = self.region(leaf)
-        if recorder.detach:
+        if not recorder.keeps_graph:
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce)
-        on_the_way = value is region and not recorder.detach  # what follows is computed from the record
+        on_the_way = value is region and recorder.keeps_graph  # what follows is computed from the record
         # What an index list selects is a copy already.
         copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())
         # On the way, too, it is a node of its own: what a module computed from its result before it returned it is no

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..engine.sessions import forward_context, published
+from ..engine.sessions import Moment, published
 from ..engine.state import training_modules
 from ..errors import BatchAxisError, RolloutError
+from ..patching.contexts import raise_nan
 from ..patching.edits import Context
-from ..patching.firing import AppliedPatches
-from ..patching.patch import Patch, Patches, labelled, labelled_patches
+from ..patching.firing import Firing
+from ..patching.patch import Patch, Patches, checked_patches, labelled, labelled_patches
 from ..registry.lookup import model_of, no_batch
 from ..registry.points import HookPoints
 from ..registry.sites import HookPoint, Site
@@ -116,9 +117,6 @@ def rollout_sweep(
     return SweptRollouts(rollouts, {label: next(played) for label in dict(others)} or None)
 
 
-_Firing: TypeAlias = Callable[[Tensor], Tensor]
-
-
 class _Interventions:
     """A policy with the patches of every intervention inside, each kept to its own rows.
 
@@ -140,24 +138,22 @@ class _Interventions:
         check_nan: bool,
     ) -> None:
         self.labels = (ORIGINAL, *(label for label, _ in patches))
-        # Their sessions listen to nothing: the twin's patches run them, one after the other, on parts of activations.
-        self.applied = {
-            number: AppliedPatches(policy, each, allow_unreached=(), check_nan=check_nan)
-            for number, (_, each) in enumerate(patches, start=1)
-        }
         self._episodes = episodes
         self.lengths: list[int] = []  # for each intervention in the forward under way, the number of its rows
         self.inputs: dict[int, tuple[Any, ...]] = {}  # and what the policy takes in them
         points: dict[str, tuple[HookPoint, int]] = {}
-        firings: dict[str, dict[int, list[_Firing]]] = {}
-        for number, applied in self.applied.items():
-            for patch, listener in zip(applied.patches, applied.session.listeners, strict=True):
+        firings: dict[str, dict[int, list[Firing]]] = {}
+        self.firings: dict[int, list[Firing]] = {}
+        for number, (_, each) in enumerate(patches, start=1):
+            for patch in checked_patches(policy, each):
                 point, axis = _point_with_rows(patch.site)
                 points[point.name] = point, axis
-                firings.setdefault(point.name, {}).setdefault(number, []).append(listener.act)
+                firing = Firing(patch, point, check_nan=check_nan)
+                firings.setdefault(point.name, {}).setdefault(number, []).append(firing)
+                self.firings.setdefault(number, []).append(firing)
         edits = {name: _ByRows(self, axis, firings[name]) for name, (_, axis) in points.items()}
-        each = [Patch(Site(name).at(point), edits[name]) for name, (point, _) in points.items()]
-        self.twin: Any = PatchedPolicy(policy, each, check_nan=False)
+        shared = [Patch(Site(name).at(point), edits[name]) for name, (point, _) in points.items()]
+        self.twin: Any = PatchedPolicy(policy, shared, check_nan=False)
 
     @contextmanager
     def forward(self, plays: NDArray[np.int64], inputs: tuple[Any, ...], batch_axes: BatchAxes) -> Iterator[None]:
@@ -176,15 +172,14 @@ class _Interventions:
 
     def _raise_nan(self, cause: Exception | None = None) -> None:
         for number in self.inputs:
-            if number:
-                with labelled(self.labels[number]):
-                    self.applied[number].raise_nan(cause)
+            with labelled(self.labels[number]):
+                raise_nan(self.firings.get(number, ()), cause)
 
 
 class _ByRows:
     """The patches of all interventions at one hook point, as one edit that gives each the rows of its own."""
 
-    def __init__(self, interventions: _Interventions, axis: int, firings: Mapping[int, Sequence[_Firing]]) -> None:
+    def __init__(self, interventions: _Interventions, axis: int, firings: Mapping[int, Sequence[Firing]]) -> None:
         self._interventions, self._axis, self._firings = interventions, axis, firings
         self.__name__ = "rollout_sweep"
 
@@ -200,18 +195,11 @@ class _ByRows:
         return activation if all(map(operator.is_, new, parts)) else torch.cat(new, self._axis)
 
     def _patched(self, number: int, part: Tensor, rows: Tensor, call: int) -> Tensor:
-        def patched(*inputs: Any) -> Tensor:
-            new = part
+        with labelled(self._interventions.labels[number]):
+            moment = Moment(self._interventions.inputs[number], call, published.step, rows, "__call__")
             for firing in self._firings[number]:
-                new = firing(new)
-            return new
-
-        session = self._interventions.applied[number].session
-        session.call = call
-        label = self._interventions.labels[number]
-        with labelled(label), forward_context(step=published.step, rows=rows):
-            new: Tensor = session.run("__call__", patched, self._interventions.inputs[number], {})
-        return new
+                part = firing(part, moment)
+        return part
 
 
 def _point_with_rows(site: Site) -> tuple[HookPoint, int]:

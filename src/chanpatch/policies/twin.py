@@ -10,18 +10,18 @@ import copy
 import functools
 import types
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.distributions import Distribution
 
-from ..engine.hooks import eager, is_compiling, noticing_calls, refuse_unhookable
+from ..engine.hooks import eager, is_compiling, observed, refuse_unhookable
 from ..engine.sessions import RootCall
 from ..errors import DistributionError, UnsupportedModelError
 from ..metrics.outputs import described, distribution_in
-from ..patching.firing import AppliedPatches
+from ..patching.contexts import Patching
 from ..patching.ledger import Ledger
 from ..patching.patch import Patch, checked_patches
 from ..registry.lookup import model_of, resolve
@@ -73,33 +73,33 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         given = original = model_of(policy)
         inner = vars(original).get(STATE)
         if inner is not None:
-            original, each, allowed = inner.original, (*inner.applied.patches, *each), allowed | inner.allowed
+            original, each, allowed = inner.original, (*inner.patches, *each), allowed | inner.allowed
         refuse_unhookable(original)
         twin = _copied(given)
         if isinstance(policy, HookPoints):
             each = checked_patches(policy, each)
-        applied = AppliedPatches(twin, each, allow_unreached=allowed, check_nan=check_nan)
+        state = _TwinState(twin, original, each, allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
-            applied.session.method, applied.session.calls = policy.method, policy.calls
+            state.method, state.calls = policy.method, policy.calls
         kind: Any = type(original)  # not the copy's own: a torch.fx.GraphModule makes a class for every instance
         twin.__class__ = _twin_class(kind, frozenset(name for name in _OFFERED if hasattr(original, name)))
-        vars(twin)[STATE] = _TwinState(twin, original, applied, allowed)
+        vars(twin)[STATE] = state
         return twin
 
     @property
     def patches(self) -> tuple[Patch, ...]:
         """The patches inside, in the order of application."""
-        return _state(self).applied.patches
+        return _state(self).patches
 
     @property
     def ledger(self) -> Ledger:
         """What each patch has done so far, by method."""
-        return _state(self).applied.ledger
+        return _state(self).ledger
 
     @contextmanager
     def disable(self) -> Iterator[None]:
         """Run the twin without its patches while the context is open."""
-        session = _state(self).applied.session
+        session = _state(self)
         before, session.enabled = session.enabled, False
         try:
             yield
@@ -112,9 +112,9 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the policy without hooks, and the patches to put into it again."""
-        allowed, applied = tuple(_state(self).allowed), _state(self).applied
-        build = functools.partial(PatchedPolicy, allow_unreached=allowed, check_nan=applied.check_nan)
-        return build, (_copied(self), applied.patches)  # type: ignore[arg-type]
+        state = _state(self)
+        build = functools.partial(PatchedPolicy, allow_unreached=tuple(state.allowed), check_nan=state.check_nan)
+        return build, (_copied(self), state.patches)  # type: ignore[arg-type]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copy as above, also where the policy's class copies itself in a way of its own."""
@@ -175,11 +175,14 @@ def _copied(policy: nn.Module) -> nn.Module:
     return copied(policy, _without_patches(policy) if STATE in vars(policy) else policy)
 
 
-class _TwinState:
-    """What a twin knows of its patches and of the policy it was made from."""
+class _TwinState(Patching):
+    """The session of a twin, always attached, and the policy that the twin was made from."""
 
-    def __init__(self, twin: nn.Module, original: nn.Module, applied: AppliedPatches, allowed: set[str]) -> None:
-        self.original, self.applied, self.allowed = original, applied, allowed
+    def __init__(
+        self, twin: nn.Module, original: nn.Module, patches: Iterable[Patch], allowed: set[str], *, check_nan: bool
+    ) -> None:
+        super().__init__(twin, patches, allow_unreached=allowed, check_nan=check_nan)
+        self.original, self.allowed = original, allowed
         self._modules = set(twin.modules())
         self._running_methods: set[str] = {"__call__", "forward"}
         self._pairs = [
@@ -189,21 +192,23 @@ class _TwinState:
         self._held, self._expected = zip(*(held for pair in self._pairs for held in _to_be_equal(*pair)), strict=True)
         self._numbers = [number for _, module, other, *_ in self._pairs for number in _of_one_element(module, other)]
         self._buffers = [(pair[0], pair[1]._buffers, pair[2]._buffers) for pair in self._pairs if pair[2]._buffers]
-        self._inside = _patches_by_module(twin, applied)
-        self._session = session = applied.session
-        session.on_begin, session.on_end, session.on_error = self._begin, self._end, applied.raise_nan
-        session.attach(scopes=[module for module in self._inside if module is not twin])
+        self._inside = _patches_by_module(twin, self.patches)
+        self.attach(scopes=[module for module in self._inside if module is not twin])
 
-    def call(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def call_method(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a method of the twin as a root call, unless it is part of one."""
-        session = self._session
-        if name in self._running_methods or session.in_method or not session.enabled:
-            return session.run(name, method, args, kwargs)
-        with noticing_calls(self._modules, lambda module: self._running_methods.add(name)):
-            return session.run(name, method, args, kwargs)
+        if name in self._running_methods or self.in_method or not self.enabled:
+            return self.run(name, method, args, kwargs)
+        with observed(self._modules, on_inputs=lambda *_: self._running_methods.add(name)):
+            return self.run(name, method, args, kwargs)
 
-    def _begin(self) -> None:
-        self.applied.forget()
+    def on_error(self, error: Exception) -> None:
+        """Raise NaNError if a distribution refused NaN that a patch introduced."""
+        self.raise_nan(error)
+
+    def on_begin(self) -> None:
+        """Refuse a call if a weight was replaced on one side."""
+        self.forget()
         try:
             shared = self._held == self._expected
         except RuntimeError:  # two tensors are neither equal nor unequal; one and the same is not even compared
@@ -235,20 +240,21 @@ class _TwinState:
                 "Write into it with copy_(), or make it a plain attribute."
             )
 
-    def _end(self, call: RootCall) -> None:
-        self.applied.raise_nan()
+    def on_end(self, call: RootCall) -> None:
+        """Check that every patch ran that should have run in this call."""
+        self.raise_nan()
         if self._buffers:
             self._refuse_replaced_in(call.method)
         names: list[str] = []
         if call.station is not None:
             inside = [numbers for module, numbers in self._inside.items() if id(module) == call.station.module_id]
-            names = self.applied.unreached(set().union(*inside))
+            names = self.unreached(set().union(*inside))
         elif call.method in self._running_methods:
-            names = self.applied.unreached()
+            names = self.unreached()
         if names:
             advice = f" If it need not run there: allow_unreached={names!r}."
             compiled = call.method == "__call__"  # a method is only checked once its modules were seen to run
-            self.applied.raise_unreached(names, f"in {call.method}()", compiled=compiled, advice=advice)
+            self.raise_unreached(names, f"in {call.method}()", compiled=compiled, advice=advice)
 
 
 def _to_be_equal(_: str, module: nn.Module, other: nn.Module, *children: Any) -> Iterator[tuple[Any, Any]]:
@@ -273,12 +279,12 @@ def _replaced(what: str, *, tensor: bool = False) -> str:
     )
 
 
-def _patches_by_module(twin: nn.Module, applied: AppliedPatches) -> dict[nn.Module, set[int]]:
+def _patches_by_module(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
     """Return, for every module that has patched sites inside, the numbers of those patches."""
     named = list(twin.named_modules(remove_duplicate=False))
     by_name = dict(named)
     inside: dict[nn.Module, set[int]] = {}
-    for number, patch in enumerate(applied.patches):
+    for number, patch in enumerate(patches):
         point = resolve(by_name, patch.site)
         for name in [name for name, module in named if module is by_name.get(point.module)]:
             parts = name.split(".") if name else []
@@ -319,7 +325,7 @@ def _rooted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         state = self.__dict__.get(STATE)
         if state is None:
             return function(self, *args, **kwargs)
-        call = eager(state.call) if is_compiling() else state.call
+        call = eager(state.call_method) if is_compiling() else state.call_method
         return call(name, types.MethodType(function, self), args, kwargs)
 
     return method

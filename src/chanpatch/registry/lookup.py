@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..engine.sessions import Session
 from ..errors import HookPointError, SiteError, TraceMismatchError
 from .axes import axis_names
 from .names import BarePoint, _parsed
@@ -140,8 +139,8 @@ def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
     return lengths
 
 
-def session_for(points_or_model: HookPoints | nn.Module) -> Session:
-    """Return a session for a traced model, or for one of which nothing but the forward is known."""
+def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
+    """Return the model, its method, and how often each module was called in the trace; None without a trace."""
     if isinstance(points_or_model, HookPoints):
-        return Session(points_or_model.model, points_or_model.method, points_or_model.calls)
-    return Session(points_or_model)
+        return points_or_model.model, points_or_model.method, points_or_model.calls
+    return model_of(points_or_model), "__call__", None

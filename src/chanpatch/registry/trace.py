@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.hooks import noticing_calls, observed, refuse_unhookable
+from ..engine.hooks import observed, refuse_unhookable
 from ..engine.inputs import copied_inputs
 from ..engine.paths import Attr, Path, leaves, path_text, replace, with_rows
 from ..engine.state import undisturbed
@@ -130,7 +130,7 @@ class _Trace:
         """Run the model once, on copies of its inputs that it may write into, and note what fires."""
         args, kwargs = copied_inputs(inputs, keywords)
         self.inputs = dict(leaves((args, kwargs)))
-        with self.known, observed(self.model, self._on_inputs, self._on_output, self._on_tap):
+        with self.known, observed(self.model.modules(), self._on_inputs, self._on_output, self._on_tap):
             getattr(self.model, method)(*args, **kwargs)
 
     def batch_of_input(self, path: Path) -> int | None:
@@ -204,13 +204,13 @@ class _Weights:
 
     def watched(self) -> AbstractContextManager[None]:
         """Look at the parameters of every module in the forward that runs inside, when it is first called."""
-        return noticing_calls(self._modules, self._notice)
+        return observed(self._modules, on_inputs=self._notice)
 
-    def _notice(self, module: nn.Module) -> None:
-        self._modules.discard(module)
-        for weight in module.parameters(recurse=False):
+    def _notice(self, module: nn.Module, *inputs: Any) -> None:
+        for weight in module.parameters(recurse=False) if module in self._modules else ():
             before = self._before.get(id(weight), "another parameter")
             self.steady &= before == _total(weight)
+        self._modules.discard(module)
 
 
 def _total(weight: Tensor) -> Any:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..engine.sessions import Session
 from ..errors import SweepError, UnreachedError
 from ..patching.patch import Patch, Patches, checked_patches, labelled_patches
-from ..registry.lookup import resolve, session_for
+from ..registry.lookup import resolve, root_of
 from ..registry.names import BarePoint
 from ..registry.sites import HookPoint, Site
 from .forward import Forward
@@ -107,12 +108,12 @@ def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tup
     Raises:
         UnreachedError: If a patch's hook point did not run.
     """
-    session = session_for(forward.points_or_model)
+    session = Session(*root_of(forward.points_or_model))
     fired: dict[str, _Firing] = {}
     places: dict[Any, int] = {}
 
-    def noting(point: HookPoint | BarePoint) -> Callable[[Tensor], Tensor]:
-        def note(leaf: Tensor) -> Tensor:
+    def noting(point: HookPoint | BarePoint) -> Callable[[Tensor, Session], Tensor]:
+        def note(leaf: Tensor, session: Session) -> Tensor:
             place = session.modules.get(point.module, point.module), point.side, point.path, session.call
             order = places.setdefault(place, len(places))
             blank = leaf.new_zeros(()).expand(leaf.shape)
@@ -124,7 +125,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tup
     for site in dict.fromkeys(Site(patch.site.name).at(patch.site.point) for e in entries for patch in e.patches):
         point = resolve(session.modules, site)
         session.listen(point, "patch", noting(point))
-    session.confine_to_thread()
+    session.confined = True
     with session, prefix.remembered():
         output = forward()
     session.let_go()

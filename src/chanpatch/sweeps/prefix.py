@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..engine import taps as _taps
 from ..engine.attributes import Attributes
+from ..engine.hooks import observed, wrapped_method
 from ..engine.paths import fresh, leaves, replace
 
 
@@ -84,12 +84,8 @@ class Prefix:
     def remembered(self) -> Iterator[None]:
         """Remember the one forward that runs inside; the hooks that count as listeners are those of this moment."""
         self._quiet = {module: not any(map(_hooked, _inner(module))) for module in self._model.modules()}
-        _taps.observers.append(self._on_tap)
-        try:
-            with _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
-                yield
-        finally:
-            _taps.observers.remove(self._on_tap)
+        with observed((), on_tap=self._on_tap), _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
+            yield
         for call in self._calls:
             call.known &= all(tensor._version == version for tensor, version in call.versions)
 
@@ -203,26 +199,9 @@ def _copy(output: Any) -> Any:
 
 
 @contextmanager
-def _wrapped(modules: Collection[nn.Module] | Iterator[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
-    """Call `around(module, forward, ...)` wherever a module's forward is called."""
-    before = []
-    try:
+def _wrapped(modules: Iterable[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
+    """Call `around(module, forward, ...)` in place of the forward of these modules."""
+    with ExitStack() as stack:
         for module in modules:
-            own = vars(module)
-            before.append((own, own.get("forward")))
-            own["forward"] = _around(around, module, module.forward)
+            stack.enter_context(wrapped_method(module, "forward", partial(around, module)))
         yield
-    finally:
-        for own, forward in before:
-            if forward is None:
-                del own["forward"]
-            else:  # the user had put a function of her own there
-                own["forward"] = forward
-
-
-def _around(around: Callable[..., Any], module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(forward)  # some models look at the arguments that a layer takes
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return around(module, forward, *args, **kwargs)
-
-    return called

@@ -17,12 +17,13 @@ from torch.distributions import Distribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..engine.paths import Path, leaves, replace
-from ..errors import EditError, NaNError
-from ..patching.contexts import patched
-from ..patching.firing import AppliedPatches
+from ..engine.sessions import Moment, Session, published
+from ..errors import EditError
+from ..patching.contexts import Patching, nan_error, patched
+from ..patching.firing import Firing
 from ..patching.patch import labelled
 from ..patching.recording import run_with_cache
-from ..registry.lookup import session_for
+from ..registry.lookup import root_of
 from ..registry.sites import Site
 from .forward import Forward, usual_attention
 from .later import Later, Operands
@@ -81,7 +82,7 @@ def vmapped(
     try:
         for start in range(0, len(entries), size):
             chosen = entries[start : start + size]
-            stack = _edited(forward, group, clean, chosen)
+            stack = _stacked(forward, group, clean, chosen)
             try:
                 outputs = run(stack, chosen)
                 for row in range(len(stack)):
@@ -112,14 +113,12 @@ class _Vmapped:
 
     def __init__(self, forward: Forward, prefix: Prefix, group: Group, paths: Sequence[Path]) -> None:
         self._forward, self._prefix, self._group, self._paths = forward, prefix, group, paths
-        self._session = session_for(forward.points_or_model)
+        self._session = Session(*root_of(forward.points_or_model))
         self._session.listen(group.point, "patch", self._put)
-        self._session.confine_to_thread()
+        self._session.confined = True
         self.later = Later([group.later(entry) for entry in group.entries], group.blank)
-        self._applied = _PatchesInVmap(
-            forward.points_or_model, self.later.patches, allow_unreached=(), check_nan=forward.check_nan
-        )
-        self._applied.session.confine_to_thread()
+        self._applied = Patching(forward.points_or_model, self.later.patches, check_nan=forward.check_nan)
+        self._applied.confined = True
         self._activation: Tensor | None = None
 
     def __call__(self, stack: Tensor, entries: Sequence[Entry]) -> dict[Path, Tensor]:
@@ -129,7 +128,7 @@ class _Vmapped:
             self._attributes_put_back(),
             self._forward.undisturbed,
             self._session,
-            self._applied.session,
+            self._applied,
             self._prefix.skipped(self._group.skippable),
             _ways_that_vmap_knows(stack.device),
         ):
@@ -143,7 +142,7 @@ class _Vmapped:
     def let_go(self) -> None:
         """Forget the listeners, as no forward comes any more."""
         self._session.let_go()
-        self._applied.session.let_go()
+        self._applied.let_go()
 
     def _one(self, activation: Tensor, operands: Sequence[Operands]) -> tuple[list[Tensor], list[Tensor]]:
         self._activation = activation
@@ -152,7 +151,7 @@ class _Vmapped:
         output = [*leaves(self._forward.disturbing())]
         if [path for path, _ in output] != self._paths:
             raise StrategyError("the output has tensors in other places than the unpatched one")
-        return [leaf for _, leaf in output], self._applied.brought_nan
+        return [leaf for _, leaf in output], [each.nan for each in self._applied.firings if each.nan is not None]
 
     @contextmanager
     def _attributes_put_back(self) -> Iterator[None]:
@@ -161,26 +160,11 @@ class _Vmapped:
         finally:  # a tensor of a vmap that has ended is of no use to anybody
             self._prefix.attributes.put_back()
 
-    def _put(self, leaf: Tensor) -> Tensor:
+    def _put(self, leaf: Tensor, session: Session) -> Tensor:
         activation, self._activation = self._activation, None
         if activation is None:
             raise StrategyError("the hook point ran twice")
         return activation
-
-
-class _PatchesInVmap(AppliedPatches):
-    """Patches whose NaN flags stand for many, so that nobody can read them before the vmap returns them."""
-
-    brought_nan: list[Tensor]
-
-    def forget(self) -> None:
-        """Begin anew."""
-        super().forget()
-        self.brought_nan = []
-
-    def compare_nan(self, number: int, before: Tensor, after: Tensor) -> None:
-        """Gather whether a patch brought NaN in."""
-        self.brought_nan.append((after.isnan() & ~before.isnan()).any())
 
 
 def _clean(forward: Forward, prefix: Prefix, group: Group) -> Tensor:
@@ -193,45 +177,33 @@ def _clean(forward: Forward, prefix: Prefix, group: Group) -> Tensor:
     return activation
 
 
-def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
-    """Return the activations that the entries' first patches leave: `(entry, *activation)`."""
-    try:
-        return _stacked(forward, group, clean, entries)
-    except NaNError:
-        for entry in entries:  # one flag is read for all; now for each
-            with labelled(entry.label):
-                _stacked(forward, group, clean, [entry])
-        raise
-
-
 def _stacked(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
     stack = clean.new_empty((len(entries), *clean.shape))
-    patches = [group.first(entry) for entry in entries]
-    flat = [patch for each in patches for patch in each]
-    applied = AppliedPatches(forward.points_or_model, flat, allow_unreached=(), check_nan=forward.check_nan)
-    listeners = iter(applied.session.listeners)
-
-    def fill(*args: Any, **kwargs: Any) -> None:
-        with forward.undisturbed:
-            for entry, each, row in zip(entries, patches, stack, strict=True):
-                activation = clean
-                with labelled(entry.label):
-                    for _ in each:
-                        activation = next(listeners).act(activation)
-                if activation is clean:
-                    raise StrategyError(f"{entry.label!r} leaves the very tensor, which may be written into later")
-                row.copy_(activation)
-                if not all(patch.runs_only_ours for patch in each):
-                    if forward.undisturbed.attributes.rebound():
-                        raise StrategyError(
-                            f"{entry.label!r} leaves something on the model for the rest of its forward"
-                        )
-                    forward.undisturbed.put_back()
-
-    applied.session.call = group.call  # the edits find everything as it is when the hook point is reached
-    applied.session.run(forward.method, fill, *forward.inputs)
-    applied.session.let_go()
-    applied.raise_nan()
+    modules = dict(forward.model.named_modules(remove_duplicate=False))
+    args, kwargs = forward.inputs
+    # The edits find everything as it is when the hook point is reached.
+    moment = Moment((*args, *kwargs.values()), group.call, published.step, published.rows, forward.method)
+    flags = []
+    with forward.undisturbed:
+        for entry, row in zip(entries, stack, strict=True):
+            activation = clean
+            patches = group.first(entry)
+            with labelled(entry.label):
+                for patch in patches:
+                    firing = Firing(patch, group.point, modules.get(group.point.module), check_nan=forward.check_nan)
+                    activation = firing(activation, moment)
+                    flags += [] if firing.nan is None else [(firing.nan, entry, patch)]
+            if activation is clean:
+                raise StrategyError(f"{entry.label!r} leaves the very tensor, which may be written into later")
+            row.copy_(activation)
+            if not all(patch.runs_only_ours for patch in patches):
+                if forward.undisturbed.attributes.rebound():
+                    raise StrategyError(f"{entry.label!r} leaves something on the model for the rest of its forward")
+                forward.undisturbed.put_back()
+    if flags and torch.stack([flag for flag, *_ in flags]).any():
+        entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
+        with labelled(entry.label):
+            raise nan_error(patch)
     return stack
 
 
