@@ -30,7 +30,7 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
         (missing, f"[Errno 2] No such file or directory: '{missing}'\n"),
         (
             foreign,
-            f"'{foreign}' is damaged, or no safetensors file: Error while deserializing header: header too small.\n",
+            f"'{foreign}' is damaged: SafetensorError: Error while deserializing header: header too small\n",
         ),
     ):
         with pytest.raises(SystemExit) as end:
@@ -40,9 +40,9 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
-    (["--help"], "Look at interventions that chanpatch.save() wrote."),
-    (["--help"], "print what a file of interventions holds"),
-    (["show", "--help"], "Nothing in the file is run."),
+    (["--help"], "Inspect files of patches that chanpatch.save() wrote."),
+    (["--help"], "print the contents of a file of patches"),
+    (["show", "--help"], "Showing a file runs no code from it."),
 ])  # fmt: skip
 def test_help_says_what_there_is(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

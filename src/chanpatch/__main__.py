@@ -1,4 +1,4 @@
-"""The command line: what a file of saved interventions holds.
+"""The command line: show the contents of a file of saved patches.
 
 python -m chanpatch show channel_55.safetensors
 """
@@ -17,11 +17,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        arguments: Of the command line; those of the process if None.
+        arguments: Command line arguments; those of the process if None.
     """
     parser = argparse.ArgumentParser(
         prog="python -m chanpatch",
-        description="Look at interventions that chanpatch.save() wrote.",
+        description="Inspect files of patches that chanpatch.save() wrote.",
         epilog="In Python, chanpatch.load(file, points) returns the patches, checked against the hook points of a "
         "model, and `with patched(points, patches):` runs it with them.",
     )
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     show = commands.add_parser(
         "show",
-        help="print what a file of interventions holds",
-        description="Print each patch of a file: its site, its edit, the elements it applies to (where), and the hook "
-        "point it was made for. A receipt says what one run with the patches was, in SHA-256 digests: "
-        "chanpatch.saving.verify(file, points, inputs) repeats that run. Nothing in the file is run.",
+        help="print the contents of a file of patches",
+        description="Print each patch of a file: site, edit, patched elements (where), hook point; then the receipt, "
+        "SHA-256 digests of one run with the patches, which chanpatch.saving.verify(file, points, inputs) repeats. "
+        "Showing a file runs no code from it.",
     )
     show.add_argument("file", help="such as channel_55.safetensors")
     chosen = parser.parse_args(arguments)

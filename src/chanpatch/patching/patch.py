@@ -107,18 +107,21 @@ def _class_takes_context(kind: Any) -> bool:
     return _takes_context(kind.__call__)
 
 
-def checked_patches(points_or_model: HookPoints | nn.Module, patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
-    """Return patches whose sites are bound to the trace, or by names alone, all faults at once.
+def checked_patches(
+    points_or_model: HookPoints | nn.Module | None, patches: Patch | Iterable[Patch]
+) -> tuple[Patch, ...]:
+    """Return patches whose sites are bound to the trace, or checked by name, all faults at once.
+
+    Without hook points or a model, only the type of the patches is checked.
 
     Raises:
         TypeError: If something else than patches is among them.
         HookPointError, SiteError: If a site does not exist.
         EditError: If an operand does not fit a traced site.
     """
-    each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
-    for patch in each:
-        if not isinstance(patch, Patch):
-            raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
+    each = _together(patches)
+    if points_or_model is None:
+        return each
     sites = bound(points_or_model, [patch.site for patch in each])
     return tuple(
         patch if site is patch.site else Patch(site, patch.edit, patch.where)

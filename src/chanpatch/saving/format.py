@@ -1,11 +1,24 @@
-"""A patch as a record of JSON and the tensors that it names; no code, and nothing that runs when it is read."""
+"""The file format: safetensors, with operands and masks as tensors and the rest as JSON in the metadata.
+
+    metadata["chanpatch"] = {"format": 1, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null}
+    record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
+              "operands": {"value": operand}, "where": operand, "hook_point": text or null}
+    operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest}
+
+`encoded` writes it and `decoded` reads it. Reading runs no code from the file.
+"""
 
 from __future__ import annotations
 
+import json
 import operator
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,189 +27,171 @@ from torch import Tensor
 from ..errors import InterventionError
 from ..patching.edits import Add, Clamp, Project, Resample, Scale, Set
 from ..patching.patch import Patch, edit_name
-from ..registry.sites import Axes, Flags, HookPoint, Selection, Shape, Site, Span
+from ..registry.sites import Flags, HookPoint, Selection, Site, Span
 from ..results import imported
+from .receipts import Receipt
 
-EDITS = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
+_FORMAT = 1
 
+_KEY = "chanpatch"  # the only entry in the metadata: with several, equal patches would not always make equal files
 
-@dataclass(frozen=True)
-class TracedPoint:
-    """What a file keeps of a hook point, to know it again.
-
-    Attributes:
-        axes: Axis names, such as `(batch, channel, row, col)`.
-        shape: Lengths of all axes but the batch axis.
-        dtype: Of the tensor, such as `"float32"`.
-        module_type: Class name of the module; `tap` for a tap.
-    """
-
-    axes: Axes
-    shape: Shape
-    dtype: str
-    module_type: str
-
-    @classmethod
-    def of(cls, point: HookPoint) -> TracedPoint:
-        """Return what is kept of a hook point."""
-        return cls(point.axes, point.shape, str(point.dtype).removeprefix("torch."), point.module_type)
-
-    def differences(self, there: TracedPoint) -> list[tuple[str, Any, Any]]:
-        """Return name, own and other for each attribute in which another one differs."""
-        pairs = [(item.name, getattr(self, item.name), getattr(there, item.name)) for item in fields(self)]
-        return [(name, own, other) for name, own, other in pairs if own != other]
+_EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
-def encoded(patches: Iterable[Patch]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Return a record of each patch, and the tensors that the records name.
+def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
+    """Return the bytes of a file.
 
     Raises:
-        InterventionError: Naming every patch that is not data.
+        InterventionError: If a patch is not data; names all such patches.
     """
-    tensors = _Tensors()
+    tensors: dict[int, tuple[str, Tensor]] = {}
     records, faults = [], []
     for number, patch in enumerate(patches, start=1):
         try:
-            records.append(_encoded(patch, tensors))
+            records.append(_record(patch, tensors))
         except InterventionError as fault:
             faults.append(f"Patch {number}, {patch!r}, cannot be saved: {fault}")
     if faults:
         raise InterventionError(in_one(faults))
-    return records, tensors.stored
+    metadata = {
+        "format": _FORMAT,
+        "chanpatch": version("chanpatch"),
+        "patches": records,
+        "receipt": None if receipt is None else asdict(receipt),
+    }
+    written: bytes = imported("safetensors.torch").save(
+        dict(tensors.values()), {_KEY: json.dumps(metadata, allow_nan=False)}
+    )
+    return written
 
 
 def decoded(
-    record: dict[str, Any], operands: Operands, device_of: Callable[[str], torch.device]
-) -> tuple[Patch, TracedPoint | None]:
-    """Return the patch of a record, and what is known of its hook point.
+    file: str | os.PathLike[str], device_of: Callable[[str], torch.device]
+) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None]:
+    """Return the patches of a file, the traces of their hook points, the version that wrote it, and the receipt.
 
     Args:
-        record: As `encoded` returns it.
-        operands: Of the file.
-        device_of: Where the operands of a patch belong, by the name of its hook point.
+        file: Path of the file.
+        device_of: Function from the name of a hook point to the device of the operands there.
 
     Raises:
-        InterventionError: If the edit is none of chanpatch's.
-        Exception: Of any kind, if the record is none.
+        InterventionError: If the file is damaged, was not written by `save`, or has a later format.
+        OSError: If the file cannot be read.
     """
-    name, kind, traced = record["site"]["name"], record["edit"], record["hook_point"]
-    if kind not in EDITS:
-        raise InterventionError(f"has the edit {kind!r}, but this chanpatch knows {', '.join(EDITS)}.")
-    site = Site(name, **{axis: _decoded_index(index) for axis, index in record["site"]["indices"].items()})
-    device = device_of(name)
-    edit = EDITS[kind](**{key: operands.decoded(each, device) for key, each in record["operands"].items()})
-    patch = Patch(site, edit, operands.decoded(record["where"], device))
-    if traced is None:
-        return patch, None
-    return patch, TracedPoint(tuple(traced["axes"]), tuple(traced["shape"]), traced["dtype"], traced["module_type"])
+    safetensors, path = imported("safetensors"), Path(file)
+    path.open("rb").close()  # let Python raise for unreadable files
+    try:
+        with safetensors.safe_open(path, framework="pt") as archive:
+            text = (archive.metadata() or {}).get(_KEY)
+            if text is None:
+                raise InterventionError("holds no patches: chanpatch.save() did not write it.")
+            metadata = json.loads(text)
+            if metadata["format"] > _FORMAT:
+                raise InterventionError(
+                    f"has format {metadata['format']}, but chanpatch {version('chanpatch')} reads up to {_FORMAT}. "
+                    "Install a later chanpatch."
+                )
+
+            @cache  # a tensor that several patches share is one tensor again
+            def tensor(key: str, order: tuple[int, ...], device: torch.device) -> Tensor:
+                stored: Tensor = archive.get_tensor(key)
+                return stored.permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
+
+            records, receipt = metadata["patches"], metadata["receipt"]
+            return (
+                tuple(_patch(record, tensor, device_of(record["site"]["name"])) for record in records),
+                tuple(None if record["hook_point"] is None else str(record["hook_point"]) for record in records),
+                str(metadata["chanpatch"]),
+                None if receipt is None else Receipt(**{name: str(each) for name, each in receipt.items()}),
+            )
+    except InterventionError as fault:
+        raise InterventionError(f"'{file}' {printable(str(fault))}") from None
+    except Exception as fault:  # a damaged file can raise any error
+        raise InterventionError(f"'{file}' is damaged: {type(fault).__name__}: {printable(str(fault))}") from fault
+
+
+def trace_of(point: HookPoint) -> str:
+    """Return the text that a file holds of a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
+    lengths = ((axis, point.length(axis)) for axis in point.axes)
+    axes = ", ".join(axis if length is None else f"{axis}={length}" for axis, length in lengths)
+    return f"{point.module_type} ({axes}) {str(point.dtype).removeprefix('torch.')}"
+
+
+def printable(text: str) -> str:
+    """Escape control characters: a file may come from anybody, and a terminal obeys them."""
+    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
 
 
 def in_one(faults: list[str]) -> str:
-    """Return one message of all faults."""
+    """Return one message with all faults."""
     return faults[0] if len(faults) == 1 else "\n".join([f"{len(faults)} faults:", *(f"- {each}" for each in faults)])
 
 
-def _encoded(patch: Patch, tensors: _Tensors) -> dict[str, Any]:
+def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, Any]:
     edit: Any = patch.edit
-    if type(edit) not in EDITS.values():
+    if type(edit) not in _EDITS.values():
         raise InterventionError(
-            f"its edit {edit_name(edit)} is code, and a file holds data only. Write it with {', '.join(EDITS)} of "
+            f"its edit {edit_name(edit)} is code, and a file holds data only. Write it with {', '.join(_EDITS)} of "
             "chanpatch.patching; several patches of one site apply in order."
         )
     if patch.where is not None and not isinstance(patch.where, Tensor):
         raise InterventionError(
             "its where is a function, and a file holds data only. Give the mask that it returns: a bool tensor."
         )
+    operands = {item.name: getattr(edit, item.name) for item in fields(edit)}
     return {
-        "site": {
-            "name": patch.site.name,
-            "indices": {axis: _encoded_index(selection) for axis, selection in patch.site.indices},
-        },
-        "hook_point": None if patch.site.point is None else asdict(TracedPoint.of(patch.site.point)),
+        "site": {"name": patch.site.name, "indices": {axis: _index(chosen) for axis, chosen in patch.site.indices}},
+        "hook_point": None if patch.site.point is None else trace_of(patch.site.point),
         "edit": type(edit).__name__,
-        "operands": {
-            each.name: _encoded_operand(getattr(edit, each.name), each.name, tensors) for each in fields(edit)
-        },
-        "where": _encoded_operand(patch.where, "where", tensors),
+        "operands": {name: _operand(operand, name, tensors) for name, operand in operands.items()},
+        "where": _operand(patch.where, "where", tensors),
     }
 
 
-def _encoded_index(selection: Selection) -> Any:
-    if isinstance(selection, Span):
-        return {"slice": [selection.start, selection.stop, selection.step]}
-    return list(selection.values if isinstance(selection, Flags) else selection)
+def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: torch.device) -> Patch:
+    def operand(given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return float(given["float"]) if "float" in given else tensor(given["tensor"], (*given["order"],), device)
+
+    kind, indices = record["edit"], record["site"]["indices"]
+    if kind not in _EDITS:
+        raise InterventionError(f"has the edit {kind!r}, but this chanpatch knows {', '.join(_EDITS)}.")
+    chosen = {axis: slice(*each["slice"]) if isinstance(each, dict) else each for axis, each in indices.items()}
+    edit = _EDITS[kind](**{name: operand(given) for name, given in record["operands"].items()})
+    return Patch(Site(record["site"]["name"], **chosen), edit, operand(record["where"]))
 
 
-def _decoded_index(index: Any) -> Any:
-    return slice(*index["slice"]) if isinstance(index, dict) else index
+def _index(chosen: Selection) -> Any:
+    if isinstance(chosen, Span):
+        return {"slice": [chosen.start, chosen.stop, chosen.step]}
+    return list(chosen.values if isinstance(chosen, Flags) else chosen)
 
 
-def _encoded_operand(operand: Any, name: str, tensors: _Tensors) -> Any:
+def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) -> Any:
+    """Return the JSON of an operand; a tensor is added to the tensors of the file, once for all its patches."""
     if isinstance(operand, Tensor):
-        return tensors.add(operand, name)
+        _refuse_unstorable(operand, name)
+        # Means and sums over a channels-last tensor have other last bits than over a contiguous one.
+        strides = operand.stride()
+        order = sorted(range(operand.dim()), key=lambda axis: -strides[axis])
+        if id(operand) not in tensors:
+            dense = operand.detach().permute(order).cpu().clone(memory_format=torch.contiguous_format)
+            tensors[id(operand)] = str(len(tensors)), dense
+        return {"tensor": tensors[id(operand)][0], "order": order}
     if operand is None or isinstance(operand, bool):
         return operand
     with suppress(TypeError):
         return operator.index(operand)
-    return {"float": repr(float(operand))}  # as text, since JSON has neither NaN nor infinities
-
-
-class Operands:
-    """The operands of a file; a tensor that several patches hold is read once, and is one tensor again.
-
-    Args:
-        tensor: Reads a tensor of the file by name.
-    """
-
-    def __init__(self, tensor: Callable[[str], Tensor]) -> None:
-        self._tensor = tensor
-        self._read: dict[tuple[str, torch.device], Tensor] = {}
-
-    def decoded(self, operand: Any, device: torch.device) -> Any:
-        """Return a number, None, or a tensor on that device."""
-        if not isinstance(operand, dict):
-            return operand
-        if "float" in operand:
-            return float(operand["float"])
-        name, order = operand["tensor"], operand["order"]
-        if (name, device) not in self._read:
-            dense = self._tensor(name).permute([order.index(axis) for axis in range(len(order))])
-            self._read[name, device] = dense.to(device, copy=True).expand(operand["shape"])
-        return self._read[name, device]
-
-
-class _Tensors:
-    """The tensors of a file, each stored once however many patches hold it.
-
-    What comes after a patch may compute other last bits for another memory layout, so the order of the axes in memory
-    is kept (channels-last stays), and so is a tensor that repeats without taking memory.
-    """
-
-    def __init__(self) -> None:
-        self.stored: dict[str, Tensor] = {}
-        self._records: dict[int, dict[str, Any]] = {}
-
-    def add(self, tensor: Tensor, name: str) -> dict[str, Any]:
-        if id(tensor) not in self._records:
-            _refuse_unstorable(tensor, name)
-            dense = tensor.detach()
-            for axis, stride in enumerate(dense.stride()):
-                if not stride and dense.shape[axis] > 1:
-                    dense = dense.narrow(axis, 0, 1)
-            strides = dense.stride()
-            order = sorted(range(dense.dim()), key=lambda axis: -strides[axis])
-            key = str(len(self.stored))
-            self.stored[key] = dense.permute(order).cpu().clone(memory_format=torch.contiguous_format)
-            self._records[id(tensor)] = {"tensor": key, "order": order, "shape": list(tensor.shape)}
-        return self._records[id(tensor)]
+    return {"float": repr(float(operand))}  # as text: JSON has no NaN and no infinity
 
 
 def _refuse_unstorable(tensor: Tensor, name: str) -> None:
     if tensor.is_meta:
-        raise InterventionError(f"its {name} is on the meta device, and so has no numbers.")
+        raise InterventionError(f"its {name} is on the meta device, so it has no numbers.")
     if tensor.layout != torch.strided:
         raise InterventionError(f"its {name} is {tensor.layout}. Make it dense: {name}.to_dense().")
     try:
         imported("safetensors.torch").save({name: torch.empty(0, dtype=tensor.dtype)})
-    except (KeyError, RuntimeError) as fault:  # the second for quantized types
+    except (KeyError, RuntimeError) as fault:  # RuntimeError for quantized dtypes
         raise InterventionError(f"its {name} is {tensor.dtype}, which a safetensors file cannot hold.") from fault

@@ -1,4 +1,4 @@
-"""What a run with patches was, in digests: enough to tell whether another run is the same bit for bit."""
+"""Receipts: digests of a run with patches, to check that another run is equal bit for bit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ from ..registry.points import HookPoints
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a run with patches was. Two are equal if the runs were, bit for bit; where they ran does not count.
+    """Digests of a run with patches. Two receipts are equal if the runs were equal bit for bit.
 
     Attributes:
-        weights: SHA-256 over name, dtype, shape and bytes of all that is in the model's `state_dict`.
-        inputs: The same over every tensor among the inputs.
+        weights: SHA-256 over name, dtype, shape and bytes of everything in the model's `state_dict`.
+        inputs: The same over every tensor in the inputs.
         output: The same over every tensor in the patched output.
-        environment: What computed it, which explains other last bits: torch, devices, threads, the model's mode.
+        environment: Versions and devices of the run, which explain different last bits: torch, devices, threads, and
+            whether the model was in training mode. Not compared.
     """
 
     weights: str
@@ -38,16 +39,9 @@ class Receipt:
     output: str
     environment: str = field(compare=False)
 
-    def differences(self, other: Receipt) -> list[str]:
-        """Return the names of what is not the same in another run."""
-        names = [item.name for item in fields(self) if item.compare]
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
-
 
 def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
-    """Run the model with patches, without gradients, and return what the run was.
-
-    What the forward draws at random begins at seed 0, so that a policy that samples is the same each time.
+    """Run the model with patches, without gradients, from random seed 0, and return the receipt.
 
     Raises:
         InterventionError: If the forward returns no tensor.
@@ -67,12 +61,11 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
 
 
 def _seed(model: nn.Module) -> None:
-    """Seed the generators that `undisturbed` puts back, and no others."""
+    """Seed exactly the generators that `undisturbed` restores."""
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
-    devices = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_cuda}
-    for device in devices:
+    for device in {each.device for each in itertools.chain(model.parameters(), model.buffers()) if each.is_cuda}:
         with torch.cuda.device(device):
             torch.cuda.manual_seed(0)
 
@@ -82,10 +75,9 @@ def _digest(tree: Any) -> str:
     for name, tensor in sorted(((path_text(path), leaf) for path, leaf in leaves(tree)), key=lambda pair: pair[0]):
         dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
         digest.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
-        if dense.is_meta:  # of offloaded weights, whose numbers are elsewhere
-            continue
-        flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        if not dense.is_meta:  # the numbers of offloaded weights are elsewhere
+            flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
