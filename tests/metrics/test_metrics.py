@@ -194,7 +194,9 @@ def test_a_metric_whose_baseline_was_given_keeps_it() -> None:
 def test_several_metrics_are_not_measured_as_one() -> None:
     with pytest.raises(MetricError) as caught:
         measured({"entropy": entropy}, LOGITS, OTHER)  # type: ignore[arg-type]
-    assert str(caught.value) == "The metric is a dict: give one function. sweep() takes several by name."
+    assert str(caught.value) == (
+        "The metric is of type dict: give a function of the model's output. Only sweep() takes several, by name."
+    )
 
 
 def test_a_metric_is_named_for_what_made_it() -> None:
@@ -211,7 +213,8 @@ def test_what_is_not_one_number_per_input_is_no_metric() -> None:
     with pytest.raises(MetricError) as caught:
         measured(lambda output: output, LOGITS, OTHER)
     assert str(caught.value) == (
-        "The metric returned a torch.float32 tensor of shape (5, 4): one number per input, (batch,), is expected."
+        "The metric returned a torch.float32 tensor of shape (5, 4). A metric returns one number per input, (batch,), "
+        "or one number."
     )
     assert measured(lambda output: output.mean(), LOGITS, OTHER).shape == (1,)
 
@@ -261,22 +264,22 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a negative action": (
         lambda: action_probability(-1),
         MetricError,
-        "actions is -1; actions are numbers from 0 on, one at least.",
+        "actions is -1; give at least one action; actions count from 0.",
     ),
     "no action": (
         lambda: action_probability([]),
         MetricError,
-        "actions is []; actions are numbers from 0 on, one at least.",
+        "actions is []; give at least one action; actions count from 0.",
     ),
     "a padded label": (
         lambda: log_probability(torch.tensor([1, -100])),
         MetricError,
-        "actions is a torch.int64 tensor of shape (2,); actions are numbers from 0 on, one at least.",
+        "actions is a torch.int64 tensor of shape (2,); give at least one action; actions count from 0.",
     ),
     "an action named twice": (
         lambda: action_probability([1, 1]),
         MetricError,
-        "actions is [1, 1], which counts an action twice. Name each one once.",
+        "actions is [1, 1], which counts an action twice. Name each action once.",
     ),
     "no number": (
         lambda: action_probability("left"),
@@ -299,8 +302,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "actions of fewer inputs": (
         lambda: logit_difference(torch.tensor([1]), 0)(LOGITS),
         MetricError,
-        "correct has an action for each of 1 inputs, but the output has 5. Give one for each, or a list for a set of "
-        "actions that count as one.",
+        "correct has an action for each of 1 inputs, but the output has 5. Give one action per input, or a list "
+        "for a set of actions that count as one.",
     ),
     "a baseline of other inputs": (
         lambda: kl_divergence(LOGITS, baseline=LOGITS[:1]),
@@ -321,14 +324,14 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "logits of one input": (
         lambda: entropy(LOGITS[0]),
         MetricError,
-        "The output has logits of shape (4,), but a metric needs (batch, action). Give them these two axes.",
+        "The output has logits of shape (4,), but a metric needs (batch, action). Reshape them to these two axes.",
     ),
     "no distribution": (
         lambda: entropy({"state": LOGITS}),
         DistributionError,
         "The output is a dict of 'state', which holds no action distribution: expected logits (batch, action), a "
-        "torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Give a metric that "
-        "picks it out.",
+        "torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Give a metric "
+        "that selects it.",
     ),
     "logits that are NaN": (
         lambda: action_flip(LOGITS, baseline=LOGITS / 0 * 0),
@@ -340,30 +343,31 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "logits of continuous actions": (
         lambda: total_variation(Normal(LOGITS, PROBS), baseline=Normal(LOGITS, PROBS)),
         DistributionError,
-        "The output's distribution is Normal, which is none over a set of actions and has no logits. Of continuous "
-        "actions there are kl_divergence and entropy.",
+        "The output's distribution is Normal, which is not over a set of actions and has no logits. For continuous "
+        "actions use kl_divergence or entropy.",
     ),
     "an entropy without a formula": (
         lambda: entropy(TransformedDistribution(Normal(LOGITS, PROBS), TanhTransform())),
         DistributionError,
-        "The entropy of a TransformedDistribution has no formula in torch.distributions. Estimate it by samples.",
+        "The entropy of a TransformedDistribution has no formula in torch.distributions. Estimate it from samples.",
     ),
     "a divergence of two kinds": (
         lambda: kl_divergence(Normal(LOGITS[:, 0], PROBS[:, 0]), baseline=Categorical(logits=LOGITS)),
         DistributionError,
-        "The divergence from the baseline's of a Normal has no formula in torch.distributions. Estimate it by samples.",
+        "The divergence from the baseline's of a Normal has no formula in torch.distributions. Estimate it from "
+        "samples.",
     ),
     "two values": (
         lambda: value((LOGITS, LOGITS[:, 0], LOGITS[:, 1])),
         MetricError,
         "The output, (Tensor, Tensor, Tensor), holds 2 tensors (batch,) or (batch, 1) that could be the value. Give a "
-        "metric that picks it out: lambda output: output[1].",
+        "metric that selects it: lambda output: output[1].",
     ),
     "no value": (
         lambda: value(LOGITS),
         MetricError,
         "The output, a torch.float32 tensor of shape (5, 4), holds 0 tensors (batch,) or (batch, 1) that could be the "
-        "value. Give a metric that picks it out: lambda output: output[1].",
+        "value. Give a metric that selects it: lambda output: output[1].",
     ),
     "a position of logits without positions": (
         lambda: at_position(entropy, -1)(LOGITS),
@@ -378,7 +382,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "positions of fewer inputs": (
         lambda: at_position(entropy, torch.tensor([1, 2]))(LOGITS.view(1, 5, 4)),
         MetricError,
-        "There are 2 positions, but the output has 1 inputs. Give each one.",
+        "There are 2 positions, but 1 inputs. Give one position per input.",
     ),
     "no position": (
         lambda: at_position(entropy, "last"),  # type: ignore[arg-type]
@@ -388,14 +392,14 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an effect that is none": (
         lambda: normalized_effect(logit_difference(0, 1), torch.eye(2), torch.zeros(3, 2)),
         MetricError,
-        "The metric is 0 on the clean run and 0 on the corrupted run, so there is no effect to take a share of. Choose "
-        "inputs or a metric that differ between the two.",
+        "The metric is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize by. "
+        "Choose other inputs or another metric.",
     ),
     "an effect of a metric that compares": (
         lambda: normalized_effect(kl_divergence, LOGITS, OTHER),
         MetricError,
-        "normalized_effect takes a metric of one output, but this one compares with a baseline, which is 0 where the "
-        "run is the baseline already.",
+        "normalized_effect takes a metric of one output, but this one compares with a baseline. Use it as it is: it "
+        "is 0 if the output equals the baseline.",
     ),
 }
 

@@ -417,7 +417,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "several metrics": (
         attributed([zero_ablate(WHOLE)], {"difference": METRIC}),  # type: ignore[arg-type]
         MetricError,
-        "The metric is a dict: give one function. sweep() takes several by name.",
+        "The metric is of type dict: give a function of the model's output. Only sweep() takes several, by name.",
     ),
     "a count below zero": (
         lambda: attributed([zero_ablate(WHOLE)])().top(-1),

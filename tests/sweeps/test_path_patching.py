@@ -220,7 +220,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "several metrics": (
         lambda: path_patch(POINTS, CLEAN, CORRUPTED, "first", "head.in[0]", metric={"first": first_logit}),  # type: ignore[arg-type]
         MetricError,
-        "The metric is a dict: give one function. sweep() takes several by name.",
+        "The metric is of type dict: give a function of the model's output. Only sweep() takes several, by name.",
     ),
 }
 

@@ -829,7 +829,7 @@ def test_a_metric_that_reads_what_a_forward_left_on_a_module_is_refused(strategy
     model(*inputs)
     patches = [zero_ablate(site) for site in points.site("first").split("feature")]
     for metric in (lambda output: model.hidden.sum(1), lambda output: model.hidden[:, 0]):
-        with pytest.raises(errors.MetricError, match="it reads 'hidden', which each forward sets on its module"):
+        with pytest.raises(errors.MetricError, match="reads more than the output: one of 'hidden', which each"):
             sweep(points, *inputs, patches=patches, metric=metric, strategy=strategy)
     held = model.hidden
     sweep(points, *inputs, patches=patches, metric=lambda output: model.second.weight.sum() * output[:, 0])
@@ -838,7 +838,7 @@ def test_a_metric_that_reads_what_a_forward_left_on_a_module_is_refused(strategy
 
 def test_inputs_without_rows_are_refused(plain_cnn: Model) -> None:
     points, (images,), site = traced(plain_cnn)
-    with pytest.raises(errors.MetricError, match="returned no number. Give inputs of one row at least"):
+    with pytest.raises(errors.MetricError, match="returned no number. Give inputs with at least one row"):
         sweep(points, images[:0], patches=zero_ablate(site), metric=lambda output: output[:, 0])
 
 

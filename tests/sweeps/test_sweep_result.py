@@ -134,12 +134,15 @@ def test_a_metric_may_be_one_number_for_all_inputs(points: HookPoints) -> None:
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
-        (lambda output: output, "returned a tensor of shape \\(12, 4\\). It returns one number per input"),
-        (lambda output: "much", "returned str. It returns one number per input"),
-        (lambda output: output[:0, 0], "returned no number. Give inputs of one row at least"),
-        (lambda output: output[:, 0] * 1j, "returned torch.complex64. .* Take .real or .abs\\(\\) of it."),
+        (
+            lambda output: output,
+            "returned a torch.float32 tensor of shape \\(12, 4\\). A metric returns one number",
+        ),
+        (lambda output: "much", "returned str. A metric returns one number per input"),
+        (lambda output: output[:0, 0], "returned no number. Give inputs with at least one row"),
+        (lambda output: output[:, 0] * 1j, "returned a torch.complex64 tensor .* Take .real or .abs\\(\\) of it."),
         ({}, "There is no metric"),
-        ({"first": 0}, "The metric 'first' is no function"),
+        ({"first": 0}, "The metric 'first' is of type int: give a function"),
     ],
 )
 def test_a_metric_that_is_none_is_an_error(points: HookPoints, metric: Any, message: str) -> None:
@@ -441,8 +444,8 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a metric of actions": (
         {"metric": {"logits": lambda output: output[0]}},
         errors.MetricError,
-        "The metric 'logits' returned 4 numbers for 12 inputs. It returns one number per input, (batch,), or one "
-        "number.",
+        "The metric 'logits' returned 4 numbers for 12 inputs. A metric returns one number per input, (batch,), or "
+        "one number.",
     ),
 }
 
@@ -475,8 +478,8 @@ def test_a_metric_that_writes_into_what_others_are_given_is_refused(metric: Any,
     with pytest.raises(errors.MetricError) as caught:
         swept(points, metric={"first": first, "writing": metric})
     assert str(caught.value) == (
-        "The metric 'writing' wrote into the output or the baseline in place, which others are given too. Return new "
-        "tensors: output - baseline instead of output.sub_(baseline)."
+        "The metric 'writing' wrote into the output or the baseline in place, which other metrics and patches get "
+        "too. Return new tensors: output - baseline instead of output.sub_(baseline)."
     )
     with pytest.raises(errors.MetricError, match="The metric wrote into the output or the baseline in place"):
         path_patch(points, *(vectors(ROWS)[0], -vectors(ROWS)[0]), "0", "2.in[0]", metric=metric)

@@ -7,7 +7,7 @@ import operator
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -124,24 +124,6 @@ class Attributes:
                 slots = [(slot, getattr(value, slot)) for slot in _slots(type(value)) if hasattr(value, slot)]
                 self._slots += [(value, slot, held) for slot, held in slots]
                 self._note([getattr(value, "__dict__", None), *(held for _, held in slots)])
-
-
-@contextmanager
-def unreadable(bound: Iterable[tuple[dict[str, Any], str]]) -> Iterator[None]:
-    """Put something of no use in place of attributes."""
-    before = [(own, name, own.get(name, _unreadable)) for own, name in bound]
-    for own, name, _ in before:
-        own[name] = _unreadable
-    try:
-        yield
-    finally:
-        for own, name, value in before:
-            own[name] = value
-            if value is _unreadable:
-                del own[name]
-
-
-_unreadable = object()
 
 
 _chained = itertools.chain.from_iterable

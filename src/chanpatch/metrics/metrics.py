@@ -1,14 +1,8 @@
-"""Metrics: functions of a model's output with one number per input.
+"""Metrics of policies and classifiers.
 
-logits = model(observations)
-logit_difference(3, 5)(logits)                  # (batch,)
-kl_divergence(patched_logits, baseline=logits)  # (batch,)
-
-Any function of an output that returns a tensor `(batch,)` is a metric. One with a keyword-only `baseline` compares: it
-gets the unpatched output too. The metrics here understand logits `(batch, action)`, `torch.distributions` objects,
-tuples that begin with one of them, dicts and objects that hold one, and Stable-Baselines3's distributions. Logits of
-sequences, `(batch, position, action)`, are refused until `at_position` says which position is meant: where sequences
-are padded, the last position is not that of the last token. All but `action_flip` are differentiable.
+They take logits `(batch, action)`, `torch.distributions` objects, tuples that begin with one of them, dicts and objects
+that hold one, and Stable-Baselines3's distributions. Logits of sequences, `(batch, position, action)`, need
+`at_position`: with padding, the last position is not that of the last token. All but `action_flip` are differentiable.
 """
 
 from __future__ import annotations
@@ -29,19 +23,18 @@ from .outputs import Actions, Choice, described, distribution_of, is_categorical
 def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
     """Return the metric `logit of correct minus logit of incorrect`: the log odds between the two.
 
-    The logit of a set of actions is the log of the sum of their exponentials, so that the difference of two sets is the
+    The logit of a set of actions is the log of the sum of their exponentials, so the difference between two sets is the
     log of the ratio of their probabilities.
 
     Args:
-        correct: An action, a sequence of actions that count as one, or an int64 tensor `(batch,)` with an action per
-            input.
+        correct: Action, sequence of actions that count as one, or int64 tensor `(batch,)` with an action per input.
         incorrect: The same.
 
     Returns:
         A function of an output that returns `(batch,)`.
 
     Raises:
-        MetricError: If the actions are none; in the call, if the output lacks them or has sequences (`at_position`).
+        MetricError: If the actions are not valid; in the call, if the output lacks them or has sequences.
 
     Example:
         >>> logit_difference(0, 2)(torch.tensor([[3.0, 0.0, 1.0]]))
@@ -52,7 +45,7 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
     """
     of_correct, of_incorrect = Choice("correct", correct), Choice("incorrect", incorrect)
 
-    def logit_difference(output: Any) -> Tensor:  # the name that a result shows
+    def logit_difference(output: Any) -> Tensor:  # its name is the metric's name in results
         logits = _log_probabilities(output)
         return of_correct(logits) - of_incorrect(logits)
 
@@ -60,16 +53,13 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
 
 
 def log_probability(actions: Actions) -> Metric:
-    """Return the metric `log of the probability of an action, or of a set of actions together`, in nats.
+    """Return the metric `log probability of an action, or of a set of actions together`, in nats: `(batch,)`.
 
     Args:
-        actions: As in `logit_difference`.
-
-    Returns:
-        A function of an output that returns `(batch,)`.
+        actions: As `correct` in `logit_difference`.
 
     Raises:
-        MetricError: If the actions are none; in the call, if the output lacks them or has sequences (`at_position`).
+        MetricError: As `logit_difference`.
 
     Example:
         >>> log_probability([0, 1])(torch.zeros(1, 4)).exp()
@@ -84,16 +74,13 @@ def log_probability(actions: Actions) -> Metric:
 
 
 def action_probability(actions: Actions) -> Metric:
-    """Return the metric `probability of an action, or of a set of actions together`, between 0 and 1.
+    """Return the metric `probability of an action, or of a set of actions together`, between 0 and 1: `(batch,)`.
 
     Args:
-        actions: As in `logit_difference`.
-
-    Returns:
-        A function of an output that returns `(batch,)`.
+        actions: As `correct` in `logit_difference`.
 
     Raises:
-        MetricError: If the actions are none; in the call, if the output lacks them or has sequences (`at_position`).
+        MetricError: As `logit_difference`.
 
     Example:
         >>> action_probability([0, 1, 2])(torch.zeros(1, 4))
@@ -108,21 +95,18 @@ def action_probability(actions: Actions) -> Metric:
 
 
 def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
-    """Return the Kullback-Leibler divergence of the output's distribution from the baseline's, in nats.
+    """Return the Kullback-Leibler divergence of the output's distribution from the baseline's, in nats: `(batch,)`.
 
-    It is the mean under the baseline of `log p_baseline - log p_output`: 0 where the two agree, infinite where the
-    output rules out what the baseline may do. The dimensions of a continuous action are summed.
+    It is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, infinite if the output
+    excludes an action that the baseline may take. The dimensions of a continuous action are summed.
 
     Args:
-        output: Of the patched model.
-        baseline: Of the unpatched model, on the same inputs.
-
-    Returns:
-        `(batch,)`.
+        output: Output of the patched model.
+        baseline: Output of the unpatched model on the same inputs.
 
     Raises:
-        DistributionError: If there is no distribution, or no divergence between two of these kinds.
-        MetricError: If the two are not of the same shape, or have logits of sequences (see `at_position`).
+        DistributionError: If there is no distribution, or no formula for the divergence between the two kinds.
+        MetricError: If the shapes differ, or the logits are of sequences.
 
     Example:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -137,18 +121,15 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
 
 def total_variation(output: Any, *, baseline: Any) -> Tensor:
-    """Return half the sum of the absolute differences of probability from the baseline's: 0 the same, 1 disjoint.
+    """Return half the sum of the absolute differences in probability: 0 if equal, 1 if disjoint; `(batch,)`.
 
     Args:
-        output: Of the patched model.
-        baseline: Of the unpatched model, on the same inputs.
-
-    Returns:
-        `(batch,)`.
+        output: Output of the patched model.
+        baseline: Output of the unpatched model on the same inputs.
 
     Raises:
         DistributionError: If one of them has no logits.
-        MetricError: If the two are not of the same shape, or have logits of sequences (see `at_position`).
+        MetricError: If the shapes differ, or the logits are of sequences.
 
     Example:
         >>> total_variation(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -159,20 +140,17 @@ def total_variation(output: Any, *, baseline: Any) -> Tensor:
 
 
 def action_flip(output: Any, *, baseline: Any) -> Tensor:
-    """Return whether the most probable action is another one than the baseline's: 1 or 0; its mean is the flip rate.
+    """Return 1 if the most probable action differs from the baseline's, else 0: `(batch,)`. Its mean is the flip rate.
 
-    Of actions that are equally probable the first one counts. Its gradient is zero everywhere.
+    Among equally probable actions the first one counts. The gradient is zero everywhere.
 
     Args:
-        output: Of the patched model.
-        baseline: Of the unpatched model, on the same inputs.
-
-    Returns:
-        `(batch,)`, in the output's dtype.
+        output: Output of the patched model.
+        baseline: Output of the unpatched model on the same inputs.
 
     Raises:
         DistributionError: If one of them has no logits.
-        MetricError: If the two are not of the same shape, or have logits of sequences (see `at_position`).
+        MetricError: If the shapes differ, or the logits are of sequences.
 
     Example:
         >>> action_flip(torch.eye(2), baseline=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -183,17 +161,13 @@ def action_flip(output: Any, *, baseline: Any) -> Tensor:
 
 
 def entropy(output: Any) -> Tensor:
-    """Return the entropy of the output's distribution, in nats, summed over the dimensions of a continuous action.
+    """Return the entropy of the output's distribution in nats: `(batch,)`.
 
-    Args:
-        output: Of the model.
-
-    Returns:
-        `(batch,)`.
+    The dimensions of a continuous action are summed.
 
     Raises:
-        DistributionError: If there is no distribution, or one whose entropy has no formula.
-        MetricError: If there are logits of sequences (see `at_position`).
+        DistributionError: If there is no distribution, or no formula for its entropy.
+        MetricError: If the logits are of sequences.
 
     Example:
         >>> entropy(torch.zeros(1, 2))
@@ -207,19 +181,13 @@ def entropy(output: Any) -> Tensor:
 
 
 def value(output: Any) -> Tensor:
-    """Return the value that a policy gives its observations beside the distribution.
+    """Return the value estimate of a policy: `(batch,)`.
 
-    It is the entry `value` or `values` of a dict or an object, otherwise the one tensor `(batch,)` or `(batch, 1)` in a
-    tuple beside its distribution (or its first entry, the logits); a tensor of that shape is the value itself.
-
-    Args:
-        output: Of the model.
-
-    Returns:
-        `(batch,)`.
+    It is the entry `value` or `values` of a dict or an object; in a tuple, the only tensor `(batch,)` or `(batch, 1)`
+    beside the distribution (or beside the first entry, the logits); or the output itself if it has such a shape.
 
     Raises:
-        MetricError: If there is no value, or more than one tensor that could be it.
+        MetricError: If no tensor, or more than one, could be the value.
 
     Example:
         >>> value((torch.zeros(2, 4), torch.tensor([[0.5], [0.25]])))
@@ -229,7 +197,7 @@ def value(output: Any) -> Tensor:
     if len(candidates) != 1:
         raise MetricError(
             f"The output, {described(output)}, holds {len(candidates)} tensors (batch,) or (batch, 1) that could be "
-            "the value. Give a metric that picks it out: lambda output: output[1]."
+            "the value. Give a metric that selects it: lambda output: output[1]."
         )
     return candidates[0].reshape(-1)
 
@@ -238,15 +206,15 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
     """Return a metric of the logits at one position of each sequence.
 
     Args:
-        metric: Of logits `(batch, action)`; one that compares gets the baseline's at the same position.
-        position: Of every sequence, -1 for the last one; or an int64 tensor `(batch,)` with a position for each, as
-            `lengths - 1` where sequences are padded.
+        metric: Metric of logits `(batch, action)`. One that compares gets the baseline at the same position.
+        position: Position in every sequence, -1 for the last; or an int64 tensor `(batch,)` with one position each,
+            such as `lengths - 1` for padded sequences.
 
     Returns:
         A function of an output with logits `(batch, position, action)` that returns `(batch,)`.
 
     Raises:
-        MetricError: If the position is none; in the call, if the logits have no such axis or position.
+        MetricError: If the position is not valid; in the call, if the logits lack such an axis or position.
 
     Example:
         >>> logits = torch.zeros(2, 5, 4)
@@ -271,10 +239,12 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
         if isinstance(position, int):
             return logits[:, position]
         if len(numbers) != inputs:
-            raise MetricError(f"There are {len(numbers)} positions, but the output has {inputs} inputs. Give each one.")
+            raise MetricError(
+                f"There are {len(numbers)} positions, but the output has {inputs} inputs. Give one per input."
+            )
         return logits[torch.arange(inputs, device=logits.device), position.to(logits.device)]
 
-    @functools.wraps(metric)  # keeps the signature, which tells whether it compares
+    @functools.wraps(metric)  # keeps the signature, which shows whether the metric compares
     def there(output: Any, **baseline: Any) -> Tensor:
         return metric(selected(output), **{name: selected(other) for name, other in baseline.items()})
 
@@ -282,13 +252,13 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
 
 
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
-    """Return a metric on the scale where the corrupted run is 0 and the clean run is 1.
+    """Return a metric rescaled so that its mean is 0 on the corrupted run and 1 on the clean run.
 
-    It is `(metric - corrupted) / (clean - corrupted)`, where clean and corrupted are the means of the metric over these
-    runs. In a patched corrupted run its mean is the share of the effect that the patch restores.
+    It is `(metric - corrupted) / (clean - corrupted)`, with the means of the metric over these runs. Its mean over a
+    patched corrupted run is the share of the effect that the patch restores.
 
     Args:
-        metric: Of one output; not one that compares.
+        metric: Metric of one output; not one that compares.
         clean: Output of the model on the clean inputs.
         corrupted: Output of the model on the corrupted inputs.
 
@@ -296,7 +266,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
         A function of an output that returns `(batch,)`.
 
     Raises:
-        MetricError: If clean and corrupted agree, so that there is no effect to share out, or the metric compares.
+        MetricError: If the two means agree, so there is no difference to normalize by, or the metric compares.
 
     Example:
         >>> clean, corrupted = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
@@ -309,14 +279,14 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """
     if compares(metric):
         raise MetricError(
-            "normalized_effect takes a metric of one output, but this one compares with a baseline, which is 0 where "
-            "the run is the baseline already."
+            "normalized_effect takes a metric of one output, but this one compares with a baseline. Use it as it is: "
+            "it is 0 if the output equals the baseline."
         )
     one, zero = metric(clean).detach().mean(), metric(corrupted).detach().mean()
     if torch.isclose(one, zero, atol=0.0):
         raise MetricError(
-            f"The metric is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no effect to "
-            "take a share of. Choose inputs or a metric that differ between the two."
+            f"The metric is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
+            "difference to normalize by. Choose other inputs or another metric."
         )
 
     def normalized_effect(output: Any) -> Tensor:
@@ -326,11 +296,11 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
 
 
 def _log_probabilities(output: Any) -> Tensor:
-    """Return the normalised logits, `(batch, action)`."""
+    """Return the normalized logits, `(batch, action)`."""
     logits = logits_of(output)
     if logits.dim() != 2:
         last = "at_position(metric, -1) takes the last position."
-        advice = last if logits.dim() == 3 else "Give them these two axes."
+        advice = last if logits.dim() == 3 else "Reshape them to these two axes."
         raise MetricError(
             f"The output has logits of shape {tuple(logits.shape)}, but a metric needs (batch, action). {advice}"
         )
@@ -351,7 +321,7 @@ def _check_same_shape(ours: Sequence[int], theirs: Sequence[int]) -> None:
 
 
 def _expected(probabilities: Tensor, quantity: Tensor) -> Tensor:
-    """Return an expectation; an action that cannot happen adds nothing, however large its quantity."""
+    """Return an expectation; impossible actions add 0, even if their quantity is infinite."""
     return (torch.where(probabilities > 0, quantity, 0.0) * probabilities).sum(-1)
 
 
@@ -361,6 +331,6 @@ def _summed(found: Distribution, what: str, compute: Callable[[], Tensor]) -> Te
         result = compute()
     except NotImplementedError:
         raise DistributionError(
-            f"The {what} of a {type(found).__name__} has no formula in torch.distributions. Estimate it by samples."
+            f"The {what} of a {type(found).__name__} has no formula in torch.distributions. Estimate it from samples."
         ) from None
     return result.flatten(1).sum(-1) if result.dim() > 1 else result

@@ -1,4 +1,4 @@
-"""What is in the output of a policy of whatever kind: its distribution, the logits of actions, its value."""
+"""Find the distribution, the logits and the value in the output of any kind of policy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return the distribution that an output holds, or gives the logits of; None where there is none."""
+    """Return the distribution that an output holds or gives the logits of; None if there is none."""
     if isinstance(output, Distribution):
         return output
     if isinstance(output, Tensor):
         if not output.is_floating_point() or not output.dim():
             return None
-        # Inside vmap no number can be read, so none can be validated; without rows there is none.
+        # Numbers cannot be read inside vmap, so they cannot be validated; without rows there are none.
         return Categorical(logits=output, validate_args=False if inside_vmap(output) or not output.numel() else None)
     if isinstance(output, Mapping):
         held = [value for value in output.values() if isinstance(value, Distribution)]
@@ -39,12 +39,12 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _is_squashed(output: Any) -> bool:
-    """Tell whether Stable-Baselines3 puts a tanh behind the distribution that it names."""
+    """Return whether Stable-Baselines3 applies a tanh after the distribution that it names."""
     return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution that an output holds, or gives the logits of.
+    """Return the distribution that an output holds or gives the logits of.
 
     Raises:
         DistributionError: If there is none.
@@ -60,18 +60,18 @@ def distribution_of(output: Any) -> Distribution:
         raise DistributionError(
             f"The output is {described(output)}, which holds no action distribution: expected logits (batch, action), "
             "a torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Give a "
-            "metric that picks it out."
+            "metric that selects it."
         )
     return found
 
 
 def is_categorical(found: Distribution) -> bool:
-    """Tell whether a distribution is one over a set of actions, with logits."""
+    """Return whether a distribution is over a set of actions, with logits."""
     return isinstance(found, (Categorical, OneHotCategorical))
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the normalised logits of an output, `(..., action)`.
+    """Return the normalized logits of an output, `(..., action)`.
 
     Raises:
         DistributionError: If it has none.
@@ -79,8 +79,8 @@ def logits_of(output: Any) -> Tensor:
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
-            f"The output's distribution is {type(found).__name__}, which is none over a set of actions and has no "
-            "logits. Of continuous actions there are kl_divergence and entropy."
+            f"The output's distribution is {type(found).__name__}, which is not over a set of actions and has no "
+            "logits. For continuous actions use kl_divergence or entropy."
         )
     logits: Tensor = found.logits  # type: ignore[attr-defined]
     return logits
@@ -90,11 +90,11 @@ class Choice:
     """Actions that count as one: the log of the sum of their exponentials, among logits.
 
     Args:
-        name: Of the argument, for messages.
-        actions: As in `chanpatch.metrics.logit_difference`.
+        name: Name of the argument, for messages.
+        actions: As `correct` in `chanpatch.metrics.logit_difference`.
 
     Raises:
-        MetricError: If the actions are none; in the call, if the logits do not have them.
+        MetricError: If the actions are not valid; in the call, if the logits do not have them.
     """
 
     def __init__(self, name: str, actions: Actions) -> None:
@@ -109,9 +109,9 @@ class Choice:
                 "or an int64 tensor (batch,) with an action per input."
             ) from None
         if not numbers or min(numbers) < 0:
-            raise MetricError(f"{name} is {shown(actions)}; actions are numbers from 0 on, one at least.")
+            raise MetricError(f"{name} is {shown(actions)}; give at least one action; actions count from 0.")
         if not self.per_input and len(set(numbers)) < len(numbers):
-            raise MetricError(f"{name} is {actions}, which counts an action twice. Name each one once.")
+            raise MetricError(f"{name} is {actions}, which counts an action twice. Name each action once.")
         self._numbers, self._highest = torch.tensor(numbers), max(numbers)
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -125,19 +125,19 @@ class Choice:
         if len(numbers) != len(logits):
             raise MetricError(
                 f"{self.name} has an action for each of {len(numbers)} inputs, but the output has {len(logits)}. "
-                "Give one for each, or a list for a set of actions that count as one."
+                "Give one action per input, or a list for a set of actions that count as one."
             )
         return logits.gather(-1, numbers.unsqueeze(-1)).squeeze(-1)
 
 
 def _number(action: Any) -> int:
     if isinstance(action, bool) or getattr(action, "dtype", None) == torch.bool:
-        raise TypeError("a mask names no actions")
+        raise TypeError("a mask is not an action")
     return operator.index(action)
 
 
 def value_candidates(output: Any) -> list[Tensor]:
-    """Return the tensors of an output that could be its value, a number per input; one where it is clear."""
+    """Return the tensors of an output, one number per input, that could be its value."""
     if isinstance(output, Tensor):
         return [output] if _is_one_per_input(output) else []
     names = ("value", "values")
@@ -154,7 +154,7 @@ def _is_one_per_input(tensor: Tensor) -> bool:
 
 
 def described(output: Any) -> str:
-    """Say what an output is, for a message that it holds something else than was expected."""
+    """Return a short description of an output, for messages."""
     if isinstance(output, Tensor):
         return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
     if isinstance(output, Mapping):
@@ -165,5 +165,5 @@ def described(output: Any) -> str:
 
 
 def shown(argument: Any) -> str:
-    """Return an argument as it was written; of a tensor with axes, what it is."""
+    """Return an argument as it was written, or a description of a tensor with axes."""
     return described(argument) if isinstance(argument, Tensor) and argument.dim() else repr(argument)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.hooks import refuse_unhookable
-from ..errors import SweepError
+from ..errors import MetricError, SweepError
 from ..metrics.measured import Metric, Metrics
 from ..patching.patch import Patches
 from ..registry.lookup import model_of
@@ -98,7 +98,7 @@ def sweep(
         prefix = Prefix(forward.model, taps, 0 if strategy == "loop" else max_bytes)
         output, groups = clean_run(forward, entries, prefix)
         metrics = Metrics(metric, output, forward.count())
-        metrics.refuse_attributes(output, forward.rebound or [])
+        _refuse_attributes(metrics, output, forward)
         rows: dict[int, dict[str, Tensor]] = {}
         done: list[Swept] = []
         with progress_bar(progress, len(entries), "patch") as advance:
@@ -115,6 +115,26 @@ def sweep(
                 partial = _result(asked, others, rows, metrics, done, complete=False)
                 raise SweepInterrupted(partial, len(asked)) from stop
     return _result(asked, others, rows, metrics, done, complete=True)
+
+
+def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
+    """Raise if a metric reads an attribute that each forward sets: it is restored before the metric is called."""
+    if not forward.rebound:
+        return
+    with forward.undisturbed:  # restores the attributes
+        for attributes, name in forward.rebound:
+            attributes[name] = None
+        try:
+            again = metrics(output)
+        except Exception:  # any error here means that a metric read an attribute
+            again = {}
+    for name, before in metrics.baseline.items():
+        if name not in again or not torch.allclose(again[name], before, equal_nan=True):
+            names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
+            raise MetricError(
+                f"A metric reads more than the output: one of {names}, which each forward sets on its module and "
+                "sweep() restores before it calls the metric. Let the model return the tensor that the metric needs."
+            )
 
 
 def _result(
