@@ -239,9 +239,7 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
         if isinstance(position, int):
             return logits[:, position]
         if len(numbers) != inputs:
-            raise MetricError(
-                f"There are {len(numbers)} positions, but the output has {inputs} inputs. Give one per input."
-            )
+            raise MetricError(f"There are {len(numbers)} positions, but {inputs} inputs. Give one position per input.")
         return logits[torch.arange(inputs, device=logits.device), position.to(logits.device)]
 
     @functools.wraps(metric)  # keeps the signature, which shows whether the metric compares
