@@ -14,7 +14,7 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from chanpatch import ThresholdProbe, hook_points, run_with_cache
+from chanpatch import ThresholdProbe
 from chanpatch.errors import MissingPackageError, StatisticsError
 from chanpatch.patching import ActivationCache
 from chanpatch.plots import channel_map, contingency, effect_ranking, strip
@@ -74,12 +74,6 @@ def test_the_parts_of_a_split_stand_side_by_side_with_marks_of_their_own() -> No
     assert legend == ["in (n = 4)", "out (n = 2)", "threshold 5"]
 
 
-def test_the_threshold_of_a_strip_may_be_that_of_a_probe() -> None:
-    probe = ThresholdProbe.fit(np.repeat(SUMS, 2), np.repeat(np.equal(LABELS, "UP"), 2))
-    ax = strip(SUMS, LABELS, threshold=probe)
-    assert list(ax.lines[0].get_ydata()) == [probe.threshold] * 2
-
-
 def test_an_effect_is_a_dot_at_its_value_on_a_line_over_its_interval() -> None:
     ax = effect_ranking(Records([record("a", 0.2), record("b", -0.5), record("c", 0.3)]))
     dots = [line for line in ax.lines if line.get_marker() == "o"]
@@ -113,7 +107,7 @@ def test_controls_stand_below_the_effects_as_squares() -> None:
     assert ax.get_title(loc="left") == "1 effects; 1 controls; lines: 95% intervals"
 
 
-def test_p_values_are_written_where_there_are_some() -> None:
+def test_p_values_are_written_beside_the_effects_that_have_one() -> None:
     ax = effect_ranking(Records([record("a", 0.4, p=0.031), record("b", 0.3, p=None), record("c", 0.2, p=math.nan)]))
     assert texts(ax) == ["0.031", "p"]
     assert ax.texts[0].get_position()[1] == 0
@@ -172,14 +166,6 @@ def test_a_map_lies_over_the_pixels_that_its_cells_stand_for() -> None:
     assert ax.figure.axes[1].get_ylabel() == "activation (no unit), 2 x 3 cells"
 
 
-def test_a_map_may_be_a_cache_of_one_channel_of_one_input() -> None:
-    model, image = torch.nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8)
-    points = hook_points(model, torch.rand(2, 3, 8, 8))
-    cache = run_with_cache(points, image, sites=points.site(".out", channel=2), stop=True)
-    drawn, by_hand = (channel_map(image[0], activation).images[1] for activation in (cache, model(image)[0, 2]))
-    np.testing.assert_array_equal(drawn.get_array(), by_hand.get_array())
-
-
 def test_negative_activations_are_surrounded_by_dashes() -> None:
     ax = channel_map(torch.zeros(1, 4, 4, dtype=torch.uint8), torch.tensor([[2.0, 0.0], [0.0, -2.0]]))
     assert ax.get_title() == "solid line: above 1; dashed line: below -1"
@@ -230,7 +216,11 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         ),
         (
             lambda: strip(np.zeros(7), np.zeros(7), np.arange(7)),
-            "split has 7 parts, but only 6 can be told apart.",
+            "split has 7 parts, but there are only 6 different markers.",
+        ),
+        (
+            lambda: strip(SUMS, LABELS, threshold=ThresholdProbe.fit(SUMS.repeat(2), np.equal(LABELS, "UP").repeat(2))),  # type: ignore[arg-type]
+            "threshold is a ThresholdProbe: give a number, such as probe.threshold.",
         ),
         (
             lambda: effect_ranking(Records([record("a", math.nan)])),
@@ -242,8 +232,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         ),
         (
             lambda: contingency(PairedCounts(3, -1, 2, 2)),
-            "PairedCounts(both=3, only_first=-1, only_second=2, neither=2) holds a negative number, but a count is not "
-            "negative.",
+            "PairedCounts(both=3, only_first=-1, only_second=2, neither=2) has a negative count.",
         ),
         (
             lambda: channel_map(torch.full((3, 4, 4), 255), torch.zeros(2, 2)),
@@ -254,8 +243,8 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
             "observation is torch.float32 from 0 to 255: give fractions from 0 to 1, or bytes (torch.uint8).",
         ),
         (
-            lambda: channel_map(torch.zeros(3, 8, 8), ActivationCache({}, {}, {})),
-            "The cache has 0 sites: give one that holds one channel's site.",
+            lambda: channel_map(torch.zeros(3, 8, 8), ActivationCache({}, {}, {})),  # type: ignore[arg-type]
+            "activation has type ActivationCache: give a tensor (row, col), such as cache['relu3'][0, 55].",
         ),
         (
             lambda: channel_map(torch.zeros(64, 64, 3), torch.zeros(8, 8)),

@@ -1,16 +1,17 @@
-"""Figures of results: each function draws into the `Axes` it is given, or into new ones, and returns them.
+"""Figures of results. Each function draws into the given `Axes`, or into new ones, and returns them.
 
     contrast(points, clean, corrupted, background=observations).plot()
     contingency(paired_counts(patched_success, original_success), names=("patched", "original"))
 
-They need matplotlib, `pip install "chanpatch[plot]"`. Nothing is told by colour alone, so they read as well in black
-and white; no setting of matplotlib's is changed, and nothing is shown or saved.
+They need matplotlib: `pip install "chanpatch[plot]"`. All figures are readable in black and white. The functions change
+no matplotlib settings, and do not show or save figures.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,7 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .errors import StatisticsError
-from .patching.cache import ActivationCache
 from .results import imported
 from .statistics.proportions import PairedCounts
 
@@ -26,12 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-__all__ = [
-    "channel_map",
-    "contingency",
-    "effect_ranking",
-    "strip",
-]
+__all__ = ["channel_map", "contingency", "effect_ranking", "strip"]
 
 _SHOWN = 20
 
@@ -40,46 +35,37 @@ _MARKERS = ("o", "x", "^", "s", "+", "v")
 
 
 class Effects(Protocol):
-    """A result with one record per effect: a `Contrast`, a `SweepResult`.
+    """A result with one record per effect, such as a `Contrast` or a `SweepResult`.
 
     A record has the effect, `low` and `high` of its interval, and a `label` or a `site`. It may have a p-value
-    (`p_holm`, else `p`), and a true `control` where it is of a control. A result may have an `effect_label`, which
-    says what the effect is, in which unit, and of how many inputs.
+    (`p_holm`, else `p`) and a bool `control`. The result may have an `effect_label`, the label of the effect axis.
     """
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per effect."""
 
 
-class Thresholded(Protocol):
-    """A result with a threshold: a `ThresholdProbe`."""
-
-    @property
-    def threshold(self) -> float:
-        """Return where the two sides meet."""
-
-
 def strip(
     sums: ArrayLike,
     labels: ArrayLike,
     split: ArrayLike | None = None,
-    threshold: Thresholded | float | None = None,
+    threshold: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    r"""Return a strip plot of one channel's sums: a column of marks per label, side by side for every split.
+    r"""Return a strip plot of one channel's sums: one column of marks per label and part of the split.
 
     Args:
-        sums: `(input,)`: one channel's sums, such as `channel_sums(...)[:, 55]`.
-        labels: `(input,)`: the label of each input, such as the direction of the next step.
-        split: `(input,)`: which part of the data each input belongs to, such as "in distribution" and "out of
-            distribution"; up to six parts, each with a mark of its own.
-        threshold: A `ThresholdProbe` or a number, drawn as a dashed line.
-        ax: Where to draw; new axes if None.
+        sums: `(input,)`: sums of one channel, such as `channel_sums(...)[:, 55]`.
+        labels: `(input,)`: label of each input, such as the direction of the next step.
+        split: `(input,)`: part of the data that each input belongs to, such as "in distribution" and "out of
+            distribution"; up to six parts, each with its own marker.
+        threshold: Number to draw as a dashed line, such as `probe.threshold`.
+        ax: Axes to draw into; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If sums, labels and split do not fit each other, a sum is not finite, or there are too many
-            parts.
+        StatisticsError: If sums, labels and split have different lengths, a sum is not finite, there are too many
+            parts, or the threshold is not a number.
 
     Example:
         >>> ax = strip([1.0, 5.0, 2.0], ["LEFT", "UP", "LEFT"], threshold=3.0)
@@ -96,20 +82,20 @@ def strip(
         raise StatisticsError(f"sums[{int(np.argmin(np.isfinite(values)))}] is not finite: leave that input out.")
     names, parts = np.unique(label), np.unique(part)
     if len(parts) > len(_MARKERS):
-        raise StatisticsError(f"split has {len(parts)} parts, but only {len(_MARKERS)} can be told apart.")
+        raise StatisticsError(f"split has {len(parts)} parts, but there are only {len(_MARKERS)} different markers.")
+    if not isinstance(threshold, (Real, type(None))):
+        raise StatisticsError(f"threshold is a {type(threshold).__name__}: give a number, such as probe.threshold.")
     ax = ax or _new_axes(1.5 + 1.1 * len(names), 4)
     width = 0.8 / len(parts)
     for number, (each, marker) in enumerate(zip(parts, _MARKERS, strict=False)):
-        centre = (number + 0.5) * width - 0.4
+        center = (number + 0.5) * width - 0.4
         chosen = [np.flatnonzero((label == name) & (part == each)) for name in names]
-        at = [column + centre + _spread(len(rows), 0.7 * width) for column, rows in enumerate(chosen)]
+        at = [column + center + _spread(len(rows), 0.7 * width) for column, rows in enumerate(chosen)]
         style: dict[str, Any] = {"facecolors": "none"} if marker in "o^sv" else {}
         ax.scatter(np.concatenate(at), values[np.concatenate(chosen)], s=16, marker=marker, linewidths=0.8,
                    color=str(0.5 * (number % 2)), label=f"{each} (n = {(part == each).sum()})", **style)  # fmt: skip
     if threshold is not None:
-        probe: Any = threshold
-        at_sum = float(getattr(probe, "threshold", probe))
-        ax.axhline(at_sum, color="black", linestyle="--", linewidth=1, label=f"threshold {at_sum:.4g}")
+        ax.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
     ax.set_xticks(range(len(names)), [f"{name}\nn = {(label == name).sum()}" for name in names])
     ax.set_xlim(-0.5, len(names) - 0.5)
     ax.set_xlabel("label")
@@ -120,14 +106,14 @@ def strip(
 
 
 def effect_ranking(result: Effects, ax: Axes | None = None) -> Axes:
-    """Return a ranking of effects: a dot with its 95% interval each, the largest absolute effect on top.
+    """Return a ranking of effects, largest absolute effect on top: one dot with its 95% interval per effect.
 
-    Shown are the 20 largest; the title says how many are not. Controls, if the result has some, stand below the
-    others as squares. A p-value is written beside an effect where there is one.
+    Only the 20 largest are drawn; the title counts the others. Controls are drawn as squares below the other effects.
+    p-values are written beside the effects that have one.
 
     Args:
-        result: A `Contrast`, a `SweepResult`, or whatever has such records.
-        ax: Where to draw; new axes if None.
+        result: A `Contrast`, a `SweepResult`, or any result with such records.
+        ax: Axes to draw into; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
@@ -135,7 +121,10 @@ def effect_ranking(result: Effects, ax: Axes | None = None) -> Axes:
     """
     records = result.to_records()
     groups = [[each for each in records if bool(each.get("control")) is control] for control in (False, True)]
-    shown = [sorted(filter(_has_effect, group), key=lambda each: -abs(each["effect"]))[:_SHOWN] for group in groups]
+    shown = [
+        sorted((each for each in group if _is_number(each["effect"])), key=lambda each: -abs(each["effect"]))[:_SHOWN]
+        for group in groups
+    ]
     drawn = [*shown[0], *shown[1]]
     if not drawn:
         raise StatisticsError(f"None of the {len(records)} effects is a number: there is nothing to draw.")
@@ -167,25 +156,25 @@ def _draw_effects(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[
 
 
 def _shown_of(groups: Sequence[Sequence[Any]], shown: Sequence[Sequence[Any]]) -> str:
-    """Return how many effects, and how many controls, are in the figure and how many are not."""
-    said = []
+    """Return the numbers of effects and controls that are drawn and hidden."""
+    texts = []
     for name, group, part in zip(("effects", "controls"), groups, shown, strict=True):
         hidden = len(group) - len(part)
         if group:
-            said.append(f"{len(part)} of {len(group)} {name}, {hidden} hidden" if hidden else f"{len(part)} {name}")
-    return "; ".join(said)
+            texts.append(f"{len(part)} of {len(group)} {name}, {hidden} hidden" if hidden else f"{len(part)} {name}")
+    return "; ".join(texts)
 
 
 def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[str, str] = ("first", "second")) -> Axes:
-    """Return a mosaic of a paired comparison: four rectangles whose areas are the shares of the pairs.
+    """Return a mosaic plot of a paired comparison: four rectangles whose areas are the shares of the pairs.
 
-    A column's width is how often the first succeeded or failed, the height within it how often the second did.
-    Pairs in which the two differ are hatched.
+    The widths show how often the first succeeded and failed, the heights how often the second did. Pairs with
+    different outcomes are hatched.
 
     Args:
-        counts: What `chanpatch.statistics.paired_counts` returns.
-        ax: Where to draw; new axes if None.
-        names: What the first and the second are, such as `("patched", "original")`.
+        counts: Counts from `chanpatch.statistics.paired_counts`.
+        ax: Axes to draw into; new axes if None.
+        names: Names of the first and the second, such as `("patched", "original")`.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
@@ -198,7 +187,7 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
     """
     n, (first, second) = sum(counts), names
     if min(counts) < 0:
-        raise StatisticsError(f"{counts} holds a negative number, but a count is not negative.")
+        raise StatisticsError(f"{counts} has a negative count.")
     if not n:
         raise StatisticsError("There are no pairs: all four counts are 0.")
     ax = ax or _new_axes(7, 4.5)
@@ -216,45 +205,45 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
     ax.set_yticks([])
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)
-    ax.set_xlabel(f"grey: {second} succeeded; hatched: they differ; n = {n} pairs")
+    ax.set_xlabel(f"gray: {second} succeeded; hatched: they differ; n = {n} pairs")
     return ax
 
 
 def _draw_column(
     ax: Axes, left: float, width: float, n: int, cells: Sequence[tuple[str, int, dict[str, Any]]], *, beside: float
 ) -> None:
-    """Draw the cell in which the second succeeded and, on it, the one in which it failed; `beside` is free space."""
+    """Draw the cell in which the second succeeded and, on top, the cell in which it failed; `beside` is the margin."""
     total = sum(count for _, count, _ in cells)
     bottom = 0.0
-    for (name, count, style), grey in zip(cells, ("0.8", "white"), strict=True):
-        height = count / total if total else 0.5  # of a column without width
-        ax.bar(left, height, width, bottom, align="edge", facecolor=grey, edgecolor="black", **style)
+    for (name, count, style), gray in zip(cells, ("0.8", "white"), strict=True):
+        height = count / total if total else 0.5  # the column has no width
+        ax.bar(left, height, width, bottom, align="edge", facecolor=gray, edgecolor="black", **style)
         text, middle = f"{name}\n{count} ({count / n:.1%})", bottom + height / 2
         if width > 0.25 and height > 0.12:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
             ax.text(left + width / 2, middle, text, ha="center", va="center", bbox=box)
-        else:  # the centres of a column's cells are half its height apart, so texts beside it have room
+        else:  # the centers of a column's cells are half its height apart, so there is room for texts in the margin
             edge, side = (0.0, "right") if beside < 0 else (1.0, "left")
             ax.annotate(text, (edge, middle), (beside, middle), ha=side, va="center", annotation_clip=False,
                         arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
         bottom += height
 
 
-def channel_map(observation: Tensor, activation: Tensor | ActivationCache, ax: Axes | None = None) -> Axes:
-    """Return one channel's map over the observation that caused it, each cell drawn over the pixels it stands for.
+def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
+    """Return one channel's activation map over the observation that caused it, each cell over its pixels.
 
-    The observation is drawn in pale grey. Lines surround where the activation is beyond half of its largest absolute
-    value: solid where it is positive, dashed where it is negative.
+    The observation is drawn in pale gray. Contours enclose activations beyond half of the largest absolute value: solid
+    if positive, dashed if negative.
 
     Args:
         observation: `(channel, row, col)` with one or three channels; fractions from 0 to 1, or bytes (uint8).
-        activation: `(row, col)`: of one channel, such as `cache["relu3"][0, 55]`, at most as large as the observation;
-            or an `ActivationCache` of one site with one input and one channel.
-        ax: Where to draw; new axes if None.
+        activation: `(row, col)`: activation of one channel, such as `cache["relu3"][0, 55]`, at most as large as the
+            observation.
+        ax: Axes to draw into; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If the two do not have such axes, or the observation other numbers.
+        StatisticsError: If the axes or the numbers are different.
 
     Example:
         >>> import torch
@@ -263,7 +252,11 @@ def channel_map(observation: Tensor, activation: Tensor | ActivationCache, ax: A
         ('column (pixel)', 'row (pixel)')
     """
     numbers = observation.float() if observation.is_floating_point() else observation  # numpy has no bfloat16
-    pixels, cells = numbers.detach().cpu().numpy(), _cells(activation)
+    if not isinstance(activation, Tensor):
+        raise StatisticsError(
+            f"activation has type {type(activation).__name__}: give a tensor (row, col), such as cache['relu3'][0, 55]."
+        )
+    pixels, cells = numbers.detach().cpu().numpy(), activation.detach().cpu().double().numpy()
     fits = (
         pixels.ndim == 3 and pixels.shape[0] in (1, 3) and cells.ndim == 2 and cells.size and np.isfinite(cells).all()
     )
@@ -278,16 +271,16 @@ def channel_map(observation: Tensor, activation: Tensor | ActivationCache, ax: A
             "1, or bytes (torch.uint8)."
         )
     ax = ax or _new_axes(5.5, 4.5)
-    grey = pixels.mean(axis=0) / (255 if pixels.dtype == np.uint8 else 1)
-    height, width = grey.shape
-    rows, cols = (np.arange(length) * cell // length for length, cell in zip(grey.shape, cells.shape, strict=True))
+    gray = pixels.mean(axis=0) / (255 if pixels.dtype == np.uint8 else 1)
+    height, width = gray.shape
+    rows, cols = (np.arange(length) * cell // length for length, cell in zip(gray.shape, cells.shape, strict=True))
     upsampled = cells[np.ix_(rows, cols)]
     top = float(np.abs(cells).max()) or 1.0
     signed = bool((cells < 0).any())
-    ax.imshow(grey, cmap="gray", vmin=-1.5, vmax=1.0)
+    ax.imshow(gray, cmap="gray", vmin=-1.5, vmax=1.0)
     shown = ax.imshow(upsampled, cmap="RdBu_r" if signed else "Reds", vmin=-top if signed else 0.0, vmax=top,
                       alpha=0.75 * np.abs(upsampled) / top)  # fmt: skip
-    framed = np.pad(upsampled, 1)  # so that lines close at the edges
+    framed = np.pad(upsampled, 1)  # close the contours at the edges
     lines = []
     for sign, style, side in ((1, "solid", "above"), (-1, "dashed", "below")):
         beyond = sign * framed > top / 2
@@ -304,31 +297,16 @@ def channel_map(observation: Tensor, activation: Tensor | ActivationCache, ax: A
     return ax
 
 
-def _cells(activation: Tensor | ActivationCache) -> NDArray[np.float64]:
-    """Return a map as `(row, col)`, that of a cache without its axes of length 1; what is none as it is."""
-    if isinstance(activation, ActivationCache):
-        if len(activation) != 1:
-            raise StatisticsError(f"The cache has {len(activation)} sites: give one that holds one channel's site.")
-        (tensor,) = activation.values()
-        activation = tensor[0, 0] if tensor.dim() == 4 and tensor.shape[:2] == (1, 1) else tensor
-    cells: NDArray[np.float64] = activation.detach().cpu().double().numpy()
-    return cells
-
-
 def _new_axes(width: float, height: float) -> Axes:
-    """Return the axes of a new figure of so many inches."""
+    """Return the axes of a new figure, with its size in inches."""
     axes: Axes = imported("matplotlib.pyplot").subplots(figsize=(width, height), layout="constrained")[1]
     return axes
 
 
 def _spread(count: int, width: float) -> NDArray[np.float64]:
-    """Return offsets that spread marks evenly over a width, neighbours in the data far apart."""
+    """Return offsets that spread marks evenly over a width, with neighbors in the data far apart."""
     golden = (5**0.5 - 1) / 2
     return (np.arange(1, count + 1) * golden % 1 - 0.5) * width
-
-
-def _has_effect(record: Mapping[str, Any]) -> bool:
-    return _is_number(record["effect"])
 
 
 def _is_number(value: Any) -> bool:

@@ -291,15 +291,15 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
             "clusters has shape (1,), but there are 2 rows: give one label per row.",
         ),
         (lambda: bootstrap_interval([1.0], resamples=0, seed=0), "resamples is 0, but at least one is needed."),
-        (lambda: bootstrap_interval([1.0], seed=-1), "seed is -1, but it must be a whole number from 0 on."),
+        (lambda: bootstrap_interval([1.0], seed=-1), "seed is -1, but it must be a whole number, at least 0."),
         (
             lambda: bootstrap_interval([1.0], confidence=95, seed=0),
             "confidence is 95, but it must lie between 0 and 1, such as 0.95.",
         ),
-        (lambda: holm([0.5, 1.2]), "1.2 is no p-value: it must lie between 0 and 1."),
+        (lambda: holm([0.5, 1.2]), "1.2 is not a p-value: it must lie between 0 and 1."),
         (
             lambda: equivalent(wilson_interval(1, 2), margin=0),
-            "margin is 0, but the largest difference that would not matter is above 0.",
+            "margin is 0, but it must be above 0.",
         ),
         (
             lambda: difference_interval(wilson_interval(1, 2), wilson_interval(1, 2, confidence=0.9)),

@@ -1,8 +1,7 @@
-"""Intervals and tests for proportions, differences, rankings and samples, thin on scipy.
+"""Intervals and tests for proportions, differences, rankings and samples, built on scipy.
 
-Counts of a paired comparison are named by who succeeded, in the order of the table:
-`both`, `only_first`, `only_second`, `neither`. Samples have one row per input, level or pair on their first axis;
-`clusters` names the rows that are not independent of each other.
+Counts of a paired comparison are `both`, `only_first`, `only_second`, `neither`, after who succeeded. The first axis of
+a sample has one row per input, level or pair; `clusters` labels the rows that are not independent of each other.
 """
 
 from .corrections import benjamini_hochberg, equivalent, holm

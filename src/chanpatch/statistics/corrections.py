@@ -1,4 +1,4 @@
-"""What many tests at once, and a margin instead of a null, make of p-values and intervals."""
+"""Corrections for multiple tests, and equivalence within a margin."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .interval import Interval
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Return p-values adjusted so that all claims below a level are true together, but for a share of that level.
+    """Return p-values adjusted to control the family-wise error rate (Holm-Bonferroni).
 
     Args:
-        p_values: One per test, in any shape. NaN is no test: it stays NaN and does not count.
+        p_values: One p-value per test, in any shape. NaN entries stay NaN and do not count as tests.
 
     Returns:
         The adjusted p-values in the same shape, at most 1.
@@ -41,12 +41,10 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Return p-values adjusted so that a level is the share of false ones expected among the claims below it.
-
-    It holds for tests that are independent of each other or rise and fall together.
+    """Return p-values adjusted to control the false discovery rate, for independent or positively dependent tests.
 
     Args:
-        p_values: One per test, in any shape. NaN is no test: it stays NaN and does not count.
+        p_values: One p-value per test, in any shape. NaN entries stay NaN and do not count as tests.
 
     Returns:
         The adjusted p-values in the same shape, at most 1.
@@ -70,17 +68,17 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def equivalent(difference: Interval[Any], margin: float) -> Any:
-    """Return whether a difference is too small to matter: its whole interval lies within -margin and margin.
+    """Return whether a difference is too small to matter: its whole interval lies between -margin and margin.
 
-    A difference without significance is not yet equivalent. This is the pair of one-sided tests at level
-    `(1 - confidence) / 2`: 0.025 for an interval of 95%, the customary 0.05 for one of 90%.
+    A difference that is not significant need not be equivalent. This is the two one-sided tests procedure at level
+    `(1 - confidence) / 2`: 0.025 for an interval of 95%, the usual 0.05 for one of 90%.
 
     Args:
-        difference: The difference and its interval, or arrays of them.
-        margin: The largest difference that would not matter, chosen before the data; in the unit of the difference.
+        difference: Difference with its interval, or arrays of them.
+        margin: Largest difference that would not matter, in the same unit, chosen before seeing the data.
 
     Returns:
-        A bool, or an array of them; an interval with NaN is never equivalent.
+        A bool, or an array of them; False if an end of the interval is NaN.
 
     Raises:
         StatisticsError: If the margin is not above 0.
@@ -93,15 +91,15 @@ def equivalent(difference: Interval[Any], margin: float) -> Any:
         Schuirmann, "A comparison of the two one-sided tests procedure and the power approach" (1987).
     """
     if not margin > 0:
-        raise StatisticsError(f"margin is {margin!r}, but the largest difference that would not matter is above 0.")
+        raise StatisticsError(f"margin is {margin!r}, but it must be above 0.")
     return (-margin < difference.low) & (difference.high < margin)
 
 
 def _checked(p_values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return a copy of the p-values, and which of them are tests."""
+    """Return a copy of the p-values, and a mask of those that are not NaN."""
     p = np.array(p_values, dtype=np.float64)
     tested = ~np.isnan(p)
     outside = p[tested & ~((p >= 0) & (p <= 1))]
     if outside.size:
-        raise StatisticsError(f"{float(outside[0])} is no p-value: it must lie between 0 and 1.")
+        raise StatisticsError(f"{float(outside[0])} is not a p-value: it must lie between 0 and 1.")
     return p, tested

@@ -1,4 +1,4 @@
-"""The interval that every estimate here comes with, and the checks that several statistics share."""
+"""Confidence intervals, and the checks that several statistics share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ Number = TypeVar("Number", default=float)
 
 @dataclass(frozen=True)
 class Interval(Generic[Number]):
-    """An estimate and its confidence interval, all three in the unit of the estimate.
-
-    What is estimated for many channels at once has arrays of one shape in place of the three numbers.
-    """
+    """An estimate and its confidence interval: three numbers, or three arrays of one shape for many channels."""
 
     estimate: Number
     low: Number
@@ -30,7 +27,7 @@ def count(name: str, number: int) -> int:
     """Return a count as an int.
 
     Raises:
-        StatisticsError: If it is none.
+        StatisticsError: If it is not a whole number, or is negative.
     """
     try:
         whole = operator.index(number)
@@ -42,7 +39,7 @@ def count(name: str, number: int) -> int:
 
 
 def normal_quantile(confidence: float) -> float:
-    """Return how many standard deviations around the mean hold that share of a normal distribution.
+    """Return the number of standard deviations around the mean that contain this share of a normal distribution.
 
     Raises:
         StatisticsError: If the confidence is not between 0 and 1.
@@ -57,8 +54,8 @@ def normal_quantile(confidence: float) -> float:
 def wilson(proportion: float, n: int, confidence: float) -> Interval:
     """Return the Wilson score interval around a proportion of n trials."""
     z = normal_quantile(confidence)
-    centre = (proportion + z * z / (2 * n)) / (1 + z * z / n)
+    center = (proportion + z * z / (2 * n)) / (1 + z * z / n)
     margin = z * (proportion * (1 - proportion) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)
-    # Rounding could leave the estimate 0 or 1 just outside its own interval.
-    low, high = min(max(centre - margin, 0.0), proportion), max(min(centre + margin, 1.0), proportion)
+    # Rounding could put an estimate of 0 or 1 just outside its own interval.
+    low, high = min(max(center - margin, 0.0), proportion), max(min(center + margin, 1.0), proportion)
     return Interval(proportion, low, high, confidence)

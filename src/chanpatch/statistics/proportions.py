@@ -1,4 +1,4 @@
-"""Proportions, paired proportions, and what follows from two of them."""
+"""Intervals and tests for proportions, paired proportions and differences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .interval import Interval, count, wilson
 
 
 class PairedCounts(NamedTuple):
-    """The table of a paired comparison; `paired_difference_interval(*counts)` takes it as it is."""
+    """Counts of a paired comparison; pass them on as `paired_difference_interval(*counts)`."""
 
     both: int
     only_first: int
@@ -22,17 +22,15 @@ class PairedCounts(NamedTuple):
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return a proportion and its Wilson score interval, within 0 and 1.
-
-    Unlike the interval of the normal approximation it has a width also at 0 and at 1.
+    """Return a proportion and its Wilson score interval, within 0 and 1, with a width even at 0 and at 1.
 
     Args:
-        successes: How many of the trials succeeded, 0 to `n`.
-        n: The number of trials, at least 1.
-        confidence: The coverage aimed at, between 0 and 1.
+        successes: Number of trials that succeeded, 0 to `n`.
+        n: Number of trials, at least 1.
+        confidence: Nominal coverage, between 0 and 1.
 
     Raises:
-        StatisticsError: If the counts are no counts, or the confidence is not between 0 and 1.
+        StatisticsError: If a count or the confidence is not valid.
 
     Example:
         >>> interval = wilson_interval(9, 10)
@@ -51,11 +49,11 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
-    """Return in how many pairs both succeeded, only the first, only the second, and neither.
+    """Return the numbers of pairs in which both succeeded, only the first, only the second, and neither.
 
     Args:
-        first: One boolean per pair: whether the first succeeded.
-        second: One boolean per pair: whether the second succeeded.
+        first: One boolean per pair, True if the first succeeded.
+        second: One boolean per pair, True if the second succeeded.
 
     Raises:
         StatisticsError: If the two are not booleans, one per pair.
@@ -79,19 +77,14 @@ def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Return the two-sided exact p-value that two paired proportions are equal, between 0 and 1.
-
-    Pairs with equal outcomes say nothing about the difference; of the others, half should favour either side.
+    """Return the two-sided exact p-value that two paired proportions are equal; 1 if no pair differs.
 
     Args:
-        only_first: Pairs in which only the first succeeded.
-        only_second: Pairs in which only the second succeeded.
-
-    Returns:
-        The p-value; 1 where no pair differs.
+        only_first: Number of pairs in which only the first succeeded.
+        only_second: Number of pairs in which only the second succeeded.
 
     Raises:
-        StatisticsError: If the counts are no counts.
+        StatisticsError: If a count is not valid.
 
     Example:
         >>> round(mcnemar_exact(1, 9), 4)
@@ -113,21 +106,18 @@ def paired_difference_interval(
 ) -> Interval:
     """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
 
-    The Wilson intervals of the two proportions are combined with the correlation of the pairs, so the
-    interval has a width also where all pairs agree.
+    It combines the Wilson intervals of the two proportions with the correlation of the pairs, so the interval has a
+    width even if all pairs agree.
 
     Args:
-        both: Pairs in which both succeeded.
-        only_first: Pairs in which only the first succeeded.
-        only_second: Pairs in which only the second succeeded.
-        neither: Pairs in which neither succeeded.
-        confidence: The coverage aimed at, between 0 and 1.
-
-    Returns:
-        The difference, positive where the first succeeds more often.
+        both: Number of pairs in which both succeeded.
+        only_first: Number of pairs in which only the first succeeded.
+        only_second: Number of pairs in which only the second succeeded.
+        neither: Number of pairs in which neither succeeded.
+        confidence: Nominal coverage, between 0 and 1.
 
     Raises:
-        StatisticsError: If the counts are no counts or all 0, or the confidence is not between 0 and 1.
+        StatisticsError: If a count or the confidence is not valid, or all counts are 0.
 
     Example:
         >>> interval = paired_difference_interval(both=14, only_first=5, only_second=0, neither=22)
@@ -145,21 +135,19 @@ def paired_difference_interval(
         raise StatisticsError("All four counts are 0: a difference of proportions needs at least one pair.")
     first = wilson_interval(both + only_first, n, confidence)
     second = wilson_interval(both + only_second, n, confidence)
-    correlation = _corrected_phi(both, only_first, only_second, neither)
-
-    low, high = _combined(first, second, correlation)
+    low, high = _combined(first, second, _corrected_phi(both, only_first, only_second, neither))
     return Interval((only_first - only_second) / n, low, high, confidence)
 
 
 def difference_interval(first: Interval, second: Interval) -> Interval:
-    """Return the first estimate minus the second, which are independent of each other, and its interval.
+    """Return the difference of two independent estimates, first minus second, and its interval.
 
-    It is made from the two intervals alone, so it takes proportions, areas under a curve, or any two
-    estimates in one unit; of two Wilson intervals it makes Newcombe's interval.
+    It needs only the two intervals, so it works for proportions, areas under a curve, or any two estimates in one
+    unit. For two Wilson intervals the result is Newcombe's interval.
 
     Args:
-        first: An estimate and its interval.
-        second: The same of other data.
+        first: Estimate with its interval.
+        second: Estimate with its interval, from other data.
 
     Raises:
         StatisticsError: If the two confidences differ.
@@ -180,18 +168,18 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
 
 
 def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
-    """Return the precision that two rates would have at another base rate, and its interval within 0 and 1.
+    """Return the precision at another base rate, by Bayes' rule, and its interval within 0 and 1.
 
-    Precision grows with the share of positives in the data, so precisions of two data sets compare only at
-    one base rate. The interval is of the two rates; the base rate counts as known.
+    Precision grows with the share of positives in the data, so precisions on two data sets are comparable only at
+    one base rate. The interval treats the base rate as known.
 
     Args:
-        true_positive_rate: Of the positives, the share that is accepted.
-        false_positive_rate: Of the negatives, the share that is accepted.
-        base_rate: The share of positives to reweight to, between 0 and 1.
+        true_positive_rate: Share of the positives that is accepted.
+        false_positive_rate: Share of the negatives that is accepted.
+        base_rate: Share of positives to reweight to, between 0 and 1.
 
     Returns:
-        The precision by Bayes' rule; NaN, within 0 and 1, where nothing was accepted.
+        The precision; NaN, with the interval 0 to 1, if nothing was accepted.
 
     Raises:
         StatisticsError: If the confidences differ, or the base rate is not between 0 and 1.
@@ -222,7 +210,7 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
 
 
 def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
-    """Return the ends of the difference of two estimates: their distances add as the sides of a triangle."""
+    """Return the ends of the interval of a difference: the distances add like the sides of a triangle."""
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
@@ -235,10 +223,10 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 
 
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
-    """Return the lower end of above / below: where `above - ratio * below` reaches the end of its own interval."""
+    """Return the lower end of above / below: the ratio at which `above - ratio * below` has an interval end at 0."""
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
-    root = math.sqrt(max(squared, 0.0))  # it is 0, to rounding, where both intervals have no width
+    root = math.sqrt(max(squared, 0.0))  # 0, up to rounding, if neither interval has a width
     return numerator / (above * below + root) if numerator else 0.0
 
 
@@ -250,10 +238,7 @@ def _check_one_confidence(first: Interval, second: Interval) -> None:
 
 
 def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -> float:
-    """Return the correlation of paired outcomes; a continuity correction draws a positive one towards 0.
-
-    It is 0 where one of the proportions is 0 or 1, and thus has no correlation.
-    """
+    """Return the correlation of paired outcomes, with a continuity correction if positive; 0 if it is undefined."""
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if margins == 0:
         return 0.0

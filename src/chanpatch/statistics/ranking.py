@@ -1,4 +1,4 @@
-"""How well a number ranks the examples of a label above the others, and where an effect ranks among controls."""
+"""The area under the ROC curve, and the rank of an effect among controls."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FEWEST_CONTROLS = 19  # with fewer, even the first rank has a p above 0.05
 def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
     """Return the probability that a positive scores above a negative, and its interval within 0 and 1.
 
-    Ties count one half, so 0.5 means that the scores say nothing about the labels, and a value below 0.5 that
-    low scores are the positives'. The groups may spread differently. With few examples and an area near 0 or
-    1 the interval covers less often than it says.
+    Ties count one half. At 0.5 the scores carry no information about the labels; below 0.5 positives have the lower
+    scores. The two groups may have different variances. With few examples and an area near 0 or 1 the coverage is
+    below nominal.
 
     Args:
         scores: One finite number per example.
-        labels: One boolean (or 0 or 1) per example; both must occur twice at least.
-        confidence: The coverage aimed at, between 0 and 1.
+        labels: One boolean (or 0 or 1) per example; at least two of each.
+        confidence: Nominal coverage, between 0 and 1.
 
     Raises:
         StatisticsError: If scores and labels do not match, a score is not finite, or a label is too rare.
@@ -46,7 +46,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
 
     positive, negative = _by_label(scores, labels)
     rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
-    # What share of the other group an example beats: the ranks above those within its own group.
+    # The share of the other group that an example beats: its rank among all minus its rank in its own group.
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
     beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
     area = float(beaten.mean())
@@ -61,13 +61,13 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
 
 @dataclass(frozen=True)
 class Rank:
-    """Where an effect ranks among the effects of controls, by absolute value; the largest has rank 1.
+    """Rank of an effect among the effects of controls, by absolute value; the largest has rank 1.
 
     Attributes:
         rank: 1 plus the number of controls whose effect is at least as large: 1 to `controls + 1`.
         controls: Number of controls.
         p: `rank / (controls + 1)`; None with fewer than 19 controls.
-        no_p: Why there is no p, or nothing.
+        no_p: Reason why there is no p; empty otherwise.
     """
 
     rank: int
@@ -81,15 +81,15 @@ class Rank:
 
 
 def rank_among(effect: float, controls: ArrayLike) -> Rank:
-    """Return where an effect ranks among those of controls, by absolute value, and its p-value.
+    """Return the rank of an effect among those of controls, by absolute value, and its p-value.
 
-    The p-value is how often one of `controls + 1` effects of the same kind, picked at random, ranks as high. It holds
-    where the controls were chosen without a look at their effects and so was the one that is ranked: of a channel
-    that was picked because its effect is the largest of all, it says nothing.
+    The p-value is the probability that one of `controls + 1` exchangeable effects, picked at random, ranks as high. It
+    is valid only if the effect and the controls were chosen without looking at their effects: it is meaningless for a
+    channel that was picked for its large effect.
 
     Args:
-        effect: Of the patch in question, a finite number.
-        controls: `(control,)`: the effects of the controls in the same unit; a tie counts against the effect.
+        effect: Effect of the patch in question, a finite number.
+        controls: `(control,)`: effects of the controls in the same unit; a tie counts against the effect.
 
     Raises:
         StatisticsError: If there is no control, or an effect is not finite.
@@ -109,7 +109,7 @@ def rank_among(effect: float, controls: ArrayLike) -> Rank:
             f"controls has shape {others.shape}: give the effect of at least one control, (control,)."
         )
     if not (math.isfinite(effect) and np.isfinite(others).all()):
-        raise StatisticsError("An effect that is not finite has no rank: leave that control out, or measure it again.")
+        raise StatisticsError("An effect that is not finite has no rank: leave that control out.")
     rank = 1 + int((np.abs(others) >= abs(effect)).sum())
     if others.size < FEWEST_CONTROLS:
         return Rank(rank, others.size, None, f"it needs at least {FEWEST_CONTROLS} controls")

@@ -1,4 +1,4 @@
-"""Intervals and tests that resample the rows of a sample, or whole clusters of them, for all channels at once."""
+"""Bootstrap intervals and sign-flip tests over rows or clusters of rows, for all channels at once."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Any]
 
 
-_BLOCK = 256  # channels whose resamples are in memory at once
+_BLOCK = 256  # number of channels whose resamples are in memory at once
 
 
 def mean(sample: Floats) -> Floats:
     """Return the mean over the rows."""
-    # Around one of the rows, so that equal rows have exactly their own mean.
+    # Relative to one of the rows: the mean of equal rows is then exact.
     average: Floats = sample[0] + np.mean(sample - sample[0], axis=0)
     return average
 
@@ -36,30 +36,30 @@ def bootstrap_interval(
     resamples: int = 9999,
     seed: int,
 ) -> Interval[Any]:
-    """Return a statistic of a sample and its bootstrap interval, for every channel on its own.
+    """Return a statistic of a sample and its bootstrap interval, for every channel separately.
 
-    The interval is bias-corrected and accelerated (BCa). Every channel sees the same resamples, so its
-    interval does not depend on which other channels are there. With few rows, or few clusters, any bootstrap
-    is too narrow: of 95%, one from ten normal rows covers about 89%, one from thirty about 93%.
+    The interval is bias-corrected and accelerated (BCa). All channels share the same resamples, so the interval of a
+    channel does not depend on the other channels. With few rows or clusters any bootstrap is too narrow: at nominal
+    95%, ten normal rows give a coverage of about 89%, thirty about 93%.
 
     Args:
-        sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The
-            other axes, such as channel, are kept.
-        statistic: Takes rows `(row, ...)` and reduces the first axis; the order of the rows must not matter.
-            The mean is fast; any other is called once per resample.
-        clusters: A label per row; rows of one label, such as rotations of one maze, are drawn together. None
-            where all rows are independent.
-        confidence: The coverage aimed at, between 0 and 1.
-        resamples: How many samples are drawn.
-        seed: Of the draws.
+        sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
+            such as channel, are kept.
+        statistic: Function that reduces the first axis of `(row, ...)`; the order of the rows must not matter. The
+            mean is fast; any other function is called once per resample.
+        clusters: Label per row; rows with one label, such as rotations of one maze, are drawn together. None if all
+            rows are independent.
+        confidence: Nominal coverage, between 0 and 1.
+        resamples: Number of resamples.
+        seed: Random seed.
 
     Returns:
-        Floats for a sample with one axis, otherwise arrays of the statistic's shape. The ends are NaN for a
-        channel with a NaN or an infinity in it, and for all with fewer than two rows, or two clusters. A channel
-        in which all rows are equal has the width 0: the sample shows no variation.
+        Floats for a sample with one axis, otherwise arrays of the statistic's shape. The ends are NaN for a channel
+        with a NaN or an infinity, and for all channels with fewer than two rows or clusters. The width is 0 for a
+        channel with equal rows.
 
     Raises:
-        StatisticsError: If there are no rows, or the other arguments do not fit.
+        StatisticsError: If there are no rows, or another argument is not valid.
 
     Example:
         >>> differences = np.random.default_rng(0).normal(loc=[0, 1], size=(40, 2))
@@ -89,27 +89,26 @@ def bootstrap_interval(
 def sign_flip_test(
     differences: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int
 ) -> Any:
-    """Return the two-sided p-values that the differences of pairs are symmetric around zero, for every channel.
+    """Return two-sided p-values for the null that paired differences are symmetric around zero, for every channel.
 
-    If clean and corrupted did not differ, each difference could as well have had the other sign. The p-value is
-    the share of sign patterns under which the mean is at least as far from zero as it is: of all patterns, where
-    no more than twice `resamples` exist, otherwise of as many drawn ones and the real one. For differences whose
-    mean is zero but whose distribution is skewed it holds approximately, better the more there are.
+    The p-value is the share of sign patterns whose mean is at least as far from zero as the observed mean. All patterns
+    are used if at most twice `resamples` exist; otherwise `resamples` are drawn and the observed one is added. For
+    skewed differences with mean zero the test is approximate, and better with more pairs.
 
     Args:
         differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
-        clusters: A label per pair; pairs of one label, such as rotations of one maze, flip together. None where
-            all pairs are independent.
-        resamples: How many sign patterns are drawn where not all are taken.
-        seed: Of the draws.
+        clusters: Label per pair; pairs with one label, such as rotations of one maze, flip together. None if all pairs
+            are independent.
+        resamples: Number of sign patterns to draw if not all are used.
+        seed: Random seed.
 
     Returns:
-        A float for differences with one axis, otherwise an array of the other axes; NaN for a channel with a NaN
-        or an infinity in it. None is smaller than `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
-        than `1 / (resamples + 1)` where patterns are drawn.
+        A float for differences with one axis, otherwise an array of the other axes; NaN for a channel with a NaN or an
+        infinity. The smallest p-value is `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
+        `1 / (resamples + 1)` if patterns are drawn.
 
     Raises:
-        StatisticsError: If there are no pairs, or the other arguments do not fit.
+        StatisticsError: If there are no pairs, or another argument is not valid.
 
     Example:
         >>> float(sign_flip_test([0.2, 0.9, 0.4, 0.3, 0.8, 0.1], seed=0))
@@ -123,12 +122,12 @@ def sign_flip_test(
     cluster = _cluster_numbers(clusters, len(rows))
     many, drawn = int(cluster.max()) + 1, _positive("resamples", resamples)
     exact = many - 1 <= np.log2(drawn)
-    patterns = 2 ** (many - 1) if exact else drawn  # a pattern stands for its mirror too
+    patterns = 2 ** (many - 1) if exact else drawn  # each pattern represents its mirror image too
     flat = rows.reshape(len(rows), -1)
     known = np.isfinite(flat).all(axis=0)
     totals = np.zeros((many, flat.shape[1]))
     np.add.at(totals, cluster, np.where(known, flat, 0.0))
-    # Patterns that tie with the real one must not lose to it by rounding.
+    # Rounding must not break ties with the observed pattern.
     least = np.abs(totals.sum(axis=0)) - 1e-9 * np.abs(totals).sum(axis=0)
     reached = np.zeros(flat.shape[1])
     for signs in _signs(many, patterns, None if exact else _generator(seed)):
@@ -164,7 +163,7 @@ def _accelerated(
 
 
 def _replicated(rows: Floats, statistic: Statistic, times: NDArray[np.int64]) -> Floats:
-    """Return the statistic of samples in which each row stands so many times: `(sample, ...)`."""
+    """Return the statistic of resamples, each given by how often it repeats every row: `(resample, ...)`."""
     if statistic is mean:
         offsets = (rows - rows[0]).reshape(len(rows), -1)
         means = times.astype(np.float64) @ offsets / times.sum(axis=1, keepdims=True)
@@ -174,7 +173,7 @@ def _replicated(rows: Floats, statistic: Statistic, times: NDArray[np.int64]) ->
 
 
 def _quantile(sample: Floats, level: Floats) -> Floats:
-    """Return the quantile of each channel at a level of its own, interpolated."""
+    """Return the interpolated quantile of each channel, at one level per channel."""
     ordered = np.sort(np.moveaxis(sample, 0, -1), axis=-1)
     position = level * (len(sample) - 1)
     under = np.clip(np.floor(position).astype(np.int64), 0, len(sample) - 2)[..., None]
@@ -184,7 +183,7 @@ def _quantile(sample: Floats, level: Floats) -> Floats:
 
 
 def _signs(many: int, patterns: int, generator: np.random.Generator | None) -> Iterator[Floats]:
-    """Yield sign patterns, `(pattern, cluster)`, some thousand at a time: drawn ones, or one after the other."""
+    """Yield sign patterns, `(pattern, cluster)`, in chunks: drawn, or all in order without a generator."""
     for start in range(0, patterns, 10_000):
         count = min(10_000, patterns - start)
         if generator is None:
@@ -194,7 +193,7 @@ def _signs(many: int, patterns: int, generator: np.random.Generator | None) -> I
 
 
 def _blocks(rows: Floats) -> Iterator[Floats]:
-    """Yield all channels, some hundred at a time: their resamples would fill the memory."""
+    """Yield all channels in blocks, to limit the memory of their resamples."""
     flat = rows.reshape(len(rows), -1)
     for start in range(0, flat.shape[1], _BLOCK):
         yield flat[:, start : start + _BLOCK]
@@ -225,5 +224,5 @@ def _positive(name: str, number: int) -> int:
 
 def _generator(seed: int) -> np.random.Generator:
     if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise StatisticsError(f"seed is {seed!r}, but it must be a whole number from 0 on.")
+        raise StatisticsError(f"seed is {seed!r}, but it must be a whole number, at least 0.")
     return np.random.default_rng(seed)
