@@ -1,62 +1,62 @@
-"""Forwards of chanpatch's own, of which nothing is left on the model."""
+"""Run the model without side effects.
+
+Restored are random number generators, buffers, training flags, registered hooks, and the attributes of modules with
+the contents of plain containers, arrays, tensors, dataclasses and generators in them. Other objects that a model
+holds may reach anywhere, and are not restored.
+"""
 
 from __future__ import annotations
 
 import itertools
 import operator
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import batchnorm, dropout
 
 from ..errors import UnsupportedModelError
-from .attributes import Attributes, refill, same, storage, write_back
 from .hooks import is_ours
 from .paths import leaves, replace
-
-
-def training_modules(model: nn.Module) -> list[str]:
-    """Return the modules in training mode whose output is drawn at random, or depends on the batch or on what ran."""
-    found = []
-    for name, module in model.named_modules():
-        drawn = isinstance(module, dropout._DropoutNd) and module.p > 0
-        drawn |= isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
-        if module.training and (drawn or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))):
-            found.append(f"'{name}' ({type(module).__name__})")
-    return found
-
 
 _Each = TypeVar("_Each")
 
 
-class undisturbed:
-    """Runs forwards of chanpatch's own so that nothing is left of them: no gradient, RNG, buffer, attribute or flag.
+def training_modules(model: nn.Module) -> list[str]:
+    """Return the modules in training mode whose output is random, or depends on the batch or on earlier calls."""
+    found = []
+    for name, module in model.named_modules():
+        random_output = isinstance(module, dropout._DropoutNd) and module.p > 0
+        random_output |= isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
+        if module.training and (random_output or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))):
+            found.append(f"'{name}' ({type(module).__name__})")
+    return found
 
-    It may be entered again and again, but not inside itself; `put_back` parts one forward from the next inside it.
+
+class undisturbed:
+    """A context for forwards that chanpatch starts on its own: without gradients, and without side effects.
+
+    It may be entered again, but not inside itself; `put_back` separates one forward from the next inside it.
 
     Raises:
         UnsupportedModelError: At the end, if a forward built a submodule or a parameter.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [*model.modules()]
-        own = [each for module in self._modules for each in (module._parameters, module._buffers) if each]
-        devices = {tensor.device for each in own for tensor in each.values() if tensor is not None}
-        self._cuda = [device for device in devices if device.type == "cuda"]
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        self._cuda = list({tensor.device for tensor in tensors if tensor.is_cuda})
         self._no_grad = torch.no_grad()
-        self._registered = _Registered(self._modules)
-        self.attributes = Attributes(self._modules)
+        self.snapshot = Snapshot(model.modules())
 
     def __enter__(self) -> undisturbed:
-        self._training = [module.training for module in self._modules]
-        self._registered.note()
-        buffers = (buffer for module in self._modules for buffer in module._buffers.values())
-        self._values = [(buffer, buffer.detach().clone()) for buffer in buffers if buffer is not None]
-        self.attributes.note()
+        self.snapshot.note()
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
         self._no_grad.__enter__()
@@ -71,102 +71,241 @@ class undisturbed:
                 raise
 
     def put_back(self) -> None:
-        """Leave everything as it was at the entry."""
+        """Restore everything to its state at the entry."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
         for device, state in zip(self._cuda, self._on_cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
-        self.attributes.put_back_generators()
+        self.snapshot.put_back_generators()
         self.put_back_state()
 
     def put_back_state(self) -> None:
-        """Leave the model as it was at the entry, but let random draws go on."""
-        for module, training in zip(self._modules, self._training, strict=True):
-            if module.training is not training:
-                module.training = training
-        for buffer, value in self._values:
-            write_back(buffer, value)
-        built = self._registered.put_back()
-        self.attributes.put_back()
-        if built:
-            raise UnsupportedModelError(
-                f"{built[0]} is built in the forward, so that it is no part of the model yet, and would be another one "
-                "in each forward. Run the model once before you give it to chanpatch."
-            )
+        """Restore the model, but let random draws go on."""
+        self.snapshot.put_back()
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Yield what forwards over several batches give, each of which begins with the model as it was."""
+        """Yield the results of forwards over several batches, each of which begins with the model as it was."""
         for each in forwards:
             self.put_back_state()
             yield each
 
     def kept(self, output: Any) -> Any:
-        """Return an output in which nothing changes when the model's state is put back under it."""
-        written = {storage(buffer) for buffer, _ in self._values} | self.attributes.storages()
-        for path, tensor in [*leaves(output)]:
-            if storage(tensor) in written - {0}:
+        """Return an output whose tensors do not change when the model's state is restored."""
+        restored = {storage(tensor) for tensor in self.snapshot.tensors()} - {0}
+        for path, tensor in [*leaves(output)] if restored else ():
+            if storage(tensor) in restored:
                 output = replace(output, path, tensor.clone())
         return output
 
 
-class _Registered:
-    """What is registered with modules: buffers, submodules, parameters and hooks.
+class Snapshot:
+    """The state of some modules at the time of `note`.
 
     Of parameters only the names count: libraries that shard or offload a model exchange them in a forward.
+
+    Args:
+        modules: The modules.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._owns = [(module, vars(module)) for module in modules]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._owns = [(type(module).__name__, vars(module)) for module in modules]
+        self._registries = [own[name] for _, own in self._owns for name in _REGISTRIES]
+        self._dicts = [*(own for _, own in self._owns), *self._registries]
+        self._noted: list[dict[Any, Any]] = []
+        self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, with their contents
+        self._generators: list[tuple[Any, Any]] = []
 
-    def note(self) -> None:
-        """Note what is there now."""
-        self._noted = [{name: dict(own[name]) for name in _REGISTRIES if own[name]} for _, own in self._owns]
-        self._names, self._values = self._flat()
+    def note(self) -> Snapshot:
+        """Take the state of now; if nothing differs from the last one, little is copied again."""
+        if not self._noted or self.changed() or not all(itertools.starmap(_same, self._held)):
+            self._noted = [dict(each) for each in self._dicts]
+            self._parts = [_parts(own) for _, own in self._owns]
+            self._note_bound()
+            found = _reachable(self._dicts)
+            self._held = [(each, _content(each)) for each in found if not isinstance(each, _GENERATORS)]
+            self._generators = [(each, None) for each in found if isinstance(each, _GENERATORS)]
+        self._generators = [(each, _state(each)) for each, _ in self._generators]
+        return self
 
-    def put_back(self) -> list[str]:
-        """Leave all as it was then, but for hooks of ours; return the new submodules and parameters."""
-        names, values = self._flat()
-        if names == self._names and all(map(operator.is_, values, self._values)):
-            return []
-        built = []
-        for (module, own), noted in zip(self._owns, self._noted, strict=True):
-            for name in _REGISTRIES:
-                now, before = own[name], noted.get(name, {})
-                if name in _BUILT:
-                    new = [key for key, value in now.items() if value is not None and before.get(key) is None]
-                    built += [f"'{key}' of {type(module).__name__}" for key in new]
-                after = _after(name, now, before)
-                if not same(now, after):
-                    refill(now, after)
-        return built
+    def changed(self) -> bool:
+        """Return whether an attribute, a buffer, a submodule or a hook was set, replaced or removed."""
+        keys, values = itertools.chain(*self._dicts), itertools.chain(*map(dict.values, self._dicts))
+        return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
-    def _flat(self) -> tuple[list[Any], list[Any]]:
-        registries = [own[name] for _, own in self._owns for name in _REGISTRIES]
-        bound = [own[name] for _, own in self._owns for name in _BOUND]
-        return [*_chained(registries)], [*_chained(map(dict.values, bound))]
+    def rebound(self) -> list[tuple[dict[str, Any], str]]:
+        """Return the attributes that were set or replaced: the dict of the module, and the name."""
+        return [
+            (own, name)
+            for (_, own), noted in zip(self._owns, self._noted if self.changed() else (), strict=False)
+            for name, value in own.items()
+            if name not in _OF_TORCH and not callable(value) and noted.get(name, self) is not value
+        ]
+
+    def put_back(self) -> None:
+        """Restore everything but the generators.
+
+        Raises:
+            UnsupportedModelError: If a submodule or a parameter was built since.
+        """
+        built = [
+            f"'{name}' of {kind}"
+            for (kind, own), parts in zip(self._owns, self._parts, strict=True)
+            for name in _parts(own) - parts
+        ]
+        for (_, own), parts in zip(self._owns, self._parts, strict=True) if built else ():
+            for name in own["_parameters"].keys() - parts:
+                del own["_parameters"][name]
+        if self.changed():
+            rules = [callable] * len(self._owns) + [_is_ours_or_flag] * len(self._registries)
+            for each, noted, stays in zip(self._dicts, self._noted, rules, strict=True):
+                _put_back(each, noted, stays)
+            self._note_bound()  # a wrapped method stays for long
+        for held, content in self._held:
+            if not _same(held, content):
+                _refill(held, content)
+        if built:
+            raise UnsupportedModelError(
+                f"{built[0]} is built in the forward, so it is not registered yet, and would be another one in each "
+                "forward. Run the model once before you give it to chanpatch."
+            )
+
+    def put_back_generators(self) -> None:
+        """Restore the generators that the model holds."""
+        for generator, state in self._generators:
+            _set_state(generator, state)
+
+    def generator_states(self) -> list[str]:
+        """Return the present states of the generators that the model holds, for comparison."""
+        states = [_state(generator) for generator, _ in self._generators]
+        return [str(state.tolist()) if isinstance(state, Tensor) else repr(state) for state in states]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors and arrays that are restored in place."""
+        arrays = [torch.from_numpy(held) for held, _ in self._held if isinstance(held, np.ndarray) and held.size]
+        return [*arrays, *(held for held, _ in self._held if isinstance(held, Tensor))]
+
+    def _note_bound(self) -> None:
+        self._keys = [*itertools.chain(*self._dicts)]
+        self._values = [*itertools.chain(*map(dict.values, self._dicts))]
 
 
-def _after(name: str, now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return what a registry holds once it is put back."""
-    if name in _FLAGS:  # of hooks, by number: those of hooks that are gone say nothing
-        return {**now, **before}
-    if name == "_parameters":
-        return {key: None if value is None else now.get(key, value) for key, value in before.items()}
-    kept = {key: value for key, value in before.items() if key in now or not is_ours(value)}
-    return kept | {key: value for key, value in now.items() if is_ours(value)}
+def _parts(own: dict[str, Any]) -> set[str]:
+    return {name for kind in ("_modules", "_parameters") for name, part in own[kind].items() if part is not None}
 
 
-_chained = itertools.chain.from_iterable
+def _put_back(each: dict[Any, Any], noted: dict[Any, Any], stays: Callable[[Any], bool]) -> None:
+    """Restore one dict, but for entries that stay: hooks of ours, and methods that may be wrapped."""
+    kept = {key: value for key, value in each.items() if stays(value) and not isinstance(value, nn.Module)}
+    wanted = {key: value for key, value in noted.items() if key in each or value is True or not stays(value)} | kept
+    if not _same(each, wanted):
+        _refill(each, wanted)
 
 
-_BOUND = ("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")  # those that stand for the very same again
+def _is_ours_or_flag(value: Any) -> bool:
+    return value is True or is_ours(value)
 
 
-_BUILT = ("_modules", "_parameters")
+_REGISTRIES = (
+    *("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+)
+_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
+_PLAIN = (bool, int, float, str, bytes, type(None), nn.Module)
+_CONTAINERS = (list, dict, set, deque, bytearray, np.ndarray)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
-_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+def _reachable(dicts: Iterable[dict[str, Any]]) -> list[Any]:
+    """Return what a forward may write into: in attributes of modules, and in containers and dataclasses there."""
+    waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
+    found: dict[int, Any] = {}
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, _PLAIN) or id(value) in found:
+            continue
+        attributes = _fields(value)
+        if isinstance(value, (*_CONTAINERS, *_GENERATORS)) or attributes or _may_be_written(value):
+            found[id(value)] = value
+        waiting += (value if isinstance(value, dict) else attributes).values()
+        waiting += value if isinstance(value, (list, tuple, deque)) else ()
+    return [*found.values()]
 
 
-_REGISTRIES = (*_BOUND, "_parameters", *_FLAGS)
+def _fields(value: Any) -> dict[str, Any]:
+    """Return the attributes of a dataclass or a namespace."""
+    if isinstance(value, type) or not (is_dataclass(value) or isinstance(value, SimpleNamespace)):
+        return {}
+    slots = [item.name for item in fields(value)] if is_dataclass(value) else []
+    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
+
+
+def _may_be_written(tensor: Any) -> bool:
+    if not isinstance(tensor, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False  # a tensor that a transform left when it ended cannot be read
+    weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
+    return not (weight or tensor.is_meta or tensor.is_nested)
+
+
+def _content(held: Any) -> Any:
+    if isinstance(held, Tensor):
+        return held.detach().clone()
+    return held.copy() if isinstance(held, _CONTAINERS) else _fields(held)
+
+
+def _same(held: Any, content: Any) -> bool:
+    """Return whether a container holds the same objects in the same order, or an array or tensor the same numbers."""
+    if isinstance(held, Tensor):
+        if held.layout != torch.strided:
+            held, content = held.to_dense(), content.to_dense()
+        return torch.equal(held, content)
+    if isinstance(held, np.ndarray):
+        return np.array_equal(held, content)
+    if isinstance(held, (set, bytearray)):
+        return bool(held == content)
+    if not isinstance(held, _CONTAINERS):
+        held = _fields(held)
+    if len(held) != len(content) or not all(map(operator.is_, held, content)):
+        return False
+    return not isinstance(held, dict) or all(map(operator.is_, held.values(), content.values()))
+
+
+def _refill(held: Any, content: Any) -> None:
+    if isinstance(held, Tensor):
+        with torch.inference_mode(held.is_inference()), torch.no_grad():  # others may not write into such a tensor
+            if held.shape != content.shape:
+                held.resize_(content.shape)
+            held.copy_(content)
+    elif isinstance(held, np.ndarray):
+        held[...] = content
+    elif not isinstance(held, _CONTAINERS):
+        for name in _fields(held).keys() - content.keys():
+            delattr(held, name)
+        for name, value in content.items():
+            object.__setattr__(held, name, value)  # a frozen dataclass refuses the plain assignment
+    else:
+        held.clear()  # type: ignore[union-attr]
+        held.update(content) if isinstance(held, (dict, set)) else held.extend(content)  # type: ignore[union-attr]
+
+
+def storage(tensor: Tensor) -> int:
+    """Return where a tensor's numbers lie; 0 if that is not known."""
+    if tensor.layout == torch.strided and not tensor.is_meta:
+        with suppress(RuntimeError):  # a tensor made of others has no storage of its own
+            return tensor.untyped_storage().data_ptr()
+    return 0
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)

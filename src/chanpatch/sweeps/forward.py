@@ -59,7 +59,7 @@ class Forward:
         with self.undisturbed, forward_context(step=published.step, rows=rows):
             output = self.undisturbed.kept(self.disturbing())
             if self.rebound is None:
-                self.rebound = self.undisturbed.attributes.rebound()
+                self.rebound = self.undisturbed.snapshot.rebound()
             return output
 
     def disturbing(self) -> Any:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..engine.attributes import Attributes
 from ..engine.hooks import observed, wrapped_method
 from ..engine.paths import fresh, leaves, replace
+from ..engine.state import Snapshot as Attributes
 
 
 class ReplayError(Exception):
@@ -65,7 +65,7 @@ class Prefix:
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
         self._number = self._skipped = 0
-        self.attributes = Attributes(model).note()
+        self.attributes = Attributes(model.modules()).note()
 
     @property
     def so_far(self) -> int:
@@ -118,7 +118,7 @@ class Prefix:
         known &= not any(tensor.is_inference() for _, tensor in leaves(output))
         self._free_bytes -= size if known else 0
         versions = [(tensor, tensor._version) for _, tensor in leaves(output)] if known else []
-        left = Attributes(module).note() if known else None
+        left = Attributes(module.modules()).note() if known else None
         self._calls.append(_Call(module, fresh(output) if known else None, versions, known, left=left))
         return output
 

@@ -197,7 +197,7 @@ def _stacked(forward: Forward, group: Group, clean: Tensor, entries: Sequence[En
                 raise StrategyError(f"{entry.label!r} leaves the very tensor, which may be written into later")
             row.copy_(activation)
             if not all(patch.runs_only_ours for patch in patches):
-                if forward.undisturbed.attributes.rebound():
+                if forward.undisturbed.snapshot.changed():
                     raise StrategyError(f"{entry.label!r} leaves something on the model for the rest of its forward")
                 forward.undisturbed.put_back()
     if flags and torch.stack([flag for flag, *_ in flags]).any():
