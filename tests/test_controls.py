@@ -329,13 +329,22 @@ def test_controls_that_do_not_exist_are_refused(call: Any, error: type[Chanpatch
     assert str(caught.value) == message
 
 
-def test_a_model_without_a_trace_has_no_controls() -> None:
-    model: Any = POINTS.model
+def test_a_model_is_traced_with_the_inputs_that_it_gets() -> None:
+    model, images = torch.nn.Conv2d(3, 8, 3), torch.randn(6, 3, 5, 5)
+    points, site = hook_points(model, images), Site(".out", channel=0)
+    drawn = [matched_channels(each, site, iter([images]), count=2, seed=0) for each in (model, points)]
+    assert drawn[0] == drawn[1]
+    meters = [off_distribution(each, zero_ablate(site), images, images) for each in (model, points)]
+    assert meters[0].to_records() == meters[1].to_records()
+
+
+def test_controls_of_neither_a_model_nor_its_hook_points_are_refused() -> None:
+    nothing: Any = []
     for call in (
-        lambda: matched_channels(model, Site("ramp", channel=0), IMAGES, count=1, seed=0),
-        lambda: off_distribution(model, zero_ablate(Site("ramp")), IMAGES, IMAGES),
+        lambda: matched_channels(nothing, Site("ramp", channel=0), IMAGES, count=1, seed=0),
+        lambda: off_distribution(nothing, zero_ablate(Site("ramp")), IMAGES, IMAGES),
     ):
-        with pytest.raises(TypeError, match="Expected HookPoints, not .*: points = hook_points"):
+        with pytest.raises(TypeError, match=r"^Expected HookPoints or a torch\.nn\.Module, not list\.$"):
             call()
 
 

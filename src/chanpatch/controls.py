@@ -14,18 +14,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .channels import ROUNDING, Floats, Moments, channel_axis, check_finite, check_inputs, recorded, rows
-from .engine.inputs import Inputs, input_count
+from .engine.inputs import Inputs, first_batch, input_count
 from .engine.state import undisturbed
 from .errors import EditError, SiteError, StatisticsError
 from .patching.cache import ActivationCache
 from .patching.contexts import patched
 from .patching.patch import Patch
-from .registry.lookup import refuse_untraced, sites_of
-from .registry.points import HookPoints
+from .registry.points import HookPoints, sites_of
 from .registry.sites import HookPoint, Site
+from .registry.trace import traced
 from .results import imported, table
 
 __all__ = [
@@ -84,7 +84,7 @@ class MatchedChannels(Sequence[Site]):
 
 
 def matched_channels(
-    points: HookPoints,
+    points_or_model: HookPoints | nn.Module,
     site: str | Site | HookPoint,
     background: Inputs | Iterable[Inputs],
     *,
@@ -101,7 +101,7 @@ def matched_channels(
     one behind a ReLU that is always 0: patching it shows nothing, so it is never a control.
 
     Args:
-        points: Of the model.
+        points_or_model: The model, which is traced with the background, or its HookPoints.
         site: The channel or channels to find controls for. Other indices, such as rows, hold for the controls too.
         background: Inputs for the means, `(input, ...)`: a tensor, a tuple of the model's arguments or a dict of its
             keywords; or any other iterable of batches of that kind. Two at least.
@@ -125,7 +125,8 @@ def matched_channels(
         >>> len(matched_channels(points, site, torch.randn(32, 3, 8, 8), count=19, seed=0))
         19
     """
-    refuse_untraced(points)
+    first, background = first_batch(background, batch_size)
+    points = traced(points_or_model, first)
     if count < 1:
         raise StatisticsError(f"count is {count}: ask for at least one control.")
     check_inputs(points, background, batch_size, StatisticsError)
@@ -265,7 +266,7 @@ class OffDistribution:
 
 
 def off_distribution(
-    points: HookPoints,
+    points_or_model: HookPoints | nn.Module,
     patches: Patch | Iterable[Patch],
     inputs: Inputs,
     background: Inputs | Iterable[Inputs],
@@ -278,7 +279,7 @@ def off_distribution(
     without telling what the channel is for. This meter stands beside its effect.
 
     Args:
-        points: Of the model.
+        points_or_model: The model, which is traced with the inputs, or its HookPoints.
         patches: One or more; measured is what they leave at their sites, all of them applied.
         inputs: What the patched model runs on, in one forward: a tensor, a tuple of its arguments or a dict of its
             keywords.
@@ -301,7 +302,7 @@ def off_distribution(
         >>> meter.outside
         array([1.])
     """
-    refuse_untraced(points)
+    points = traced(points_or_model, inputs)
     chosen = (patches,) if isinstance(patches, Patch) else tuple(patches)
     if not chosen:
         raise StatisticsError("patches is empty: give at least one, whose sites are measured.")

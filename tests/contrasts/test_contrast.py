@@ -326,6 +326,11 @@ def test_a_reduction_that_leaves_too_much_is_refused() -> None:
     )
 
 
-def test_a_model_that_was_not_traced_is_refused():
-    with pytest.raises(TypeError, match="Expected HookPoints, not Linear"):
-        contrast(torch.nn.Linear(4, 2), torch.zeros(3, 4), torch.zeros(3, 4))
+def test_a_model_is_traced_with_the_clean_inputs():
+    both = [contrast(each, CLEAN, CORRUPTED, "relu1") for each in (POINTS.model, POINTS)]
+    assert str(both[0]) == str(both[1])
+
+
+def test_what_is_neither_a_model_nor_its_hook_points_is_refused():
+    with pytest.raises(TypeError, match=r"^Expected HookPoints or a torch\.nn\.Module, not list\.$"):
+        contrast([], torch.zeros(3, 4), torch.zeros(3, 4))

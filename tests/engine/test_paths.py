@@ -28,9 +28,9 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from chanpatch.engine.paths import Attr, Item, fresh, get, leaves, path_text, replace
+from chanpatch.engine.paths import Attr, Item, fresh, get, leaves, replace
 from chanpatch.errors import UnsupportedModelError
-from chanpatch.registry.names import parse_path
+from chanpatch.registry.names import parsed_path, path_text
 
 
 class Heads(NamedTuple):
@@ -151,12 +151,12 @@ def test_replacing_writes_nothing_into_the_old_container(container):
 def test_a_path_written_out_and_parsed_is_the_same_path(container):
     tree, _ = container
     for path, _leaf in leaves(tree):
-        assert parse_path(path_text(path)) == path
+        assert parsed_path(path_text(path)) == path
 
 
 @pytest.mark.parametrize("text", ["0", "[", "[a]", "[0]x", ".1", '["a]', "..a", "[0] [1]"])
 def test_what_is_no_path_parses_to_none(text):
-    assert parse_path(text) is None
+    assert parsed_path(text) is None
 
 
 def test_parts_that_hold_no_changed_leaf_keep_identity():

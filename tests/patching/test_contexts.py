@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,6 +150,30 @@ def test_patch_in_puts_the_activation_of_another_run_in_place(net, points, image
     _, cache = run_with_cache(points, corrupted, sites="conv")
     expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), convolved(net, corrupted)[:, 2:3]))
     check(points, patch_in(points.site("conv", channel=2), cache), image, expected)
+
+
+@pytest.mark.parametrize("number", [3, 3.0, np.float32(3.0)])
+def test_patch_in_puts_one_number_everywhere_in_the_region(net, points, image, number):
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), 3.0))
+    check(points, patch_in(points.site("conv", channel=2), number), image, expected)
+
+
+def test_steer_adds_one_number_everywhere_in_the_region(net, points, image):
+    expected = by_hand(net, image, lambda hidden: put(hidden, channel(2), hidden[:, 2:3] + 2.0))
+    check(points, steer(points.site("conv", channel=2), 1.0, coefficient=2.0), image, expected)
+
+
+def test_of_a_tensor_of_the_whole_hook_point_the_verbs_take_the_region(net, points, image, other):
+    site, whole = points.site("conv", channel=2, row=slice(1, 3)), convolved(net, other)
+    region = whole[:, 2:3, 1:3]
+    for verb in (mean_ablate, patch_in, steer, functools.partial(resample_ablate, seed=0)):
+        (operand, *_), (expected, *_) = (vars(verb(site, each).edit).values() for each in (whole, region))
+        assert torch.equal(operand, expected)
+
+
+def test_a_tensor_that_fits_neither_the_region_nor_the_hook_point_is_refused(points):
+    with pytest.raises(EditError, match=r"the value has shape \(7, 9, 8, 8\), but the region has axes"):
+        patch_in(points.site("conv", channel=2), torch.zeros(7, 9, 8, 8))
 
 
 def test_patching_in_all_of_another_run_gives_that_runs_output(net, points, image):

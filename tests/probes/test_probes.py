@@ -485,11 +485,26 @@ def plain():
     return hook_points(model.module, *model.inputs(2))
 
 
+def test_a_model_is_traced_with_the_first_batch_and_no_batch_is_lost():
+    model, images = nn.Conv2d(3, 8, 3), torch.randn(10, 3, 5, 5)
+    expected = channel_sums(hook_points(model, images), images, ".out", batch_size=4)
+    for inputs in (images, iter(images.split(4)), list(images.split(4))):
+        assert np.array_equal(channel_sums(model, inputs, ".out", batch_size=4), expected)
+
+
+def test_sums_of_neither_a_model_nor_its_hook_points_are_refused():
+    with pytest.raises(TypeError, match=r"^Expected HookPoints or a torch\.nn\.Module, not list\.$"):
+        channel_sums([], torch.zeros(2, 2), "")
+
+
+def test_a_model_without_any_batch_cannot_be_traced():
+    with pytest.raises(
+        errors.BatchAxisError, match="There are no inputs to trace the model with. Give one batch at least."
+    ):
+        channel_sums(nn.Linear(2, 2), [], "")
+
+
 REFUSED = {
-    "a model instead of its hook points": (
-        lambda: channel_sums(nn.Linear(2, 2), torch.zeros(2, 2), ""),
-        "points is a Linear: give the model's HookPoints, hook_points(model, inputs).",
-    ),
     "a batch on another axis": (
         lambda: channel_sums(
             hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3)).select(".*[0]"), torch.randn(70, 10, 3), ".out[0]"

@@ -11,7 +11,7 @@ from torch import nn
 
 from chanpatch.errors import HookPointError, SiteError
 from chanpatch.registry import HookPoints, Site, hook_points
-from chanpatch.registry.lookup import bound
+from chanpatch.registry.points import bound
 
 
 @pytest.fixture
@@ -91,6 +91,13 @@ def test_site_returns_a_checked_region(points):
 
 def test_site_takes_an_alias_for_the_hook_point_it_means(blocks):
     assert blocks.site("tied", feature=1) == blocks.site("embedder.block2", feature=1)
+
+
+def test_a_name_may_say_out_where_the_registry_leaves_it_out(blocks):
+    assert blocks["embedder.block1.out"] is blocks["embedder.block1"]
+    assert blocks["tied.out"] is blocks["embedder.block2"]
+    assert blocks["relu#1.out"] is blocks["relu#1"]
+    assert blocks[".out['a']"] is blocks['.out["a"]']
 
 
 def test_an_index_along_the_batch_is_kept_as_written(points):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch.errors import HookPointError, SiteError, UnsupportedModelError
+from chanpatch import resample_ablate
+from chanpatch.errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError
 from chanpatch.registry import hook_points, tap
 
 
@@ -220,9 +221,15 @@ def test_keyword_inputs_grow_together():
     assert set(batch_axes(points).values()) == {0}
 
 
-def test_an_input_that_belongs_to_no_row_does_not_grow():
-    points = hook_points(Keywords(), vector=torch.randn(4, 6), bonus=torch.randn(4))
+def test_an_input_whose_named_axes_hold_no_batch_does_not_grow():
+    vector, bonus = torch.randn(4, 6), torch.randn(4)
+    points = hook_points(Keywords(), vector=vector, bonus=bonus, axes={'.in["bonus"]': ("feature",)})
     assert batch_axes(points) == {'.in["vector"]': 0, '.in["bonus"]': None, 'fc.in["input"]': 0, "fc": 0, ".out": 0}
+
+
+def test_an_input_as_long_as_the_batch_by_chance_leaves_the_batch_unproved():
+    points = hook_points(Keywords(), vector=torch.randn(4, 6), bonus=torch.randn(4))
+    assert set(batch_axes(points).values()) == {None}
 
 
 class Folded(nn.Module):
@@ -458,16 +465,36 @@ class LateEncoder(nn.Module):
         return self.head(self.encoder(self.embed(sequence)))
 
 
-def test_the_batch_is_where_a_later_module_says_that_it_is():
-    points = hook_points(LateEncoder().eval(), torch.randn(7, 3, 5))
-    assert points[".in[0]"].axes == ("axis0", "batch", "feature")
+def test_a_batch_that_only_a_later_module_knows_is_refused_until_axes_names_it():
+    sequence = torch.randn(7, 3, 5)
+    points = hook_points(LateEncoder().eval(), sequence)
+    assert set(batch_axes(points).values()) == {None}
+    assert "Batch axis not proved for" in repr(points)
+    with pytest.raises(BatchAxisError, match=r"Name it where the inputs have it: hook_points\(\.\.\., axes="):
+        resample_ablate(points.site("head"), torch.zeros(7, 3, 2), seed=0)
+
+
+def test_inputs_grow_along_the_axes_that_are_named_batch():
+    axes = {".in[0]": ("position", "batch", "feature"), ".in[1]": ("layer", "batch", "feature")}
+    points = hook_points(LateEncoder().eval(), torch.randn(7, 3, 5), torch.randn(1, 3, 4), axes=axes)
     assert points["head"].axes == ("position", "batch", "feature")
     assert set(batch_axes(points).values()) == {1}
 
 
-def test_other_inputs_have_as_many_rows_as_the_batch_that_a_later_module_names():
-    points = hook_points(LateEncoder().eval(), torch.randn(7, 3, 5), torch.randn(1, 3, 4))
-    assert (points[".in[0]"].batch_axis, points[".in[1]"].batch_axis) == (1, 1)
+def test_axes_names_the_inputs_of_another_method():
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(6, 4)
+
+        def act(self, vector, state, done):
+            state = tuple((1 - done).view(1, -1, 1) * part for part in state)
+            return self.lstm(vector[None], state)
+
+    inputs = torch.randn(3, 6), (torch.randn(1, 3, 4), torch.randn(1, 3, 4)), torch.zeros(3)
+    assert set(batch_axes(hook_points(Policy(), *inputs, method="act")).values()) == {None}
+    axes = {".in[1]*": ("layer", "batch", "feature")}
+    assert set(batch_axes(hook_points(Policy(), *inputs, method="act", axes=axes)).values()) == {1}
 
 
 def test_modules_that_disagree_on_the_batch_leave_it_unproved():

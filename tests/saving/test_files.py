@@ -624,14 +624,18 @@ def test_a_model_that_differs_is_one_error_with_all_faults(file: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_model_is_no_hook_points(file: Path) -> None:
+def test_a_model_is_traced_with_the_inputs_of_the_receipt(file: Path) -> None:
+    model, inputs = nn.Sequential(nn.Linear(2, 3)), torch.ones(4, 2)
+    save(file, zero_ablate(Site("0", feature=1)), model, inputs=inputs)
+    assert verify(file, model, inputs) == verify(file, hook_points(model, inputs), inputs)
+
+
+def test_a_model_without_inputs_to_trace_it_with_is_refused(file: Path) -> None:
     model: Any = nn.Sequential(nn.Linear(2, 3))
-    with pytest.raises(TypeError, match="Expected HookPoints, not Sequential: points = hook_points"):
-        save(file, zero_ablate(Site("0")), model)
     save(file, zero_ablate(Site("0")))
-    for read in (lambda: load(file, model), lambda: verify(file, model, torch.ones(1, 2))):
-        with pytest.raises(TypeError, match="Expected HookPoints, not Sequential: points = hook_points"):
-            read()
+    for call in (lambda: save(file, zero_ablate(Site("0")), model), lambda: load(file, model)):
+        with pytest.raises(TypeError, match="There are no inputs to trace the Sequential with. Give its hook points"):
+            call()
 
 
 def test_a_site_without_a_trace_is_checked_too(file: Path) -> None:

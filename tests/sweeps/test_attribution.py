@@ -393,10 +393,10 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         HookPointError,
         "No hook point named '5'. (12 hook points; print the HookPoints to list them.)",
     ),
-    "a model without a trace": (
-        lambda: attribution(POINTS.model, INPUTS, patches=[zero_ablate(Site("1"))], metric=METRIC),  # type: ignore[arg-type]
+    "neither a model nor its hook points": (
+        lambda: attribution([], INPUTS, patches=[zero_ablate(Site("1"))], metric=METRIC),  # type: ignore[arg-type]
         TypeError,
-        f"Expected HookPoints, not {type(POINTS.model).__name__}: points = hook_points(model, *inputs).",
+        "Expected HookPoints or a torch.nn.Module, not list.",
     ),
     "no steps": (
         attributed([zero_ablate(WHOLE)], steps=0),
@@ -438,6 +438,13 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "'.in[0]' is torch.int64, which has no gradient. Patch where it is embedded.",
     ),
 }
+
+
+def test_a_model_is_traced_with_the_inputs() -> None:
+    patches = [zero_ablate(Site("1", feature=0)), zero_ablate(Site("1", feature=1))]
+    both = [attribution(each, INPUTS, patches=patches, metric=METRIC) for each in (POINTS.model, POINTS)]
+    assert both[0].labels == both[1].labels
+    assert np.array_equal(both[0].effect, both[1].effect)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -269,9 +269,16 @@ def test_unpaired_inputs_and_unknown_names_are_refused() -> None:
         effect("first", "head.in[0]", frozen="secnod")
 
 
-def test_a_model_without_a_trace_is_refused() -> None:
-    with pytest.raises(TypeError, match="Expected HookPoints, not .*: points = hook_points"):
-        path_patch(POINTS.model, CLEAN, CORRUPTED, "first", "head.in[0]", metric=first_logit)  # type: ignore[arg-type]
+def test_a_model_is_traced_with_the_clean_inputs() -> None:
+    both = [
+        path_patch(each, CLEAN, CORRUPTED, "first", "head.in[0]", metric=first_logit) for each in (POINTS.model, POINTS)
+    ]
+    assert torch.equal(*both)
+
+
+def test_what_is_neither_a_model_nor_its_hook_points_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^Expected HookPoints or a torch\.nn\.Module, not list\.$"):
+        path_patch([], CLEAN, CORRUPTED, "first", "head.in[0]", metric=first_logit)  # type: ignore[arg-type]
 
 
 class WithAHookInside(nn.Module):

@@ -267,13 +267,23 @@ def test_a_patch_that_never_ran_is_an_error(points: HookPoints) -> None:
     class Detour(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.used, self.unused = nn.Linear(6, 4), nn.Linear(6, 4)
+            self.used, self.unused, self.short = nn.Linear(6, 4), nn.Linear(6, 4), False
 
         def forward(self, vector: Tensor) -> Tensor:
-            return self.used(vector)
+            return self.used(vector) if self.short else self.used(vector) + self.unused(vector)
 
+    detour = Detour()
+    traced = hook_points(detour, *vectors(ROWS))
+    detour.short = True
     with pytest.raises(errors.UnreachedError, match="'unused': the patch at 'unused' never ran in the sweep"):
-        sweep(Detour(), *vectors(ROWS), patches=[zero_ablate(Site("unused"))], metric=first)
+        sweep(traced, *vectors(ROWS), patches=[zero_ablate(Site("unused"))], metric=first)
+
+
+def test_a_model_is_traced_with_the_inputs_of_the_sweep(points: HookPoints) -> None:
+    patches = [zero_ablate(Site("1", feature=number)) for number in range(3)]
+    (inputs,) = vectors(ROWS)
+    both = [sweep(each, inputs, patches=patches, metric=first) for each in (points.model, points)]
+    assert np.array_equal(*(result.values["first"] for result in both))
 
 
 def traces(model: nn.Module) -> list[Any]:
@@ -397,10 +407,9 @@ def test_the_table_says_that_the_metric_is_nan_without_any_patch(points: HookPoi
     assert "without any patch" not in str(swept(points))
 
 
-def test_without_a_trace_nobody_knows_how_many_inputs_a_metric_is_of(points: HookPoints) -> None:
-    patches = [zero_ablate(Site("0", feature=number)) for number in range(3)]
-    result = sweep(points.model, *vectors(ROWS), patches=patches, metric=lambda output: output.sum(0))
-    assert result.values["metric"].shape == (3, 4)
+def test_a_metric_of_a_model_is_of_as_many_inputs_as_it_gets(points: HookPoints) -> None:
+    with pytest.raises(errors.MetricError, match="returned 4 numbers for 12 inputs"):
+        sweep(points.model, *vectors(ROWS), patches=zero_ablate(Site("0")), metric=lambda output: output.sum(0))
 
 
 def test_inputs_are_counted_along_the_batch_axis_of_the_trace() -> None:

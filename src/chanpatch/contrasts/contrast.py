@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import nn
 
 from ..channels import check_inputs
-from ..engine.inputs import Inputs, input_count
+from ..engine.inputs import Inputs, first_batch, input_count
 from ..engine.state import undisturbed
 from ..errors import ContrastError
 from ..patching.reductions import Reduce
-from ..registry.lookup import refuse_untraced
 from ..registry.points import HookPoints
 from ..registry.sites import HookPoint, Site
+from ..registry.trace import traced
 from ..statistics.corrections import benjamini_hochberg, holm
 from ..statistics.resampling import bootstrap_interval, sign_flip_test
 from .result import LEVEL, Contrast
@@ -32,7 +33,7 @@ MOST_CHANNELS = 10_000  # that get more flips so that one can reach the level: u
 
 
 def contrast(
-    points: HookPoints,
+    points_or_model: HookPoints | nn.Module,
     clean: Inputs,
     corrupted: Inputs,
     sites: str | Site | HookPoint | Iterable[str | Site | HookPoint] = "all",
@@ -47,7 +48,7 @@ def contrast(
     """Return how much each channel differs between clean and corrupted inputs.
 
     Args:
-        points: Of the model.
+        points_or_model: The model, which is traced with clean inputs, or its HookPoints.
         clean: One input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such.
         corrupted: The other input of each pair.
         sites: Where to look; `"all"` searches what every module returns, and every tap, the same activations once.
@@ -78,6 +79,7 @@ def contrast(
         Turner et al. 2023, "Steering language models with activation engineering", for differences of paired inputs;
         Davison and Hinkley 1997, "Bootstrap methods and their application", for flips and intervals.
     """
+    points = traced(points_or_model, first_batch(clean, batch_size)[0])
     labels = _checked_pairs(points, clean, corrupted, clusters, batch_size)
     chosen, skipped = searched(points, sites, reduce)
     with undisturbed(points.model) as run:
@@ -160,7 +162,6 @@ def _checked_pairs(
     points: HookPoints, clean: Any, corrupted: Any, clusters: ArrayLike | None, batch_size: int
 ) -> NDArray[Any]:
     """Return one cluster label per pair."""
-    refuse_untraced(points)
     check_inputs(points, clean, batch_size, ContrastError)
     lengths = [input_count(inputs) for inputs in (clean, corrupted)]
     if lengths[0] != lengths[1] or not lengths[0]:

@@ -13,8 +13,7 @@ from ..channels import Floats, Moments, recorded
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..plots import effect_ranking
-from ..registry.lookup import sites_of
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, sites_of
 from ..registry.sites import Site
 from ..results import imported, table
 

@@ -12,8 +12,7 @@ from ..channels import Floats, Moments, check_finite, check_inputs, check_leaves
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..patching.reductions import Reduce, reduced_axes
-from ..registry.lookup import sites_of
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, sites_of
 from ..registry.sites import Site
 
 

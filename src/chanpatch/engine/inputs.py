@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -33,6 +34,15 @@ def batches(
             yield (), batch
         else:
             yield batch if isinstance(batch, tuple) else (batch,), {}
+
+
+def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
+    """Return a list of the first batch, if there is one, and all inputs: an iterator yields each batch only once."""
+    if isinstance(inputs, (Tensor, tuple, Mapping)):
+        return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
+    rest = iter(inputs)
+    first = [*itertools.islice(rest, 1)]
+    return first, itertools.chain(first, rest)
 
 
 def input_count(inputs: Inputs) -> int:

@@ -42,11 +42,6 @@ class Attr(NamedTuple):
 Path = tuple["Item | Attr", ...]
 
 
-def path_text(path: Path) -> str:
-    """Return a path as it stands in a hook point's name."""
-    return "".join(str(step) for step in path)
-
-
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """Yield every tensor inside an output with its path, in the order of the output."""
     if isinstance(tree, Tensor):

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BatchAxisError, HookPointError, SiteError
-from ..registry.lookup import no_batch
-from ..registry.points import normalised
-from ..registry.sites import Axes, HookPoint, Site
+from ..registry.points import normalized
+from ..registry.sites import Axes, HookPoint, Site, no_batch
 
 
 class ActivationCache(Mapping[Site, Tensor]):
@@ -69,7 +68,7 @@ class ActivationCache(Mapping[Site, Tensor]):
         name = key if isinstance(key, str) else key.name
         held = [site for site in self._parts if site.name == name or (site.point and name in site.point.aliases)]
         if isinstance(key, Site):  # another way to write the same region, as channel=-1
-            held = [site for site in held if site.point is not None and normalised(key, site.point) == site]
+            held = [site for site in held if site.point is not None and normalized(key, site.point) == site]
         elif len(held) > 1:  # the name alone means all of the hook point, where that is held
             held = [site for site in held if not site.indices] or held
         if len(held) != 1:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.regions import read
-from ..errors import EditError
-from ..registry.lookup import bare_axes, check_shape_against_trace
+from ..errors import EditError, TraceMismatchError
+from ..registry.axes import axis_names
 from ..registry.names import BarePoint
 from ..registry.sites import Axes, HookPoint, Site
 from .edits import Add, Project, Resample, Scale, Set
@@ -61,7 +61,7 @@ class Located:
     def _locate(self, leaf: Tensor) -> None:
         if isinstance(self._point, HookPoint):
             self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
-            check_shape_against_trace(leaf, self._point)
+            check_traced_shape(leaf, self._point)
         else:
             self.axes, self.batch_axis = bare_axes(self._point, self._module, leaf)
         self.positions = {
@@ -71,6 +71,46 @@ class Located:
 
     def _check(self, leaf: Tensor) -> None:
         """Raise if what is done there does not fit the region."""
+
+
+def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
+    """Raise if a tensor differs from the traced one in anything but the batch and the device."""
+    traced = [point.length(axis) for axis in point.axes]
+    same = len(traced) == leaf.dim() and all(
+        expected is None or axis == "batch" or expected == length
+        for axis, expected, length in zip(point.axes, traced, leaf.shape, strict=True)
+    )
+    if not same:
+        lengths = ", ".join("any" if length is None else str(length) for length in traced)
+        raise TraceMismatchError(
+            f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward, but axes "
+            f"({', '.join(point.axes)}) = ({lengths}) in the trace. Trace inputs like these with "
+            f"hook_points(); for inputs of many lengths, use a site that has no trace: Site('{point.name}')."
+        )
+    if leaf.dtype != point.dtype:
+        raise TraceMismatchError(
+            f"Hook point '{point.name}' is {leaf.dtype} in this forward, but {point.dtype} in the trace. Call "
+            "hook_points() on the model as it is run: in the same dtype, inside the same torch.autocast."
+        )
+
+
+def bare_axes(point: BarePoint, module: nn.Module | None, leaf: Tensor) -> tuple[Axes, int | None]:
+    """Return the axis names that the module's type alone gives, and which is the batch."""
+    path = point.path
+    names = (None,) * leaf.dim() if module is None else axis_names(module, point.side, path, leaf.dim(), None)
+    axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
+    return axes, axes.index("batch") if "batch" in axes else None
+
+
+def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
+    """Return the lengths of a traced site's region; None for the batch."""
+    chosen = dict(site.indices)
+    lengths = []
+    for number, axis in enumerate(point.axes):
+        indices = chosen.get(axis)
+        length = len(indices) if isinstance(indices, tuple) else point.length(axis)
+        lengths.append(None if number == point.batch_axis else length)
+    return lengths
 
 
 _VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Project: "projects"}
@@ -140,11 +180,17 @@ def check_mask_type(mask: Any, site: Site) -> None:
         raise EditError(f"where at {site!r} is {got}, but it takes a bool tensor, as in mask = column < 12.")
 
 
+def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
+    """Return whether a tensor has these lengths, None for any, or also 1 in place of each."""
+    return operand.dim() == len(lengths) and all(
+        expected in (None, length) or (or_one and length == 1)
+        for length, expected in zip(operand.shape, lengths, strict=True)
+    )
+
+
 def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
     """Raise unless the operand has one length per axis of the region, each equal or 1."""
-    if operand.dim() == len(axes) and all(
-        expected is None or length in (1, expected) for length, expected in zip(operand.shape, lengths, strict=True)
-    ):
+    if fits(operand, lengths, or_one=True):
         return
     advice = ""
     rows = [axes.index("batch")] if "batch" in axes else [0]

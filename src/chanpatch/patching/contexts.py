@@ -16,8 +16,7 @@ from torch import nn
 from ..engine.hooks import refuse_unhookable
 from ..engine.sessions import RootCall, Session
 from ..errors import ChanpatchError, NaNError, UnreachedError
-from ..registry.lookup import model_of, resolve, root_of
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, model_of, resolve, root_of
 from .checks import allowed_names
 from .firing import Firing
 from .ledger import Ledger

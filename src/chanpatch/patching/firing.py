@@ -20,9 +20,8 @@ from ..engine.paths import inside_vmap
 from ..engine.regions import Overwrite, read, written
 from ..engine.sessions import Moment, Session
 from ..errors import BatchAxisError, EditError, TraceMismatchError
-from ..registry.lookup import no_batch
 from ..registry.names import BarePoint
-from ..registry.sites import HookPoint, Site
+from ..registry.sites import HookPoint, Site, no_batch
 from .checks import Located, check_mask, check_operands
 from .edits import Set
 from .patch import Mask, Patch

@@ -16,10 +16,9 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from ..errors import ChanpatchError, EditError, UnreachedError
-from ..registry.lookup import bound, region_lengths
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, bound
 from ..registry.sites import Site
-from .checks import check_mask, check_mask_type, check_operands
+from .checks import check_mask, check_mask_type, check_operands, region_lengths
 from .edits import Edit, Set
 
 Mask: TypeAlias = "Tensor | Callable[..., Tensor]"

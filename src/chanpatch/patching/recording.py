@@ -17,12 +17,11 @@ from ..engine.paths import inside_vmap
 from ..engine.regions import written
 from ..engine.sessions import Session, StopForward
 from ..errors import UnreachedError, UnsupportedModelError
-from ..registry.lookup import model_of, region_lengths, resolve, root_of, sites_of
 from ..registry.names import BarePoint
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, model_of, resolve, root_of, sites_of
 from ..registry.sites import Axes, HookPoint, Site
 from .cache import ActivationCache
-from .checks import Located, allowed_names
+from .checks import Located, allowed_names, region_lengths
 from .contexts import Opened
 from .reductions import Reduce, reduced, reduced_axes
 

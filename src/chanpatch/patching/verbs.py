@@ -8,14 +8,15 @@ with patched(model, patch):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
 
 from ..engine.regions import read
 from ..errors import BatchAxisError, EditError, SiteError
-from ..registry.lookup import no_batch
-from ..registry.sites import Axes, Site
+from ..registry.sites import Axes, Site, no_batch
+from .checks import fits, region_lengths
 from .edits import Add, Edit, Resample, Set
 from .patch import Mask, Patch
 
@@ -121,14 +122,14 @@ def resample_ablate(
     return Patch(site, Resample(region, seed, site.point.batch_axis), where)
 
 
-def patch_in(site: Site, source: Mapping[Any, Tensor] | Tensor, *, where: Mask | None = None) -> Patch:
+def patch_in(site: Site, source: Mapping[Any, Tensor] | Tensor | float, *, where: Mask | None = None) -> Patch:
     """Return a patch that puts the activation of another run in place of the region (activation patching).
 
     Args:
         site: Where to patch.
         source: Activations of that region, or of its whole hook point, in the other run: an ActivationCache or a
             tensor with the region's axes, such as `(batch, channel, row, col)`. Its batch has the length of the
-            patched run's, or 1.
+            patched run's, or 1. Or one number.
         where: As in Patch.
 
     Raises:
@@ -145,17 +146,18 @@ def patch_in(site: Site, source: Mapping[Any, Tensor] | Tensor, *, where: Mask |
     References:
         Meng et al. 2022, "Locating and editing factual associations in GPT", section 2.1.
     """
-    return Patch(site, Set(_reference(site, source)), where)
+    return Patch(site, Set(_operand(site, source)), where)
 
 
 def steer(
-    site: Site, vector: Mapping[Any, Tensor] | Tensor, coefficient: float = 1.0, *, where: Mask | None = None
+    site: Site, vector: Mapping[Any, Tensor] | Tensor | float, coefficient: float = 1.0, *, where: Mask | None = None
 ) -> Patch:
     """Return a patch that adds a steering vector to the region.
 
     Args:
         site: Where to add.
-        vector: Tensor with one length per axis of the region, each equal or 1, or an ActivationCache that has it.
+        vector: Tensor with one length per axis of the region, each equal or 1; the vector of the whole hook point; an
+            ActivationCache that has either; or one number.
         coefficient: Multiplies the vector.
         where: As in Patch.
 
@@ -173,7 +175,7 @@ def steer(
     References:
         Turner et al. 2023, "Steering language models with activation engineering", section 3.
     """
-    return Patch(site, Add(_reference(site, vector), coefficient), where)
+    return Patch(site, Add(_operand(site, vector), coefficient), where)
 
 
 def edit(site: Site, function: Edit | Callable[..., Tensor], *, where: Mask | None = None) -> Patch:
@@ -193,10 +195,19 @@ def edit(site: Site, function: Edit | Callable[..., Tensor], *, where: Mask | No
     return Patch(site, function, where)
 
 
+def _operand(site: Site, source: Any) -> Any:
+    """Return a number as it is, and the region's activation from anything else."""
+    return source if isinstance(source, Real) else _reference(site, source)
+
+
 def _reference(site: Site, source: Mapping[Any, Tensor] | Tensor) -> Tensor:
-    """Return the region's activation from a tensor, or from a cache of that site or of its whole hook point."""
+    """Return the region's activation from a tensor or a cache, of that site or of its whole hook point."""
     if isinstance(source, Tensor):
-        return source
+        point = site.point
+        if point is None or fits(source, region_lengths(site, point), or_one=True):
+            return source
+        lengths = [point.length(axis) for axis in point.axes]
+        return read(source, site.positions(point.axes, source.shape)) if fits(source, lengths) else source
     if not isinstance(source, Mapping):
         raise EditError(
             f"The activation for {site!r} is a {type(source).__name__}; it is a tensor with the region's axes, or an "

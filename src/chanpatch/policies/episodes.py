@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..engine.paths import Item, Path, get, leaves, path_text, replace
+from ..engine.paths import Item, Path, get, leaves, replace
 from ..engine.sessions import forward_context
 from ..engine.state import undisturbed
 from ..errors import ChanpatchError, RolloutError
+from ..registry.names import path_text
 from ..results import imported, progress_bar
 from .actions import checked_seed, chosen_actions, draw_streams
 from .copies import held_modules

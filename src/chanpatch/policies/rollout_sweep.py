@@ -19,9 +19,8 @@ from ..patching.contexts import raise_nan
 from ..patching.edits import Context
 from ..patching.firing import Firing
 from ..patching.patch import Patch, Patches, checked_patches, labelled, labelled_patches
-from ..registry.lookup import model_of, no_batch
-from ..registry.points import HookPoints
-from ..registry.sites import HookPoint, Site
+from ..registry.points import HookPoints, model_of
+from ..registry.sites import HookPoint, Site, no_batch
 from .episodes import BatchAxes, InitialState, Log, check_environments, play, rows_of
 from .results import ORIGINAL, SweptRollouts
 from .twin import PatchedPolicy

@@ -24,8 +24,7 @@ from ..metrics.outputs import described, distribution_in
 from ..patching.contexts import Patching
 from ..patching.ledger import Ledger
 from ..patching.patch import Patch, checked_patches
-from ..registry.lookup import model_of, resolve
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, model_of, resolve
 from .copies import STATE, copied, quoted
 
 

@@ -6,20 +6,21 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from ..channels import channel_axis, check_inputs, check_leaves_channels, recorded, rows
-from ..engine.inputs import Inputs
+from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
 from ..patching.cache import ActivationCache
 from ..patching.reductions import Reduce
-from ..registry.lookup import sites_of
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, sites_of
 from ..registry.sites import HookPoint, Site
+from ..registry.trace import traced
 
 
 def channel_sums(
-    points: HookPoints,
+    points_or_model: HookPoints | nn.Module,
     inputs: Inputs | Iterable[Inputs],
     site: str | Site | HookPoint,
     *,
@@ -33,7 +34,7 @@ def channel_sums(
     afterwards.
 
     Args:
-        points: Of the model.
+        points_or_model: The model, which is traced with the first batch, or its HookPoints.
         inputs: All inputs, `(input, ...)`: a tensor, a tuple of the model's arguments or a dict of its keywords; or
             any other iterable of batches of that kind.
         site: A hook point or a region of one, with a channel or a feature axis.
@@ -54,10 +55,8 @@ def channel_sums(
         >>> channel_sums(points, torch.zeros(100, 3, 6, 6), ".out").shape
         (100, 8)
     """
-    if not isinstance(points, HookPoints):
-        raise ProbeError(
-            f"points is a {type(points).__name__}: give the model's HookPoints, hook_points(model, inputs)."
-        )
+    first, inputs = first_batch(inputs, batch_size)
+    points = traced(points_or_model, first)
     check_inputs(points, inputs, batch_size, ProbeError)
     (bound,) = sites_of(points, site)
     if isinstance(reduce, str):

@@ -1,8 +1,8 @@
-"""Axis names, from what a module is, never from how many axes its output has.
+"""Axis names, from the type of a module, never from the number of axes of its output.
 
-A module type that fixes the meaning of its axes names them (convolution, pooling, linear, recurrent,
-attention, embedding). Elementwise modules and elementwise torch functions hand on the names of their input.
-Every other axis has no name here; the registry calls it `axis0`, `axis1`, ...
+Module types with fixed axes name them (convolution, pooling, linear, recurrent, attention, embedding). Elementwise
+modules and functions pass on the names of their input. Other axes have no name here; the registry calls them `axis0`,
+`axis1`, ...
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -35,34 +34,21 @@ _DIMENSIONS: dict[type, int] = {
 } | {nn.PixelShuffle: 2, nn.PixelUnshuffle: 2}
 
 
-_ACTIVATIONS = tuple(
+_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "LocalResponseNorm")
+
+
+_ELEMENTWISE = tuple(
     kind
-    for name in torch.nn.modules.activation.__all__
-    if (kind := getattr(nn, name, None)) is not None and kind not in (nn.MultiheadAttention, nn.GLU)
+    for name in (*nn.modules.activation.__all__, *nn.modules.dropout.__all__, *_NORMS, "Identity")
+    if (kind := getattr(nn, name, None)) not in (None, nn.MultiheadAttention, nn.GLU)
 )
 
 
-_DROPOUT = tuple(getattr(nn, name) for name in torch.nn.modules.dropout.__all__)
-
-
-_NORMS = tuple(
-    getattr(nn, name) for name in ("LayerNorm", "RMSNorm", "GroupNorm", "LocalResponseNorm") if hasattr(nn, name)
-)
-
-
-_ELEMENTWISE = (*_ACTIVATIONS, *_DROPOUT, *_NORMS, nn.Identity)
-
-
-_ATTENTION = (
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
+_ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
-    """Return the names that a module's type gives to the axes of one of its tensors; None where it gives none.
+    """Return the names that a module's type gives to the axes of one of its tensors; None for an axis without one.
 
     Args:
         module: The module that takes or returns the tensor.
@@ -72,7 +58,8 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
         inputs: Names of the axes of the module's first input, where they are known.
     """
     unknown: Names = (None,) * ndim
-    if (count := _spatial_dimensions(module)) is not None:
+    count = next((_DIMENSIONS[kind] for kind in type(module).__mro__ if kind in _DIMENSIONS), None)
+    if count is not None:
         return _spatial_names(module, count, ndim, inputs) or unknown
     if isinstance(module, nn.Linear) and ndim:
         leading = inputs[:-1] if side == "out" and inputs and len(inputs) == ndim else unknown[:-1]
@@ -90,10 +77,6 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
     if isinstance(module, _ELEMENTWISE) and len(inputs) == ndim:
         return inputs
     return unknown
-
-
-def _spatial_dimensions(module: nn.Module) -> int | None:
-    return next((_DIMENSIONS[kind] for kind in type(module).__mro__ if kind in _DIMENSIONS), None)
 
 
 def _spatial_names(module: nn.Module, count: int, ndim: int, inputs: Names | None) -> Names | None:
@@ -133,91 +116,22 @@ def _flattened(module: nn.Flatten, inputs: Names, ndim: int) -> Names | None:
     return names if len(names) == ndim else None
 
 
-_FUNCTIONS = frozenset(
-    [
-        "add",
-        "sub",
-        "rsub",
-        "radd",
-        "mul",
-        "rmul",
-        "div",
-        "truediv",
-        "rtruediv",
-        "true_divide",
-        "neg",
-        "pos",
-        "pow",
-        "abs",
-        "sqrt",
-        "rsqrt",
-        "square",
-        "exp",
-        "log",
-        "relu",
-        "relu6",
-        "gelu",
-        "silu",
-        "mish",
-        "elu",
-        "selu",
-        "celu",
-        "leaky_relu",
-        "rrelu",
-        "softplus",
-        "softsign",
-        "sigmoid",
-        "logsigmoid",
-        "tanh",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-        "softmax",
-        "log_softmax",
-        "dropout",
-        "alpha_dropout",
-        "feature_dropout",
-        "layer_norm",
-        "rms_norm",
-        "group_norm",
-        "batch_norm",
-        "instance_norm",
-        "normalize",
-        "clamp",
-        "clip",
-        "minimum",
-        "maximum",
-        "where",
-        "masked_fill",
-        "lerp",
-        "sign",
-        "erf",
-        "sin",
-        "cos",
-        "clone",
-        "contiguous",
-        "detach",
-        "to",
-        "type",
-        "float",
-        "half",
-        "double",
-        "bfloat16",
-        "cuda",
-        "cpu",
-        "requires_grad",
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-    ]
-)
+_FUNCTIONS = """
+    add sub rsub radd mul rmul div truediv rtruediv true_divide neg pos pow abs sqrt rsqrt square exp log relu relu6
+    gelu silu mish elu selu celu leaky_relu rrelu softplus softsign sigmoid logsigmoid tanh hardtanh hardswish
+    hardsigmoid softmax log_softmax dropout alpha_dropout feature_dropout layer_norm rms_norm group_norm batch_norm
+    instance_norm normalize clamp clip minimum maximum where masked_fill lerp sign erf sin cos clone contiguous
+    detach to type float half double bfloat16 cuda cpu requires_grad iadd isub imul itruediv
+"""
+
+
+_ELEMENTWISE_FUNCTIONS = frozenset(_FUNCTIONS.split())
 
 
 class NamePropagation(TorchFunctionMode):
-    """While active, elementwise torch functions hand the axis names of their operands to their result.
+    """While active, elementwise torch functions pass the axis names of their operands on to their result.
 
-    Names are kept by tensor identity, so every named tensor is kept alive until the mode is left.
+    Names are kept by tensor identity, so this keeps every named tensor alive.
     """
 
     def __init__(self) -> None:
@@ -239,7 +153,7 @@ class NamePropagation(TorchFunctionMode):
         return merged
 
     def rename(self, tensor: Tensor, names: Sequence[str]) -> None:
-        """Let these names stand, whatever was known."""
+        """Override the known names."""
         self._names.pop(id(tensor), None)
         self.learn(tensor, names)
 
@@ -252,7 +166,7 @@ class NamePropagation(TorchFunctionMode):
     ) -> Any:
         """Run the function and name its result after its operands of the same shape; the first name stays."""
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _FUNCTIONS:
+        if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
             for _, operand in leaves((args, dict(kwargs or {}))):
                 names = self._names.get(id(operand))
                 if names is not None and operand.shape == result.shape:

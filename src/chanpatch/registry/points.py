@@ -1,6 +1,6 @@
-"""Where a network can be read or written: one tensor that one call of one module takes or returns.
+"""The hook points of a traced model, and the sites that a user names, bound to them.
 
-Plain data; `chanpatch.hook_points` finds the points of a model by running it.
+`chanpatch.hook_points` finds the hook points of a model by running it.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 import html
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 from torch import nn
 
-from ..engine.paths import path_text
-from ..errors import HookPointError, did_you_mean
+from ..engine.inputs import copied_inputs
+from ..errors import HookPointError, SiteError, did_you_mean
 from ..results import table
-from .names import glob
+from .names import BarePoint, glob, parsed_name, path_text, written_name
 from .sites import HookPoint, Index, Selection, Site
 
 
@@ -26,7 +28,7 @@ class HookPoints(Mapping[str, HookPoint]):
         method: The method that was run, `"__call__"` for the forward.
         calls: How often each module and tap was called, by name.
         not_called: Names of the modules that the traced forward never called.
-        steady: Whether the traced forward left the parameters alone while it ran; otherwise none is ended early.
+        steady: Whether the traced forward kept the parameters as they are; if not, forwards always run to the end.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class HookPoints(Mapping[str, HookPoint]):
         self._aliases = {alias: point.name for point in self._points.values() for alias in point.aliases}
 
     def __getitem__(self, name: str) -> HookPoint:
-        point = self._points.get(self._aliases.get(name, name))
+        point = self._points.get(self._aliases.get(name, name)) or self._points.get(self._rewritten(name))
         if point is None:
             raise HookPointError(self._unknown(name))
         return point
@@ -72,14 +74,8 @@ class HookPoints(Mapping[str, HookPoint]):
         chosen = [p for p in self._points.values() if any(matches(name) for name in (p.name, *p.aliases))]
         if not chosen:
             raise HookPointError(f"No hook point matches '{pattern}'. {self._advice()}")
-        return HookPoints(
-            self.model,
-            chosen,
-            method=self.method,
-            calls=self.calls,
-            not_called=self.not_called,
-            steady=self.steady,
-        )
+        facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
+        return HookPoints(self.model, chosen, **facts)
 
     def site(self, name: str, /, **indices: Index) -> Site:
         """Return a region of a hook point, checked against the trace.
@@ -99,7 +95,19 @@ class HookPoints(Mapping[str, HookPoint]):
         point = self[site.name]
         if site.point == point:
             return site
-        return normalised(site if site.name == point.name else Site(point.name, **dict(site.indices)), point)
+        return normalized(site if site.name == point.name else Site(point.name, **dict(site.indices)), point)
+
+    def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+        """Return the output of the traced method on copies of these arguments, which it may write into."""
+        args, kwargs = copied_inputs(inputs, keywords)
+        return getattr(self.model, self.method)(*args, **kwargs)
+
+    def _rewritten(self, name: str) -> str:
+        """Return a name as the registry writes it: `fc.out` is `fc`."""
+        with suppress(HookPointError):
+            point = parsed_name(dict(self.model.named_modules(remove_duplicate=False)), name)
+            name = written_name(point.module, point.side, point.path, point.call)
+        return self._aliases.get(name, name)
 
     def _unknown(self, name: str) -> str:
         doubled = [each for each in self._doubled if each.name == name]
@@ -109,7 +117,9 @@ class HookPoints(Mapping[str, HookPoint]):
                 f"'{name}' is the name of {len(doubled)} hook points: {places}. Give a submodule, or a part of what a "
                 "module returns, another name."
             )
-        fired = [point.name for point in self._points.values() if name in (point.module, *_modules(point))]
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        modules = {each: module for each, module in modules.items() if module is modules.get(name)}
+        fired = [point.name for point in self._points.values() if point.module == name or point.module in modules]
         if name in self.not_called:
             return (
                 f"Hook point '{name}' never fired: the traced forward did not call that module. "
@@ -145,7 +155,7 @@ class HookPoints(Mapping[str, HookPoint]):
         return f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
 
     def _notes(self) -> list[str]:
-        """Return what the table does not show: where the batch is not proved, and what was not called."""
+        """Return the facts that the table does not show: unproved batch axes, modules that were not called."""
         notes = []
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
         if unproved:
@@ -172,12 +182,7 @@ class HookPoints(Mapping[str, HookPoint]):
         return [*self._points, *self._aliases]
 
 
-def _modules(point: HookPoint) -> tuple[str, ...]:
-    """Names of the module of a point, its aliases included."""
-    return tuple(alias.split("#")[0] for alias in point.aliases)
-
-
-def normalised(site: Site, point: HookPoint) -> Site:
+def normalized(site: Site, point: HookPoint) -> Site:
     """Check a site against the trace, write its indices out, and attach the hook point."""
     lengths = {axis: point.length(axis) for axis in point.axes}
     rows = {axis: index for axis, index in site.indices if lengths.get(axis, 0) is None}  # of any forward's length
@@ -190,3 +195,75 @@ def normalised(site: Site, point: HookPoint) -> Site:
         if len(chosen) < length or chosen != tuple(range(length)):
             written[axis] = chosen
     return (site if written == others else Site(site.name, **rows, **written)).at(point)
+
+
+def resolve(modules: Mapping[str, nn.Module], site: Site) -> HookPoint | BarePoint:
+    """Return the hook point of a site: the traced one, or what its name alone says.
+
+    Args:
+        modules: Modules of the model, by all their names.
+        site: Any site.
+
+    Raises:
+        HookPointError: If no module of the model has that name.
+    """
+    point = site.point
+    if point is not None and (point.side == "tap" or point.module in modules):
+        return point
+    return parsed_name(modules, site.name)
+
+
+def sites_of(
+    points_or_model: HookPoints | nn.Module, sites: str | Site | HookPoint | Iterable[str | Site | HookPoint]
+) -> tuple[Site, ...]:
+    """Return sites from names, hook points or sites, in the order given, without duplicates.
+
+    Raises:
+        HookPointError, SiteError: If one of them does not exist, all faults at once, or if there are none.
+    """
+    each = [sites] if isinstance(sites, (str, Site, HookPoint)) else list(sites)
+    named = [item if isinstance(item, Site) else Site(item.name).at(item) if isinstance(item, HookPoint)
+             else Site(item) for item in each]  # fmt: skip
+    if not named:
+        raise SiteError("There are no sites to record: sites is empty. Name one or more, as in sites=['conv1'].")
+    return tuple(dict.fromkeys(bound(points_or_model, named)))
+
+
+def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """Check sites against a trace, or names alone against a model, all faults at once."""
+    found, faults = [], []
+    model = model_of(points_or_model)
+    modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
+    for site in sites:
+        try:
+            if isinstance(points_or_model, HookPoints):
+                site = points_or_model.bind(site)
+            else:
+                resolve(modules, site)
+            found.append(site)
+        except (HookPointError, SiteError) as fault:
+            faults.append(fault)
+    if len(faults) > 1:
+        raise type(faults[0])("\n".join([f"{len(faults)} faults:", *(f"- {fault}" for fault in faults)]))
+    if faults:
+        raise faults[0]
+    return found
+
+
+def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
+    """Return the model.
+
+    Raises:
+        TypeError: If it is neither HookPoints nor a module.
+    """
+    model = points_or_model.model if isinstance(points_or_model, HookPoints) else points_or_model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected HookPoints or a torch.nn.Module, not {type(points_or_model).__name__}.")
+    return model
+
+
+def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
+    """Return the model, its method, and how often each module was called in the trace; None without a trace."""
+    if isinstance(points_or_model, HookPoints):
+        return points_or_model.model, points_or_model.method, points_or_model.calls
+    return model_of(points_or_model), "__call__", None

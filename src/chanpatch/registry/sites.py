@@ -15,11 +15,7 @@ from ..engine.paths import Path
 from ..errors import SiteError, did_you_mean
 
 Shape: TypeAlias = tuple[int, ...]
-
-
 Axes: TypeAlias = tuple[str, ...]
-
-
 Index: TypeAlias = "int | slice | Sequence[int] | Sequence[bool] | range | Tensor | np.ndarray[Any, Any]"
 
 
@@ -214,22 +210,21 @@ class HookPoint:
     """One tensor of one traced forward.
 
     Attributes:
-        name: `module`, `module.out<path>` where the module returns more than one tensor, `module.in<path>` for an
-            input; `#k` after the module when it is called more than once. The model itself has no name, so its
-            own output is `.out`. A tap has the name it was given.
+        name: `module`, `module.out<path>` if the module returns more than one tensor, `module.in<path>` for an input;
+            `#k` after the module if it is called more than once. The model itself has no name, so its own output is
+            `.out`. A tap has the name it was given.
         axes: Axis names, such as `(batch, channel, row, col)`.
         shape: Lengths of all axes but the batch axis.
-        batch_axis: Which axis is the batch: the one that grew when the model was run with one row more. None where
-            that proved nothing.
-        dtype: Of the tensor.
-        device: Of the tensor.
+        batch_axis: Number of the batch axis: the one that grew when the model was run with one row more. None if that
+            proved nothing.
+        dtype, device: Dtype and device of the tensor.
         module_type: Class name of the module; `tap` for a tap.
-        parameters: Number of parameters of the module, those of its submodules included.
-        aliases: Other names of the same hook point, where modules are shared.
+        parameters: Number of parameters of the module, submodules included.
+        aliases: Other names of the same hook point, if modules are shared.
         module: Name of the module, or of the tap.
         side: `"in"`, `"out"` or `"tap"`.
-        path: Where the tensor stands in a nested input or output.
-        call: Which call of the module, where it is called more than once.
+        path: Place of the tensor in a nested input or output.
+        call: Index of the call, if the module is called more than once.
     """
 
     name: str
@@ -252,3 +247,13 @@ class HookPoint:
         if position == self.batch_axis:
             return None
         return self.shape[position - (self.batch_axis is not None and position > self.batch_axis)]
+
+
+def no_batch(site: Site) -> str:
+    """Say why a site has no rows, and what to do."""
+    if site.point is None:
+        return "Take the site from points.site(...) of hook_points(model, *inputs), which proves the batch axis."
+    return (
+        f"The trace could not prove which axis of '{site.name}' is the batch: no single axis grew when the model "
+        "was run with one row more. Name it where the inputs have it: hook_points(..., axes={'.in[0]': (...)})."
+    )

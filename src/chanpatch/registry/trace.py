@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..engine.hooks import observed, refuse_unhookable
-from ..engine.inputs import copied_inputs
-from ..engine.paths import Attr, Path, leaves, path_text, replace, with_rows
+from ..engine.inputs import Inputs, batches, copied_inputs
+from ..engine.paths import Attr, Path, leaves, replace, with_rows
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .axes import NamePropagation, Names, axis_names
-from .names import glob
-from .points import HookPoints
+from .names import glob, written_name
+from .points import HookPoints, model_of
 from .sites import HookPoint
 
 
@@ -33,24 +32,22 @@ def hook_points(
 ) -> HookPoints:
     """Return every place where an activation of the model can be read or written, in execution order.
 
-    The model is run under `torch.no_grad`, and once more with one row more, which proves the batch axis. Random
-    number generators, buffers, attributes and training flags are put back afterwards.
+    The model runs under `torch.no_grad`, and again with one row more, which proves the batch axis. Random number
+    generators, buffers, attributes and training flags are restored.
 
     Args:
         model: Any module.
-        example_inputs: What the model takes, with at least one row; the model gets copies. Tensors in them that
-            have the batch on their first axis (the length of the first tensor's first axis) are lengthened for the
-            second run; where `axes` names an axis of `.in[0]` "batch", or a module type such as a sequence-first
-            LSTM says that it is another one, that one is the batch.
-        method: The method to run, for models that are entered by another one than the forward.
-        axes: Names for axes whose meaning the module type does not tell, by glob over hook point names:
-            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions after it pass
-            them on.
+        example_inputs: Inputs of the model, with at least one row; the model gets copies. In the second run inputs
+            grow along the axis that `axes` or a module type, such as a sequence-first LSTM, names "batch". Other inputs
+            grow along their first axis, if it is as long, unless all their axes have names.
+        method: The method to run, for models that are not entered by their forward.
+        axes: Names for axes that the module type does not name, by glob over hook point names:
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions pass them on. Inputs of
+            a method are `.in[0]`, ... here too.
         example_keywords: Keyword inputs.
 
     Raises:
-        UnsupportedModelError: If the model is compiled or scripted, so that hooks would be ignored, has lazy
-            parameters, or handles nested tensors.
+        UnsupportedModelError: If the model is compiled, scripted or lazy, or handles nested tensors.
         BatchAxisError: If the example inputs have no rows.
         HookPointError: If `axes` names a hook point that did not fire, or a tap has the name of another hook point.
         SiteError: If `axes` gives another number of names than the hook point has axes, or one name twice.
@@ -64,29 +61,29 @@ def hook_points(
     if not isinstance(model, nn.Module):
         raise TypeError(f"hook_points takes a torch.nn.Module, not {type(model).__name__}.")
     refuse_unhookable(model)
-    refuse_untraceable(model, (example_inputs, example_keywords))
-    trace, weights = _Trace(model), _Weights(model)
+    _refuse_untraceable(model, (example_inputs, example_keywords))
+    weights = _Weights(model)
+    trace = _Trace(model, on_call=weights.compare)
     try:
-        with undisturbed(model), weights.watched():
+        with undisturbed(model):
             trace.run(method, example_inputs, example_keywords)
     except TypeError as fault:
         if any(isinstance(each, np.ndarray) for each in (*example_inputs, *example_keywords.values())):
             raise TypeError(f"{type(model).__name__} took no NumPy array. Give torch.as_tensor(array).") from fault
         raise
-    if axes:  # run anew with the names known from the start, so that they are passed on to what comes after
-        trace = _Trace(model, _names_by_place(trace, axes))
+    if axes:  # run again with the names known from the start, so that later modules and functions pass them on
+        trace = _Trace(model, given=_names_by_place(trace, axes))
         with undisturbed(model):
             trace.run(method, example_inputs, example_keywords)
     _refuse_ambiguous_taps(trace)
-    grown = _grown(model, method, example_inputs, example_keywords, trace)
-    points = [_point(trace, fired, grown.get(trace.name(fired))) for fired in trace.fired]
+    proved = _proved_batches(model, method, example_inputs, example_keywords, trace)
+    points = [_point(trace, fired, proved.get(trace.name(fired))) for fired in trace.fired]
     return HookPoints(
         model, points, method=method, calls=trace.calls, not_called=trace.not_called(), steady=weights.steady
     )
 
 
-@dataclass(frozen=True)
-class _Fired:
+class _Fired(NamedTuple):
     """One tensor that one call took or returned."""
 
     module: str
@@ -95,30 +92,23 @@ class _Fired:
     call: int
     tensor: Tensor
 
-    @property
-    def place(self) -> _Place:
-        return self.module, self.side, self.path, self.call
 
-
-_Place: TypeAlias = tuple[str, str, Path, int]
-
-
-_MOST_TRIES = 32  # of which inputs have the batch on which axis
+_Place: TypeAlias = tuple[str, str, Path, int]  # all of a _Fired but the tensor
 
 
 class _Trace:
-    """Everything that fires while a model runs, with the axis names that can be told.
+    """Everything that fires while a model runs, with its axis names; `given` names, by place, override others."""
 
-    Args:
-        model: What is traced.
-        given: Names that stand before those that can be told, by place.
-    """
-
-    def __init__(self, model: nn.Module, given: Mapping[_Place, tuple[str, ...]] | None = None) -> None:
-        self.model = model
-        self.given = given or {}
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        given: Mapping[_Place, tuple[str, ...]] | None = None,
+        on_call: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
+        self.model, self.given, self.on_call = model, given or {}, on_call
         self.fired: list[_Fired] = []
-        self.inputs: dict[Path, Tensor] = {}
+        self.inputs: list[_Fired] = []  # of the traced method, which are hook points only of a forward
         self.calls: Counter[str] = Counter()
         self.known = NamePropagation()
         self.module_names: dict[nn.Module, list[str]] = {}
@@ -129,29 +119,27 @@ class _Trace:
     def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Run the model once, on copies of its inputs that it may write into, and note what fires."""
         args, kwargs = copied_inputs(inputs, keywords)
-        self.inputs = dict(leaves((args, kwargs)))
+        self.inputs = [_Fired("", "in", tuple(path), 0, tensor) for (_, *path), tensor in leaves((args, kwargs))]
+        for fired in self.inputs:
+            self._rename(fired)
         with self.known, observed(self.model.modules(), self._on_inputs, self._on_output, self._on_tap):
             getattr(self.model, method)(*args, **kwargs)
 
-    def batch_of_input(self, path: Path) -> int | None:
-        """Return which axis of an input, of a TensorDict of its first tensor, has the name of the batch."""
-        first = next((tensor for place, tensor in self.inputs.items() if place[: len(path)] == path), None)
-        names = () if first is None else self.known.names(first) or ()
-        return names.index("batch") if "batch" in names else None
+    def names_of_input(self, path: Path) -> Names:
+        """Return the axis names of an input, of a TensorDict those of its first tensor."""
+        inside = (each.tensor for each in self.inputs if each.path[: len(path)] == path)
+        return next(map(self.known.names, inside), None) or (None,)
 
     def not_called(self) -> list[str]:
         return [names[0] for names in self.module_names.values() if names[0] and not self.calls[names[0]]]
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
         """Return a hook point's name, or its alias under another name of the module."""
-        base = fired.module if module is None else module
-        if self.calls[fired.module] > 1:
-            base += f"#{fired.call}"
-        if fired.side == "tap" or (fired.side == "out" and not fired.path and fired.module):
-            return base
-        return f"{base}.{fired.side}{path_text(fired.path)}"
+        call = fired.call if self.calls[fired.module] > 1 else None
+        return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
     def _on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.on_call(module)
         name = self.module_names[module][0]
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
         first: Tensor | None = None
@@ -168,8 +156,6 @@ class _Trace:
             self._note(_Fired(self.module_names[module][0], "out", path, call, tensor), module, inputs)
 
     def _on_tap(self, name: str, tensor: Tensor) -> None:
-        if any(name in names for names in self.module_names.values()):
-            raise HookPointError(f"tap('{name}', ...) has the name of a module. Give the tap a name of its own.")
         self._note(_Fired(name, "tap", (), self.calls[name], tensor), None, None)
         self.calls[name] += 1
 
@@ -184,37 +170,34 @@ class _Trace:
         unknown: Names = (None,) * tensor.dim()
         told = unknown if module is None else axis_names(module, fired.side, fired.path, tensor.dim(), inputs)
         self.known.learn(tensor, told)
-        if fired.place in self.given:
-            self.known.rename(tensor, self.given[fired.place])
+        self._rename(fired)
+
+    def _rename(self, fired: _Fired) -> None:
+        if fired[:4] in self.given:
+            self.known.rename(fired.tensor, self.given[fired[:4]])
 
 
 class _Weights:
-    """Whether a forward leaves the parameters alone while it runs.
+    """Watches whether each module, when it is called, still has the parameters of before the forward: `steady`.
 
-    One that merges, casts or exchanges them, and undoes that at its end, must not be ended early.
-
-    Attributes:
-        steady: Whether each module had, when it was called, the very parameters of before.
+    A forward that merges, casts or swaps parameters, and undoes that at its end, must not be ended early.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.steady = True
         self._before = {id(weight): _total(weight) for weight in model.parameters()}
-        self._modules = set(model.modules())
+        self._compared: set[nn.Module] = set()
 
-    def watched(self) -> AbstractContextManager[None]:
-        """Look at the parameters of every module in the forward that runs inside, when it is first called."""
-        return observed(self._modules, on_inputs=self._notice)
-
-    def _notice(self, module: nn.Module, *inputs: Any) -> None:
-        for weight in module.parameters(recurse=False) if module in self._modules else ():
-            before = self._before.get(id(weight), "another parameter")
-            self.steady &= before == _total(weight)
-        self._modules.discard(module)
+    def compare(self, module: nn.Module) -> None:
+        """Compare the parameters of a module at its first call."""
+        if module not in self._compared:
+            self._compared.add(module)
+            totals = [(self._before.get(id(each), "new"), _total(each)) for each in module.parameters(recurse=False)]
+            self.steady &= all(before == now for before, now in totals)
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter, from which a change can be told; None where that cannot be taken."""
+    """Return the sum of a parameter, which changes when the parameter does; None if there is no sum."""
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
     with suppress(RuntimeError):  # some dtypes know no sum, and inside a vmap no number can be read
@@ -224,20 +207,19 @@ def _total(weight: Tensor) -> Any:
 
 
 def _refuse_ambiguous_taps(trace: _Trace) -> None:
-    names = Counter(trace.name(fired) for fired in trace.fired)
+    names, modules = Counter(map(trace.name, trace.fired)), dict(trace.model.named_modules(remove_duplicate=False))
     for fired in trace.fired:
-        if fired.side == "tap" and names[trace.name(fired)] > 1:
-            raise HookPointError(
-                f"tap('{fired.module}', ...) has the name of another hook point. Give the tap a name of its own."
-            )
+        if fired.side == "tap" and (names[trace.name(fired)] > 1 or fired.module in modules):
+            what = "a module" if fired.module in modules else "another hook point"
+            raise HookPointError(f"tap('{fired.module}', ...) has the name of {what}. Give the tap a name of its own.")
 
 
 def _names_by_place(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
-    """Return the names that the user gave, for each place that their globs match."""
-    given = {}
+    """Return the user's axis names for each place that the globs match."""
+    given: dict[_Place, tuple[str, ...]] = {}
     for pattern, names in axes.items():
         matches = glob(pattern)
-        chosen = [fired for fired in trace.fired if matches(trace.name(fired))]
+        chosen = [fired for fired in (*trace.inputs, *trace.fired) if matches(trace.name(fired))]
         if not chosen:
             hint = did_you_mean(pattern, map(trace.name, trace.fired))
             raise HookPointError(f"axes={{'{pattern}': ...}}: no hook point matches.{hint}")
@@ -247,75 +229,53 @@ def _names_by_place(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> dict[_P
                     f"axes={{'{pattern}': {tuple(names)}}}: hook point '{trace.name(fired)}' has "
                     f"{fired.tensor.dim()} axes; give each one name of its own."
                 )
-            given[fired.place] = tuple(names)
+            given[fired[:4]] = tuple(names)
     return given
 
 
-def _grown(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace) -> dict[str, torch.Size]:
-    """Return the shapes of a second run with one row more, by hook point; empty where there is none.
+def _proved_batches(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace) -> dict[str, int]:
+    """Return which axis is the batch, by hook point, as a second run with one row more proves it.
 
-    Where the growth of the first axis shows that some module's batch is another axis of the inputs (a model may begin
-    with Linear layers, which do not care, and have a sequence-first LSTM later), the others are tried in turn.
+    An input grows along the axis that is named "batch", or along its first axis if some axis has no name. All that
+    grow are of one length; the others stay as they are.
     """
-    tensors = [*with_rows((inputs, dict(keywords)))]
-    if not tensors or any(Attr("batch_sizes") in path for path, _ in tensors):
+    grown: Any = (inputs, dict(keywords))
+    named = [(path, tensor, trace.names_of_input(path[1:])) for path, tensor in with_rows(grown)]
+    if any(Attr("batch_sizes") in path for path, _, _ in named):
         return {}  # a PackedSequence has its rows between one another
-    origin, first = tensors[0]
-    named = trace.batch_of_input(origin)
-    shapes = _with_one_row_more(model, method, inputs, keywords, trace, named or 0)
-    if False not in _agreement(trace, shapes):
-        return shapes
-    for axis in range(1, first.dim()) if named is None else ():
-        shapes = _with_one_row_more(model, method, inputs, keywords, trace, axis)
-        if _agreement(trace, shapes) == {True}:
-            return shapes
+    growing = [(path, tensor, names.index("batch") if "batch" in names else 0)
+               for path, tensor, names in named if "batch" in names or None in names]  # fmt: skip
+    certain = [tensor.shape[names.index("batch")] for _, tensor, names in named if "batch" in names]
+    rows = next(iter([*certain, *(len(tensor) for _, tensor, _ in growing)]), 0)
+    second = _Trace(model)
+    with suppress(Exception), undisturbed(model):  # a model, or a container, may be made for one batch size only
+        for path, tensor, axis in growing:
+            if tensor.shape[axis] == rows:
+                grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
+        second.run(method, *grown)
+        return _grown_axes(trace, {second.name(fired): fired.tensor.shape for fired in second.fired}, rows)
     return {}
 
 
-def _agreement(trace: _Trace, grown: Mapping[str, torch.Size]) -> set[bool]:
-    """Tell, for the hook points whose batch axis has its name, whether that one grew or another one instead."""
-    found = set()
+def _grown_axes(trace: _Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
+    """Return the one axis of each hook point that grew from `rows` by one; none if a name contradicts any of them."""
+    found = {}
     for fired in trace.fired:
-        names, before = trace.known.names(fired.tensor) or (), fired.tensor.shape
-        after = grown.get(trace.name(fired), before)
-        if "batch" in names and len(after) == len(before):
-            longer = [number for number, length in enumerate(before) if after[number] == length + 1]
-            if longer:
-                found.add(names.index("batch") in longer)
+        name, before = trace.name(fired), fired.tensor.shape
+        names, after = trace.known.names(fired.tensor) or (None,) * len(before), shapes.get(trace.name(fired), before)
+        changed = [number for number, lengths in enumerate(zip(before, after, strict=False)) if len({*lengths}) > 1]
+        if "batch" in names and changed and names.index("batch") not in changed:
+            return {}  # as a sequence-first encoder behind a Linear, which lets any axis grow
+        # One more of some of the rows, as an expert is given them, does not prove which rows they are.
+        grew = [(before[number], after[number]) for number in changed] == [(rows, rows + 1)]
+        if grew and len(before) == len(after) and names[changed[0]] in (None, "batch"):
+            found[name] = changed[0]
     return found
 
 
-def _with_one_row_more(
-    model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace, batch_axis: int
-) -> dict[str, torch.Size]:
-    """Return the shapes of a run whose first tensor is longer by one on an axis; empty where no such run succeeds."""
-    tensors = [*with_rows((inputs, dict(keywords)))]
-    first = tensors[0][1]
-    rows = first.shape[batch_axis]
-    choices: list[list[int | None]] = []
-    for path, tensor in tensors:
-        known = trace.batch_of_input(path)
-        fitting = [axis for axis, length in enumerate(tensor.shape) if length == rows]
-        choices.append([batch_axis] if tensor is first else [known] if known is not None else [*fitting, None])
-    for chosen in itertools.islice(itertools.product(*choices), _MOST_TRIES if rows else 0):
-        grown: Any = (inputs, dict(keywords))
-        second = _Trace(model)
-        with suppress(Exception), undisturbed(model):  # a model, or a container, may be made for one batch size only
-            for (path, tensor), axis in zip(tensors, chosen, strict=True):
-                if axis is not None:
-                    grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
-            second.run(method, *grown)
-            # One more of some of the rows, as an expert is given them, does not tell which rows they are.
-            of_all = {trace.name(fired) for fired in trace.fired if rows in fired.tensor.shape}
-            shapes = {second.name(fired): fired.tensor.shape for fired in second.fired}
-            return {name: shape for name, shape in shapes.items() if name in of_all and rows + 1 in shape}
-    return {}
-
-
-def _point(trace: _Trace, fired: _Fired, grown: torch.Size | None) -> HookPoint:
+def _point(trace: _Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
     tensor = fired.tensor
     names = list(trace.known.names(tensor) or (None,) * tensor.dim())
-    batch_axis = _batch_axis(names, tensor.shape, grown)
     if batch_axis is not None:
         names[batch_axis] = "batch"
     axes = tuple(
@@ -341,19 +301,8 @@ def _point(trace: _Trace, fired: _Fired, grown: torch.Size | None) -> HookPoint:
     )
 
 
-def _batch_axis(names: Sequence[str | None], shape: torch.Size, grown: torch.Size | None) -> int | None:
-    """Return the one axis that grew by one row, unless names say that another is the batch."""
-    if grown is None or len(grown) != len(shape):
-        return None
-    longer = [number for number, (before, after) in enumerate(zip(shape, grown, strict=True)) if before != after]
-    if len(longer) != 1 or grown[longer[0]] != shape[longer[0]] + 1:
-        return None
-    taken = names.index("batch") if "batch" in names else longer[0]
-    return longer[0] if names[longer[0]] in (None, "batch") and taken == longer[0] else None
-
-
-def refuse_untraceable(model: nn.Module, inputs: Any) -> None:
-    """Raise for what cannot be traced: parameters that do not exist yet, inputs without rows."""
+def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
+    """Raise for lazy parameters and for inputs without rows."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedModelError(
@@ -365,3 +314,29 @@ def refuse_untraceable(model: nn.Module, inputs: Any) -> None:
             f"The example inputs have no rows: the first tensor has shape {tuple(first.shape)}. Trace with two rows or "
             "more, which proves the batch axis."
         )
+
+
+def traced(
+    points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
+) -> HookPoints:
+    """Return hook points as they are, or those of a model, traced once.
+
+    Args:
+        points_or_model: HookPoints or a model.
+        inputs: A tensor, a tuple of arguments, a mapping of keywords, or an iterable of batches: the first is traced.
+        keywords: More keywords.
+
+    Raises:
+        TypeError: If it is neither HookPoints nor a module, or a model comes without inputs.
+        BatchAxisError: If an iterable holds no batch.
+    """
+    if isinstance(points_or_model, HookPoints):
+        return points_or_model
+    model = model_of(points_or_model)
+    if inputs is None:
+        what = type(model).__name__
+        raise TypeError(f"There are no inputs to trace the {what} with. Give its hook points: hook_points(model, ...).")
+    each = [inputs] if isinstance(inputs, (Tensor, tuple, Mapping)) else inputs
+    for arguments, named in batches(each, 1):
+        return hook_points(model, *arguments, **named, **keywords)
+    raise BatchAxisError("There are no inputs to trace the model with. Give one batch at least.")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
 from ..errors import ChanpatchError, InterventionError
 from ..patching.patch import Patch, checked_patches
-from ..registry.lookup import refuse_untraced
 from ..registry.points import HookPoints
+from ..registry.trace import traced
 from ..results import table
 from .format import decoded, encoded, in_one, printable, trace_of
 from .receipts import Receipt, receipt_of
@@ -62,7 +62,7 @@ class Contents:
 def save(
     file: str | os.PathLike[str],
     patches: Patch | Iterable[Patch],
-    points: HookPoints | None = None,
+    points_or_model: HookPoints | nn.Module | None = None,
     *,
     inputs: Inputs | None = None,
 ) -> None:
@@ -76,7 +76,8 @@ def save(
         file: Path of the file; `.safetensors` is the usual ending.
         patches: One or more patches, in order of application. Their edits are those of `chanpatch.patching`, and
             every `where` is a mask.
-        points: Hook points to check the patches against. Sites from `HookPoints.site` have theirs already.
+        points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs. Sites
+            from `HookPoints.site` have theirs already.
         inputs: Model inputs for the receipt: a tensor, a tuple of arguments, or a mapping of keywords.
 
     Raises:
@@ -98,8 +99,7 @@ def save(
         >>> receipt = verify(file, points, torch.ones(4, 2))
     """
     path = Path(file)
-    if points is not None:
-        refuse_untraced(points)
+    points = None if points_or_model is None else traced(points_or_model, inputs)
     chosen = checked_patches(points, patches)
     if not chosen:
         raise InterventionError("There are no patches to save. Give one or more.")
@@ -154,19 +154,18 @@ def load(
             return torch.device(device)
         return points[name].device if points is not None and name in points else torch.device("cpu")
 
-    if points is not None:
-        refuse_untraced(points)
+    points = None if points is None else traced(points, None)
     found = Contents(*decoded(file, device_of))
     if points is None:
         return list(found.patches)
     patches: list[Patch] = []
     faults: dict[str, None] = {}
-    for patch, traced in zip(found.patches, found.hook_points, strict=True):
+    for patch, saved in zip(found.patches, found.hook_points, strict=True):
         try:
             here = trace_of(points[patch.site.name])
-            if traced not in (None, here):
+            if saved not in (None, here):
                 raise InterventionError(
-                    f"Hook point '{patch.site.name}' is {here} in this model, but {traced} in the file."
+                    f"Hook point '{patch.site.name}' is {here} in this model, but {saved} in the file."
                 )
             patches += checked_patches(points, patch)
         except ChanpatchError as fault:
@@ -179,18 +178,19 @@ def load(
     return patches
 
 
-def verify(file: str | os.PathLike[str], points: HookPoints, inputs: Inputs) -> Receipt:
+def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module, inputs: Inputs) -> Receipt:
     """Return the receipt of a file, after checking that its run repeats bit for bit.
 
     Args:
         file: Path of a file that `save` wrote with inputs.
-        points: Hook points of the model.
+        points_or_model: Hook points of the model, or the model, which is traced with the inputs.
         inputs: The inputs that the file was saved with.
 
     Raises:
         InterventionError: If hook points, weights, inputs or the patched output differ, or the file holds no receipt;
             otherwise as `load`.
     """
+    points = traced(points_or_model, inputs)
     saved = contents(file).receipt
     patches = load(file, points)
     if saved is None:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..engine.inputs import Inputs, batches, copied_inputs
-from ..engine.paths import leaves, path_text
+from ..engine.inputs import Inputs, batches
+from ..engine.paths import leaves
 from ..engine.state import undisturbed
 from ..errors import InterventionError
 from ..patching.contexts import patched
 from ..patching.patch import Patch
+from ..registry.names import path_text
 from ..registry.points import HookPoints
 
 
@@ -48,10 +49,9 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
     """
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
-    given, taken = copied_inputs(args, keywords)
     with undisturbed(model) as run, patched(points, patches, check_nan=False):
         _seed(model)
-        output = run.kept(getattr(model, points.method)(*given, **taken))
+        output = run.kept(points.run(args, keywords))
         if next(leaves(output), None) is None:
             raise InterventionError(
                 f"The model returned {type(output).__name__} without a tensor, so there is no output to compare. Save "

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.regions import Positions, read, written
 from ..errors import SiteError, SweepError
 from ..metrics.measured import Metric, compares
 from ..patching.patch import Patch, label_of
-from ..registry.lookup import bound, refuse_untraced
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, bound
+from ..registry.trace import traced
 from ..results import progress_bar
 from .attribution_result import Attribution
 from .flatness import warn_of_cut_gradients, warn_of_flat_inputs
@@ -25,7 +25,7 @@ from .gradients import Runs
 
 @torch.inference_mode(mode=False)  # in which no gradient could be taken
 def attribution(
-    points: HookPoints,
+    points_or_model: HookPoints | nn.Module,
     *inputs: Any,
     patches: Mapping[Any, Patch] | Iterable[Patch] | Patch,
     metric: Metric,
@@ -53,7 +53,7 @@ def attribution(
     point take as many activations. Give such patches in parts.
 
     Args:
-        points: Of the model.
+        points_or_model: The model, which is traced with the inputs, or its HookPoints.
         inputs: What the model takes.
         patches: One site each: a mapping of labels to patches, or patches, which are labelled by their site.
         metric: A differentiable function of the output, or of the output and a keyword-only `baseline`, the unpatched
@@ -92,7 +92,7 @@ def attribution(
         "Attribution patching outperforms automated circuit discovery"; Sundararajan, Taly and Yan 2017, "Axiomatic
         attribution for deep networks", for the integrated version.
     """
-    refuse_untraced(points)
+    points = traced(points_or_model, inputs, keywords)
     if type(steps) is not int or type(verify) is not int or steps < 1 or verify < 0:
         raise SweepError(
             f"steps={steps!r} and verify={verify!r}: take one step at least and verify none at least, in whole numbers."

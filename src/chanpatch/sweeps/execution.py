@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
-from ..engine.paths import _children, leaves, path_text
+from ..engine.paths import _children, leaves
 from ..engine.state import training_modules
 from ..errors import SweepError
+from ..registry.names import path_text
 from .forward import Forward
 from .plan import Entry, Group
 from .prefix import Prefix

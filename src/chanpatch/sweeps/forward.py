@@ -13,8 +13,7 @@ from ..engine.inputs import copied_inputs
 from ..engine.paths import Item, fresh, get, leaves, replace, with_rows
 from ..engine.sessions import forward_context, published
 from ..engine.state import undisturbed
-from ..registry.lookup import model_of
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, model_of
 
 _FEWEST_TO_CUT = 8  # inputs; of fewer, one is no saving
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.inputs import copied_inputs
 from ..engine.regions import Positions, written
 from ..engine.state import undisturbed
 from ..errors import MetricError, SiteError
@@ -124,8 +123,7 @@ class Runs:
             warn_of_shared_memory(names)
 
     def _output(self) -> Any:
-        args, keywords = copied_inputs(*self._given)
-        return getattr(self._points.model, self._points.method)(*args, **keywords)
+        return self._points.run(*self._given)
 
     def _measured(self, output: Any) -> Tensor:
         return measured(self._metric, output, self.baseline)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.inputs import Inputs, batches, copied_inputs, input_count
 from ..engine.state import undisturbed
@@ -17,13 +17,13 @@ from ..metrics.measured import Metric, measured
 from ..patching.contexts import patched
 from ..patching.recording import recording, run_with_cache
 from ..patching.verbs import patch_in
-from ..registry.lookup import refuse_untraced, sites_of
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, sites_of
 from ..registry.sites import HookPoint, Site
+from ..registry.trace import traced
 
 
 def path_patch(
-    points: HookPoints,
+    points_or_model: HookPoints | nn.Module,
     clean: Inputs,
     corrupted: Inputs,
     sender: str | Site | HookPoint,
@@ -39,7 +39,7 @@ def path_patch(
     a clean run, where it goes every way to the output.
 
     Args:
-        points: Of the model.
+        points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
         clean: Inputs: a tensor `(batch, ...)`, or a tuple or dict of such, as the model takes them.
         corrupted: The other input of each pair.
         sender: Where the path begins.
@@ -73,7 +73,7 @@ def path_patch(
         Wang et al. 2023, "Interpretability in the wild: a circuit for indirect object identification in GPT-2 small";
         Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching".
     """
-    refuse_untraced(points)
+    points = traced(points_or_model, clean)
     counts = [input_count(inputs) for inputs in (clean, corrupted)]
     if counts[0] != counts[1]:
         raise ContrastError(f"clean has {counts[0]} inputs and corrupted {counts[1]}: give one of each per pair.")
@@ -82,7 +82,8 @@ def path_patch(
         raise SiteError(f"There are {len(senders)} senders, but a path begins at one. Take the paths of each in turn.")
     sending = senders[0]
     held = _between(points, sending, receiving, frozen)
-    args, keywords = _copied(corrupted)
+    ((args, keywords),) = batches([corrupted], 1)
+    args, keywords = copied_inputs(args, keywords)
     with undisturbed(points.model):
         source = run_with_cache(points, *args, sites=sending, stop=True, **keywords)
     with undisturbed(points.model) as run, recording(points, [sending, *held, *receiving]) as cache:
@@ -102,13 +103,8 @@ def path_patch(
 
 
 def _output(points: HookPoints, inputs: Inputs) -> Any:
-    args, keywords = _copied(inputs)
-    return getattr(points.model, points.method)(*args, **keywords)
-
-
-def _copied(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     ((args, keywords),) = batches([inputs], 1)
-    return copied_inputs(args, keywords)
+    return points.run(args, keywords)
 
 
 def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen: Any) -> list[Site]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..engine.sessions import Session
 from ..errors import SweepError, UnreachedError
 from ..patching.patch import Patch, Patches, checked_patches, labelled_patches
-from ..registry.lookup import resolve, root_of
 from ..registry.names import BarePoint
+from ..registry.points import resolve, root_of
 from ..registry.sites import HookPoint, Site
 from .forward import Forward
 from .later import kind

@@ -23,7 +23,7 @@ from ..patching.contexts import Patching, nan_error, patched
 from ..patching.firing import Firing
 from ..patching.patch import labelled
 from ..patching.recording import run_with_cache
-from ..registry.lookup import root_of
+from ..registry.points import root_of
 from ..registry.sites import Site
 from .forward import Forward, usual_attention
 from .later import Later, Operands

@@ -13,8 +13,8 @@ from ..engine.hooks import refuse_unhookable
 from ..errors import MetricError, SweepError
 from ..metrics.measured import Metric, Metrics
 from ..patching.patch import Patches
-from ..registry.lookup import model_of
 from ..registry.points import HookPoints
+from ..registry.trace import traced
 from ..results import progress_bar
 from .execution import Execution, Strategy
 from .forward import Forward
@@ -43,7 +43,7 @@ def sweep(
     tensors of a `torch.vmap`, which must not be kept: where they do that, take `strategy="resume"` or `"loop"`.
 
     Args:
-        points_or_model: The model, or its HookPoints: then their method is run.
+        points_or_model: The model, which is traced with the inputs, or its HookPoints: then their method is run.
         inputs: What the model takes; every forward gets copies.
         patches: By label, one or several that are applied together; or a sequence of them, whose labels are then made
             of their sites: `[zero_ablate(site) for site in points.site("conv1").split("channel")]`.
@@ -87,9 +87,10 @@ def sweep(
         raise SweepError(f"strategy is {strategy!r}; it is 'auto', 'vmap', 'resume' or 'loop'.")
     if type(max_bytes) is not int or max_bytes < 1:
         raise SweepError(f"max_bytes is {max_bytes!r}; it is a whole number of bytes from 1 on, such as 2**28.")
-    refuse_unhookable(model_of(points_or_model))
     with torch.inference_mode(False):
-        forward = Forward(points_or_model, inputs, keywords, check_nan=check_nan)
+        points = traced(points_or_model, inputs, keywords)
+        refuse_unhookable(points.model)
+        forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(forward, patches, "patches")
         others = [] if controls is None else entries_of(forward, controls, "controls")
         entries = [*asked, *(Entry(number, *rest) for number, (_, *rest) in enumerate(others, len(asked)))]
