@@ -5,20 +5,20 @@ Plain data; `chanpatch.hook_points` finds the points of a model by running it.
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from ..engine.paths import path_text
 from ..errors import HookPointError, did_you_mean
-from ..results import table
+from ..results import Records
 from .names import glob
 from .sites import HookPoint, Index, Selection, Site
 
 
-class HookPoints(Mapping[str, HookPoint]):
+class HookPoints(Records, Mapping[str, HookPoint]):
     """The hook points of a model in execution order, by name; what `chanpatch.hook_points` returns.
 
     Attributes:
@@ -28,6 +28,8 @@ class HookPoints(Mapping[str, HookPoint]):
         not_called: Names of the modules that the traced forward never called.
         steady: Whether the traced forward left the parameters alone while it ran; otherwise none is ended early.
     """
+
+    _most = None
 
     def __init__(
         self,
@@ -125,7 +127,8 @@ class HookPoints(Mapping[str, HookPoint]):
             return f"(Hook points that fired: {', '.join(self)}.)"
         return f"({count} hook points; print the HookPoints to list them.)"
 
-    def _records(self) -> list[dict[str, str]]:
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per hook point: name and aliases, axes, shape without batch, dtype, module, parameters."""
         return [
             {
                 "hook point": " = ".join((point.name, *point.aliases)),
@@ -133,19 +136,15 @@ class HookPoints(Mapping[str, HookPoint]):
                 "shape without batch": " x ".join(map(str, point.shape)),
                 "dtype": str(point.dtype).removeprefix("torch."),
                 "module": point.module_type,
-                "parameters": f"{point.parameters:,}",
+                "parameters": point.parameters,
             }
             for point in self._points.values()
         ]
-
-    def __repr__(self) -> str:
-        return "\n".join((self._title(), *table(self._records()), *self._notes()))
 
     def _title(self) -> str:
         return f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
 
     def _notes(self) -> list[str]:
-        """Return what the table does not show: where the batch is not proved, and what was not called."""
         notes = []
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
         if unproved:
@@ -158,15 +157,8 @@ class HookPoints(Mapping[str, HookPoint]):
             notes.append(f"Left out, as several have that name: {', '.join(names)}")
         return notes
 
-    def _repr_html_(self) -> str:
-        def cells(row: Iterable[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-        records = self._records()
-        header = cells(records[0], "th") if records else ""
-        body = "".join(cells(record.values(), "td") for record in records)
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return f"<table><thead>{header}</thead><tbody>{body}</tbody></table>{notes}"
+    def _lines(self) -> list[dict[str, Any]]:
+        return [{**record, "parameters": f"{record['parameters']:,}"} for record in self.to_records()]
 
     def _ipython_key_completions_(self) -> list[str]:
         return [*self._points, *self._aliases]
