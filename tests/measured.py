@@ -54,7 +54,7 @@ def measured(module, inputs, name):
             found[f"{verb}, twin"] = numbers(PatchedPolicy(points, patch)(*inputs))
     patches = {part: zero_ablate(part) for part in site.split(axis)[:3]}
     found["sweep"] = torch.tensor(sweep(points, *inputs, patches=patches, metric=metric).effect())
-    found["attribution"] = torch.tensor(attribution(points, *inputs, patches=patches, metric=metric).effect)
+    found["attribution"] = torch.tensor(attribution(points, *inputs, patches=patches, metric=metric).effect())
     if len(inputs) == 1:
         (batch,) = inputs
         found["sums"] = torch.as_tensor(channel_sums(points, batch, name))

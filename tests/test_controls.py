@@ -180,21 +180,24 @@ def test_an_ablation_from_the_background_itself_stays_on_distribution() -> None:
     assert off_distribution(POINTS, resample_ablate(site, cache, seed=0), IMAGES, IMAGES).outside.tolist() == [0.0]
 
 
-def test_all_patches_are_applied_and_the_farthest_channel_comes_first() -> None:
+def test_all_patches_are_applied_and_the_table_has_the_farthest_channel_first() -> None:
     site = POINTS.site("ramp", channel=[1, 2], row=0)
     patches = [steer(site, torch.tensor([1.0, -3.0]).view(1, 2, 1, 1)), zero_ablate(POINTS.site("ramp", channel=25))]
     meter = off_distribution(POINTS, patches, IMAGES, IMAGES)
-    assert [channels(each)[0] for each in meter.sites] == [25, 2, 1]
+    assert [channels(each)[0] for each in meter.sites] == [1, 2, 25]
+    printed = [line.split(")")[0] for line in repr(meter).splitlines()[2:]]
+    assert printed == [f"Site('ramp', channel={channel}" + ", row=0" * (channel < 25) for channel in (25, 2, 1)]
     row = IMAGES.abs()[:, 0, 0].sum(1).double().numpy()
-    np.testing.assert_allclose(meter.z[1:], np.array([-12.0, 4.0]) / row.std(ddof=1), rtol=1e-4)
-    shares = [((row + shift < row.min()) | (row + shift > row.max())).mean() for shift in (-12.0, 4.0)]
-    assert meter.outside[1:].tolist() == shares
+    np.testing.assert_allclose(meter.z[:2], np.array([4.0, -12.0]) / row.std(ddof=1), rtol=1e-4)
+    shares = [((row + shift < row.min()) | (row + shift > row.max())).mean() for shift in (4.0, -12.0)]
+    assert meter.outside[:2].tolist() == shares
 
 
 def test_a_channel_that_never_varies_has_no_z_but_is_outside_once_it_changes() -> None:
     site = POINTS.site("ramp", channel=[17, 20])
     changed = off_distribution(POINTS, zero_ablate(site), IMAGES, IMAGES)
-    assert channels(changed.sites[1]) == (17,) and np.isnan(changed.z[1]) and changed.outside[1] == 1.0
+    assert channels(changed.sites[0]) == (17,) and np.isnan(changed.z[0]) and changed.outside[0] == 1.0
+    assert "channel=17" in repr(changed).splitlines()[-1]
     left = off_distribution(POINTS, steer(site, torch.zeros(1, 1, 1, 1)), IMAGES, IMAGES, batch_size=7)
     assert left.outside.tolist() == [0.0, 0.0]
 

@@ -25,15 +25,6 @@ LABELS = np.array(["LEFT", "UP", "LEFT", "UP", "UP", "LEFT"])
 SPLIT = np.array(["in", "in", "out", "out", "in", "in"])
 
 
-class Records(list):
-    """Records as a result."""
-
-    effect_label = "difference, n = 30 levels"
-
-    def to_records(self) -> list[dict[str, Any]]:
-        return self
-
-
 def record(label: str, effect: float, **more: Any) -> dict[str, Any]:
     return {"label": label, "effect": effect, "low": effect - 0.1, "high": effect + 0.3, **more}
 
@@ -75,7 +66,7 @@ def test_the_parts_of_a_split_stand_side_by_side_with_marks_of_their_own() -> No
 
 
 def test_an_effect_is_a_dot_at_its_value_on_a_line_over_its_interval() -> None:
-    ax = effect_ranking(Records([record("a", 0.2), record("b", -0.5), record("c", 0.3)]))
+    ax = effect_ranking([record("a", 0.2), record("b", -0.5), record("c", 0.3)], label="difference, n = 30 levels")
     dots = [line for line in ax.lines if line.get_marker() == "o"]
     assert [float(dot.get_xdata()[0]) for dot in dots] == [-0.5, 0.3, 0.2]
     intervals = [lines.get_segments()[0] for lines in ax.collections]
@@ -91,15 +82,13 @@ def test_an_effect_is_a_dot_at_its_value_on_a_line_over_its_interval() -> None:
 
 
 def test_the_twenty_largest_effects_are_shown_and_the_hidden_ones_counted() -> None:
-    ax = effect_ranking(
-        Records([record(str(number), number / 100) for number in range(25)] + [record("nan", math.nan)])
-    )
+    ax = effect_ranking([record(str(number), number / 100) for number in range(25)] + [record("nan", math.nan)])
     assert [text.get_text() for text in ax.get_yticklabels()] == [str(number) for number in range(24, 4, -1)]
     assert ax.get_title(loc="left") == "20 of 26 effects, 6 hidden; lines: 95% intervals"
 
 
 def test_controls_stand_below_the_effects_as_squares() -> None:
-    ax = effect_ranking(Records([record("control", 0.9, control=True), record("effect", 0.1, control=False)]))
+    ax = effect_ranking([record("control", 0.9, control=True), record("effect", 0.1, control=False)])
     assert [text.get_text() for text in ax.get_yticklabels()] == ["effect", "control"]
     (dot,), (square,) = ([line for line in ax.lines if line.get_marker() == marker] for marker in ("o", "s"))
     assert square.get_ydata()[0] - dot.get_ydata()[0] == 2  # one place is left free
@@ -108,16 +97,16 @@ def test_controls_stand_below_the_effects_as_squares() -> None:
 
 
 def test_p_values_are_written_beside_the_effects_that_have_one() -> None:
-    ax = effect_ranking(Records([record("a", 0.4, p=0.031), record("b", 0.3, p=None), record("c", 0.2, p=math.nan)]))
+    ax = effect_ranking([record("a", 0.4, p=0.031), record("b", 0.3, p=None), record("c", 0.2, p=math.nan)])
     assert texts(ax) == ["0.031", "p"]
     assert ax.texts[0].get_position()[1] == 0
-    corrected = effect_ranking(Records([record("a", 0.4, p=0.01, p_holm=0.08)]))
+    corrected = effect_ranking([record("a", 0.4, p=0.01, p_holm=0.08)])
     assert texts(corrected) == ["0.08", "p (Holm)"]
 
 
 def test_an_effect_without_an_interval_or_a_label_is_drawn_with_its_site() -> None:
     bare = {"site": "Site('conv1', channel=3)", "effect": 0.4, "low": None, "high": math.nan}
-    ax = effect_ranking(Records([bare]))
+    ax = effect_ranking([bare])
     assert [text.get_text() for text in ax.get_yticklabels()] == ["Site('conv1', channel=3)"]
     assert float(ax.lines[0].get_xdata()[0]) == 0.4
 
@@ -189,7 +178,7 @@ def test_every_figure_is_drawn_into_the_axes_it_is_given() -> None:
     figure, axes = pyplot.subplots(2, 2)
     drawn = [
         strip(SUMS, LABELS, ax=axes[0, 0]),
-        effect_ranking(Records([record("a", 0.2)]), ax=axes[0, 1]),
+        effect_ranking([record("a", 0.2)], ax=axes[0, 1]),
         contingency(PairedCounts(1, 2, 3, 4), ax=axes[1, 0]),
         channel_map(torch.zeros(3, 4, 4), torch.ones(2, 2), ax=axes[1, 1]),
     ]
@@ -200,7 +189,7 @@ def test_every_figure_is_drawn_into_the_axes_it_is_given() -> None:
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(MissingPackageError, match="^matplotlib is not installed: pip install matplotlib$"):
-        effect_ranking(Records([record("a", 0.2)]))
+        effect_ranking([record("a", 0.2)])
 
 
 @pytest.mark.parametrize(
@@ -223,7 +212,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
             "threshold is a ThresholdProbe: give a number, such as probe.threshold.",
         ),
         (
-            lambda: effect_ranking(Records([record("a", math.nan)])),
+            lambda: effect_ranking([record("a", math.nan)]),
             "None of the 1 effects is a number: there is nothing to draw.",
         ),
         (

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from matplotlib.axes import Axes
 
 from chanpatch.contrasts import Contrast
@@ -14,7 +11,7 @@ from maze.part import Table, interval_cells
 
 
 def contrast_rows(result: Contrast) -> Table:
-    """One row per channel of a contrast, the largest effect first: differences of sums, and p-values.
+    """One row per channel of a contrast, in its order: differences of sums, and p-values.
 
     An effect is a difference divided by what the channel varies by over the background, which counts as known. So the
     interval of one is that of the other in another unit.
@@ -43,27 +40,17 @@ def draw_contrast(axes: Axes, rows: Table, count: int) -> None:
         rows: as of `contrast_rows`.
         count: of the channels that were compared; `rows` may be the first of them.
     """
-    effect_ranking(_Effects(rows), axes)
+    ends = {"low": "effect_low", "high": "effect_high"}
+    effect_ranking(
+        [{**row, "label": _short(row["site"]), **{name: row[column] for name, column in ends.items()}} for row in rows],
+        axes,
+    )
     axes.set_title(f"{len(axes.get_yticks())} of {count} channels", loc="left", fontsize="medium")
     axes.set_xlabel(
         f"UP minus RIGHT, {rows[0]['pairs']} pairs, in standard deviations\n"
         f"over {rows[0]['background']} random mazes, 95% interval"
     )
     axes.spines[["top", "right"]].set_visible(False)
-
-
-@dataclass(frozen=True)
-class _Effects:
-    """A table as `effect_ranking` takes it."""
-
-    rows: Table
-
-    def to_records(self) -> list[dict[str, Any]]:
-        ends = {"low": "effect_low", "high": "effect_high"}
-        return [
-            {**row, "label": _short(row["site"]), **{name: row[column] for name, column in ends.items()}}
-            for row in self.rows
-        ]
 
 
 def _short(site: str) -> str:

@@ -20,6 +20,8 @@ from .patching.reductions import InDouble, Reduce, reduced_axes
 from .registry.points import HookPoints
 from .registry.sites import Site
 
+Floats = NDArray[np.float64]
+
 ROUNDING = 1e-6  # what may differ between two runs in single precision, relative to the activation
 
 
@@ -37,8 +39,8 @@ class Moments:
     """
 
     count: int
-    mean: NDArray[np.float64]
-    squares: NDArray[np.float64]
+    mean: Floats
+    squares: Floats
 
     @staticmethod
     def of(sample: ArrayLike) -> Moments:
@@ -49,18 +51,16 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
-        apart = other.mean - self.mean
-        mean = self.mean + apart * (other.count / count)
-        return Moments(
-            count, mean, self.squares + other.squares + np.square(apart) * (self.count * other.count / count)
-        )
+        share, apart = other.count / max(count, 1), other.mean - self.mean
+        squares = self.squares + other.squares + np.square(apart) * (self.count * share)
+        return Moments(count, self.mean + apart * share, squares)
 
     @property
-    def std(self) -> NDArray[np.float64]:
+    def std(self) -> Floats:
         """Standard deviation per channel, `(channel,)`, with count - 1 in the denominator; NaN for fewer than two."""
         if self.count < 2:
             return np.full_like(self.mean, np.nan)
-        spread: NDArray[np.float64] = np.sqrt(self.squares / (self.count - 1))
+        spread: Floats = np.sqrt(self.squares / (self.count - 1))
         return spread
 
     def varies(self, precision: float = 0.0) -> NDArray[np.bool_]:
@@ -69,7 +69,7 @@ class Moments:
         return beyond
 
 
-Floats = NDArray[np.float64]
+NO_MOMENTS = Moments(0, np.zeros(()), np.zeros(()))  # of an empty sample, to add others to
 
 
 def check_inputs(

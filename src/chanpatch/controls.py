@@ -16,7 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .channels import ROUNDING, Floats, Moments, channel_axis, check_finite, check_inputs, recorded, rows
+from .channels import (
+    NO_MOMENTS,
+    ROUNDING,
+    Floats,
+    Moments,
+    channel_axis,
+    check_finite,
+    check_inputs,
+    recorded,
+    rows,
+)
 from .engine.inputs import Inputs, first_batch, input_count
 from .engine.state import undisturbed
 from .errors import EditError, SiteError, StatisticsError
@@ -26,7 +36,8 @@ from .patching.patch import Patch
 from .registry.points import HookPoints, sites_of
 from .registry.sites import HookPoint, Site
 from .registry.trace import traced
-from .results import imported, table
+from .results import Records, columns, largest_first
+from .statistics.interval import checked_seed
 
 __all__ = [
     "MatchedChannels",
@@ -40,11 +51,8 @@ __all__ = [
 _NEAR = 2
 
 
-_SHOWN = 20
-
-
 @dataclass(frozen=True, repr=False)
-class MatchedChannels(Sequence[Site]):
+class MatchedChannels(Records, Sequence[Site]):
     """Controls for a site, and how near each is: a sequence of their sites, in the order of the draw.
 
     Attributes:
@@ -69,18 +77,13 @@ class MatchedChannels(Sequence[Site]):
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per control: site, and how far apart its mean activation is."""
-        return [{"site": repr(site), "apart": apart} for site, apart in zip(self.sites, self.apart, strict=True)]
+        return columns(site=map(repr, self.sites), apart=self.apart)
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
-
-    def __repr__(self) -> str:
+    def _title(self) -> str:
         title = f"{len(self)} controls, drawn among the {self.pool} nearest of {self.live} other live channels"
         if self.pool == self.live:
             title += ": all of them, so they are not matched; a smaller count draws nearer ones"
-        more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return "\n".join([title, *table(self.to_records()[:_SHOWN]), *more])
+        return title
 
 
 def matched_channels(
@@ -89,7 +92,7 @@ def matched_channels(
     background: Inputs | Iterable[Inputs],
     *,
     count: int,
-    seed: int,
+    seed: int = 0,
     batch_size: int = 64,
 ) -> MatchedChannels:
     """Return other live channels of the same hook point with about the same mean activation, as controls.
@@ -144,7 +147,7 @@ def matched_channels(
             f"background), too few for {count} different controls of {len(target)}. Ask for fewer controls, or for "
             f"those of a site with fewer {axis}s."
         )
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     while len(found) < count:
         drawn = _drawn(mean, target, others, _NEAR * count, generator)
@@ -170,7 +173,7 @@ def _drawn(
     return tuple(drawn)
 
 
-def random_vectors(vector: Tensor, *, count: int, seed: int) -> Tensor:
+def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
     """Return vectors of the same norm in random directions, as controls for a steering vector.
 
     Directions are uniform: Gaussian draws, each scaled to the norm.
@@ -210,13 +213,13 @@ def random_vectors(vector: Tensor, *, count: int, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class OffDistribution:
-    """How far patches lead from the activations of background inputs; one row per channel, the farthest first.
+class OffDistribution(Records):
+    """How far patches lead from the activations of background inputs; one row per channel, in the order of the sites.
 
-    All numbers are of the sum of the channel's patched region over its positions.
+    All numbers are of the sum of the channel's patched region over its positions. The table shows the farthest first.
 
     Attributes:
-        sites: Of each row, the channel as a site.
+        sites: The channel of each row, as a site.
         patched: Mean of the sum over the patched inputs.
         mean: Mean of the sum over the background, unpatched.
         std: Its standard deviation.
@@ -248,21 +251,14 @@ class OffDistribution:
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per channel: site and every number."""
         names = ("z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest")
-        columns = {name: getattr(self, name).tolist() for name in names}
-        return [
-            {"site": repr(site), **{name: columns[name][row] for name in names}} for row, site in enumerate(self.sites)
-        ]
+        return columns(site=map(repr, self.sites), **{name: getattr(self, name) for name in names})
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
+    def _lines(self) -> list[dict[str, Any]]:
+        records = self.to_records()
+        return [records[row] for row in largest_first(self.absolute_z)]  # NaN, of channels that never vary, comes last
 
-    def __repr__(self) -> str:
-        title = (
-            f"{len(self)} channels: sums of {self.inputs} patched inputs against {self.background} background inputs"
-        )
-        more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return "\n".join([title, *table(self.to_records()[:_SHOWN]), *more])
+    def _title(self) -> str:
+        return f"{len(self)} channels: sums of {self.inputs} patched inputs against {self.background} background inputs"
 
 
 def off_distribution(
@@ -309,7 +305,7 @@ def off_distribution(
     for each in (inputs, background):
         check_inputs(points, each, batch_size, StatisticsError)
     sites = sites_of(points, [patch.site for patch in chosen])
-    parts = [part for site in sites for part in site.split(channel_axis(site, "Controls", SiteError))]
+    parts = tuple(part for site in sites for part in site.split(channel_axis(site, "Controls", SiteError)))
     count = input_count(inputs)
     if not count:
         raise StatisticsError("inputs holds no inputs: give at least one to run the patched model on.")
@@ -321,28 +317,27 @@ def off_distribution(
     sums = _sums("inputs", cache, sites, 0)
     slack = ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
     z = (sums - usual.mean) / np.where(usual.varies(), usual.std, np.nan)
-    columns = {
-        "patched": sums.mean(axis=0),
-        "mean": usual.mean,
-        "std": usual.std,
-        "lowest": lowest,
-        "highest": highest,
-        "z": z.mean(axis=0),
-        "absolute_z": np.abs(z).mean(axis=0),
-        "outside": ((sums < lowest - slack) | (sums > highest + slack)).mean(axis=0),
-    }
-    order = np.argsort(-columns["absolute_z"], kind="stable")  # NaN, of channels that never vary, comes last
-    ordered = {name: column[order] for name, column in columns.items()}
-    return OffDistribution(tuple(parts[row] for row in order), **ordered, inputs=count, background=usual.count)
+    return OffDistribution(
+        sites=parts,
+        patched=sums.mean(axis=0),
+        mean=usual.mean,
+        std=usual.std,
+        lowest=lowest,
+        highest=highest,
+        z=z.mean(axis=0),
+        absolute_z=np.abs(z).mean(axis=0),
+        outside=((sums < lowest - slack) | (sums > highest + slack)).mean(axis=0),
+        inputs=count,
+        background=usual.count,
+    )
 
 
 def _usual(forwards: Iterable[ActivationCache], sites: Sequence[Site]) -> tuple[Moments, Floats, Floats]:
     """Return moments, smallest and largest of the channel sums of the background."""
-    moments: Moments | None = None
-    lowest, highest = np.array(np.inf), np.array(-np.inf)
+    moments, lowest, highest = NO_MOMENTS, np.array(np.inf), np.array(-np.inf)
     for cache in forwards:
-        sums = _sums("background", cache, sites, moments.count if moments else 0)
-        moments = _joined(moments, sums)
+        sums = _sums("background", cache, sites, moments.count)
+        moments += Moments.of(sums)
         lowest, highest = np.minimum(lowest, sums.min(axis=0)), np.maximum(highest, sums.max(axis=0))
     return _checked(moments), lowest, highest
 
@@ -353,12 +348,12 @@ def _channel_means(
     """Return the mean activation of every channel of a site, and whether it varies anywhere over the background."""
     point = points[whole.name]
     in_front = (point.batch_axis or 0, point.axes.index(axis))
-    moments: Moments | None = None
+    moments = NO_MOMENTS
     with undisturbed(points.model) as run:
         for cache in run.apart(recorded(points, background, [whole], None, batch_size)):
             sample = cache[whole].double().movedim(in_front, (0, 1)).numpy()
-            check_finite("background", sample, whole, moments.count if moments else 0, StatisticsError)
-            moments = _joined(moments, sample.reshape(*sample.shape[:2], -1))
+            check_finite("background", sample, whole, moments.count, StatisticsError)
+            moments += Moments.of(sample.reshape(*sample.shape[:2], -1))
     checked = _checked(moments)
     return checked.mean.mean(axis=1), checked.varies().any(axis=1)
 
@@ -372,13 +367,7 @@ def _sums(name: str, cache: ActivationCache, sites: Sequence[Site], start: int) 
     return np.concatenate(found, axis=1)
 
 
-def _joined(moments: Moments | None, sample: Floats) -> Moments:
-    part = Moments.of(sample)
-    return part if moments is None else moments + part
-
-
-def _checked(moments: Moments | None) -> Moments:
-    if moments is None or moments.count < 2:
-        count = moments.count if moments else 0
-        raise StatisticsError(f"background holds {count} inputs: at least two are needed to tell what varies.")
+def _checked(moments: Moments) -> Moments:
+    if moments.count < 2:
+        raise StatisticsError(f"background holds {moments.count} inputs: at least two are needed to tell what varies.")
     return moments

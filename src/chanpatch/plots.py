@@ -12,14 +12,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .errors import StatisticsError
-from .results import imported
+from .results import ROWS, imported, largest_first
 from .statistics.proportions import PairedCounts
 
 if TYPE_CHECKING:
@@ -28,21 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["channel_map", "contingency", "effect_ranking", "strip"]
 
-_SHOWN = 20
-
-
 _MARKERS = ("o", "x", "^", "s", "+", "v")
-
-
-class Effects(Protocol):
-    """A result with one record per effect, such as a `Contrast` or a `SweepResult`.
-
-    A record has the effect, `low` and `high` of its interval, and a `label` or a `site`. It may have a p-value
-    (`p_holm`, else `p`) and a bool `control`. The result may have an `effect_label`, the label of the effect axis.
-    """
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per effect."""
 
 
 def strip(
@@ -105,26 +91,25 @@ def strip(
     return ax
 
 
-def effect_ranking(result: Effects, ax: Axes | None = None) -> Axes:
+def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
     """Return a ranking of effects, largest absolute effect on top: one dot with its 95% interval per effect.
 
     Only the 20 largest are drawn; the title counts the others. Controls are drawn as squares below the other effects.
-    p-values are written beside the effects that have one.
+    p-values are written beside the effects that have one. `.plot()` of a result draws this figure.
 
     Args:
-        result: A `Contrast`, a `SweepResult`, or any result with such records.
+        records: One record per effect: `effect`, a `label` or a `site`, and optionally `low` and `high` of its
+            interval, a p-value (`p_holm`, else `p`) and a bool `control`.
         ax: Axes to draw into; new axes if None.
+        label: Label of the effect axis.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
         StatisticsError: If none of the effects is a number.
     """
-    records = result.to_records()
     groups = [[each for each in records if bool(each.get("control")) is control] for control in (False, True)]
-    shown = [
-        sorted((each for each in group if _is_number(each["effect"])), key=lambda each: -abs(each["effect"]))[:_SHOWN]
-        for group in groups
-    ]
+    ranked = [[group[row] for row in largest_first([each["effect"] for each in group])] for group in groups]
+    shown = [[each for each in group if _is_number(each["effect"])][:ROWS] for group in ranked]
     drawn = [*shown[0], *shown[1]]
     if not drawn:
         raise StatisticsError(f"None of the {len(records)} effects is a number: there is nothing to draw.")
@@ -134,14 +119,14 @@ def effect_ranking(result: Effects, ax: Axes | None = None) -> Axes:
     ax.axvline(0, color="black", linestyle=":", linewidth=1)
     ax.set_yticks(places, [str(each["label"] if "label" in each else each["site"]) for each in drawn])
     ax.set_ylim(places[-1] + 0.7, -0.7)
-    ax.set_xlabel(textwrap.fill(getattr(result, "effect_label", "effect"), 60))
+    ax.set_xlabel(textwrap.fill(label, 60))
     ax.set_title(f"{_shown_of(groups, shown)}; lines: 95% intervals", loc="left", fontsize="medium")
     return ax
 
 
 def _draw_effects(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[np.int64], controls_from: int) -> None:
     for number, (record, place) in enumerate(zip(drawn, places, strict=True)):
-        low, high = (np.nan if record[end] is None else record[end] for end in ("low", "high"))
+        low, high = (np.nan if record.get(end) is None else record[end] for end in ("low", "high"))
         control = number >= controls_from
         ax.hlines(place, low, high, color="0.5" if control else "black", linewidth=1.2)
         ax.plot(record["effect"], place, "s" if control else "o", color="0.5" if control else "black",

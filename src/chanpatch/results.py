@@ -1,13 +1,158 @@
-"""Records as lines of text: how every result prints."""
+"""The base of every result: one table, one HTML table, one way to rank effects."""
 
 from __future__ import annotations
 
+import html
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import MissingPackageError
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from typing_extensions import Self
+
+from .errors import MissingPackageError, StatisticsError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROWS = 20  # rows of a table or a figure
+
+
+class Records:
+    """A result that prints as a table: a title, the first rows, and notes.
+
+    A subclass defines `to_records`. It may override `_lines` (the records as the table shows them), `_title`, `_notes`
+    and `_most`.
+    """
+
+    _most: ClassVar[int | None] = ROWS  # rows that the table shows; None shows all
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one dict per row."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> Any:
+        """Return the records as a pandas data frame."""
+        return imported("pandas").DataFrame(self.to_records())
+
+    def __repr__(self) -> str:
+        lines, notes = self._table()
+        return "\n".join([self._title(), *table(lines), *notes])
+
+    def _repr_html_(self) -> str:
+        lines, notes = self._table()
+        head, *body = [
+            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+            for tag, row in zip(("th", *["td"] * len(lines)), _cells(lines) or [[]], strict=True)
+        ]
+        title, *below = [f"<p>{html.escape(text)}</p>" for text in (self._title(), *notes)]
+        return f"{title}<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>{''.join(below)}"
+
+    def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Return the lines of the table and the notes below it."""
+        lines = self._lines()
+        shown = lines[: self._most]
+        return shown, [*more(len(lines) - len(shown)), *self._notes()]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return self.to_records()
+
+    def _title(self) -> str:
+        return type(self).__name__
+
+    def _notes(self) -> list[str]:
+        return []
+
+
+class Effects(Records):
+    """A result with one effect per row, in the order given; `top` ranks them.
+
+    A subclass is a dataclass. It defines `effect` and `effect_label`, and names in `_by_row` its fields that have one
+    entry per row.
+    """
+
+    _by_row: ClassVar[tuple[str, ...]]
+
+    if TYPE_CHECKING:
+
+        @property
+        def effect_label(self) -> str:
+            """What the effects are, in which unit and of how many inputs: the axis label of a figure."""
+
+    def effect(self) -> NDArray[np.float64]:
+        """Return the effect of each row."""
+        raise NotImplementedError
+
+    def top(self, count: int) -> Self:
+        """Return the rows with the largest absolute effects, the largest first; NaN counts as the smallest.
+
+        Raises:
+            StatisticsError: If the count is negative.
+        """
+        return self._top(count, self.effect())
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the largest effects with their intervals; see `chanpatch.plots.effect_ranking`.
+
+        Args:
+            ax: Axes to draw into; new axes if None.
+
+        Raises:
+            MissingPackageError: If matplotlib is not installed.
+        """
+        axes: Axes = importlib.import_module("chanpatch.plots").effect_ranking(
+            self._effects(), ax, label=self.effect_label
+        )
+        return axes
+
+    def _effects(self) -> list[dict[str, Any]]:
+        """Return the records of the effects, for a figure."""
+        return self.to_records()
+
+    def _top(self, count: int, effect: NDArray[np.float64]) -> Self:
+        if count < 0:
+            raise StatisticsError(f"top({count}): the count must be 0 or more.")
+        return self._rows(largest_first(effect)[:count])
+
+    def _rows(self, rows: NDArray[np.int64]) -> Self:
+        """Return a result of some rows, by number."""
+        picked = {name: _picked(getattr(self, name), rows) for name in self._by_row}
+        return replace(self, **picked)  # type: ignore[type-var]  # a subclass is a dataclass
+
+
+def largest_first(values: ArrayLike) -> NDArray[np.int64]:
+    """Return the order in which absolute values fall; NaN comes last."""
+    return np.argsort(-np.abs(np.asarray(values, dtype=np.float64)), kind="stable")
+
+
+def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return records from columns of equal length; numbers of arrays become Python's.
+
+    Example:
+        >>> columns(channel=(3, 7), auc=np.array([0.5, 0.25]))
+        [{'channel': 3, 'auc': 0.5}, {'channel': 7, 'auc': 0.25}]
+    """
+    listed = [each.tolist() if isinstance(each, np.ndarray) else each for each in values.values()]
+    return [dict(zip(values, row, strict=True)) for row in zip(*listed, strict=True)]
+
+
+def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the effect of a record and its interval as a table shows them."""
+    return {name: f"{record['effect']:+.3g}", "95%": f"{record['low']:+.3g} to {record['high']:+.3g}"}
+
+
+def _picked(values: Any, rows: NDArray[np.int64]) -> Any:
+    if isinstance(values, dict):
+        return {name: each[rows] for name, each in values.items()}
+    return values[rows] if isinstance(values, np.ndarray) else tuple(values[row] for row in rows)
+
+
+def more(hidden: int) -> list[str]:
+    """Return the line that stands for rows that a table does not show."""
+    return [f"... {hidden} more"] if hidden else []
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -19,11 +164,14 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         >>> table([{"channel": 121, "auc": 0.98765}, {"channel": 7, "auc": None}])
         ['channel  auc', '121      0.9877', '7']
     """
-    if not records:
-        return []
-    rows = [list(records[0]), *([_cell(value) for value in record.values()] for record in records)]
+    rows = _cells(records)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the text of a header and of each record, or nothing without records."""
+    return [[*records[0]], *([_cell(value) for value in record.values()] for record in records)] if records else []
 
 
 def _cell(value: Any) -> str:
@@ -50,16 +198,16 @@ def imported(name: str, *, package: str | None = None) -> Any:
 
 
 @contextmanager
-def progress_bar(progress: bool | None, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    """Yield what advances a bar.
+def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
+    """Yield a function that advances a progress bar.
 
     Args:
-        progress: Whether to show it; None for one on a terminal, after two seconds, where tqdm is installed.
-        total: How many units there are.
-        unit: Of what.
+        progress: Whether to show the bar; None shows it on a terminal, after two seconds, if tqdm is installed.
+        total: Number of units; None if it is not known.
+        unit: Name of the unit.
 
     Raises:
-        MissingPackageError: If a bar is asked for and tqdm is not installed.
+        MissingPackageError: If `progress` is True and tqdm is not installed.
     """
     if progress is False:
         yield lambda count: None

@@ -30,7 +30,7 @@ def test_the_interval_of_a_difference_is_what_it_is_without_a_background(pairs):
 
 def test_the_figure_says_how_many_of_the_channels_it_shows(pairs):
     points, clean, corrupted, background = pairs
-    rows = contrast_rows(contrast(points, clean, corrupted, ".out", background=background))
+    rows = contrast_rows(contrast(points, clean, corrupted, ".out", background=background).top(3))
     axes = Figure().subplots()
     draw_contrast(axes, rows[:2], 3)
     assert axes.get_title("left") == "2 of 3 channels"

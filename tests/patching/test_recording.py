@@ -567,8 +567,9 @@ def test_records_of_no_axis_hold_the_number(points, image):
 def test_a_cache_prints_its_sites_axes_and_shapes(points, image):
     assert repr(cache_of(points, image)) == (
         "ActivationCache of 2 sites\n"
-        "  Site('conv'): (batch, channel, row, col) = (4, 4, 4, 4) torch.float32\n"
-        "  Site('fc'): (batch, feature) = (4, 5) torch.float32"
+        "site          axes                      shape          dtype\n"
+        "Site('conv')  batch, channel, row, col  4 x 4 x 4 x 4  float32\n"
+        "Site('fc')    batch, feature            4 x 5          float32"
     )
 
 

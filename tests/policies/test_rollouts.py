@@ -462,12 +462,12 @@ def test_no_gradient_is_recorded_in_a_rollout():
 
 def test_a_rollout_prints_as_a_table_of_its_first_episodes():
     envs = environments(VECTOR, gymnasium.spaces.MultiBinary(3))
-    result = rollout(lambda x: Bernoulli(torch.ones(len(x), 3)), envs, [1_000_000, *range(11)], max_steps=6)
+    result = rollout(lambda x: Bernoulli(torch.ones(len(x), 3)), envs, [1_000_000, *range(21)], max_steps=6)
     row = "{:<7}  18      6       True        False\n"
     assert repr(result) == (
-        "12 episodes\n"
+        "22 episodes\n"
         "seed     return  length  terminated  truncated\n"
-        + "".join(row.format(seed) for seed in [1_000_000, *range(9)])
+        + "".join(row.format(seed) for seed in [1_000_000, *range(19)])
         + "... 2 more"
     )
 

@@ -42,6 +42,7 @@ def test_wilson_interval_of_no_success_starts_at_zero_exactly_and_has_a_width():
 def test_paired_counts_count_the_pairs_by_who_succeeded():
     first, second = np.array([1, 1, 0, 0, 1, 0, 0], bool), np.array([1, 0, 1, 0, 1, 0, 0], bool)
     assert paired_counts(first, second) == (2, 1, 1, 3)
+    assert paired_counts(first.astype(float), second.astype(np.uint8)) == (2, 1, 1, 3)
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (0, 1), (0, 6), (1, 9), (157, 35), (40, 40)])

@@ -33,7 +33,7 @@ from chanpatch import (
     sweep,
     zero_ablate,
 )
-from chanpatch.errors import HookPointError, MetricError, SiteError, SweepError
+from chanpatch.errors import HookPointError, MetricError, SiteError, StatisticsError, SweepError
 from chanpatch.metrics import Metric, action_flip, action_probability, kl_divergence, logit_difference, value
 from chanpatch.metrics.measured import measured
 from chanpatch.sweeps import Attribution, attribution
@@ -60,7 +60,7 @@ def exact(points: HookPoints, inputs: tuple[Any, ...], patches: Patch | list[Pat
 
 
 def effects(result: Attribution) -> dict[Any, float]:
-    return dict(zip(result.labels, result.effect.tolist(), strict=True))
+    return dict(zip(result.labels, result.effect().tolist(), strict=True))
 
 
 def gradient_at_1() -> Tensor:
@@ -111,7 +111,7 @@ def test_patches_at_one_place_do_not_disturb_each_other() -> None:
 def test_estimates_are_exact_where_the_metric_is_linear_in_the_activation() -> None:
     result = attribution(POINTS, INPUTS, patches=map(zero_ablate, split("3", "4")), metric=METRIC)
     assert len(result) == result.sample == 8
-    np.testing.assert_allclose(result.effect, result.exact, atol=1e-12)
+    np.testing.assert_allclose(result.effect(), result.exact, atol=1e-12)
     assert result.rank_correlation == pytest.approx(1.0)
 
 
@@ -124,8 +124,8 @@ def test_on_every_model_the_estimate_equals_the_finite_difference_of_a_small_ste
     channels = points.site(model.site).split("channel" if "channel" in point.axes else "feature")[:3]
     ones = torch.ones([1] * len(point.axes), dtype=torch.float64)
     result = attribution(points, *inputs, patches=[steer(site, ones, 1e-6) for site in channels], metric=METRIC)
-    assert np.abs(result.effect).max() > 0
-    np.testing.assert_allclose(result.effect, result.exact, rtol=1e-3, atol=1e-11)
+    assert np.abs(result.effect()).max() > 0
+    np.testing.assert_allclose(result.effect(), result.exact, rtol=1e-3, atol=1e-11)
     assert result.exact[0] == pytest.approx(exact(points, inputs, result.patches[0], METRIC), abs=1e-15)
 
 
@@ -133,7 +133,7 @@ def test_with_many_steps_a_patch_that_is_alone_has_its_exact_effect() -> None:
     for patch in (zero_ablate(POINTS.site("1", feature=2)), PATCHES["patch_in"], PATCHES["own function"]):
         goal = exact(POINTS, (INPUTS,), patch, METRIC)
         errors = [
-            abs(float(attribution(POINTS, INPUTS, patches=[patch], metric=METRIC, steps=steps).effect[0]) - goal)
+            abs(float(attribution(POINTS, INPUTS, patches=[patch], metric=METRIC, steps=steps).effect()[0]) - goal)
             for steps in (1, 8, 64)
         ]
         assert errors[0] > 0.01 > errors[1] > 20 * errors[2]
@@ -142,13 +142,13 @@ def test_with_many_steps_a_patch_that_is_alone_has_its_exact_effect() -> None:
 def test_with_many_steps_the_estimates_of_a_hook_point_add_up_to_the_effect_of_all_patches_together() -> None:
     patches = [zero_ablate(site) for site in split("1")]
     result = attribution(POINTS, INPUTS, patches=patches, metric=METRIC, steps=50, verify=0)
-    assert result.effect.sum() == pytest.approx(exact(POINTS, (INPUTS,), patches, METRIC), abs=1e-4)
+    assert result.effect().sum() == pytest.approx(exact(POINTS, (INPUTS,), patches, METRIC), abs=1e-4)
 
 
 def test_patches_that_overlap_go_along_lines_of_their_own() -> None:
     patches = {"zero": zero_ablate(WHOLE), "other": PATCHES["patch_in"], "elsewhere": zero_ablate(POINTS.site("3"))}
     result = attribution(POINTS, INPUTS, patches=patches, metric=METRIC, steps=50)
-    np.testing.assert_allclose(result.effect, result.exact, atol=1e-3)
+    np.testing.assert_allclose(result.effect(), result.exact, atol=1e-3)
 
 
 def test_gradients_switched_off_and_frozen_parameters_change_nothing() -> None:
@@ -205,7 +205,7 @@ def test_in_train_mode_estimates_and_exact_effects_share_their_random_draws() ->
     result = attribution(
         points, inputs, patches=map(zero_ablate, points.site("drop").split("feature")), metric=logit_difference(0, 1)
     )
-    np.testing.assert_allclose(result.effect, result.exact, atol=1e-5)
+    np.testing.assert_allclose(result.effect(), result.exact, atol=1e-5)
 
 
 def test_the_receipt_holds_the_largest_and_a_random_sample() -> None:
@@ -213,8 +213,9 @@ def test_the_receipt_holds_the_largest_and_a_random_sample() -> None:
     result = attribution(POINTS, INPUTS, patches=patches, metric=METRIC, verify=5, seed=3)
     assert result.drawn.sum() == result.sample == 5
     run = ~np.isnan(result.exact)
-    assert run[:5].all()
-    assert (run[5:] == result.drawn[5:]).all()
+    largest = np.argsort(-np.abs(result.effect()), kind="stable")[:5]
+    assert run[largest].all()
+    assert (np.delete(run, largest) == np.delete(result.drawn, largest)).all()
     for row in np.flatnonzero(run):
         assert result.exact[row] == pytest.approx(exact(POINTS, (INPUTS,), result.patches[row], METRIC))
     again = attribution(POINTS, INPUTS, patches=patches, metric=METRIC, verify=5, seed=3)
@@ -226,25 +227,33 @@ def test_the_receipt_holds_the_largest_and_a_random_sample() -> None:
 def test_the_rank_correlation_is_that_of_the_ranks_in_the_random_sample() -> None:
     patches = [zero_ablate(site) for site in split("0", "1", "2", "3", "4")]
     result = attribution(POINTS, INPUTS, patches=patches, metric=METRIC, verify=12)
-    ranks = [rankdata(each[result.drawn]) for each in (result.effect, result.exact)]
+    ranks = [rankdata(each[result.drawn]) for each in (result.effect(), result.exact)]
     assert result.rank_correlation == pytest.approx(np.corrcoef(ranks)[0, 1])
     assert 0 < result.rank_correlation < 1
     few = attribution(POINTS, INPUTS, patches=patches, metric=METRIC, verify=2)
     assert np.isnan(few.rank_correlation)
 
 
-def test_rows_are_sorted_and_turn_into_records() -> None:
+def test_rows_are_in_the_order_given_and_turn_into_records() -> None:
     import pandas
 
-    result = attribution(POINTS, INPUTS, patches=map(zero_ablate, split("0", "1", "2")), metric=METRIC, verify=2)
-    assert (np.diff(np.abs(result.effect)) <= 0).all()
+    patches = [*map(zero_ablate, split("0", "1", "2"))]
+    result = attribution(POINTS, INPUTS, patches=patches, metric=METRIC, verify=2)
+    assert [patch.site for patch in result.patches] == [patch.site for patch in patches]
+    largest = np.argsort(-np.abs(result.effect()), kind="stable")[:3]
     top = result.top(3)
-    assert (top.labels, top.patches) == (result.labels[:3], result.patches[:3])
-    assert top.to_records() == result.to_records()[:3]
-    first = result.to_records()[0]
+    assert (top.labels, top.patches) == tuple(
+        tuple(each[row] for row in largest) for each in (result.labels, result.patches)
+    )
+    np.testing.assert_array_equal(top.effect(), result.effect()[largest])
+    assert top.to_records() == [result.to_records()[row] for row in largest]
+    first = top.to_records()[0]
     assert first == {
-        "label": result.labels[0], "effect": result.effect[0], "exact": result.exact[0], "drawn": bool(result.drawn[0]),
-    }  # fmt: skip
+        "label": top.labels[0],
+        "effect": top.effect()[0],
+        "exact": top.exact[0],
+        "drawn": bool(top.drawn[0]),
+    }
     assert {record["exact"] is None for record in result.to_records()} == {True, False}
     assert isinstance(result.to_pandas(), pandas.DataFrame)
     assert list(result.to_pandas().columns) == ["label", "effect", "exact", "drawn"]
@@ -255,7 +264,7 @@ def test_an_attribution_prints_as_a_table_with_its_receipt() -> None:
     lines = repr(result).splitlines()
     assert lines[0] == "22 patches estimated by the gradient of the clean run, 8 inputs"
     assert lines[1].split() == ["label", "effect", "exact", "drawn"]
-    assert lines[2].startswith(result.labels[0])
+    assert lines[2].startswith(result.top(1).labels[0])
     assert lines[-2:] == [
         "... 2 more",
         f"Rank correlation with the exact effects: {result.rank_correlation:.2f} (Spearman, over 6 patches drawn at "
@@ -274,7 +283,7 @@ def test_a_site_that_the_metric_does_not_depend_on_has_no_effect(tuple_output: M
     assert effects(of_logits)["value"] == 0 != effects(of_logits)["logits"]
     of_value = attribution(points, *inputs, patches=patches, metric=value)
     assert effects(of_value)["logits"] == 0
-    np.testing.assert_allclose(of_value.effect, of_value.exact, atol=1e-6)
+    np.testing.assert_allclose(of_value.effect(), of_value.exact, atol=1e-6)
 
 
 def test_a_metric_with_one_number_for_all_inputs_is_not_divided_by_their_number() -> None:
@@ -298,7 +307,7 @@ def test_keyword_inputs_reach_the_model() -> None:
     points = hook_points(module, vector, scale=scale)
     result = attribution(points, vector, scale=scale, patches=[zero_ablate(points.site("fc"))], metric=METRIC)
     logits = module.fc(vector).detach() * 7
-    assert result.effect[0] == pytest.approx(float((logits[:, 1] - logits[:, 0]).mean()), rel=1e-5)
+    assert result.effect()[0] == pytest.approx(float((logits[:, 1] - logits[:, 0]).mean()), rel=1e-5)
 
 
 def sure(inputs: Tensor) -> HookPoints:
@@ -331,9 +340,9 @@ def test_a_divergence_from_the_clean_run_needs_steps() -> None:
     patch = zero_ablate(POINTS.site("1", feature=2))
     with pytest.warns(RuntimeWarning, match="8 of 8 inputs, .* is at its minimum there: take more steps"):
         flat = attribution(POINTS, INPUTS, patches=[patch], metric=kl_divergence)
-    assert flat.effect[0] == pytest.approx(0, abs=1e-9)
+    assert flat.effect()[0] == pytest.approx(0, abs=1e-9)
     steps = attribution(POINTS, INPUTS, patches=[patch], metric=kl_divergence, steps=50)
-    assert steps.effect[0] == pytest.approx(steps.exact[0], rel=1e-3)
+    assert steps.effect()[0] == pytest.approx(steps.exact[0], rel=1e-3)
     assert steps.exact[0] > 0.01
 
 
@@ -350,7 +359,7 @@ def test_a_gradient_that_is_cut_before_a_patch_with_an_effect_is_warned_about() 
             warnings.simplefilter("always")
             result = attribution(points, inputs, patches=patches, metric=METRIC)
         assert result.exact.all()
-        assert result.effect.any() != cut
+        assert result.effect().any() != cut
         assert [str(warning.message) for warning in caught] == [
             "The gradient of the metric is zero everywhere at '0', but patches there change the metric, so that the "
             "estimates miss their effects. Something in between has no gradient (torch.no_grad, .detach(), argmax, "
@@ -421,8 +430,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "a count below zero": (
         lambda: attributed([zero_ablate(WHOLE)])().top(-1),
-        SweepError,
-        "top(-1): the count is a number of rows, from 0 on.",
+        StatisticsError,
+        "top(-1): the count must be 0 or more.",
     ),
     "a metric without a gradient": (
         attributed([zero_ablate(WHOLE)], action_flip),
@@ -444,7 +453,7 @@ def test_a_model_is_traced_with_the_inputs() -> None:
     patches = [zero_ablate(Site("1", feature=0)), zero_ablate(Site("1", feature=1))]
     both = [attribution(each, INPUTS, patches=patches, metric=METRIC) for each in (POINTS.model, POINTS)]
     assert both[0].labels == both[1].labels
-    assert np.array_equal(both[0].effect, both[1].effect)
+    assert np.array_equal(both[0].effect(), both[1].effect())
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -468,7 +477,7 @@ def test_a_baseline_of_the_users_own_is_kept() -> None:
     for site, patch in zip(split("1"), patches, strict=True):
         expected = exact(POINTS, (INPUTS,), patch, metric)
         assert by_label[f"1, feature={site.indices[0][1][0]}"] == pytest.approx(expected)
-    assert result.effect.sum() == pytest.approx(exact(POINTS, (INPUTS,), zero_ablate(WHOLE), metric), rel=1e-2)
+    assert result.effect().sum() == pytest.approx(exact(POINTS, (INPUTS,), zero_ablate(WHOLE), metric), rel=1e-2)
 
 
 @pytest.mark.parametrize(("steps", "verify"), [(1, 4), (3, 2), (3, 20), (2, 0)])

@@ -468,9 +468,9 @@ def test_what_cannot_be_swept_is_refused(points: HookPoints, fault: str) -> None
 
 
 def test_a_count_of_rows_below_zero_is_an_error(points: HookPoints) -> None:
-    with pytest.raises(errors.SweepError) as caught:
+    with pytest.raises(errors.StatisticsError) as caught:
         swept(points).top(-1)
-    assert str(caught.value) == "top(-1): the count is a number of rows, from 0 on."
+    assert str(caught.value) == "top(-1): the count must be 0 or more."
     assert len(swept(points).top(0)) == 0
 
 

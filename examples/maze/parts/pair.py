@@ -51,7 +51,8 @@ def _automatic(study: Study, channel: int) -> tuple[Table, Table]:
     )
     base = [levels[index] for index in kept]
     background = study.levels("pair background", BACKGROUND_LEVELS, size=15, mouse="anywhere")
-    result = contrast(study.points, _seen(up, base), _seen(right, base), SITE, background=_frames(background))
+    found = contrast(study.points, _seen(up, base), _seen(right, base), SITE, background=_frames(background))
+    result = found.top(len(found))
     rows: Table = [
         {"channel": channel_of(site), **row} for site, row in zip(result.sites, contrast_rows(result), strict=True)
     ]

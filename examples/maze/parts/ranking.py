@@ -80,7 +80,7 @@ def _differences(study: Study, pairs: list[Mazes], background: torch.Tensor) -> 
         absolute=True,
         clusters=[number for number, _ in turned],
     )
-    unit, ends = result.std, np.stack([result.effect, result.low, result.high])
+    unit, ends = result.std, np.stack([result.effect(), result.low, result.high])
     told = {"absolute": [result.absolute, *(ends * unit)[1:]], "effect": ends}
     return {
         channel_of(site): {name: Interval(*(float(each[row]) for each in of), 0.95) for name, of in told.items()}

@@ -103,12 +103,11 @@ def contrast(
     p = np.full(len(channels), np.nan)
     if not no_p:
         p = sign_flip_test(differences, clusters=labels, resamples=flips, seed=seed)
-    result = Contrast(
+    return Contrast(
         sites=channels,
         difference=differences.mean(axis=0),
         absolute=np.abs(differences).mean(axis=0),
         std=std,
-        effect=measured.mean(axis=0) / scale,
         low=interval.low,
         high=interval.high,
         p=p,
@@ -121,12 +120,11 @@ def contrast(
         background=count,
         skipped=skipped,
         effect_label=_effect_label(absolute, len(labels), count),
+        _effect=measured.mean(axis=0) / scale,
         _points=points,
         _inputs=(clean, corrupted),
         _batch_size=batch_size,
     )
-    order = np.argsort(-np.abs(result.effect), kind="stable")  # NaN, of channels that never vary, comes last
-    return result._rows(order)
 
 
 def _flips(channels: int) -> int:

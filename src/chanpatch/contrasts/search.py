@@ -1,4 +1,4 @@
-"""Where a contrast looks, and what it finds there."""
+"""The sites of a contrast and their reduced activations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..channels import Floats, Moments, check_finite, check_inputs, check_leaves_channels, recorded, rows
+from ..channels import NO_MOMENTS, Floats, Moments, check_finite, check_inputs, check_leaves_channels, recorded, rows
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..patching.reductions import Reduce, reduced_axes
@@ -17,9 +17,10 @@ from ..registry.sites import Site
 
 
 def searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites to look at, and why hook points were left out of a search."""
+    """Return the sites to compare, in execution order, and why a search left out hook points."""
     if not (isinstance(sites, str) and sites == "all"):
-        chosen = sites_of(points, sites)
+        order = [*points]
+        chosen = sorted(sites_of(points, sites), key=lambda site: order.index(site.name))
         for site in chosen:
             _check_reducible(site, reduce)
         return [part for site in chosen for part in _by_layer(points, site, reduce)], {}
@@ -104,13 +105,13 @@ def spread_over(
     if background is None:
         return 0, {}
     check_inputs(points, background, batch_size, ContrastError)
-    moments: dict[Site, Moments] = {}
+    moments = dict.fromkeys(sites, NO_MOMENTS)
     for cache in run.apart(recorded(points, background, sites, reduce, batch_size)):
         for site in sites:
             sample = rows(cache, site)
-            check_finite("background", sample, site, moments[site].count if site in moments else 0, ContrastError)
-            moments[site] = moments[site] + Moments.of(sample) if site in moments else Moments.of(sample)
-    count = next((each.count for each in moments.values()), 0)
+            check_finite("background", sample, site, moments[site].count, ContrastError)
+            moments[site] += Moments.of(sample)
+    count = moments[sites[0]].count
     if count < 2:
         raise ContrastError(
             f"background holds {count} inputs: at least two are needed to tell what varies. Leave it out to compare "

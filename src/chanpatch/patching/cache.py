@@ -17,9 +17,10 @@ from torch import Tensor
 from ..errors import BatchAxisError, HookPointError, SiteError
 from ..registry.points import normalized
 from ..registry.sites import Axes, HookPoint, Site, no_batch
+from ..results import Records
 
 
-class ActivationCache(Mapping[Site, Tensor]):
+class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site. A name will do for a key: of the whole hook point, or of the one site of it that is held.
 
     Caches of equal sites can be added, subtracted, multiplied and divided, with each other or with a number:
@@ -31,6 +32,8 @@ class ActivationCache(Mapping[Site, Tensor]):
         axes: Axis names of each activation, by site.
         batch_axes: Which axis of each activation is the batch, by site; None where none is known.
     """
+
+    _most = None
 
     def __init__(
         self,
@@ -146,12 +149,19 @@ class ActivationCache(Mapping[Site, Tensor]):
                 records.append({"site": repr(site), **dict(zip(self._axes[site], index, strict=True)), "value": value})
         return records
 
-    def __repr__(self) -> str:
-        lines = [
-            f"  {site!r}: ({', '.join(self._axes[site])}) = {tuple(activation.shape)} {activation.dtype}"
+    def _lines(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "site": repr(site),
+                "axes": ", ".join(self._axes[site]),
+                "shape": " x ".join(map(str, activation.shape)),
+                "dtype": str(activation.dtype).removeprefix("torch."),
+            }
             for site, activation in self.items()
         ]
-        return "\n".join([f"ActivationCache of {len(self)} sites", *lines])
+
+    def _title(self) -> str:
+        return f"ActivationCache of {len(self)} sites"
 
     def _append(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
         """Add what one forward recorded; forwards are joined along the batch."""

@@ -234,7 +234,9 @@ def patched(
         >>> with patched(points, zero_ablate(points.site(".out"))) as ledger:
         ...     _ = points.model(torch.ones(4, 2))
         >>> print(ledger)
-        Site('.out') Set: 1 firings, 4 rows, 12 elements
+        Ledger of 1 patch
+        site          edit  firings  rows  elements
+        Site('.out')  Set   1        4     12
     """
     # Iterators would be exhausted on re-entry.
     chosen = tuple(patches) if isinstance(patches, Iterable) else patches

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..results import Records
 from .firing import Firing
 from .patch import edit_name
 
 
-class Ledger:
-    """What each patch has done: how often it fired, on how many rows and elements, by method.
+class Ledger(Records):
+    """Counts of what each patch wrote: firings, rows and elements, by method.
 
     Counted from shapes alone. With a `where` the mask is counted on its device, and read when you look.
     """
+
+    _most = None
 
     def __init__(self, firings: Sequence[Firing]) -> None:
         self._firings = firings
@@ -36,10 +39,11 @@ class Ledger:
             for method, (firings, rows, elements) in sorted(each.counts.items()) or [("", (0, 0, 0))]
         ]
 
-    def __repr__(self) -> str:
-        lines = [
-            f"{r['site']} {r['edit']}: {r['firings']} firings, {r['rows']} rows, {r['elements']} elements"
-            + (f" in {r['method']}()" if r["method"] not in ("", "__call__") else "")
-            for r in self.to_records()
-        ]
-        return "\n".join(lines) or "no patches"
+    def _lines(self) -> list[dict[str, Any]]:
+        records = self.to_records()
+        if {record["method"] for record in records} <= {"", "__call__"}:
+            return [{name: value for name, value in record.items() if name != "method"} for record in records]
+        return records
+
+    def _title(self) -> str:
+        return f"Ledger of {len(self._firings)} patch{'es' * (len(self._firings) != 1)}"

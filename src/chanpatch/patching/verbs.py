@@ -91,7 +91,7 @@ def mean_ablate(
 
 
 def resample_ablate(
-    site: Site, reference: Mapping[Any, Tensor] | Tensor, *, seed: int, where: Mask | None = None
+    site: Site, reference: Mapping[Any, Tensor] | Tensor, *, seed: int = 0, where: Mask | None = None
 ) -> Patch:
     """Return a patch that replaces each row by a row of a reference set, drawn at random.
 

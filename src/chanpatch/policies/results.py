@@ -1,23 +1,24 @@
-"""What policies did: results of rollouts."""
+"""Results of rollouts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from ..errors import RolloutError
-from ..results import imported, table
+from ..results import Effects, Records, columns, shown_effect
 from ..statistics.interval import Interval
-from ..statistics.ranking import Rank, rank_among
+from ..statistics.ranking import Rank, ranked_records, ranks_among
 from ..statistics.resampling import bootstrap_interval
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Rollout:
+class Rollout(Records):
     """What one policy did: one episode per seed, in the order of the seeds.
 
     Attributes:
@@ -41,27 +42,18 @@ class Rollout:
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per episode: seed, return, length, terminated, truncated."""
-        columns = {
-            "seed": self.seeds,
-            "return": self.returns.tolist(),
-            "length": self.lengths.tolist(),
-            "terminated": self.terminated.tolist(),
-            "truncated": self.truncated.tolist(),
-        }
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        ends = {"terminated": self.terminated, "truncated": self.truncated}
+        return columns(seed=self.seeds, **{"return": self.returns}, length=self.lengths, **ends)
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
+    def _lines(self) -> list[dict[str, Any]]:
+        return [{**record, "return": f"{record['return']:g}"} for record in self.to_records()]
 
-    def __repr__(self) -> str:
-        records = [{**record, "return": f"{record['return']:g}"} for record in self.to_records()[:_SHOWN]]
-        more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return "\n".join([f"{len(self)} episodes", *table(records), *more])
+    def _title(self) -> str:
+        return f"{len(self)} episodes"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class PairedRollouts(Mapping[str, Rollout]):
+class PairedRollouts(Effects, Mapping[str, Rollout]):
     """The rollouts of several policies, by name; their arrays match episode by episode.
 
     The first one is the original, with which the others are compared.
@@ -114,14 +106,22 @@ class PairedRollouts(Mapping[str, Rollout]):
         """Return one dict per policy and episode: policy, seed, return, length, terminated, truncated."""
         return [{"policy": name, **record} for name in self for record in self[name].to_records()]
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
+    @property
+    def effect_label(self) -> str:
+        """What the effects are, for a figure."""
+        return f"difference in mean return, n = {len(self._original)} episodes"
 
-    def __repr__(self) -> str:
-        compared = [_shown("difference", each) for each in self.comparisons()]
+    def _effects(self) -> list[dict[str, Any]]:
+        return self.comparisons()
+
+    def _rows(self, rows: NDArray[np.int64]) -> Self:
+        first, *others = self
+        return replace(self, rollouts={name: self[name] for name in (first, *(others[row] for row in rows))})
+
+    def _lines(self) -> list[dict[str, Any]]:
+        compared = [shown_effect("difference", each) for each in self.comparisons()]
         compared.insert(0, dict.fromkeys(compared[0], "") if compared else {})
-        means = [
+        return [
             {
                 "policy": name,
                 "mean return": f"{rollout.returns.mean():.4g}",
@@ -131,7 +131,9 @@ class PairedRollouts(Mapping[str, Rollout]):
             }
             for (name, rollout), difference in zip(self.rollouts.items(), compared, strict=True)
         ]
-        return "\n".join([f"{len(self)} policies over the same {len(self._original)} episodes", *table(means)])
+
+    def _title(self) -> str:
+        return f"{len(self)} policies over the same {len(self._original)} episodes"
 
     @property
     def _original(self) -> Rollout:
@@ -164,11 +166,6 @@ class PairedRollouts(Mapping[str, Rollout]):
         ]
 
 
-def _shown(name: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return an effect and its interval as a table shows them."""
-    return {name: f"{record['effect']:+.3g}", "95%": f"{record['low']:+.3g} to {record['high']:+.3g}"}
-
-
 ORIGINAL = "original"  # the name of the policy without patches in a sweep
 
 
@@ -190,8 +187,7 @@ class SweptRollouts(PairedRollouts):
         not finite, and for all where there are no controls or not all of theirs are finite.
         """
         others = self._differences([*(self.controls or {}).values()]).mean(axis=1)
-        ranked = np.isfinite(self.effect()) & (len(others) > 0) & np.isfinite(others).all()
-        return [rank_among(float(e), others) if r else None for e, r in zip(self.effect(), ranked, strict=True)]
+        return ranks_among(self.effect(), others)
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label, those of the controls last.
@@ -201,28 +197,24 @@ class SweptRollouts(PairedRollouts):
         records = super().comparisons()
         if self.controls is None:
             return records
-        none = {"rank": None, "p": None, "no_p": "no rank among the controls"}
-        ranks = [none if r is None else {"rank": r.rank, "p": r.p, "no_p": r.no_p} for r in self.ranks()]
-        ranked = [record | {"control": False, **rank} for record, rank in zip(records, ranks, strict=True)]
-        return ranked + [record | {"control": True, **none} for record in self._compared(self.controls)]
+        return ranked_records(records, self.ranks(), self._compared(self.controls))
 
-    def __repr__(self) -> str:
-        shown = [record for record in self.comparisons() if not record.get("control")]
-        lines = [
+    def _lines(self) -> list[dict[str, Any]]:
+        return [
             {
                 "label": record["label"],
-                **_shown("effect", record),
+                **shown_effect("effect", record),
                 "patched": record["patched"],
                 "original": record["original"],
                 **({"rank": record["rank"], "p": record["p"]} if self.controls else {}),
             }
-            for record in shown[:_SHOWN_PATCHES]
+            for record in self.comparisons()
+            if not record.get("control")
         ]
-        title = f"{len(shown)} patches, mean return over the same {len(self._original)} episodes"
-        notes = [f"... {len(shown) - _SHOWN_PATCHES} more"] if len(shown) > _SHOWN_PATCHES else []
-        notes += [] if self.controls is None else [f"Ranks are among {len(self.controls)} controls."]
-        notes += sorted({f"No p-values: {rank.no_p}" for rank in self.ranks() if rank and rank.no_p})
-        return "\n".join([title, *table(lines), *notes])
 
+    def _title(self) -> str:
+        return f"{len(self.labels)} patches, mean return over the same {len(self._original)} episodes"
 
-_SHOWN, _SHOWN_PATCHES = 10, 20  # episodes and patches that a repr lists
+    def _notes(self) -> list[str]:
+        notes = [] if self.controls is None else [f"Ranks are among {len(self.controls)} controls."]
+        return notes + sorted({f"No p-values: {rank.no_p}" for rank in self.ranks() if rank and rank.no_p})

@@ -1,40 +1,38 @@
-"""Which label, or union of labels, each channel stands for."""
+"""The label, or union of labels, that each channel's sum predicts."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ..errors import ProbeError
-from ..results import imported, table
-from ..statistics.corrections import benjamini_hochberg, holm
-from ..statistics.interval import Interval
+from ..results import Records
+from ..statistics.corrections import holm
+from ..statistics.interval import Interval, booleans
 from ..statistics.ranking import auc
-from .checks import Floats, Rows, checked_sums, halves
-
-Booleans = NDArray[np.bool_]
+from .checks import Booleans, Floats, Rows, checked_sums, halves
 
 
 @dataclass(frozen=True)
 class ChannelLabel:
-    """What one channel stands for.
+    """The label of one channel.
 
     Attributes:
-        channel: Its number.
-        label: Such as `"UP"` or `"DOWN or LEFT"`; None where the held-out half does not bear out the candidate.
+        channel: Number of the channel.
+        label: Such as `"UP"` or `"DOWN or LEFT"`; None if the held-out half does not confirm the candidate.
         candidate: The label chosen on the first half; None for a dead channel.
-        auc: The probability that the sum is larger for an input with the candidate than for one without, on the
-            held-out half, with its interval of 95%; None for a dead channel.
-        p: Share of permutations of the held-out labels whose area is at least as large; NaN for a dead channel.
-        adjusted_p: The same, corrected for the number of channels.
-        note: Why there is no label, or nothing.
+        auc: Probability that the sum is larger for an input with the candidate than for one without, on the held-out
+            half, with its 95% interval; None for a dead channel.
+        p: Share of permutations of the held-out labels with an AUC at least as large; NaN for a dead channel.
+        adjusted_p: `p` corrected for the number of channels by Holm's method.
+        note: Why there is no label, or an empty string.
     """
 
     channel: int
@@ -47,22 +45,20 @@ class ChannelLabel:
 
 
 @dataclass(frozen=True, repr=False)
-class ChannelLabels(Sequence[ChannelLabel]):
-    """What each channel stands for, by channel number.
+class ChannelLabels(Records, Sequence[ChannelLabel]):
+    """The label of each channel, by channel number. The table has the labelled channels first.
 
     Attributes:
         channels: One entry per channel.
         chosen_on: Number of inputs on which the candidates were chosen.
         scored_on: Number of other inputs on which they were scored.
-        level: The adjusted p up to which a candidate is a label.
-        correction: What `adjusted_p` is corrected by.
+        level: Largest adjusted p-value of a label.
     """
 
     channels: tuple[ChannelLabel, ...]
     chosen_on: int
     scored_on: int
     level: float
-    correction: str
 
     def __getitem__(self, channel: Any) -> Any:
         return self.channels[channel]
@@ -71,7 +67,7 @@ class ChannelLabels(Sequence[ChannelLabel]):
         return len(self.channels)
 
     def best(self, label: str) -> list[ChannelLabel]:
-        """Return the channels with a label, that with the largest area first."""
+        """Return the channels with a label, the largest AUC first."""
         return [each for each in self._ranked() if each.label == label]
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -91,30 +87,20 @@ class ChannelLabels(Sequence[ChannelLabel]):
             for each in self.channels
         ]
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
-
-    def __repr__(self) -> str:
-        kinds = Counter("label" if each.label else "dead" if each.auc is None else "no label" for each in self.channels)
+    def _lines(self) -> list[dict[str, Any]]:
         records = self.to_records()
-        shown = [records[each.channel] for each in self._ranked()[:_SHOWN]]
-        title = (
+        return [records[each.channel] for each in self._ranked()]
+
+    def _title(self) -> str:
+        kinds = Counter("label" if each.label else "dead" if each.auc is None else "no label" for each in self.channels)
+        return (
             f"{len(self)} channels: {kinds['label']} with a label, {kinds['no label']} without, {kinds['dead']} dead; "
-            f"chosen on {self.chosen_on} inputs, scored on {self.scored_on} others, p adjusted by {self.correction}"
+            f"chosen on {self.chosen_on} inputs, scored on {self.scored_on} others, p adjusted by Holm's method"
         )
-        more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return "\n".join([title, *table(shown), *more])
 
     def _ranked(self) -> list[ChannelLabel]:
-        """Return the labelled channels first, and the larger areas first among them and among the others."""
-        return sorted(
-            self.channels,
-            key=lambda each: (each.label is None, -(each.auc.estimate if each.auc else -1.0), each.channel),
-        )
-
-
-_SHOWN = 16
+        """Return the labelled channels, then the others, both by falling AUC."""
+        return sorted(self, key=lambda each: (each.label is None, -each.auc.estimate if each.auc else 1.0))
 
 
 def label_channels(
@@ -122,31 +108,27 @@ def label_channels(
     labels: ArrayLike,
     *,
     names: Sequence[str],
-    seed: int,
+    seed: int = 0,
     penalty: float = 0.02,
-    correction: Literal["holm", "benjamini-hochberg"] = "holm",
     level: float = 0.05,
     permutations: int = 9999,
 ) -> ChannelLabels:
-    """Return the label, or the union of labels, that each channel's sum tells best.
+    """Return the label, or the union of labels, that each channel's sum predicts best.
 
-    On one half of the inputs, every union of labels that some inputs have and some have not is scored by the
-    area under the curve (AUC) with which large sums tell it, less `penalty` for every label after the first; the
-    best is the channel's candidate. So a union has to tell more than a single label by that much. On the other
-    half, the candidate's area is compared with the areas under permuted labels. It becomes the channel's label if
-    that p-value, corrected for the number of channels, is at most `level`. Channels that do not vary within one
-    of the halves are dead and get none.
+    One half of the inputs chooses each channel's candidate: the union of labels with the largest area under the curve
+    (AUC), less `penalty` for every label after the first. The other half compares the candidate's AUC with those of
+    permuted labels. The candidate becomes the channel's label if that p-value, corrected for the number of channels by
+    Holm's method, is at most `level`. Channels that do not vary within one of the halves are dead and get no label.
 
     Args:
         sums: `(input, channel)`.
-        labels: `(input,)`: the number of the name that each input has; or `(input, label)`: booleans. Every label
+        labels: The number of each input's name: `(input,)`; or booleans, or 0 and 1: `(input, label)`. Every label
             is on at least four inputs, and each half gets half of them.
         names: One per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; at most ten.
-        seed: Of the halves and of the permutations.
-        penalty: In units of the AUC.
-        correction: Of the p-values, for the channels that are not dead.
-        level: The largest adjusted p-value of a label, between 0 and 1.
-        permutations: How many are drawn. No p-value is smaller than `1 / (permutations + 1)`.
+        seed: Random seed of the halves and of the permutations.
+        penalty: Penalty in units of the AUC.
+        level: Largest adjusted p-value of a label, between 0 and 1.
+        permutations: Number of permutations. No p-value is smaller than `1 / (permutations + 1)`.
 
     Raises:
         ProbeError: If sums, labels and names do not fit, a label is too rare, or the permutations are too few for
@@ -158,7 +140,7 @@ def label_channels(
         >>> sums = generator.normal(size=(400, 3))
         >>> sums[:, 0] += 2 * (directions == 0)
         >>> sums[:, 1] += 2 * np.isin(directions, (1, 2))
-        >>> [each.label for each in label_channels(sums, directions, names=("UP", "DOWN", "LEFT", "RIGHT"), seed=0)]
+        >>> [each.label for each in label_channels(sums, directions, names=("UP", "DOWN", "LEFT", "RIGHT"))]
         ['UP', 'DOWN or LEFT', None]
 
     References:
@@ -174,14 +156,13 @@ def label_channels(
         raise ProbeError("No label divides both halves of the inputs: give more inputs.")
     members = np.stack([indicators[:, list(union)].any(axis=1) for union in unions])  # (union, input)
     alive = np.flatnonzero((np.ptp(array[first], axis=0) > 0) & (np.ptp(array[second], axis=0) > 0))
-    adjust = _adjustment(correction, level, permutations, len(alive))
-
+    _check_permutations(level, permutations, len(alive))
     fees = penalty * (np.array([len(union) for union in unions]) - 1)
     best = np.argmax(_areas(array[first][:, alive], members[:, first]) - fees[:, None], axis=0)
     p = np.full(array.shape[1], np.nan)
     p[alive] = _permutation_p(array[second][:, alive], members[best][:, second], permutations, seed)
     chosen = dict(zip(alive.tolist(), best.tolist(), strict=True))
-    adjusted = adjust(p)
+    adjusted = holm(p)
 
     def described(channel: int) -> ChannelLabel:
         if channel not in chosen:
@@ -195,7 +176,7 @@ def label_channels(
         )
 
     channels = tuple(described(channel) for channel in range(array.shape[1]))
-    return ChannelLabels(channels, len(first), len(second), level, correction)
+    return ChannelLabels(channels, len(first), len(second), level)
 
 
 def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
@@ -210,18 +191,19 @@ def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Boolean
                 f"labels holds {wrong}, but the {len(names)} names have the numbers 0 to {len(names) - 1}."
             )
         array = array[:, None] == np.arange(len(names))
-    if array.shape != (inputs, len(names)) or array.dtype != np.bool_:
+    indicators = booleans(array)
+    if array.shape != (inputs, len(names)) or indicators is None:
         raise ProbeError(
             f"labels is {array.dtype} of shape {array.shape}: for {inputs} inputs and {len(names)} names give "
             f"({inputs},) whole numbers from 0 on, or ({inputs}, {len(names)}) booleans."
         )
-    for name, count in zip(names, array.sum(axis=0).tolist(), strict=True):
+    for name, count in zip(names, indicators.sum(axis=0).tolist(), strict=True):
         if min(count, inputs - count) < 4:
             raise ProbeError(
                 f"Label '{name}' is on {count} of {inputs} inputs, but four with and four without it are needed, half "
                 "of them to choose by and half to score. Leave it out, or give more inputs."
             )
-    return array
+    return indicators
 
 
 def _unions(indicators: Booleans, parts: tuple[Rows, Rows]) -> Iterator[tuple[int, ...]]:
@@ -234,20 +216,16 @@ def _unions(indicators: Booleans, parts: tuple[Rows, Rows]) -> Iterator[tuple[in
                 yield union
 
 
-def _adjustment(correction: str, level: float, permutations: int, tests: int) -> Callable[[Floats], Floats]:
-    """Return the correction, after a check that any label can pass it."""
-    adjustments = {"holm": holm, "benjamini-hochberg": benjamini_hochberg}
-    if correction not in adjustments:
-        raise ProbeError(f"correction={correction!r}: it is one of {', '.join(map(repr, adjustments))}.")
+def _check_permutations(level: float, permutations: int, tests: int) -> None:
+    """Raise unless a p-value of so many tests can reach the level after Holm's correction."""
     if not 0 < level < 1:
         raise ProbeError(f"level is {level!r}, but it must lie between 0 and 1, such as 0.05.")
-    least = math.ceil((tests if correction == "holm" else 1) / level) - 1
-    if permutations < max(least, 1):
+    least = max(math.ceil(tests / level) - 1, 1)
+    if permutations < least:
         raise ProbeError(
             f"permutations is {permutations}, with which no adjusted p-value of {tests} channels can reach {level:g}: "
             f"give at least {least}."
         )
-    return adjustments[correction]
 
 
 def _areas(sums: Floats, members: Booleans) -> Floats:

@@ -5,28 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ProbeError
-from ..results import imported, table
-from ..statistics.interval import Interval
+from ..results import Records, columns, imported
+from ..statistics.interval import Interval, checked_seed
 from ..statistics.proportions import mcnemar_exact, paired_counts, paired_difference_interval, wilson_interval
 from ..statistics.ranking import auc
-from .checks import checked_booleans, checked_seed, checked_sums
+from .checks import checked_booleans, checked_sums
 
 
 @dataclass(frozen=True, repr=False)
-class LinearProbe:
-    """How well a weighted sum of the channels tells a label, on inputs that it was not fitted on.
+class LinearProbe(Records):
+    """How well a weighted sum of the channels predicts a label, on inputs that it was not fitted on.
 
-    The intervals, of 95%, are those of one fixed rule on as many independent inputs; that each fold has a rule of
-    its own is not in them.
+    The 95% intervals are those of one fixed rule on as many independent inputs; that each
+    fold has its own fit is not included.
 
     Attributes:
-        accuracy: The share of inputs that are told right.
-        auc: The probability that a positive scores above a negative.
-        base_rate: The share of the more frequent label: the accuracy of always naming it.
+        accuracy: Share of inputs whose label is predicted.
+        auc: Probability that a positive scores above a negative.
+        base_rate: Share of the more frequent label: the accuracy of always predicting it.
         gain: Accuracy minus base rate, over the same inputs.
         p: Two-sided exact McNemar p-value that the gain is zero.
         n: Number of inputs.
@@ -43,45 +42,38 @@ class LinearProbe:
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per quantity: quantity, estimate, low, high, p, n."""
-        base = Interval(self.base_rate, np.nan, np.nan, self.accuracy.confidence)
-        rows = {"accuracy": self.accuracy, "base rate": base, "gain": self.gain, "AUC": self.auc}
-        return [
-            {
-                "quantity": name,
-                "estimate": interval.estimate,
-                "low": None if interval is base else interval.low,
-                "high": None if interval is base else interval.high,
-                "p": self.p if name == "gain" else None,
-                "n": self.n,
-            }
-            for name, interval in rows.items()
-        ]
+        accuracy, gain, area = self.accuracy, self.gain, self.auc
+        return columns(
+            quantity=("accuracy", "base rate", "gain", "AUC"),
+            estimate=(accuracy.estimate, self.base_rate, gain.estimate, area.estimate),
+            low=(accuracy.low, None, gain.low, area.low),
+            high=(accuracy.high, None, gain.high, area.high),
+            p=(None, None, self.p, None),
+            n=[self.n] * 4,
+        )
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
-
-    def __repr__(self) -> str:
-        return "\n".join([f"Linear probe, {self.folds} folds of {self.n} inputs", *table(self.to_records())])
+    def _title(self) -> str:
+        return f"Linear probe, {self.folds} folds of {self.n} inputs"
 
 
 def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> LinearProbe:
-    """Return how well a logistic regression on all channels tells a label, by cross-validation.
+    """Return how well a logistic regression on all channels predicts a label, by cross-validation.
 
     Channels are scaled to unit variance on the inputs of each fit, and weights are regularised as scikit-learn
     does by default (C = 1).
 
     Args:
         sums: `(input, channel)`.
-        labels: `(input,)`: booleans; either on at least as many inputs as there are folds.
-        folds: Into how many parts the inputs are cut, each told by a fit on the others; at least 2.
-        seed: Of the folds.
+        labels: `(input,)`: booleans, or 0 and 1; either on at least as many inputs as there are folds.
+        folds: Number of folds, at least 2.
+        seed: Random seed of the folds.
 
     Raises:
         MissingPackageError: If scikit-learn is not installed.
         ProbeError: If sums and labels do not fit, or a label is too rare.
 
     Example:
+        >>> import numpy as np
         >>> labels = np.arange(200) % 4 == 0
         >>> sums = np.random.default_rng(0).normal(size=(200, 3)) + labels[:, None]
         >>> probe = linear_probe(sums, labels)

@@ -12,11 +12,11 @@ from ..channels import channel_axis, check_inputs, check_leaves_channels, record
 from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
-from ..patching.cache import ActivationCache
 from ..patching.reductions import Reduce
 from ..registry.points import HookPoints, sites_of
 from ..registry.sites import HookPoint, Site
 from ..registry.trace import traced
+from ..results import progress_bar
 
 
 def channel_sums(
@@ -62,20 +62,12 @@ def channel_sums(
     if isinstance(reduce, str):
         channel_axis(bound, "Channel sums", ProbeError)
     check_leaves_channels(bound, reduce)
-    with undisturbed(points.model) as run:
-        forwards = run.apart(recorded(points, inputs, [bound], reduce, batch_size))
-        parts = [rows(cache, bound) for cache in _watched(forwards)]
+    parts = []
+    with undisturbed(points.model) as run, progress_bar(None, None, "batch") as advance:
+        for cache in run.apart(recorded(points, inputs, [bound], reduce, batch_size)):
+            parts.append(rows(cache, bound))
+            advance(1)
     if not parts:
         raise ProbeError("inputs is empty: give at least one input.")
     sums: NDArray[np.float64] = np.concatenate(parts)
     return sums
-
-
-def _watched(forwards: Iterable[ActivationCache]) -> Iterable[ActivationCache]:
-    """Return the same behind a progress bar on a terminal, after two seconds, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return forwards
-    watched: Iterable[ActivationCache] = tqdm(forwards, unit="batch", delay=2, disable=None)
-    return watched

@@ -1,8 +1,9 @@
-"""One channel's sum against one label: a threshold, how good it is, and what shifted data leave of it."""
+"""One channel's sum against one label: a threshold, its scores, and how it transfers under distribution shift."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,27 +11,36 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ProbeError
-from ..results import imported, table
+from ..results import Records
 from ..statistics.interval import Interval
 from ..statistics.proportions import difference_interval, reweighted_precision, wilson_interval
 from ..statistics.ranking import auc
-from .checks import Floats, Rows, checked_booleans, checked_finite, checked_sums, halves
+from .checks import Booleans, Floats, Rows, checked_booleans, checked_sums, halves
 
 Direction = Literal["above", "below"]
+
+_NAMES = {
+    "auc": "AUC",
+    "recall": "recall (true-positive rate)",
+    "false_positive_rate": "false-positive rate",
+    "precision": "precision",
+    "acceptance": "accepted",
+    "base_rate": "base rate",
+}
 
 
 @dataclass(frozen=True)
 class ThresholdScores:
-    """How well a threshold tells the positives among some inputs; every interval is one of 95%.
+    """How well a threshold separates positives from negatives; every interval is a 95% interval.
 
     Attributes:
-        auc: The probability that a positive lies further on the accepted side than a negative.
-        precision: Of the accepted inputs, the share of positives; NaN, within 0 and 1, where none was accepted.
-        recall: Of the positives, the share that is accepted: the true-positive rate.
-        false_positive_rate: Of the negatives, the share that is accepted.
-        acceptance: The share of all inputs that is accepted.
-        base_rate: The share of positives, which is also the precision of accepting everything.
-        n: The number of inputs.
+        auc: Probability that a positive lies further on the accepted side than a negative.
+        precision: Share of positives among the accepted inputs; NaN, within 0 and 1, if none was accepted.
+        recall: Share of the positives that is accepted: the true-positive rate.
+        false_positive_rate: Share of the negatives that is accepted.
+        acceptance: Share of all inputs that is accepted.
+        base_rate: Share of positives, which is also the precision of accepting everything.
+        n: Number of inputs.
     """
 
     auc: Interval
@@ -41,28 +51,25 @@ class ThresholdScores:
     base_rate: Interval
     n: int
 
-    def named(self) -> list[tuple[str, Interval]]:
-        """Return what each quantity is called in a table, and the quantity."""
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one dict per quantity: quantity, estimate, low, high, n."""
+        scores = {name: getattr(self, field) for field, name in _NAMES.items()}
         return [
-            ("AUC", self.auc),
-            ("precision", self.precision),
-            ("recall (true-positive rate)", self.recall),
-            ("false-positive rate", self.false_positive_rate),
-            ("accepted", self.acceptance),
-            ("base rate", self.base_rate),
+            {"quantity": name, "estimate": each.estimate, "low": each.low, "high": each.high, "n": self.n}
+            for name, each in scores.items()
         ]
 
 
 @dataclass(frozen=True, repr=False)
-class ThresholdProbe:
+class ThresholdProbe(Records):
     """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other.
 
     Attributes:
-        threshold: Where the two sides meet, halfway between two sums of the fitting half.
+        threshold: Halfway between two sums of the fitting half.
         direction: The accepted side: `"above"` means sums greater than the threshold.
-        criterion: What the threshold was chosen for.
-        fitted_on: Number of inputs it was chosen on.
-        held_out: How it does on the other half.
+        criterion: The criterion by which the threshold was chosen.
+        fitted_on: Number of inputs of the fitting half.
+        held_out: Scores on the other half.
 
     Example:
         >>> labels = np.arange(200) % 4 == 0
@@ -83,9 +90,9 @@ class ThresholdProbe:
         """Return the threshold and the side with the largest true-positive minus false-positive rate.
 
         Args:
-            sums: `(input,)`: one channel's sums.
-            labels: `(input,)`: booleans. At least four inputs have either, and each half gets half of both.
-            seed: Of the halves.
+            sums: One channel's sums: `(input,)`.
+            labels: Booleans, or 0 and 1: `(input,)`. At least four of each; each half gets half of both.
+            seed: Random seed of the halves.
 
         Raises:
             ProbeError: If sums and labels do not fit, a label is too rare, or the channel does not vary.
@@ -93,51 +100,51 @@ class ThresholdProbe:
         References:
             Youden, "Index for rating diagnostic tests" (1950).
         """
-        sums, labels, fitting, scoring = _halved(sums, labels, seed)
-        candidates, hits, alarms = _candidates(sums[fitting], labels[fitting])
-        gain = hits / labels[fitting].sum() - alarms / (~labels[fitting]).sum()
+        (fitted, positive), held_out = _halved(sums, labels, seed)
+        thresholds, hits, alarms = _candidates(fitted, positive)
+        gain = hits / positive.sum() - alarms / (~positive).sum()
         best = int(np.argmax(np.abs(gain)))
         direction: Direction = "above" if gain[best] >= 0 else "below"
-        held_out = _scores(sums[scoring], labels[scoring], candidates[best], direction)
-        return cls(float(candidates[best]), direction, "true- minus false-positive rate", len(fitting), held_out)
+        scores = _scores(*held_out, thresholds[best], direction)
+        return cls(float(thresholds[best]), direction, "true- minus false-positive rate", len(fitted), scores)
 
     @classmethod
     def fit_precision(
         cls, sums: ArrayLike, labels: ArrayLike, *, min_precision: float = 0.99, seed: int = 0
     ) -> ThresholdProbe:
-        """Return the threshold that accepts most with so high a precision on the fitting half.
+        """Return the threshold that accepts most inputs with the required precision on the fitting half.
 
-        The accepted side is the one on which the positives of the fitting half rank. Above, it is the smallest
-        such threshold. `held_out.precision` is what the choice is worth, `held_out.acceptance` what it costs.
+        The accepted side is the one on which the positives of the fitting half rank. `held_out.precision` estimates
+        the precision of the choice, `held_out.acceptance` its cost.
 
         Args:
             sums: As for `fit`.
             labels: As for `fit`.
-            min_precision: Of the accepted inputs of the fitting half, the least share of positives.
-            seed: Of the halves.
+            min_precision: Least share of positives among the accepted inputs of the fitting half.
+            seed: As for `fit`.
 
         Raises:
             ProbeError: As for `fit`, and if no threshold is that precise.
         """
         if not 0 < min_precision <= 1:
             raise ProbeError(f"min_precision is {min_precision!r}, but a precision lies between 0 and 1, such as 0.99.")
-        sums, labels, fitting, scoring = _halved(sums, labels, seed)
-        candidates, hits, alarms = _candidates(sums[fitting], labels[fitting])
-        direction: Direction = "above" if auc(sums[fitting], labels[fitting]).estimate >= 0.5 else "below"
+        (fitted, positive), held_out = _halved(sums, labels, seed)
+        thresholds, hits, alarms = _candidates(fitted, positive)
+        direction: Direction = "above" if auc(fitted, positive).estimate >= 0.5 else "below"
         if direction == "below":
-            hits, alarms = labels[fitting].sum() - hits, (~labels[fitting]).sum() - alarms
+            hits, alarms = positive.sum() - hits, (~positive).sum() - alarms
         precision = hits / (hits + alarms)
         precise = np.flatnonzero(precision >= min_precision)
         if not precise.size:
             best = int(np.argmax(precision))
             raise ProbeError(
                 f"No threshold has precision {min_precision:g} on the fitting half. The best is {precision[best]:.3g}, "
-                f"at sums {direction} {candidates[best]:.4g}, where {hits[best] + alarms[best]} of {len(fitting)} "
+                f"at sums {direction} {thresholds[best]:.4g}, where {hits[best] + alarms[best]} of {len(fitted)} "
                 "inputs are accepted. Lower min_precision, or take another channel."
             )
-        threshold = float(candidates[precise[0] if direction == "above" else precise[-1]])
-        held_out = _scores(sums[scoring], labels[scoring], threshold, direction)
-        return cls(threshold, direction, f"precision of at least {min_precision:g}", len(fitting), held_out)
+        threshold = float(thresholds[precise[0] if direction == "above" else precise[-1]])
+        scores = _scores(*held_out, threshold, direction)
+        return cls(threshold, direction, f"precision of at least {min_precision:g}", len(fitted), scores)
 
     def predict(self, sums: ArrayLike) -> NDArray[np.bool_]:
         """Return whether each sum lies on the accepted side, in the shape of the sums.
@@ -145,14 +152,14 @@ class ThresholdProbe:
         Raises:
             ProbeError: If a sum is not finite.
         """
-        return _accepted(checked_finite(np.asarray(sums, dtype=np.float64)), self.threshold, self.direction)
+        return _accepted(checked_sums(sums), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:
-        """Return how the same threshold does on shifted data, beside how it did on the held-out half.
+        """Return the scores of the same threshold on shifted data, beside those on the held-out half.
 
         Args:
-            sums: `(input,)`: the same channel's sums of other inputs.
-            labels: `(input,)`: booleans; at least two inputs have either.
+            sums: The same channel's sums of other inputs: `(input,)`.
+            labels: Booleans, or 0 and 1: `(input,)`. At least two of each.
 
         Raises:
             ProbeError: If sums and labels do not fit, or a label is too rare.
@@ -163,34 +170,25 @@ class ThresholdProbe:
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per quantity of the held-out half: quantity, estimate, low, high, n."""
-        return [
-            {"quantity": name, **_columns("", value), "n": self.held_out.n} for name, value in self.held_out.named()
-        ]
+        return self.held_out.to_records()
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
-
-    def __repr__(self) -> str:
-        title = (
+    def _title(self) -> str:
+        return (
             f"Sums {self.direction} {self.threshold:.4g}: chosen for {self.criterion} on {self.fitted_on} inputs, "
             f"scored on {self.held_out.n} others"
-        )
-        return "\n".join(
-            [title, *table([{"quantity": name, "held out": _shown(value)} for name, value in self.held_out.named()])]
         )
 
 
 @dataclass(frozen=True, repr=False)
-class Transfer:
+class Transfer(Records):
     """A threshold on shifted data, beside the held-out half of the data it was fitted on.
 
-    The rates and the area do not depend on how many positives the data hold; the precision does. So precisions
-    are compared at the base rate of the fitting data, and the raw one is no measure of the shift.
+    The rates and the AUC do not depend on the share of positives; the precision does. So precisions are compared at
+    the base rate of the fitting data, and the raw precision does not measure the shift.
 
     Attributes:
-        fit: How the threshold did on the held-out half.
-        shifted: How it does on the shifted data.
+        fit: Scores on the held-out half.
+        shifted: Scores on the shifted data.
     """
 
     fit: ThresholdScores
@@ -204,49 +202,33 @@ class Transfer:
     @property
     def drops(self) -> dict[str, Interval]:
         """Fit minus shifted, with an interval: of auc, recall, false_positive_rate and reweighted_precision."""
-        return {
-            "auc": difference_interval(self.fit.auc, self.shifted.auc),
-            "recall": difference_interval(self.fit.recall, self.shifted.recall),
-            "false_positive_rate": difference_interval(self.fit.false_positive_rate, self.shifted.false_positive_rate),
-            "reweighted_precision": difference_interval(self.fit.precision, self.reweighted_precision),
-        }
-
-    def _rows(self) -> list[tuple[str, Interval, Interval, Interval | None]]:
-        """Return the name of each quantity, its value in the fit and on the shifted data, and its drop."""
-        fit, shifted, drops = self.fit, self.shifted, self.drops
-        reweighted, alarms = self.reweighted_precision, "false_positive_rate"
-        return [
-            ("AUC", fit.auc, shifted.auc, drops["auc"]),
-            ("recall (true-positive rate)", fit.recall, shifted.recall, drops["recall"]),
-            ("false-positive rate", fit.false_positive_rate, shifted.false_positive_rate, drops[alarms]),
-            ("precision at the base rate of the fit", fit.precision, reweighted, drops["reweighted_precision"]),
-            ("raw precision (confounded by the base rate)", fit.precision, shifted.precision, None),
-            ("accepted", fit.acceptance, shifted.acceptance, None),
-            ("base rate", fit.base_rate, shifted.base_rate, None),
-        ]
+        names = ("auc", "recall", "false_positive_rate")
+        drops = {name: difference_interval(getattr(self.fit, name), getattr(self.shifted, name)) for name in names}
+        return {**drops, "reweighted_precision": difference_interval(self.fit.precision, self.reweighted_precision)}
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per quantity: in the fit, on the shifted data, and the drop, each with its interval."""
+        drops, names = self.drops, {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
+        rows = [(names[each], getattr(self.fit, each), getattr(self.shifted, each), drops.get(each)) for each in names]
+        reweighted = self.fit.precision, self.reweighted_precision, drops["reweighted_precision"]
+        rows.insert(3, ("precision at the base rate of the fit", *reweighted))
         return [
-            {"quantity": name, **_columns("fit", fit), **_columns("shifted", shifted), **_columns("drop", drop)}
-            for name, fit, shifted, drop in self._rows()
+            {"quantity": name, **_columns("fit", one), **_columns("shifted", other), **_columns("drop", drop)}
+            for name, one, other, drop in rows
         ]
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
-
-    def __repr__(self) -> str:
-        title = f"A threshold on {self.shifted.n} shifted inputs, against {self.fit.n} held-out inputs of its fit"
-        shown = [
-            {"quantity": name, "fit": _shown(fit), "shifted": _shown(shifted), "drop": _shown(drop)}
-            for name, fit, shifted, drop in self._rows()
+    def _lines(self) -> list[dict[str, Any]]:
+        sides = ("fit", "shifted", "drop")
+        return [
+            {"quantity": each["quantity"], **{side: _shown(each, side) for side in sides}} for each in self.to_records()
         ]
-        return "\n".join([title, *table(shown)])
+
+    def _title(self) -> str:
+        return f"A threshold on {self.shifted.n} shifted inputs, against {self.fit.n} held-out inputs of its fit"
 
 
-def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[Floats, NDArray[np.bool_], Rows, Rows]:
-    """Return checked sums and labels, the rows to fit on, and the rows to score on."""
+def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats, Booleans], tuple[Floats, Booleans]]:
+    """Return checked sums and labels of two halves: one to fit on, one to score on."""
     array = checked_sums(sums, ("input",))
     positive = checked_booleans(labels, len(array), fewest=4)
     fitting, scoring = halves(positive, seed)
@@ -255,10 +237,10 @@ def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[Floats, NDAr
             f"All {len(fitting)} sums of the fitting half are {array[fitting[0]]:g}: a channel that does not vary has "
             "no threshold."
         )
-    return array, positive, fitting, scoring
+    return (array[fitting], positive[fitting]), (array[scoring], positive[scoring])
 
 
-def _candidates(sums: Floats, labels: NDArray[np.bool_]) -> tuple[Floats, Rows, Rows]:
+def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
     """Return every threshold that divides the sums, ascending, and how many positives and negatives lie above each."""
     order = np.argsort(sums, kind="stable")
     ascending, positive = sums[order], labels[order]
@@ -269,11 +251,11 @@ def _candidates(sums: Floats, labels: NDArray[np.bool_]) -> tuple[Floats, Rows, 
     return np.where(halfway < over, halfway, under), hits, alarms  # rounding could reach the upper sum
 
 
-def _accepted(sums: Floats, threshold: float, direction: Direction) -> NDArray[np.bool_]:
+def _accepted(sums: Floats, threshold: float, direction: Direction) -> Booleans:
     return sums > threshold if direction == "above" else sums <= threshold
 
 
-def _scores(sums: Floats, labels: NDArray[np.bool_], threshold: float, direction: Direction) -> ThresholdScores:
+def _scores(sums: Floats, labels: Booleans, threshold: float, direction: Direction) -> ThresholdScores:
     accepted = _accepted(sums, threshold, direction)
     hits, alarms, positives = int((accepted & labels).sum()), int((accepted & ~labels).sum()), int(labels.sum())
     return ThresholdScores(
@@ -287,13 +269,13 @@ def _scores(sums: Floats, labels: NDArray[np.bool_], threshold: float, direction
     )
 
 
-def _columns(prefix: str, interval: Interval | None) -> dict[str, float | None]:
-    """Return an interval as three columns of a record; the first is called as the prefix, or "estimate"."""
-    low, high = (f"{prefix} {end}".lstrip() for end in ("low", "high"))
-    if interval is None:
-        return {prefix or "estimate": None, low: None, high: None}
-    return {prefix or "estimate": interval.estimate, low: interval.low, high: interval.high}
+def _columns(name: str, interval: Interval | None) -> dict[str, float | None]:
+    """Return an interval as three columns of a record."""
+    ends = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
+    return dict(zip((name, f"{name} low", f"{name} high"), ends, strict=True))
 
 
-def _shown(interval: Interval | None) -> str:
-    return "" if interval is None else f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+def _shown(record: Mapping[str, Any], name: str) -> str:
+    if record[name] is None:
+        return ""
+    return f"{record[name]:.3f} ({record[f'{name} low']:.3f} to {record[f'{name} high']:.3f})"

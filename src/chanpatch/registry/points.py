@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +14,12 @@ from torch import nn
 
 from ..engine.inputs import copied_inputs
 from ..errors import HookPointError, SiteError, did_you_mean
-from ..results import table
+from ..results import Records
 from .names import BarePoint, glob, parsed_name, path_text, written_name
 from .sites import HookPoint, Index, Selection, Site
 
 
-class HookPoints(Mapping[str, HookPoint]):
+class HookPoints(Records, Mapping[str, HookPoint]):
     """The hook points of a model in execution order, by name; what `chanpatch.hook_points` returns.
 
     Attributes:
@@ -30,6 +29,8 @@ class HookPoints(Mapping[str, HookPoint]):
         not_called: Names of the modules that the traced forward never called.
         steady: Whether the traced forward kept the parameters as they are; if not, forwards always run to the end.
     """
+
+    _most = None
 
     def __init__(
         self,
@@ -135,7 +136,8 @@ class HookPoints(Mapping[str, HookPoint]):
             return f"(Hook points that fired: {', '.join(self)}.)"
         return f"({count} hook points; print the HookPoints to list them.)"
 
-    def _records(self) -> list[dict[str, str]]:
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per hook point: name and aliases, axes, shape without batch, dtype, module, parameters."""
         return [
             {
                 "hook point": " = ".join((point.name, *point.aliases)),
@@ -143,13 +145,10 @@ class HookPoints(Mapping[str, HookPoint]):
                 "shape without batch": " x ".join(map(str, point.shape)),
                 "dtype": str(point.dtype).removeprefix("torch."),
                 "module": point.module_type,
-                "parameters": f"{point.parameters:,}",
+                "parameters": point.parameters,
             }
             for point in self._points.values()
         ]
-
-    def __repr__(self) -> str:
-        return "\n".join((self._title(), *table(self._records()), *self._notes()))
 
     def _title(self) -> str:
         return f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
@@ -168,15 +167,8 @@ class HookPoints(Mapping[str, HookPoint]):
             notes.append(f"Left out, as several have that name: {', '.join(names)}")
         return notes
 
-    def _repr_html_(self) -> str:
-        def cells(row: Iterable[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-        records = self._records()
-        header = cells(records[0], "th") if records else ""
-        body = "".join(cells(record.values(), "td") for record in records)
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return f"<table><thead>{header}</thead><tbody>{body}</tbody></table>{notes}"
+    def _lines(self) -> list[dict[str, Any]]:
+        return [{**record, "parameters": f"{record['parameters']:,}"} for record in self.to_records()]
 
     def _ipython_key_completions_(self) -> list[str]:
         return [*self._points, *self._aliases]

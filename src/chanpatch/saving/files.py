@@ -16,13 +16,13 @@ from ..errors import ChanpatchError, InterventionError
 from ..patching.patch import Patch, checked_patches
 from ..registry.points import HookPoints
 from ..registry.trace import traced
-from ..results import table
+from ..results import Records
 from .format import decoded, encoded, in_one, printable, trace_of
 from .receipts import Receipt, receipt_of
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Contents:
+class Contents(Records):
     """The contents of a file of patches; it prints as a table.
 
     Attributes:
@@ -36,6 +36,7 @@ class Contents:
     hook_points: tuple[str | None, ...]
     chanpatch: str
     receipt: Receipt | None
+    _most = None
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch: patch, site, edit, where, hook point."""
@@ -51,12 +52,16 @@ class Contents:
         ]
 
     def __repr__(self) -> str:
-        receipt = ["No receipt: saved without inputs."]
-        if self.receipt is not None:
-            receipt = ["Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
+        return printable(super().__repr__())
+
+    def _title(self) -> str:
         count = f"{len(self.patches)} patch{'es' if len(self.patches) != 1 else ''}"
-        title = f"{count}, saved by chanpatch {self.chanpatch}"
-        return printable("\n".join([title, *table(self.to_records()), *receipt]))
+        return f"{count}, saved by chanpatch {self.chanpatch}"
+
+    def _notes(self) -> list[str]:
+        if self.receipt is None:
+            return ["No receipt: saved without inputs."]
+        return ["Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
 
 
 def save(

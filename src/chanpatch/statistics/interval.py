@@ -6,6 +6,8 @@ import operator
 from dataclasses import dataclass
 from typing import Generic
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from typing_extensions import TypeVar
 
 from ..errors import StatisticsError
@@ -36,6 +38,25 @@ def count(name: str, number: int) -> int:
     if whole < 0:
         raise StatisticsError(f"{name} is {whole}, but a count is not negative.")
     return whole
+
+
+def booleans(labels: ArrayLike) -> NDArray[np.bool_] | None:
+    """Return labels as booleans: False and True, or 0 and 1 in any dtype; None if they hold anything else."""
+    array = np.asarray(labels)
+    if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
+        return None
+    return array.astype(np.bool_)
+
+
+def checked_seed(seed: int) -> int:
+    """Return a seed.
+
+    Raises:
+        StatisticsError: If it is not a whole number, or is negative.
+    """
+    if not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise StatisticsError(f"seed is {seed!r}, but it must be a whole number, at least 0.")
+    return int(seed)
 
 
 def normal_quantile(confidence: float) -> float:

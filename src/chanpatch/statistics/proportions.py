@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import Interval, count, wilson
+from .interval import Interval, booleans, count, wilson
 
 
 class PairedCounts(NamedTuple):
@@ -52,8 +52,8 @@ def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
     """Return the numbers of pairs in which both succeeded, only the first, only the second, and neither.
 
     Args:
-        first: One boolean per pair, True if the first succeeded.
-        second: One boolean per pair, True if the second succeeded.
+        first: One boolean (or 0 or 1) per pair, True if the first succeeded.
+        second: One boolean (or 0 or 1) per pair, True if the second succeeded.
 
     Raises:
         StatisticsError: If the two are not booleans, one per pair.
@@ -62,11 +62,12 @@ def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
         >>> paired_counts([True, True, False], [True, False, False])
         PairedCounts(both=1, only_first=1, only_second=0, neither=1)
     """
-    one, other = np.asarray(first), np.asarray(second)
-    if one.ndim != 1 or one.shape != other.shape or one.dtype != np.bool_ or other.dtype != np.bool_:
+    arrays = np.asarray(first), np.asarray(second)
+    one, other = map(booleans, arrays)
+    if one is None or other is None or one.ndim != 1 or one.shape != other.shape:
+        kinds = [f"{array.dtype} of shape {array.shape}" for array in arrays]
         raise StatisticsError(
-            f"first is {one.dtype} of shape {one.shape} and second is {other.dtype} of shape {other.shape}: "
-            "give one boolean per pair, such as returns > 0."
+            f"first is {kinds[0]} and second is {kinds[1]}: give one boolean per pair, such as returns > 0."
         )
     return PairedCounts(
         both=int((one & other).sum()),

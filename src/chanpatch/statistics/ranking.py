@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatisticsError
-from .interval import Interval, normal_quantile, wilson
+from .interval import Interval, booleans, normal_quantile, wilson
 
 FEWEST_CONTROLS = 19  # with fewer, even the first rank has a p above 0.05
 
@@ -116,8 +117,31 @@ def rank_among(effect: float, controls: ArrayLike) -> Rank:
     return Rank(rank, others.size, rank / (others.size + 1), "")
 
 
+def ranks_among(effects: ArrayLike, controls: ArrayLike) -> list[Rank | None]:
+    """Return the rank of each effect among the controls.
+
+    It is None for an effect that is not finite, and for all effects if there are no controls or one is not finite.
+    """
+    each, others = np.asarray(effects, dtype=np.float64), np.asarray(controls, dtype=np.float64)
+    ranked = np.isfinite(each) & bool(others.size) & np.isfinite(others).all()
+    return [rank_among(float(effect), others) if one else None for effect, one in zip(each, ranked, strict=True)]
+
+
+def ranked_records(
+    records: Iterable[dict[str, Any]], ranks: Iterable[Rank | None], controls: Iterable[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return records of effects with their ranks, then those of the controls, which have none."""
+    none = {"rank": None, "p": None, "no_p": "no rank among the controls"}
+    ranked = [
+        {**record, "control": False, **(none if rank is None else {"rank": rank.rank, "p": rank.p, "no_p": rank.no_p})}
+        for record, rank in zip(records, ranks, strict=True)
+    ]
+    return ranked + [{**record, "control": True, **none} for record in controls]
+
+
 def _by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
     score, label = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    positive = booleans(label)
     if score.ndim != 1 or label.shape != score.shape:
         raise StatisticsError(
             f"scores has shape {score.shape} and labels has shape {label.shape}: give one number and one "
@@ -125,11 +149,10 @@ def _by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArr
         )
     if not np.isfinite(score).all():
         raise StatisticsError(f"scores[{int(np.argmin(np.isfinite(score)))}] is not finite: leave that example out.")
-    if not np.isin(label, (0, 1)).all():
+    if positive is None:
         raise StatisticsError(
             "labels must be booleans (or 0 and 1); compare them with the label that counts as positive."
         )
-    positive = label.astype(bool)
     positives = int(positive.sum())
     if min(positives, positive.size - positives) < 2:
         raise StatisticsError(

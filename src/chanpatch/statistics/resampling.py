@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatisticsError
-from .interval import Interval, count, normal_quantile
+from .interval import Interval, checked_seed, count, normal_quantile
 
 Floats = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ def bootstrap_interval(
     clusters: ArrayLike | None = None,
     confidence: float = 0.95,
     resamples: int = 9999,
-    seed: int,
+    seed: int = 0,
 ) -> Interval[Any]:
     """Return a statistic of a sample and its bootstrap interval, for every channel separately.
 
@@ -74,7 +74,7 @@ def bootstrap_interval(
     rows = _rows("sample", sample)
     cluster = _cluster_numbers(clusters, len(rows))
     z = normal_quantile(confidence)
-    generator = _generator(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     many = int(cluster.max()) + 1
     drawn = generator.multinomial(many, np.full(many, 1 / many), size=_positive("resamples", resamples))
     one_out = 1 - np.eye(many, dtype=np.int64)
@@ -87,7 +87,7 @@ def bootstrap_interval(
 
 
 def sign_flip_test(
-    differences: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int
+    differences: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int = 0
 ) -> Any:
     """Return two-sided p-values for the null that paired differences are symmetric around zero, for every channel.
 
@@ -130,7 +130,7 @@ def sign_flip_test(
     # Rounding must not break ties with the observed pattern.
     least = np.abs(totals.sum(axis=0)) - 1e-9 * np.abs(totals).sum(axis=0)
     reached = np.zeros(flat.shape[1])
-    for signs in _signs(many, patterns, None if exact else _generator(seed)):
+    for signs in _signs(many, patterns, None if exact else np.random.default_rng(checked_seed(seed))):
         for start in range(0, len(reached), _BLOCK):
             block = slice(start, start + _BLOCK)
             reached[block] += (np.abs(signs @ totals[:, block]) >= least[block]).sum(axis=0)
@@ -220,9 +220,3 @@ def _positive(name: str, number: int) -> int:
     if not count(name, number):
         raise StatisticsError(f"{name} is 0, but at least one is needed.")
     return number
-
-
-def _generator(seed: int) -> np.random.Generator:
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise StatisticsError(f"seed is {seed!r}, but it must be a whole number, at least 0.")
-    return np.random.default_rng(seed)

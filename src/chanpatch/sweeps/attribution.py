@@ -17,7 +17,7 @@ from ..metrics.measured import Metric, compares
 from ..patching.patch import Patch, label_of
 from ..registry.points import HookPoints, bound
 from ..registry.trace import traced
-from ..results import progress_bar
+from ..results import largest_first, progress_bar
 from .attribution_result import Attribution
 from .flatness import warn_of_cut_gradients, warn_of_flat_inputs
 from .gradients import Runs
@@ -84,7 +84,7 @@ def attribution(
         >>> points = hook_points(model, x)
         >>> patches = map(zero_ablate, points.site("1").split("feature"))
         >>> result = attribution(points, x, patches=patches, metric=logit_difference(0, 1))
-        >>> bool(abs(result.effect - result.exact).max() < 1e-6)  # linear from there on
+        >>> bool(abs(result.effect() - result.exact).max() < 1e-6)  # linear from there on
         True
 
     References:
@@ -118,8 +118,7 @@ def attribution(
                 effect[row] = float((difference * read(gradient, positions)).double().sum()) / run.inputs
         steep = [(watched[name], slope) for name, slope in slopes.items()]
         warn_of_flat_inputs(used, steep, run.baseline, compares=compares(metric))
-        order = np.argsort(-np.abs(effect), kind="stable")
-        to_verify = {*order[:verify], *np.flatnonzero(drawn)}
+        to_verify = {*largest_first(effect)[:verify], *np.flatnonzero(drawn)}
         advance(verified - len(to_verify))  # some of those drawn are among the largest
         for row in to_verify:
             exact[row] = run.exact(chosen[row])
@@ -130,14 +129,14 @@ def attribution(
     return Attribution(
         labels=labels,
         patches=chosen,
-        effect=effect,
         exact=exact,
         drawn=drawn,
         rank_correlation=_rank_correlation(effect[drawn], exact[drawn]),
         sample=int(drawn.sum()),
         inputs=run.inputs,
         steps=steps,
-    )._rows(order)
+        _effect=effect,
+    )
 
 
 def _labelled(points: HookPoints, patches: Any) -> tuple[tuple[Any, ...], tuple[Patch, ...]]:

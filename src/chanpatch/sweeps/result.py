@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import plots
-from ..errors import MetricError, SweepError
+from ..errors import MetricError
 from ..patching.patch import Patch
-from ..results import imported, table
+from ..results import ROWS, Effects, more, shown_effect
 from ..statistics.interval import Interval
-from ..statistics.ranking import Rank, rank_among
+from ..statistics.ranking import Rank, ranked_records, ranks_among
 from ..statistics.resampling import bootstrap_interval
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Floats = NDArray[np.float64]
-
-
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Swept:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class SweepResult:
+class SweepResult(Effects):
     """What each patch does to one metric or several; one row per label, in the order given.
 
     Attributes:
@@ -61,6 +59,7 @@ class SweepResult:
     controls: SweepResult | None
     groups: tuple[Swept, ...]
     complete: bool
+    _by_row = ("labels", "patches", "values")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -106,47 +105,39 @@ class SweepResult:
         Args:
             metric: As in `differences`.
         """
-        others = np.zeros(0) if self.controls is None else self.controls.effect(metric)  # none after an interrupt too
-        ranked = np.isfinite(self.effect(metric)) & (len(others) > 0) & np.isfinite(others).all()
-        return [rank_among(float(e), others) if r else None for e, r in zip(self.effect(metric), ranked, strict=True)]
+        # An interrupt may have left no controls.
+        return ranks_among(self.effect(metric), [] if self.controls is None else self.controls.effect(metric))
 
     def top(self, count: int, metric: str | None = None) -> SweepResult:
         """Return the rows with the largest absolute effect, the largest first.
 
         Args:
-            count: How many.
+            count: Number of rows.
             metric: As in `differences`.
 
         Raises:
-            SweepError: If the count is below 0.
+            StatisticsError: If the count is negative.
         """
-        if count < 0:
-            raise SweepError(f"top({count}): the count is a number of rows, from 0 on.")
-        order = np.argsort(-np.abs(self.effect(metric)), kind="stable")  # NaN comes last
-        return self._rows(order[:count])
+        return self._top(count, self.effect(metric))
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and metric, those of the controls last.
 
         A record has the label, the metric, its mean value under the patch and without, the effect, `low` and `high` of
-        its interval and, where there are controls, whether it is one, its rank among them, p and why there is no p.
+        its interval and, if there are controls, whether it is one, its rank among them, p and why there is no p.
         """
-        controls = [] if self.controls is None else [*self.controls._records()]
-        ranked = [record | rank for record, rank in zip(self._records(), self._ranks(), strict=True)]
-        return ranked + [record | {"control": True, **_NO_RANK} for record in controls]
+        if self.controls is None:
+            return self._records()
+        return ranked_records(self._records(), self._ranks(), self.controls._records())
 
-    def to_pandas(self) -> Any:
-        """Return the records as a pandas data frame."""
-        return imported("pandas").DataFrame(self.to_records())
-
-    def plot(self, metric: str | None = None, ax: Any = None) -> Any:
-        """Return a ranking of the effects as matplotlib axes; see `chanpatch.plots.effect_ranking`.
+    def plot(self, metric: str | None = None, ax: Axes | None = None) -> Axes:  # type: ignore[override]
+        """Draw a ranking of the effects; see `chanpatch.plots.effect_ranking`.
 
         Args:
             metric: As in `differences`.
-            ax: Where to draw; new axes if None.
+            ax: Axes to draw into; new axes if None.
         """
-        return plots.effect_ranking(self._only(self._named(metric)), ax)
+        return super(SweepResult, self._only(self._named(metric))).plot(ax)
 
     @property
     def effect_label(self) -> str:
@@ -154,23 +145,21 @@ class SweepResult:
         inputs = " and ".join(f"{name}, {len(values)} inputs" for name, values in self.baseline.items())
         return f"mean change ({inputs})"
 
-    def __repr__(self) -> str:
-        shown = self._rows(np.arange(min(len(self), _SHOWN)))
+    def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
+        first = self._rows(np.arange(min(len(self), ROWS)))  # the bootstrap of all rows could take long
         lines = [
             {
                 "label": record["label"],
                 **({"metric": record["metric"]} if len(self.values) > 1 else {}),
-                "effect": f"{record['effect']:+.3g}",
-                "95%": f"{record['low']:+.3g} to {record['high']:+.3g}",
+                **shown_effect("effect", record),
                 "patched": record["patched"],
                 "baseline": record["baseline"],
                 **({"rank": record["rank"], "p": record["p"]} if self.controls else {}),
             }
-            for record in shown.to_records()
+            for record in first.to_records()
             if not record.get("control")
         ]
-        more = [f"... {len(self) - _SHOWN} more"] if len(self) > _SHOWN else []
-        return "\n".join([self._title(), *table(lines), *more, *self._notes()])
+        return lines, [*more(len(self) - len(first)), *self._notes()]
 
     def _title(self) -> str:
         inputs = " and ".join(f"{name} over {len(values)} inputs" for name, values in self.baseline.items())
@@ -185,40 +174,33 @@ class SweepResult:
         ]
         if self.controls is not None:
             notes.append(f"Ranks are among {len(self.controls)} controls.")
-            notes += sorted({f"No p-values: {rank.no_p}" for rank in self.ranks_of_all() if rank and rank.no_p})
+            notes += sorted({f"No p-values: {rank.no_p}" for rank in self._ranks() if rank and rank.no_p})
         for strategy in dict.fromkeys(group.strategy for group in self.groups):
             those = [group for group in self.groups if group.strategy == strategy]
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)
             notes.append(f"By {strategy} at {points}: {those[0].why}" + (" (see .groups)" if len(those) > 1 else ""))
         return notes
 
-    def ranks_of_all(self) -> list[Rank | None]:
+    def _ranks(self) -> list[Rank | None]:
         """Return the ranks for every metric, those of one patch together."""
         each = [self.ranks(name) for name in self.values]
         return [rank for ranks in zip(*each, strict=True) for rank in ranks]
 
-    def _records(self) -> Iterator[dict[str, Any]]:
+    def _records(self) -> list[dict[str, Any]]:
         # An interrupt may have left no row, of which there is no interval.
         effects = {name: (self.effect(name), self.interval(name)) for name in self.values if len(self)}
-        for row, label in enumerate(self.labels):
-            for name, (effect, interval) in effects.items():
-                yield {
-                    "label": str(label),
-                    "metric": name,
-                    "effect": float(effect[row]),
-                    "low": float(interval.low[row]),
-                    "high": float(interval.high[row]),
-                    "patched": float(self.values[name][row].mean()),
-                    "baseline": float(self.baseline[name].mean()),
-                }
-
-    def _ranks(self) -> list[dict[str, Any]]:
-        """Return what each record says of the controls."""
-        ranks = self.ranks_of_all()
-        if self.controls is None:
-            return [{} for _ in ranks]
         return [
-            {"control": False, **(_NO_RANK if r is None else {"rank": r.rank, "p": r.p, "no_p": r.no_p})} for r in ranks
+            {
+                "label": str(label),
+                "metric": name,
+                "effect": float(effect[row]),
+                "low": float(interval.low[row]),
+                "high": float(interval.high[row]),
+                "patched": float(self.values[name][row].mean()),
+                "baseline": float(self.baseline[name].mean()),
+            }
+            for row, label in enumerate(self.labels)
+            for name, (effect, interval) in effects.items()
         ]
 
     def _named(self, metric: str | None) -> str:
@@ -233,17 +215,6 @@ class SweepResult:
     def _only(self, name: str) -> SweepResult:
         controls = None if self.controls is None else self.controls._only(name)
         return replace(self, values={name: self.values[name]}, baseline={name: self.baseline[name]}, controls=controls)
-
-    def _rows(self, rows: Any) -> SweepResult:
-        return replace(
-            self,
-            labels=tuple(self.labels[row] for row in rows),
-            patches=tuple(self.patches[row] for row in rows),
-            values={name: values[rows] for name, values in self.values.items()},
-        )
-
-
-_NO_RANK: dict[str, Any] = {"rank": None, "p": None, "no_p": "no rank among the controls"}
 
 
 class SweepInterrupted(KeyboardInterrupt):

@@ -1,0 +1,169 @@
+"""Labels of channels whose truth is known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import mannwhitneyu
+from sklearn.metrics import roc_auc_score
+
+from chanpatch import errors, label_channels
+from chanpatch.probes.checks import halves
+from chanpatch.statistics import auc
+
+NAMES = ("UP", "DOWN", "LEFT", "RIGHT")
+LABELS = np.arange(20) % 2 == 0
+SUMS = np.arange(20.0)
+
+
+def random(seed=0):
+    return np.random.default_rng(seed)
+
+
+def direction_channels(inputs, seed=0):
+    """Six channels: UP, DOWN or LEFT, noise, constant, not RIGHT, low for UP."""
+    directions = random(seed).integers(4, size=inputs)
+    sums = random(seed + 1).normal(size=(inputs, 6))
+    sums[:, 0] += 3 * (directions == 0)
+    sums[:, 1] += 3 * np.isin(directions, (1, 2))
+    sums[:, 3] = 7.0
+    sums[:, 4] += 3 * (directions != 3)
+    sums[:, 5] -= 3 * (directions == 0)
+    return sums, directions
+
+
+def test_each_channel_gets_the_label_or_the_union_that_it_was_made_from():
+    sums, directions = direction_channels(400)
+    labelled = label_channels(sums, directions, names=NAMES, seed=0)
+    assert [each.label for each in labelled] == [
+        "UP",
+        "DOWN or LEFT",
+        None,
+        None,
+        "UP or DOWN or LEFT",
+        "DOWN or LEFT or RIGHT",
+    ]
+    assert (labelled.chosen_on, labelled.scored_on) == (200, 200)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.02, 0.3])
+def test_the_candidate_has_the_largest_area_less_the_penalty_of_all_unions_on_the_first_half(penalty):
+    sums, directions = random().normal(size=(80, 5)), random(1).integers(4, size=80)
+    labelled = label_channels(sums, directions, names=NAMES, seed=4, penalty=penalty)
+    first, second = halves(directions[:, None] == np.arange(4), seed=4)
+    unions = [union for size in (1, 2, 3) for union in itertools.combinations(range(4), size)]
+    for channel, each in enumerate(labelled):
+        areas = [roc_auc_score(np.isin(directions[first], union), sums[first, channel]) for union in unions]
+        best = unions[int(np.argmax([area - penalty * len(union) for area, union in zip(areas, unions, strict=True)]))]
+        assert each.candidate == " or ".join(NAMES[number] for number in best)
+        assert each.auc == auc(sums[second, channel], np.isin(directions[second], best))
+
+
+def test_the_p_value_is_that_of_the_mann_whitney_test_on_the_held_out_half():
+    sums, directions = direction_channels(60)
+    sums = sums + 4 * random(8).normal(size=sums.shape)
+    labelled = label_channels(sums, directions, names=NAMES, seed=0)
+    _, second = halves(directions[:, None] == np.arange(4), seed=0)
+    for each in labelled:
+        member = np.isin(directions[second], [NAMES.index(name) for name in each.candidate.split(" or ")])
+        values = sums[second, each.channel]
+        expected = mannwhitneyu(values[member], values[~member], alternative="greater", method="exact").pvalue
+        assert each.p == pytest.approx(expected, abs=0.015)
+
+
+def test_noise_gets_a_label_no_more_often_than_the_level_says():
+    directions = np.arange(60) % 4
+    wrong = [
+        any(
+            each.label
+            for each in label_channels(
+                random(seed).normal(size=(60, 4)), directions, names=NAMES, seed=seed, permutations=199
+            )
+        )
+        for seed in range(200)
+    ]
+    assert np.mean(wrong) < 0.09
+
+
+def test_a_dead_channel_has_no_label_and_says_so():
+    sums, directions = direction_channels(100)
+    dead = label_channels(sums, directions, names=NAMES, seed=0)[3]
+    assert (dead.label, dead.candidate, dead.auc, dead.note) == (None, None, None, "dead: its sum does not vary")
+    assert math.isnan(dead.p) and math.isnan(dead.adjusted_p)
+
+
+def test_where_all_channels_are_dead_none_has_a_label():
+    labelled = label_channels(np.ones((40, 2)), np.arange(40) % 4, names=NAMES, seed=0)
+    assert [each.note for each in labelled] == ["dead: its sum does not vary"] * 2
+
+
+def test_labels_may_be_booleans_of_which_an_input_has_none_or_several():
+    generator = random()
+    flags = generator.integers(2, size=(300, 2)).astype(bool)
+    sums = generator.normal(size=(300, 2)) + 3 * np.stack([flags[:, 1], flags.any(axis=1)], axis=1)
+    labelled = label_channels(sums, flags, names=("cheese", "corner"), seed=0)
+    assert [each.label for each in labelled] == ["corner", "cheese or corner"]
+    assert label_channels(sums, flags.astype(int), names=("cheese", "corner")) == labelled
+
+
+def test_labels_print_as_a_table_with_the_labelled_channels_first_and_as_records():
+    sums, directions = direction_channels(400)
+    labelled = label_channels(np.concatenate([sums] * 4, axis=1), directions, names=NAMES, seed=0)
+    lines = repr(labelled).splitlines()
+    assert lines[0] == (
+        "24 channels: 16 with a label, 4 without, 4 dead; chosen on 200 inputs, scored on 200 others, "
+        "p adjusted by Holm's method"
+    )
+    assert lines[1].split() == ["channel", "label", "candidate", "auc", "low", "high", "p", "adjusted", "p", "note"]
+    assert lines[-1] == "... 4 more"
+    assert [each.channel for each in labelled.best("UP")] == [0, 6, 12, 18]
+    frame = labelled.to_pandas()
+    assert frame["label"].tolist()[:4] == ["UP", "DOWN or LEFT", "no label", "no label"]
+    assert frame["note"].tolist()[2] == "not above the permuted labels"
+
+
+REFUSED = {
+    "sums of one channel": (
+        lambda: label_channels(SUMS, LABELS, names=NAMES, seed=0),
+        "sums has shape (20,), but its axes must be (input, channel), none of length 0.",
+    ),
+    "one name": (
+        lambda: label_channels(SUMS[:, None], LABELS[:, None], names=["UP"], seed=0),
+        "names is ('UP',): give two to ten different names, one per label.",
+    ),
+    "a label without a name": (
+        lambda: label_channels(SUMS[:, None], np.arange(20) % 5, names=NAMES, seed=0),
+        "labels holds 4, but the 4 names have the numbers 0 to 3.",
+    ),
+    "labels of another number of inputs": (
+        lambda: label_channels(SUMS[:, None], np.arange(19) % 4, names=NAMES, seed=0),
+        "labels is int64 of shape (19,): for 20 inputs and 4 names give (20,) whole numbers from 0 on, "
+        "or (20, 4) booleans.",
+    ),
+    "a label that is too rare": (
+        lambda: label_channels(SUMS[:, None], np.minimum(np.arange(20), 3), names=NAMES, seed=0),
+        "Label 'UP' is on 1 of 20 inputs, but four with and four without it are needed, half of them to choose by and "
+        "half to score. Leave it out, or give more inputs.",
+    ),
+    "permutations that cannot reach the level": (
+        lambda: label_channels(
+            random().normal(size=(20, 30)), np.arange(20) % 4, names=NAMES, seed=0, permutations=199
+        ),
+        "permutations is 199, with which no adjusted p-value of 30 channels can reach 0.05: give at least 599.",
+    ),
+    "a level in percent": (
+        lambda: label_channels(SUMS[:, None], np.arange(20) % 4, names=NAMES, seed=0, level=5),
+        "level is 5, but it must lie between 0 and 1, such as 0.05.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_channel_can_be_labelled_by_is_refused_by_name(name):
+    call, message = REFUSED[name]
+    with pytest.raises(errors.ProbeError) as caught:
+        call()
+    assert str(caught.value) == message
