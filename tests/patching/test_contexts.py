@@ -333,19 +333,33 @@ def test_a_tensor_inside_a_nested_output_is_patched_and_its_siblings_are_not(dic
         torch.testing.assert_close(net(vector)["logits"], expected, rtol=0, atol=0)
 
 
-def test_a_distribution_is_patched_through_the_parameter_it_was_built_with(tuple_output):
+READ_ONLY = (
+    "The tensor at '.out[0].logits' is inside a distribution, so it can be recorded but not patched. Patch the module "
+    "that computes it, or name it in the forward: tap('name', tensor)."
+)
+
+
+def test_a_tensor_inside_a_distribution_is_recorded_but_not_patched(tuple_output):
     (vector,) = tuple_output.inputs(2)
-    net = tuple_output.module
-    points = hook_points(net, vector)
-    normalised = net.policy_head(net.body(vector).relu()).log_softmax(-1)
-    expected = Categorical(logits=put(normalised, (slice(None), 1), -20.0))
-    with patched(points, edit(points.site(".out[0].logits", feature=1), Set(-20.0))):
-        found, value = net(vector)
-    torch.testing.assert_close(found.probs, expected.probs)
-    assert torch.equal(value, net(vector)[1])
+    points = hook_points(tuple_output.module, vector)
+    assert [name for name, point in points.items() if point.read_only] == [".out[0].logits"]
+    (distribution, _), cache = run_with_cache(points, vector, sites=".out[0].logits")
+    assert torch.equal(cache[".out[0].logits"], distribution.logits)
+    with pytest.raises(UnsupportedModelError) as caught:
+        zero_ablate(points.site(".out[0].logits"))
+    assert str(caught.value) == READ_ONLY
 
 
-def test_a_distribution_inside_a_distribution_is_patched():
+def test_without_a_trace_a_patch_inside_a_distribution_is_refused_in_the_forward(tuple_output):
+    with (
+        pytest.raises(UnsupportedModelError) as caught,
+        patched(tuple_output.module, zero_ablate(Site(".out[0].logits"))),
+    ):
+        tuple_output.module(*tuple_output.inputs(2))
+    assert str(caught.value) == READ_ONLY
+
+
+def test_a_nested_distribution_is_recorded():
     class Gaussian(nn.Module):
         def __init__(self):
             super().__init__()
@@ -356,11 +370,8 @@ def test_a_distribution_inside_a_distribution_is_patched():
             return Independent(Normal(mean, mean.exp()), 1)
 
     net, vector = Gaussian(), torch.randn(3, 6)
-    points = hook_points(net, vector)
-    with patched(points, zero_ablate(points.site(".out.base_dist.loc"))):
-        found = net(vector)
-    assert torch.equal(found.mean, torch.zeros(3, 2))
-    assert torch.equal(found.base_dist.scale, net.mean(vector).exp())
+    cache = run_with_cache(hook_points(net, vector), vector, sites=".out.base_dist.loc", stop=True)
+    torch.testing.assert_close(cache[".out.base_dist.loc"], net.mean(vector))
 
 
 # --- where ---

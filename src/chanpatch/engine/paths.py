@@ -179,13 +179,7 @@ def _with(instance: Any, name: str, child: Any) -> Any:
 
 @cache
 def _constructor(kind: Any) -> tuple[str, ...]:
-    names = list(inspect.signature(kind.__init__).parameters)[1:]
-    return tuple(name for name in names if name != "validate_args")
-
-
-@cache
-def _validates(kind: Any) -> bool:
-    return "validate_args" in inspect.signature(kind.__init__).parameters
+    return tuple(inspect.signature(kind.__init__).parameters)[1:]
 
 
 _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", "scale_tril"})
@@ -194,12 +188,11 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
     """Name the parameters that a distribution was built with, as attributes of it.
 
-    Alternatives such as `probs` and `logits` can all be read afterwards, but only the one that was given
-    rebuilds the distribution bit for bit: the one that its constructor stored, before any was derived.
+    Of alternatives such as `probs` and `logits`, only the one that was given rebuilds the distribution bit for bit. The
+    constructor stored it before any other was derived.
     """
-    kind: Any = type(distribution)
     given = _stored(distribution)
-    names = [_attribute(name) for name in _constructor(kind)]
+    names = [_attribute(name) for name in _constructor(type(distribution))]
     for alternatives in _ALTERNATIVES:
         present = [name for name in given if name in alternatives and name in names]
         names = [name for name in names if name not in alternatives or name in present[:1]]
@@ -207,7 +200,7 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
 
 
 def _stored(distribution: Distribution) -> list[str]:
-    """Return the names of what a distribution, or the one it wraps (as OneHotCategorical does), holds, oldest first."""
+    """Return the names of the attributes of a distribution, or of the one that it wraps, oldest first."""
     held = vars(distribution)
     wrapped = held.get("_categorical", held.get("base_dist"))
     return [*([] if wrapped is None else _stored(wrapped)), *held]
@@ -220,46 +213,30 @@ def _attribute(parameter: str) -> str:
 def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
     """Return the distribution with one parameter replaced, through its constructor.
 
-    A class of the user's own may make something else of what it is given (logits divided by a temperature). It is
-    rebuilt only if its constructor, given what the distribution holds, makes the same distribution again.
+    Raises:
+        UnsupportedModelError: If it is not one of torch's: another constructor may transform its arguments.
     """
-    if type(distribution).__module__.split(".")[:2] == ["torch", "distributions"]:
-        return _constructed(distribution, changed, parameter)
-    _refuse_unfaithful(distribution, changed)
-    made = _constructed(distribution, changed, parameter)
-    _refuse_unfaithful(made, changed)
-    return made
-
-
-def _refuse_unfaithful(distribution: Distribution, changed: str) -> None:
-    """Raise unless a distribution's constructor makes of its own parameter the same parameter again."""
-    kind, held = type(distribution).__name__, getattr(distribution, changed)
-    try:
-        again = getattr(_constructed(distribution, changed, held), changed)
-        same = not isinstance(held, Tensor) or inside_vmap(held) or torch.allclose(again, held, equal_nan=True)
-    except (TypeError, ValueError, AttributeError, RuntimeError):
-        same = False
-    if not same:
-        raise UnsupportedModelError(
-            f"{kind}.__init__ cannot rebuild a {kind} from its own {changed}: it makes something else of what it "
-            "takes, or does not keep all of it. Patch the tensor that it is built from: the output of the module "
-            "before, or a tap() on it."
-        )
-
-
-def _constructed(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
     kind: Any = type(distribution)
+    if kind.__module__.split(".")[:2] != ["torch", "distributions"]:
+        raise UnsupportedModelError(f"{kind.__name__} is not one of torch's distributions, so it cannot be rebuilt.")
     alternatives = set().union(*_ALTERNATIVES)
-    arguments: dict[str, Any] = {"validate_args": distribution._validate_args} if _validates(kind) else {}
     built_with = set(_parameters(distribution)).difference(*(each for each in _ALTERNATIVES if changed in each))
+    arguments: dict[str, Any] = {}
     for name in _constructor(kind):
         attribute = _attribute(name)
         if attribute == changed:
             arguments[name] = parameter
+        elif name == "validate_args":
+            arguments[name] = distribution._validate_args
         elif attribute in built_with or (attribute not in alternatives and hasattr(distribution, attribute)):
             arguments[name] = getattr(distribution, attribute)
     rebuilt: Distribution = kind(**arguments)
     return rebuilt
+
+
+def in_distribution(tree: Any, path: Path) -> bool:
+    """Return whether a path leads into a distribution, whose tensors can be read but not replaced."""
+    return any(isinstance(get(tree, path[:end]), Distribution) for end in range(len(path)))
 
 
 def inside_vmap(tensor: Tensor) -> bool:

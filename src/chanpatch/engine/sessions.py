@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .containers import containers
 from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, forget_taps, hear_tap, wrapped_method
-from .paths import Item, Path, get, leaves, replace
+from .paths import Item, Path, get, in_distribution, leaves, replace
 
 
 class _Published(threading.local):
@@ -101,7 +101,19 @@ class Listener:
                 "TransformerEncoder makes it of padded inputs, build that with enable_nested_tensor=False."
             )
         new = self.act(leaf, self.session)
-        return new if not self._path else tree if new is leaf else replace(tree, self._path, new)
+        if not self._path or new is leaf:
+            return tree if new is leaf else new
+        if in_distribution(tree, self._path):
+            raise UnsupportedModelError(read_only(self.place.name))
+        return replace(tree, self._path, new)
+
+
+def read_only(name: str) -> str:
+    """Return why a tensor inside a distribution is not patched."""
+    return (
+        f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module that "
+        "computes it, or name it in the forward: tap('name', tensor)."
+    )
 
 
 def _argument_path(path: Path) -> Path:

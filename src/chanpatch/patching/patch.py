@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from ..errors import ChanpatchError, EditError, UnreachedError
+from ..engine.sessions import read_only
+from ..errors import ChanpatchError, EditError, UnreachedError, UnsupportedModelError
 from ..registry.points import HookPoints, bound
 from ..registry.sites import Site
 from .checks import check_mask, check_mask_type, check_operands, region_lengths
@@ -66,6 +67,8 @@ class Patch:
             )
         point = self.site.point
         if point is not None:
+            if point.read_only:
+                raise UnsupportedModelError(read_only(point.name))
             lengths = region_lengths(self.site, point)
             check_operands(self.edit, self.site, point.axes, lengths, point.dtype, point.device)
             if isinstance(self.where, Tensor):

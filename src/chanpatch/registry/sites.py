@@ -225,6 +225,7 @@ class HookPoint:
         side: `"in"`, `"out"` or `"tap"`.
         path: Place of the tensor in a nested input or output.
         call: Index of the call, if the module is called more than once.
+        read_only: Whether the tensor is inside a distribution, so that it can be recorded but not patched.
     """
 
     name: str
@@ -240,6 +241,7 @@ class HookPoint:
     side: Literal["in", "out", "tap"] = field(default="out", repr=False)
     path: Path = field(default=(), repr=False)
     call: int | None = field(default=None, repr=False)
+    read_only: bool = field(default=False, repr=False)
 
     def length(self, axis: str) -> int | None:
         """Return the length of an axis; None for the batch axis."""
