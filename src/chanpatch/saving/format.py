@@ -66,13 +66,13 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
 
 
 def decoded(
-    file: str | os.PathLike[str], device_of: Callable[[str], torch.device]
+    file: str | os.PathLike[str], points: Mapping[str, HookPoint] | None
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None]:
     """Return the patches of a file, the traces of their hook points, the version that wrote it, and the receipt.
 
     Args:
         file: Path of the file.
-        device_of: Function from the name of a hook point to the device of the operands there.
+        points: Hook points, whose devices the operands go to; operands at no hook point go to the CPU.
 
     Raises:
         InterventionError: If the file is damaged, was not written by `save`, or has a later format.
@@ -97,9 +97,12 @@ def decoded(
                 stored: Tensor = archive.get_tensor(key)
                 return stored.permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
 
+            def device(name: str) -> torch.device:
+                return points[name].device if points is not None and name in points else torch.device("cpu")
+
             records, receipt = metadata["patches"], metadata["receipt"]
             return (
-                tuple(_patch(record, tensor, device_of(record["site"]["name"])) for record in records),
+                tuple(_patch(record, tensor, device(record["site"]["name"])) for record in records),
                 tuple(None if record["hook_point"] is None else str(record["hook_point"]) for record in records),
                 str(metadata["chanpatch"]),
                 None if receipt is None else Receipt(**{name: str(each) for name, each in receipt.items()}),
