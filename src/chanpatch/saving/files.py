@@ -75,13 +75,12 @@ def save(
         file: Path of the file; `.safetensors` is the usual ending.
         patches: One or more patches, in order of application. Their edits are those of `chanpatch.patching`, and
             every `where` is a mask.
-        points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs. Sites
-            from `HookPoints.site` have theirs already.
+        points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs.
         inputs: Model inputs for the receipt: a tensor, a tuple of arguments, or a mapping of keywords.
 
     Raises:
-        InterventionError: If a patch holds a function, or an operand that safetensors has no type for (all faults at
-            once); if inputs come without points; or if a forward with the patches does not repeat bit for bit.
+        InterventionError: If a patch holds a function or a tensor that safetensors cannot store (all faults at once);
+            if inputs come without points; or if the forward with the patches does not repeat bit for bit.
         HookPointError, SiteError: If a site does not exist in `points`.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
