@@ -28,8 +28,7 @@ def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric
         name: Subject of the error messages.
 
     Raises:
-        MetricError: If the metric is not a function, returns anything else, or writes into its arguments, which other
-            metrics and patches get too.
+        MetricError: If the metric is not a function, returns anything else, or writes into its arguments.
     """
     if not callable(metric):
         raise MetricError(

@@ -137,20 +137,14 @@ def _number(action: Any) -> int:
 
 
 def value_candidates(output: Any) -> list[Tensor]:
-    """Return the tensors of an output, one number per input, that could be its value."""
-    if isinstance(output, Tensor):
-        return [output] if _is_one_per_input(output) else []
+    """Return the tensors of an output, `(batch,)` or `(batch, 1)`, that could be its value."""
     names = ("value", "values")
-    named = map(output.get, names) if isinstance(output, Mapping) else (getattr(output, name, None) for name in names)
-    found = [item for item in named if isinstance(item, Tensor)]
-    if not found and isinstance(output, (tuple, list)):
-        distributed = any(isinstance(item, Distribution) for item in output)
-        found = [item for item in output[not distributed :] if isinstance(item, Tensor)]
-    return [tensor for tensor in found if _is_one_per_input(tensor)]
-
-
-def _is_one_per_input(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and (tensor.dim() == 1 or (tensor.dim() == 2 and tensor.shape[1] == 1))
+    entries = output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in names}
+    found: Sequence[Any] = [output] if isinstance(output, Tensor) else [entries.get(name) for name in names]
+    if isinstance(output, (tuple, list)) and not any(isinstance(item, Tensor) for item in found):
+        found = output if any(isinstance(item, Distribution) for item in output) else output[1:]
+    tensors = [item for item in found if isinstance(item, Tensor) and item.is_floating_point()]
+    return [tensor for tensor in tensors if tensor.dim() == 1 or (tensor.dim() == 2 and tensor.shape[1] == 1)]
 
 
 def described(output: Any) -> str:

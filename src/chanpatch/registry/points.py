@@ -119,8 +119,8 @@ class HookPoints(Records, Mapping[str, HookPoint]):
                 "module returns, another name."
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        modules = {each: module for each, module in modules.items() if module is modules.get(name)}
-        fired = [point.name for point in self._points.values() if point.module == name or point.module in modules]
+        module = modules.get(name, name)
+        fired = [point.name for point in self._points.values() if modules.get(point.module, point.module) == module]
         if name in self.not_called:
             return (
                 f"Hook point '{name}' never fired: the traced forward did not call that module. "
@@ -190,11 +190,7 @@ def normalized(site: Site, point: HookPoint) -> Site:
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> HookPoint | BarePoint:
-    """Return the hook point of a site: the traced one, or what its name alone says.
-
-    Args:
-        modules: Modules of the model, by all their names.
-        site: Any site.
+    """Return the hook point of a site, traced or by its name alone, in a model with these modules, by all their names.
 
     Raises:
         HookPointError: If no module of the model has that name.
@@ -243,11 +239,7 @@ def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> lis
 
 
 def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
-    """Return the model.
-
-    Raises:
-        TypeError: If it is neither HookPoints nor a module.
-    """
+    """Return the model, or raise TypeError."""
     model = points_or_model.model if isinstance(points_or_model, HookPoints) else points_or_model
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected HookPoints or a torch.nn.Module, not {type(points_or_model).__name__}.")

@@ -178,10 +178,7 @@ class _Trace:
 
 
 class _Weights:
-    """Watches whether each module, when it is called, still has the parameters of before the forward: `steady`.
-
-    A forward that merges, casts or swaps parameters, and undoes that at its end, must not be ended early.
-    """
+    """Compares parameters before and during a forward: one that changes them, and undoes it at its end, must run on."""
 
     def __init__(self, model: nn.Module) -> None:
         self.steady = True
@@ -234,10 +231,10 @@ def _names_by_place(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> dict[_P
 
 
 def _proved_batches(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace) -> dict[str, int]:
-    """Return which axis is the batch, by hook point, as a second run with one row more proves it.
+    """Return the batch axis of each hook point for which a second run with one row more proves it.
 
-    An input grows along the axis that is named "batch", or along its first axis if some axis has no name. All that
-    grow are of one length; the others stay as they are.
+    An input grows along the axis named "batch", or along its first axis if some axis has no name, but only if that is
+    as long as the batch.
     """
     grown: Any = (inputs, dict(keywords))
     named = [(path, tensor, trace.names_of_input(path[1:])) for path, tensor in with_rows(grown)]

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
@@ -81,19 +80,18 @@ def save(
         file: Path of the file; `.safetensors` is the usual ending.
         patches: One or more patches, in order of application. Their edits are those of `chanpatch.patching`, and
             every `where` is a mask.
-        points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs. Sites
-            from `HookPoints.site` have theirs already.
+        points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs.
         inputs: Model inputs for the receipt: a tensor, a tuple of arguments, or a mapping of keywords.
 
     Raises:
-        InterventionError: If a patch holds a function, or an operand that safetensors has no type for (all faults at
-            once); if inputs come without points; or if a forward with the patches does not repeat bit for bit.
+        InterventionError: If a patch holds a function or a tensor that safetensors cannot store (all faults at once);
+            if inputs come without points; or if the forward with the patches does not repeat bit for bit.
         HookPointError, SiteError: If a site does not exist in `points`.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from torch import nn
         >>> from chanpatch import hook_points, zero_ablate
         >>> points = hook_points(nn.Linear(2, 3), torch.ones(4, 2))
@@ -132,20 +130,15 @@ def save(
         unfinished.unlink(missing_ok=True)
 
 
-def load(
-    file: str | os.PathLike[str],
-    points: HookPoints | None = None,
-    *,
-    device: str | torch.device | None = None,
-) -> list[Patch]:
+def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list[Patch]:
     """Return the patches of a file, in order of application.
 
     Loading never runs code from the file: it is data, and its edits are those of `chanpatch.patching`.
 
     Args:
         file: Path of a file that `save` wrote.
-        points: Hook points to check the patches against: same names, axes, shapes, dtypes and module types.
-        device: Device of the operands. None is the device of each patch's hook point, or the CPU without points.
+        points: Hook points to check the patches against: same names, axes, shapes, dtypes and module types. Operands
+            go to the devices of their hook points; without points they stay on the CPU.
 
     Raises:
         InterventionError: If the file is damaged, was not written by `save`, has a later format, or does not fit the
@@ -153,19 +146,13 @@ def load(
         OSError: If the file cannot be read.
         MissingPackageError: If safetensors is not installed.
     """
-
-    def device_of(name: str) -> torch.device:
-        if device is not None:
-            return torch.device(device)
-        return points[name].device if points is not None and name in points else torch.device("cpu")
-
-    points = None if points is None else traced(points, None)
-    found = Contents(*decoded(file, device_of))
     if points is None:
-        return list(found.patches)
+        return list(contents(file).patches)
+    points = traced(points, None)
+    found, traces, *_ = decoded(file, points)
     patches: list[Patch] = []
     faults: dict[str, None] = {}
-    for patch, saved in zip(found.patches, found.hook_points, strict=True):
+    for patch, saved in zip(found, traces, strict=True):
         try:
             here = trace_of(points[patch.site.name])
             if saved not in (None, here):
@@ -233,7 +220,7 @@ def contents(file: str | os.PathLike[str]) -> Contents:
         1      Site('relu', channel=[3, 5])  Set(value=0.0)  everywhere  not traced
         No receipt: saved without inputs.
     """
-    return Contents(*decoded(file, lambda name: torch.device("cpu")))
+    return Contents(*decoded(file, points=None))
 
 
 def _edit_text(edit: Any) -> str:

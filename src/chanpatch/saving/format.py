@@ -27,7 +27,7 @@ from torch import Tensor
 from ..errors import InterventionError
 from ..patching.edits import Add, Clamp, Project, Resample, Scale, Set
 from ..patching.patch import Patch, edit_name
-from ..registry.sites import Flags, HookPoint, Selection, Site, Span
+from ..registry.sites import Flags, HookPoint, Site, Span
 from ..results import imported
 from .receipts import Receipt
 
@@ -66,13 +66,13 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
 
 
 def decoded(
-    file: str | os.PathLike[str], device_of: Callable[[str], torch.device]
+    file: str | os.PathLike[str], points: Mapping[str, HookPoint] | None
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None]:
     """Return the patches of a file, the traces of their hook points, the version that wrote it, and the receipt.
 
     Args:
         file: Path of the file.
-        device_of: Function from the name of a hook point to the device of the operands there.
+        points: Hook points, whose devices the operands go to; operands at no hook point go to the CPU.
 
     Raises:
         InterventionError: If the file is damaged, was not written by `save`, or has a later format.
@@ -97,9 +97,12 @@ def decoded(
                 stored: Tensor = archive.get_tensor(key)
                 return stored.permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
 
+            def device(name: str) -> torch.device:
+                return points[name].device if points is not None and name in points else torch.device("cpu")
+
             records, receipt = metadata["patches"], metadata["receipt"]
             return (
-                tuple(_patch(record, tensor, device_of(record["site"]["name"])) for record in records),
+                tuple(_patch(record, tensor, device(record["site"]["name"])) for record in records),
                 tuple(None if record["hook_point"] is None else str(record["hook_point"]) for record in records),
                 str(metadata["chanpatch"]),
                 None if receipt is None else Receipt(**{name: str(each) for name, each in receipt.items()}),
@@ -139,8 +142,13 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
             "its where is a function, and a file holds data only. Give the mask that it returns: a bool tensor."
         )
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}
+    indices: dict[str, Any] = {
+        axis: {"slice": [chosen.start, chosen.stop, chosen.step]} if isinstance(chosen, Span)
+        else list(chosen.values if isinstance(chosen, Flags) else chosen)
+        for axis, chosen in patch.site.indices
+    }  # fmt: skip
     return {
-        "site": {"name": patch.site.name, "indices": {axis: _index(chosen) for axis, chosen in patch.site.indices}},
+        "site": {"name": patch.site.name, "indices": indices},
         "hook_point": None if patch.site.point is None else trace_of(patch.site.point),
         "edit": type(edit).__name__,
         "operands": {name: _operand(operand, name, tensors) for name, operand in operands.items()},
@@ -160,12 +168,6 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
     chosen = {axis: slice(*each["slice"]) if isinstance(each, dict) else each for axis, each in indices.items()}
     edit = _EDITS[kind](**{name: operand(given) for name, given in record["operands"].items()})
     return Patch(Site(record["site"]["name"], **chosen), edit, operand(record["where"]))
-
-
-def _index(chosen: Selection) -> Any:
-    if isinstance(chosen, Span):
-        return {"slice": [chosen.start, chosen.stop, chosen.step]}
-    return list(chosen.values if isinstance(chosen, Flags) else chosen)
 
 
 def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) -> Any:
