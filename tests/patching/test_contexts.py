@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Independent, Normal
 
 from chanpatch.engine.sessions import forward_context
 from chanpatch.errors import (

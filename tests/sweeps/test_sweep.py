@@ -138,9 +138,10 @@ def test_a_sweep_of_a_model_without_a_trace_equals_the_loop(model: Model) -> Non
 def test_every_hook_point_of_a_model_is_swept_at_once_and_equals_the_loop(model: Model) -> None:
     inputs = model.inputs(ROWS)
     points = hook_points(model.module, *inputs)
-    sites = [part for name in points for part in parts(points.site(name))]
+    names = [name for name, point in points.items() if not point.read_only]
+    sites = [part for name in names for part in parts(points.site(name))]
     result = assert_equals_the_loop(points, inputs, {site: edit(site, Scale(2.0)) for site in sites})
-    assert [group.point for group in result.groups] == list(points)
+    assert [group.point for group in result.groups] == names
 
 
 class Squashed(nn.Module):

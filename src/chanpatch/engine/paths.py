@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -191,8 +191,8 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
     Of alternatives such as `probs` and `logits`, only the one that was given rebuilds the distribution bit for bit. The
     constructor stored it before any other was derived.
     """
-    given = _stored(distribution)
-    names = [_attribute(name) for name in _constructor(type(distribution))]
+    given, kind = _stored(distribution), cast("Any", type(distribution))
+    names = [_attribute(name) for name in _constructor(kind)]
     for alternatives in _ALTERNATIVES:
         present = [name for name in given if name in alternatives and name in names]
         names = [name for name in names if name not in alternatives or name in present[:1]]

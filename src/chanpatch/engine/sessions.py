@@ -111,8 +111,8 @@ class Listener:
 def read_only(name: str) -> str:
     """Return why a tensor inside a distribution is not patched."""
     return (
-        f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module that "
-        "computes it, or name it in the forward: tap('name', tensor)."
+        f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
+        "that computes it, or name it in the forward: tap('name', tensor)."
     )
 
 

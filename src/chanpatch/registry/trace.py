@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..engine.hooks import observed, refuse_unhookable
 from ..engine.inputs import Inputs, batches, copied_inputs
-from ..engine.paths import Attr, Path, leaves, replace, with_rows
+from ..engine.paths import Attr, Path, in_distribution, leaves, replace, with_rows
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .axes import NamePropagation, Names, axis_names
@@ -91,6 +91,7 @@ class _Fired(NamedTuple):
     path: Path
     call: int
     tensor: Tensor
+    read_only: bool = False
 
 
 _Place: TypeAlias = tuple[str, str, Path, int]  # all of a _Fired but the tensor
@@ -153,7 +154,8 @@ class _Trace:
         while caller is not module:  # a call that raised, and was caught, gave no output
             caller, call, inputs = self._stack.pop()
         for path, tensor in leaves(output):
-            self._note(_Fired(self.module_names[module][0], "out", path, call, tensor), module, inputs)
+            read_only = in_distribution(output, path)
+            self._note(_Fired(self.module_names[module][0], "out", path, call, tensor, read_only), module, inputs)
 
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         self._note(_Fired(name, "tap", (), self.calls[name], tensor), None, None)
@@ -295,6 +297,7 @@ def _point(trace: _Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
         side=fired.side,
         path=fired.path,
         call=fired.call if trace.calls[fired.module] > 1 else None,
+        read_only=fired.read_only,
     )
 
 
