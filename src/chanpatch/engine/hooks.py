@@ -46,6 +46,7 @@ class _Scope(Protocol):
     """Listeners that come and go together, and the calls they want to hear of."""
 
     # fmt: off
+    enabled: bool
     @property
     def listeners(self) -> Sequence[Any]: ...
     @property

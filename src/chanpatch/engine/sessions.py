@@ -244,6 +244,11 @@ class Session:
         return Station.of(module) or Station(module)
 
     @property
+    def root_call(self) -> RootCall | None:
+        """The root call under way."""
+        return self._running
+
+    @property
     def running(self) -> str | None:
         """The method of the root call under way."""
         return None if self._running is None else self._running.method
@@ -288,7 +293,7 @@ class Session:
     def end(self, station: Station, *, failed: bool) -> None:
         """End the root call that a module's call began."""
         running = self._running
-        if running is None or running.station is not station:
+        if not self.enabled or running is None or running.station is not station:
             return
         if running.depth:
             running.depth -= 1
@@ -409,3 +414,18 @@ class Session:
                 f"Name the call, as in '{place.module}#0', or trace the model with hook_points()."
             )
         return place.call is None or place.call == self.call
+
+
+@contextmanager
+def without_listeners(model: nn.Module) -> Iterator[None]:
+    """Run the model without any listener, also in the middle of a forward that has some."""
+    stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
+    sessions = {each for station in stations for each in (*station.scopes, *(at.session for at in station.listeners))}
+    enabled = {session: session.enabled for session in sessions}
+    try:
+        for session in sessions:
+            session.enabled = False
+        yield
+    finally:
+        for session, before in enabled.items():
+            session.enabled = before

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.regions import read
+from ..engine.sessions import Moment, Session
 from ..errors import EditError, TraceMismatchError
 from ..registry.axes import axis_names
 from ..registry.names import BarePoint
 from ..registry.sites import Axes, HookPoint, Site
+from ..registry.trace import names_by_trace
 from .edits import Add, Project, Resample, Scale, Set
 
 
@@ -31,43 +32,54 @@ class Located:
 
     def __init__(self, site: Site, point: HookPoint | BarePoint, module: nn.Module | None) -> None:
         self.site, self._point, self._module = site, point, module
+        self.wants_names = False  # of all axes, and the batch axis
         self.axes: Axes = ()
         self.batch_axis: int | None = None
         self.positions: dict[int, slice | Tensor] = {}
         self._known: tuple[Any, ...] | None = None
 
-    def region(self, leaf: Tensor) -> Tensor:
-        """Return the site's region of the tensor found at its hook point.
+    def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
+        """Look up where the site lies in the tensor found at its hook point.
 
         Raises:
             TraceMismatchError, SiteError: If the tensor is not as in the trace, or has no such region.
         """
-        self.locate(leaf)
-        return read(leaf, self.positions)
-
-    def locate(self, leaf: Tensor) -> None:
-        """Look up where the site lies in the tensor found at its hook point; raises as `region` does."""
         known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
         self._known = None
         # What is kept serves forwards outside of inference mode, too.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            self._locate(leaf)
+            self._locate(leaf, moment)
             self._check(leaf)
         if type(leaf) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
             self._known = known  # what is made inside a transform, or for a subclass, is of no use after it
 
-    def _locate(self, leaf: Tensor) -> None:
+    def _locate(self, leaf: Tensor, moment: Moment | Session) -> None:
         if isinstance(self._point, HookPoint):
             self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
             check_traced_shape(leaf, self._point)
         else:
-            self.axes, self.batch_axis = bare_axes(self._point, self._module, leaf)
+            self.axes, self.batch_axis = self._bare_axes(self._point, leaf, moment)
         self.positions = {
             axis: chosen if isinstance(chosen, slice) else torch.tensor(chosen, device=leaf.device)
             for axis, chosen in self.site.positions(self.axes, leaf.shape).items()
         }
+
+    def _bare_axes(self, point: BarePoint, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
+        """Return the axis names that the module's type gives; if they are not enough, those of a trace."""
+        names: Sequence[str | None] = (None,) * leaf.dim()
+        if self._module is not None:
+            names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
+        lacks = any(axis not in names for axis, _ in self.site.indices)
+        lacks |= self.wants_names and (None in names or "batch" not in names)
+        readable = not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+        if lacks and readable and isinstance(moment, Session) and (call := moment.root_call) is not None:
+            known = names_by_trace(moment.root, call.method, call.args, call.kwargs).get(point.name)
+            if known is not None and len(known[0]) == leaf.dim():
+                return known
+        axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
+        return axes, axes.index("batch") if "batch" in axes else None
 
     def _check(self, leaf: Tensor) -> None:
         """Raise if what is done there does not fit the region."""
@@ -92,14 +104,6 @@ def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
             f"Hook point '{point.name}' is {leaf.dtype} in this forward, but {point.dtype} in the trace. Call "
             "hook_points() on the model as it is run: in the same dtype, inside the same torch.autocast."
         )
-
-
-def bare_axes(point: BarePoint, module: nn.Module | None, leaf: Tensor) -> tuple[Axes, int | None]:
-    """Return the axis names that the module's type alone gives, and which is the batch."""
-    path = point.path
-    names = (None,) * leaf.dim() if module is None else axis_names(module, point.side, path, leaf.dim(), None)
-    axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
-    return axes, axes.index("batch") if "batch" in axes else None
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:

@@ -53,6 +53,7 @@ class Firing(Located):
         self._edit: Callable[..., Tensor] = patch.edit
         self._takes_context = patch.takes_context
         self._needs_context = patch.takes_context or callable(patch.where)
+        self.wants_names = self._needs_context
         self._sets: Any = patch.edit.value if type(patch.edit) is Set else None
         self._check_nan = check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
@@ -66,7 +67,7 @@ class Firing(Located):
             leaf: The tensor at the hook point.
             moment: The forward under way: its inputs, step, rows and call, for edits and `where` functions.
         """
-        self.locate(leaf)
+        self.locate(leaf, moment)
         if self._overwrite is not None:
             self._count(moment, None)
             return self._overwrite(leaf)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..engine.hooks import refuse_unhookable
 from ..engine.paths import inside_vmap
-from ..engine.regions import written
+from ..engine.regions import read, written
 from ..engine.sessions import Session, StopForward
 from ..errors import UnreachedError, UnsupportedModelError
 from ..registry.names import BarePoint
@@ -194,6 +194,7 @@ class _Record(Located):
     def __init__(self, recorder: _Recorder, site: Site, point: HookPoint | BarePoint, module: nn.Module | None) -> None:
         super().__init__(site, point, module)
         self._recorder = recorder
+        self.wants_names = isinstance(recorder.reduce, str)
         self._kept: tuple[Axes, int | None] = ((), None)  # what the reduction leaves
         if isinstance(point, HookPoint):
             lengths = [1 if length is None else length for length in region_lengths(site, point)]
@@ -209,7 +210,8 @@ class _Record(Located):
                 "model outside of vmap, on a batch of inputs."
             )
         recorder = self._recorder
-        region = self.region(leaf)
+        self.locate(leaf, session)
+        region = read(leaf, self.positions)
         if not recorder.keeps_graph:
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce)

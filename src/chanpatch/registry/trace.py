@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from ..engine.hooks import observed, refuse_unhookable
 from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Attr, Path, in_distribution, leaves, replace, with_rows
+from ..engine.sessions import without_listeners
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .axes import NamePropagation, Names, axis_names
 from .names import glob, written_name
 from .points import HookPoints, model_of
-from .sites import HookPoint
+from .sites import Axes, HookPoint
 
 
 def hook_points(
@@ -81,6 +83,25 @@ def hook_points(
     return HookPoints(
         model, points, method=method, calls=trace.calls, not_called=trace.not_called(), steady=weights.steady
     )
+
+
+def names_by_trace(
+    model: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, tuple[Axes, int | None]]:
+    """Return the axes, and the number of the batch axis, of the hook points of a model that was not traced.
+
+    The model is traced once, with these inputs and without any listener; nothing is known if that fails.
+    """
+    if model not in _names:
+        found = {}
+        with suppress(Exception), without_listeners(model):
+            points = hook_points(model, *args, method=method, **kwargs).values()
+            found = {name: (each.axes, each.batch_axis) for each in points for name in (each.name, *each.aliases)}
+        _names[model] = found
+    return _names[model]
+
+
+_names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = WeakKeyDictionary()
 
 
 class _Fired(NamedTuple):
