@@ -296,12 +296,12 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES[:1], count=1, seed=0),
             StatisticsError,
-            "background holds 1 inputs: at least two are needed to tell what varies.",
+            "background has 1 inputs: give at least two, to measure how much activations vary.",
         ),
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES, []),
             StatisticsError,
-            "background holds 0 inputs: at least two are needed to tell what varies.",
+            "background has 0 inputs: give at least two, to measure how much activations vary.",
         ),
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:0], IMAGES),

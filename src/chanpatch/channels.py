@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .engine.inputs import Inputs, batches
 from .engine.paths import Path
+from .engine.state import undisturbed
 from .errors import ChanpatchError, SiteError
 from .patching.cache import ActivationCache
 from .patching.recording import run_with_cache
@@ -27,12 +28,14 @@ ROUNDING = 1e-6  # what may differ between two runs in single precision, relativ
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and summed squared deviation per channel, in float64; `+` merges two samples.
+    """Moments and extremes of a sample per channel, in float64; `+` merges two samples.
 
     Attributes:
         count: Number of inputs.
         mean: `(channel,)`.
         squares: `(channel,)`, the sum of squared deviations from the mean.
+        lowest: `(channel,)`, the smallest value.
+        highest: `(channel,)`, the largest value.
 
     References:
         Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), equation 2.1.
@@ -41,19 +44,28 @@ class Moments:
     count: int
     mean: Floats
     squares: Floats
+    lowest: Floats
+    highest: Floats
 
     @staticmethod
     def of(sample: ArrayLike) -> Moments:
         """Return the moments of a sample `(input, channel)`."""
         values = np.asarray(sample, dtype=np.float64)
         mean = values.mean(axis=0)
-        return Moments(len(values), mean, np.square(values - mean).sum(axis=0))
+        return Moments(len(values), mean, np.square(values - mean).sum(axis=0), values.min(axis=0), values.max(axis=0))
+
+    @staticmethod
+    def side_by_side(parts: Sequence[Moments]) -> Moments:
+        """Return the moments of the channels of several samples of the same inputs."""
+        arrays = zip(*((each.mean, each.squares, each.lowest, each.highest) for each in parts), strict=True)
+        return Moments(parts[0].count, *map(np.concatenate, arrays))
 
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
         share, apart = other.count / max(count, 1), other.mean - self.mean
         squares = self.squares + other.squares + np.square(apart) * (self.count * share)
-        return Moments(count, self.mean + apart * share, squares)
+        lowest, highest = np.minimum(self.lowest, other.lowest), np.maximum(self.highest, other.highest)
+        return Moments(count, self.mean + apart * share, squares, lowest, highest)
 
     @property
     def std(self) -> Floats:
@@ -69,7 +81,7 @@ class Moments:
         return beyond
 
 
-NO_MOMENTS = Moments(0, np.zeros(()), np.zeros(()))  # of an empty sample, to add others to
+NO_MOMENTS = Moments(0, np.zeros(()), np.zeros(()), np.array(np.inf), np.array(-np.inf))  # of an empty sample
 
 
 def check_inputs(
@@ -156,3 +168,47 @@ def check_finite(name: str, sample: Floats, site: Site, start: int, error: type[
             f"{name}[{start + int(np.argmin(finite))}] leads to a number that is not finite at {site!r}: leave that "
             "input out, or that site."
         )
+
+
+def gathered(
+    run: undisturbed,
+    points: HookPoints,
+    named: tuple[str, Any],
+    sites: Sequence[Site],
+    reduce: Reduce,
+    batch_size: int,
+    error: type[ChanpatchError],
+) -> dict[Site, Floats]:
+    """Return the reduced activations of named inputs, `(input, channel)` per site; not finite ones raise the error."""
+    name, inputs = named
+    parts: dict[Site, list[Floats]] = {site: [] for site in sites}
+    for cache in run.apart(recorded(points, inputs, sites, reduce, batch_size)):
+        for site in sites:
+            parts[site].append(rows(cache, site))
+    samples = {site: np.concatenate(arrays) for site, arrays in parts.items()}
+    for site, sample in samples.items():
+        check_finite(name, sample, site, 0, error)
+    return samples
+
+
+def background_moments(
+    run: undisturbed,
+    points: HookPoints,
+    background: Any,
+    sites: Sequence[Site],
+    reduce: Reduce | None,
+    batch_size: int,
+    error: type[ChanpatchError],
+    sampled: Callable[[ActivationCache, Site], Floats] = rows,
+) -> dict[Site, Moments]:
+    """Return the moments of each site over background inputs; fewer than two raise the error."""
+    moments = dict.fromkeys(sites, NO_MOMENTS)
+    for cache in run.apart(recorded(points, background, sites, reduce, batch_size)):
+        for site in sites:
+            sample = sampled(cache, site)
+            check_finite("background", sample, site, moments[site].count, error)
+            moments[site] += Moments.of(sample)
+    count = moments[sites[0]].count
+    if count < 2:
+        raise error(f"background has {count} inputs: give at least two, to measure how much activations vary.")
+    return moments

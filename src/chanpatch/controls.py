@@ -16,17 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .channels import (
-    NO_MOMENTS,
-    ROUNDING,
-    Floats,
-    Moments,
-    channel_axis,
-    check_finite,
-    check_inputs,
-    recorded,
-    rows,
-)
+from .channels import ROUNDING, Floats, Moments, background_moments, channel_axis, check_inputs, gathered
 from .engine.inputs import Inputs, first_batch, input_count
 from .engine.state import undisturbed
 from .errors import EditError, SiteError, StatisticsError
@@ -311,35 +301,26 @@ def off_distribution(
         raise StatisticsError("inputs holds no inputs: give at least one to run the patched model on.")
     with undisturbed(points.model) as run:
         with patched(points, chosen):
-            (cache,) = recorded(points, inputs, sites, "sum", count)
+            samples = gathered(run, points, ("inputs", inputs), sites, "sum", count, StatisticsError)
         run.put_back()
-        usual, lowest, highest = _usual(run.apart(recorded(points, background, sites, "sum", batch_size)), sites)
-    sums = _sums("inputs", cache, sites, 0)
-    slack = ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
+        found = background_moments(run, points, background, sites, "sum", batch_size, StatisticsError)
+    sums = np.concatenate([*samples.values()], axis=1)
+    usual = Moments.side_by_side([*found.values()])
+    slack = ROUNDING * np.maximum(np.abs(usual.lowest), np.abs(usual.highest))
     z = (sums - usual.mean) / np.where(usual.varies(), usual.std, np.nan)
     return OffDistribution(
         sites=parts,
         patched=sums.mean(axis=0),
         mean=usual.mean,
         std=usual.std,
-        lowest=lowest,
-        highest=highest,
+        lowest=usual.lowest,
+        highest=usual.highest,
         z=z.mean(axis=0),
         absolute_z=np.abs(z).mean(axis=0),
-        outside=((sums < lowest - slack) | (sums > highest + slack)).mean(axis=0),
+        outside=((sums < usual.lowest - slack) | (sums > usual.highest + slack)).mean(axis=0),
         inputs=count,
         background=usual.count,
     )
-
-
-def _usual(forwards: Iterable[ActivationCache], sites: Sequence[Site]) -> tuple[Moments, Floats, Floats]:
-    """Return moments, smallest and largest of the channel sums of the background."""
-    moments, lowest, highest = NO_MOMENTS, np.array(np.inf), np.array(-np.inf)
-    for cache in forwards:
-        sums = _sums("background", cache, sites, moments.count)
-        moments += Moments.of(sums)
-        lowest, highest = np.minimum(lowest, sums.min(axis=0)), np.maximum(highest, sums.max(axis=0))
-    return _checked(moments), lowest, highest
 
 
 def _channel_means(
@@ -348,26 +329,11 @@ def _channel_means(
     """Return the mean activation of every channel of a site, and whether it varies anywhere over the background."""
     point = points[whole.name]
     in_front = (point.batch_axis or 0, point.axes.index(axis))
-    moments = NO_MOMENTS
+
+    def sampled(cache: ActivationCache, site: Site) -> Floats:
+        array = cache[site].double().movedim(in_front, (0, 1)).numpy()
+        return array.reshape(*array.shape[:2], -1)
+
     with undisturbed(points.model) as run:
-        for cache in run.apart(recorded(points, background, [whole], None, batch_size)):
-            sample = cache[whole].double().movedim(in_front, (0, 1)).numpy()
-            check_finite("background", sample, whole, moments.count, StatisticsError)
-            moments += Moments.of(sample.reshape(*sample.shape[:2], -1))
-    checked = _checked(moments)
-    return checked.mean.mean(axis=1), checked.varies().any(axis=1)
-
-
-def _sums(name: str, cache: ActivationCache, sites: Sequence[Site], start: int) -> Floats:
-    """Return the channel sums of all sites side by side, `(input, channel)`, of inputs that messages call by a name."""
-    found = []
-    for site in sites:
-        found.append(rows(cache, site))
-        check_finite(name, found[-1], site, start, StatisticsError)
-    return np.concatenate(found, axis=1)
-
-
-def _checked(moments: Moments) -> Moments:
-    if moments.count < 2:
-        raise StatisticsError(f"background holds {moments.count} inputs: at least two are needed to tell what varies.")
-    return moments
+        found = background_moments(run, points, background, [whole], None, batch_size, StatisticsError, sampled)
+    return found[whole].mean.mean(axis=1), found[whole].varies().any(axis=1)

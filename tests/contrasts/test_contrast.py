@@ -285,13 +285,11 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
-            "background holds 0 inputs: at least two are needed to tell what varies. Leave it out to compare "
-            "differences as they are.",
+            "background has 0 inputs: give at least two, to measure how much activations vary.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=CLEAN[:1]),
-            "background holds 1 inputs: at least two are needed to tell what varies. Leave it out to compare "
-            "differences as they are.",
+            "background has 1 inputs: give at least two, to measure how much activations vary.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", batch_size=0),

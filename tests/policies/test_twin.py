@@ -461,7 +461,7 @@ def test_another_structure_on_one_side_is_a_clear_error(policy, twin, vector, ch
     twin(vector)
     change(policy if side == "policy" else twin)
     for call in (twin, twin.greedy, twin.body):
-        with pytest.raises(UnsupportedModelError, match=r"was replaced since the twin was made.*Make the twin anew"):
+        with pytest.raises(UnsupportedModelError, match=r"was replaced since the twin was made.*Make a new twin"):
             call(vector)
 
 

@@ -11,6 +11,7 @@ from scipy.stats import mannwhitneyu
 from sklearn.metrics import roc_auc_score
 
 from chanpatch import errors, label_channels
+from chanpatch.probes import labels as labels_file
 from chanpatch.probes.checks import halves
 from chanpatch.statistics import auc
 
@@ -74,18 +75,23 @@ def test_the_p_value_is_that_of_the_mann_whitney_test_on_the_held_out_half():
         assert each.p == pytest.approx(expected, abs=0.015)
 
 
-def test_noise_gets_a_label_no_more_often_than_the_level_says():
+def test_noise_gets_a_label_no_more_often_than_the_level_says(monkeypatch):
+    monkeypatch.setattr(labels_file, "PERMUTATIONS", 199)
     directions = np.arange(60) % 4
     wrong = [
         any(
-            each.label
-            for each in label_channels(
-                random(seed).normal(size=(60, 4)), directions, names=NAMES, seed=seed, permutations=199
-            )
+            each.label for each in label_channels(random(seed).normal(size=(60, 4)), directions, names=NAMES, seed=seed)
         )
         for seed in range(200)
     ]
     assert np.mean(wrong) < 0.09
+
+
+def test_so_many_permutations_are_drawn_that_one_of_many_channels_can_be_labelled():
+    sums = random().normal(size=(60, 600))
+    sums[:, 7] += 9 * (np.arange(60) % 2)
+    labelled = label_channels(sums, np.arange(60) % 2, names=("EVEN", "ODD"))
+    assert labelled[7].p == 1 / 12_000 and labelled[7].label == "ODD"
 
 
 def test_a_dead_channel_has_no_label_and_says_so():
@@ -147,12 +153,6 @@ REFUSED = {
         lambda: label_channels(SUMS[:, None], np.minimum(np.arange(20), 3), names=NAMES, seed=0),
         "Label 'UP' is on 1 of 20 inputs, but four with and four without it are needed, half of them to choose by and "
         "half to score. Leave it out, or give more inputs.",
-    ),
-    "permutations that cannot reach the level": (
-        lambda: label_channels(
-            random().normal(size=(20, 30)), np.arange(20) % 4, names=NAMES, seed=0, permutations=199
-        ),
-        "permutations is 199, with which no adjusted p-value of 30 channels can reach 0.05: give at least 599.",
     ),
     "a level in percent": (
         lambda: label_channels(SUMS[:, None], np.arange(20) % 4, names=NAMES, seed=0, level=5),

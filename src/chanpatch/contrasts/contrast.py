@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from ..channels import check_inputs
+from ..channels import check_inputs, gathered
 from ..engine.inputs import Inputs, first_batch, input_count
 from ..engine.state import undisturbed
 from ..errors import ContrastError
@@ -21,7 +21,7 @@ from ..registry.trace import traced
 from ..statistics.corrections import benjamini_hochberg, holm
 from ..statistics.resampling import bootstrap_interval, sign_flip_test
 from .result import LEVEL, Contrast
-from .search import channels_of, distinct, gathered, searched, spread_over
+from .search import channels_of, distinct, searched, spread_over
 
 FEWEST_CLUSTERS = 6  # with fewer, no sign-flip test can give a p below 0.05
 
@@ -83,9 +83,9 @@ def contrast(
     labels = _checked_pairs(points, clean, corrupted, clusters, batch_size)
     chosen, skipped = searched(points, sites, reduce)
     with undisturbed(points.model) as run:
-        one = gathered(run, points, ("clean", clean), chosen, reduce, batch_size)
+        one = gathered(run, points, ("clean", clean), chosen, reduce, batch_size, ContrastError)
         run.put_back()  # both sides begin with the same state, and draw the same
-        other = gathered(run, points, ("corrupted", corrupted), chosen, reduce, batch_size)
+        other = gathered(run, points, ("corrupted", corrupted), chosen, reduce, batch_size, ContrastError)
         run.put_back()
         count, spread = spread_over(run, points, background, chosen, reduce, batch_size)
     if isinstance(sites, str) and sites == "all":

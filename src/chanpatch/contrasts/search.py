@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..channels import NO_MOMENTS, Floats, Moments, check_finite, check_inputs, check_leaves_channels, recorded, rows
+from ..channels import Floats, background_moments, check_inputs, check_leaves_channels
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..patching.reductions import Reduce, reduced_axes
@@ -75,26 +75,6 @@ def channels_of(site: Site, count: int, reduce: Reduce) -> Sequence[Site]:
     return site.split(kept[0]) if kept and kept[0] in point.axes else [site] * count
 
 
-def gathered(
-    run: undisturbed,
-    points: HookPoints,
-    named: tuple[str, Any],
-    sites: Sequence[Site],
-    reduce: Reduce,
-    batch_size: int,
-) -> dict[Site, Floats]:
-    """Return the reduced activations of all inputs, which messages call by a name: `(input, channel)` per site."""
-    name, inputs = named
-    parts: dict[Site, list[Floats]] = {site: [] for site in sites}
-    for cache in run.apart(recorded(points, inputs, sites, reduce, batch_size)):
-        for site in sites:
-            parts[site].append(rows(cache, site))
-    samples = {site: np.concatenate(arrays) for site, arrays in parts.items()}
-    for site, sample in samples.items():
-        check_finite(name, sample, site, 0, ContrastError)
-    return samples
-
-
 def spread_over(
     run: undisturbed, points: HookPoints, background: Any, sites: Sequence[Site], reduce: Reduce, batch_size: int
 ) -> tuple[int, dict[Site, Floats]]:
@@ -105,19 +85,8 @@ def spread_over(
     if background is None:
         return 0, {}
     check_inputs(points, background, batch_size, ContrastError)
-    moments = dict.fromkeys(sites, NO_MOMENTS)
-    for cache in run.apart(recorded(points, background, sites, reduce, batch_size)):
-        for site in sites:
-            sample = rows(cache, site)
-            check_finite("background", sample, site, moments[site].count, ContrastError)
-            moments[site] += Moments.of(sample)
-    count = moments[sites[0]].count
-    if count < 2:
-        raise ContrastError(
-            f"background holds {count} inputs: at least two are needed to tell what varies. Leave it out to compare "
-            "differences as they are."
-        )
+    moments = background_moments(run, points, background, sites, reduce, batch_size, ContrastError)
     varies = {site: each.varies(torch.finfo(points[site.name].dtype).eps) for site, each in moments.items()}
-    return count, {
+    return moments[sites[0]].count, {
         site: np.stack([each.std, np.where(varies[site], each.std, np.nan)]) for site, each in moments.items()
     }

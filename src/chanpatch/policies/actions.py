@@ -1,10 +1,10 @@
-"""Actions from distributions, at uniform draws that belong to the episode."""
+"""From the output of a policy to actions, at uniform draws that belong to the episode."""
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from ..errors import DistributionError, RolloutError
+from ..metrics.outputs import described, distribution_in
 from ..results import imported
 
 if TYPE_CHECKING:
@@ -21,8 +22,45 @@ if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 
+def action_distribution(policy: Callable[..., Any], observations: Any) -> Distribution:
+    """Return a policy's distribution over actions.
+
+    The policy may return a distribution, logits, `(distribution or logits, ...)`, or a dict or object that has `logits`
+    or a distribution. It may also have a `get_distribution` method (Stable-Baselines3).
+
+    Args:
+        policy: A module or function of the observations.
+        observations: The input of the policy.
+
+    Returns:
+        A `torch.distributions` object, over the batch of observations.
+
+    Raises:
+        DistributionError: If the output holds no distribution.
+    """
+    own = getattr(policy, "get_distribution", None)
+    try:
+        output = own(observations) if callable(own) else policy(observations)
+    except NotImplementedError as error:
+        if 'missing the required "forward"' not in str(error):
+            raise
+        raise DistributionError(
+            f"{type(policy).__name__} has no forward. Give rollout() or action_distribution() the function that "
+            "gives its logits or distribution, such as lambda observations: agent.actor(observations); give "
+            "rollout_sweep() a module whose forward does that."
+        ) from error
+    found = distribution_in(output)
+    if found is None:
+        raise DistributionError(
+            f"{type(policy).__name__} returned {described(output)}, which holds no action distribution: expected a "
+            "torch.distributions object, logits (batch, action), a tuple that begins with one of them, or a dict "
+            "with 'logits'. Pass a function that picks it out."
+        )
+    return found
+
+
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
-    """Return one generator per episode; episodes with the same seed have different ones."""
+    """Return one generator per episode, also for episodes with the same seed."""
     checked_seed("sampling_seed", sampling_seed)
     times: Counter[int] = Counter()
     streams = []
@@ -37,14 +75,14 @@ def checked_seed(name: str, seed: int) -> int:
     """Return a seed as a plain integer.
 
     Raises:
-        RolloutError: If it is none, or negative; `name` says which it is.
+        RolloutError: If it is not an integer, or negative. The message calls it `name`.
     """
     try:
         number = operator.index(seed)
     except TypeError:
         number = -1
     if number < 0:
-        raise RolloutError(f"{name} is {seed!r}, but it must be a whole number from 0 on.")
+        raise RolloutError(f"{name} is {seed!r}, but it must be a non-negative integer.")
     return number
 
 
@@ -54,14 +92,14 @@ def chosen_actions(
     """Return one action per row, as the environments take them.
 
     Args:
-        distribution: Of the policy.
-        streams: Of each row; its next draw chooses. None for the mode.
-        rows: How many there are.
-        envs: Whose action space it has to fit.
+        distribution: The policy's distribution over actions.
+        streams: One generator per row, whose next draw selects the action; None selects the mode.
+        rows: Number of rows.
+        envs: The environments, whose action space the actions must fit.
 
     Raises:
         DistributionError: If the distribution has no known inverse CDF.
-        RolloutError: If it is not one per row, or over other actions than the environments take.
+        RolloutError: If there is not one distribution per row, or it is not over the actions of the environments.
     """
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
@@ -89,7 +127,7 @@ def chosen_actions(
 def _fitting(
     actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, rows: int, space: Space[Any]
 ) -> NDArray[Any]:
-    """Return the actions in the dtype of an action space, and counted from where that begins."""
+    """Return the actions in the dtype of an action space, counted from its start."""
     if space.shape is None or actions.shape != (rows, *space.shape):
         raise RolloutError(
             f"The policy's distribution gives actions of shape {actions.shape} for {rows} rows, but {space} "
@@ -105,7 +143,7 @@ def _fitting(
 
 
 def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
-    """Say how a distribution is over other actions than a space of whole numbers has; nothing where it is not."""
+    """Return how a distribution differs from the actions of a discrete space; an empty text if it fits."""
     spaces = imported("gymnasium.spaces")
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return ""

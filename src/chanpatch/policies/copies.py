@@ -1,39 +1,36 @@
-"""Copies of policies that share the weights, what stands in the way of one, and what functions hold."""
+"""Copies of policies that share the weights, and the modules that functions refer to."""
 
 from __future__ import annotations
 
 import copy
-import dis
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.hooks import drop_hooks
+from ..engine.hooks import drop_hooks, is_ours
 from ..errors import UnsupportedModelError
 
 STATE = "_chanpatch"  # the attribute in which a twin keeps its patches
 
 
-_CONTAINERS = (list, tuple, set, deque, dict)
-
-
 def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
-    """Return a copy of a module tree, without hooks of ours, that holds the very parameters and buffers.
+    """Return a copy of a module tree, without our hooks, that shares the parameters and buffers.
 
     Args:
-        policy: What is copied.
-        plain: The same without patches; the policy itself where it has none.
+        policy: The module tree.
+        plain: The same without patches; the policy itself if it has none.
 
     Raises:
-        UnsupportedModelError: If it cannot be copied, or keeps functions by which a copy would reach it.
+        UnsupportedModelError: If it cannot be copied, or keeps functions that refer to it.
     """
-    _refuse_held_functions(policy)
+    kept = [*_reachable([policy], _kept_by)]
+    _refuse_functions_that_refer_to(policy, kept)
     try:
-        twin = copy.deepcopy(plain, _memo(policy))
+        twin = copy.deepcopy(plain, _memo(policy, kept))
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(plain).__name__} cannot be copied, so it can have no twin ({type(error).__name__}: {error}). "
@@ -48,68 +45,47 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
     return twin
 
 
-def quoted(*names: str) -> str:
-    """Return names joined by dots, in quotation marks."""
-    return f"'{'.'.join(filter(None, names))}'"
-
-
 def held_modules(policy: Any) -> list[nn.Module]:
     """Return the modules that a policy is or holds: in a closure, a default, an attribute, or by the name of a global.
 
     Args:
-        policy: A module, or a function or object that calls some.
+        policy: A module, or a function or object that calls modules.
     """
     if isinstance(policy, nn.Module):
         return [policy]
-    held = [*_reachable([policy, *getattr(policy, "__dict__", {}).values()], _held_by)]
-    called = [item for function in held if isinstance(function, types.FunctionType) for item in _globals_of(function)]
-    return [item for item in (*held, *called) if isinstance(item, nn.Module)]
+    held = _referred_to([policy, *getattr(policy, "__dict__", {}).values()])
+    return [item for item in held if isinstance(item, nn.Module)]
 
 
-def _memo(policy: nn.Module) -> dict[int, Any]:
-    """Return what a copy holds in place of tensors: the very weights; results of forwards have a graph, so clones."""
-    tensors = [item for item in _reachable([policy], _kept_by) if isinstance(item, Tensor)]
+def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:
+    """Return the copies of tensors: weights are shared; the results of forwards, which have a graph, are cloned."""
+    tensors = [item for item in kept if isinstance(item, Tensor)]
     clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
     weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
     return clones | {id(tensor): tensor for tensor in weights}
 
 
-def _refuse_held_functions(policy: nn.Module) -> None:
-    """Raise for a function or hook kept on a policy that holds it: from a twin it would run the original's modules."""
-    modules = set(policy.modules())
-    own = {id(item) for module in modules for item in vars(module).values() if isinstance(item, _CONTAINERS)}
+def _refuse_functions_that_refer_to(policy: nn.Module, kept: list[Any]) -> None:
+    """Raise if a function or hook that a policy keeps refers to the policy.
 
-    def parts(item: Any) -> Iterable[Any]:
-        if hasattr(type(item), "__deepcopy__"):  # it knows what its copies hold, as hooks of ours do
-            return [item.__wrapped__] if hasattr(item, "__wrapped__") else ()  # but a cache keeps its function
-        return () if isinstance(item, nn.Module) and item in modules else _kept_by(item)
-
-    for name, module in policy.named_modules():
-        for attribute, item in vars(module).items():
-            if attribute == STATE or "state_dict" in attribute:  # hooks of state dicts run in no call
-                continue
-            hook = attribute.startswith(("_forward", "_backward")) and attribute.endswith("hooks")
-            for function in _reachable([item], parts):
-                compiled = function is item and hasattr(item, "_torchdynamo_orig_callable")
-                if compiled or (isinstance(function, types.FunctionType) and _holds(function, modules, own, hook)):
-                    where = quoted(name, attribute) if not hook else f"A hook of '{name}'" if name else "A hook"
-                    verb = "is" if hook or function is item else "has"
-                    what = "compiled function" if compiled else "function"
-                    raise UnsupportedModelError(
-                        f"{where} of {type(policy).__name__} {verb} a {what} that holds the policy itself, or what it "
-                        "fills, so from a twin it would reach the unpatched original. Make it a method, or use "
-                        "patched()."
-                    )
+    A copy keeps the same function, which would run the original's modules, or fill a container that only the original
+    reads. That ends in UnreachedError only if no other call reaches the patch.
+    """
+    own = {id(item) for item in kept if isinstance(item, (nn.Module, list, set, deque, dict))}
+    for function in kept:
+        if isinstance(function, types.FunctionType) and any(id(item) in own for item in _referred_to([function])):
+            raise UnsupportedModelError(
+                f"{type(policy).__name__} keeps the function {function.__qualname__} (in an attribute or as a hook), "
+                "which refers to the policy itself, or to a container in it. From a twin it would reach the unpatched "
+                "original. Make it a method, or use patched()."
+            )
 
 
-def _holds(function: types.FunctionType, modules: set[nn.Module], own: set[int], hook: bool) -> bool:
-    held = [*_reachable([function], _held_by), *_globals_of(function)]
-    return any((hook and id(item) in own) or (isinstance(item, nn.Module) and item in modules) for item in held)
-
-
-def _globals_of(function: types.FunctionType) -> Iterable[Any]:
-    names = {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}
-    return map(function.__globals__.get, names)
+def _referred_to(roots: Iterable[Any]) -> list[Any]:
+    """Return everything that functions refer to: in closures and defaults, or by the name of a global."""
+    held = [*_reachable(roots, _held_by)]
+    functions = [item for item in held if isinstance(item, types.FunctionType)]
+    return held + [each.__globals__.get(name) for each in functions for name in each.__code__.co_names]
 
 
 def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
@@ -122,8 +98,11 @@ def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> I
 
 
 def _kept_by(item: Any) -> Iterable[Any]:
-    plain = isinstance(item, (type, types.ModuleType, types.FunctionType))
-    return () if plain else _inside(item) or getattr(item, "__dict__", {}).values()
+    if isinstance(item, (type, types.ModuleType, types.FunctionType)) or is_ours(item):
+        return ()
+    own = getattr(item, "__dict__", {})
+    run = [part for name, part in own.items() if name != STATE and "state_dict" not in name]  # its hooks run in no call
+    return _inside(item) or run
 
 
 def _held_by(item: Any) -> Iterable[Any]:
@@ -145,8 +124,6 @@ def _inside(item: Any) -> Iterable[Any]:
         return item.func, item.args, item.keywords
     if isinstance(item, types.MethodType):
         return item.__func__, item.__self__
-    if isinstance(item, Mapping):
-        # One that computes its values, as those of offloaded weights do from a disk, is asked for what it is made of.
-        computes = type(item).values is Mapping.values
-        return vars(item).values() if computes and hasattr(item, "__dict__") else item.values()
-    return item if isinstance(item, _CONTAINERS) else ()
+    if isinstance(item, dict):
+        return item.values()
+    return item if isinstance(item, (list, tuple, set, deque)) else ()

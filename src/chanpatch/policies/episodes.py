@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,36 +14,71 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..engine.paths import Item, Path, get, leaves, replace
+from ..engine.paths import Path, get, leaves, replace
 from ..engine.sessions import forward_context
 from ..engine.state import undisturbed
 from ..errors import ChanpatchError, RolloutError
 from ..registry.names import path_text
 from ..results import imported, progress_bar
-from .actions import checked_seed, chosen_actions, draw_streams
+from .actions import action_distribution, checked_seed, chosen_actions, draw_streams
 from .copies import held_modules
 from .results import Rollout
-from .twin import action_distribution
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 
-class Log:
-    """What has happened in each play of each episode so far, and its stream of draws.
+InitialState: TypeAlias = Callable[[int], Any]
+BatchAxes: TypeAlias = Mapping[Path, int]
+Around: TypeAlias = Callable[[NDArray[np.int64]], AbstractContextManager[None]]
 
-    Plays are numbered through: first all episodes once, then all of them again.
+_DTYPE_REFUSED = re.compile("dtype|scalar type|Input type|must have the type|not implemented for '")
 
-    Args:
-        seeds: One per episode.
-        sampling_seed: Of the draws.
-        times: How often each episode is played, each time with the same draws.
+
+def play(
+    policy: Any,
+    envs: VectorEnv[Any, Any, Any],
+    seeds: Iterable[int],
+    *,
+    max_steps: int,
+    sampling_seed: int,
+    greedy: bool,
+    initial_state: InitialState | None,
+    progress: bool | None,
+    times: int = 1,
+    around: Around = lambda _: nullcontext(),
+) -> list[Rollout]:
+    """Play all episodes `times` times, with the same draws; return one rollout per time. The rest is as for rollout.
+
+    `around` returns a context for each forward. It takes int64 `(row,)`: which of the times each row belongs to.
+    """
+    if not isinstance(envs, imported("gymnasium.vector").VectorEnv):
+        raise RolloutError(
+            f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. For a "
+            "single environment: gymnasium.vector.SyncVectorEnv([lambda: environment])."
+        )
+    log = _Log(seeds, sampling_seed, times)
+    if max_steps < 1:
+        raise RolloutError(f"max_steps is {max_steps}, but an episode has at least one step.")
+    waves = range(0, log.plays, envs.num_envs)
+    held = nn.ModuleList(held_modules(policy))
+    with undisturbed(held) as run, progress_bar(progress, len(waves) * max_steps, "step") as advance:
+        actor = _Actor(policy, initial_state)
+        for start in waves:
+            run.put_back_state()  # no episode begins with what another one left on the policy
+            wave = np.arange(start, min(start + envs.num_envs, log.plays))
+            _play_wave(actor, envs, wave, log, advance, max_steps=max_steps, greedy=greedy, around=around)
+    return log.rollouts()
+
+
+class _Log:
+    """The record of all plays: each episode once, then each again; and the stream of draws of each play.
 
     Raises:
-        RolloutError: If there are no seeds, or one of them is no whole number from 0 on.
+        RolloutError: If there are no seeds, or a seed is not a whole number, or is negative.
     """
 
-    def __init__(self, seeds: Iterable[int], sampling_seed: int, times: int = 1) -> None:
+    def __init__(self, seeds: Iterable[int], sampling_seed: int, times: int) -> None:
         if not isinstance(seeds, Iterable):
             raise RolloutError(f"seeds is {seeds!r}: name one seed per episode, as in range(100).")
         checked = [checked_seed("A seed", seed) for seed in seeds]
@@ -58,60 +94,24 @@ class Log:
         self.actions: list[list[NDArray[Any]]] = [[] for _ in range(self.plays)]
 
     def rollouts(self) -> list[Rollout]:
-        """Return one rollout for each time that the episodes were played."""
         actions = tuple(np.stack(steps) for steps in self.actions)
         columns = (self.seeds, self.returns, self.lengths, self.terminated, self.truncated, actions)
         cuts = [slice(start, start + self.episodes) for start in range(0, self.plays, self.episodes)]
         return [Rollout(*(column[cut] for column in columns)) for cut in cuts]  # type: ignore[arg-type]
 
 
-def play(
-    policy: Any,
-    envs: VectorEnv[Any, Any, Any],
-    log: Log,
-    *,
-    max_steps: int,
-    greedy: bool,
-    initial_state: InitialState | None,
-    progress: bool | None,
-    around: Around = lambda *_: nullcontext(),
-) -> None:
-    """Play everything that a log has room for; the arguments are those of rollout and of Actor."""
-    if max_steps < 1:
-        raise RolloutError(f"max_steps is {max_steps}, but an episode has at least one step.")
-    waves = range(0, log.plays, envs.num_envs)
-    held = nn.ModuleList(held_modules(policy))
-    with undisturbed(held) as run, progress_bar(progress, len(waves) * max_steps, "step") as advance:
-        actor = Actor(policy, initial_state, around)
-        for start in waves:
-            run.put_back_state()  # no episode begins with what another one left on the policy
-            wave = np.arange(start, min(start + envs.num_envs, log.plays))
-            left = max_steps
-            for _ in _played_steps(actor, envs, wave, log, max_steps=max_steps, greedy=greedy):
-                advance(1)
-                left -= 1
-            advance(left)  # its episodes were over before
-
-
-def check_environments(envs: object) -> None:
-    """Raise if these are no vector environments."""
-    if not isinstance(envs, imported("gymnasium.vector").VectorEnv):
-        raise RolloutError(
-            f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. For a "
-            "single environment: gymnasium.vector.SyncVectorEnv([lambda: environment])."
-        )
-
-
-def _played_steps(
-    actor: Actor,
+def _play_wave(
+    actor: _Actor,
     envs: VectorEnv[Any, Any, Any],
     wave: NDArray[np.int64],
-    log: Log,
+    log: _Log,
+    advance: Callable[[int], object],
     *,
     max_steps: int,
     greedy: bool,
-) -> Iterator[int]:
-    """Play the episodes of one wave side by side, until the last one is over, and yield after each step."""
+    around: Around,
+) -> None:
+    """Play the episodes of one wave side by side, until the last one is over; report each step to the progress bar."""
     observations = _reset(envs, [log.seeds[number] for number in np.resize(wave, envs.num_envs)])
     disabled = imported("gymnasium.vector").AutoresetMode.DISABLED
     resets_itself = envs.metadata.get("autoreset_mode") is not disabled
@@ -121,8 +121,8 @@ def _played_steps(
     actions: NDArray[Any] | None = None
     for step in range(max_steps):
         plays = wave[running]
-        with forward_context(step=step, rows=plays % log.episodes):
-            distribution = actor.distribution(observations, running, plays)
+        with forward_context(step=step, rows=plays % log.episodes), around(plays // log.episodes):
+            distribution = actor.distribution(observations, running)
         streams = None if greedy else [log.streams[number] for number in plays]
         chosen = chosen_actions(distribution, streams, len(running), envs)
         if actions is None:
@@ -136,12 +136,13 @@ def _played_steps(
         for number, action in zip(plays, chosen, strict=True):
             log.actions[number].append(action)
 
-        yield step
         over = terminated | truncated
         actor.keep(~over[running])
         running = running[~over[running]]
         if not running.size:
+            advance(max_steps - step)
             return
+        advance(1)
         if over.any() and not resets_itself:
             observations, _ = envs.reset(options={"reset_mask": over})
     log.truncated[wave[running]] = True
@@ -157,24 +158,22 @@ def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> Any:
         ) from error
 
 
-class Actor:
-    """A policy, and the state that it carries for each episode under way.
+class _Actor:
+    """A policy, and the state that it carries for each running episode.
 
     Args:
-        policy: As in rollout.
-        initial_state: As in rollout.
-        around: Opened around every forward; takes the numbers of its rows, the policy's inputs, and which axis of
-            each tensor in them is the batch.
+        policy: The policy.
+        initial_state: The function that returns the state of new episodes, or None.
     """
 
-    def __init__(self, policy: Any, initial_state: InitialState | None, around: Around) -> None:
-        self._policy, self._around, self._initial_state = policy, around, initial_state
+    def __init__(self, policy: Any, initial_state: InitialState | None) -> None:
+        self._policy, self._initial_state = policy, initial_state
         self._state_axes = {} if initial_state is None else state_batch_axes(initial_state)
         self._state: Any = None
         self._like = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
 
     def begin(self, rows: int) -> None:
-        """Begin so many episodes, each with a fresh state."""
+        """Begin episodes, each with a state of its own."""
         if self._initial_state is not None:
             self._state = self._initial_state(rows)
             for path, tensor in leaves(self._state):
@@ -184,33 +183,35 @@ class Actor:
         """Drop the rows of the episodes that are over."""
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(running))
 
-    def distribution(self, observations: Any, rows: NDArray[np.int64], numbers: NDArray[np.int64]) -> Distribution:
-        """Return the distribution over actions in some rows of the observations, and carry the state on.
-
-        Args:
-            observations: Arrays with one row per sub-environment.
-            rows: Those that run.
-            numbers: What `around` is told of each of them.
-        """
-        inputs: tuple[Any, ...] = (self._tensors(observations, rows),)
-        axes: BatchAxes = {path: 0 for path, _ in leaves(inputs)}
-        if self._initial_state is not None:
-            inputs = (*inputs, self._state)
-            axes = {**axes, **{(Item(1), *path): axis for path, axis in self._state_axes.items()}}
-        with self._around(numbers, inputs, axes):
-            try:
-                called = self._policy if self._initial_state is None else self._with_state
-                return action_distribution(called, inputs[0])
-            except RuntimeError as error:
-                self._explain_dtype(error, inputs[0])
-                raise
+    def distribution(self, observations: Any, rows: NDArray[np.int64]) -> Distribution:
+        """Return the distribution over actions in some rows of the observations, and update the state."""
+        seen = self._tensors(observations, rows)
+        try:
+            return action_distribution(self._policy if self._initial_state is None else self._with_state, seen)
+        except RuntimeError as error:
+            self._explain_dtype(error, seen)
+            raise
 
     def _with_state(self, observations: Any) -> Any:
-        output, self._state = new_state(self._policy(observations, self._state), self._state)
-        return output
+        returned = self._policy(observations, self._state)
+        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+            got = f"{len(returned)} items" if isinstance(returned, (tuple, list)) else type(returned).__name__
+            raise RolloutError(
+                f"With an initial_state a policy takes (observations, state) and returns (output, new state), but it "
+                f"returned {got}. Give the rollout a function that picks them out."
+            )
+        shapes, before = ({path: tuple(leaf.shape) for path, leaf in leaves(s)} for s in (returned[1], self._state))
+        for path in dict.fromkeys([*before, *shapes]):
+            if shapes.get(path) != before.get(path):
+                raise RolloutError(
+                    f"state{path_text(path)} has shape {before.get(path, 'none')} where the policy is called, but "
+                    f"{shapes.get(path, 'none')} in the new state that it returns."
+                )
+        self._state = returned[1]
+        return returned[0]
 
     def _tensors(self, observations: Any, rows: NDArray[np.int64]) -> Any:
-        """Return the rows of an array, or of a dict or tuple of arrays, as tensors that the policy can take."""
+        """Return rows of an array, or of a dict or tuple of arrays, as tensors for the policy."""
         if isinstance(observations, Mapping):
             return {name: self._tensors(part, rows) for name, part in observations.items()}
         if isinstance(observations, tuple):
@@ -218,13 +219,13 @@ class Actor:
         return self._placed(torch.as_tensor(observations[rows]))
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """Return a tensor on the device of a module, and numbers with a fraction in its dtype."""
+        """Return a tensor on the policy's device, and in its dtype if it has floating point."""
         if self._like is None:
             return tensor
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _explain_dtype(self, error: RuntimeError, observations: Any) -> None:
-        """Say what to do where torch refused the dtype that observations have."""
+        """Raise an error that says what to do if torch rejected the dtype of the observations."""
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
         if others and _DTYPE_REFUSED.search(str(error)) and not isinstance(error, ChanpatchError):
@@ -235,16 +236,6 @@ class Actor:
             ) from error
 
 
-_DTYPE_REFUSED = re.compile("dtype|scalar type|Input type|must have the type|not implemented for '")
-
-
-InitialState: TypeAlias = Callable[[int], Any]
-
-
-BatchAxes: TypeAlias = Mapping[Path, int]
-Around: TypeAlias = Callable[[NDArray[np.int64], tuple[Any, ...], BatchAxes], AbstractContextManager[None]]
-
-
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
     """Return the same tree with some rows of each tensor."""
     for path, axis in batch_axes.items():
@@ -253,7 +244,7 @@ def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
 
 
 def state_batch_axes(initial_state: InitialState) -> BatchAxes:
-    """Return which axis of each tensor of a state is the batch: the one that is as long as there are rows.
+    """Return the batch axis of each tensor of a state: the axis as long as the number of rows.
 
     Raises:
         RolloutError: If there is not exactly one such axis.
@@ -269,37 +260,15 @@ def state_batch_axes(initial_state: InitialState) -> BatchAxes:
             f"initial_state(2) holds {len(two)} tensors and initial_state(3) holds {len(three)}. A state holds the "
             "same tensors for any number of rows, and one at least."
         )
-    return {path: _grown_axis(path, two[path], three[path]) for path in two}
-
-
-def _grown_axis(path: Path, two: Tensor, three: Tensor) -> int:
-    lengths = list(zip(two.shape, three.shape, strict=False))
-    grown = [axis for axis, (shorter, longer) in enumerate(lengths) if shorter != longer]
-    if two.dim() != three.dim() or [lengths[axis] for axis in grown] != [(2, 3)]:
-        raise RolloutError(
-            f"state{path_text(path)} has shape {tuple(two.shape)} in initial_state(2) and {tuple(three.shape)} in "
-            "initial_state(3). Exactly one axis of each tensor is the batch, as long as the number of rows."
-        )
-    return grown[0]
-
-
-def new_state(returned: Any, state: Any) -> tuple[Any, Any]:
-    """Return the output and the new state that a recurrent policy returned.
-
-    Raises:
-        RolloutError: If that is no pair, or the new state is not like the one that the policy was given.
-    """
-    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
-        got = f"{len(returned)} items" if isinstance(returned, (tuple, list)) else type(returned).__name__
-        raise RolloutError(
-            f"With an initial_state a policy takes (observations, state) and returns (output, new state), but it "
-            f"returned {got}. Give the rollout a function that picks them out."
-        )
-    shapes, before = ({path: tuple(leaf.shape) for path, leaf in leaves(tree)} for tree in (returned[1], state))
-    for path in dict.fromkeys([*before, *shapes]):
-        if shapes.get(path) != before.get(path):
+    axes = {}
+    for path in two:
+        lengths = enumerate(itertools.zip_longest(two[path].shape, three[path].shape))
+        grown = {axis: pair for axis, pair in lengths if pair[0] != pair[1]}
+        if [*grown.values()] != [(2, 3)]:
             raise RolloutError(
-                f"state{path_text(path)} has shape {before.get(path, 'none')} where the policy is called, but "
-                f"{shapes.get(path, 'none')} in the new state that it returns."
+                f"state{path_text(path)} has shape {tuple(two[path].shape)} in initial_state(2) and "
+                f"{tuple(three[path].shape)} in initial_state(3). Exactly one axis of each tensor is the batch, as "
+                "long as the number of rows."
             )
-    return returned[0], returned[1]
+        axes[path] = next(iter(grown))
+    return axes

@@ -19,6 +19,8 @@ from ..statistics.interval import Interval, booleans
 from ..statistics.ranking import auc
 from .checks import Booleans, Floats, Rows, checked_sums, halves
 
+PERMUTATIONS = 9_999  # at least
+
 
 @dataclass(frozen=True)
 class ChannelLabel:
@@ -111,7 +113,6 @@ def label_channels(
     seed: int = 0,
     penalty: float = 0.02,
     level: float = 0.05,
-    permutations: int = 9999,
 ) -> ChannelLabels:
     """Return the label, or the union of labels, that each channel's sum predicts best.
 
@@ -127,12 +128,11 @@ def label_channels(
         names: One per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; at most ten.
         seed: Random seed of the halves and of the permutations.
         penalty: Penalty in units of the AUC.
-        level: Largest adjusted p-value of a label, between 0 and 1.
-        permutations: Number of permutations. No p-value is smaller than `1 / (permutations + 1)`.
+        level: Largest adjusted p-value of a label, between 0 and 1. At least 9,999 permutations are drawn, and so many
+            that the adjusted p-value of one channel can reach the level.
 
     Raises:
-        ProbeError: If sums, labels and names do not fit, a label is too rare, or the permutations are too few for
-            any label.
+        ProbeError: If sums, labels and names do not fit, or a label is too rare.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -149,6 +149,8 @@ def label_channels(
         zero" (2010), for the p-value.
     """
     array = checked_sums(sums, ("input", "channel"))
+    if not 0 < level < 1:
+        raise ProbeError(f"level is {level!r}, but it must lie between 0 and 1, such as 0.05.")
     indicators = _indicators(labels, names, len(array))
     first, second = halves(indicators, seed)
     unions = list(_unions(indicators, (first, second)))
@@ -156,7 +158,7 @@ def label_channels(
         raise ProbeError("No label divides both halves of the inputs: give more inputs.")
     members = np.stack([indicators[:, list(union)].any(axis=1) for union in unions])  # (union, input)
     alive = np.flatnonzero((np.ptp(array[first], axis=0) > 0) & (np.ptp(array[second], axis=0) > 0))
-    _check_permutations(level, permutations, len(alive))
+    permutations = max(PERMUTATIONS, math.ceil(len(alive) / level) - 1)
     fees = penalty * (np.array([len(union) for union in unions]) - 1)
     best = np.argmax(_areas(array[first][:, alive], members[:, first]) - fees[:, None], axis=0)
     p = np.full(array.shape[1], np.nan)
@@ -214,18 +216,6 @@ def _unions(indicators: Booleans, parts: tuple[Rows, Rows]) -> Iterator[tuple[in
             counts = [(indicators[part][:, list(union)].any(axis=1).sum(), len(part)) for part in parts]
             if all(2 <= positives <= inputs - 2 for positives, inputs in counts):
                 yield union
-
-
-def _check_permutations(level: float, permutations: int, tests: int) -> None:
-    """Raise unless a p-value of so many tests can reach the level after Holm's correction."""
-    if not 0 < level < 1:
-        raise ProbeError(f"level is {level!r}, but it must lie between 0 and 1, such as 0.05.")
-    least = max(math.ceil(tests / level) - 1, 1)
-    if permutations < least:
-        raise ProbeError(
-            f"permutations is {permutations}, with which no adjusted p-value of {tests} channels can reach {level:g}: "
-            f"give at least {least}."
-        )
 
 
 def _areas(sums: Floats, members: Booleans) -> Floats:
