@@ -89,7 +89,9 @@ class Case(NamedTuple):
     def identity(self) -> Any:
         """Return a twin that puts a copy of each activation in its place."""
         points = self.points
-        return PatchedPolicy(points, [edit(points.site(name), torch.clone) for name in points])
+        return PatchedPolicy(
+            points, [edit(points.site(name), torch.clone) for name, p in points.items() if not p.read_only]
+        )
 
     def ablated(self) -> Any:
         points = self.points

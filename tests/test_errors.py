@@ -378,9 +378,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a distribution that cannot be rebuilt": (
         errors.UnsupportedModelError,
         lambda: replace(Halved(torch.tensor([0.0, 4.0])), (Attr("logits"),), torch.zeros(2)),
-        "Halved.__init__ cannot rebuild a Halved from its own logits: it makes something else of what it takes, or "
-        "does not keep all of it. Patch the tensor that it is built from: the output of the module before, or a tap() "
-        "on it.",
+        "Halved is not one of torch's distributions, so it cannot be rebuilt.",
     ),
     "a region of a sparse tensor": (
         errors.UnsupportedModelError,

@@ -206,7 +206,10 @@ def test_the_batch_is_proved_and_the_axes_of_the_site_are_named(unfamiliar):
 def test_an_identity_edit_at_every_hook_point_changes_no_bit(unfamiliar):
     case, inputs, points = unfamiliar
     plain = case.module(*inputs)
-    with patched(points, [edit(points.site(name), lambda activation: activation) for name in points]):
+    with patched(
+        points,
+        [edit(points.site(name), lambda activation: activation) for name, p in points.items() if not p.read_only],
+    ):
         assert same(case.module(*inputs), plain)
 
 

@@ -71,14 +71,14 @@ class Located:
         names: Sequence[str | None] = (None,) * leaf.dim()
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
-        lacks = any(axis not in names for axis, _ in self.site.indices)
+        axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
+        lacks = any(axis not in axes for axis, _ in self.site.indices)
         lacks |= self.wants_names and (None in names or "batch" not in names)
         readable = not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
         if lacks and readable and isinstance(moment, Session) and (call := moment.root_call) is not None:
             known = names_by_trace(moment.root, call.method, call.args, call.kwargs).get(point.name)
             if known is not None and len(known[0]) == leaf.dim():
                 return known
-        axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
         return axes, axes.index("batch") if "batch" in axes else None
 
     def _check(self, leaf: Tensor) -> None:
