@@ -317,27 +317,6 @@ def test_a_hook_that_a_forward_registers_is_taken_off_again_and_counted_once(str
     assert len(model(vectors)[1]) == len(model(vectors)[1]) == 1
 
 
-def test_a_hook_that_a_forward_takes_off_is_put_back_where_it_was() -> None:
-    model, vectors = HooksItself(), torch.randn(9, 4)
-    model(vectors)
-    model.first.register_forward_hook(lambda module, args, output: output)
-    before = {name: dict(held) for name, held in vars(model.first).items() if "hooks" in name}
-
-    class Once(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, vector: Tensor) -> Tensor:
-            output: Tensor = self.inner(vector)[0]
-            self.inner.handle.remove()
-            return output
-
-    hook_points(Once(), vectors)
-    assert {name: dict(held) for name, held in vars(model.first).items() if "hooks" in name} == before
-    assert list(model.first._forward_hooks) == list(before["_forward_hooks"])
-
-
 class Built(nn.Module):
     """Makes its head when it knows how wide that has to be."""
 
@@ -362,34 +341,6 @@ def test_a_model_that_builds_a_part_of_itself_in_its_first_forward_is_refused_un
     points = hook_points(model, vectors)
     assert parameter or "head" in points
     torch.testing.assert_close(model(vectors), expected, rtol=0, atol=0)
-
-
-@dataclass(slots=True)
-class Slotted:
-    count: int = 0
-    seen: list[int] = field(default_factory=list)
-
-
-class Counting(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.state, self.bytes = nn.Linear(4, 6), Slotted(), bytearray(b"1")
-
-    def forward(self, vector: Tensor) -> Tensor:
-        self.state.count += 1
-        self.state.seen.append(self.state.count)
-        self.bytes.append(self.state.count)
-        return self.layer(vector) * len(self.bytes) * self.state.count
-
-
-def test_a_dataclass_with_slots_and_a_bytearray_are_put_back() -> None:
-    torch.manual_seed(0)
-    model, vectors = Counting(), torch.randn(9, 4)
-    points = hook_points(model, vectors)
-    patches = [zero_ablate(site) for site in points.site("layer").split("feature")]
-    found = sweep(points, vectors, patches=patches, metric=lambda output: output.sum(1))
-    assert model.state == Slotted() and model.bytes == b"1"
-    np.testing.assert_allclose(found.effect(), -2 * model.layer(vectors).mean(0).detach(), rtol=1e-4)
 
 
 class Adjacent(nn.Module):

@@ -10,9 +10,10 @@ import functools
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NoReturn, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,52 +26,40 @@ Stage: TypeAlias = Literal["before", "patch", "after"]
 STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # the order in which listeners at one place run
 
 
-class Place(Protocol):
-    """Where a listener listens; a HookPoint is one."""
+@dataclass(frozen=True)
+class Place:
+    """The place of a tensor: all that the name of a hook point says.
 
-    # fmt: off
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def module(self) -> str: ...  # noqa: D102
-    @property
-    def side(self) -> Literal["in", "out", "tap"]: ...  # noqa: D102
-    @property
-    def path(self) -> Path: ...  # noqa: D102
-    @property
-    def call(self) -> int | None: ...  # noqa: D102
-    # fmt: on
+    Attributes:
+        name: Name of the hook point.
+        module: Name of the module, or of the tap.
+        side: `"in"`, `"out"` or `"tap"`.
+        path: Place of the tensor in a nested input or output.
+        call: Index of the call, if the module is called more than once.
+    """
 
-
-class _Scope(Protocol):
-    """Listeners that come and go together, and the calls they want to hear of."""
-
-    # fmt: off
-    enabled: bool
-    @property
-    def listeners(self) -> Sequence[Any]: ...
-    @property
-    def users_own(self) -> list[Any]: ...
-    def begin(self, station: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None: ...
-    def end(self, station: Any, *, failed: bool) -> None: ...
-    def enter_call(self, counted: object) -> None: ...
-    def leave_call(self, counted: object) -> None: ...
-    def abandon(self, station: Any) -> None: ...
-    def in_this_thread(self) -> bool: ...
-    # fmt: on
+    name: str
+    module: str = field(repr=False)
+    side: Literal["in", "out", "tap"] = field(repr=False)
+    path: Path = field(repr=False)
+    call: int | None = field(repr=False)
 
 
 class Station:
-    """The one pair of hooks of one module, and the listeners there (each has a session, a place and a stage)."""
+    """The one pair of hooks of one module, and the listeners there.
+
+    A listener has a session, a place and a stage. A session has `begin` and `end` for root calls, and `enter_call` and
+    `leave_call` for all calls.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.listeners: list[Any] = []
-        self.scopes: list[_Scope] = []  # for which a call of the module may be a root call
+        self.scopes: list[Any] = []  # sessions for which a call of the module may be a root call
         self.module_id = id(module)
         self._module = weakref.ref(module)
         self._on_inputs: list[Any] = []
         self._on_output: list[Any] = []
-        self._counting: list[_Scope] = []
+        self._counting: list[Any] = []
         self._copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._copied_containers: dict[int, CopiedContainer] = {}  # by the id of the copy, in the calls under way
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
@@ -110,7 +99,7 @@ class Station:
         self._on_output = [listener for listener in ordered if listener.place.side == "out"]
         self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
-    def remove(self, session: _Scope) -> None:
+    def remove(self, session: Any) -> None:
         """Forget a session, and leave the module, and copies of it, if it was the last one."""
         self._copied_containers.clear()  # of calls that an interrupt cut short
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
@@ -302,13 +291,13 @@ def tap(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def hear_tap(name: str, session: _Scope) -> None:
+def hear_tap(name: str, session: Any) -> None:
     """Let a session hear of a tap while it is open."""
     if session not in _hearing(name):
         _tap_sessions.setdefault(name, []).append(weakref.ref(session))
 
 
-def forget_taps(session: _Scope) -> None:
+def forget_taps(session: Any) -> None:
     """Let a session hear of no tap any more."""
     for name in list(_tap_sessions):
         _tap_sessions[name] = [each for each in _tap_sessions[name] if each() not in (None, session)]

@@ -11,9 +11,9 @@ import itertools
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -110,22 +110,22 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._owns = [(type(module).__name__, vars(module)) for module in modules]
-        self._registries = [own[name] for _, own in self._owns for name in _REGISTRIES]
-        self._dicts = [*(own for _, own in self._owns), *self._registries]
+        self._dicts = [own for _, own in self._owns] + [own[name] for _, own in self._owns for name in _REGISTRIES]
         self._noted: list[dict[Any, Any]] = []
         self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, with their contents
-        self._generators: list[tuple[Any, Any]] = []
+        self._generators: list[Any] = []
+        self._states: list[Any] = []
 
     def note(self) -> Snapshot:
-        """Take the state of now; if nothing differs from the last one, little is copied again."""
+        """Take the present state; if nothing differs from the last one, little is copied again."""
         if not self._noted or self.changed() or not all(itertools.starmap(_same, self._held)):
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
             self._note_bound()
             found = _reachable(self._dicts)
+            self._generators = [each for each in found if isinstance(each, _GENERATORS)]
             self._held = [(each, _content(each)) for each in found if not isinstance(each, _GENERATORS)]
-            self._generators = [(each, None) for each in found if isinstance(each, _GENERATORS)]
-        self._generators = [(each, _state(each)) for each, _ in self._generators]
+        self._states = [_state(each) for each in self._generators]
         return self
 
     def changed(self) -> bool:
@@ -148,18 +148,14 @@ class Snapshot:
         Raises:
             UnsupportedModelError: If a submodule or a parameter was built since.
         """
-        built = [
-            f"'{name}' of {kind}"
-            for (kind, own), parts in zip(self._owns, self._parts, strict=True)
-            for name in _parts(own) - parts
-        ]
-        for (_, own), parts in zip(self._owns, self._parts, strict=True) if built else ():
-            for name in own["_parameters"].keys() - parts:
-                del own["_parameters"][name]
+        built = []
+        for (kind, own), parts in zip(self._owns, self._parts, strict=True):
+            for name in _parts(own) - parts:
+                built.append(f"'{name}' of {kind}")
+                own["_parameters"].pop(name, None)
         if self.changed():
-            rules = [callable] * len(self._owns) + [_is_ours_or_flag] * len(self._registries)
-            for each, noted, stays in zip(self._dicts, self._noted, rules, strict=True):
-                _put_back(each, noted, stays)
+            for each, noted in zip(self._dicts, self._noted, strict=True):
+                _put_back(each, noted)
             self._note_bound()  # a wrapped method stays for long
         for held, content in self._held:
             if not _same(held, content):
@@ -172,12 +168,15 @@ class Snapshot:
 
     def put_back_generators(self) -> None:
         """Restore the generators that the model holds."""
-        for generator, state in self._generators:
-            _set_state(generator, state)
+        for generator, state in zip(self._generators, self._states, strict=True):
+            if isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = state
+            else:
+                getattr(generator, "setstate" if isinstance(generator, random.Random) else "set_state")(state)
 
     def generator_states(self) -> list[str]:
         """Return the present states of the generators that the model holds, for comparison."""
-        states = [_state(generator) for generator, _ in self._generators]
+        states = [_state(each) for each in self._generators]
         return [str(state.tolist()) if isinstance(state, Tensor) else repr(state) for state in states]
 
     def tensors(self) -> list[Tensor]:
@@ -190,30 +189,29 @@ class Snapshot:
         self._values = [*itertools.chain(*map(dict.values, self._dicts))]
 
 
+_REGISTRIES = ("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
+_PLAIN = (bool, int, float, str, bytes, type(None), nn.Module)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def _state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
 def _parts(own: dict[str, Any]) -> set[str]:
     return {name for kind in ("_modules", "_parameters") for name, part in own[kind].items() if part is not None}
 
 
-def _put_back(each: dict[Any, Any], noted: dict[Any, Any], stays: Callable[[Any], bool]) -> None:
-    """Restore one dict, but for entries that stay: hooks of ours, and methods that may be wrapped."""
-    kept = {key: value for key, value in each.items() if stays(value) and not isinstance(value, nn.Module)}
-    wanted = {key: value for key, value in noted.items() if key in each or value is True or not stays(value)} | kept
+def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
+    """Restore one dict, but for hooks of ours, and for the methods of a module, which may be wrapped."""
+    stays = callable if "_modules" in each else is_ours
+    kept = {key: value for key, value in each.items() if stays(value)}
+    wanted = {key: value for key, value in noted.items() if key in each or not stays(value)} | kept
     if not _same(each, wanted):
         _refill(each, wanted)
-
-
-def _is_ours_or_flag(value: Any) -> bool:
-    return value is True or is_ours(value)
-
-
-_REGISTRIES = (
-    *("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"),
-    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
-)
-_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
-_PLAIN = (bool, int, float, str, bytes, type(None), nn.Module)
-_CONTAINERS = (list, dict, set, deque, bytearray, np.ndarray)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def _reachable(dicts: Iterable[dict[str, Any]]) -> list[Any]:
@@ -224,20 +222,13 @@ def _reachable(dicts: Iterable[dict[str, Any]]) -> list[Any]:
         value = waiting.pop()
         if isinstance(value, _PLAIN) or id(value) in found:
             continue
-        attributes = _fields(value)
-        if isinstance(value, (*_CONTAINERS, *_GENERATORS)) or attributes or _may_be_written(value):
+        if isinstance(value, (list, dict, set, deque, np.ndarray, *_GENERATORS)) or _may_be_written(value):
             found[id(value)] = value
-        waiting += (value if isinstance(value, dict) else attributes).values()
-        waiting += value if isinstance(value, (list, tuple, deque)) else ()
+        if isinstance(value, (list, tuple, deque, dict)):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+            waiting.append(getattr(value, "__dict__", None))
     return [*found.values()]
-
-
-def _fields(value: Any) -> dict[str, Any]:
-    """Return the attributes of a dataclass or a namespace."""
-    if isinstance(value, type) or not (is_dataclass(value) or isinstance(value, SimpleNamespace)):
-        return {}
-    slots = [item.name for item in fields(value)] if is_dataclass(value) else []
-    return {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
 
 
 def _may_be_written(tensor: Any) -> bool:
@@ -248,23 +239,18 @@ def _may_be_written(tensor: Any) -> bool:
 
 
 def _content(held: Any) -> Any:
-    if isinstance(held, Tensor):
-        return held.detach().clone()
-    return held.copy() if isinstance(held, _CONTAINERS) else _fields(held)
+    return held.detach().clone() if isinstance(held, Tensor) else held.copy()
 
 
 def _same(held: Any, content: Any) -> bool:
     """Return whether a container holds the same objects in the same order, or an array or tensor the same numbers."""
     if isinstance(held, Tensor):
-        if held.layout != torch.strided:
-            held, content = held.to_dense(), content.to_dense()
-        return torch.equal(held, content)
+        dense = [each if each.layout == torch.strided else each.to_dense() for each in (held, content)]
+        return torch.equal(*dense)
     if isinstance(held, np.ndarray):
         return np.array_equal(held, content)
-    if isinstance(held, (set, bytearray)):
+    if isinstance(held, set):
         return bool(held == content)
-    if not isinstance(held, _CONTAINERS):
-        held = _fields(held)
     if len(held) != len(content) or not all(map(operator.is_, held, content)):
         return False
     return not isinstance(held, dict) or all(map(operator.is_, held.values(), content.values()))
@@ -278,14 +264,9 @@ def _refill(held: Any, content: Any) -> None:
             held.copy_(content)
     elif isinstance(held, np.ndarray):
         held[...] = content
-    elif not isinstance(held, _CONTAINERS):
-        for name in _fields(held).keys() - content.keys():
-            delattr(held, name)
-        for name, value in content.items():
-            object.__setattr__(held, name, value)  # a frozen dataclass refuses the plain assignment
     else:
-        held.clear()  # type: ignore[union-attr]
-        held.update(content) if isinstance(held, (dict, set)) else held.extend(content)  # type: ignore[union-attr]
+        held.clear()
+        held.update(content) if isinstance(held, (dict, set)) else held.extend(content)
 
 
 def storage(tensor: Tensor) -> int:
@@ -294,18 +275,3 @@ def storage(tensor: Tensor) -> int:
         with suppress(RuntimeError):  # a tensor made of others has no storage of its own
             return tensor.untyped_storage().data_ptr()
     return 0
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)

@@ -8,26 +8,16 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from ..engine.hooks import Place
 from ..engine.paths import Attr, Item, Path
 from ..errors import HookPointError, did_you_mean
 
+BarePoint = Place
 _STEP = re.compile(r"""\[(\d+|"[^"]*"|'[^']*')\]|\.([A-Za-z_]\w*)""")
-
-
-@dataclass(frozen=True)
-class BarePoint:
-    """A hook point of a model that was not traced: the parts of its name."""
-
-    name: str
-    module: str
-    side: Literal["in", "out"]
-    path: Path
-    call: int | None
 
 
 def written_name(module: str, side: str, path: Path, call: int | None) -> str:
@@ -38,14 +28,14 @@ def written_name(module: str, side: str, path: Path, call: int | None) -> str:
     return f"{base}.{side}{path_text(path)}"
 
 
-def parsed_name(known: Mapping[str, nn.Module], name: str) -> BarePoint:
+def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
     """Return the hook point with this name in a model with these modules.
 
     Raises:
         HookPointError: If there is no such module, or the name does not follow the grammar.
     """
     if name and name in known:
-        return BarePoint(name, name, "out", (), None)
+        return Place(name, name, "out", (), None)
     ends = [match.start() for match in re.finditer(r"\.(?:in|out)(?![^.\[])|$", name)]
     for end in reversed(ends):  # a module may itself be called "out": the longest module name wins
         module, _, call = name[:end].partition("#") if name[:end] not in known else (name[:end], "", "")
@@ -54,7 +44,7 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> BarePoint:
         if module in known and path is not None and (not call or call.isdigit()) and (name[end:] or module):
             side: Literal["in", "out"] = "in" if tail and tail[1] == "in" else "out"
             if side == "out" or path:
-                return BarePoint(name, module, side, path, int(call) if call else None)
+                return Place(name, module, side, path, int(call) if call else None)
     raise HookPointError(
         f"No hook point named '{name}'.{did_you_mean(name, known)} "
         f"({len(known)} modules; hook_points(model, *inputs) lists every hook point, taps included.)"

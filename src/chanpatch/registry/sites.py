@@ -5,13 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.paths import Path
+from ..engine.hooks import Place
 from ..errors import SiteError, did_you_mean
 
 Shape: TypeAlias = tuple[int, ...]
@@ -206,7 +206,7 @@ def _shown(selection: Selection) -> str:
 
 
 @dataclass(frozen=True)
-class HookPoint:
+class HookPoint(Place):
     """One tensor of one traced forward.
 
     Attributes:
@@ -221,14 +221,9 @@ class HookPoint:
         module_type: Class name of the module; `tap` for a tap.
         parameters: Number of parameters of the module, submodules included.
         aliases: Other names of the same hook point, if modules are shared.
-        module: Name of the module, or of the tap.
-        side: `"in"`, `"out"` or `"tap"`.
-        path: Place of the tensor in a nested input or output.
-        call: Index of the call, if the module is called more than once.
         read_only: Whether the tensor is inside a distribution, so that it can be recorded but not patched.
     """
 
-    name: str
     axes: Axes
     shape: Shape
     batch_axis: int | None
@@ -237,10 +232,6 @@ class HookPoint:
     module_type: str
     parameters: int
     aliases: tuple[str, ...] = ()
-    module: str = field(default="", repr=False)
-    side: Literal["in", "out", "tap"] = field(default="out", repr=False)
-    path: Path = field(default=(), repr=False)
-    call: int | None = field(default=None, repr=False)
     read_only: bool = field(default=False, repr=False)
 
     def length(self, axis: str) -> int | None:
