@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -89,7 +90,8 @@ class Prefix:
             max_bytes: Memory for the outputs; calls beyond it run again each time.
         """
         self._taps, self._free_bytes = taps, max_bytes
-        self._quiet = {module: not any(map(_hooked, _inner(module))) for module in self._model.modules()}
+        hooked = {module for module in self._model.modules() if _hooked(module)}
+        self._quiet = {module: not hooked & {*module.modules()} - {module} for module in self._model.modules()}
         with observed((), on_tap=self._on_tap), _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
             yield
         for call in self._calls:
@@ -154,22 +156,15 @@ class Prefix:
 
     def _random_state(self) -> tuple[Any, ...]:
         """Return the state of the random generators that a model may use."""
-        on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
-        drawn = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_cuda)]
-        of_numpy = np.random.get_state(legacy=False)
-        position = of_numpy["state"]["pos"], of_numpy["has_gauss"]
-        own = self._snapshot.generator_states()
-        return drawn, own, random.getstate(), of_numpy["state"]["key"].tobytes(), position
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
+        others = pickle.dumps((random.getstate(), np.random.get_state()))
+        return *(state.numpy().tobytes() for state in states), others, *self._snapshot.generator_states()
 
     def _on_size(self, size: int) -> None:
         self._sizes[self._number] = max(size, self._sizes.get(self._number, 0))
 
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         self._tapped |= name in self._taps
-
-
-def _inner(module: nn.Module) -> Iterator[nn.Module]:
-    return (part for part in module.modules() if part is not module)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..engine.paths import Path, leaves, replace
 from ..engine.sessions import Session
-from ..errors import EditError
+from ..errors import EditError, NaNError
 from ..patching.contexts import Patching, nan_error, patched
 from ..patching.patch import Patch, labelled
 from ..registry.sites import Site
@@ -64,10 +64,9 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
     for start in range(0, len(entries), size):
         chosen = entries[start : start + size]
         stack = _edited(forward, group, clean, chosen)
-        with _refused():
-            tensors, nan = _suffixes(forward, group, stack, paths)
+        with _refused(but=NaNError):
+            tensors = _suffixes(forward, group, chosen, stack, paths)
             outputs = [_rebuilt(baseline, paths, [tensor[row] for tensor in tensors]) for row in range(len(stack))]
-        _raise_nan([(flag, entry, patch) for patch, found in nan for flag, entry in zip(found, chosen, strict=True)])
         yield from outputs
 
 
@@ -123,15 +122,14 @@ def _raise_nan(flags: Sequence[_Flag]) -> None:
 
 
 def _suffixes(
-    forward: Forward, group: Group, stack: Tensor, paths: Sequence[Path]
-) -> tuple[list[Tensor], list[tuple[Patch, Tensor]]]:
-    """Return all tensors of the output `(entry, ...)` with a stack of activations patched in.
-
-    Also returns, for each later patch that may have introduced NaN, whether it did: bool `(entry,)`.
+    forward: Forward, group: Group, entries: Sequence[Entry], stack: Tensor, paths: Sequence[Path]
+) -> list[Tensor]:
+    """Return all tensors of the output, `(entry, ...)` each, with a stack of activations patched in.
 
     Args:
         forward: The forward, whose prefix is skipped.
         group: The hook point, and the later patches of all entries.
+        entries: The entries of the stack.
         stack: The activations `(entry, *activation)`.
         paths: Paths of the tensors in the unpatched output.
     """
@@ -155,11 +153,14 @@ def _suffixes(
     session.confined = True
     try:
         with forward.running(group.skippable), session, _vmap_compatible(stack.device):
-            tensors, flags = torch.vmap(one)(stack)
+            tensors: list[Tensor]
+            tensors, nan = torch.vmap(one)(stack)
         if waiting or session.unreached():
             raise StrategyError("a patch was not reached")
         flagged = [firing.patch for firing in session.firings if firing.nan is not None]
-        return tensors, list(zip(flagged, flags, strict=True))
+        for patch, flags in zip(flagged, nan, strict=True):
+            _raise_nan([(flag, entry, patch) for flag, entry in zip(flags, entries, strict=True)])
+        return tensors
     finally:
         session.let_go()
 
