@@ -21,8 +21,8 @@ from ..patching.verbs import edit, patch_in
 from ..registry.points import HookPoints
 from ..registry.trace import traced
 from ..results import largest_first, progress_bar
-from .attribution_result import Attribution
 from .forward import Forward
+from .result import Attribution
 
 
 @torch.inference_mode(mode=False)  # in which no gradient could be taken

@@ -1,4 +1,4 @@
-"""What a sweep found: a metric per patch and input, beside the unpatched one."""
+"""The results of a sweep, a metric per patch and input beside the unpatched one, and of an attribution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import MetricError
 from ..patching.patch import Patch
-from ..results import ROWS, Effects, more, shown_effect
+from ..results import ROWS, Effects, columns, more, shown_effect
 from ..statistics.interval import Interval
 from ..statistics.ranking import Rank, ranked_records, ranks_among
 from ..statistics.resampling import bootstrap_interval
@@ -215,6 +215,69 @@ class SweepResult(Effects):
     def _only(self, name: str) -> SweepResult:
         controls = None if self.controls is None else self.controls._only(name)
         return replace(self, values={name: self.values[name]}, baseline={name: self.baseline[name]}, controls=controls)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Attribution(Effects):
+    """The estimated effect of each patch on a metric, in the order given; some of them beside the exact effect.
+
+    The table and the figure show the largest estimates first; `top` returns them.
+
+    Attributes:
+        labels: Label of each patch.
+        patches: One patch per row.
+        exact: Effects measured by real forwards; NaN for patches that were not run.
+        drawn: Which rows are in the random sample.
+        rank_correlation: Spearman's, between estimates and exact effects over the random sample, which stands for all
+            the patches; the largest estimates alone would not. NaN if fewer than three, or only equal ones, were
+            drawn.
+        sample: Number of patches in the random sample.
+        inputs: Number of inputs.
+        steps: Number of points of the line between clean and patched at which the gradient was taken.
+    """
+
+    labels: tuple[Any, ...]
+    patches: tuple[Patch, ...]
+    exact: Floats
+    drawn: NDArray[np.bool_]
+    rank_correlation: float
+    sample: int
+    inputs: int
+    steps: int
+    _effect: Floats
+    _by_row = ("labels", "patches", "_effect", "exact", "drawn")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def effect(self) -> Floats:
+        """Return the estimates of the mean over inputs of the metric with the patch minus without it: `(patch,)`."""
+        return self._effect
+
+    @property
+    def effect_label(self) -> str:
+        """What the effects are, for a figure."""
+        return f"estimated mean change, {self.inputs} inputs"
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per patch: label, effect (the estimate), exact (None if it was not run), drawn."""
+        exact = [None if np.isnan(each) else each for each in self.exact.tolist()]
+        return columns(label=self.labels, effect=self._effect, exact=exact, drawn=self.drawn)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return self.top(len(self)).to_records()
+
+    def _title(self) -> str:
+        how = "the gradient of the clean run" if self.steps == 1 else f"gradients at {self.steps} steps"
+        return f"{len(self)} patches estimated by {how}, {self.inputs} inputs"
+
+    def _notes(self) -> list[str]:
+        if not self.sample:
+            return []
+        return [
+            f"Rank correlation with the exact effects: {self.rank_correlation:.2f} (Spearman, over {self.sample} "
+            "patches drawn at random)"
+        ]
 
 
 class SweepInterrupted(KeyboardInterrupt):
