@@ -21,14 +21,8 @@ from .result import Swept
 from .strategies import gains_by_vmap, loop, resumed, vmapped
 
 Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
-
-
 _Fast: TypeAlias = Literal["vmap", "resume"]
-
-
 _Alone: TypeAlias = tuple[Entry, Forward, Any]  # the output of the loop on one input; None if that failed
-
-
 _COMPARED = 2  # patches of each group that the plain loop runs too
 
 

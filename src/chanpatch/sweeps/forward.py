@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..engine.inputs import copied_inputs
-from ..engine.paths import Item, fresh, get, replace, with_rows
+from ..engine.paths import fresh, replace, with_rows
 from ..engine.sessions import Moment, forward_context, published
 from ..engine.state import undisturbed
 from ..patching.cache import ActivationCache
@@ -35,8 +35,8 @@ class Forward:
         row: The number of the one row that the inputs have; None if they have all rows.
 
     Attributes:
-        undisturbed: The context that restores the model after a forward; it must not be entered inside itself.
-        prefix: The calls of the clean run, which later forwards may skip.
+        undisturbed: Restores the model after a forward.
+        prefix: The calls of the clean run.
         rebound: The attributes of modules that the first forward set.
     """
 
@@ -55,11 +55,7 @@ class Forward:
         self.rebound: list[tuple[dict[str, Any], str]] | None = None
 
     def __call__(self, *, skip: int = 0) -> Any:
-        """Return the model's output.
-
-        Args:
-            skip: Number of module calls to answer from the prefix.
-        """
+        """Return the model's output, with so many module calls answered from the prefix."""
         with self.running(skip) as run:
             output = run.kept(self.output())
             if self.rebound is None:
@@ -68,7 +64,7 @@ class Forward:
 
     @contextmanager
     def running(self, skip: int = 0) -> Iterator[undisturbed]:
-        """Restore the model at the end, and answer so many calls of the one forward inside from the prefix."""
+        """Restore the model at the end; inside runs one forward, with so many calls answered from the prefix."""
         rows = published.rows if self.row is None else [self.row]
         with (
             self.undisturbed as run,
@@ -83,12 +79,7 @@ class Forward:
         return fresh(self.points.run(*self.inputs))  # a model may return the same dict each time
 
     def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
-        """Return the activation at a site; the forward ends there.
-
-        Args:
-            site: The site.
-            skip: As for a call.
-        """
+        """Return the activation at a site; the forward ends there."""
         args, kwargs = copied_inputs(*self.inputs)
         with self.running(skip):
             cache: ActivationCache = run_with_cache(self.points, *args, sites=site, stop=True, **kwargs)
@@ -109,10 +100,7 @@ class Forward:
         return activation, flags
 
     def of_row(self, end: Literal[0, -1]) -> Forward | None:
-        """Return the same forward of the first or the last row alone.
-
-        None if that saves nothing, or if the rows are not known.
-        """
+        """Return the same forward of the first or last row; None if it saves nothing or rows are not known."""
         tensors = [*with_rows(self.inputs)]
         count = len(tensors[0][1]) if tensors else 0
         if count < _FEWEST_TO_CUT or published.rows is not None:
@@ -124,19 +112,6 @@ class Forward:
                 cut = replace(cut, path, tensor[row : row + 1])
         inputs, keywords = cut
         return Forward(self.points, inputs, keywords, check_nan=self.check_nan, row=row)
-
-    def count(self) -> int | None:
-        """Return the number of inputs, if the trace knows which axis of them, and of the outputs, is the batch."""
-        outputs = [point for point in self.points.values() if not point.module and point.side == "out"]
-        if outputs and all(point.batch_axis is None for point in outputs):
-            return None  # a batch of graphs, for example: many nodes, one output per graph
-        args, keywords = self.inputs
-        for point in self.points.values():
-            if not point.module and point.side == "in" and point.batch_axis is not None:
-                with suppress(LookupError, AttributeError, TypeError):  # passed in another way than in the trace
-                    positional = isinstance(point.path[0], Item) and isinstance(point.path[0].key, int)
-                    return int(get(args if positional else keywords, point.path).shape[point.batch_axis])
-        return None
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,8 +16,6 @@ from ..registry.sites import HookPoint
 from .forward import Forward
 
 _LIVE = 6  # activations alive at a time in a forward: a module's input and output, a residual, temporary copies
-
-
 _FEWEST_ALIKE = 3  # entries with equal later patches that make a group of their own
 
 
@@ -89,10 +86,7 @@ class _Seen(NamedTuple):
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
     """Run the model once, unpatched; return its output and the groups, in execution order.
 
-    Args:
-        forward: The forward of the model, whose prefix is remembered.
-        entries: The rows of the sweep.
-        max_bytes: Memory for the prefix.
+    The prefix of the forward takes up to max_bytes.
 
     Raises:
         UnreachedError: If a patch's hook point did not run.
@@ -136,7 +130,8 @@ def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen
         first = min((patch.site.name for patch in entry.patches), key=order.__getitem__)
         later = tuple(patch for patch in entry.patches if patch.site.name != first)
         kinds = begun.setdefault(first, {})
-        kinds.setdefault(tuple(map(_identity, later)), (later, []))[1].append(entry)
+        key = tuple((patch.site, _key(patch.edit), _key(patch.where)) for patch in later)
+        kinds.setdefault(key, (later, []))[1].append(entry)
     for first in sorted(begun, key=order.__getitem__):
         divided: list[tuple[tuple[Patch, ...] | None, list[Entry]]] = []
         others: list[Entry] = []
@@ -153,15 +148,10 @@ def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen
             yield Group(forward.points[first], tuple(members), common, skippable, bytes_each, on_cpu)
 
 
-def _identity(patch: Patch) -> Any:
-    """Return a key that two patches share only if they are sure to do the same."""
-    edit: Any = patch.edit
-    ours = is_dataclass(edit) and type(edit).__module__ == Set.__module__
-    content = [_memory(getattr(edit, item.name)) for item in fields(edit)] if ours else [id(edit)]
-    return patch.site, type(edit), *content, _memory(patch.where)
-
-
-def _memory(operand: Any) -> Any:
+def _key(operand: Any) -> Any:
+    """Return a key that two edits, or two masks, share only if they are sure to do the same."""
     if isinstance(operand, Tensor):
         return operand.data_ptr(), operand.shape, operand.stride(), operand.dtype
+    if type(operand).__module__ == Set.__module__:
+        return type(operand), *map(_key, vars(operand).values())
     return id(operand) if callable(operand) else operand

@@ -27,8 +27,6 @@ from .plan import Entry, Group
 from .prefix import StrategyError
 
 _CPU_BYTES = 3 * 2**24  # a CPU is slower with more at a time, which its caches do not hold
-
-
 _FEWEST = 8  # patches at a time from which a CPU gains
 
 
@@ -66,7 +64,9 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
         stack = _edited(forward, group, clean, chosen)
         with _refused(but=NaNError):
             tensors = _suffixes(forward, group, chosen, stack, paths)
-            outputs = [_rebuilt(baseline, paths, [tensor[row] for tensor in tensors]) for row in range(len(stack))]
+            outputs = [baseline] * len(stack)
+            for path, tensor in zip(paths, tensors, strict=True):
+                outputs = [replace(output, path, row) for output, row in zip(outputs, tensor, strict=True)]
         yield from outputs
 
 
@@ -124,15 +124,7 @@ def _raise_nan(flags: Sequence[_Flag]) -> None:
 def _suffixes(
     forward: Forward, group: Group, entries: Sequence[Entry], stack: Tensor, paths: Sequence[Path]
 ) -> list[Tensor]:
-    """Return all tensors of the output, `(entry, ...)` each, with a stack of activations patched in.
-
-    Args:
-        forward: The forward, whose prefix is skipped.
-        group: The hook point, and the later patches of all entries.
-        entries: The entries of the stack.
-        stack: The activations `(entry, *activation)`.
-        paths: Paths of the tensors in the unpatched output.
-    """
+    """Return the tensors of the output at these paths, `(entry, ...)` each, with a stack of activations patched in."""
     session = Patching(forward.points, group.later or (), check_nan=forward.check_nan)
     waiting: list[Tensor] = []
 
@@ -163,14 +155,6 @@ def _suffixes(
         return tensors
     finally:
         session.let_go()
-
-
-def _rebuilt(baseline: Any, paths: Sequence[Path], tensors: Sequence[Tensor]) -> Any:
-    """Return an output like the baseline with other tensors in it."""
-    output = baseline
-    for path, tensor in zip(paths, tensors, strict=True):
-        output = replace(output, path, tensor)
-    return output
 
 
 @contextmanager

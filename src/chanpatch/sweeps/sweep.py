@@ -22,6 +22,7 @@ The path of a sweep, file by file:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 
 from ..engine.hooks import refuse_unhookable
+from ..engine.paths import get
 from ..errors import MetricError, SweepError
 from ..metrics.measured import Metric, Metrics
 from ..patching.patch import Patches
@@ -111,7 +113,7 @@ def sweep(
         asked = entries_of(forward, patches, "patches")
         others = [] if controls is None else entries_of(forward, controls, "controls", len(asked))
         output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
-        metrics = Metrics(metric, output, forward.count())
+        metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
         with progress_bar(progress, len(asked) + len(others), "patch") as advance:
             execution = Execution(forward, output, strategy, max_bytes, metrics, advance)
@@ -142,6 +144,15 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
                 f"A metric reads more than the output: one of {names}, which each forward sets on its module and "
                 "sweep() restores before it calls the metric. Let the model return the tensor that the metric needs."
             )
+
+
+def _count(points: HookPoints, output: Any) -> int | None:
+    """Return the number of rows in an output; None if the trace did not prove its batch axis."""
+    for point in points.values():
+        if not point.module and point.side == "out" and point.batch_axis is not None:
+            with suppress(LookupError, AttributeError, TypeError):  # another output than in the trace
+                return int(get(output, point.path).shape[point.batch_axis])
+    return None
 
 
 def _result(
