@@ -33,7 +33,7 @@ from chanpatch import (
     sweep,
     zero_ablate,
 )
-from chanpatch.errors import HookPointError, MetricError, SiteError, StatisticsError, SweepError
+from chanpatch.errors import HookPointError, MetricError, NaNError, SiteError, StatisticsError, SweepError
 from chanpatch.metrics import Metric, action_flip, action_probability, kl_divergence, logit_difference, value
 from chanpatch.metrics.measured import measured
 from chanpatch.sweeps import Attribution, attribution
@@ -541,6 +541,18 @@ def test_an_interrupt_goes_through_and_leaves_nothing_of_the_runs(measurements: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_patch_that_brings_nan_in_is_an_error_and_nan_that_was_there_is_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    points = hook_points(model, INPUTS)
+    with pytest.raises(NaNError, match=r"Patch\(Site\('1', feature=2\)"):
+        attribution(points, INPUTS, patches=edit(points.site("1", feature=2), lambda a: a * torch.nan), metric=METRIC)
+    inputs = INPUTS.clone()
+    inputs[0] = torch.nan
+    patches = [edit(site, lambda region: region * 0.5) for site in points.site("1").split("feature")]
+    result = attribution(points, inputs, patches=patches, metric=lambda output: output[:, 0], verify=0)
+    assert np.isnan(result.effect()).all()
 
 
 class WritesInPlace(nn.Module):

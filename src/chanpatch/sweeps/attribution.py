@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -178,17 +178,16 @@ def _rank_correlation(estimates: NDArray[np.float64], exact: NDArray[np.float64]
 
 
 _Change: TypeAlias = tuple[Positions, Tensor]  # a region, and the difference that a patch makes there
-
-
+_INSTEAD = "Take more steps (steps=20), a metric of logits (logit_difference), or sweep() the patches."
 _FEWEST_RANKED = 10  # patches in the random sample; the rank correlation of fewer is often low by chance
 
 
 def _warn_of_poor_estimates(found: Attribution, run: _Runs) -> None:
     """Warn if the estimates are of another model, or if the receipt shows that they are poor."""
-    names = {*map(_name, found.patches)}
+    names = sorted({*map(_name, found.patches)})
     verified = ~np.isnan(found.exact)
     missed = {}
-    for name in sorted(names):
+    for name in names:
         here = verified & [_name(patch) == name for patch in found.patches]
         largest = np.abs(found.exact[here]).max(initial=0)
         if largest > run.rounding and np.abs(found.effect()[here]).max() < 1e-3 * largest:
@@ -196,15 +195,16 @@ def _warn_of_poor_estimates(found: Attribution, run: _Runs) -> None:
     if run.shares_memory:
         what = (
             "The model gives another output when an activation is replaced by its equal: a module writes in place into "
-            f"its input, which is read elsewhere too. One of {_listed(names)} is such an input, and the estimates are "
-            "off; the exact effects are not. Patch what the module returns, or build it without inplace=True."
+            f"its input, which is read elsewhere too. One of {', '.join(map(repr, names))} is such an input, and the "
+            "estimates are off; the exact effects are not. Patch what the module returns, or build it without "
+            "inplace=True."
         )
     elif missed:
         what = (
-            f"The estimates are about zero at {_listed(missed)}, but verified patches there change the metric by up to "
-            f"{max(missed.values()):.2g}. The metric is flat at the clean activations (a probability near 0 or 1, a "
-            "divergence from the clean output), or something in between has no gradient (.detach(), argmax, rounding). "
-            f"{_INSTEAD}"
+            f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
+            f"metric by up to {max(missed.values()):.2g}. The metric is flat at the clean activations (a probability "
+            "near 0 or 1, a divergence from the clean output), or something in between has no gradient (.detach(), "
+            f"argmax, rounding). {_INSTEAD}"
         )
     elif (
         found.sample >= _FEWEST_RANKED
@@ -220,15 +220,8 @@ def _warn_of_poor_estimates(found: Attribution, run: _Runs) -> None:
     warnings.warn(what, RuntimeWarning, stacklevel=4)  # at the caller of attribution(), past its decorator
 
 
-_INSTEAD = "Take more steps (steps=20), a metric of logits (logit_difference), or sweep() the patches."
-
-
 def _name(patch: Patch) -> str:
     return patch.site.name
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in sorted(names))
 
 
 class _Runs:
@@ -279,7 +272,7 @@ class _Runs:
             for patch in patches:
                 point, before = self._points[_name(patch)], clean[_name(patch)]
                 after, flags = self._forward.fire([patch], before)
-                if any(flags):
+                if any(flag for _, flag in flags):
                     raise nan_error(patch)
                 positions = patch.site.positions(point.axes, before.shape)
                 changes.append((positions, read(after, positions) - read(before, positions)))
@@ -288,12 +281,7 @@ class _Runs:
         return changes
 
     def mean_gradient(
-        self,
-        name: str,
-        clean: Tensor,
-        changes: Sequence[_Change],
-        steps: int,
-        advance: Callable[[int], object],
+        self, name: str, clean: Tensor, changes: Sequence[_Change], steps: int, advance: Callable[[int], object]
     ) -> Tensor:
         """Return the mean of the metric's gradient along the line from the clean activation to the changed one."""
         moved = torch.zeros_like(clean)
