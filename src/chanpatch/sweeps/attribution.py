@@ -239,7 +239,8 @@ class _Runs:
         with self._forward.running() as run:
             self._baseline = run.kept(self._forward.output())
             self._clean = measured(metric, self._baseline, self._baseline)
-        self.inputs, self.rounding = len(self._clean), 1e-6 * float(self._clean.abs().max())
+        self._scale = float(self._clean.nan_to_num().abs().max())
+        self.inputs, self.rounding = len(self._clean), 1e-6 * self._scale
         self.shares_memory = False
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -260,8 +261,8 @@ class _Runs:
                     "patches, or patch what comes after it."
                 )
             precision = 1e-2 if values.dtype in (torch.float16, torch.bfloat16) else 1e-4
-            scale = precision * float(self._clean.abs().max())
-            self.shares_memory = not torch.allclose(values.detach(), self._clean, precision, scale, equal_nan=True)
+            same = torch.allclose(values.detach(), self._clean, precision, precision * self._scale, equal_nan=True)
+            self.shares_memory = not same
             gradients = _gradients(values, clean)
         return {name: activation.detach() for name, activation in clean.items()}, gradients
 
