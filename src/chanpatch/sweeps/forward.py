@@ -54,9 +54,9 @@ class Forward:
         self.prefix = Prefix(points.model, self.undisturbed.snapshot)
         self.rebound: list[tuple[dict[str, Any], str]] | None = None
 
-    def __call__(self, *, skip: int = 0) -> Any:
-        """Return the model's output, with so many module calls answered from the prefix."""
-        with self.running(skip) as run:
+    def __call__(self) -> Any:
+        """Return the model's output."""
+        with self.running() as run:
             output = run.kept(self.output())
             if self.rebound is None:
                 self.rebound = self.undisturbed.snapshot.rebound()

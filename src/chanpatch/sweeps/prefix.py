@@ -45,6 +45,11 @@ class _Call:
     copied: bool = False
     left: Snapshot | None = None
 
+    @property
+    def unwritten(self) -> bool:
+        """Whether no tensor of the output was written into."""
+        return all(tensor._version == version for tensor, version in self.versions)
+
 
 class Prefix:
     """The calls of one forward, each with its output, for later forwards to skip.
@@ -85,9 +90,7 @@ class Prefix:
     def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
         """Remember the one forward that runs inside; the hooks present now count as listeners.
 
-        Args:
-            taps: Names of the swept taps; a call in which one of them runs is never skipped.
-            max_bytes: Memory for the outputs; calls beyond it run again each time.
+        A call in which one of the taps runs is never skipped, nor are calls whose outputs would exceed max_bytes.
         """
         self._taps, self._free_bytes = taps, max_bytes
         hooked = {module for module in self._model.modules() if _hooked(module)}
@@ -95,19 +98,18 @@ class Prefix:
         with observed((), on_tap=self._on_tap), _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
             yield
         for call in self._calls:
-            call.known &= all(tensor._version == version for tensor, version in call.versions)
+            call.known &= call.unwritten
 
     @contextmanager
     def skipped(self, number: int) -> Iterator[None]:
         """Answer so many calls from memory, in the one forward that runs inside."""
         self._number, self._inside, self._skipped = 0, False, number
         for call in self._calls[:number]:
-            if call.known and call.left is not None:
+            if call.known and call.left:
                 call.left.put_back()  # later modules may read what a skipped one leaves on itself
         with _wrapped({call.module for call in self._calls[:number]}, self._replay):
             yield
-        if any(tensor._version != version for call in self._calls[:number] if call.known and not call.copied
-               for tensor, version in call.versions):  # fmt: skip
+        if not all(call.unwritten for call in self._calls[:number] if call.known):
             raise StrategyError("a forward wrote into the output of an earlier module")
 
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -150,9 +152,7 @@ class Prefix:
         """Keep copies of the outputs that a module is about to write into."""
         for call in self._calls:
             if call.known and any(id(tensor) in written for tensor, _ in call.versions):
-                unwritten = all(tensor._version == version for tensor, version in call.versions)
-                call.output, call.copied, call.known = _copy(call.output), True, unwritten
-                call.versions = []
+                call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
 
     def _random_state(self) -> tuple[Any, ...]:
         """Return the state of the random generators that a model may use."""
