@@ -43,8 +43,8 @@ def attribution(
     the region. It takes three forwards and one backward for all patches together, and is exact if the metric is linear
     in the activation.
 
-    With `steps` above 1 the gradient is the mean of those in the middle of so many equal parts of the straight line
-    between the clean and the patched activation (integrated gradients). Patches of one hook point whose regions do not
+    With `steps` above 1 the gradient is a mean over the straight line between the clean and the patched activation
+    (integrated gradients): the line is cut into that many equal parts, and the gradient taken in the middle of each. Patches of one hook point whose regions do not
     overlap go along the line together, with a forward and a backward per step and hook point. With many steps their
     estimates add up to the exact effect of all of them together, and a patch that is alone has its exact effect.
 

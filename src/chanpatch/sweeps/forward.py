@@ -64,7 +64,7 @@ class Forward:
 
     @contextmanager
     def running(self, skip: int = 0) -> Iterator[undisturbed]:
-        """Restore the model at the end; inside runs one forward, with so many calls answered from the prefix."""
+        """Restore the model at the end. One forward runs inside; its first `skip` module calls are not run again."""
         rows = published.rows if self.row is None else [self.row]
         with (
             self.undisturbed as run,

@@ -68,7 +68,7 @@ class Prefix:
         self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
         self._calls: list[_Call] = []
-        self._sizes: dict[int, int] = {}  # bytes of the largest tensor computed after so many calls
+        self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of calls before it
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
         self._number = self._skipped = 0
@@ -79,11 +79,11 @@ class Prefix:
         return self._number
 
     def largest_after(self, number: int) -> int:
-        """Return the bytes of the largest tensor that was computed after so many calls."""
+        """Return the bytes of the largest tensor that was computed after this number of calls."""
         return max((size for position, size in self._sizes.items() if position >= number), default=0)
 
     def forget_after(self, number: int) -> None:
-        """Drop the calls after so many."""
+        """Drop all calls after the first `number`."""
         del self._calls[number:]
 
     @contextmanager
@@ -102,7 +102,7 @@ class Prefix:
 
     @contextmanager
     def skipped(self, number: int) -> Iterator[None]:
-        """Answer so many calls from memory, in the one forward that runs inside."""
+        """Answer the first `number` calls from memory, in the one forward that runs inside."""
         self._number, self._inside, self._skipped = 0, False, number
         for call in self._calls[:number]:
             if call.known and call.left:
@@ -134,7 +134,7 @@ class Prefix:
             return forward(*args, **kwargs)
         call = self._calls[self._number]
         if call.module is not module:
-            raise StrategyError(f"{type(module).__name__} was called where {type(call.module).__name__} had been")
+            raise StrategyError(f"{type(module).__name__} was called instead of {type(call.module).__name__}")
         if not call.known:
             return self._run(forward, *args, **kwargs)
         self._number += 1

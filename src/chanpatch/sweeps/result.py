@@ -27,9 +27,9 @@ class Swept:
 
     Attributes:
         point: The hook point.
-        patches: How many begin there, those of controls too.
+        patches: Number of entries that begin there, controls included.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: Why this one, and what became of those before it.
+        why: Why this one, and why the faster strategies were rejected.
     """
 
     point: str
@@ -40,15 +40,15 @@ class Swept:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SweepResult(Effects):
-    """What each patch does to one metric or several; one row per label, in the order given.
+    """The effect of each patch on one metric or several; one row per label, in the order given.
 
     Attributes:
-        labels: Of each row.
-        patches: Of each row, in the order of application.
+        labels: Label of each row.
+        patches: Patches of each row, in the order of application.
         values: By name of the metric, `(patch, input)`; one column for a metric that is one number for all inputs.
         baseline: By name of the metric, `(input,)`: the same without any patch.
         controls: The control patches of the same sweep, or None.
-        groups: How the rows were run, by the hook point at which their patches begin; of those that were finished.
+        groups: How the finished rows were run, by the hook point at which their patches begin.
         complete: Whether every patch was run. Only the partial result of an interrupted sweep is not complete.
     """
 
@@ -68,10 +68,10 @@ class SweepResult(Effects):
         """Return the metric under each patch minus the metric without: `(patch, input)`.
 
         Args:
-            metric: Its name; needed where there are several.
+            metric: Name of the metric; needed if there are several.
 
         Raises:
-            MetricError: If there is no such metric, or none is named where there are several.
+            MetricError: If there is no such metric, or no name is given although there are several.
         """
         name = self._named(metric)
         return self.values[name] - self.baseline[name]
@@ -92,15 +92,15 @@ class SweepResult(Effects):
 
         Args:
             metric: As in `differences`.
-            seed: Of the bootstrap.
+            seed: Random seed of the bootstrap.
         """
         return bootstrap_interval(self.differences(metric).T, seed=seed)
 
     def ranks(self, metric: str | None = None) -> list[Rank | None]:
-        """Return where each effect ranks among those of the controls, by absolute value.
+        """Return the rank of each effect among those of the controls, by absolute value.
 
         A p-value needs 19 controls or more, and a patch that was not picked for its effect. None for an effect that is
-        not finite, and for all where there are no controls or not all of theirs are finite.
+        not finite, and for all if there are no controls or not all of their effects are finite.
 
         Args:
             metric: As in `differences`.
@@ -187,7 +187,7 @@ class SweepResult(Effects):
         return [rank for ranks in zip(*each, strict=True) for rank in ranks]
 
     def _records(self) -> list[dict[str, Any]]:
-        # An interrupt may have left no row, of which there is no interval.
+        # An interrupt may have left no row, and so no interval.
         effects = {name: (self.effect(name), self.interval(name)) for name in self.values if len(self)}
         return [
             {

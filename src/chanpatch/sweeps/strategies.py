@@ -32,10 +32,12 @@ _FEWEST = 8  # patches at a time from which a CPU gains
 
 def loop(forward: Forward, entry: Entry, *, skip: int = 0) -> Any:
     """Return the output under an entry's patches: one step of the plain loop, if no module call is skipped."""
-    # Hooks that are added before `running` would make it take a new snapshot of the model each time.
-    with labelled(entry.label), forward.running(skip) as run:
-        with patched(forward.points, entry.patches, check_nan=forward.check_nan):
-            return run.kept(forward.output())
+    with (
+        labelled(entry.label),
+        forward.running(skip) as run,  # hooks that are added before this would cost a new snapshot each time
+        patched(forward.points, entry.patches, check_nan=forward.check_nan),
+    ):
+        return run.kept(forward.output())
 
 
 def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterator[Any]:
