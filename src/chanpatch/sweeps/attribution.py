@@ -44,9 +44,10 @@ def attribution(
     in the activation.
 
     With `steps` above 1 the gradient is a mean over the straight line between the clean and the patched activation
-    (integrated gradients): the line is cut into that many equal parts, and the gradient taken in the middle of each. Patches of one hook point whose regions do not
-    overlap go along the line together, with a forward and a backward per step and hook point. With many steps their
-    estimates add up to the exact effect of all of them together, and a patch that is alone has its exact effect.
+    (integrated gradients): the line is cut into that many equal parts, and the gradient taken in the middle of each.
+    Patches of one hook point whose regions do not overlap go along the line together, with a forward and a backward
+    per step and hook point. With many steps their estimates add up to the exact effect of all of them together, and a
+    patch that is alone has its exact effect.
 
     The receipt: the patches with the largest estimates, and as many drawn at random, are also run.
 
