@@ -33,7 +33,7 @@ from chanpatch import (
     sweep,
     zero_ablate,
 )
-from chanpatch.errors import HookPointError, MetricError, SiteError, StatisticsError, SweepError
+from chanpatch.errors import HookPointError, MetricError, NaNError, SiteError, StatisticsError, SweepError
 from chanpatch.metrics import Metric, action_flip, action_probability, kl_divergence, logit_difference, value
 from chanpatch.metrics.measured import measured
 from chanpatch.sweeps import Attribution, attribution
@@ -314,31 +314,37 @@ def sure(inputs: Tensor) -> HookPoints:
     """A model that is sure of its actions."""
     with torch.no_grad():
         module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
-        module[2].weight.copy_(torch.eye(3))
-        module[2].bias.copy_(torch.tensor([20.0, 0.0, 0.0]))
+        module[2].weight.copy_(40 * torch.eye(3))
+        module[2].bias.copy_(torch.tensor([60.0, 0.0, 0.0]))
     return hook_points(module, inputs)
 
 
-def test_a_saturated_probability_is_warned_about_and_a_logit_is_not() -> None:
+INSTEAD = "Take more steps (steps=20), a metric of logits (logit_difference), or sweep() the patches."
+
+
+def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
     inputs = INPUTS.float()
     points = sure(inputs)
-    patches = [zero_ablate(site) for site in points.site("0").split("feature")]
+    patches = {number: edit(points.site("1", feature=number), lambda region: region * 0 - 2) for number in (0, 1)}
     with pytest.warns(RuntimeWarning) as caught:
-        attribution(points, inputs, patches=patches, metric=action_probability(0))
-    assert str(caught[0].message) == (
-        "The gradient of the metric is numerically nothing for 8 of 8 inputs, so that the estimates miss their "
-        "effects. They have an action whose probability is above 0.999: take more steps, or a metric of logits "
-        "(logit_difference)."
-    )
+        result = attribution(points, inputs, patches=patches, metric=action_probability(0))
+    assert [str(warning.message) for warning in caught] == [
+        "The estimates are about zero at '1', but verified patches there change the metric by up to 1. The metric is "
+        "flat at the clean activations (a probability near 0 or 1, a divergence from the clean output), or something "
+        f"in between has no gradient (.detach(), argmax, rounding). {INSTEAD}"
+    ]
     assert caught[0].filename == __file__
+    assert np.abs(result.exact).max() > 0.9
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attribution(points, inputs, patches=patches, metric=METRIC)
+        attribution(points, inputs, patches=patches, metric=action_probability(0), steps=100)
+        attribution(points, inputs, patches=patches, metric=action_probability(0), verify=0)  # there is no receipt
 
 
 def test_a_divergence_from_the_clean_run_needs_steps() -> None:
     patch = zero_ablate(POINTS.site("1", feature=2))
-    with pytest.warns(RuntimeWarning, match="8 of 8 inputs, .* is at its minimum there: take more steps"):
+    with pytest.warns(RuntimeWarning, match="The estimates are about zero at '1', .* Take more steps"):
         flat = attribution(POINTS, INPUTS, patches=[patch], metric=kl_divergence)
     assert flat.effect()[0] == pytest.approx(0, abs=1e-9)
     steps = attribution(POINTS, INPUTS, patches=[patch], metric=kl_divergence, steps=50)
@@ -346,26 +352,42 @@ def test_a_divergence_from_the_clean_run_needs_steps() -> None:
     assert steps.exact[0] > 0.01
 
 
-def test_a_gradient_that_is_cut_before_a_patch_with_an_effect_is_warned_about() -> None:
+def test_a_gradient_that_is_cut_before_a_patch_with_an_effect_is_warned_about_by_hook_point() -> None:
     class Cut(nn.Module):
         def forward(self, vector: Tensor) -> Tensor:
             return vector.detach()
 
     inputs = INPUTS.float()
     points = hook_points(nn.Sequential(nn.Linear(4, 3), Cut(), nn.Linear(3, 3)), inputs)
-    for name, cut in (("0", True), ("1", False)):
-        patches = [zero_ablate(site) for site in points.site(name).split("feature")]
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            result = attribution(points, inputs, patches=patches, metric=METRIC)
-        assert result.exact.all()
-        assert result.effect().any() != cut
-        assert [str(warning.message) for warning in caught] == [
-            "The gradient of the metric is zero everywhere at '0', but patches there change the metric, so that the "
-            "estimates miss their effects. Something in between has no gradient (torch.no_grad, .detach(), argmax, "
-            "rounding): sweep() the patches."
-        ] * cut
-        assert all(warning.filename == __file__ for warning in caught)
+    patches = [zero_ablate(site) for name in ("0", "1") for site in points.site(name).split("feature")]
+    with pytest.warns(RuntimeWarning, match="The estimates are about zero at '0', but verified"):
+        result = attribution(points, inputs, patches=patches, metric=METRIC)
+    assert result.exact.all() and np.count_nonzero(result.effect()) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribution(points, inputs, patches=patches[3:], metric=METRIC)
+
+
+def test_estimates_in_another_order_than_the_exact_effects_are_warned_about() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 2)).double()
+    with torch.no_grad():
+        model[1].weight[0], model[1].weight[1] = torch.linspace(0.1, 1.0, 12), 0
+    points = hook_points(model, inputs := torch.ones(4, 12).double())
+
+    def metric(output: Tensor) -> Tensor:
+        return output[:, 0] - output[:, 0].pow(2)  # each larger push turns around later
+
+    patches = {n: steer(points.site("0", feature=n), torch.full((1, 1), 9.0).double()) for n in range(12)}
+    with torch.no_grad():
+        model[1].bias.zero_()
+        model[0].weight.zero_(), model[0].bias.zero_()
+    with pytest.warns(RuntimeWarning) as caught:
+        result = attribution(points, inputs, patches=patches, metric=metric)
+    assert result.rank_correlation < 0.5
+    assert [str(warning.message) for warning in caught] == [
+        f"The estimates rank the patches unlike the exact effects: the rank correlation is "
+        f"{result.rank_correlation:.2f} over 12 patches drawn at random. {INSTEAD}"
+    ]
 
 
 class Tokens(nn.Module):
@@ -389,13 +411,13 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "several sites": (
         attributed({"both": [zero_ablate(WHOLE), zero_ablate(WHOLE)]}),
         SweepError,
-        "Expected a Patch, not list. The effects of single patches are estimated; sweep() runs patches of several "
-        "sites together.",
+        "'both' has 2 patches, but an attribution estimates the effects of single patches: give each a label of its "
+        "own, or sweep() several patches together.",
     ),
     "one label twice": (
         attributed([zero_ablate(WHOLE), steer(WHOLE, torch.ones(1, 6, dtype=torch.float64))]),
         SweepError,
-        "Two patches are at 1, which makes one label for both. Give a mapping of labels to patches.",
+        "Two of the patches are at 1, which makes one label for both. Give a mapping of labels to patches.",
     ),
     "no hook point": (
         attributed([zero_ablate(Site("5"))]),
@@ -419,9 +441,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "a function that makes patches": (
         attributed(zero_ablate),
-        SweepError,
-        "Expected a Patch, not function. The effects of single patches are estimated; sweep() runs patches of several "
-        "sites together.",
+        TypeError,
+        "Expected a Patch, not function: zero_ablate(Site('conv1', channel=5)).",
     ),
     "several metrics": (
         attributed([zero_ablate(WHOLE)], {"difference": METRIC}),  # type: ignore[arg-type]
@@ -520,6 +541,18 @@ def test_an_interrupt_goes_through_and_leaves_nothing_of_the_runs(measurements: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_patch_that_brings_nan_in_is_an_error_and_nan_that_was_there_is_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    points = hook_points(model, INPUTS)
+    with pytest.raises(NaNError, match=r"Patch\(Site\('1', feature=2\)"):
+        attribution(points, INPUTS, patches=edit(points.site("1", feature=2), lambda a: a * torch.nan), metric=METRIC)
+    inputs = INPUTS.clone()
+    inputs[0] = torch.nan
+    patches = [edit(site, lambda region: region * 0.5) for site in points.site("1").split("feature")]
+    result = attribution(points, inputs, patches=patches, metric=lambda output: output[:, 0], verify=0)
+    assert np.isnan(result.effect()).all()
 
 
 class WritesInPlace(nn.Module):

@@ -12,7 +12,6 @@ import torch
 from models import Model, vectors
 from torch import Tensor, nn
 
-import chanpatch.sweeps.strategies as strategies
 from chanpatch import (
     HookPoints,
     Patch,
@@ -248,19 +247,26 @@ def test_how_patches_are_cut_into_chunks_changes_nothing(model: Model, seed: int
     assert_equals_the_loop(points, inputs, patches, max_bytes=int(np.random.default_rng(seed).integers(1, 2**17)))
 
 
-def test_no_chunk_takes_more_than_max_bytes(plain_cnn: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def chunks_at(module: nn.Module) -> list[tuple[int, int]]:
+    """How many patches, and how many bytes, a module is given in each forward of many patches, from now on."""
+    chunks: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        functorch: Any = torch._C._functorch
+        if functorch.is_batchedtensor(inputs[0]):
+            stack = functorch.get_unwrapped(inputs[0])
+            chunks.append((stack.shape[functorch.maybe_get_bdim(inputs[0])], stack.nbytes))
+
+    module.register_forward_pre_hook(note)
+    return chunks
+
+
+def test_no_chunk_takes_more_than_max_bytes(plain_cnn: Model) -> None:
     points, inputs, site = traced(plain_cnn)
-    sizes = []
-    stacked = strategies._stacked
-
-    def noted(*args: Any) -> Tensor:
-        sizes.append(stacked(*args))
-        return sizes[-1]
-
-    monkeypatch.setattr(strategies, "_stacked", noted)
+    chunks = chunks_at(plain_cnn.module.get_submodule("conv2"))
     assert_equals_the_loop(points, inputs, {part: zero_ablate(part) for part in parts(site)}, max_bytes=2**18)
-    assert len(sizes) > 1
-    assert max(stack.nbytes for stack in sizes) <= 2**18
+    assert len(chunks) > 1
+    assert max(nbytes for _, nbytes in chunks) <= 2**18
 
 
 @pytest.mark.parametrize(("side", "expected"), [(16, "vmap"), (96, "resume")])
@@ -373,46 +379,36 @@ def test_patches_that_do_the_same_later_share_a_forward(plain_cnn: Model) -> Non
     assert [(group.point, group.strategy) for group in result.groups] == [("relu1", "vmap")]
 
 
-def test_patches_that_put_something_else_later_share_a_forward_too(plain_cnn: Model) -> None:
-    points, inputs, _ = traced(plain_cnn)
-    activations = run_with_cache(points, *inputs, sites="conv2", stop=True)
-    flipped = activations["conv2"].flip(0)
-    checkered = (torch.arange(8) % 2 == 0).view(1, 1, 8, 1)
-    puts = [
-        lambda site, own: zero_ablate(site),
-        lambda site, own: mean_ablate(site, activations),
-        lambda site, own: patch_in(site, own),
-        lambda site, own: Patch(site, Set(own), where=checkered),
-        lambda site, own: Patch(site, Set(2.0), where=checkered.expand(1, 1, 8, 8)),
-    ]
-    later = points.site("conv2").split("channel")
-    rows = points.site("conv2", channel=[1, 4], row=slice(2, 5))
-    push = steer(points.site("relu2"), torch.ones(1, 1, 1, 1))
-    patches: dict[Any, Any] = {}
-    for number, (one, other) in enumerate(zip(parts(points.site("relu1")), later, strict=True)):
-        put = puts[number % len(puts)](other, flipped[:, number : number + 1])
-        patches[number] = [zero_ablate(one), put, push]
-    patches["rows"] = [zero_ablate(points.site("relu1", channel=2)), zero_ablate(rows), push]
-    result = assert_equals_the_loop(points, inputs, patches)
-    assert [(group.point, group.strategy) for group in result.groups] == [("relu1", "vmap")]
-
-
-def test_nan_that_is_put_in_place_later_is_found_in_a_forward_of_many(plain_cnn: Model) -> None:
-    points, inputs, _ = traced(plain_cnn)
-    pairs = list(zip(parts(points.site("relu1")), parts(points.site("conv2")), strict=True))
-    patches = {number: [zero_ablate(one), zero_ablate(other)] for number, (one, other) in enumerate(pairs)}
-    patches[5] = [patches[5][0], Patch(pairs[5][1], Set(float("nan")))]
-    with pytest.raises(errors.NaNError, match=r"Site\('conv2', channel=5\)"):
-        sweep(points, *inputs, patches=patches, metric=total)
-
-
-def test_patches_that_compute_something_else_later_do_not_share_a_forward(plain_cnn: Model) -> None:
+def test_patches_that_do_something_else_later_are_resumed_one_by_one(plain_cnn: Model) -> None:
     points, inputs, _ = traced(plain_cnn)
     pairs = zip(parts(points.site("relu1")), parts(points.site("conv2")), strict=True)
-    patches = {str(one): [zero_ablate(other), edit(one, lambda region: region * 0.5)] for other, one in pairs}
+    patches: dict[Any, Any] = {str(one): [zero_ablate(other), zero_ablate(one)] for other, one in pairs}
     result = assert_equals_the_loop(points, inputs, patches)
     assert [(group.point, group.strategy) for group in result.groups] == [("relu1", "resume")]
-    assert "what the patches do later differs" in result.groups[0].why
+    assert "the patches at later hook points differ" in result.groups[0].why
+    patches |= {site: zero_ablate(site) for site in parts(points.site("relu1"))}  # which share a forward
+    result = assert_equals_the_loop(points, inputs, patches)
+    assert {(group.point, group.strategy) for group in result.groups} == {("relu1", "vmap"), ("relu1", "resume")}
+    with pytest.raises(errors.SweepError, match="strategy='vmap' is not possible at 'relu1'.*later hook points differ"):
+        sweep(points, *inputs, patches=patches, metric=total, strategy="vmap")
+
+
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "resume", "loop"])
+@pytest.mark.parametrize("late", [False, True])
+def test_nan_that_one_patch_brings_into_a_forward_of_many_is_an_error(
+    plain_cnn: Model, late: bool, strategy: Any
+) -> None:
+    points, inputs, _ = traced(plain_cnn)
+    ablations = [zero_ablate(site) for site in parts(points.site("relu1"))]
+    patches: dict[Any, Any] = {number: [patch] for number, patch in enumerate(ablations)}
+    if late:
+        nan = edit(points.site("conv2", channel=5), lambda region: torch.where(region.abs() > 99, torch.nan, region))
+        ablations[5] = edit(points.site("relu1", channel=5), lambda region: region + 1e4)
+        patches = {number: [patch, nan] for number, patch in enumerate(ablations)}
+    else:
+        patches[5].append(Patch(points.site("relu1", channel=5), Set(float("nan"))))
+    with pytest.raises(errors.NaNError, match=rf"5: Patch\(Site\('{'conv2' if late else 'relu1'}', channel=5\)"):
+        sweep(points, *inputs, patches=patches, metric=total, strategy=strategy)
 
 
 def test_several_patches_at_one_hook_point_are_applied_in_their_order(shared_module: Model) -> None:
@@ -788,7 +784,7 @@ def test_a_list_that_a_module_returns_and_its_caller_changes_is_handed_out_anew_
     assert strategy_of(swept(UNet(), "middle", strategy=strategy)) == ("vmap" if strategy == "auto" else strategy)
 
 
-def test_the_scores_of_attention_count_for_max_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scores_of_attention_count_for_max_bytes() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -798,15 +794,13 @@ def test_the_scores_of_attention_count_for_max_bytes(monkeypatch: pytest.MonkeyP
             hidden = self.first(sequence).unsqueeze(1)
             return self.last(nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)[:, 0].mean(1))
 
-    sizes = []
-    stacked = strategies._stacked
-    monkeypatch.setattr(strategies, "_stacked", lambda *args: (sizes.append(len(args[-1])), stacked(*args))[1])
     inputs = (torch.randn(2, 64, 6),)
-    points = hook_points(Attention().eval(), *inputs)
+    model = Attention().eval()
+    points, chunks = hook_points(model, *inputs), chunks_at(model.last)
     scores = 2 * 64 * 64 * 4
     patches = {site: zero_ablate(site) for site in parts(points.site("first"))}
     assert_equals_the_loop(points, inputs, patches, max_bytes=3 * 6 * scores)
-    assert sizes == [3, 3, 2]
+    assert [count for count, _ in chunks] == [3, 3, 2]
 
 
 class Noted(nn.Module):

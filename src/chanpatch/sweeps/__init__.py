@@ -8,9 +8,8 @@ The shared prefix runs once, and the suffix for many patches at a time if that g
 """
 
 from .attribution import attribution
-from .attribution_result import Attribution
 from .path_patching import path_patch
-from .result import SweepInterrupted, SweepResult, Swept
+from .result import Attribution, SweepInterrupted, SweepResult, Swept
 from .sweep import sweep
 
 __all__ = ["Attribution", "SweepInterrupted", "SweepResult", "Swept", "attribution", "path_patch", "sweep"]

@@ -1,78 +1,106 @@
-"""The forward that a sweep runs again and again, on the same inputs."""
+"""The forward that a sweep, an attribution or a path patch runs again and again on the same inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.inputs import copied_inputs
-from ..engine.paths import Item, fresh, get, leaves, replace, with_rows
-from ..engine.sessions import forward_context, published
+from ..engine.paths import fresh, replace, with_rows
+from ..engine.sessions import Moment, forward_context, published
 from ..engine.state import undisturbed
-from ..registry.points import HookPoints, model_of
+from ..patching.cache import ActivationCache
+from ..patching.firing import Firing
+from ..patching.patch import Patch
+from ..patching.recording import run_with_cache
+from ..registry.points import HookPoints
+from ..registry.sites import Site
+from .prefix import Prefix
 
-_FEWEST_TO_CUT = 8  # inputs; of fewer, one is no saving
+_FEWEST_TO_CUT = 8  # inputs; with fewer, a forward of one input saves nothing
 
 
 class Forward:
-    """One forward after another on the same inputs, of which nothing is left.
+    """The traced method on copies of the same inputs, without side effects.
 
     Args:
-        points_or_model: What is run.
-        inputs: What the model takes; it gets copies.
+        points: Hook points of the model.
+        inputs: Positional inputs of the model.
         keywords: Keyword inputs.
         check_nan: Whether to look for NaN that a patch brings in.
-        row: The number of the one row that the inputs have; None for those that the patches are asked about anyway.
+        row: The number of the one row that the inputs have; None if they have all rows.
 
     Attributes:
-        undisturbed: The context in which it runs; not to be entered inside itself.
+        undisturbed: Restores the model after a forward.
+        prefix: The calls of the clean run.
         rebound: The attributes of modules that the first forward set.
     """
 
     def __init__(
         self,
-        points_or_model: HookPoints | nn.Module,
+        points: HookPoints,
         inputs: tuple[Any, ...],
         keywords: Mapping[str, Any],
         *,
         check_nan: bool = True,
         row: int | None = None,
     ) -> None:
-        self.points_or_model, self.model = points_or_model, model_of(points_or_model)
-        self.method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
-        self.inputs, self.check_nan, self.row = (inputs, dict(keywords)), check_nan, row
-        self.undisturbed = undisturbed(self.model)
+        self.points, self.inputs, self.check_nan, self.row = points, (inputs, dict(keywords)), check_nan, row
+        self.undisturbed = undisturbed(points.model)
+        self.prefix = Prefix(points.model, self.undisturbed.snapshot)
         self.rebound: list[tuple[dict[str, Any], str]] | None = None
-        each = (*inputs, *keywords.values())
-        self._reusable = all(isinstance(one, (Tensor, str, int, float, type(None))) for one in each)
-        self._copies: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._versions: list[int] = []
 
     def __call__(self) -> Any:
-        """Return the model's output, with everything as it was before."""
-        rows = published.rows if self.row is None else [self.row]
-        with self.undisturbed, forward_context(step=published.step, rows=rows):
-            output = self.undisturbed.kept(self.disturbing())
+        """Return the model's output."""
+        with self.running() as run:
+            output = run.kept(self.output())
             if self.rebound is None:
                 self.rebound = self.undisturbed.snapshot.rebound()
             return output
 
-    def disturbing(self) -> Any:
-        """Return the model's output; the caller puts back what the forward changes."""
-        args, kwargs = self.copies()
-        with usual_attention():
-            output = getattr(self.model, self.method)(*args, **kwargs)
-        return fresh(output)  # a model may return the very dict again that it returned before
+    @contextmanager
+    def running(self, skip: int = 0) -> Iterator[undisturbed]:
+        """Restore the model at the end. One forward runs inside; its first `skip` module calls are not run again."""
+        rows = published.rows if self.row is None else [self.row]
+        with (
+            self.undisturbed as run,
+            forward_context(step=published.step, rows=rows),
+            _usual_attention(),
+            self.prefix.skipped(skip) if skip else nullcontext(),
+        ):
+            yield run
+
+    def output(self) -> Any:
+        """Return the model's output, inside `running`."""
+        return fresh(self.points.run(*self.inputs))  # a model may return the same dict each time
+
+    def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
+        """Return the activation at a site; the forward ends there."""
+        args, kwargs = copied_inputs(*self.inputs)
+        with self.running(skip):
+            cache: ActivationCache = run_with_cache(self.points, *args, sites=site, stop=True, **kwargs)
+            return cache
+
+    def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
+        """Return an activation after patches at its hook point, and the NaN flag of each that may bring NaN in."""
+        args, kwargs = self.inputs
+        flags = []
+        for patch in patches:
+            point = self.points[patch.site.name]
+            moment = Moment(
+                (*args, *kwargs.values()), point.call or 0, published.step, published.rows, self.points.method
+            )
+            firing = Firing(patch, point, check_nan=self.check_nan)
+            activation = firing(activation, moment)
+            flags += [] if firing.nan is None else [(patch, firing.nan)]
+        return activation, flags
 
     def of_row(self, end: Literal[0, -1]) -> Forward | None:
-        """Return the same forward of the first or the last row alone.
-
-        None where that is no saving, or where it cannot be told what the rows are.
-        """
+        """Return the same forward of the first or last row; None if it saves nothing or rows are not known."""
         tensors = [*with_rows(self.inputs)]
         count = len(tensors[0][1]) if tensors else 0
         if count < _FEWEST_TO_CUT or published.rows is not None:
@@ -83,36 +111,12 @@ class Forward:
             if len(tensor) == count:
                 cut = replace(cut, path, tensor[row : row + 1])
         inputs, keywords = cut
-        return Forward(self.points_or_model, inputs, keywords, check_nan=self.check_nan, row=row)
-
-    def count(self) -> int | None:
-        """Return how many inputs there are, where the trace tells which axis of them, and of outputs, is the batch."""
-        if not isinstance(self.points_or_model, HookPoints):
-            return None
-        outputs = [point for point in self.points_or_model.values() if not point.module and point.side == "out"]
-        if outputs and all(point.batch_axis is None for point in outputs):
-            return None  # of many nodes, say, the output tells one number per graph
-        args, keywords = self.inputs
-        for point in self.points_or_model.values():
-            if not point.module and point.side == "in" and point.batch_axis is not None:
-                with suppress(LookupError, AttributeError, TypeError):  # given in another way than in the trace
-                    positional = isinstance(point.path[0], Item) and isinstance(point.path[0].key, int)
-                    return int(get(args if positional else keywords, point.path).shape[point.batch_axis])
-        return None
-
-    def copies(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return copies of the inputs that no forward has written into, the same ones for as long as none does."""
-        copies = self._copies
-        if copies is None or self._versions != [tensor._version for _, tensor in leaves(copies)]:
-            copies = copied_inputs(*self.inputs)
-            self._copies = copies if self._reusable else None
-            self._versions = [tensor._version for _, tensor in leaves(copies)]
-        return copies
+        return Forward(self.points, inputs, keywords, check_nan=self.check_nan, row=row)
 
 
 @contextmanager
-def usual_attention() -> Iterator[None]:
-    """Do without the fused attention of torch: vmap has no rule for it, and which modules it calls depends on hooks."""
+def _usual_attention() -> Iterator[None]:
+    """Switch off torch's fused attention: vmap has no rule for it, and the modules it calls depend on hooks."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""Path patching: what one component does to the output through others, and not by any other way.
+"""Path patching: the effect of one component on the output through others, and by no other path.
 
 path_patch(points, clean, corrupted, "blocks.0.attention", "blocks.3.mlp.in[0]", metric=logit_difference(0, 1))
 """
@@ -10,16 +10,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..engine.inputs import Inputs, batches, copied_inputs, input_count
-from ..engine.state import undisturbed
+from ..engine.inputs import Inputs, batches, input_count
 from ..errors import ContrastError, SiteError
 from ..metrics.measured import Metric, measured
+from ..patching.cache import ActivationCache
 from ..patching.contexts import patched
-from ..patching.recording import recording, run_with_cache
+from ..patching.recording import recording
 from ..patching.verbs import patch_in
 from ..registry.points import HookPoints, sites_of
 from ..registry.sites import HookPoint, Site
 from ..registry.trace import traced
+from .forward import Forward
 
 
 def path_patch(
@@ -32,32 +33,32 @@ def path_patch(
     metric: Metric,
     frozen: str | Site | HookPoint | Iterable[str | Site | HookPoint] | None = None,
 ) -> Tensor:
-    """Return what the direct path from a sender to receivers does to a metric.
+    """Return the effect of the direct path from a sender to receivers on a metric.
 
-    The sender gets its activation from the corrupted run, while what lies between it and the receivers is held at its
-    clean activation, so that the receivers see the change by the direct path alone. What they see then is patched into
-    a clean run, where it goes every way to the output.
+    The sender gets its activation from the corrupted run. The modules between it and the receivers keep their clean
+    activations, so that the receivers see the change by the direct path alone. The activations that arrive at the
+    receivers are then patched into a clean run, and reach the output by every path.
 
     Args:
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
         clean: Inputs: a tensor `(batch, ...)`, or a tuple or dict of such, as the model takes them.
         corrupted: The other input of each pair.
-        sender: Where the path begins.
-        receivers: Where it ends; hook points later in the forward, such as the inputs of a module. What goes from the
-            sender to one through another counts, since it begins with the path to the other.
+        sender: The hook point where the path begins.
+        receivers: The hook points where it ends, later in the forward, such as the inputs of a module. A path to one of
+            them through another counts, since it begins with the path to the other.
         metric: A function of the output, or of the output and a keyword-only `baseline`, the clean output.
-        frozen: What is held at its clean activation, where it lies between the sender and the last receiver. Left out,
-            it is what every module with weights returns that calls no other module (Linear, Conv2d, Embedding, LSTM,
-            MultiheadAttention), but norms: those, and modules and functions without weights, are part of the direct
-            path. `()` holds nothing, so that every path from the sender to the receivers counts. The sender, and what
-            the receivers take and return in that call, are never held.
+        frozen: Hook points that keep their clean activation if they lie between the sender and the last receiver. By
+            default, the outputs of all modules with weights that call no other module (Linear, Conv2d, Embedding, LSTM,
+            MultiheadAttention), except norms: those, and modules and functions without weights, are part of the direct
+            path. `()` freezes nothing, so that every path from the sender to the receivers counts. The sender, and
+            the inputs and outputs of the receivers' own calls, are never frozen.
 
     Returns:
         `(batch,)`, the metric with the path patched minus the metric of the clean run.
 
     Raises:
         HookPointError, SiteError: If a site does not exist, or a receiver does not come after the sender.
-        ContrastError: If the two sides have other numbers of inputs.
+        ContrastError: If the two sides have different numbers of inputs.
         MetricError: If the metric does not return `(batch,)`.
 
     Example:
@@ -82,33 +83,30 @@ def path_patch(
         raise SiteError(f"There are {len(senders)} senders, but a path begins at one. Take the paths of each in turn.")
     sending = senders[0]
     held = _between(points, sending, receiving, frozen)
-    ((args, keywords),) = batches([corrupted], 1)
-    args, keywords = copied_inputs(args, keywords)
-    with undisturbed(points.model):
-        source = run_with_cache(points, *args, sites=sending, stop=True, **keywords)
-    with undisturbed(points.model) as run, recording(points, [sending, *held, *receiving]) as cache:
-        baseline = run.kept(_output(points, clean))
-    with undisturbed(points.model) as run:
-        # The clean activations are put there too, which is not the same where a module writes into them in place.
-        with patched(points, [patch_in(site, cache) for site in receiving]):
-            output = run.kept(_output(points, clean))
-        before = measured(metric, output, baseline)
-    patches = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
-    with undisturbed(points.model), patched(points, patches), recording(points, receiving) as received:
-        _output(points, clean)
-    with undisturbed(points.model):
-        with patched(points, [patch_in(site, received) for site in receiving]):
-            output = _output(points, clean)
-        return measured(metric, output, baseline) - before
+    clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
+    source = corrupted_run.until(sending)
+    with recording(points, [sending, *held, *receiving]) as cache:
+        baseline = clean_run()
+    # The clean activations are patched in too, which is not a no-op if a module writes into them in place.
+    before = _measured(clean_run, receiving, cache, metric, baseline)
+    with (
+        patched(points, [patch_in(sending, source), *(patch_in(site, cache) for site in held)]),
+        recording(points, receiving) as received,
+    ):
+        clean_run()
+    return _measured(clean_run, receiving, received, metric, baseline) - before
 
 
-def _output(points: HookPoints, inputs: Inputs) -> Any:
-    ((args, keywords),) = batches([inputs], 1)
-    return points.run(args, keywords)
+def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, metric: Metric, baseline: Any) -> Tensor:
+    """Return the metric of a forward into which a cache is patched."""
+    with forward.running() as run:
+        with patched(forward.points, [patch_in(site, cache) for site in sites]):
+            output = run.kept(forward.output())
+        return measured(metric, output, baseline)
 
 
 def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen: Any) -> list[Site]:
-    """Return the sites to hold, which lie between the sender and the last receiver."""
+    """Return the sites to freeze, which lie between the sender and the last receiver."""
     order = {name: number for number, name in enumerate(points)}
     before = [site for site in receivers if order[site.name] <= order[sender.name]]
     if before:
@@ -139,7 +137,7 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
 
 
 def _is_part(point: HookPoint, receiver: HookPoint) -> bool:
-    """Tell whether a hook point is of the very call of a receiver, or inside the module whose output it is."""
+    """Return whether a hook point belongs to a receiver's call, or lies inside the module whose output it is."""
     inside = receiver.side == "out" and point.module.startswith(f"{receiver.module}.")
     return inside or (point.module, point.call) == (receiver.module, receiver.call)
 
@@ -152,7 +150,7 @@ def _sites(points: HookPoints, named: Any, what: str) -> tuple[Site, ...]:
 
 
 def _computes(point: HookPoint, points: HookPoints) -> bool:
-    """Tell whether a hook point is what a module with weights returns that calls no other one, and is no norm."""
+    """Return whether a hook point is the output of a module with weights that calls no other one and is not a norm."""
     if point.side != "out" or not point.parameters or "norm" in point.module_type.lower():
         return False
     if _computes_a_weight(point):
@@ -166,5 +164,5 @@ def _computes(point: HookPoint, points: HookPoints) -> bool:
 
 
 def _computes_a_weight(point: HookPoint) -> bool:
-    """Tell whether a hook point lies inside what computes a module's weights, not its activations."""
+    """Return whether a hook point lies inside a parametrization, which computes weights."""
     return "parametrizations" in point.module.split(".")

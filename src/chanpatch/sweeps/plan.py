@@ -1,28 +1,22 @@
-"""What is swept: labelled patches, the one clean forward, and the groups that share what comes before them."""
+"""The plan of a sweep: labeled patches, the clean run, and the groups of patches that share a prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..engine.sessions import Session
 from ..errors import SweepError, UnreachedError
+from ..patching.edits import Set
 from ..patching.patch import Patch, Patches, checked_patches, labelled_patches
-from ..registry.names import BarePoint
-from ..registry.points import resolve, root_of
-from ..registry.sites import HookPoint, Site
+from ..registry.points import root_of
+from ..registry.sites import HookPoint
 from .forward import Forward
-from .later import kind
-from .prefix import Prefix
 
-_LIVE = 6  # activations alive at a time in a forward: what a module takes and returns, a residual, copies to compute
-
-
-_FEWEST_ALIKE = 3  # patches that make a group of their own
+_LIVE = 6  # activations alive at a time in a forward: a module's input and output, a residual, temporary copies
+_FEWEST_ALIKE = 3  # entries with equal later patches that make a group of their own
 
 
 class Entry(NamedTuple):
@@ -33,51 +27,38 @@ class Entry(NamedTuple):
     patches: tuple[Patch, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
+class Group(NamedTuple):
     """Entries whose earliest patch is at one hook point.
 
     Attributes:
         point: The hook point.
-        names: All names of it that the patches use.
-        entries: Whose patches begin there.
-        alike: Whether what they do later can go into one forward.
-        blank: Zeros like the activation, by hook point.
-        call: Index of the module's call there.
-        skippable: How many module calls had finished before.
-        bytes_each: About how much one more patch takes in a forward of many.
+        entries: Entries whose patches begin there.
+        later: The patches at other hook points, if all entries have equal ones; otherwise None.
+        skippable: Number of module calls that had finished before.
+        bytes_each: Approximate memory that one more entry takes in a forward of many.
+        on_cpu: Whether the activation is on a CPU.
     """
 
-    point: HookPoint | BarePoint
-    names: frozenset[str]
+    point: HookPoint
     entries: tuple[Entry, ...]
-    alike: bool
-    blank: Mapping[str, Tensor]
-    call: int
+    later: tuple[Patch, ...] | None
     skippable: int
     bytes_each: int
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the activation is on a CPU."""
-        return self.blank[self.point.name].is_cpu
+    on_cpu: bool
 
     def first(self, entry: Entry) -> list[Patch]:
-        """Return the patches of an entry that stand at the hook point of the group."""
-        return [patch for patch in entry.patches if patch.site.name in self.names]
-
-    def later(self, entry: Entry) -> list[Patch]:
-        """Return the patches of an entry that stand at other hook points."""
-        return [patch for patch in entry.patches if patch.site.name not in self.names]
+        """Return the patches of an entry at the hook point of the group."""
+        return [patch for patch in entry.patches if patch.site.name == self.point.name]
 
 
-def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[Entry]:
+def entries_of(forward: Forward, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
     """Return a numbered entry for each label.
 
     Args:
-        forward: Of the model, whose sites are checked, all faults at once.
-        patches: As the user gave them.
-        what: How to call them in an error.
+        forward: The forward of the model. The sites are checked against it, all faults at once.
+        patches: The patches as the user gave them.
+        what: Their name in an error.
+        start: The number of the first entry.
 
     Raises:
         SweepError: If there are none, or two would have one label.
@@ -88,83 +69,89 @@ def entries_of(forward: Forward, patches: Patches | Patch, what: str) -> list[En
         if not each:
             raise SweepError(f"The {what} hold {label!r} without a patch. The unpatched output is the baseline.")
     flat = [patch for _, each in named for patch in each]
-    checked = iter(checked_patches(forward.points_or_model, flat))
-    return [Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named)]
+    checked = iter(checked_patches(forward.points, flat))
+    return [
+        Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named, start)
+    ]
 
 
-class _Firing(NamedTuple):
-    """What the clean forward had at a swept hook point."""
+class _Seen(NamedTuple):
+    """The clean activation at a swept hook point."""
 
-    order: int  # one number for all names of a place
-    point: HookPoint | BarePoint
-    blank: Tensor
-    call: int
+    nbytes: int
+    on_cpu: bool
     skippable: int
 
 
-def clean_run(forward: Forward, entries: Sequence[Entry], prefix: Prefix) -> tuple[Any, list[Group]]:
+def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
     """Run the model once, unpatched; return its output and the groups, in execution order.
+
+    The prefix of the forward takes up to max_bytes.
 
     Raises:
         UnreachedError: If a patch's hook point did not run.
     """
-    session = Session(*root_of(forward.points_or_model))
-    fired: dict[str, _Firing] = {}
-    places: dict[Any, int] = {}
+    points, prefix = forward.points, forward.prefix
+    session = Session(*root_of(points))
+    seen: dict[str, _Seen] = {}
 
-    def noting(point: HookPoint | BarePoint) -> Callable[[Tensor, Session], Tensor]:
+    def noting(name: str) -> Callable[[Tensor, Session], Tensor]:
         def note(leaf: Tensor, session: Session) -> Tensor:
-            place = session.modules.get(point.module, point.module), point.side, point.path, session.call
-            order = places.setdefault(place, len(places))
-            blank = leaf.new_zeros(()).expand(leaf.shape)
-            fired[point.name] = _Firing(order, point, blank, session.call, prefix.so_far)
+            seen[name] = _Seen(leaf.nbytes, leaf.is_cpu, prefix.so_far)
             return leaf
 
         return note
 
-    for site in dict.fromkeys(Site(patch.site.name).at(patch.site.point) for e in entries for patch in e.patches):
-        point = resolve(session.modules, site)
-        session.listen(point, "patch", noting(point))
+    names = dict.fromkeys(patch.site.name for entry in entries for patch in entry.patches)
+    for name in names:
+        session.listen(points[name], "patch", noting(name))
     session.confined = True
-    with session, prefix.remembered():
+    with session, prefix.remembered({points[name].module for name in names if points[name].side == "tap"}, max_bytes):
         output = forward()
     session.let_go()
     for entry in entries:
         for patch in entry.patches:
-            if patch.site.name not in fired:
+            if patch.site.name not in seen:
                 raise UnreachedError(
                     f"{entry.label!r}: the patch at '{patch.site.name}' never ran in the sweep. "
                     f"'{patch.site.name}' is not on the path that was called, or was called by its forward(), which "
                     "runs no hooks."
                 )
-    groups = _groups(entries, fired, prefix)
+    groups = [*_groups(forward, entries, seen)]
     prefix.forget_after(max(group.skippable for group in groups))
     return output, groups
 
 
-def _groups(entries: Sequence[Entry], fired: Mapping[str, _Firing], prefix: Prefix) -> list[Group]:
-    """Divide entries by where they begin, and then by what they do later."""
-    order = {name: firing.order for name, firing in fired.items()}
-    begun: dict[int, dict[Any, list[Entry]]] = {}
+def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen]) -> Iterator[Group]:
+    """Divide entries by the hook point at which they begin, then by their later patches."""
+    order = {name: number for number, name in enumerate(seen)}
+    begun: dict[str, dict[Any, tuple[tuple[Patch, ...], list[Entry]]]] = {}
     for entry in entries:
-        first = min(order[patch.site.name] for patch in entry.patches)
-        later = tuple(kind(patch) for patch in entry.patches if order[patch.site.name] != first)
-        begun.setdefault(first, {}).setdefault(later, []).append(entry)
-    blanks = {name: firing.blank for name, firing in fired.items()}
-    groups = []
-    for first in sorted(begun):
-        names = [name for name in fired if order[name] == first]
-        _, point, blank, call, skippable = fired[names[0]]
-        bytes_each = _LIVE * max(blank.nbytes, prefix.largest_after(skippable))
-        group = partial(
-            Group, point, frozenset(names), blank=blanks, call=call, skippable=skippable, bytes_each=bytes_each
-        )
-        apart: list[Entry] = []
-        for later, each in begun[first].items():
-            if not later or len(each) >= _FEWEST_ALIKE:
-                groups.append(group(tuple(each), alike=True))
+        first = min((patch.site.name for patch in entry.patches), key=order.__getitem__)
+        later = tuple(patch for patch in entry.patches if patch.site.name != first)
+        kinds = begun.setdefault(first, {})
+        key = tuple((patch.site, _key(patch.edit), _key(patch.where)) for patch in later)
+        kinds.setdefault(key, (later, []))[1].append(entry)
+    for first in sorted(begun, key=order.__getitem__):
+        divided: list[tuple[tuple[Patch, ...] | None, list[Entry]]] = []
+        others: list[Entry] = []
+        for later, members in begun[first].values():
+            if not later or len(members) >= _FEWEST_ALIKE or len(begun[first]) == 1:
+                divided.append((later, members))
             else:
-                apart += each
-        if apart:
-            groups.append(group(tuple(apart), alike=len(begun[first]) == 1))
-    return groups
+                others += members
+        if others:
+            divided.append((None, others))
+        nbytes, on_cpu, skippable = seen[first]
+        bytes_each = _LIVE * max(nbytes, forward.prefix.largest_after(skippable))
+        for common, members in divided:
+            yield Group(forward.points[first], tuple(members), common, skippable, bytes_each, on_cpu)
+
+
+def _key(operand: Any) -> Any:
+    """Return a key that two edits, or two masks, share only if they are sure to do the same."""
+    if isinstance(operand, Tensor):
+        return operand.data_ptr(), operand.shape, operand.stride(), operand.dtype
+    if type(operand).__module__ == Set.__module__:
+        return type(operand), *map(_key, vars(operand).values())
+    return id(operand) if callable(operand) else operand

@@ -1,9 +1,10 @@
-"""What comes before the patches: run once, and answered from memory in every forward after that."""
+"""The prefix: module calls before the patches, run once and answered from memory in later forwards."""
 
 from __future__ import annotations
 
+import pickle
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from ..engine.hooks import observed, wrapped_method
 from ..engine.paths import fresh, leaves, replace
-from ..engine.state import Snapshot as Attributes
+from ..engine.state import Snapshot, storage
 
 
-class ReplayError(Exception):
-    """A forward that does not call the modules of the one that was remembered."""
+class StrategyError(Exception):
+    """A fast strategy does not work for this model or these patches."""
 
 
 @dataclass
@@ -29,12 +30,12 @@ class _Call:
     """One call of one module in the remembered forward.
 
     Attributes:
-        module: Which.
-        output: What its forward returned, before any hook.
-        versions: Of the tensors in the output, at that time.
-        known: Whether the output may stand for the call.
-        copied: Whether a later module writes into the output, so that only copies of it may be handed out.
-        left: What the module's attributes were then.
+        module: The module.
+        output: The output of its forward, before any hook.
+        versions: Versions of the tensors in the output, at that time.
+        known: Whether the output may replace the call.
+        copied: Whether a later module writes into the output, so that each forward needs a copy.
+        left: The state of the module after the call.
     """
 
     module: nn.Module
@@ -42,68 +43,74 @@ class _Call:
     versions: list[tuple[Tensor, int]]
     known: bool
     copied: bool = False
-    left: Attributes | None = None
+    left: Snapshot | None = None
+
+    @property
+    def unwritten(self) -> bool:
+        """Whether no tensor of the output was written into."""
+        return all(tensor._version == version for tensor, version in self.versions)
 
 
 class Prefix:
     """The calls of one forward, each with its output, for later forwards to skip.
 
-    A call is remembered whole if nobody listens inside it and it draws nothing at random. Listeners at the module
-    itself run each time, since a hook is called around the forward that is remembered.
+    A call is remembered as a whole if nobody listens inside it and it draws no random numbers. Listeners at the module
+    itself run each time, because hooks run around the remembered forward. The model is restored by the caller.
 
     Args:
         model: The model.
-        taps: Names of the taps that are swept; a call in which one of them runs is never skipped.
-        max_bytes: Of the outputs that are kept; calls beyond that are run anew each time.
+        snapshot: Its state, which holds the random generators that belong to the model.
     """
 
-    def __init__(self, model: nn.Module, taps: Collection[str], max_bytes: int) -> None:
-        self._model, self._taps, self._free_bytes = model, taps, max_bytes
+    def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
+        self._model, self._snapshot = model, snapshot
+        self._taps: Collection[str] = ()
+        self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
         self._calls: list[_Call] = []
-        self._sizes: dict[int, int] = {}  # of the largest tensor that was computed after so many calls
+        self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of calls before it
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
         self._number = self._skipped = 0
-        self.attributes = Attributes(model.modules()).note()
 
     @property
     def so_far(self) -> int:
-        """How many calls the forward under way has finished."""
+        """Number of calls that the current forward has finished."""
         return self._number
 
     def largest_after(self, number: int) -> int:
-        """Return the bytes of the largest tensor that was computed once so many calls had finished."""
+        """Return the bytes of the largest tensor that was computed after this number of calls."""
         return max((size for position, size in self._sizes.items() if position >= number), default=0)
 
     def forget_after(self, number: int) -> None:
-        """Keep no more than so many calls."""
+        """Drop all calls after the first `number`."""
         del self._calls[number:]
 
     @contextmanager
-    def remembered(self) -> Iterator[None]:
-        """Remember the one forward that runs inside; the hooks that count as listeners are those of this moment."""
-        self._quiet = {module: not any(map(_hooked, _inner(module))) for module in self._model.modules()}
+    def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
+        """Remember the one forward that runs inside; the hooks present now count as listeners.
+
+        A call in which one of the taps runs is never skipped, nor are calls whose outputs would exceed max_bytes.
+        """
+        self._taps, self._free_bytes = taps, max_bytes
+        hooked = {module for module in self._model.modules() if _hooked(module)}
+        self._quiet = {module: not hooked & {*module.modules()} - {module} for module in self._model.modules()}
         with observed((), on_tap=self._on_tap), _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
             yield
         for call in self._calls:
-            call.known &= all(tensor._version == version for tensor, version in call.versions)
+            call.known &= call.unwritten
 
     @contextmanager
     def skipped(self, number: int) -> Iterator[None]:
-        """Answer so many calls from memory, in the one forward that runs inside."""
+        """Answer the first `number` calls from memory, in the one forward that runs inside."""
         self._number, self._inside, self._skipped = 0, False, number
         for call in self._calls[:number]:
-            if call.known and call.left is not None:
-                call.left.put_back()  # a module that is skipped does not leave anew what later ones read
-        try:
-            with _wrapped({call.module for call in self._calls[:number]}, self._replay):
-                yield
-        finally:
-            self.attributes.put_back()
-        if any(tensor._version != version for call in self._calls[:number] if call.known and not call.copied
-               for tensor, version in call.versions):  # fmt: skip
-            raise ReplayError("a forward wrote into what an earlier module had returned")
+            if call.known and call.left:
+                call.left.put_back()  # later modules may read what a skipped one leaves on itself
+        with _wrapped({call.module for call in self._calls[:number]}, self._replay):
+            yield
+        if not all(call.unwritten for call in self._calls[:number] if call.known):
+            raise StrategyError("a forward wrote into the output of an earlier module")
 
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._inside or not self._quiet[module]:
@@ -113,12 +120,12 @@ class Prefix:
         self._tapped, drawn = False, self._random_state()
         output = self._run(forward, *args, **kwargs)
         size = sum(tensor.nbytes for _, tensor in leaves(output))
-        # What is drawn later depends on what was drawn before; in-place writes to inference tensors cannot be noticed.
+        # A skipped draw would change later draws, and in-place writes to inference tensors cannot be noticed.
         known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
         known &= not any(tensor.is_inference() for _, tensor in leaves(output))
         self._free_bytes -= size if known else 0
         versions = [(tensor, tensor._version) for _, tensor in leaves(output)] if known else []
-        left = Attributes(module.modules()).note() if known else None
+        left = Snapshot(module.modules()).note() if known else None
         self._calls.append(_Call(module, fresh(output) if known else None, versions, known, left=left))
         return output
 
@@ -127,7 +134,7 @@ class Prefix:
             return forward(*args, **kwargs)
         call = self._calls[self._number]
         if call.module is not module:
-            raise ReplayError(f"{type(module).__name__} was called where {type(call.module).__name__} had been")
+            raise StrategyError(f"{type(module).__name__} was called instead of {type(call.module).__name__}")
         if not call.known:
             return self._run(forward, *args, **kwargs)
         self._number += 1
@@ -145,18 +152,13 @@ class Prefix:
         """Keep copies of the outputs that a module is about to write into."""
         for call in self._calls:
             if call.known and any(id(tensor) in written for tensor, _ in call.versions):
-                unwritten = all(tensor._version == version for tensor, version in call.versions)
-                call.output, call.copied, call.known = _copy(call.output), True, unwritten
-                call.versions = []
+                call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
 
     def _random_state(self) -> tuple[Any, ...]:
-        """Return the state of the generators that a model may draw from."""
-        on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
-        drawn = [state.numpy().tobytes() for state in (torch.get_rng_state(), *on_cuda)]
-        of_numpy = np.random.get_state(legacy=False)
-        position = of_numpy["state"]["pos"], of_numpy["has_gauss"]
-        own = self.attributes.generator_states()
-        return drawn, own, random.getstate(), of_numpy["state"]["key"].tobytes(), position
+        """Return the state of the random generators that a model may use."""
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
+        others = pickle.dumps((random.getstate(), np.random.get_state()))
+        return *(state.numpy().tobytes() for state in states), others, *self._snapshot.generator_states()
 
     def _on_size(self, size: int) -> None:
         self._sizes[self._number] = max(size, self._sizes.get(self._number, 0))
@@ -165,31 +167,41 @@ class Prefix:
         self._tapped |= name in self._taps
 
 
-def _inner(module: nn.Module) -> Iterator[nn.Module]:
-    return (part for part in module.modules() if part is not module)
-
-
 def _hooked(module: nn.Module) -> bool:
     everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
     return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
 
 
-class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells how much each operation allocates."""
+class _Sizes(TorchFunctionMode):
+    """Reports the bytes of each tensor that a function of torch computes; a view of an argument takes none."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._tell = tell
+    def __init__(self, report: Callable[[int], None]) -> None:
+        super().__init__()
+        self._report = report
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            for _, tensor in leaves(output):
-                self._tell(tensor.nbytes)
-        if "scaled_dot_product" in func.__name__ and args[0].is_cpu:  # vmap computes all its scores
-            query, key = args[:2]
-            self._tell(query.nbytes // max(1, query.shape[-1]) * key.shape[-2])
+        given = {storage(tensor) for _, tensor in leaves((args, kwargs))}
+        for _, tensor in leaves(output):
+            if storage(tensor) not in given:
+                self._report(tensor.nbytes)
+        self._report(_scores(func.__name__, args, kwargs or {}))
         return output
+
+
+def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return the bytes of all scores of an attention: vmap on a CPU computes them, but a fused kernel does not."""
+    named = {**dict(zip(_OF_ATTENTION, args, strict=False)), **kwargs}
+    if function == "scaled_dot_product_attention" and named["query"].is_cpu:
+        keys: int = named["key"].shape[-2]
+    elif function == "multi_head_attention_forward":
+        keys = named["key"].shape[0] * named["num_heads"]
+    else:
+        return 0
+    return int(named["query"].nbytes // max(1, named["query"].shape[-1]) * keys)
+
+
+_OF_ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
 def _copy(output: Any) -> Any:

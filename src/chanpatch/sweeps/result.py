@@ -1,4 +1,4 @@
-"""What a sweep found: a metric per patch and input, beside the unpatched one."""
+"""The results of a sweep, a metric per patch and input beside the unpatched one, and of an attribution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import MetricError
 from ..patching.patch import Patch
-from ..results import ROWS, Effects, more, shown_effect
+from ..results import ROWS, Effects, columns, more, shown_effect
 from ..statistics.interval import Interval
 from ..statistics.ranking import Rank, ranked_records, ranks_among
 from ..statistics.resampling import bootstrap_interval
@@ -27,9 +27,9 @@ class Swept:
 
     Attributes:
         point: The hook point.
-        patches: How many begin there, those of controls too.
+        patches: Number of entries that begin there, controls included.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: Why this one, and what became of those before it.
+        why: Why this one, and why the faster strategies were rejected.
     """
 
     point: str
@@ -40,15 +40,15 @@ class Swept:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SweepResult(Effects):
-    """What each patch does to one metric or several; one row per label, in the order given.
+    """The effect of each patch on one metric or several; one row per label, in the order given.
 
     Attributes:
-        labels: Of each row.
-        patches: Of each row, in the order of application.
+        labels: Label of each row.
+        patches: Patches of each row, in the order of application.
         values: By name of the metric, `(patch, input)`; one column for a metric that is one number for all inputs.
         baseline: By name of the metric, `(input,)`: the same without any patch.
         controls: The control patches of the same sweep, or None.
-        groups: How the rows were run, by the hook point at which their patches begin; of those that were finished.
+        groups: How the finished rows were run, by the hook point at which their patches begin.
         complete: Whether every patch was run. Only the partial result of an interrupted sweep is not complete.
     """
 
@@ -68,10 +68,10 @@ class SweepResult(Effects):
         """Return the metric under each patch minus the metric without: `(patch, input)`.
 
         Args:
-            metric: Its name; needed where there are several.
+            metric: Name of the metric; needed if there are several.
 
         Raises:
-            MetricError: If there is no such metric, or none is named where there are several.
+            MetricError: If there is no such metric, or no name is given although there are several.
         """
         name = self._named(metric)
         return self.values[name] - self.baseline[name]
@@ -92,15 +92,15 @@ class SweepResult(Effects):
 
         Args:
             metric: As in `differences`.
-            seed: Of the bootstrap.
+            seed: Random seed of the bootstrap.
         """
         return bootstrap_interval(self.differences(metric).T, seed=seed)
 
     def ranks(self, metric: str | None = None) -> list[Rank | None]:
-        """Return where each effect ranks among those of the controls, by absolute value.
+        """Return the rank of each effect among those of the controls, by absolute value.
 
         A p-value needs 19 controls or more, and a patch that was not picked for its effect. None for an effect that is
-        not finite, and for all where there are no controls or not all of theirs are finite.
+        not finite, and for all if there are no controls or not all of their effects are finite.
 
         Args:
             metric: As in `differences`.
@@ -187,7 +187,7 @@ class SweepResult(Effects):
         return [rank for ranks in zip(*each, strict=True) for rank in ranks]
 
     def _records(self) -> list[dict[str, Any]]:
-        # An interrupt may have left no row, of which there is no interval.
+        # An interrupt may have left no row, and so no interval.
         effects = {name: (self.effect(name), self.interval(name)) for name in self.values if len(self)}
         return [
             {
@@ -215,6 +215,69 @@ class SweepResult(Effects):
     def _only(self, name: str) -> SweepResult:
         controls = None if self.controls is None else self.controls._only(name)
         return replace(self, values={name: self.values[name]}, baseline={name: self.baseline[name]}, controls=controls)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Attribution(Effects):
+    """The estimated effect of each patch on a metric, in the order given; some of them beside the exact effect.
+
+    The table and the figure show the largest estimates first; `top` returns them.
+
+    Attributes:
+        labels: Label of each patch.
+        patches: One patch per row.
+        exact: Effects measured by real forwards; NaN for patches that were not run.
+        drawn: Which rows are in the random sample.
+        rank_correlation: Spearman's, between estimates and exact effects over the random sample, which stands for all
+            the patches; the largest estimates alone would not. NaN if fewer than three, or only equal ones, were
+            drawn.
+        sample: Number of patches in the random sample.
+        inputs: Number of inputs.
+        steps: Number of points of the line between clean and patched at which the gradient was taken.
+    """
+
+    labels: tuple[Any, ...]
+    patches: tuple[Patch, ...]
+    exact: Floats
+    drawn: NDArray[np.bool_]
+    rank_correlation: float
+    sample: int
+    inputs: int
+    steps: int
+    _effect: Floats
+    _by_row = ("labels", "patches", "_effect", "exact", "drawn")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def effect(self) -> Floats:
+        """Return the estimates of the mean over inputs of the metric with the patch minus without it: `(patch,)`."""
+        return self._effect
+
+    @property
+    def effect_label(self) -> str:
+        """What the effects are, for a figure."""
+        return f"estimated mean change, {self.inputs} inputs"
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per patch: label, effect (the estimate), exact (None if it was not run), drawn."""
+        exact = [None if np.isnan(each) else each for each in self.exact.tolist()]
+        return columns(label=self.labels, effect=self._effect, exact=exact, drawn=self.drawn)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return self.top(len(self)).to_records()
+
+    def _title(self) -> str:
+        how = "the gradient of the clean run" if self.steps == 1 else f"gradients at {self.steps} steps"
+        return f"{len(self)} patches estimated by {how}, {self.inputs} inputs"
+
+    def _notes(self) -> list[str]:
+        if not self.sample:
+            return []
+        return [
+            f"Rank correlation with the exact effects: {self.rank_correlation:.2f} (Spearman, over {self.sample} "
+            "patches drawn at random)"
+        ]
 
 
 class SweepInterrupted(KeyboardInterrupt):

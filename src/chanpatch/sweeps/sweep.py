@@ -1,15 +1,36 @@
-"""The call that sweeps."""
+"""Public entry point: the effect of each of many patches on a metric.
+
+The path of a sweep, file by file:
+
+- `sweep`: `sweep()` checks its arguments, sets up what follows, and collects the numbers into a `SweepResult`.
+- `forward`: a `Forward` is the model on the same inputs. It gives copies of the inputs to each run, and restores the
+  model after it (`engine.state`).
+- `plan`: `entries_of` makes one `Entry` per label. `clean_run` runs the model once, unpatched, and sees each hook
+  point. Entries that begin at one hook point form a `Group`.
+- `prefix`: during the clean run a `Prefix` remembers the output of each module call. Later forwards skip the calls
+  before a group, and get the outputs from memory.
+- `execution`: an `Execution` runs one group after the other. It tries the fast strategies, compares two patches of the
+  group with the plain loop, and falls back to that.
+- `strategies`: `loop` runs the model inside `patched`. `resumed` is a loop that skips the prefix. `vmapped` applies
+  each entry's patches to the clean activation, then runs the suffix under `torch.vmap` for a chunk of entries.
+- `metrics.measured`: `Metrics` measures each output.
+- `result`: a `SweepResult` holds a metric per patch and input, beside the unpatched one.
+
+`attribution` estimates the same effects by gradients, and `path_patching` splits one by path; both run a `Forward`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..engine.hooks import refuse_unhookable
+from ..engine.paths import get
 from ..errors import MetricError, SweepError
 from ..metrics.measured import Metric, Metrics
 from ..patching.patch import Patches
@@ -19,8 +40,7 @@ from ..results import progress_bar
 from .execution import Execution, Strategy
 from .forward import Forward
 from .plan import Entry, clean_run, entries_of
-from .prefix import Prefix
-from .result import SweepInterrupted, SweepResult, Swept
+from .result import SweepInterrupted, SweepResult
 
 
 def sweep(
@@ -35,40 +55,39 @@ def sweep(
     progress: bool | None = None,
     **keywords: Any,
 ) -> SweepResult:
-    """Return what each of many patches does to a metric, on the same inputs.
+    """Return the effect of each of many patches on a metric, on the same inputs.
 
-    The numbers are those of a loop of forwards inside `patched`. Every forward runs under restored random number
-    generators, buffers and training flags, and without gradients. A model that counts its calls in an attribute of its
-    own, or changes with them, is not put back. Hooks of others run in every forward; in one of many patches they get
-    tensors of a `torch.vmap`, which must not be kept: where they do that, take `strategy="resume"` or `"loop"`.
+    The numbers are those of a loop of forwards inside `patched`. Each forward runs without gradients, and restores
+    random number generators, buffers, attributes and training flags. Hooks of others run in every forward. In a forward
+    of many patches they get tensors of a `torch.vmap`. If they keep those, use `strategy="resume"` or `"loop"`.
 
     Args:
-        points_or_model: The model, which is traced with the inputs, or its HookPoints: then their method is run.
-        inputs: What the model takes; every forward gets copies.
-        patches: By label, one or several that are applied together; or a sequence of them, whose labels are then made
-            of their sites: `[zero_ablate(site) for site in points.site("conv1").split("channel")]`.
+        points_or_model: The model, which is traced with the inputs, or its HookPoints; then their method is run.
+        inputs: Inputs of the model; each forward gets copies.
+        patches: A mapping of labels to patches, each one patch or several that are applied together; or a sequence of
+            them, labeled by their sites: `[zero_ablate(site) for site in points.site("conv1").split("channel")]`.
         metric: A function of the model's output that returns one number per input, `(batch,)`, or one number; or
-            several by name. One with a keyword-only parameter `baseline` gets the unpatched output too.
-        controls: Patches to rank the others among, as `patches`.
-        strategy: `"loop"` runs the model once per patch. `"resume"` does not run again what comes before a patch.
-            `"vmap"` does so too, and runs what comes after for many patches at a time. `"auto"` takes the fastest
-            one, at each hook point anew, that gives the numbers of the loop for two of its patches, and the loop where
-            none does, or where dropout or batch norm is in training mode.
-        max_bytes: About how much the activations of one forward of many patches may take, and again what is kept of
-            the model before the patches. One patch at a time runs whatever it takes.
-        check_nan: Whether NaN that a patch brings in is an error.
-        progress: Whether to show a bar; None for one on a terminal, after two seconds, where tqdm is installed.
+            several by name. A keyword-only parameter `baseline` gets the unpatched output.
+        controls: Patches to rank the others among, in the same form.
+        strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` does so
+            too, and runs the modules after it for many patches at a time. `"auto"` takes, at each hook point, the
+            fastest one that gives the numbers of the loop for two of its patches; otherwise the loop. It always loops
+            if dropout or batch norm is in training mode.
+        max_bytes: Approximate memory for the activations of one forward of many patches, and again for the outputs that
+            are kept of modules before the patches. One patch at a time runs in any case.
+        check_nan: Whether NaN that a patch introduces is an error.
+        progress: Whether to show a bar; None for one on a terminal, after two seconds, if tqdm is installed.
         keywords: Keyword inputs of the model.
 
     Raises:
         HookPointError, SiteError: If a site does not exist; all faults at once.
-        SweepError: If there are no patches, two have one label, max_bytes is no number of bytes, or the strategy that
-            was asked for is not possible.
+        SweepError: If there are no patches, two have one label, max_bytes is not a number of bytes, or the strategy
+            that was asked for is not possible.
         MetricError: If a metric returns something else.
-        EditError: If the result of an edit does not fit its region; NaNError if it brings NaN in.
+        EditError: If the result of an edit does not fit its region; NaNError if it introduces NaN.
         UnreachedError: If a patch never ran.
         UnsupportedModelError: If the model ignores hooks.
-        SweepInterrupted: On Ctrl-C, with the result of the patches that were done.
+        SweepInterrupted: On Ctrl-C, with the result of the patches that are done.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -92,30 +111,19 @@ def sweep(
         refuse_unhookable(points.model)
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(forward, patches, "patches")
-        others = [] if controls is None else entries_of(forward, controls, "controls")
-        entries = [*asked, *(Entry(number, *rest) for number, (_, *rest) in enumerate(others, len(asked)))]
-        taps = {patch.site.point.module for entry in entries for patch in entry.patches
-                if patch.site.point is not None and patch.site.point.side == "tap"}  # fmt: skip
-        prefix = Prefix(forward.model, taps, 0 if strategy == "loop" else max_bytes)
-        output, groups = clean_run(forward, entries, prefix)
-        metrics = Metrics(metric, output, forward.count())
+        others = [] if controls is None else entries_of(forward, controls, "controls", len(asked))
+        output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
+        metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
-        rows: dict[int, dict[str, Tensor]] = {}
-        done: list[Swept] = []
-        with progress_bar(progress, len(entries), "patch") as advance:
-
-            def keep(entry: Entry, measured: dict[str, Tensor]) -> None:
-                advance(entry.number not in rows)
-                rows[entry.number] = measured
-
-            execution = Execution(forward, prefix, output, strategy, max_bytes, metrics, keep)
+        with progress_bar(progress, len(asked) + len(others), "patch") as advance:
+            execution = Execution(forward, output, strategy, max_bytes, metrics, advance)
             try:
                 for group in groups:
-                    done.append(execution.run(group))
+                    execution.run(group)
             except KeyboardInterrupt as stop:
-                partial = _result(asked, others, rows, metrics, done, complete=False)
+                partial = _result(asked, others, execution, metrics, complete=False)
                 raise SweepInterrupted(partial, len(asked)) from stop
-    return _result(asked, others, rows, metrics, done, complete=True)
+    return _result(asked, others, execution, metrics, complete=True)
 
 
 def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
@@ -138,25 +146,28 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
             )
 
 
+def _count(points: HookPoints, output: Any) -> int | None:
+    """Return the number of rows in an output; None if the trace did not prove its batch axis."""
+    for point in points.values():
+        if not point.module and point.side == "out" and point.batch_axis is not None:
+            with suppress(LookupError, AttributeError, TypeError):  # another output than in the trace
+                return int(get(output, point.path).shape[point.batch_axis])
+    return None
+
+
 def _result(
-    asked: Sequence[Entry],
-    others: Sequence[Entry],
-    rows: Mapping[int, Mapping[str, Tensor]],
-    metrics: Metrics,
-    groups: Sequence[Swept],
-    *,
-    complete: bool,
+    asked: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics, *, complete: bool
 ) -> SweepResult:
-    """Return the rows that are there as a result; controls are numbered after the others."""
+    """Return the rows that are done as a result."""
+    rows, baseline = execution.rows, {name: before.numpy() for name, before in metrics.baseline.items()}
 
-    def part(entries: Sequence[Entry], offset: int, controls: SweepResult | None) -> SweepResult:
-        there = [entry for entry in entries if entry.number + offset in rows]
+    def part(entries: Sequence[Entry], controls: SweepResult | None) -> SweepResult:
+        done = [entry for entry in entries if entry.number in rows]
         values = {
-            name: np.array([rows[entry.number + offset][name].numpy() for entry in there]).reshape(-1, len(before))
-            for name, before in metrics.baseline.items()
+            name: np.array([rows[entry.number][name].numpy() for entry in done]).reshape(-1, len(before))
+            for name, before in baseline.items()
         }
-        baseline = {name: before.numpy() for name, before in metrics.baseline.items()}
-        labels, patches = tuple(entry.label for entry in there), tuple(entry.patches for entry in there)
-        return SweepResult(labels, patches, values, baseline, controls, tuple(groups), complete)
+        labels, patches = tuple(entry.label for entry in done), tuple(entry.patches for entry in done)
+        return SweepResult(labels, patches, values, baseline, controls, tuple(execution.done), complete)
 
-    return part(asked, 0, part(others, len(asked), None) if others else None)
+    return part(asked, part(others, None) if others else None)
