@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import Independent, Normal
 
 from chanpatch import paired_rollouts
-from chanpatch.engine.sessions import published
+from chanpatch.engine.moments import published
 from chanpatch.policies import action_distribution
 
 

@@ -30,8 +30,8 @@ from chanpatch import (
     zero_ablate,
 )
 from chanpatch.engine.hooks import Station
+from chanpatch.engine.moments import forward_context
 from chanpatch.engine.paths import leaves
-from chanpatch.engine.sessions import forward_context
 from chanpatch.errors import (
     ChanpatchError,
     ConcurrencyError,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
+from chanpatch.engine.moments import forward_context
 from chanpatch.engine.paths import leaves
-from chanpatch.engine.sessions import forward_context
 from chanpatch.errors import (
     EditError,
     HookPointError,

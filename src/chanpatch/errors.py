@@ -1,24 +1,4 @@
-"""Everything chanpatch raises, in one tree.
-
-    ChanpatchError
-    ├── HookPointError (KeyError)            no such hook point, or one that never fired
-    ├── SiteError (ValueError)               an axis or an index that the hook point does not have
-    ├── EditError (ValueError)               an edit that cannot apply to its region
-    │   └── NaNError                         an edit that brought NaN into the network
-    ├── BatchAxisError (ValueError)          something row-wise where no batch axis is proved
-    ├── TraceMismatchError (RuntimeError)    a forward that differs from the traced one
-    ├── UnreachedError (RuntimeError)        a patch or a record that never ran
-    ├── ConcurrencyError (RuntimeError)      one context, two threads
-    ├── UnsupportedModelError (TypeError)    a model whose hooks would be ignored, or that cannot be copied
-    ├── DistributionError (TypeError)        an output that is no action distribution, or one that cannot be sampled
-    ├── MetricError (ValueError)             a metric that does not fit the output
-    ├── SweepError (ValueError)              patches or a strategy that cannot be swept
-    ├── RolloutError (ValueError)            seeds, environments or policies that cannot be rolled out
-    ├── StatisticsError (ValueError)         counts or scores that no statistic can be taken of
-    ├── ContrastError (ValueError)           pairs that are none
-    ├── ProbeError (ValueError)              sums or labels that no probe can be fitted to
-    ├── InterventionError (ValueError)       patches that cannot be saved, or a file that cannot be loaded or repeated
-    └── MissingPackageError (ImportError)    an optional package that is not installed
+"""All errors of chanpatch: each is a ChanpatchError, and the built-in error that fits, such as ValueError.
 
 A message says what is wrong with the user's own value, what was expected, and what to do.
 """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from chanpatch.engine.sessions import forward_context
+from chanpatch.engine.moments import forward_context
 from chanpatch.errors import (
     BatchAxisError,
     EditError,

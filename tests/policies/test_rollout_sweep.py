@@ -11,7 +11,7 @@ from policies import SEEDS, Drifting, Recurrent, same
 from torch import nn
 
 from chanpatch import PatchedPolicy, Site, edit, hook_points, paired_rollouts, resample_ablate, zero_ablate
-from chanpatch.engine.sessions import published
+from chanpatch.engine.moments import published
 from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingPackageError, NaNError, RolloutError
 from chanpatch.patching import Add, Patch, Scale, run_with_cache
 from chanpatch.policies import rollout_sweep

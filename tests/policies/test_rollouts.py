@@ -11,7 +11,7 @@ from stable_baselines3 import PPO
 from torch import nn
 from torch.distributions import Bernoulli, Beta, Categorical, Independent, Normal
 
-from chanpatch.engine.sessions import published
+from chanpatch.engine.moments import published
 from chanpatch.errors import DistributionError, MissingPackageError, RolloutError
 from chanpatch.patching import edit, zero_ablate
 from chanpatch.policies import PairedRollouts, PatchedPolicy, paired_rollouts, rollout

@@ -10,54 +10,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .containers import containers
 from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, forget_taps, hear_tap, wrapped_method
+from .moments import published
 from .paths import Item, Path, get, in_distribution, leaves, replace
-
-
-class _Published(threading.local):
-    step: int | None = None
-    rows: Tensor | None = None
-
-
-published = _Published()
-
-
-@contextmanager
-def forward_context(*, step: int | None = None, rows: Any = None) -> Iterator[None]:
-    """Publish the step of a rollout, and the numbers of the rows in this forward, to the patches that ask."""
-    before = published.step, published.rows
-    published.step, published.rows = step, None if rows is None else torch.as_tensor(rows)
-    try:
-        yield
-    finally:
-        published.step, published.rows = before
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The forward in which a patch runs, for a caller without a session; a Session has the same attributes.
-
-    Attributes:
-        inputs: Inputs of the root call.
-        call: Index of the module's call within the root call.
-        step: Step of the rollout, or None.
-        rows: int64 `(batch,)`, the number of each row of the forward; None for 0, 1, 2, ...
-        running: Method of the root call, or None.
-    """
-
-    inputs: tuple[Any, ...] = ()
-    call: int = 0
-    step: int | None = None
-    rows: Tensor | None = None
-    running: str | None = None
 
 
 class StopForward(BaseException):
@@ -65,14 +26,7 @@ class StopForward(BaseException):
 
 
 class Listener:
-    """One place that a session listens to.
-
-    Args:
-        session: The session.
-        place: The hook point.
-        stage: Before the patches, as a patch, or after them.
-        act: Takes the tensor found there and the session; returns the tensor to put in its place, or the same one.
-    """
+    """One place that a session listens to; `act` returns the tensor to put there, or the same one."""
 
     __slots__ = ("_path", "act", "place", "session", "stage")
 
@@ -123,14 +77,7 @@ def _argument_path(path: Path) -> Path:
 
 
 class RootCall:
-    """One root call, within which the calls of modules are counted.
-
-    Args:
-        station: The station of the module that was called; None for a method.
-        method: The method; `"__call__"` for a module's call.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-    """
+    """One root call, within which the calls of modules are counted; the station is None for a method."""
 
     __slots__ = ("args", "counts", "depth", "given", "is_forward_of_method", "kwargs", "method", "station", "under_way")
 
@@ -163,7 +110,7 @@ class Session:
         self.call = 0  # index of the module call under way
         self.listeners: list[Listener] = []
         self._in_containers = False  # whether it listens to tensors inside containers that modules return
-        self._running: RootCall | None = None
+        self.root_call: RootCall | None = None  # the one under way
         self._touched: dict[nn.Module, None] = {}
         self._exit = ExitStack()
         self._thread: int | None = None
@@ -178,7 +125,7 @@ class Session:
         """Add to an exception of a method; may raise another in its place."""
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
-        """Add a listener, before the session is attached."""
+        """Listen to a place, from the next time that the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
 
     def __enter__(self) -> Any:
@@ -197,11 +144,7 @@ class Session:
         self._exit.close()
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Start to listen, all or nothing.
-
-        Args:
-            scopes: Modules whose outermost call is a root call.
-        """
+        """Start to listen, all or nothing; the outermost call of one of the scopes is a root call."""
         try:
             for listener in self.listeners:
                 if listener.place.side == "tap":
@@ -244,24 +187,19 @@ class Session:
         return Station.of(module) or Station(module)
 
     @property
-    def root_call(self) -> RootCall | None:
-        """The root call under way."""
-        return self._running
-
-    @property
     def running(self) -> str | None:
         """The method of the root call under way."""
-        return None if self._running is None else self._running.method
+        return None if self.root_call is None else self.root_call.method
 
     @property
     def in_method(self) -> bool:
         """Whether a root call of a method is under way; the calls inside it are part of it."""
-        return self._running is not None and self._running.station is None
+        return self.root_call is not None and self.root_call.station is None
 
     @property
     def inputs(self) -> tuple[Any, ...]:
         """The inputs of the root call under way."""
-        return () if self._running is None else (*self._running.args, *self._running.kwargs.values())
+        return () if self.root_call is None else (*self.root_call.args, *self.root_call.kwargs.values())
 
     @property
     def step(self) -> int | None:
@@ -276,13 +214,13 @@ class Session:
     @property
     def users_own(self) -> list[Any]:
         """Tensors and containers among the arguments of the root call under way."""
-        return [] if self._running is None else self._running.given
+        return [] if self.root_call is None else self.root_call.given
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a root call with a module's call, unless that is part of the one under way."""
         if not self.enabled or self.in_method:
             return
-        running = self._running
+        running = self.root_call
         home = None if running is None else running.station
         # Torch runs no hook on the way out of an interrupt, so the root call under way may be over.
         if running is not None and home is station and station.is_inside_itself():
@@ -292,7 +230,7 @@ class Session:
 
     def end(self, station: Station, *, failed: bool) -> None:
         """End the root call that a module's call began."""
-        running = self._running
+        running = self.root_call
         if not self.enabled or running is None or running.station is not station:
             return
         if running.depth:
@@ -307,17 +245,17 @@ class Session:
         """Return what a method of the model returns, called as a root call, or as a part of one."""
         if not self.enabled:
             return function(*args, **kwargs)
-        outer = self._running
+        outer = self.root_call
         if outer is not None and outer.station is None:
             self.check_thread()
             if not method == self.method == "__call__" or outer.method == "__call__" or outer.is_forward_of_method:
                 return function(*args, **kwargs)  # a forward inside a forward is a part of it
-            self._running = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
-            self._running.is_forward_of_method = True
+            self.root_call = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
+            self.root_call.is_forward_of_method = True
             try:
                 return function(*args, **kwargs)
             finally:
-                self._running = outer
+                self.root_call = outer
         call = RootCall(None, method, args, kwargs)
         self._begin(call)
         failed = True
@@ -335,18 +273,14 @@ class Session:
         """End the forward under way; the root calls of every session at the model are over."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
-            session.abandon(station)
+            if session.root_call is not None and session.root_call.station is station:
+                session._end(session.root_call, failed=True)
         raise StopForward(token)
-
-    def abandon(self, station: Station) -> None:
-        """Give up the root call under way if it is a call of this module."""
-        if self._running is not None and self._running.station is station:
-            self._end(self._running, failed=True)
 
     def _begin(self, call: RootCall) -> None:
         self.check_thread()
         self.on_begin()  # may refuse: then no call has begun
-        self._thread, self._running = threading.get_ident(), call
+        self._thread, self.root_call = threading.get_ident(), call
         if self._in_containers:
             given = call.args, call.kwargs
             call.given = [*containers(given), *(tensor for _, tensor in leaves(given))]
@@ -356,7 +290,7 @@ class Session:
             if not failed:
                 self.on_end(call)
         finally:
-            self._running = None
+            self.root_call = None
             if not self.confined:
                 self._thread = None
 
@@ -370,14 +304,14 @@ class Session:
 
     def in_this_thread(self) -> bool:
         """Return whether a root call is under way, in this thread."""
-        return self.enabled and self._running is not None and self._thread == threading.get_ident()
+        return self.enabled and self.root_call is not None and self._thread == threading.get_ident()
 
     def enter_call(self, counted: object) -> None:
         """Count a call of a module or a tap; its listeners read the index in `call`."""
         if not self.enabled:
             return
         self.check_thread()
-        running = self._running
+        running = self.root_call
         if running is None:
             self.call = 0
         else:
@@ -389,12 +323,12 @@ class Session:
         """Let `call` be the index of the call that ends; calls of one module inside each other end in reverse."""
         if not self.enabled or (self._thread is not None and threading.get_ident() != self._thread):
             return  # a call from another thread was refused when it was entered
-        under_way = None if self._running is None else self._running.under_way.get(counted)
+        under_way = None if self.root_call is None else self.root_call.under_way.get(counted)
         self.call = under_way.pop() if under_way else 0
 
     def is_call(self, place: Place) -> bool:
         """Return whether the call under way is the one that a place means."""
-        if self._running is None:
+        if self.root_call is None:
             if place.call is not None:
                 raise HookPointError(
                     f"'{place.name}' names a call index, but {type(self.root).__name__} was not entered by "

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.sessions import Moment, Session
+from ..engine.moments import Moment
+from ..engine.sessions import Session
 from ..errors import EditError, TraceMismatchError
 from ..registry.axes import axis_names
 from ..registry.names import BarePoint

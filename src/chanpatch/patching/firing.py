@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.moments import Moment
 from ..engine.paths import inside_vmap
 from ..engine.regions import Overwrite, read, written
-from ..engine.sessions import Moment, Session
+from ..engine.sessions import Session
 from ..errors import BatchAxisError, EditError, TraceMismatchError
 from ..registry.names import BarePoint
 from ..registry.sites import HookPoint, Site, no_batch

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from ..engine.moments import forward_context
 from ..engine.paths import Path, get, leaves, replace
-from ..engine.sessions import forward_context
 from ..engine.state import undisturbed
 from ..errors import ChanpatchError, RolloutError
 from ..registry.names import path_text

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..engine.moments import Moment
 from ..engine.paths import leaves
-from ..engine.sessions import Moment
 from ..engine.state import training_modules
 from ..errors import BatchAxisError, RolloutError
 from ..patching.contexts import raise_nan

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..engine.inputs import copied_inputs
+from ..engine.moments import Moment, forward_context, published
 from ..engine.paths import fresh, replace, with_rows
-from ..engine.sessions import Moment, forward_context, published
 from ..engine.state import undisturbed
 from ..patching.cache import ActivationCache
 from ..patching.firing import Firing
