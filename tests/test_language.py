@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from language import PATTERNS, RECORD, counts, of_the_repository, prose, sentences
+from language import PATTERNS, RECORD, ROOT, counts, hits, of_the_repository, prose, sentences
 
 RECORDED = json.loads(RECORD.read_text())
 
 
 @pytest.mark.parametrize(("part", "paths"), of_the_repository().items())
 def test_no_phrase_is_used_more_often_than_recorded(part: str, paths: list[Path]) -> None:
-    now = counts(paths)
-    risen = [
-        f"{name}: {now[name]}, recorded {RECORDED[part][name]}" for name in PATTERNS if now[name] > RECORDED[part][name]
-    ]
-    assert not risen, (
-        f"See `git diff`, and `python tests/language.py --show {part}`. More than before in {part}: {risen}"
+    now, recorded = counts(paths), RECORDED[part]
+    risen = [name for name in PATTERNS if now[name] > recorded[name]]
+    files = {
+        name: Counter(str(path.relative_to(ROOT)) for each, path, *_ in hits(paths) if each == name) for name in risen
+    }
+    assert not risen, "`python tests/language.py --show FILE` lists them by line: " + "; ".join(
+        f"{name} is used {now[name]} times, recorded are {recorded[name]}: {dict(files[name])}" for name in risen
     )
 
 
