@@ -11,7 +11,14 @@ import pytest
 import torch
 from models import build
 from torch import Tensor
-from torch.distributions import Categorical, Independent, Normal, OneHotCategorical, TransformedDistribution
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    Normal,
+    OneHotCategorical,
+    TransformedDistribution,
+)
 from torch.distributions.transforms import TanhTransform
 
 from chanpatch.errors import DistributionError, MetricError
@@ -410,3 +417,11 @@ def test_what_does_not_fit_is_refused(fault: str) -> None:
     with pytest.raises(kind) as caught:
         fails()
     assert str(caught.value) == message
+
+
+def test_logits_that_are_nan_are_refused_after_torch_compile_has_turned_validation_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Distribution, "_validate_args", False)
+    with pytest.raises(DistributionError, match="NaN among its logits"):
+        action_flip(LOGITS, baseline=LOGITS * torch.nan)

@@ -24,7 +24,8 @@ def distribution_in(output: Any) -> Distribution | None:
         if not output.is_floating_point() or not output.dim():
             return None
         # Numbers cannot be read inside vmap, so they cannot be validated; without rows there are none.
-        return Categorical(logits=output, validate_args=False if inside_vmap(output) or not output.numel() else None)
+        # Set it: the first torch.compile of a process turns torch's default off.
+        return Categorical(logits=output, validate_args=bool(output.numel()) and not inside_vmap(output))
     if isinstance(output, Mapping):
         held = [value for value in output.values() if isinstance(value, Distribution)]
         return held[0] if len(held) == 1 else distribution_in(output["logits"]) if "logits" in output else None
