@@ -1,7 +1,8 @@
-"""The only torch hooks: one pair per module for all open sessions, observers for the trace, taps, and method wrappers.
+"""The only torch hooks: those of a `Station` per module, observers for the trace, taps, and method wrappers.
 
-A `Station` is the one pair of hooks of a module. It serves every open session: records of the unpatched value, then
-patches in order of entry, then records.
+A station serves every open session: records of the unpatched value, then patches in order of entry, then records.
+Patches are written to an output before any other hook of the module runs, and to an input after all pre-hooks. Records
+are taken last, so that a record is the tensor that flows on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
 from .containers import CopiedContainer, containers, copied_containers, with_copies, written_into
-from .paths import Path
+from .paths import Path, get
 
 Stage: TypeAlias = Literal["before", "patch", "after"]
 STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # the order in which listeners at one place run
@@ -46,7 +47,7 @@ class Place:
 
 
 class Station:
-    """The one pair of hooks of one module, and the listeners there.
+    """The hooks of one module, and the listeners there.
 
     A listener has a session, a place and a stage. A session has `begin` and `end` for root calls, and `enter_call` and
     `leave_call` for all calls.
@@ -58,12 +59,17 @@ class Station:
         self.module_id = id(module)
         self._module = weakref.ref(module)
         self._on_inputs: list[Any] = []
-        self._on_output: list[Any] = []
+        self._on_output: list[Any] = []  # before any other hook of the module
+        self._at_last: list[Any] = []  # records of the output, after all other hooks
         self._counting: list[Any] = []
+        self._errors_before: list[BaseException | None] = []  # in flight when each call under way was entered
+        self._patched_output: Any = None  # of the call whose hooks are running
         self._copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._copied_containers: dict[int, CopiedContainer] = {}  # by the id of the copy, in the calls under way
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
-        module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True)
+        module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True, prepend=True)
+        self._hooks = 1  # of the output
+        self._calls: list[tuple[Any, int]] = []
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
@@ -96,12 +102,15 @@ class Station:
         """Order the listeners by stage, then by entry."""
         ordered = sorted(self.listeners, key=lambda listener: STAGES.index(listener.stage))
         self._on_inputs = [listener for listener in ordered if listener.place.side == "in"]
-        self._on_output = [listener for listener in ordered if listener.place.side == "out"]
+        output = [listener for listener in ordered if listener.place.side == "out"]
+        self._on_output = [listener for listener in output if listener.stage != "after"]
+        self._at_last = [listener for listener in output if listener.stage == "after"]
         self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
     def remove(self, session: Any) -> None:
         """Forget a session, and leave the module, and copies of it, if it was the last one."""
         self._copied_containers.clear()  # of calls that an interrupt cut short
+        self._errors_before.clear()
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
@@ -115,15 +124,42 @@ class Station:
         originals = [self.module_id, *map(id, self._copies)]
         self._copies.update(memo[original] for original in originals if original in memo)
 
+    def order(self) -> None:
+        """Run the hook of inputs after all other pre-hooks, in calls from now on."""
+        hooks: Any = getattr(self._module(), "_forward_pre_hooks", {})
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.station is self]:
+            hooks.move_to_end(key)
+
+    def _order_output(self, module: nn.Module) -> None:
+        """Run patches of the output before all other hooks, and records after them."""
+        if self._hooks == 1:
+            module.register_forward_hook(_Hook(self, self._leave_last), with_kwargs=True, always_call=True)
+            self._hooks = 2
+        hooks: Any = module._forward_hooks
+        ours = [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.station is self]
+        first, last = sorted(ours, key=lambda key: hooks[key].is_last)
+        hooks.move_to_end(first, last=False)
+        hooks.move_to_end(last)
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if id(module) != self.module_id:
             return self._refuse_copy(module)
+        self._errors_before.append(sys.exc_info()[1])
+        if len(module._forward_hooks) > self._hooks or (self._at_last and self._hooks == 1):
+            self._order_output(module)
+        late = bool(self._on_inputs) and not is_ours(next(reversed(module._forward_pre_hooks.values())))
         for session in self.scopes:
             session.begin(self, args, kwargs)
         for session in self._counting:
             session.enter_call(self)
         if not self._on_inputs:
             return None
+        if late:
+            self.order()
+            raise UnsupportedModelError(
+                f"A pre-hook was registered on this {type(module).__name__} after its input was patched or recorded, "
+                "so it would see the patched input. Register it before the context opens, or call the model again."
+            )
         given: Any = (args, kwargs)
         changed = given
         for listener in self._on_inputs:
@@ -137,7 +173,7 @@ class Station:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if id(module) != self.module_id:
             return None
-        failed = output is None and sys.exc_info()[0] is not None  # torch calls us on the way out of an exception
+        failed = self._has_failed()
         for session in self._counting:
             session.leave_call(self)
         changed = output
@@ -150,9 +186,52 @@ class Station:
             for container in containers((args, kwargs)):
                 if each := self._copied_containers.pop(id(container), None):
                     each.write_back()
+        self._patched_output = None if changed is output else changed
+        if self._hooks == 1:
+            self._end(failed=failed)
+        else:
+            self._calls = [(session, session.call) for session in self._counting]
+        return None if changed is output else changed
+
+    def _leave_last(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if id(module) != self.module_id:
+            return None
+        failed, patched_output, self._patched_output = self._has_failed(), self._patched_output, None
+        if patched_output is not None and not failed:
+            self._refuse_replaced(module, patched_output, output)
+        for session, call in self._calls:  # hooks of others may have called other modules
+            session.call = call
+        changed = output
+        for listener in () if failed else self._at_last:
+            changed = listener(changed)
+        self._end(failed=failed)
+        return None if changed is output else changed
+
+    def _has_failed(self) -> bool:
+        """Return whether torch calls a hook on the way out of an exception that this call of the module raised."""
+        error = sys.exc_info()[1]
+        return error is not None and bool(self._errors_before) and error is not self._errors_before[-1]
+
+    def _end(self, *, failed: bool) -> None:
+        if self._errors_before:
+            self._errors_before.pop()
         for session in self.scopes:
             session.end(self, failed=failed)
-        return None if changed is output else changed
+
+    def _refuse_replaced(self, module: nn.Module, patched_output: Any, output: Any) -> None:
+        """Raise if a hook of the user's replaced a tensor that was just patched."""
+        for listener in self._on_output:
+            path = listener.place.path
+            if listener.stage == "patch" and listener.session.enabled:
+                with suppress(LookupError, AttributeError, TypeError):
+                    if get(output, path) is get(patched_output, path):
+                        continue
+                others = [hook for hook in module._forward_hooks.values() if not is_ours(hook)]
+                names = ", ".join(str(getattr(hook, "__qualname__", hook)) for hook in others)
+                raise UnsupportedModelError(
+                    f"A forward hook of '{listener.place.name}' replaced the tensor that was just patched there. "
+                    f"Remove that hook while the patch is in place, or patch the input of the next module: {names}."
+                )
 
     def _refuse_copy(self, module: nn.Module) -> None:
         if self.is_open:
@@ -169,7 +248,7 @@ class _Hook:
     """The function that torch calls; copies of the module share it, and are refused while the module is patched."""
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
-        self.station, self._run = station, run
+        self.station, self._run, self.is_last = station, run, run == station._leave_last
 
     def __call__(self, module: nn.Module, *passed: Any) -> Any:
         run = eager(self._run) if is_compiling() else self._run

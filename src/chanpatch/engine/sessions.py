@@ -36,6 +36,13 @@ class Listener:
 
     def __call__(self, tree: Any) -> Any:
         """Return the inputs or the output that the listener leaves."""
+        try:
+            return self._heard(tree)
+        except Exception as error:
+            self.session.failure = self.session.failure or error
+            raise
+
+    def _heard(self, tree: Any) -> Any:
         if not self.session.enabled or not self.session.is_call(self.place):
             return tree
         leaf = tree
@@ -111,7 +118,9 @@ class Session:
         self.listeners: list[Listener] = []
         self._in_containers = False  # whether it listens to tensors inside containers that modules return
         self.root_call: RootCall | None = None  # the one under way
+        self.failure: Exception | None = None  # of a listener, in case that the model's own `except` catches it
         self._touched: dict[nn.Module, None] = {}
+        self._with_inputs: list[Station] = []
         self._exit = ExitStack()
         self._thread: int | None = None
 
@@ -151,7 +160,9 @@ class Session:
                     hear_tap(listener.place.module, self)
                     scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
                 else:
-                    self._station(self.modules[listener.place.module]).listeners.append(listener)
+                    station = self._station(self.modules[listener.place.module])
+                    station.listeners.append(listener)
+                    self._with_inputs += [station] if listener.place.side == "in" else []
                     self._in_containers |= listener.place.side == "out" and bool(listener.place.path)
             for module in dict.fromkeys(scopes):
                 self._station(module).scopes.append(self)
@@ -177,6 +188,7 @@ class Session:
             if station := Station.of(module):
                 station.remove(self)
             self._touched.pop(module, None)
+        self._with_inputs.clear()
 
     def let_go(self) -> None:
         """Free what the listeners hold: in reference cycles, tensors would stay until the garbage collector runs."""
@@ -280,6 +292,9 @@ class Session:
     def _begin(self, call: RootCall) -> None:
         self.check_thread()
         self.on_begin()  # may refuse: then no call has begun
+        self.failure = None
+        for station in self._with_inputs:
+            station.order()
         self._thread, self.root_call = threading.get_ident(), call
         if self._in_containers:
             given = call.args, call.kwargs
@@ -288,11 +303,19 @@ class Session:
     def _end(self, call: RootCall, *, failed: bool) -> None:
         try:
             if not failed:
+                self.raise_failure()
                 self.on_end(call)
         finally:
+            self.failure = None
             self.root_call = None
             if not self.confined:
                 self._thread = None
+
+    def raise_failure(self) -> None:
+        """Raise the error of an edit, a `where` or a reduction that the model caught."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
 
     def check_thread(self) -> None:
         """Raise if the forward under way is not in the session's thread."""
