@@ -124,6 +124,11 @@ class Station:
         originals = [self.module_id, *map(id, self._copies)]
         self._copies.update(memo[original] for original in originals if original in memo)
 
+    def has_hooks(self, module: nn.Module) -> bool:
+        """Return whether the module still has the hooks of the station."""
+        ours = [hook for hook in module._forward_hooks.values() if isinstance(hook, _Hook) and hook.station is self]
+        return len(ours) == self._hooks
+
     def order(self) -> None:
         """Run the hook of inputs after all other pre-hooks, in calls from now on."""
         hooks: Any = getattr(self._module(), "_forward_pre_hooks", {})

@@ -20,6 +20,8 @@ from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, forget_tap
 from .moments import published
 from .paths import Item, Path, get, in_distribution, leaves, replace
 
+_CHANGES = threading.RLock()  # held while hooks are added or removed
+
 
 class StopForward(BaseException):
     """Ends a forward that chanpatch itself started; no `except Exception` on the way catches it."""
@@ -123,6 +125,7 @@ class Session:
         self._with_inputs: list[Station] = []
         self._exit = ExitStack()
         self._thread: int | None = None
+        self._task: Any = None  # the asyncio task that opened it
 
     def on_begin(self) -> None:
         """Prepare for a root call; may refuse it."""
@@ -138,7 +141,8 @@ class Session:
         self.listeners.append(Listener(self, place, stage, act))
 
     def __enter__(self) -> Any:
-        self._thread = threading.get_ident() if self.confined else None
+        if self.confined:
+            self._thread, self._task = threading.get_ident(), _current_task()
         with ExitStack() as stack:
             stack.enter_context(compiled_code_runs_eagerly())
             stack.callback(self.detach)
@@ -155,22 +159,26 @@ class Session:
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Start to listen, all or nothing; the outermost call of one of the scopes is a root call."""
         try:
-            for listener in self.listeners:
-                if listener.place.side == "tap":
-                    hear_tap(listener.place.module, self)
-                    scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
-                else:
-                    station = self._station(self.modules[listener.place.module])
-                    station.listeners.append(listener)
-                    self._with_inputs += [station] if listener.place.side == "in" else []
-                    self._in_containers |= listener.place.side == "out" and bool(listener.place.path)
-            for module in dict.fromkeys(scopes):
-                self._station(module).scopes.append(self)
-            for module in self._touched:
-                self._station(module).plan()
+            with _CHANGES:
+                self._attach(scopes)
         except BaseException:
             self.detach()
             raise
+
+    def _attach(self, scopes: Iterable[nn.Module]) -> None:
+        for listener in self.listeners:
+            if listener.place.side == "tap":
+                hear_tap(listener.place.module, self)
+                scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
+            else:
+                station = self._station(self.modules[listener.place.module])
+                station.listeners.append(listener)
+                self._with_inputs += [station] if listener.place.side == "in" else []
+                self._in_containers |= listener.place.side == "out" and bool(listener.place.path)
+        for module in dict.fromkeys(scopes):
+            self._station(module).scopes.append(self)
+        for module in self._touched:
+            self._station(module).plan()
 
     def detach(self) -> None:
         """Stop to listen; the hooks of others stay as they are."""
@@ -185,10 +193,24 @@ class Session:
     def _leave_modules(self) -> None:
         while self._touched:
             module = next(iter(self._touched))
-            if station := Station.of(module):
-                station.remove(self)
-            self._touched.pop(module, None)
+            with _CHANGES:
+                if station := Station.of(module):
+                    station.remove(self)
+                self._touched.pop(module, None)
         self._with_inputs.clear()
+
+    def lost_module(self) -> str | None:
+        """Return the name of a module that was replaced, or lost its hooks, on the way from the root to a listener."""
+        for name in dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap"):
+            module, parts = self.root, name.split(".") if name else []
+            for end, part in enumerate(parts, 1):
+                module = getattr(module, part, None)  # type: ignore[assignment]
+                if module is not self.modules.get(".".join(parts[:end])):
+                    return ".".join(parts[:end])
+            station = Station.of(module)
+            if station is None or not station.has_hooks(module):
+                return name
+        return None
 
     def let_go(self) -> None:
         """Free what the listeners hold: in reference cycles, tensors would stay until the garbage collector runs."""
@@ -259,7 +281,7 @@ class Session:
             return function(*args, **kwargs)
         outer = self.root_call
         if outer is not None and outer.station is None:
-            self.check_thread()
+            self.check_owner()
             if not method == self.method == "__call__" or outer.method == "__call__" or outer.is_forward_of_method:
                 return function(*args, **kwargs)  # a forward inside a forward is a part of it
             self.root_call = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
@@ -290,7 +312,7 @@ class Session:
         raise StopForward(token)
 
     def _begin(self, call: RootCall) -> None:
-        self.check_thread()
+        self.check_owner()
         self.on_begin()  # may refuse: then no call has begun
         self.failure = None
         for station in self._with_inputs:
@@ -317,23 +339,30 @@ class Session:
         if failure is not None:
             raise failure
 
-    def check_thread(self) -> None:
-        """Raise if the forward under way is not in the session's thread."""
-        if self._thread is not None and threading.get_ident() != self._thread:
+    def check_owner(self) -> None:
+        """Raise if the forward under way is in another thread or asyncio task than the session."""
+        if self._thread is not None and self._is_elsewhere():
+            where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(
-                f"{type(self.root).__name__} is patched or recorded in another thread. Open the context in the "
-                "thread that runs the model, or give each thread a PatchedPolicy of its own."
+                f"{type(self.root).__name__} is patched or recorded in another {where}. Open the context in the "
+                f"{where} that runs the model, or give each {where} a PatchedPolicy of its own."
             )
+
+    def _is_elsewhere(self) -> bool:
+        if threading.get_ident() != self._thread:
+            return True
+        # A task that has ended, such as that of an earlier notebook cell, left its contexts to the ones after it.
+        return self._task is not None and _current_task() is not self._task and not self._task.done()
 
     def in_this_thread(self) -> bool:
         """Return whether a root call is under way, in this thread."""
-        return self.enabled and self.root_call is not None and self._thread == threading.get_ident()
+        return self.enabled and self.root_call is not None and not self._is_elsewhere()
 
     def enter_call(self, counted: object) -> None:
         """Count a call of a module or a tap; its listeners read the index in `call`."""
         if not self.enabled:
             return
-        self.check_thread()
+        self.check_owner()
         running = self.root_call
         if running is None:
             self.call = 0
@@ -344,8 +373,8 @@ class Session:
 
     def leave_call(self, counted: object) -> None:
         """Let `call` be the index of the call that ends; calls of one module inside each other end in reverse."""
-        if not self.enabled or (self._thread is not None and threading.get_ident() != self._thread):
-            return  # a call from another thread was refused when it was entered
+        if not self.enabled or (self._thread is not None and self._is_elsewhere()):
+            return  # a call from elsewhere was refused when it was entered
         under_way = None if self.root_call is None else self.root_call.under_way.get(counted)
         self.call = under_way.pop() if under_way else 0
 
@@ -371,6 +400,12 @@ class Session:
                 f"Name the call, as in '{place.module}#0', or trace the model with hook_points()."
             )
         return place.call is None or place.call == self.call
+
+
+def _current_task() -> Any:
+    asyncio = sys.modules.get("asyncio")
+    loop = None if asyncio is None else asyncio._get_running_loop()
+    return None if asyncio is None or loop is None else asyncio.current_task(loop)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import random
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -27,6 +28,7 @@ from .hooks import is_ours
 from .paths import leaves, replace
 
 _Each = TypeVar("_Each")
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def training_modules(model: nn.Module) -> list[str]:
@@ -43,7 +45,8 @@ def training_modules(model: nn.Module) -> list[str]:
 class undisturbed:
     """A context for forwards that chanpatch starts on its own: without gradients, and without side effects.
 
-    It may be entered again, but not inside itself; `put_back` separates one forward from the next inside it.
+    It may be entered again, but not inside itself; `put_back` separates one forward from the next inside it. One thread
+    at a time is inside, since random number generators are shared.
 
     Raises:
         UnsupportedModelError: At the end, if a forward built a submodule or a parameter.
@@ -56,19 +59,29 @@ class undisturbed:
         self.snapshot = Snapshot(model.modules())
 
     def __enter__(self) -> undisturbed:
+        _ONE_AT_A_TIME.acquire()
+        try:
+            self._note()
+        except BaseException:
+            _ONE_AT_A_TIME.release()
+            raise
+        return self
+
+    def _note(self) -> None:
         self.snapshot.note()
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
         self._no_grad.__enter__()
-        return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        self._no_grad.__exit__(None, None, None)
         try:
+            self._no_grad.__exit__(None, None, None)
             self.put_back()
         except UnsupportedModelError:
             if kind is None:
                 raise
+        finally:
+            _ONE_AT_A_TIME.release()
 
     def put_back(self) -> None:
         """Restore everything to its state at the entry."""
