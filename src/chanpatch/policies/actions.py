@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 from ..errors import DistributionError, RolloutError
 from ..metrics.outputs import described, distribution_in
 from ..results import imported
+from ..statistics.interval import whole
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -61,7 +61,7 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
     """Return one generator per episode, also for episodes with the same seed."""
-    checked_seed("sampling_seed", sampling_seed)
+    whole("sampling_seed", sampling_seed, error=RolloutError)
     times: Counter[int] = Counter()
     streams = []
     for seed in seeds:
@@ -69,21 +69,6 @@ def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Gen
         streams.append(np.random.Generator(np.random.Philox(source)))
         times[seed] += 1
     return streams
-
-
-def checked_seed(name: str, seed: int) -> int:
-    """Return a seed as a plain integer.
-
-    Raises:
-        RolloutError: If it is not an integer, or negative. The message calls it `name`.
-    """
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise RolloutError(f"{name} is {seed!r}, but it must be a non-negative integer.")
-    return number
 
 
 def chosen_actions(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ProbeError
-from ..statistics.interval import booleans, checked_seed
+from ..statistics.interval import booleans, whole
 
 Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
@@ -49,7 +49,7 @@ def checked_booleans(labels: ArrayLike, inputs: int, fewest: int) -> Booleans:
 
 def halves(labels: NDArray[Any], seed: int) -> tuple[Rows, Rows]:
     """Return the rows of two random halves, stratified by the labels: `(input,)` or `(input, label)`."""
-    generator = np.random.default_rng(checked_seed(seed))
+    generator = np.random.default_rng(whole("seed", seed))
     kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     order = generator.permutation(len(labels))
     by_kind = order[np.argsort(kinds[order], kind="stable")]

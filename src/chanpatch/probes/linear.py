@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import ProbeError
 from ..results import Records, columns, imported
-from ..statistics.interval import Interval, checked_seed
+from ..statistics.interval import Interval, whole
 from ..statistics.proportions import mcnemar_exact, paired_counts, paired_difference_interval, wilson_interval
 from ..statistics.ranking import auc
 from .checks import checked_booleans, checked_sums
@@ -84,15 +84,14 @@ def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: in
         Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016), section 3.
     """
     array = checked_sums(sums, ("input", "channel"))
-    if folds < 2:
-        raise ProbeError(f"folds is {folds}, but cross-validation needs at least two.")
+    whole("folds", folds, least=2, error=ProbeError)
     positive = checked_booleans(labels, len(array), fewest=folds)
     linear_model = imported("sklearn.linear_model", package="scikit-learn")
     selection, preprocessing = imported("sklearn.model_selection"), imported("sklearn.preprocessing")
     model = imported("sklearn.pipeline").make_pipeline(
         preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=5000)
     )
-    split = selection.StratifiedKFold(folds, shuffle=True, random_state=checked_seed(seed))
+    split = selection.StratifiedKFold(folds, shuffle=True, random_state=whole("seed", seed))
     scores = selection.cross_val_predict(model, array, positive, cv=split, method="decision_function")
 
     right, majority = (scores > 0) == positive, positive.mean() > 0.5
