@@ -36,6 +36,12 @@ def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = 
     return found
 
 
+def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:
+    """Return estimate, low and high as columns of a record with these names; None without an interval."""
+    numbers = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
+    return dict(zip(names, numbers, strict=True))
+
+
 def booleans(labels: ArrayLike) -> NDArray[np.bool_] | None:
     """Return labels as booleans: False and True, or 0 and 1 in any dtype; None if they hold anything else."""
     array = np.asarray(labels)
