@@ -23,17 +23,10 @@ if TYPE_CHECKING:
 
 
 def action_distribution(policy: Callable[..., Any], observations: Any) -> Distribution:
-    """Return a policy's distribution over actions.
+    """Return a policy's distribution over actions, for a batch of observations.
 
     The policy may return a distribution, logits, `(distribution or logits, ...)`, or a dict or object that has `logits`
     or a distribution. It may also have a `get_distribution` method (Stable-Baselines3).
-
-    Args:
-        policy: A module or function of the observations.
-        observations: The input of the policy.
-
-    Returns:
-        A `torch.distributions` object, over the batch of observations.
 
     Raises:
         DistributionError: If the output holds no distribution.
@@ -76,11 +69,7 @@ def chosen_actions(
 ) -> NDArray[Any]:
     """Return one action per row, as the environments take them.
 
-    Args:
-        distribution: The policy's distribution over actions.
-        streams: One generator per row, whose next draw selects the action; None selects the mode.
-        rows: Number of rows.
-        envs: The environments, whose action space the actions must fit.
+    The next draw of each row's stream selects its action; without streams it is the mode.
 
     Raises:
         DistributionError: If the distribution has no known inverse CDF.

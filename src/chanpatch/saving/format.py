@@ -33,18 +33,12 @@ from ..results import imported
 from .receipts import Receipt
 
 _FORMATS = (1, 2)  # the last one is written
-
 _KEY = "chanpatch"  # the only entry in the metadata: with several, equal patches would not always make equal files
-
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
 def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
-    """Return the bytes of a file.
-
-    Raises:
-        InterventionError: If a patch is not data; names all such patches.
-    """
+    """Return the bytes of a file; raise InterventionError, which names all patches that are not data."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     records, faults = [], []
     for number, patch in enumerate(patches, start=1):
@@ -71,13 +65,7 @@ def decoded(
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None]:
     """Return the patches of a file, the traces of their hook points, the version that wrote it, and the receipt.
 
-    Args:
-        file: Path of the file.
-        points: Hook points, whose devices the operands go to; operands at no hook point go to the CPU.
-
-    Raises:
-        InterventionError: If the file is damaged, was not written by `save`, or has a later format.
-        OSError: If the file cannot be read.
+    Operands go to the devices of their hook points, and to the CPU if they have none. Errors are those of `load`.
     """
     safetensors, path = imported("safetensors"), Path(file)
     path.open("rb").close()  # let Python raise for unreadable files
