@@ -109,6 +109,7 @@ def test_an_effect_without_an_interval_or_a_label_is_drawn_with_its_site() -> No
     ax = effect_ranking([bare])
     assert [text.get_text() for text in ax.get_yticklabels()] == ["Site('conv1', channel=3)"]
     assert float(ax.lines[0].get_xdata()[0]) == 0.4
+    assert not ax.collections and ax.get_title(loc="left") == "1 effects"
 
 
 def test_the_cells_of_a_mosaic_have_the_shares_of_the_pairs_as_their_areas() -> None:

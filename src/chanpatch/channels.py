@@ -1,4 +1,4 @@
-"""Reduced activations of many inputs in double precision: what contrasts, probes and controls are made of."""
+"""Reduced activations of many inputs in double precision, for contrasts, probes and controls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .registry.sites import Site
 
 Floats = NDArray[np.float64]
 
-ROUNDING = 1e-6  # what may differ between two runs in single precision, relative to the activation
+ROUNDING = 1e-6  # relative difference that two runs in single precision may have
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,8 @@ class Moments:
 
     Attributes:
         count: Number of inputs.
-        mean: `(channel,)`.
-        squares: `(channel,)`, the sum of squared deviations from the mean.
-        lowest: `(channel,)`, the smallest value.
-        highest: `(channel,)`, the largest value.
+        mean, lowest, highest: `(channel,)`.
+        squares: `(channel,)`: sum of squared deviations from the mean.
 
     References:
         Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), equation 2.1.
@@ -87,7 +85,7 @@ NO_MOMENTS = Moments(0, np.zeros(()), np.zeros(()), np.array(np.inf), np.array(-
 def check_inputs(
     points: HookPoints, inputs: Inputs | Iterable[Inputs], batch_size: int, error: type[ChanpatchError]
 ) -> None:
-    """Raise the error if a batch would be empty, or if inputs would be cut along another axis than the batch."""
+    """Raise the error if batches are empty, or if the first axis of the inputs is not their batch axis."""
     if batch_size < 1:
         raise error(f"batch_size is {batch_size}, but a batch has at least one input.")
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
@@ -100,11 +98,7 @@ def check_inputs(
 
 
 def check_leaves_channels(site: Site, reduce: Reduce) -> None:
-    """Raise unless a reduction leaves the batch of a bound site and one axis at most.
-
-    Raises:
-        SiteError: If it leaves others.
-    """
+    """Raise SiteError unless a reduction leaves the batch of a bound site and at most one other axis."""
     point = site.point
     assert point is not None  # sites_of binds sites to their points
     left = reduced_axes(site, point.axes, reduce)
@@ -115,7 +109,7 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
 
 
 def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
-    """Return the name of the channel or feature axis of a bound site; `what` needs it, else the error is raised."""
+    """Return the name of the channel or feature axis of a bound site; raise the error if it has none."""
     point = site.point
     assert point is not None  # sites_of binds sites to their points
     if "batch" in dict(site.indices):
@@ -138,8 +132,8 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
 def recorded(
     points: HookPoints, inputs: Inputs | Iterable[Inputs], sites: Sequence[Site], reduce: Reduce | None, batch_size: int
 ) -> Iterator[ActivationCache]:
-    """Yield the sites of each batch on the CPU, reduced in double precision; nothing is kept from batch to batch."""
-    wide = None if reduce is None else cast("Reduce", InDouble(reduce))  # no reduction of a user's
+    """Yield the activations of each batch at the sites, on the CPU, reduced in double precision."""
+    wide = None if reduce is None else cast("Reduce", InDouble(reduce))  # not part of the public type
     for arguments, keywords in batches(inputs, batch_size, _shared(points)):
         with torch.no_grad():
             cache = run_with_cache(points, *arguments, sites=sites, reduce=wide, device="cpu", stop=True, **keywords)
@@ -147,21 +141,21 @@ def recorded(
 
 
 def _shared(points: HookPoints) -> dict[Path, int]:
-    """Return the lengths of the model's inputs that stay as they are when the batch grows, by path."""
+    """Return the length of each model input without a batch, by path."""
     taken = [point for point in points.values() if not point.module and point.side == "in" and point.shape]
     proved = any(point.batch_axis is not None for point in taken)
     return {point.path: point.shape[0] for point in taken if proved and point.batch_axis is None}
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:
-    """Return what was recorded at a site that was reduced to the batch and one axis at most: `(input, channel)`."""
-    # A copy: what was made in the middle of a forward would keep apart, if it stayed, what the forward gives back.
+    """Return the activations of a site that was reduced to the batch and at most one axis: `(input, channel)`."""
+    # A copy, because small tensors that outlive their forward fragment the memory it frees.
     array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
     return array if array.ndim > 1 else array[:, None]
 
 
-def check_finite(name: str, sample: Floats, site: Site, start: int, error: type[ChanpatchError]) -> None:
-    """Raise the error if an input, the first of them number `start`, leads to NaN or an infinity at a site."""
+def _check_finite(name: str, sample: Floats, site: Site, start: int, error: type[ChanpatchError]) -> None:
+    """Raise the error if an input gives NaN or an infinity at a site; the first input has the number `start`."""
     finite = np.isfinite(sample).all(axis=tuple(range(1, sample.ndim)))
     if not finite.all():
         raise error(
@@ -179,15 +173,13 @@ def gathered(
     batch_size: int,
     error: type[ChanpatchError],
 ) -> dict[Site, Floats]:
-    """Return the reduced activations of named inputs, `(input, channel)` per site; not finite ones raise the error."""
+    """Return the reduced activations of named inputs, `(input, channel)` per site; raise the error if not finite."""
     name, inputs = named
-    parts: dict[Site, list[Floats]] = {site: [] for site in sites}
-    for cache in run.apart(recorded(points, inputs, sites, reduce, batch_size)):
-        for site in sites:
-            parts[site].append(rows(cache, site))
-    samples = {site: np.concatenate(arrays) for site, arrays in parts.items()}
+    caches = run.apart(recorded(points, inputs, sites, reduce, batch_size))
+    parts = [[rows(cache, site) for site in sites] for cache in caches]
+    samples = {site: np.concatenate(arrays) for site, arrays in zip(sites, zip(*parts, strict=True), strict=True)}
     for site, sample in samples.items():
-        check_finite(name, sample, site, 0, error)
+        _check_finite(name, sample, site, 0, error)
     return samples
 
 
@@ -201,12 +193,12 @@ def background_moments(
     error: type[ChanpatchError],
     sampled: Callable[[ActivationCache, Site], Floats] = rows,
 ) -> dict[Site, Moments]:
-    """Return the moments of each site over background inputs; fewer than two raise the error."""
+    """Return the moments of each site over background inputs; raise the error if there are fewer than two."""
     moments = dict.fromkeys(sites, NO_MOMENTS)
     for cache in run.apart(recorded(points, background, sites, reduce, batch_size)):
         for site in sites:
             sample = sampled(cache, site)
-            check_finite("background", sample, site, moments[site].count, error)
+            _check_finite("background", sample, site, moments[site].count, error)
             moments[site] += Moments.of(sample)
     count = moments[sites[0]].count
     if count < 2:

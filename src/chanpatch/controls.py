@@ -1,4 +1,4 @@
-"""What the effect of a patch is judged against: other channels, random vectors, and how far the patch leads.
+"""Controls for the effect of a patch: other channels, random vectors, and how far off distribution the patch goes.
 
 others = matched_channels(points, site, observations, count=19, seed=0)
 rank_among(effect(zero_ablate(site)), [effect(zero_ablate(other)) for other in others])
@@ -27,31 +27,23 @@ from .registry.points import HookPoints, sites_of
 from .registry.sites import HookPoint, Site
 from .registry.trace import traced
 from .results import Records, columns, largest_first
-from .statistics.interval import checked_seed
+from .statistics.interval import whole
 
-__all__ = [
-    "MatchedChannels",
-    "OffDistribution",
-    "matched_channels",
-    "off_distribution",
-    "random_vectors",
-]
+__all__ = ["MatchedChannels", "OffDistribution", "matched_channels", "off_distribution", "random_vectors"]
 
-# Controls are drawn among so many times as many nearest channels as are asked for: few enough to be near.
-_NEAR = 2
+_NEAR = 2  # the nearest channels to draw from, per control: few enough to be near
 
 
 @dataclass(frozen=True, repr=False)
 class MatchedChannels(Records, Sequence[Site]):
-    """Controls for a site, and how near each is: a sequence of their sites, in the order of the draw.
+    """Controls for a site, in the order of the draw: a sequence of their sites.
 
     Attributes:
-        sites: One per control.
-        apart: Of each control, how far the mean activations of its channels are from those of the site's channels that
-            they were drawn for: the mean absolute distance, in standard deviations of the mean activation over the
-            other live channels. NaN where these do not differ.
-        pool: Among how many nearest channels one was drawn for each channel of the site.
-        live: Number of other live channels; where the pool is all of them, the controls are not matched.
+        sites: One site per control.
+        apart: One number per control: the mean absolute distance between the mean activations of its channels and of
+            the site's channels, in standard deviations over the other live channels; NaN if these do not differ.
+        pool: Number of nearest channels that were drawn from.
+        live: Number of other live channels. If the pool is all of them, the controls are not matched.
     """
 
     sites: tuple[Site, ...]
@@ -66,7 +58,7 @@ class MatchedChannels(Records, Sequence[Site]):
         return len(self.sites)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per control: site, and how far apart its mean activation is."""
+        """Return one record per control: site, apart."""
         return columns(site=map(repr, self.sites), apart=self.apart)
 
     def _title(self) -> str:
@@ -87,28 +79,24 @@ def matched_channels(
 ) -> MatchedChannels:
     """Return other live channels of the same hook point with about the same mean activation, as controls.
 
-    Each control has as many channels as the site and none of the site's; for every channel of the site it has one
-    drawn from those nearest in mean activation, twice as many as there are controls. So a large `count` among few
-    channels matches nothing; the result prints how near each control is. No two controls are equal; controls of
-    several channels may share some. A channel that varies nowhere over the background is dead, such as
-    one behind a ReLU that is always 0: patching it shows nothing, so it is never a control.
+    Each control has as many channels as the site and none of the site's. For every channel of the site, one is drawn
+    from the `2 * count` channels nearest in mean activation, so a large `count` among few channels matches nothing. No
+    two controls are equal; controls of several channels may share some. A dead channel, which does not vary over the
+    background, is never a control, because patching it shows nothing.
 
     Args:
         points_or_model: The model, which is traced with the background, or its HookPoints.
         site: The channel or channels to find controls for. Other indices, such as rows, hold for the controls too.
-        background: Inputs for the means, `(input, ...)`: a tensor, a tuple of the model's arguments or a dict of its
-            keywords; or any other iterable of batches of that kind. Two at least.
-        count: Number of controls; from 19 on `chanpatch.statistics.rank_among` has a p-value.
-        seed: Of the draw.
-        batch_size: How many inputs go into one forward; the batches of an iterable go as they are.
-
-    Returns:
-        A sequence with one site per control: `[zero_ablate(other) for other in matched_channels(...)]`.
+        background: At least two inputs for the means, `(input, ...)`: a tensor, a tuple of the model's arguments or a
+            dict of its keywords; or any other iterable of batches of that kind.
+        count: Number of controls; with 19 or more, `chanpatch.statistics.rank_among` returns a p-value.
+        seed: Random seed of the draw.
+        batch_size: Number of inputs in one forward; the batches of an iterable stay as they are.
 
     Raises:
         HookPointError, SiteError: If the site does not exist or has no channels, or too few others are live.
-        StatisticsError: If `count` is below 1, the background has fewer than two inputs, or one of them leads to a
-            number that is not finite.
+        StatisticsError: If `count` is below 1, the background has fewer than two inputs, or one of them gives an
+            activation that is not finite.
 
     Example:
         >>> from chanpatch import hook_points
@@ -120,14 +108,13 @@ def matched_channels(
     """
     first, background = first_batch(background, batch_size)
     points = traced(points_or_model, first)
-    if count < 1:
-        raise StatisticsError(f"count is {count}: ask for at least one control.")
+    whole("count", count, least=1)
     check_inputs(points, background, batch_size, StatisticsError)
     (bound,) = sites_of(points, site)
     axis = channel_axis(bound, "Controls", SiteError)
     elsewhere = {name: index for name, index in bound.indices if name != axis}
-    whole = points.bind(Site(bound.name, **elsewhere))
-    mean, live = _channel_means(points, whole, axis, background, batch_size)
+    region = points.bind(Site(bound.name, **elsewhere))
+    mean, live = _channel_means(points, region, axis, background, batch_size)
     # A bound site has its indices written out.
     target = cast("tuple[int, ...]", dict(bound.indices).get(axis, tuple(range(len(mean)))))
     others = np.setdiff1d(np.flatnonzero(live), target)
@@ -137,7 +124,7 @@ def matched_channels(
             f"background), too few for {count} different controls of {len(target)}. Ask for fewer controls, or for "
             f"those of a site with fewer {axis}s."
         )
-    generator = np.random.default_rng(checked_seed(seed))
+    generator = np.random.default_rng(whole("seed", seed))
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
     while len(found) < count:
         drawn = _drawn(mean, target, others, _NEAR * count, generator)
@@ -154,7 +141,7 @@ def matched_channels(
 def _drawn(
     mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw one control: for every channel in turn one of the nearest that are not taken yet."""
+    """Draw one control: for each channel in turn, one of the nearest that are not taken yet."""
     free, drawn = others, []
     for channel in target:
         nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]
@@ -164,21 +151,19 @@ def _drawn(
 
 
 def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
-    """Return vectors of the same norm in random directions, as controls for a steering vector.
-
-    Directions are uniform: Gaussian draws, each scaled to the norm.
+    """Return vectors of the same norm in uniformly random directions, as controls for a steering vector.
 
     Args:
-        vector: With the axes of its region, such as `(batch, channel, row, col)`; what `steer` takes.
+        vector: Floating-point tensor with the axes of its region, such as `(batch, channel, row, col)`, as for `steer`.
         count: Number of controls.
-        seed: Of the draw.
+        seed: Random seed of the draw.
 
     Returns:
-        A tensor `(control, *vector.shape)` in the vector's dtype and on its device. In each control, every row (entry
-        of the first axis) has the norm that it has in the vector.
+        A tensor `(control, *vector.shape)` in the vector's dtype and on its device. Every row (entry of the first
+        axis) of each control has the norm of the vector's row.
 
     Raises:
-        EditError: If the vector has no axes, is no floating-point tensor, is not finite, or is zero.
+        EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.
         StatisticsError: If `count` is below 1.
 
     Example:
@@ -186,8 +171,7 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
         >>> controls.shape, controls[7].norm()
         (torch.Size([19, 1, 2]), tensor(5.))
     """
-    if count < 1:
-        raise StatisticsError(f"count is {count}: ask for at least one control.")
+    whole("count", count, least=1)
     if not isinstance(vector, Tensor):
         raise EditError(f"The vector is {type(vector).__name__}; it takes a tensor with the axes of its region.")
     if not (vector.dim() and vector.is_floating_point() and vector.isfinite().all() and vector.any()):
@@ -204,21 +188,21 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class OffDistribution(Records):
-    """How far patches lead from the activations of background inputs; one row per channel, in the order of the sites.
+    """How far off distribution patches go: one row per channel, in the order of the sites.
 
-    All numbers are of the sum of the channel's patched region over its positions. The table shows the farthest first.
+    Each number describes the channel's sum over the positions of its patched region. The table has the farthest first.
 
     Attributes:
         sites: The channel of each row, as a site.
-        patched: Mean of the sum over the patched inputs.
-        mean: Mean of the sum over the background, unpatched.
-        std: Its standard deviation.
-        lowest: The smallest sum in the background.
-        highest: The largest.
-        z: Mean over the patched inputs of the distance from the background's mean, in standard deviations; NaN for a
-            channel that does not vary over the background.
-        absolute_z: Mean of its absolute value: 0.8 where a patched sum is distributed as a normal background.
-        outside: Share of the patched inputs whose sum lies beyond the background's smallest or largest.
+        patched: Mean sum over the patched inputs.
+        mean: Mean sum over the unpatched background.
+        std: Standard deviation of the sum over the background.
+        lowest: Smallest sum in the background.
+        highest: Largest sum in the background.
+        z: Mean distance of the patched inputs from the background's mean, in standard deviations; NaN for a channel
+            that does not vary over the background.
+        absolute_z: Mean absolute distance: 0.8 if a patched sum is distributed as a normal background.
+        outside: Share of the patched inputs with a sum below `lowest` or above `highest`.
         inputs: Number of patched inputs.
         background: Number of background inputs.
     """
@@ -239,7 +223,7 @@ class OffDistribution(Records):
         return len(self.sites)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel: site and every number."""
+        """Return one record per channel: site, and every number."""
         names = ("z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest")
         return columns(site=map(repr, self.sites), **{name: getattr(self, name) for name in names})
 
@@ -259,24 +243,23 @@ def off_distribution(
     *,
     batch_size: int = 64,
 ) -> OffDistribution:
-    """Return how far patches lead from the activations of background inputs, channel by channel.
+    """Return how far off distribution patches go, compared with background inputs, channel by channel.
 
-    An ablation that no input ever causes, such as zeroing a channel that is never near 0, may break the model
-    without telling what the channel is for. This meter stands beside its effect.
+    Off-distribution activations, such as zero in a channel that is never near 0, say little about the channel's normal
+    role. Report this beside the effect of the patch.
 
     Args:
         points_or_model: The model, which is traced with the inputs, or its HookPoints.
-        patches: One or more; measured is what they leave at their sites, all of them applied.
-        inputs: What the patched model runs on, in one forward: a tensor, a tuple of its arguments or a dict of its
+        patches: One or more patches, all applied together.
+        inputs: Inputs of the patched model, in one forward: a tensor, a tuple of its arguments or a dict of its
             keywords.
-        background: Inputs that tell what is usual, run unpatched: as `inputs`, or any iterable of batches of it. Two
-            at least.
-        batch_size: How many background inputs go into one forward; the batches of an iterable go as they are.
+        background: As for `matched_channels`; the model runs on them unpatched.
+        batch_size: As for `matched_channels`, for the background.
 
     Raises:
         HookPointError, SiteError: If a site does not exist or has no channels.
         StatisticsError: If there are no patches or no inputs, fewer than two inputs in the background, or one of them
-            leads to a number that is not finite.
+            gives an activation that is not finite.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -309,12 +292,9 @@ def off_distribution(
     slack = ROUNDING * np.maximum(np.abs(usual.lowest), np.abs(usual.highest))
     z = (sums - usual.mean) / np.where(usual.varies(), usual.std, np.nan)
     return OffDistribution(
-        sites=parts,
-        patched=sums.mean(axis=0),
-        mean=usual.mean,
-        std=usual.std,
-        lowest=usual.lowest,
-        highest=usual.highest,
+        parts,
+        sums.mean(axis=0),
+        *(usual.mean, usual.std, usual.lowest, usual.highest),
         z=z.mean(axis=0),
         absolute_z=np.abs(z).mean(axis=0),
         outside=((sums < usual.lowest - slack) | (sums > usual.highest + slack)).mean(axis=0),
@@ -324,10 +304,10 @@ def off_distribution(
 
 
 def _channel_means(
-    points: HookPoints, whole: Site, axis: str, background: Any, batch_size: int
+    points: HookPoints, region: Site, axis: str, background: Any, batch_size: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Return the mean activation of every channel of a site, and whether it varies anywhere over the background."""
-    point = points[whole.name]
+    point = points[region.name]
     in_front = (point.batch_axis or 0, point.axes.index(axis))
 
     def sampled(cache: ActivationCache, site: Site) -> Floats:
@@ -335,5 +315,5 @@ def _channel_means(
         return array.reshape(*array.shape[:2], -1)
 
     with undisturbed(points.model) as run:
-        found = background_moments(run, points, background, [whole], None, batch_size, StatisticsError, sampled)
-    return found[whole].mean.mean(axis=1), found[whole].varies().any(axis=1)
+        found = background_moments(run, points, background, [region], None, batch_size, StatisticsError, sampled)
+    return found[region].mean.mean(axis=1), found[region].varies().any(axis=1)

@@ -25,7 +25,6 @@ from .statistics.proportions import PairedCounts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 __all__ = ["channel_map", "contingency", "effect_ranking", "strip"]
 
 _MARKERS = ("o", "x", "^", "s", "+", "v")
@@ -43,15 +42,15 @@ def strip(
     Args:
         sums: `(input,)`: sums of one channel, such as `channel_sums(...)[:, 55]`.
         labels: `(input,)`: label of each input, such as the direction of the next step.
-        split: `(input,)`: part of the data that each input belongs to, such as "in distribution" and "out of
-            distribution"; up to six parts, each with its own marker.
+        split: `(input,)`: part of the data that each input belongs to, such as "in distribution"; at most six parts,
+            each with its own marker.
         threshold: Number to draw as a dashed line, such as `probe.threshold`.
         ax: Axes to draw into; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If sums, labels and split have different lengths, a sum is not finite, there are too many
-            parts, or the threshold is not a number.
+        StatisticsError: If lengths differ, a sum is not finite, there are too many parts, or the threshold is not a
+            number.
 
     Example:
         >>> ax = strip([1.0, 5.0, 2.0], ["LEFT", "UP", "LEFT"], threshold=3.0)
@@ -83,16 +82,14 @@ def strip(
     if threshold is not None:
         ax.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
     ax.set_xticks(range(len(names)), [f"{name}\nn = {(label == name).sum()}" for name in names])
-    ax.set_xlim(-0.5, len(names) - 0.5)
-    ax.set_xlabel("label")
-    ax.set_ylabel("channel sum (activation summed over positions)")
+    ax.set(xlim=(-0.5, len(names) - 0.5), xlabel="label", ylabel="channel sum (activation summed over positions)")
     if split is not None or threshold is not None:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     return ax
 
 
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
-    """Return a ranking of effects, largest absolute effect on top: one dot with its 95% interval per effect.
+    """Return a ranking of effects, largest absolute effect on top: one dot per effect, on its 95% interval if known.
 
     Only the 20 largest are drawn; the title counts the others. Controls are drawn as squares below the other effects.
     p-values are written beside the effects that have one. `.plot()` of a result draws this figure.
@@ -115,46 +112,39 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
         raise StatisticsError(f"None of the {len(records)} effects is a number: there is nothing to draw.")
     places = np.arange(len(drawn)) + np.repeat([0, 1], [len(each) for each in shown])  # a gap before the controls
     ax = ax or _new_axes(7, 1.2 + 0.25 * (places[-1] + 1))
-    _draw_effects(ax, drawn, places, len(shown[0]))
+    for record, place in zip(drawn, places, strict=True):
+        marker, color, face = ("s", "0.5", "white") if record.get("control") else ("o", "black", "black")
+        if _is_bounded(record):
+            ax.hlines(place, record["low"], record["high"], color=color, linewidth=1.2)
+        ax.plot(record["effect"], place, marker, color=color, markerfacecolor=face, markersize=5)
+    _write_p(ax, drawn, places)
     ax.axvline(0, color="black", linestyle=":", linewidth=1)
     ax.set_yticks(places, [str(each["label"] if "label" in each else each["site"]) for each in drawn])
-    ax.set_ylim(places[-1] + 0.7, -0.7)
-    ax.set_xlabel(textwrap.fill(label, 60))
-    ax.set_title(f"{_shown_of(groups, shown)}; lines: 95% intervals", loc="left", fontsize="medium")
+    ax.set(ylim=(places[-1] + 0.7, -0.7), xlabel=textwrap.fill(label, 60))
+    title = [_counted(*each) for each in zip(("effects", "controls"), groups, shown, strict=True) if each[1]]
+    title += ["lines: 95% intervals"] if any(map(_is_bounded, drawn)) else []
+    ax.set_title("; ".join(title), loc="left", fontsize="medium")
     return ax
 
 
-def _draw_effects(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[np.int64], controls_from: int) -> None:
-    for number, (record, place) in enumerate(zip(drawn, places, strict=True)):
-        low, high = (np.nan if record.get(end) is None else record[end] for end in ("low", "high"))
-        control = number >= controls_from
-        ax.hlines(place, low, high, color="0.5" if control else "black", linewidth=1.2)
-        ax.plot(record["effect"], place, "s" if control else "o", color="0.5" if control else "black",
-                markerfacecolor="white" if control else "black", markersize=5)  # fmt: skip
-    kind = "p_holm" if "p_holm" in drawn[0] else "p"
+def _write_p(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[np.int64]) -> None:
+    kind, title = ("p_holm", "p (Holm)") if "p_holm" in drawn[0] else ("p", "p")
     known = [(each[kind], place) for each, place in zip(drawn, places, strict=True) if _is_number(each.get(kind))]
     for p, place in known:
         ax.text(1.02, place, f"{p:.2g}", transform=ax.get_yaxis_transform(), va="center")
     if known:
-        title = "p (Holm)" if kind == "p_holm" else "p"
         ax.text(1.02, 1.02, title, transform=ax.transAxes, va="bottom")
 
 
-def _shown_of(groups: Sequence[Sequence[Any]], shown: Sequence[Sequence[Any]]) -> str:
-    """Return the numbers of effects and controls that are drawn and hidden."""
-    texts = []
-    for name, group, part in zip(("effects", "controls"), groups, shown, strict=True):
-        hidden = len(group) - len(part)
-        if group:
-            texts.append(f"{len(part)} of {len(group)} {name}, {hidden} hidden" if hidden else f"{len(part)} {name}")
-    return "; ".join(texts)
+def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:
+    hidden = len(group) - len(shown)
+    return f"{len(shown)} of {len(group)} {name}, {hidden} hidden" if hidden else f"{len(shown)} {name}"
 
 
 def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[str, str] = ("first", "second")) -> Axes:
     """Return a mosaic plot of a paired comparison: four rectangles whose areas are the shares of the pairs.
 
-    The widths show how often the first succeeded and failed, the heights how often the second did. Pairs with
-    different outcomes are hatched.
+    Pairs with different outcomes are hatched.
 
     Args:
         counts: Counts from `chanpatch.statistics.paired_counts`.
@@ -187,10 +177,8 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
         for how, cells in (("succeeded", succeeded), ("failed", failed))
     ]
     ax.set_xticks([width / 2, (1 + width) / 2], titles)
-    ax.set_yticks([])
-    ax.set_xlim(0, 1)
-    ax.set_ylim(0, 1)
-    ax.set_xlabel(f"gray: {second} succeeded; hatched: they differ; n = {n} pairs")
+    label = f"gray: {second} succeeded; hatched: they differ; n = {n} pairs"
+    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=label)
     return ax
 
 
@@ -228,7 +216,7 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If the axes or the numbers are different.
+        StatisticsError: If the axes or the numbers differ from these.
 
     Example:
         >>> import torch
@@ -242,10 +230,8 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
             f"activation has type {type(activation).__name__}: give a tensor (row, col), such as cache['relu3'][0, 55]."
         )
     pixels, cells = numbers.detach().cpu().numpy(), activation.detach().cpu().double().numpy()
-    fits = (
-        pixels.ndim == 3 and pixels.shape[0] in (1, 3) and cells.ndim == 2 and cells.size and np.isfinite(cells).all()
-    )
-    if not fits or cells.shape[0] > pixels.shape[1] or cells.shape[1] > pixels.shape[2]:
+    fits = pixels.ndim == 3 and pixels.shape[0] in (1, 3) and cells.ndim == 2 and cells.size
+    if not fits or (np.array(cells.shape) > pixels.shape[1:]).any() or not np.isfinite(cells).all():
         raise StatisticsError(
             f"observation has shape {pixels.shape} and activation {cells.shape}: give one of each, (channel, row, col) "
             "with 1 or 3 channels, and (row, col), finite and no larger."
@@ -274,16 +260,12 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
             ax.contour(np.arange(-1, width + 1), np.arange(-1, height + 1), beyond, levels=[0.5],
                        colors="black", linewidths=1.2, linestyles=style)  # fmt: skip
     ax.figure.colorbar(shown, ax=ax, label=f"activation (no unit), {cells.shape[0]} x {cells.shape[1]} cells")
-    ax.set_xlim(-0.5, width - 0.5)
-    ax.set_ylim(height - 0.5, -0.5)
+    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xlabel="column (pixel)", ylabel="row (pixel)")
     ax.set_title("; ".join(lines) or "zero everywhere", fontsize="medium")
-    ax.set_xlabel("column (pixel)")
-    ax.set_ylabel("row (pixel)")
     return ax
 
 
 def _new_axes(width: float, height: float) -> Axes:
-    """Return the axes of a new figure, with its size in inches."""
     axes: Axes = imported("matplotlib.pyplot").subplots(figsize=(width, height), layout="constrained")[1]
     return axes
 
@@ -296,3 +278,7 @@ def _spread(count: int, width: float) -> NDArray[np.float64]:
 
 def _is_number(value: Any) -> bool:
     return value is not None and bool(np.isfinite(value))
+
+
+def _is_bounded(record: Mapping[str, Any]) -> bool:
+    return all(_is_number(record.get(end)) for end in ("low", "high"))

@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -24,8 +25,7 @@ ROWS = 20  # rows of a table or a figure
 class Records:
     """A result that prints as a table: a title, the first rows, and notes.
 
-    A subclass defines `to_records`. It may override `_lines` (the records as the table shows them), `_title`, `_notes`
-    and `_most`.
+    A subclass defines `to_records`, and may override `_lines` (the records in the table), `_title`, `_notes`, `_most`.
     """
 
     _most: ClassVar[int | None] = ROWS  # rows that the table shows; None shows all
@@ -70,8 +70,8 @@ class Records:
 class Effects(Records):
     """A result with one effect per row, in the order given; `top` ranks them.
 
-    A subclass is a dataclass. It defines `effect` and `effect_label`, and names in `_by_row` its fields that have one
-    entry per row.
+    A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` names its fields with one entry per
+    row.
     """
 
     _by_row: ClassVar[tuple[str, ...]]
@@ -95,14 +95,7 @@ class Effects(Records):
         return self._top(count, self.effect())
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the largest effects with their intervals; see `chanpatch.plots.effect_ranking`.
-
-        Args:
-            ax: Axes to draw into; new axes if None.
-
-        Raises:
-            MissingPackageError: If matplotlib is not installed.
-        """
+        """Draw the largest effects into the axes, or into new ones; see `chanpatch.plots.effect_ranking`."""
         axes: Axes = importlib.import_module("chanpatch.plots").effect_ranking(
             self._effects(), ax, label=self.effect_label
         )
@@ -181,14 +174,9 @@ def _cell(value: Any) -> str:
 
 
 def imported(name: str, *, package: str | None = None) -> Any:
-    """Return a module.
+    """Return a module by name; raise MissingPackageError if its package is not installed.
 
-    Args:
-        name: Such as `"sklearn.linear_model"`.
-        package: What pip calls it; the first part of the name if None.
-
-    Raises:
-        MissingPackageError: If it is not installed.
+    `package` is pip's name of the package, if that is not the first part of the module's name.
     """
     try:
         return importlib.import_module(name)
@@ -209,15 +197,9 @@ def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterato
     Raises:
         MissingPackageError: If `progress` is True and tqdm is not installed.
     """
-    if progress is False:
+    if progress is False or (progress is None and find_spec("tqdm") is None):
         yield lambda count: None
         return
-    try:
-        tqdm = imported("tqdm").tqdm
-    except MissingPackageError:
-        if progress:
-            raise
-        yield lambda count: None
-        return
+    tqdm = imported("tqdm").tqdm
     with tqdm(total=total, unit=unit, delay=2, disable=None if progress is None else False) as bar:
         yield bar.update

@@ -709,9 +709,9 @@ def test_a_mistake_of_dtypes_that_is_not_about_the_observations_stays_as_it_is()
     ("changed", "message"),
     [
         ({"seeds": []}, "seeds is empty: name one seed per episode."),
-        ({"seeds": [3, -4]}, "A seed is -4, but it must be a non-negative integer."),
-        ({"seeds": [0.5]}, "A seed is 0.5, but it must be a non-negative integer."),
-        ({"sampling_seed": -1}, "sampling_seed is -1, but it must be a non-negative integer."),
+        ({"seeds": [3, -4]}, "A seed is -4, but it must be a whole number, at least 0."),
+        ({"seeds": [0.5]}, "A seed is 0.5, but it must be a whole number, at least 0."),
+        ({"sampling_seed": -1}, "sampling_seed is -1, but it must be a whole number, at least 0."),
         ({"max_steps": 0}, "max_steps is 0, but an episode has at least one step."),
     ],
 )

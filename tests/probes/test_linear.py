@@ -76,7 +76,7 @@ REFUSED = {
     ),
     "one fold": (
         lambda: linear_probe(SUMS[:, None], LABELS, folds=1),
-        "folds is 1, but cross-validation needs at least two.",
+        "folds is 1, but it must be a whole number, at least 2.",
     ),
 }
 

@@ -70,7 +70,7 @@ def record(**changes: Any) -> dict[str, Any]:
         "operands": {"value": {"float": "0.0"}},
         "where": None,
     }
-    return {"format": 1, "chanpatch": "0.1.0", "patches": [patch | changes], "receipt": None}
+    return {"format": 2, "chanpatch": "0.1.0", "patches": [patch | changes], "receipt": None}
 
 
 def refused(kind: type[Exception], call: Callable[[], Any]) -> str:
@@ -282,7 +282,7 @@ def test_the_file_is_plain_safetensors_with_json(file: Path) -> None:
         assert torch.equal(archive.get_tensor("0"), vector[:, :, :2]) and torch.equal(archive.get_tensor("1"), mask)
         assert sorted(archive.keys()) == ["0", "1"]
         assert json.loads(archive.metadata()["chanpatch"]) == {
-            "format": 1,
+            "format": 2,
             "chanpatch": VERSION,
             "patches": [
                 {
@@ -492,8 +492,8 @@ def test_a_file_that_is_not_there_is_pythons_own_error(file: Path) -> None:
 
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
-        record() | {"format": 2},
-        f"has format 2, but chanpatch {VERSION} reads up to 1. Install a later chanpatch.",
+        record() | {"format": 3},
+        f"has format 3, but chanpatch {VERSION} reads up to 2. Install a later chanpatch.",
     ),
     "a name of another function": (
         record(edit="os.system", operands={"command": "mkdir ran"}),
@@ -506,9 +506,9 @@ METADATA: dict[str, tuple[Any, str]] = {
     "json of another kind": ([1], "is damaged: TypeError: list indices must be integers or slices, not str"),
     "a format that is no number": (
         record() | {"format": "1"},
-        "is damaged: TypeError: '>' not supported between instances of 'str' and 'int'",
+        f"has format '1', but chanpatch {VERSION} reads up to 2. Install a later chanpatch.",
     ),
-    "no patches": ({"format": 1}, "is damaged: KeyError: 'patches'"),
+    "no patches": ({"format": 2}, "is damaged: KeyError: 'patches'"),
     "an edit that is a list": (record(edit=["Set"]), "is damaged: TypeError: unhashable type: 'list'"),
     "an operand of another edit": (
         record(operands={"factor": 2}),
@@ -650,6 +650,71 @@ def test_a_batch_of_another_length_fits(file: Path) -> None:
     points, _ = traced(build("plain_cnn"))
     save(file, zero_ablate(points.site("relu1")))
     assert len(load(file, traced(build("plain_cnn"), rows=7)[0])) == 1
+
+
+# Files of the previous format
+
+
+def of_format_1() -> tuple[HookPoints, Tensor]:
+    """Return the model and the images of `format_1.safetensors`. Their whole numbers give exact sums everywhere.
+
+    The file was written by the code at commit fbff0ad: `chanpatch.save(file, patches, points, inputs=images)`.
+    """
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.arange(weight.numel()).view_as(weight) % 7 - 3)
+    images = (torch.arange(18.0) % 5 - 2).view(2, 1, 3, 3)
+    return hook_points(model, images), images
+
+
+FORMAT_1 = Path(__file__).with_name("format_1.safetensors")
+
+
+def test_a_file_of_format_1_loads_with_points_and_repeats() -> None:
+    points, images = of_format_1()
+    steered, shifted, masked, zeroed = load(FORMAT_1, points)
+    assert [str(patch.site) for patch in (steered, shifted, masked, zeroed)] == [
+        "Site('0')", "Site('1')", "Site('3', feature=1)", "Site('3', feature=[0, 2])",
+    ]  # fmt: skip
+    vector = steered.edit.vector
+    assert vector.shape == (1, 3, 2, 2) and vector.stride() == (3, 1, 0, 0) and steered.edit.coefficient == 0.5
+    assert vector[0, :, 1, 1].tolist() == [1.0, -2.0, 4.0]
+    assert torch.equal(shifted.edit.vector, torch.arange(12.0).view(1, 3, 2, 2))
+    assert shifted.edit.vector.is_contiguous(memory_format=torch.channels_last)
+    assert masked.where.tolist() == [[True], [False]] and zeroed.edit.value == 0.0 and zeroed.where is None
+    assert verify(FORMAT_1, points, images) == contents(FORMAT_1).receipt
+    assert contents(FORMAT_1).hook_points == (
+        "Conv2d (batch, channel=3, row=2, col=2) float32",
+        "ReLU (batch, channel=3, row=2, col=2) float32",
+        "Linear (batch, feature=4) float32",
+        "Linear (batch, feature=4) float32",
+    )
+
+
+def test_a_file_of_format_1_is_compared_with_the_model_like_any_other() -> None:
+    points, images = of_format_1()
+    points.model[1] = nn.GELU()
+    assert refused(InterventionError, lambda: load(FORMAT_1, hook_points(points.model, images))) == (
+        f"'{FORMAT_1}' does not fit this model. Hook point '1' is GELU (batch, channel=3, row=2, col=2) float32 in "
+        "this model, but ReLU (batch, channel=3, row=2, col=2) float32 in the file.\n"
+        "Without points, load(file) returns the patches unchecked."
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "text"),
+    [
+        (["position", "batch", "feature"], [5, 8], "LSTM (position=5, batch, feature=8) float32"),
+        (["axis0", "axis1"], [5, 8], "LSTM (axis0=5, axis1=8) float32"),
+    ],
+)
+def test_the_batch_of_a_hook_point_of_format_1_is_found_by_its_name(
+    axes: list[str], shape: list[int], text: str, file: Path
+) -> None:
+    point = {"axes": axes, "shape": shape, "dtype": "float32", "module_type": "LSTM"}
+    written(file, record(hook_point=point) | {"format": 1})
+    assert contents(file).hook_points == (text,)
 
 
 # Repeated bit for bit

@@ -290,7 +290,10 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
             lambda: sign_flip_test([1.0, 2.0], clusters=[1], seed=0),
             "clusters has shape (1,), but there are 2 rows: give one label per row.",
         ),
-        (lambda: bootstrap_interval([1.0], resamples=0, seed=0), "resamples is 0, but at least one is needed."),
+        (
+            lambda: bootstrap_interval([1.0], resamples=0, seed=0),
+            "resamples is 0, but it must be a whole number, at least 1.",
+        ),
         (lambda: bootstrap_interval([1.0], seed=-1), "seed is -1, but it must be a whole number, at least 0."),
         (
             lambda: bootstrap_interval([1.0], confidence=95, seed=0),

@@ -195,10 +195,10 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: wilson_interval(1, 0), "n is 0: a proportion needs at least one trial."),
+        (lambda: wilson_interval(1, 0), "n is 0, but it must be a whole number, at least 1."),
         (lambda: wilson_interval(5, 4), "successes is 5, but there were only n = 4 trials."),
-        (lambda: wilson_interval(-1, 4), "successes is -1, but a count is not negative."),
-        (lambda: wilson_interval(0.5, 4), "successes is 0.5, but a count is a whole number."),
+        (lambda: wilson_interval(-1, 4), "successes is -1, but it must be a whole number, at least 0."),
+        (lambda: wilson_interval(0.5, 4), "successes is 0.5, but it must be a whole number, at least 0."),
         (
             lambda: wilson_interval(1, 4, confidence=95),
             "confidence is 95, but it must lie between 0 and 1, such as 0.95.",
@@ -208,7 +208,7 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
             "first is float64 of shape (2,) and second is bool of shape (1,): "
             "give one boolean per pair, such as returns > 0.",
         ),
-        (lambda: mcnemar_exact(3, -2), "only_second is -2, but a count is not negative."),
+        (lambda: mcnemar_exact(3, -2), "only_second is -2, but it must be a whole number, at least 0."),
         (
             lambda: paired_difference_interval(0, 0, 0, 0),
             "All four counts are 0: a difference of proportions needs at least one pair.",

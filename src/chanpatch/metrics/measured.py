@@ -1,4 +1,4 @@
-"""Call metrics: one number per input, or one for all of them."""
+"""Call metrics: one number per input, or one number for all inputs."""
 
 from __future__ import annotations
 
@@ -19,16 +19,11 @@ _EXPECTED = "A metric returns one number per input, (batch,), or one number."
 
 
 def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric") -> Tensor:
-    """Return a metric of an output, `(batch,)` or `(1,)`; a metric that compares gets the baseline too.
-
-    Args:
-        metric: Function of an output, or of an output and a keyword-only `baseline`.
-        output: Output of the model.
-        baseline: Output of the unpatched model on the same inputs.
-        name: Subject of the error messages.
+    """Return a metric of an output, `(batch,)` or `(1,)`; one that compares gets the unpatched output as `baseline`.
 
     Raises:
-        MetricError: If the metric is not a function, returns anything else, or writes into its arguments.
+        MetricError: If the metric is not a function, returns anything else, or writes into its arguments. `name` is
+            the subject of the message.
     """
     if not callable(metric):
         raise MetricError(
@@ -69,7 +64,7 @@ class Metrics:
     """Named metrics of an output, compared with one unpatched output.
 
     Args:
-        metric: One function, or several by name. One with a keyword-only `baseline` gets the unpatched output too.
+        metric: One function, or several by name.
         baseline: The unpatched output.
         inputs: Number of inputs; None if unknown.
 

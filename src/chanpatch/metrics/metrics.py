@@ -1,4 +1,4 @@
-"""Metrics of policies and classifiers.
+"""Metrics of policies and classifiers: functions of an output that return `(batch,)`.
 
 They take logits `(batch, action)`, `torch.distributions` objects, tuples that begin with one of them, dicts and objects
 that hold one, and Stable-Baselines3's distributions. Logits of sequences, `(batch, position, action)`, need
@@ -28,10 +28,7 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
 
     Args:
         correct: Action, sequence of actions that count as one, or int64 tensor `(batch,)` with an action per input.
-        incorrect: The same.
-
-    Returns:
-        A function of an output that returns `(batch,)`.
+        incorrect: As for `correct`.
 
     Raises:
         MetricError: If the actions are not valid; in the call, if the output lacks them or has sequences.
@@ -53,13 +50,9 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
 
 
 def log_probability(actions: Actions) -> Metric:
-    """Return the metric `log probability of an action, or of a set of actions together`, in nats: `(batch,)`.
+    """Return the metric `log probability of an action, or of a set of actions together`, in nats.
 
-    Args:
-        actions: As `correct` in `logit_difference`.
-
-    Raises:
-        MetricError: As `logit_difference`.
+    The actions and the errors are as for `logit_difference`.
 
     Example:
         >>> log_probability([0, 1])(torch.zeros(1, 4)).exp()
@@ -74,28 +67,24 @@ def log_probability(actions: Actions) -> Metric:
 
 
 def action_probability(actions: Actions) -> Metric:
-    """Return the metric `probability of an action, or of a set of actions together`, between 0 and 1: `(batch,)`.
+    """Return the metric `probability of an action, or of a set of actions together`, between 0 and 1.
 
-    Args:
-        actions: As `correct` in `logit_difference`.
-
-    Raises:
-        MetricError: As `logit_difference`.
+    The actions and the errors are as for `logit_difference`.
 
     Example:
         >>> action_probability([0, 1, 2])(torch.zeros(1, 4))
         tensor([0.7500])
     """
-    chosen = Choice("actions", actions)
+    log_of = log_probability(actions)
 
     def action_probability(output: Any) -> Tensor:
-        return chosen(_log_probabilities(output)).exp()
+        return log_of(output).exp()
 
     return action_probability
 
 
 def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
-    """Return the Kullback-Leibler divergence of the output's distribution from the baseline's, in nats: `(batch,)`.
+    """Return the Kullback-Leibler divergence of the output's distribution from the baseline's, in nats.
 
     It is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, infinite if the output
     excludes an action that the baseline may take. The dimensions of a continuous action are summed.
@@ -121,15 +110,13 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
 
 def total_variation(output: Any, *, baseline: Any) -> Tensor:
-    """Return half the sum of the absolute differences in probability: 0 if equal, 1 if disjoint; `(batch,)`.
+    """Return half the sum of the absolute differences in probability: 0 if equal, 1 if disjoint.
 
-    Args:
-        output: Output of the patched model.
-        baseline: Output of the unpatched model on the same inputs.
+    The arguments are as for `kl_divergence`.
 
     Raises:
         DistributionError: If one of them has no logits.
-        MetricError: If the shapes differ, or the logits are of sequences.
+        MetricError: As for `kl_divergence`.
 
     Example:
         >>> total_variation(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -140,17 +127,10 @@ def total_variation(output: Any, *, baseline: Any) -> Tensor:
 
 
 def action_flip(output: Any, *, baseline: Any) -> Tensor:
-    """Return 1 if the most probable action differs from the baseline's, else 0: `(batch,)`. Its mean is the flip rate.
+    """Return 1 if the most probable action differs from the baseline's, else 0. Its mean is the flip rate.
 
-    Among equally probable actions the first one counts. The gradient is zero everywhere.
-
-    Args:
-        output: Output of the patched model.
-        baseline: Output of the unpatched model on the same inputs.
-
-    Raises:
-        DistributionError: If one of them has no logits.
-        MetricError: If the shapes differ, or the logits are of sequences.
+    Among equally probable actions the first one counts. The gradient is zero everywhere. Arguments and errors are as
+    for `total_variation`.
 
     Example:
         >>> action_flip(torch.eye(2), baseline=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -161,9 +141,7 @@ def action_flip(output: Any, *, baseline: Any) -> Tensor:
 
 
 def entropy(output: Any) -> Tensor:
-    """Return the entropy of the output's distribution in nats: `(batch,)`.
-
-    The dimensions of a continuous action are summed.
+    """Return the entropy of the output's distribution in nats, summed over the dimensions of a continuous action.
 
     Raises:
         DistributionError: If there is no distribution, or no formula for its entropy.
@@ -181,7 +159,7 @@ def entropy(output: Any) -> Tensor:
 
 
 def value(output: Any) -> Tensor:
-    """Return the value estimate of a policy: `(batch,)`.
+    """Return the value estimate of a policy.
 
     It is the entry `value` or `values` of a dict or an object; in a tuple, the only tensor `(batch,)` or `(batch, 1)`
     beside the distribution (or beside the first entry, the logits); or the output itself if it has such a shape.
@@ -203,15 +181,12 @@ def value(output: Any) -> Tensor:
 
 
 def at_position(metric: Metric, position: int | Tensor) -> Metric:
-    """Return a metric of the logits at one position of each sequence.
+    """Return a metric of logits `(batch, position, action)` that takes one position of each sequence.
 
     Args:
         metric: Metric of logits `(batch, action)`. One that compares gets the baseline at the same position.
         position: Position in every sequence, -1 for the last; or an int64 tensor `(batch,)` with one position each,
             such as `lengths - 1` for padded sequences.
-
-    Returns:
-        A function of an output with logits `(batch, position, action)` that returns `(batch,)`.
 
     Raises:
         MetricError: If the position is not valid; in the call, if the logits lack such an axis or position.
@@ -260,11 +235,8 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
         clean: Output of the model on the clean inputs.
         corrupted: Output of the model on the corrupted inputs.
 
-    Returns:
-        A function of an output that returns `(batch,)`.
-
     Raises:
-        MetricError: If the two means agree, so there is no difference to normalize by, or the metric compares.
+        MetricError: If the two means agree, or the metric compares.
 
     Example:
         >>> clean, corrupted = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])

@@ -45,11 +45,7 @@ def _is_squashed(output: Any) -> bool:
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution that an output holds or gives the logits of.
-
-    Raises:
-        DistributionError: If there is none.
-    """
+    """Return the distribution that an output holds or gives the logits of; raise DistributionError if there is none."""
     try:
         found = distribution_in(output)
     except ValueError as fault:
@@ -72,11 +68,7 @@ def is_categorical(found: Distribution) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the normalized logits of an output, `(..., action)`.
-
-    Raises:
-        DistributionError: If it has none.
-    """
+    """Return the normalized logits of an output, `(..., action)`; raise DistributionError if it has none."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
@@ -88,22 +80,18 @@ def logits_of(output: Any) -> Tensor:
 
 
 class Choice:
-    """Actions that count as one: the log of the sum of their exponentials, among logits.
-
-    Args:
-        name: Name of the argument, for messages.
-        actions: As `correct` in `chanpatch.metrics.logit_difference`.
+    """Actions that count as one, as `correct` in `logit_difference`: the log of the sum of their exponentials.
 
     Raises:
-        MetricError: If the actions are not valid; in the call, if the logits do not have them.
+        MetricError: If the actions are not valid; in the call, if the logits lack them. `name` is that of the argument.
     """
 
     def __init__(self, name: str, actions: Actions) -> None:
         self.name = name
         self.per_input = isinstance(actions, Tensor) and actions.dim() == 1
-        several = isinstance(actions, Sequence) or self.per_input
+        each: Any = actions if isinstance(actions, Sequence) or self.per_input else [actions]
         try:
-            numbers = [_number(action) for action in (actions if several else [actions])]  # type: ignore[union-attr]
+            numbers = [_number(action) for action in each]
         except TypeError:
             raise MetricError(
                 f"{name} is {shown(actions)}; it takes an action (an int), a sequence of actions that count as one, "

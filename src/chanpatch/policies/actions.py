@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 from ..errors import DistributionError, RolloutError
 from ..metrics.outputs import described, distribution_in
 from ..results import imported
+from ..statistics.interval import whole
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
@@ -23,17 +23,10 @@ if TYPE_CHECKING:
 
 
 def action_distribution(policy: Callable[..., Any], observations: Any) -> Distribution:
-    """Return a policy's distribution over actions.
+    """Return a policy's distribution over actions, for a batch of observations.
 
     The policy may return a distribution, logits, `(distribution or logits, ...)`, or a dict or object that has `logits`
     or a distribution. It may also have a `get_distribution` method (Stable-Baselines3).
-
-    Args:
-        policy: A module or function of the observations.
-        observations: The input of the policy.
-
-    Returns:
-        A `torch.distributions` object, over the batch of observations.
 
     Raises:
         DistributionError: If the output holds no distribution.
@@ -61,7 +54,7 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
     """Return one generator per episode, also for episodes with the same seed."""
-    checked_seed("sampling_seed", sampling_seed)
+    whole("sampling_seed", sampling_seed, error=RolloutError)
     times: Counter[int] = Counter()
     streams = []
     for seed in seeds:
@@ -71,31 +64,12 @@ def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Gen
     return streams
 
 
-def checked_seed(name: str, seed: int) -> int:
-    """Return a seed as a plain integer.
-
-    Raises:
-        RolloutError: If it is not an integer, or negative. The message calls it `name`.
-    """
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise RolloutError(f"{name} is {seed!r}, but it must be a non-negative integer.")
-    return number
-
-
 def chosen_actions(
     distribution: Distribution, streams: Sequence[np.random.Generator] | None, rows: int, envs: VectorEnv[Any, Any, Any]
 ) -> NDArray[Any]:
     """Return one action per row, as the environments take them.
 
-    Args:
-        distribution: The policy's distribution over actions.
-        streams: One generator per row, whose next draw selects the action; None selects the mode.
-        rows: Number of rows.
-        envs: The environments, whose action space the actions must fit.
+    The next draw of each row's stream selects its action; without streams it is the mode.
 
     Raises:
         DistributionError: If the distribution has no known inverse CDF.

@@ -20,7 +20,8 @@ from ..engine.state import undisturbed
 from ..errors import ChanpatchError, RolloutError
 from ..registry.names import path_text
 from ..results import imported, progress_bar
-from .actions import action_distribution, checked_seed, chosen_actions, draw_streams
+from ..statistics.interval import whole
+from .actions import action_distribution, chosen_actions, draw_streams
 from .copies import held_modules
 from .results import Rollout
 
@@ -81,7 +82,7 @@ class _Log:
     def __init__(self, seeds: Iterable[int], sampling_seed: int, times: int) -> None:
         if not isinstance(seeds, Iterable):
             raise RolloutError(f"seeds is {seeds!r}: name one seed per episode, as in range(100).")
-        checked = [checked_seed("A seed", seed) for seed in seeds]
+        checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
         if not checked:
             raise RolloutError("seeds is empty: name one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)

@@ -19,15 +19,15 @@ from ..statistics.resampling import bootstrap_interval
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Rollout(Records):
-    """What one policy did: one episode per seed, in the order of the seeds.
+    """Results of one policy: one episode per seed, in the order of the seeds.
 
     Attributes:
-        seeds: The seed of each episode.
-        returns: The sum of its rewards.
-        lengths: The number of its steps.
-        terminated: Whether the environment ended it.
+        seeds: Seed of each episode.
+        returns: Sum of the rewards.
+        lengths: Number of steps.
+        terminated: Whether the environment ended the episode.
         truncated: Whether it was cut, by the environment or at `max_steps`.
-        actions: For each episode an array `(step, ...)` of its actions.
+        actions: One array of actions `(step, ...)` per episode.
     """
 
     seeds: tuple[int, ...]
@@ -54,10 +54,7 @@ class Rollout(Records):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PairedRollouts(Effects, Mapping[str, Rollout]):
-    """The rollouts of several policies, by name; their arrays match episode by episode.
-
-    The first one is the original, with which the others are compared.
-    """
+    """Rollouts of several policies over the same episodes, by name. The others are compared with the first."""
 
     rollouts: Mapping[str, Rollout]
 
@@ -72,7 +69,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Of the policies that are compared with the first, in the order given."""
+        """Names of the policies that are compared with the first."""
         return tuple(self)[1:]
 
     def differences(self) -> NDArray[np.float64]:
@@ -80,25 +77,19 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return self._differences([self[label] for label in self.labels])
 
     def effect(self) -> NDArray[np.float64]:
-        """Return the mean over the episodes of the differences: `(policy,)`, in the unit of the return."""
+        """Return the mean difference over the episodes: `(policy,)`, in the unit of the return."""
         found: NDArray[np.float64] = self.differences().mean(axis=1)
         return found
 
     def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
-        """Return the effects with 95% bootstrap intervals over the episodes, each paired with itself.
-
-        The episodes count as independent of each other. The ends are NaN with fewer than two.
-
-        Args:
-            seed: Of the bootstrap.
-        """
+        """Return the effects with 95% bootstrap intervals over independent episodes; NaN with fewer than two."""
         return bootstrap_interval(self.differences().T, seed=seed)
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per policy but the first.
 
-        A record has the policy's label, the effect with `low` and `high` of its 95% interval, its own mean return
-        (`patched`) and that of the first (`original`), and the number of episodes.
+        It has the policy's `label`, the `effect` with its 95% interval (`low`, `high`), the mean return of the policy
+        (`patched`) and of the first (`original`), and the number of episodes `n`.
         """
         return self._compared({label: self[label] for label in self.labels})
 
@@ -108,7 +99,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     @property
     def effect_label(self) -> str:
-        """What the effects are, for a figure."""
+        """Axis label of a figure."""
         return f"difference in mean return, n = {len(self._original)} episodes"
 
     def _effects(self) -> list[dict[str, Any]]:
@@ -152,18 +143,15 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
             return []
         differences = self._differences([*others.values()])
         interval = bootstrap_interval(differences.T, seed=0)
-        return [
-            {
-                "label": label,
-                "effect": float(differences[row].mean()),
-                "low": float(interval.low[row]),
-                "high": float(interval.high[row]),
-                "patched": float(rollout.returns.mean()),
-                "original": float(self._original.returns.mean()),
-                "n": len(rollout),
-            }
-            for row, (label, rollout) in enumerate(others.items())
-        ]
+        return columns(
+            label=others,
+            effect=differences.mean(axis=1),
+            low=interval.low,
+            high=interval.high,
+            patched=[float(rollout.returns.mean()) for rollout in others.values()],
+            original=[float(self._original.returns.mean())] * len(others),
+            n=map(len, others.values()),
+        )
 
 
 ORIGINAL = "original"  # the name of the policy without patches in a sweep
@@ -171,28 +159,27 @@ ORIGINAL = "original"  # the name of the policy without patches in a sweep
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SweptRollouts(PairedRollouts):
-    """The rollouts of a policy without patches, `"original"`, and with those of each label.
+    """Rollouts of one policy without patches, `"original"`, and with the patches of each label.
 
     Attributes:
-        rollouts: By label, that of the policy without patches first.
-        controls: Those of the control patches, by label, or None. They are not among the rollouts.
+        rollouts: Rollouts by label, the one without patches first.
+        controls: Rollouts with the control patches by label, or None. They are not among the rollouts.
     """
 
     controls: Mapping[str, Rollout] | None = None
 
     def ranks(self) -> list[Rank | None]:
-        """Return where each effect ranks among those of the controls, by absolute value.
+        """Return the rank of each effect among those of the controls, by absolute value.
 
-        A p-value needs 19 controls or more, and a patch that was not picked for its effect. None for an effect that is
-        not finite, and for all where there are no controls or not all of theirs are finite.
+        A p-value needs at least 19 controls, and a patch that was not picked for its effect. The rank is None for an
+        effect that is not finite, and for all if there are no controls or one of their effects is not finite.
         """
-        others = self._differences([*(self.controls or {}).values()]).mean(axis=1)
-        return ranks_among(self.effect(), others)
+        return ranks_among(self.effect(), self._differences([*(self.controls or {}).values()]).mean(axis=1))
 
     def comparisons(self) -> list[dict[str, Any]]:
-        """Return one record per label, those of the controls last.
+        """Return one record per label, as for `PairedRollouts`, those of the controls last.
 
-        Where there are controls, a record also has whether it is one, its rank among them, p and why there is no p.
+        If there are controls, a record also has `control`, its `rank` among them, `p`, and `no_p`: why there is no p.
         """
         records = super().comparisons()
         if self.controls is None:
@@ -200,16 +187,11 @@ class SweptRollouts(PairedRollouts):
         return ranked_records(records, self.ranks(), self._compared(self.controls))
 
     def _lines(self) -> list[dict[str, Any]]:
+        names = ("patched", "original", *(("rank", "p") if self.controls else ()))
         return [
-            {
-                "label": record["label"],
-                **shown_effect("effect", record),
-                "patched": record["patched"],
-                "original": record["original"],
-                **({"rank": record["rank"], "p": record["p"]} if self.controls else {}),
-            }
-            for record in self.comparisons()
-            if not record.get("control")
+            {"label": each["label"], **shown_effect("effect", each), **{name: each[name] for name in names}}
+            for each in self.comparisons()
+            if not each.get("control")
         ]
 
     def _title(self) -> str:

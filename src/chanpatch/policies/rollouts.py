@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +46,10 @@ def rollout(
             `chanpatch.policies.action_distribution` finds one. Observations are moved to the module's device, and
             to its dtype if they have floating point.
         envs: A vector environment whose `reset` takes one seed per sub-environment; any autoreset mode.
-        seeds: The seed with which each episode is reset; not negative.
-        max_steps: The number of steps at which an episode is cut.
-        sampling_seed: The seed of the draws behind the actions.
-        greedy: Take the mode of each distribution instead of a draw.
+        seeds: One seed per episode, not negative, with which the episode is reset.
+        max_steps: Number of steps at which an episode is cut.
+        sampling_seed: Random seed of the draws behind the actions.
+        greedy: Whether to take the mode of each distribution instead of a draw.
         initial_state: For a recurrent policy, a function from a number of rows to the state at the start of as
             many episodes: a tensor, or tensors in tuples and dicts, such as
             `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for the `(layer, batch, feature)`
@@ -134,14 +133,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             f"policies is of type {type(policies).__name__}; it takes policies by name, as in "
             '{"original": policy, "patched": twin}.'
         )
-    run = functools.partial(
-        rollout,
-        envs=envs,
-        seeds=list(seeds) if isinstance(seeds, Iterable) else seeds,
-        max_steps=max_steps,
-        sampling_seed=sampling_seed,
-        greedy=greedy,
-        initial_state=initial_state,
-        progress=progress,
-    )
-    return PairedRollouts({name: run(policy) for name, policy in policies.items()})
+    seeds = list(seeds) if isinstance(seeds, Iterable) else seeds
+    options: dict[str, Any] = {"max_steps": max_steps, "sampling_seed": sampling_seed, "greedy": greedy}
+    options |= {"initial_state": initial_state, "progress": progress}
+    return PairedRollouts({name: rollout(policy, envs, seeds, **options) for name, policy in policies.items()})

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ProbeError
-from ..statistics.interval import booleans, checked_seed
+from ..statistics.interval import booleans, whole
 
 Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
@@ -16,7 +16,7 @@ Rows = NDArray[np.int64]
 
 
 def checked_sums(sums: ArrayLike, axes: tuple[str, ...] | None = None) -> Floats:
-    """Return finite sums with these axes, of any axes if None, or raise ProbeError."""
+    """Return finite sums with these axes, or with any axes if None; raise ProbeError otherwise."""
     array = np.asarray(sums, dtype=np.float64)
     if axes is not None and (array.ndim != len(axes) or not array.size):
         raise ProbeError(f"sums has shape {array.shape}, but its axes must be ({', '.join(axes)}), none of length 0.")
@@ -27,11 +27,7 @@ def checked_sums(sums: ArrayLike, axes: tuple[str, ...] | None = None) -> Floats
 
 
 def checked_booleans(labels: ArrayLike, inputs: int, fewest: int) -> Booleans:
-    """Return labels (booleans, or 0 and 1 in any dtype) as booleans.
-
-    Raises:
-        ProbeError: If they are not one per input, or there are fewer than `fewest` positives or negatives.
-    """
+    """Return labels as booleans; raise ProbeError unless one per input, with `fewest` positives and negatives."""
     array, positive = np.asarray(labels), booleans(labels)
     if array.shape != (inputs,) or positive is None:
         raise ProbeError(
@@ -49,7 +45,7 @@ def checked_booleans(labels: ArrayLike, inputs: int, fewest: int) -> Booleans:
 
 def halves(labels: NDArray[Any], seed: int) -> tuple[Rows, Rows]:
     """Return the rows of two random halves, stratified by the labels: `(input,)` or `(input, label)`."""
-    generator = np.random.default_rng(checked_seed(seed))
+    generator = np.random.default_rng(whole("seed", seed))
     kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     order = generator.permutation(len(labels))
     by_kind = order[np.argsort(kinds[order], kind="stable")]

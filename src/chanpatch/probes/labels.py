@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from ..errors import ProbeError
 from ..results import Records
 from ..statistics.corrections import holm
-from ..statistics.interval import Interval, booleans
+from ..statistics.interval import Interval, booleans, interval_columns
 from ..statistics.ranking import auc
 from .checks import Booleans, Floats, Rows, checked_sums, halves
 
@@ -29,7 +29,7 @@ class ChannelLabel:
     Attributes:
         channel: Number of the channel.
         label: Such as `"UP"` or `"DOWN or LEFT"`; None if the held-out half does not confirm the candidate.
-        candidate: The label chosen on the first half; None for a dead channel.
+        candidate: Label chosen on the first half; None for a dead channel.
         auc: Probability that the sum is larger for an input with the candidate than for one without, on the held-out
             half, with its 95% interval; None for a dead channel.
         p: Share of permutations of the held-out labels with an AUC at least as large; NaN for a dead channel.
@@ -76,15 +76,9 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         """Return one dict per channel: channel, label, candidate, AUC with its ends, p, adjusted p, note."""
         return [
             {
-                "channel": each.channel,
-                "label": each.label or "no label",
-                "candidate": each.candidate,
-                "auc": each.auc and each.auc.estimate,
-                "low": each.auc and each.auc.low,
-                "high": each.auc and each.auc.high,
-                "p": each.p,
-                "adjusted p": each.adjusted_p,
-                "note": each.note,
+                **{"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate},
+                **interval_columns(each.auc, "auc", "low", "high"),
+                **{"p": each.p, "adjusted p": each.adjusted_p, "note": each.note},
             }
             for each in self.channels
         ]
@@ -123,13 +117,13 @@ def label_channels(
 
     Args:
         sums: `(input, channel)`.
-        labels: The number of each input's name: `(input,)`; or booleans, or 0 and 1: `(input, label)`. Every label
-            is on at least four inputs, and each half gets half of them.
-        names: One per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; at most ten.
+        labels: The number of each input's name: `(input,)`; or booleans, or 0 and 1: `(input, label)`. Each half gets
+            half of the inputs with each label, which are four at least.
+        names: One name per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; at most ten.
         seed: Random seed of the halves and of the permutations.
         penalty: Penalty in units of the AUC.
-        level: Largest adjusted p-value of a label, between 0 and 1. At least 9,999 permutations are drawn, and so many
-            that the adjusted p-value of one channel can reach the level.
+        level: Largest adjusted p-value of a label, between 0 and 1. At least 9,999 permutations are drawn, more if one
+            channel's adjusted p-value could not reach the level otherwise.
 
     Raises:
         ProbeError: If sums, labels and names do not fit, or a label is too rare.
@@ -166,19 +160,17 @@ def label_channels(
     chosen = dict(zip(alive.tolist(), best.tolist(), strict=True))
     adjusted = holm(p)
 
-    def described(channel: int) -> ChannelLabel:
+    channels = []
+    for channel, (each, corrected) in enumerate(zip(p.tolist(), adjusted.tolist(), strict=True)):
         if channel not in chosen:
-            return ChannelLabel(channel, None, None, None, np.nan, np.nan, "dead: its sum does not vary")
+            note = "dead: its sum does not vary"
+            channels.append(ChannelLabel(channel, None, None, None, each, corrected, note))
+            continue
         candidate = " or ".join(names[label] for label in unions[chosen[channel]])
         area = auc(array[second, channel], members[chosen[channel], second])
-        kept = bool(adjusted[channel] <= level)
-        note = "" if kept else "not above the permuted labels"
-        return ChannelLabel(
-            channel, candidate if kept else None, candidate, area, float(p[channel]), float(adjusted[channel]), note
-        )
-
-    channels = tuple(described(channel) for channel in range(array.shape[1]))
-    return ChannelLabels(channels, len(first), len(second), level)
+        label, note = (candidate, "") if corrected <= level else (None, "not above the permuted labels")
+        channels.append(ChannelLabel(channel, label, candidate, area, each, corrected, note))
+    return ChannelLabels(tuple(channels), len(first), len(second), level)
 
 
 def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
@@ -209,7 +201,7 @@ def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Boolean
 
 
 def _unions(indicators: Booleans, parts: tuple[Rows, Rows]) -> Iterator[tuple[int, ...]]:
-    """Yield the unions of labels that in either half at least two inputs have and two have not, small ones first."""
+    """Yield the unions of labels with at least two inputs inside and two outside in each half, small ones first."""
     labels = range(indicators.shape[1])
     for size in range(1, len(labels) + 1):
         for union in itertools.combinations(labels, size):
@@ -229,7 +221,7 @@ def _areas(sums: Floats, members: Booleans) -> Floats:
 
 
 def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int) -> Floats:
-    """Return for each channel how often permuted labels, `(channel, input)`, have so large a sum of ranks."""
+    """Return the p-value of each channel's labels, `(channel, input)`, against permuted labels."""
     import scipy.stats
 
     ranks = scipy.stats.rankdata(sums, axis=0)

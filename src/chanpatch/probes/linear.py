@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import ProbeError
 from ..results import Records, columns, imported
-from ..statistics.interval import Interval, checked_seed
+from ..statistics.interval import Interval, whole
 from ..statistics.proportions import mcnemar_exact, paired_counts, paired_difference_interval, wilson_interval
 from ..statistics.ranking import auc
 from .checks import checked_booleans, checked_sums
@@ -19,8 +19,7 @@ from .checks import checked_booleans, checked_sums
 class LinearProbe(Records):
     """How well a weighted sum of the channels predicts a label, on inputs that it was not fitted on.
 
-    The 95% intervals are those of one fixed rule on as many independent inputs; that each
-    fold has its own fit is not included.
+    The 95% intervals are those of one fixed rule: they ignore that each fold has its own fit.
 
     Attributes:
         accuracy: Share of inputs whose label is predicted.
@@ -59,8 +58,7 @@ class LinearProbe(Records):
 def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> LinearProbe:
     """Return how well a logistic regression on all channels predicts a label, by cross-validation.
 
-    Channels are scaled to unit variance on the inputs of each fit, and weights are regularised as scikit-learn
-    does by default (C = 1).
+    Channels are scaled to unit variance on the inputs of each fit. The regularization is scikit-learn's default, C = 1.
 
     Args:
         sums: `(input, channel)`.
@@ -84,15 +82,12 @@ def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: in
         Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016), section 3.
     """
     array = checked_sums(sums, ("input", "channel"))
-    if folds < 2:
-        raise ProbeError(f"folds is {folds}, but cross-validation needs at least two.")
+    whole("folds", folds, least=2, error=ProbeError)
     positive = checked_booleans(labels, len(array), fewest=folds)
-    linear_model = imported("sklearn.linear_model", package="scikit-learn")
-    selection, preprocessing = imported("sklearn.model_selection"), imported("sklearn.preprocessing")
-    model = imported("sklearn.pipeline").make_pipeline(
-        preprocessing.StandardScaler(), linear_model.LogisticRegression(max_iter=5000)
-    )
-    split = selection.StratifiedKFold(folds, shuffle=True, random_state=checked_seed(seed))
+    regression = imported("sklearn.linear_model", package="scikit-learn").LogisticRegression(max_iter=5000)
+    scaler, selection = imported("sklearn.preprocessing").StandardScaler(), imported("sklearn.model_selection")
+    model = imported("sklearn.pipeline").make_pipeline(scaler, regression)
+    split = selection.StratifiedKFold(folds, shuffle=True, random_state=whole("seed", seed))
     scores = selection.cross_val_predict(model, array, positive, cv=split, method="decision_function")
 
     right, majority = (scores > 0) == positive, positive.mean() > 0.5

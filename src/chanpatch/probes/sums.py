@@ -29,23 +29,21 @@ def channel_sums(
 ) -> NDArray[np.float64]:
     """Return the sum of each channel over its positions, for every input: `(input, channel)`.
 
-    The model runs without gradients, batch by batch and no further than the site; of each batch only the sums are
-    kept, taken in double precision. Random number generators, buffers, attributes and training flags are put back
-    afterwards.
+    The model runs without gradients and side effects, and only up to the site. The sums are in double precision.
 
     Args:
         points_or_model: The model, which is traced with the first batch, or its HookPoints.
         inputs: All inputs, `(input, ...)`: a tensor, a tuple of the model's arguments or a dict of its keywords; or
             any other iterable of batches of that kind.
         site: A hook point or a region of one, with a channel or a feature axis.
-        reduce: What is taken over the positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean),
-            or an einops pair that leaves the batch and one axis at most.
-        batch_size: How many inputs go into one forward; the batches of an iterable go as they are.
+        reduce: Reduction over the positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean), or
+            an einops pair that leaves the batch and at most one other axis.
+        batch_size: Number of inputs in one forward; the batches of an iterable stay as they are.
 
     Raises:
         HookPointError, SiteError: If the site does not exist, its axes have no names, or it cannot be reduced so.
-        ProbeError: If the site has no channels or no proved batch axis, there are no inputs, or the model takes its
-            batch on another axis than the first.
+        ProbeError: If the site has no channels or no proved batch axis, there are no inputs, or the batch is not the
+            first axis of the inputs.
 
     Example:
         >>> import torch
@@ -62,12 +60,11 @@ def channel_sums(
     if isinstance(reduce, str):
         channel_axis(bound, "Channel sums", ProbeError)
     check_leaves_channels(bound, reduce)
-    parts = []
+    parts: list[NDArray[np.float64]] = []
     with undisturbed(points.model) as run, progress_bar(None, None, "batch") as advance:
         for cache in run.apart(recorded(points, inputs, [bound], reduce, batch_size)):
             parts.append(rows(cache, bound))
             advance(1)
     if not parts:
         raise ProbeError("inputs is empty: give at least one input.")
-    sums: NDArray[np.float64] = np.concatenate(parts)
-    return sums
+    return np.concatenate(parts)

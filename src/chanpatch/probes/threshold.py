@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ProbeError
 from ..results import Records
-from ..statistics.interval import Interval
+from ..statistics.interval import Interval, interval_columns
 from ..statistics.proportions import difference_interval, reweighted_precision, wilson_interval
 from ..statistics.ranking import auc
 from .checks import Booleans, Floats, Rows, checked_booleans, checked_sums, halves
@@ -27,6 +27,7 @@ _NAMES = {
     "acceptance": "accepted",
     "base_rate": "base rate",
 }
+_SIDES = ("fit", "shifted", "drop")
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,9 @@ class ThresholdScores:
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per quantity: quantity, estimate, low, high, n."""
-        scores = {name: getattr(self, field) for field, name in _NAMES.items()}
         return [
-            {"quantity": name, "estimate": each.estimate, "low": each.low, "high": each.high, "n": self.n}
-            for name, each in scores.items()
+            {"quantity": name, **interval_columns(getattr(self, field), "estimate", "low", "high"), "n": self.n}
+            for field, name in _NAMES.items()
         ]
 
 
@@ -66,8 +66,8 @@ class ThresholdProbe(Records):
 
     Attributes:
         threshold: Halfway between two sums of the fitting half.
-        direction: The accepted side: `"above"` means sums greater than the threshold.
-        criterion: The criterion by which the threshold was chosen.
+        direction: Accepted side: `"above"` means sums greater than the threshold.
+        criterion: Criterion by which the threshold was chosen.
         fitted_on: Number of inputs of the fitting half.
         held_out: Scores on the other half.
 
@@ -109,7 +109,7 @@ class ThresholdProbe(Records):
         return cls(float(thresholds[best]), direction, "true- minus false-positive rate", len(fitted), scores)
 
     @classmethod
-    def fit_precision(
+    def fit_precision(  # noqa: D417  # the other arguments are those of fit
         cls, sums: ArrayLike, labels: ArrayLike, *, min_precision: float = 0.99, seed: int = 0
     ) -> ThresholdProbe:
         """Return the threshold that accepts most inputs with the required precision on the fitting half.
@@ -118,10 +118,8 @@ class ThresholdProbe(Records):
         the precision of the choice, `held_out.acceptance` its cost.
 
         Args:
-            sums: As for `fit`.
-            labels: As for `fit`.
+            sums, labels, seed: As for `fit`.
             min_precision: Least share of positives among the accepted inputs of the fitting half.
-            seed: As for `fit`.
 
         Raises:
             ProbeError: As for `fit`, and if no threshold is that precise.
@@ -158,7 +156,7 @@ class ThresholdProbe(Records):
         """Return the scores of the same threshold on shifted data, beside those on the held-out half.
 
         Args:
-            sums: The same channel's sums of other inputs: `(input,)`.
+            sums: Sums of the same channel for other inputs: `(input,)`.
             labels: Booleans, or 0 and 1: `(input,)`. At least two of each.
 
         Raises:
@@ -212,15 +210,16 @@ class Transfer(Records):
         rows = [(names[each], getattr(self.fit, each), getattr(self.shifted, each), drops.get(each)) for each in names]
         reweighted = self.fit.precision, self.reweighted_precision, drops["reweighted_precision"]
         rows.insert(3, ("precision at the base rate of the fit", *reweighted))
-        return [
-            {"quantity": name, **_columns("fit", one), **_columns("shifted", other), **_columns("drop", drop)}
-            for name, one, other, drop in rows
-        ]
+        records: list[dict[str, Any]] = [{"quantity": name} for name, *_ in rows]
+        for record, (_, *intervals) in zip(records, rows, strict=True):
+            for side, each in zip(_SIDES, intervals, strict=True):
+                record |= interval_columns(each, side, f"{side} low", f"{side} high")
+        return records
 
     def _lines(self) -> list[dict[str, Any]]:
-        sides = ("fit", "shifted", "drop")
         return [
-            {"quantity": each["quantity"], **{side: _shown(each, side) for side in sides}} for each in self.to_records()
+            {"quantity": each["quantity"], **{side: _shown(each, side) for side in _SIDES}}
+            for each in self.to_records()
         ]
 
     def _title(self) -> str:
@@ -228,7 +227,7 @@ class Transfer(Records):
 
 
 def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats, Booleans], tuple[Floats, Booleans]]:
-    """Return checked sums and labels of two halves: one to fit on, one to score on."""
+    """Return checked sums and labels of two halves: to fit on, and to score on."""
     array = checked_sums(sums, ("input",))
     positive = checked_booleans(labels, len(array), fewest=4)
     fitting, scoring = halves(positive, seed)
@@ -267,12 +266,6 @@ def _scores(sums: Floats, labels: Booleans, threshold: float, direction: Directi
         base_rate=wilson_interval(positives, len(sums)),
         n=len(sums),
     )
-
-
-def _columns(name: str, interval: Interval | None) -> dict[str, float | None]:
-    """Return an interval as three columns of a record."""
-    ends = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
-    return dict(zip((name, f"{name} low", f"{name} high"), ends, strict=True))
 
 
 def _shown(record: Mapping[str, Any], name: str) -> str:

@@ -45,9 +45,9 @@ class Contents(Records):
                 "site": repr(patch.site),
                 "edit": _edit_text(patch.edit),
                 "where": "everywhere" if patch.where is None else _operand_text(patch.where),
-                "hook point": traced or "not traced",
+                "hook point": trace or "not traced",
             }
-            for number, (patch, traced) in enumerate(zip(self.patches, self.hook_points, strict=True), start=1)
+            for number, (patch, trace) in enumerate(zip(self.patches, self.hook_points, strict=True), start=1)
         ]
 
     def __repr__(self) -> str:
@@ -70,7 +70,7 @@ def save(
     *,
     inputs: Inputs | None = None,
 ) -> None:
-    """Save patches as data in one safetensors file; nothing is returned.
+    """Save patches as data in one safetensors file.
 
     The file is renamed into place when it is complete, so an older file of that name survives a failure. With inputs
     the file holds a receipt, for which the model runs twice: with these patches, and with those read back from the
@@ -78,14 +78,14 @@ def save(
 
     Args:
         file: Path of the file; `.safetensors` is the usual ending.
-        patches: One or more patches, in order of application. Their edits are those of `chanpatch.patching`, and
-            every `where` is a mask.
+        patches: One or more patches, in order of application, with edits of `chanpatch.patching`. Each `where` is a
+            mask.
         points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs.
         inputs: Model inputs for the receipt: a tensor, a tuple of arguments, or a mapping of keywords.
 
     Raises:
-        InterventionError: If a patch holds a function or a tensor that safetensors cannot store (all faults at once);
-            if inputs come without points; or if the forward with the patches does not repeat bit for bit.
+        InterventionError: If a patch holds a function or a tensor that safetensors cannot store (all faults at once),
+            inputs come without points, or the forward with the patches does not repeat bit for bit.
         HookPointError, SiteError: If a site does not exist in `points`.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
@@ -108,18 +108,16 @@ def save(
         raise InterventionError("There are no patches to save. Give one or more.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no folder '{path.parent}' to save '{path.name}' in.")
-    if inputs is not None and points is None:
-        raise InterventionError("A receipt of inputs needs the model: save(file, patches, points, inputs=inputs).")
-    receipt = None if points is None or inputs is None else receipt_of(points, chosen, inputs)
+    receipt = None
+    if inputs is not None:
+        if points is None:
+            raise InterventionError("A receipt of inputs needs the model: save(file, patches, points, inputs=inputs).")
+        receipt = receipt_of(points, chosen, inputs)
     written = encoded(chosen, receipt)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         unfinished.write_bytes(written)
-        if (
-            points is not None
-            and inputs is not None
-            and receipt_of(points, load(unfinished, points), inputs) != receipt
-        ):
+        if points and inputs is not None and receipt_of(points, load(unfinished, points), inputs) != receipt:
             raise InterventionError(
                 "The patches were not saved: two runs of the forward gave different outputs, so a receipt would be "
                 "useless. Make the forward repeat, as with torch.use_deterministic_algorithms(True), or save without "
@@ -131,9 +129,7 @@ def save(
 
 
 def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list[Patch]:
-    """Return the patches of a file, in order of application.
-
-    Loading never runs code from the file: it is data, and its edits are those of `chanpatch.patching`.
+    """Return the patches of a file, in order of application. Loading never runs code from the file.
 
     Args:
         file: Path of a file that `save` wrote.
@@ -180,11 +176,10 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
 
     Raises:
         InterventionError: If hook points, weights, inputs or the patched output differ, or the file holds no receipt;
-            otherwise as `load`.
+            otherwise as for `load`.
     """
     points = traced(points_or_model, inputs)
-    saved = contents(file).receipt
-    patches = load(file, points)
+    saved, patches = contents(file).receipt, load(file, points)
     if saved is None:
         raise InterventionError(
             f"'{file}' holds no receipt, so there is no output to compare with. Save the patches with inputs: "
@@ -193,9 +188,8 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
     here = receipt_of(points, patches, inputs)
     if here == saved:
         return saved
-    compared = ("weights", "inputs", "output")
-    changed = [name for name in compared if getattr(here, name) != getattr(saved, name)]
-    same = [name for name in ("hook points", *compared) if name not in changed]
+    changed = [name for name in ("weights", "inputs", "output") if getattr(here, name) != getattr(saved, name)]
+    same = [name for name in ("hook points", "weights", "inputs", "output") if name not in changed]
     cause = " So the model's code or the environment differs." if changed == ["output"] else ""
     raise InterventionError(
         f"'{file}' does not repeat here. Different: {', '.join(changed)}. The same: {', '.join(same)}.{cause} "
@@ -207,7 +201,7 @@ def contents(file: str | os.PathLike[str]) -> Contents:
     """Return the contents of a file: its patches with operands on the CPU, their hook points, and the receipt.
 
     Raises:
-        InterventionError: As `load` without points.
+        InterventionError: As for `load` without points.
 
     Example:
         >>> import tempfile

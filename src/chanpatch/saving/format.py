@@ -1,11 +1,12 @@
 """The file format: safetensors, with operands and masks as tensors and the rest as JSON in the metadata.
 
-    metadata["chanpatch"] = {"format": 1, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null}
+    metadata["chanpatch"] = {"format": 2, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null}
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest}
 
-`encoded` writes it and `decoded` reads it. Reading runs no code from the file.
+`encoded` writes it and `decoded` reads it. Reading runs no code from the file. In format 1, which is still read, a hook
+point is a dict, and the record of a tensor has the "shape" to which the stored tensor expands.
 """
 
 from __future__ import annotations
@@ -31,19 +32,13 @@ from ..registry.sites import Flags, HookPoint, Site, Span
 from ..results import imported
 from .receipts import Receipt
 
-_FORMAT = 1
-
+_FORMATS = (1, 2)  # the last one is written
 _KEY = "chanpatch"  # the only entry in the metadata: with several, equal patches would not always make equal files
-
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
 def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
-    """Return the bytes of a file.
-
-    Raises:
-        InterventionError: If a patch is not data; names all such patches.
-    """
+    """Return the bytes of a file; raise InterventionError, which names all patches that are not data."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     records, faults = [], []
     for number, patch in enumerate(patches, start=1):
@@ -54,7 +49,7 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
     if faults:
         raise InterventionError(in_one(faults))
     metadata = {
-        "format": _FORMAT,
+        "format": _FORMATS[-1],
         "chanpatch": version("chanpatch"),
         "patches": records,
         "receipt": None if receipt is None else asdict(receipt),
@@ -70,13 +65,7 @@ def decoded(
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None]:
     """Return the patches of a file, the traces of their hook points, the version that wrote it, and the receipt.
 
-    Args:
-        file: Path of the file.
-        points: Hook points, whose devices the operands go to; operands at no hook point go to the CPU.
-
-    Raises:
-        InterventionError: If the file is damaged, was not written by `save`, or has a later format.
-        OSError: If the file cannot be read.
+    Operands go to the devices of their hook points, and to the CPU if they have none. Errors are those of `load`.
     """
     safetensors, path = imported("safetensors"), Path(file)
     path.open("rb").close()  # let Python raise for unreadable files
@@ -86,16 +75,17 @@ def decoded(
             if text is None:
                 raise InterventionError("holds no patches: chanpatch.save() did not write it.")
             metadata = json.loads(text)
-            if metadata["format"] > _FORMAT:
+            if metadata["format"] not in _FORMATS:
                 raise InterventionError(
-                    f"has format {metadata['format']}, but chanpatch {version('chanpatch')} reads up to {_FORMAT}. "
-                    "Install a later chanpatch."
+                    f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads up to "
+                    f"{_FORMATS[-1]}. Install a later chanpatch."
                 )
 
             @cache  # a tensor that several patches share is one tensor again
-            def tensor(key: str, order: tuple[int, ...], device: torch.device) -> Tensor:
+            def tensor(key: str, order: tuple[int, ...], shape: tuple[int, ...] | None, device: torch.device) -> Tensor:
                 stored: Tensor = archive.get_tensor(key)
-                return stored.permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
+                dense = stored.permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
+                return dense if shape is None else dense.expand(shape)
 
             def device(name: str) -> torch.device:
                 return points[name].device if points is not None and name in points else torch.device("cpu")
@@ -103,7 +93,7 @@ def decoded(
             records, receipt = metadata["patches"], metadata["receipt"]
             return (
                 tuple(_patch(record, tensor, device(record["site"]["name"])) for record in records),
-                tuple(None if record["hook_point"] is None else str(record["hook_point"]) for record in records),
+                tuple(_trace_text(record["hook_point"]) for record in records),
                 str(metadata["chanpatch"]),
                 None if receipt is None else Receipt(**{name: str(each) for name, each in receipt.items()}),
             )
@@ -115,9 +105,22 @@ def decoded(
 
 def trace_of(point: HookPoint) -> str:
     """Return the text that a file holds of a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
-    lengths = ((axis, point.length(axis)) for axis in point.axes)
-    axes = ", ".join(axis if length is None else f"{axis}={length}" for axis, length in lengths)
-    return f"{point.module_type} ({axes}) {str(point.dtype).removeprefix('torch.')}"
+    return _trace(point.module_type, point.axes, map(point.length, point.axes), str(point.dtype).removeprefix("torch."))
+
+
+def _trace(module_type: str, axes: Iterable[str], lengths: Iterable[int | None], dtype: str) -> str:
+    texts = [axis if length is None else f"{axis}={length}" for axis, length in zip(axes, lengths, strict=True)]
+    return f"{module_type} ({', '.join(texts)}) {dtype}"
+
+
+def _trace_text(saved: Any) -> str | None:
+    """Return the text of a saved hook point. In format 1 it has all lengths but that of the batch, if there is one."""
+    if not isinstance(saved, dict):
+        return None if saved is None else str(saved)
+    axes, lengths = saved["axes"], [*saved["shape"]]
+    if len(lengths) < len(axes):
+        lengths.insert(axes.index("batch"), None)
+    return _trace(saved["module_type"], axes, lengths, saved["dtype"])
 
 
 def printable(text: str) -> str:
@@ -160,7 +163,10 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
     def operand(given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return float(given["float"]) if "float" in given else tensor(given["tensor"], (*given["order"],), device)
+        if "float" in given:
+            return float(given["float"])
+        shape = (*given["shape"],) if "shape" in given else None
+        return tensor(given["tensor"], (*given["order"],), shape, device)
 
     kind, indices = record["edit"], record["site"]["indices"]
     if kind not in _EDITS:

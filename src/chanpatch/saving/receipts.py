@@ -31,8 +31,8 @@ class Receipt:
         weights: SHA-256 over name, dtype, shape and bytes of everything in the model's `state_dict`.
         inputs: The same over every tensor in the inputs.
         output: The same over every tensor in the patched output.
-        environment: Versions and devices of the run, which explain different last bits: torch, devices, threads, and
-            whether the model was in training mode. Not compared.
+        environment: Version of torch, devices, threads and training mode, which explain different last bits. Not
+            compared.
     """
 
     weights: str
@@ -42,11 +42,7 @@ class Receipt:
 
 
 def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
-    """Run the model with patches, without gradients, from random seed 0, and return the receipt.
-
-    Raises:
-        InterventionError: If the forward returns no tensor.
-    """
+    """Return the receipt of a run with patches from random seed 0; raise InterventionError if it gives no tensor."""
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
     with undisturbed(model) as run, patched(points, patches, check_nan=False):

@@ -12,13 +12,10 @@ from .interval import Interval
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Return p-values adjusted to control the family-wise error rate (Holm-Bonferroni).
+    """Return p-values adjusted to control the family-wise error rate (Holm-Bonferroni), in the same shape.
 
     Args:
         p_values: One p-value per test, in any shape. NaN entries stay NaN and do not count as tests.
-
-    Returns:
-        The adjusted p-values in the same shape, at most 1.
 
     Raises:
         StatisticsError: If a p-value is not between 0 and 1.
@@ -33,24 +30,15 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     p, tested = _checked(p_values)
     family = p[tested]
     order = np.argsort(family)
-    remaining = np.arange(family.size, 0, -1)
-    adjusted = np.empty_like(family)
-    adjusted[order] = np.minimum(np.maximum.accumulate(family[order] * remaining), 1.0)
-    p[tested] = adjusted
+    family[order] = np.minimum(np.maximum.accumulate(family[order] * np.arange(family.size, 0, -1)), 1.0)
+    p[tested] = family
     return p
 
 
 def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
     """Return p-values adjusted to control the false discovery rate, for independent or positively dependent tests.
 
-    Args:
-        p_values: One p-value per test, in any shape. NaN entries stay NaN and do not count as tests.
-
-    Returns:
-        The adjusted p-values in the same shape, at most 1.
-
-    Raises:
-        StatisticsError: If a p-value is not between 0 and 1.
+    Arguments, result and errors are as for `holm`.
 
     Example:
         >>> benjamini_hochberg([0.01, 0.04, 0.03, float("nan")])
@@ -71,14 +59,11 @@ def equivalent(difference: Interval[Any], margin: float) -> Any:
     """Return whether a difference is too small to matter: its whole interval lies between -margin and margin.
 
     A difference that is not significant need not be equivalent. This is the two one-sided tests procedure at level
-    `(1 - confidence) / 2`: 0.025 for an interval of 95%, the usual 0.05 for one of 90%.
+    `(1 - confidence) / 2`: 0.025 for an interval of 95%, the usual 0.05 for one of 90%. NaN is never equivalent.
 
     Args:
         difference: Difference with its interval, or arrays of them.
         margin: Largest difference that would not matter, in the same unit, chosen before seeing the data.
-
-    Returns:
-        A bool, or an array of them; False if an end of the interval is NaN.
 
     Raises:
         StatisticsError: If the margin is not above 0.

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from typing_extensions import TypeVar
 
-from ..errors import StatisticsError
+from ..errors import ChanpatchError, StatisticsError
 
 Number = TypeVar("Number", default=float)
 
@@ -25,19 +25,21 @@ class Interval(Generic[Number]):
     confidence: float
 
 
-def count(name: str, number: int) -> int:
-    """Return a count as an int.
-
-    Raises:
-        StatisticsError: If it is not a whole number, or is negative.
-    """
+def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = StatisticsError) -> int:
+    """Return a number as an int; raise the error if it is not whole or is too small."""
     try:
-        whole = operator.index(number)
+        found = operator.index(number)
     except TypeError:
-        raise StatisticsError(f"{name} is {number!r}, but a count is a whole number.") from None
-    if whole < 0:
-        raise StatisticsError(f"{name} is {whole}, but a count is not negative.")
-    return whole
+        found = least - 1
+    if found < least:
+        raise error(f"{name} is {number!r}, but it must be a whole number, at least {least}.")
+    return found
+
+
+def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:
+    """Return estimate, low and high as columns of a record with these names; None without an interval."""
+    numbers = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
+    return dict(zip(names, numbers, strict=True))
 
 
 def booleans(labels: ArrayLike) -> NDArray[np.bool_] | None:
@@ -46,17 +48,6 @@ def booleans(labels: ArrayLike) -> NDArray[np.bool_] | None:
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
         return None
     return array.astype(np.bool_)
-
-
-def checked_seed(seed: int) -> int:
-    """Return a seed.
-
-    Raises:
-        StatisticsError: If it is not a whole number, or is negative.
-    """
-    if not isinstance(seed, (int, np.integer)) or seed < 0:
-        raise StatisticsError(f"seed is {seed!r}, but it must be a whole number, at least 0.")
-    return int(seed)
 
 
 def normal_quantile(confidence: float) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import Interval, booleans, count, wilson
+from .interval import Interval, booleans, whole, wilson
 
 
 class PairedCounts(NamedTuple):
@@ -40,9 +40,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     References:
         Wilson, "Probable inference, the law of succession, and statistical inference" (1927).
     """
-    successes, n = count("successes", successes), count("n", n)
-    if n == 0:
-        raise StatisticsError("n is 0: a proportion needs at least one trial.")
+    successes, n = whole("successes", successes), whole("n", n, least=1)
     if successes > n:
         raise StatisticsError(f"successes is {successes}, but there were only n = {n} trials.")
     return wilson(successes / n, n, confidence)
@@ -51,9 +49,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
     """Return the numbers of pairs in which both succeeded, only the first, only the second, and neither.
 
-    Args:
-        first: One boolean (or 0 or 1) per pair, True if the first succeeded.
-        second: One boolean (or 0 or 1) per pair, True if the second succeeded.
+    Each argument has one boolean (or 0 or 1) per pair.
 
     Raises:
         StatisticsError: If the two are not booleans, one per pair.
@@ -69,20 +65,14 @@ def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
         raise StatisticsError(
             f"first is {kinds[0]} and second is {kinds[1]}: give one boolean per pair, such as returns > 0."
         )
-    return PairedCounts(
-        both=int((one & other).sum()),
-        only_first=int((one & ~other).sum()),
-        only_second=int((~one & other).sum()),
-        neither=int((~one & ~other).sum()),
-    )
+    cells = one & other, one & ~other, ~one & other, ~one & ~other
+    return PairedCounts(*(int(cell.sum()) for cell in cells))
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
     """Return the two-sided exact p-value that two paired proportions are equal; 1 if no pair differs.
 
-    Args:
-        only_first: Number of pairs in which only the first succeeded.
-        only_second: Number of pairs in which only the second succeeded.
+    The arguments are counts of `paired_counts`.
 
     Raises:
         StatisticsError: If a count is not valid.
@@ -97,8 +87,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     """
     import scipy.stats
 
-    only_first, only_second = count("only_first", only_first), count("only_second", only_second)
-    differing = only_first + only_second
+    differing = whole("only_first", only_first) + whole("only_second", only_second)
     return float(scipy.stats.binomtest(only_first, differing).pvalue) if differing else 1.0
 
 
@@ -108,14 +97,7 @@ def paired_difference_interval(
     """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
 
     It combines the Wilson intervals of the two proportions with the correlation of the pairs, so the interval has a
-    width even if all pairs agree.
-
-    Args:
-        both: Number of pairs in which both succeeded.
-        only_first: Number of pairs in which only the first succeeded.
-        only_second: Number of pairs in which only the second succeeded.
-        neither: Number of pairs in which neither succeeded.
-        confidence: Nominal coverage, between 0 and 1.
+    width even if all pairs agree. The counts are those of `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
         StatisticsError: If a count or the confidence is not valid, or all counts are 0.
@@ -129,15 +111,15 @@ def paired_difference_interval(
         Newcombe, "Improved confidence intervals for the difference between binomial proportions based on
         paired data" (1998), section 2, method 10.
     """
-    both, neither = count("both", both), count("neither", neither)
-    only_first, only_second = count("only_first", only_first), count("only_second", only_second)
-    n = both + only_first + only_second + neither
+    given = PairedCounts(both, only_first, only_second, neither)._asdict()
+    counts = PairedCounts(*(whole(name, number) for name, number in given.items()))
+    n = sum(counts)
     if n == 0:
         raise StatisticsError("All four counts are 0: a difference of proportions needs at least one pair.")
-    first = wilson_interval(both + only_first, n, confidence)
-    second = wilson_interval(both + only_second, n, confidence)
-    low, high = _combined(first, second, _corrected_phi(both, only_first, only_second, neither))
-    return Interval((only_first - only_second) / n, low, high, confidence)
+    first = wilson_interval(counts.both + counts.only_first, n, confidence)
+    second = wilson_interval(counts.both + counts.only_second, n, confidence)
+    low, high = _combined(first, second, _corrected_phi(counts))
+    return Interval((counts.only_first - counts.only_second) / n, low, high, confidence)
 
 
 def difference_interval(first: Interval, second: Interval) -> Interval:
@@ -145,10 +127,6 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
 
     It needs only the two intervals, so it works for proportions, areas under a curve, or any two estimates in one
     unit. For two Wilson intervals the result is Newcombe's interval.
-
-    Args:
-        first: Estimate with its interval.
-        second: Estimate with its interval, from other data.
 
     Raises:
         StatisticsError: If the two confidences differ.
@@ -172,15 +150,13 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
     """Return the precision at another base rate, by Bayes' rule, and its interval within 0 and 1.
 
     Precision grows with the share of positives in the data, so precisions on two data sets are comparable only at
-    one base rate. The interval treats the base rate as known.
+    one base rate. The interval treats the base rate as known. If nothing was accepted, the precision is NaN and its
+    interval 0 to 1.
 
     Args:
         true_positive_rate: Share of the positives that is accepted.
         false_positive_rate: Share of the negatives that is accepted.
         base_rate: Share of positives to reweight to, between 0 and 1.
-
-    Returns:
-        The precision; NaN, with the interval 0 to 1, if nothing was accepted.
 
     Raises:
         StatisticsError: If the confidences differ, or the base rate is not between 0 and 1.
@@ -238,12 +214,12 @@ def _check_one_confidence(first: Interval, second: Interval) -> None:
         )
 
 
-def _corrected_phi(both: int, only_first: int, only_second: int, neither: int) -> float:
+def _corrected_phi(counts: PairedCounts) -> float:
     """Return the correlation of paired outcomes, with a continuity correction if positive; 0 if it is undefined."""
+    both, only_first, only_second, neither = counts
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if margins == 0:
         return 0.0
     agreement = both * neither - only_first * only_second
-    n = both + only_first + only_second + neither
-    corrected = max(agreement - n / 2, 0.0) if agreement > 0 else agreement
+    corrected = max(agreement - sum(counts) / 2, 0.0) if agreement > 0 else agreement
     return corrected / math.sqrt(margins)

@@ -20,8 +20,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     """Return the probability that a positive scores above a negative, and its interval within 0 and 1.
 
     Ties count one half. At 0.5 the scores carry no information about the labels; below 0.5 positives have the lower
-    scores. The two groups may have different variances. With few examples and an area near 0 or 1 the coverage is
-    below nominal.
+    scores. The groups may differ in variance. With few examples and an area near 0 or 1 the coverage is below nominal.
 
     Args:
         scores: One finite number per example.

@@ -9,13 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatisticsError
-from .interval import Interval, checked_seed, count, normal_quantile
+from .interval import Interval, normal_quantile, whole
 
 Floats = NDArray[np.float64]
-
-
 Statistic = Callable[[Floats], Any]
-
 
 _BLOCK = 256  # number of channels whose resamples are in memory at once
 
@@ -55,8 +52,7 @@ def bootstrap_interval(
 
     Returns:
         Floats for a sample with one axis, otherwise arrays of the statistic's shape. The ends are NaN for a channel
-        with a NaN or an infinity, and for all channels with fewer than two rows or clusters. The width is 0 for a
-        channel with equal rows.
+        with a NaN or an infinity, and for all channels with fewer than two rows or clusters. Equal rows have width 0.
 
     Raises:
         StatisticsError: If there are no rows, or another argument is not valid.
@@ -74,9 +70,9 @@ def bootstrap_interval(
     rows = _rows("sample", sample)
     cluster = _cluster_numbers(clusters, len(rows))
     z = normal_quantile(confidence)
-    generator = np.random.default_rng(checked_seed(seed))
+    generator = np.random.default_rng(whole("seed", seed))
     many = int(cluster.max()) + 1
-    drawn = generator.multinomial(many, np.full(many, 1 / many), size=_positive("resamples", resamples))
+    drawn = generator.multinomial(many, np.full(many, 1 / many), size=whole("resamples", resamples, least=1))
     one_out = 1 - np.eye(many, dtype=np.int64)
     blocks = _blocks(rows) if statistic is mean else [rows]
     with np.errstate(invalid="ignore"):  # of channels with an infinity
@@ -97,8 +93,7 @@ def sign_flip_test(
 
     Args:
         differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
-        clusters: Label per pair; pairs with one label, such as rotations of one maze, flip together. None if all pairs
-            are independent.
+        clusters: Label per pair; pairs with one label flip together. None if all pairs are independent.
         resamples: Number of sign patterns to draw if not all are used.
         seed: Random seed.
 
@@ -120,7 +115,7 @@ def sign_flip_test(
     """
     rows = _rows("differences", differences)
     cluster = _cluster_numbers(clusters, len(rows))
-    many, drawn = int(cluster.max()) + 1, _positive("resamples", resamples)
+    many, drawn = int(cluster.max()) + 1, whole("resamples", resamples, least=1)
     exact = many - 1 <= np.log2(drawn)
     patterns = 2 ** (many - 1) if exact else drawn  # each pattern represents its mirror image too
     flat = rows.reshape(len(rows), -1)
@@ -130,7 +125,7 @@ def sign_flip_test(
     # Rounding must not break ties with the observed pattern.
     least = np.abs(totals.sum(axis=0)) - 1e-9 * np.abs(totals).sum(axis=0)
     reached = np.zeros(flat.shape[1])
-    for signs in _signs(many, patterns, None if exact else np.random.default_rng(checked_seed(seed))):
+    for signs in _signs(many, patterns, None if exact else np.random.default_rng(whole("seed", seed))):
         for start in range(0, len(reached), _BLOCK):
             block = slice(start, start + _BLOCK)
             reached[block] += (np.abs(signs @ totals[:, block]) >= least[block]).sum(axis=0)
@@ -185,11 +180,11 @@ def _quantile(sample: Floats, level: Floats) -> Floats:
 def _signs(many: int, patterns: int, generator: np.random.Generator | None) -> Iterator[Floats]:
     """Yield sign patterns, `(pattern, cluster)`, in chunks: drawn, or all in order without a generator."""
     for start in range(0, patterns, 10_000):
-        count = min(10_000, patterns - start)
+        numbers = np.arange(start, min(start + 10_000, patterns))
         if generator is None:
-            yield 1.0 - 2.0 * ((np.arange(start, start + count)[:, None] >> np.arange(many)) & 1)
+            yield 1.0 - 2.0 * ((numbers[:, None] >> np.arange(many)) & 1)
         else:
-            yield generator.integers(0, 2, size=(count, many)) * 2.0 - 1.0
+            yield generator.integers(0, 2, size=(len(numbers), many)) * 2.0 - 1.0
 
 
 def _blocks(rows: Floats) -> Iterator[Floats]:
@@ -214,9 +209,3 @@ def _cluster_numbers(clusters: ArrayLike | None, rows: int) -> NDArray[np.int64]
         raise StatisticsError(f"clusters has shape {labels.shape}, but there are {rows} rows: give one label per row.")
     numbers: NDArray[np.int64] = np.unique(labels, return_inverse=True)[1]
     return numbers
-
-
-def _positive(name: str, number: int) -> int:
-    if not count(name, number):
-        raise StatisticsError(f"{name} is 0, but at least one is needed.")
-    return number
