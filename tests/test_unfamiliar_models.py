@@ -762,25 +762,48 @@ def checkpointed(request):
     return Checkpointed(reentrant=request.param)
 
 
-def gradient_by_hand(model: Checkpointed, vector: Tensor) -> Tensor:
-    model.zero_grad()
-    hidden = model.relu(model.fc1(vector)) * 2
-    model.head(model.fc2(hidden).sin()).square().sum().backward()
-    return model.fc1.weight.grad.clone()
+CHECKPOINT = (
+    "'relu' is patched inside torch.utils.checkpoint, whose backward pass runs the module again outside of the patched "
+    "call, so gradients could be wrong. Switch checkpointing off while the model is patched, or run it under "
+    "torch.no_grad()."
+)
+DOUBLED = edit(Site("relu"), lambda activation: activation * 2)
 
 
-def test_what_a_backward_pass_computes_anew_is_patched_anew_while_the_context_is_open(checkpointed, vector):
-    with patched(checkpointed, edit(Site("relu"), lambda activation: activation * 2)):
+def test_a_patch_inside_a_checkpoint_is_refused_in_the_forward(checkpointed, vector):
+    with pytest.raises(UnsupportedModelError) as caught, patched(checkpointed, DOUBLED):
+        checkpointed(vector.requires_grad_())
+    assert str(caught.value) == CHECKPOINT
+    with pytest.raises(UnsupportedModelError, match="is patched inside torch.utils.checkpoint"):
+        PatchedPolicy(checkpointed, DOUBLED)(vector.requires_grad_())
+
+
+def test_a_patch_outside_of_the_checkpoint_is_right(checkpointed, vector):
+    with patched(checkpointed, edit(Site("head"), lambda activation: activation * 2)):
         checkpointed(vector.requires_grad_()).square().sum().backward()
     found = checkpointed.fc1.weight.grad.clone()
-    torch.testing.assert_close(found, gradient_by_hand(checkpointed, vector))
+    checkpointed.zero_grad()
+    (2 * checkpointed(vector)).square().sum().backward()
+    torch.testing.assert_close(found, checkpointed.fc1.weight.grad)
 
 
-def test_what_a_backward_pass_of_a_twin_computes_anew_is_patched_anew(checkpointed, vector):
-    twin = PatchedPolicy(checkpointed, edit(Site("relu"), lambda activation: activation * 2))
-    twin(vector.requires_grad_()).square().sum().backward()
-    found = checkpointed.fc1.weight.grad.clone()
-    torch.testing.assert_close(found, gradient_by_hand(checkpointed, vector))
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_checkpoint_without_gradients_is_patched(checkpointed, vector):
+    with torch.no_grad(), patched(checkpointed, DOUBLED):
+        found = checkpointed(vector)
+    hidden = checkpointed.relu(checkpointed.fc1(vector)) * 2
+    torch.testing.assert_close(found, checkpointed.head(checkpointed.fc2(hidden).sin()))
+
+
+def test_a_forward_without_the_patch_is_not_recomputed_with_it(checkpointed, vector):
+    twin = PatchedPolicy(checkpointed, DOUBLED)
+    with twin.disable():
+        loss = twin(vector.requires_grad_()).square().sum()
+    with pytest.raises(UnsupportedModelError, match="is patched inside torch.utils.checkpoint"):
+        loss.backward()
+    loss = checkpointed(vector).square().sum()
+    with pytest.raises(UnsupportedModelError, match="is patched inside"), patched(checkpointed, DOUBLED):
+        loss.backward()
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # where it is traced, in no_grad

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
@@ -45,7 +46,11 @@ class Listener:
             raise
 
     def _heard(self, tree: Any) -> Any:
-        if not self.session.enabled or not self.session.is_call(self.place):
+        if not self.session.enabled:
+            return tree
+        if self.stage == "patch":
+            self.session.refuse_checkpoint(self.place.name)
+        if not self.session.is_call(self.place):
             return tree
         leaf = tree
         if self._path:
@@ -88,12 +93,24 @@ def _argument_path(path: Path) -> Path:
 class RootCall:
     """One root call, within which the calls of modules are counted; the station is None for a method."""
 
-    __slots__ = ("args", "counts", "depth", "given", "is_forward_of_method", "kwargs", "method", "station", "under_way")
+    __slots__ = (
+        "args",
+        "counts",
+        "depth",
+        "given",
+        "has_gradients",
+        "is_forward_of_method",
+        "kwargs",
+        "method",
+        "station",
+        "under_way",
+    )
 
     def __init__(self, station: Station | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.station, self.method, self.args, self.kwargs = station, method, args, kwargs
         self.is_forward_of_method = False  # one of the forwards that a method such as `generate` runs
         self.depth = 0  # of calls of the module inside itself
+        self.has_gradients = torch.is_grad_enabled()
         self.counts: dict[object, int] = {}  # calls so far, by station or tap
         self.under_way: dict[object, list[int]] = {}  # their indices, while they run
         self.given: list[Any] = []  # tensors and containers among the arguments
@@ -198,6 +215,20 @@ class Session:
                     station.remove(self)
                 self._touched.pop(module, None)
         self._with_inputs.clear()
+
+    def refuse_checkpoint(self, name: str) -> None:
+        """Raise inside `torch.utils.checkpoint`: its backward pass runs modules again, outside of their root call."""
+        lost_gradients = self.root_call is not None and self.root_call.has_gradients and not torch.is_grad_enabled()
+        if (
+            torch._C._current_graph_task_id() != -1
+            or (torch.is_grad_enabled() and _saves_by(torch._C._autograd._top_saved_tensors_default_hooks(True)))
+            or (lost_gradients and _in_reentrant_checkpoint())
+        ):
+            raise UnsupportedModelError(
+                f"'{name}' is patched inside torch.utils.checkpoint, whose backward pass runs the module again outside "
+                "of the patched call, so gradients could be wrong. Switch checkpointing off while the model is "
+                "patched, or run it under torch.no_grad()."
+            )
 
     def lost_module(self) -> str | None:
         """Return the name of a module that was replaced, or lost its hooks, on the way from the root to a listener."""
@@ -400,6 +431,19 @@ class Session:
                 f"Name the call, as in '{place.module}#0', or trace the model with hook_points()."
             )
         return place.call is None or place.call == self.call
+
+
+def _saves_by(hooks: Any) -> bool:
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _in_reentrant_checkpoint() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _current_task() -> Any:
