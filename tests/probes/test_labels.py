@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from chanpatch import errors, label_channels
 from chanpatch.probes import labels as labels_file
-from chanpatch.probes.checks import halves
+from chanpatch.probes.halves import halves
 from chanpatch.statistics import auc
 
 NAMES = ("UP", "DOWN", "LEFT", "RIGHT")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from chanpatch import ThresholdProbe, errors
-from chanpatch.probes.checks import halves
+from chanpatch.probes.halves import halves
 from chanpatch.statistics import auc, wilson_interval
 
 LABELS = np.arange(20) % 2 == 0

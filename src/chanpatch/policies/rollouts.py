@@ -73,13 +73,6 @@ def rollout(
         3     10      10      True        False
         4     10      10      True        False
         5     9       9       True        False
-
-        A policy that remembers its last action, and pushes left and right in turn:
-
-        >>> def alternate(x, pushed_right):
-        ...     return torch.distributions.Bernoulli(1 - pushed_right), 1 - pushed_right
-        >>> rollout(alternate, envs, [3], max_steps=4, initial_state=torch.zeros).actions
-        (array([1, 0, 1, 0]),)
     """
     (played,) = play(
         policy,

@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 from ..errors import ProbeError
 from ..results import Records
 from ..statistics.corrections import holm
-from ..statistics.interval import Interval, booleans, interval_columns
+from ..statistics.interval import Interval, booleans, finite, interval_columns
 from ..statistics.ranking import auc
-from .checks import Booleans, Floats, Rows, checked_sums, halves
+from .halves import Booleans, Floats, Rows, halves
 
 PERMUTATIONS = 9_999  # at least
 
@@ -142,7 +142,7 @@ def label_channels(
         other" (1947), for the area as a statistic; Phipson and Smyth, "Permutation p-values should never be
         zero" (2010), for the p-value.
     """
-    array = checked_sums(sums, ("input", "channel"))
+    array = finite("sums", sums, ("input", "channel"), ProbeError)
     if not 0 < level < 1:
         raise ProbeError(f"level is {level!r}, but it must lie between 0 and 1, such as 0.05.")
     indicators = _indicators(labels, names, len(array))

@@ -42,6 +42,37 @@ def interval_columns(interval: Interval | None, *names: str) -> dict[str, float 
     return dict(zip(names, numbers, strict=True))
 
 
+def finite(
+    name: str, values: ArrayLike, axes: tuple[str, ...] | None = None, error: type[ChanpatchError] = StatisticsError
+) -> NDArray[np.float64]:
+    """Return finite numbers with these axes, or with any axes if None; raise the error otherwise."""
+    array = np.asarray(values, dtype=np.float64)
+    if axes is not None and (array.ndim != len(axes) or not array.size):
+        raise error(f"{name} has shape {array.shape}, but its axes must be ({', '.join(axes)}), none of length 0.")
+    for wrong in np.argwhere(~np.isfinite(array))[:1].tolist():
+        raise error(f"{name}[{', '.join(map(str, wrong))}] is not finite: leave that input out.")
+    return array
+
+
+def two_groups(
+    labels: ArrayLike, inputs: int, fewest: int, error: type[ChanpatchError] = StatisticsError
+) -> NDArray[np.bool_]:
+    """Return labels as booleans; raise the error unless one per input, with `fewest` positives and negatives."""
+    array, positive = np.asarray(labels), booleans(labels)
+    if array.shape != (inputs,) or positive is None:
+        raise error(
+            f"labels is {array.dtype} of shape {array.shape}: give one boolean for each of the {inputs} inputs, "
+            "such as directions == 0."
+        )
+    positives = int(positive.sum())
+    if min(positives, inputs - positives) < fewest:
+        raise error(
+            f"There are {positives} positives and {inputs - positives} negatives, but at least {fewest} of each are "
+            "needed."
+        )
+    return positive
+
+
 def booleans(labels: ArrayLike) -> NDArray[np.bool_] | None:
     """Return labels as booleans: False and True, or 0 and 1 in any dtype; None if they hold anything else."""
     array = np.asarray(labels)

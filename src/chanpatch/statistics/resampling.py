@@ -74,7 +74,8 @@ def bootstrap_interval(
     many = int(cluster.max()) + 1
     drawn = generator.multinomial(many, np.full(many, 1 / many), size=whole("resamples", resamples, least=1))
     one_out = 1 - np.eye(many, dtype=np.int64)
-    blocks = _blocks(rows) if statistic is mean else [rows]
+    flat = rows.reshape(len(rows), -1)
+    blocks = np.split(flat, range(_BLOCK, flat.shape[1], _BLOCK), axis=1) if statistic is mean else [rows]
     with np.errstate(invalid="ignore"):  # of channels with an infinity
         estimate = np.asarray(statistic(rows), dtype=np.float64)
         ends = [_accelerated(block, statistic, drawn[:, cluster], one_out[:, cluster], z) for block in blocks]
@@ -185,13 +186,6 @@ def _signs(many: int, patterns: int, generator: np.random.Generator | None) -> I
             yield 1.0 - 2.0 * ((numbers[:, None] >> np.arange(many)) & 1)
         else:
             yield generator.integers(0, 2, size=(len(numbers), many)) * 2.0 - 1.0
-
-
-def _blocks(rows: Floats) -> Iterator[Floats]:
-    """Yield all channels in blocks, to limit the memory of their resamples."""
-    flat = rows.reshape(len(rows), -1)
-    for start in range(0, flat.shape[1], _BLOCK):
-        yield flat[:, start : start + _BLOCK]
 
 
 def _rows(name: str, sample: ArrayLike) -> Floats:
