@@ -204,8 +204,7 @@ def _draw_column(
 def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
     """Return one channel's activation map over the observation that caused it, each cell over its pixels.
 
-    The observation is drawn in pale gray. Contours enclose activations beyond half of the largest absolute value: solid
-    if positive, dashed if negative.
+    Contours enclose activations beyond half of the largest absolute value: solid if positive, dashed if negative.
 
     Args:
         observation: `(channel, row, col)` with one or three channels; fractions from 0 to 1, or bytes (uint8).

@@ -52,8 +52,8 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
 
     Attributes:
         channels: One entry per channel.
-        chosen_on: Number of inputs on which the candidates were chosen.
-        scored_on: Number of other inputs on which they were scored.
+        chosen_on: Number of inputs that chose the candidates.
+        scored_on: Number of other inputs that scored them.
         level: Largest adjusted p-value of a label.
     """
 
@@ -73,7 +73,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         return [each for each in self._ranked() if each.label == label]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per channel: channel, label, candidate, AUC with its ends, p, adjusted p, note."""
+        """Return one dict per channel: channel, label, candidate, auc, low, high, p, adjusted p, note."""
         return [
             {
                 **{"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate},
@@ -138,9 +138,8 @@ def label_channels(
         ['UP', 'DOWN or LEFT', None]
 
     References:
-        Mann and Whitney, "On a test of whether one of two random variables is stochastically larger than the
-        other" (1947), for the area as a statistic; Phipson and Smyth, "Permutation p-values should never be
-        zero" (2010), for the p-value.
+        Mann and Whitney, "On a test of whether one of two random variables is stochastically larger than the other"
+        (1947), for the area; Phipson and Smyth, "Permutation p-values should never be zero" (2010), for the p-value.
     """
     array = finite("sums", sums, ("input", "channel"), ProbeError)
     if not 0 < level < 1:

@@ -36,10 +36,10 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
         0.889 (0.26 to 0.99)
 
     References:
-        DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver
-        operating characteristic curves: a nonparametric approach" (1988), for the variance; Qin and
-        Hotilovac, "Comparison of non-parametric confidence intervals for the area under the ROC curve of a
-        continuous-scale diagnostic test" (2008), for taking the interval on the logit scale.
+        DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
+        characteristic curves: a nonparametric approach" (1988), for the variance; Qin and Hotilovac, "Comparison of
+        non-parametric confidence intervals for the area under the ROC curve of a continuous-scale diagnostic test"
+        (2008), for the logit scale.
     """
     import scipy.special
     import scipy.stats
@@ -86,8 +86,7 @@ def rank_among(effect: float, controls: ArrayLike) -> Rank:
     """Return the rank of an effect among those of controls, by absolute value, and its p-value.
 
     The p-value is the probability that one of `controls + 1` exchangeable effects, picked at random, ranks as high. It
-    is valid only if the effect and the controls were chosen without looking at their effects: it is meaningless for a
-    channel that was picked for its large effect.
+    is meaningless for a channel that was picked for its large effect.
 
     Args:
         effect: Effect of the patch in question, a finite number.
@@ -119,10 +118,7 @@ def rank_among(effect: float, controls: ArrayLike) -> Rank:
 
 
 def ranks_among(effects: ArrayLike, controls: ArrayLike) -> list[Rank | None]:
-    """Return the rank of each effect among the controls.
-
-    It is None for an effect that is not finite, and for all effects if there are no controls or one is not finite.
-    """
+    """Return the rank of each effect; None if the effect or a control is not finite, or there are no controls."""
     each, others = np.asarray(effects, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     ranked = np.isfinite(each) & bool(others.size) & np.isfinite(others).all()
     return [rank_among(float(effect), others) if one else None for effect, one in zip(each, ranked, strict=True)]
