@@ -62,10 +62,9 @@ class MatchedChannels(Records, Sequence[Site]):
         return columns(site=map(repr, self.sites), apart=self.apart)
 
     def _title(self) -> str:
+        unmatched = ": all of them, so they are not matched; a smaller count draws nearer ones"
         title = f"{len(self)} controls, drawn among the {self.pool} nearest of {self.live} other live channels"
-        if self.pool == self.live:
-            title += ": all of them, so they are not matched; a smaller count draws nearer ones"
-        return title
+        return title + unmatched * (self.pool == self.live)
 
 
 def matched_channels(

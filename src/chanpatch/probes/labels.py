@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 from ..errors import ProbeError
 from ..results import Records
 from ..statistics.corrections import holm
-from ..statistics.interval import Interval, booleans, finite, interval_columns
+from ..statistics.interval import Booleans, Floats, Interval, booleans, finite, interval_columns
 from ..statistics.ranking import auc
-from .halves import Booleans, Floats, Rows, halves
+from ..statistics.resampling import Rows, halves
 
 PERMUTATIONS = 9_999  # at least
 

@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ProbeError
 from ..results import Records
-from ..statistics.interval import Interval, finite, interval_columns, two_groups
+from ..statistics.interval import Booleans, Floats, Interval, finite, interval_columns, two_groups
 from ..statistics.proportions import difference_interval, reweighted_precision, wilson_interval
 from ..statistics.ranking import auc
-from .halves import Booleans, Floats, Rows, halves
+from ..statistics.resampling import Rows, halves
 
 Direction = Literal["above", "below"]
 

@@ -12,6 +12,8 @@ from typing_extensions import TypeVar
 
 from ..errors import ChanpatchError, StatisticsError
 
+Floats = NDArray[np.float64]
+Booleans = NDArray[np.bool_]
 Number = TypeVar("Number", default=float)
 
 
@@ -44,7 +46,7 @@ def interval_columns(interval: Interval | None, *names: str) -> dict[str, float 
 
 def finite(
     name: str, values: ArrayLike, axes: tuple[str, ...] | None = None, error: type[ChanpatchError] = StatisticsError
-) -> NDArray[np.float64]:
+) -> Floats:
     """Return finite numbers with these axes, or with any axes if None; raise the error otherwise."""
     array = np.asarray(values, dtype=np.float64)
     if axes is not None and (array.ndim != len(axes) or not array.size):
@@ -54,9 +56,7 @@ def finite(
     return array
 
 
-def two_groups(
-    labels: ArrayLike, inputs: int, fewest: int, error: type[ChanpatchError] = StatisticsError
-) -> NDArray[np.bool_]:
+def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[ChanpatchError] = StatisticsError) -> Booleans:
     """Return labels as booleans; raise the error unless one per input, with `fewest` positives and negatives."""
     array, positive = np.asarray(labels), booleans(labels)
     if array.shape != (inputs,) or positive is None:
@@ -73,7 +73,7 @@ def two_groups(
     return positive
 
 
-def booleans(labels: ArrayLike) -> NDArray[np.bool_] | None:
+def booleans(labels: ArrayLike) -> Booleans | None:
     """Return labels as booleans: False and True, or 0 and 1 in any dtype; None if they hold anything else."""
     array = np.asarray(labels)
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatisticsError
-from .interval import Interval, normal_quantile, whole
+from .interval import Floats, Interval, normal_quantile, whole
 
-Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
 Statistic = Callable[[Floats], Any]
 
 _BLOCK = 256  # number of channels whose resamples are in memory at once
@@ -134,9 +134,16 @@ def sign_flip_test(
     return np.where(known, p, np.nan).reshape(rows.shape[1:])[()]
 
 
-def _accelerated(
-    rows: Floats, statistic: Statistic, drawn: NDArray[np.int64], one_out: NDArray[np.int64], z: float
-) -> Floats:
+def halves(labels: NDArray[Any], seed: int) -> tuple[Rows, Rows]:
+    """Return the rows of two random halves, stratified by the labels: `(input,)` or `(input, label)`."""
+    generator = np.random.default_rng(whole("seed", seed))
+    kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
+    order = generator.permutation(len(labels))
+    by_kind = order[np.argsort(kinds[order], kind="stable")]
+    return np.sort(by_kind[::2]), np.sort(by_kind[1::2])
+
+
+def _accelerated(rows: Floats, statistic: Statistic, drawn: Rows, one_out: Rows, z: float) -> Floats:
     """Return the two ends of the BCa interval: `(end, ...)`."""
     from scipy.special import ndtr, ndtri
 
@@ -158,7 +165,7 @@ def _accelerated(
     return np.where(known, np.stack(ends), np.nan)
 
 
-def _replicated(rows: Floats, statistic: Statistic, times: NDArray[np.int64]) -> Floats:
+def _replicated(rows: Floats, statistic: Statistic, times: Rows) -> Floats:
     """Return the statistic of resamples, each given by how often it repeats every row: `(resample, ...)`."""
     if statistic is mean:
         offsets = (rows - rows[0]).reshape(len(rows), -1)
@@ -195,11 +202,11 @@ def _rows(name: str, sample: ArrayLike) -> Floats:
     return rows
 
 
-def _cluster_numbers(clusters: ArrayLike | None, rows: int) -> NDArray[np.int64]:
+def _cluster_numbers(clusters: ArrayLike | None, rows: int) -> Rows:
     if clusters is None:
         return np.arange(rows)
     labels = np.asarray(clusters)
     if labels.shape != (rows,):
         raise StatisticsError(f"clusters has shape {labels.shape}, but there are {rows} rows: give one label per row.")
-    numbers: NDArray[np.int64] = np.unique(labels, return_inverse=True)[1]
+    numbers: Rows = np.unique(labels, return_inverse=True)[1]
     return numbers
