@@ -192,16 +192,12 @@ class OffDistribution(Records):
     Attributes:
         sites: The channel of each row, as a site.
         patched: Mean sum over the patched inputs.
-        mean: Mean sum over the unpatched background.
-        std: Standard deviation of the sum over the background.
-        lowest: Smallest sum in the background.
-        highest: Largest sum in the background.
+        mean, std, lowest, highest: Mean, standard deviation, smallest and largest sum over the unpatched background.
         z: Mean distance of the patched inputs from the background's mean, in standard deviations; NaN for a channel
             that does not vary over the background.
         absolute_z: Mean absolute distance: 0.8 if a patched sum is distributed as a normal background.
         outside: Share of the patched inputs with a sum below `lowest` or above `highest`.
-        inputs: Number of patched inputs.
-        background: Number of background inputs.
+        inputs, background: Number of patched and of background inputs.
     """
 
     sites: tuple[Site, ...]

@@ -176,8 +176,7 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
         for how, cells in (("succeeded", succeeded), ("failed", failed))
     ]
     ax.set_xticks([width / 2, (1 + width) / 2], titles)
-    label = f"gray: {second} succeeded; hatched: they differ; n = {n} pairs"
-    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=label)
+    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=f"gray: {second} succeeded; hatched: they differ; n = {n} pairs")
     return ax
 
 

@@ -73,7 +73,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return tuple(self)[1:]
 
     def differences(self) -> NDArray[np.float64]:
-        """Return each episode's return minus that under the first policy: `(policy, episode)`."""
+        """Return each episode's return minus that of the first policy: `(policy, episode)`."""
         return self._differences([self[label] for label in self.labels])
 
     def effect(self) -> NDArray[np.float64]:

@@ -162,8 +162,7 @@ def label_channels(
     channels = []
     for channel, (each, corrected) in enumerate(zip(p.tolist(), adjusted.tolist(), strict=True)):
         if channel not in chosen:
-            note = "dead: its sum does not vary"
-            channels.append(ChannelLabel(channel, None, None, None, each, corrected, note))
+            channels.append(ChannelLabel(channel, None, None, None, each, corrected, "dead: its sum does not vary"))
             continue
         candidate = " or ".join(names[label] for label in unions[chosen[channel]])
         area = auc(array[second, channel], members[chosen[channel], second])

@@ -210,10 +210,11 @@ class Transfer(Records):
         rows = [(names[each], getattr(self.fit, each), getattr(self.shifted, each), drops.get(each)) for each in names]
         reweighted = self.fit.precision, self.reweighted_precision, drops["reweighted_precision"]
         rows.insert(3, ("precision at the base rate of the fit", *reweighted))
-        records: list[dict[str, Any]] = [{"quantity": name} for name, *_ in rows]
-        for record, (_, *intervals) in zip(records, rows, strict=True):
+        records: list[dict[str, Any]] = []
+        for name, *intervals in rows:
+            records.append({"quantity": name})
             for side, each in zip(_SIDES, intervals, strict=True):
-                record |= interval_columns(each, side, f"{side} low", f"{side} high")
+                records[-1] |= interval_columns(each, side, f"{side} low", f"{side} high")
         return records
 
     def _lines(self) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from .receipts import Receipt, receipt_of
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Contents(Records):
-    """The contents of a file of patches; it prints as a table.
+    """The contents of a file of patches.
 
     Attributes:
         patches: Patches in order of application.

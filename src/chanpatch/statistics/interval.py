@@ -82,11 +82,7 @@ def booleans(labels: ArrayLike) -> Booleans | None:
 
 
 def normal_quantile(confidence: float) -> float:
-    """Return the number of standard deviations around the mean that contain this share of a normal distribution.
-
-    Raises:
-        StatisticsError: If the confidence is not between 0 and 1.
-    """
+    """Return the number of standard deviations around the mean that contain this share of a normal distribution."""
     import scipy.stats
 
     if not 0 < confidence < 1:
