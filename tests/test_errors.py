@@ -459,9 +459,9 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no distribution": (
         errors.DistributionError,
         lambda: action_distribution(lambda observations: {"q": observations}, torch.zeros(1)),
-        "function returned a dict of 'q', which holds no action distribution: expected a torch.distributions object, "
-        "logits (batch, action), a tuple that begins with one of them, or a dict with 'logits'. Pass a function that "
-        "picks it out.",
+        "function returned a dict of 'q', which holds no action distribution: expected logits (batch, action), a "
+        "torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Pass a function "
+        "that selects it.",
     ),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .engine.inputs import Inputs, batches
+from .engine.inputs import batches
 from .engine.paths import Path
 from .engine.state import undisturbed
 from .errors import ChanpatchError, SiteError
@@ -22,6 +22,7 @@ from .registry.points import HookPoints
 from .registry.sites import Site
 
 Floats = NDArray[np.float64]
+Fault = type[ChanpatchError]  # the class of a room's errors
 
 ROUNDING = 1e-6  # relative difference that two runs in single precision may have
 
@@ -82,21 +83,6 @@ class Moments:
 NO_MOMENTS = Moments(0, np.zeros(()), np.zeros(()), np.array(np.inf), np.array(-np.inf))  # of an empty sample
 
 
-def check_inputs(
-    points: HookPoints, inputs: Inputs | Iterable[Inputs], batch_size: int, error: type[ChanpatchError]
-) -> None:
-    """Raise the error if batches are empty, or if the first axis of the inputs is not their batch axis."""
-    if batch_size < 1:
-        raise error(f"batch_size is {batch_size}, but a batch has at least one input.")
-    whole = isinstance(inputs, (Tensor, tuple, Mapping))
-    first = next((point for point in points.values() if not point.module and point.side == "in" and point.axes), None)
-    if whole and first is not None and first.batch_axis not in (None, 0):
-        raise error(
-            f"The model takes its batch on axis {first.batch_axis} of its first input, but inputs stand on axis 0. "
-            "Wrap the model in a module that takes the batch first."
-        )
-
-
 def check_leaves_channels(site: Site, reduce: Reduce) -> None:
     """Raise SiteError unless a reduction leaves the batch of a bound site and at most one other axis."""
     point = site.point
@@ -108,7 +94,7 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
         )
 
 
-def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
+def channel_axis(site: Site, what: str, error: Fault) -> str:
     """Return the name of the channel or feature axis of a bound site; raise the error if it has none."""
     point = site.point
     assert point is not None  # sites_of binds sites to their points
@@ -130,14 +116,28 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
 
 
 def recorded(
-    points: HookPoints, inputs: Inputs | Iterable[Inputs], sites: Sequence[Site], reduce: Reduce | None, batch_size: int
+    points: HookPoints, inputs: Any, sites: Sequence[Site], reduce: Reduce | None, batch_size: int, error: Fault
 ) -> Iterator[ActivationCache]:
     """Yield the activations of each batch at the sites, on the CPU, reduced in double precision."""
+    _check_inputs(points, inputs, batch_size, error)
     wide = None if reduce is None else cast("Reduce", InDouble(reduce))  # not part of the public type
     for arguments, keywords in batches(inputs, batch_size, _shared(points)):
         with torch.no_grad():
             cache = run_with_cache(points, *arguments, sites=sites, reduce=wide, device="cpu", stop=True, **keywords)
         yield cache
+
+
+def _check_inputs(points: HookPoints, inputs: Any, batch_size: int, error: Fault) -> None:
+    """Raise the error if batches are empty, or if the first axis of the inputs is not their batch axis."""
+    if batch_size < 1:
+        raise error(f"batch_size is {batch_size}, but a batch has at least one input.")
+    whole = isinstance(inputs, (Tensor, tuple, Mapping))
+    first = next((point for point in points.values() if not point.module and point.side == "in" and point.axes), None)
+    if whole and first is not None and first.batch_axis not in (None, 0):
+        raise error(
+            f"The model takes its batch on axis {first.batch_axis} of its first input, but inputs stand on axis 0. "
+            "Wrap the model in a module that takes the batch first."
+        )
 
 
 def _shared(points: HookPoints) -> dict[Path, int]:
@@ -154,7 +154,7 @@ def rows(cache: ActivationCache, site: Site) -> Floats:
     return array if array.ndim > 1 else array[:, None]
 
 
-def _check_finite(name: str, sample: Floats, site: Site, start: int, error: type[ChanpatchError]) -> None:
+def _check_finite(name: str, sample: Floats, site: Site, start: int, error: Fault) -> None:
     """Raise the error if an input gives NaN or an infinity at a site; the first input has the number `start`."""
     finite = np.isfinite(sample).all(axis=tuple(range(1, sample.ndim)))
     if not finite.all():
@@ -171,11 +171,11 @@ def gathered(
     sites: Sequence[Site],
     reduce: Reduce,
     batch_size: int,
-    error: type[ChanpatchError],
+    error: Fault,
 ) -> dict[Site, Floats]:
     """Return the reduced activations of named inputs, `(input, channel)` per site; raise the error if not finite."""
     name, inputs = named
-    caches = run.apart(recorded(points, inputs, sites, reduce, batch_size))
+    caches = run.apart(recorded(points, inputs, sites, reduce, batch_size, error))
     parts = [[rows(cache, site) for site in sites] for cache in caches]
     samples = {site: np.concatenate(arrays) for site, arrays in zip(sites, zip(*parts, strict=True), strict=True)}
     for site, sample in samples.items():
@@ -190,12 +190,12 @@ def background_moments(
     sites: Sequence[Site],
     reduce: Reduce | None,
     batch_size: int,
-    error: type[ChanpatchError],
+    error: Fault,
     sampled: Callable[[ActivationCache, Site], Floats] = rows,
 ) -> dict[Site, Moments]:
     """Return the moments of each site over background inputs; raise the error if there are fewer than two."""
     moments = dict.fromkeys(sites, NO_MOMENTS)
-    for cache in run.apart(recorded(points, background, sites, reduce, batch_size)):
+    for cache in run.apart(recorded(points, background, sites, reduce, batch_size, error)):
         for site in sites:
             sample = sampled(cache, site)
             _check_finite("background", sample, site, moments[site].count, error)

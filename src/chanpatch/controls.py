@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .channels import ROUNDING, Floats, Moments, background_moments, channel_axis, check_inputs, gathered
+from .channels import ROUNDING, Floats, Moments, background_moments, channel_axis, gathered
 from .engine.inputs import Inputs, first_batch, input_count
 from .engine.state import undisturbed
 from .errors import EditError, SiteError, StatisticsError
@@ -62,10 +62,9 @@ class MatchedChannels(Records, Sequence[Site]):
         return columns(site=map(repr, self.sites), apart=self.apart)
 
     def _title(self) -> str:
+        unmatched = ": all of them, so they are not matched; a smaller count draws nearer ones"
         title = f"{len(self)} controls, drawn among the {self.pool} nearest of {self.live} other live channels"
-        if self.pool == self.live:
-            title += ": all of them, so they are not matched; a smaller count draws nearer ones"
-        return title
+        return title + unmatched * (self.pool == self.live)
 
 
 def matched_channels(
@@ -87,11 +86,10 @@ def matched_channels(
     Args:
         points_or_model: The model, which is traced with the background, or its HookPoints.
         site: The channel or channels to find controls for. Other indices, such as rows, hold for the controls too.
-        background: At least two inputs for the means, `(input, ...)`: a tensor, a tuple of the model's arguments or a
-            dict of its keywords; or any other iterable of batches of that kind.
+        background: At least two inputs for the means, `(input, ...)`, as for `chanpatch.channel_sums`.
         count: Number of controls; with 19 or more, `chanpatch.statistics.rank_among` returns a p-value.
         seed: Random seed of the draw.
-        batch_size: Number of inputs in one forward; the batches of an iterable stay as they are.
+        batch_size: As for `chanpatch.channel_sums`.
 
     Raises:
         HookPointError, SiteError: If the site does not exist or has no channels, or too few others are live.
@@ -109,7 +107,6 @@ def matched_channels(
     first, background = first_batch(background, batch_size)
     points = traced(points_or_model, first)
     whole("count", count, least=1)
-    check_inputs(points, background, batch_size, StatisticsError)
     (bound,) = sites_of(points, site)
     axis = channel_axis(bound, "Controls", SiteError)
     elsewhere = {name: index for name, index in bound.indices if name != axis}
@@ -195,16 +192,12 @@ class OffDistribution(Records):
     Attributes:
         sites: The channel of each row, as a site.
         patched: Mean sum over the patched inputs.
-        mean: Mean sum over the unpatched background.
-        std: Standard deviation of the sum over the background.
-        lowest: Smallest sum in the background.
-        highest: Largest sum in the background.
+        mean, std, lowest, highest: Mean, standard deviation, smallest and largest sum over the unpatched background.
         z: Mean distance of the patched inputs from the background's mean, in standard deviations; NaN for a channel
             that does not vary over the background.
         absolute_z: Mean absolute distance: 0.8 if a patched sum is distributed as a normal background.
         outside: Share of the patched inputs with a sum below `lowest` or above `highest`.
-        inputs: Number of patched inputs.
-        background: Number of background inputs.
+        inputs, background: Number of patched and of background inputs.
     """
 
     sites: tuple[Site, ...]
@@ -275,8 +268,6 @@ def off_distribution(
     chosen = (patches,) if isinstance(patches, Patch) else tuple(patches)
     if not chosen:
         raise StatisticsError("patches is empty: give at least one, whose sites are measured.")
-    for each in (inputs, background):
-        check_inputs(points, each, batch_size, StatisticsError)
     sites = sites_of(points, [patch.site for patch in chosen])
     parts = tuple(part for site in sites for part in site.split(channel_axis(site, "Controls", SiteError)))
     count = input_count(inputs)

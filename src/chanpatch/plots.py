@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import StatisticsError
 from .results import ROWS, imported, largest_first
+from .statistics.interval import finite
 from .statistics.proportions import PairedCounts
 
 if TYPE_CHECKING:
@@ -57,14 +58,12 @@ def strip(
         >>> [text.get_text() for text in ax.get_xticklabels()]
         ['LEFT\nn = 2', 'UP\nn = 1']
     """
-    values, label = np.asarray(sums, dtype=np.float64), np.asarray(labels)
+    values, label = finite("sums", sums, ("input",)), np.asarray(labels)
     part = np.zeros(len(label), dtype=np.int64) if split is None else np.asarray(split)
-    if values.ndim != 1 or not values.size or label.shape != values.shape or part.shape != values.shape:
+    if not values.shape == label.shape == part.shape:
         raise StatisticsError(
             f"sums has shape {values.shape}, labels {label.shape} and split {part.shape}: give one of each per input."
         )
-    if not np.isfinite(values).all():
-        raise StatisticsError(f"sums[{int(np.argmin(np.isfinite(values)))}] is not finite: leave that input out.")
     names, parts = np.unique(label), np.unique(part)
     if len(parts) > len(_MARKERS):
         raise StatisticsError(f"split has {len(parts)} parts, but there are only {len(_MARKERS)} different markers.")
@@ -177,8 +176,7 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
         for how, cells in (("succeeded", succeeded), ("failed", failed))
     ]
     ax.set_xticks([width / 2, (1 + width) / 2], titles)
-    label = f"gray: {second} succeeded; hatched: they differ; n = {n} pairs"
-    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=label)
+    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=f"gray: {second} succeeded; hatched: they differ; n = {n} pairs")
     return ax
 
 
@@ -205,8 +203,7 @@ def _draw_column(
 def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
     """Return one channel's activation map over the observation that caused it, each cell over its pixels.
 
-    The observation is drawn in pale gray. Contours enclose activations beyond half of the largest absolute value: solid
-    if positive, dashed if negative.
+    Contours enclose activations beyond half of the largest absolute value: solid if positive, dashed if negative.
 
     Args:
         observation: `(channel, row, col)` with one or three channels; fractions from 0 to 1, or bytes (uint8).

@@ -122,12 +122,7 @@ def largest_first(values: ArrayLike) -> NDArray[np.int64]:
 
 
 def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return records from columns of equal length; numbers of arrays become Python's.
-
-    Example:
-        >>> columns(channel=(3, 7), auc=np.array([0.5, 0.25]))
-        [{'channel': 3, 'auc': 0.5}, {'channel': 7, 'auc': 0.25}]
-    """
+    """Return records from columns of equal length; numbers of arrays become Python's."""
     listed = [each.tolist() if isinstance(each, np.ndarray) else each for each in values.values()]
     return [dict(zip(values, row, strict=True)) for row in zip(*listed, strict=True)]
 
@@ -152,10 +147,6 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a header and one line per record; the columns are the keys of the first record.
 
     Fractions are shown with four significant digits, None as an empty cell.
-
-    Example:
-        >>> table([{"channel": 121, "auc": 0.98765}, {"channel": 7, "auc": None}])
-        ['channel  auc', '121      0.9877', '7']
     """
     rows = _cells(records)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -187,15 +178,10 @@ def imported(name: str, *, package: str | None = None) -> Any:
 
 @contextmanager
 def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a progress bar.
+    """Yield a function that advances a progress bar over `total` units, None if their number is not known.
 
-    Args:
-        progress: Whether to show the bar; None shows it on a terminal, after two seconds, if tqdm is installed.
-        total: Number of units; None if it is not known.
-        unit: Name of the unit.
-
-    Raises:
-        MissingPackageError: If `progress` is True and tqdm is not installed.
+    If `progress` is None, the bar shows on a terminal, after two seconds, if tqdm is installed. If it is True and tqdm
+    is not installed, MissingPackageError is raised.
     """
     if progress is False or (progress is None and find_spec("tqdm") is None):
         yield lambda count: None

@@ -12,8 +12,8 @@ from sklearn.metrics import roc_auc_score
 
 from chanpatch import errors, label_channels
 from chanpatch.probes import labels as labels_file
-from chanpatch.probes.checks import halves
 from chanpatch.statistics import auc
+from chanpatch.statistics.resampling import halves
 
 NAMES = ("UP", "DOWN", "LEFT", "RIGHT")
 LABELS = np.arange(20) % 2 == 0

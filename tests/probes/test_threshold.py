@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from chanpatch import ThresholdProbe, errors
-from chanpatch.probes.checks import halves
 from chanpatch.statistics import auc, wilson_interval
+from chanpatch.statistics.resampling import halves
 
 LABELS = np.arange(20) % 2 == 0
 SUMS = np.arange(20.0)

@@ -215,19 +215,19 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         ),
         (
             lambda: auc([1.0, 2.0, 3.0], [True, False]),
-            "scores has shape (3,) and labels has shape (2,): give one number and one label per example.",
+            "labels is bool of shape (2,): give one boolean for each of the 3 inputs, such as directions == 0.",
         ),
         (
             lambda: auc([1.0, math.nan, 2.0, 3.0], [True, False, True, False]),
-            "scores[1] is not finite: leave that example out.",
+            "scores[1] is not finite: leave that input out.",
         ),
         (
             lambda: auc([1.0, 2.0, 3.0, 4.0], [1, 2, 1, 2]),
-            "labels must be booleans (or 0 and 1); compare them with the label that counts as positive.",
+            "labels is int64 of shape (4,): give one boolean for each of the 4 inputs, such as directions == 0.",
         ),
         (
             lambda: auc([1.0, 2.0, 3.0], [True, True, False]),
-            "There are 2 positives and 1 negatives: a ranking needs at least two of each.",
+            "There are 2 positives and 1 negatives, but at least 2 of each are needed.",
         ),
         (
             lambda: rank_among(0.5, []),

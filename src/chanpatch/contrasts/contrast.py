@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
-from ..channels import check_inputs, gathered
+from ..channels import gathered
 from ..engine.inputs import Inputs, first_batch, input_count
 from ..engine.state import undisturbed
 from ..errors import ContrastError
@@ -80,7 +80,7 @@ def contrast(
         Davison and Hinkley 1997, "Bootstrap methods and their application", for flips and intervals.
     """
     points = traced(points_or_model, first_batch(clean, batch_size)[0])
-    labels = _checked_pairs(points, clean, corrupted, clusters, batch_size)
+    labels = _checked_pairs(clean, corrupted, clusters)
     chosen, skipped = searched(points, sites, reduce)
     with undisturbed(points.model) as run:
         one = gathered(run, points, ("clean", clean), chosen, reduce, batch_size, ContrastError)
@@ -156,11 +156,8 @@ def _effect_label(absolute: bool, pairs: int, background: int) -> str:
     return label + f" (in standard deviations over {background} background inputs)" * bool(background)
 
 
-def _checked_pairs(
-    points: HookPoints, clean: Any, corrupted: Any, clusters: ArrayLike | None, batch_size: int
-) -> NDArray[Any]:
+def _checked_pairs(clean: Any, corrupted: Any, clusters: ArrayLike | None) -> NDArray[Any]:
     """Return one cluster label per pair."""
-    check_inputs(points, clean, batch_size, ContrastError)
     lengths = [input_count(inputs) for inputs in (clean, corrupted)]
     if lengths[0] != lengths[1] or not lengths[0]:
         raise ContrastError(f"clean has {lengths[0]} inputs and corrupted {lengths[1]}: give one of each per pair.")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..channels import NO_MOMENTS, Floats, Moments, recorded
 from ..engine.state import undisturbed
-from ..errors import SiteError
+from ..errors import ContrastError, SiteError
 from ..registry.points import HookPoints, sites_of
 from ..registry.sites import Site
 from ..results import Effects, columns, shown_effect
@@ -99,7 +99,7 @@ class Contrast(Effects):
         with undisturbed(self._points.model) as run:
             for inputs in self._inputs:
                 run.put_back()
-                caches = run.apart(recorded(self._points, inputs, [bound], None, self._batch_size))
+                caches = run.apart(recorded(self._points, inputs, [bound], None, self._batch_size, ContrastError))
                 parts = (Moments.of(cache[bound].double().movedim(axis, 0).numpy()) for cache in caches)
                 means.append(sum(parts, start=NO_MOMENTS).mean)
         return torch.from_numpy(means[0] - means[1]).to(point.dtype).unsqueeze(axis)

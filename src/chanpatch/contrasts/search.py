@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..channels import Floats, background_moments, check_inputs, check_leaves_channels
+from ..channels import Floats, background_moments, check_leaves_channels
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..patching.reductions import Reduce, reduced_axes
@@ -84,7 +84,6 @@ def spread_over(
     """
     if background is None:
         return 0, {}
-    check_inputs(points, background, batch_size, ContrastError)
     moments = background_moments(run, points, background, sites, reduce, batch_size, ContrastError)
     varies = {site: each.varies(torch.finfo(points[site.name].dtype).eps) for site, each in moments.items()}
     return moments[sites[0]].count, {

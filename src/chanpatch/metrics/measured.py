@@ -61,15 +61,9 @@ def compares(metric: Metric) -> bool:
 
 
 class Metrics:
-    """Named metrics of an output, compared with one unpatched output.
+    """One metric or several by name, and `baseline`: those of the unpatched output, float64 `(input,)` each.
 
-    Args:
-        metric: One function, or several by name.
-        baseline: The unpatched output.
-        inputs: Number of inputs; None if unknown.
-
-    Attributes:
-        baseline: Metrics of the unpatched output: float64 `(input,)` each.
+    The number of inputs is None if it is not known.
     """
 
     def __init__(self, metric: Metric | Mapping[str, Metric], baseline: Any, inputs: int | None) -> None:

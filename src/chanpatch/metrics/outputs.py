@@ -44,20 +44,21 @@ def _is_squashed(output: Any) -> bool:
     return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
 
 
-def distribution_of(output: Any) -> Distribution:
+def distribution_of(
+    output: Any, subject: str = "The output is", advice: str = "Give a metric that selects it."
+) -> Distribution:
     """Return the distribution that an output holds or gives the logits of; raise DistributionError if there is none."""
     try:
         found = distribution_in(output)
     except ValueError as fault:
         raise DistributionError(
-            f"The output is {described(output)} with NaN among its logits, which give no distribution. Look at which "
+            f"{subject} {described(output)} with NaN among its logits, which give no distribution. Look at which "
             "activation has it first: recording(...), or a patch with numbers too large for the layers after it."
         ) from fault
     if found is None:
         raise DistributionError(
-            f"The output is {described(output)}, which holds no action distribution: expected logits (batch, action), "
-            "a torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Give a "
-            "metric that selects it."
+            f"{subject} {described(output)}, which holds no action distribution: expected logits (batch, action), a "
+            f"torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. {advice}"
         )
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from ..errors import DistributionError, RolloutError
-from ..metrics.outputs import described, distribution_in
+from ..metrics.outputs import distribution_of
 from ..results import imported
 from ..statistics.interval import whole
 
@@ -42,14 +42,7 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
             "gives its logits or distribution, such as lambda observations: agent.actor(observations); give "
             "rollout_sweep() a module whose forward does that."
         ) from error
-    found = distribution_in(output)
-    if found is None:
-        raise DistributionError(
-            f"{type(policy).__name__} returned {described(output)}, which holds no action distribution: expected a "
-            "torch.distributions object, logits (batch, action), a tuple that begins with one of them, or a dict "
-            "with 'logits'. Pass a function that picks it out."
-        )
-    return found
+    return distribution_of(output, f"{type(policy).__name__} returned", "Pass a function that selects it.")
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:

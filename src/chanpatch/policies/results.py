@@ -73,7 +73,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return tuple(self)[1:]
 
     def differences(self) -> NDArray[np.float64]:
-        """Return each episode's return minus that under the first policy: `(policy, episode)`."""
+        """Return each episode's return minus that of the first policy: `(policy, episode)`."""
         return self._differences([self[label] for label in self.labels])
 
     def effect(self) -> NDArray[np.float64]:
@@ -131,12 +131,10 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return next(iter(self.rollouts.values()))
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
-        found = np.zeros((len(others), len(self._original)))
-        for row, rollout in enumerate(others):
-            if rollout.seeds != self._original.seeds:
-                raise RolloutError("The policies were not rolled out over the same episodes: their seeds differ.")
-            found[row] = rollout.returns - self._original.returns
-        return found
+        first = self._original
+        if any(rollout.seeds != first.seeds for rollout in others):
+            raise RolloutError("The policies were not rolled out over the same episodes: their seeds differ.")
+        return np.array([rollout.returns - first.returns for rollout in others]).reshape(len(others), len(first))
 
     def _compared(self, others: Mapping[str, Rollout]) -> list[dict[str, Any]]:
         if not others:

@@ -35,32 +35,29 @@ def rollout(
     new episodes. To keep a log, append to a list that is not an attribute of the policy. If the policy is a function,
     this holds for the modules in its closure, in its defaults and in the globals that it names.
 
-    A recurrent policy is called as `policy(observations, state)` and returns `(output, new state)`. Each episode
-    begins with its own state, so the policy needs no flag for the start of an episode. Wrap a policy with other
-    arguments in a function, such as sb3-contrib's RecurrentPPO in
+    A recurrent policy is called as `policy(observations, state)` and returns `(output, new state)`. Each episode begins
+    with its own state. Wrap a policy with other arguments, such as sb3-contrib's RecurrentPPO:
     `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that keeps its
     state on itself, one row per environment, works in one environment only: rows leave the forward as episodes end.
 
     Args:
-        policy: A module or function from observations to an action distribution, or to anything in which
-            `chanpatch.policies.action_distribution` finds one. Observations are moved to the module's device, and
-            to its dtype if they have floating point.
-        envs: A vector environment whose `reset` takes one seed per sub-environment; any autoreset mode.
+        policy: Module or function of observations, whose output holds an action distribution (see
+            `chanpatch.policies.action_distribution`). Observations are moved to the module's device, and to its dtype
+            if they have floating point.
+        envs: Vector environment whose `reset` takes one seed per sub-environment; any autoreset mode.
         seeds: One seed per episode, not negative, with which the episode is reset.
         max_steps: Number of steps at which an episode is cut.
         sampling_seed: Random seed of the draws behind the actions.
         greedy: Whether to take the mode of each distribution instead of a draw.
-        initial_state: For a recurrent policy, a function from a number of rows to the state at the start of as
-            many episodes: a tensor, or tensors in tuples and dicts, such as
-            `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for the `(layer, batch, feature)`
-            of an LSTM. The batch axis of each tensor is the one as long as the number of rows.
+        initial_state: For a recurrent policy, a function from a number of rows to their first state: a tensor, or
+            tensors in tuples and dicts, such as `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for
+            an LSTM. The batch axis of each tensor is the one as long as the number of rows.
         progress: Whether to show a progress bar; by default on a terminal, after two seconds.
 
     Raises:
         DistributionError: If the policy returns no distribution, or one without a known inverse CDF.
         MissingPackageError: If gymnasium is not installed.
-        RolloutError: If seeds, `max_steps`, environments, states and actions do not fit, or the policy cannot take
-            the dtype of the observations.
+        RolloutError: If seeds, `max_steps`, environments, states, actions or the observations' dtype do not fit.
 
     Example:
         >>> import gymnasium, torch
@@ -73,13 +70,6 @@ def rollout(
         3     10      10      True        False
         4     10      10      True        False
         5     9       9       True        False
-
-        A policy that remembers its last action, and pushes left and right in turn:
-
-        >>> def alternate(x, pushed_right):
-        ...     return torch.distributions.Bernoulli(1 - pushed_right), 1 - pushed_right
-        >>> rollout(alternate, envs, [3], max_steps=4, initial_state=torch.zeros).actions
-        (array([1, 0, 1, 0]),)
     """
     (played,) = play(
         policy,
@@ -110,8 +100,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     Args:
         policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The
             others are compared with the first.
-        envs, seeds, max_steps, sampling_seed, greedy, initial_state, progress: As for `rollout`, the same for all
-            policies; one progress bar per policy.
+        envs, seeds, max_steps, sampling_seed, greedy, initial_state, progress: As for `rollout`, for every policy.
 
     Raises:
         ChanpatchError: As for `rollout`, and if there is no policy.

@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 from ..errors import ProbeError
 from ..results import Records
 from ..statistics.corrections import holm
-from ..statistics.interval import Interval, booleans, interval_columns
+from ..statistics.interval import Booleans, Floats, Interval, booleans, finite, interval_columns
 from ..statistics.ranking import auc
-from .checks import Booleans, Floats, Rows, checked_sums, halves
+from ..statistics.resampling import Rows, halves
 
 PERMUTATIONS = 9_999  # at least
 
@@ -52,8 +52,8 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
 
     Attributes:
         channels: One entry per channel.
-        chosen_on: Number of inputs on which the candidates were chosen.
-        scored_on: Number of other inputs on which they were scored.
+        chosen_on: Number of inputs that chose the candidates.
+        scored_on: Number of other inputs that scored them.
         level: Largest adjusted p-value of a label.
     """
 
@@ -73,7 +73,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         return [each for each in self._ranked() if each.label == label]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per channel: channel, label, candidate, AUC with its ends, p, adjusted p, note."""
+        """Return one dict per channel: channel, label, candidate, auc, low, high, p, adjusted p, note."""
         return [
             {
                 **{"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate},
@@ -138,11 +138,10 @@ def label_channels(
         ['UP', 'DOWN or LEFT', None]
 
     References:
-        Mann and Whitney, "On a test of whether one of two random variables is stochastically larger than the
-        other" (1947), for the area as a statistic; Phipson and Smyth, "Permutation p-values should never be
-        zero" (2010), for the p-value.
+        Mann and Whitney, "On a test of whether one of two random variables is stochastically larger than the other"
+        (1947), for the area; Phipson and Smyth, "Permutation p-values should never be zero" (2010), for the p-value.
     """
-    array = checked_sums(sums, ("input", "channel"))
+    array = finite("sums", sums, ("input", "channel"), ProbeError)
     if not 0 < level < 1:
         raise ProbeError(f"level is {level!r}, but it must lie between 0 and 1, such as 0.05.")
     indicators = _indicators(labels, names, len(array))
@@ -163,8 +162,7 @@ def label_channels(
     channels = []
     for channel, (each, corrected) in enumerate(zip(p.tolist(), adjusted.tolist(), strict=True)):
         if channel not in chosen:
-            note = "dead: its sum does not vary"
-            channels.append(ChannelLabel(channel, None, None, None, each, corrected, note))
+            channels.append(ChannelLabel(channel, None, None, None, each, corrected, "dead: its sum does not vary"))
             continue
         candidate = " or ".join(names[label] for label in unions[chosen[channel]])
         area = auc(array[second, channel], members[chosen[channel], second])

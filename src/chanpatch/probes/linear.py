@@ -9,10 +9,9 @@ from numpy.typing import ArrayLike
 
 from ..errors import ProbeError
 from ..results import Records, columns, imported
-from ..statistics.interval import Interval, whole
+from ..statistics.interval import Interval, finite, two_groups, whole
 from ..statistics.proportions import mcnemar_exact, paired_counts, paired_difference_interval, wilson_interval
 from ..statistics.ranking import auc
-from .checks import checked_booleans, checked_sums
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,9 +80,9 @@ def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: in
     References:
         Alain and Bengio, "Understanding intermediate layers using linear classifier probes" (2016), section 3.
     """
-    array = checked_sums(sums, ("input", "channel"))
+    array = finite("sums", sums, ("input", "channel"), ProbeError)
     whole("folds", folds, least=2, error=ProbeError)
-    positive = checked_booleans(labels, len(array), fewest=folds)
+    positive = two_groups(labels, len(array), folds, ProbeError)
     regression = imported("sklearn.linear_model", package="scikit-learn").LogisticRegression(max_iter=5000)
     scaler, selection = imported("sklearn.preprocessing").StandardScaler(), imported("sklearn.model_selection")
     model = imported("sklearn.pipeline").make_pipeline(scaler, regression)

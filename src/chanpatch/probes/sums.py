@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..channels import channel_axis, check_inputs, check_leaves_channels, recorded, rows
+from ..channels import channel_axis, check_leaves_channels, recorded, rows
 from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
@@ -55,14 +55,13 @@ def channel_sums(
     """
     first, inputs = first_batch(inputs, batch_size)
     points = traced(points_or_model, first)
-    check_inputs(points, inputs, batch_size, ProbeError)
     (bound,) = sites_of(points, site)
     if isinstance(reduce, str):
         channel_axis(bound, "Channel sums", ProbeError)
     check_leaves_channels(bound, reduce)
     parts: list[NDArray[np.float64]] = []
     with undisturbed(points.model) as run, progress_bar(None, None, "batch") as advance:
-        for cache in run.apart(recorded(points, inputs, [bound], reduce, batch_size)):
+        for cache in run.apart(recorded(points, inputs, [bound], reduce, batch_size, ProbeError)):
             parts.append(rows(cache, bound))
             advance(1)
     if not parts:

@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ProbeError
 from ..results import Records
-from ..statistics.interval import Interval, interval_columns
+from ..statistics.interval import Booleans, Floats, Interval, finite, interval_columns, two_groups
 from ..statistics.proportions import difference_interval, reweighted_precision, wilson_interval
 from ..statistics.ranking import auc
-from .checks import Booleans, Floats, Rows, checked_booleans, checked_sums, halves
+from ..statistics.resampling import Rows, halves
 
 Direction = Literal["above", "below"]
 
@@ -65,7 +65,7 @@ class ThresholdProbe(Records):
     """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other.
 
     Attributes:
-        threshold: Halfway between two sums of the fitting half.
+        threshold: Number halfway between two sums of the fitting half.
         direction: Accepted side: `"above"` means sums greater than the threshold.
         criterion: Criterion by which the threshold was chosen.
         fitted_on: Number of inputs of the fitting half.
@@ -114,8 +114,8 @@ class ThresholdProbe(Records):
     ) -> ThresholdProbe:
         """Return the threshold that accepts most inputs with the required precision on the fitting half.
 
-        The accepted side is the one on which the positives of the fitting half rank. `held_out.precision` estimates
-        the precision of the choice, `held_out.acceptance` its cost.
+        The accepted side is that of the positives. `held_out.precision` estimates the precision of the choice,
+        `held_out.acceptance` its cost.
 
         Args:
             sums, labels, seed: As for `fit`.
@@ -150,7 +150,7 @@ class ThresholdProbe(Records):
         Raises:
             ProbeError: If a sum is not finite.
         """
-        return _accepted(checked_sums(sums), self.threshold, self.direction)
+        return _accepted(finite("sums", sums, error=ProbeError), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:
         """Return the scores of the same threshold on shifted data, beside those on the held-out half.
@@ -162,8 +162,8 @@ class ThresholdProbe(Records):
         Raises:
             ProbeError: If sums and labels do not fit, or a label is too rare.
         """
-        array = checked_sums(sums, ("input",))
-        positive = checked_booleans(labels, len(array), fewest=2)
+        array = finite("sums", sums, ("input",), ProbeError)
+        positive = two_groups(labels, len(array), 2, ProbeError)
         return Transfer(self.held_out, _scores(array, positive, self.threshold, self.direction))
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -181,8 +181,8 @@ class ThresholdProbe(Records):
 class Transfer(Records):
     """A threshold on shifted data, beside the held-out half of the data it was fitted on.
 
-    The rates and the AUC do not depend on the share of positives; the precision does. So precisions are compared at
-    the base rate of the fitting data, and the raw precision does not measure the shift.
+    The precision depends on the share of positives; the rates and the AUC do not. So precisions are compared at the
+    base rate of the fitting data.
 
     Attributes:
         fit: Scores on the held-out half.
@@ -210,10 +210,11 @@ class Transfer(Records):
         rows = [(names[each], getattr(self.fit, each), getattr(self.shifted, each), drops.get(each)) for each in names]
         reweighted = self.fit.precision, self.reweighted_precision, drops["reweighted_precision"]
         rows.insert(3, ("precision at the base rate of the fit", *reweighted))
-        records: list[dict[str, Any]] = [{"quantity": name} for name, *_ in rows]
-        for record, (_, *intervals) in zip(records, rows, strict=True):
+        records: list[dict[str, Any]] = []
+        for name, *intervals in rows:
+            records.append({"quantity": name})
             for side, each in zip(_SIDES, intervals, strict=True):
-                record |= interval_columns(each, side, f"{side} low", f"{side} high")
+                records[-1] |= interval_columns(each, side, f"{side} low", f"{side} high")
         return records
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -228,8 +229,8 @@ class Transfer(Records):
 
 def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats, Booleans], tuple[Floats, Booleans]]:
     """Return checked sums and labels of two halves: to fit on, and to score on."""
-    array = checked_sums(sums, ("input",))
-    positive = checked_booleans(labels, len(array), fewest=4)
+    array = finite("sums", sums, ("input",), ProbeError)
+    positive = two_groups(labels, len(array), 4, ProbeError)
     fitting, scoring = halves(positive, seed)
     if np.ptp(array[fitting]) == 0:
         raise ProbeError(
@@ -246,7 +247,7 @@ def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
     last = np.flatnonzero(np.diff(ascending))  # the last of each run of equal sums
     under, over = ascending[last], ascending[last + 1]
     halfway = under + (over - under) / 2
-    hits, alarms = positive.sum() - positive.cumsum()[last], (~positive).sum() - (~positive).cumsum()[last]
+    hits, alarms = (each.sum() - each.cumsum()[last] for each in (positive, ~positive))
     return np.where(halfway < over, halfway, under), hits, alarms  # rounding could reach the upper sum
 
 

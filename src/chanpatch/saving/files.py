@@ -22,7 +22,7 @@ from .receipts import Receipt, receipt_of
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Contents(Records):
-    """The contents of a file of patches; it prints as a table.
+    """The contents of a file of patches.
 
     Attributes:
         patches: Patches in order of application.
@@ -137,8 +137,8 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
             go to the devices of their hook points; without points they stay on the CPU.
 
     Raises:
-        InterventionError: If the file is damaged, was not written by `save`, has a later format, or does not fit the
-            points (all faults at once).
+        InterventionError: If the file is damaged, was not written by `save`, has another format than 1 and 2, or does
+            not fit the points (all faults at once).
         OSError: If the file cannot be read.
         MissingPackageError: If safetensors is not installed.
     """

@@ -12,6 +12,8 @@ from typing_extensions import TypeVar
 
 from ..errors import ChanpatchError, StatisticsError
 
+Floats = NDArray[np.float64]
+Booleans = NDArray[np.bool_]
 Number = TypeVar("Number", default=float)
 
 
@@ -42,7 +44,36 @@ def interval_columns(interval: Interval | None, *names: str) -> dict[str, float 
     return dict(zip(names, numbers, strict=True))
 
 
-def booleans(labels: ArrayLike) -> NDArray[np.bool_] | None:
+def finite(
+    name: str, values: ArrayLike, axes: tuple[str, ...] | None = None, error: type[ChanpatchError] = StatisticsError
+) -> Floats:
+    """Return finite numbers with these axes, or with any axes if None; raise the error otherwise."""
+    array = np.asarray(values, dtype=np.float64)
+    if axes is not None and (array.ndim != len(axes) or not array.size):
+        raise error(f"{name} has shape {array.shape}, but its axes must be ({', '.join(axes)}), none of length 0.")
+    for wrong in np.argwhere(~np.isfinite(array))[:1].tolist():
+        raise error(f"{name}[{', '.join(map(str, wrong))}] is not finite: leave that input out.")
+    return array
+
+
+def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[ChanpatchError] = StatisticsError) -> Booleans:
+    """Return labels as booleans; raise the error unless one per input, with `fewest` positives and negatives."""
+    array, positive = np.asarray(labels), booleans(labels)
+    if array.shape != (inputs,) or positive is None:
+        raise error(
+            f"labels is {array.dtype} of shape {array.shape}: give one boolean for each of the {inputs} inputs, "
+            "such as directions == 0."
+        )
+    positives = int(positive.sum())
+    if min(positives, inputs - positives) < fewest:
+        raise error(
+            f"There are {positives} positives and {inputs - positives} negatives, but at least {fewest} of each are "
+            "needed."
+        )
+    return positive
+
+
+def booleans(labels: ArrayLike) -> Booleans | None:
     """Return labels as booleans: False and True, or 0 and 1 in any dtype; None if they hold anything else."""
     array = np.asarray(labels)
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
@@ -51,11 +82,7 @@ def booleans(labels: ArrayLike) -> NDArray[np.bool_] | None:
 
 
 def normal_quantile(confidence: float) -> float:
-    """Return the number of standard deviations around the mean that contain this share of a normal distribution.
-
-    Raises:
-        StatisticsError: If the confidence is not between 0 and 1.
-    """
+    """Return the number of standard deviations around the mean that contain this share of a normal distribution."""
     import scipy.stats
 
     if not 0 < confidence < 1:

@@ -137,9 +137,9 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
         +0.200 (+0.052 to +0.334)
 
     References:
-        Newcombe, "Interval estimation for the difference between independent proportions: comparison of
-        eleven methods" (1998), method 10; Zou and Donner, "Construction of confidence limits about effect
-        measures: a general approach" (2008), section 2, for other estimates.
+        Newcombe, "Interval estimation for the difference between independent proportions: comparison of eleven
+        methods" (1998), method 10; Zou and Donner, "Construction of confidence limits about effect measures: a general
+        approach" (2008), section 2, for other estimates.
     """
     _check_one_confidence(first, second)
     low, high = _combined(first, second, correlation=0.0)
@@ -167,8 +167,8 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
         0.75 (0.58 to 0.87)
 
     References:
-        Newcombe, "MOVER-R confidence intervals for ratios and products of two independently estimated
-        quantities" (2016), for the interval of the ratio of the two rates, on which the precision depends.
+        Newcombe, "MOVER-R confidence intervals for ratios and products of two independently estimated quantities"
+        (2016), for the ratio of the two rates.
     """
     _check_one_confidence(true_positive_rate, false_positive_rate)
     if not 0 < base_rate < 1:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import Interval, booleans, normal_quantile, wilson
+from .interval import Interval, finite, normal_quantile, two_groups, wilson
 
 FEWEST_CONTROLS = 19  # with fewer, even the first rank has a p above 0.05
 
@@ -23,8 +23,8 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     scores. The groups may differ in variance. With few examples and an area near 0 or 1 the coverage is below nominal.
 
     Args:
-        scores: One finite number per example.
-        labels: One boolean (or 0 or 1) per example; at least two of each.
+        scores: One finite number per input.
+        labels: One boolean (or 0 or 1) per input; at least two of each.
         confidence: Nominal coverage, between 0 and 1.
 
     Raises:
@@ -36,15 +36,17 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
         0.889 (0.26 to 0.99)
 
     References:
-        DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver
-        operating characteristic curves: a nonparametric approach" (1988), for the variance; Qin and
-        Hotilovac, "Comparison of non-parametric confidence intervals for the area under the ROC curve of a
-        continuous-scale diagnostic test" (2008), for taking the interval on the logit scale.
+        DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
+        characteristic curves: a nonparametric approach" (1988), for the variance; Qin and Hotilovac, "Comparison of
+        non-parametric confidence intervals for the area under the ROC curve of a continuous-scale diagnostic test"
+        (2008), for the logit scale.
     """
     import scipy.special
     import scipy.stats
 
-    positive, negative = _by_label(scores, labels)
+    score = finite("scores", scores, ("input",))
+    label = two_groups(labels, len(score), fewest=2)
+    positive, negative = score[label], score[~label]
     rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
     # The share of the other group that an example beats: its rank among all minus its rank in its own group.
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
@@ -84,8 +86,7 @@ def rank_among(effect: float, controls: ArrayLike) -> Rank:
     """Return the rank of an effect among those of controls, by absolute value, and its p-value.
 
     The p-value is the probability that one of `controls + 1` exchangeable effects, picked at random, ranks as high. It
-    is valid only if the effect and the controls were chosen without looking at their effects: it is meaningless for a
-    channel that was picked for its large effect.
+    is meaningless for a channel that was picked for its large effect.
 
     Args:
         effect: Effect of the patch in question, a finite number.
@@ -117,10 +118,7 @@ def rank_among(effect: float, controls: ArrayLike) -> Rank:
 
 
 def ranks_among(effects: ArrayLike, controls: ArrayLike) -> list[Rank | None]:
-    """Return the rank of each effect among the controls.
-
-    It is None for an effect that is not finite, and for all effects if there are no controls or one is not finite.
-    """
+    """Return the rank of each effect; None if the effect or a control is not finite, or there are no controls."""
     each, others = np.asarray(effects, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     ranked = np.isfinite(each) & bool(others.size) & np.isfinite(others).all()
     return [rank_among(float(effect), others) if one else None for effect, one in zip(each, ranked, strict=True)]
@@ -136,26 +134,3 @@ def ranked_records(
         for record, rank in zip(records, ranks, strict=True)
     ]
     return ranked + [{**record, "control": True, **none} for record in controls]
-
-
-def _by_label(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    score, label = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    positive = booleans(label)
-    if score.ndim != 1 or label.shape != score.shape:
-        raise StatisticsError(
-            f"scores has shape {score.shape} and labels has shape {label.shape}: give one number and one "
-            "label per example."
-        )
-    if not np.isfinite(score).all():
-        raise StatisticsError(f"scores[{int(np.argmin(np.isfinite(score)))}] is not finite: leave that example out.")
-    if positive is None:
-        raise StatisticsError(
-            "labels must be booleans (or 0 and 1); compare them with the label that counts as positive."
-        )
-    positives = int(positive.sum())
-    if min(positives, positive.size - positives) < 2:
-        raise StatisticsError(
-            f"There are {positives} positives and {positive.size - positives} negatives: a ranking needs at "
-            "least two of each."
-        )
-    return score[positive], score[~positive]

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import StatisticsError
-from .interval import Interval, normal_quantile, whole
+from .interval import Floats, Interval, normal_quantile, whole
 
-Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
 Statistic = Callable[[Floats], Any]
 
 _BLOCK = 256  # number of channels whose resamples are in memory at once
@@ -74,7 +74,8 @@ def bootstrap_interval(
     many = int(cluster.max()) + 1
     drawn = generator.multinomial(many, np.full(many, 1 / many), size=whole("resamples", resamples, least=1))
     one_out = 1 - np.eye(many, dtype=np.int64)
-    blocks = _blocks(rows) if statistic is mean else [rows]
+    flat = rows.reshape(len(rows), -1)
+    blocks = np.split(flat, range(_BLOCK, flat.shape[1], _BLOCK), axis=1) if statistic is mean else [rows]
     with np.errstate(invalid="ignore"):  # of channels with an infinity
         estimate = np.asarray(statistic(rows), dtype=np.float64)
         ends = [_accelerated(block, statistic, drawn[:, cluster], one_out[:, cluster], z) for block in blocks]
@@ -133,9 +134,16 @@ def sign_flip_test(
     return np.where(known, p, np.nan).reshape(rows.shape[1:])[()]
 
 
-def _accelerated(
-    rows: Floats, statistic: Statistic, drawn: NDArray[np.int64], one_out: NDArray[np.int64], z: float
-) -> Floats:
+def halves(labels: NDArray[Any], seed: int) -> tuple[Rows, Rows]:
+    """Return the rows of two random halves, stratified by the labels: `(input,)` or `(input, label)`."""
+    generator = np.random.default_rng(whole("seed", seed))
+    kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
+    order = generator.permutation(len(labels))
+    by_kind = order[np.argsort(kinds[order], kind="stable")]
+    return np.sort(by_kind[::2]), np.sort(by_kind[1::2])
+
+
+def _accelerated(rows: Floats, statistic: Statistic, drawn: Rows, one_out: Rows, z: float) -> Floats:
     """Return the two ends of the BCa interval: `(end, ...)`."""
     from scipy.special import ndtr, ndtri
 
@@ -157,7 +165,7 @@ def _accelerated(
     return np.where(known, np.stack(ends), np.nan)
 
 
-def _replicated(rows: Floats, statistic: Statistic, times: NDArray[np.int64]) -> Floats:
+def _replicated(rows: Floats, statistic: Statistic, times: Rows) -> Floats:
     """Return the statistic of resamples, each given by how often it repeats every row: `(resample, ...)`."""
     if statistic is mean:
         offsets = (rows - rows[0]).reshape(len(rows), -1)
@@ -187,13 +195,6 @@ def _signs(many: int, patterns: int, generator: np.random.Generator | None) -> I
             yield generator.integers(0, 2, size=(len(numbers), many)) * 2.0 - 1.0
 
 
-def _blocks(rows: Floats) -> Iterator[Floats]:
-    """Yield all channels in blocks, to limit the memory of their resamples."""
-    flat = rows.reshape(len(rows), -1)
-    for start in range(0, flat.shape[1], _BLOCK):
-        yield flat[:, start : start + _BLOCK]
-
-
 def _rows(name: str, sample: ArrayLike) -> Floats:
     rows = np.asarray(sample, dtype=np.float64)
     if rows.ndim == 0 or not rows.size:
@@ -201,11 +202,11 @@ def _rows(name: str, sample: ArrayLike) -> Floats:
     return rows
 
 
-def _cluster_numbers(clusters: ArrayLike | None, rows: int) -> NDArray[np.int64]:
+def _cluster_numbers(clusters: ArrayLike | None, rows: int) -> Rows:
     if clusters is None:
         return np.arange(rows)
     labels = np.asarray(clusters)
     if labels.shape != (rows,):
         raise StatisticsError(f"clusters has shape {labels.shape}, but there are {rows} rows: give one label per row.")
-    numbers: NDArray[np.int64] = np.unique(labels, return_inverse=True)[1]
+    numbers: Rows = np.unique(labels, return_inverse=True)[1]
     return numbers
