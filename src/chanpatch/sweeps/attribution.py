@@ -26,7 +26,7 @@ from .result import Attribution
 
 
 @torch.inference_mode(mode=False)  # in which no gradient could be taken
-def attribution(
+def attribution(  # noqa: D417  # the arguments of sweep are documented there
     points_or_model: HookPoints | nn.Module,
     *inputs: Any,
     patches: Patches | Patch,
@@ -44,28 +44,21 @@ def attribution(
     in the activation.
 
     With `steps` above 1 the gradient is a mean over the straight line between the clean and the patched activation
-    (integrated gradients): the line is cut into that many equal parts, and the gradient taken in the middle of each.
-    Patches of one hook point whose regions do not overlap go along the line together, with a forward and a backward
-    per step and hook point. With many steps their estimates add up to the exact effect of all of them together, and a
-    patch that is alone has its exact effect.
+    (integrated gradients), taken in the middle of each of that many equal parts. Patches of one hook point whose
+    regions do not overlap move along the line together, with a forward and a backward per step. With many steps their
+    estimates add up to the exact effect of all of them.
 
-    The receipt: the patches with the largest estimates, and as many drawn at random, are also run.
-
-    Memory grows by one region per patch: all channels of a hook point, each by itself, take as much as one activation,
-    but as many patches of the whole hook point take as many activations. Give such patches in parts.
+    Memory grows by one region per patch. Many patches of a whole hook point take as many activations; attribute them
+    in parts.
 
     Args:
-        points_or_model: The model, which is traced with the inputs, or its HookPoints.
-        inputs: Inputs of the model.
+        points_or_model, inputs, keywords, progress: As for `sweep`.
         patches: A mapping of labels to patches, or a sequence of patches, labeled by their sites.
-        metric: A differentiable function of the output, or of the output and a keyword-only `baseline`, the unpatched
-            output; such as those in `chanpatch.metrics`.
-        steps: Number of points of the line at which the gradient is taken; 1 takes it at the clean activation itself.
-        verify: How many of the largest estimates, and how many patches drawn at random, are verified by real forwards.
+        metric: A differentiable function of the output, such as those in `chanpatch.metrics`. A keyword-only parameter
+            `baseline` gets the unpatched output.
+        steps: Number of points of the line at which the gradient is taken; 1 takes it at the clean activation.
+        verify: Number of the largest estimates, and of patches drawn at random, to verify by real forwards.
         seed: Random seed of the draw.
-        progress: Whether to show a bar of the steps and of the verifying forwards; None for one on a terminal, after
-            two seconds, if tqdm is installed.
-        keywords: Keyword inputs of the model.
 
     Raises:
         SweepError: If there are no patches, two have one label, or one label has several.
@@ -73,9 +66,9 @@ def attribution(
         MetricError: If the metric has no gradient, or does not return `(batch,)`.
 
     Warns:
-        RuntimeWarning: If a module writes in place into an activation that is patched and read elsewhere too; or if the
-            receipt shows that the estimates are poor: about zero at a hook point where verified patches have effects,
-            or ranked unlike the exact effects in the random sample. With `verify=0` there is no receipt.
+        RuntimeWarning: If a module writes in place into a patched activation that is read elsewhere too, or if the
+            verified effects show that the estimates are poor: about zero at a hook point where patches have effects,
+            or ranked differently in the random sample.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -103,9 +96,10 @@ def attribution(
     clean, gradients = run.gradients([*dict.fromkeys(map(_name, chosen))])
     changes = run.changes(chosen, clean)
     lines = [*_lines(chosen, changes, clean)]
-    effect, exact, drawn = np.zeros(len(chosen)), np.full(len(chosen), np.nan), np.zeros(len(chosen), bool)
-    drawn[np.random.default_rng(seed).choice(len(chosen), min(verify, len(chosen)), replace=False)] = True
-    verified, stepped = min(2 * verify, len(chosen)), 0 if steps == 1 else steps * len(lines)
+    count = len(chosen)
+    effect, exact, drawn = np.zeros(count), np.full(count, np.nan), np.zeros(count, bool)
+    drawn[np.random.default_rng(seed).choice(count, min(verify, count), replace=False)] = True
+    verified, stepped = min(2 * verify, count), 0 if steps == 1 else steps * len(lines)
     with progress_bar(progress, stepped + verified, "forward") as advance:
         for name, rows in lines:
             gradient = gradients[name]
@@ -135,7 +129,7 @@ def attribution(
 
 
 def _labelled(points: HookPoints, patches: Patches | Patch) -> tuple[tuple[Any, ...], tuple[Patch, ...]]:
-    """Return labels, and one patch for each, bound to the trace."""
+    """Return labels, and one patch for each, bound to its hook point."""
     named = labelled_patches(patches, "patches", SweepError)
     for label, each in named:
         if len(each) != 1:
@@ -153,7 +147,7 @@ def _labelled(points: HookPoints, patches: Patches | Patch) -> tuple[tuple[Any, 
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Yield a hook point and numbers of patches there whose regions do not overlap, until all patches are done."""
+    """Yield hook points, each with numbers of patches there whose regions do not overlap."""
     waiting = list(range(len(patches)))
     while waiting:
         name = _name(patches[waiting[0]])
@@ -180,19 +174,19 @@ def _rank_correlation(estimates: NDArray[np.float64], exact: NDArray[np.float64]
 
 _Change: TypeAlias = tuple[Positions, Tensor]  # a region, and the difference that a patch makes there
 _INSTEAD = "Take more steps (steps=20), a metric of logits (logit_difference), or sweep() the patches."
-_FEWEST_RANKED = 10  # patches in the random sample; the rank correlation of fewer is often low by chance
+_FEWEST_RANKED = 10  # patches in the random sample; with fewer, the rank correlation is often low by chance
 
 
 def _warn_of_poor_estimates(found: Attribution, run: _Runs) -> None:
-    """Warn if the estimates are of another model, or if the receipt shows that they are poor."""
+    """Warn if the estimates are of another model, or are unlike the exact effects."""
     names = sorted({*map(_name, found.patches)})
-    verified = ~np.isnan(found.exact)
     missed = {}
     for name in names:
-        here = verified & [_name(patch) == name for patch in found.patches]
+        here = ~np.isnan(found.exact) & [_name(patch) == name for patch in found.patches]
         largest = np.abs(found.exact[here]).max(initial=0)
         if largest > run.rounding and np.abs(found.effect()[here]).max() < 1e-3 * largest:
             missed[name] = largest
+    ranked = found.sample >= _FEWEST_RANKED and np.abs(found.exact[found.drawn]).max() > run.rounding
     if run.shares_memory:
         what = (
             "The model gives another output when an activation is replaced by its equal: a module writes in place into "
@@ -207,11 +201,7 @@ def _warn_of_poor_estimates(found: Attribution, run: _Runs) -> None:
             "near 0 or 1, a divergence from the clean output), or something in between has no gradient (.detach(), "
             f"argmax, rounding). {_INSTEAD}"
         )
-    elif (
-        found.sample >= _FEWEST_RANKED
-        and found.rank_correlation < 0.5
-        and np.abs(found.exact[found.drawn]).max() > run.rounding
-    ):
+    elif ranked and found.rank_correlation < 0.5:
         what = (
             "The estimates rank the patches unlike the exact effects: the rank correlation is "
             f"{found.rank_correlation:.2f} over {found.sample} patches drawn at random. {_INSTEAD}"
@@ -226,7 +216,7 @@ def _name(patch: Patch) -> str:
 
 
 class _Runs:
-    """The runs behind an attribution, all on the same inputs.
+    """The runs of an attribution on the same inputs.
 
     Attributes:
         inputs: Number of inputs.
@@ -251,24 +241,23 @@ class _Runs:
             self._forward.running(),
             torch.enable_grad(),
             patched(self._points, watched),
-            recording(self._points, names, detach=False) as cache,  # which replaces activations by their equals
+            recording(self._points, names, detach=False) as cache,
         ):
             values = self._measured(self._forward.output())
             clean = {name: cache[name] for name in names}
-            cut = [name for name, activation in clean.items() if not activation.requires_grad]
-            if cut:
-                raise SiteError(
-                    f"'{cut[0]}' is computed under torch.no_grad(), through which no gradient flows. sweep() its "
-                    "patches, or patch what comes after it."
-                )
+            for name, activation in clean.items():
+                if not activation.requires_grad:
+                    raise SiteError(
+                        f"'{name}' is computed under torch.no_grad(), through which no gradient flows. sweep() its "
+                        "patches, or patch what comes after it."
+                    )
             precision = 1e-2 if values.dtype in (torch.float16, torch.bfloat16) else 1e-4
             same = torch.allclose(values.detach(), self._clean, precision, precision * self._scale, equal_nan=True)
             self.shares_memory = not same
-            gradients = _gradients(values, clean)
-        return {name: activation.detach() for name, activation in clean.items()}, gradients
+            return {name: activation.detach() for name, activation in clean.items()}, _gradients(values, clean)
 
     def changes(self, patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> list[_Change]:
-        """Return the region of each patch, and the change that it alone makes there in the clean run."""
+        """Return the region of each patch, and the change that it makes there in the clean run."""
         changes: list[_Change] = []
         with self._forward.undisturbed as run:
             for patch in patches:
@@ -286,10 +275,9 @@ class _Runs:
         self, name: str, clean: Tensor, changes: Sequence[_Change], steps: int, advance: Callable[[int], object]
     ) -> Tensor:
         """Return the mean of the metric's gradient along the line from the clean activation to the changed one."""
-        moved = torch.zeros_like(clean)
+        moved, total = torch.zeros_like(clean), torch.zeros_like(clean)
         for positions, difference in changes:
             moved = written(moved, positions, difference)
-        total = torch.zeros_like(clean)
         for step in range(steps):
             there = (clean + moved * ((step + 0.5) / steps)).requires_grad_()
             replaced = patch_in(self._points.site(name), there)
@@ -299,7 +287,7 @@ class _Runs:
         return total / steps
 
     def exact(self, patch: Patch) -> float:
-        """Return the effect of the patch on the metric, by a real forward."""
+        """Return the effect of a patch, by a real forward."""
         with self._forward.running(), patched(self._points, patch):
             return float((self._measured(self._forward.output()) - self._clean).double().mean())
 
