@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RolloutError
-from .episodes import InitialState, play
+from .episodes import InitialState, Settings, play
 from .results import PairedRollouts, Rollout
 
 if TYPE_CHECKING:
@@ -24,20 +24,19 @@ def rollout(
     initial_state: InitialState | None = None,
     progress: bool | None = None,
 ) -> Rollout:
-    """Play one episode per seed, and return the results.
+    """Play one episode per seed.
 
-    The policy is called once per step, on the rows of the episodes that are still running. Patches see the step and
+    The policy is called once per step, on the rows of the episodes that are still running. Patches get the step and
     the numbers of these episodes in their `context`. If the policy treats each row independently, the result depends
-    neither on the number of environments nor on the other seeds. A seed that is listed twice is the same level with
-    other draws. Actions are not clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
+    neither on the number of environments nor on the other seeds. A repeated seed gives the same level with other
+    draws. Actions are not clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
 
     Random number generators, buffers and attributes of the policy, including lists, are restored at the end and before
     new episodes. To keep a log, append to a list that is not an attribute of the policy. If the policy is a function,
-    this holds for the modules in its closure, in its defaults and in the globals that it names.
+    the modules in its closure, its defaults and the globals that it names are restored.
 
     A recurrent policy is called as `policy(observations, state)` and returns `(output, new state)`. Each episode
-    begins with its own state, so the policy needs no flag for the start of an episode. Wrap a policy with other
-    arguments in a function, such as sb3-contrib's RecurrentPPO in
+    begins with its own state. Wrap a policy with other arguments in a function, such as sb3-contrib's RecurrentPPO in
     `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that keeps its
     state on itself, one row per environment, works in one environment only: rows leave the forward as episodes end.
 
@@ -46,9 +45,9 @@ def rollout(
             `chanpatch.policies.action_distribution` finds one. Observations are moved to the module's device, and
             to its dtype if they have floating point.
         envs: A vector environment whose `reset` takes one seed per sub-environment; any autoreset mode.
-        seeds: One seed per episode, not negative, with which the episode is reset.
-        max_steps: Number of steps at which an episode is cut.
-        sampling_seed: Random seed of the draws behind the actions.
+        seeds: One non-negative seed per episode, with which it is reset.
+        max_steps: Number of steps after which an episode is cut.
+        sampling_seed: Random seed of the draws of actions.
         greedy: Whether to take the mode of each distribution instead of a draw.
         initial_state: For a recurrent policy, a function from a number of rows to the state at the start of as
             many episodes: a tensor, or tensors in tuples and dicts, such as
@@ -59,8 +58,7 @@ def rollout(
     Raises:
         DistributionError: If the policy returns no distribution, or one without a known inverse CDF.
         MissingPackageError: If gymnasium is not installed.
-        RolloutError: If seeds, `max_steps`, environments, states and actions do not fit, or the policy cannot take
-            the dtype of the observations.
+        RolloutError: If arguments, states or actions do not fit, or the policy rejects the dtype of the observations.
 
     Example:
         >>> import gymnasium, torch
@@ -81,17 +79,8 @@ def rollout(
         >>> rollout(alternate, envs, [3], max_steps=4, initial_state=torch.zeros).actions
         (array([1, 0, 1, 0]),)
     """
-    (played,) = play(
-        policy,
-        envs,
-        seeds,
-        max_steps=max_steps,
-        sampling_seed=sampling_seed,
-        greedy=greedy,
-        initial_state=initial_state,
-        progress=progress,
-    )
-    return played
+    settings = Settings(max_steps, sampling_seed, greedy, initial_state, progress)
+    return play(policy, envs, seeds, settings)[0]
 
 
 def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented there
@@ -105,13 +94,12 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     initial_state: InitialState | None = None,
     progress: bool | None = None,
 ) -> PairedRollouts:
-    """Roll out several policies, one after the other, in the same episodes and with the same draw behind each action.
+    """Roll out several policies, one after the other, in the same episodes and with the same draws of actions.
 
     Args:
         policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The
             others are compared with the first.
-        envs, seeds, max_steps, sampling_seed, greedy, initial_state, progress: As for `rollout`, the same for all
-            policies; one progress bar per policy.
+        envs, seeds, max_steps, sampling_seed, greedy, initial_state, progress: As for `rollout`.
 
     Raises:
         ChanpatchError: As for `rollout`, and if there is no policy.
@@ -133,7 +121,6 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             f"policies is of type {type(policies).__name__}; it takes policies by name, as in "
             '{"original": policy, "patched": twin}.'
         )
-    seeds = list(seeds) if isinstance(seeds, Iterable) else seeds
-    options: dict[str, Any] = {"max_steps": max_steps, "sampling_seed": sampling_seed, "greedy": greedy}
-    options |= {"initial_state": initial_state, "progress": progress}
-    return PairedRollouts({name: rollout(policy, envs, seeds, **options) for name, policy in policies.items()})
+    settings = Settings(max_steps, sampling_seed, greedy, initial_state, progress)
+    seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
+    return PairedRollouts({name: play(policy, envs, seeds, settings)[0] for name, policy in policies.items()})

@@ -15,13 +15,14 @@ from ..engine.regions import Positions, read, written
 from ..errors import MetricError, SiteError, SweepError
 from ..metrics.measured import Metric, measured
 from ..patching.contexts import nan_error, patched
-from ..patching.patch import Patch, Patches, checked_patches, labelled_patches
+from ..patching.patch import Patch, Patches
 from ..patching.recording import recording
 from ..patching.verbs import edit, patch_in
 from ..registry.points import HookPoints
 from ..registry.trace import traced
 from ..results import largest_first, progress_bar
 from .forward import Forward
+from .plan import entries_of
 from .result import Attribution
 
 
@@ -93,7 +94,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         )
     labels, chosen = _labelled(points, patches)
     run = _Runs(points, inputs, keywords, metric)
-    clean, gradients = run.gradients([*dict.fromkeys(map(_name, chosen))])
+    clean, gradients = run.gradients([*dict.fromkeys(patch.site.name for patch in chosen)])
     changes = run.changes(chosen, clean)
     lines = [*_lines(chosen, changes, clean)]
     count = len(chosen)
@@ -124,24 +125,24 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         steps=steps,
         _effect=effect,
     )
-    _warn_of_poor_estimates(found, run)
+    if fault := _poor_estimates(found, run):
+        warnings.warn(fault, RuntimeWarning, stacklevel=3)  # at the caller, past the decorator
     return found
 
 
 def _labelled(points: HookPoints, patches: Patches | Patch) -> tuple[tuple[Any, ...], tuple[Patch, ...]]:
-    """Return labels, and one patch for each, bound to its hook point."""
-    named = labelled_patches(patches, "patches", SweepError)
-    for label, each in named:
-        if len(each) != 1:
+    """Return labels, and one patch for each."""
+    entries = entries_of(points, patches, "patches")
+    for entry in entries:
+        if len(entry.patches) > 1:
             raise SweepError(
-                f"{label!r} has {len(each)} patches, but an attribution estimates the effects of single patches: give "
-                "each a label of its own, or sweep() several patches together."
+                f"{entry.label!r} has {len(entry.patches)} patches, but an attribution estimates the effects of single "
+                "patches: give each a label of its own, or sweep() several patches together."
             )
-    chosen = checked_patches(points, [patch for _, each in named for patch in each])
-    whole = [patch.site.name for patch in chosen if not points[patch.site.name].dtype.is_floating_point]
-    if whole:
-        raise SiteError(f"'{whole[0]}' is {points[whole[0]].dtype}, which has no gradient. Patch where it is embedded.")
-    return tuple(label for label, _ in named), chosen
+        point = points[entry.patches[0].site.name]
+        if not point.dtype.is_floating_point:
+            raise SiteError(f"'{point.name}' is {point.dtype}, which has no gradient. Patch where it is embedded.")
+    return tuple(entry.label for entry in entries), tuple(entry.patches[0] for entry in entries)
 
 
 def _lines(
@@ -150,12 +151,12 @@ def _lines(
     """Yield hook points, each with numbers of patches there whose regions do not overlap."""
     waiting = list(range(len(patches)))
     while waiting:
-        name = _name(patches[waiting[0]])
+        name = patches[waiting[0]].site.name
         taken = torch.zeros_like(clean[name], dtype=torch.bool)
         line, others = [], []
         for row in waiting:
             positions, _ = changes[row]
-            if _name(patches[row]) != name or read(taken, positions).any():
+            if patches[row].site.name != name or read(taken, positions).any():
                 others.append(row)
             else:
                 line.append(row)
@@ -177,52 +178,40 @@ _INSTEAD = "Take more steps (steps=20), a metric of logits (logit_difference), o
 _FEWEST_RANKED = 10  # patches in the random sample; with fewer, the rank correlation is often low by chance
 
 
-def _warn_of_poor_estimates(found: Attribution, run: _Runs) -> None:
-    """Warn if the estimates are of another model, or are unlike the exact effects."""
-    names = sorted({*map(_name, found.patches)})
+def _poor_estimates(found: Attribution, run: _Runs) -> str:
+    """Return why the estimates are of another model or unlike the exact effects; an empty text if they are not."""
+    names = sorted({patch.site.name for patch in found.patches})
     missed = {}
     for name in names:
-        here = ~np.isnan(found.exact) & [_name(patch) == name for patch in found.patches]
+        here = ~np.isnan(found.exact) & [patch.site.name == name for patch in found.patches]
         largest = np.abs(found.exact[here]).max(initial=0)
         if largest > run.rounding and np.abs(found.effect()[here]).max() < 1e-3 * largest:
             missed[name] = largest
     ranked = found.sample >= _FEWEST_RANKED and np.abs(found.exact[found.drawn]).max() > run.rounding
     if run.shares_memory:
-        what = (
+        return (
             "The model gives another output when an activation is replaced by its equal: a module writes in place into "
             f"its input, which is read elsewhere too. One of {', '.join(map(repr, names))} is such an input, and the "
             "estimates are off; the exact effects are not. Patch what the module returns, or build it without "
             "inplace=True."
         )
-    elif missed:
-        what = (
+    if missed:
+        return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
             f"metric by up to {max(missed.values()):.2g}. The metric is flat at the clean activations (a probability "
             "near 0 or 1, a divergence from the clean output), or something in between has no gradient (.detach(), "
             f"argmax, rounding). {_INSTEAD}"
         )
-    elif ranked and found.rank_correlation < 0.5:
-        what = (
+    if ranked and found.rank_correlation < 0.5:
+        return (
             "The estimates rank the patches unlike the exact effects: the rank correlation is "
             f"{found.rank_correlation:.2f} over {found.sample} patches drawn at random. {_INSTEAD}"
         )
-    else:
-        return
-    warnings.warn(what, RuntimeWarning, stacklevel=4)  # at the caller of attribution(), past its decorator
-
-
-def _name(patch: Patch) -> str:
-    return patch.site.name
+    return ""
 
 
 class _Runs:
-    """The runs of an attribution on the same inputs.
-
-    Attributes:
-        inputs: Number of inputs.
-        rounding: The largest change in the metric that may be due to rounding.
-        shares_memory: Whether a module writes in place into a patched activation that is read elsewhere too.
-    """
+    """The runs of an attribution on the same inputs."""
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, ...], keywords: dict[str, Any], metric: Metric) -> None:
         self._points, self._metric = points, metric
@@ -231,8 +220,9 @@ class _Runs:
             self._baseline = run.kept(self._forward.output())
             self._clean = measured(metric, self._baseline, self._baseline)
         self._scale = float(self._clean.nan_to_num().abs().max())
-        self.inputs, self.rounding = len(self._clean), 1e-6 * self._scale
-        self.shares_memory = False
+        self.inputs = len(self._clean)
+        self.rounding = 1e-6 * self._scale  # a smaller change in the metric may be due to rounding
+        self.shares_memory = False  # whether a module writes in place into a patched activation that is read elsewhere
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the clean activations at hook points, and the gradients of the metric there."""
@@ -261,7 +251,7 @@ class _Runs:
         changes: list[_Change] = []
         with self._forward.undisturbed as run:
             for patch in patches:
-                point, before = self._points[_name(patch)], clean[_name(patch)]
+                point, before = self._points[patch.site.name], clean[patch.site.name]
                 after, flags = self._forward.fire([patch], before)
                 if any(flag for _, flag in flags):
                     raise nan_error(patch)
@@ -287,7 +277,6 @@ class _Runs:
         return total / steps
 
     def exact(self, patch: Patch) -> float:
-        """Return the effect of a patch, by a real forward."""
         with self._forward.running(), patched(self._points, patch):
             return float((self._measured(self._forward.output()) - self._clean).double().mean())
 
@@ -306,8 +295,5 @@ def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, T
             "The metric has no gradient: it counts (action_flip), or leaves the graph (.detach(), .item(), numpy). "
             "Take one that has a gradient, or sweep() the patches."
         )
-    found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, allow_unused=True)
-    return {
-        name: torch.zeros_like(activation) if gradient is None else gradient
-        for (name, activation), gradient in zip(activations.items(), found, strict=True)
-    }
+    found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, materialize_grads=True)
+    return dict(zip(activations, found, strict=True))

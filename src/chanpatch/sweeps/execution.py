@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -26,30 +27,23 @@ _Alone: TypeAlias = tuple[Entry, Forward, Any]  # the output of the loop on one 
 _COMPARED = 2  # patches of each group that the plain loop runs too
 
 
+@dataclass
 class Execution:
-    """Run groups of patches, each by the fastest strategy that gives the numbers of the loop.
+    """Run groups of patches, each by the fastest strategy that gives the numbers of the loop."""
 
-    Attributes:
-        rows: The metrics of the finished entries, by number.
-        done: How the finished groups were run.
-    """
+    forward: Forward
+    baseline: Any  # the output of the clean run
+    strategy: Strategy  # that the user asked for
+    max_bytes: int  # for one forward of many patches
+    metrics: Metrics
+    advance: Callable[[int], object]  # moves the progress bar
+    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # the metrics of finished entries, by number
+    done: list[Swept] = field(default_factory=list)  # how the finished groups were run
 
-    def __init__(
-        self,
-        forward: Forward,
-        baseline: Any,
-        strategy: Strategy,
-        max_bytes: int,
-        metrics: Metrics,
-        advance: Callable[[int], object],
-    ) -> None:
-        self._forward, self._baseline = forward, baseline
-        self._strategy, self._max_bytes, self._metrics, self._advance = strategy, max_bytes, metrics, advance
-        self.rows: dict[int, dict[str, Tensor]] = {}
-        self.done: list[Swept] = []
-        self._opaque = _opaque(baseline)
-        self._ends = [] if self._opaque else forward.ends()
-        self._random = training_modules(forward.points.model)
+    def __post_init__(self) -> None:
+        self._opaque = _opaque(self.baseline)
+        self._ends = [] if self._opaque else self.forward.ends()
+        self._random = training_modules(self.forward.points.model)
 
     def run(self, group: Group) -> None:
         """Run the entries of a group."""
@@ -64,38 +58,38 @@ class Execution:
                 self.done.append(Swept(name, len(order), strategy, "; ".join(reasons)))
                 return
             order.sort(key=lambda entry: entry is not failed)  # if the loop fails there too, it raises at once
-        if self._strategy not in ("auto", "loop"):
-            loop(self._forward, order[0])  # if the loop fails too, that is the error
+        if self.strategy not in ("auto", "loop"):
+            loop(self.forward, order[0])  # if the loop fails too, that is the error
             raise SweepError(
-                f"strategy='{self._strategy}' is not possible at '{name}': {'; '.join(reasons)}. Leave "
+                f"strategy='{self.strategy}' is not possible at '{name}': {'; '.join(reasons)}. Leave "
                 "strategy='auto' to fall back on the loop."
             )
         for entry in order:
-            self._measure(entry, loop(self._forward, entry))
+            self._measure(entry, loop(self.forward, entry))
         self.done.append(Swept(name, len(order), "loop", "; ".join(reasons) or "asked for"))
 
     def _measure(self, entry: Entry, output: Any) -> None:
         """Keep the metrics of an entry, in place of those of a strategy that failed."""
-        measured = self._metrics(output)
-        self._advance(entry.number not in self.rows)
+        measured = self.metrics(output)
+        self.advance(entry.number not in self.rows)
         self.rows[entry.number] = measured
 
     def _is_small(self, group: Group) -> bool:
-        return self._strategy == "auto" and len(group.entries) <= _COMPARED
+        return self.strategy == "auto" and len(group.entries) <= _COMPARED
 
     def _alone(self, group: Group, order: Sequence[Entry]) -> list[_Alone]:
         """Run two entries by the plain loop, one on the first input and one on the last.
 
         This comes before the fast strategy, whose numbers then differ if it reads anything that a forward left behind.
         """
-        if self._strategy == "loop" or self._random or (self._is_small(group) and not group.skippable):
+        if self.strategy == "loop" or self._random or (self._is_small(group) and not group.skippable):
             return []
         entries = [order[0], order[min(1, len(order) - 1)]]
         return [(entry, end, _output_or_none(end, entry)) for entry, end in zip(entries, self._ends, strict=False)]
 
     def _candidates(self, group: Group, alone: Sequence[_Alone]) -> tuple[list[_Fast], list[str]]:
         """Return the fast strategies to try, and the reasons against the others."""
-        if self._strategy == "loop":
+        if self.strategy == "loop":
             return [], []
         if self._random:
             return [], [f"{', '.join(self._random)} in training mode (model.eval() ends it)"]
@@ -103,14 +97,14 @@ class Execution:
             if alone and all(output is not None for *_, output in alone):
                 return ["resume"], []
             return [], [f"{len(group.entries)} patches are too few to gain anything"]
-        if self._strategy == "resume":
+        if self.strategy == "resume":
             return ["resume"], []
-        resume: list[_Fast] = ["resume"] if self._strategy == "auto" else []
+        resume: list[_Fast] = ["resume"] if self.strategy == "auto" else []
         if self._opaque:
             return resume, [f"vmap: the output holds a {self._opaque}, in which tensors cannot be found"]
         if group.later is None:
             return resume, ["vmap: the patches at later hook points differ"]
-        if self._strategy == "auto" and not gains_by_vmap(group):
+        if self.strategy == "auto" and not gains_by_vmap(group):
             return resume, ["vmap: activations so large gain nothing by it on a CPU"]
         return ["vmap", *resume], []
 
@@ -119,9 +113,9 @@ class Execution:
     ) -> tuple[Entry | None, str]:
         """Run the entries by a fast strategy; return the entry at which it failed, if any, and why."""
         if strategy == "vmap":
-            outputs = vmapped(self._forward, group, order, self._baseline, self._max_bytes)
+            outputs = vmapped(self.forward, group, order, self.baseline, self.max_bytes)
         else:
-            outputs = resumed(self._forward, group, order)
+            outputs = resumed(self.forward, group, order)
         for number, entry in enumerate(order):
             try:
                 output = next(outputs)
@@ -139,9 +133,9 @@ class Execution:
         """
         if alone and not any(_difference(expected, output, end.row) for _, end, expected in alone):
             return
-        expected = loop(self._forward, entry)
-        if self._opaque or next(leaves(self._baseline), None) is None:  # then the metrics have to agree too
-            expected, output = (expected, self._metrics(expected)), (output, self._metrics(output))
+        expected = loop(self.forward, entry)
+        if self._opaque or next(leaves(self.baseline), None) is None:  # then the metrics have to agree too
+            expected, output = (expected, self.metrics(expected)), (output, self.metrics(output))
         difference = _difference(expected, output)
         if difference:
             raise StrategyError(f"not the numbers of the loop at {entry.label!r} ({difference})")

@@ -115,7 +115,7 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
             "computes it, or its input, such as 'head.in[0]'; or what is to be frozen."
         )
     if frozen is None:
-        frozen = [point for point in points.values() if _computes(point, points)]
+        frozen = _with_weights(points)
     each = _listed(frozen)
     ends = [points[site.name] for site in receivers]
     last = max(order[end.name] for end in ends)
@@ -143,19 +143,17 @@ def _listed(named: Any) -> list[Any]:
     return [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
 
 
-def _computes(point: HookPoint, points: HookPoints) -> bool:
-    """Return whether a hook point is the output of a module with weights that calls no other one and is not a norm."""
-    is_norm = "norm" in point.module_type.lower()
-    if point.side != "out" or not point.parameters or is_norm or _computes_a_weight(point):
-        return False
-    inside = f"{point.module}." if point.module else ""
-    return not any(
-        other.module.startswith(inside) and other.module != point.module and other.parameters
-        for other in points.values()
-        if not _computes_a_weight(other)
-    )
-
-
-def _computes_a_weight(point: HookPoint) -> bool:
-    """Return whether a hook point lies inside a parametrization, which computes weights."""
-    return "parametrizations" in point.module.split(".")
+def _with_weights(points: HookPoints) -> list[HookPoint]:
+    """Return the outputs of modules with weights that call no other such module and are not norms."""
+    # A parametrization computes weights, not activations.
+    weighted = [
+        each for each in points.values() if each.parameters and "parametrizations" not in each.module.split(".")
+    ]
+    modules = {point.module for point in weighted}
+    return [
+        point
+        for point in weighted
+        if point.side == "out"
+        and "norm" not in point.module_type.lower()
+        and not any(other.startswith(f"{point.module}." if point.module else "") for other in modules - {point.module})
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from ..engine.sessions import Session
 from ..errors import SweepError, UnreachedError
 from ..patching.edits import Set
 from ..patching.patch import Patch, Patches, checked_patches, labelled_patches
-from ..registry.points import root_of
+from ..registry.points import HookPoints, root_of
 from ..registry.sites import HookPoint
 from .forward import Forward
 
@@ -43,24 +43,19 @@ class Group(NamedTuple):
         return [patch for patch in entry.patches if patch.site.name == self.point.name]
 
 
-def entries_of(forward: Forward, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
+def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
     """Return an entry for each label, numbered from `start`; errors call the patches `what`."""
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
             raise SweepError(f"The {what} hold {label!r} without a patch. The unpatched output is the baseline.")
-    checked = iter(checked_patches(forward.points, [patch for _, each in named for patch in each]))
+    checked = iter(checked_patches(points, [patch for _, each in named for patch in each]))
     return [
         Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named, start)
     ]
 
 
-class _Seen(NamedTuple):
-    """The clean activation at a swept hook point."""
-
-    nbytes: int
-    on_cpu: bool
-    skippable: int  # as in Group
+_Seen: TypeAlias = tuple[int, bool, int]  # of a clean activation: bytes, whether on a CPU, number of calls before
 
 
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
@@ -73,7 +68,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
     seen: dict[str, _Seen] = {}
 
     def note(name: str, leaf: Tensor, session: Session) -> Tensor:
-        seen[name] = _Seen(leaf.nbytes, leaf.is_cpu, prefix.finished)
+        seen[name] = leaf.nbytes, leaf.is_cpu, prefix.finished
         return leaf
 
     first_at: dict[str, Entry] = {}

@@ -106,8 +106,8 @@ def sweep(
         points = traced(points_or_model, inputs, keywords)
         refuse_unhookable(points.model)
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
-        asked = entries_of(forward, patches, "patches")
-        others = [] if controls is None else entries_of(forward, controls, "controls", len(asked))
+        asked = entries_of(points, patches, "patches")
+        others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
         output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
         metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
@@ -133,13 +133,13 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
             again = metrics(output)
         except Exception:  # any error here means that a metric read an attribute
             again = {}
-    for name, before in metrics.baseline.items():
-        if name not in again or not torch.allclose(again[name], before, equal_nan=True):
-            names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
-            raise MetricError(
-                f"A metric reads more than the output: one of {names}, which each forward sets on its module and "
-                "sweep() restores before it calls the metric. Let the model return the tensor that the metric needs."
-            )
+    before = metrics.baseline
+    if not again or not all(torch.allclose(again[name], before[name], equal_nan=True) for name in before):
+        names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
+        raise MetricError(
+            f"A metric reads more than the output: one of {names}, which each forward sets on its module and "
+            "sweep() restores before it calls the metric. Let the model return the tensor that the metric needs."
+        )
 
 
 def _count(points: HookPoints, output: Any) -> int | None:
