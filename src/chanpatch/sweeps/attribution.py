@@ -22,7 +22,7 @@ from ..registry.points import HookPoints
 from ..registry.trace import traced
 from ..results import largest_first, progress_bar
 from .forward import Forward
-from .plan import entries_of
+from .plan import Entry, entries_of
 from .result import Attribution
 
 
@@ -92,7 +92,8 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         raise SweepError(
             f"steps={steps!r} and verify={verify!r}: take one step at least and verify none at least, in whole numbers."
         )
-    labels, chosen = _labelled(points, patches)
+    entries = entries_of(points, patches, "patches")
+    chosen = [_only_patch(entry, points) for entry in entries]
     run = _Runs(points, inputs, keywords, metric)
     clean, gradients = run.gradients([*dict.fromkeys(patch.site.name for patch in chosen)])
     changes = run.changes(chosen, clean)
@@ -115,8 +116,8 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
             exact[row] = run.exact(chosen[row])
             advance(1)
     found = Attribution(
-        labels=labels,
-        patches=chosen,
+        labels=tuple(entry.label for entry in entries),
+        patches=tuple(chosen),
         exact=exact,
         drawn=drawn,
         rank_correlation=_rank_correlation(effect[drawn], exact[drawn]),
@@ -130,19 +131,16 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
     return found
 
 
-def _labelled(points: HookPoints, patches: Patches | Patch) -> tuple[tuple[Any, ...], tuple[Patch, ...]]:
-    """Return labels, and one patch for each."""
-    entries = entries_of(points, patches, "patches")
-    for entry in entries:
-        if len(entry.patches) > 1:
-            raise SweepError(
-                f"{entry.label!r} has {len(entry.patches)} patches, but an attribution estimates the effects of single "
-                "patches: give each a label of its own, or sweep() several patches together."
-            )
-        point = points[entry.patches[0].site.name]
-        if not point.dtype.is_floating_point:
-            raise SiteError(f"'{point.name}' is {point.dtype}, which has no gradient. Patch where it is embedded.")
-    return tuple(entry.label for entry in entries), tuple(entry.patches[0] for entry in entries)
+def _only_patch(entry: Entry, points: HookPoints) -> Patch:
+    if len(entry.patches) > 1:
+        raise SweepError(
+            f"{entry.label!r} has {len(entry.patches)} patches, but an attribution estimates the effects of single "
+            "patches: give each a label of its own, or sweep() several patches together."
+        )
+    point = points[entry.patches[0].site.name]
+    if not point.dtype.is_floating_point:
+        raise SiteError(f"'{point.name}' is {point.dtype}, which has no gradient. Patch where it is embedded.")
+    return entry.patches[0]
 
 
 def _lines(
@@ -233,7 +231,7 @@ class _Runs:
             patched(self._points, watched),
             recording(self._points, names, detach=False) as cache,
         ):
-            values = self._measured(self._forward.output())
+            values = self._measured(self._forward.output())  # with each activation replaced by its equal
             clean = {name: cache[name] for name in names}
             for name, activation in clean.items():
                 if not activation.requires_grad:

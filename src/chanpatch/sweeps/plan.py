@@ -89,7 +89,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
                 "called, or was called by its forward(), which runs no hooks."
             )
     groups = [*_groups(forward, entries, seen)]
-    prefix.forget_after(max(group.skippable for group in groups))
+    del prefix.calls[max(group.skippable for group in groups) :]
     return output, groups
 
 
@@ -100,23 +100,19 @@ def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen
     for entry in entries:
         first = min((patch.site.name for patch in entry.patches), key=order.__getitem__)
         later = tuple(patch for patch in entry.patches if patch.site.name != first)
-        kinds = begun.setdefault(first, {})
         key = tuple((patch.site, _key(patch.edit), _key(patch.where)) for patch in later)
-        kinds.setdefault(key, (later, []))[1].append(entry)
+        begun.setdefault(first, {}).setdefault(key, (later, []))[1].append(entry)
     for first in sorted(begun, key=order.__getitem__):
-        divided: list[tuple[tuple[Patch, ...] | None, list[Entry]]] = []
+        nbytes, on_cpu, skippable = seen[first]
+        bytes_each = _LIVE * max(nbytes, forward.prefix.largest_after(skippable))
         others: list[Entry] = []
         for later, members in begun[first].values():
             if not later or len(members) >= _FEWEST_ALIKE or len(begun[first]) == 1:
-                divided.append((later, members))
+                yield Group(forward.points[first], tuple(members), later, skippable, bytes_each, on_cpu)
             else:
                 others += members
         if others:
-            divided.append((None, others))
-        nbytes, on_cpu, skippable = seen[first]
-        bytes_each = _LIVE * max(nbytes, forward.prefix.largest_after(skippable))
-        for common, members in divided:
-            yield Group(forward.points[first], tuple(members), common, skippable, bytes_each, on_cpu)
+            yield Group(forward.points[first], tuple(others), None, skippable, bytes_each, on_cpu)
 
 
 def _key(operand: Any) -> Any:

@@ -48,6 +48,7 @@ class Prefix:
     itself still run, around the remembered forward. The caller restores the model.
 
     Attributes:
+        calls: The calls, in the order in which they finished.
         finished: Number of calls that the current forward has finished.
     """
 
@@ -56,7 +57,7 @@ class Prefix:
         self._taps: Collection[str] = ()
         self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
-        self._calls: list[_Call] = []
+        self.calls: list[_Call] = []
         self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of calls before it
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
@@ -66,10 +67,6 @@ class Prefix:
         """Return the bytes of the largest tensor that was computed after this number of calls."""
         return max((size for position, size in self._sizes.items() if position >= number), default=0)
 
-    def forget_after(self, number: int) -> None:
-        """Drop all calls after the first `number`."""
-        del self._calls[number:]
-
     @contextmanager
     def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
         """Remember the one forward that runs inside. The hooks present now count as listeners.
@@ -77,23 +74,25 @@ class Prefix:
         A call is not remembered if one of the taps runs in it, or if the outputs would exceed max_bytes.
         """
         self._taps, self._free_bytes = taps, max_bytes
-        hooked = {module for module in self._model.modules() if _hooked(module)}
-        self._quiet = {module: not hooked & {*module.modules()} - {module} for module in self._model.modules()}
-        with observed((), on_tap=self._on_tap), _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
+        modules = [*self._model.modules()]
+        all_hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        hooked = {each for each in modules if all_hooked or each._forward_hooks or each._forward_pre_hooks}
+        self._quiet = {module: not hooked & {*module.modules()} - {module} for module in modules}
+        with observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Sizes(self._on_size):
             yield
-        for call in self._calls:
+        for call in self.calls:
             call.known &= call.unwritten
 
     @contextmanager
     def skipped(self, number: int) -> Iterator[None]:
         """Answer the first `number` calls from memory, in the one forward that runs inside."""
         self.finished, self._inside, self._skipped = 0, False, number
-        for call in self._calls[:number]:
+        for call in self.calls[:number]:
             if call.known and call.left:
                 call.left.put_back()  # later modules may read what a skipped one leaves on itself
-        with _wrapped({call.module for call in self._calls[:number]}, self._replay):
+        with _wrapped({call.module for call in self.calls[:number]}, self._replay):
             yield
-        if not all(call.unwritten for call in self._calls[:number] if call.known):
+        if not all(call.unwritten for call in self.calls[:number] if call.known):
             raise StrategyError("a forward wrote into the output of an earlier module")
 
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -109,15 +108,15 @@ class Prefix:
         if known and not any(tensor.is_inference() for _, tensor in leaves(output)):
             self._free_bytes -= size
             versions = [(tensor, tensor._version) for _, tensor in leaves(output)]
-            self._calls.append(_Call(module, fresh(output), versions, Snapshot(module.modules()).note(), known=True))
+            self.calls.append(_Call(module, fresh(output), versions, Snapshot(module.modules()).note(), known=True))
         else:
-            self._calls.append(_Call(module, None, [], None, known=False))
+            self.calls.append(_Call(module, None, [], None, known=False))
         return output
 
     def _replay(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._inside or self.finished >= self._skipped:
             return forward(*args, **kwargs)
-        call = self._calls[self.finished]
+        call = self.calls[self.finished]
         if call.module is not module:
             raise StrategyError(f"{type(module).__name__} was called instead of {type(call.module).__name__}")
         if not call.known:
@@ -135,7 +134,7 @@ class Prefix:
 
     def _keep_apart(self, written: Collection[int]) -> None:
         """Keep copies of the outputs that a module is about to write into."""
-        for call in self._calls:
+        for call in self.calls:
             if call.known and any(id(tensor) in written for tensor, _ in call.versions):
                 call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
 
@@ -150,11 +149,6 @@ class Prefix:
 
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         self._tapped |= name in self._taps
-
-
-def _hooked(module: nn.Module) -> bool:
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Sizes(TorchFunctionMode):
