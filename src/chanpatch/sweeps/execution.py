@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -25,6 +26,7 @@ Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
 _Fast: TypeAlias = Literal["vmap", "resume"]
 _Alone: TypeAlias = tuple[Entry, Forward, Any]  # the output of the loop on one input; None if that failed
 _COMPARED = 2  # patches of each group that the plain loop runs too
+_MASK = 1e4  # larger numbers, such as the -1e8 of a forbidden action, do not set the scale of rounding
 
 
 @dataclass
@@ -142,17 +144,12 @@ class Execution:
 
 
 def _output_or_none(forward: Forward, entry: Entry) -> Any:
-    try:
+    with suppress(Exception):  # then the whole batch is compared
         return loop(forward, entry)
-    except Exception:  # then the whole batch is compared
-        return None
 
 
 def _difference(expected: Any, output: Any, row: int | None = None) -> str:
-    """Return a description of a difference beyond rounding between two outputs, or between one and a row of another.
-
-    The description is empty if they agree.
-    """
+    """Return where an output, or a row of it, differs beyond rounding; an empty text if it does not."""
     one, other = [*leaves(expected)], [*leaves(output)]
     if not one or [path for path, _ in one] != [path for path, _ in other]:
         return "other tensors"
@@ -170,17 +167,9 @@ def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
         return torch.equal(part, wanted)
     half = wanted.dtype in (torch.float16, torch.bfloat16)  # whose rounding may be as large as the effect of a patch
     tolerance = 0.0 if half else 100 * torch.finfo(wanted.dtype).eps  # the sums of a long layer lose some digits
-    scale = max(_largest(whole), _largest(wanted))
+    usual = [each[each < _MASK] for each in (whole.abs(), wanted.abs())]
+    scale = max((float(each.max()) for each in usual if each.numel()), default=0.0)
     return torch.allclose(part, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
-
-
-_MASK = 1e4  # larger numbers, such as the -1e8 of a forbidden action, do not set the scale of rounding
-
-
-def _largest(tensor: Tensor) -> float:
-    absolute = tensor.abs()
-    usual = absolute[absolute < _MASK]
-    return float(usual.max()) if usual.numel() else 0.0
 
 
 def _opaque(tree: Any) -> str:

@@ -25,14 +25,7 @@ _FEWEST_TO_CUT = 8  # inputs; with fewer, a forward of one input saves nothing
 
 
 class Forward:
-    """The traced method on copies of the same inputs, without side effects.
-
-    Attributes:
-        row: The row of the batch that the inputs are; None if they are the whole batch.
-        undisturbed: Restores the model after a forward.
-        prefix: The calls of the clean run.
-        rebound: The attributes of modules that the first forward set.
-    """
+    """The traced method on copies of the same inputs, without side effects."""
 
     def __init__(
         self,
@@ -43,10 +36,11 @@ class Forward:
         check_nan: bool = True,
         row: int | None = None,
     ) -> None:
-        self.points, self.inputs, self.check_nan, self.row = points, (inputs, dict(keywords)), check_nan, row
+        self.points, self.inputs, self.check_nan = points, (inputs, dict(keywords)), check_nan
+        self.row = row  # which row of the batch the inputs are; None if they are the whole batch
         self.undisturbed = undisturbed(points.model)
         self.prefix = Prefix(points.model, self.undisturbed.snapshot)
-        self.rebound: list[tuple[dict[str, Any], str]] | None = None
+        self.rebound: list[tuple[dict[str, Any], str]] | None = None  # attributes that the first forward set
 
     def __call__(self) -> Any:
         """Return the model's output."""

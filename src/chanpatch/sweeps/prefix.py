@@ -46,10 +46,6 @@ class Prefix:
 
     A call is remembered as a whole if nobody listens inside it and it draws no random numbers. Hooks of the module
     itself still run, around the remembered forward. The caller restores the model.
-
-    Attributes:
-        calls: The calls, in the order in which they finished.
-        finished: Number of calls that the current forward has finished.
     """
 
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
@@ -57,11 +53,11 @@ class Prefix:
         self._taps: Collection[str] = ()
         self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
-        self.calls: list[_Call] = []
+        self.calls: list[_Call] = []  # in the order in which they finished
         self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of calls before it
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
-        self.finished = self._skipped = 0
+        self.finished = self._skipped = 0  # number of calls of the current forward
 
     def largest_after(self, number: int) -> int:
         """Return the bytes of the largest tensor that was computed after this number of calls."""

@@ -48,10 +48,7 @@ def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterato
 
 
 def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: Any, max_bytes: int) -> Iterator[Any]:
-    """Yield the output under each entry; the suffix runs for many entries at a time, as fit into `max_bytes`.
-
-    The outputs have the structure of the baseline.
-    """
+    """Yield the output under each entry; the suffix runs for as many entries at a time as fit into `max_bytes`."""
     paths = [path for path, _ in leaves(baseline)]
     with _refused():
         clean = forward.until(Site(group.point.name), skip=group.skippable)[group.point.name]
