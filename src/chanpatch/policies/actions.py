@@ -1,4 +1,4 @@
-"""From the output of a policy to actions, at uniform draws that belong to the episode."""
+"""Actions drawn from the output of a policy; each draw depends on the episode alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
-    """Return one generator per episode, also for episodes with the same seed."""
+    """Return one generator per episode; repeated seeds get different ones."""
     whole("sampling_seed", sampling_seed, error=RolloutError)
     times: Counter[int] = Counter()
     streams = []
@@ -62,11 +62,7 @@ def chosen_actions(
 ) -> NDArray[Any]:
     """Return one action per row, as the environments take them.
 
-    The next draw of each row's stream selects its action; without streams it is the mode.
-
-    Raises:
-        DistributionError: If the distribution has no known inverse CDF.
-        RolloutError: If there is not one distribution per row, or it is not over the actions of the environments.
+    The next draw of each row's generator selects the action; without generators it is the mode.
     """
     while isinstance(distribution, Independent):
         distribution = distribution.base_dist
@@ -94,7 +90,7 @@ def chosen_actions(
 def _fitting(
     actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, rows: int, space: Space[Any]
 ) -> NDArray[Any]:
-    """Return the actions in the dtype of an action space, counted from its start."""
+    """Return the actions in the dtype of an action space, counted from its start, if they fit."""
     if space.shape is None or actions.shape != (rows, *space.shape):
         raise RolloutError(
             f"The policy's distribution gives actions of shape {actions.shape} for {rows} rows, but {space} "
@@ -106,11 +102,11 @@ def _fitting(
             f"The policy's {type(distribution).__name__} {wrong}, but the environment takes {space}. Give the rollout "
             "a function that calls the policy and returns a distribution over those actions."
         )
-    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # a Discrete may begin elsewhere than 0
+    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # a Discrete need not start at 0
 
 
 def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
-    """Return how a distribution differs from the actions of a discrete space; an empty text if it fits."""
+    """Return why a distribution does not fit a discrete space; an empty text if it fits."""
     spaces = imported("gymnasium.spaces")
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return ""
@@ -125,7 +121,7 @@ def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli 
 
 
 def _inverse_cdf(distribution: Categorical | Bernoulli | Normal, uniform: Tensor) -> Tensor:
-    """Return the values at which the distribution has reached the draws, which lie in [0, 1)."""
+    """Return the values at which the cumulative distribution reaches the draws, which lie in [0, 1)."""
     if isinstance(distribution, Categorical):
         cumulative = distribution.probs.cpu().double().cumsum(-1)
         reached = uniform * cumulative[..., -1]  # the last one is 1 up to rounding

@@ -7,6 +7,7 @@ import functools
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,12 +21,7 @@ STATE = "_chanpatch"  # the attribute in which a twin keeps its patches
 def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
     """Return a copy of a module tree, without our hooks, that shares the parameters and buffers.
 
-    Args:
-        policy: The module tree.
-        plain: The same without patches; the policy itself if it has none.
-
-    Raises:
-        UnsupportedModelError: If it cannot be copied, or keeps functions that refer to it.
+    `plain` is the same tree without patches; the policy itself if it has none.
     """
     kept = [*_reachable([policy], _kept_by)]
     _refuse_functions_that_refer_to(policy, kept)
@@ -46,11 +42,7 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def held_modules(policy: Any) -> list[nn.Module]:
-    """Return the modules that a policy is or holds: in a closure, a default, an attribute, or by the name of a global.
-
-    Args:
-        policy: A module, or a function or object that calls modules.
-    """
+    """Return the modules that a policy is or refers to: in closures, defaults, attributes, or by names of globals."""
     if isinstance(policy, nn.Module):
         return [policy]
     held = _referred_to([policy, *getattr(policy, "__dict__", {}).values()])
@@ -58,7 +50,7 @@ def held_modules(policy: Any) -> list[nn.Module]:
 
 
 def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:
-    """Return the copies of tensors: weights are shared; the results of forwards, which have a graph, are cloned."""
+    """Return the copies of tensors by id: weights are shared, results of forwards (with a graph) are cloned."""
     tensors = [item for item in kept if isinstance(item, Tensor)]
     clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
     weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
@@ -68,8 +60,8 @@ def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:
 def _refuse_functions_that_refer_to(policy: nn.Module, kept: list[Any]) -> None:
     """Raise if a function or hook that a policy keeps refers to the policy.
 
-    A copy keeps the same function, which would run the original's modules, or fill a container that only the original
-    reads. That ends in UnreachedError only if no other call reaches the patch.
+    The copy's function would run the modules of the original, or fill a container that only the original reads.
+    UnreachedError detects it only if no other call reaches the patch.
     """
     own = {id(item) for item in kept if isinstance(item, (nn.Module, list, set, deque, dict))}
     for function in kept:
@@ -82,7 +74,7 @@ def _refuse_functions_that_refer_to(policy: nn.Module, kept: list[Any]) -> None:
 
 
 def _referred_to(roots: Iterable[Any]) -> list[Any]:
-    """Return everything that functions refer to: in closures and defaults, or by the name of a global."""
+    """Return the objects that functions refer to: in closures and defaults, or by names of globals."""
     held = [*_reachable(roots, _held_by)]
     functions = [item for item in held if isinstance(item, types.FunctionType)]
     return held + [each.__globals__.get(name) for each in functions for name in each.__code__.co_names]
@@ -108,15 +100,11 @@ def _kept_by(item: Any) -> Iterable[Any]:
 def _held_by(item: Any) -> Iterable[Any]:
     if not isinstance(item, types.FunctionType):
         return _inside(item)
-    cells = map(_content, item.__closure__ or ())
-    return [*cells, *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values(), *vars(item).values()]
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # the variable was deleted, or has no value yet
-        return None
+    held = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values(), *vars(item).values()]
+    for cell in item.__closure__ or ():
+        with suppress(ValueError):  # the variable was deleted, or has no value yet
+            held.append(cell.cell_contents)
+    return held
 
 
 def _inside(item: Any) -> Iterable[Any]:

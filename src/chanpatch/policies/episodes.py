@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -36,20 +36,26 @@ Around: TypeAlias = Callable[[NDArray[np.int64]], AbstractContextManager[None]]
 _DTYPE_REFUSED = re.compile("dtype|scalar type|Input type|must have the type|not implemented for '")
 
 
+class Settings(NamedTuple):
+    """The arguments of `rollout`."""
+
+    max_steps: int
+    sampling_seed: int
+    greedy: bool
+    initial_state: InitialState | None
+    progress: bool | None
+
+
 def play(
     policy: Any,
     envs: VectorEnv[Any, Any, Any],
     seeds: Iterable[int],
+    settings: Settings,
     *,
-    max_steps: int,
-    sampling_seed: int,
-    greedy: bool,
-    initial_state: InitialState | None,
-    progress: bool | None,
     times: int = 1,
     around: Around = lambda _: nullcontext(),
 ) -> list[Rollout]:
-    """Play all episodes `times` times, with the same draws; return one rollout per time. The rest is as for rollout.
+    """Play all episodes `times` times, with the same draws; return one rollout per time.
 
     `around` returns a context for each forward. It takes int64 `(row,)`: which of the times each row belongs to.
     """
@@ -58,26 +64,22 @@ def play(
             f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. For a "
             "single environment: gymnasium.vector.SyncVectorEnv([lambda: environment])."
         )
-    log = _Log(seeds, sampling_seed, times)
-    if max_steps < 1:
-        raise RolloutError(f"max_steps is {max_steps}, but an episode has at least one step.")
+    log = _Log(seeds, settings.sampling_seed, times)
+    if settings.max_steps < 1:
+        raise RolloutError(f"max_steps is {settings.max_steps}, but an episode has at least one step.")
     waves = range(0, log.plays, envs.num_envs)
     held = nn.ModuleList(held_modules(policy))
-    with undisturbed(held) as run, progress_bar(progress, len(waves) * max_steps, "step") as advance:
-        actor = _Actor(policy, initial_state)
+    with undisturbed(held) as run, progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance:
+        actor = _Actor(policy, settings.initial_state)
         for start in waves:
-            run.put_back_state()  # no episode begins with what another one left on the policy
+            run.put_back_state()  # an episode must not depend on the last one
             wave = np.arange(start, min(start + envs.num_envs, log.plays))
-            _play_wave(actor, envs, wave, log, advance, max_steps=max_steps, greedy=greedy, around=around)
+            _play_wave(actor, envs, wave, log, advance, settings, around)
     return log.rollouts()
 
 
 class _Log:
-    """The record of all plays: each episode once, then each again; and the stream of draws of each play.
-
-    Raises:
-        RolloutError: If there are no seeds, or a seed is not a whole number, or is negative.
-    """
+    """The record of all plays, time after time, and the stream of draws of each play."""
 
     def __init__(self, seeds: Iterable[int], sampling_seed: int, times: int) -> None:
         if not isinstance(seeds, Iterable):
@@ -107,9 +109,7 @@ def _play_wave(
     wave: NDArray[np.int64],
     log: _Log,
     advance: Callable[[int], object],
-    *,
-    max_steps: int,
-    greedy: bool,
+    settings: Settings,
     around: Around,
 ) -> None:
     """Play the episodes of one wave side by side, until the last one is over; report each step to the progress bar."""
@@ -117,14 +117,13 @@ def _play_wave(
     disabled = imported("gymnasium.vector").AutoresetMode.DISABLED
     resets_itself = envs.metadata.get("autoreset_mode") is not disabled
     actor.begin(len(wave))
-    # The sub-environments whose episode goes on. Those that only fill up a last wave idle from the start.
-    running = np.arange(len(wave))
+    running = np.arange(len(wave))  # sub-environments whose episode goes on; others fill up the last wave
     actions: NDArray[Any] | None = None
-    for step in range(max_steps):
+    for step in range(settings.max_steps):
         plays = wave[running]
         with forward_context(step=step, rows=plays % log.episodes), around(plays // log.episodes):
             distribution = actor.distribution(observations, running)
-        streams = None if greedy else [log.streams[number] for number in plays]
+        streams = None if settings.greedy else [log.streams[number] for number in plays]
         chosen = chosen_actions(distribution, streams, len(running), envs)
         if actions is None:
             actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
@@ -141,7 +140,7 @@ def _play_wave(
         actor.keep(~over[running])
         running = running[~over[running]]
         if not running.size:
-            advance(max_steps - step)
+            advance(settings.max_steps - step)
             return
         advance(1)
         if over.any() and not resets_itself:
@@ -160,12 +159,7 @@ def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> Any:
 
 
 class _Actor:
-    """A policy, and the state that it carries for each running episode.
-
-    Args:
-        policy: The policy.
-        initial_state: The function that returns the state of new episodes, or None.
-    """
+    """A policy, and its recurrent state for each running episode."""
 
     def __init__(self, policy: Any, initial_state: InitialState | None) -> None:
         self._policy, self._initial_state = policy, initial_state
@@ -174,7 +168,6 @@ class _Actor:
         self._like = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
 
     def begin(self, rows: int) -> None:
-        """Begin episodes, each with a state of its own."""
         if self._initial_state is not None:
             self._state = self._initial_state(rows)
             for path, tensor in leaves(self._state):
@@ -185,7 +178,7 @@ class _Actor:
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(running))
 
     def distribution(self, observations: Any, rows: NDArray[np.int64]) -> Distribution:
-        """Return the distribution over actions in some rows of the observations, and update the state."""
+        """Return the distribution over actions for some rows of the observations, and update the state."""
         seen = self._tensors(observations, rows)
         try:
             return action_distribution(self._policy if self._initial_state is None else self._with_state, seen)
@@ -212,7 +205,7 @@ class _Actor:
         return returned[0]
 
     def _tensors(self, observations: Any, rows: NDArray[np.int64]) -> Any:
-        """Return rows of an array, or of a dict or tuple of arrays, as tensors for the policy."""
+        """Return rows of an array, or of a dict or tuple of arrays, as tensors."""
         if isinstance(observations, Mapping):
             return {name: self._tensors(part, rows) for name, part in observations.items()}
         if isinstance(observations, tuple):
@@ -226,7 +219,7 @@ class _Actor:
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _explain_dtype(self, error: RuntimeError, observations: Any) -> None:
-        """Raise an error that says what to do if torch rejected the dtype of the observations."""
+        """Raise an error with advice if torch rejected the dtype of the observations."""
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
         if others and _DTYPE_REFUSED.search(str(error)) and not isinstance(error, ChanpatchError):
@@ -238,18 +231,14 @@ class _Actor:
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Return the same tree with some rows of each tensor."""
+    """Return a tree with some rows of each tensor."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree
 
 
 def state_batch_axes(initial_state: InitialState) -> BatchAxes:
-    """Return the batch axis of each tensor of a state: the axis as long as the number of rows.
-
-    Raises:
-        RolloutError: If there is not exactly one such axis.
-    """
+    """Return the batch axis of each tensor of a state: the axis as long as the number of rows."""
     if not callable(initial_state):
         raise RolloutError(
             f"initial_state is a {type(initial_state).__name__}, but it takes a function from the number of rows to "

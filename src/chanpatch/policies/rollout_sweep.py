@@ -23,7 +23,7 @@ from ..patching.firing import Firing
 from ..patching.patch import Patch, Patches, checked_patches, labelled, labelled_patches
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
-from .episodes import BatchAxes, InitialState, play, rows_of, state_batch_axes
+from .episodes import BatchAxes, InitialState, Settings, play, rows_of, state_batch_axes
 from .results import ORIGINAL, SweptRollouts
 from .twin import PatchedPolicy
 
@@ -45,33 +45,32 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     check_nan: bool = True,
     progress: bool | None = None,
 ) -> SweptRollouts:
-    """Roll out a policy without patches and with those of each label, in the same episodes.
+    """Roll out a policy without patches and with the patches of each label, in the same episodes.
 
-    The result is that of `paired_rollouts` with one PatchedPolicy per label, in fewer forwards: the labels share the
-    vector environment, one row for each label and episode, and one forward serves all rows of a step. A patch sees
-    only the rows of its own label: activations, inputs, and the numbers of the episodes in `context.rows`. Give the
-    vector environment as many sub-environments as fit into a forward.
+    The result is that of `paired_rollouts` with one PatchedPolicy per label, in fewer forwards: each label and episode
+    has a row of its own in the vector environment. A patch gets only the rows of its own label: activations, inputs,
+    and the numbers of the episodes in `context.rows`. Give the vector environment as many sub-environments as fit into
+    a forward.
 
     The two are equal if the policy treats each row independently, and patches draw by row, as `resample_ablate` does.
     Wrap a policy without a forward in a small module that has one.
 
     Args:
         policy: A module, or its HookPoints.
-        patches: One patch or more for each label: a mapping of labels to patches, or patches, which are labelled by
-            their sites. The sites come from a trace, which proves the batch axis.
-        controls: Control patches, in the form of `patches`: each effect on the mean return is ranked among theirs.
-            With 19 or more there are p-values.
+        patches: A mapping of labels to patches, each one patch or several; or a sequence of them, labeled by their
+            sites. The sites come from a trace, which proves the batch axis.
+        controls: Control patches to rank the others among, in the same form. With 19 or more there are p-values.
         check_nan: Whether NaN that a patch introduces is an error.
         envs, seeds, max_steps, sampling_seed, greedy, initial_state, progress: As for `rollout`.
 
     Returns:
-        One rollout per label, after that of the policy without patches, `"original"`. Its `comparisons()` and its
-        printed table are the differences of mean return between each label and the original, with intervals and ranks.
+        One rollout per label, after `"original"`, that of the policy without patches. `comparisons()` has the
+        differences in mean return from the original, with intervals and ranks.
 
     Raises:
         BatchAxisError: If the batch axis of a site is not known.
-        ChanpatchError: As for `rollout` and PatchedPolicy, if there are no patches, or if the policy has batch norm or
-            dropout in training mode, which would treat the rows of all labels together.
+        ChanpatchError: As for `rollout` and PatchedPolicy; if there are no patches; or if the policy has batch norm or
+            dropout in training mode.
 
     Example:
         >>> import gymnasium, torch
@@ -95,18 +94,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         )
     state_axes = {} if initial_state is None else state_batch_axes(initial_state)
     interventions = _Interventions(policy, [*asked, *others], state_axes, check_nan=check_nan)
-    played = play(
-        interventions.twin,
-        envs,
-        seeds,
-        max_steps=max_steps,
-        sampling_seed=sampling_seed,
-        greedy=greedy,
-        initial_state=initial_state,
-        progress=progress,
-        times=1 + len(asked) + len(others),
-        around=interventions.forward,
-    )
+    settings = Settings(max_steps, sampling_seed, greedy, initial_state, progress)
+    times = 1 + len(asked) + len(others)
+    played = play(interventions.twin, envs, seeds, settings, times=times, around=interventions.forward)
     rollouts = dict(zip((ORIGINAL, *dict(asked)), played, strict=False))
     return SweptRollouts(rollouts, dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None)
 
@@ -115,12 +105,6 @@ class _Interventions:
     """A policy with the patches of every intervention inside, each applied to its own rows.
 
     Interventions are numbered from 1; 0 is the policy without patches.
-
-    Args:
-        policy: The policy, or its HookPoints.
-        patches: Each label with its patches.
-        state_axes: The batch axis of each tensor of a recurrent policy's state.
-        check_nan: Whether to look for NaN that the patches introduce.
     """
 
     def __init__(
@@ -147,7 +131,7 @@ class _Interventions:
 
     @contextmanager
     def forward(self, interventions: NDArray[np.int64]) -> Iterator[None]:
-        """Note which rows of a forward belong to which intervention, and look for NaN at its end."""
+        """Assign the rows of a forward to interventions, and look for NaN at its end."""
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
         self._cuts = {number: slice(*cut) for number, *cut in zip(numbers, starts, ends, strict=True)}

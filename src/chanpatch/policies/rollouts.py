@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RolloutError
-from .episodes import InitialState, play
+from .episodes import InitialState, Settings, play
 from .results import PairedRollouts, Rollout
 
 if TYPE_CHECKING:
@@ -24,16 +24,16 @@ def rollout(
     initial_state: InitialState | None = None,
     progress: bool | None = None,
 ) -> Rollout:
-    """Play one episode per seed, and return the results.
+    """Play one episode per seed.
 
-    The policy is called once per step, on the rows of the episodes that are still running. Patches see the step and
+    The policy is called once per step, on the rows of the episodes that are still running. Patches get the step and
     the numbers of these episodes in their `context`. If the policy treats each row independently, the result depends
-    neither on the number of environments nor on the other seeds. A seed that is listed twice is the same level with
-    other draws. Actions are not clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
+    neither on the number of environments nor on the other seeds. A repeated seed gives the same level with other
+    draws. Actions are not clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
 
     Random number generators, buffers and attributes of the policy, including lists, are restored at the end and before
     new episodes. To keep a log, append to a list that is not an attribute of the policy. If the policy is a function,
-    this holds for the modules in its closure, in its defaults and in the globals that it names.
+    the modules in its closure, its defaults and the globals that it names are restored.
 
     A recurrent policy is called as `policy(observations, state)` and returns `(output, new state)`. Each episode begins
     with its own state. Wrap a policy with other arguments, such as sb3-contrib's RecurrentPPO:
@@ -71,17 +71,8 @@ def rollout(
         4     10      10      True        False
         5     9       9       True        False
     """
-    (played,) = play(
-        policy,
-        envs,
-        seeds,
-        max_steps=max_steps,
-        sampling_seed=sampling_seed,
-        greedy=greedy,
-        initial_state=initial_state,
-        progress=progress,
-    )
-    return played
+    settings = Settings(max_steps, sampling_seed, greedy, initial_state, progress)
+    return play(policy, envs, seeds, settings)[0]
 
 
 def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented there
@@ -95,7 +86,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     initial_state: InitialState | None = None,
     progress: bool | None = None,
 ) -> PairedRollouts:
-    """Roll out several policies, one after the other, in the same episodes and with the same draw behind each action.
+    """Roll out several policies, one after the other, in the same episodes and with the same draws of actions.
 
     Args:
         policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The
@@ -122,7 +113,6 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             f"policies is of type {type(policies).__name__}; it takes policies by name, as in "
             '{"original": policy, "patched": twin}.'
         )
-    seeds = list(seeds) if isinstance(seeds, Iterable) else seeds
-    options: dict[str, Any] = {"max_steps": max_steps, "sampling_seed": sampling_seed, "greedy": greedy}
-    options |= {"initial_state": initial_state, "progress": progress}
-    return PairedRollouts({name: rollout(policy, envs, seeds, **options) for name, policy in policies.items()})
+    settings = Settings(max_steps, sampling_seed, greedy, initial_state, progress)
+    seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
+    return PairedRollouts({name: play(policy, envs, seeds, settings)[0] for name, policy in policies.items()})

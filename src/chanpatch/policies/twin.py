@@ -1,8 +1,4 @@
-"""Patches that travel with a policy: a twin that shares its weights and has the patches inside.
-
-twin = PatchedPolicy(policy, zero_ablate(points.site("embedder.relu3", channel=55)))
-twin(observations)             # patched; policy(observations) is not
-"""
+"""Patches that travel with a policy: a twin that shares its weights and has the patches inside."""
 
 from __future__ import annotations
 
@@ -29,18 +25,18 @@ from .copies import STATE, copied
 
 
 class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can be registered as one of its kind
-    """A twin of a policy: it shares the weights and has the patches inside.
+    """A twin of a policy, with patches inside.
 
-    The twin is a copy of the module tree that shares the parameters and buffers of the original. Every method and
-    every submodule of the twin is patched, the original never is. `isinstance(twin, type(policy))` holds, and
-    `state_dict` keys are equal. A root call is the outermost call of a method of the twin, or of one of its
-    submodules from outside; a patch that did not run in it is an error. The twin has its own flags, such as `training`.
+    The twin is a copy of the module tree that shares the parameters and buffers of the original. Its flags, such as
+    `training`, are its own. Every method and every submodule of the twin is patched, the original never is.
+    `isinstance(twin, type(policy))` holds, and `state_dict` keys are equal. A root call is a call of a method of the
+    twin or of one of its submodules from outside. A patch that did not run in it is an error.
 
     Args:
-        policy: The policy, any module; or its HookPoints, then every site is checked against the trace.
+        policy: The policy, any module; or its HookPoints, so that every site is checked against the trace.
         patches: One or more, applied in the order given. A twin of a twin has the patches of both.
         allow_unreached: Names of hook points whose patches need not run in every root call.
-        check_nan: Whether to raise when a patch introduces NaN.
+        check_nan: Whether NaN that a patch introduces is an error.
 
     Raises:
         HookPointError, SiteError: If a site does not exist; all faults at once.
@@ -85,7 +81,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
 
     @property
     def patches(self) -> tuple[Patch, ...]:
-        """The patches inside, in the order of application."""
+        """The patches, in the order of application."""
         return _state(self).patches
 
     @property
@@ -104,17 +100,15 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
             session.enabled = before
 
     def distribution(self, observations: Any) -> Distribution:
-        """Return the distribution over actions, patched; see `action_distribution`."""
+        """Return the patched distribution over actions; see `action_distribution`."""
         return action_distribution(self, observations)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copy and pickle as the policy without hooks, with the patches to apply again."""
         state = _state(self)
         build = functools.partial(PatchedPolicy, allow_unreached=state.allow_unreached, check_nan=state.check_nan)
         return build, (_copied(self), state.patches)  # type: ignore[arg-type]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Copy as above, even if the policy's class has its own `__deepcopy__`."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # the policy's class may have its own
         build, parts = self.__reduce_ex__(4)
         memo[id(self)] = twin = build(*copy.deepcopy(parts, memo))
         return twin
@@ -124,7 +118,7 @@ _OFFERED = ("patches", "ledger", "disable", "distribution")
 
 
 def _copied(policy: nn.Module) -> nn.Module:
-    """Return a copy of a policy that shares its weights; for a twin, of the original's class and without patches."""
+    """Return a copy of a policy that shares its weights; the copy of a twin has no patches."""
     if STATE not in vars(policy):
         return copied(policy, policy)
     kind = type(_state(policy).original)
@@ -178,8 +172,8 @@ class _TwinState(Patching):
     def on_begin(self) -> None:
         """Raise if a parameter, buffer or submodule was replaced on one side."""
         self.forget()
-        # Comparing dicts is five times as fast as a loop over their items, and compares by identity first. Only tensors
-        # of one element can be equal without being the same.
+        # A loop over the items is five times as slow. Comparing dicts compares by identity first, and only tensors of
+        # one element can be equal without being the same.
         try:
             shared = self._held == self._expected
         except RuntimeError:  # two tensors of more elements are neither equal nor unequal
@@ -202,7 +196,7 @@ class _TwinState(Patching):
         )
 
     def on_end(self, call: RootCall) -> None:
-        """Check that every patch ran that should have run in this call."""
+        """Raise if a patch did not run that should have run in this call."""
         self.raise_nan()
         names: list[str] = []
         if call.station is not None:
@@ -216,7 +210,7 @@ class _TwinState(Patching):
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
-    """Return the numbers of the patches inside each module that has some."""
+    """Return the numbers of the patches in each module that has some."""
     modules = dict(twin.named_modules(remove_duplicate=False))
     patched = [modules.get(resolve(modules, patch.site).module) for patch in patches]
     inside: dict[nn.Module, set[int]] = {}
@@ -235,10 +229,7 @@ def _state(twin: Any) -> _TwinState:
 
 @functools.cache
 def _twin_class(kind: Any, taken: frozenset[str]) -> type:
-    """Return the subclass of a policy's class in which every method begins a root call.
-
-    Names that the policy already has are kept: its `distribution` is not replaced by ours.
-    """
+    """Return the subclass of a policy's class in which every method begins a root call; the taken names stay."""
     members: dict[str, Any] = {name: vars(PatchedPolicy)[name] for name in _OFFERED if name not in taken}
     for owner in reversed(kind.__mro__[:-1]):  # but object
         for name, member in vars(owner).items():

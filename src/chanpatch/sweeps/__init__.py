@@ -1,10 +1,8 @@
 """Many patches, one by one: the effect of each on a metric, its gradient estimate, and the paths it takes.
 
-    sites = points.site("embedder.relu3").split("channel")
-    result = sweep(points, observations, patches=[zero_ablate(site) for site in sites], metric=logit_difference(0, 1))
-    result.top(10)
-
-The shared prefix runs once, and the suffix for many patches at a time if that gives the numbers of the plain loop.
+sites = points.site("embedder.relu3").split("channel")
+result = sweep(points, observations, patches=[zero_ablate(site) for site in sites], metric=logit_difference(0, 1))
+result.top(10)
 """
 
 from .attribution import attribution

@@ -15,18 +15,19 @@ from ..engine.regions import Positions, read, written
 from ..errors import MetricError, SiteError, SweepError
 from ..metrics.measured import Metric, measured
 from ..patching.contexts import nan_error, patched
-from ..patching.patch import Patch, Patches, checked_patches, labelled_patches
+from ..patching.patch import Patch, Patches
 from ..patching.recording import recording
 from ..patching.verbs import edit, patch_in
 from ..registry.points import HookPoints
 from ..registry.trace import traced
 from ..results import largest_first, progress_bar
 from .forward import Forward
+from .plan import Entry, entries_of
 from .result import Attribution
 
 
 @torch.inference_mode(mode=False)  # in which no gradient could be taken
-def attribution(
+def attribution(  # noqa: D417  # the arguments of sweep are documented there
     points_or_model: HookPoints | nn.Module,
     *inputs: Any,
     patches: Patches | Patch,
@@ -44,28 +45,21 @@ def attribution(
     in the activation.
 
     With `steps` above 1 the gradient is a mean over the straight line between the clean and the patched activation
-    (integrated gradients): the line is cut into that many equal parts, and the gradient taken in the middle of each.
-    Patches of one hook point whose regions do not overlap go along the line together, with a forward and a backward
-    per step and hook point. With many steps their estimates add up to the exact effect of all of them together, and a
-    patch that is alone has its exact effect.
+    (integrated gradients), taken in the middle of each of that many equal parts. Patches of one hook point whose
+    regions do not overlap move along the line together, with a forward and a backward per step. With many steps their
+    estimates add up to the exact effect of all of them.
 
-    The receipt: the patches with the largest estimates, and as many drawn at random, are also run.
-
-    Memory grows by one region per patch: all channels of a hook point, each by itself, take as much as one activation,
-    but as many patches of the whole hook point take as many activations. Give such patches in parts.
+    Memory grows by one region per patch. Many patches of a whole hook point take as many activations; attribute them
+    in parts.
 
     Args:
-        points_or_model: The model, which is traced with the inputs, or its HookPoints.
-        inputs: Inputs of the model.
+        points_or_model, inputs, keywords, progress: As for `sweep`.
         patches: A mapping of labels to patches, or a sequence of patches, labeled by their sites.
-        metric: A differentiable function of the output, or of the output and a keyword-only `baseline`, the unpatched
-            output; such as those in `chanpatch.metrics`.
-        steps: Number of points of the line at which the gradient is taken; 1 takes it at the clean activation itself.
-        verify: How many of the largest estimates, and how many patches drawn at random, are verified by real forwards.
+        metric: A differentiable function of the output, such as those in `chanpatch.metrics`. A keyword-only parameter
+            `baseline` gets the unpatched output.
+        steps: Number of points of the line at which the gradient is taken; 1 takes it at the clean activation.
+        verify: Number of the largest estimates, and of patches drawn at random, to verify by real forwards.
         seed: Random seed of the draw.
-        progress: Whether to show a bar of the steps and of the verifying forwards; None for one on a terminal, after
-            two seconds, if tqdm is installed.
-        keywords: Keyword inputs of the model.
 
     Raises:
         SweepError: If there are no patches, two have one label, or one label has several.
@@ -73,9 +67,9 @@ def attribution(
         MetricError: If the metric has no gradient, or does not return `(batch,)`.
 
     Warns:
-        RuntimeWarning: If a module writes in place into an activation that is patched and read elsewhere too; or if the
-            receipt shows that the estimates are poor: about zero at a hook point where verified patches have effects,
-            or ranked unlike the exact effects in the random sample. With `verify=0` there is no receipt.
+        RuntimeWarning: If a module writes in place into a patched activation that is read elsewhere too, or if the
+            verified effects show that the estimates are poor: about zero at a hook point where patches have effects,
+            or ranked differently in the random sample.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -98,14 +92,16 @@ def attribution(
         raise SweepError(
             f"steps={steps!r} and verify={verify!r}: take one step at least and verify none at least, in whole numbers."
         )
-    labels, chosen = _labelled(points, patches)
+    entries = entries_of(points, patches, "patches")
+    chosen = [_only_patch(entry, points) for entry in entries]
     run = _Runs(points, inputs, keywords, metric)
-    clean, gradients = run.gradients([*dict.fromkeys(map(_name, chosen))])
+    clean, gradients = run.gradients([*dict.fromkeys(patch.site.name for patch in chosen)])
     changes = run.changes(chosen, clean)
     lines = [*_lines(chosen, changes, clean)]
-    effect, exact, drawn = np.zeros(len(chosen)), np.full(len(chosen), np.nan), np.zeros(len(chosen), bool)
-    drawn[np.random.default_rng(seed).choice(len(chosen), min(verify, len(chosen)), replace=False)] = True
-    verified, stepped = min(2 * verify, len(chosen)), 0 if steps == 1 else steps * len(lines)
+    count = len(chosen)
+    effect, exact, drawn = np.zeros(count), np.full(count, np.nan), np.zeros(count, bool)
+    drawn[np.random.default_rng(seed).choice(count, min(verify, count), replace=False)] = True
+    verified, stepped = min(2 * verify, count), 0 if steps == 1 else steps * len(lines)
     with progress_bar(progress, stepped + verified, "forward") as advance:
         for name, rows in lines:
             gradient = gradients[name]
@@ -120,8 +116,8 @@ def attribution(
             exact[row] = run.exact(chosen[row])
             advance(1)
     found = Attribution(
-        labels=labels,
-        patches=chosen,
+        labels=tuple(entry.label for entry in entries),
+        patches=tuple(chosen),
         exact=exact,
         drawn=drawn,
         rank_correlation=_rank_correlation(effect[drawn], exact[drawn]),
@@ -130,38 +126,35 @@ def attribution(
         steps=steps,
         _effect=effect,
     )
-    _warn_of_poor_estimates(found, run)
+    if fault := _poor_estimates(found, run):
+        warnings.warn(fault, RuntimeWarning, stacklevel=3)  # at the caller, past the decorator
     return found
 
 
-def _labelled(points: HookPoints, patches: Patches | Patch) -> tuple[tuple[Any, ...], tuple[Patch, ...]]:
-    """Return labels, and one patch for each, bound to the trace."""
-    named = labelled_patches(patches, "patches", SweepError)
-    for label, each in named:
-        if len(each) != 1:
-            raise SweepError(
-                f"{label!r} has {len(each)} patches, but an attribution estimates the effects of single patches: give "
-                "each a label of its own, or sweep() several patches together."
-            )
-    chosen = checked_patches(points, [patch for _, each in named for patch in each])
-    whole = [patch.site.name for patch in chosen if not points[patch.site.name].dtype.is_floating_point]
-    if whole:
-        raise SiteError(f"'{whole[0]}' is {points[whole[0]].dtype}, which has no gradient. Patch where it is embedded.")
-    return tuple(label for label, _ in named), chosen
+def _only_patch(entry: Entry, points: HookPoints) -> Patch:
+    if len(entry.patches) > 1:
+        raise SweepError(
+            f"{entry.label!r} has {len(entry.patches)} patches, but an attribution estimates the effects of single "
+            "patches: give each a label of its own, or sweep() several patches together."
+        )
+    point = points[entry.patches[0].site.name]
+    if not point.dtype.is_floating_point:
+        raise SiteError(f"'{point.name}' is {point.dtype}, which has no gradient. Patch where it is embedded.")
+    return entry.patches[0]
 
 
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Yield a hook point and numbers of patches there whose regions do not overlap, until all patches are done."""
+    """Yield hook points, each with numbers of patches there whose regions do not overlap."""
     waiting = list(range(len(patches)))
     while waiting:
-        name = _name(patches[waiting[0]])
+        name = patches[waiting[0]].site.name
         taken = torch.zeros_like(clean[name], dtype=torch.bool)
         line, others = [], []
         for row in waiting:
             positions, _ = changes[row]
-            if _name(patches[row]) != name or read(taken, positions).any():
+            if patches[row].site.name != name or read(taken, positions).any():
                 others.append(row)
             else:
                 line.append(row)
@@ -180,59 +173,43 @@ def _rank_correlation(estimates: NDArray[np.float64], exact: NDArray[np.float64]
 
 _Change: TypeAlias = tuple[Positions, Tensor]  # a region, and the difference that a patch makes there
 _INSTEAD = "Take more steps (steps=20), a metric of logits (logit_difference), or sweep() the patches."
-_FEWEST_RANKED = 10  # patches in the random sample; the rank correlation of fewer is often low by chance
+_FEWEST_RANKED = 10  # patches in the random sample; with fewer, the rank correlation is often low by chance
 
 
-def _warn_of_poor_estimates(found: Attribution, run: _Runs) -> None:
-    """Warn if the estimates are of another model, or if the receipt shows that they are poor."""
-    names = sorted({*map(_name, found.patches)})
-    verified = ~np.isnan(found.exact)
+def _poor_estimates(found: Attribution, run: _Runs) -> str:
+    """Return why the estimates are of another model or unlike the exact effects; an empty text if they are not."""
+    names = sorted({patch.site.name for patch in found.patches})
     missed = {}
     for name in names:
-        here = verified & [_name(patch) == name for patch in found.patches]
+        here = ~np.isnan(found.exact) & [patch.site.name == name for patch in found.patches]
         largest = np.abs(found.exact[here]).max(initial=0)
         if largest > run.rounding and np.abs(found.effect()[here]).max() < 1e-3 * largest:
             missed[name] = largest
+    ranked = found.sample >= _FEWEST_RANKED and np.abs(found.exact[found.drawn]).max() > run.rounding
     if run.shares_memory:
-        what = (
+        return (
             "The model gives another output when an activation is replaced by its equal: a module writes in place into "
             f"its input, which is read elsewhere too. One of {', '.join(map(repr, names))} is such an input, and the "
             "estimates are off; the exact effects are not. Patch what the module returns, or build it without "
             "inplace=True."
         )
-    elif missed:
-        what = (
+    if missed:
+        return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
             f"metric by up to {max(missed.values()):.2g}. The metric is flat at the clean activations (a probability "
             "near 0 or 1, a divergence from the clean output), or something in between has no gradient (.detach(), "
             f"argmax, rounding). {_INSTEAD}"
         )
-    elif (
-        found.sample >= _FEWEST_RANKED
-        and found.rank_correlation < 0.5
-        and np.abs(found.exact[found.drawn]).max() > run.rounding
-    ):
-        what = (
+    if ranked and found.rank_correlation < 0.5:
+        return (
             "The estimates rank the patches unlike the exact effects: the rank correlation is "
             f"{found.rank_correlation:.2f} over {found.sample} patches drawn at random. {_INSTEAD}"
         )
-    else:
-        return
-    warnings.warn(what, RuntimeWarning, stacklevel=4)  # at the caller of attribution(), past its decorator
-
-
-def _name(patch: Patch) -> str:
-    return patch.site.name
+    return ""
 
 
 class _Runs:
-    """The runs behind an attribution, all on the same inputs.
-
-    Attributes:
-        inputs: Number of inputs.
-        rounding: The largest change in the metric that may be due to rounding.
-        shares_memory: Whether a module writes in place into a patched activation that is read elsewhere too.
-    """
+    """The runs of an attribution on the same inputs."""
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, ...], keywords: dict[str, Any], metric: Metric) -> None:
         self._points, self._metric = points, metric
@@ -241,8 +218,9 @@ class _Runs:
             self._baseline = run.kept(self._forward.output())
             self._clean = measured(metric, self._baseline, self._baseline)
         self._scale = float(self._clean.nan_to_num().abs().max())
-        self.inputs, self.rounding = len(self._clean), 1e-6 * self._scale
-        self.shares_memory = False
+        self.inputs = len(self._clean)
+        self.rounding = 1e-6 * self._scale  # a smaller change in the metric may be due to rounding
+        self.shares_memory = False  # whether a module writes in place into a patched activation that is read elsewhere
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the clean activations at hook points, and the gradients of the metric there."""
@@ -251,28 +229,27 @@ class _Runs:
             self._forward.running(),
             torch.enable_grad(),
             patched(self._points, watched),
-            recording(self._points, names, detach=False) as cache,  # which replaces activations by their equals
+            recording(self._points, names, detach=False) as cache,
         ):
-            values = self._measured(self._forward.output())
+            values = self._measured(self._forward.output())  # with each activation replaced by its equal
             clean = {name: cache[name] for name in names}
-            cut = [name for name, activation in clean.items() if not activation.requires_grad]
-            if cut:
-                raise SiteError(
-                    f"'{cut[0]}' is computed under torch.no_grad(), through which no gradient flows. sweep() its "
-                    "patches, or patch what comes after it."
-                )
+            for name, activation in clean.items():
+                if not activation.requires_grad:
+                    raise SiteError(
+                        f"'{name}' is computed under torch.no_grad(), through which no gradient flows. sweep() its "
+                        "patches, or patch what comes after it."
+                    )
             precision = 1e-2 if values.dtype in (torch.float16, torch.bfloat16) else 1e-4
             same = torch.allclose(values.detach(), self._clean, precision, precision * self._scale, equal_nan=True)
             self.shares_memory = not same
-            gradients = _gradients(values, clean)
-        return {name: activation.detach() for name, activation in clean.items()}, gradients
+            return {name: activation.detach() for name, activation in clean.items()}, _gradients(values, clean)
 
     def changes(self, patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> list[_Change]:
-        """Return the region of each patch, and the change that it alone makes there in the clean run."""
+        """Return the region of each patch, and the change that it makes there in the clean run."""
         changes: list[_Change] = []
         with self._forward.undisturbed as run:
             for patch in patches:
-                point, before = self._points[_name(patch)], clean[_name(patch)]
+                point, before = self._points[patch.site.name], clean[patch.site.name]
                 after, flags = self._forward.fire([patch], before)
                 if any(flag for _, flag in flags):
                     raise nan_error(patch)
@@ -286,10 +263,9 @@ class _Runs:
         self, name: str, clean: Tensor, changes: Sequence[_Change], steps: int, advance: Callable[[int], object]
     ) -> Tensor:
         """Return the mean of the metric's gradient along the line from the clean activation to the changed one."""
-        moved = torch.zeros_like(clean)
+        moved, total = torch.zeros_like(clean), torch.zeros_like(clean)
         for positions, difference in changes:
             moved = written(moved, positions, difference)
-        total = torch.zeros_like(clean)
         for step in range(steps):
             there = (clean + moved * ((step + 0.5) / steps)).requires_grad_()
             replaced = patch_in(self._points.site(name), there)
@@ -299,7 +275,6 @@ class _Runs:
         return total / steps
 
     def exact(self, patch: Patch) -> float:
-        """Return the effect of the patch on the metric, by a real forward."""
         with self._forward.running(), patched(self._points, patch):
             return float((self._measured(self._forward.output()) - self._clean).double().mean())
 
@@ -318,8 +293,5 @@ def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, T
             "The metric has no gradient: it counts (action_flip), or leaves the graph (.detach(), .item(), numpy). "
             "Take one that has a gradient, or sweep() the patches."
         )
-    found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, allow_unused=True)
-    return {
-        name: torch.zeros_like(activation) if gradient is None else gradient
-        for (name, activation), gradient in zip(activations.items(), found, strict=True)
-    }
+    found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, materialize_grads=True)
+    return dict(zip(activations, found, strict=True))

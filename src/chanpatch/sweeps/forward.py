@@ -1,10 +1,10 @@
-"""The forward that a sweep, an attribution or a path patch runs again and again on the same inputs."""
+"""The forward that a sweep, an attribution or a path patch repeats on the same inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +25,7 @@ _FEWEST_TO_CUT = 8  # inputs; with fewer, a forward of one input saves nothing
 
 
 class Forward:
-    """The traced method on copies of the same inputs, without side effects.
-
-    Args:
-        points: Hook points of the model.
-        inputs: Positional inputs of the model.
-        keywords: Keyword inputs.
-        check_nan: Whether to look for NaN that a patch brings in.
-        row: The number of the one row that the inputs have; None if they have all rows.
-
-    Attributes:
-        undisturbed: Restores the model after a forward.
-        prefix: The calls of the clean run.
-        rebound: The attributes of modules that the first forward set.
-    """
+    """The traced method on copies of the same inputs, without side effects."""
 
     def __init__(
         self,
@@ -49,10 +36,11 @@ class Forward:
         check_nan: bool = True,
         row: int | None = None,
     ) -> None:
-        self.points, self.inputs, self.check_nan, self.row = points, (inputs, dict(keywords)), check_nan, row
+        self.points, self.inputs, self.check_nan = points, (inputs, dict(keywords)), check_nan
+        self.row = row  # which row of the batch the inputs are; None if they are the whole batch
         self.undisturbed = undisturbed(points.model)
         self.prefix = Prefix(points.model, self.undisturbed.snapshot)
-        self.rebound: list[tuple[dict[str, Any], str]] | None = None
+        self.rebound: list[tuple[dict[str, Any], str]] | None = None  # attributes that the first forward set
 
     def __call__(self) -> Any:
         """Return the model's output."""
@@ -64,7 +52,7 @@ class Forward:
 
     @contextmanager
     def running(self, skip: int = 0) -> Iterator[undisturbed]:
-        """Restore the model at the end. One forward runs inside; its first `skip` module calls are not run again."""
+        """Prepare for one forward, of which the first `skip` module calls do not run; restore the model at the end."""
         rows = published.rows if self.row is None else [self.row]
         with (
             self.undisturbed as run,
@@ -79,44 +67,40 @@ class Forward:
         return fresh(self.points.run(*self.inputs))  # a model may return the same dict each time
 
     def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
-        """Return the activation at a site; the forward ends there."""
+        """Return the activation at a site, where the forward ends."""
         args, kwargs = copied_inputs(*self.inputs)
         with self.running(skip):
             cache: ActivationCache = run_with_cache(self.points, *args, sites=site, stop=True, **kwargs)
             return cache
 
     def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
-        """Return an activation after patches at its hook point, and the NaN flag of each that may bring NaN in."""
+        """Apply patches to the activation at their hook point; return it, and NaN flags of patches that have one."""
         args, kwargs = self.inputs
-        flags = []
+        inputs, flags = (*args, *kwargs.values()), []
         for patch in patches:
             point = self.points[patch.site.name]
-            moment = Moment(
-                (*args, *kwargs.values()), point.call or 0, published.step, published.rows, self.points.method
-            )
             firing = Firing(patch, point, check_nan=self.check_nan)
+            moment = Moment(inputs, point.call or 0, published.step, published.rows, self.points.method)
             activation = firing(activation, moment)
             flags += [] if firing.nan is None else [(patch, firing.nan)]
         return activation, flags
 
-    def of_row(self, end: Literal[0, -1]) -> Forward | None:
-        """Return the same forward of the first or last row; None if it saves nothing or rows are not known."""
+    def ends(self) -> list[Forward]:
+        """Return the same forward of the first row, and of the last; nothing if that saves no time."""
         tensors = [*with_rows(self.inputs)]
         count = len(tensors[0][1]) if tensors else 0
-        if count < _FEWEST_TO_CUT or published.rows is not None:
-            return None
-        row = range(count)[end]
-        cut: Any = self.inputs
-        for path, tensor in tensors:
-            if len(tensor) == count:
-                cut = replace(cut, path, tensor[row : row + 1])
-        inputs, keywords = cut
-        return Forward(self.points, inputs, keywords, check_nan=self.check_nan, row=row)
+        found = []
+        for row in (0, count - 1) if count >= _FEWEST_TO_CUT and published.rows is None else ():
+            cut: Any = self.inputs
+            for path, tensor in tensors:
+                cut = replace(cut, path, tensor[row : row + 1]) if len(tensor) == count else cut
+            found.append(Forward(self.points, *cut, check_nan=self.check_nan, row=row))
+        return found
 
 
 @contextmanager
 def _usual_attention() -> Iterator[None]:
-    """Switch off torch's fused attention: vmap has no rule for it, and the modules it calls depend on hooks."""
+    """Disable torch's fused attention: vmap has no rule for it, and the modules it calls depend on hooks."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

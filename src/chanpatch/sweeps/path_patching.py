@@ -1,7 +1,4 @@
-"""Path patching: the effect of one component on the output through others, and by no other path.
-
-path_patch(points, clean, corrupted, "blocks.0.attention", "blocks.3.mlp.in[0]", metric=logit_difference(0, 1))
-"""
+"""Path patching: the effect of one component on the output through others, and by no other path."""
 
 from __future__ import annotations
 
@@ -35,23 +32,22 @@ def path_patch(
 ) -> Tensor:
     """Return the effect of the direct path from a sender to receivers on a metric.
 
-    The sender gets its activation from the corrupted run. The modules between it and the receivers keep their clean
-    activations, so that the receivers see the change by the direct path alone. The activations that arrive at the
-    receivers are then patched into a clean run, and reach the output by every path.
+    The sender gets its activation from the corrupted run. Frozen modules between it and the receivers keep their clean
+    activations, so only the direct path changes the receivers. Their activations are then patched into a clean run,
+    and reach the output by every path.
 
     Args:
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
         clean: Inputs: a tensor `(batch, ...)`, or a tuple or dict of such, as the model takes them.
         corrupted: The other input of each pair.
         sender: The hook point where the path begins.
-        receivers: The hook points where it ends, later in the forward, such as the inputs of a module. A path to one of
-            them through another counts, since it begins with the path to the other.
-        metric: A function of the output, or of the output and a keyword-only `baseline`, the clean output.
-        frozen: Hook points that keep their clean activation if they lie between the sender and the last receiver. By
-            default, the outputs of all modules with weights that call no other module (Linear, Conv2d, Embedding, LSTM,
-            MultiheadAttention), except norms: those, and modules and functions without weights, are part of the direct
-            path. `()` freezes nothing, so that every path from the sender to the receivers counts. The sender, and
-            the inputs and outputs of the receivers' own calls, are never frozen.
+        receivers: The hook points where it ends, later in the forward, such as the inputs of a module. A path to one
+            receiver through another counts.
+        metric: As for `sweep`; one metric.
+        frozen: Hook points to freeze, if they lie between the sender and the last receiver. By default, the outputs of
+            all modules with weights that call no other module (Linear, Conv2d, Embedding, LSTM, MultiheadAttention),
+            except norms. `()` freezes nothing: every path from the sender to the receivers counts. The sender, and the
+            inputs and outputs of the receivers' own calls, are never frozen.
 
     Returns:
         `(batch,)`, the metric with the path patched minus the metric of the clean run.
@@ -89,10 +85,8 @@ def path_patch(
         baseline = clean_run()
     # The clean activations are patched in too, which is not a no-op if a module writes into them in place.
     before = _measured(clean_run, receiving, cache, metric, baseline)
-    with (
-        patched(points, [patch_in(sending, source), *(patch_in(site, cache) for site in held)]),
-        recording(points, receiving) as received,
-    ):
+    changes = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
+    with patched(points, changes), recording(points, receiving) as received:
         clean_run()
     return _measured(clean_run, receiving, received, metric, baseline) - before
 
@@ -106,7 +100,7 @@ def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, m
 
 
 def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen: Any) -> list[Site]:
-    """Return the sites to freeze, which lie between the sender and the last receiver."""
+    """Return the sites to freeze between the sender and the last receiver."""
     order = {name: number for number, name in enumerate(points)}
     before = [site for site in receivers if order[site.name] <= order[sender.name]]
     if before:
@@ -120,18 +114,14 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
             f"The receiver {whole[0]!r} is what the whole model returns, where every path ends. Name the module that "
             "computes it, or its input, such as 'head.in[0]'; or what is to be frozen."
         )
-    last = max(order[site.name] for site in receivers)
     if frozen is None:
-        chosen: tuple[Site, ...] = tuple(
-            points.site(point.name) for point in points.values() if _computes(point, points)
-        )
-    else:
-        frozen = frozen if isinstance(frozen, (str, Site, HookPoint)) else list(frozen)
-        chosen = sites_of(points, frozen) if frozen else ()
+        frozen = _with_weights(points)
+    each = _listed(frozen)
     ends = [points[site.name] for site in receivers]
+    last = max(order[end.name] for end in ends)
     return [
         site
-        for site in chosen
+        for site in (sites_of(points, each) if each else ())
         if order[sender.name] < order[site.name] < last and not any(_is_part(points[site.name], end) for end in ends)
     ]
 
@@ -143,26 +133,27 @@ def _is_part(point: HookPoint, receiver: HookPoint) -> bool:
 
 
 def _sites(points: HookPoints, named: Any, what: str) -> tuple[Site, ...]:
-    each = [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
+    each = _listed(named)
     if not each:
         raise SiteError(f"There is no {what}: name a hook point, such as 'head.in[0]'.")
     return sites_of(points, each)
 
 
-def _computes(point: HookPoint, points: HookPoints) -> bool:
-    """Return whether a hook point is the output of a module with weights that calls no other one and is not a norm."""
-    if point.side != "out" or not point.parameters or "norm" in point.module_type.lower():
-        return False
-    if _computes_a_weight(point):
-        return False
-    inside = f"{point.module}." if point.module else ""
-    return not any(
-        other.module.startswith(inside) and other.module != point.module and other.parameters
-        for other in points.values()
-        if not _computes_a_weight(other)
-    )
+def _listed(named: Any) -> list[Any]:
+    return [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
 
 
-def _computes_a_weight(point: HookPoint) -> bool:
-    """Return whether a hook point lies inside a parametrization, which computes weights."""
-    return "parametrizations" in point.module.split(".")
+def _with_weights(points: HookPoints) -> list[HookPoint]:
+    """Return the outputs of modules with weights that call no other such module and are not norms."""
+    # A parametrization computes weights, not activations.
+    weighted = [
+        each for each in points.values() if each.parameters and "parametrizations" not in each.module.split(".")
+    ]
+    modules = {point.module for point in weighted}
+    return [
+        point
+        for point in weighted
+        if point.side == "out"
+        and "norm" not in point.module_type.lower()
+        and not any(other.startswith(f"{point.module}." if point.module else "") for other in modules - {point.module})
+    ]

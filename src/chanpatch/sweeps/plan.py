@@ -1,9 +1,10 @@
-"""The plan of a sweep: labeled patches, the clean run, and the groups of patches that share a prefix."""
+"""The plan of a sweep: labeled patches, the clean run, and groups of patches that share a prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from ..engine.sessions import Session
 from ..errors import SweepError, UnreachedError
 from ..patching.edits import Set
 from ..patching.patch import Patch, Patches, checked_patches, labelled_patches
-from ..registry.points import root_of
+from ..registry.points import HookPoints, root_of
 from ..registry.sites import HookPoint
 from .forward import Forward
 
@@ -28,22 +29,13 @@ class Entry(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Entries whose earliest patch is at one hook point.
-
-    Attributes:
-        point: The hook point.
-        entries: Entries whose patches begin there.
-        later: The patches at other hook points, if all entries have equal ones; otherwise None.
-        skippable: Number of module calls that had finished before.
-        bytes_each: Approximate memory that one more entry takes in a forward of many.
-        on_cpu: Whether the activation is on a CPU.
-    """
+    """Entries whose earliest patch is at one hook point."""
 
     point: HookPoint
     entries: tuple[Entry, ...]
-    later: tuple[Patch, ...] | None
-    skippable: int
-    bytes_each: int
+    later: tuple[Patch, ...] | None  # the patches at other hook points; None if they differ between entries
+    skippable: int  # number of module calls that finish before the hook point
+    bytes_each: int  # approximate memory that one more entry takes in a forward of many
     on_cpu: bool
 
     def first(self, entry: Entry) -> list[Patch]:
@@ -51,74 +43,53 @@ class Group(NamedTuple):
         return [patch for patch in entry.patches if patch.site.name == self.point.name]
 
 
-def entries_of(forward: Forward, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
-    """Return a numbered entry for each label.
-
-    Args:
-        forward: The forward of the model. The sites are checked against it, all faults at once.
-        patches: The patches as the user gave them.
-        what: Their name in an error.
-        start: The number of the first entry.
-
-    Raises:
-        SweepError: If there are none, or two would have one label.
-        HookPointError, SiteError: If a site does not exist.
-    """
+def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
+    """Return an entry for each label, numbered from `start`; errors call the patches `what`."""
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
             raise SweepError(f"The {what} hold {label!r} without a patch. The unpatched output is the baseline.")
-    flat = [patch for _, each in named for patch in each]
-    checked = iter(checked_patches(forward.points, flat))
+    checked = iter(checked_patches(points, [patch for _, each in named for patch in each]))
     return [
         Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named, start)
     ]
 
 
-class _Seen(NamedTuple):
-    """The clean activation at a swept hook point."""
-
-    nbytes: int
-    on_cpu: bool
-    skippable: int
+_Seen: TypeAlias = tuple[int, bool, int]  # of a clean activation: bytes, whether on a CPU, number of calls before
 
 
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
     """Run the model once, unpatched; return its output and the groups, in execution order.
 
-    The prefix of the forward takes up to max_bytes.
-
-    Raises:
-        UnreachedError: If a patch's hook point did not run.
+    The prefix may keep outputs of up to max_bytes.
     """
     points, prefix = forward.points, forward.prefix
     session = Session(*root_of(points))
     seen: dict[str, _Seen] = {}
 
-    def noting(name: str) -> Callable[[Tensor, Session], Tensor]:
-        def note(leaf: Tensor, session: Session) -> Tensor:
-            seen[name] = _Seen(leaf.nbytes, leaf.is_cpu, prefix.so_far)
-            return leaf
+    def note(name: str, leaf: Tensor, session: Session) -> Tensor:
+        seen[name] = leaf.nbytes, leaf.is_cpu, prefix.finished
+        return leaf
 
-        return note
-
-    names = dict.fromkeys(patch.site.name for entry in entries for patch in entry.patches)
-    for name in names:
-        session.listen(points[name], "patch", noting(name))
-    session.confined = True
-    with session, prefix.remembered({points[name].module for name in names if points[name].side == "tap"}, max_bytes):
-        output = forward()
-    session.let_go()
+    first_at: dict[str, Entry] = {}
     for entry in entries:
         for patch in entry.patches:
-            if patch.site.name not in seen:
-                raise UnreachedError(
-                    f"{entry.label!r}: the patch at '{patch.site.name}' never ran in the sweep. "
-                    f"'{patch.site.name}' is not on the path that was called, or was called by its forward(), which "
-                    "runs no hooks."
-                )
+            first_at.setdefault(patch.site.name, entry)
+    for name in first_at:
+        session.listen(points[name], "patch", partial(note, name))
+    session.confined = True
+    taps = {points[name].module for name in first_at if points[name].side == "tap"}
+    with session, prefix.remembered(taps, max_bytes):
+        output = forward()
+    session.let_go()
+    for name, entry in first_at.items():
+        if name not in seen:
+            raise UnreachedError(
+                f"{entry.label!r}: the patch at '{name}' never ran in the sweep. '{name}' is not on the path that was "
+                "called, or was called by its forward(), which runs no hooks."
+            )
     groups = [*_groups(forward, entries, seen)]
-    prefix.forget_after(max(group.skippable for group in groups))
+    del prefix.calls[max(group.skippable for group in groups) :]
     return output, groups
 
 
@@ -129,27 +100,23 @@ def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen
     for entry in entries:
         first = min((patch.site.name for patch in entry.patches), key=order.__getitem__)
         later = tuple(patch for patch in entry.patches if patch.site.name != first)
-        kinds = begun.setdefault(first, {})
         key = tuple((patch.site, _key(patch.edit), _key(patch.where)) for patch in later)
-        kinds.setdefault(key, (later, []))[1].append(entry)
+        begun.setdefault(first, {}).setdefault(key, (later, []))[1].append(entry)
     for first in sorted(begun, key=order.__getitem__):
-        divided: list[tuple[tuple[Patch, ...] | None, list[Entry]]] = []
+        nbytes, on_cpu, skippable = seen[first]
+        bytes_each = _LIVE * max(nbytes, forward.prefix.largest_after(skippable))
         others: list[Entry] = []
         for later, members in begun[first].values():
             if not later or len(members) >= _FEWEST_ALIKE or len(begun[first]) == 1:
-                divided.append((later, members))
+                yield Group(forward.points[first], tuple(members), later, skippable, bytes_each, on_cpu)
             else:
                 others += members
         if others:
-            divided.append((None, others))
-        nbytes, on_cpu, skippable = seen[first]
-        bytes_each = _LIVE * max(nbytes, forward.prefix.largest_after(skippable))
-        for common, members in divided:
-            yield Group(forward.points[first], tuple(members), common, skippable, bytes_each, on_cpu)
+            yield Group(forward.points[first], tuple(others), None, skippable, bytes_each, on_cpu)
 
 
 def _key(operand: Any) -> Any:
-    """Return a key that two edits, or two masks, share only if they are sure to do the same."""
+    """Return a key; two edits or masks with equal keys surely do the same."""
     if isinstance(operand, Tensor):
         return operand.data_ptr(), operand.shape, operand.stride(), operand.dtype
     if type(operand).__module__ == Set.__module__:

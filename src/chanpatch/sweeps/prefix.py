@@ -1,4 +1,4 @@
-"""The prefix: module calls before the patches, run once and answered from memory in later forwards."""
+"""The prefix: module calls before the patches, which run once and are then answered from memory."""
 
 from __future__ import annotations
 
@@ -27,39 +27,25 @@ class StrategyError(Exception):
 
 @dataclass
 class _Call:
-    """One call of one module in the remembered forward.
-
-    Attributes:
-        module: The module.
-        output: The output of its forward, before any hook.
-        versions: Versions of the tensors in the output, at that time.
-        known: Whether the output may replace the call.
-        copied: Whether a later module writes into the output, so that each forward needs a copy.
-        left: The state of the module after the call.
-    """
+    """One call of one module in the remembered forward."""
 
     module: nn.Module
-    output: Any
-    versions: list[tuple[Tensor, int]]
-    known: bool
-    copied: bool = False
-    left: Snapshot | None = None
+    output: Any  # of its forward, before any hook
+    versions: list[tuple[Tensor, int]]  # the tensors in the output, with their versions after the call
+    left: Snapshot | None  # the state of the module after the call
+    known: bool  # whether the output may replace the call
+    copied: bool = False  # whether a later module writes into the output, so each forward needs a copy
 
     @property
     def unwritten(self) -> bool:
-        """Whether no tensor of the output was written into."""
         return all(tensor._version == version for tensor, version in self.versions)
 
 
 class Prefix:
     """The calls of one forward, each with its output, for later forwards to skip.
 
-    A call is remembered as a whole if nobody listens inside it and it draws no random numbers. Listeners at the module
-    itself run each time, because hooks run around the remembered forward. The model is restored by the caller.
-
-    Args:
-        model: The model.
-        snapshot: Its state, which holds the random generators that belong to the model.
+    A call is remembered as a whole if nobody listens inside it and it draws no random numbers. Hooks of the module
+    itself still run, around the remembered forward. The caller restores the model.
     """
 
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
@@ -67,49 +53,42 @@ class Prefix:
         self._taps: Collection[str] = ()
         self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
-        self._calls: list[_Call] = []
+        self.calls: list[_Call] = []  # in the order in which they finished
         self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of calls before it
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
-        self._number = self._skipped = 0
-
-    @property
-    def so_far(self) -> int:
-        """Number of calls that the current forward has finished."""
-        return self._number
+        self.finished = self._skipped = 0  # number of calls of the current forward
 
     def largest_after(self, number: int) -> int:
         """Return the bytes of the largest tensor that was computed after this number of calls."""
         return max((size for position, size in self._sizes.items() if position >= number), default=0)
 
-    def forget_after(self, number: int) -> None:
-        """Drop all calls after the first `number`."""
-        del self._calls[number:]
-
     @contextmanager
     def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
-        """Remember the one forward that runs inside; the hooks present now count as listeners.
+        """Remember the one forward that runs inside. The hooks present now count as listeners.
 
-        A call in which one of the taps runs is never skipped, nor are calls whose outputs would exceed max_bytes.
+        A call is not remembered if one of the taps runs in it, or if the outputs would exceed max_bytes.
         """
         self._taps, self._free_bytes = taps, max_bytes
-        hooked = {module for module in self._model.modules() if _hooked(module)}
-        self._quiet = {module: not hooked & {*module.modules()} - {module} for module in self._model.modules()}
-        with observed((), on_tap=self._on_tap), _wrapped(self._model.modules(), self._remember), _Sizes(self._on_size):
+        modules = [*self._model.modules()]
+        all_hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        hooked = {each for each in modules if all_hooked or each._forward_hooks or each._forward_pre_hooks}
+        self._quiet = {module: not hooked & {*module.modules()} - {module} for module in modules}
+        with observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Sizes(self._on_size):
             yield
-        for call in self._calls:
+        for call in self.calls:
             call.known &= call.unwritten
 
     @contextmanager
     def skipped(self, number: int) -> Iterator[None]:
         """Answer the first `number` calls from memory, in the one forward that runs inside."""
-        self._number, self._inside, self._skipped = 0, False, number
-        for call in self._calls[:number]:
+        self.finished, self._inside, self._skipped = 0, False, number
+        for call in self.calls[:number]:
             if call.known and call.left:
                 call.left.put_back()  # later modules may read what a skipped one leaves on itself
-        with _wrapped({call.module for call in self._calls[:number]}, self._replay):
+        with _wrapped({call.module for call in self.calls[:number]}, self._replay):
             yield
-        if not all(call.unwritten for call in self._calls[:number] if call.known):
+        if not all(call.unwritten for call in self.calls[:number] if call.known):
             raise StrategyError("a forward wrote into the output of an earlier module")
 
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -120,24 +99,25 @@ class Prefix:
         self._tapped, drawn = False, self._random_state()
         output = self._run(forward, *args, **kwargs)
         size = sum(tensor.nbytes for _, tensor in leaves(output))
-        # A skipped draw would change later draws, and in-place writes to inference tensors cannot be noticed.
+        # A skipped draw would change later draws, and inference tensors have no version to reveal writes in place.
         known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
-        known &= not any(tensor.is_inference() for _, tensor in leaves(output))
-        self._free_bytes -= size if known else 0
-        versions = [(tensor, tensor._version) for _, tensor in leaves(output)] if known else []
-        left = Snapshot(module.modules()).note() if known else None
-        self._calls.append(_Call(module, fresh(output) if known else None, versions, known, left=left))
+        if known and not any(tensor.is_inference() for _, tensor in leaves(output)):
+            self._free_bytes -= size
+            versions = [(tensor, tensor._version) for _, tensor in leaves(output)]
+            self.calls.append(_Call(module, fresh(output), versions, Snapshot(module.modules()).note(), known=True))
+        else:
+            self.calls.append(_Call(module, None, [], None, known=False))
         return output
 
     def _replay(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._inside or self._number >= self._skipped:
+        if self._inside or self.finished >= self._skipped:
             return forward(*args, **kwargs)
-        call = self._calls[self._number]
+        call = self.calls[self.finished]
         if call.module is not module:
             raise StrategyError(f"{type(module).__name__} was called instead of {type(call.module).__name__}")
         if not call.known:
             return self._run(forward, *args, **kwargs)
-        self._number += 1
+        self.finished += 1
         return _copy(call.output) if call.copied else fresh(call.output)
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,11 +126,11 @@ class Prefix:
             return forward(*args, **kwargs)
         finally:
             self._inside = False
-            self._number += 1
+            self.finished += 1
 
     def _keep_apart(self, written: Collection[int]) -> None:
         """Keep copies of the outputs that a module is about to write into."""
-        for call in self._calls:
+        for call in self.calls:
             if call.known and any(id(tensor) in written for tensor, _ in call.versions):
                 call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
 
@@ -161,19 +141,14 @@ class Prefix:
         return *(state.numpy().tobytes() for state in states), others, *self._snapshot.generator_states()
 
     def _on_size(self, size: int) -> None:
-        self._sizes[self._number] = max(size, self._sizes.get(self._number, 0))
+        self._sizes[self.finished] = max(size, self._sizes.get(self.finished, 0))
 
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         self._tapped |= name in self._taps
 
 
-def _hooked(module: nn.Module) -> bool:
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
-
-
 class _Sizes(TorchFunctionMode):
-    """Reports the bytes of each tensor that a function of torch computes; a view of an argument takes none."""
+    """Report the bytes of each tensor that a function of torch computes, other than views of its arguments."""
 
     def __init__(self, report: Callable[[int], None]) -> None:
         super().__init__()
@@ -190,7 +165,7 @@ class _Sizes(TorchFunctionMode):
 
 
 def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return the bytes of all scores of an attention: vmap on a CPU computes them, but a fused kernel does not."""
+    """Return the bytes of the attention scores, which vmap on a CPU computes and a fused kernel does not."""
     named = {**dict(zip(_OF_ATTENTION, args, strict=False)), **kwargs}
     if function == "scaled_dot_product_attention" and named["query"].is_cpu:
         keys: int = named["key"].shape[-2]

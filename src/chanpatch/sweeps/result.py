@@ -1,4 +1,4 @@
-"""The results of a sweep, a metric per patch and input beside the unpatched one, and of an attribution."""
+"""The results of a sweep and of an attribution."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Swept:
         point: The hook point.
         patches: Number of entries that begin there, controls included.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: Why this one, and why the faster strategies were rejected.
+        why: The reason for it, and the reasons against faster strategies.
     """
 
     point: str
@@ -40,16 +40,18 @@ class Swept:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SweepResult(Effects):
-    """The effect of each patch on one metric or several; one row per label, in the order given.
+    """The effects of patches on one metric or several: one row per label, in the order given.
+
+    Methods take the name of a metric. It is needed only if there are several.
 
     Attributes:
         labels: Label of each row.
         patches: Patches of each row, in the order of application.
-        values: By name of the metric, `(patch, input)`; one column for a metric that is one number for all inputs.
-        baseline: By name of the metric, `(input,)`: the same without any patch.
+        values: The metrics under the patches, by name: `(patch, input)`. A metric of the whole batch has one column.
+        baseline: The metrics without any patch, by name: `(input,)`.
         controls: The control patches of the same sweep, or None.
         groups: How the finished rows were run, by the hook point at which their patches begin.
-        complete: Whether every patch was run. Only the partial result of an interrupted sweep is not complete.
+        complete: Whether every patch was run; False only in the partial result of an interrupted sweep.
     """
 
     labels: tuple[Any, ...]
@@ -67,53 +69,34 @@ class SweepResult(Effects):
     def differences(self, metric: str | None = None) -> Floats:
         """Return the metric under each patch minus the metric without: `(patch, input)`.
 
-        Args:
-            metric: Name of the metric; needed if there are several.
-
         Raises:
-            MetricError: If there is no such metric, or no name is given although there are several.
+            MetricError: If there is no such metric, or there are several and none is named.
         """
         name = self._named(metric)
         return self.values[name] - self.baseline[name]
 
     def effect(self, metric: str | None = None) -> Floats:
-        """Return the mean over the inputs of the metric's change: `(patch,)`, in the metric's unit.
-
-        Args:
-            metric: As in `differences`.
-        """
+        """Return the mean difference over the inputs: `(patch,)`, in the metric's unit."""
         found: Floats = self.differences(metric).mean(axis=1)
         return found
 
     def interval(self, metric: str | None = None, *, seed: int = 0) -> Interval[Floats]:
-        """Return the effects with 95% bootstrap intervals over the inputs, each input paired with itself.
+        """Return the effects with 95% bootstrap intervals over the inputs, which count as independent.
 
-        The inputs count as independent of each other. The ends are NaN with fewer than two inputs.
-
-        Args:
-            metric: As in `differences`.
-            seed: Random seed of the bootstrap.
+        The ends are NaN with fewer than two inputs. `seed` is the random seed of the bootstrap.
         """
         return bootstrap_interval(self.differences(metric).T, seed=seed)
 
     def ranks(self, metric: str | None = None) -> list[Rank | None]:
         """Return the rank of each effect among those of the controls, by absolute value.
 
-        A p-value needs 19 controls or more, and a patch that was not picked for its effect. None for an effect that is
-        not finite, and for all if there are no controls or not all of their effects are finite.
-
-        Args:
-            metric: As in `differences`.
+        A p-value needs 19 controls or more, and a patch that was not picked for its effect. A rank is None if the
+        effect is not finite; all are None if there are no controls or one of their effects is not finite.
         """
-        # An interrupt may have left no controls.
         return ranks_among(self.effect(metric), [] if self.controls is None else self.controls.effect(metric))
 
     def top(self, count: int, metric: str | None = None) -> SweepResult:
-        """Return the rows with the largest absolute effect, the largest first.
-
-        Args:
-            count: Number of rows.
-            metric: As in `differences`.
+        """Return the `count` rows with the largest absolute effects, the largest first.
 
         Raises:
             StatisticsError: If the count is negative.
@@ -121,27 +104,23 @@ class SweepResult(Effects):
         return self._top(count, self.effect(metric))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per patch and metric, those of the controls last.
+        """Return one record per patch and metric, the controls last.
 
-        A record has the label, the metric, its mean value under the patch and without, the effect, `low` and `high` of
-        its interval and, if there are controls, whether it is one, its rank among them, p and why there is no p.
+        A record has the label, the metric, the effect with `low` and `high` of its interval, and the mean metric with
+        and without the patch. If there are controls, it also has: whether it is one, its rank among them, p, or why
+        there is no p.
         """
         if self.controls is None:
             return self._records()
         return ranked_records(self._records(), self._ranks(), self.controls._records())
 
     def plot(self, metric: str | None = None, ax: Axes | None = None) -> Axes:  # type: ignore[override]
-        """Draw a ranking of the effects; see `chanpatch.plots.effect_ranking`.
-
-        Args:
-            metric: As in `differences`.
-            ax: Axes to draw into; new axes if None.
-        """
+        """Draw the largest effects with their intervals, into new axes if `ax` is None."""
         return super(SweepResult, self._only(self._named(metric))).plot(ax)
 
     @property
     def effect_label(self) -> str:
-        """What the effects are, for a figure."""
+        """Axis label of a figure."""
         inputs = " and ".join(f"{name}, {len(values)} inputs" for name, values in self.baseline.items())
         return f"mean change ({inputs})"
 
@@ -219,21 +198,18 @@ class SweepResult(Effects):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Attribution(Effects):
-    """The estimated effect of each patch on a metric, in the order given; some of them beside the exact effect.
-
-    The table and the figure show the largest estimates first; `top` returns them.
+    """The estimated effect of each patch on a metric, in the order given, and the exact effects of some.
 
     Attributes:
         labels: Label of each patch.
         patches: One patch per row.
         exact: Effects measured by real forwards; NaN for patches that were not run.
         drawn: Which rows are in the random sample.
-        rank_correlation: Spearman's, between estimates and exact effects over the random sample, which stands for all
-            the patches; the largest estimates alone would not. NaN if fewer than three, or only equal ones, were
-            drawn.
+        rank_correlation: Spearman correlation of estimates and exact effects over the random sample. NaN if fewer than
+            three patches were drawn, or all have equal effects.
         sample: Number of patches in the random sample.
         inputs: Number of inputs.
-        steps: Number of points of the line between clean and patched at which the gradient was taken.
+        steps: Number of points between clean and patched at which the gradient was taken.
     """
 
     labels: tuple[Any, ...]
@@ -251,12 +227,12 @@ class Attribution(Effects):
         return len(self.labels)
 
     def effect(self) -> Floats:
-        """Return the estimates of the mean over inputs of the metric with the patch minus without it: `(patch,)`."""
+        """Return the estimates of the mean change in the metric over the inputs: `(patch,)`."""
         return self._effect
 
     @property
     def effect_label(self) -> str:
-        """What the effects are, for a figure."""
+        """Axis label of a figure."""
         return f"estimated mean change, {self.inputs} inputs"
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -281,12 +257,10 @@ class Attribution(Effects):
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """An interrupt (Ctrl-C) in the middle of a sweep.
-
-    It is a KeyboardInterrupt, so that it ends what an interrupt ends.
+    """A KeyboardInterrupt (Ctrl-C) in the middle of a sweep.
 
     Attributes:
-        partial: The result of the patches that were done; its `complete` is False.
+        partial: The result of the patches that were done.
     """
 
     def __init__(self, partial: SweepResult, asked_for: int) -> None:

@@ -1,7 +1,6 @@
 """Three ways to run the same patches: the plain loop, the loop without the prefix, and many patches at a time.
 
-The plain loop is the reference for the other two. The generators keep no context open while they wait, because the
-plain loop may run in between.
+The generators keep no context open between outputs, because the plain loop may run then.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _FEWEST = 8  # patches at a time from which a CPU gains
 
 
 def loop(forward: Forward, entry: Entry, *, skip: int = 0) -> Any:
-    """Return the output under an entry's patches: one step of the plain loop, if no module call is skipped."""
+    """Return the output under an entry's patches: one step of the plain loop, unless module calls are skipped."""
     with (
         labelled(entry.label),
         forward.running(skip) as run,  # hooks that are added before this would cost a new snapshot each time
@@ -49,15 +48,7 @@ def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterato
 
 
 def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: Any, max_bytes: int) -> Iterator[Any]:
-    """Yield the output under each entry, with the suffix run for many entries at a time.
-
-    Args:
-        forward: The forward, whose prefix is skipped.
-        group: The group of the entries.
-        entries: The entries, in this order.
-        baseline: The unpatched output, for its structure.
-        max_bytes: Memory for one forward of many entries.
-    """
+    """Yield the output under each entry; the suffix runs for as many entries at a time as fit into `max_bytes`."""
     paths = [path for path, _ in leaves(baseline)]
     with _refused():
         clean = forward.until(Site(group.point.name), skip=group.skippable)[group.point.name]
@@ -75,16 +66,13 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
 
 
 def gains_by_vmap(group: Group) -> bool:
-    """Return whether many patches at a time are faster than one after the other, by their size alone.
-
-    A CPU saves the overhead of a forward, and loses fused attention.
-    """
+    """Return whether many patches at a time are faster, by size: a CPU saves overhead and loses fused attention."""
     return not group.on_cpu or _FEWEST * group.bytes_each <= _CPU_BYTES
 
 
 @contextmanager
 def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
-    """Turn an error into the reason why a strategy fails."""
+    """Turn an error into a StrategyError."""
     try:
         yield
     except (but, StrategyError):
@@ -94,7 +82,7 @@ def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
 
 
 def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
-    """Return the activations `(entry, *activation)` after the patches of the entries at the group's hook point."""
+    """Return the activations `(entry, *activation)` after each entry's patches at the group's hook point."""
     stack = clean.new_empty((len(entries), *clean.shape))
     flags: list[_Flag] = []
     with forward.undisturbed as run:
@@ -118,7 +106,7 @@ _Flag: TypeAlias = tuple[Tensor, Entry, Patch]  # whether the patch introduced N
 
 
 def _raise_nan(flags: Sequence[_Flag]) -> None:
-    """Read the flags, all at once, and raise for the first patch that introduced NaN."""
+    """Raise for the first patch that introduced NaN; a device is read once."""
     if flags and torch.stack([flag for flag, *_ in flags]).any():
         entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
         with labelled(entry.label):
@@ -128,7 +116,7 @@ def _raise_nan(flags: Sequence[_Flag]) -> None:
 def _suffixes(
     forward: Forward, group: Group, entries: Sequence[Entry], stack: Tensor, paths: Sequence[Path]
 ) -> list[Tensor]:
-    """Return the tensors of the output at these paths, `(entry, ...)` each, with a stack of activations patched in."""
+    """Return the tensors of the output at these paths, `(entry, ...)` each, under a stack of activations."""
     session = Patching(forward.points, group.later or (), check_nan=forward.check_nan)
     waiting: list[Tensor] = []
 
@@ -163,7 +151,7 @@ def _suffixes(
 
 @contextmanager
 def _vmap_compatible(device: torch.device) -> Iterator[None]:
-    """Avoid what vmap has no rule for: validation of distributions, and fused attention; refuse its slow loops."""
+    """Disable validation of distributions and fused attention, for which vmap has no rule; refuse its slow loops."""
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     on_cpu = device.type == "cpu"  # the kernels of other devices have rules

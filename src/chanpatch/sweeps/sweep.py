@@ -2,19 +2,16 @@
 
 The path of a sweep, file by file:
 
-- `sweep`: `sweep()` checks its arguments, sets up what follows, and collects the numbers into a `SweepResult`.
-- `forward`: a `Forward` is the model on the same inputs. It gives copies of the inputs to each run, and restores the
-  model after it (`engine.state`).
-- `plan`: `entries_of` makes one `Entry` per label. `clean_run` runs the model once, unpatched, and sees each hook
-  point. Entries that begin at one hook point form a `Group`.
-- `prefix`: during the clean run a `Prefix` remembers the output of each module call. Later forwards skip the calls
-  before a group, and get the outputs from memory.
-- `execution`: an `Execution` runs one group after the other. It tries the fast strategies, compares two patches of the
-  group with the plain loop, and falls back to that.
+- `sweep`: `sweep()` checks its arguments and collects the numbers into a `SweepResult` (`result`).
+- `forward`: a `Forward` runs the model on copies of the same inputs, and restores the model (`engine.state`).
+- `plan`: `entries_of` makes one `Entry` per label. `clean_run` runs the model once, unpatched. Entries whose patches
+  begin at one hook point form a `Group`.
+- `prefix`: a `Prefix` remembers the module calls of the clean run. Later forwards skip those before a group.
+- `execution`: an `Execution` runs each group. It tries the fast strategies, compares two patches of the group with the
+  plain loop, and falls back to the loop.
 - `strategies`: `loop` runs the model inside `patched`. `resumed` is a loop that skips the prefix. `vmapped` applies
   each entry's patches to the clean activation, then runs the suffix under `torch.vmap` for a chunk of entries.
 - `metrics.measured`: `Metrics` measures each output.
-- `result`: a `SweepResult` holds a metric per patch and input, beside the unpatched one.
 
 `attribution` estimates the same effects by gradients, and `path_patching` splits one by path; both run a `Forward`.
 """
@@ -58,36 +55,35 @@ def sweep(
     """Return the effect of each of many patches on a metric, on the same inputs.
 
     The numbers are those of a loop of forwards inside `patched`. Each forward runs without gradients, and restores
-    random number generators, buffers, attributes and training flags. Hooks of others run in every forward. In a forward
+    random number generators, buffers, attributes and training flags. Your own hooks run in every forward. In a forward
     of many patches they get tensors of a `torch.vmap`. If they keep those, use `strategy="resume"` or `"loop"`.
 
     Args:
-        points_or_model: The model, which is traced with the inputs, or its HookPoints; then their method is run.
+        points_or_model: The model, which is traced with the inputs, or its HookPoints.
         inputs: Inputs of the model; each forward gets copies.
         patches: A mapping of labels to patches, each one patch or several that are applied together; or a sequence of
             them, labeled by their sites: `[zero_ablate(site) for site in points.site("conv1").split("channel")]`.
         metric: A function of the model's output that returns one number per input, `(batch,)`, or one number; or
             several by name. A keyword-only parameter `baseline` gets the unpatched output.
         controls: Patches to rank the others among, in the same form.
-        strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` does so
-            too, and runs the modules after it for many patches at a time. `"auto"` takes, at each hook point, the
-            fastest one that gives the numbers of the loop for two of its patches; otherwise the loop. It always loops
-            if dropout or batch norm is in training mode.
-        max_bytes: Approximate memory for the activations of one forward of many patches, and again for the outputs that
-            are kept of modules before the patches. One patch at a time runs in any case.
+        strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
+            runs the modules after it for many patches at a time. `"auto"` takes, at each hook point, the fastest one
+            that gives the numbers of the loop for two of its patches. It always loops if dropout or batch norm is in
+            training mode.
+        max_bytes: Approximate memory for the activations of one forward of many patches, and again for the remembered
+            outputs of modules before the patches. One patch at a time always runs.
         check_nan: Whether NaN that a patch introduces is an error.
-        progress: Whether to show a bar; None for one on a terminal, after two seconds, if tqdm is installed.
+        progress: Whether to show a progress bar; by default on a terminal, after two seconds, if tqdm is installed.
         keywords: Keyword inputs of the model.
 
     Raises:
         HookPointError, SiteError: If a site does not exist; all faults at once.
-        SweepError: If there are no patches, two have one label, max_bytes is not a number of bytes, or the strategy
-            that was asked for is not possible.
+        SweepError: If there are no patches, two have one label, or `max_bytes` or the strategy is not possible.
         MetricError: If a metric returns something else.
-        EditError: If the result of an edit does not fit its region; NaNError if it introduces NaN.
+        EditError, NaNError: If the result of an edit does not fit its region, or introduces NaN.
         UnreachedError: If a patch never ran.
         UnsupportedModelError: If the model ignores hooks.
-        SweepInterrupted: On Ctrl-C, with the result of the patches that are done.
+        SweepInterrupted: On Ctrl-C, with the result of the finished patches.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -110,8 +106,8 @@ def sweep(
         points = traced(points_or_model, inputs, keywords)
         refuse_unhookable(points.model)
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
-        asked = entries_of(forward, patches, "patches")
-        others = [] if controls is None else entries_of(forward, controls, "controls", len(asked))
+        asked = entries_of(points, patches, "patches")
+        others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
         output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
         metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
@@ -137,17 +133,17 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
             again = metrics(output)
         except Exception:  # any error here means that a metric read an attribute
             again = {}
-    for name, before in metrics.baseline.items():
-        if name not in again or not torch.allclose(again[name], before, equal_nan=True):
-            names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
-            raise MetricError(
-                f"A metric reads more than the output: one of {names}, which each forward sets on its module and "
-                "sweep() restores before it calls the metric. Let the model return the tensor that the metric needs."
-            )
+    before = metrics.baseline
+    if not again or not all(torch.allclose(again[name], before[name], equal_nan=True) for name in before):
+        names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
+        raise MetricError(
+            f"A metric reads more than the output: one of {names}, which each forward sets on its module and "
+            "sweep() restores before it calls the metric. Let the model return the tensor that the metric needs."
+        )
 
 
 def _count(points: HookPoints, output: Any) -> int | None:
-    """Return the number of rows in an output; None if the trace did not prove its batch axis."""
+    """Return the number of rows in an output; None if its batch axis is not known."""
     for point in points.values():
         if not point.module and point.side == "out" and point.batch_axis is not None:
             with suppress(LookupError, AttributeError, TypeError):  # another output than in the trace
@@ -158,7 +154,6 @@ def _count(points: HookPoints, output: Any) -> int | None:
 def _result(
     asked: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics, *, complete: bool
 ) -> SweepResult:
-    """Return the rows that are done as a result."""
     rows, baseline = execution.rows, {name: before.numpy() for name, before in metrics.baseline.items()}
 
     def part(entries: Sequence[Entry], controls: SweepResult | None) -> SweepResult:
