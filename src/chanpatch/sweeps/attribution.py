@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..engine.regions import Positions, read, written
 from ..errors import MetricError, SiteError, SweepError
+from ..labels import Patches, labelled_patches
 from ..metrics.measured import Metric, measured
 from ..patching.contexts import nan_error, patched
-from ..patching.patch import Patch, Patches, checked_patches, labelled_patches
+from ..patching.patch import Patch, checked_patches
 from ..patching.recording import recording
 from ..patching.verbs import edit, patch_in
 from ..registry.points import HookPoints
