@@ -207,7 +207,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mask that is none": (
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(1, 4)),
-        "where at Site('fc') is a torch.float32 tensor, but it takes a bool tensor, as in mask = column < 12.",
+        "where at Site('fc') is a torch.float32 tensor; it takes a bool tensor, such as column < 12, or a function "
+        "that returns one.",
     ),
     "an edit that returns None": (
         errors.EditError,
@@ -251,12 +252,12 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an operand that is none": (
         errors.EditError,
         lambda: Set([1.0]),  # type: ignore[arg-type]
-        "Set: the value is of type list; it takes a real number or a tensor (torch.as_tensor(value)).",
+        "Set: the value is of type list; it takes a real number or a tensor.",
     ),
     "a bound that is no number": (
         errors.EditError,
         lambda: Clamp(low="a"),  # type: ignore[arg-type]
-        "Clamp: low is 'a'; it takes a real number.",
+        "Clamp: the lower bound is 'a'; it takes a real number or None.",
     ),
     "a fraction in an integer region": (
         errors.EditError,
@@ -423,21 +424,20 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a patch that never ran": (
         errors.UnreachedError,
         run_branching_the_other_way,
-        "The patch at 'left' never ran inside patched(). The model was compiled, or 'left' is not on the path that was "
-        "called, or was called by its forward(), which runs no hooks.",
+        "The patch at 'left' never ran inside patched(). The model did not reach 'left', or reached it through "
+        "forward(), which runs no hooks, or it was compiled.",
     ),
     "a record that never ran": (
         errors.UnreachedError,
         record_the_other_way,
-        "Nothing was recorded at 'left' inside run_with_cache(). The model was compiled, or it is not on the path that "
-        "was called, or was called by its forward(), which runs no hooks.",
+        "Nothing was recorded at 'left'. The model did not reach 'left', or reached it through forward(), which runs "
+        "no hooks, or it was compiled.",
     ),
     "a twin's patch that never ran": (
         errors.UnreachedError,
         call_twin_the_other_way,
-        "The patch at 'left' never ran in __call__(). The model was compiled, or 'left' is not on the path that was "
-        "called, or was called by its forward(), which runs no hooks. If it need not run there: "
-        "allow_unreached=['left'].",
+        "The patch at 'left' never ran in __call__(). The model did not reach 'left', or reached it through forward(), "
+        "which runs no hooks, or it was compiled. If it need not run there: allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
         errors.HookPointError,

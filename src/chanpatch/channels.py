@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from .engine.paths import Path
 from .engine.state import undisturbed
 from .errors import ChanpatchError, SiteError
 from .patching.cache import ActivationCache
-from .patching.recording import run_with_cache
-from .patching.reductions import InDouble, Reduce, reduced_axes
+from .patching.recording import Recorder, Reduce, reduced_axes
 from .registry.points import HookPoints
 from .registry.sites import Site
 
@@ -120,11 +119,11 @@ def recorded(
 ) -> Iterator[ActivationCache]:
     """Yield the activations of each batch at the sites, on the CPU, reduced in double precision."""
     _check_inputs(points, inputs, batch_size, error)
-    wide = None if reduce is None else cast("Reduce", InDouble(reduce))  # not part of the public type
     for arguments, keywords in batches(inputs, batch_size, _shared(points)):
+        recorder = Recorder(points, sites, reduce, double=reduce is not None, device="cpu", stop=True)
         with torch.no_grad():
-            cache = run_with_cache(points, *arguments, sites=sites, reduce=wide, device="cpu", stop=True, **keywords)
-        yield cache
+            recorder.run_once(arguments, keywords)
+        yield recorder.result
 
 
 def _check_inputs(points: HookPoints, inputs: Any, batch_size: int, error: Fault) -> None:

@@ -253,8 +253,8 @@ def test_a_patch_that_a_root_call_did_not_reach_is_an_error_of_that_call(on_acto
     with pytest.raises(UnreachedError) as caught:
         on_actor.value(vector)
     assert str(caught.value) == (
-        "The patch at 'actor' never ran in value(). 'actor' is not on the path that was called, or was called by its "
-        "forward(), which runs no hooks. If it need not run there: allow_unreached=['actor']."
+        "The patch at 'actor' never ran in value(). The model did not reach 'actor', or reached it through forward(), "
+        "which runs no hooks. If it need not run there: allow_unreached=['actor']."
     )
 
 

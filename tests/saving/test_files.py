@@ -516,7 +516,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "an operand that is text": (
         record(operands={"value": "0"}),
-        "is damaged: EditError: Set: the value is '0'; it takes a real number or a tensor (torch.as_tensor(value)).",
+        "is damaged: EditError: Set: the value is '0'; it takes a real number or a tensor.",
     ),
     "a number that is none": (
         record(operands={"value": {"float": "__import__('os')"}}),
@@ -528,7 +528,8 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "a where that is a number": (
         record(where=1),
-        "is damaged: EditError: where at Site('fc') is int; it takes a bool tensor or a function.",
+        "is damaged: EditError: where at Site('fc') is int; it takes a bool tensor, such as column < 12, or a "
+        "function that returns one.",
     ),
     "an index that is none": (
         record(site={"name": "fc", "indices": {"feature": {"slice": ["\x1b[2J"]}}}),

@@ -14,7 +14,7 @@ from ..channels import gathered
 from ..engine.inputs import Inputs, first_batch, input_count
 from ..engine.state import undisturbed
 from ..errors import ContrastError
-from ..patching.reductions import Reduce
+from ..patching.recording import Reduce
 from ..registry.points import HookPoints
 from ..registry.sites import HookPoint, Site
 from ..registry.trace import traced

@@ -11,7 +11,7 @@ import torch
 from ..channels import Floats, background_moments, check_leaves_channels
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
-from ..patching.reductions import Reduce, reduced_axes
+from ..patching.recording import Reduce, reduced_axes
 from ..registry.points import HookPoints, sites_of
 from ..registry.sites import Site
 

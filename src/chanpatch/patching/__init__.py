@@ -1,13 +1,9 @@
-"""Reading and writing sites: edits, patches, the contexts that apply them, and recordings.
-
-with patched(points, zero_ablate(points.site("embedder.relu3", channel=55))):
-points.model(observations)
-"""
+"""Reading and writing sites: edits, patches, the contexts that apply them, and recordings."""
 
 from .cache import ActivationCache
 from .contexts import patched
 from .edits import Add, Clamp, Context, Edit, Project, Resample, Scale, Set
-from .ledger import Ledger
+from .firing import Ledger
 from .patch import Patch
 from .recording import recording, run_with_cache
 from .verbs import edit, mean_ablate, patch_in, resample_ablate, steer, zero_ablate

@@ -1,8 +1,4 @@
-"""Reading sites: recorded activations, reduced inside the hook where only sums are wanted.
-
-output, cache = run_with_cache(points, observations, sites="embedder.relu3", reduce="sum")
-cache["embedder.relu3"]        # (batch, channel)
-"""
+"""The activations of recorded sites."""
 
 from __future__ import annotations
 
@@ -21,25 +17,22 @@ from ..results import Records
 
 
 class ActivationCache(Records, Mapping[Site, Tensor]):
-    """Activations by site. A name will do for a key: of the whole hook point, or of the one site of it that is held.
+    """Activations by site.
 
-    Caches of equal sites can be added, subtracted, multiplied and divided, with each other or with a number:
-    `clean - corrupted`.
+    A name is also a key: of the whole hook point, or of its only site in the cache. Caches of equal sites can be added,
+    subtracted, multiplied and divided, with each other or with a number: `clean - corrupted`.
 
     Args:
-        activations: By site, each with the axes of its region, such as `(batch, channel, row, col)`, or with those
-            that a reduction left, such as `(batch, channel)`.
-        axes: Axis names of each activation, by site.
-        batch_axes: Which axis of each activation is the batch, by site; None where none is known.
+        activations: Activation of each site, with the axes of its region, such as `(batch, channel, row, col)`, or
+            those that a reduction left, such as `(batch, channel)`.
+        axes: Axis names of each activation.
+        batch_axes: Number of the batch axis of each activation, or None if it is not known.
     """
 
     _most = None
 
     def __init__(
-        self,
-        activations: Mapping[Site, Tensor],
-        axes: Mapping[Site, Axes],
-        batch_axes: Mapping[Site, int | None],
+        self, activations: Mapping[Site, Tensor], axes: Mapping[Site, Axes], batch_axes: Mapping[Site, int | None]
     ) -> None:
         self._parts = {site: [activation] for site, activation in activations.items()}
         self._axes, self._batch_axes = dict(axes), dict(batch_axes)
@@ -62,7 +55,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return self._axes[self._site(key)]
 
     def batch_axis(self, key: Site | str) -> int | None:
-        """Return which axis of an activation is the batch, or None."""
+        """Return the number of the batch axis of an activation, or None."""
         return self._batch_axes[self._site(key)]
 
     def _site(self, key: Site | str | HookPoint) -> Site:
@@ -70,9 +63,9 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             return key
         name = key if isinstance(key, str) else key.name
         held = [site for site in self._parts if site.name == name or (site.point and name in site.point.aliases)]
-        if isinstance(key, Site):  # another way to write the same region, as channel=-1
+        if isinstance(key, Site):  # the same region, written in another way, such as channel=-1
             held = [site for site in held if site.point is not None and normalized(key, site.point) == site]
-        elif len(held) > 1:  # the name alone means all of the hook point, where that is held
+        elif len(held) > 1:  # the name alone means the whole hook point, if it is here
             held = [site for site in held if not site.indices] or held
         if len(held) != 1:
             holds = ", ".join(map(repr, self)) or "nothing yet"
@@ -96,11 +89,10 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
             raise SiteError(f"Caches of different sites cannot be combined: {apart} is in one of them only.")
         for site, activation in self.items():
-            lengths, others = activation.shape, other[site].shape
-            if len(lengths) != len(others) or any(
-                m != n and 1 not in (m, n) for m, n in zip(lengths, others, strict=True)
-            ):
-                raise SiteError(f"{site!r} has shape {tuple(lengths)} in one cache and {tuple(others)} in the other.")
+            lengths, others = tuple(activation.shape), tuple(other[site].shape)
+            pairs = itertools.zip_longest(lengths, others)
+            if len(lengths) != len(others) or any(m != n and 1 not in (m, n) for m, n in pairs):
+                raise SiteError(f"{site!r} has shape {lengths} in one cache and {others} in the other.")
         return self._like(lambda activation, site: operation(activation, other[site]))
 
     def __add__(self, other: Any) -> ActivationCache:
@@ -119,29 +111,25 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return self._like(lambda activation, site: -activation)
 
     __radd__, __rmul__ = __add__, __mul__
-    __array_ufunc__ = None  # so that numpy's numbers leave it to the cache
+    __array_ufunc__ = None  # NumPy's numbers leave the operation to the cache
 
     def mean(self) -> ActivationCache:
-        """Return the means over the batch; the batch axis stays, with length 1.
+        """Return the means over the batch; the batch axis keeps length 1.
 
         Raises:
             BatchAxisError: If the batch axis of an activation is not known.
         """
-
-        def average(activation: Tensor, site: Site) -> Tensor:
-            axis = self._batch_axes[site]
+        for site, axis in self._batch_axes.items():
             if axis is None:
                 raise BatchAxisError(f"The mean over the batch at {site!r}: {no_batch(site)}")
-            return activation.mean(dim=axis, keepdim=True)
-
-        return self._like(average)
+        return self._like(lambda activation, site: activation.mean(dim=self._batch_axes[site], keepdim=True))
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
         """Return the cache on another device or in another dtype; arguments as for `Tensor.to`."""
         return self._like(lambda activation, site: activation.to(*args, **kwargs))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per number: site, the index on each axis by its name, value."""
+        """Return one record per element: site, index on each axis, value."""
         records = []
         for site, activation in self.items():
             values = activation.detach().cpu().flatten().tolist()
@@ -164,7 +152,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return f"ActivationCache of {len(self)} sites"
 
     def _append(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
-        """Add what one forward recorded; forwards are joined along the batch."""
+        """Add the record of one forward; forwards are joined along the batch."""
         if site in self._parts and batch_axis is None:
             raise BatchAxisError(
                 f"{site!r} was recorded in a second forward, and the two cannot be joined. {no_batch(site)} "

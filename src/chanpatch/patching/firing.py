@@ -1,15 +1,9 @@
-"""A patch at the tensor of its hook point: read the region, apply the edit, check the result, write it into a copy.
-
-    firing = Firing(patch, points["relu3"])
-    new = firing(activation, moment)
-
-No hook and no session is needed. The checks run once per kind of tensor.
-"""
+"""A patch at the tensor of its hook point, without a hook or a session: `Firing(patch, point)(activation, moment)`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -20,22 +14,17 @@ from ..engine.moments import Moment
 from ..engine.paths import inside_vmap
 from ..engine.regions import Overwrite, read, written
 from ..engine.sessions import Session
-from ..errors import BatchAxisError, EditError, TraceMismatchError
+from ..errors import EditError
 from ..registry.names import BarePoint
-from ..registry.sites import HookPoint, Site, no_batch
+from ..registry.sites import HookPoint
+from ..results import Records
 from .checks import Located, check_mask, check_operands
-from .edits import Set
-from .patch import Mask, Patch
+from .edits import Context, Set
+from .patch import Mask, Patch, edit_name
 
 
 class Firing(Located):
-    """One patch at one hook point, and what it has done so far.
-
-    Args:
-        patch: The patch.
-        point: Its hook point.
-        module: The module there; needed for axis names without a trace.
-        check_nan: Whether to look for NaN that the edit introduces.
+    """One patch at one hook point, and its counts; `module`, the module there, gives axis names without a trace.
 
     Attributes:
         reached: Whether it ran since `forget`.
@@ -51,10 +40,8 @@ class Firing(Located):
         self.reached = False
         self.nan: Tensor | None = None
         self.counts: dict[str, tuple[int, Any, Any]] = {}
-        self._edit: Callable[..., Tensor] = patch.edit
-        self._takes_context = patch.takes_context
-        self._needs_context = patch.takes_context or callable(patch.where)
-        self.wants_names = self._needs_context
+        self._edit, self._takes_context = patch.edit, patch.takes_context
+        self.wants_names = patch.takes_context or callable(patch.where)
         self._sets: Any = patch.edit.value if type(patch.edit) is Set else None
         self._check_nan = check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
@@ -62,18 +49,15 @@ class Firing(Located):
         self._overwrite: Overwrite | None = None  # writes a constant
 
     def __call__(self, leaf: Tensor, moment: Moment | Session) -> Tensor:
-        """Return the tensor with its region patched, or the very same tensor if the edit changed nothing.
-
-        Args:
-            leaf: The tensor at the hook point.
-            moment: The forward under way: its inputs, step, rows and call, for edits and `where` functions.
-        """
+        """Return the tensor with its region patched; the same object if the edit changed nothing."""
         self.locate(leaf, moment)
         if self._overwrite is not None:
             self._count(moment, None)
             return self._overwrite(leaf)
         region = read(leaf, self.positions)
-        context = self._context(leaf, moment) if self._needs_context else None
+        context = None
+        if self.wants_names:  # the edit or the `where` function takes the context
+            context = Context(moment, self.site, self.batch_axis, leaf.shape, self.positions)
         mask = None if self.patch.where is None else self._mask(self.patch.where, region, context)
         new = self._edited(region, context)
         self._count(moment, mask)
@@ -101,7 +85,7 @@ class Firing(Located):
     def _look_for_nan(self, before: Tensor, after: Tensor) -> None:
         if not (after.is_floating_point() or after.is_complex()) or after.layout != torch.strided:
             return
-        # Reading a number from another device waits for it, so only a CPU stops here when there is no NaN.
+        # Reading a number from another device would wait for it, so only a CPU looks first.
         if inside_vmap(after) or not after.is_cpu or after.isnan().any():
             found = (after.isnan() & ~before.isnan()).any()
             self.nan = found if self.nan is None else self.nan | found
@@ -114,40 +98,27 @@ class Firing(Located):
         if isinstance(self.patch.where, Tensor):
             check_mask(self.patch.where, self.site, self.axes, region.shape)
         self._overwrite = None
-        # A whole activation is left out, as each has strides of its own.
-        if self._sets is not None and self.positions and not self._check_nan and self.patch.where is None:
-            if isinstance(self._sets, Real):
-                self._overwrite = Overwrite(self.positions, self._edit(region))
-            elif self._sets.shape == region.shape:
-                self._overwrite = Overwrite(self.positions, self._sets)
+        fits = isinstance(self._sets, Real) or (self._sets is not None and self._sets.shape == region.shape)
+        # Whole activations are left out: their strides may differ.
+        if fits and self.positions and not self._check_nan and self.patch.where is None:
+            self._overwrite = Overwrite(self.positions, self._edit(region))
 
-    def _edited(self, region: Tensor, context: _Context | None) -> Tensor:
-        given = region
-        if region.is_inference():  # has no version counter, so that a write in place would not be seen
-            given, version = region.clone(), None
-        else:
-            version = region._version
+    def _edited(self, region: Tensor, context: Context | None) -> Tensor:
+        counted = not region.is_inference()  # if writes are not counted, a copy shows whether the edit wrote in place
+        given, version = (region, region._version) if counted else (region.clone(), 0)
         new = self._edit(given, context=context) if self._takes_context else self._edit(given)
-        if not _same(given, region) if version is None else region._version != version:
+        if given._version != version if counted else not torch.isclose(given, region, 0, 0, equal_nan=True).all():
             raise EditError(
                 f"{self.patch!r} wrote into its region in place. Return a new tensor: "
                 "activation * 0 instead of activation.mul_(0)."
             )
         return region if new is given else new
 
-    def _mask(self, mask: Mask, region: Tensor, context: _Context | None) -> Tensor:
+    def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
         if not isinstance(mask, Tensor):
             mask = mask(context)
             check_mask(mask, self.site, self.axes, region.shape)
-        return mask.to(region.device)  # the user's own data is often on the CPU
-
-    def _context(self, leaf: Tensor, moment: Moment | Session) -> _Context:
-        axis = self.batch_axis
-        if axis is None:
-            return _Context(moment, self.site, None, slice(None))
-        chosen = self.positions.get(axis, slice(None))
-        chosen = chosen if isinstance(chosen, slice) else chosen.cpu()  # as the numbers of the rows are
-        return _Context(moment, self.site, leaf.shape[axis], chosen)
+        return mask.to(region.device)  # masks are often made on the CPU
 
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
@@ -164,32 +135,8 @@ class Firing(Located):
         raise EditError(f"{self.patch!r} returned {what} {got}, but the region has {what} {expected}.")
 
 
-class _Context:
-    """The forward under way, as edits and `where` functions see it."""
-
-    def __init__(self, moment: Moment | Session, site: Site, batch: int | None, chosen: slice | Tensor) -> None:
-        self.inputs, self.call, self.step = moment.inputs, moment.call, moment.step
-        self._site, self._batch, self._chosen, self._rows = site, batch, chosen, moment.rows
-
-    @property
-    def rows(self) -> Tensor:
-        if self._batch is None:
-            raise BatchAxisError(f"The patch at {self._site!r} asks for rows. {no_batch(self._site)}")
-        if self._rows is None:
-            return torch.arange(self._batch)[self._chosen]
-        if len(self._rows) != self._batch:
-            raise TraceMismatchError(
-                f"The patch at {self._site!r} sees {self._batch} rows, but {len(self._rows)} are in this forward."
-            )
-        return self._rows[self._chosen]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Return how many rows, None without a batch axis, and elements of a region of this shape a patch applies to."""
+    """Return the number of rows (None without a batch axis) and of elements in the region, or in the mask."""
     rows: Any = None if batch_axis is None else region[batch_axis]
     elements: Any = region.numel()
     if mask is None:
@@ -199,3 +146,39 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
         chosen = mask.any(dim=others) if others else mask
         rows = chosen.sum() * (rows if mask.shape[batch_axis] == 1 else 1)
     return rows, mask.sum() * (elements // max(mask.numel(), 1))
+
+
+class Ledger(Records):
+    """Counts of the firings of each patch, and of the rows and elements that it wrote, by method."""
+
+    _most = None
+
+    def __init__(self, firings: Sequence[Firing]) -> None:
+        self._firings = firings
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per patch and method: method, site, edit, firings, rows, elements.
+
+        A patch that never fired has a record of zeros. `rows` is None if the batch axis is not proved.
+        """
+        return [
+            {
+                "method": method,
+                "site": repr(each.patch.site),
+                "edit": edit_name(each.patch.edit),
+                "firings": firings,
+                "rows": None if rows is None else int(rows),
+                "elements": int(elements),
+            }
+            for each in self._firings
+            for method, (firings, rows, elements) in sorted(each.counts.items()) or [("", (0, 0, 0))]
+        ]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        records = self.to_records()
+        if {record["method"] for record in records} <= {"", "__call__"}:
+            return [{name: value for name, value in record.items() if name != "method"} for record in records]
+        return records
+
+    def _title(self) -> str:
+        return f"Ledger of {len(self._firings)} patch{'es' * (len(self._firings) != 1)}"

@@ -1,57 +1,53 @@
-"""A patch as data, and what happens when it fires.
-
-Row by row of a forward: read the region, call the edit, check what came back, write it into a copy. The checks are
-made once per shape; the ledger counts from shapes alone.
-"""
+"""A patch: a site, an edit, and the elements that the edit replaces."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, is_dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from ..engine.sessions import read_only
-from ..errors import ChanpatchError, EditError, UnreachedError, UnsupportedModelError
+from ..errors import EditError, UnsupportedModelError
 from ..registry.points import HookPoints, bound
 from ..registry.sites import Site
-from .checks import check_mask, check_mask_type, check_operands, region_lengths
-from .edits import Edit, Set
+from .checks import check_mask, check_operands, region_lengths
+from .edits import Edit, Resample, Set
 
 Mask: TypeAlias = "Tensor | Callable[..., Tensor]"
 
 
 def edit_name(edit: Any) -> str:
-    """Return what to call an edit in a table."""
+    """Return the name of an edit, for a table."""
     return type(edit).__name__ if is_dataclass(edit) else getattr(edit, "__name__", type(edit).__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A site, what is done to it, and to which of its elements.
+    """A site, an edit, and the elements that the edit replaces.
 
     Args:
-        site: Where.
-        edit: A callable `activation -> activation`; it gets the region and returns a new tensor of the same shape,
-            dtype and device. One with a keyword-only parameter `context` gets a `chanpatch.patching.Context` too.
-        where: Which elements of the region are replaced: a bool tensor with one length per axis of the region, each
-            equal to the region's or 1, or a function of the context that returns one. None means all of them.
+        site: The site.
+        edit: A callable `activation -> activation`. It gets the region and returns a new tensor of the same shape,
+            dtype and device. If it has a keyword-only parameter `context`, it gets a `chanpatch.patching.Context` too.
+        where: Elements of the region to replace: a bool tensor with one length per axis of the region, each equal or 1,
+            or a function of the context that returns one; None for all.
 
     Raises:
-        TypeError: If the edit cannot be called or the site is none.
-        EditError: If `where` is no bool tensor, or an operand of the edit does not fit a traced site.
+        TypeError: If `site` is not a Site.
+        EditError: If the edit cannot be called, `where` is neither a bool tensor nor a function, or an operand of the
+            edit does not fit a traced site.
+        UnsupportedModelError: If the site is inside a distribution, and so can only be recorded.
     """
 
     site: Site
-    edit: Edit | Callable[..., Tensor]
+    edit: Edit
     where: Mask | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be known before the model runs."""
         if not isinstance(self.site, Site):
             raise TypeError(f"A patch needs a Site, not {type(self.site).__name__}: Site('conv1', channel=5).")
         if not callable(self.edit):
@@ -59,69 +55,50 @@ class Patch:
                 f"The edit at {self.site!r} is {type(self.edit).__name__}, which cannot be called. "
                 "Use Set(value) to put a value there, or a function activation -> activation."
             )
-        if isinstance(self.where, Tensor):
-            check_mask_type(self.where, self.site)
-        elif self.where is not None and not callable(self.where):
-            raise EditError(
-                f"where at {self.site!r} is {type(self.where).__name__}; it takes a bool tensor or a function."
-            )
         point = self.site.point
-        if point is not None:
+        axes, lengths = ((), None) if point is None else (point.axes, region_lengths(self.site, point))
+        if point is not None and lengths is not None:
             if point.read_only:
                 raise UnsupportedModelError(read_only(point.name))
-            lengths = region_lengths(self.site, point)
-            check_operands(self.edit, self.site, point.axes, lengths, point.dtype, point.device)
-            if isinstance(self.where, Tensor):
-                check_mask(self.where, self.site, point.axes, lengths)
+            check_operands(self.edit, self.site, axes, lengths, point.dtype, point.device)
+        if self.where is not None and not callable(self.where):
+            check_mask(self.where, self.site, axes, lengths)
 
     @cached_property
     def takes_context(self) -> bool:
         """Whether the edit has a keyword-only parameter `context`."""
-        kind: Any = type(self.edit)
-        return _class_takes_context(kind) if kind.__module__ == Set.__module__ else _takes_context(self.edit)
+        if type(self.edit).__module__ == Set.__module__:
+            return isinstance(self.edit, Resample)
+        try:
+            parameter = inspect.signature(self.edit).parameters.get("context")
+        except (TypeError, ValueError):  # some builtins have no signature
+            return False
+        if parameter is None:
+            return False
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty:
+            raise EditError(
+                f"{edit_name(self.edit)} takes `context` by position. An edit takes it by keyword only: "
+                "def function(activation, *, context)."
+            )
+        return parameter.kind is parameter.KEYWORD_ONLY
 
     @property
     def runs_only_ours(self) -> bool:
-        """Whether no function of the user's runs in it, so that it leaves nothing behind but what it returns."""
+        """Whether it runs no code of the user, and so has no side effects."""
         return type(self.edit).__module__ == Set.__module__ and not callable(self.where)
 
     def __repr__(self) -> str:
         return f"Patch({self.site!r}, {edit_name(self.edit)}{', where=...' if self.where is not None else ''})"
 
 
-def _takes_context(edit: Callable[..., Any]) -> bool:
-    try:
-        parameter = inspect.signature(edit).parameters.get("context")
-    except (TypeError, ValueError):  # some builtins have no signature
-        return False
-    if parameter is None:
-        return False
-    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty:
-        raise EditError(
-            f"{edit_name(edit)} takes `context` by position. An edit takes it by keyword alone: "
-            "def function(activation, *, context)."
-        )
-    return parameter.kind is parameter.KEYWORD_ONLY
-
-
-@cache
-def _class_takes_context(kind: Any) -> bool:
-    return _takes_context(kind.__call__)
-
-
 def checked_patches(
     points_or_model: HookPoints | nn.Module | None, patches: Patch | Iterable[Patch]
 ) -> tuple[Patch, ...]:
-    """Return patches whose sites are bound to the trace, or checked by name, all faults at once.
+    """Return patches with sites that are bound to the trace, or checked by name, all faults at once.
 
-    Without hook points or a model, only the type of the patches is checked.
-
-    Raises:
-        TypeError: If something else than patches is among them.
-        HookPointError, SiteError: If a site does not exist.
-        EditError: If an operand does not fit a traced site.
+    Without a model, only the types of the patches are checked.
     """
-    each = _together(patches)
+    each = together(patches)
     if points_or_model is None:
         return each
     sites = bound(points_or_model, [patch.site for patch in each])
@@ -131,60 +108,10 @@ def checked_patches(
     )
 
 
-Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
-
-
-def label_of(site: Site) -> str:
-    """Return the label of a patch that was given none."""
-    return repr(site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)
-
-
-def labelled_patches(
-    patches: Patches | Patch, what: str, fault: type[ChanpatchError]
-) -> list[tuple[Any, tuple[Patch, ...]]]:
-    """Return each label with its patches; where there is no mapping, the labels are made of the sites.
-
-    Args:
-        patches: As the user gave them.
-        what: How to call them in an error.
-        fault: The error to raise.
-
-    Raises:
-        TypeError: If something else than patches is among them.
-    """
-    if not isinstance(patches, Iterable):
-        patches = [patches]
-    if isinstance(patches, Mapping):
-        named = [(label, _together(each)) for label, each in patches.items()]
-    else:
-        named = [(" + ".join(label_of(patch.site) for patch in each), each) for each in map(_together, patches)]
-    if not named:
-        raise fault(f"There are no {what}: the mapping or the sequence is empty.")
-    labels = [label for label, _ in named]
-    twice = next((label for label in labels if labels.count(label) > 1), None) if len({*labels}) < len(labels) else None
-    if twice is not None:
-        raise fault(
-            f"Two of the {what} are at {twice}, which makes one label for both. Give a mapping of labels to patches."
-        )
-    return named
-
-
-def _together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
+def together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
+    """Return one patch or several as a tuple; raise TypeError for anything else."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
             raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
     return each
-
-
-@contextmanager
-def labelled(label: object) -> Iterator[None]:
-    """Say in an error of which patch it is."""
-    try:
-        yield
-    except (EditError, UnreachedError) as fault:
-        raise type(fault)(f"{label!r}: {fault}") from fault
-    except Exception as fault:
-        if hasattr(fault, "add_note"):  # from Python 3.11 on
-            fault.add_note(f"This is of the patch {label!r} in a sweep.")
-        raise

@@ -1,34 +1,33 @@
-"""Reading sites: recorded activations, reduced inside the hook where only sums are wanted.
-
-output, cache = run_with_cache(points, observations, sites="embedder.relu3", reduce="sum")
-cache["embedder.relu3"]        # (batch, channel)
-"""
+"""Recording sites, and reducing the records inside the hook if only sums are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
 
+import einops
 import torch
 from torch import Tensor, nn
 
-from ..engine.hooks import refuse_unhookable
 from ..engine.paths import inside_vmap
 from ..engine.regions import read, written
 from ..engine.sessions import Session, StopForward
-from ..errors import UnreachedError, UnsupportedModelError
+from ..errors import SiteError, UnsupportedModelError
 from ..registry.names import BarePoint
-from ..registry.points import HookPoints, model_of, resolve, root_of, sites_of
+from ..registry.points import HookPoints, resolve, sites_of
 from ..registry.sites import Axes, HookPoint, Site
 from .cache import ActivationCache
-from .checks import Located, allowed_names, region_lengths
-from .contexts import Opened
-from .reductions import Reduce, reduced, reduced_axes
+from .checks import Located, region_lengths
+from .contexts import ContextSession, Opened, allowed_names, check_reached
+
+Reduce: TypeAlias = 'Literal["sum", "mean", "max", "norm"] | tuple[str, str | Callable[..., Tensor]]'
+Sites: TypeAlias = "str | Site | HookPoint | Iterable[str | Site | HookPoint]"
 
 
 def recording(
     points_or_model: HookPoints | nn.Module,
-    sites: str | Site | HookPoint | Iterable[str | Site | HookPoint],
+    sites: Sites,
     reduce: Reduce | None = None,
     before: bool = False,
     *,
@@ -36,29 +35,29 @@ def recording(
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
 ) -> Opened[ActivationCache]:
-    """Record sites while the context is open; several forwards are joined along the batch.
+    """Record sites while the context is open; forwards are joined along the batch.
 
-    It is a decorator too: then each call of the function records into a cache of its own.
+    It is also a decorator: then each call of the function records into its own cache.
 
     Args:
-        points_or_model: The model, or its HookPoints: then every site is checked against the trace at once.
+        points_or_model: The model, or its HookPoints, which check every site against the trace.
         sites: Names, sites or hook points; HookPoints for all of theirs.
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes but batch, channel and feature, or an einops
             pair `("b c h w -> b c", "sum")`. Reduced inside the hook: only the result is kept.
-        before: Record what the patches found instead of what they left.
-        detach: Cut the record from the graph. False keeps it there, and what follows is computed from it, so that
-            `torch.autograd.grad(output, cache[site])` is the gradient at the site; a reduced record is a branch.
-        device: Where records are kept; their own device if None.
+        before: Whether to record the activation before the patches instead of after them.
+        detach: Whether to cut the record from the graph. If False, the rest of the forward is computed from the record,
+            so `torch.autograd.grad(output, cache[site])` is the gradient at the site; a reduced record is a branch.
+        device: Device of the records; None leaves each on its own.
         allow_unreached: Names of hook points that need not run.
 
     Yields:
         The cache, which fills as the model runs.
 
     Raises:
-        HookPointError, SiteError: At once, if a site does not exist or cannot be reduced so, or there is none.
-        ValueError: At once, if `allow_unreached` has a name that is not recorded.
-        UnreachedError: At exit, if a site never ran; it masks no exception in flight.
-        UnsupportedModelError: At once, if the model ignores hooks.
+        HookPointError, SiteError: If a site does not exist or cannot be reduced in this way, or if there are no sites.
+        ValueError: If a name in `allow_unreached` is not recorded.
+        UnsupportedModelError: If the model ignores hooks.
+        UnreachedError: At exit, if a site was never reached and no other exception is in flight.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -67,20 +66,19 @@ def recording(
         >>> cache["0"].shape
         torch.Size([2, 8])
     """
-    # Of iterators nothing would be left for a second entry.
-    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)
+    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # an iterator has one pass only
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     return Opened(
-        lambda: _Recorder(
+        lambda: Recorder(
             points_or_model, chosen, reduce, before=before, detach=detach, device=device, allow_unreached=allowed
         )
     )
 
 
-def run_with_cache(
+def run_with_cache(  # noqa: D417
     points_or_model: HookPoints | nn.Module,
     *inputs: Any,
-    sites: str | Site | HookPoint | Iterable[str | Site | HookPoint],
+    sites: Sites,
     reduce: Reduce | None = None,
     device: torch.device | str | None = None,
     stop: bool = False,
@@ -90,24 +88,19 @@ def run_with_cache(
     """Run the model once and return its output and the recorded sites.
 
     Args:
-        points_or_model: The model, or its HookPoints: then their method is run.
-        inputs: What the model takes.
-        sites: As in recording.
-        reduce: As in recording.
-        device: As in recording.
-        stop: Return the cache alone, and end the forward as soon as every site was recorded. A forward of a model
-            without a trace runs on where a site names no call (`relu` rather than `relu#0`), since only the rest of
-            it can tell whether the module is called again, which is an error; so does one that changes its own
-            parameters for a while, as the trace shows, since it has to change them back.
-        detach: As in recording.
+        points_or_model: The model, or its HookPoints, whose method is run.
+        inputs: Inputs of the model.
+        sites, reduce, device, detach: As in recording.
+        stop: Whether to return the cache alone and end the forward once every site is recorded. A forward without a
+            trace runs on if a site names no call (`relu`, not `relu#0`), because a second call of the module is an
+            error. So does one that replaces its own parameters for a while, because it has to restore them.
         keywords: Keyword inputs of the model.
 
     Returns:
         `(output, cache)`, or the cache if `stop`.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist or cannot be reduced so, or there is none.
-        UnreachedError: If a site never ran.
+        HookPointError, SiteError, UnreachedError: As in recording.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU())
@@ -115,95 +108,81 @@ def run_with_cache(
         >>> torch.equal(cache["0"].relu(), output)
         True
     """
-    recorder = _Recorder(points_or_model, sites, reduce, detach=detach, device=device, stop=stop)
-    output, gradients = None, torch.is_grad_enabled()
-    with recorder:
-        try:
-            output = getattr(recorder.root, recorder.method)(*inputs, **keywords)
-        except StopForward as ended:
-            if ended.args != (recorder,):
-                raise
-            torch.set_grad_enabled(gradients)  # the forward may have meant to do so at its end
-    recorder.raise_unreached("inside run_with_cache()")
-    recorder.let_go()
+    recorder = Recorder(points_or_model, sites, reduce, detach=detach, device=device, stop=stop)
+    output = recorder.run_once(inputs, keywords)
     return recorder.result if stop else (output, recorder.result)
 
 
-class _Recorder(Session):
-    """A session that records sites into a cache."""
-
-    confined = True
+class Recorder(ContextSession):
+    """A session that records sites, as `recording` and `run_with_cache` do; `double` reduces in double precision."""
 
     def __init__(
         self,
         points_or_model: HookPoints | nn.Module,
-        sites: str | Site | HookPoint | Iterable[str | Site | HookPoint],
+        sites: Sites,
         reduce: Reduce | None,
         *,
-        detach: bool,
-        device: torch.device | str | None,
+        double: bool = False,
         before: bool = False,
+        detach: bool = True,
+        device: torch.device | str | None = None,
         stop: bool = False,
         allow_unreached: Iterable[str] = (),
     ) -> None:
-        refuse_unhookable(model_of(points_or_model))
-        super().__init__(*root_of(points_or_model))
+        super().__init__(points_or_model)
         self.result = ActivationCache({}, {}, {})
-        self.reduce, self.device, self.keeps_graph = reduce, device, not detach
+        self.reduce, self.double, self.device, self.keeps_graph = reduce, double, device, not detach
         self._sites = sites_of(points_or_model, sites)
         self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "nothing is recorded")
-        self._missing: set[Site] = set()
-        self._stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
+        self.missing: set[Site] = set()
+        self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:
             point = resolve(self.modules, site)
-            # Without a trace, a module that is called again would be an error, which only the rest can tell.
-            self._stops &= isinstance(point, HookPoint) or point.call is not None
+            # Without a trace, the rest of the forward may call the module again, which is an error.
+            self.stops &= isinstance(point, HookPoint) or point.call is not None
             record = _Record(self, site, point, self.modules.get(point.module))
             self.listen(point, "before" if before else "after", record)
 
-    def recorded(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
-        """Keep what was recorded at a site."""
-        self.result._append(site, activation, axes, batch_axis)
-        self._missing.discard(site)
-        if self._stops and not self._missing:
-            self.stop(self)
+    def run_once(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+        """Run the model and return its output, or None if it was ended early; raise if a site was never reached."""
+        output, gradients = None, torch.is_grad_enabled()
+        with self:
+            try:
+                output = getattr(self.root, self.method)(*inputs, **keywords)
+            except StopForward as ended:
+                if ended.args != (self,):
+                    raise
+                torch.set_grad_enabled(gradients)  # the forward may have changed it for a while
+        self.finish(None)
+        self.let_go()
+        return output
 
     def on_begin(self) -> None:
-        """Start to wait for all sites again."""
-        self._missing = set(self._sites)
+        """Wait for every site again."""
+        self.missing = set(self._sites)
 
-    def failed(self, error: Exception) -> None:
-        """Leave an exception as it is."""
-
-    def finish(self) -> None:
-        self.raise_unreached("inside recording()")
-
-    def raise_unreached(self, where: str) -> None:
-        names = [site.name for site in self._sites if site not in self.result and site.name not in self._allowed]
-        if names:
-            listed = ", ".join(f"'{name}'" for name in dict.fromkeys(names))
-            raise UnreachedError(
-                f"Nothing was recorded at {listed} {where}. The model was compiled, or it is not on the path that "
-                "was called, or was called by its forward(), which runs no hooks."
-            )
+    def finish(self, error: Exception | None) -> None:
+        """Raise if a site was never reached, but mask no exception in flight."""
+        missing = [site.name for site in self._sites if site not in self.result and site.name not in self._allowed]
+        if error is None:
+            check_reached("Nothing was recorded at {}", dict.fromkeys(missing))
 
 
 class _Record(Located):
-    """What records one site."""
+    """The listener that records one site."""
 
-    def __init__(self, recorder: _Recorder, site: Site, point: HookPoint | BarePoint, module: nn.Module | None) -> None:
+    def __init__(self, recorder: Recorder, site: Site, point: HookPoint | BarePoint, module: nn.Module | None) -> None:
         super().__init__(site, point, module)
         self._recorder = recorder
         self.wants_names = isinstance(recorder.reduce, str)
-        self._kept: tuple[Axes, int | None] = ((), None)  # what the reduction leaves
-        if isinstance(point, HookPoint):
+        if isinstance(point, HookPoint) and recorder.reduce is not None:  # check that the reduction applies
             lengths = [1 if length is None else length for length in region_lengths(site, point)]
-            if recorder.reduce is not None:
-                reduced(torch.empty(lengths, dtype=point.dtype, device="meta"), site, point.axes, recorder.reduce)
+            region = torch.empty(lengths, dtype=point.dtype, device="meta")
+            reduced(region, site, point.axes, recorder.reduce, double=recorder.double)
 
     def __call__(self, leaf: Tensor, session: Session) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
-            return leaf  # a backward pass computes anew what was recorded, as torch.utils.checkpoint has it do
+            return leaf  # torch.utils.checkpoint repeats the forward in the backward pass: it is recorded already
         if inside_vmap(leaf):
             raise UnsupportedModelError(
                 f"{self.site!r} cannot be recorded inside torch.vmap, which its record would have to leave. Call the "
@@ -214,20 +193,82 @@ class _Record(Located):
         region = read(leaf, self.positions)
         if not recorder.keeps_graph:
             region = region.detach()
-        value = reduced(region, self.site, self.axes, recorder.reduce)
-        on_the_way = value is region and recorder.keeps_graph  # what follows is computed from the record
-        # What an index list selects is a copy already.
-        copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())
-        # On the way, too, it is a node of its own: what a module computed from its result before it returned it is no
-        # part of what follows, and what is written into it in place later is no part of the record.
-        if on_the_way or (not copied and (value is region or value._is_view())):
+        value = reduced(region, self.site, self.axes, recorder.reduce, double=recorder.double)
+        in_forward = value is region and recorder.keeps_graph  # the rest of the forward is computed from the record
+        copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())  # index lists copy
+        # In the forward, too, the record is a clone: a node of its own in the graph, safe from writes in place.
+        if in_forward or (not copied and (value is region or value._is_view())):
             value = value.clone()
         if recorder.device is not None:
             value = value.to(recorder.device)
-        recorder.recorded(self.site, value, *self._kept)
-        return written(leaf, self.positions, value.clone()) if on_the_way else leaf
+        recorder.result._append(self.site, value, *self._kept)
+        recorder.missing.discard(self.site)
+        if recorder.stops and not recorder.missing:
+            recorder.stop(recorder)
+        return written(leaf, self.positions, value.clone()) if in_forward else leaf
 
     def _check(self, leaf: Tensor) -> None:
         axes = reduced_axes(self.site, self.axes, self._recorder.reduce)
         batch = None if self.batch_axis is None else self.axes[self.batch_axis]
         self._kept = axes, axes.index(batch) if batch in axes else None
+
+
+_KEPT = ("batch", "channel", "feature")
+_BUILT_IN: dict[str, Any] = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "norm": torch.linalg.vector_norm}
+_TOKEN = re.compile(r"\([^)]*\)|\S+")
+
+
+def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
+    """Return the axes that a reduction leaves; raise SiteError if it does not exist or the axes have no names."""
+    if reduce is None:
+        return axes
+    if isinstance(reduce, tuple):
+        left, _, right = reduce[0].partition("->")
+        rest = len(axes) - len(_TOKEN.findall(left)) + 1
+        tokens, remain = (_expanded(side, rest) for side in (left, right))
+        named = dict(zip(tokens, axes, strict=True)) if len(tokens) == len(axes) else {}
+        return tuple(named.get(token, token.strip("()")) for token in remain)
+    if reduce not in _BUILT_IN:
+        raise SiteError(
+            f"reduce={reduce!r}: it is 'sum', 'mean', 'max', 'norm' or an einops pair ('b c h w -> b c', 'sum')."
+        )
+    unnamed = [axis for axis in axes if re.fullmatch(r"axis\d+", axis)]
+    if unnamed:
+        raise SiteError(
+            f"reduce={reduce!r} at {site!r} keeps batch, channel and feature, but the axes ({', '.join(axes)}) have no "
+            f"such names. Name them, hook_points(..., axes={{'{site.name}': (...)}}), or give an einops pair."
+        )
+    return tuple(axis for axis in axes if axis in _KEPT)
+
+
+def _expanded(side: str, rest: int) -> list[str]:
+    """Return the tokens of one side of a pattern; an ellipsis becomes `rest` tokens."""
+    dots = [f"...{number}" for number in range(rest)]
+    return [each for token in _TOKEN.findall(side) for each in (dots if token == "..." else [token])]
+
+
+def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, double: bool = False) -> Tensor:
+    """Return a reduced region, also on the meta device; raise SiteError if the reduction does not apply to it."""
+    if double:
+        if region.is_complex():
+            raise SiteError(
+                f"{site!r} is {region.dtype}, and a double holds half of a complex number only. Give "
+                "torch.view_as_real of it a name in the forward, tap('name', ...), and take that."
+            )
+        region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # Apple GPUs lack doubles
+    kept = reduced_axes(site, axes, reduce)
+    if reduce is None or kept == axes:
+        # Without an axis to reduce, a number is its own sum, mean and maximum, but not its own norm.
+        return region.abs() if reduce == "norm" else region
+    if region.dtype in (torch.float16, torch.bfloat16):
+        region = region.float()  # a sum soon overflows half precision
+    try:
+        if isinstance(reduce, tuple):
+            return einops.reduce(region, *reduce)
+        over = [number for number, axis in enumerate(axes) if axis not in kept]
+        return _BUILT_IN[reduce](region, dim=over)  # type: ignore[no-any-return]
+    except (einops.EinopsError, RuntimeError, TypeError) as fault:
+        raise SiteError(
+            f"reduce={reduce!r} does not apply at {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "
+            f"{str(fault).strip()}"
+        ) from fault

@@ -16,8 +16,8 @@ from torch.distributions import Distribution
 from ..engine.hooks import eager, is_compiling, observed, refuse_unhookable
 from ..engine.sessions import RootCall
 from ..errors import UnsupportedModelError
-from ..patching.contexts import Patching
-from ..patching.ledger import Ledger
+from ..patching.contexts import Patching, check_reached, raise_nan
+from ..patching.firing import Ledger
 from ..patching.patch import Patch, checked_patches
 from ..registry.points import HookPoints, model_of, resolve
 from .actions import action_distribution
@@ -87,7 +87,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
     @property
     def ledger(self) -> Ledger:
         """The firings, rows and elements of each patch so far, by method."""
-        return _state(self).ledger
+        ledger: Ledger = _state(self).result
+        return ledger
 
     @contextmanager
     def disable(self) -> Iterator[None]:
@@ -130,6 +131,8 @@ def _copied(policy: nn.Module) -> nn.Module:
 class _TwinState(Patching):
     """The session of a twin, always attached, and the policy that the twin was made from."""
 
+    confined = False
+
     def __init__(
         self, twin: nn.Module, original: nn.Module, patches: Iterable[Patch], allowed: Iterable[str], *, check_nan: bool
     ) -> None:
@@ -167,7 +170,7 @@ class _TwinState(Patching):
 
     def on_error(self, error: Exception) -> None:
         """Raise NaNError if a distribution refused NaN that a patch introduced."""
-        self.raise_nan(error)
+        raise_nan(self.firings, error)
 
     def on_begin(self) -> None:
         """Raise if a parameter, buffer or submodule was replaced on one side."""
@@ -197,7 +200,7 @@ class _TwinState(Patching):
 
     def on_end(self, call: RootCall) -> None:
         """Raise if a patch did not run that should have run in this call."""
-        self.raise_nan()
+        raise_nan(self.firings)
         names: list[str] = []
         if call.station is not None:
             names = self.unreached(self._inside.get(call.station.module_id, ()))
@@ -206,7 +209,7 @@ class _TwinState(Patching):
         if names:
             advice = f" If it need not run there: allow_unreached={names!r}."
             compiled = call.method == "__call__"  # a method is only checked once its modules were seen to run
-            self.raise_unreached(names, f"in {call.method}()", compiled=compiled, advice=advice)
+            check_reached(f"The patch at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice)
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:

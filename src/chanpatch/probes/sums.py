@@ -12,7 +12,7 @@ from ..channels import channel_axis, check_leaves_channels, recorded, rows
 from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
-from ..patching.reductions import Reduce
+from ..patching.recording import Reduce
 from ..registry.points import HookPoints, sites_of
 from ..registry.sites import HookPoint, Site
 from ..registry.trace import traced

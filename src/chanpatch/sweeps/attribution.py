@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..engine.regions import Positions, read, written
 from ..errors import MetricError, SiteError, SweepError
+from ..labels import Patches
 from ..metrics.measured import Metric, measured
 from ..patching.contexts import nan_error, patched
-from ..patching.patch import Patch, Patches
+from ..patching.patch import Patch
 from ..patching.recording import recording
 from ..patching.verbs import edit, patch_in
 from ..registry.points import HookPoints

@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..engine.paths import Path, leaves, replace
 from ..engine.sessions import Session
 from ..errors import EditError, NaNError
+from ..labels import labelled
 from ..patching.contexts import Patching, nan_error, patched
-from ..patching.patch import Patch, labelled
+from ..patching.patch import Patch
 from ..registry.sites import Site
 from .forward import Forward
 from .plan import Entry, Group
@@ -134,7 +135,6 @@ def _suffixes(
         return [leaf for _, leaf in output], flags
 
     session.listen(group.point, "patch", put)
-    session.confined = True
     try:
         with forward.running(group.skippable), session, _vmap_compatible(stack.device):
             tensors: list[Tensor]

@@ -29,8 +29,8 @@ from torch import nn
 from ..engine.hooks import refuse_unhookable
 from ..engine.paths import get
 from ..errors import MetricError, SweepError
+from ..labels import Patches
 from ..metrics.measured import Metric, Metrics
-from ..patching.patch import Patches
 from ..registry.points import HookPoints
 from ..registry.trace import traced
 from ..results import progress_bar
