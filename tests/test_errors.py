@@ -31,9 +31,9 @@ from chanpatch import (
     zero_ablate,
 )
 from chanpatch.engine.paths import Attr, Item, replace
-from chanpatch.engine.regions import read
 from chanpatch.patching import ActivationCache, Clamp, Project, Resample, Set
 from chanpatch.policies import action_distribution
+from chanpatch.registry.sites import read
 
 CNN = build("plain_cnn")
 POINTS = hook_points(CNN.module, *CNN.inputs(4))

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from .errors import ChanpatchError, EditError, UnreachedError
-from .patching.patch import Patch, together
+from .patching.contexts import together
+from .patching.patch import Patch
 from .registry.sites import Site
 
 Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"

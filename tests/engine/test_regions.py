@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch.engine.regions import Overwrite, read, written
 from chanpatch.errors import UnsupportedModelError
 from chanpatch.patching import patch_in, patched, zero_ablate
+from chanpatch.patching.firing import Overwrite
 from chanpatch.registry import Site
+from chanpatch.registry.sites import read, written
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.int64, torch.bool]
 POSITIONS = [{1: slice(3, 4)}, {0: slice(1, 2), 1: slice(0, 1)}, {3: slice(2, 3)}, {1: slice(1, 4)},

@@ -181,9 +181,7 @@ class Station:
         failed = self._has_failed()
         for session in self._counting:
             session.leave_call(self)
-        changed = output
-        for listener in () if failed else self._on_output:
-            changed = listener(changed)
+        changed = output if failed else self._heard(self._on_output, output)
         if changed is not output and not isinstance(output, Tensor):
             users = {id(own) for session in self._counting for own in session.users_own}
             changed = written_into(output, changed, (args, kwargs), users)
@@ -206,11 +204,19 @@ class Station:
             self._refuse_replaced(module, patched_output, output)
         for session, call in self._calls:  # hooks of others may have called other modules
             session.call = call
-        changed = output
-        for listener in () if failed else self._at_last:
-            changed = listener(changed)
+        changed = output if failed else self._heard(self._at_last, output)
         self._end(failed=failed)
         return None if changed is output else changed
+
+    def _heard(self, listeners: list[Any], output: Any) -> Any:
+        """Return the output that the listeners leave; if one raises, the call has failed."""
+        try:
+            for listener in listeners:
+                output = listener(output)
+        except BaseException:
+            self._end(failed=True)
+            raise
+        return output
 
     def _has_failed(self) -> bool:
         """Return whether torch calls a hook on the way out of an exception that this call of the module raised."""

@@ -10,12 +10,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from ..engine.hooks import refuse_unhookable
 from ..engine.sessions import RootCall, Session
-from ..errors import ChanpatchError, NaNError, UnreachedError
-from ..registry.points import HookPoints, model_of, resolve, root_of
+from ..errors import ChanpatchError, DistributionError, NaNError, UnreachedError, UnsupportedModelError
+from ..registry.points import HookPoints, bound, resolve, root_of
 from .firing import Firing, Ledger
-from .patch import Patch, checked_patches
+from .patch import Patch
 
 Result = TypeVar("Result", covariant=True)
 
@@ -27,7 +26,6 @@ class ContextSession(Session):
     result: Any  # value of the context, for the user
 
     def __init__(self, points_or_model: HookPoints | nn.Module) -> None:
-        refuse_unhookable(model_of(points_or_model))
         super().__init__(*root_of(points_or_model))
 
     def finish(self, error: Exception | None) -> None:
@@ -60,12 +58,46 @@ class Opened(ContextDecorator, Generic[Result]):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         session = self._open.pop()
+        lost = session.lost_module() if error is None else None
         try:
             session.__exit__()
+            if error is None:
+                session.raise_failure()
+            if lost is not None:
+                raise UnsupportedModelError(
+                    f"'{lost}' was replaced, or lost its hooks, while the model was patched or recorded. Change the "
+                    "model before the context opens."
+                )
             if error is None or isinstance(error, Exception):
                 session.finish(error)
         finally:
             session.let_go()
+
+
+def checked_patches(
+    points_or_model: HookPoints | nn.Module | None, patches: Patch | Iterable[Patch]
+) -> tuple[Patch, ...]:
+    """Return patches with sites that are bound to the trace, or checked by name, all faults at once.
+
+    Without a model, only the types of the patches are checked.
+    """
+    each = together(patches)
+    if points_or_model is None:
+        return each
+    sites = bound(points_or_model, [patch.site for patch in each])
+    return tuple(
+        patch if site is patch.site else Patch(site, patch.edit, patch.where)
+        for patch, site in zip(each, sites, strict=True)
+    )
+
+
+def together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
+    """Return one patch or several as a tuple; raise TypeError for anything else."""
+    each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
+    for patch in each:
+        if not isinstance(patch, Patch):
+            raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
+    return each
 
 
 class Patching(ContextSession):
@@ -134,7 +166,7 @@ def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None
     for firing in firings:
         firing.nan = None
     flags = [flag for _, flag in found]
-    if isinstance(cause, ChanpatchError) or any(map(torch._C._functorch.is_functorch_wrapped_tensor, flags)):
+    if _is_ours(cause) or any(map(torch._C._functorch.is_functorch_wrapped_tensor, flags)):
         return  # flags cannot be read inside a transform
     if not flags or not torch.stack([flag.to(flags[0].device) for flag in flags]).any():
         return
@@ -157,7 +189,12 @@ def _is_refusal(error: Exception) -> bool:
     """Return whether a torch distribution raised the error."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     module = frames[-1].f_globals.get("__name__", "") if frames else ""
-    return isinstance(error, (ValueError, RuntimeError)) and module.startswith("torch.distributions")
+    refused = isinstance(error, (ValueError, RuntimeError)) and module.startswith("torch.distributions")
+    return refused or isinstance(error, DistributionError)
+
+
+def _is_ours(error: Exception | None) -> bool:
+    return isinstance(error, ChanpatchError) and not isinstance(error, DistributionError)
 
 
 def patched(

@@ -8,10 +8,11 @@ operand of another type raises EditError.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,10 +20,9 @@ from torch import Tensor
 
 from ..engine.moments import Moment
 from ..engine.paths import inside_vmap
-from ..engine.regions import Positions
 from ..engine.sessions import Session
 from ..errors import BatchAxisError, EditError, TraceMismatchError
-from ..registry.sites import Shape, Site, no_batch
+from ..registry.sites import Axes, HookPoint, Positions, Shape, Site, no_batch
 
 Edit: TypeAlias = Callable[..., Tensor]
 
@@ -240,3 +240,96 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
     draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]
     return torch.from_numpy((uniform * count).astype(np.int64))
+
+
+def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
+    """Return the lengths of a traced site's region; None for the batch."""
+    chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
+    return [
+        None if number == point.batch_axis else chosen.get(axis, point.length(axis))
+        for number, axis in enumerate(point.axes)
+    ]
+
+
+_VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Project: "projects", Resample: "draws"}
+
+
+def check_operands(
+    edit: Edit, site: Site, axes: Axes, lengths: Sequence[int | None], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise if an operand of one of chanpatch's edits would broadcast, or has another dtype or device."""
+    verb = next((verb for kind, verb in _VERBS.items() if isinstance(edit, kind)), None)
+    if verb is None:
+        return
+    subject = f"{type(edit).__name__} at {site!r}"
+    if isinstance(edit, Resample):
+        number = axes.index("batch") if "batch" in axes else edit.batch_axis
+        if number != edit.batch_axis:
+            raise EditError(
+                f"{subject} has batch_axis={edit.batch_axis}, but the batch is axis {number} of "
+                f"({', '.join(axes)}). Resample(reference, seed, batch_axis={number}) draws rows."
+            )
+        # The reference may have any number of rows.
+        lengths = [None if number == edit.batch_axis else length for number, length in enumerate(lengths)]
+    for item in fields(edit):  # type: ignore[arg-type]
+        operand = getattr(edit, item.name)
+        if isinstance(operand, Tensor):
+            check_shape(subject, item.name, operand, axes, lengths, verb)
+            if operand.dtype != dtype or operand.device != device:
+                raise EditError(
+                    f"{subject}: the {item.name} is {operand.dtype} on {operand.device}, but the region is "
+                    f"{dtype} on {device}. Convert it: {item.name}.to('{device}', {dtype})."
+                )
+        elif verb != "draws" and not _holds(dtype, operand):
+            raise EditError(
+                f"{subject}: the {item.name} is {operand}, which the region, {dtype}, cannot hold. Give a whole number."
+            )
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    inexact = dtype.is_floating_point or dtype.is_complex
+    return inexact or (math.isfinite(number) and number == (bool if dtype == torch.bool else int)(number))
+
+
+def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:
+    """Raise if a `where` is not a bool tensor, or does not fit a region of these lengths, if they are known."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
+        raise EditError(
+            f"where at {site!r} is {got}; it takes a bool tensor, such as column < 12, or a function that returns one."
+        )
+    if lengths is not None:
+        check_shape(f"where at {site!r}", "mask", mask, axes, lengths, "selects")
+
+
+def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
+    """Return whether a tensor has these lengths, None for any; with `or_one`, each may also be 1."""
+    return operand.dim() == len(lengths) and all(
+        expected in (None, length) or (or_one and length == 1)
+        for length, expected in zip(operand.shape, lengths, strict=True)
+    )
+
+
+def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
+    """Raise unless the operand has one length per axis of the region, each equal or 1."""
+    if fits(operand, lengths, or_one=True):
+        return
+    advice = ""
+    rows = axes.index("batch") if "batch" in axes else 0
+    others = [number for number in range(len(axes)) if number != rows]
+    # A vector as long as the batch is probably a mask of rows, but not an operand per row.
+    tried = [rows, *others] if noun == "mask" else others
+    number = next((number for number in tried if lengths[number] == operand.numel()), None)
+    if operand.dim() == 1 and number is not None:
+        view = ", ".join(str(len(operand)) if axis == number else "1" for axis in range(len(axes)))
+        advice = f": {noun}.view({view}) {verb} along {axes[number]}"
+    raise EditError(
+        f"{subject}: the {noun} has shape {tuple(operand.shape)}, but the region has axes {shown_axes(axes, lengths)}. "
+        f"Give every axis, with length 1 where the {noun} repeats{advice}."
+    )
+
+
+def shown_axes(axes: Axes, lengths: Sequence[int | None]) -> str:
+    """Return axis names and lengths for a message."""
+    shown = ("any" if length is None else str(length) for length in lengths)
+    return f"({', '.join(axes)}) = ({', '.join(shown)})"

@@ -4,23 +4,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..engine.hooks import Place
 from ..engine.moments import Moment
 from ..engine.paths import inside_vmap
-from ..engine.regions import Overwrite, read, written
 from ..engine.sessions import Session
-from ..errors import EditError
-from ..registry.names import BarePoint
-from ..registry.sites import HookPoint
+from ..errors import EditError, TraceMismatchError
+from ..registry.axes import axis_names
+from ..registry.sites import Axes, HookPoint, Positions, Site, read, written
+from ..registry.trace import names_by_trace
 from ..results import Records
-from .checks import Located, check_mask, check_operands
-from .edits import Context, Set
+from .edits import Context, Set, check_mask, check_operands, fits, shown_axes
 from .patch import Mask, Patch, edit_name
+
+
+class Located:
+    """A site in the tensors of its hook point, located and checked once per kind of tensor.
+
+    Attributes:
+        site: The site.
+        axes: Axis names of the tensor, and so of the region.
+        batch_axis: Number of the batch axis, or None.
+        positions: Selected positions, by axis number.
+    """
+
+    wants_names = False  # whether every axis needs a name, and the batch axis must be known
+
+    def __init__(self, site: Site, point: Place, module: nn.Module | None) -> None:
+        self.site, self._point, self._module = site, point, module
+        self.axes: Axes = ()
+        self.batch_axis: int | None = None
+        self.positions: dict[int, slice | Tensor] = {}
+        self._known: tuple[Any, ...] | None = None
+
+    def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
+        """Locate the site in the tensor at its hook point; raise if it differs from the traced one or does not fit."""
+        known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
+        if known == self._known:
+            return
+        self._known = None
+        # The positions are kept, so they must also work outside of inference mode.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            if isinstance(self._point, HookPoint):
+                self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
+                check_traced_shape(leaf, self._point)
+            else:
+                self.axes, self.batch_axis = self._bare_axes(self._point, leaf, moment)
+            self.positions = {
+                axis: chosen if isinstance(chosen, slice) else torch.tensor(chosen, device=leaf.device)
+                for axis, chosen in self.site.positions(self.axes, leaf.shape).items()
+            }
+            self._check(leaf)
+        if type(leaf) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            self._known = known  # tensors that were made inside a transform, or for a subclass, are not reused
+
+    def _bare_axes(self, point: Place, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
+        """Return the axis names that the module's type gives; if they are not enough, those of a trace."""
+        names: Sequence[str | None] = (None,) * leaf.dim()
+        if self._module is not None:
+            names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
+        axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
+        lacks = any(axis not in axes for axis, _ in self.site.indices)
+        lacks |= self.wants_names and (None in names or "batch" not in names)
+        readable = not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+        if lacks and readable and isinstance(moment, Session) and (call := moment.root_call) is not None:
+            known = names_by_trace(moment.root, call.method, call.args, call.kwargs).get(point.name)
+            if known is not None and len(known[0]) == leaf.dim():
+                return known
+        return axes, axes.index("batch") if "batch" in axes else None
+
+    def _check(self, leaf: Tensor) -> None:
+        """Raise if the patch or the record does not fit the region."""
 
 
 class Firing(Located):
@@ -32,9 +92,7 @@ class Firing(Located):
         counts: Firings, rows (None without a batch axis) and elements, by the method of the root call.
     """
 
-    def __init__(
-        self, patch: Patch, point: HookPoint | BarePoint, module: nn.Module | None = None, *, check_nan: bool = True
-    ) -> None:
+    def __init__(self, patch: Patch, point: Place, module: nn.Module | None = None, *, check_nan: bool = True) -> None:
         super().__init__(patch.site, point, module)
         self.patch = patch
         self.reached = False
@@ -52,23 +110,25 @@ class Firing(Located):
         """Return the tensor with its region patched; the same object if the edit changed nothing."""
         self.locate(leaf, moment)
         if self._overwrite is not None:
+            new = self._overwrite(leaf)
             self._count(moment, None)
-            return self._overwrite(leaf)
+            return new
         region = read(leaf, self.positions)
         context = None
         if self.wants_names:  # the edit or the `where` function takes the context
             context = Context(moment, self.site, self.batch_axis, leaf.shape, self.positions)
         mask = None if self.patch.where is None else self._mask(self.patch.where, region, context)
         new = self._edited(region, context)
+        patched = leaf
+        if new is not region:
+            self._check_result(new, region)
+            if mask is not None:
+                new = torch.where(mask, new, region)
+            if self._check_nan:
+                self._look_for_nan(region, new)
+            patched = written(leaf, self.positions, new)
         self._count(moment, mask)
-        if new is region:
-            return leaf
-        self._check_result(new, region)
-        if mask is not None:
-            new = torch.where(mask, new, region)
-        if self._check_nan:
-            self._look_for_nan(region, new)
-        return written(leaf, self.positions, new)
+        return patched
 
     def forget(self) -> None:
         """Start a new root call: not reached, and no NaN."""
@@ -182,3 +242,57 @@ class Ledger(Records):
 
     def _title(self) -> str:
         return f"Ledger of {len(self._firings)} patch{'es' * (len(self._firings) != 1)}"
+
+
+def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
+    """Raise if a tensor differs from the traced one in anything but the batch and the device."""
+    lengths = [None if axis == "batch" else point.length(axis) for axis in point.axes]
+    if not fits(leaf, lengths):
+        raise TraceMismatchError(
+            f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward, but axes "
+            f"{shown_axes(point.axes, lengths)} in the trace. Trace inputs like these with hook_points(); for inputs "
+            f"of many lengths, use a site that has no trace: Site('{point.name}')."
+        )
+    if leaf.dtype != point.dtype:
+        raise TraceMismatchError(
+            f"Hook point '{point.name}' is {leaf.dtype} in this forward, but {point.dtype} in the trace. Call "
+            "hook_points() on the model as it is run: in the same dtype, inside the same torch.autocast."
+        )
+
+
+_FEW = 2**10  # elements up to which one kernel over all of them takes less than a copy and a write into that
+_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Overwrite:
+    """Writes one region, again and again, into tensors of one shape, dtype and device.
+
+    Args:
+        positions: As for `written`.
+        region: What is written there.
+    """
+
+    def __init__(self, positions: Positions, region: Tensor) -> None:
+        self._positions, self._region = positions, region
+        self._tensors = 0
+        self._mask: Tensor | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the tensor with the region replaced, as `written` does."""
+        if self._mask is not None and tensor.is_contiguous():
+            return torch.where(self._mask, self._region, tensor)
+        self._tensors += 1
+        if self._tensors == 2:  # making a mask takes as much as four tensors save
+            self._mask = self._mask_of(tensor)
+        return written(tensor, self._positions, self._region)
+
+    def _mask_of(self, tensor: Tensor) -> Tensor | None:
+        """Return where the region lies; None unless it broadcasts to the tensor, and that is small enough."""
+        broadcasts = self._region.is_contiguous() and all(self._region.shape[axis] == 1 for axis in self._positions)
+        small = tensor.numel() <= _FEW and tensor.dtype in _PLAIN_DTYPES
+        if not (broadcasts and small) or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None  # what is made inside a transform is of no use after it
+        with torch.inference_mode(False):  # and what is made in inference mode is of none for gradients
+            lengths = [length if axis in self._positions else 1 for axis, length in enumerate(tensor.shape)]
+            mask = torch.zeros(lengths, dtype=torch.bool, device=tensor.device)
+            return written(mask, self._positions, torch.ones_like(read(mask, self._positions)))

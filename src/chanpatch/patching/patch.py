@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, is_dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.sessions import read_only
 from ..errors import EditError, UnsupportedModelError
-from ..registry.points import HookPoints, bound
 from ..registry.sites import Site
-from .checks import check_mask, check_operands, region_lengths
-from .edits import Edit, Resample, Set
+from .edits import Edit, Resample, Set, check_mask, check_operands, region_lengths
 
 Mask: TypeAlias = "Tensor | Callable[..., Tensor]"
 
@@ -46,6 +43,7 @@ class Patch:
     site: Site
     edit: Edit
     where: Mask | None = None
+    takes_context: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.site, Site):
@@ -63,24 +61,7 @@ class Patch:
             check_operands(self.edit, self.site, axes, lengths, point.dtype, point.device)
         if self.where is not None and not callable(self.where):
             check_mask(self.where, self.site, axes, lengths)
-
-    @cached_property
-    def takes_context(self) -> bool:
-        """Whether the edit has a keyword-only parameter `context`."""
-        if type(self.edit).__module__ == Set.__module__:
-            return isinstance(self.edit, Resample)
-        try:
-            parameter = inspect.signature(self.edit).parameters.get("context")
-        except (TypeError, ValueError):  # some builtins have no signature
-            return False
-        if parameter is None:
-            return False
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty:
-            raise EditError(
-                f"{edit_name(self.edit)} takes `context` by position. An edit takes it by keyword only: "
-                "def function(activation, *, context)."
-            )
-        return parameter.kind is parameter.KEYWORD_ONLY
+        object.__setattr__(self, "takes_context", _takes_context(self.edit))
 
     @property
     def runs_only_ours(self) -> bool:
@@ -91,27 +72,19 @@ class Patch:
         return f"Patch({self.site!r}, {edit_name(self.edit)}{', where=...' if self.where is not None else ''})"
 
 
-def checked_patches(
-    points_or_model: HookPoints | nn.Module | None, patches: Patch | Iterable[Patch]
-) -> tuple[Patch, ...]:
-    """Return patches with sites that are bound to the trace, or checked by name, all faults at once.
-
-    Without a model, only the types of the patches are checked.
-    """
-    each = together(patches)
-    if points_or_model is None:
-        return each
-    sites = bound(points_or_model, [patch.site for patch in each])
-    return tuple(
-        patch if site is patch.site else Patch(site, patch.edit, patch.where)
-        for patch, site in zip(each, sites, strict=True)
-    )
-
-
-def together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
-    """Return one patch or several as a tuple; raise TypeError for anything else."""
-    each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
-    for patch in each:
-        if not isinstance(patch, Patch):
-            raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
-    return each
+def _takes_context(edit: Edit) -> bool:
+    """Return whether an edit has a keyword-only parameter `context`."""
+    if type(edit).__module__ == Set.__module__:
+        return isinstance(edit, Resample)
+    try:
+        parameter = inspect.signature(edit).parameters.get("context")
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    if parameter is None:
+        return False
+    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty:
+        raise EditError(
+            f"{edit_name(edit)} takes `context` by position. An edit takes it by keyword only: "
+            "def function(activation, *, context)."
+        )
+    return parameter.kind is parameter.KEYWORD_ONLY

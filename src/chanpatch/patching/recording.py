@@ -10,16 +10,16 @@ import einops
 import torch
 from torch import Tensor, nn
 
+from ..engine.hooks import Place
 from ..engine.paths import inside_vmap
-from ..engine.regions import read, written
 from ..engine.sessions import Session, StopForward
 from ..errors import SiteError, UnsupportedModelError
-from ..registry.names import BarePoint
 from ..registry.points import HookPoints, resolve, sites_of
-from ..registry.sites import Axes, HookPoint, Site
+from ..registry.sites import Axes, HookPoint, Site, read, written
 from .cache import ActivationCache
-from .checks import Located, region_lengths
 from .contexts import ContextSession, Opened, allowed_names, check_reached
+from .edits import region_lengths
+from .firing import Located
 
 Reduce: TypeAlias = 'Literal["sum", "mean", "max", "norm"] | tuple[str, str | Callable[..., Tensor]]'
 Sites: TypeAlias = "str | Site | HookPoint | Iterable[str | Site | HookPoint]"
@@ -171,7 +171,7 @@ class Recorder(ContextSession):
 class _Record(Located):
     """The listener that records one site."""
 
-    def __init__(self, recorder: Recorder, site: Site, point: HookPoint | BarePoint, module: nn.Module | None) -> None:
+    def __init__(self, recorder: Recorder, site: Site, point: Place, module: nn.Module | None) -> None:
         super().__init__(site, point, module)
         self._recorder = recorder
         self.wants_names = isinstance(recorder.reduce, str)

@@ -8,11 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..engine.regions import read
 from ..errors import BatchAxisError, EditError, SiteError
-from ..registry.sites import Site, no_batch
-from .checks import fits, region_lengths
-from .edits import Add, Edit, Resample, Set
+from ..registry.sites import Site, no_batch, read
+from .edits import Add, Edit, Resample, Set, fits, region_lengths
 from .patch import Mask, Patch
 
 Source: TypeAlias = Mapping[Any, torch.Tensor] | torch.Tensor

@@ -18,10 +18,10 @@ from ..engine.paths import leaves
 from ..engine.state import training_modules
 from ..errors import BatchAxisError, RolloutError
 from ..labels import Patches, labelled, labelled_patches
-from ..patching.contexts import raise_nan
+from ..patching.contexts import checked_patches, raise_nan
 from ..patching.edits import Context
 from ..patching.firing import Firing
-from ..patching.patch import Patch, checked_patches
+from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
 from .episodes import BatchAxes, InitialState, Settings, play, rows_of, state_batch_axes

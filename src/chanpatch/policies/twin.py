@@ -16,9 +16,9 @@ from torch.distributions import Distribution
 from ..engine.hooks import eager, is_compiling, observed, refuse_unhookable
 from ..engine.sessions import RootCall
 from ..errors import UnsupportedModelError
-from ..patching.contexts import Patching, check_reached, raise_nan
+from ..patching.contexts import Patching, check_reached, checked_patches, raise_nan
 from ..patching.firing import Ledger
-from ..patching.patch import Patch, checked_patches
+from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of, resolve
 from .actions import action_distribution
 from .copies import STATE, copied

@@ -16,7 +16,6 @@ from ..engine.hooks import Place
 from ..engine.paths import Attr, Item, Path
 from ..errors import HookPointError, did_you_mean
 
-BarePoint = Place
 _STEP = re.compile(r"""\[(\d+|"[^"]*"|'[^']*')\]|\.([A-Za-z_]\w*)""")
 
 

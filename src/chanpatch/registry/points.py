@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from ..engine.hooks import Place, refuse_unhookable
 from ..engine.inputs import copied_inputs
 from ..errors import HookPointError, SiteError, did_you_mean
 from ..results import Records
-from .names import BarePoint, glob, parsed_name, path_text, written_name
+from .names import glob, parsed_name, path_text, written_name
 from .sites import HookPoint, Index, Selection, Site
 
 
@@ -189,7 +190,7 @@ def normalized(site: Site, point: HookPoint) -> Site:
     return (site if written == others else Site(site.name, **rows, **written)).at(point)
 
 
-def resolve(modules: Mapping[str, nn.Module], site: Site) -> HookPoint | BarePoint:
+def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
     """Return the hook point of a site, traced or by its name alone, in a model with these modules, by all their names.
 
     Raises:
@@ -247,7 +248,13 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the model, its method, and how often each module was called in the trace; None without a trace."""
+    """Return the model, its method, and how often each module was called in the trace; None without a trace.
+
+    Raises:
+        UnsupportedModelError: If the model ignores hooks.
+    """
+    model = model_of(points_or_model)
+    refuse_unhookable(model)
     if isinstance(points_or_model, HookPoints):
-        return points_or_model.model, points_or_model.method, points_or_model.calls
-    return model_of(points_or_model), "__call__", None
+        return model, points_or_model.method, points_or_model.calls
+    return model, "__call__", None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
 from ..errors import ChanpatchError, InterventionError
-from ..patching.patch import Patch, checked_patches
+from ..patching.contexts import checked_patches
+from ..patching.patch import Patch
 from ..registry.points import HookPoints
 from ..registry.trace import traced
 from ..results import Records

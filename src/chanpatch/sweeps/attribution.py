@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..engine.regions import Positions, read, written
 from ..errors import MetricError, SiteError, SweepError
 from ..labels import Patches
 from ..metrics.measured import Metric, measured
@@ -20,6 +19,7 @@ from ..patching.patch import Patch
 from ..patching.recording import recording
 from ..patching.verbs import edit, patch_in
 from ..registry.points import HookPoints
+from ..registry.sites import Positions, read, written
 from ..registry.trace import traced
 from ..results import largest_first, progress_bar
 from .forward import Forward

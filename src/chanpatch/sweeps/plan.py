@@ -11,8 +11,9 @@ from torch import Tensor
 from ..engine.sessions import Session
 from ..errors import SweepError, UnreachedError
 from ..labels import Patches, labelled_patches
+from ..patching.contexts import checked_patches
 from ..patching.edits import Set
-from ..patching.patch import Patch, checked_patches
+from ..patching.patch import Patch
 from ..registry.points import HookPoints, root_of
 from ..registry.sites import HookPoint
 from .forward import Forward

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..engine.hooks import refuse_unhookable
 from ..engine.paths import get
 from ..errors import MetricError, SweepError
 from ..labels import Patches
@@ -104,7 +103,6 @@ def sweep(
         raise SweepError(f"max_bytes is {max_bytes!r}; it is a whole number of bytes from 1 on, such as 2**28.")
     with torch.inference_mode(False):
         points = traced(points_or_model, inputs, keywords)
-        refuse_unhookable(points.model)
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(points, patches, "patches")
         others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
