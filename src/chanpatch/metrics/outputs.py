@@ -44,22 +44,25 @@ def _is_squashed(output: Any) -> bool:
     return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
 
 
-def distribution_of(
-    output: Any, subject: str = "The output is", advice: str = "Give a metric that selects it."
-) -> Distribution:
+def no_distribution(output: Any, subject: str, advice: str) -> DistributionError:
+    """Return the error for an output without a distribution."""
+    return DistributionError(
+        f"{subject} {described(output)}, which holds no action distribution: expected logits (batch, action), a "
+        f"torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. {advice}"
+    )
+
+
+def distribution_of(output: Any) -> Distribution:
     """Return the distribution that an output holds or gives the logits of; raise DistributionError if there is none."""
     try:
         found = distribution_in(output)
     except ValueError as fault:
         raise DistributionError(
-            f"{subject} {described(output)} with NaN among its logits, which give no distribution. Look at which "
+            f"The output is {described(output)} with NaN among its logits, which give no distribution. Look at which "
             "activation has it first: recording(...), or a patch with numbers too large for the layers after it."
         ) from fault
     if found is None:
-        raise DistributionError(
-            f"{subject} {described(output)}, which holds no action distribution: expected logits (batch, action), a "
-            f"torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. {advice}"
-        )
+        raise no_distribution(output, "The output is", "Give a metric that selects it.")
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
 
 from ..errors import DistributionError, RolloutError
-from ..metrics.outputs import distribution_of
+from ..metrics.outputs import distribution_in, no_distribution
 from ..results import imported
 from ..statistics.interval import whole
 
@@ -42,7 +42,10 @@ def action_distribution(policy: Callable[..., Any], observations: Any) -> Distri
             "gives its logits or distribution, such as lambda observations: agent.actor(observations); give "
             "rollout_sweep() a module whose forward does that."
         ) from error
-    return distribution_of(output, f"{type(policy).__name__} returned", "Pass a function that selects it.")
+    found = distribution_in(output)  # a ValueError about NaN goes on: the patch that introduced it is named later
+    if found is None:
+        raise no_distribution(output, f"{type(policy).__name__} returned", "Pass a function that selects it.")
+    return found
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
