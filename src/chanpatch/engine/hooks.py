@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import functools
 import sys
-import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
+from .calls import STAGES, eager, is_compiling
 from .containers import CopiedContainer, containers, copied_containers, with_copies, written_into
 from .paths import Path, get
-
-Stage: TypeAlias = Literal["before", "patch", "after"]
-STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # the order in which listeners at one place run
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,8 @@ class Station:
             session.leave_call(self)
         changed = output if failed else self._heard(self._on_output, output)
         if changed is not output and not isinstance(output, Tensor):
-            users = {id(own) for session in self._counting for own in session.users_own}
+            calls = [session.root_call for session in self._counting if session.root_call is not None]
+            users = {id(own) for call in calls for own in call.given}
             changed = written_into(output, changed, (args, kwargs), users)
         if self._copied_containers:
             for container in containers((args, kwargs)):
@@ -299,209 +296,3 @@ def _drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
             for flags in ("_with_kwargs", "_always_called"):
                 vars(module).get(f"{name}{flags}", {}).pop(key, None)
             del hooks[key]
-
-
-@contextmanager
-def observed(
-    modules: Iterable[nn.Module],
-    on_inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object] | None = None,
-    on_output: Callable[[nn.Module, Any], object] | None = None,
-    on_tap: Callable[[str, Tensor], object] | None = None,
-) -> Iterator[None]:
-    """Call back at every call of these modules, and at every tap; changes nothing.
-
-    Copies of the modules that a forward makes and calls are not observed.
-    """
-    known = set(modules)
-    handles = []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if on_inputs is not None and module in known:
-            on_inputs(module, args, kwargs)
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if on_output is not None and module in known:
-            on_output(module, output)
-
-    try:
-        for module in known:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-        if on_tap is not None:
-            _tap_observers.append(on_tap)
-        with compiled_code_runs_eagerly():
-            yield
-    finally:
-        if on_tap in _tap_observers:
-            _tap_observers.remove(on_tap)
-        for handle in handles:
-            handle.remove()
-
-
-_tap_observers: list[Callable[[str, Tensor], object]] = []
-_tap_sessions: dict[str, list[weakref.ref[Any]]] = {}  # weak, so that a patched policy can be freed
-
-
-def tap(name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor, and make this place in a `forward` a hook point; free when nobody looks.
-
-    Args:
-        name: The hook point's name. Where the same tap runs more than once in a forward, each time is one call of
-            it (`name#0`, `name#1`); a name made of the module's own, such as `f"block{i}.pattern"`, reads better.
-        tensor: Any tensor of the forward.
-
-    Returns:
-        The same tensor, or what the open patches made of it.
-
-    Raises:
-        HookPointError: Where a context is open, if a site there names no call of a tap that runs more than once in a
-            root call, or names one outside of any.
-        TraceMismatchError: Where a context is open, if the tap runs more often, or the tensor has another shape or
-            dtype, than in the trace.
-        SiteError, EditError: Where a context is open, if the tensor has no such region, or a patch does not fit it.
-
-    Example:
-        >>> import torch
-        >>> class Attention(torch.nn.Module):
-        ...     def forward(self, query, key):
-        ...         return tap("pattern", (query @ key.mT).softmax(-1))
-    """
-    for observer in _tap_observers:
-        observer(name, tensor)
-    if name not in _tap_sessions:
-        return tensor
-    sessions = [session for session in _hearing(name) if session.in_this_thread()]
-    for session in sessions:
-        session.enter_call(name)
-        session.leave_call(name)
-    here = [each for session in sessions for each in session.listeners if each.place.side == "tap"]
-    for listener in sorted(here, key=lambda each: STAGES.index(each.stage)):
-        if listener.place.module == name:
-            tensor = listener(tensor)
-    return tensor
-
-
-def hear_tap(name: str, session: Any) -> None:
-    """Let a session hear of a tap while it is open."""
-    if session not in _hearing(name):
-        _tap_sessions.setdefault(name, []).append(weakref.ref(session))
-
-
-def forget_taps(session: Any) -> None:
-    """Let a session hear of no tap any more."""
-    for name in list(_tap_sessions):
-        _tap_sessions[name] = [each for each in _tap_sessions[name] if each() not in (None, session)]
-        if not _tap_sessions[name]:
-            del _tap_sessions[name]
-
-
-def _hearing(name: str) -> list[Any]:
-    return [session for each in _tap_sessions.get(name, ()) if (session := each()) is not None]
-
-
-@contextmanager
-def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Call `around(method, *args, **kwargs)` in place of a method of this module.
-
-    Several wrappers nest in order of entry, and may close in any order.
-    """
-    found = vars(module).get(name)
-    wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
-    vars(module)[name] = wrapper
-    wrapper.around.append(around)
-    try:
-        yield
-    finally:
-        wrapper.around.remove(around)
-        if not wrapper.around and vars(module).get(name) is wrapper:
-            del vars(module)[name]
-            if wrapper.own is not None:  # a function that the user had put there
-                vars(module)[name] = wrapper.own
-
-
-class _MethodWrapper:
-    """An instance attribute in place of a method; a copy of the module has the plain method again."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()
-        self._module, self._name, self._method = module, name, getattr(module, name)
-        functools.update_wrapper(self, self._method)  # some models look at the arguments that a layer takes
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._method
-        for around in reversed(self.around):
-            call = functools.partial(around, call)
-        return call(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return types.MethodType(getattr(type(self._module), self._name), memo.get(id(self._module), self._module))
-
-
-is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
-
-
-def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function; a model that is being compiled calls it as it is, instead of tracing into it."""
-    if is_compiling():
-        return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
-    return function
-
-
-@contextmanager
-def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Run compiled code eagerly, since hooks that are added after compilation are ignored there.
-
-    All open contexts share one stance, in whatever order they close.
-    """
-    token = object()
-    _eager.append(token)
-    try:
-        _settle_stance()
-        yield
-    finally:
-        _eager.remove(token)
-        _settle_stance()
-
-
-_eager: list[object] = []
-_stance: list[Any] = []  # the one in force, if any
-
-
-def _settle_stance() -> None:
-    if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        _stance.append(torch.compiler.set_stance("force_eager"))  # without dynamo, nothing was compiled
-        _stance[0].__enter__()
-    elif _stance and not _eager:
-        _stance.pop().__exit__(None, None, None)
-
-
-def refuse_unhookable(model: nn.Module) -> None:
-    """Raise for a model whose module calls bypass hooks: what is patched there would be ignored in silence."""
-    for name, module in model.named_modules():
-        why = _unhookable(module)
-        if why:
-            raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
-
-
-def _unhookable(module: nn.Module) -> str | None:
-    if "_orig_mod" in module._modules:
-        return (
-            "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the original "
-            "module (compiled._orig_mod), or compile the PatchedPolicy made of it."
-        )
-    if module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-        return (
-            "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, or "
-            "compile the PatchedPolicy made of it."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        return (
-            "is a TorchScript module, which runs its submodules without their hooks. Pass the Python module that it "
-            "was made from."
-        )
-    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-        return (
-            f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. Pass the "
-            "module inside (.module) and run it on one device."
-        )
-    return None

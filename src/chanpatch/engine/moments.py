@@ -33,7 +33,7 @@ def forward_context(*, step: int | None = None, rows: Any = None) -> Iterator[No
 
 @dataclass(frozen=True)
 class Moment:
-    """The forward in which a patch runs, for a caller without a session; a Session has the same attributes.
+    """The forward in which a patch runs; a Session returns it from `moment()`.
 
     Attributes:
         inputs: Inputs of the root call.

@@ -10,15 +10,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
+from .calls import Stage, compiled_code_runs_eagerly, forget_taps, hear_tap, wrapped_method
 from .containers import containers
-from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, forget_taps, hear_tap, wrapped_method
-from .moments import published
+from .hooks import Place, Station
+from .moments import Moment, published
 from .paths import Item, Path, get, in_distribution, leaves, replace
 
 _CHANGES = threading.RLock()  # held while hooks are added or removed
@@ -39,19 +41,17 @@ class Listener:
 
     def __call__(self, tree: Any) -> Any:
         """Return the inputs or the output that the listener leaves."""
+        if not self.session.enabled:
+            return tree
         try:
-            return self._heard(tree)
+            return self._act(tree) if self.session.is_call(self.place) else tree
         except Exception as error:
             self.session.failure = self.session.failure or error
             raise
 
-    def _heard(self, tree: Any) -> Any:
-        if not self.session.enabled:
-            return tree
-        if self.stage == "patch":
-            self.session.refuse_checkpoint(self.place.name)
-        if not self.session.is_call(self.place):
-            return tree
+    def _act(self, tree: Any) -> Any:
+        if self.stage == "patch" and (torch.is_grad_enabled() or self.session.had_gradients):
+            refuse_checkpoint(self.place.name)
         leaf = tree
         if self._path:
             try:
@@ -76,6 +76,22 @@ class Listener:
         return replace(tree, self._path, new)
 
 
+def refuse_checkpoint(name: str) -> None:
+    """Raise inside `torch.utils.checkpoint`: its backward pass runs modules again, outside of their root call."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
+    frame = None if torch.is_grad_enabled() else sys._getframe()  # its re-entrant form switches gradients off
+    while frame is not None and not inside:
+        inside = frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint"
+        frame = frame.f_back
+    if inside:
+        raise UnsupportedModelError(
+            f"'{name}' is patched inside torch.utils.checkpoint, whose backward pass runs the module again outside of "
+            "the patched call, so gradients could be wrong. Switch checkpointing off while the model is patched, or "
+            "run it under torch.no_grad()."
+        )
+
+
 def read_only(name: str) -> str:
     """Return why a tensor inside a distribution is not patched."""
     return (
@@ -90,30 +106,19 @@ def _argument_path(path: Path) -> Path:
     return (Item(0 if positional else 1), *path)
 
 
+@dataclass(slots=True)
 class RootCall:
-    """One root call, within which the calls of modules are counted; the station is None for a method."""
+    """One root call, within which the calls of modules are counted."""
 
-    __slots__ = (
-        "args",
-        "counts",
-        "depth",
-        "given",
-        "has_gradients",
-        "is_forward_of_method",
-        "kwargs",
-        "method",
-        "station",
-        "under_way",
-    )
-
-    def __init__(self, station: Station | None, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.station, self.method, self.args, self.kwargs = station, method, args, kwargs
-        self.is_forward_of_method = False  # one of the forwards that a method such as `generate` runs
-        self.depth = 0  # of calls of the module inside itself
-        self.has_gradients = torch.is_grad_enabled()
-        self.counts: dict[object, int] = {}  # calls so far, by station or tap
-        self.under_way: dict[object, list[int]] = {}  # their indices, while they run
-        self.given: list[Any] = []  # tensors and containers among the arguments
+    station: Station | None  # of the module that was called; None for a method
+    method: str  # "__call__" for a module's call
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    is_forward_of_method: bool = False  # one of the forwards that a method such as `generate` runs
+    depth: int = 0  # of calls of the module inside itself
+    counts: dict[object, int] = field(default_factory=dict)  # calls so far, by station or tap
+    under_way: dict[object, list[int]] = field(default_factory=dict)  # their indices, while they run
+    given: list[Any] = field(default_factory=list)  # tensors and containers among the arguments
 
 
 class Session:
@@ -133,6 +138,7 @@ class Session:
         self.root, self.method, self.calls = root, method, calls
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.enabled = True
+        self.had_gradients = False  # whether gradients were enabled at the begin of the root call
         self.call = 0  # index of the module call under way
         self.listeners: list[Listener] = []
         self._in_containers = False  # whether it listens to tensors inside containers that modules return
@@ -216,20 +222,6 @@ class Session:
                 self._touched.pop(module, None)
         self._with_inputs.clear()
 
-    def refuse_checkpoint(self, name: str) -> None:
-        """Raise inside `torch.utils.checkpoint`: its backward pass runs modules again, outside of their root call."""
-        lost_gradients = self.root_call is not None and self.root_call.has_gradients and not torch.is_grad_enabled()
-        if (
-            torch._C._current_graph_task_id() != -1
-            or (torch.is_grad_enabled() and _saves_by(torch._C._autograd._top_saved_tensors_default_hooks(True)))
-            or (lost_gradients and _in_reentrant_checkpoint())
-        ):
-            raise UnsupportedModelError(
-                f"'{name}' is patched inside torch.utils.checkpoint, whose backward pass runs the module again outside "
-                "of the patched call, so gradients could be wrong. Switch checkpointing off while the model is "
-                "patched, or run it under torch.no_grad()."
-            )
-
     def lost_module(self) -> str | None:
         """Return the name of a module that was replaced, or lost its hooks, on the way from the root to a listener."""
         for name in dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap"):
@@ -261,25 +253,11 @@ class Session:
         """Whether a root call of a method is under way; the calls inside it are part of it."""
         return self.root_call is not None and self.root_call.station is None
 
-    @property
-    def inputs(self) -> tuple[Any, ...]:
-        """The inputs of the root call under way."""
-        return () if self.root_call is None else (*self.root_call.args, *self.root_call.kwargs.values())
-
-    @property
-    def step(self) -> int | None:
-        """The step of the rollout under way."""
-        return published.step
-
-    @property
-    def rows(self) -> Tensor | None:
-        """The number of each row of the forward, or None."""
-        return published.rows
-
-    @property
-    def users_own(self) -> list[Any]:
-        """Tensors and containers among the arguments of the root call under way."""
-        return [] if self.root_call is None else self.root_call.given
+    def moment(self) -> Moment:
+        """Return the forward under way, as edits see it."""
+        call = self.root_call
+        inputs = () if call is None else (*call.args, *call.kwargs.values())
+        return Moment(inputs, self.call, published.step, published.rows, self.running)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a root call with a module's call, unless that is part of the one under way."""
@@ -348,7 +326,7 @@ class Session:
         self.failure = None
         for station in self._with_inputs:
             station.order()
-        self._thread, self.root_call = threading.get_ident(), call
+        self._thread, self.root_call, self.had_gradients = threading.get_ident(), call, torch.is_grad_enabled()
         if self._in_containers:
             given = call.args, call.kwargs
             call.given = [*containers(given), *(tensor for _, tensor in leaves(given))]
@@ -431,19 +409,6 @@ class Session:
                 f"Name the call, as in '{place.module}#0', or trace the model with hook_points()."
             )
         return place.call is None or place.call == self.call
-
-
-def _saves_by(hooks: Any) -> bool:
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-
-
-def _in_reentrant_checkpoint() -> bool:
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def _current_task() -> Any:

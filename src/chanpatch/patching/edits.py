@@ -39,6 +39,7 @@ class Context:
     def __init__(
         self, moment: Moment | Session, site: Site, batch_axis: int | None, shape: Shape, positions: Positions
     ) -> None:
+        moment = moment.moment() if isinstance(moment, Session) else moment
         self.inputs, self.call, self.step = moment.inputs, moment.call, moment.step
         self._rows, self._region = moment.rows, (site, batch_axis, shape, positions)
 

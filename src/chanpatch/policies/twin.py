@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..engine.hooks import eager, is_compiling, observed, refuse_unhookable
+from ..engine.calls import eager, is_compiling, observed, refuse_unhookable
 from ..engine.sessions import RootCall
 from ..errors import UnsupportedModelError
 from ..patching.contexts import Patching, check_reached, checked_patches, raise_nan

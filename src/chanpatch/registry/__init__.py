@@ -4,7 +4,7 @@ points = hook_points(model, observations)
 points.site("embedder.relu3", channel=55)
 """
 
-from ..engine.hooks import tap
+from ..engine.calls import tap
 from .points import HookPoints
 from .sites import HookPoint, Site
 from .trace import hook_points

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..engine.hooks import Place, refuse_unhookable
+from ..engine.calls import refuse_unhookable
+from ..engine.hooks import Place
 from ..engine.inputs import copied_inputs
 from ..errors import HookPointError, SiteError, did_you_mean
 from ..results import Records

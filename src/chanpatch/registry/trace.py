@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.hooks import observed, refuse_unhookable
+from ..engine.calls import observed, refuse_unhookable
 from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Attr, Path, in_distribution, leaves, replace, with_rows
 from ..engine.sessions import without_listeners

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
-from ..engine.hooks import observed, wrapped_method
+from ..engine.calls import observed, wrapped_method
 from ..engine.paths import fresh, leaves, replace
 from ..engine.state import Snapshot, storage
 
