@@ -131,7 +131,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a pattern without matches": (
         errors.HookPointError,
         lambda: POINTS.select("block*"),
-        "No hook point matches 'block*'. (12 hook points; print the HookPoints to list them.)",
+        "No hook point matches 'block*'. `*` ends at a dot, `**` does not. (12 hook points; print the "
+        "HookPoints to list them.)",
     ),
     "unknown name in a bare model": (
         errors.HookPointError,
