@@ -130,18 +130,20 @@ def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
     def regex(text: str, any_text: str) -> str:
         def translated(match: re.Match[str]) -> str:
             run, count = match[0], len(match[0])
+            if run == "[*]":
+                return r"""\[(?:"[^"]*"|[^\]"]*)\]"""
             if run[0] == "?":
                 return rf"(?:[^.\n]{{{count}}}{numbers and numbers % count})"
             return any_text if run[0] == "*" else re.escape(run)
 
-        return re.sub(r"\*+|\?+|[^*?]+", translated, text)
+        return re.sub(r"\[\*\]|\*+|\?+|.", translated, text, flags=re.DOTALL)
 
     named = re.fullmatch(r"(.*?)(?:#([\d*?]+))?", pattern[:end], re.DOTALL)
     assert named  # any text matches
-    part, item = r"(?:\[[^\]\n]*\]?|[^.\[\n])*", r"""\[(?:"[^"]*"|[^\]"]*)\]"""
+    part = r"(?:\[[^\]\n]*\]?|[^.\[\n])*"
     parts = named[1].split(".") if named[1] else []
     module = "".join(rf"(?:{part}\.)*" if each == "**" else regex(each, part) + r"\." for each in parts)
     call = regex(f"#{named[2]}", r"\d*") if named[2] else r"(?:#\d+)?"
-    path = item.join(regex(each, '[^"]*') for each in pattern[end:].split("[*]"))
+    path = regex(pattern[end:], '[^"]*')
     inside = r"(?:[.\[].*)?" if path else r"(?:\.out.*)?"
     return re.compile(rf"{module}\n{call}{path}{inside}", re.DOTALL)

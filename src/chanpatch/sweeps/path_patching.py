@@ -83,7 +83,8 @@ def path_patch(
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
-    ends = [*receiving, *(whole := [points.site(site.name) for site in receiving])]
+    whole = [points.site(site.name) for site in receiving]  # one row of it may lie on no path
+    ends = [*receiving, *whole]
     with recording(points, [sending, *held, *ends]) as cache:
         baseline = clean_run()
 
