@@ -323,7 +323,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a record that need not run and is none": (
         ValueError,
         lambda: recording(POINTS, ["fc", "conv1"], allow_unreached="fcc"),
-        "allow_unreached names ['fcc'], where nothing is recorded.",
+        "allow_unreached names ['fcc'], where nothing is recorded. Did you mean 'fc'?",
     ),
     "an axis to split along that is not there": (
         errors.SiteError,

@@ -20,8 +20,9 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    A name is also a key: of the whole hook point, or of its only site in the cache. Caches of equal sites can be added,
-    subtracted, multiplied and divided, with each other or with a number: `clean - corrupted`.
+    A name is also a key: of the whole hook point, or of its only site in the cache. So is a pattern, such
+    as `"h.*"`, if one site matches. Caches of equal sites can be added, subtracted, multiplied and divided, with each
+    other or with a number: `clean - corrupted`.
 
     Args:
         activations: Activation of each site, with the axes of its region, such as `(batch, channel, row, col)`, or

@@ -108,7 +108,7 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
         return [pattern]
     for match in reversed([*_SIDE.finditer(pattern)]):  # a module may itself be called "out": the longest name wins
         one, longer = (_compiled(pattern, match.start(), numbers) for numbers in ("", r"|\d{%d,}"))
-        chosen = [name for name, each in names.items() if any(map(one.fullmatch, each))]
+        chosen = dict.fromkeys(name for name, each in names.items() if any(map(one.fullmatch, each)))
         left_out = [name for name, each in names.items() if any(map(longer.fullmatch, each)) and name not in chosen]
         if chosen and left_out:
             shown = ", ".join(left_out[:6]) + (f", ... ({len(left_out)} in all)" if len(left_out) > 6 else "")
@@ -117,7 +117,7 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
                 "select these too, or name the hook points in a list."
             )
         if chosen:
-            return chosen
+            return [*chosen]
     return []
 
 

@@ -83,7 +83,7 @@ def path_patch(
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
-    whole = [points.site(site.name) for site in receiving]  # one row of it may lie on no path
+    whole = [points.site(site.name) for site in receiving]  # a region may get nothing where the rest does
     ends = [*receiving, *whole]
     with recording(points, [sending, *held, *ends]) as cache:
         baseline = clean_run()
