@@ -17,7 +17,7 @@ from chanpatch.errors import ChanpatchError, EditError, SiteError, StatisticsErr
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(40, 1, 4, 4, generator=GENERATOR)
-AXES = {"*": ("batch", "channel", "row", "col")}
+AXES = dict.fromkeys(["**", "**.in"], ("batch", "channel", "row", "col"))
 RAMP = torch.arange(32.0) + torch.arange(32.0) ** 2 / 1000  # steeper and steeper, so that no two are equally far
 SEVERAL = [[0.0, 0.0], [0.0, 100.0], [1.0, 100.0], [100.0, -33.0], [103.0, -33.0]]  # in the first row, in the others
 

@@ -131,7 +131,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a pattern without matches": (
         errors.HookPointError,
         lambda: POINTS.select("block*"),
-        "No hook point matches 'block*'. (12 hook points; print the HookPoints to list them.)",
+        "No hook point matches 'block*'. `*` ends at a dot, `**` does not. (12 hook points; print the "
+        "HookPoints to list them.)",
     ),
     "unknown name in a bare model": (
         errors.HookPointError,
@@ -322,7 +323,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a record that need not run and is none": (
         ValueError,
         lambda: recording(POINTS, ["fc", "conv1"], allow_unreached="fcc"),
-        "allow_unreached names ['fcc'], where nothing is recorded.",
+        "allow_unreached names ['fcc'], where nothing is recorded. Did you mean 'fc'?",
     ),
     "an axis to split along that is not there": (
         errors.SiteError,

@@ -153,7 +153,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "sb3 cnn": sb3_cnn,
     "transformer": transformer,
     "recurrent": lambda: Case(RecurrentPolicy(), lambda rows: (torch.randn(rows, 3, 6),), "cell#1", {}),
-    "gpt": lambda: Case(GPT(), lambda rows: (torch.randint(11, (rows, 7)),), "blocks.1.mlp.1", {"tokens.in*": NAMED}),
+    "gpt": lambda: Case(GPT(), lambda rows: (torch.randint(11, (rows, 7)),), "blocks.1.mlp.1", {"tokens.in": NAMED}),
     "fx": lambda: Case(torch.fx.symbolic_trace(sequential()), vectors, "1", {}),
     "data parallel": lambda: Case(nn.DataParallel(sequential()), vectors, "module.1", {}),
     "checkpointed": lambda: Case(Checkpointed(), vectors, "relu", {}),

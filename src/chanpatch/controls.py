@@ -23,7 +23,7 @@ from .errors import EditError, SiteError, StatisticsError
 from .patching.cache import ActivationCache
 from .patching.contexts import patched
 from .patching.patch import Patch
-from .registry.points import HookPoints, sites_of
+from .registry.points import HookPoints, site_of, sites_of
 from .registry.sites import HookPoint, Site
 from .registry.trace import traced
 from .results import Records, columns, largest_first
@@ -107,7 +107,7 @@ def matched_channels(
     first, background = first_batch(background, batch_size)
     points = traced(points_or_model, first)
     whole("count", count, least=1)
-    (bound,) = sites_of(points, site)
+    bound = site_of(points, site)
     axis = channel_axis(bound, "Controls", SiteError)
     elsewhere = {name: index for name, index in bound.indices if name != axis}
     region = points.bind(Site(bound.name, **elsewhere))

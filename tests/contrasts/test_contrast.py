@@ -55,7 +55,7 @@ def test_neither_batch_size_nor_a_stream_of_batches_changes_the_numbers() -> Non
     np.testing.assert_allclose(cut.effect(), whole.effect(), rtol=1e-4)
 
 
-ROWS = {"*": ("batch", "channel", "col")}
+ROWS = dict.fromkeys(["**", "**.in"], ("batch", "channel", "col"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -53,12 +53,12 @@ def test_hook_points_are_a_mapping_from_names(points):
 @pytest.mark.parametrize(
     ("pattern", "names"),
     [
-        ("embedder.block?", ["embedder.block1", "embedder.block2"]),
+        ("embedder.block*", ["embedder.block1", "embedder.block2", "embedder.block10"]),
         ("embedder.block??", ["embedder.block10"]),
         ("embedder.block*0", ["embedder.block10"]),
         ("embedder.block1", ["embedder.block1"]),
         ("relu#?", ["relu#0", "relu#1", "relu#2"]),
-        ("*.in[0]", [".in[0]", "embedder.block1.in[0]", "relu#0.in[0]", "embedder.block2.in[0]", "relu#1.in[0]",
+        ("**.in[0]", [".in[0]", "embedder.block1.in[0]", "relu#0.in[0]", "embedder.block2.in[0]", "relu#1.in[0]",
                      "embedder.block10.in[0]", "relu#2.in[0]"]),
         ('.out["[a]"]', ['.out["[a]"]']),
         ("tied", ["embedder.block2"]),

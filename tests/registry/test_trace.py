@@ -297,7 +297,7 @@ def test_position_first_inputs_have_the_batch_that_axes_names():
 
 def test_axes_names_what_no_module_type_tells():
     names = ("batch", "position", "feature")
-    points = hook_points(Folded(), torch.randn(2, 5, 6), axes={".out": names, ".in*": names})
+    points = hook_points(Folded(), torch.randn(2, 5, 6), axes={".out": names, ".in": names})
     assert (points[".in[0]"].axes, points[".out"].axes) == (names, names)
 
 
@@ -493,7 +493,7 @@ def test_axes_names_the_inputs_of_another_method():
 
     inputs = torch.randn(3, 6), (torch.randn(1, 3, 4), torch.randn(1, 3, 4)), torch.zeros(3)
     assert set(batch_axes(hook_points(Policy(), *inputs, method="act")).values()) == {None}
-    axes = {".in[1]*": ("layer", "batch", "feature")}
+    axes = {".in[1]": ("layer", "batch", "feature")}
     assert set(batch_axes(hook_points(Policy(), *inputs, method="act", axes=axes)).values()) == {1}
 
 

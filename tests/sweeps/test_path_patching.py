@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch import hook_points, patch_in, patched
+from chanpatch import hook_points, patch_in, patched, tap
 from chanpatch.errors import ContrastError, HookPointError, MetricError, SiteError
 from chanpatch.metrics import kl_divergence
 from chanpatch.sweeps import path_patch
@@ -383,3 +383,184 @@ def test_an_activation_that_is_written_into_in_place_makes_no_effect_of_its_own(
     points = hook_points(model, CLEAN)
     assert not path_patch(points, CLEAN, CLEAN, "embed", "relu.in[0]", metric=first_logit).any()
     assert path_patch(points, CLEAN, CORRUPTED, "embed", "relu.in[0]", metric=first_logit).any()
+
+
+class Head(nn.Module):
+    """Attention of two heads; `out` mixes their z."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(4, 4, bias=False) for _ in range(4))
+
+    def z(self, stream: Tensor) -> Tensor:
+        query, key, value = (each(stream).unflatten(-1, (2, 2)) for each in (self.query, self.key, self.value))
+        pattern = torch.einsum("bqhf,bkhf->bhqk", query, key).softmax(-1)
+        return torch.einsum("bhqk,bkhf->bqhf", pattern, value).flatten(-2)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        return self.out(self.z(stream))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.up, self.down = Head(), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        stream = stream + self.attention(stream)
+        return stream + self.down(self.up(stream).relu())
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList([Layer(), Layer()])
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        for layer in self.h:
+            stream = layer(stream)
+        return self.head(stream)[:, -1]
+
+
+@torch.no_grad()
+def transformer_run(model: Any, stream: Tensor) -> dict[str, Tensor]:
+    """The activations of a forward, written out."""
+    found = {}
+    for number, layer in enumerate(model.h):
+        found[f"z{number}"] = layer.attention.z(stream)
+        stream = stream + layer.attention.out(found[f"z{number}"])
+        found[f"neurons{number}"] = layer.up(stream).relu()
+        found[f"mlp{number}"] = layer.down(found[f"neurons{number}"])
+        stream = stream + found[f"mlp{number}"]
+        found[f"stream{number}"] = stream
+    return found
+
+
+@pytest.fixture
+def transformer() -> tuple[Any, Tensor, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Transformer(), torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+
+
+def test_a_heads_z_reaches_the_logits_by_its_own_output_projection_alone(transformer: Any) -> None:
+    model, clean, corrupted = transformer
+    points = hook_points(model, clean)
+    sender = points.site("h.0.attention.out.in[0]", feature=slice(2, 4))  # the second head
+    found = path_patch(points, clean, corrupted, sender, "head.in[0]", metric=first_logit)
+    with torch.no_grad():
+        change = (transformer_run(model, corrupted)["z0"] - transformer_run(model, clean)["z0"])[:, -1, 2:]
+        expected = change @ model.h[0].attention.out.weight[:, 2:].T @ model.head.weight[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_heads_z_reaches_a_later_query_past_the_mlp_between_them(transformer: Any) -> None:
+    model, clean, corrupted = transformer
+    one, two = transformer_run(model, clean), transformer_run(model, corrupted)
+    with torch.no_grad():
+        attention, later = model.h[0].attention, model.h[1]
+        queried = one["stream0"] + attention.out(two["z0"]) - attention.out(one["z0"])
+        query = later.attention.query(queried).unflatten(-1, (2, 2))
+        key, value = (
+            each(one["stream0"]).unflatten(-1, (2, 2)) for each in (later.attention.key, later.attention.value)
+        )
+        pattern = torch.einsum("bqhf,bkhf->bhqk", query, key).softmax(-1)
+        z = torch.einsum("bhqk,bkhf->bqhf", pattern, value).flatten(-2)
+        stream = one["stream0"] + later.attention.out(z)
+        stream = stream + later.down(later.up(stream).relu())
+        expected = model.head(stream)[:, -1, 0] - model(clean)[:, 0]
+    found = path_patch(
+        model, clean, corrupted, "h.0.attention.out.in[0]", "h.1.attention.query.in[0]", metric=first_logit
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sender", ["h.0.down.in[0]", "h.0.down"])
+def test_neurons_send_what_their_mlp_returns(transformer: Any, sender: str) -> None:
+    model, clean, corrupted = transformer
+    one, two = transformer_run(model, clean), transformer_run(model, corrupted)
+    with torch.no_grad():
+        expected = (two["mlp0"] - one["mlp0"])[:, -1] @ model.head.weight[0]
+    found = path_patch(model, clean, corrupted, sender, "head.in[0]", metric=first_logit)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Tapped(WithAHookInside):
+    def forward(self, vector: Tensor) -> Tensor:
+        return tap("inside", self.hook(vector @ self.weight.T)) + self.bias
+
+
+@pytest.mark.parametrize("sender", ["b.hook.in[0]", "b.hook", "inside", "b.in[0]"])
+def test_a_module_with_weights_around_the_sender_is_not_held(sender: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, clean, corrupted = Stream(), torch.randn(6, 4), torch.randn(6, 4)
+    model.b = Tapped(model.b)
+    found = path_patch(model, clean, corrupted, sender, "head.in[0]", metric=first_logit)
+    with torch.no_grad():
+        one, two = model.a(clean), model.a(corrupted)
+        expected = (model.b(two).relu() - model.b(one).relu()) @ model.head.weight[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_that_the_sender_is_the_input_of_is_not_held_and_the_next_call_is() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Recurring()
+    found = path_patch(model, CLEAN, CORRUPTED, "block#1.in[0]", "head.in[0]", metric=first_logit)
+    with torch.no_grad():
+
+        def second(vector: Tensor) -> Tensor:
+            stream = model.embed(vector)
+            return model.block((stream + model.block(stream.relu())).relu())
+
+        expected = (second(CORRUPTED) - second(CLEAN)) @ model.head.weight[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_called_before_around_its_own_layer_is_held() -> None:
+    class Twice(nn.Module):
+        """Calls a layer of the block by itself, and the block, which has weights, after it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Tapped(nn.Linear(4, 4)), nn.Linear(4, 3)
+
+        def forward(self, vector: Tensor) -> Tensor:
+            vector = self.block.hook(vector)
+            return self.head(vector + self.block(vector))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Twice()
+    found = path_patch(model, CLEAN, CORRUPTED, "block.hook#0", "head.in[0]", metric=first_logit)
+    expected = ((CORRUPTED - CLEAN) @ model.head.weight[0]).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_path_that_only_held_modules_carry_is_refused() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    points = hook_points(model, CLEAN)
+    with pytest.raises(SiteError) as caught:
+        path_patch(points, CLEAN, CORRUPTED, "0", "3.in[0]", metric=first_logit)
+    assert str(caught.value) == (
+        "Every path from Site('0') to the receivers leads through the sites that are held at their clean activations: "
+        "'1'. Name the sites to hold in frozen=[...]; frozen=() holds none."
+    )
+    assert path_patch(points, CLEAN, CORRUPTED, "0", "3.in[0]", metric=first_logit, frozen=()).any()
+    assert not path_patch(points, CLEAN, CORRUPTED, "0", "3.in[0]", metric=first_logit, frozen="1").any()
+    assert not path_patch(points, CLEAN, CLEAN, "0", "3.in[0]", metric=first_logit).any()
+
+
+def test_a_pattern_names_receivers_and_frozen_sites(transformer: Any) -> None:
+    model, clean, corrupted = transformer
+    ends, layers = ["h.0.down.in[0]", "h.1.down.in[0]"], ["h.0.down", "h.1.down"]
+    for pattern, names in (("h.*.down.in[0]", ends), ("h.?.down.in", ends)):
+        found, expected = (
+            path_patch(model, clean, corrupted, "h.0.attention.out.in[0]", receivers, metric=first_logit, frozen=frozen)
+            for receivers, frozen in ((pattern, "h.*.down"), (names, layers))
+        )
+        assert torch.equal(found, expected) and found.any()

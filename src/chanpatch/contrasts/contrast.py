@@ -51,7 +51,7 @@ def contrast(
         points_or_model: The model, which is traced with clean inputs, or its HookPoints.
         clean: One input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such.
         corrupted: The other input of each pair.
-        sites: Where to look; `"all"` searches what every module returns, and every tap, the same activations once.
+        sites: Sites or patterns, as in `recording`; `"all"` searches all outputs and taps, the same activations once.
         reduce: What is compared of each channel, as in `recording`; it leaves the batch and at most one axis. Layers
             of a recurrent state are compared each by itself, unless an einops pair joins them.
         background: Inputs that tell how much a channel varies anyway: as `clean`, or any iterable of batches of it.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..channels import NO_MOMENTS, Floats, Moments, recorded
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
-from ..registry.points import HookPoints, sites_of
+from ..registry.points import HookPoints, site_of
 from ..registry.sites import Site
 from ..results import Effects, columns, shown_effect
 
@@ -90,7 +90,7 @@ class Contrast(Effects):
             Turner et al. 2023, "Steering language models with activation engineering", for one pair; Rimsky et al.
             2023, "Steering Llama 2 via contrastive activation addition", for the mean over many.
         """
-        (bound,) = sites_of(self._points, site)
+        bound = site_of(self._points, site)
         point = self._points[bound.name]
         if point.batch_axis is None:
             raise SiteError(f"{bound!r} has no batch axis that is proved, so there is no mean over the pairs.")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BatchAxisError, HookPointError, SiteError
+from ..errors import BatchAxisError, HookPointError, SiteError, did_you_mean
+from ..registry.names import is_pattern, selected, spellings
 from ..registry.points import normalized
 from ..registry.sites import Axes, HookPoint, Site, no_batch
 from ..results import Records
@@ -19,8 +20,9 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    A name is also a key: of the whole hook point, or of its only site in the cache. Caches of equal sites can be added,
-    subtracted, multiplied and divided, with each other or with a number: `clean - corrupted`.
+    A name is also a key: of the whole hook point, or of its only site in the cache. So is a pattern, such
+    as `"h.*"`, if one site matches. Caches of equal sites can be added, subtracted, multiplied and divided, with each
+    other or with a number: `clean - corrupted`.
 
     Args:
         activations: Activation of each site, with the axes of its region, such as `(batch, channel, row, col)`, or
@@ -62,15 +64,20 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         if isinstance(key, Site) and key in self._parts:
             return key
         name = key if isinstance(key, str) else key.name
-        held = [site for site in self._parts if site.name == name or (site.point and name in site.point.aliases)]
+        names = [name]
+        if isinstance(key, str) and is_pattern(key):
+            traced = {site.name: (site.point.module, site.point.aliases) if site.point else () for site in self}
+            names = selected(key, {each: spellings(each, *known) for each, known in traced.items()})
+        held = [s for s in self if s.name in names or (s.point and name in s.point.aliases)]
         if isinstance(key, Site):  # the same region, written in another way, such as channel=-1
             held = [site for site in held if site.point is not None and normalized(key, site.point) == site]
-        elif len(held) > 1:  # the name alone means the whole hook point, if it is here
+        elif len({site.name for site in held}) == 1:  # a name alone means the whole hook point, if it is here
             held = [site for site in held if not site.indices] or held
         if len(held) != 1:
             holds = ", ".join(map(repr, self)) or "nothing yet"
+            hint = "" if held else did_you_mean(name, [site.name for site in self])
             what = f"{len(held)} sites of '{name}'" if len(held) > 1 else f"no {key!r}"
-            raise HookPointError(f"The cache has {what}. It holds {holds}.")
+            raise HookPointError(f"The cache has {what}.{hint} It holds {holds}.")
         return held[0]
 
     def _like(self, change: Callable[[Tensor, Site], Tensor]) -> ActivationCache:

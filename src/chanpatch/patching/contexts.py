@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..engine.sessions import RootCall, Session
-from ..errors import ChanpatchError, DistributionError, NaNError, UnreachedError, UnsupportedModelError
+from ..errors import ChanpatchError, DistributionError, NaNError, UnreachedError, UnsupportedModelError, did_you_mean
 from ..registry.points import HookPoints, bound, resolve, root_of
 from .firing import Firing, Ledger
 from .patch import Patch
@@ -144,8 +144,10 @@ class Patching(ContextSession):
 def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
     """Return the names in `allow_unreached`; raise ValueError, with the reason `nothing`, if one is not known."""
     allowed = frozenset([names] if isinstance(names, str) else names)
+    known = list(known)
     if unknown := allowed.difference(known):
-        raise ValueError(f"allow_unreached names {sorted(unknown)}, where {nothing}.")
+        hint = did_you_mean(min(unknown), known)
+        raise ValueError(f"allow_unreached names {sorted(unknown)}, where {nothing}.{hint}")
     return allowed
 
 

@@ -41,7 +41,8 @@ def recording(
 
     Args:
         points_or_model: The model, or its HookPoints, which check every site against the trace.
-        sites: Names, sites or hook points; HookPoints for all of theirs.
+        sites: Names, sites or hook points; HookPoints for all of theirs. With HookPoints also patterns, as in
+            `HookPoints.select`: `"h.*"`.
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes but batch, channel and feature, or an einops
             pair `("b c h w -> b c", "sum")`. Reduced inside the hook: only the result is kept.
         before: Whether to record the activation before the patches instead of after them.

@@ -13,7 +13,7 @@ from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
 from ..patching.recording import Reduce
-from ..registry.points import HookPoints, sites_of
+from ..registry.points import HookPoints, site_of
 from ..registry.sites import HookPoint, Site
 from ..registry.trace import traced
 from ..results import progress_bar
@@ -55,7 +55,7 @@ def channel_sums(
     """
     first, inputs = first_batch(inputs, batch_size)
     points = traced(points_or_model, first)
-    (bound,) = sites_of(points, site)
+    bound = site_of(points, site)
     if isinstance(reduce, str):
         channel_axis(bound, "Channel sums", ProbeError)
     check_leaves_channels(bound, reduce)

@@ -1,13 +1,13 @@
 """The grammar of a hook point's name: `module`, `#call`, `.in` or `.out`, and a path; or the name of a tap.
 
-Names are written and parsed here and nowhere else.
+Names are written, parsed and matched by patterns here and nowhere else.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from torch import nn
@@ -16,6 +16,7 @@ from ..engine.hooks import Place
 from ..engine.paths import Attr, Item, Path
 from ..errors import HookPointError, did_you_mean
 
+_SIDE = re.compile(r"\.(?:in|out)(?![^.\[])|$")
 _STEP = re.compile(r"""\[(\d+|"[^"]*"|'[^']*')\]|\.([A-Za-z_]\w*)""")
 
 
@@ -35,7 +36,7 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
     """
     if name and name in known:
         return Place(name, name, "out", (), None)
-    ends = [match.start() for match in re.finditer(r"\.(?:in|out)(?![^.\[])|$", name)]
+    ends = [match.start() for match in _SIDE.finditer(name)]
     for end in reversed(ends):  # a module may itself be called "out": the longest module name wins
         module, _, call = name[:end].partition("#") if name[:end] not in known else (name[:end], "", "")
         tail = re.fullmatch(r"\.(in|out)(.*)|", name[end:], re.DOTALL)
@@ -44,6 +45,11 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
             side: Literal["in", "out"] = "in" if tail and tail[1] == "in" else "out"
             if side == "out" or path:
                 return Place(name, module, side, path, int(call) if call else None)
+    if is_pattern(name):
+        raise HookPointError(
+            f"'{name}' is a pattern, and a bare model has no list of hook points to match. Give its hook points: "
+            "hook_points(model, *inputs)."
+        )
     raise HookPointError(
         f"No hook point named '{name}'.{did_you_mean(name, known)} "
         f"({len(known)} modules; hook_points(model, *inputs) lists every hook point, taps included.)"
@@ -67,7 +73,77 @@ def parsed_path(text: str) -> Path | None:
     return tuple(steps) if end == len(text) else None
 
 
-def glob(pattern: str) -> Callable[[str], object]:
-    """Return a function that matches names: `*` is any text, `?` any one character, brackets are ordinary."""
-    parts = (".*" if c == "*" else "." if c == "?" else re.escape(c) for c in pattern)
-    return re.compile("".join(parts), re.DOTALL).fullmatch
+def is_pattern(name: str) -> bool:
+    """Return whether a string has a wildcard."""
+    return "*" in name or "?" in name
+
+
+def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ()) -> list[str]:
+    """Return a hook point's name and aliases with a line break after the module, for `selected`.
+
+    Without the module's name, it is guessed from the hook point's.
+    """
+    if module is None:
+        module = re.sub(r"(?s)(#\d+)?(\.(in|out)(\[.*)?)?$", "", name, count=1)
+    end = name[len(module) :]
+    bases = (module, *(alias.removesuffix(end) for alias in aliases))
+    return [f"{base}.\n{end}" if base else f"\n{end}" for base in bases]
+
+
+def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the hook points that a pattern selects, in the order given.
+
+    A name has parts, which end at dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the part before.
+    `*` is any text within a part, `**` any number of parts, `?` one character. A pattern without `#k` selects every
+    call, one without `.in` or `.out` all outputs, and the beginning of a path all tensors inside.
+
+    Args:
+        pattern: Such as `"h.*"`, `"h.*.in[0]"`, `"**.relu?"`.
+        names: For each hook point what `spellings` returns.
+
+    Raises:
+        HookPointError: If `?` leaves out the longer numbers of a list, such as h.10 with `h.?`.
+    """
+    if pattern in names:
+        return [pattern]
+    for match in reversed([*_SIDE.finditer(pattern)]):  # a module may itself be called "out": the longest name wins
+        one, longer = (_compiled(pattern, match.start(), numbers) for numbers in ("", r"|\d{%d,}"))
+        chosen = dict.fromkeys(name for name, each in names.items() if any(map(one.fullmatch, each)))
+        left_out = [name for name, each in names.items() if any(map(longer.fullmatch, each)) and name not in chosen]
+        if chosen and left_out:
+            shown = ", ".join(left_out[:6]) + (f", ... ({len(left_out)} in all)" if len(left_out) > 6 else "")
+            raise HookPointError(
+                f"'{pattern}' leaves out {shown}: '?' is one character. Write '{re.sub(r'[?]+', '*', pattern)}' to "
+                "select these too, or name the hook points in a list."
+            )
+        if chosen:
+            return [*chosen]
+    return []
+
+
+def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
+    """Return a regular expression for spellings, of a pattern whose module ends at `end`.
+
+    `numbers` is an alternative to `?`, with the count of `?` to fill in.
+    """
+
+    def regex(text: str, any_text: str) -> str:
+        def translated(match: re.Match[str]) -> str:
+            run, count = match[0], len(match[0])
+            if run == "[*]":
+                return r"""\[(?:"[^"]*"|[^\]"]*)\]"""
+            if run[0] == "?":
+                return rf"(?:[^.\n]{{{count}}}{numbers and numbers % count})"
+            return any_text if run[0] == "*" else re.escape(run)
+
+        return re.sub(r"\[\*\]|\*+|\?+|.", translated, text, flags=re.DOTALL)
+
+    named = re.fullmatch(r"(.*?)(?:#([\d*?]+))?", pattern[:end], re.DOTALL)
+    assert named  # any text matches
+    part = r"(?:\[[^\]\n]*\]?|[^.\[\n])*"
+    parts = named[1].split(".") if named[1] else []
+    module = "".join(rf"(?:{part}\.)*" if each == "**" else regex(each, part) + r"\." for each in parts)
+    call = regex(f"#{named[2]}", r"\d*") if named[2] else r"(?:#\d+)?"
+    path = regex(pattern[end:], '[^"]*')
+    inside = r"(?:[.\[].*)?" if path else r"(?:\.out.*)?"
+    return re.compile(rf"{module}\n{call}{path}{inside}", re.DOTALL)

@@ -17,7 +17,7 @@ from ..engine.hooks import Place
 from ..engine.inputs import copied_inputs
 from ..errors import HookPointError, SiteError, did_you_mean
 from ..results import Records
-from .names import glob, parsed_name, path_text, written_name
+from .names import is_pattern, parsed_name, path_text, selected, spellings, written_name
 from .sites import HookPoint, Index, Selection, Site
 
 
@@ -65,18 +65,23 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return len(self._points)
 
     def select(self, pattern: str) -> HookPoints:
-        """Return the hook points whose name matches a glob: `*` for any text, `?` for any one character.
+        """Return the hook points whose name or alias matches a pattern.
 
         Args:
-            pattern: Such as `"embedder.block*.res?"`. Other characters, brackets included, mean themselves.
+            pattern: Such as `"embedder.block*.res?"`. `*` is any text without a dot, `**` any number of parts between
+                dots, `?` one character; everything else means itself. A pattern that ends in a module takes its
+                outputs: `"h.*"` is `h.0`, or `h.0.out[0]` and so on if the module returns several tensors, in every
+                call; `"h.*.in[0]"` and `"h.*.out[1]"` take an input or a part of the output, `"**.in"` all inputs.
 
         Raises:
-            HookPointError: If no name matches.
+            HookPointError: If no name matches, or `?` leaves out the longer numbers of a list (h.10 with `"h.?"`).
         """
-        matches = glob(pattern)
-        chosen = [p for p in self._points.values() if any(matches(name) for name in (p.name, *p.aliases))]
+        points = {p.name: spellings(p.name, p.module, p.aliases) for p in self._points.values()}
+        chosen = [self._points[name] for name in selected(pattern, points)]
         if not chosen:
-            raise HookPointError(f"No hook point matches '{pattern}'. {self._advice()}")
+            dots = " `*` ends at a dot, `**` does not." if "*" in pattern else ""
+            hint = did_you_mean(pattern, [*self._points, *self._aliases])
+            raise HookPointError(f"No hook point matches '{pattern}'.{hint}{dots} {self._advice()}")
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
         return HookPoints(self.model, chosen, **facts)
 
@@ -130,6 +135,8 @@ class HookPoints(Records, Mapping[str, HookPoint]):
             )
         if fired:
             return f"'{name}' is {len(fired)} hook points: {', '.join(fired)}. Name one of them."
+        if is_pattern(name):
+            return f"'{name}' is a pattern, and one hook point is expected. Take those of points.select('{name}')."
         return f"No hook point named '{name}'.{did_you_mean(name, [*self._points, *self._aliases])} {self._advice()}"
 
     def _advice(self) -> str:
@@ -206,17 +213,33 @@ def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
 def sites_of(
     points_or_model: HookPoints | nn.Module, sites: str | Site | HookPoint | Iterable[str | Site | HookPoint]
 ) -> tuple[Site, ...]:
-    """Return sites from names, hook points or sites, in the order given, without duplicates.
+    """Return sites from names, patterns, hook points or sites, in the order given, without duplicates.
 
     Raises:
         HookPointError, SiteError: If one of them does not exist, all faults at once, or if there are none.
     """
     each = [sites] if isinstance(sites, (str, Site, HookPoint)) else list(sites)
+    if isinstance(points_or_model, HookPoints):
+        select = points_or_model.select
+        each = [one for item in each
+                for one in (select(item) if isinstance(item, str) and is_pattern(item) else [item])]  # fmt: skip
     named = [item if isinstance(item, Site) else Site(item.name).at(item) if isinstance(item, HookPoint)
              else Site(item) for item in each]  # fmt: skip
     if not named:
         raise SiteError("There are no sites to record: sites is empty. Name one or more, as in sites=['conv1'].")
     return tuple(dict.fromkeys(bound(points_or_model, named)))
+
+
+def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
+    """Return one site from a name, a pattern, a hook point or a site.
+
+    Raises:
+        HookPointError, SiteError: If it does not exist, or there are several.
+    """
+    found = sites_of(points, site)
+    if len(found) > 1:
+        raise SiteError(f"There are {len(found)} sites, but one is expected: {', '.join(map(repr, found))}.")
+    return found[0]
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:

@@ -20,7 +20,7 @@ from ..engine.sessions import without_listeners
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .axes import NamePropagation, Names, axis_names
-from .names import glob, written_name
+from .names import selected, spellings, written_name
 from .points import HookPoints, model_of
 from .sites import Axes, HookPoint
 
@@ -43,9 +43,9 @@ def hook_points(
             grow along the axis that `axes` or a module type, such as a sequence-first LSTM, names "batch". Other inputs
             grow along their first axis, if it is as long, unless all their axes have names.
         method: The method to run, for models that are not entered by their forward.
-        axes: Names for axes that the module type does not name, by glob over hook point names:
-            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions pass them on. Inputs of
-            a method are `.in[0]`, ... here too.
+        axes: Names for axes that the module type does not name, by a pattern of hook points:
+            `{"encoder.*": ("batch", "position", "feature")}`, as in `HookPoints.select`. Elementwise modules and
+            functions pass them on. Inputs of a method are `.in[0]`, ... here too.
         example_keywords: Keyword inputs.
 
     Raises:
@@ -160,6 +160,11 @@ class _Trace:
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
+    def aliases(self, fired: _Fired) -> tuple[str, ...]:
+        """Return the other names of a hook point, which a shared module has."""
+        names = () if fired.side == "tap" else self.module_names[self.model.get_submodule(fired.module)][1:]
+        return tuple(self.name(fired, other) for other in names)
+
     def _on_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.on_call(module)
         name = self.module_names[module][0]
@@ -235,13 +240,16 @@ def _refuse_ambiguous_taps(trace: _Trace) -> None:
 
 
 def _names_by_place(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
-    """Return the user's axis names for each place that the globs match."""
+    """Return the user's axis names for each place that the patterns match."""
     given: dict[_Place, tuple[str, ...]] = {}
+    fired_by_name: dict[str, list[_Fired]] = {}
+    for fired in (*trace.inputs, *trace.fired):
+        fired_by_name.setdefault(trace.name(fired), []).append(fired)
+    known = {name: spellings(name, fired.module, trace.aliases(fired)) for name, (fired, *_) in fired_by_name.items()}
     for pattern, names in axes.items():
-        matches = glob(pattern)
-        chosen = [fired for fired in (*trace.inputs, *trace.fired) if matches(trace.name(fired))]
+        chosen = [fired for name in selected(pattern, known) for fired in fired_by_name[name]]
         if not chosen:
-            hint = did_you_mean(pattern, map(trace.name, trace.fired))
+            hint = did_you_mean(pattern, known)
             raise HookPointError(f"axes={{'{pattern}': ...}}: no hook point matches.{hint}")
         for fired in chosen:
             if len(names) != fired.tensor.dim() or len(set(names)) < len(names):
@@ -303,7 +311,6 @@ def _point(trace: _Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
         for number, name in enumerate(names)
     )
     module = None if fired.side == "tap" else trace.model.get_submodule(fired.module)
-    other_names = [] if module is None else trace.module_names[module][1:]
     return HookPoint(
         name=trace.name(fired),
         axes=axes,
@@ -313,7 +320,7 @@ def _point(trace: _Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
         device=tensor.device,
         module_type="tap" if module is None else type(module).__name__,
         parameters=0 if module is None else sum(parameter.numel() for parameter in module.parameters()),
-        aliases=tuple(trace.name(fired, other) for other in other_names),
+        aliases=trace.aliases(fired),
         module=fired.module,
         side=fired.side,
         path=fired.path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs, batches, input_count
@@ -46,14 +47,15 @@ def path_patch(
         metric: As for `sweep`; one metric.
         frozen: Hook points to freeze, if they lie between the sender and the last receiver. By default, the outputs of
             all modules with weights that call no other module (Linear, Conv2d, Embedding, LSTM, MultiheadAttention),
-            except norms. `()` freezes nothing: every path from the sender to the receivers counts. The sender, and the
-            inputs and outputs of the receivers' own calls, are never frozen.
+            except norms. `()` freezes nothing: every path from the sender to the receivers counts. Never frozen are the
+            sender, the module whose input it is and the modules around it, and the receivers' own calls.
 
     Returns:
         `(batch,)`, the metric with the path patched minus the metric of the clean run.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist, or a receiver does not come after the sender.
+        HookPointError, SiteError: If a site does not exist, or a receiver does not come after the sender, or the
+            sites frozen by default cut every path from the sender to the receivers.
         ContrastError: If the two sides have different numbers of inputs.
         MetricError: If the metric does not return `(batch,)`.
 
@@ -81,13 +83,32 @@ def path_patch(
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
-    with recording(points, [sending, *held, *receiving]) as cache:
+    whole = [points.site(site.name) for site in receiving]  # a region may get nothing where the rest does
+    ends = [*receiving, *whole]
+    with recording(points, [sending, *held, *ends]) as cache:
         baseline = clean_run()
+
+    def arriving(held: Sequence[Site]) -> ActivationCache:
+        with (
+            patched(points, [patch_in(sending, source), *(patch_in(site, cache) for site in held)]),
+            recording(points, ends) as found,
+        ):
+            clean_run()
+        return found
+
+    def moves(found: ActivationCache) -> bool:
+        return any(not torch.equal(found[site], cache[site]) for site in whole)
+
     # The clean activations are patched in too, which is not a no-op if a module writes into them in place.
     before = _measured(clean_run, receiving, cache, metric, baseline)
-    changes = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
-    with patched(points, changes), recording(points, receiving) as received:
-        clean_run()
+    received = arriving(held)
+    unmoved = not moves(received) and not torch.equal(source[sending], cache[sending])
+    if frozen is None and unmoved and moves(arriving([])):
+        names = ", ".join(f"'{site.name}'" for site in held[:6]) + ", ..." * (len(held) > 6)
+        raise SiteError(
+            f"Every path from {sending!r} to the receivers leads through the sites that are held at their clean "
+            f"activations: {names}. Name the sites to hold in frozen=[...]; frozen=() holds none."
+        )
     return _measured(clean_run, receiving, received, metric, baseline) - before
 
 
@@ -119,11 +140,22 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
     each = _listed(frozen)
     ends = [points[site.name] for site in receivers]
     last = max(order[end.name] for end in ends)
+    around = _calls_around(points[sender.name], points)
     return [
         site
         for site in (sites_of(points, each) if each else ())
-        if order[sender.name] < order[site.name] < last and not any(_is_part(points[site.name], end) for end in ends)
+        if order[sender.name] < order[site.name] < last
+        and not any(_is_part(points[site.name], end) for end in ends)
+        and (points[site.name].module, points[site.name].call) not in around
     ]
+
+
+def _calls_around(sender: HookPoint, points: HookPoints) -> set[tuple[str, int | None]]:
+    """Return the module calls that began before the sender, its own included if it is an input."""
+    names = [*points]
+    until = [points[name] for name in names[: names.index(sender.name) + 1]]
+    began = {(each.module, each.call) for each in until if each.side == "in"}
+    return began - ({(sender.module, sender.call)} if sender.side == "out" else set())
 
 
 def _is_part(point: HookPoint, receiver: HookPoint) -> bool:
