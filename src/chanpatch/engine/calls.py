@@ -26,10 +26,7 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Call back at every call of these modules, and at every tap; changes nothing.
-
-    Copies of the modules that a forward makes and calls are not observed.
-    """
+    """Call back at every call of these modules, but not of copies that a forward makes, and at every tap."""
     known = set(modules)
     handles = []
 
@@ -61,22 +58,14 @@ _tap_sessions: dict[str, list[weakref.ref[Any]]] = {}  # weak, so that a patched
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor, and make this place in a `forward` a hook point; free when nobody looks.
+    """Return the tensor, and make this place in a `forward` a hook point.
 
     Args:
-        name: The hook point's name. Where the same tap runs more than once in a forward, each time is one call of
-            it (`name#0`, `name#1`); a name made of the module's own, such as `f"block{i}.pattern"`, reads better.
-        tensor: Any tensor of the forward.
-
-    Returns:
-        The same tensor, or what the open patches made of it.
+        name: Name of the hook point. If the tap runs more than once in a forward, its calls are `name#0`, `name#1`, ...
+        tensor: Any tensor of the forward. While a context is open, the patched tensor is returned.
 
     Raises:
-        HookPointError: Where a context is open, if a site there names no call of a tap that runs more than once in a
-            root call, or names one outside of any.
-        TraceMismatchError: Where a context is open, if the tap runs more often, or the tensor has another shape or
-            dtype, than in the trace.
-        SiteError, EditError: Where a context is open, if the tensor has no such region, or a patch does not fit it.
+        HookPointError, TraceMismatchError, SiteError, EditError: While a context is open, as at other hook points.
 
     Example:
         >>> import torch
@@ -119,10 +108,7 @@ def _hearing(name: str) -> list[Any]:
 
 @contextmanager
 def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Call `around(method, *args, **kwargs)` in place of a method of this module.
-
-    Several wrappers nest in order of entry, and may close in any order.
-    """
+    """Call `around(method, *args, **kwargs)` in place of a method of this module; wrappers may close in any order."""
     found = vars(module).get(name)
     wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
     vars(module)[name] = wrapper
@@ -167,10 +153,7 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Run compiled code eagerly, since hooks that are added after compilation are ignored there.
-
-    All open contexts share one stance, in whatever order they close.
-    """
+    """Run compiled code eagerly, since it ignores hooks that are added later; contexts may close in any order."""
     token = object()
     _eager.append(token)
     try:
@@ -194,14 +177,13 @@ def _settle_stance() -> None:
 
 
 def refuse_unhookable(model: nn.Module) -> None:
-    """Raise for a model whose module calls bypass hooks: what is patched there would be ignored in silence."""
+    """Raise for a model whose module calls ignore hooks."""
     for name, module in model.named_modules():
-        why = _unhookable(module)
-        if why:
+        if why := _unhookable(module):
             raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
 
 
-def _unhookable(module: nn.Module) -> str | None:
+def _unhookable(module: nn.Module) -> str:
     if "_orig_mod" in module._modules:
         return (
             "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the original "
@@ -214,12 +196,14 @@ def _unhookable(module: nn.Module) -> str | None:
         )
     if isinstance(module, torch.jit.ScriptModule):
         return (
-            "is a TorchScript module, which runs its submodules without their hooks. Pass the Python module that it "
-            "was made from."
+            "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python module."
         )
-    if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-        return (
-            f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. Pass the "
-            "module inside (.module) and run it on one device."
+    devices = len(module.device_ids) if isinstance(module, nn.DataParallel) else 1
+    return (
+        ""
+        if devices < 2
+        else (
+            f"is a DataParallel over {devices} devices, which runs copies of its module. Pass the module inside (.module) "
+            "and run it on one device."
         )
-    return None
+    )
