@@ -152,12 +152,13 @@ class Station:
         self._errors_before.append(sys.exc_info()[1])
         if len(module._forward_hooks) > self._hooks or (self._at_last and self._hooks == 1):
             self._order_output(module)
-        late = bool(self._on_inputs) and not is_ours(next(reversed(module._forward_pre_hooks.values())))
+        listening = any(listener.session.enabled for listener in self._on_inputs)
+        late = listening and not is_ours(next(reversed(module._forward_pre_hooks.values())))
         for session in self.scopes:
             session.begin(self, args, kwargs)
         for session in self._counting:
             session.enter_call(self)
-        if not self._on_inputs:
+        if not listening:
             return None
         if late:
             self.order()
