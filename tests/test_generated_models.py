@@ -584,7 +584,8 @@ def compared(case: Generated, writes: list[Write], target: nn.Module) -> Run:
 
 def gradients_of(model: nn.Module, output: Any) -> tuple[Tensor | None, ...]:
     total = sum(tensor.square().sum() for _, tensor in leaves(output))
-    return torch.autograd.grad(total, [*model.parameters()], allow_unused=True) if total.requires_grad else ()
+    weights = [*model.parameters()]
+    return torch.autograd.grad(total, weights, allow_unused=True) if total.requires_grad else (None,) * len(weights)
 
 
 def cases(count: int) -> Any:
