@@ -63,7 +63,7 @@ docs: $(DOCS) ## the documentation, into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 clean: ## remove .venv, .venv-peers, caches and what was built
-	rm -rf $(VENV) $(PEERS_VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	rm -rf $(VENV) $(PEERS_VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted installation starts again.

@@ -121,3 +121,11 @@ def test_a_name_that_a_trace_does_not_have_either_is_an_error_that_shows_those_i
         "Site('relu', chanel=2): there is no axis 'chanel' (did you mean 'channel'?); hook point 'relu' has axes "
         "(batch, channel, row, col)."
     )
+
+
+def test_an_input_of_the_model_itself_has_a_batch_axis(model: Counted, images: Tensor) -> None:
+    with patched(model, zero_ablate(Site(".in[0]", batch=2))) as ledger:
+        found = model(images)
+    images[2] = 0
+    torch.testing.assert_close(found, model(images))
+    assert ledger.to_records()[0]["rows"] == 1

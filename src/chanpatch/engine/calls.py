@@ -28,7 +28,6 @@ def observed(
 ) -> Iterator[None]:
     """Call back at every call of these modules, but not of copies that a forward makes, and at every tap."""
     known = set(modules)
-    handles = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if on_inputs is not None and module in known:
@@ -38,19 +37,43 @@ def observed(
         if on_output is not None and module in known:
             on_output(module, output)
 
-    try:
+    def end() -> None:
+        if on_tap in _tap_observers:
+            _tap_observers.remove(on_tap)
         for module in known:
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
+            drop(module, lambda hook: hook is before or hook is after)
+
+    with finally_twice(end):
+        for module in known:
+            module.register_forward_pre_hook(before, with_kwargs=True)
+            module.register_forward_hook(after)
         if on_tap is not None:
             _tap_observers.append(on_tap)
         with compiled_code_runs_eagerly():
             yield
+
+
+def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
+    """Take hooks off a module."""
+    # The pre-hook goes last: a station is found by it, so an interrupted removal can be repeated.
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = vars(module).get(name, {})
+        for key in [key for key, hook in hooks.items() if ours(hook)]:
+            for flags in ("_with_kwargs", "_always_called"):
+                vars(module).get(f"{name}{flags}", {}).pop(key, None)
+            del hooks[key]
+
+
+@contextmanager
+def finally_twice(end: Callable[[], object]) -> Iterator[None]:
+    """Call `end` at the end, twice, so that it is done even if an interrupt cuts it short once."""
+    try:
+        try:
+            yield
+        finally:
+            end()
     finally:
-        if on_tap in _tap_observers:
-            _tap_observers.remove(on_tap)
-        for handle in handles:
-            handle.remove()
+        end()
 
 
 _tap_observers: list[Callable[[str, Tensor], object]] = []
@@ -111,16 +134,20 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
     """Call `around(method, *args, **kwargs)` in place of a method of this module; wrappers may close in any order."""
     found = vars(module).get(name)
     wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
-    vars(module)[name] = wrapper
-    wrapper.around.append(around)
-    try:
-        yield
-    finally:
-        wrapper.around.remove(around)
+
+    def end() -> None:
+        if around in wrapper.around:
+            wrapper.around.remove(around)
         if not wrapper.around and vars(module).get(name) is wrapper:
-            del vars(module)[name]
-            if wrapper.own is not None:  # a function that the user had put there
+            if wrapper.own is None:
+                del vars(module)[name]
+            else:  # a function that the user had put there
                 vars(module)[name] = wrapper.own
+
+    with finally_twice(end):
+        vars(module)[name] = wrapper
+        wrapper.around.append(around)
+        yield
 
 
 class _MethodWrapper:
@@ -155,13 +182,16 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
 def compiled_code_runs_eagerly() -> Iterator[None]:
     """Run compiled code eagerly, since it ignores hooks that are added later; contexts may close in any order."""
     token = object()
-    _eager.append(token)
-    try:
+
+    def end() -> None:
+        if token in _eager:
+            _eager.remove(token)
+        _settle_stance()
+
+    with finally_twice(end):
+        _eager.append(token)
         _settle_stance()
         yield
-    finally:
-        _eager.remove(token)
-        _settle_stance()
 
 
 _eager: list[object] = []
@@ -170,10 +200,11 @@ _stance: list[Any] = []  # the one in force, if any
 
 def _settle_stance() -> None:
     if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        _stance.append(torch.compiler.set_stance("force_eager"))  # without dynamo, nothing was compiled
-        _stance[0].__enter__()
+        # Without dynamo, nothing was compiled. An interrupt cannot come between setting it and noting it.
+        _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
     elif _stance and not _eager:
-        _stance.pop().__exit__(None, None, None)
+        _stance[0].__exit__(None, None, None)
+        _stance.clear()
 
 
 def refuse_unhookable(model: nn.Module) -> None:
@@ -199,11 +230,9 @@ def _unhookable(module: nn.Module) -> str:
             "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python module."
         )
     devices = len(module.device_ids) if isinstance(module, nn.DataParallel) else 1
-    return (
-        ""
-        if devices < 2
-        else (
-            f"is a DataParallel over {devices} devices, which runs copies of its module. Pass the module inside (.module) "
-            "and run it on one device."
+    if devices > 1:
+        return (
+            f"is a DataParallel over {devices} devices, which runs copies of its module. Pass the module inside "
+            "(.module) and run it on one device."
         )
-    )
+    return ""

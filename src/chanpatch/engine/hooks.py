@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
-from .calls import STAGES, eager, is_compiling
+from .calls import STAGES, drop, eager, is_compiling
 from .containers import CopiedContainer, containers, copied_containers, with_copies, written_into
 from .paths import Path, get
 
@@ -113,7 +113,7 @@ class Station:
         module = self._module()
         if not self.is_open and module is not None:
             for each in (module, *self._copies):
-                _drop(each, lambda hook: isinstance(hook, _Hook) and hook.station is self)
+                drop(each, lambda hook: isinstance(hook, _Hook) and hook.station is self)
 
     def note_copy(self, memo: dict[int, Any]) -> None:
         """Remember the copy that is being made of the module, or of a copy, to take the hooks off it too."""
@@ -148,12 +148,13 @@ class Station:
         self._errors_before.append(sys.exc_info()[1])
         if len(module._forward_hooks) > self._hooks or (self._at_last and self._hooks == 1):
             self._order_output(module)
-        late = bool(self._on_inputs) and not is_ours(next(reversed(module._forward_pre_hooks.values())))
+        listening = any(listener.session.enabled for listener in self._on_inputs)
+        late = listening and not is_ours(next(reversed(module._forward_pre_hooks.values())))
         for session in self.scopes:
             session.begin(self, args, kwargs)
         for session in self._counting:
             session.enter_call(self)
-        if not self._on_inputs:
+        if not listening:
             return None
         if late:
             self.order()
@@ -281,18 +282,8 @@ def is_ours(hook: object) -> bool:
 def drop_hooks(model: nn.Module) -> None:
     """Take chanpatch's own hooks off a model that was copied while they were on; a twin inside it keeps its own."""
     for module in model.modules():
-        _drop(module, functools.partial(_is_of_another, Station.of(module)))
+        drop(module, functools.partial(_is_of_another, Station.of(module)))
 
 
 def _is_of_another(station: Station | None, hook: object) -> bool:
     return isinstance(hook, _Hook) and hook.station is not station
-
-
-def _drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
-    # The pre-hook goes last: a station is found by it, so an interrupted removal can be repeated.
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        hooks = vars(module).get(name, {})
-        for key in [key for key, hook in hooks.items() if ours(hook)]:
-            for flags in ("_with_kwargs", "_always_called"):
-                vars(module).get(f"{name}{flags}", {}).pop(key, None)
-            del hooks[key]

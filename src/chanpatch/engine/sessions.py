@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
-from .calls import Stage, compiled_code_runs_eagerly, forget_taps, hear_tap, wrapped_method
+from .calls import Stage, compiled_code_runs_eagerly, finally_twice, forget_taps, hear_tap, wrapped_method
 from .containers import containers
 from .hooks import Place, Station
 from .moments import Moment, published
@@ -124,8 +124,6 @@ class RootCall:
 class Session:
     """Listeners that come and go together, and the root call they are in.
 
-    As a context it is attached, and each call of its method is a root call.
-
     Args:
         root: The model.
         method: The method whose call is a root call; `"__call__"` is the forward.
@@ -146,7 +144,6 @@ class Session:
         self.failure: Exception | None = None  # of a listener, in case that the model's own `except` catches it
         self._touched: dict[nn.Module, None] = {}
         self._with_inputs: list[Station] = []
-        self._exit = ExitStack()
         self._thread: int | None = None
         self._task: Any = None  # the asyncio task that opened it
 
@@ -163,21 +160,22 @@ class Session:
         """Listen to a place, from the next time that the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
 
-    def __enter__(self) -> Any:
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Listen while the context is open; each call of the method is a root call.
+
+        All is undone even if an interrupt comes right before the end: a generator that is freed runs its `finally`.
+        """
         if self.confined:
             self._thread, self._task = threading.get_ident(), _current_task()
-        with ExitStack() as stack:
-            stack.enter_context(compiled_code_runs_eagerly())
-            stack.callback(self.detach)
+        with compiled_code_runs_eagerly(), finally_twice(self.detach):
             if self.method == "__call__":
                 self.attach([self.root])
+                yield
             else:
                 self.attach()
-                stack.enter_context(wrapped_method(self.root, self.method, self._as_root_call))
-            self._exit = stack.pop_all()
-
-    def __exit__(self, *error: object) -> None:
-        self._exit.close()
+                with wrapped_method(self.root, self.method, self._as_root_call):
+                    yield
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Start to listen, all or nothing; the outermost call of one of the scopes is a root call."""

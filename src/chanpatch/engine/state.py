@@ -52,18 +52,20 @@ class undisturbed:
         UnsupportedModelError: At the end, if a forward built a submodule or a parameter.
     """
 
+    _is_locked = _is_noted = False
+
     def __init__(self, model: nn.Module) -> None:
         tensors = itertools.chain(model.parameters(), model.buffers())
         self._cuda = list({tensor.device for tensor in tensors if tensor.is_cuda})
-        self._no_grad = torch.no_grad()
         self.snapshot = Snapshot(model.modules())
 
     def __enter__(self) -> undisturbed:
-        _ONE_AT_A_TIME.acquire()
+        self._is_locked, self._is_noted = True, False  # first: an interrupt may come right after the lock is taken
         try:
+            _ONE_AT_A_TIME.acquire()
             self._note()
         except BaseException:
-            _ONE_AT_A_TIME.release()
+            self._leave()
             raise
         return self
 
@@ -71,17 +73,38 @@ class undisturbed:
         self.snapshot.note()
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
-        self._no_grad.__enter__()
+        self._gradients = torch.is_grad_enabled()
+        self._is_noted = True
+        torch.set_grad_enabled(False)
 
     def __exit__(self, kind: object, *error: object) -> None:
         try:
-            self._no_grad.__exit__(None, None, None)
-            self.put_back()
+            self._leave()
         except UnsupportedModelError:
             if kind is None:
                 raise
         finally:
+            self._leave()  # nothing is left to do, unless an interrupt cut the first one short
+
+    def __del__(self) -> None:
+        self._leave()  # an interrupt may come before the exit begins
+
+    def _leave(self) -> None:
+        if not self._is_locked:
+            return
+        try:
+            if self._is_noted:
+                torch.set_grad_enabled(self._gradients)
+                self.put_back()
+        except UnsupportedModelError:
+            self._unlock()
+            raise
+        self._unlock()
+
+    def _unlock(self) -> None:
+        with suppress(RuntimeError):  # the interrupt came before the lock was taken, or after it was released
             _ONE_AT_A_TIME.release()
+        self._is_locked = False
 
     def put_back(self) -> None:
         """Restore everything to its state at the entry."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ContextDecorator
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -38,7 +38,7 @@ class Opened(ContextDecorator, Generic[Result]):
     def __init__(self, session: Callable[[], ContextSession]) -> None:
         self._new = session
         self._next: ContextSession | None = session()  # built eagerly, so that errors surface here
-        self._open: list[ContextSession] = []
+        self._open: list[tuple[ContextSession, AbstractContextManager[None]]] = []
 
     def _recreate_cm(self) -> Opened[Result]:
         return Opened(self._new)
@@ -47,20 +47,20 @@ class Opened(ContextDecorator, Generic[Result]):
         session, self._next = self._next, None
         if session is None or session.modules != dict(session.root.named_modules(remove_duplicate=False)):
             session = self._new()  # a module of the model was replaced
+        context = session.attached()
         try:
-            session.__enter__()
-            self._open.append(session)
+            self._open.append((session, context))
+            context.__enter__()
             return session.result  # type: ignore[no-any-return]
         except BaseException:  # an interrupt before the body of `with`
-            self._open = [other for other in self._open if other is not session]
-            session.__exit__()
+            self._forget(session)
             raise
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        session = self._open.pop()
-        lost = session.lost_module() if error is None else None
+        session, context = self._open[-1]
         try:
-            session.__exit__()
+            lost = session.lost_module() if error is None else None
+            context.__exit__(None, None, None)
             if error is None:
                 session.raise_failure()
             if lost is not None:
@@ -71,7 +71,12 @@ class Opened(ContextDecorator, Generic[Result]):
             if error is None or isinstance(error, Exception):
                 session.finish(error)
         finally:
+            context.__exit__(None, None, None)  # again, in case that an interrupt came before the first one
+            self._forget(session)
             session.let_go()
+
+    def _forget(self, session: ContextSession) -> None:
+        self._open = [each for each in self._open if each[0] is not session]
 
 
 def checked_patches(

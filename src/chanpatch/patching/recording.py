@@ -147,7 +147,7 @@ class Recorder(ContextSession):
     def run_once(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         """Run the model and return its output, or None if it was ended early; raise if a site was never reached."""
         output, gradients = None, torch.is_grad_enabled()
-        with self:
+        with self.attached():
             try:
                 output = getattr(self.root, self.method)(*inputs, **keywords)
             except StopForward as ended:

@@ -81,7 +81,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
         session.listen(points[name], "patch", partial(note, name))
     session.confined = True
     taps = {points[name].module for name in first_at if points[name].side == "tap"}
-    with session, prefix.remembered(taps, max_bytes):
+    with session.attached(), prefix.remembered(taps, max_bytes):
         output = forward()
     session.let_go()
     for name, entry in first_at.items():

@@ -136,7 +136,7 @@ def _suffixes(
 
     session.listen(group.point, "patch", put)
     try:
-        with forward.running(group.skippable), session, _vmap_compatible(stack.device):
+        with forward.running(group.skippable), session.attached(), _vmap_compatible(stack.device):
             tensors: list[Tensor]
             tensors, nan = torch.vmap(one)(stack)
         if waiting or session.unreached():
