@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import platform
@@ -148,7 +149,7 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 def read_arrays(file: Path) -> dict[str, NDArray[Any]] | None:
     """The arrays of an .npz file that a run kept; None, with a line that says so, if it is damaged."""
     try:
-        with np.load(file) as arrays:
+        with np.load(io.BytesIO(file.read_bytes())) as arrays:
             return dict(arrays)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         print(f"    '{file.name}' is damaged, so it is computed again", flush=True)

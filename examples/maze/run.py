@@ -5,10 +5,10 @@
         imitation/sums/manifest.json, *.csv, sums.png      a policy, a part
         control/...
 
-A part is measured if its folder is not there, if it was measured with anything else (other weights, another n or seed,
-other versions or code), or if a file of it is missing or changed: the manifest holds a digest of each file. It appears
-on disk whole or not at all. The report leaves out the parts that fail these checks and are not measured again because
-`--only` names others. One run at a time works in a folder.
+A part is measured if its folder is not there, or if it was measured with other weights, another n or seed, or other
+versions or code. It is measured again if a file is missing or changed: the manifest holds a digest of each file. A part
+appears on disk whole or not at all. The report leaves out the parts that fail these checks and are not measured again
+because `--only` names others. One run at a time works in a folder.
 """
 
 from __future__ import annotations
