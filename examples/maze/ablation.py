@@ -26,7 +26,7 @@ from chanpatch.statistics import (
 )
 from maze.environment import MazeVectorEnv
 from maze.episodes import ORIGINAL, STEPS, Episodes, padded
-from maze.results import replaced
+from maze.results import read_arrays, replaced
 
 _MOST_ENVS = 256  # sub-environments of one wave
 
@@ -118,10 +118,9 @@ def told_rank(rank: Rank) -> str:
 
 
 def _episodes(name: str, policy: nn.Module, envs: MazeVectorEnv, sampling_seed: int, file: Path) -> Episodes:
-    if file.exists():
+    if file.exists() and (kept := read_arrays(file)) is not None:
         print(f"  {name}: kept from before", flush=True)
-        with np.load(file) as arrays:
-            return Episodes(arrays["found"], arrays["lengths"], arrays["actions"])
+        return Episodes(**kept)
     print(f"  {name}", flush=True)
     done = rollout(policy, envs, range(len(envs.levels)), max_steps=STEPS, sampling_seed=sampling_seed)
     actions = padded(done.actions)

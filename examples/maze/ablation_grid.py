@@ -32,9 +32,12 @@ def ablation_grid(tables: Tables) -> Figure:
         _draw_effects(alone, [row for row in shown_rows if is_channel(row)], by, controls=by == "kind")
         _draw_effects(together, [row for row in shown_rows if not is_channel(row)], by, controls=False)
         alone.set_title(title)
-        together.set_xlabel("change of P(cheese within 256 steps),\npercentage points, 95% interval over levels")
+        together.set_xlabel(
+            "change of P(cheese within 256 steps),\npercentage points, 95% interval over levels"
+            "\n(too narrow for mean and resample: one reference)"
+        )
         together.legend(*alone.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="upper center",
-                        bbox_to_anchor=(0.5, -0.5), columnspacing=1, handletextpad=0.2)  # fmt: skip
+                        bbox_to_anchor=(0.5, -0.6), columnspacing=1, handletextpad=0.2)  # fmt: skip
     walks = {row["direction"]: row for row in tables["walks"]}["UP"]
     counts = PairedCounts(*(walks[name] for name in ("both", "only_modified", "only_original", "neither")))
     mosaic = drawn.add_subplot(grid[:, 2])

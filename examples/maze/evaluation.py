@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,18 @@ from maze.experiment import SettingsError
 from maze.figures import evaluation_figure
 from maze.levels import REGION, draw_levels, observe, policy_input
 from maze.policy import load_policy
-from maze.results import replace_table, replace_text, replaced, settings_key, versions
+from maze.results import (
+    Damaged,
+    locked,
+    read_arrays,
+    read_manifest,
+    replace_table,
+    replace_text,
+    replaced,
+    settings_key,
+    versions,
+    write_manifest,
+)
 from maze.tables import action_tables
 
 PLACES = ("in distribution", "out of distribution", "as drawn", "top left", "top right", "bottom right")
@@ -139,8 +149,20 @@ def run(settings: Settings) -> Path:
     folder = settings.out / f"evaluation-n{settings.n}-seed{settings.seed}-{settings_key(known)}"
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})", flush=True)
     if (folder / SUMMARY).exists():
-        print(f"Kept from before, with the same settings, weights and code: {folder}")
-        return folder
+        try:
+            read_manifest(folder, SUMMARY)
+        except Damaged as fault:
+            print(f"Evaluated again, since {fault}: {folder}")
+        else:
+            print(f"Kept from before, with the same settings, weights and code: {folder}")
+            return folder
+    with locked(folder):
+        _evaluate(settings, points, {**known, "weights": weights}, folder)
+    print(f"\nResults in {folder}")
+    return folder
+
+
+def _evaluate(settings: Settings, points: HookPoints, known: Mapping[str, Any], folder: Path) -> None:
     parts = list(settings.parts())
     measured: dict[tuple[int, str], PerLevel] = {}
     for number, (size, place) in enumerate(parts, 1):
@@ -149,9 +171,7 @@ def run(settings: Settings) -> Path:
         for line in _lines(scores(size, place, measured[size, place])):
             print(f"    {line}", flush=True)
     means = [score for (size, place), values in measured.items() for score in scores(size, place, values)]
-    _write(folder, {**known, "weights": weights}, means, measured)
-    print(f"\nResults in {folder}")
-    return folder
+    _write(folder, known, means, measured)
 
 
 def measure(points: HookPoints, levels: Sequence[bytes]) -> PerLevel:
@@ -250,10 +270,9 @@ def _written_out(match: re.Match[str]) -> str:
 def _kept(parts: Path, points: HookPoints, size: int, place: str, settings: Settings) -> PerLevel:
     """The measures of one size and place, from disk if they are there."""
     file = parts / f"size{size}-{place.replace(' ', '-')}.npz"
-    if file.exists():
+    if file.exists() and (kept := read_arrays(file)) is not None:
         print("    kept from before", flush=True)
-        with np.load(file) as arrays:
-            return dict(arrays)
+        return kept
     values = measure(points, draw_levels(settings.n, size=size, seed=settings.seed, cheese=place))
     with replaced(file) as partial:
         np.savez_compressed(partial, **values)
@@ -288,5 +307,5 @@ def _write(
         title = f"{weights['name']}, {known['n']} levels of each kind: means over levels with 95% intervals"
         evaluation_figure(means, title).savefig(partial, dpi=110)
     # Last, since a folder with it is complete.
-    replace_text(folder / SUMMARY, json.dumps({**known, "scores": records}, indent=2) + "\n")
+    write_manifest(folder, {**known, "scores": records}, SUMMARY)
     shutil.rmtree(folder / "parts")

@@ -24,7 +24,7 @@ from maze.figures import ablation_figure
 from maze.levels import draw_levels, observe, policy_input
 from maze.paths import Direction, first_steps
 from maze.policy import load_policy
-from maze.results import check_folder, replace_table, replace_text, replaced, settings_key, versions
+from maze.results import check_folder, locked, replace_table, replace_text, replaced, settings_key, versions
 from maze.states import Mazes, read_mazes
 from maze.tables import SITE
 
@@ -90,21 +90,20 @@ def run_rollouts(settings: Settings) -> Path:
     print(f"\nSize {settings.size}, cheese in the bottom right corner, {settings.n} levels, {STEPS} steps at most:")
     policies: dict[str, nn.Module] = {ORIGINAL: policy}
     policies |= {name: zeroed(points, settings.site, channel) for name, channel in channels.items()}
-    episodes = play(policies, levels, sampling_seed=settings.seed, keep=folder / "parts")
-    comparisons = compare(episodes, channels, choice.channel)
-
-    rank = ranked(comparisons)
-
-    summary = {
-        **known,
-        "weights": weights,
-        "choice": asdict(choice),
-        "pair_sums": pairs,
-        "original_found": int(episodes[ORIGINAL].found.sum()),
-        "comparisons": [asdict(each) | {"counts": each.counts._asdict()} for each in comparisons],
-        "rank": rank and asdict(rank),
-    }
-    _write(folder, summary, comparisons, episodes, levels, settings)
+    with locked(folder):
+        episodes = play(policies, levels, sampling_seed=settings.seed, keep=folder / "parts")
+        comparisons = compare(episodes, channels, choice.channel)
+        rank = ranked(comparisons)
+        summary = {
+            **known,
+            "weights": weights,
+            "choice": asdict(choice),
+            "pair_sums": pairs,
+            "original_found": int(episodes[ORIGINAL].found.sum()),
+            "comparisons": [asdict(each) | {"counts": each.counts._asdict()} for each in comparisons],
+            "rank": rank and asdict(rank),
+        }
+        _write(folder, summary, comparisons, episodes, levels, settings)
     _print_table(comparisons, settings)
     print(f"\nResults in {folder}")
     return folder

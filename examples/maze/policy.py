@@ -33,6 +33,7 @@ ACTIONS = {
 NO_MOVE = 4  # procgen's action without a key; 9 to 14 do not move the mouse either
 ACTION_COUNT = 15
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIRST_WEIGHT = "embedder.block1.conv.weight"
 _FIRST_CHANNELS = 16  # of `_FIRST_WEIGHT` at width 1
 
@@ -67,6 +68,7 @@ def load_policy(path: str | Path | None = None) -> tuple[nn.Module, dict[str, An
     except OSError as error:
         raise WeightsError(f"The weights '{file}' cannot be read: {error.strerror}.") from error
     weights = _tensors(file, content)
+    _check_kinds(file, weights)
     width = _width(file, weights)
     policy = _unfilled_policy(width)
     _check_fit(file, weights, policy)
@@ -136,6 +138,22 @@ def _tensors(file: Path, content: bytes) -> dict[str, torch.Tensor]:
             f"The weights '{file}' hold no state dict; expected tensors by name, plain or under 'model_state_dict'."
         )
     return dict(loaded)
+
+
+def _check_kinds(file: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Check that every tensor is dense and floating point, and that its values are in the file."""
+    faults = [
+        f"{name} ({str(weight.dtype).removeprefix('torch.')}, {str(weight.layout).removeprefix('torch.')}, on "
+        f"{weight.device})"
+        for name, weight in weights.items()
+        if weight.dtype not in _DTYPES or weight.layout != torch.strided or weight.device.type != "cpu"
+    ]
+    if faults:
+        raise WeightsError(
+            f"The weights '{file}' hold {len(faults)} tensors of a kind that no maze policy has: {_first_few(faults)}. "
+            "Expected float16, bfloat16, float32 or float64, strided, on cpu. Save policy.state_dict() of a policy "
+            "whose weights are in memory."
+        )
 
 
 def _width(file: Path, weights: Mapping[str, torch.Tensor]) -> int:

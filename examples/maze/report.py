@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from maze.differences import differences, side_by_side
 from maze.limits import limits
 from maze.part import Cell, Finding, Part, Table, Tables, read_table
 from maze.policies import Measured, compared, described, introduction
-from maze.results import replace_table, replace_text, replaced
+from maze.results import Damaged, read_manifest, replace_table, replace_text, replaced
 
 Rows: TypeAlias = Sequence[Mapping[str, str]]
 
@@ -109,7 +108,8 @@ class Contents:
 def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Part], command: str) -> Path:
     """Draw the figure of every part that a run's folder holds and write report.html and report.md.
 
-    A part that was measured with anything else than is known now, such as older code, is left out and named.
+    A part that is damaged, or was measured with anything else than is known now, such as older code, is left out and
+    named.
 
     Args:
         folder: of the run.
@@ -124,13 +124,17 @@ def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Ma
     for name, part in parts.items():
         for subject, wanted in known.items():
             here = folder / subject / name
-            if not (here / "manifest.json").exists():
+            if not here.exists():
                 continue
-            manifest = json.loads((here / "manifest.json").read_text())
+            try:
+                manifest = read_manifest(here)
+            except Damaged as fault:
+                left_out.append(f"{subject}/{name} ({fault})")
+                continue
             if other := differing(manifest, wanted):
                 left_out.append(f"{subject}/{name} ({', '.join(other)})")
             else:
-                results[subject, name] = _read(part, subject, here, manifest["seconds"])
+                results[subject, name] = _read(part, subject, here, manifest)
     for result in results.values():
         _draw(result)
     contents = Contents(folder, command, known, results, left_out)
@@ -162,9 +166,9 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _read(part: Part, subject: str, folder: Path, seconds: float) -> Result:
-    tables = {file.stem: read_table(file) for file in sorted(folder.glob("*.csv"))}
-    return Result(part, subject, folder, seconds, tables, part.finding(tables))
+def _read(part: Part, subject: str, folder: Path, manifest: Mapping[str, Any]) -> Result:
+    tables = {Path(name).stem: read_table(folder / name) for name in manifest["files"]}
+    return Result(part, subject, folder, manifest["seconds"], tables, part.finding(tables))
 
 
 def _summary(contents: Contents) -> tuple[str, str, Rows]:
@@ -215,7 +219,7 @@ def _header(contents: Contents) -> Iterator[str]:
     )
     if contents.left_out:
         yield (
-            "Left out, since they were measured with something else than now, which is named: "
+            "Left out, since they are damaged or were measured with something else than now, which is named: "
             f"{', '.join(contents.left_out)}."
         )
 

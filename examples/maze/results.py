@@ -1,6 +1,6 @@
-"""Results on disk: a file is written beside its place first, so that it is never half there.
+"""Results on disk: whole or not there, written by one run at a time, and checked when they are read.
 
-with replaced(folder / "figure.png") as partial:
+with locked(folder), replaced(folder / "figure.png") as partial:
     figure.savefig(partial)
 """
 
@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import platform
+import re
+import socket
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import chanpatch
 from maze.command import UserError
+
+MANIFEST, LOCK = "manifest.json", "run.lock"
+
+
+class Damaged(Exception):
+    """Files that are not as they were written. The message says which."""
 
 
 def check_folder(folder: Path) -> None:
@@ -36,6 +48,112 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"--out is '{folder}', but '{nearest}' is a file. Name a folder.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--out is '{folder}', but '{nearest}' cannot be written to. Name another folder.")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of `folder` until the block ends. The lock of a process that is dead is taken over.
+
+    Raises:
+        UserError: Another run works in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, own = folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}"
+    while not _created(lock, own):
+        try:
+            owner = lock.read_text(errors="replace")
+        except FileNotFoundError:
+            continue  # given back meanwhile
+        if not _is_dead(owner):
+            raise UserError(
+                f"'{folder}' is in use by {owner or 'an unknown process'}. Wait until it ends, or name another folder "
+                f"with --out. If that is not a run of the study, delete '{lock}'."
+            )
+        # Moved, not deleted: only one of several runs that find the dead lock can move it.
+        taken = lock.with_name(f"{LOCK}.{os.getpid()}")
+        with suppress(FileNotFoundError):
+            os.rename(lock, taken)
+            if taken.read_text(errors="replace") != owner:
+                os.rename(taken, lock)  # another run has just taken it over
+            taken.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _created(lock: Path, owner: str) -> bool:
+    try:
+        with lock.open("x") as stream:
+            stream.write(owner)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether the process that a lock names ran on this machine and has ended."""
+    named = re.fullmatch(r"process (\d+) on (.+)", owner)
+    if named is None or named[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(named[1]), 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any], name: str = MANIFEST) -> None:
+    """Write the facts of the results in a folder, with the SHA-256 digests of its tables and of the manifest itself."""
+    files = {file.name: _digest(file.read_bytes()) for file in sorted(folder.glob("*.csv"))}
+    manifest = {**facts, "files": files}
+    text = json.dumps({**manifest, "digest": _manifest_digest(manifest)}, indent=2)
+    replace_text(folder / name, text + "\n")
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """Return the facts that `write_manifest` wrote, after comparing the files with their digests.
+
+    Raises:
+        Damaged: The manifest or a table is missing, or is not as it was written.
+    """
+    try:
+        manifest = json.loads((folder / name).read_bytes())
+        digest = manifest.pop("digest")
+        if digest != _manifest_digest(manifest):
+            raise ValueError
+    except FileNotFoundError:
+        raise Damaged(f"{name} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(f"{name} is damaged, or from before it held digests") from None
+    for file, expected in manifest["files"].items():
+        try:
+            content = (folder / file).read_bytes()
+        except OSError:
+            raise Damaged(f"{file} is missing") from None
+        if _digest(content) != expected:
+            raise Damaged(f"{file} is not as it was measured")
+    return dict(manifest)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return _digest(json.dumps(manifest, sort_keys=True).encode())
+
+
+def read_arrays(file: Path) -> dict[str, NDArray[Any]] | None:
+    """The arrays of an .npz file that a run kept; None, with a line that says so, if it is damaged."""
+    try:
+        with np.load(io.BytesIO(file.read_bytes())) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        print(f"    '{file.name}' is damaged, so it is computed again", flush=True)
+        return None
 
 
 @contextmanager

@@ -5,14 +5,14 @@
         imitation/sums/manifest.json, *.csv, sums.png      a policy, a part
         control/...
 
-A part is measured when its folder is not there, or was measured with anything else: other weights, another n or
-seed, other versions or code. It appears on disk whole or not at all. What was measured with anything else and is not
-measured again, as `--only` names other parts, is left out of the report.
+A part is measured if its folder is not there, or if it was measured with other weights, another n or seed, or other
+versions or code. It is measured again if a file is missing or changed: the manifest holds a digest of each file. A part
+appears on disk whole or not at all. The report leaves out the parts that fail these checks and are not measured again
+because `--only` names others. One run at a time works in a folder.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -31,7 +31,7 @@ from maze.parts import EXTRA, PARTS, SIDE_BY_SIDE
 from maze.policies import MAIN, POLICIES
 from maze.policy import SHIPPED_WEIGHTS, load_policy
 from maze.report import differing, write_report
-from maze.results import check_folder, replace_table, replace_text, versions
+from maze.results import Damaged, check_folder, locked, read_manifest, replace_table, versions, write_manifest
 
 MOST_OTHERS = 300  # levels of each measurement of a policy that only stands beside the main one
 OTHERS = tuple(name for name in POLICIES if name != MAIN)  # shipped beside it where they exist
@@ -73,6 +73,16 @@ def run(settings: RunSettings) -> Path:
     folder = settings.out / f"study-n{settings.n}-seed{settings.seed}-{sha[:8]}"
     # Once, as of now: a file that is edited while the run goes on is not the code that runs.
     known = {subject: _known(study) for subject, study in subjects.items()}
+    with locked(folder):
+        _measure_all(settings, subjects, known, folder)
+        report = write_report(folder, known, {**PARTS, **EXTRA}, _command(settings))
+    print(f"\nReport: {report}")
+    return folder
+
+
+def _measure_all(
+    settings: RunSettings, subjects: Mapping[str, Study], known: Mapping[str, Mapping[str, Any]], folder: Path
+) -> None:
     for subject, study in subjects.items():
         weights = study.weights
         print(f"{subject}: weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})")
@@ -81,9 +91,6 @@ def run(settings: RunSettings) -> Path:
         for number, part in enumerate(parts, 1):
             print(f"  {number} of {len(parts)}  {part.name:14}", end="", flush=True)
             print(_measured(part, study, known[subject], folder / subject / part.name), flush=True)
-    report = write_report(folder, known, {**PARTS, **EXTRA}, _command(settings))
-    print(f"\nReport: {report}")
-    return folder
 
 
 def _subjects(settings: RunSettings) -> Iterator[tuple[str, Study]]:
@@ -107,20 +114,23 @@ def _study(weights: Path, settings: RunSettings) -> Study:
 
 def _measured(part: Part, study: Study, known: Mapping[str, Any], folder: Path) -> str:
     """Measure a part unless its folder holds the very same already; return what was done."""
-    manifest = {"part": part.name, **known}
-    file = folder / "manifest.json"
-    if file.exists() and not differing(json.loads(file.read_text()), manifest):
-        return "kept from before"
+    facts, again = {"part": part.name, **known}, ""
+    if folder.exists():
+        try:
+            if not differing(read_manifest(folder), facts):
+                return "kept from before"
+        except Damaged as fault:
+            again = f"measured again, since {fault}: "
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     start = time.monotonic()
     for name, table in part.measure(study).items():
         replace_table(partial / f"{name}.csv", table)
     seconds = round(time.monotonic() - start, 1)
-    replace_text(partial / "manifest.json", json.dumps({**manifest, "seconds": seconds}, indent=2) + "\n")
+    write_manifest(partial, {**facts, "seconds": seconds})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    return f"{seconds:.0f} s"
+    return f"{again}{seconds:.0f} s"
 
 
 def _known(study: Study) -> dict[str, Any]:

@@ -14,6 +14,9 @@ Layout, little-endian; both generator strings, and a third one before the grid, 
       +128              int                      the mouse sprite is mirrored: it faces right
     end - 2516          int, 625 ints            number of cells, then the grid, row by row from the bottom
     end - 12, -8, -4    int, int, int            side of the inner maze, side of the world, end mark
+
+The side is read from the walls. procgen uses the stored side only to generate a level, and `set_grid` and
+`venv_from_grid` of procgen-tools replace the grid but leave the stored side of the previous level.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ WORLD = 25  # side of procgen's world in hard mode; the inner maze lies in its m
 _END_MARK = struct.unpack("<i", b"\xfe\xca\xfe\xca")[0]
 _CELLS = WORLD * WORLD
 _GRID_FROM_END = 12 + 4 * _CELLS
+_RING = np.abs(np.indices((WORLD, WORLD)) - WORLD // 2).max(axis=0)  # a cell's distance from the middle of the world
 _PICTURE = {"#": WALL, ".": FREE, "M": FREE, "C": CHEESE}
 
 
@@ -168,12 +172,15 @@ class Mazes:
         under_mouse = self.grid[np.arange(len(self)), row, col]
         beyond = np.arange(side) >= self.size[:, None]
         outside = beyond[:, :, None] | beyond[:, None, :]
+        border = (np.arange(side) == 0) | (np.arange(side) == self.size[:, None] - 1)
+        edge = (border[:, :, None] | border[:, None, :]) & ~outside
         faults = {
             "its side is not odd and 3 to 25": (self.size % 2 == 0) | (self.size < 3) | (self.size > min(side, WORLD)),
             "its grid holds other codes than 2 (cheese), 51 (wall) and 100 (free)": ~np.isin(
                 self.grid, [CHEESE, WALL, FREE]
             ).all(axis=(1, 2)),
-            "it is not walled in": (outside & (self.grid != WALL)).any(axis=(1, 2)),
+            "it is not walled in": (outside & self.free).any(axis=(1, 2)),
+            "its outer rows and columns are all wall, so its side is smaller": ~(self.free & edge).any(axis=(1, 2)),
             "it has more than one cheese": (self.grid == CHEESE).sum(axis=(1, 2)) > 1,
             "its mouse is outside": ((self.mouse < 0) | (self.mouse >= self.size[:, None])).any(axis=1),
             "its mouse is in a wall": under_mouse == WALL,
@@ -189,23 +196,22 @@ class Mazes:
 
 
 def read_mazes(states: Sequence[bytes]) -> Mazes:
-    """The mazes that are in `states`.
+    """The mazes that are in `states`. The side of each one is the side of its walls.
 
     Args:
         states: procgen states of hard mazes, as `get_state` returns them.
 
     Raises:
-        StateError: bytes that are not a hard maze state.
+        StateError: bytes that are not a hard maze state, or a mouse that is not in its maze.
     """
     mouse_at = [_checked_mouse_offset(index, state) for index, state in enumerate(states)]
-    size = np.array([struct.unpack_from("<i", state, len(state) - 12)[0] for state in states], dtype=np.int64)
-    margin = (WORLD - size) // 2
-    world = np.empty((len(states), WORLD, WORLD), dtype=np.int32)
-    for grid, state in zip(world, states, strict=True):
-        grid.flat = np.frombuffer(state, "<i4", _CELLS, len(state) - _GRID_FROM_END)
+    world = np.array([_world(state) for state in states], dtype=np.int32).reshape(-1, WORLD, WORLD)
+    size = _sides(world)
     x_y = [struct.unpack_from("<ff", state, at) for state, at in zip(states, mouse_at, strict=True)]
-    mouse = np.floor(np.array(x_y).reshape(-1, 2)[:, ::-1]).astype(np.int64) - margin[:, None]
-    mirrored = [struct.unpack_from("<i", state, at + 60)[0] != 0 for state, at in zip(states, mouse_at, strict=True)]
+    mirrored = [struct.unpack_from("<i", state, at + 60)[0] for state, at in zip(states, mouse_at, strict=True)]
+    y_x = np.array(x_y, dtype=np.float64).reshape(-1, 2)[:, ::-1]
+    _check_mice(world, y_x, mirrored)
+    mouse = y_x.astype(np.int64) - (WORLD - size[:, None]) // 2
     side = int(size.max(initial=3))
     inner = np.full((len(states), side, side), WALL, dtype=np.int32)
     for same_side, here, there in _places(size):
@@ -219,7 +225,8 @@ def write_mazes(mazes: Mazes, states: Sequence[bytes] | bytes) -> list[bytes]:
     Args:
         mazes: what to write; sides may differ from those of `states`.
         states: procgen states of hard mazes, one per maze, or a single one for all, so that nothing but
-            the maze differs. They give everything else, such as textures and the clock.
+            the maze differs. They give everything else, such as textures and the clock. The stored side is
+            written only if the side of the walls changes.
 
     Returns:
         New states, for procgen's `set_state`.
@@ -246,7 +253,9 @@ def write_mazes(mazes: Mazes, states: Sequence[bytes] | bytes) -> list[bytes]:
         struct.pack_into("<ff", edited, mouse_at, y_x[index, 1], y_x[index, 0])
         struct.pack_into("<i", edited, mouse_at + 60, int(mazes.facing_right[index]))
         edited[-_GRID_FROM_END:-12] = world[index].tobytes()
-        struct.pack_into("<i", edited, len(edited) - 12, mazes.size[index])
+        (stored,) = struct.unpack_from("<i", state, len(state) - 12)
+        if stored != mazes.size[index] and _sides(_world(state)[None])[0] != mazes.size[index]:
+            struct.pack_into("<i", edited, len(edited) - 12, mazes.size[index])
         written.append(bytes(edited))
     return written
 
@@ -294,6 +303,34 @@ def _places(size: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.bool_], slice,
     for side in np.unique(size).tolist():
         margin = (WORLD - side) // 2
         yield size == side, slice(side), slice(margin, margin + side)
+
+
+def _world(state: bytes) -> NDArray[np.int32]:
+    """The grid of the whole world: (row, col)."""
+    return np.frombuffer(state, "<i4", _CELLS, len(state) - _GRID_FROM_END).reshape(WORLD, WORLD)
+
+
+def _sides(world: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The side of each inner maze: of the smallest square in the middle of the world that holds all free cells."""
+    sides: NDArray[np.int64] = 2 * np.where(world == WALL, 1, _RING).max(axis=(1, 2), initial=1) + 1
+    return sides
+
+
+def _check_mice(world: NDArray[np.int32], y_x: NDArray[np.float64], mirrored: Sequence[int]) -> None:
+    """Check that each mouse stands in the middle of a cell of its maze and faces left or right."""
+    with np.errstate(invalid="ignore"):
+        inside = ((y_x > 0) & (y_x < WORLD) & (y_x % 1 == 0.5)).all(axis=1)
+    row, col = np.where(inside[:, None], y_x, 0.0).astype(np.int64).T
+    walled = ~inside | (world[np.arange(len(world)), row, col] == WALL)
+    if walled.any():
+        i = int(np.argmax(walled))
+        raise StateError(
+            f"State {i}: its mouse is at x {y_x[i, 1]:g}, y {y_x[i, 0]:g} of the world, which is not a free cell of "
+            "its maze. procgen-tools' set_grid leaves the mouse of the previous level there if the new grid has no "
+            "mouse; give it a grid with a mouse."
+        )
+    if strange := [index for index, flag in enumerate(mirrored) if flag not in (0, 1)]:
+        raise StateError(f"State {strange[0]}: its mouse's mirror flag is {mirrored[strange[0]]}; expected 0 or 1.")
 
 
 def _checked_mouse_offset(index: int, state: bytes) -> int:

@@ -121,12 +121,20 @@ def main(given: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train as the options say; return the exit status."""
-    from maze.training_run import LOG, WEIGHTS, read_checkpoint, run  # here and below, so that --help answers at once
+    from maze.results import locked  # here and below, so that --help answers at once
 
     device = _device(options.device)
     policy, width, start = _policy(options)
     settings = _settings(options, width, start, device.type)
     folder = options.out or _folder(options, width)
+    with locked(folder):
+        return _trained(options, policy, settings, folder, device)
+
+
+def _trained(options: argparse.Namespace, policy: Any, settings: Any, folder: Path, device: Any) -> int:
+    """Train in a folder that no other run works in; return the exit status."""
+    from maze.training_run import LOG, WEIGHTS, read_checkpoint, run
+
     checkpoint = read_checkpoint(folder, settings) if options.resume else None
     if settings.algorithm == "ppo":
         from maze.ppo import PPO

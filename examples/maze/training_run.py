@@ -254,8 +254,8 @@ def read_checkpoint(folder: Path, settings: Settings) -> dict[str, Any] | None:
         return None
     try:
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        before = checkpoint["settings"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        before = dict(checkpoint["settings"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
         raise TrainingError(f"'{file}' is damaged or no checkpoint; --no-resume starts over.") from error
     now = asdict(settings)
     differing = ", ".join(

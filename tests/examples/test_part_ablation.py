@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from maze.effects import KINDS, ablation, activations
 from maze.exact import Chains
 from maze.labels import LabelledChannel
 from maze.levels import draw_levels, observe, policy_input
-from maze.part import shown
+from maze.part import read_table, shown
 from maze.parts import ablation as part
 from maze.paths import Direction
 from maze.policy import ACTIONS
 from maze.states import read_mazes
 from maze.tables import SITE, action_tables
 
+COMMITTED = Path(__file__).parents[2] / "docs" / "maze_study"
 RANKED = (7, 8, 24, 30, 23, 16)
 PLACE = part.PLACES[0]
 
@@ -97,7 +99,7 @@ def test_the_reference_of_means_and_donors_is_named_in_the_table_the_method_and_
     words = "{} levels of size {}, cheese in distribution, mouse anywhere"
     named = {(row["kind"], row["reference"]) for row in tables["effects"]}
     assert named == {("zero", None), ("mean", words.format(20, 9)), ("resample", words.format(20, 9))}
-    assert f"Means and donors are of {words.format(20, 9)}." in part.finding(tables).follows
+    assert f"Both use one set of {words.format(20, 9)}." in part.finding(tables).follows
     assert f"Means and donors are of {words.format(200, 15)}." in part.PART.method
 
 
@@ -204,9 +206,11 @@ def helpful(tables):
 
 @pytest.mark.parametrize(
     ("effect", "low", "high", "agrees"),
-    [(0.2, 0.1, 0.3, "yes"), (0.2, -0.1, 0.3, "undecided"), (-0.2, -0.3, -0.1, "no")],
+    [(0.2, 0.1, 0.3, "in part"), (0.2, -0.1, 0.3, "undecided"), (-0.2, -0.3, -0.1, "no")],
 )
-def test_the_finding_agrees_only_when_zeroing_the_up_channel_helps(helpful, effect, low, high, agrees):
+def test_the_finding_agrees_at_most_in_part_and_only_when_zeroing_the_up_channel_helps(
+    helpful, effect, low, high, agrees
+):
     row_of(helpful, "channel 7").update(effect=effect, effect_low=low, effect_high=high)
     finding = part.finding(helpful)
     assert finding.agrees == agrees
@@ -214,11 +218,12 @@ def test_the_finding_agrees_only_when_zeroing_the_up_channel_helps(helpful, effe
 
 
 @pytest.mark.parametrize("kind", ["mean", "resample"])
-def test_the_finding_agrees_in_part_when_another_ablation_does_not_help(helpful, kind):
+def test_an_ablation_with_one_reference_decides_nothing_and_is_told_without_an_interval(helpful, kind):
     row_of(helpful, "channel 7", kind).update(effect=-0.2, effect_low=-0.3, effect_high=-0.1)
     finding = part.finding(helpful)
     assert finding.agrees == "in part"
-    assert "-0.200 (-0.300 to -0.100)" in finding.ours
+    assert "-0.200 and" in finding.follows or "and resampling -0.200." in finding.follows
+    assert "-0.200" not in finding.ours and "-0.300 to -0.100" not in finding.follows
 
 
 @pytest.mark.parametrize("place", part.PLACES[1:])
@@ -235,7 +240,7 @@ def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whet
         changed = copy.deepcopy(tables)
         row_of(changed, f"channel {channel}").update(effect=-0.9, effect_low=-0.95, effect_high=-0.85)
         told = part.finding(changed).follows
-        assert named in told and "-0.900 (-0.950 to -0.850) (zero)" in told
+        assert named in told and "-0.900 (-0.950 to -0.850) (zero), " in told
 
 
 def test_how_far_the_ablated_sum_is_from_the_usual_stands_beside_the_effect_but_for_the_mean(tables):
@@ -264,10 +269,23 @@ def test_what_was_chosen_comes_first_in_the_table(tables):
     assert controls == sorted(controls) and set(controls) == {True, False}
 
 
-def test_the_finding_says_how_many_other_channels_do_as_much(tables):
+def test_the_finding_counts_the_other_channels_that_raise_the_probability_as_much_and_not_those_that_lower_it(tables):
     changed = copy.deepcopy(tables)
-    row_of(changed, "channel 7").update(rank=4, controls=30)
-    assert "Of the 30 other live channels, zeroed one by one, 3 change" in part.finding(changed).follows
+    for channel, effect in zip(RANKED, (0.2, 0.3, -0.4, -0.5, 0.1, 0.0), strict=True):
+        row_of(changed, f"channel {channel}").update(effect=effect)
+    row_of(changed, "channel 7").update(effect=0.25)
+    effects = [row_of(changed, f"channel {channel}")["effect"] for channel in RANKED]
+    rank = sum(each >= 0.25 for each in effects)
+    finding = part.finding(changed)
+    assert f"Of the 5 other live channels, zeroed one by one, {rank - 1} raise" in finding.follows
+    assert f"rank {rank} of 6 live channels by increase." in finding.ours
+
+
+@pytest.mark.parametrize(("policy", "channel", "rank"), [("imitation", 7, 1), ("reward", 7, 1), ("control", 29, 4)])
+def test_the_directed_ranks_of_the_committed_report_come_from_its_table(policy, channel, rank):
+    effects = read_table(COMMITTED / policy / "ablation" / "effects.csv")
+    found = part.raising_rank(effects, row_of({"effects": effects}, f"channel {channel}"))
+    assert (found.rank, found.p) == (rank, rank / (found.controls + 1))
 
 
 def test_the_figure_has_the_channels_above_the_groups_and_the_posts_table(tables):

@@ -1,10 +1,12 @@
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 from studies import small_study
 
 from chanpatch.statistics import auc
+from maze.part import read_table
 from maze.parts import parity as part
 from maze.paths import Direction
 from maze.readings import Readings, rank_correlation
@@ -181,3 +183,31 @@ def test_the_two_kinds_of_passage_are_compared_by_how_well_each_channel_tells_on
     assert (row["live"], row["n_vertical"], row["n_horizontal"]) == (len(LIVE), 12, 12)
     changed = {**tables, "between": [row | {"rank_correlation": 0.42}]}
     assert "rank correlation 0.42" in part.finding(changed).follows
+
+
+def test_the_comparison_of_two_kinds_of_square_stands_beside_that_of_two_axes_on_one_kind(tables):
+    areas = [
+        [
+            abs(row["auc"] - 0.5)
+            for row in tables["channels"]
+            if (row["square"], row["direction"]) == ("even, even", way)
+        ]
+        for way in ("DOWN", "LEFT")
+    ]
+    expected = rank_correlation(*areas)
+    assert part.axes_at_crossings(tables["channels"]) == pytest.approx(expected)
+    told = part.finding(tables).follows
+    assert f"At (even, even) squares, where the kind is the same, the two axes have {expected:.2f}, so" in told
+
+
+def test_without_a_maze_at_crossings_the_two_axes_are_not_compared(tables):
+    changed = copy.deepcopy(tables)
+    for row in changed["channels"]:
+        row["auc"] = None
+    assert part.axes_at_crossings(changed["channels"]) is part.axes_at_crossings([]) is None
+    assert "at crossings the two axes cannot be compared: too few mazes." in part.finding(changed).follows
+
+
+def test_the_axes_of_the_committed_report_come_from_its_table():
+    committed = Path(__file__).parents[2] / "docs" / "maze_study" / "imitation" / "parity" / "channels.csv"
+    assert f"{part.axes_at_crossings(read_table(committed)):.2f}" == "0.07"

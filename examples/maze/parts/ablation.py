@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from chanpatch.patching import ActivationCache
 from chanpatch.statistics import (
     PairedCounts,
+    Rank,
     mcnemar_exact,
     paired_counts,
     paired_difference_interval,
@@ -262,47 +263,60 @@ def finding(tables: Tables) -> Finding:
     elsewhere = [(place, effects[place, KINDS[0], up]) for place in PLACES[1:]]
     across = [row for row in tables["across"] if (row["ablated"], row["kind"]) == (up, KINDS[0])]
     counts = " / ".join(shown(walks, f"{name}_share", ".1%") for name in OUTCOMES)
-    ranked = "" if zeroed["rank"] is None else f", rank {zeroed['rank']} of {zeroed['controls'] + 1} live channels"
-    p = "" if zeroed["rank_p"] is None else f" (p = {zeroed['rank_p']:.2g})"
+    raised = raising_rank(tables["effects"], zeroed)
+    ranked = "" if raised is None else f", rank {raised.rank} of {raised.controls + 1} live channels by increase"
+    p = "" if raised is None or raised.p is None else f" (p = {raised.p:.2g})"
     others = ", ".join(f"{shown(row, 'effect', '+.3f')} {_where(place)}" for place, row in elsewhere)
     more = ", ".join(f"{shown(row, 'difference', '+.3f')} more than {_where(row['minus'])}" for row in across)
     return Finding(
         f"Channel {walks['channel']} (UP) zeroed, n={zeroed['n']}: P(cheese) {shown(zeroed, 'original')} becomes "
-        f"{shown(zeroed, 'modified')}, effect {shown(zeroed, 'effect', '+.3f')}{ranked}{p}; by mean ablation "
-        f"{shown(by_mean, 'effect', '+.3f')}, by resampling {shown(resampled, 'effect', '+.3f')}. Walks with common "
+        f"{shown(zeroed, 'modified')}, effect {shown(zeroed, 'effect', '+.3f')}{ranked}{p}. Walks with common "
         f"draws, n={walks['n']}, both / only modified / only original / neither: {counts} "
         f"(McNemar p = {walks['mcnemar_p']:.2g}).",
-        _agrees(zeroed, [by_mean, resampled], across),
-        f"{_far(zeroed, resampled)}{_beside_controls(zeroed)}{_largest(effects, zeroed)}"
-        f"{_never_zero(effects)}{_together(effects)}{told_sets(tables.get('sets', ()))}Means and donors are of "
-        f"{by_mean['reference']}. Zeroed with the cheese elsewhere the effect is {others}; on the same mazes that in "
+        _agrees(zeroed, across),
+        f"{_far(zeroed, resampled)}{_beside_controls(raised)}{_largest(effects, zeroed)}"
+        f"{_never_zero(effects)}{_together(effects)}{told_sets(tables.get('sets', ()))}Mean ablation gives "
+        f"{by_mean['effect']:+.3f} and resampling {resampled['effect']:+.3f}. Both use one set of "
+        f"{by_mean['reference']}. Another set moves these effects by more than their intervals show, so neither "
+        f"decides anything. Zeroed with the cheese elsewhere the effect is {others}; on the same mazes that in "
         f"the bottom right is {more}.",
-        "That only this channel matters: the other live channels, ablated one by one, are the controls. Nor that an "
-        "effect of zeroing alone is about the direction: it may drive a channel to where it never is, which mean and "
-        "resample ablation do less.",
+        "That only this channel matters: the other live channels, ablated one by one, are the controls. Nor that the "
+        "effect comes from the direction: zeroing may drive a channel to values that it never takes. The intervals of "
+        "mean and resample ablation hold one set of reference levels fixed, so they are too narrow.",
     )
 
 
-def _agrees(
-    zeroed: Mapping[str, Any], otherwise: Sequence[Mapping[str, Any]], across: Sequence[Mapping[str, Any]]
-) -> Agrees:
+def raising_rank(effects: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> Rank | None:
+    """The rank of a channel's effect among those of the other live channels, the largest increase first.
+
+    The claim has a direction: without the channel the mouse finds the cheese more often. None without another channel.
+    """
+    same = [row for row in effects if all(row[name] == chosen[name] for name in ("cheese", "kind"))]
+    others = [row["effect"] for row in same if row["rank"] is not None and row["ablated"] != chosen["ablated"]]
+    if chosen["rank"] is None or not others:
+        return None
+    # `rank_among` goes by size. With the lowest effect as 0 that is the order from the highest to the lowest.
+    lowest = min(*others, chosen["effect"])
+    return rank_among(chosen["effect"] - lowest, np.array(others) - lowest)
+
+
+def _agrees(zeroed: Mapping[str, Any], across: Sequence[Mapping[str, Any]]) -> Agrees:
     """Whether zeroing helps as in the post and, if so, whether that is about the channel and about the place.
 
     If the channel holds the mouse back from a cheese below, it helps whatever takes the channel's place, and more than
-    with the cheese elsewhere.
+    with the cheese elsewhere. The first stays open, as mean and resample ablation were measured with one reference.
     """
     helps = above(zeroed, "effect")
-    more = [*(above(row, "effect") for row in otherwise), *(above(row, "difference") for row in across)]
-    return verdict(helps, *(more if helps else ()))
+    return verdict(helps, *((None, *(above(row, "difference") for row in across)) if helps else ()))
 
 
-def _beside_controls(zeroed: Mapping[str, Any]) -> str:
-    if zeroed["rank"] is None:
+def _beside_controls(raised: Rank | None) -> str:
+    if raised is None:
         return "There is no other live channel to compare with. "
-    special = zeroed["rank_p"] is not None and zeroed["rank_p"] < 0.05
+    special = raised.p is not None and raised.p < 0.05
     return (
-        f"Of the {zeroed['controls']} other live channels, zeroed one by one, {zeroed['rank'] - 1} change P(cheese) "
-        "as much or more, up or down, so the verdict is about this channel's effect"
+        f"Of the {raised.controls} other live channels, zeroed one by one, {raised.rank - 1} raise P(cheese) "
+        "as much or more, so the verdict is about this channel's effect"
         f"{', which few others have' if special else ' and not about its being special'}. "
     )
 
@@ -313,7 +327,8 @@ def _largest(effects: Mapping[tuple[Any, ...], Mapping[str, Any]], zeroed: Mappi
     row = max(filter(is_channel, rows), key=lambda row: abs(row["effect"]))
     if row["ablated"] == zeroed["ablated"]:
         return "No other channel changes more. "
-    told = [f"{shown(effects[PLACES[0], kind, row['ablated']], 'effect', '+.3f')} ({kind})" for kind in KINDS]
+    told = [f"{effects[PLACES[0], kind, row['ablated']]['effect']:+.3f} ({kind})" for kind in KINDS[1:]]
+    told.insert(0, f"{shown(row, 'effect', '+.3f')} ({KINDS[0]})")
     chosen = "did not choose" if row["role"] == "control" else f"chose for {row['role']}"
     return (
         f"The one that changes most is {named(row)}, which the rule {chosen}: {', '.join(told)}; named here for its "

@@ -250,7 +250,7 @@ def finding(tables: Tables) -> Finding:
         f"{_case(least)}: rank correlation {shown(least, 'rank_other', '.2f')}, against "
         f"{shown(least, 'rank_own', '.2f')} within the class.",
         "not comparable",
-        f"{_own_channels(own)} {_own_order(rows)} {_between_told(tables['between'][0])} "
+        f"{_own_channels(own)} {_own_order(rows)} {_between_told(tables['between'][0], tables['channels'])} "
         f"{_passages_told(tables['passages'])}",
         "That there is one circuit: different layers before could feed the same channel. Opposite directions are two "
         "readings of the same mazes, so their rank correlations are one number and not two. The intervals are over the "
@@ -282,15 +282,39 @@ def _own_order(rows: Table) -> str:
     )
 
 
-def _between_told(row: Mapping[str, Cell]) -> str:
-    """How (odd, even) and (even, odd) squares compare directly."""
+def axes_at_crossings(channels: Table) -> float | None:
+    """The rank correlation that `between` has, at crossings alone: two axes, one kind of square. None without data."""
+    auc = {(row["square"], row["direction"], row["channel"]): row["auc"] for row in channels}
+    pairs = [
+        (first, auc[CROSSING, Direction.LEFT.name, channel])
+        for (square, direction, channel), first in auc.items()
+        if (square, direction) == (CROSSING, Direction.DOWN.name)
+    ]
+    if not pairs or any(each is None for pair in pairs for each in pair):
+        return None
+    correlation = rank_correlation(*np.abs(np.array(pairs, dtype=np.float64).T - 0.5))
+    return None if np.isnan(correlation) else correlation
+
+
+def _between_told(row: Mapping[str, Cell], channels: Table) -> str:
+    """How (odd, even) and (even, odd) squares compare directly, and two axes on squares of one kind."""
     if row["rank_correlation"] is None:
         return "The two kinds of passage are not compared directly: too few mazes."
     return (
         "(odd, even) and (even, odd) squares have no direction in common, so they are compared by how well each of the "
         f"{row['live']} live channels tells one way from the other: rank correlation "
-        f"{shown(row, 'rank_correlation', '.2f')}, n={row['n_vertical']} and {row['n_horizontal']}; near 1 the same "
-        "channels would serve both, near 0 each kind would have its own."
+        f"{shown(row, 'rank_correlation', '.2f')}, n={row['n_vertical']} and {row['n_horizontal']}. "
+        f"{_axes_told(axes_at_crossings(channels))}"
+    )
+
+
+def _axes_told(baseline: float | None) -> str:
+    """Says what the comparison of the two kinds of passage can show, given the same for one kind of square."""
+    if baseline is None:
+        return "The kinds also differ in the axis, and at crossings the two axes cannot be compared: too few mazes."
+    return (
+        f"The kinds also differ in the axis. At ({CROSSING}) squares, where the kind is the same, the two axes have "
+        f"{baseline:.2f}, so the correlation between kinds does not show that each kind has its own channels."
     )
 
 
@@ -310,7 +334,8 @@ def _passages_told(rows: Table) -> str:
     return (
         f"Channel by channel, {both} of {len(known)} tell the way on both kinds, interval of the AUC apart from a "
         f"half, {vertical} on (odd, even) squares only and {horizontal} on (even, odd) only; {apart} tell it better "
-        "on one kind than on the other, interval of the difference apart from 0 (not corrected for their number)."
+        "on one kind than on the other, interval of the difference apart from 0 (not corrected for their number). "
+        "These counts do not separate the kind from the axis."
     )
 
 

@@ -81,6 +81,16 @@ def test_a_finished_evaluation_is_not_done_again(finished):
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
+def test_an_evaluation_with_an_edited_table_is_done_again_and_a_line_says_so(finished):
+    folder = only(finished[0])
+    before = (folder / "levels.csv").read_bytes()
+    (folder / "levels.csv").write_bytes(before.replace(b"5,", b"7,", 1))
+    again = command(*SMALL, cwd=folder.parents[1])
+    assert again.returncode == 0, again.stderr
+    assert f"Evaluated again, since levels.csv is not as it was measured: results/{folder.name}" in again.stdout
+    assert (folder / "levels.csv").read_bytes() == before
+
+
 def test_numbers_on_disk_are_those_of_the_levels_evaluated_at_once(finished, points):
     folder = only(finished[0])
     rows = table(folder / "levels.csv")

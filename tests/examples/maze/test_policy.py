@@ -211,6 +211,27 @@ def test_a_first_convolution_that_fits_no_width_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("weight", "kind"),
+    [
+        (torch.zeros(15).to_sparse(), "float32, sparse_coo, on cpu"),
+        (torch.zeros(15, device="meta"), "float32, strided, on meta"),
+        (torch.zeros(15, dtype=torch.int64), "int64, strided, on cpu"),
+        (torch.zeros(15, dtype=torch.bool), "bool, strided, on cpu"),
+        (torch.zeros(15, dtype=torch.complex64), "complex64, strided, on cpu"),
+        (torch.zeros(15).to(torch.float8_e5m2), "float8_e5m2, strided, on cpu"),
+    ],
+)
+def test_a_tensor_of_a_kind_that_no_policy_has_is_one_error_that_names_it(tmp_path, weight, kind):
+    path = tmp_path / "other.pth"
+    torch.save(load_file(SHIPPED_WEIGHTS) | {"fc_policy.bias": weight}, path)
+    assert refusal(path) == (
+        f"The weights '{path}' hold 1 tensors of a kind that no maze policy has: fc_policy.bias ({kind}). Expected "
+        "float16, bfloat16, float32 or float64, strided, on cpu. Save policy.state_dict() of a policy whose weights "
+        "are in memory."
+    )
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"model_state_dict": 3}, {"epoch": 5}])
 def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     path = tmp_path / "other.pth"

@@ -1,9 +1,15 @@
+import hashlib
 import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from maze.command import UserError
-from maze.results import check_folder
+from maze.results import LOCK, Damaged, check_folder, locked, read_arrays, read_manifest, replace_table, write_manifest
 
 
 def test_a_folder_that_is_there_or_can_be_created_passes_and_is_not_created(tmp_path):
@@ -30,3 +36,119 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
         str(error.value)
         == f"--out is '{tmp_path / 'new'}', but '{tmp_path}' cannot be written to. Name another folder."
     )
+
+
+def test_a_manifest_gives_back_its_facts_with_the_digest_of_each_table(tmp_path):
+    replace_table(tmp_path / "a.csv", [{"x": 1}])
+    write_manifest(tmp_path, {"n": 3, "sizes": (7, 9), "seconds": 0.1})
+    found = read_manifest(tmp_path)
+    assert found.pop("files") == {"a.csv": hashlib.sha256(b"x\r\n1\r\n").hexdigest()}
+    assert found == {"n": 3, "sizes": [7, 9], "seconds": 0.1}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"3",
+        b"null",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"n": 3}',
+        b'{"digest": 1}',
+        b'{"digest": [], "files": 3}',
+    ],
+)
+def test_a_manifest_that_is_damaged_is_one_error(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(Damaged) as error:
+        read_manifest(tmp_path)
+    assert str(error.value) == "manifest.json is damaged, or from before it held digests"
+
+
+def test_a_bit_that_is_flipped_anywhere_in_a_manifest_or_table_is_noticed(tmp_path):
+    replace_table(tmp_path / "a.csv", [{"x": 1, "y": 0.25}])
+    write_manifest(tmp_path, {"n": 3, "seconds": 0.1})
+    facts = read_manifest(tmp_path)
+    for name in ("a.csv", "manifest.json"):
+        content = (tmp_path / name).read_bytes()
+        for place in range(8 * len(content)):
+            flipped = bytearray(content)
+            flipped[place // 8] ^= 1 << place % 8
+            (tmp_path / name).write_bytes(flipped)
+            try:
+                assert read_manifest(tmp_path) == facts  # one blank for another
+                assert name == "manifest.json"
+            except Damaged:
+                pass
+        (tmp_path / name).write_bytes(content)
+
+
+def lock_of(process, host=None):
+    return f"process {process} on {host or socket.gethostname()}"
+
+
+@pytest.fixture
+def dead():
+    """The id of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+def test_a_lock_names_the_process_and_goes_when_the_block_ends_with_an_error_too(tmp_path):
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "new"):
+        assert (tmp_path / "new" / LOCK).read_text() == lock_of(os.getpid())
+        raise KeyboardInterrupt
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, dead):
+    (tmp_path / LOCK).write_text(lock_of(dead))
+    with locked(tmp_path):
+        assert (tmp_path / LOCK).read_text() == lock_of(os.getpid())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("owner", [lock_of(os.getppid()), lock_of(1), lock_of(1, "another-machine"), "", "\x00?"])
+def test_a_lock_whose_process_may_be_alive_is_an_error_that_names_it(owner, tmp_path):
+    (tmp_path / LOCK).write_text(owner)
+    with pytest.raises(UserError) as error, locked(tmp_path):
+        pass
+    assert str(error.value) == (
+        f"'{tmp_path}' is in use by {owner or 'an unknown process'}. Wait until it ends, or name another folder with "
+        f"--out. If that is not a run of the study, delete '{tmp_path / LOCK}'."
+    )
+    assert (tmp_path / LOCK).read_text() == owner
+
+
+def test_of_many_that_find_the_lock_of_a_dead_process_one_works_at_a_time(tmp_path, dead):
+    def attempt(number):
+        try:
+            with locked(tmp_path):
+                inside.append(number)
+                assert len(inside) == 1
+                inside.remove(number)
+        except UserError:
+            return False
+        return True
+
+    inside = []
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(30):
+            (tmp_path / LOCK).write_text(lock_of(dead))
+            assert any(pool.map(attempt, range(8)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", lambda data: b"\xff" * len(data),
+                                    lambda data: data[:60] + bytes([data[60] ^ 1]) + data[61:]])  # fmt: skip
+def test_kept_arrays_that_are_damaged_are_computed_again_and_a_line_says_so(damage, tmp_path, capsys):
+    file = tmp_path / "kept.npz"
+    np.savez_compressed(file, found=np.arange(100) % 3)
+    assert list(read_arrays(file)["found"]) == list(np.arange(100) % 3)
+    file.write_bytes(damage(file.read_bytes()))
+    assert read_arrays(file) is None
+    assert capsys.readouterr().out == "    'kept.npz' is damaged, so it is computed again\n"

@@ -1,8 +1,10 @@
 """Runs of the study: parts on disk, and the report that is told from them."""
 
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +22,7 @@ from maze.parts import PARTS, ablation, cheese_vector, corner_vector, parity, re
 from maze.policy import SHIPPED_WEIGHTS
 from maze.random_sets import SET_LEVELS
 from maze.report import write_report
+from maze.results import LOCK, write_manifest
 from maze.run import MOST_OTHERS, RunSettings, run
 from maze.steering import RANKED
 
@@ -57,6 +60,13 @@ def parts(monkeypatch):
     monkeypatch.setattr(runs, "SIDE_BY_SIDE", ("squares",))
 
 
+def sealed(folder, **changed):
+    """Write the manifest of a part again, as if its tables had been measured as they are now."""
+    facts = json.loads((folder / "manifest.json").read_text())
+    del facts["files"], facts["digest"]
+    write_manifest(folder, {**facts, **changed})
+
+
 def settings(out, **changed):
     return RunSettings(**{"only": (), "n": 20, "seed": 0, "weights": SHIPPED_WEIGHTS, "out": out, **changed})
 
@@ -78,10 +88,75 @@ def test_other_settings_are_measured_into_a_folder_of_their_own(parts, tmp_path)
 def test_a_part_that_was_measured_with_anything_else_is_measured_again(changed, parts, tmp_path):
     manifest = run(settings(tmp_path)) / "policy" / "squares" / "manifest.json"
     known = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**known, changed: "other"}))
+    sealed(manifest.parent, **{changed: "other"})
     run(settings(tmp_path))
     assert len(MEASURED) == 2
     assert json.loads(manifest.read_text())[changed] == known[changed]
+
+
+def cut(folder):
+    file = folder / "squares.csv"
+    file.write_bytes(file.read_bytes()[:40])
+
+
+def with_an_edited_digit(folder):
+    file = folder / "squares.csv"
+    file.write_text(file.read_text().replace("\n19,361,", "\n19,362,"))
+
+
+DAMAGE = [
+    (cut, "squares.csv is not as it was measured"),
+    (with_an_edited_digit, "squares.csv is not as it was measured"),
+    (lambda folder: (folder / "squares.csv").unlink(), "squares.csv is missing"),
+    (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+    (
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        "manifest.json is damaged, or from before it held digests",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "fault"), DAMAGE)
+def test_a_part_that_is_not_whole_is_measured_again_and_a_line_says_so(damage, fault, parts, tmp_path, capsys):
+    folder = run(settings(tmp_path))
+    files = {file: file.read_bytes() for file in (folder / "policy" / "squares").glob("*.csv")}
+    damage(folder / "policy" / "squares")
+    run(settings(tmp_path))
+    assert len(MEASURED) == 2
+    assert f"1 of 1  squares       measured again, since {fault}: 0 s\n" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in files} == files
+
+
+def test_a_part_that_is_not_whole_and_not_measured_again_is_left_out_of_the_report_and_named(
+    parts, tmp_path, monkeypatch
+):
+    olds = {f"old{number}": replace(PART, name=f"old{number}") for number in range(len(DAMAGE))}
+    monkeypatch.setattr(runs, "PARTS", {"squares": PART, **olds})
+    folder = run(settings(tmp_path))
+    for old, (damage, _) in zip(olds, DAMAGE, strict=True):
+        damage(folder / "policy" / old)
+    run(settings(tmp_path, only=("squares",)))
+    text = (folder / "report.md").read_text()
+    named = ", ".join(f"policy/{old} ({fault})" for old, (_, fault) in zip(olds, DAMAGE, strict=True))
+    assert f"which is named: {named}." in text and "old0: What are squares?" not in text
+
+
+def test_a_second_run_into_a_folder_is_refused_while_the_first_one_works_in_it(parts, tmp_path, monkeypatch):
+    def meanwhile(study):
+        with pytest.raises(UserError) as error:
+            run(settings(tmp_path))
+        messages.append(str(error.value))
+        return measure(study)
+
+    messages = []
+    monkeypatch.setattr(runs, "PARTS", {"squares": replace(PART, measure=meanwhile)})
+    folder = run(settings(tmp_path))
+    (message,) = messages
+    assert message == (
+        f"'{folder}' is in use by process {os.getpid()} on {socket.gethostname()}. Wait until it ends, or name another "
+        f"folder with --out. If that is not a run of the study, delete '{folder / LOCK}'."
+    )
+    assert not (folder / LOCK).exists() and len(MEASURED) == 1
 
 
 def test_code_that_is_edited_while_a_run_goes_on_is_not_what_its_parts_are_said_to_be_measured_with(
@@ -157,6 +232,7 @@ def two_policies(parts, tmp_path, monkeypatch):
     folder = run(settings(tmp_path, weights=None))
     file = folder / "control" / "squares" / "squares.csv"
     file.write_text(file.read_text().replace("\n19,361,", "\n19,36100,"))
+    sealed(file.parent)
     write_report(folder, as_measured(folder, "imitation", "control"), runs.PARTS, "make report")
     return folder
 
@@ -200,6 +276,7 @@ def test_every_number_of_the_report_is_read_from_the_tables(parts, tmp_path):
     before = (folder / "report.html").read_text()
     file = folder / "policy" / "squares" / "squares.csv"
     file.write_text(file.read_text().replace("\n19,361,", "\n19,36100,"))
+    sealed(file.parent)
     write_report(folder, as_measured(folder, "policy"), {"squares": PART}, "make report")
     after, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     assert "the last square is 361<" in before and "the last square is 36100<" in after
@@ -223,6 +300,7 @@ def test_a_changed_cell_of_a_real_part_changes_what_the_page_says(tmp_path):
     before = float(rows[1][place])
     rows[1][place] = "0.123456"
     file.write_text("\n".join(",".join(row) for row in rows) + "\n")
+    sealed(file.parent)
     pages = {}
     pages["before"] = (folder / "report.html").read_text()
     manifest = json.loads((file.parent / "manifest.json").read_text())
@@ -250,12 +328,14 @@ def test_a_part_that_was_measured_with_anything_else_is_left_out_of_the_report_a
     old = folder / "policy" / "old"
     manifest = json.loads((old / "manifest.json").read_text())
     versions = {"versions": {name: "0" for name in manifest["versions"]}} if "versions" in changed else {}
-    (old / "manifest.json").write_text(json.dumps(manifest | changed | versions))
     (old / "squares.csv").write_text("a column of older code\n1\n")
+    sealed(old, **{**changed, **versions})
     run(settings(tmp_path, only=("squares",)))
     for name in ("report.html", "report.md"):
         text = (folder / name).read_text()
-        assert f"measured with something else than now, which is named: policy/old ({named})." in text
+        assert (
+            f"are damaged or were measured with something else than now, which is named: policy/old ({named})." in text
+        )
         assert "the last square is 361" in text and "old: What are squares?" not in text
 
 
@@ -272,8 +352,7 @@ def test_the_report_says_how_long_each_part_took_and_which_took_most(parts, tmp_
     monkeypatch.setattr(runs, "PARTS", {"slow": replace(PART, name="slow"), "squares": PART})
     folder = run(settings(tmp_path))
     for name, seconds in (("slow", 90.0), ("squares", 30.0)):
-        file = folder / "policy" / name / "manifest.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": seconds}))
+        sealed(folder / "policy" / name, seconds=seconds)
     write_report(folder, as_measured(folder, "policy"), runs.PARTS, "make report")
     told = "## Time\n\nMeasuring took 2 minutes in all; most of it slow, 75%. Seconds by policy:\n\n"
     table = (folder / "report.md").read_text().split(told)[1]

@@ -1,4 +1,5 @@
 import dataclasses
+import struct
 
 import numpy as np
 import procgen_tools.maze
@@ -6,6 +7,7 @@ import pytest
 from procgen_tools.maze import EnvState
 
 from maze.levels import draw_levels, observe
+from maze.paths import decision_squares
 from maze.requirements import procgen_mazes
 from maze.states import CHEESE, FREE, WALL, StateError, mazes_from_pictures, read_mazes, write_mazes
 
@@ -176,6 +178,116 @@ def test_without_cheese_the_cell_is_free(levels):
     with pytest.raises(StateError) as error:
         _ = bare.cheese
     assert str(error.value) == "Maze 0 of 3 has no cheese."
+
+
+@pytest.fixture(params=[(7, 13), (13, 7), (25, 3)], ids=str)
+def set_by_procgen_tools(request):
+    """A level, and the same maze as `venv_from_grid` sets it: `set_grid` in a level of another side."""
+    side, side_before = request.param
+    (level,) = draw_levels(1, size=side, seed=5, cheese="out of distribution", mouse="decision square")
+    other = EnvState(draw_levels(1, size=side_before, seed=6)[0])
+    other.set_grid(EnvState(level).inner_grid(), pad=True)
+    # The oracle edits what it cached for these bytes, and would show the edited maze to the next test.
+    procgen_tools.maze._parse_maze_state_bytes.cache_clear()
+    environment = procgen_mazes(1)
+    environment.set_state([other.state_bytes])
+    (state,) = environment.get_state()
+    assert struct.unpack_from("<i", state, len(state) - 12) == (side_before,)
+    return level, state
+
+
+def test_a_maze_that_procgen_tools_set_is_read_with_the_side_of_its_walls(set_by_procgen_tools):
+    level, state = set_by_procgen_tools
+    expected, mazes = read_mazes([level]), read_mazes([state])
+    assert mazes.picture(0) == expected.picture(0)
+    np.testing.assert_array_equal(mazes.mouse, expected.mouse)
+    assert decision_squares(mazes)[1].tolist() == [True]
+
+
+def test_writing_what_was_read_of_a_maze_that_procgen_tools_set_changes_no_byte(set_by_procgen_tools):
+    _, state = set_by_procgen_tools
+    assert write_mazes(read_mazes([state]), [state]) == [state]
+
+
+def test_a_maze_of_another_side_is_written_with_its_own_stored_side(set_by_procgen_tools):
+    _, state = set_by_procgen_tools
+    (written,) = write_mazes(mazes_from_pictures(LOOP), [state])
+    assert EnvState(written).state_vals["maze_dim"].val == 5
+    assert read_mazes([written]).picture(0) == mazes_from_pictures(LOOP).picture(0)
+
+
+def test_procgen_plays_a_maze_alike_whatever_side_is_stored():
+    levels = draw_levels(8, size=7, seed=3)
+    stale = [state[:-12] + struct.pack("<i", 13) + state[-8:] for state in levels]
+    actions = np.random.default_rng(0).integers(0, 15, (520, 8))  # to the end of the level and beyond
+    played = []
+    for states in (levels, stale):
+        environment = procgen_mazes(8)
+        environment.set_state(states)
+        seen = []
+        for action in actions:
+            environment.act(action)
+            reward, observation, first = environment.observe()
+            seen.append((reward.tobytes(), observation["rgb"].tobytes(), first.tobytes()))
+        played.append((seen, environment.get_state()))
+    assert played[0] == played[1]
+
+
+def test_a_mouse_that_procgen_tools_left_in_a_wall_is_refused(levels):
+    big = next(state for state in levels if read_mazes([state]).size[0] == 25)
+    state = EnvState(big)
+    state.set_grid(EnvState(draw_levels(1, size=7, seed=5)[0]).inner_grid(with_mouse=False), pad=True)
+    procgen_tools.maze._parse_maze_state_bytes.cache_clear()
+    with pytest.raises(StateError) as error:
+        read_mazes([state.state_bytes])
+    assert str(error.value) == (
+        "State 0: its mouse is at x 0.5, y 0.5 of the world, which is not a free cell of its maze. procgen-tools' "
+        "set_grid leaves the mouse of the previous level there if the new grid has no mouse; give it a grid with a "
+        "mouse."
+    )
+
+
+def test_a_state_of_random_values_is_given_back_to_the_byte_or_refused(levels):
+    """Writing what was read gives a state back or refuses it, whatever its grid, side and mouse."""
+    rng = np.random.default_rng(0)
+    outcomes = {"back": 0, "refused": 0}
+    for number in range(600):
+        state = bytearray(levels[number % len(levels)])
+        (first,) = struct.unpack_from("<i", state, 84)
+        (second,) = struct.unpack_from("<i", state, 92 + first)
+        mouse_at = 164 + first + second
+        kind = number % 4
+        if kind == 0:
+            struct.pack_into("<i", state, len(state) - 12, int(rng.integers(1, 13)) * 2 + 1)
+        elif kind == 1:
+            cell = int(rng.integers(625))
+            struct.pack_into("<i", state, len(state) - 2512 + 4 * cell, int(rng.choice([CHEESE, WALL, FREE, 25, 0])))
+        elif kind == 2:
+            values = [*(np.arange(25) + 0.5), 3.7, -0.5, 1e30, np.nan, np.inf]
+            struct.pack_into("<ff", state, mouse_at, *rng.choice(values, size=2))
+        else:
+            struct.pack_into("<i", state, mouse_at + 60, int(rng.choice([0, 1, 2, -1])))
+        try:
+            assert write_mazes(read_mazes([bytes(state)]), [bytes(state)]) == [bytes(state)]
+            outcomes["back"] += 1
+        except StateError:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 50
+
+
+def test_a_maze_without_a_free_cell_on_its_border_is_refused():
+    with pytest.raises(StateError) as error:
+        mazes_from_pictures("""
+            #####
+            #.C.#
+            #.#.#
+            #M..#
+            #####
+        """)
+    assert str(error.value) == (
+        "Maze 0 cannot be a procgen maze: its outer rows and columns are all wall, so its side is smaller. "
+        "(side 5, mouse at (1, 1))"
+    )
 
 
 def test_an_empty_batch_is_read_and_written():
