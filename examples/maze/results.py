@@ -61,7 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
     lock, own = folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}"
     while not _created(lock, own):
         try:
-            owner = lock.read_text(errors="replace")
+            owner = lock.read_text(errors="replace").strip()
         except FileNotFoundError:
             continue  # given back meanwhile
         if not _is_dead(owner):
@@ -73,7 +73,7 @@ def locked(folder: Path) -> Iterator[None]:
         taken = lock.with_name(f"{LOCK}.{os.getpid()}")
         with suppress(FileNotFoundError):
             os.rename(lock, taken)
-            if taken.read_text(errors="replace") != owner:
+            if taken.read_text(errors="replace").strip() != owner:
                 os.rename(taken, lock)  # another run has just taken it over
             taken.unlink(missing_ok=True)
     try:
