@@ -8,28 +8,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = [
-    "BatchAxisError",
-    "ChanpatchError",
-    "ConcurrencyError",
-    "ContrastError",
-    "DistributionError",
-    "EditError",
-    "HookPointError",
-    "InterventionError",
-    "MetricError",
-    "MissingPackageError",
-    "NaNError",
-    "ProbeError",
-    "RolloutError",
-    "SiteError",
-    "StatisticsError",
-    "SweepError",
-    "TraceMismatchError",
-    "UnreachedError",
-    "UnsupportedModelError",
-]
-
 
 class ChanpatchError(Exception):
     """The base of every error that chanpatch raises."""
@@ -113,3 +91,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+__all__ = [name for name, kind in vars().copy().items() if isinstance(kind, type) and issubclass(kind, Exception)]

@@ -28,9 +28,10 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from chanpatch.engine.paths import Attr, Item, fresh, get, leaves, replace
+from chanpatch.engine.paths import Attr, Item, get, leaves, replace
 from chanpatch.errors import UnsupportedModelError
 from chanpatch.registry.names import parsed_path, path_text
+from chanpatch.sweeps.prefix import fresh
 
 
 class Heads(NamedTuple):

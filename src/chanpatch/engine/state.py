@@ -1,8 +1,7 @@
 """Run the model without side effects.
 
-Restored are random number generators, buffers, training flags, registered hooks, and the attributes of modules with
-the contents of plain containers, arrays, tensors, dataclasses and generators in them. Other objects that a model
-holds may reach anywhere, and are not restored.
+Random number generators, buffers, training flags, hooks and attributes of modules are restored. So are the contents of
+plain containers, arrays, tensors, dataclasses and generators in attributes, but not those of other objects.
 """
 
 from __future__ import annotations
@@ -45,11 +44,8 @@ def training_modules(model: nn.Module) -> list[str]:
 class undisturbed:
     """A context for forwards that chanpatch starts on its own: without gradients, and without side effects.
 
-    It may be entered again, but not inside itself; `put_back` separates one forward from the next inside it. One thread
-    at a time is inside, since random number generators are shared.
-
-    Raises:
-        UnsupportedModelError: At the end, if a forward built a submodule or a parameter.
+    It may be entered again, but not inside itself. Only one thread at a time is inside, since random number generators
+    are shared. On exit it raises UnsupportedModelError if a forward built a submodule or a parameter.
     """
 
     _is_locked = _is_noted = False
@@ -114,16 +110,12 @@ class undisturbed:
         for device, state in zip(self._cuda, self._on_cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
         self.snapshot.put_back_generators()
-        self.put_back_state()
-
-    def put_back_state(self) -> None:
-        """Restore the model, but let random draws go on."""
         self.snapshot.put_back()
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Yield the results of forwards over several batches, each of which begins with the model as it was."""
+        """Yield the results of several forwards; the model is restored after each, but not the random generators."""
         for each in forwards:
-            self.put_back_state()
+            self.snapshot.put_back()
             yield each
 
     def kept(self, output: Any) -> Any:
@@ -138,10 +130,7 @@ class undisturbed:
 class Snapshot:
     """The state of some modules at the time of `note`.
 
-    Of parameters only the names count: libraries that shard or offload a model exchange them in a forward.
-
-    Args:
-        modules: The modules.
+    It holds only the names of parameters: libraries that shard or offload a model exchange parameters in a forward.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -149,8 +138,6 @@ class Snapshot:
         self._dicts = [own for _, own in self._owns] + [own[name] for _, own in self._owns for name in _REGISTRIES]
         self._noted: list[dict[Any, Any]] = []
         self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, with their contents
-        self._generators: list[Any] = []
-        self._states: list[Any] = []
 
     def note(self) -> Snapshot:
         """Take the present state; if nothing differs from the last one, little is copied again."""
@@ -159,7 +146,7 @@ class Snapshot:
             self._parts = [_parts(own) for _, own in self._owns]
             self._note_bound()
             found = _reachable(self._dicts)
-            self._generators = [each for each in found if isinstance(each, _GENERATORS)]
+            self._generators: list[Any] = [each for each in found if isinstance(each, _GENERATORS)]
             self._held = [(each, _content(each)) for each in found if not isinstance(each, _GENERATORS)]
         self._states = [_state(each) for each in self._generators]
         return self
@@ -169,21 +156,8 @@ class Snapshot:
         keys, values = itertools.chain(*self._dicts), itertools.chain(*map(dict.values, self._dicts))
         return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
-    def rebound(self) -> list[tuple[dict[str, Any], str]]:
-        """Return the attributes that were set or replaced: the dict of the module, and the name."""
-        return [
-            (own, name)
-            for (_, own), noted in zip(self._owns, self._noted if self.changed() else (), strict=False)
-            for name, value in own.items()
-            if name not in _OF_TORCH and not callable(value) and noted.get(name, self) is not value
-        ]
-
     def put_back(self) -> None:
-        """Restore everything but the generators.
-
-        Raises:
-            UnsupportedModelError: If a submodule or a parameter was built since.
-        """
+        """Restore everything but the generators; raise UnsupportedModelError if a module or a parameter was built."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:
@@ -242,7 +216,7 @@ def _parts(own: dict[str, Any]) -> set[str]:
 
 
 def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
-    """Restore one dict, but for hooks of ours, and for the methods of a module, which may be wrapped."""
+    """Restore one dict, except for our hooks and for methods of a module, which may be wrapped."""
     stays = callable if "_modules" in each else is_ours
     kept = {key: value for key, value in each.items() if stays(value)}
     wanted = {key: value for key, value in noted.items() if key in each or not stays(value)} | kept
@@ -251,7 +225,7 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
 
 
 def _reachable(dicts: Iterable[dict[str, Any]]) -> list[Any]:
-    """Return what a forward may write into: in attributes of modules, and in containers and dataclasses there."""
+    """Return the objects that a forward may write into: in attributes, and in containers and dataclasses there."""
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
@@ -306,7 +280,7 @@ def _refill(held: Any, content: Any) -> None:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return where a tensor's numbers lie; 0 if that is not known."""
+    """Return the address of a tensor's storage; 0 if that is not known."""
     if tensor.layout == torch.strided and not tensor.is_meta:
         with suppress(RuntimeError):  # a tensor made of others has no storage of its own
             return tensor.untyped_storage().data_ptr()

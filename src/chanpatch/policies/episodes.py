@@ -72,7 +72,7 @@ def play(
     with undisturbed(held) as run, progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance:
         actor = _Actor(policy, settings.initial_state)
         for start in waves:
-            run.put_back_state()  # an episode must not depend on the last one
+            run.snapshot.put_back()  # an episode must not depend on the last one
             wave = np.arange(start, min(start + envs.num_envs, log.plays))
             _play_wave(actor, envs, wave, log, advance, settings, around)
     return log.rollouts()

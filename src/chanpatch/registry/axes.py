@@ -1,8 +1,7 @@
-"""Axis names, from the type of a module, never from the number of axes of its output.
+"""Axis names, from the type of a module, never from the number of axes alone.
 
-Module types with fixed axes name them (convolution, pooling, linear, recurrent, attention, embedding). Elementwise
-modules and functions pass on the names of their input. Other axes have no name here; the registry calls them `axis0`,
-`axis1`, ...
+Convolutions, pooling, linear, recurrent, attention and embedding modules name their axes. Elementwise modules and
+functions pass on the names of their input. The registry calls other axes `axis0`, `axis1`, ...
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ Names = tuple["str | None", ...]
 
 _SPACE = {1: ("position",), 2: ("row", "col"), 3: ("depth", "row", "col")}
 
-
 _SPATIAL = ("Conv", "ConvTranspose", "LazyConv", "LazyConvTranspose", "MaxPool", "MaxUnpool", "AvgPool", "LPPool",
             "FractionalMaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "BatchNorm", "InstanceNorm",
             "ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")  # fmt: skip
-
 
 _DIMENSIONS: dict[type, int] = {
     kind: count
@@ -33,9 +30,7 @@ _DIMENSIONS: dict[type, int] = {
     if (kind := getattr(nn, f"{prefix}{count}d", None)) is not None
 } | {nn.PixelShuffle: 2, nn.PixelUnshuffle: 2}
 
-
 _NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "LocalResponseNorm")
-
 
 _ELEMENTWISE = tuple(
     kind
@@ -43,51 +38,42 @@ _ELEMENTWISE = tuple(
     if (kind := getattr(nn, name, None)) not in (None, nn.MultiheadAttention, nn.GLU)
 )
 
-
 _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
-    """Return the names that a module's type gives to the axes of one of its tensors; None for an axis without one.
+    """Return the axis names of a tensor that a module takes or returns; None for an axis without a name.
 
     Args:
-        module: The module that takes or returns the tensor.
-        side: `"in"` for a tensor that the module takes, `"out"` for one that it returns.
-        path: Where the tensor stands among the inputs or in the output.
-        ndim: The tensor's number of axes.
-        inputs: Names of the axes of the module's first input, where they are known.
+        module: The module.
+        side: `"in"` or `"out"`.
+        path: Place of the tensor in the inputs or the output.
+        ndim: Number of axes of the tensor.
+        inputs: Axis names of the module's first input, if known.
     """
-    unknown: Names = (None,) * ndim
     count = next((_DIMENSIONS[kind] for kind in type(module).__mro__ if kind in _DIMENSIONS), None)
+    names: Names | None = None
     if count is not None:
-        return _spatial_names(module, count, ndim, inputs) or unknown
-    if isinstance(module, nn.Linear) and ndim:
-        leading = inputs[:-1] if side == "out" and inputs and len(inputs) == ndim else unknown[:-1]
-        return (*leading, "feature")
-    if isinstance(module, nn.RNNBase):
-        return _recurrent_names(module, side, path, ndim) or unknown
-    if isinstance(module, (nn.RNNCellBase, nn.MultiheadAttention, *_ATTENTION)):
-        return _fixed_names(module, side, path, ndim) or unknown
-    if side == "in" or inputs is None:
-        return unknown
-    if isinstance(module, nn.Embedding):
-        return (*inputs, "feature") if len(inputs) == ndim - 1 else unknown
-    if isinstance(module, nn.Flatten):
-        return _flattened(module, inputs, ndim) or unknown
-    if isinstance(module, _ELEMENTWISE) and len(inputs) == ndim:
-        return inputs
-    return unknown
+        names = _spatial_names(module, count, ndim, inputs)
+    elif isinstance(module, nn.Linear) and ndim:
+        same = side == "out" and inputs and len(inputs) == ndim
+        names = (*(inputs[:-1] if same and inputs else (None,) * (ndim - 1)), "feature")
+    elif isinstance(module, nn.RNNBase):
+        names = _recurrent_names(module, path, ndim)
+    elif isinstance(module, (nn.RNNCellBase, nn.MultiheadAttention, *_ATTENTION)):
+        names = _fixed_names(module, side, path, ndim)
+    elif side == "out" and inputs is not None:
+        names = _passed_on(module, inputs)
+    return names if names and len(names) == ndim else (None,) * ndim
 
 
 def _spatial_names(module: nn.Module, count: int, ndim: int, inputs: Names | None) -> Names | None:
     if isinstance(module, nn.BatchNorm1d) and ndim == 2:
         return inputs if inputs and len(inputs) == 2 and None not in inputs else ("batch", "channel")
-    if ndim == count + 2:
-        return ("batch", "channel", *_SPACE[count])
-    return ("channel", *_SPACE[count]) if ndim == count + 1 else None
+    return {2: ("batch", "channel", *_SPACE[count]), 1: ("channel", *_SPACE[count])}.get(ndim - count)
 
 
-def _recurrent_names(module: nn.RNNBase, side: str, path: Path, ndim: int) -> Names | None:
+def _recurrent_names(module: nn.RNNBase, path: Path, ndim: int) -> Names | None:
     if not all(isinstance(step, Item) for step in path):  # a PackedSequence has no axis of its own for the batch
         return None
     if path in ((Item(0),), (Item("input"),)):
@@ -109,11 +95,13 @@ def _fixed_names(module: nn.Module, side: str, path: Path, ndim: int) -> Names |
     return {3: (*batched, "feature"), 2: ("position", "feature")}.get(ndim)
 
 
-def _flattened(module: nn.Flatten, inputs: Names, ndim: int) -> Names | None:
-    start = module.start_dim % len(inputs) if inputs else 0
-    end = module.end_dim % len(inputs) if inputs else 0
-    names = (*inputs[:start], "feature", *inputs[end + 1 :])
-    return names if len(names) == ndim else None
+def _passed_on(module: nn.Module, inputs: Names) -> Names | None:
+    if isinstance(module, nn.Embedding):
+        return (*inputs, "feature")
+    if isinstance(module, nn.Flatten) and inputs:
+        start, end = module.start_dim % len(inputs), module.end_dim % len(inputs)
+        return (*inputs[:start], "feature", *inputs[end + 1 :])
+    return inputs if isinstance(module, _ELEMENTWISE) else None
 
 
 _FUNCTIONS = """
@@ -124,38 +112,30 @@ _FUNCTIONS = """
     detach to type float half double bfloat16 cuda cpu requires_grad iadd isub imul itruediv
 """
 
-
 _ELEMENTWISE_FUNCTIONS = frozenset(_FUNCTIONS.split())
 
 
 class NamePropagation(TorchFunctionMode):
-    """While active, elementwise torch functions pass the axis names of their operands on to their result.
-
-    Names are kept by tensor identity, so this keeps every named tensor alive.
-    """
+    """While active, elementwise torch functions pass the axis names of their operands on to their result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._names: dict[int, Names] = {}
-        self._alive: list[Tensor] = []
+        self._named: dict[int, tuple[Names, Tensor]] = {}  # by id, so each tensor has to stay alive
 
     def names(self, tensor: Tensor) -> Names | None:
         """Return the names known for a tensor, or None."""
-        return self._names.get(id(tensor))
+        return self._named.get(id(tensor), (None, tensor))[0]
 
-    def learn(self, tensor: Tensor, names: Sequence[str | None]) -> Names:
-        """Fill in names that were unknown and return all that are known now; the first name stays."""
-        known = self._names.get(id(tensor))
+    def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
+        """Fill in unknown names; the first name stays."""
+        known = self.names(tensor)
         if known is None or len(known) != tensor.dim():
-            self._alive.append(tensor)
             known = (None,) * tensor.dim()
-        self._names[id(tensor)] = merged = tuple(a or b for a, b in zip(known, names, strict=True))
-        return merged
+        self.rename(tensor, [a or b for a, b in zip(known, names, strict=True)])
 
-    def rename(self, tensor: Tensor, names: Sequence[str]) -> None:
+    def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:
         """Override the known names."""
-        self._names.pop(id(tensor), None)
-        self.learn(tensor, names)
+        self._named[id(tensor)] = tuple(names), tensor
 
     def __torch_function__(
         self,
@@ -168,7 +148,7 @@ class NamePropagation(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
             for _, operand in leaves((args, dict(kwargs or {}))):
-                names = self._names.get(id(operand))
+                names = self.names(operand)
                 if names is not None and operand.shape == result.shape:
                     self.learn(result, names)
         return result

@@ -29,10 +29,6 @@ class Span:
     stop: int | None
     step: int | None
 
-    def positions(self, length: int) -> range:
-        """Return the positions it selects on an axis."""
-        return range(*slice(self.start, self.stop, self.step).indices(length))
-
 
 @dataclass(frozen=True)
 class Flags:
@@ -48,8 +44,8 @@ Selection: TypeAlias = "tuple[int, ...] | Span | Flags"
 class Site:
     """A hook point and a region of it: a place that can be read or written.
 
-    Indices are Python's, negative ones included; an axis that is not named means all of it. A region keeps all
-    axes of its hook point, and index lists on several axes mean their product.
+    Indices are Python's, negative ones included. An axis without an index is selected as a whole. A region keeps all
+    axes of its hook point. Index lists on several axes select their product.
 
     Args:
         name: The hook point's name.
@@ -79,43 +75,38 @@ class Site:
         """Return one site per index of an axis, in order.
 
         Raises:
-            SiteError: If the axis does not exist, or its length is not known: then take the site from
-                `HookPoints.site`.
+            SiteError: If the axis does not exist, or its length is not known.
         """
         chosen = dict(self.indices).get(axis)
+        axes = () if self.point is None else self.point.axes
         if isinstance(chosen, Flags):
             chosen = tuple(position for position, flag in enumerate(chosen.values) if flag)
-        if chosen is None and self.point is not None and axis in self.point.axes:
-            length = self.point.length(axis)
-            chosen = None if length is None else tuple(range(length))
+        elif chosen is None and self.point is not None and axis in axes:
+            chosen = tuple(range(self.point.length(axis) or 0)) or None
         if not isinstance(chosen, tuple):
-            raise SiteError(f"{self!r} cannot be split along '{axis}': {self._unsplittable(axis)}")
-        others = {name: index for name, index in self.indices if name != axis}
-        parts = (Site(self.name, **others, **{axis: index}) for index in chosen)
-        return tuple(part.at(self.point) for part in parts)
-
-    def _unsplittable(self, axis: str) -> str:
-        if self.point is None:
-            return (
-                "the length of that axis is not known. Name its indices, or take the site from points.site(...) of a "
-                "traced model."
-            )
-        if axis not in self.point.axes:
-            hint = did_you_mean(axis, self.point.axes)
-            return f"there is no such axis.{hint} Hook point '{self.name}' has axes ({', '.join(self.point.axes)})."
-        return "the batch is as long as each forward's. Name its indices, or choose rows with where=."
+            why = "the batch is as long as each forward's. Name its indices, or choose rows with where=."
+            if self.point is None:
+                why = (
+                    "the length of that axis is not known. Name its indices, or take the site from points.site(...) "
+                    "of a traced model."
+                )
+            elif axis not in axes:
+                hint = did_you_mean(axis, axes)
+                why = f"there is no such axis.{hint} Hook point '{self.name}' has axes ({', '.join(axes)})."
+            raise SiteError(f"{self!r} cannot be split along '{axis}': {why}")
+        return tuple(Site(self.name, **{**dict(self.indices), axis: index}).at(self.point) for index in chosen)
 
     def at(self, point: HookPoint | None) -> Site:
-        """Return the same site with the trace of a hook point that it was checked against."""
+        """Return the same site bound to a traced hook point."""
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
-        """Return what to select, by axis number, on a tensor with these axes.
+        """Return the positions to select, by axis number, on a tensor with these axes.
 
         Raises:
-            SiteError: Naming every axis and index that does not exist there.
+            SiteError: If axes or indices do not exist there; all faults at once.
         """
         found: dict[int, slice | list[int]] = {}
         faults = []
@@ -126,7 +117,9 @@ class Site:
                 continue
             number = axes.index(axis)
             try:
-                found[number] = _contiguous(_positions(selection, lengths[number], axis))
+                chosen = _positions(selection, lengths[number], axis)
+                first, last = chosen[0], chosen[-1]
+                found[number] = slice(first, last + 1) if chosen == [*range(first, last + 1)] else chosen
             except ValueError as fault:
                 faults.append(str(fault))
         if faults:
@@ -175,7 +168,7 @@ def _positions(selection: Selection, length: int, axis: str) -> list[int]:
             raise ValueError(f"the mask over {axis} has {len(selection.values)} flags")
         return [position for position, chosen in enumerate(selection.values) if chosen]
     if isinstance(selection, Span):
-        chosen = list(selection.positions(length))
+        chosen = [*range(length)[selection.start : selection.stop : selection.step]]
         if not chosen:
             raise ValueError(f"{axis}={_shown(selection)} selects nothing")
         return chosen
@@ -187,11 +180,6 @@ def _positions(selection: Selection, length: int, axis: str) -> list[int]:
         twice = next(position for position in chosen if chosen.count(position) > 1)
         raise ValueError(f"{axis} {twice} is named twice")
     return chosen
-
-
-def _contiguous(positions: list[int]) -> slice | list[int]:
-    first, last = positions[0], positions[-1]
-    return slice(first, last + 1) if positions == list(range(first, last + 1)) else positions
 
 
 def _shown(selection: Selection) -> str:
@@ -212,18 +200,17 @@ class HookPoint(Place):
     """One tensor of one traced forward.
 
     Attributes:
-        name: `module`, `module.out<path>` if the module returns more than one tensor, `module.in<path>` for an input;
-            `#k` after the module if it is called more than once. The model itself has no name, so its own output is
-            `.out`. A tap has the name it was given.
+        name: `module`, `module.out<path>` if the module returns more than one tensor, `module.in<path>` for an input.
+            `module#k` is its call number k, if there are several. `.out` is the output of the model itself. A tap has
+            the name it was given.
         axes: Axis names, such as `(batch, channel, row, col)`.
         shape: Lengths of all axes but the batch axis.
-        batch_axis: Number of the batch axis: the one that grew when the model was run with one row more. None if that
-            proved nothing.
+        batch_axis: Number of the batch axis, which grew when the model was run with one more row; None if none did.
         dtype, device: Dtype and device of the tensor.
         module_type: Class name of the module; `tap` for a tap.
         parameters: Number of parameters of the module, submodules included.
         aliases: Other names of the same hook point, if modules are shared.
-        read_only: Whether the tensor is inside a distribution, so that it can be recorded but not patched.
+        read_only: Whether the tensor is inside a distribution, so it can be recorded but not patched.
     """
 
     axes: Axes
@@ -245,7 +232,7 @@ class HookPoint(Place):
 
 
 def no_batch(site: Site) -> str:
-    """Say why a site has no rows, and what to do."""
+    """Return the part of an error message that says why a site has no rows."""
     if site.point is None:
         return "Take the site from points.site(...) of hook_points(model, *inputs), which proves the batch axis."
     return (
@@ -255,11 +242,7 @@ def no_batch(site: Site) -> str:
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at these positions, by axis number; the tensor itself where there are none.
-
-    Raises:
-        UnsupportedModelError: If the tensor is sparse, and the region not all of it.
-    """
+    """Return the region at these positions; raise UnsupportedModelError if a sparse tensor is not taken as a whole."""
     if positions and tensor.layout != torch.strided:
         raise UnsupportedModelError(
             f"A {str(tensor.layout).removeprefix('torch.')} tensor has no regions. Use the whole hook point, or make "
@@ -276,8 +259,7 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
 def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     """Return a copy of the tensor with the region replaced; gradients flow to both.
 
-    The copy is nobody else's: what is written into it downstream reaches neither the operand of an edit nor the
-    activation that was read.
+    It shares no memory with its arguments, so later in-place writes do not reach them.
     """
     if not positions:
         return region.clone()
@@ -287,7 +269,7 @@ def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     if isinstance(chosen, slice):
         return torch.slice_scatter(tensor, region, axis, chosen.start, chosen.stop)
     index = torch.as_tensor(chosen, device=tensor.device)
-    # A copy of one tensor has no room for many regions, and vmap has no rule for writing into one of many.
+    # vmap has no rule for writing in place here.
     if inside_vmap(region) or inside_vmap(tensor):
         return tensor.index_copy(axis, index, region)
     return tensor.clone().index_copy_(axis, index, region)  # a clone keeps the strides, and so the last bits downstream

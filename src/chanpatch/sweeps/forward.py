@@ -7,11 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.inputs import copied_inputs
 from ..engine.moments import Moment, forward_context, published
-from ..engine.paths import fresh, replace, with_rows
+from ..engine.paths import replace, with_rows
 from ..engine.state import undisturbed
 from ..patching.cache import ActivationCache
 from ..patching.firing import Firing
@@ -19,9 +19,10 @@ from ..patching.patch import Patch
 from ..patching.recording import run_with_cache
 from ..registry.points import HookPoints
 from ..registry.sites import Site
-from .prefix import Prefix
+from .prefix import Prefix, fresh
 
 _FEWEST_TO_CUT = 8  # inputs; with fewer, a forward of one input saves nothing
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 class Forward:
@@ -45,9 +46,16 @@ class Forward:
     def __call__(self) -> Any:
         """Return the model's output."""
         with self.running() as run:
+            if self.rebound is not None:
+                return run.kept(self.output())
+            before = [(vars(module), vars(module).copy()) for module in self.points.model.modules()]
             output = run.kept(self.output())
-            if self.rebound is None:
-                self.rebound = self.undisturbed.snapshot.rebound()
+            self.rebound = [
+                (own, name)
+                for own, earlier in before
+                for name, value in own.items()
+                if name not in _OF_TORCH and not callable(value) and earlier.get(name, before) is not value
+            ]
             return output
 
     @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from ..engine.calls import observed, wrapped_method
-from ..engine.paths import fresh, leaves, replace
+from ..engine.paths import field_names, is_tensordict, leaves, replace, shallow_copy
 from ..engine.state import Snapshot, storage
 
 
@@ -177,6 +178,29 @@ def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 _OF_ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads")
+
+
+def fresh(tree: Any) -> Any:
+    """Return the output in new containers; what they hold is the same."""
+    if type(tree) is list:
+        return [*map(fresh, tree)]
+    if isinstance(tree, tuple):
+        parts = [*map(fresh, tree)]
+        if all(part is before for part, before in zip(parts, tree, strict=True)):
+            return tree
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if is_tensordict(tree):
+        return shallow_copy(tree)  # those inside it are copied too
+    if isinstance(tree, MutableMapping):
+        copied: Any = shallow_copy(tree)
+        for key, value in tree.items():
+            copied[key] = fresh(value)
+        return copied
+    if names := field_names(tree):
+        tree = copy.copy(tree)
+        for name in names:
+            object.__setattr__(tree, name, fresh(getattr(tree, name)))
+    return tree
 
 
 def _copy(output: Any) -> Any:
