@@ -252,6 +252,7 @@ def interrupted(scenario: Callable[[Case], None], step: int, record: Callable[[s
 STEP = 40  # of the bytecodes that `make test` interrupts
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # an interrupt inside a __del__
 @pytest.mark.parametrize("step", [STEP, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_an_interrupt_at_any_bytecode_leaves_nothing_that_changes_a_number(

@@ -133,10 +133,10 @@ class Station:
 
     def _order_output(self, module: nn.Module) -> None:
         """Run patches of the output before all other hooks, and records after them."""
-        if self._hooks == 1:
-            module.register_forward_hook(_Hook(self, self._leave_last), with_kwargs=True, always_call=True)
-            self._hooks = 2
         hooks: Any = module._forward_hooks
+        if not any(isinstance(hook, _Hook) and hook.station is self and hook.is_last for hook in hooks.values()):
+            module.register_forward_hook(_Hook(self, self._leave_last), with_kwargs=True, always_call=True)
+        self._hooks = 2
         ours = [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.station is self]
         first, last = sorted(ours, key=lambda key: hooks[key].is_last)
         hooks.move_to_end(first, last=False)

@@ -421,10 +421,12 @@ def without_listeners(model: nn.Module) -> Iterator[None]:
     stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
     sessions = {each for station in stations for each in (*station.scopes, *(at.session for at in station.listeners))}
     enabled = {session: session.enabled for session in sessions}
-    try:
+
+    def end() -> None:
+        for session, before in enabled.items():
+            session.enabled = before
+
+    with finally_twice(end):
         for session in sessions:
             session.enabled = False
         yield
-    finally:
-        for session, before in enabled.items():
-            session.enabled = before

@@ -83,7 +83,9 @@ class undisturbed:
             self._leave()  # nothing is left to do, unless an interrupt cut the first one short
 
     def __del__(self) -> None:
-        self._leave()  # an interrupt may come before the exit begins
+        if self._is_locked:  # an interrupt came before the exit began
+            self.snapshot.keep_hooks()
+            self._leave()
 
     def _leave(self) -> None:
         if not self._is_locked:
@@ -175,6 +177,12 @@ class Snapshot:
                 f"{built[0]} is built in the forward, so it is not registered yet, and would be another one in each "
                 "forward. Run the model once before you give it to chanpatch."
             )
+
+    def keep_hooks(self) -> None:
+        """Leave hooks as they are now: contexts that ended since took theirs off."""
+        hooks = {id(own[name]) for _, own in self._owns for name in ("_forward_hooks", "_forward_pre_hooks")}
+        pairs = zip(self._dicts, self._noted, strict=False)  # nothing may be noted yet
+        self._noted = [dict(each) if id(each) in hooks else noted for each, noted in pairs]
 
     def put_back_generators(self) -> None:
         """Restore the generators that the model holds."""
