@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .paths import Attr, Item, _children, replace
+from .paths import Attr, Item, _children, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
@@ -48,59 +48,28 @@ def _written_into(before: Any, after: Any, shared: Container[int], users: Contai
     return after
 
 
-class CopiedContainer:
-    """A container of the caller's, and the copy that a module was given in its place.
-
-    Args:
-        own: The caller's.
-        copy: What the module writes into.
-    """
-
-    def __init__(self, own: Any, copy: Any) -> None:
-        self.own, self.copy = own, copy
-        items = zip(_children(own), _children(copy), strict=True)
-        self._replaced = {step: (new, old) for (step, old), (_, new) in items if new is not old}
-        for name, value in _beside_fields(own).items():
-            vars(copy).setdefault(name, value)
-        self._beside = _beside_fields(copy)
-
-    def write_back(self) -> None:
-        """Let the caller have what the module wrote, but not what it was patched with."""
-        wanted = dict(_children(self.copy))
-        for step, (new, old) in self._replaced.items():
-            if wanted.get(step) is new:
-                wanted[step] = old
-        if isinstance(self.own, list):
-            self.own[:] = wanted.values()
-        else:
-            present = dict(_children(self.own))
-            for step in present.keys() - wanted.keys():
-                if isinstance(step, Item):  # a dataclass keeps its fields
-                    del self.own[step.key]
-            for step, child in wanted.items():
-                if step not in present or present[step] is not child:
-                    _put(self.own, step, child)
-        for name, value in _beside_fields(self.copy).items():
-            if name not in self._beside or self._beside[name] is not value:
-                setattr(self.own, name, value)
+def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each container in the arguments of a module that was copied to be patched, with its copy."""
+    if before is after or isinstance(before, Tensor):
+        return
+    if _is_mutable(before):
+        yield before, after
+    for (_, old), (_, new) in zip(_children(before), _children(after), strict=True):
+        yield from copied_containers(old, new)
 
 
-def with_copies(arguments: Any, copied: Sequence[CopiedContainer]) -> Any:
+def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
     """Return (args, kwargs) with the copy of a container in place of each argument that it is."""
-    copies = {id(each.own): each.copy for each in copied}
+    copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
     return tuple(copies.get(id(argument), argument) for argument in args), changed
 
 
-def copied_containers(before: Any, after: Any) -> Iterator[CopiedContainer]:
-    """Yield the containers in the arguments of a module that were copied to be patched."""
-    if before is after or isinstance(before, Tensor):
-        return
-    if _is_mutable(before):
-        yield CopiedContainer(before, after)
-    for (_, old), (_, new) in zip(_children(before), _children(after), strict=True):
-        yield from copied_containers(old, new)
+def contents(container: Any) -> list[int]:
+    """Return the ids of everything in a container, which change if something is written into it."""
+    attributes = () if is_tensordict(container) else getattr(container, "__dict__", {}).values()
+    return [*(id(child) for _, child in _children(container)), *map(id, attributes)]
 
 
 def containers(tree: Any) -> Iterator[Any]:
@@ -111,14 +80,6 @@ def containers(tree: Any) -> Iterator[Any]:
         yield tree
     for _, child in _children(tree):
         yield from containers(child)
-
-
-def _beside_fields(container: Any) -> dict[str, Any]:
-    """Return the attributes of a dataclass that are none of its fields."""
-    if not dataclasses.is_dataclass(container):
-        return {}
-    names = {field.name for field in dataclasses.fields(container)}
-    return {name: value for name, value in getattr(container, "__dict__", {}).items() if name not in names}
 
 
 def _is_mutable(tree: Any) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
 from .calls import STAGES, drop, eager, is_compiling
-from .containers import CopiedContainer, containers, copied_containers, with_copies, written_into
+from .containers import containers, contents, copied_containers, with_copies, written_into
 from .paths import Path, get
 
 
@@ -61,7 +61,7 @@ class Station:
         self._errors_before: list[BaseException | None] = []  # in flight when each call under way was entered
         self._patched_output: Any = None  # of the call whose hooks are running
         self._copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._copied_containers: dict[int, CopiedContainer] = {}  # by the id of the copy, in the calls under way
+        self._copied: dict[int, tuple[Any, list[int]]] = {}  # containers of the calls under way, and their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
         module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True, prepend=True)
         self._hooks = 1  # of the output
@@ -105,7 +105,7 @@ class Station:
 
     def remove(self, session: Any) -> None:
         """Forget a session, and leave the module, and copies of it, if it was the last one."""
-        self._copied_containers.clear()  # of calls that an interrupt cut short
+        self._copied.clear()  # of calls that an interrupt cut short
         self._errors_before.clear()
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
@@ -169,7 +169,7 @@ class Station:
         if changed is given:
             return None
         copies = [*copied_containers(given, changed)]
-        self._copied_containers |= {id(each.copy): each for each in copies}
+        self._copied |= {id(copy): (copy, contents(copy)) for _, copy in copies}
         return with_copies(changed, copies)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -183,10 +183,13 @@ class Station:
             calls = [session.root_call for session in self._counting if session.root_call is not None]
             users = {id(own) for call in calls for own in call.given}
             changed = written_into(output, changed, (args, kwargs), users)
-        if self._copied_containers:
-            for container in containers((args, kwargs)):
-                if each := self._copied_containers.pop(id(container), None):
-                    each.write_back()
+        for container in containers((args, kwargs)) if self._copied and not failed else ():
+            if contents(container) != self._copied.pop(id(container), (container, contents(container)))[1]:
+                raise UnsupportedModelError(
+                    f"This {type(module).__name__} writes into the {type(container).__name__} that it is given while "
+                    "an entry of it is patched, which is done in a copy: its caller would miss the rest. Patch the "
+                    "module that computes the entry, or a module inside this one."
+                )
         self._patched_output = None if changed is output else changed
         if self._hooks == 1:
             self._end(failed=failed)
