@@ -1,7 +1,6 @@
-"""Dicts, lists and dataclasses that a module was given, which its caller goes on to use.
+"""Dicts, lists and dataclasses that a module takes and its caller goes on to use.
 
-A region is replaced in a copy of the container around it. Where a module writes into what it was given, caller and
-module would then hold two containers, and each would miss what the other puts there.
+A patched input is a copy of its container, so the caller would miss later writes of the module. They are written back.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from .paths import Attr, Item, _children, replace
+from .paths import Attr, Item, _children, field_names, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return what a module leaves, with the containers that it was given written into, where they would be copied.
+    """Return a patched output; containers that were also arguments are patched in place instead of copied.
 
     Args:
-        before: What the module returned.
-        after: The same, patched.
+        before: The output.
+        after: The patched output.
         given: The module's arguments.
-        users: The ids of tensors and containers that are the user's own. Where such a tensor in such a container was
-            replaced, the container is copied after all: the user may call the model with it again.
+        users: Ids of the user's own tensors and containers. Such a container is copied if such a tensor in it was
+            replaced, because the user may pass it again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -49,12 +48,7 @@ def _written_into(before: Any, after: Any, shared: Container[int], users: Contai
 
 
 class CopiedContainer:
-    """A container of the caller's, and the copy that a module was given in its place.
-
-    Args:
-        own: The caller's.
-        copy: What the module writes into.
-    """
+    """A caller's `own` container, and the `copy` that a module takes and writes into."""
 
     def __init__(self, own: Any, copy: Any) -> None:
         self.own, self.copy = own, copy
@@ -65,7 +59,7 @@ class CopiedContainer:
         self._beside = _beside_fields(copy)
 
     def write_back(self) -> None:
-        """Let the caller have what the module wrote, but not what it was patched with."""
+        """Write the module's changes into the caller's container, but not the patches."""
         wanted = dict(_children(self.copy))
         for step, (new, old) in self._replaced.items():
             if wanted.get(step) is new:
@@ -86,7 +80,7 @@ class CopiedContainer:
 
 
 def with_copies(arguments: Any, copied: Sequence[CopiedContainer]) -> Any:
-    """Return (args, kwargs) with the copy of a container in place of each argument that it is."""
+    """Return (args, kwargs) with each argument that is a copied container replaced by its copy."""
     copies = {id(each.own): each.copy for each in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
@@ -94,7 +88,7 @@ def with_copies(arguments: Any, copied: Sequence[CopiedContainer]) -> Any:
 
 
 def copied_containers(before: Any, after: Any) -> Iterator[CopiedContainer]:
-    """Yield the containers in the arguments of a module that were copied to be patched."""
+    """Yield the mutable containers that were copied to patch arguments."""
     if before is after or isinstance(before, Tensor):
         return
     if _is_mutable(before):
@@ -104,7 +98,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[CopiedContainer]:
 
 
 def containers(tree: Any) -> Iterator[Any]:
-    """Yield all containers inside that can be written into."""
+    """Yield all mutable containers in a tree."""
     if isinstance(tree, Tensor):
         return
     if _is_mutable(tree):
@@ -114,11 +108,9 @@ def containers(tree: Any) -> Iterator[Any]:
 
 
 def _beside_fields(container: Any) -> dict[str, Any]:
-    """Return the attributes of a dataclass that are none of its fields."""
-    if not dataclasses.is_dataclass(container):
-        return {}
-    names = {field.name for field in dataclasses.fields(container)}
-    return {name: value for name, value in getattr(container, "__dict__", {}).items() if name not in names}
+    """Return the attributes of a dataclass that are not fields."""
+    attributes = getattr(container, "__dict__", {}) if dataclasses.is_dataclass(container) else {}
+    return {name: value for name, value in attributes.items() if name not in field_names(container)}
 
 
 def _is_mutable(tree: Any) -> bool:
@@ -126,7 +118,7 @@ def _is_mutable(tree: Any) -> bool:
         return isinstance(tree, dict) or not type(tree).__dataclass_params__.frozen  # type: ignore[attr-defined]
     if isinstance(tree, (dict, list)):
         return True
-    # What a lazy stack of TensorDicts gives is made anew each time, so that nobody can tell what was replaced in it.
+    # A lazy stack of TensorDicts creates its items at each access, so changes in it cannot be found.
     items_stay = isinstance(tree, MutableMapping) and all(map(operator.is_, tree.values(), tree.values()))
     return items_stay and not getattr(tree, "is_locked", False)
 

@@ -120,8 +120,8 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         ]
         if doubled:
             return (
-                f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Give a submodule, or a part "
-                "of what a module returns, another name."
+                f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Give a submodule, or a "
+                "part of what a module returns, another name."
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
         module = modules.get(name, name)
@@ -233,7 +233,8 @@ def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
     """Return sites checked against a trace, or their names against a model; raise all faults at once."""
     found, faults = [], []
-    modules = dict(model_of(points_or_model).named_modules(remove_duplicate=False))
+    model = model_of(points_or_model)
+    modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
     for site in sites:
         try:
             if isinstance(points_or_model, HookPoints):

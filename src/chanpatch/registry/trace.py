@@ -296,7 +296,9 @@ def _point(trace: _Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
     module = None if fired.side == "tap" else trace.model.get_submodule(fired.module)
     return HookPoint(
         name=trace.name(fired),
-        axes=tuple(f"axis{number}" if name in (None, *names[:number]) else name for number, name in enumerate(names)),
+        axes=tuple(
+            f"axis{number}" if name is None or name in names[:number] else name for number, name in enumerate(names)
+        ),
         shape=tuple(length for number, length in enumerate(tensor.shape) if number != batch_axis),
         batch_axis=batch_axis,
         dtype=tensor.dtype,
