@@ -157,11 +157,10 @@ class _Trace:
         self.on_call(module)
         name = self.module_names[module][0]
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
-        first: Tensor | None = None
-        for (_, *path), tensor in leaves((args, kwargs)):
-            self._note(_Fired(name, "in", tuple(path), call, tensor), module, None)
-            first = tensor if first is None else first
-        self._stack.append((module, call, None if first is None else self.known.names(first)))
+        given = [_Fired(name, "in", tuple(path), call, tensor) for (_, *path), tensor in leaves((args, kwargs))]
+        for fired in given:
+            self._note(fired, module)
+        self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
 
     def _on_output(self, module: nn.Module, output: Any) -> None:
         caller, call, inputs = self._stack.pop()
@@ -172,10 +171,10 @@ class _Trace:
             self._note(_Fired(self.module_names[module][0], "out", path, call, tensor, read_only), module, inputs)
 
     def _on_tap(self, name: str, tensor: Tensor) -> None:
-        self._note(_Fired(name, "tap", (), self.calls[name], tensor), None, None)
+        self._note(_Fired(name, "tap", (), self.calls[name], tensor))
         self.calls[name] += 1
 
-    def _note(self, fired: _Fired, module: nn.Module | None, inputs: Names | None) -> None:
+    def _note(self, fired: _Fired, module: nn.Module | None = None, inputs: Names | None = None) -> None:
         tensor = fired.tensor
         if tensor.is_nested:
             raise UnsupportedModelError(
