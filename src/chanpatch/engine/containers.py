@@ -1,7 +1,6 @@
-"""Dicts, lists and dataclasses that a module was given, which its caller goes on to use.
+"""Dicts, lists and dataclasses that a module takes and its caller goes on to use.
 
-A region is replaced in a copy of the container around it. Where a module writes into what it was given, caller and
-module would then hold two containers, and each would miss what the other puts there.
+A patched input is a copy of its container, so the caller would miss later writes of the module. They are written back.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from .paths import Attr, Item, _children, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return what a module leaves, with the containers that it was given written into, where they would be copied.
+    """Return a patched output; containers that were also arguments are patched in place instead of copied.
 
     Args:
-        before: What the module returned.
-        after: The same, patched.
+        before: The output.
+        after: The patched output.
         given: The module's arguments.
-        users: The ids of tensors and containers that are the user's own. Where such a tensor in such a container was
-            replaced, the container is copied after all: the user may call the model with it again.
+        users: Ids of the user's own tensors and containers. Such a container is copied if such a tensor in it was
+            replaced, because the user may pass it again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -66,14 +65,20 @@ def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
     return tuple(copies.get(id(argument), argument) for argument in args), changed
 
 
-def contents(container: Any) -> list[int]:
-    """Return the ids of everything in a container, which change if something is written into it."""
+def contents(container: Any) -> list[Any]:
+    """Return the entries of a container, and its attributes."""
     attributes = () if is_tensordict(container) else getattr(container, "__dict__", {}).values()
-    return [*(id(child) for _, child in _children(container)), *map(id, attributes)]
+    return [*(child for _, child in _children(container)), *attributes]
+
+
+def holds(container: Any, before: list[Any]) -> bool:
+    """Return whether a container still has these contents: nothing was written into it."""
+    now = contents(container)
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def containers(tree: Any) -> Iterator[Any]:
-    """Yield all containers inside that can be written into."""
+    """Yield all mutable containers in a tree."""
     if isinstance(tree, Tensor):
         return
     if _is_mutable(tree):
@@ -87,7 +92,7 @@ def _is_mutable(tree: Any) -> bool:
         return isinstance(tree, dict) or not type(tree).__dataclass_params__.frozen  # type: ignore[attr-defined]
     if isinstance(tree, (dict, list)):
         return True
-    # What a lazy stack of TensorDicts gives is made anew each time, so that nobody can tell what was replaced in it.
+    # A lazy stack of TensorDicts creates its items at each access, so changes in it cannot be found.
     items_stay = isinstance(tree, MutableMapping) and all(map(operator.is_, tree.values(), tree.values()))
     return items_stay and not getattr(tree, "is_locked", False)
 

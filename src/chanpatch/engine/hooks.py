@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
 from .calls import STAGES, drop, eager, is_compiling
-from .containers import containers, contents, copied_containers, with_copies, written_into
+from .containers import containers, contents, copied_containers, holds, with_copies, written_into
 from .paths import Path, get
 
 
@@ -61,7 +61,7 @@ class Station:
         self._errors_before: list[BaseException | None] = []  # in flight when each call under way was entered
         self._patched_output: Any = None  # of the call whose hooks are running
         self._copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._copied: dict[int, tuple[Any, list[int]]] = {}  # containers of the calls under way, and their contents
+        self._copied: dict[int, tuple[Any, list[Any]]] = {}  # containers of the calls under way, and their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
         module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True, prepend=True)
         self._hooks = 1  # of the output
@@ -184,7 +184,8 @@ class Station:
             users = {id(own) for call in calls for own in call.given}
             changed = written_into(output, changed, (args, kwargs), users)
         for container in containers((args, kwargs)) if self._copied and not failed else ():
-            if contents(container) != self._copied.pop(id(container), (container, contents(container)))[1]:
+            copy, before = self._copied.pop(id(container), (None, []))
+            if copy is container and not holds(container, before):
                 raise UnsupportedModelError(
                     f"This {type(module).__name__} writes into the {type(container).__name__} that it is given while "
                     "an entry of it is patched, which is done in a copy: its caller would miss the rest. Patch the "

@@ -1,4 +1,4 @@
-"""Many inputs of a model, cut into the batches of single forwards."""
+"""Inputs of a model: batches of single forwards, and copies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ def batches(
     """Yield the arguments and the keywords of each forward.
 
     Args:
-        inputs: All inputs at once, cut along the first axis of every tensor: a tensor or a TensorDict, a tuple of the
-            model's arguments, or a mapping of its keywords. Any other iterable holds batches of these kinds, which stay
-            whole.
-        batch_size: How many inputs go into one forward, where they are cut.
-        shared: The length of tensors that all inputs have in common, which are not cut, by their path from the
-            arguments or the keywords on.
+        inputs: A tensor or a TensorDict, a tuple of arguments, or a mapping of keywords, cut along the first axis of
+            every tensor. Any other iterable yields batches of these kinds, which are not cut.
+        batch_size: Number of inputs in one forward.
+        shared: Lengths, by path in the arguments or the keywords, of tensors that all inputs share; these are not cut.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
@@ -37,7 +35,7 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return a list of the first batch, if there is one, and all inputs: an iterator yields each batch only once."""
+    """Return a list of the first batch, if there is one, and all inputs, because iterators yield a batch only once."""
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
     rest = iter(inputs)
@@ -51,7 +49,7 @@ def input_count(inputs: Inputs) -> int:
 
 
 def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[Any]:
-    """Cut every tensor with one entry per input; what else there is goes into every forward."""
+    """Cut every tensor with one entry per input; anything else goes into every forward."""
     count = input_count(inputs)
     single = isinstance(inputs, Tensor) or is_tensordict(inputs)
     for start in range(0, count, batch_size):
@@ -64,24 +62,17 @@ def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[A
 
 def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return copies of a model's arguments and keywords, which it may write into."""
-    args, kwargs = inputs, dict(keywords)
-    for path, tensor in [*leaves((args, kwargs))]:
-        args, kwargs = replace((args, kwargs), path, tensor.clone())
-    tensors = [tensor for _, tensor in leaves((args, kwargs))]
-    return _copied_arguments(args, tensors), _copied_arguments(kwargs, tensors)
+    copies: Any = (inputs, dict(keywords))
+    for path, tensor in [*leaves(copies)]:
+        copies = replace(copies, path, tensor.clone())
+    memo: dict[int, Any] = {id(tensor): tensor for _, tensor in leaves(copies)}
+    args, kwargs = copies
+    return tuple(_copied(each, memo) for each in args), {name: _copied(each, memo) for name, each in kwargs.items()}
 
 
-def _copied_arguments(arguments: Any, tensors: Iterable[Tensor]) -> Any:
-    """Copy what a model may write into, such as a cache of keys; tensors are copies already."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-    if isinstance(arguments, dict):
-        return {name: _copied_one(argument, memo) for name, argument in arguments.items()}
-    return tuple(_copied_one(argument, memo) for argument in arguments)
-
-
-def _copied_one(argument: Any, memo: dict[int, Any]) -> Any:
-    if isinstance(argument, nn.Module):  # it may be a part of the model
-        return argument
-    with suppress(Exception):  # locks, generators and tensors inside a graph cannot be copied
-        return copy.deepcopy(argument, memo)
+def _copied(argument: Any, memo: dict[int, Any]) -> Any:
+    """Copy an argument, such as a cache of keys, without the tensors in the memo."""
+    if not isinstance(argument, nn.Module):  # it may be a part of the model
+        with suppress(Exception):  # locks, generators and tensors inside a graph cannot be copied
+            return copy.deepcopy(argument, memo)
     return argument

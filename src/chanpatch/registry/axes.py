@@ -6,7 +6,7 @@ functions pass on the names of their input. The registry calls other axes `axis0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -137,17 +137,11 @@ class NamePropagation(TorchFunctionMode):
         """Override the known names."""
         self._named[id(tensor)] = tuple(names), tensor
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run the function and name its result after its operands of the same shape; the first name stays."""
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function and name its result after its operands of the same shape."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
-            for _, operand in leaves((args, dict(kwargs or {}))):
+            for _, operand in leaves((args, kwargs)):
                 names = self.names(operand)
                 if names is not None and operand.shape == result.shape:
                     self.learn(result, names)

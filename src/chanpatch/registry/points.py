@@ -1,7 +1,4 @@
-"""The hook points of a traced model, and the sites that a user names, bound to them.
-
-`chanpatch.hook_points` finds the hook points of a model by running it.
-"""
+"""The hook points of a traced model, and sites that are checked against them."""
 
 from __future__ import annotations
 
@@ -18,18 +15,18 @@ from ..engine.inputs import copied_inputs
 from ..errors import HookPointError, SiteError, did_you_mean
 from ..results import Records
 from .names import is_pattern, parsed_name, path_text, selected, spellings, written_name
-from .sites import HookPoint, Index, Selection, Site
+from .sites import HookPoint, Index, Site
 
 
 class HookPoints(Records, Mapping[str, HookPoint]):
-    """The hook points of a model in execution order, by name; what `chanpatch.hook_points` returns.
+    """The hook points of a model by name, in execution order; `chanpatch.hook_points` returns them.
 
     Attributes:
         model: The model that was traced.
         method: The method that was run, `"__call__"` for the forward.
         calls: How often each module and tap was called, by name.
         not_called: Names of the modules that the traced forward never called.
-        steady: Whether the traced forward kept the parameters as they are; if not, forwards always run to the end.
+        steady: Whether the traced forward left the parameters unchanged; if not, forwards always run to the end.
     """
 
     _most = None
@@ -49,7 +46,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         listed = [*points]
         counts = Counter(point.name for point in listed)
         self._points = {point.name: point for point in listed if counts[point.name] == 1}
-        self._doubled = [point for point in listed if counts[point.name] > 1]
+        self._doubled = [point for point in listed if counts[point.name] > 1]  # several have this name
         self._aliases = {alias: point.name for point in self._points.values() for alias in point.aliases}
 
     def __getitem__(self, name: str) -> HookPoint:
@@ -99,14 +96,14 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self.bind(Site(name, **indices))
 
     def bind(self, site: Site) -> Site:
-        """Return the same site with its hook point's trace attached, after checking it against that."""
+        """Return the same site bound to its hook point; raise like `site`."""
         point = self[site.name]
         if site.point == point:
             return site
         return normalized(site if site.name == point.name else Site(point.name, **dict(site.indices)), point)
 
     def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-        """Return the output of the traced method on copies of these arguments, which it may write into."""
+        """Return the output of the traced method on copies of these arguments."""
         args, kwargs = copied_inputs(inputs, keywords)
         return getattr(self.model, self.method)(*args, **kwargs)
 
@@ -118,21 +115,22 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self._aliases.get(name, name)
 
     def _unknown(self, name: str) -> str:
-        doubled = [each for each in self._doubled if each.name == name]
+        doubled = [
+            f"{each.side}{path_text(each.path)} of '{each.module}'" for each in self._doubled if each.name == name
+        ]
         if doubled:
-            places = ", ".join(f"{each.side}{path_text(each.path)} of '{each.module}'" for each in doubled)
             return (
-                f"'{name}' is the name of {len(doubled)} hook points: {places}. Give a submodule, or a part of what a "
-                "module returns, another name."
+                f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Give a submodule, or a "
+                "part of what a module returns, another name."
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
         module = modules.get(name, name)
-        fired = [point.name for point in self._points.values() if modules.get(point.module, point.module) == module]
         if name in self.not_called:
             return (
                 f"Hook point '{name}' never fired: the traced forward did not call that module. "
                 f"{self._advice()} To trace another path, pass its inputs or its method to hook_points()."
             )
+        fired = [point.name for point in self._points.values() if modules.get(point.module, point.module) == module]
         if fired:
             return f"'{name}' is {len(fired)} hook points: {', '.join(fired)}. Name one of them."
         if is_pattern(name):
@@ -146,7 +144,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return f"({count} hook points; print the HookPoints to list them.)"
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per hook point: name and aliases, axes, shape without batch, dtype, module, parameters."""
+        """Return one record per hook point."""
         return [
             {
                 "hook point": " = ".join((point.name, *point.aliases)),
@@ -163,7 +161,6 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
 
     def _notes(self) -> list[str]:
-        """Return the facts that the table does not show: unproved batch axes, modules that were not called."""
         notes = []
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
         if unproved:
@@ -184,26 +181,21 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
 
 def normalized(site: Site, point: HookPoint) -> Site:
-    """Check a site against the trace, write its indices out, and attach the hook point."""
-    lengths = {axis: point.length(axis) for axis in point.axes}
-    rows = {axis: index for axis, index in site.indices if lengths.get(axis, 0) is None}  # of any forward's length
-    others = {axis: index for axis, index in site.indices if axis not in rows}
-    traced = Site(site.name, **others) if rows else site
-    written: dict[str, Selection] = {}
-    for number, positions in traced.positions(point.axes, [lengths[axis] or 0 for axis in point.axes]).items():
-        axis, length = point.axes[number], lengths[point.axes[number]] or 0
-        chosen = tuple(range(length)[positions]) if isinstance(positions, slice) else tuple(positions)
-        if len(chosen) < length or chosen != tuple(range(length)):
-            written[axis] = chosen
-    return (site if written == others else Site(site.name, **rows, **written)).at(point)
+    """Check a site against the trace, write its indices out, and bind it to the hook point."""
+    batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # as long as each forward's
+    lengths = [point.length(axis) or 0 for axis in point.axes]
+    written = {axis: index for axis, index in site.indices if axis == batch}
+    checked = Site(site.name, **{axis: index for axis, index in site.indices if axis != batch})
+    for number, positions in checked.positions(point.axes, lengths).items():
+        every = tuple(range(lengths[number]))
+        chosen = every[positions] if isinstance(positions, slice) else tuple(positions)
+        if chosen != every:
+            written[point.axes[number]] = chosen
+    return Site(site.name, **written).at(point)
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return the hook point of a site, traced or by its name alone, in a model with these modules, by all their names.
-
-    Raises:
-        HookPointError: If no module of the model has that name.
-    """
+    """Return the hook point of a site, traced or not, in a model with these modules; raise HookPointError if none."""
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
@@ -213,12 +205,8 @@ def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
 def sites_of(
     points_or_model: HookPoints | nn.Module, sites: str | Site | HookPoint | Iterable[str | Site | HookPoint]
 ) -> tuple[Site, ...]:
-    """Return sites from names, patterns, hook points or sites, in the order given, without duplicates.
-
-    Raises:
-        HookPointError, SiteError: If one of them does not exist, all faults at once, or if there are none.
-    """
-    each = [sites] if isinstance(sites, (str, Site, HookPoint)) else list(sites)
+    """Return checked sites from names, patterns, hook points or sites, in the order given, without duplicates."""
+    each = [sites] if isinstance(sites, (str, Site, HookPoint)) else sites
     if isinstance(points_or_model, HookPoints):
         select = points_or_model.select
         each = [one for item in each
@@ -243,7 +231,7 @@ def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Check sites against a trace, or names alone against a model, all faults at once."""
+    """Return sites checked against a trace, or their names against a model; raise all faults at once."""
     found, faults = [], []
     model = model_of(points_or_model)
     modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
@@ -272,11 +260,7 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the model, its method, and how often each module was called in the trace; None without a trace.
-
-    Raises:
-        UnsupportedModelError: If the model ignores hooks.
-    """
+    """Return the model, its method, and the number of calls of each module, if traced; raise if it ignores hooks."""
     model = model_of(points_or_model)
     refuse_unhookable(model)
     if isinstance(points_or_model, HookPoints):

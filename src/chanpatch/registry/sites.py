@@ -147,19 +147,23 @@ def _selection(name: str, axis: str, index: Any) -> Selection:
         return Span(*parts)
     if isinstance(index, (Tensor, np.ndarray)):
         index = index.tolist()
-    values = [index] if isinstance(index, (int, np.integer)) and not isinstance(index, bool) else index
+    values = [index] if _is_whole(index) else index
     if isinstance(values, Sequence) and not isinstance(values, str):
-        if values and all(isinstance(value, (bool, np.bool_)) for value in values):
+        if not values:
+            raise SiteError(f"Site({name!r}, {axis}=[]) selects nothing. Leave {axis} out to mean all of it.")
+        if all(map(_is_whole, values)):
+            return tuple(map(int, values))
+        if all(isinstance(value, (bool, np.bool_)) for value in values):
             if any(values):
                 return Flags(tuple(map(bool, values)))
             raise SiteError(f"Site({name!r}, {axis}=...): the mask over {axis} selects nothing.")
-        if values and all(isinstance(value, (int, np.integer)) and not isinstance(value, bool) for value in values):
-            return tuple(map(int, values))
-        if not values:
-            raise SiteError(f"Site({name!r}, {axis}=[]) selects nothing. Leave {axis} out to mean all of it.")
     raise SiteError(
         f"Site({name!r}, {axis}={index!r}): an index is an int, a slice, a sequence of ints or a boolean mask."
     )
+
+
+def _is_whole(index: Any) -> bool:
+    return isinstance(index, (int, np.integer)) and not isinstance(index, bool)
 
 
 def _positions(selection: Selection, length: int, axis: str) -> list[int]:
@@ -172,13 +176,12 @@ def _positions(selection: Selection, length: int, axis: str) -> list[int]:
         if not chosen:
             raise ValueError(f"{axis}={_shown(selection)} selects nothing")
         return chosen
-    outside = [position for position in selection if not -length <= position < length]
+    outside = [str(position) for position in selection if not -length <= position < length]
     if outside:
-        raise ValueError(f"{axis} {', '.join(map(str, outside))} is out of range")
+        raise ValueError(f"{axis} {', '.join(outside)} is out of range")
     chosen = [position % length for position in selection]
     if len(set(chosen)) < len(chosen):
-        twice = next(position for position in chosen if chosen.count(position) > 1)
-        raise ValueError(f"{axis} {twice} is named twice")
+        raise ValueError(f"{axis} {max(chosen, key=chosen.count)} is named twice")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Finding the hook points of a model: run it once to list them, once more to prove which axis is the batch."""
+"""Find the hook points of a model: one run lists them, a second one proves the batch axis."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def hook_points(
 ) -> HookPoints:
     """Return every place where an activation of the model can be read or written, in execution order.
 
-    The model runs under `torch.no_grad`, and again with one row more, which proves the batch axis. Random number
+    The model runs under `torch.no_grad`, and again with one more row, which proves the batch axis. Random number
     generators, buffers, attributes and training flags are restored.
 
     Args:
         model: Any module.
-        example_inputs: Inputs of the model, with at least one row; the model gets copies. In the second run inputs
-            grow along the axis that `axes` or a module type, such as a sequence-first LSTM, names "batch". Other inputs
-            grow along their first axis, if it is as long, unless all their axes have names.
-        method: The method to run, for models that are not entered by their forward.
-        axes: Names for axes that the module type does not name, by a pattern of hook points:
-            `{"encoder.*": ("batch", "position", "feature")}`, as in `HookPoints.select`. Elementwise modules and
-            functions pass them on. Inputs of a method are `.in[0]`, ... here too.
+        example_inputs: Inputs with at least one row; the model gets copies. In the second run an input grows along the
+            axis named "batch", by `axes` or by a module such as a sequence-first LSTM. An input with unnamed axes grows
+            along its first axis instead, if that is as long as the batch.
+        method: The method to run, if not the forward.
+        axes: Axis names by patterns as in `HookPoints.select`, for axes that no module type names:
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions pass them on. Inputs of
+            the method are `.in[0]`, ...
         example_keywords: Keyword inputs.
 
     Raises:
@@ -80,18 +80,14 @@ def hook_points(
     _refuse_ambiguous_taps(trace)
     proved = _proved_batches(model, method, example_inputs, example_keywords, trace)
     points = [_point(trace, fired, proved.get(trace.name(fired))) for fired in trace.fired]
-    return HookPoints(
-        model, points, method=method, calls=trace.calls, not_called=trace.not_called(), steady=weights.steady
-    )
+    not_called = [names[0] for names in trace.module_names.values() if names[0] and not trace.calls[names[0]]]
+    return HookPoints(model, points, method=method, calls=trace.calls, not_called=not_called, steady=weights.steady)
 
 
 def names_by_trace(
     model: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, tuple[Axes, int | None]]:
-    """Return the axes, and the number of the batch axis, of the hook points of a model that was not traced.
-
-    The model is traced once, with these inputs and without any listener; nothing is known if that fails.
-    """
+    """Return axes and batch axis by hook point, from one trace with these inputs; empty if that trace fails."""
     if model not in _names:
         found = {}
         with suppress(Exception), without_listeners(model):
@@ -119,7 +115,7 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # all of a _Fired but the tensor
 
 
 class _Trace:
-    """Everything that fires while a model runs, with its axis names; `given` names, by place, override others."""
+    """All tensors that fire while a model runs, with axis names; `given` names override others."""
 
     def __init__(
         self,
@@ -139,21 +135,13 @@ class _Trace:
         self._stack: list[tuple[nn.Module, int, Names | None]] = []
 
     def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        """Run the model once, on copies of its inputs that it may write into, and note what fires."""
+        """Run the model once, on copies of its inputs."""
         args, kwargs = copied_inputs(inputs, keywords)
         self.inputs = [_Fired("", "in", tuple(path), 0, tensor) for (_, *path), tensor in leaves((args, kwargs))]
         for fired in self.inputs:
             self._rename(fired)
         with self.known, observed(self.model.modules(), self._on_inputs, self._on_output, self._on_tap):
             getattr(self.model, method)(*args, **kwargs)
-
-    def names_of_input(self, path: Path) -> Names:
-        """Return the axis names of an input, of a TensorDict those of its first tensor."""
-        inside = (each.tensor for each in self.inputs if each.path[: len(path)] == path)
-        return next(map(self.known.names, inside), None) or (None,)
-
-    def not_called(self) -> list[str]:
-        return [names[0] for names in self.module_names.values() if names[0] and not self.calls[names[0]]]
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
         """Return a hook point's name, or its alias under another name of the module."""
@@ -169,11 +157,10 @@ class _Trace:
         self.on_call(module)
         name = self.module_names[module][0]
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
-        first: Tensor | None = None
-        for (_, *path), tensor in leaves((args, kwargs)):
-            self._note(_Fired(name, "in", tuple(path), call, tensor), module, None)
-            first = tensor if first is None else first
-        self._stack.append((module, call, None if first is None else self.known.names(first)))
+        given = [_Fired(name, "in", tuple(path), call, tensor) for (_, *path), tensor in leaves((args, kwargs))]
+        for fired in given:
+            self._note(fired, module)
+        self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
 
     def _on_output(self, module: nn.Module, output: Any) -> None:
         caller, call, inputs = self._stack.pop()
@@ -184,10 +171,10 @@ class _Trace:
             self._note(_Fired(self.module_names[module][0], "out", path, call, tensor, read_only), module, inputs)
 
     def _on_tap(self, name: str, tensor: Tensor) -> None:
-        self._note(_Fired(name, "tap", (), self.calls[name], tensor), None, None)
+        self._note(_Fired(name, "tap", (), self.calls[name], tensor))
         self.calls[name] += 1
 
-    def _note(self, fired: _Fired, module: nn.Module | None, inputs: Names | None) -> None:
+    def _note(self, fired: _Fired, module: nn.Module | None = None, inputs: Names | None = None) -> None:
         tensor = fired.tensor
         if tensor.is_nested:
             raise UnsupportedModelError(
@@ -195,9 +182,8 @@ class _Trace:
                 "TransformerEncoder makes it of them, build that with enable_nested_tensor=False."
             )
         self.fired.append(fired)
-        unknown: Names = (None,) * tensor.dim()
-        told = unknown if module is None else axis_names(module, fired.side, fired.path, tensor.dim(), inputs)
-        self.known.learn(tensor, told)
+        if module is not None:
+            self.known.learn(tensor, axis_names(module, fired.side, fired.path, tensor.dim(), inputs))
         self._rename(fired)
 
     def _rename(self, fired: _Fired) -> None:
@@ -206,7 +192,7 @@ class _Trace:
 
 
 class _Weights:
-    """Compares parameters before and during a forward: one that changes them, and undoes it at its end, must run on."""
+    """Compares parameters before and during a forward; one that changes them must not be ended early."""
 
     def __init__(self, model: nn.Module) -> None:
         self.steady = True
@@ -217,12 +203,12 @@ class _Weights:
         """Compare the parameters of a module at its first call."""
         if module not in self._compared:
             self._compared.add(module)
-            totals = [(self._before.get(id(each), "new"), _total(each)) for each in module.parameters(recurse=False)]
-            self.steady &= all(before == now for before, now in totals)
+            weights = module.parameters(recurse=False)
+            self.steady &= all(self._before.get(id(each), "new") == _total(each) for each in weights)
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter, which changes when the parameter does; None if there is no sum."""
+    """Return the sum of a parameter; None if there is no sum."""
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
     with suppress(RuntimeError):  # some dtypes know no sum, and inside a vmap no number can be read
@@ -262,18 +248,18 @@ def _names_by_place(trace: _Trace, axes: Mapping[str, Sequence[str]]) -> dict[_P
 
 
 def _proved_batches(model: nn.Module, method: str, inputs: Any, keywords: Any, trace: _Trace) -> dict[str, int]:
-    """Return the batch axis of each hook point for which a second run with one row more proves it.
-
-    An input grows along the axis named "batch", or along its first axis if some axis has no name, but only if that is
-    as long as the batch.
-    """
+    """Return the batch axis of each hook point for which a second run with one more row proves it."""
     grown: Any = (inputs, dict(keywords))
-    named = [(path, tensor, trace.names_of_input(path[1:])) for path, tensor in with_rows(grown)]
-    if any(Attr("batch_sizes") in path for path, _, _ in named):
-        return {}  # a PackedSequence has its rows between one another
-    growing = [(path, tensor, names.index("batch") if "batch" in names else 0)
-               for path, tensor, names in named if "batch" in names or None in names]  # fmt: skip
-    certain = [tensor.shape[names.index("batch")] for _, tensor, names in named if "batch" in names]
+    growing: list[tuple[Path, Any, int]] = []
+    certain: list[int] = []  # lengths of axes named "batch"
+    for path, tensor in with_rows(grown):
+        if Attr("batch_sizes") in path:
+            return {}  # the rows of a PackedSequence are interleaved
+        inside = (each.tensor for each in trace.inputs if each.path[: len(path) - 1] == path[1:])
+        names = next(map(trace.known.names, inside), None) or (None,)
+        axis = names.index("batch") if "batch" in names else 0
+        certain += [tensor.shape[axis]] if "batch" in names else []
+        growing += [(path, tensor, axis)] if "batch" in names or None in names else []
     rows = next(iter([*certain, *(len(tensor) for _, tensor, _ in growing)]), 0)
     second = _Trace(model)
     with suppress(Exception), undisturbed(model):  # a model, or a container, may be made for one batch size only
@@ -286,7 +272,7 @@ def _proved_batches(model: nn.Module, method: str, inputs: Any, keywords: Any, t
 
 
 def _grown_axes(trace: _Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return the one axis of each hook point that grew from `rows` by one; none if a name contradicts any of them."""
+    """Return the one axis of each hook point that grew from `rows` by one, unless it has another name than batch."""
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
@@ -306,14 +292,12 @@ def _point(trace: _Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
     names = list(trace.known.names(tensor) or (None,) * tensor.dim())
     if batch_axis is not None:
         names[batch_axis] = "batch"
-    axes = tuple(
-        name if name is not None and name not in names[:number] else f"axis{number}"
-        for number, name in enumerate(names)
-    )
     module = None if fired.side == "tap" else trace.model.get_submodule(fired.module)
     return HookPoint(
         name=trace.name(fired),
-        axes=axes,
+        axes=tuple(
+            f"axis{number}" if name is None or name in names[:number] else name for number, name in enumerate(names)
+        ),
         shape=tuple(length for number, length in enumerate(tensor.shape) if number != batch_axis),
         batch_axis=batch_axis,
         dtype=tensor.dtype,
@@ -347,16 +331,12 @@ def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return hook points as they are, or those of a model, traced once.
+    """Return given hook points, or those of a model.
 
     Args:
         points_or_model: HookPoints or a model.
         inputs: A tensor, a tuple of arguments, a mapping of keywords, or an iterable of batches: the first is traced.
         keywords: More keywords.
-
-    Raises:
-        TypeError: If it is neither HookPoints nor a module, or a model comes without inputs.
-        BatchAxisError: If an iterable holds no batch.
     """
     if isinstance(points_or_model, HookPoints):
         return points_or_model
