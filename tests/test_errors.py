@@ -253,17 +253,18 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an operand that is none": (
         errors.EditError,
         lambda: Set([1.0]),  # type: ignore[arg-type]
-        "Set: the value is of type list; it takes a real number or a tensor.",
+        "Set: the value is of type list; it takes a real number (int or float) or a tensor.",
     ),
     "a bound that is no number": (
         errors.EditError,
         lambda: Clamp(low="a"),  # type: ignore[arg-type]
-        "Clamp: the lower bound is 'a'; it takes a real number or None.",
+        "Clamp: the lower bound is 'a'; it takes a real number (int or float) or None.",
     ),
     "a fraction in an integer region": (
         errors.EditError,
         lambda: Patch(hook_points(nn.Identity(), torch.arange(2)).site(".out"), Set(2.7)),
-        "Set at Site('.out'): the value is 2.7, which the region, torch.int64, cannot hold. Give a whole number.",
+        "Set at Site('.out'): the value is 2.7, which the region, torch.int64, cannot hold. Give a whole number "
+        "from -9223372036854775808 to 9223372036854775807.",
     ),
     "a direction of zeros": (
         errors.EditError,

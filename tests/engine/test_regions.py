@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chanpatch.engine.hooks import Place
+from chanpatch.engine.moments import Moment
 from chanpatch.errors import UnsupportedModelError
-from chanpatch.patching import patch_in, patched, zero_ablate
-from chanpatch.patching.firing import Overwrite
+from chanpatch.patching import Patch, Set, patch_in, patched, zero_ablate
+from chanpatch.patching.firing import Firing
 from chanpatch.registry import Site
 from chanpatch.registry.sites import read, written
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.int64, torch.bool]
-POSITIONS = [{1: slice(3, 4)}, {0: slice(1, 2), 1: slice(0, 1)}, {3: slice(2, 3)}, {1: slice(1, 4)},
-             {1: torch.tensor([0, 4])}, {2: slice(0, 1), 3: torch.tensor([0, 3])}]  # fmt: skip
+INDICES = [{"axis1": 3}, {"axis0": 1, "axis1": 0}, {"axis3": 2}, {"axis1": slice(1, 4)}, {"axis1": [0, 4]},
+           {"axis2": 0, "axis3": [0, 3]}]  # fmt: skip
 
 
 def in_format(tensor: Tensor, form: str) -> Tensor:
@@ -24,17 +26,23 @@ def in_format(tensor: Tensor, form: str) -> Tensor:
     return tensor.transpose(2, 3).contiguous().transpose(2, 3) if form == "transposed" else tensor
 
 
-@pytest.mark.parametrize("positions", POSITIONS, ids=str)
+def overwrites(indices: dict[str, object], region: Tensor | float) -> Firing:
+    return Firing(Patch(Site(".out", **indices), Set(region)), Place(".out", "", "out", (), None), check_nan=False)
+
+
+@pytest.mark.parametrize("indices", INDICES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [False, True], ids=["tensor", "number"])
 @pytest.mark.parametrize("rows", [2, 100])  # 240 elements, and more than a mask is made for
-def test_every_time_the_same_as_written_once(positions, dtype, rows):
+def test_every_time_the_same_as_written_once(indices, dtype, number, rows):
+    positions = Site(".out", **indices).positions(("axis0", "axis1", "axis2", "axis3"), (rows, 5, 4, 6))
     region = read(torch.ones(rows, 5, 4, 6), positions).to(dtype)
-    overwrite = Overwrite(positions, region)
+    firing = overwrites(indices, 1 if number else region)
     for seed, form in enumerate(["contiguous", "channels_last", "contiguous", "transposed", "contiguous"]):
         random = torch.randn(rows, 5, 4, 6, generator=torch.Generator().manual_seed(seed))
         tensor = in_format(random.to(dtype), form)
         before = tensor.clone()
-        result, expected = overwrite(tensor), written(tensor, positions, region)
+        result, expected = firing(tensor, Moment()), written(tensor, positions, region)
         assert torch.equal(result, expected)
         assert (result.dtype, result.stride()) == (expected.dtype, expected.stride())
         assert result.data_ptr() != tensor.data_ptr() and torch.equal(tensor, before)
@@ -42,16 +50,18 @@ def test_every_time_the_same_as_written_once(positions, dtype, rows):
 
 @pytest.mark.parametrize("form", ["contiguous", "channels_last", "transposed"])
 def test_the_strides_of_the_region_leave_no_trace(form):
-    positions, tensor = {1: slice(3, 4)}, torch.randn(2, 5, 4, 6)
-    overwrite = Overwrite(positions, in_format(torch.randn(2, 1, 4, 6), form))
+    tensor = torch.randn(2, 5, 4, 6)
+    firing = overwrites({"axis1": 3}, in_format(torch.randn(2, 1, 4, 6), form))
     for _ in range(3):
-        assert overwrite(tensor).stride() == tensor.stride()
+        assert firing(tensor, Moment()).stride() == tensor.stride()
 
 
-def test_what_is_not_a_number_is_overwritten_too():
-    overwrite = Overwrite({1: slice(0, 1)}, torch.zeros(1, 1))
+@pytest.mark.parametrize("zero", [torch.zeros(1, 1), 0.0], ids=["tensor", "number"])
+def test_what_is_not_a_number_is_overwritten_too(zero):
+    firing = overwrites({"axis1": 0}, zero)
     for _ in range(3):
-        assert torch.equal(overwrite(torch.tensor([[torch.nan, torch.inf]])), torch.tensor([[0.0, torch.inf]]))
+        result = firing(torch.tensor([[torch.nan, torch.inf]]), Moment())
+        assert torch.equal(result, torch.tensor([[0.0, torch.inf]]))
 
 
 def test_an_operand_that_is_changed_between_forwards_is_read_anew():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from chanpatch import Patch, Site, hook_points, patched
 from chanpatch.errors import EditError
 from chanpatch.patching import Add, Clamp, Project, Resample, Scale, Set
 from chanpatch.patching.edits import donor_rows
@@ -145,6 +147,7 @@ NOT_OPERANDS = {
     "set an array": lambda: Set(np.ones(3)),
     "set a text": lambda: Set("a"),
     "set a complex number": lambda: Set(1j),
+    "set a fraction": lambda: Set(Fraction(1, 2)),
     "add a list": lambda: Add([1.0]),
     "add times a text": lambda: Add(1.0, "a"),
     "scale by a text": lambda: Scale("a"),
@@ -184,3 +187,85 @@ def test_a_direction_is_projected_out_one_per_entry_of_a_vmap():
     directions = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
     found = torch.func.vmap(lambda direction: Project(direction)(torch.tensor([[3.0, 4.0]])))(directions)
     assert found.tolist() == [[[0.0, 4.0]], [[3.0, 0.0]]]
+
+
+FLOATS = "Give a number from -3.4028234663852886e+38 to 3.4028234663852886e+38."
+TOO_LARGE = {
+    "below zero": (torch.uint8, Set(-1), "Set", "value is -1", "Give a whole number from 0 to 255."),
+    "above 255": (torch.uint8, Add(256, 1), "Add", "vector is 256", "Give a whole number from 0 to 255."),
+    "factor": (torch.int8, Scale(200), "Scale", "factor is 200", "Give a whole number from -128 to 127."),
+    "bound": (torch.uint8, Clamp(low=-1), "Clamp", "low is -1", "Give a whole number from 0 to 255."),
+    "flag": (torch.bool, Set(2), "Set", "value is 2", "Give a whole number from 0 to 1."),
+    "infinite": (torch.int64, Set(-np.inf), "Set", "value is -inf",
+                 "Give a whole number from -9223372036854775808 to 9223372036854775807."),
+    "float": (torch.float32, Set(1e300), "Set", "value is 1e+300", FLOATS),
+    "integer": (torch.float16, Set(70_000), "Set", "value is 70000", "Give a number from -65504.0 to 65504.0."),
+    "complex": (torch.complex64, Set(1e300), "Set", "value is 1e+300", FLOATS),
+    "coefficient": (torch.float32, Add(torch.ones(1, 1), 1e300), "Add", "coefficient is 1e+300", FLOATS),
+    "product": (torch.float32, Add(2.0, 2e38), "Add", "vector times its coefficient is 4e+38", FLOATS),
+    "scaled": (torch.float32, Scale(1e300), "Scale", "factor is 1e+300", FLOATS),
+    "clamped": (torch.float32, Clamp(low=1e300), "Clamp", "low is 1e+300", FLOATS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_a_number_that_the_region_cannot_hold_is_refused_with_its_range(name):
+    dtype, edit, verb, fault, advice = TOO_LARGE[name]
+    model, inputs = torch.nn.Identity(), torch.ones(2, 3).to(dtype)
+    with pytest.raises(EditError) as caught:
+        Patch(hook_points(model, inputs).site(".out"), edit)
+    message = f"{verb} at Site('.out'): the {fault}, which the region, {dtype}, cannot hold. {advice}"
+    assert str(caught.value) == message
+    with pytest.raises(EditError) as caught, patched(model, Patch(Site(".out"), edit)):
+        model(inputs)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("edit", [Set(-np.inf), Add(-np.inf), Clamp(high=np.inf)], ids=["set", "add", "clamp"])
+def test_an_infinity_is_a_number_of_every_region_of_floats(dtype, edit):
+    model, inputs = torch.nn.Identity(), torch.ones(2, 3, dtype=dtype)
+    with patched(model, Patch(Site(".out"), edit), check_nan=False):
+        assert torch.equal(model(inputs), edit(inputs))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_a_quantized_region_which_would_saturate_is_refused():
+    quantized = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.quint8)
+    model = torch.nn.Identity()
+    with pytest.raises(EditError) as caught, patched(model, Patch(Site(".out"), Set(1000.0))):
+        model(quantized)
+    assert str(caught.value) == (
+        "Set at Site('.out'): the region is quantized, torch.quint8. Dequantize it in the model, or patch before it."
+    )
+
+
+WRAPPED = {
+    "above": (torch.uint8, Add(200, 1)),
+    "below": (torch.uint8, Add(1, -101)),
+    "a vector": (torch.uint8, Add(torch.tensor([200, 0, 0], dtype=torch.uint8).view(1, 3), 1)),
+    "a vector times a coefficient": (torch.uint8, Add(torch.full((1, 3), 128, dtype=torch.uint8), 2)),
+    "a product": (torch.int8, Scale(3)),
+    "a product of vectors": (torch.int8, Scale(torch.full((1, 3), -2, dtype=torch.int8))),
+    "long": (torch.int64, Scale(2**62)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_whole_number_that_wraps_around_is_an_error(name):
+    dtype, edit = WRAPPED[name]
+    with pytest.raises(EditError) as caught:
+        edit(torch.full((2, 3), 100, dtype=dtype))
+    assert str(caught.value) == f"{type(edit).__name__}: the result does not fit {dtype}."
+
+
+@pytest.mark.parametrize(("edit", "expected"), [(Add(155, 1), 255), (Add(1, -100), 0), (Scale(2), 200)], ids=str)
+def test_whole_numbers_up_to_the_limits_are_exact(edit, expected):
+    result = edit(torch.full((2, 3), 100, dtype=torch.uint8))
+    assert (result.dtype, result.unique().tolist()) == (torch.uint8, [expected])
+
+
+@pytest.mark.parametrize("length", [1e-6, 1.0, 6e4])
+def test_a_direction_of_half_precision_is_projected_out_whatever_its_length(length):
+    direction, region = torch.tensor([[length, 0.0]]).half(), torch.tensor([[3.0, 4.0]]).half()
+    assert Project(direction)(region).tolist() == [[0.0, 4.0]]

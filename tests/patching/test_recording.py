@@ -534,6 +534,44 @@ def test_caches_of_different_lengths_are_not_combined(points, image):
         cache_of(points, image) - cache_of(points, image[:3])
 
 
+def test_caches_of_many_rows_and_of_one_are_not_combined(points, image):
+    many, one = cache_of(points, image, "fc"), cache_of(points, image[:1], "fc")
+    for first, second, shapes in ((many, one, ("(4, 5)", "(1, 5)")), (one, many, ("(1, 5)", "(4, 5)"))):
+        with pytest.raises(SiteError) as caught:
+            first - second
+        assert str(caught.value) == (
+            f"Site('fc') has shape {shapes[0]} in one cache and {shapes[1]} in the other. Only cache.mean() repeats "
+            "along the batch."
+        )
+
+
+def test_rows_less_their_mean_are_rows_again(points, image):
+    centred = cache_of(points, image, "fc") - cache_of(points, image, "fc").mean()
+    with pytest.raises(SiteError, match="Only cache.mean"):
+        centred - cache_of(points, image[:1], "fc")
+
+
+def test_caches_without_a_batch_axis_repeat_nowhere():
+    many, one = (
+        ActivationCache({Site("a"): torch.ones(n, 2)}, {Site("a"): ("x", "y")}, {Site("a"): None}) for n in (3, 1)
+    )
+    with pytest.raises(SiteError, match="in one cache"):
+        many - one
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_arithmetic_of_small_integers_does_not_wrap(dtype):
+    site, large = Site("a"), torch.iinfo(dtype).max
+
+    def cache(*numbers: int) -> ActivationCache:
+        return ActivationCache({site: torch.tensor(numbers, dtype=dtype)}, {site: ("batch",)}, {site: 0})
+
+    assert (cache(1, large) - cache(2, 0))[site].tolist() == [-1, large]
+    assert (cache(1, large) + cache(1, large))[site].tolist() == [2, 2 * large]
+    assert (cache(1, large) * 3)[site].tolist() == [3, 3 * large]
+    assert (-cache(1, large))[site].tolist() == [-1, -large]
+
+
 def test_a_cache_is_moved_and_cast_like_a_tensor(points, image):
     cache = cache_of(points, image)
     cast = cache.to(torch.float64)

@@ -516,7 +516,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "an operand that is text": (
         record(operands={"value": "0"}),
-        "is damaged: EditError: Set: the value is '0'; it takes a real number or a tensor.",
+        "is damaged: EditError: Set: the value is '0'; it takes a real number (int or float) or a tensor.",
     ),
     "a number that is none": (
         record(operands={"value": {"float": "__import__('os')"}}),

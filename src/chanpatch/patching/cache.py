@@ -20,18 +20,18 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    A name is also a key: of the whole hook point, or of its only site in the cache. So is a pattern, such
-    as `"h.*"`, if one site matches. Caches of equal sites can be added, subtracted, multiplied and divided, with each
-    other or with a number: `clean - corrupted`.
+    A name is also a key: of the whole hook point, or of its only site in the cache. So is a pattern, such as `"h.*"`, if
+    one site matches. Add, subtract, multiply and divide a cache by a number, or by a cache of the same sites: `clean -
+    corrupted`. Small integers become int64.
 
     Args:
-        activations: Activation of each site, with the axes of its region, such as `(batch, channel, row, col)`, or
-            those that a reduction left, such as `(batch, channel)`.
+        activations: Activation of each site, with the axes of its region, or those that a reduction left.
         axes: Axis names of each activation.
         batch_axes: Number of the batch axis of each activation, or None if it is not known.
     """
 
     _most = None
+    _is_mean = False  # whether its one row stands for all rows of another cache
 
     def __init__(
         self, activations: Mapping[Site, Tensor], axes: Mapping[Site, Axes], batch_axes: Mapping[Site, int | None]
@@ -82,25 +82,38 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
     def _like(self, change: Callable[[Tensor, Site], Tensor]) -> ActivationCache:
         changed = {site: change(activation, site) for site, activation in self.items()}
-        return ActivationCache(changed, self._axes, self._batch_axes)
+        like = ActivationCache(changed, self._axes, self._batch_axes)
+        like._is_mean = self._is_mean
+        return like
 
     def _combined(self, other: Any, operation: Callable[[Any, Any], Tensor]) -> ActivationCache:
-        if not isinstance(other, (ActivationCache, Real)):
+        if isinstance(other, Real):
+            return self._like(lambda activation, site: operation(_widened(activation), other))
+        if not isinstance(other, ActivationCache):
             raise TypeError(
                 f"An ActivationCache is combined with another one or a number, not {type(other).__name__}, which would "
                 "broadcast to every site. Take the activation itself: cache[site] * tensor."
             )
-        if isinstance(other, Real):
-            return self._like(lambda activation, site: operation(activation, other))
         if set(self) != set(other):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
             raise SiteError(f"Caches of different sites cannot be combined: {apart} is in one of them only.")
+        repeats = self._is_mean or other._is_mean
         for site, activation in self.items():
             lengths, others = tuple(activation.shape), tuple(other[site].shape)
-            pairs = itertools.zip_longest(lengths, others)
-            if len(lengths) != len(others) or any(m != n and 1 not in (m, n) for m, n in pairs):
-                raise SiteError(f"{site!r} has shape {lengths} in one cache and {others} in the other.")
-        return self._like(lambda activation, site: operation(activation, other[site]))
+            rows = self._batch_axes[site]
+            unlike = [
+                number
+                for number, (m, n) in enumerate(zip(lengths, others, strict=False))
+                if m != n and (1 not in (m, n) or (not repeats and rows in (None, number)))
+            ]
+            if len(lengths) != len(others) or unlike:
+                raise SiteError(
+                    f"{site!r} has shape {lengths} in one cache and {others} in the other. Only cache.mean() repeats "
+                    "along the batch."
+                )
+        combined = self._like(lambda activation, site: operation(_widened(activation), _widened(other[site])))
+        combined._is_mean = self._is_mean and other._is_mean
+        return combined
 
     def __add__(self, other: Any) -> ActivationCache:
         return self._combined(other, torch.add)
@@ -115,7 +128,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return self._combined(other, torch.div)
 
     def __neg__(self) -> ActivationCache:
-        return self._like(lambda activation, site: -activation)
+        return self._like(lambda activation, site: -_widened(activation))
 
     __radd__, __rmul__ = __add__, __mul__
     __array_ufunc__ = None  # NumPy's numbers leave the operation to the cache
@@ -129,7 +142,9 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         for site, axis in self._batch_axes.items():
             if axis is None:
                 raise BatchAxisError(f"The mean over the batch at {site!r}: {no_batch(site)}")
-        return self._like(lambda activation, site: activation.mean(dim=self._batch_axes[site], keepdim=True))
+        means = self._like(lambda activation, site: activation.mean(dim=self._batch_axes[site], keepdim=True))
+        means._is_mean = True
+        return means
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
         """Return the cache on another device or in another dtype; arguments as for `Tensor.to`."""
@@ -167,3 +182,9 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             )
         self._parts.setdefault(site, []).append(activation)
         self._axes[site], self._batch_axes[site] = axes, batch_axis
+
+
+def _widened(activation: Tensor) -> Tensor:
+    """Return small integers as int64, in which arithmetic does not wrap around."""
+    small = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+    return activation.long() if activation.dtype in small else activation

@@ -1,9 +1,7 @@
 """Edits: pure functions of a region's activation.
 
-An edit is any callable `activation -> activation`. If it has a keyword-only parameter `context`, it gets the Context
-of the forward. The edits below are plain data. Their operands are real numbers, or tensors with one length per axis of
-the region, each equal to the region's or 1, such as `(1, channel, 1, 1)` at a region `(batch, channel, row, col)`. An
-operand of another type raises EditError.
+The edits below are plain data. An operand is a real number, or a tensor with one length per axis of the region, each
+equal to the region's or 1: `(1, channel, 1, 1)` at `(batch, channel, row, col)`. Any other operand raises EditError.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -62,7 +60,7 @@ class Set:
     """Sets the activation to a value.
 
     Args:
-        value: Real number, or tensor with the axes of the region, each length equal or 1.
+        value: Real number or tensor.
 
     Example:
         >>> Set(2.0)(torch.zeros(3))
@@ -72,7 +70,7 @@ class Set:
     value: Tensor | float
 
     def __post_init__(self) -> None:
-        _check(self, "value", self.value, Real, Tensor)
+        _check(self, "value", self.value, _NUMBER, _TENSOR)
 
     def __call__(self, activation: Tensor) -> Tensor:
         if isinstance(self.value, Tensor):
@@ -85,7 +83,7 @@ class Add:
     """Adds a vector, times a coefficient.
 
     Args:
-        vector: Real number, or tensor with the axes of the region, each length equal or 1.
+        vector: Real number or tensor.
         coefficient: Factor of the vector; negative to steer away from it.
 
     Example:
@@ -97,11 +95,11 @@ class Add:
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, "vector", self.vector, Real, Tensor)
-        _check(self, "coefficient", self.coefficient, Real)
+        _check(self, "vector", self.vector, _NUMBER, _TENSOR)
+        _check(self, "coefficient", self.coefficient, _NUMBER)
 
     def __call__(self, activation: Tensor) -> Tensor:
-        return activation + self.coefficient * self.vector
+        return _unwrapped(self, lambda region, vector: region + self.coefficient * vector, activation, self.vector)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +107,7 @@ class Scale:
     """Multiplies the activation by a factor.
 
     Args:
-        factor: Real number, or tensor with the axes of the region, each length equal or 1.
+        factor: Real number or tensor.
 
     Example:
         >>> Scale(0.5)(torch.ones(2))
@@ -119,10 +117,10 @@ class Scale:
     factor: Tensor | float
 
     def __post_init__(self) -> None:
-        _check(self, "factor", self.factor, Real, Tensor)
+        _check(self, "factor", self.factor, _NUMBER, _TENSOR)
 
     def __call__(self, activation: Tensor) -> Tensor:
-        return activation * self.factor
+        return _unwrapped(self, torch.mul, activation, self.factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +145,8 @@ class Clamp:
     def __post_init__(self) -> None:
         if self.low is None and self.high is None:
             raise EditError("Clamp needs a lower bound, an upper bound, or both: Clamp(low=0.0).")
-        _check(self, "lower bound", self.low, Real, type(None))
-        _check(self, "upper bound", self.high, Real, type(None))
+        _check(self, "lower bound", self.low, _NUMBER, _NONE)
+        _check(self, "upper bound", self.high, _NUMBER, _NONE)
         if self.low is not None and self.high is not None and self.low > self.high:
             raise EditError(f"Clamp(low={self.low}, high={self.high}): the lower bound is above the upper one.")
 
@@ -161,10 +159,9 @@ class Project:
     """Removes the component along a direction (directional ablation).
 
     Args:
-        direction: Tensor with the axes of the region, each length equal or 1. The component is taken over the axes that
-            are longer than 1 and removed at every position of the others: `direction.view(1, -1, 1, 1)` is a direction
-            in channel space. A direction of one element removes everything. If the batch axis is longer than 1, the
-            component is taken over all inputs together, which is usually not intended.
+        direction: Tensor. The component is taken over its axes longer than 1 and removed at every position of the
+            others: `direction.view(1, -1, 1, 1)` is a direction in channel space. A direction of one element removes
+            everything. A batch axis longer than 1 mixes all inputs, which is usually not intended.
 
     Raises:
         EditError: If the direction is not a tensor, or is zero.
@@ -180,13 +177,14 @@ class Project:
     direction: Tensor
 
     def __post_init__(self) -> None:
-        _check(self, "direction", self.direction, Tensor)
+        _check(self, "direction", self.direction, _TENSOR)
         if not (self.direction.is_meta or inside_vmap(self.direction) or self.direction.any()):
             raise EditError("Project: the direction is zero everywhere, which is no direction.")
 
     def __call__(self, activation: Tensor) -> Tensor:
         along = tuple(axis for axis, length in enumerate(self.direction.shape) if length > 1)
-        unit = self.direction / self.direction.square().sum().sqrt()
+        scaled = self.direction / self.direction.abs().amax()  # otherwise the squares may overflow half precision
+        unit = scaled / scaled.square().sum().sqrt()
         component = (activation * unit).sum(dim=along, keepdim=True) if along else activation * unit
         return activation - component * unit
 
@@ -195,8 +193,7 @@ class Project:
 class Resample:
     """Replaces each row by a row of a reference set, drawn at random with replacement.
 
-    The draw depends on the seed, the module's call index and the number of the row only, so neither the order of the
-    rows nor the batch size changes it.
+    The draw depends only on the seed, the module's call index and the number of the row.
 
     Args:
         reference: Tensor with the axes of the region; the rows on its batch axis are the reference set.
@@ -212,8 +209,8 @@ class Resample:
     batch_axis: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, "reference", self.reference, Tensor)
-        _check(self, "seed", self.seed, Integral)
+        _check(self, "reference", self.reference, _TENSOR)
+        _check(self, "seed", self.seed, _WHOLE)
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
             raise EditError(f"Resample: the reference has shape {shape}, and so no rows on axis {self.batch_axis}.")
@@ -223,16 +220,24 @@ class Resample:
         return self.reference.index_select(self.batch_axis, donors.to(self.reference.device))
 
 
-_EXPECTED = {Real: "a real number", Integral: "a whole number", Tensor: "a tensor", type(None): "None"}
-
-
-def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
+def _check(edit: object, name: str, operand: object, *kinds: str) -> None:
     """Raise if an operand is of none of these kinds."""
-    if not isinstance(operand, kinds):
+    if not any(isinstance(operand, _KINDS[kind]) for kind in kinds):
         short = isinstance(operand, (str, complex, int, float))
         shown = repr(operand) if short else f"of type {type(operand).__name__}"
-        expected = " or ".join(_EXPECTED[kind] for kind in kinds)
-        raise EditError(f"{type(edit).__name__}: the {name} is {shown}; it takes {expected}.")
+        raise EditError(f"{type(edit).__name__}: the {name} is {shown}; it takes {' or '.join(kinds)}.")
+
+
+def _unwrapped(
+    edit: object, arithmetic: Callable[[Tensor, Any], Tensor], activation: Tensor, operand: Tensor | float
+) -> Tensor:
+    """Return the result of arithmetic; raise if an integer result wrapped around."""
+    result = arithmetic(activation, operand)
+    if not (result.is_floating_point() or result.is_complex() or result.dtype == torch.bool):
+        exact = arithmetic(activation.float(), operand.float() if isinstance(operand, Tensor) else operand)
+        if ((exact - result).abs() > torch.iinfo(result.dtype).max / 2).any():  # wrapping moves it by twice the range
+            raise EditError(f"{type(edit).__name__}: the result does not fit {result.dtype}.")
+    return result
 
 
 def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
@@ -252,17 +257,26 @@ def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
     ]
 
 
-_VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Project: "projects", Resample: "draws"}
+_NUMBER, _WHOLE, _TENSOR, _NONE = "a real number (int or float)", "a whole number", "a tensor", "None"
+_KINDS: dict[str, Any] = {
+    _NUMBER: (int, float, np.integer, np.floating),
+    _WHOLE: Integral,
+    _TENSOR: Tensor,
+    _NONE: type(None),
+}
+_VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Clamp: "limits", Project: "projects", Resample: "draws"}
 
 
 def check_operands(
     edit: Edit, site: Site, axes: Axes, lengths: Sequence[int | None], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise if an operand of one of chanpatch's edits would broadcast, or has another dtype or device."""
+    """Raise if an operand of one of chanpatch's edits would broadcast or overflow, or has another dtype or device."""
     verb = next((verb for kind, verb in _VERBS.items() if isinstance(edit, kind)), None)
     if verb is None:
         return
     subject = f"{type(edit).__name__} at {site!r}"
+    if str(dtype).startswith(("torch.quint", "torch.qint")):
+        raise EditError(f"{subject}: the region is quantized, {dtype}. Dequantize it in the model, or patch before it.")
     if isinstance(edit, Resample):
         number = axes.index("batch") if "batch" in axes else edit.batch_axis
         if number != edit.batch_axis:
@@ -272,24 +286,32 @@ def check_operands(
             )
         # The reference may have any number of rows.
         lengths = [None if number == edit.batch_axis else length for number, length in enumerate(lengths)]
-    for item in fields(edit):  # type: ignore[arg-type]
-        operand = getattr(edit, item.name)
+    operands = {item.name: getattr(edit, item.name) for item in fields(edit)}  # type: ignore[arg-type]
+    if isinstance(edit, Add) and not isinstance(edit.vector, Tensor):
+        operands["vector times its coefficient"] = edit.coefficient * edit.vector
+    for name, operand in operands.items():
         if isinstance(operand, Tensor):
-            check_shape(subject, item.name, operand, axes, lengths, verb)
+            check_shape(subject, name, operand, axes, lengths, verb)
             if operand.dtype != dtype or operand.device != device:
                 raise EditError(
-                    f"{subject}: the {item.name} is {operand.dtype} on {operand.device}, but the region is "
-                    f"{dtype} on {device}. Convert it: {item.name}.to('{device}', {dtype})."
+                    f"{subject}: the {name} is {operand.dtype} on {operand.device}, but the region is "
+                    f"{dtype} on {device}. Convert it: {name}.to('{device}', {dtype})."
                 )
-        elif verb != "draws" and not _holds(dtype, operand):
-            raise EditError(
-                f"{subject}: the {item.name} is {operand}, which the region, {dtype}, cannot hold. Give a whole number."
-            )
+        elif verb != "draws" and operand is not None:
+            _check_number(f"{subject}: the {name}", dtype, operand)
 
 
-def _holds(dtype: torch.dtype, number: float) -> bool:
+def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
+    """Raise if a region of this dtype cannot hold the number; a region of floats also holds infinities and NaN."""
     inexact = dtype.is_floating_point or dtype.is_complex
-    return inexact or (math.isfinite(number) and number == (bool if dtype == torch.bool else int)(number))
+    limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
+    low, high = (0, 1) if dtype == torch.bool else (limits.min, limits.max)
+    finite = -math.inf < number < math.inf
+    if not (low <= number <= high and (inexact or number == int(number))) and (finite or not inexact):
+        kind = "number" if inexact else "whole number"
+        raise EditError(
+            f"{subject} is {number}, which the region, {dtype}, cannot hold. Give a {kind} from {low} to {high}."
+        )
 
 
 def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:

@@ -17,7 +17,7 @@ from ..engine.paths import inside_vmap
 from ..engine.sessions import Session
 from ..errors import EditError, TraceMismatchError
 from ..registry.axes import axis_names
-from ..registry.sites import Axes, HookPoint, Positions, Site, read, written
+from ..registry.sites import Axes, HookPoint, Site, read, written
 from ..registry.trace import names_by_trace
 from ..results import Records
 from .edits import Context, Set, check_mask, check_operands, fits, shown_axes
@@ -27,11 +27,7 @@ from .patch import Mask, Patch, edit_name
 class Located:
     """A site in the tensors of its hook point, located and checked once per kind of tensor.
 
-    Attributes:
-        site: The site.
-        axes: Axis names of the tensor, and so of the region.
-        batch_axis: Number of the batch axis, or None.
-        positions: Selected positions, by axis number.
+    `axes` and `batch_axis` are those of the tensor, `positions` are the selected positions by axis number.
     """
 
     wants_names = False  # whether every axis needs a name, and the batch axis must be known
@@ -44,12 +40,12 @@ class Located:
         self._known: tuple[Any, ...] | None = None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
-        """Locate the site in the tensor at its hook point; raise if it differs from the traced one or does not fit."""
+        """Locate the site in a tensor; raise if the tensor differs from the traced one or the site does not fit."""
         known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
         self._known = None
-        # The positions are kept, so they must also work outside of inference mode.
+        # The positions are kept, so they must also work outside inference mode.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if isinstance(self._point, HookPoint):
                 self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
@@ -62,10 +58,10 @@ class Located:
             }
             self._check(leaf)
         if type(leaf) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-            self._known = known  # tensors that were made inside a transform, or for a subclass, are not reused
+            self._known = known  # tensors made inside a transform, or for a subclass, are not reused
 
     def _bare_axes(self, point: Place, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
-        """Return the axis names that the module's type gives; if they are not enough, those of a trace."""
+        """Return the axis names from the module's type or, if they are not enough, from a trace."""
         names: Sequence[str | None] = (None,) * leaf.dim()
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
@@ -84,11 +80,11 @@ class Located:
 
 
 class Firing(Located):
-    """One patch at one hook point, and its counts; `module`, the module there, gives axis names without a trace.
+    """One patch at one hook point; without a trace, `module` gives the axis names.
 
     Attributes:
         reached: Whether it ran since `forget`.
-        nan: Bool tensor on the activation's device: whether NaN was introduced since `forget`; None if none was found.
+        nan: Bool tensor: whether it introduced NaN since `forget`; None if none was found.
         counts: Firings, rows (None without a batch axis) and elements, by the method of the root call.
     """
 
@@ -104,15 +100,17 @@ class Firing(Located):
         self._check_nan = check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
         self._size: tuple[Any, Any] = (None, 0)  # rows and elements of the region
-        self._overwrite: Overwrite | None = None  # writes a constant
+        self._constant: Tensor | None = None  # the new region, if it does not depend on the activation
+        self._filled: Tensor | None = None  # mask of the region, if a number fills it
 
     def __call__(self, leaf: Tensor, moment: Moment | Session) -> Tensor:
         """Return the tensor with its region patched; the same object if the edit changed nothing."""
         self.locate(leaf, moment)
-        if self._overwrite is not None:
-            new = self._overwrite(leaf)
+        if self._constant is not None:
             self._count(moment, None)
-            return new
+            if self._filled is not None and leaf.is_contiguous():
+                return leaf.masked_fill(self._filled, self._sets)
+            return written(leaf, self.positions, self._constant)
         region = read(leaf, self.positions)
         context = None
         if self.wants_names:  # the edit or the `where` function takes the context
@@ -157,11 +155,15 @@ class Firing(Located):
         check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
         if isinstance(self.patch.where, Tensor):
             check_mask(self.patch.where, self.site, self.axes, region.shape)
-        self._overwrite = None
-        fits = isinstance(self._sets, Real) or (self._sets is not None and self._sets.shape == region.shape)
+        self._constant = self._filled = None
+        number = isinstance(self._sets, Real)
+        fits = number or (self._sets is not None and self._sets.shape == region.shape)
         # Whole activations are left out: their strides may differ.
         if fits and self.positions and not self._check_nan and self.patch.where is None:
-            self._overwrite = Overwrite(self.positions, self._edit(region))
+            self._constant = self._edit(region)
+            if number and leaf.numel() <= 2**10 and leaf.is_floating_point():  # the faster way on small tensors
+                mask = torch.zeros_like(leaf, dtype=torch.bool)
+                self._filled = written(mask, self.positions, torch.ones_like(region, dtype=torch.bool))
 
     def _edited(self, region: Tensor, context: Context | None) -> Tensor:
         counted = not region.is_inference()  # if writes are not counted, a copy shows whether the edit wrote in place
@@ -258,41 +260,3 @@ def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
             f"Hook point '{point.name}' is {leaf.dtype} in this forward, but {point.dtype} in the trace. Call "
             "hook_points() on the model as it is run: in the same dtype, inside the same torch.autocast."
         )
-
-
-_FEW = 2**10  # elements up to which one kernel over all of them takes less than a copy and a write into that
-_PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Overwrite:
-    """Writes one region, again and again, into tensors of one shape, dtype and device.
-
-    Args:
-        positions: As for `written`.
-        region: What is written there.
-    """
-
-    def __init__(self, positions: Positions, region: Tensor) -> None:
-        self._positions, self._region = positions, region
-        self._tensors = 0
-        self._mask: Tensor | None = None
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Return a copy of the tensor with the region replaced, as `written` does."""
-        if self._mask is not None and tensor.is_contiguous():
-            return torch.where(self._mask, self._region, tensor)
-        self._tensors += 1
-        if self._tensors == 2:  # making a mask takes as much as four tensors save
-            self._mask = self._mask_of(tensor)
-        return written(tensor, self._positions, self._region)
-
-    def _mask_of(self, tensor: Tensor) -> Tensor | None:
-        """Return where the region lies; None unless it broadcasts to the tensor, and that is small enough."""
-        broadcasts = self._region.is_contiguous() and all(self._region.shape[axis] == 1 for axis in self._positions)
-        small = tensor.numel() <= _FEW and tensor.dtype in _PLAIN_DTYPES
-        if not (broadcasts and small) or torch._C._functorch.peek_interpreter_stack() is not None:
-            return None  # what is made inside a transform is of no use after it
-        with torch.inference_mode(False):  # and what is made in inference mode is of none for gradients
-            lengths = [length if axis in self._positions else 1 for axis, length in enumerate(tensor.shape)]
-            mask = torch.zeros(lengths, dtype=torch.bool, device=tensor.device)
-            return written(mask, self._positions, torch.ones_like(read(mask, self._positions)))
