@@ -231,6 +231,21 @@ def test_disabling_nests_and_ends_also_when_the_model_raises(policy, twin, vecto
     torch.testing.assert_close(twin(vector), by_hand(policy, vector), rtol=0, atol=0)
 
 
+def test_a_twin_is_disabled_until_the_last_of_several_contexts_closes(policy, twin, vector):
+    patched, first, second = twin(vector), twin.disable(), twin.disable()
+    with second:
+        first.__enter__()
+    assert torch.equal(twin(vector), policy(vector))
+    first.__exit__(None, None, None)
+    assert torch.equal(twin(vector), patched)
+    first, second = twin.disable(), twin.disable()
+    first.__enter__()
+    with second:
+        first.__exit__(None, None, None)
+        assert torch.equal(twin(vector), policy(vector))
+    assert torch.equal(twin(vector), patched)
+
+
 def test_a_disabled_twin_counts_nothing(twin, vector):
     with twin.disable():
         twin(vector)

@@ -137,6 +137,7 @@ class Session:
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.enabled = True
         self.had_gradients = False  # whether gradients were enabled at the begin of the root call
+        self.disabled_by: set[object] = set()  # contexts that are open
         self.call = 0  # index of the module call under way
         self.listeners: list[Listener] = []
         self._in_containers = False  # whether it listens to tensors inside containers that modules return
@@ -420,13 +421,22 @@ def without_listeners(model: nn.Module) -> Iterator[None]:
     """Run the model without any listener, also in the middle of a forward that has some."""
     stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
     sessions = {each for station in stations for each in (*station.scopes, *(at.session for at in station.listeners))}
-    enabled = {session: session.enabled for session in sessions}
+    with disabled(sessions):
+        yield
+
+
+@contextmanager
+def disabled(sessions: Iterable[Session]) -> Iterator[None]:
+    """Run without the listeners of some sessions; such contexts may close in any order."""
+    token = object()
 
     def end() -> None:
-        for session, before in enabled.items():
-            session.enabled = before
+        for session in sessions:
+            session.disabled_by.discard(token)
+            session.enabled = not session.disabled_by
 
     with finally_twice(end):
         for session in sessions:
+            session.disabled_by.add(token)
             session.enabled = False
         yield

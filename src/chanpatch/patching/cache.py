@@ -20,9 +20,9 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    A name is also a key: of the whole hook point, or of its only site in the cache. So is a pattern, such as `"h.*"`, if
-    one site matches. Add, subtract, multiply and divide a cache by a number, or by a cache of the same sites: `clean -
-    corrupted`. Small integers become int64.
+    A name is also a key: of the whole hook point, or of its only site in the cache. So is a pattern, such as `"h.*"`,
+    if one site matches. Add, subtract, multiply and divide a cache by a number, or by a cache of the same sites:
+    `clean - corrupted`. Small integers become int64.
 
     Args:
         activations: Activation of each site, with the axes of its region, or those that a reduction left.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from ..engine.calls import eager, is_compiling, observed, refuse_unhookable
-from ..engine.sessions import RootCall
+from ..engine.sessions import RootCall, disabled
 from ..errors import UnsupportedModelError
 from ..patching.contexts import Patching, check_reached, checked_patches, raise_nan
 from ..patching.firing import Ledger
@@ -93,12 +93,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
     @contextmanager
     def disable(self) -> Iterator[None]:
         """Run the twin without its patches while the context is open."""
-        session = _state(self)
-        before, session.enabled = session.enabled, False
-        try:
+        with disabled([_state(self)]):
             yield
-        finally:
-            session.enabled = before
 
     def distribution(self, observations: Any) -> Distribution:
         """Return the patched distribution over actions; see `action_distribution`."""
