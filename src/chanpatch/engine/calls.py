@@ -1,22 +1,17 @@
-"""Other ways into a forward: observers of calls, taps, wrapped methods, and compiled code."""
+"""Other ways into a forward: observers of calls, taps, and wrapped methods."""
 
 from __future__ import annotations
 
 import functools
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
-
-Stage: TypeAlias = Literal["before", "patch", "after"]
-STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # the order in which listeners at one place run
+from .hooks import STAGES, compiled_code_runs_eagerly, drop, finally_twice
 
 
 @contextmanager
@@ -51,29 +46,6 @@ def observed(
             _tap_observers.append(on_tap)
         with compiled_code_runs_eagerly():
             yield
-
-
-def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
-    """Take hooks off a module."""
-    # The pre-hook goes last: a station is found by it, so an interrupted removal can be repeated.
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        hooks = vars(module).get(name, {})
-        for key in [key for key, hook in hooks.items() if ours(hook)]:
-            for flags in ("_with_kwargs", "_always_called"):
-                vars(module).get(f"{name}{flags}", {}).pop(key, None)
-            del hooks[key]
-
-
-@contextmanager
-def finally_twice(end: Callable[[], object]) -> Iterator[None]:
-    """Call `end` at the end, twice, so that it is done even if an interrupt cuts it short once."""
-    try:
-        try:
-            yield
-        finally:
-            end()
-    finally:
-        end()
 
 
 _tap_observers: list[Callable[[str, Tensor], object]] = []
@@ -166,73 +138,3 @@ class _MethodWrapper:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return types.MethodType(getattr(type(self._module), self._name), memo.get(id(self._module), self._module))
-
-
-is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
-
-
-def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function; a model that is being compiled calls it as it is, instead of tracing into it."""
-    if is_compiling():
-        return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
-    return function
-
-
-@contextmanager
-def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Run compiled code eagerly, since it ignores hooks that are added later; contexts may close in any order."""
-    token = object()
-
-    def end() -> None:
-        if token in _eager:
-            _eager.remove(token)
-        _settle_stance()
-
-    with finally_twice(end):
-        _eager.append(token)
-        _settle_stance()
-        yield
-
-
-_eager: list[object] = []
-_stance: list[Any] = []  # the one in force, if any
-
-
-def _settle_stance() -> None:
-    if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        # Without dynamo, nothing was compiled. An interrupt cannot come between setting it and noting it.
-        _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
-    elif _stance and not _eager:
-        _stance[0].__exit__(None, None, None)
-        _stance.clear()
-
-
-def refuse_unhookable(model: nn.Module) -> None:
-    """Raise for a model whose module calls ignore hooks."""
-    for name, module in model.named_modules():
-        if why := _unhookable(module):
-            raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
-
-
-def _unhookable(module: nn.Module) -> str:
-    if "_orig_mod" in module._modules:
-        return (
-            "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the original "
-            "module (compiled._orig_mod), or compile the PatchedPolicy made of it."
-        )
-    if module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-        return (
-            "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, or "
-            "compile the PatchedPolicy made of it."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        return (
-            "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python module."
-        )
-    devices = len(module.device_ids) if isinstance(module, nn.DataParallel) else 1
-    if devices > 1:
-        return (
-            f"is a DataParallel over {devices} devices, which runs copies of its module. Pass the module inside "
-            "(.module) and run it on one device."
-        )
-    return ""

@@ -1,4 +1,4 @@
-"""The only torch hooks: those of a `Station` per module, observers for the trace, taps, and method wrappers.
+"""The torch hooks at the places that sessions listen to: a `Station` per module, and what hooks cannot do there.
 
 A station serves every open session: records of the unpatched value, then patches in order of entry, then records.
 Patches are written to an output before any other hook of the module runs, and to an input after all pre-hooks. Records
@@ -10,17 +10,20 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
-from .calls import STAGES, drop, eager, is_compiling
 from .containers import containers, contents, copied_containers, holds, with_copies, written_into
 from .paths import Path, get
+
+Stage: TypeAlias = Literal["before", "patch", "after"]
+STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # the order in which listeners at one place run
 
 
 @dataclass(frozen=True)
@@ -291,3 +294,89 @@ def drop_hooks(model: nn.Module) -> None:
 
 def _is_of_another(station: Station | None, hook: object) -> bool:
     return isinstance(hook, _Hook) and hook.station is not station
+
+
+def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
+    """Take hooks off a module."""
+    # The pre-hook goes last: a station is found by it, so an interrupted removal can be repeated.
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        hooks = vars(module).get(name, {})
+        for key in [key for key, hook in hooks.items() if ours(hook)]:
+            for flags in ("_with_kwargs", "_always_called"):
+                vars(module).get(f"{name}{flags}", {}).pop(key, None)
+            del hooks[key]
+
+
+@contextmanager
+def finally_twice(end: Callable[[], object]) -> Iterator[None]:
+    """Call `end` at the end, twice, so that it is done even if an interrupt cuts it short once."""
+    try:
+        try:
+            yield
+        finally:
+            end()
+    finally:
+        end()
+
+
+is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
+
+
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function; a model that is being compiled calls it as it is, instead of tracing into it."""
+    if is_compiling():
+        return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
+    return function
+
+
+@contextmanager
+def compiled_code_runs_eagerly() -> Iterator[None]:
+    """Run compiled code eagerly, since it ignores hooks that are added later; contexts may close in any order."""
+    token = object()
+
+    def end() -> None:
+        if token in _eager:
+            _eager.remove(token)
+        _settle_stance()
+
+    with finally_twice(end):
+        _eager.append(token)
+        _settle_stance()
+        yield
+
+
+_eager: list[object] = []
+_stance: list[Any] = []  # the one in force, if any
+
+
+def _settle_stance() -> None:
+    if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        # Without dynamo, nothing was compiled. An interrupt cannot come between setting it and noting it.
+        _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
+    elif _stance and not _eager:
+        _stance[0].__exit__(None, None, None)
+        _stance.clear()
+
+
+def refuse_checkpoint(name: str) -> None:
+    """Raise inside `torch.utils.checkpoint`: its backward pass runs modules again, outside of their root call."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
+    frame = None if torch.is_grad_enabled() else sys._getframe()  # its re-entrant form switches gradients off
+    while frame is not None and not inside:
+        inside = frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint"
+        frame = frame.f_back
+    if inside:
+        raise UnsupportedModelError(
+            f"'{name}' is patched inside torch.utils.checkpoint, whose backward pass runs the module again outside of "
+            "the patched call, so gradients could be wrong. Switch checkpointing off while the model is patched, or "
+            "run it under torch.no_grad()."
+        )
+
+
+def read_only(name: str) -> str:
+    """Return why a tensor inside a distribution is not patched."""
+    return (
+        f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
+        "that computes it, or name it in the forward: tap('name', tensor)."
+    )

@@ -10,17 +10,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
-from .calls import Stage, compiled_code_runs_eagerly, finally_twice, forget_taps, hear_tap, wrapped_method
+from .calls import forget_taps, hear_tap, wrapped_method
 from .containers import containers
-from .hooks import Place, Station
-from .moments import Moment, published
+from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, finally_twice, read_only, refuse_checkpoint
+from .moments import Moment, RootCall, published
 from .paths import Item, Path, get, in_distribution, leaves, replace
 
 _CHANGES = threading.RLock()  # held while hooks are added or removed
@@ -76,49 +75,10 @@ class Listener:
         return replace(tree, self._path, new)
 
 
-def refuse_checkpoint(name: str) -> None:
-    """Raise inside `torch.utils.checkpoint`: its backward pass runs modules again, outside of their root call."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
-    frame = None if torch.is_grad_enabled() else sys._getframe()  # its re-entrant form switches gradients off
-    while frame is not None and not inside:
-        inside = frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint"
-        frame = frame.f_back
-    if inside:
-        raise UnsupportedModelError(
-            f"'{name}' is patched inside torch.utils.checkpoint, whose backward pass runs the module again outside of "
-            "the patched call, so gradients could be wrong. Switch checkpointing off while the model is patched, or "
-            "run it under torch.no_grad()."
-        )
-
-
-def read_only(name: str) -> str:
-    """Return why a tensor inside a distribution is not patched."""
-    return (
-        f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
-        "that computes it, or name it in the forward: tap('name', tensor)."
-    )
-
-
 def _argument_path(path: Path) -> Path:
     """Lead from (args, kwargs) to one input: integers are positions, strings are keywords."""
     positional = isinstance(path[0], Item) and isinstance(path[0].key, int)
     return (Item(0 if positional else 1), *path)
-
-
-@dataclass(slots=True)
-class RootCall:
-    """One root call, within which the calls of modules are counted."""
-
-    station: Station | None  # of the module that was called; None for a method
-    method: str  # "__call__" for a module's call
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    is_forward_of_method: bool = False  # one of the forwards that a method such as `generate` runs
-    depth: int = 0  # of calls of the module inside itself
-    counts: dict[object, int] = field(default_factory=dict)  # calls so far, by station or tap
-    under_way: dict[object, list[int]] = field(default_factory=dict)  # their indices, while they run
-    given: list[Any] = field(default_factory=list)  # tensors and containers among the arguments
 
 
 class Session:
@@ -140,6 +100,7 @@ class Session:
         self.disabled_by: set[object] = set()  # contexts that are open
         self.call = 0  # index of the module call under way
         self.listeners: list[Listener] = []
+        self._hears_taps = False
         self._in_containers = False  # whether it listens to tensors inside containers that modules return
         self.root_call: RootCall | None = None  # the one under way
         self.failure: Exception | None = None  # of a listener, in case that the model's own `except` catches it
@@ -190,6 +151,7 @@ class Session:
     def _attach(self, scopes: Iterable[nn.Module]) -> None:
         for listener in self.listeners:
             if listener.place.side == "tap":
+                self._hears_taps = True
                 hear_tap(listener.place.module, self)
                 scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
             else:
@@ -210,7 +172,8 @@ class Session:
             self._leave_modules()
             raise
         finally:
-            forget_taps(self)
+            if self._hears_taps:
+                forget_taps(self)
 
     def _leave_modules(self) -> None:
         while self._touched:
@@ -414,15 +377,6 @@ def _current_task() -> Any:
     asyncio = sys.modules.get("asyncio")
     loop = None if asyncio is None else asyncio._get_running_loop()
     return None if asyncio is None or loop is None else asyncio.current_task(loop)
-
-
-@contextmanager
-def without_listeners(model: nn.Module) -> Iterator[None]:
-    """Run the model without any listener, also in the middle of a forward that has some."""
-    stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
-    sessions = {each for station in stations for each in (*station.scopes, *(at.session for at in station.listeners))}
-    with disabled(sessions):
-        yield
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from ..engine.sessions import RootCall, Session
+from ..engine.moments import RootCall
+from ..engine.sessions import Session
 from ..errors import ChanpatchError, DistributionError, NaNError, UnreachedError, UnsupportedModelError, did_you_mean
 from ..registry.points import HookPoints, bound, resolve, root_of
 from .firing import Firing, Ledger

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..engine.sessions import read_only
+from ..engine.hooks import read_only
 from ..errors import EditError, UnsupportedModelError
 from ..registry.sites import Site
 from .edits import Edit, Resample, Set, check_mask, check_operands, region_lengths

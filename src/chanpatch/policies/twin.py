@@ -13,13 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from ..engine.calls import eager, is_compiling, observed, refuse_unhookable
-from ..engine.sessions import RootCall, disabled
+from ..engine.calls import observed
+from ..engine.hooks import eager, is_compiling
+from ..engine.moments import RootCall
+from ..engine.sessions import disabled
 from ..errors import UnsupportedModelError
 from ..patching.contexts import Patching, check_reached, checked_patches, raise_nan
 from ..patching.firing import Ledger
 from ..patching.patch import Patch
-from ..registry.points import HookPoints, model_of, resolve
+from ..registry.points import HookPoints, model_of, refuse_unhookable, resolve
 from .actions import action_distribution
 from .copies import STATE, copied
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..engine.calls import refuse_unhookable
 from ..engine.hooks import Place
 from ..engine.inputs import copied_inputs
-from ..errors import HookPointError, SiteError, did_you_mean
+from ..errors import HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from ..results import Records
 from .names import is_pattern, parsed_name, path_text, selected, spellings, written_name
 from .sites import HookPoint, Index, Site
@@ -266,3 +266,34 @@ def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, di
     if isinstance(points_or_model, HookPoints):
         return model, points_or_model.method, points_or_model.calls
     return model, "__call__", None
+
+
+def refuse_unhookable(model: nn.Module) -> None:
+    """Raise for a model whose module calls ignore hooks."""
+    for name, module in model.named_modules():
+        if why := _unhookable(module):
+            raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
+
+
+def _unhookable(module: nn.Module) -> str:
+    if "_orig_mod" in module._modules:
+        return (
+            "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the original "
+            "module (compiled._orig_mod), or compile the PatchedPolicy made of it."
+        )
+    if module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+        return (
+            "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, or "
+            "compile the PatchedPolicy made of it."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return (
+            "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python module."
+        )
+    devices = len(module.device_ids) if isinstance(module, nn.DataParallel) else 1
+    if devices > 1:
+        return (
+            f"is a DataParallel over {devices} devices, which runs copies of its module. Pass the module inside "
+            "(.module) and run it on one device."
+        )
+    return ""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine.calls import observed, refuse_unhookable
+from ..engine.calls import observed
+from ..engine.hooks import Station
 from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Attr, Path, in_distribution, leaves, replace, with_rows
-from ..engine.sessions import without_listeners
+from ..engine.sessions import disabled
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .axes import NamePropagation, Names, axis_names
 from .names import selected, spellings, written_name
-from .points import HookPoints, model_of
+from .points import HookPoints, model_of, refuse_unhookable
 from .sites import Axes, HookPoint
 
 
@@ -95,6 +96,15 @@ def names_by_trace(
             found = {name: (each.axes, each.batch_axis) for each in points for name in (each.name, *each.aliases)}
         _names[model] = found
     return _names[model]
+
+
+@contextmanager
+def without_listeners(model: nn.Module) -> Iterator[None]:
+    """Run the model without any listener, also in the middle of a forward that has some."""
+    stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
+    sessions = {each for station in stations for each in (*station.scopes, *(at.session for at in station.listeners))}
+    with disabled(sessions):
+        yield
 
 
 _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = WeakKeyDictionary()
