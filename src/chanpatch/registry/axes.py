@@ -30,13 +30,12 @@ _DIMENSIONS: dict[type, int] = {
     if (kind := getattr(nn, f"{prefix}{count}d", None)) is not None
 } | {nn.PixelShuffle: 2, nn.PixelUnshuffle: 2}
 
-_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm", "LocalResponseNorm")
-
 _ELEMENTWISE = tuple(
     kind
-    for name in (*nn.modules.activation.__all__, *nn.modules.dropout.__all__, *_NORMS, "Identity")
+    for name in (*nn.modules.activation.__all__, *nn.modules.dropout.__all__,
+                 "LayerNorm", "RMSNorm", "GroupNorm", "LocalResponseNorm", "Identity")
     if (kind := getattr(nn, name, None)) not in (None, nn.MultiheadAttention, nn.GLU)
-)
+)  # fmt: skip
 
 _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -44,12 +43,7 @@ _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncode
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
     """Return the axis names of a tensor that a module takes or returns; None for an axis without a name.
 
-    Args:
-        module: The module.
-        side: `"in"` or `"out"`.
-        path: Place of the tensor in the inputs or the output.
-        ndim: Number of axes of the tensor.
-        inputs: Axis names of the module's first input, if known.
+    `inputs` are the axis names of the module's first input, if known.
     """
     count = next((_DIMENSIONS[kind] for kind in type(module).__mro__ if kind in _DIMENSIONS), None)
     names: Names | None = None

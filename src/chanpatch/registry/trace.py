@@ -341,13 +341,7 @@ def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return given hook points, or those of a model.
-
-    Args:
-        points_or_model: HookPoints or a model.
-        inputs: A tensor, a tuple of arguments, a mapping of keywords, or an iterable of batches: the first is traced.
-        keywords: More keywords.
-    """
+    """Return given hook points, or those of a model, traced with its inputs or with the first batch of them."""
     if isinstance(points_or_model, HookPoints):
         return points_or_model
     model = model_of(points_or_model)
