@@ -188,30 +188,28 @@ class Firing(Located):
                 f"{self.patch!r} returned {type(new).__name__}. An edit returns a tensor: the new activation, "
                 "or the one it got to change nothing."
             )
-        if (new.shape, new.dtype, new.device) == self._kind:
-            return
-        what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
-        got, expected = getattr(new, what), getattr(region, what)
-        if what == "shape":
-            got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
-        raise EditError(f"{self.patch!r} returned {what} {got}, but the region has {what} {expected}.")
+        if (new.shape, new.dtype, new.device) != self._kind:
+            what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
+            got, expected = getattr(new, what), getattr(region, what)
+            if what == "shape":
+                got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
+            raise EditError(f"{self.patch!r} returned {what} {got}, but the region has {what} {expected}.")
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
     """Return the number of rows (None without a batch axis) and of elements in the region, or in the mask."""
     rows: Any = None if batch_axis is None else region[batch_axis]
-    elements: Any = region.numel()
     if mask is None:
-        return rows, elements
+        return rows, region.numel()
     if batch_axis is not None:
         others = [axis for axis in range(mask.dim()) if axis != batch_axis]
         chosen = mask.any(dim=others) if others else mask
         rows = chosen.sum() * (rows if mask.shape[batch_axis] == 1 else 1)
-    return rows, mask.sum() * (elements // max(mask.numel(), 1))
+    return rows, mask.sum() * (region.numel() // max(mask.numel(), 1))
 
 
 class Ledger(Records):
-    """Counts of the firings of each patch, and of the rows and elements that it wrote, by method."""
+    """Firings, rows and elements written, by patch and method."""
 
     _most = None
 
