@@ -10,5 +10,6 @@ from .verbs import edit, mean_ablate, patch_in, resample_ablate, steer, zero_abl
 
 __all__ = [
     "ActivationCache", "Add", "Clamp", "Context", "Edit", "Ledger", "Patch", "Project", "Resample", "Scale", "Set",
-    "edit", "mean_ablate", "patch_in", "patched", "recording", "resample_ablate", "run_with_cache", "steer", "zero_ablate",
+    "edit", "mean_ablate", "patch_in", "patched", "recording", "resample_ablate", "run_with_cache", "steer",
+    "zero_ablate",
 ]  # fmt: skip

@@ -82,24 +82,16 @@ class Opened(ContextDecorator, Generic[Result]):
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Return patches whose sites are bound to the trace, or checked by name; None for a model checks types alone."""
-    each = together(patches)
-    if points_or_model is None:
-        return each
-    sites = bound(points_or_model, [patch.site for patch in each])
-    return tuple(
-        patch if site is patch.site else Patch(site, patch.edit, patch.where)
-        for patch, site in zip(each, sites, strict=True)
-    )
-
-
-def together(patches: Patches) -> tuple[Patch, ...]:
-    """Return one patch or several as a tuple; raise TypeError for anything else."""
+    """Return patches whose sites are bound to the trace, or checked by name; without a model, only check types."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
             raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
-    return each
+    if points_or_model is None:
+        return each
+    sites = bound(points_or_model, [patch.site for patch in each])
+    pairs = zip(each, sites, strict=True)
+    return tuple(patch if site is patch.site else Patch(site, patch.edit, patch.where) for patch, site in pairs)
 
 
 class Patching(ContextSession):

@@ -66,8 +66,8 @@ class Located:
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
         axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
-        lacks = any(axis not in axes for axis, _ in self.site.indices)
-        lacks |= self.wants_names and (None in names or "batch" not in names)
+        lacks = self.wants_names and (None in names or "batch" not in names)
+        lacks |= any(axis not in axes for axis, _ in self.site.indices)
         readable = not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
         if lacks and readable and isinstance(moment, Session) and (call := moment.root_call) is not None:
             known = names_by_trace(moment.root, call.method, call.args, call.kwargs).get(point.name)
@@ -143,7 +143,7 @@ class Firing(Located):
     def _look_for_nan(self, before: Tensor, after: Tensor) -> None:
         if not (after.is_floating_point() or after.is_complex()) or after.layout != torch.strided:
             return
-        # Reading a number from another device would wait for it, so only a CPU looks first.
+        # Only a CPU looks first, because reading from another device waits for it.
         if inside_vmap(after) or not after.is_cpu or after.isnan().any():
             found = (after.isnan() & ~before.isnan()).any()
             self.nan = found if self.nan is None else self.nan | found

@@ -69,11 +69,8 @@ def recording(
     """
     chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # an iterator has one pass only
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
-    return Opened(
-        lambda: Recorder(
-            points_or_model, chosen, reduce, before=before, detach=detach, device=device, allow_unreached=allowed
-        )
-    )
+    options: dict[str, Any] = {"before": before, "detach": detach, "device": device, "allow_unreached": allowed}
+    return Opened(lambda: Recorder(points_or_model, chosen, reduce, **options))
 
 
 def run_with_cache(  # noqa: D417
@@ -239,7 +236,8 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
 
 def _expanded(side: str, rest: int) -> list[str]:
     """Return the tokens of one side of a pattern; an ellipsis becomes `rest` tokens."""
-    return _TOKEN.findall(side.replace("...", " ".join(f"...{number}" for number in range(rest))))
+    dots = [f"...{number}" for number in range(rest)]
+    return [each for token in _TOKEN.findall(side) for each in (dots if token == "..." else [token])]
 
 
 def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, double: bool = False) -> Tensor:
