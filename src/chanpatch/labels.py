@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from .errors import ChanpatchError, EditError, UnreachedError
-from .patching.contexts import together
+from .patching.contexts import checked_patches
 from .patching.patch import Patch
 from .registry.sites import Site
 
@@ -30,9 +30,12 @@ def labelled_patches(
     if not isinstance(patches, Iterable):
         patches = [patches]
     if isinstance(patches, Mapping):
-        named = [(label, together(each)) for label, each in patches.items()]
+        named = [(label, checked_patches(None, each)) for label, each in patches.items()]
     else:
-        named = [(" + ".join(_label(patch.site) for patch in each), each) for each in map(together, patches)]
+        named = [
+            (" + ".join(_label(patch.site) for patch in each), each)
+            for each in (checked_patches(None, one) for one in patches)
+        ]
     if not named:
         raise fault(f"There are no {what}: the mapping or the sequence is empty.")
     labels = [label for label, _ in named]

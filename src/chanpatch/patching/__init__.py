@@ -9,24 +9,7 @@ from .recording import recording, run_with_cache
 from .verbs import edit, mean_ablate, patch_in, resample_ablate, steer, zero_ablate
 
 __all__ = [
-    "ActivationCache",
-    "Add",
-    "Clamp",
-    "Context",
-    "Edit",
-    "Ledger",
-    "Patch",
-    "Project",
-    "Resample",
-    "Scale",
-    "Set",
-    "edit",
-    "mean_ablate",
-    "patch_in",
-    "patched",
-    "recording",
-    "resample_ablate",
-    "run_with_cache",
-    "steer",
+    "ActivationCache", "Add", "Clamp", "Context", "Edit", "Ledger", "Patch", "Project", "Resample", "Scale", "Set",
+    "edit", "mean_ablate", "patch_in", "patched", "recording", "resample_ablate", "run_with_cache", "steer",
     "zero_ablate",
-]
+]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partialmethod
 from numbers import Real
 from typing import Any
 
@@ -86,7 +87,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         like._is_mean = self._is_mean
         return like
 
-    def _combined(self, other: Any, operation: Callable[[Any, Any], Tensor]) -> ActivationCache:
+    def _combined(self, operation: Callable[[Any, Any], Tensor], other: Any) -> ActivationCache:
         if isinstance(other, Real):
             return self._like(lambda activation, site: operation(_widened(activation), other))
         if not isinstance(other, ActivationCache):
@@ -99,14 +100,10 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             raise SiteError(f"Caches of different sites cannot be combined: {apart} is in one of them only.")
         repeats = self._is_mean or other._is_mean
         for site, activation in self.items():
-            lengths, others = tuple(activation.shape), tuple(other[site].shape)
-            rows = self._batch_axes[site]
-            unlike = [
-                number
-                for number, (m, n) in enumerate(zip(lengths, others, strict=False))
-                if m != n and (1 not in (m, n) or (not repeats and rows in (None, number)))
-            ]
-            if len(lengths) != len(others) or unlike:
+            lengths, others, rows = tuple(activation.shape), tuple(other[site].shape), self._batch_axes[site]
+            fixed = set() if repeats else set(range(len(lengths))) if rows is None else {rows}
+            pairs = enumerate(itertools.zip_longest(lengths, others, fillvalue=-1))
+            if any(m != n and (axis in fixed or -1 in (m, n) or 1 not in (m, n)) for axis, (m, n) in pairs):
                 raise SiteError(
                     f"{site!r} has shape {lengths} in one cache and {others} in the other. Only cache.mean() repeats "
                     "along the batch."
@@ -115,22 +112,14 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         combined._is_mean = self._is_mean and other._is_mean
         return combined
 
-    def __add__(self, other: Any) -> ActivationCache:
-        return self._combined(other, torch.add)
-
-    def __sub__(self, other: Any) -> ActivationCache:
-        return self._combined(other, torch.sub)
-
-    def __mul__(self, other: Any) -> ActivationCache:
-        return self._combined(other, torch.mul)
-
-    def __truediv__(self, other: Any) -> ActivationCache:
-        return self._combined(other, torch.div)
+    __add__ = __radd__ = partialmethod(_combined, torch.add)
+    __mul__ = __rmul__ = partialmethod(_combined, torch.mul)
+    __sub__ = partialmethod(_combined, torch.sub)
+    __truediv__ = partialmethod(_combined, torch.div)
 
     def __neg__(self) -> ActivationCache:
         return self._like(lambda activation, site: -_widened(activation))
 
-    __radd__, __rmul__ = __add__, __mul__
     __array_ufunc__ = None  # NumPy's numbers leave the operation to the cache
 
     def mean(self) -> ActivationCache:
@@ -185,6 +174,6 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
 
 def _widened(activation: Tensor) -> Tensor:
-    """Return small integers as int64, in which arithmetic does not wrap around."""
+    """Return small integers as int64, which do not wrap around."""
     small = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
     return activation.long() if activation.dtype in small else activation

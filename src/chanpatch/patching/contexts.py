@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ContextDecorator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,8 @@ from .firing import Firing, Ledger
 from .patch import Patch
 
 Result = TypeVar("Result", covariant=True)
+Model: TypeAlias = HookPoints | nn.Module
+Patches: TypeAlias = Patch | Iterable[Patch]
 
 
 class ContextSession(Session):
@@ -26,11 +28,11 @@ class ContextSession(Session):
     confined = True
     result: Any  # value of the context, for the user
 
-    def __init__(self, points_or_model: HookPoints | nn.Module) -> None:
+    def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
 
     def finish(self, error: Exception | None) -> None:
-        """Raise if the context failed; an exception in flight may get a note or be replaced."""
+        """Raise if the context failed; an error in flight may get a note or be replaced."""
 
 
 class Opened(ContextDecorator, Generic[Result]):
@@ -80,48 +82,24 @@ class Opened(ContextDecorator, Generic[Result]):
         self._open = [each for each in self._open if each[0] is not session]
 
 
-def checked_patches(
-    points_or_model: HookPoints | nn.Module | None, patches: Patch | Iterable[Patch]
-) -> tuple[Patch, ...]:
-    """Return patches with sites that are bound to the trace, or checked by name, all faults at once.
-
-    Without a model, only the types of the patches are checked.
-    """
-    each = together(patches)
-    if points_or_model is None:
-        return each
-    sites = bound(points_or_model, [patch.site for patch in each])
-    return tuple(
-        patch if site is patch.site else Patch(site, patch.edit, patch.where)
-        for patch, site in zip(each, sites, strict=True)
-    )
-
-
-def together(patches: Patch | Iterable[Patch]) -> tuple[Patch, ...]:
-    """Return one patch or several as a tuple; raise TypeError for anything else."""
+def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
+    """Return patches whose sites are bound to the trace, or checked by name; without a model, only check types."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
             raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
-    return each
+    if points_or_model is None:
+        return each
+    sites = bound(points_or_model, [patch.site for patch in each])
+    pairs = zip(each, sites, strict=True)
+    return tuple(patch if site is patch.site else Patch(site, patch.edit, patch.where) for patch, site in pairs)
 
 
 class Patching(ContextSession):
-    """A session that applies patches, as in `patched`.
-
-    Attributes:
-        patches: The patches, bound to their hook points.
-        firings: One per patch.
-        result: The ledger.
-    """
+    """A session that applies patches; `firings` has one entry per patch, `result` is the ledger."""
 
     def __init__(
-        self,
-        points_or_model: HookPoints | nn.Module,
-        patches: Patch | Iterable[Patch],
-        *,
-        allow_unreached: Iterable[str] = (),
-        check_nan: bool = True,
+        self, points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
     ) -> None:
         super().__init__(points_or_model)
         self.check_nan = check_nan
@@ -141,14 +119,14 @@ class Patching(ContextSession):
             firing.forget()
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """Return the names of the hook points whose patches did not run, among some patches (by number) or all."""
-        numbers = range(len(self.firings)) if among is None else sorted(among)
-        names = dict.fromkeys(self.patches[number].site.name for number in numbers if not self.firings[number].reached)
+        """Return the hook points whose patches did not run, among some patches (by number) or all."""
+        firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
+        names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
 
 
 def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
-    """Return the names in `allow_unreached`; raise ValueError, with the reason `nothing`, if one is not known."""
+    """Return the names in `allow_unreached`; raise ValueError if one is not known."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):
@@ -158,7 +136,7 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError for hook points that were not reached, if any; `{}` in `fault` stands for their names."""
+    """Raise UnreachedError if there are names; they fill the `{}` in `fault`."""
     listed = ", ".join(f"'{name}'" for name in names)
     if listed:
         reasons = f"The model did not reach {listed}, or reached it through forward(), which runs no hooks"
@@ -168,18 +146,18 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call.
 
-    If a distribution raised the cause, an exception in flight, it is chained; any other cause only gets a note.
+    A cause, the exception in flight, is replaced if a distribution raised it; any other gets a note.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     for firing in firings:
         firing.nan = None
-    flags = [flag for _, flag in found]
-    if _is_ours(cause) or any(map(torch._C._functorch.is_functorch_wrapped_tensor, flags)):
+    ours = isinstance(cause, ChanpatchError) and not isinstance(cause, DistributionError)
+    if ours or any(torch._C._functorch.is_functorch_wrapped_tensor(flag) for _, flag in found):
         return  # flags cannot be read inside a transform
-    if not flags or not torch.stack([flag.to(flags[0].device) for flag in flags]).any():
+    if not found or not torch.stack([flag.to(found[0][1].device) for _, flag in found]).any():
         return
     error = nan_error(next(patch for patch, flag in found if flag))
-    if cause is None or _is_refusal(cause):
+    if cause is None or _of_a_distribution(cause):
         raise error from cause
     if hasattr(cause, "add_note"):  # Python 3.11 and later
         cause.add_note(str(error))
@@ -193,32 +171,20 @@ def nan_error(patch: Patch) -> NaNError:
     )
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Return whether a torch distribution raised the error."""
+def _of_a_distribution(error: Exception) -> bool:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    module = frames[-1].f_globals.get("__name__", "") if frames else ""
-    refused = isinstance(error, (ValueError, RuntimeError)) and module.startswith("torch.distributions")
-    return refused or isinstance(error, DistributionError)
-
-
-def _is_ours(error: Exception | None) -> bool:
-    return isinstance(error, ChanpatchError) and not isinstance(error, DistributionError)
+    inside = bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("torch.distributions")
+    return isinstance(error, DistributionError) or (inside and isinstance(error, (ValueError, RuntimeError)))
 
 
 def patched(
-    points_or_model: HookPoints | nn.Module,
-    patches: Patch | Iterable[Patch],
-    *,
-    allow_unreached: Iterable[str] = (),
-    check_nan: bool = True,
+    points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
 ) -> Opened[Ledger]:
-    """Patch the model while the context is open.
-
-    It is also a decorator: `@patched(model, patch)` patches the model in each call of a function.
+    """Patch the model while the context is open; `@patched(model, patch)` patches it in each call of a function.
 
     Args:
-        points_or_model: The model, or its HookPoints, which check every site against the trace.
-        patches: One or more, applied in the order given. Contexts nest, outer patches first.
+        points_or_model: Model, or its HookPoints, which check every site against the trace.
+        patches: One or more patches, in order of application. Contexts nest, outer patches first.
         allow_unreached: Names of hook points whose patches need not run.
         check_nan: Whether to raise if a patch introduces NaN.
 
@@ -226,13 +192,11 @@ def patched(
         The ledger, which counts the firings of each patch.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist; all faults at once.
+        HookPointError, SiteError: If a site does not exist.
         ValueError: If there is no patch at a name in `allow_unreached`.
         UnsupportedModelError: If the model ignores hooks.
-        EditError: In the forward, if the result of an edit does not fit.
-        ConcurrencyError: In the forward, if it runs in another thread.
-        NaNError: At the end of a root call.
-        UnreachedError: At exit, if a patch never ran and no other exception is in flight.
+        EditError, NaNError, ConcurrencyError: In the forward.
+        UnreachedError: At exit, if a patch never ran.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate

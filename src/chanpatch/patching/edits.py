@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
+from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,12 +35,10 @@ class Context:
         call: Index of the module's call within the root call.
     """
 
-    def __init__(
-        self, moment: Moment | Session, site: Site, batch_axis: int | None, shape: Shape, positions: Positions
-    ) -> None:
+    def __init__(self, moment: Moment | Session, site: Site, axis: int | None, shape: Shape, kept: Positions) -> None:
         moment = moment.moment() if isinstance(moment, Session) else moment
         self.inputs, self.call, self.step = moment.inputs, moment.call, moment.step
-        self._rows, self._region = moment.rows, (site, batch_axis, shape, positions)
+        self._rows, self._region = moment.rows, (site, axis, shape, kept)
 
     @property
     def rows(self) -> Tensor:
@@ -70,7 +69,7 @@ class Set:
     value: Tensor | float
 
     def __post_init__(self) -> None:
-        _check(self, "value", self.value, _NUMBER, _TENSOR)
+        _check(self, "value", self.value, Real, Tensor)
 
     def __call__(self, activation: Tensor) -> Tensor:
         if isinstance(self.value, Tensor):
@@ -95,8 +94,8 @@ class Add:
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, "vector", self.vector, _NUMBER, _TENSOR)
-        _check(self, "coefficient", self.coefficient, _NUMBER)
+        _check(self, "vector", self.vector, Real, Tensor)
+        _check(self, "coefficient", self.coefficient, Real)
 
     def __call__(self, activation: Tensor) -> Tensor:
         return _unwrapped(self, lambda region, vector: region + self.coefficient * vector, activation, self.vector)
@@ -117,7 +116,7 @@ class Scale:
     factor: Tensor | float
 
     def __post_init__(self) -> None:
-        _check(self, "factor", self.factor, _NUMBER, _TENSOR)
+        _check(self, "factor", self.factor, Real, Tensor)
 
     def __call__(self, activation: Tensor) -> Tensor:
         return _unwrapped(self, torch.mul, activation, self.factor)
@@ -132,7 +131,7 @@ class Clamp:
         high: Upper bound, or None.
 
     Raises:
-        EditError: If both are None, if `low` is above `high`, or if one of them is not a real number.
+        EditError: If both are None, or if `low` is above `high`.
 
     Example:
         >>> Clamp(low=0.0)(torch.tensor([-1.0, 1.0]))
@@ -145,8 +144,8 @@ class Clamp:
     def __post_init__(self) -> None:
         if self.low is None and self.high is None:
             raise EditError("Clamp needs a lower bound, an upper bound, or both: Clamp(low=0.0).")
-        _check(self, "lower bound", self.low, _NUMBER, _NONE)
-        _check(self, "upper bound", self.high, _NUMBER, _NONE)
+        _check(self, "lower bound", self.low, Real, type(None))
+        _check(self, "upper bound", self.high, Real, type(None))
         if self.low is not None and self.high is not None and self.low > self.high:
             raise EditError(f"Clamp(low={self.low}, high={self.high}): the lower bound is above the upper one.")
 
@@ -159,12 +158,11 @@ class Project:
     """Removes the component along a direction (directional ablation).
 
     Args:
-        direction: Tensor. The component is taken over its axes longer than 1 and removed at every position of the
-            others: `direction.view(1, -1, 1, 1)` is a direction in channel space. A direction of one element removes
-            everything. A batch axis longer than 1 mixes all inputs, which is usually not intended.
+        direction: Tensor. Its axes longer than 1 span the space of the component, which is removed at every position
+            of the others: `direction.view(1, -1, 1, 1)` is a direction in channel space.
 
     Raises:
-        EditError: If the direction is not a tensor, or is zero.
+        EditError: If the direction is zero.
 
     Example:
         >>> Project(torch.tensor([[1.0, 0.0]]))(torch.tensor([[3.0, 4.0]]))
@@ -177,7 +175,7 @@ class Project:
     direction: Tensor
 
     def __post_init__(self) -> None:
-        _check(self, "direction", self.direction, _TENSOR)
+        _check(self, "direction", self.direction, Tensor)
         if not (self.direction.is_meta or inside_vmap(self.direction) or self.direction.any()):
             raise EditError("Project: the direction is zero everywhere, which is no direction.")
 
@@ -201,7 +199,7 @@ class Resample:
         batch_axis: Number of the batch axis.
 
     Raises:
-        EditError: If the reference is not a tensor with a row on that axis, or the seed is not a whole number.
+        EditError: If the reference has no rows.
     """
 
     reference: Tensor
@@ -209,8 +207,8 @@ class Resample:
     batch_axis: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, "reference", self.reference, _TENSOR)
-        _check(self, "seed", self.seed, _WHOLE)
+        _check(self, "reference", self.reference, Tensor)
+        _check(self, "seed", self.seed, Integral)
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
             raise EditError(f"Resample: the reference has shape {shape}, and so no rows on axis {self.batch_axis}.")
@@ -220,28 +218,30 @@ class Resample:
         return self.reference.index_select(self.batch_axis, donors.to(self.reference.device))
 
 
-def _check(edit: object, name: str, operand: object, *kinds: str) -> None:
+_EXPECTED = {Real: "a real number (int or float)", Integral: "a whole number", Tensor: "a tensor", type(None): "None"}
+
+
+def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
     """Raise if an operand is of none of these kinds."""
-    if not any(isinstance(operand, _KINDS[kind]) for kind in kinds):
+    if not isinstance(operand, kinds) or isinstance(operand, Fraction):  # torch does not take fractions
         short = isinstance(operand, (str, complex, int, float))
         shown = repr(operand) if short else f"of type {type(operand).__name__}"
-        raise EditError(f"{type(edit).__name__}: the {name} is {shown}; it takes {' or '.join(kinds)}.")
+        expected = " or ".join(_EXPECTED[kind] for kind in kinds)
+        raise EditError(f"{type(edit).__name__}: the {name} is {shown}; it takes {expected}.")
 
 
-def _unwrapped(
-    edit: object, arithmetic: Callable[[Tensor, Any], Tensor], activation: Tensor, operand: Tensor | float
-) -> Tensor:
+def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: Tensor, operand: Any) -> Tensor:
     """Return the result of arithmetic; raise if an integer result wrapped around."""
-    result = arithmetic(activation, operand)
+    result = arithmetic(region, operand)
     if not (result.is_floating_point() or result.is_complex() or result.dtype == torch.bool):
-        exact = arithmetic(activation.float(), operand.float() if isinstance(operand, Tensor) else operand)
-        if ((exact - result).abs() > torch.iinfo(result.dtype).max / 2).any():  # wrapping moves it by twice the range
+        exact = arithmetic(region.float(), operand.float() if isinstance(operand, Tensor) else operand)
+        if ((exact - result).abs() > torch.iinfo(result.dtype).max / 2).any():
             raise EditError(f"{type(edit).__name__}: the result does not fit {result.dtype}.")
     return result
 
 
 def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
-    """Return the position of the donor of each row, given the numbers of the rows and a module's call index."""
+    """Return each row's donor, by position among `count`."""
     numbers = rows.cpu().numpy().astype(np.uint64)
     draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]
@@ -249,7 +249,7 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
-    """Return the lengths of a traced site's region; None for the batch."""
+    """Return the lengths of a traced region; None for the batch."""
     chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
     return [
         None if number == point.batch_axis else chosen.get(axis, point.length(axis))
@@ -257,13 +257,6 @@ def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
     ]
 
 
-_NUMBER, _WHOLE, _TENSOR, _NONE = "a real number (int or float)", "a whole number", "a tensor", "None"
-_KINDS: dict[str, Any] = {
-    _NUMBER: (int, float, np.integer, np.floating),
-    _WHOLE: Integral,
-    _TENSOR: Tensor,
-    _NONE: type(None),
-}
 _VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Clamp: "limits", Project: "projects", Resample: "draws"}
 
 
@@ -281,11 +274,10 @@ def check_operands(
         number = axes.index("batch") if "batch" in axes else edit.batch_axis
         if number != edit.batch_axis:
             raise EditError(
-                f"{subject} has batch_axis={edit.batch_axis}, but the batch is axis {number} of "
-                f"({', '.join(axes)}). Resample(reference, seed, batch_axis={number}) draws rows."
+                f"{subject} has batch_axis={edit.batch_axis}, but the batch is axis {number} of ({', '.join(axes)}). "
+                f"Resample(reference, seed, batch_axis={number}) draws rows."
             )
-        # The reference may have any number of rows.
-        lengths = [None if number == edit.batch_axis else length for number, length in enumerate(lengths)]
+        lengths = [*lengths[:number], None, *lengths[number + 1 :]]  # any number of rows
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}  # type: ignore[arg-type]
     if isinstance(edit, Add) and not isinstance(edit.vector, Tensor):
         operands["vector times its coefficient"] = edit.coefficient * edit.vector
@@ -306,16 +298,14 @@ def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
     inexact = dtype.is_floating_point or dtype.is_complex
     limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
     low, high = (0, 1) if dtype == torch.bool else (limits.min, limits.max)
-    finite = -math.inf < number < math.inf
-    if not (low <= number <= high and (inexact or number == int(number))) and (finite or not inexact):
-        kind = "number" if inexact else "whole number"
-        raise EditError(
-            f"{subject} is {number}, which the region, {dtype}, cannot hold. Give a {kind} from {low} to {high}."
-        )
+    inside = low <= number <= high and (inexact or number == int(number))
+    if not inside and (not inexact or -math.inf < number < math.inf):
+        expected = f"a {'' if inexact else 'whole '}number from {low} to {high}"
+        raise EditError(f"{subject} is {number}, which the region, {dtype}, cannot hold. Give {expected}.")
 
 
 def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:
-    """Raise if a `where` is not a bool tensor, or does not fit a region of these lengths, if they are known."""
+    """Raise if a `where` is not a bool tensor, or does not fit the region."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
@@ -327,22 +317,19 @@ def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | N
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
     """Return whether a tensor has these lengths, None for any; with `or_one`, each may also be 1."""
-    return operand.dim() == len(lengths) and all(
-        expected in (None, length) or (or_one and length == 1)
-        for length, expected in zip(operand.shape, lengths, strict=True)
-    )
+    pairs = zip(operand.shape, lengths, strict=False)
+    return operand.dim() == len(lengths) and all(want in (None, n) or (or_one and n == 1) for n, want in pairs)
 
 
 def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
     """Raise unless the operand has one length per axis of the region, each equal or 1."""
     if fits(operand, lengths, or_one=True):
         return
-    advice = ""
     rows = axes.index("batch") if "batch" in axes else 0
-    others = [number for number in range(len(axes)) if number != rows]
     # A vector as long as the batch is probably a mask of rows, but not an operand per row.
-    tried = [rows, *others] if noun == "mask" else others
+    tried = [*[rows] * (noun == "mask"), *(number for number in range(len(axes)) if number != rows)]
     number = next((number for number in tried if lengths[number] == operand.numel()), None)
+    advice = ""
     if operand.dim() == 1 and number is not None:
         view = ", ".join(str(len(operand)) if axis == number else "1" for axis in range(len(axes)))
         advice = f": {noun}.view({view}) {verb} along {axes[number]}"
@@ -354,5 +341,4 @@ def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: S
 
 def shown_axes(axes: Axes, lengths: Sequence[int | None]) -> str:
     """Return axis names and lengths for a message."""
-    shown = ("any" if length is None else str(length) for length in lengths)
-    return f"({', '.join(axes)}) = ({', '.join(shown)})"
+    return f"({', '.join(axes)}) = ({', '.join('any' if length is None else str(length) for length in lengths)})"

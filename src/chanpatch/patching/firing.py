@@ -66,8 +66,8 @@ class Located:
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
         axes = tuple(name or f"axis{number}" for number, name in enumerate(names))
-        lacks = any(axis not in axes for axis, _ in self.site.indices)
-        lacks |= self.wants_names and (None in names or "batch" not in names)
+        lacks = self.wants_names and (None in names or "batch" not in names)
+        lacks |= any(axis not in axes for axis, _ in self.site.indices)
         readable = not torch._C._functorch.is_functorch_wrapped_tensor(leaf)
         if lacks and readable and isinstance(moment, Session) and (call := moment.root_call) is not None:
             known = names_by_trace(moment.root, call.method, call.args, call.kwargs).get(point.name)
@@ -143,7 +143,7 @@ class Firing(Located):
     def _look_for_nan(self, before: Tensor, after: Tensor) -> None:
         if not (after.is_floating_point() or after.is_complex()) or after.layout != torch.strided:
             return
-        # Reading a number from another device would wait for it, so only a CPU looks first.
+        # Only a CPU looks first, because reading from another device waits for it.
         if inside_vmap(after) or not after.is_cpu or after.isnan().any():
             found = (after.isnan() & ~before.isnan()).any()
             self.nan = found if self.nan is None else self.nan | found
@@ -188,30 +188,28 @@ class Firing(Located):
                 f"{self.patch!r} returned {type(new).__name__}. An edit returns a tensor: the new activation, "
                 "or the one it got to change nothing."
             )
-        if (new.shape, new.dtype, new.device) == self._kind:
-            return
-        what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
-        got, expected = getattr(new, what), getattr(region, what)
-        if what == "shape":
-            got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
-        raise EditError(f"{self.patch!r} returned {what} {got}, but the region has {what} {expected}.")
+        if (new.shape, new.dtype, new.device) != self._kind:
+            what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
+            got, expected = getattr(new, what), getattr(region, what)
+            if what == "shape":
+                got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
+            raise EditError(f"{self.patch!r} returned {what} {got}, but the region has {what} {expected}.")
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
     """Return the number of rows (None without a batch axis) and of elements in the region, or in the mask."""
     rows: Any = None if batch_axis is None else region[batch_axis]
-    elements: Any = region.numel()
     if mask is None:
-        return rows, elements
+        return rows, region.numel()
     if batch_axis is not None:
         others = [axis for axis in range(mask.dim()) if axis != batch_axis]
         chosen = mask.any(dim=others) if others else mask
         rows = chosen.sum() * (rows if mask.shape[batch_axis] == 1 else 1)
-    return rows, mask.sum() * (elements // max(mask.numel(), 1))
+    return rows, mask.sum() * (region.numel() // max(mask.numel(), 1))
 
 
 class Ledger(Records):
-    """Counts of the firings of each patch, and of the rows and elements that it wrote, by method."""
+    """Firings, rows and elements written, by patch and method."""
 
     _most = None
 

@@ -28,16 +28,15 @@ class Patch:
 
     Args:
         site: The site.
-        edit: A callable `activation -> activation`. It gets the region and returns a new tensor of the same shape,
-            dtype and device. If it has a keyword-only parameter `context`, it gets a `chanpatch.patching.Context` too.
-        where: Elements of the region to replace: a bool tensor with one length per axis of the region, each equal or 1,
-            or a function of the context that returns one; None for all.
+        edit: Callable that gets the region and returns a new tensor of the same shape, dtype and device. It may take a
+            `chanpatch.patching.Context` in a keyword-only parameter `context`.
+        where: Elements to replace: a bool tensor with one length per axis of the region, each equal or 1, or a function
+            of the context that returns one; None for all.
 
     Raises:
         TypeError: If `site` is not a Site.
-        EditError: If the edit cannot be called, `where` is neither a bool tensor nor a function, or an operand of the
-            edit does not fit a traced site.
-        UnsupportedModelError: If the site is inside a distribution, and so can only be recorded.
+        EditError: If the edit cannot be called, or an operand or `where` does not fit.
+        UnsupportedModelError: If the site is inside a distribution, which can only be recorded.
     """
 
     site: Site
@@ -65,7 +64,7 @@ class Patch:
 
     @property
     def runs_only_ours(self) -> bool:
-        """Whether it runs no code of the user, and so has no side effects."""
+        """Whether it runs only code of chanpatch."""
         return type(self.edit).__module__ == Set.__module__ and not callable(self.where)
 
     def __repr__(self) -> str:

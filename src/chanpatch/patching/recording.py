@@ -37,17 +37,17 @@ def recording(
 ) -> Opened[ActivationCache]:
     """Record sites while the context is open; forwards are joined along the batch.
 
-    It is also a decorator: then each call of the function records into its own cache.
+    As a decorator, it records each call of the function into a cache of its own.
 
     Args:
-        points_or_model: The model, or its HookPoints, which check every site against the trace.
+        points_or_model: Model, or its HookPoints, which check every site against the trace.
         sites: Names, sites or hook points; HookPoints for all of theirs. With HookPoints also patterns, as in
             `HookPoints.select`: `"h.*"`.
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes but batch, channel and feature, or an einops
-            pair `("b c h w -> b c", "sum")`. Reduced inside the hook: only the result is kept.
-        before: Whether to record the activation before the patches instead of after them.
-        detach: Whether to cut the record from the graph. If False, the rest of the forward is computed from the record,
-            so `torch.autograd.grad(output, cache[site])` is the gradient at the site; a reduced record is a branch.
+            pair `("b c h w -> b c", "sum")`. Only the result is kept.
+        before: Whether to record activations before the patches.
+        detach: Whether to cut records from the graph. If False, `torch.autograd.grad(output, cache[site])` is the
+            gradient at the site, because the forward continues from the record; a reduced record is a branch.
         device: Device of the records; None leaves each on its own.
         allow_unreached: Names of hook points that need not run.
 
@@ -55,10 +55,10 @@ def recording(
         The cache, which fills as the model runs.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist or cannot be reduced in this way, or if there are no sites.
+        HookPointError, SiteError: If there are no sites, or one does not exist or cannot be reduced.
         ValueError: If a name in `allow_unreached` is not recorded.
         UnsupportedModelError: If the model ignores hooks.
-        UnreachedError: At exit, if a site was never reached and no other exception is in flight.
+        UnreachedError: At exit, if a site was never reached.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -69,11 +69,8 @@ def recording(
     """
     chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # an iterator has one pass only
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
-    return Opened(
-        lambda: Recorder(
-            points_or_model, chosen, reduce, before=before, detach=detach, device=device, allow_unreached=allowed
-        )
-    )
+    options: dict[str, Any] = {"before": before, "detach": detach, "device": device, "allow_unreached": allowed}
+    return Opened(lambda: Recorder(points_or_model, chosen, reduce, **options))
 
 
 def run_with_cache(  # noqa: D417
@@ -89,12 +86,11 @@ def run_with_cache(  # noqa: D417
     """Run the model once and return its output and the recorded sites.
 
     Args:
-        points_or_model: The model, or its HookPoints, whose method is run.
+        points_or_model: Model, or its HookPoints, whose method is run.
         inputs: Inputs of the model.
         sites, reduce, device, detach: As in recording.
-        stop: Whether to return the cache alone and end the forward once every site is recorded. A forward without a
-            trace runs on if a site names no call (`relu`, not `relu#0`), because a second call of the module is an
-            error. So does one that replaces its own parameters for a while, because it has to restore them.
+        stop: Whether to return the cache alone and end the forward once every site is recorded. The forward runs on if
+            it replaces its own parameters for a while, or has no trace and a site names no call (`relu`, not `relu#0`).
         keywords: Keyword inputs of the model.
 
     Returns:
@@ -115,7 +111,7 @@ def run_with_cache(  # noqa: D417
 
 
 class Recorder(ContextSession):
-    """A session that records sites, as `recording` and `run_with_cache` do; `double` reduces in double precision."""
+    """A session that records sites; `double` reduces in double precision."""
 
     def __init__(
         self,
@@ -141,11 +137,10 @@ class Recorder(ContextSession):
             point = resolve(self.modules, site)
             # Without a trace, the rest of the forward may call the module again, which is an error.
             self.stops &= isinstance(point, HookPoint) or point.call is not None
-            record = _Record(self, site, point, self.modules.get(point.module))
-            self.listen(point, "before" if before else "after", record)
+            self.listen(point, "before" if before else "after", _Record(self, site, point))
 
     def run_once(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-        """Run the model and return its output, or None if it was ended early; raise if a site was never reached."""
+        """Run the model and return its output, or None if it ended early."""
         output, gradients = None, torch.is_grad_enabled()
         with self.attached():
             try:
@@ -163,7 +158,7 @@ class Recorder(ContextSession):
         self.missing = set(self._sites)
 
     def finish(self, error: Exception | None) -> None:
-        """Raise if a site was never reached, but mask no exception in flight."""
+        """Raise if a site was never reached."""
         missing = [site.name for site in self._sites if site not in self.result and site.name not in self._allowed]
         if error is None:
             check_reached("Nothing was recorded at {}", dict.fromkeys(missing))
@@ -172,13 +167,12 @@ class Recorder(ContextSession):
 class _Record(Located):
     """The listener that records one site."""
 
-    def __init__(self, recorder: Recorder, site: Site, point: Place, module: nn.Module | None) -> None:
-        super().__init__(site, point, module)
+    def __init__(self, recorder: Recorder, site: Site, point: Place) -> None:
+        super().__init__(site, point, recorder.modules.get(point.module))
         self._recorder = recorder
         self.wants_names = isinstance(recorder.reduce, str)
         if isinstance(point, HookPoint) and recorder.reduce is not None:  # check that the reduction applies
-            lengths = [1 if length is None else length for length in region_lengths(site, point)]
-            region = torch.empty(lengths, dtype=point.dtype, device="meta")
+            region = torch.empty([n or 1 for n in region_lengths(site, point)], dtype=point.dtype, device="meta")
             reduced(region, site, point.axes, recorder.reduce, double=recorder.double)
 
     def __call__(self, leaf: Tensor, session: Session) -> Tensor:
@@ -195,9 +189,8 @@ class _Record(Located):
         if not recorder.keeps_graph:
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce, double=recorder.double)
-        in_forward = value is region and recorder.keeps_graph  # the rest of the forward is computed from the record
+        in_forward = value is region and recorder.keeps_graph  # the forward continues from the record, a graph node
         copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())  # index lists copy
-        # In the forward, too, the record is a clone: a node of its own in the graph, safe from writes in place.
         if in_forward or (not copied and (value is region or value._is_view())):
             value = value.clone()
         if recorder.device is not None:
@@ -233,8 +226,7 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
         raise SiteError(
             f"reduce={reduce!r}: it is 'sum', 'mean', 'max', 'norm' or an einops pair ('b c h w -> b c', 'sum')."
         )
-    unnamed = [axis for axis in axes if re.fullmatch(r"axis\d+", axis)]
-    if unnamed:
+    if any(re.fullmatch(r"axis\d+", axis) for axis in axes):
         raise SiteError(
             f"reduce={reduce!r} at {site!r} keeps batch, channel and feature, but the axes ({', '.join(axes)}) have no "
             f"such names. Name them, hook_points(..., axes={{'{site.name}': (...)}}), or give an einops pair."
@@ -249,7 +241,7 @@ def _expanded(side: str, rest: int) -> list[str]:
 
 
 def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, double: bool = False) -> Tensor:
-    """Return a reduced region, also on the meta device; raise SiteError if the reduction does not apply to it."""
+    """Return a reduced region; raise SiteError if the reduction does not apply to it."""
     if double:
         if region.is_complex():
             raise SiteError(
@@ -259,8 +251,7 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, do
         region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # Apple GPUs lack doubles
     kept = reduced_axes(site, axes, reduce)
     if reduce is None or kept == axes:
-        # Without an axis to reduce, a number is its own sum, mean and maximum, but not its own norm.
-        return region.abs() if reduce == "norm" else region
+        return region.abs() if reduce == "norm" else region  # a number is its own sum, mean and maximum
     if region.dtype in (torch.float16, torch.bfloat16):
         region = region.float()  # a sum soon overflows half precision
     try:

@@ -23,11 +23,8 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
         site, where: As in Patch.
 
     Example:
-        >>> from chanpatch import patched
-        >>> model = torch.nn.Linear(2, 3)
-        >>> with patched(model, zero_ablate(Site(".out", feature=1))):
-        ...     model(torch.ones(4, 2))[:, 1].tolist()
-        [0.0, 0.0, 0.0, 0.0]
+        >>> zero_ablate(Site("fc", feature=1)).edit
+        Set(value=0.0)
     """
     return Patch(site, Set(0.0), where)
 
@@ -35,17 +32,16 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
 def mean_ablate(
     site: Site, reference: Source, *, over: str | Sequence[str] = ("batch",), where: Mask | None = None
 ) -> Patch:
-    """Return a patch that sets the region of a traced site, from `HookPoints.site`, to its mean over a reference set.
+    """Return a patch that sets the region to its mean over a reference set; the site comes from `HookPoints.site`.
 
     Args:
         site, where: As in Patch.
-        reference: Activations over the reference set, in any number: an ActivationCache, or a tensor with the axes of
-            the region or of its whole hook point.
+        reference: ActivationCache, or tensor with the axes of the region or of its hook point; any number of rows.
         over: Axis or axes to average over.
 
     Raises:
         SiteError: If the site has no such axis, or `over` is empty.
-        EditError: If the reference does not have the region's axes, or no mean.
+        EditError: If the reference does not have the region's axes, or is not of floats.
 
     Example:
         >>> from chanpatch import hook_points
@@ -54,8 +50,7 @@ def mean_ablate(
         tensor([[2.]])
 
     References:
-        Wang et al. 2023, "Interpretability in the wild: a circuit for indirect object identification in GPT-2 small",
-        section 2.1.
+        Wang et al. 2023, "Interpretability in the wild", section 2.1.
     """
     region = _region(site, reference)
     if site.point is None:
@@ -66,8 +61,7 @@ def mean_ablate(
     over = (over,) if isinstance(over, str) else tuple(over)
     if not over:
         raise SiteError(f"mean_ablate at {site!r} over no axis. Name one or more of ({', '.join(axes)}): over='batch'.")
-    unknown = [axis for axis in over if axis not in axes]
-    if unknown:
+    if unknown := [axis for axis in over if axis not in axes]:
         raise SiteError(f"mean_ablate over {unknown} at {site!r}: its axes are ({', '.join(axes)}).")
     if not region.is_floating_point():
         raise EditError(f"mean_ablate at {site!r}: the reference is {region.dtype}, which has no mean.")
@@ -75,7 +69,7 @@ def mean_ablate(
 
 
 def resample_ablate(site: Site, reference: Source, *, seed: int = 0, where: Mask | None = None) -> Patch:
-    """Return a patch that replaces each row of a traced site by a random row of a reference set; see Resample.
+    """Return a patch that replaces each row by a random row of a reference set, as Resample does.
 
     Args:
         site, where: As in Patch.
@@ -89,11 +83,11 @@ def resample_ablate(site: Site, reference: Source, *, seed: int = 0, where: Mask
     Example:
         >>> from chanpatch import hook_points
         >>> points = hook_points(torch.nn.Linear(2, 3), torch.ones(4, 2))
-        >>> resample_ablate(points.site(".out", feature=1), torch.tensor([[1.0], [3.0]]), seed=0)
+        >>> resample_ablate(points.site(".out", feature=1), torch.tensor([[1.0], [3.0]]))
         Patch(Site('.out', feature=1), Resample)
 
     References:
-        Chan et al. 2022, "Causal scrubbing: a method for rigorously testing interpretability hypotheses", section 2.
+        Chan et al. 2022, "Causal scrubbing", section 2.
     """
     region = _region(site, reference)
     if site.point is None or site.point.batch_axis is None:
@@ -106,14 +100,11 @@ def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -
 
     Args:
         site, where: As in Patch.
-        source: The activation: an ActivationCache, a tensor with the axes of the region or of its whole hook point, or
-            a number. Its batch is as long as that of the patched run, or 1.
+        source: ActivationCache, tensor with the axes of the region or of its hook point, or number. Its batch is as
+            long as in the patched run, or 1.
 
     Example:
-        >>> from chanpatch import patched
-        >>> model = torch.nn.Linear(2, 3)
-        >>> with patched(model, patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]]))):
-        ...     model(torch.ones(1, 2))
+        >>> patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]])).edit.value
         tensor([[1., 2., 3.]])
 
     References:
@@ -131,11 +122,8 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
         coefficient: Factor of the vector.
 
     Example:
-        >>> from chanpatch import patched
-        >>> model = torch.nn.Linear(2, 3, bias=False)
-        >>> with patched(model, steer(Site(".out"), torch.tensor([[1.0, 0.0, 0.0]]), coefficient=-2.0)):
-        ...     model(torch.zeros(1, 2)).detach()
-        tensor([[-2.,  0.,  0.]])
+        >>> steer(Site(".out"), torch.tensor([[1.0, 0.0]]), coefficient=-2.0).edit(torch.zeros(1, 2))
+        tensor([[-2.,  0.]])
 
     References:
         Turner et al. 2023, "Steering language models with activation engineering", section 3.
@@ -144,11 +132,10 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
 
 
 def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
-    """Return a patch that applies your own function; the same as `Patch(site, function, where)`.
+    """Return a patch that applies your own function.
 
     Args:
-        site, where: As in Patch.
-        function: The edit, as in Patch.
+        site, function, where: As `site`, `edit` and `where` in Patch.
 
     Example:
         >>> halve = edit(Site("fc", feature=3), lambda activation: activation / 2)
@@ -158,28 +145,26 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
 
 def _region(site: Site, source: Any) -> Any:
     """Return the region's activation from a tensor or a cache, of the site or of its whole hook point."""
-    point = site.point
+    point, whole = site.point, Site(site.name)
     if isinstance(source, torch.Tensor):
-        whole = point is not None and fits(source, [point.length(axis) for axis in point.axes])
-        if point is None or not whole or fits(source, region_lengths(site, point), or_one=True):
+        covers = point is not None and fits(source, [point.length(axis) for axis in point.axes])
+        if point is None or not covers or fits(source, region_lengths(site, point), or_one=True):
             return source
-        activation = source
-    elif not isinstance(source, Mapping):
+        return read(source, site.positions(point.axes, source.shape))
+    if not isinstance(source, Mapping):
         raise EditError(
             f"The activation for {site!r} is a {type(source).__name__}; it is a tensor with the region's axes, or an "
             "ActivationCache."
         )
-    elif site in source:
+    if site in source:
         return source[site]
-    elif point is None or Site(site.name) not in source:
+    if point is None or whole not in source:
         raise EditError(
             f"The cache holds neither {site!r} nor its whole hook point. It holds {', '.join(map(repr, source))}."
         )
-    else:
-        activation = source[Site(site.name)]
-        if activation.dim() != len(point.axes):
-            raise EditError(
-                f"The cache holds {Site(site.name)!r} with shape {tuple(activation.shape)}, of which {site!r} cannot "
-                f"be taken: that has axes ({', '.join(point.axes)}). Record without reduce."
-            )
-    return read(activation, site.positions(point.axes, activation.shape))
+    if source[whole].dim() != len(point.axes):
+        raise EditError(
+            f"The cache holds {whole!r} with shape {tuple(source[whole].shape)}, of which {site!r} cannot be taken: "
+            f"that has axes ({', '.join(point.axes)}). Record without reduce."
+        )
+    return read(source[whole], site.positions(point.axes, source[whole].shape))
