@@ -64,8 +64,10 @@ def main() -> int:
     failed = pytest.main([*options, *files], plugins=[counts])
     print(counts.table())
     if write and not failed:
-        text = re.sub(r"(?<=<!-- counts -->\n)[\s\S]*?(?=\n<!-- end -->)", lambda _: counts.table(), PAGE.read_text())
-        PAGE.write_text(text)
+        written = re.sub(
+            r"(?<=<!-- counts -->\n)[\s\S]*?(?=<!-- end -->)", lambda _: f"{counts.table()}\n", PAGE.read_text()
+        )
+        PAGE.write_text(written)
     return int(failed)
 
 
