@@ -21,6 +21,19 @@ def test_show_prints_what_a_file_holds(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == f"{contents(file)}\n"
 
 
+@pytest.mark.parametrize("has_checksum", [True, False])
+def test_show_says_whether_a_file_has_a_checksum(
+    has_checksum: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(__file__).parent / "saving" / "format_1.safetensors"
+    if has_checksum:
+        file = tmp_path / "patches.safetensors"
+        save(file, zero_ablate(Site("relu1")))
+    main(["show", str(file)])
+    said = "Checksum: " if has_checksum else "No checksum: format 1 has none, so a damaged number would load."
+    assert f"\n{said}" in capsys.readouterr().out
+
+
 def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -161,8 +161,13 @@ def replaced(file: Path) -> Iterator[Path]:
     """Yields a path to write to; what is there when the block ends without an error becomes `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.stem}.partial{file.suffix}")  # the suffix stays: savefig and savez go by it
-    yield partial
-    os.replace(partial, file)
+    partial.unlink(missing_ok=True)  # left by a run that was killed, or a link
+    try:
+        partial.open("x").close()
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -220,13 +220,6 @@ def test_a_damaged_file_is_refused_or_loads_and_runs_no_code_in_bounded_memory(
     record_property("damaged files", count)
 
 
-# These two fail until files hold a checksum of operands and metadata: without one, a flipped bit of a tensor or an
-# edited number loads as another intervention. `make test` says XPASS once `save` writes the checksum: then remove the
-# mark.
-NO_CHECKSUM = pytest.mark.xfail(reason="files hold no checksum yet", raises=AssertionError, strict=True)
-
-
-@NO_CHECKSUM
 @pytest.mark.parametrize("count", [MUTATIONS, pytest.param(SLOW_MUTATIONS, marks=pytest.mark.slow)])
 def test_no_damaged_file_loads_as_another_intervention(count: int, folder: Path) -> None:
     found = outcomes(folder, count)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
 import pickle
 import re
 import struct
+import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +62,17 @@ def traced(model: Model, rows: int = 4) -> tuple[HookPoints, tuple[Any, ...]]:
 
 
 def written(file: Path, metadata: Any, tensors: dict[str, Tensor] | None = None) -> Path:
-    """Write a file by hand."""
+    """Write a file by hand, with a checksum if its format has one."""
+    if isinstance(metadata, dict) and metadata["format"] == 2 and "sha256" not in metadata:
+        metadata = metadata | {"sha256": checksum(metadata, tensors or {})}
     save_file(tensors or {}, file, {"chanpatch": metadata if isinstance(metadata, str) else json.dumps(metadata)})
     return file
+
+
+def checksum(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return the checksum of a file, as it is written by hand."""
+    of_tensors = digest(*((f'["{name}"]', tensor) for name, tensor in tensors.items()))
+    return hashlib.sha256(f"{json.dumps(metadata)}\n{of_tensors}".encode()).hexdigest()
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -281,7 +295,9 @@ def test_the_file_is_plain_safetensors_with_json(file: Path) -> None:
     with safe_open(file, framework="pt") as archive:
         assert torch.equal(archive.get_tensor("0"), vector[:, :, :2]) and torch.equal(archive.get_tensor("1"), mask)
         assert sorted(archive.keys()) == ["0", "1"]
-        assert json.loads(archive.metadata()["chanpatch"]) == {
+        metadata = json.loads(archive.metadata()["chanpatch"])
+        assert metadata.pop("sha256") == checksum(metadata, {"0": vector[:, :, :2], "1": mask})
+        assert metadata == {
             "format": 2,
             "chanpatch": VERSION,
             "patches": [
@@ -421,18 +437,114 @@ def test_a_disk_that_is_full_leaves_the_older_file_and_nothing_else(
     save(file, zero_ablate(Site("fc")))
     before = file.read_bytes()
 
-    def half(path: Path, content: bytes) -> int:
-        with path.open("wb") as stream:
-            stream.write(content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
+    class FullDisk(io.FileIO):
+        def write(self, content: Any) -> int:
+            super().write(content[: len(content) // 2])
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(Path, "open", lambda path, mode="r", _open=Path.open, **more: (
+        FullDisk(path, "x") if mode == "xb" else _open(path, mode, **more)
+    ))  # fmt: skip
     with pytest.raises(OSError, match="No space left"):
         save(file, steer(Site("fc"), torch.ones(1, 4)))
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
 
+@pytest.mark.parametrize("name", ["0" * 16, str(os.getpid())])
+def test_a_link_that_somebody_planted_is_not_written_through(
+    name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
+    tmp_path.joinpath(f".{file.name}.{name}.partial").symlink_to(victim)
+    with suppress(FileExistsError):
+        save(file, zero_ablate(Site("fc")))
+    assert victim.read_text() == "precious" and not file.is_symlink()
+
+
+def test_threads_that_save_to_one_file_leave_one_whole_file(file: Path) -> None:
+    def repeatedly(number: int) -> None:
+        for _ in range(20):
+            save(file, steer(Site("fc"), torch.full((1, 1000), float(number))))
+
+    with ThreadPoolExecutor(8) as threads:
+        [*threads.map(repeatedly, range(8))]
+    assert load(file)[0].edit.vector.unique().numel() == 1 and [*file.parent.iterdir()] == [file]
+
+
+KILLED_BEFORE_IT_ENDS = """
+import os, signal, sys
+from chanpatch import Site, save, zero_ablate
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+save(sys.argv[1], zero_ablate(Site("fc")))
+"""
+
+
+def test_what_a_killed_process_left_is_swept_by_a_save_a_minute_later(file: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED_BEFORE_IT_ENDS, str(file)], check=False)
+    (left,) = file.parent.iterdir()
+    of_another = file.parent / left.name.replace(file.name, f"{file.name}.2")
+    of_another.touch()
+    save(file, zero_ablate(Site("fc")))
+    assert left.exists()  # it might be of a process that is still writing
+    for each in (left, of_another):
+        os.utime(each, (time.time() - 61,) * 2)
+    save(file, zero_ablate(Site("fc")))
+    assert {*file.parent.iterdir()} == {file, of_another}
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file(file: Path) -> None:
+    save(file, zero_ablate(Site("fc")))
+    other = file.with_name("other")
+    other.touch()
+    assert file.stat().st_mode == other.stat().st_mode
+
+
 # Files that are not what they should be
+
+
+@pytest.mark.parametrize("other", [zero_ablate(Site("fc")), [], None], ids=lambda each: type(each).__name__)
+def test_a_path_that_is_something_else_is_one_error(other: Any) -> None:
+    for call in (lambda: save(other, "x.safetensors"), lambda: load(other), lambda: contents(other)):  # type: ignore[arg-type]
+        assert refused(TypeError, call) == (
+            "The path of a file comes first, as in save(file, patches) or load(file, points), not "
+            f"{type(other).__name__}."
+        )
+
+
+def test_swapped_arguments_of_load_and_verify_are_one_error() -> None:
+    points: Any = traced(build("plain_cnn"))[0]
+    for call in (lambda: load(points, "x"), lambda: verify(points, "x", torch.zeros(1))):  # type: ignore[arg-type]
+        assert refused(TypeError, call) == "Expected HookPoints or a torch.nn.Module, not str."
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_a_folder_a_pipe_and_a_device_are_refused_at_once(kind: str, file: Path) -> None:
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file = Path("/dev/zero")
+    for call in (load, contents, lambda file: save(file, zero_ablate(Site("fc")))):
+        assert refused(InterventionError, lambda call=call: call(file)) == (  # type: ignore[misc]
+            f"'{file}' is a folder, a pipe or a device. Give the path of a regular file."
+        )
+
+
+@pytest.mark.slow
+def test_a_site_of_a_million_indices_loads_within_a_few_seconds(file: Path) -> None:
+    points = hook_points(nn.ReLU(), torch.zeros(1, 2_000_000))
+    indices = range(0, 2_000_000, 2)
+    save(file, [zero_ablate(Site(".out", axis1=indices))])
+    began = time.process_time()
+    (patch,) = load(file, points)
+    repr(contents(file))
+    with pytest.raises(InterventionError, match="does not fit this model"):
+        load(file, hook_points(nn.ReLU(), torch.zeros(1, 2)))
+    assert time.process_time() - began < 6
+    assert patch.site.indices == (("axis1", tuple(indices)),)
 
 
 class Exploit:
@@ -490,11 +602,19 @@ def test_a_file_that_is_not_there_is_pythons_own_error(file: Path) -> None:
     assert refused(FileNotFoundError, lambda: load(file)) == f"[Errno 2] No such file or directory: '{file}'"
 
 
+DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy it again, or save the patches again."
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
         record() | {"format": 3},
-        f"has format 3, but chanpatch {VERSION} reads up to 2. Install a later chanpatch.",
+        f"has format 3, but chanpatch {VERSION} reads formats 1 and 2. A later chanpatch may read it.",
     ),
+    "a format that is true": (
+        record() | {"format": True},
+        f"has format True, but chanpatch {VERSION} reads formats 1 and 2. A later chanpatch may read it.",
+    ),
+    "no checksum": (record() | {"sha256": None}, DAMAGED),
+    "another checksum": (record() | {"sha256": "0" * 64}, DAMAGED),
+    "a format before checksums, with one": (record() | {"format": 1, "sha256": "0" * 64}, DAMAGED),
     "a name of another function": (
         record(edit="os.system", operands={"command": "mkdir ran"}),
         "has the edit 'os.system', but this chanpatch knows Set, Add, Scale, Clamp, Project, Resample.",
@@ -506,7 +626,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     "json of another kind": ([1], "is damaged: TypeError: list indices must be integers or slices, not str"),
     "a format that is no number": (
         record() | {"format": "1"},
-        f"has format '1', but chanpatch {VERSION} reads up to 2. Install a later chanpatch.",
+        f"has format '1', but chanpatch {VERSION} reads formats 1 and 2. A later chanpatch may read it.",
     ),
     "no patches": ({"format": 2}, "is damaged: KeyError: 'patches'"),
     "an edit that is a list": (record(edit=["Set"]), "is damaged: TypeError: unhashable type: 'list'"),
@@ -524,7 +644,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "a tensor that is not there": (
         record(operands={"value": {"tensor": "9", "order": []}}),
-        "is damaged: SafetensorError: File does not contain tensor 9",
+        "is damaged: KeyError: '9'",
     ),
     "a where that is a number": (
         record(where=1),
@@ -691,6 +811,16 @@ def test_a_file_of_format_1_loads_with_points_and_repeats() -> None:
         "Linear (batch, feature=4) float32",
         "Linear (batch, feature=4) float32",
     )
+
+
+def test_a_file_of_format_1_loads_in_silence_and_its_contents_say_that_it_has_no_checksum() -> None:
+    with warnings.catch_warnings(record=True) as warned:
+        load(FORMAT_1)
+    assert not warned and contents(FORMAT_1).checksum is None
+    assert repr(contents(FORMAT_1)).splitlines()[6:8] == [
+        "No checksum: format 1 has none, so a damaged number would load. Compare the file with a copy.",
+        "Receipt:",
+    ]
 
 
 def test_a_file_of_format_1_is_compared_with_the_model_like_any_other() -> None:
@@ -956,6 +1086,7 @@ def test_the_contents_of_a_file_print_as_a_table(file: Path) -> None:
         f"patch  site                        {'edit'.ljust(49)}  where              hook point",
         f"1      Site('relu1', channel=5)    {edits[0]}  bool (1, 1, 8, 8)  {traced_as}",
         f"2      Site('fc', feature=[1, 3])  {edits[1]}  everywhere         not traced",
+        f"Checksum: {contents(file).checksum}",
         "No receipt: saved without inputs.",
     ]
     save(file, zero_ablate(points.site("fc")), points, inputs=images)
@@ -964,6 +1095,7 @@ def test_the_contents_of_a_file_print_as_a_table(file: Path) -> None:
         f"1 patch, saved by chanpatch {VERSION}",
         "patch  site        edit            where       hook point",
         "1      Site('fc')  Set(value=0.0)  everywhere  Linear (batch, feature=4) float32",
+        f"Checksum: {contents(file).checksum}",
         "Receipt:",
         f"  weights  {receipt.weights}",
         f"  inputs  {receipt.inputs}",

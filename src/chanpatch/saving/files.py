@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterable
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from ..patching.patch import Patch
 from ..registry.points import HookPoints
 from ..registry.trace import traced
 from ..results import Records
-from .format import decoded, encoded, in_one, printable, trace_of
+from .format import decoded, encoded, in_one, printable, regular, trace_of
 from .receipts import Receipt, receipt_of
 
 
@@ -30,12 +34,14 @@ class Contents(Records):
         hook_points: Module type, axes, shape and dtype of each patch's hook point; None if its site was not traced.
         chanpatch: Version that saved the file.
         receipt: Receipt of a run with the patches; None if they were saved without inputs.
+        checksum: SHA-256 of operands and metadata, compared on reading; None for a file of format 1, which has none.
     """
 
     patches: tuple[Patch, ...]
     hook_points: tuple[str | None, ...]
     chanpatch: str
     receipt: Receipt | None
+    checksum: str | None
     _most = None
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -59,9 +65,13 @@ class Contents(Records):
         return f"{count}, saved by chanpatch {self.chanpatch}"
 
     def _notes(self) -> list[str]:
-        if self.receipt is None:
-            return ["No receipt: saved without inputs."]
-        return ["Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
+        checksum = f"Checksum: {self.checksum}"
+        if self.checksum is None:
+            checksum = "No checksum: format 1 has none, so a damaged number would load. Compare the file with a copy."
+        receipt = ["No receipt: saved without inputs."]
+        if self.receipt is not None:
+            receipt = ["Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
+        return [checksum, *receipt]
 
 
 def save(
@@ -86,7 +96,8 @@ def save(
 
     Raises:
         InterventionError: If a patch holds a function or a tensor that safetensors cannot store (all faults at once),
-            inputs come without points, or the forward with the patches does not repeat bit for bit.
+            inputs come without points, the file is a folder, pipe or device, or the forward with the patches does not
+            repeat bit for bit.
         HookPointError, SiteError: If a site does not exist in `points`.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
@@ -102,7 +113,7 @@ def save(
         [Patch(Site('.out', feature=1), Set)]
         >>> receipt = verify(file, points, torch.ones(4, 2))
     """
-    path = Path(file)
+    path = regular(file)
     points = None if points_or_model is None else traced(points_or_model, inputs)
     chosen = checked_patches(points, patches)
     if not chosen:
@@ -115,18 +126,17 @@ def save(
             raise InterventionError("A receipt of inputs needs the model: save(file, patches, points, inputs=inputs).")
         receipt = receipt_of(points, chosen, inputs)
     written = encoded(chosen, receipt)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        unfinished.write_bytes(written)
-        if points and inputs is not None and receipt_of(points, load(unfinished, points), inputs) != receipt:
+    if points and inputs is not None:
+        with _partial(path, written) as partial:
+            again = load(partial, points)
+        if receipt_of(points, again, inputs) != receipt:
             raise InterventionError(
                 "The patches were not saved: two runs of the forward gave different outputs, so a receipt would be "
                 "useless. Make the forward repeat, as with torch.use_deterministic_algorithms(True), or save without "
                 "inputs."
             )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with _partial(path, written) as partial:
+        os.replace(partial, path)
 
 
 def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list[Patch]:
@@ -139,7 +149,7 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
 
     Raises:
         InterventionError: If the file is damaged, was not written by `save`, has another format than 1 and 2, or does
-            not fit the points (all faults at once).
+            not fit the points (all faults at once). Format 1 has no checksum, as `contents` prints.
         OSError: If the file cannot be read.
         MissingPackageError: If safetensors is not installed.
     """
@@ -213,9 +223,26 @@ def contents(file: str | os.PathLike[str]) -> Contents:
         1 patch, saved by chanpatch ...
         patch  site                          edit            where       hook point
         1      Site('relu', channel=[3, 5])  Set(value=0.0)  everywhere  not traced
+        Checksum: ...
         No receipt: saved without inputs.
     """
     return Contents(*decoded(file, points=None))
+
+
+@contextmanager
+def _partial(path: Path, content: bytes) -> Iterator[Path]:
+    """Write a new hidden file beside `path`, and remove it at the end. Those that killed processes left go first."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
+        with suppress(OSError):  # such as another thread's, which is gone by now
+            if time.time() - left.lstat().st_mtime > 60:
+                left.unlink()
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with partial.open("xb") as stream:  # exclusive: neither an existing file nor a link is written to
+            stream.write(content)
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _edit_text(edit: Any) -> str:

@@ -1,19 +1,22 @@
 """The file format: safetensors, with operands and masks as tensors and the rest as JSON in the metadata.
 
-    metadata["chanpatch"] = {"format": 2, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null}
+    metadata["chanpatch"] = {"format": 2, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null,
+              "sha256": checksum of the other entries and the tensors}
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest}
 
-`encoded` writes it and `decoded` reads it. Reading runs no code from the file. In format 1, which is still read, a hook
-point is a dict, and the record of a tensor has the "shape" to which the stored tensor expands.
+`encoded` writes it and `decoded` reads it. Reading runs no code from the file. Format 1, which is still read, has no
+checksum; a hook point is a dict, and the record of a tensor has the "shape" to which the stored tensor expands.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -30,7 +33,7 @@ from ..patching.edits import Add, Clamp, Project, Resample, Scale, Set
 from ..patching.patch import Patch, edit_name
 from ..registry.sites import Flags, HookPoint, Site, Span
 from ..results import imported
-from .receipts import Receipt
+from .receipts import Receipt, digest
 
 _FORMATS = (1, 2)  # the last one is written
 _KEY = "chanpatch"  # the only entry in the metadata: with several, equal patches would not always make equal files
@@ -48,26 +51,26 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
             faults.append(f"Patch {number}, {patch!r}, cannot be saved: {fault}")
     if faults:
         raise InterventionError(in_one(faults))
+    named = dict(tensors.values())
     metadata = {
         "format": _FORMATS[-1],
         "chanpatch": version("chanpatch"),
         "patches": records,
         "receipt": None if receipt is None else asdict(receipt),
     }
-    written: bytes = imported("safetensors.torch").save(
-        dict(tensors.values()), {_KEY: json.dumps(metadata, allow_nan=False)}
-    )
+    metadata["sha256"] = _checksum(metadata, named)
+    written: bytes = imported("safetensors.torch").save(named, {_KEY: json.dumps(metadata, allow_nan=False)})
     return written
 
 
 def decoded(
     file: str | os.PathLike[str], points: Mapping[str, HookPoint] | None
-) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None]:
-    """Return the patches of a file, the traces of their hook points, the version that wrote it, and the receipt.
+) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
+    """Return the patches of a file, the traces of their hook points, the version that wrote it, receipt and checksum.
 
     Operands go to the devices of their hook points, and to the CPU if they have none. Errors are those of `load`.
     """
-    safetensors, path = imported("safetensors"), Path(file)
+    safetensors, path = imported("safetensors"), regular(file)
     path.open("rb").close()  # let Python raise for unreadable files
     try:
         with safetensors.safe_open(path, framework="pt") as archive:
@@ -75,16 +78,22 @@ def decoded(
             if text is None:
                 raise InterventionError("holds no patches: chanpatch.save() did not write it.")
             metadata = json.loads(text)
-            if metadata["format"] not in _FORMATS:
+            if metadata["format"] not in _FORMATS or type(metadata["format"]) is not int:
                 raise InterventionError(
-                    f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads up to "
-                    f"{_FORMATS[-1]}. Install a later chanpatch."
+                    f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads formats 1 and 2. "
+                    "A later chanpatch may read it."
+                )
+            stored: dict[str, Tensor] = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+            checksum = metadata.pop("sha256", None)
+            if (metadata["format"] > 1 or checksum is not None) and checksum != _checksum(metadata, stored):
+                raise InterventionError(
+                    "is damaged: its contents do not match its SHA-256 checksum. Copy it again, or save the "
+                    "patches again."
                 )
 
             @cache  # a tensor that several patches share is one tensor again
             def tensor(key: str, order: tuple[int, ...], shape: tuple[int, ...] | None, device: torch.device) -> Tensor:
-                stored: Tensor = archive.get_tensor(key)
-                dense = stored.permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
+                dense = stored[key].permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
                 return dense if shape is None else dense.expand(shape)
 
             def device(name: str) -> torch.device:
@@ -96,11 +105,28 @@ def decoded(
                 tuple(_trace_text(record["hook_point"]) for record in records),
                 str(metadata["chanpatch"]),
                 None if receipt is None else Receipt(**{name: str(each) for name, each in receipt.items()}),
+                checksum,
             )
     except InterventionError as fault:
         raise InterventionError(f"'{file}' {printable(str(fault))}") from None
     except Exception as fault:  # a damaged file can raise any error
         raise InterventionError(f"'{file}' is damaged: {type(fault).__name__}: {printable(str(fault))}") from fault
+
+
+def regular(file: str | os.PathLike[str]) -> Path:
+    """Return the path of a file that is regular or does not exist: a pipe would block, a device be replaced."""
+    if not isinstance(file, (str, os.PathLike)):
+        kind = type(file).__name__
+        raise TypeError(f"The path of a file comes first, as in save(file, patches) or load(file, points), not {kind}.")
+    path = Path(file)
+    if path.exists() and not path.is_file():
+        raise InterventionError(f"'{file}' is a folder, a pipe or a device. Give the path of a regular file.")
+    return path
+
+
+def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return SHA-256 over the metadata without its checksum, and the digest of the tensors."""
+    return hashlib.sha256(f"{json.dumps(metadata)}\n{digest(tensors)}".encode()).hexdigest()
 
 
 def trace_of(point: HookPoint) -> str:
@@ -125,7 +151,7 @@ def _trace_text(saved: Any) -> str | None:
 
 def printable(text: str) -> str:
     """Escape control characters: a file may come from anybody, and a terminal obeys them."""
-    return "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text)
+    return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 
 def in_one(faults: list[str]) -> str:

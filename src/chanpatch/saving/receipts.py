@@ -53,7 +53,7 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
                 f"The model returned {type(output).__name__} without a tensor, so there is no output to compare. Save "
                 "without inputs, or trace a method that returns one: hook_points(..., method=...)."
             )
-    return Receipt(_digest(model.state_dict()), _digest((args, keywords)), _digest(output), _environment(points))
+    return Receipt(digest(model.state_dict()), digest((args, keywords)), digest(output), _environment(points))
 
 
 def _seed(model: nn.Module) -> None:
@@ -66,15 +66,16 @@ def _seed(model: nn.Module) -> None:
             torch.cuda.manual_seed(0)
 
 
-def _digest(tree: Any) -> str:
-    digest = hashlib.sha256()
+def digest(tree: Any) -> str:
+    """Return SHA-256 over name, dtype, shape and bytes of every tensor in a tree, sorted by name."""
+    found = hashlib.sha256()
     for name, tensor in sorted(((path_text(path), leaf) for path, leaf in leaves(tree)), key=lambda pair: pair[0]):
         dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-        digest.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
+        found.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
         if not dense.is_meta:  # the numbers of offloaded weights are elsewhere
             flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _environment(points: HookPoints) -> str:

@@ -152,3 +152,12 @@ def test_kept_arrays_that_are_damaged_are_computed_again_and_a_line_says_so(dama
     file.write_bytes(damage(file.read_bytes()))
     assert read_arrays(file) is None
     assert capsys.readouterr().out == "    'kept.npz' is damaged, so it is computed again\n"
+
+
+def test_a_link_that_somebody_planted_is_not_written_through(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "a.partial.csv").symlink_to(tmp_path / "victim")
+    replace_table(tmp_path / "a.csv", [{"x": 1}])
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "a.csv").read_bytes() == b"x\r\n1\r\n" and not (tmp_path / "a.csv").is_symlink()
+    assert not (tmp_path / "a.partial.csv").exists()
