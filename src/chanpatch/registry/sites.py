@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -178,10 +179,12 @@ def _positions(selection: Selection, length: int, axis: str) -> list[int]:
         return chosen
     outside = [str(position) for position in selection if not -length <= position < length]
     if outside:
-        raise ValueError(f"{axis} {', '.join(outside)} is out of range")
+        more = f" and {len(outside) - 8} more" * (len(outside) > 8)
+        raise ValueError(f"{axis} {', '.join(outside[:8])}{more} is out of range")
     chosen = [position % length for position in selection]
     if len(set(chosen)) < len(chosen):
-        raise ValueError(f"{axis} {max(chosen, key=chosen.count)} is named twice")
+        twice = next(position for position, times in Counter(chosen).items() if times > 1)
+        raise ValueError(f"{axis} {twice} is named twice")
     return chosen
 
 
