@@ -991,6 +991,9 @@ def test_newcomers_are_told_what_a_patch_is_and_how_an_edit_takes_its_context():
     with pytest.raises(TypeError, match="Expected a Patch, not Site: zero_ablate"):
         with patched(model, Site("0")):
             pass
-    with pytest.raises(EditError, match=r"takes `context` by position.*def function\(activation, \*, context\)"):
+    with pytest.raises(
+        EditError,
+        match=r"takes `context`. An edit takes the activation and, by keyword only.*def function\(activation, \*, context\)",
+    ):
         with patched(model, edit(Site("0"), lambda activation, context: activation)):
             pass

@@ -103,13 +103,14 @@ class Session:
         self._hears_taps = False
         self._in_containers = False  # whether it listens to tensors inside containers that modules return
         self.root_call: RootCall | None = None  # the one under way
+        self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until it is
         self.failure: Exception | None = None  # of a listener, in case that the model's own `except` catches it
         self._touched: dict[nn.Module, None] = {}
         self._with_inputs: list[Station] = []
         self._thread: int | None = None
         self._task: Any = None  # the asyncio task that opened it
 
-    def on_begin(self) -> None:
+    def on_begin(self, call: RootCall) -> None:
         """Prepare for a root call; may refuse it."""
 
     def on_end(self, call: RootCall) -> None:
@@ -284,8 +285,8 @@ class Session:
 
     def _begin(self, call: RootCall) -> None:
         self.check_owner()
-        self.on_begin()  # may refuse: then no call has begun
-        self.failure = None
+        self.on_begin(call)  # may refuse: then no call has begun
+        self.failure, self.no_call = None, ""
         for station in self._with_inputs:
             station.order()
         self._thread, self.root_call, self.had_gradients = threading.get_ident(), call, torch.is_grad_enabled()

@@ -60,6 +60,8 @@ class Opened(ContextDecorator, Generic[Result]):
             raise
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not self._open:
+            raise RuntimeError("This context is not open: it was closed before, or never entered. Use `with`.")
         session, context = self._open[-1]
         try:
             lost = session.lost_module() if error is None else None
@@ -222,4 +224,4 @@ class _Patched(Patching):
     def finish(self, error: Exception | None) -> None:
         raise_nan(self.firings, error)
         if error is None:
-            check_reached("The patch at {} never ran inside patched()", self.unreached())
+            check_reached("The patch at {} never ran inside patched()", self.unreached(), advice=self.no_call)

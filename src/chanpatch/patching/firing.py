@@ -15,9 +15,9 @@ from ..engine.hooks import Place
 from ..engine.moments import Moment
 from ..engine.paths import inside_vmap
 from ..engine.sessions import Session
-from ..errors import EditError, TraceMismatchError
+from ..errors import EditError, TraceMismatchError, UnsupportedModelError
 from ..registry.axes import axis_names
-from ..registry.sites import Axes, HookPoint, Site, read, written
+from ..registry.sites import Axes, HookPoint, Site, read, unusual_layout, written
 from ..registry.trace import names_by_trace
 from ..results import Records
 from .edits import Context, Set, check_mask, check_operands, fits, shown_axes
@@ -141,7 +141,7 @@ class Firing(Located):
         self.counts[method] = firings + 1, all_rows, all_elements + elements
 
     def _look_for_nan(self, before: Tensor, after: Tensor) -> None:
-        if not (after.is_floating_point() or after.is_complex()) or after.layout != torch.strided:
+        if not (after.is_floating_point() or after.is_complex()) or after.is_meta or unusual_layout(after):
             return
         # Only a CPU looks first, because reading from another device waits for it.
         if inside_vmap(after) or not after.is_cpu or after.isnan().any():
@@ -150,6 +150,12 @@ class Firing(Located):
 
     def _check(self, leaf: Tensor) -> None:
         region = read(leaf, self.positions)
+        ours = type(self._edit).__module__ == Set.__module__
+        if (ours or self.patch.where is not None) and (layout := unusual_layout(leaf)):
+            raise UnsupportedModelError(
+                f"{self.patch!r} is at a {layout} tensor, which takes only a function of your own and no `where`: "
+                "edit(site, function). Or make the tensor dense in the model."
+            )
         self._kind = region.shape, region.dtype, region.device
         self._size = _touched(region.shape, self.batch_axis)
         check_operands(self._edit, self.site, self.axes, region.shape, region.dtype, region.device)
@@ -179,6 +185,7 @@ class Firing(Located):
     def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
         if not isinstance(mask, Tensor):
             mask = mask(context)
+            mask = torch.full((1,) * region.dim(), mask) if isinstance(mask, bool) else mask
             check_mask(mask, self.site, self.axes, region.shape)
         return mask.to(region.device)  # masks are often made on the CPU
 

@@ -14,7 +14,7 @@ from ..errors import EditError, UnsupportedModelError
 from ..registry.sites import Site
 from .edits import Edit, Resample, Set, check_mask, check_operands, region_lengths
 
-Mask: TypeAlias = "Tensor | Callable[..., Tensor]"
+Mask: TypeAlias = "Tensor | Callable[..., Tensor | bool]"
 
 
 def edit_name(edit: Any) -> str:
@@ -31,7 +31,7 @@ class Patch:
         edit: Callable that gets the region and returns a new tensor of the same shape, dtype and device. It may take a
             `chanpatch.patching.Context` in a keyword-only parameter `context`.
         where: Elements to replace: a bool tensor with one length per axis of the region, each equal or 1, or a function
-            of the context that returns one; None for all.
+            of the context that returns one, or True (all) or False (none); None for all.
 
     Raises:
         TypeError: If `site` is not a Site.
@@ -72,18 +72,19 @@ class Patch:
 
 
 def _takes_context(edit: Edit) -> bool:
-    """Return whether an edit has a keyword-only parameter `context`."""
+    """Return whether an edit has a keyword-only parameter `context`; raise if it takes more than an edit is given."""
     if type(edit).__module__ == Set.__module__:
         return isinstance(edit, Resample)
     try:
-        parameter = inspect.signature(edit).parameters.get("context")
+        parameters = [*inspect.signature(edit).parameters.values()]
     except (TypeError, ValueError):  # some builtins have no signature
         return False
-    if parameter is None:
-        return False
-    if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty:
-        raise EditError(
-            f"{edit_name(edit)} takes `context` by position. An edit takes it by keyword only: "
-            "def function(activation, *, context)."
-        )
-    return parameter.kind is parameter.KEYWORD_ONLY
+    contexts = [each for each in parameters if each.name == "context" and each.kind is each.KEYWORD_ONLY]
+    for each in parameters[1:]:
+        required = each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        if (required or each.name == "ctx") and each not in contexts:
+            raise EditError(
+                f"{edit_name(edit)} takes `{each.name}`. An edit takes the activation and, by keyword only and under "
+                "this name, the context: def function(activation, *, context)."
+            )
+    return bool(contexts)

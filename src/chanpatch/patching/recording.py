@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.hooks import Place
+from ..engine.moments import RootCall
 from ..engine.paths import inside_vmap
 from ..engine.sessions import Session, StopForward
 from ..errors import SiteError, UnsupportedModelError
@@ -153,7 +154,7 @@ class Recorder(ContextSession):
         self.let_go()
         return output
 
-    def on_begin(self) -> None:
+    def on_begin(self, call: RootCall) -> None:
         """Wait for every site again."""
         self.missing = set(self._sites)
 
@@ -161,7 +162,7 @@ class Recorder(ContextSession):
         """Raise if a site was never reached."""
         missing = [site.name for site in self._sites if site not in self.result and site.name not in self._allowed]
         if error is None:
-            check_reached("Nothing was recorded at {}", dict.fromkeys(missing))
+            check_reached("Nothing was recorded at {}", dict.fromkeys(missing), advice=self.no_call)
 
 
 class _Record(Located):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..engine.hooks import drop_hooks, is_ours
@@ -41,6 +43,41 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
     return twin
 
 
+def refuse_writing_modes(policy: nn.Module) -> None:
+    """Raise for a module whose own `train` or `eval` writes its parameters, as to merge an adapter into them.
+
+    It is tried on a copy with other parameters, so an override that only sets flags passes.
+    """
+    for name, module in policy.named_modules():
+        own = [each for each in ("train", "eval") if not getattr(type(module), each).__module__.startswith("torch.")]
+        if own and next(module.parameters(), None) is not None and _writes_weights(module):
+            raise UnsupportedModelError(
+                f"{repr(name) if name else 'The policy'} ({type(module).__name__}) writes its parameters in "
+                f"{' and '.join(f'{each}()' for each in own)}. A twin shares them, but not the flag that says how they "
+                "are, so one of the two would be wrong. Merge for good before you make the twin, or use patched()."
+            )
+
+
+def _writes_weights(module: nn.Module) -> bool:
+    """Return whether `train` or `eval` changes parameters of a copy; False if it has no copy or fails there."""
+    with suppress(Exception):
+        kept = [*_reachable([module], _kept_by)]
+        trials = {
+            id(weight): nn.Parameter(torch.full_like(weight, _TRIAL), requires_grad=weight.requires_grad)
+            for weight in module.parameters()
+            if type(weight) is nn.Parameter and not weight.is_meta
+        }
+        trial = copy.deepcopy(module, _memo(module, kept) | trials)
+        for mode in (trial.eval, trial.train):
+            mode()
+            if any((weight != _TRIAL).any() for weight in trials.values()):
+                return True
+    return False
+
+
+_TRIAL = 2  # adding, subtracting, multiplying or dividing such parameters changes them
+
+
 def held_modules(policy: Any) -> list[nn.Module]:
     """Return the modules that a policy is or refers to: in closures, defaults, attributes, or by names of globals."""
     if isinstance(policy, nn.Module):
@@ -58,23 +95,26 @@ def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:
 
 
 def _refuse_functions_that_refer_to(policy: nn.Module, kept: list[Any]) -> None:
-    """Raise if a function or hook that a policy keeps refers to the policy.
+    """Raise if a function, hook or weak reference that a policy keeps refers to the policy.
 
     The copy's function would run the modules of the original, or fill a container that only the original reads.
     UnreachedError detects it only if no other call reaches the patch.
     """
     own = {id(item) for item in kept if isinstance(item, (nn.Module, list, set, deque, dict))}
-    for function in kept:
-        if isinstance(function, types.FunctionType) and any(id(item) in own for item in _referred_to([function])):
+    for item in kept:
+        is_weak = isinstance(item, weakref.ref) or type(item) in weakref.ProxyTypes
+        refers = isinstance(item, types.FunctionType) or is_weak
+        if refers and any(id(each) in own for each in _referred_to([item])):
+            kept_one = "a weak reference" if is_weak else f"the function {item.__qualname__}"
             raise UnsupportedModelError(
-                f"{type(policy).__name__} keeps the function {function.__qualname__} (in an attribute or as a hook), "
-                "which refers to the policy itself, or to a container in it. From a twin it would reach the unpatched "
-                "original. Make it a method, or use patched()."
+                f"{type(policy).__name__} keeps {kept_one} (in an attribute or as a hook), which refers to the policy "
+                "itself, or to a container in it. From a twin it would reach the unpatched original. Make it a method, "
+                "or use patched()."
             )
 
 
 def _referred_to(roots: Iterable[Any]) -> list[Any]:
-    """Return the objects that functions refer to: in closures and defaults, or by names of globals."""
+    """Return the objects that functions and weak references refer to: in closures, defaults, or names of globals."""
     held = [*_reachable(roots, _held_by)]
     functions = [item for item in held if isinstance(item, types.FunctionType)]
     return held + [each.__globals__.get(name) for each in functions for name in each.__code__.co_names]
@@ -98,6 +138,8 @@ def _kept_by(item: Any) -> Iterable[Any]:
 
 
 def _held_by(item: Any) -> Iterable[Any]:
+    if isinstance(item, weakref.ref):
+        return (item(),)
     if not isinstance(item, types.FunctionType):
         return _inside(item)
     held = [*(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values(), *vars(item).values()]

@@ -9,9 +9,12 @@ from abc import ABC
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.fx._symbolic_trace import is_fx_tracing
 
 from ..engine.calls import observed
 from ..engine.hooks import eager, is_compiling
@@ -23,7 +26,8 @@ from ..patching.firing import Ledger
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of, refuse_unhookable, resolve
 from .actions import action_distribution
-from .copies import STATE, copied
+from .copies import STATE, copied, refuse_writing_modes
+from .settings import Settings
 
 
 class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can be registered as one of its kind
@@ -42,8 +46,9 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
 
     Raises:
         HookPointError, SiteError: If a site does not exist; all faults at once.
-        UnsupportedModelError: If the policy cannot be copied, or ignores hooks; in a call, if a parameter, buffer or
-            submodule was replaced on one side.
+        UnsupportedModelError: If the policy cannot be copied, ignores hooks, or writes its weights in `train()` or
+            `eval()`; in a call, if a parameter, buffer or submodule was replaced, or a setting (an attribute that is a
+            flag, a whole number or a text) changed, on one side.
         UnreachedError, NaNError: In a call, at its end.
 
     Example:
@@ -73,6 +78,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         refuse_unhookable(original)
         each = checked_patches(policy, each)
         twin = _copied(given)
+        refuse_writing_modes(original)
         state = _TwinState(twin, original, each, allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
             state.method, state.calls = policy.method, policy.calls
@@ -95,7 +101,9 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
     @contextmanager
     def disable(self) -> Iterator[None]:
         """Run the twin without its patches while the context is open."""
-        with disabled([_state(self)]):
+        state = _state(self)
+        state.settings.check()
+        with disabled([state]):
             yield
 
     def distribution(self, observations: Any) -> Distribution:
@@ -112,6 +120,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         memo[id(self)] = twin = build(*copy.deepcopy(parts, memo))
         return twin
 
+
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 and later
 
 _OFFERED = ("patches", "ledger", "disable", "distribution")
 
@@ -148,6 +158,7 @@ class _TwinState(Patching):
                 (module._buffers, other._buffers),
             )
         ]
+        self.settings = Settings(twin, original)
         _, self._held, self._expected = zip(*self._pairs, strict=True)
         self._numbers = [
             (held, expected, key)
@@ -170,9 +181,14 @@ class _TwinState(Patching):
         """Raise NaNError if a distribution refused NaN that a patch introduced."""
         raise_nan(self.firings, error)
 
-    def on_begin(self) -> None:
-        """Raise if a parameter, buffer or submodule was replaced on one side."""
+    def on_begin(self, call: RootCall) -> None:
+        """Raise if a parameter, buffer or submodule was replaced, or a setting changed, on one side."""
         self.forget()
+        if _is_exporting() or is_fx_tracing():
+            raise UnsupportedModelError(
+                "torch.export and torch.fx record a twin without its patches, or freeze them. Record the policy "
+                "instead. What torch.export records inside patched(policy, patches) keeps the patches for good."
+            )
         # A loop over the items is five times as slow. Comparing dicts compares by identity first, and only tensors of
         # one element can be equal without being the same.
         try:
@@ -186,6 +202,7 @@ class _TwinState(Patching):
                 "policy replaces it, write into it with copy_(), or make it a plain attribute. If "
                 "torch.func.functional_call does, give that the policy, inside patched()."
             )
+        self.settings.begin(_kind(call))
 
     def _replaced(self) -> str:
         """Return the name of a parameter, buffer or submodule that was replaced."""
@@ -199,15 +216,21 @@ class _TwinState(Patching):
     def on_end(self, call: RootCall) -> None:
         """Raise if a patch did not run that should have run in this call."""
         raise_nan(self.firings)
+        runs_modules = call.station is not None or call.method in self._running_methods
+        self.settings.end(_kind(call), runs_modules=runs_modules)
         names: list[str] = []
         if call.station is not None:
             names = self.unreached(self._inside.get(call.station.module_id, ()))
-        elif call.method in self._running_methods:
+        elif runs_modules:
             names = self.unreached()
         if names:
             advice = f" If it need not run there: allow_unreached={names!r}."
             compiled = call.method == "__call__"  # a method is only checked once its modules were seen to run
             check_reached(f"The patch at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice)
+
+
+def _kind(call: RootCall) -> object:
+    return call.method if call.station is None else call.station.module_id
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
@@ -228,9 +251,13 @@ def _state(twin: Any) -> _TwinState:
     return state
 
 
-@functools.cache
+_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDictionary()  # an entry goes with its twins
+
+
 def _twin_class(kind: Any, taken: frozenset[str]) -> type:
     """Return the subclass of a policy's class in which every method begins a root call; the taken names stay."""
+    if (known := _classes.get((kind, taken))) is not None:
+        return known
     members: dict[str, Any] = {name: vars(PatchedPolicy)[name] for name in _OFFERED if name not in taken}
     for owner in reversed(kind.__mro__[:-1]):  # but object
         for name, member in vars(owner).items():
@@ -243,6 +270,7 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
     members["__module__"] = kind.__module__
     twin_class = type(f"Patched{kind.__name__}", (kind,), members)
     PatchedPolicy.register(twin_class)
+    _classes[kind, taken] = twin_class
     return twin_class
 
 

@@ -51,9 +51,17 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
             "hook_points(model, *inputs)."
         )
     raise HookPointError(
-        f"No hook point named '{name}'.{did_you_mean(name, known)} "
+        f"{unknown_name(name, known, known)} "
         f"({len(known)} modules; hook_points(model, *inputs) lists every hook point, taps included.)"
     )
+
+
+def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
+    """Return why there is no such hook point: it is a weight, or it is not among the known names."""
+    module, _, weight = name.rpartition(".")
+    if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
+        return f"'{name}' is a weight, not a hook point. In the forward, tap('name', weight) makes it one."
+    return f"No hook point named '{name}'.{did_you_mean(name, known)}"
 
 
 def path_text(path: Path) -> str:

@@ -14,7 +14,7 @@ from ..engine.hooks import Place
 from ..engine.inputs import copied_inputs
 from ..errors import HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from ..results import Records
-from .names import is_pattern, parsed_name, path_text, selected, spellings, written_name
+from .names import is_pattern, parsed_name, path_text, selected, spellings, unknown_name, written_name
 from .sites import HookPoint, Index, Site
 
 
@@ -82,7 +82,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
         return HookPoints(self.model, chosen, **facts)
 
-    def site(self, name: str, /, **indices: Index) -> Site:
+    def site(self, name: str, /, *_unnamed: Any, **indices: Index) -> Site:
         """Return a region of a hook point, checked against the trace.
 
         Args:
@@ -93,7 +93,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
             HookPointError: If there is no such hook point.
             SiteError: If an axis or an index does not exist; all faults at once.
         """
-        return self.bind(Site(name, **indices))
+        return self.bind(Site(name, *_unnamed, **indices))
 
     def bind(self, site: Site) -> Site:
         """Return the same site bound to its hook point; raise like `site`."""
@@ -135,7 +135,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
             return f"'{name}' is {len(fired)} hook points: {', '.join(fired)}. Name one of them."
         if is_pattern(name):
             return f"'{name}' is a pattern, and one hook point is expected. Take those of points.select('{name}')."
-        return f"No hook point named '{name}'.{did_you_mean(name, [*self._points, *self._aliases])} {self._advice()}"
+        return f"{unknown_name(name, modules, [*self._points, *self._aliases])} {self._advice()}"
 
     def _advice(self) -> str:
         count = len(self)
@@ -255,8 +255,14 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
     """Return the model, or raise TypeError."""
     model = points_or_model.model if isinstance(points_or_model, HookPoints) else points_or_model
     if not isinstance(model, nn.Module):
-        raise TypeError(f"Expected HookPoints or a torch.nn.Module, not {type(points_or_model).__name__}.")
+        raise TypeError(f"Expected HookPoints or a torch.nn.Module, not {no_module(points_or_model)}")
     return model
+
+
+def no_module(given: object) -> str:
+    """Return the type of an object that is not a module, and the name of a module that it holds, for a message."""
+    held = [name for name, item in getattr(given, "__dict__", {}).items() if isinstance(item, nn.Module)]
+    return f"{type(given).__name__}.{f' It holds one: pass .{held[0]}.' if held else ''}"
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:

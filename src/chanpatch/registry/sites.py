@@ -64,9 +64,11 @@ class Site:
     indices: tuple[tuple[str, Selection], ...]
     point: HookPoint | None = field(default=None, compare=False)
 
-    def __init__(self, name: str, /, **indices: Any) -> None:
+    def __init__(self, name: str, /, *unnamed: Any, **indices: Any) -> None:
         if not isinstance(name, str):
             raise SiteError(f"Site takes a hook point's name, not {type(name).__name__}.")
+        if unnamed:
+            raise SiteError(f"Site({name!r}, {unnamed[0]!r}): an index needs the name of its axis, as in channel=2.")
         selections = {axis: _selection(name, axis, index) for axis, index in indices.items()}
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "indices", tuple(sorted(selections.items())))
@@ -247,12 +249,19 @@ def no_batch(site: Site) -> str:
     )
 
 
+def unusual_layout(tensor: Tensor) -> str:
+    """Return "masked", "sparse_coo" or such, or nothing for a dense tensor."""
+    if isinstance(tensor, torch.masked.MaskedTensor):
+        return "masked"
+    return "" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
+
+
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at these positions; raise UnsupportedModelError if a sparse tensor is not taken as a whole."""
-    if positions and tensor.layout != torch.strided:
+    """Return the region at these positions; raise UnsupportedModelError for a part of a sparse or masked tensor."""
+    if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
-            f"A {str(tensor.layout).removeprefix('torch.')} tensor has no regions. Use the whole hook point, or make "
-            "the tensor dense in the model: tensor.to_dense()."
+            f"A {layout} tensor has no regions. Use the whole hook point, or make the tensor dense in the model: "
+            f"tensor.{'to_tensor(0.0)' if layout == 'masked' else 'to_dense()'}."
         )
     for axis, chosen in positions.items():
         if isinstance(chosen, slice):
@@ -272,9 +281,10 @@ def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     (axis, chosen), *others = positions.items()
     if others:
         region = written(read(tensor, {axis: chosen}), dict(others), region)
-    if isinstance(chosen, slice):
+    if isinstance(chosen, slice) and not tensor.is_complex():  # slice_scatter has no gradients of complex numbers
         return torch.slice_scatter(tensor, region, axis, chosen.start, chosen.stop)
-    index = torch.as_tensor(chosen, device=tensor.device)
+    numbers = torch.arange(tensor.shape[axis])[chosen] if isinstance(chosen, slice) else torch.as_tensor(chosen)
+    index = numbers.to(tensor.device)
     # vmap has no rule for writing in place here.
     if inside_vmap(region) or inside_vmap(tensor):
         return tensor.index_copy(axis, index, region)

@@ -22,7 +22,7 @@ from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .axes import NamePropagation, Names, axis_names
 from .names import selected, spellings, written_name
-from .points import HookPoints, model_of, refuse_unhookable
+from .points import HookPoints, model_of, no_module, refuse_unhookable
 from .sites import Axes, HookPoint
 
 
@@ -62,7 +62,7 @@ def hook_points(
         (('batch', 'channel', 'row', 'col'), (8, 7, 7))
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"hook_points takes a torch.nn.Module, not {type(model).__name__}.")
+        raise TypeError(f"hook_points takes a torch.nn.Module, not {no_module(model)}")
     refuse_unhookable(model)
     _refuse_untraceable(model, (example_inputs, example_keywords))
     weights = _Weights(model)

@@ -1,0 +1,121 @@
+"""Settings of modules, which a policy and its twin do not share: flags, numbers, names, and containers of these."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import reprlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+
+
+class Settings:
+    """The attributes of a twin's modules that must be equal to those of the policy.
+
+    These are attributes of type bool, int, str or None, and containers of at most 64 of these, of modules that have
+    parameters in or below them. Left out are attributes that torch gives every module, and those that the twin's own
+    calls change: the first call of each kind shows which.
+    """
+
+    def __init__(self, twin: nn.Module, original: nn.Module) -> None:
+        self._modules = [
+            (name, vars(module), vars(other), type(other))
+            for (name, module), other in zip(twin.named_modules(), original.modules(), strict=True)
+            if next(other.parameters(), None) is not None
+        ]
+        self._changing: set[tuple[str, str]] = set()  # module and attribute
+        self._known_calls: dict[object, bool] = {}  # whether they run modules
+        self._before: dict[tuple[str, str], Any] | None = None  # the twin's, at the begin of a call that is not known
+        self._plan()
+
+    def begin(self, kind: object) -> None:
+        """Raise if a setting differs; for the first call of its kind, `end` does."""
+        self._before = None if kind in self._known_calls else self._of_twin()
+        if self._known_calls.get(kind):
+            self.check()
+
+    def end(self, kind: object, *, runs_modules: bool) -> None:
+        """Learn which settings a call changes, if it is the first of its kind, and raise if another one differs."""
+        if self._before is None and runs_modules and not self._known_calls[kind]:
+            del self._known_calls[kind]  # learn from the next one
+        elif self._before is not None:
+            self._known_calls[kind] = runs_modules
+            if runs_modules:
+                before, after = self._before, self._of_twin()
+                places = before.keys() | after.keys()
+                self._changing |= {each for each in places if before.get(each, _OTHER) != after.get(each, _OTHER)}
+                self._compare()
+
+    def check(self) -> None:
+        """Raise if a setting differs, unless no call was made yet."""
+        if not any(self._known_calls.values()):
+            return
+        try:
+            for module, other, count, other_count, values in self._planned:
+                if len(module) != count or len(other) != other_count or values(module) != values(other):
+                    break
+            else:
+                return
+        except (KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
+            pass
+        self._compare()
+
+    def _compare(self) -> None:
+        for name, module, other, kind in self._modules:
+            for attribute in sorted((module.keys() | other.keys()) - _TORCHS_OWN):
+                place, default = (name, attribute), getattr(kind, attribute, _OTHER)
+                own, given = (held.get(attribute, default) for held in (module, other))
+                if place not in self._changing and _plain(own) != _plain(given):
+                    raise UnsupportedModelError(
+                        f"'{'.'.join(filter(None, place))}' is {_shown(given)} in the policy, but {_shown(own)} in its "
+                        "twin, which shares its weights but not its settings. If weights were changed with it, as by "
+                        "merging an adapter, make a new twin: PatchedPolicy(policy, patches). If not, set it on both."
+                    )
+        self._plan()
+
+    def _plan(self) -> None:
+        """Prepare the comparison of the settings that there are now: a tuple of them per module takes 0.5 us."""
+        self._planned: list[tuple[Any, Any, int, int, Callable[[Any], Any]]] = []
+        for name, module, other, _ in self._modules:
+            names = [each for each in module.keys() & other.keys() - _TORCHS_OWN if (name, each) not in self._changing]
+            settings = [each for each in names if _plain(module[each]) is not _OTHER]
+            values = operator.itemgetter(*settings) if settings else _nothing
+            self._planned.append((module, other, len(module), len(other), values))
+
+    def _of_twin(self) -> dict[tuple[str, str], Any]:
+        return {
+            (name, attribute): copy.deepcopy(_plain(value))
+            for name, module, _, _ in self._modules
+            for attribute, value in module.items()
+            if attribute not in _TORCHS_OWN
+        }
+
+
+_TORCHS_OWN = vars(nn.Module()).keys()
+_OTHER = type  # stands for a value that is not a setting; a deep copy of it is itself
+_MOST = 64
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Return a setting as it is, and `_OTHER` for any other value."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset, deque, dict)) or len(value) > _MOST or depth > 4:
+        return _OTHER
+    inside = [*value, *value.values()] if isinstance(value, Mapping) else value
+    return _OTHER if any(_plain(each, depth + 1) is _OTHER for each in inside) else value
+
+
+def _shown(value: Any) -> str:
+    if value is _OTHER:
+        return "missing"
+    return f"a {type(value).__name__}" if _plain(value) is _OTHER else reprlib.repr(value)
+
+
+def _nothing(held: Any) -> None:
+    """Return nothing, for a module without settings."""
