@@ -11,6 +11,7 @@ import torch
 from models import build
 from torch import Tensor, nn
 from torch.distributions import Categorical
+from torch.masked import masked_tensor
 
 from chanpatch import (
     HookPoints,
@@ -52,6 +53,7 @@ class Branching(nn.Module):
         return self.left(vector) if vector.sum() > 0 else self.right(vector)
 
 
+MODULES = len([*CNN.module.modules()])
 BRANCHING = Branching()
 BRANCHING_POINTS = hook_points(BRANCHING, torch.ones(2, 2))
 
@@ -98,6 +100,44 @@ def call_twin_the_other_way() -> None:
 
 def cache() -> ActivationCache:
     return run_with_cache(POINTS, *CNN.inputs(2), sites="relu1", stop=True)  # type: ignore[no-any-return]
+
+
+def open_and_close() -> None:
+    with patched(POINTS, zero_ablate(POINTS.site("fc"))):
+        pass
+
+
+def run_shared_without_a_trace() -> None:
+    with patched(SHARED.module, zero_ablate(Site("relu"))):
+        SHARED.module(*SHARED.inputs(2))
+
+
+def run_identity(tensor: Tensor, patch: Patch) -> None:
+    with patched(model := nn.Identity(), patch):
+        model(tensor)
+
+
+class Algorithm:
+    """Holds its policy, as those of Stable-Baselines3 do."""
+
+    def __init__(self) -> None:
+        self.seed, self.policy = 0, CNN.module
+
+
+class Merging(nn.Linear):
+    merged = False
+
+    def train(self, mode: bool = True) -> Merging:
+        self.weight.data += -1 if mode else 1
+        return super().train(mode)
+
+
+def call_twin_of_merged() -> None:
+    policy = nn.Linear(2, 2)
+    policy.merged = False
+    twin = PatchedPolicy(policy, zero_ablate(Site(".out")))
+    policy.merged = True
+    twin(torch.zeros(1, 2))
 
 
 class NoForward(nn.Module):
@@ -451,6 +491,119 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: hook_points(CNN.module, *CNN.inputs(1), axes={"fc": ("batch",)}),
         "axes={'fc': ('batch',)}: hook point 'fc' has 2 axes; give each one name of its own.",
     ),
+    "no forward while the context was open": (
+        errors.UnreachedError,
+        open_and_close,
+        "The patch at 'fc' never ran inside patched(). The model did not reach 'fc', or reached it through forward(), "
+        f"which runs no hooks, or it was compiled. {type(CNN.module).__name__}.__call__() was not called while the "
+        "context was open.",
+    ),
+    "no forward while it was recorded": (
+        errors.UnreachedError,
+        lambda: recording(BRANCHING_POINTS, "left")(print_nothing)(torch.zeros(1)),
+        "Nothing was recorded at 'left'. The model did not reach 'left', or reached it through forward(), which runs "
+        "no hooks, or it was compiled. Branching.__call__() was not called while the context was open.",
+    ),
+    "a context that was closed twice": (
+        RuntimeError,
+        lambda: patched(POINTS, zero_ablate(POINTS.site("fc"))).__exit__(None, None, None),
+        "This context is not open: it was closed before, or never entered. Use `with`.",
+    ),
+    "an index without its axis": (
+        errors.SiteError,
+        lambda: POINTS.site("1", 2),
+        "Site('1', 2): an index needs the name of its axis, as in channel=2.",
+    ),
+    "an index without its axis, and without a trace": (
+        errors.SiteError,
+        lambda: Site("1", [2, 3], row=1),
+        "Site('1', [2, 3]): an index needs the name of its axis, as in channel=2.",
+    ),
+    "a weight": (
+        errors.HookPointError,
+        lambda: POINTS.site("fc.weight"),
+        "'fc.weight' is a weight, not a hook point. In the forward, tap('name', weight) makes it one. (12 hook points; "
+        "print the HookPoints to list them.)",
+    ),
+    "a weight, without a trace": (
+        errors.HookPointError,
+        lambda: run(CNN.module, zero_ablate(Site("fc.bias"))),
+        f"'fc.bias' is a weight, not a hook point. In the forward, tap('name', weight) makes it one. ({MODULES} "
+        "modules; hook_points(model, *inputs) lists every hook point, taps included.)",
+    ),
+    "a buffer": (
+        errors.HookPointError,
+        lambda: recording(nn.BatchNorm1d(2), ".running_mean"),
+        "'.running_mean' is a weight, not a hook point. In the forward, tap('name', weight) makes it one. (1 modules; "
+        "hook_points(model, *inputs) lists every hook point, taps included.)",
+    ),
+    "one of several calls, without a trace": (
+        errors.HookPointError,
+        run_shared_without_a_trace,
+        "'relu' names no call, but 'relu' was called more than once in one root call. Name the call, as in 'relu#0', "
+        "or trace the model with hook_points().",
+    ),
+    "an algorithm that holds the policy": (
+        TypeError,
+        lambda: hook_points(Algorithm(), *CNN.inputs(2)),  # type: ignore[arg-type]
+        "hook_points takes a torch.nn.Module, not Algorithm. It holds one: pass .policy.",
+    ),
+    "an algorithm that holds the policy, in a context": (
+        TypeError,
+        lambda: PatchedPolicy(Algorithm(), zero_ablate(Site("fc"))),  # type: ignore[arg-type]
+        "Expected HookPoints or a torch.nn.Module, not Algorithm. It holds one: pass .policy.",
+    ),
+    "an edit that names its context otherwise": (
+        errors.EditError,
+        lambda: edit(POINTS.site("fc"), lambda activation, ctx: activation),
+        "<lambda> takes `ctx`. An edit takes the activation and, by keyword only and under this name, the context: def "
+        "function(activation, *, context).",
+    ),
+    "an edit that names its context otherwise, with a default": (
+        errors.EditError,
+        lambda: edit(POINTS.site("fc"), lambda activation, *, ctx=None: activation),
+        "<lambda> takes `ctx`. An edit takes the activation and, by keyword only and under this name, the context: def "
+        "function(activation, *, context).",
+    ),
+    "an edit with the hook of another library": (
+        errors.EditError,
+        lambda: edit(POINTS.site("fc"), lambda activation, hook: activation),
+        "<lambda> takes `hook`. An edit takes the activation and, by keyword only and under this name, the context: "
+        "def function(activation, *, context).",
+    ),
+    "a sparse tensor that is set": (
+        errors.UnsupportedModelError,
+        lambda: run_identity(torch.eye(2).to_sparse(), zero_ablate(Site(".out"))),
+        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which takes only a function of your own and no `where`: "
+        "edit(site, function). Or make the tensor dense in the model.",
+    ),
+    "a masked tensor that is edited in part": (
+        errors.UnsupportedModelError,
+        lambda: run_identity(
+            masked_tensor(torch.eye(2), torch.eye(2) > 0), edit(Site(".out"), abs, where=torch.eye(2) > 0)
+        ),
+        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which takes only a function of your own and no "
+        "`where`: edit(site, function). Or make the tensor dense in the model.",
+    ),
+    "a region of a masked tensor": (
+        errors.UnsupportedModelError,
+        lambda: read(masked_tensor(torch.eye(2), torch.eye(2) > 0), {0: slice(0, 1)}),
+        "A masked tensor has no regions. Use the whole hook point, or make the tensor dense in the model: "
+        "tensor.to_tensor(0.0).",
+    ),
+    "an adapter that was merged on one side": (
+        errors.UnsupportedModelError,
+        call_twin_of_merged,
+        "'merged' is True in the policy, but False in its twin, which shares its weights but not its settings. If "
+        "weights were changed with it, as by merging an adapter, make a new twin: PatchedPolicy(policy, patches). If "
+        "not, set it on both.",
+    ),
+    "a module that merges in train": (
+        errors.UnsupportedModelError,
+        lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
+        "The policy (Merging) writes its parameters in train(). A twin shares them, but not the flag that says how "
+        "they are, so one of the two would be wrong. Merge for good before you make the twin, or use patched().",
+    ),
     "no policy": (
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
@@ -488,6 +641,7 @@ def divided(activation: Tensor) -> Tensor:
     return activation * 0 / 0
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
 @pytest.mark.parametrize("name", MESSAGES)
 def test_the_message_says_what_is_wrong_what_was_expected_and_what_to_do(name: str) -> None:
     kind, fails, message = MESSAGES[name]

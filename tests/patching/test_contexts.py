@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
+from torch.masked import masked_tensor
 
 from chanpatch.engine.moments import forward_context
 from chanpatch.errors import (
@@ -405,6 +406,23 @@ def test_where_as_a_function_of_the_context_is_the_mask_it_returns(net, points, 
 
     patch = zero_ablate(points.site("conv", channel=1), where=lambda context: mask)
     check(points, patch, image, by_hand(net, image, change))
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_where_may_return_a_plain_bool_for_all_or_nothing(net, points, image, chosen):
+    patch = zero_ablate(points.site("conv"), where=lambda context: chosen)
+    check(points, patch, image, by_hand(net, image, lambda hidden: hidden * (not chosen)))
+    with patched(points, patch) as ledger:
+        net(image)
+    (record,) = ledger.to_records()
+    assert (record["firings"], record["rows"]) == (1, 4 * chosen)
+    assert bool(record["elements"]) == chosen
+
+
+def test_where_may_return_a_plain_bool_for_a_tensor_without_axes():
+    model = nn.Identity()
+    with patched(model, zero_ablate(Site(".out"), where=lambda context: context.call == 0)):
+        assert model(torch.tensor(3.0)) == 0
 
 
 def test_where_may_ask_for_the_inputs_of_the_root_call(net, points, image):
@@ -942,6 +960,48 @@ def test_a_sparse_tensor_can_be_patched_as_a_whole_only():
             model(torch.eye(2))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+def test_a_masked_tensor_can_be_patched_as_a_whole_by_a_function_of_ones_own():
+    model, masked = nn.Identity(), masked_tensor(torch.arange(4.0), torch.arange(4) > 1)
+    with patched(model, edit(Site(".out"), lambda activation: activation * 2)):
+        assert torch.equal(model(masked).to_tensor(-1.0), torch.tensor([-1.0, -1.0, 4.0, 6.0]))
+
+
+def test_a_model_without_values_is_patched_by_a_function_of_ones_own():
+    model = nn.Sequential(nn.Linear(4, 3, device="meta"))
+    with patched(model, edit(Site("0"), lambda activation: activation * 2)) as ledger:
+        assert model(torch.zeros(2, 4, device="meta")).is_meta
+    assert [record["elements"] for record in ledger.to_records()] == [6]
+
+
+@pytest.mark.parametrize("feature", [1, slice(0, 2), [0, 2]], ids=str)
+def test_complex_regions_have_the_gradients_of_the_same_computation_by_hand(feature):
+    linear, vector = nn.Linear(4, 3, dtype=torch.complex64), torch.randn(2, 4, dtype=torch.complex64)
+    mask = torch.zeros(3, dtype=torch.bool)
+    mask[feature] = True
+
+    def gradients(run):
+        linear.zero_grad()
+        run().abs().square().sum().backward()
+        return [parameter.grad.clone() for parameter in linear.parameters()]
+
+    expected = gradients(lambda: torch.where(mask, (2 + 1j) * linear(vector), linear(vector)))
+    patch = edit(Site("0", feature=feature), lambda activation: (2 + 1j) * activation)
+    model = nn.Sequential(linear)
+    with patched(model, patch):
+        for found, by_hand in zip(gradients(lambda: model(vector)), expected, strict=True):
+            assert torch.allclose(found, by_hand)
+
+
+def test_a_context_that_was_closed_may_be_opened_again_but_not_closed_again(net, points, image):
+    context = patched(points, zero_ablate(points.site("conv")))
+    for _ in range(2):
+        with context:
+            net(image)
+        with pytest.raises(RuntimeError, match="This context is not open"):
+            context.__exit__(None, None, None)
+
+
 def test_data_parallel_over_several_devices_is_refused():
     model = nn.DataParallel(nn.Linear(3, 2))
     model.device_ids = [0, 1]  # what torch sets where there are two GPUs
@@ -991,9 +1051,6 @@ def test_newcomers_are_told_what_a_patch_is_and_how_an_edit_takes_its_context():
     with pytest.raises(TypeError, match="Expected a Patch, not Site: zero_ablate"):
         with patched(model, Site("0")):
             pass
-    with pytest.raises(
-        EditError,
-        match=r"takes `context`. An edit takes the activation and, by keyword only.*def function\(activation, \*, context\)",
-    ):
+    with pytest.raises(EditError, match=r"<lambda> takes `context`\. .*: def function\(activation, \*, context\)"):
         with patched(model, edit(Site("0"), lambda activation, context: activation)):
             pass

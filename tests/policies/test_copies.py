@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -292,3 +293,85 @@ def test_a_module_that_copies_its_own_parameters_can_have_no_twin(x):
 
     with pytest.raises(UnsupportedModelError, match="copies its parameters by itself .* Use patched"):
         PatchedPolicy(nn.Sequential(Copying(4, 4)), zero_ablate(Site("0")))
+
+
+class Weakly(nn.Module):
+    """Reaches a layer through a weak reference as well, so that no patch is unreached."""
+
+    def __init__(self, refer: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.weak = refer(self.a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.weak()(x)
+
+
+WEAK: dict[str, Callable[[nn.Module], Any]] = {
+    "reference": weakref.ref,
+    "proxy": weakref.proxy,
+    "method": lambda module: weakref.WeakMethod(module.forward),
+    "set": lambda module: weakref.WeakSet([module]),
+    "values": lambda module: weakref.WeakValueDictionary({"a": module}),
+    "keys": lambda module: weakref.WeakKeyDictionary({module: "a"}),
+}
+
+
+@pytest.mark.parametrize("refer", WEAK.values(), ids=WEAK)
+def test_a_weak_reference_to_a_module_of_the_policy_is_refused(refer):
+    with pytest.raises(UnsupportedModelError) as caught:
+        PatchedPolicy(Weakly(refer), ON_A)
+    assert str(caught.value) == (
+        "Weakly keeps a weak reference (in an attribute or as a hook), which refers to the policy itself, or to a "
+        "container in it. From a twin it would reach the unpatched original. Make it a method, or use patched()."
+    )
+
+
+def test_a_function_that_refers_to_the_policy_weakly_is_refused():
+    policy = Plain()
+    reference = weakref.ref(policy.a)
+    policy.again = lambda x: reference()(x)  # type: ignore[misc]
+    with pytest.raises(UnsupportedModelError, match="Plain keeps the function .* refers to the policy itself"):
+        PatchedPolicy(policy, ON_A)
+
+
+def test_a_weak_reference_to_something_else_does_not_hinder_a_twin(x):
+    policy, other = Plain(), nn.Linear(2, 2)
+    policy.other = weakref.ref(other)
+    twin: Any = PatchedPolicy(policy, ON_A)
+    assert twin.other() is other
+    assert not torch.equal(twin(x), policy(x))
+
+
+def dispatched(policy: nn.Module) -> None:
+    """Replace the forward of every module as accelerate's dispatch does."""
+    for module in policy.modules():
+        before = module._old_forward = module.forward
+
+        def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            return module._old_forward(*args, **kwargs)
+
+        module.forward = functools.update_wrapper(functools.partial(new_forward, module), before)
+
+
+def test_a_policy_whose_forwards_accelerate_has_replaced_has_a_twin(x):
+    policy, plain = Plain(), None
+    plain = copy.deepcopy(policy)
+    dispatched(policy)
+    twin: Any = PatchedPolicy(policy, ON_A)
+    assert torch.equal(policy(x), plain(x))
+    with patched(plain, ON_A):
+        assert torch.equal(twin(x), plain(x))
+    assert torch.equal(policy(x), plain(x))
+
+
+def test_a_forward_that_was_replaced_by_a_function_that_holds_the_policy_is_refused():
+    policy = Plain()
+    before = policy.a._old_forward = policy.a.forward
+
+    def new_forward(*args: Any, **kwargs: Any) -> Any:
+        return policy.a._old_forward(*args, **kwargs)  # type: ignore[operator]
+
+    policy.a.forward = functools.update_wrapper(new_forward, before)  # type: ignore[method-assign]
+    with pytest.raises(UnsupportedModelError, match="Plain keeps the function .*forward .*Make it a method"):
+        PatchedPolicy(policy, ON_A)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1148,3 +1150,47 @@ def test_a_twin_whose_class_copies_itself_in_a_way_of_its_own_is_copied_with_its
         next(twin.parameters()).zero_()
     torch.testing.assert_close(copied(vectors), twin(vectors), rtol=0, atol=0)
     assert next(copied.parameters()).any() and copied.patches
+
+
+def test_the_class_of_a_policy_is_freed_after_its_twins(vector):
+    def make() -> weakref.ref[type]:
+        made = type("Made", (Policy,), {})
+        twins: Any = [PatchedPolicy(made(), zero_ablate(Site("actor"))) for _ in range(2)]
+        assert type(twins[0]) is type(twins[1])
+        twins[0](vector)
+        return weakref.ref(made)
+
+    kinds = [make() for _ in range(3)]
+    gc.collect()
+    gc.collect()  # the class of a twin goes first, then the policy's, which it inherits
+    assert [kind() for kind in kinds] == [None] * 3
+
+
+RECORDED: dict[str, Any] = {
+    "export": lambda twin, x: torch.export.export(twin, (x,)),
+    "fx": lambda twin, x: torch.fx.symbolic_trace(twin),
+    "fx of a model around it": lambda twin, x: torch.fx.symbolic_trace(nn.Sequential(twin)),
+}
+
+
+@pytest.mark.parametrize("record", RECORDED.values(), ids=RECORDED)
+def test_a_twin_is_not_recorded_without_its_patches(record, policy, vector):
+    twin: Any = PatchedPolicy(policy, zero_ablate(Site("actor")), allow_unreached="actor")
+    with pytest.raises(UnsupportedModelError) as caught:
+        record(twin, vector)
+    assert str(caught.value) == (
+        "torch.export and torch.fx record a twin without its patches, or freeze them. Record the policy instead. What "
+        "torch.export records inside patched(policy, patches) keeps the patches for good."
+    )
+    assert twin(vector) is not None
+
+
+def test_a_program_that_was_exported_inside_patched_keeps_the_patches():
+    model, vector = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(2, 4)
+    with patched(model, zero_ablate(Site("0"))):
+        expected = model(vector)
+        program = torch.export.export(model, (vector,)).module()
+        graph = torch.fx.symbolic_trace(model)
+        assert torch.equal(graph(vector), expected)
+    assert torch.equal(program(vector), expected)
+    assert torch.equal(graph(vector), model(vector))  # it calls the model's own modules

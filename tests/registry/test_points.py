@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from chanpatch.errors import HookPointError, SiteError
+from chanpatch import patched, zero_ablate
+from chanpatch.errors import ConcurrencyError, HookPointError, SiteError
 from chanpatch.registry import HookPoints, Site, hook_points
 from chanpatch.registry.points import bound
 
@@ -188,6 +189,27 @@ def test_hook_points_can_be_pickled_with_their_model(points):
     again = pickle.loads(pickle.dumps(points))
     assert dict(again) == dict(points)
     assert list(again.site("conv1", channel=2).indices) == [("channel", (2,))]
+
+
+class Acting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def act(self, x):
+        return self.fc(x).relu()
+
+
+def test_hook_points_of_a_method_can_be_pickled_and_used():
+    x = torch.ones(2, 4)
+    points = hook_points(Acting(), x, method="act")
+    again = pickle.loads(pickle.dumps(points))
+    assert (again.method, [*again]) == ("act", [*points])
+    with patched(again, zero_ablate(again.site("fc", feature=1))):
+        assert (again.model.act(x)[:, 1] == 0).all()
+        with pytest.raises(ConcurrencyError, match="cannot be pickled while it is patched"):
+            pickle.dumps(again)
+    assert torch.equal(again.model.act(x), points.model.act(x))
 
 
 def test_all_faults_of_several_sites_are_named_at_once(points):

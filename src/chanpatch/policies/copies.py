@@ -155,5 +155,5 @@ def _inside(item: Any) -> Iterable[Any]:
     if isinstance(item, types.MethodType):
         return item.__func__, item.__self__
     if isinstance(item, dict):
-        return item.values()
+        return [*item, *item.values()]
     return item if isinstance(item, (list, tuple, set, deque)) else ()
