@@ -184,8 +184,7 @@ class Firing(Located):
 
     def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
         if not isinstance(mask, Tensor):
-            mask = mask(context)
-            mask = torch.full((1,) * region.dim(), mask) if isinstance(mask, bool) else mask
+            mask = torch.full((1,) * region.dim(), given) if isinstance(given := mask(context), bool) else given
             check_mask(mask, self.site, self.axes, region.shape)
         return mask.to(region.device)  # masks are often made on the CPU
 
