@@ -450,7 +450,7 @@ def test_a_disk_that_is_full_leaves_the_older_file_and_nothing_else(
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
 
-@pytest.mark.parametrize("name", ["0" * 16, str(os.getpid())])
+@pytest.mark.parametrize("name", ["0" * 16, str(os.getpid())], ids=["random", "process"])
 def test_a_link_that_somebody_planted_is_not_written_through(
     name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
