@@ -97,7 +97,7 @@ class Settings:
         }
 
 
-_TORCHS_OWN = {*vars(nn.Module()), "_is_torch_compile", "_ddp_params_and_buffers_to_ignore"}
+_TORCHS_OWN = {*vars(nn.Module), *vars(nn.Module()), "_is_torch_compile", "_ddp_params_and_buffers_to_ignore"}
 _OTHER = type  # stands for a value that is not a setting; a deep copy of it is itself
 _MOST = 64
 
