@@ -1166,7 +1166,9 @@ def test_the_class_of_a_policy_is_freed_after_its_twins(vector):
     assert [kind() for kind in kinds] == [None] * 3
 
 
-EXPORTS = pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch.export goes through dynamo here")
+EXPORTS = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch.export goes through dynamo here"
+)
 RECORDED: dict[str, Any] = {
     "export": pytest.param(lambda twin, x: torch.export.export(twin, (x,)), marks=EXPORTS),
     "fx": lambda twin, x: torch.fx.symbolic_trace(twin),
@@ -1174,7 +1176,7 @@ RECORDED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("record", RECORDED.values(), ids=RECORDED)
+@pytest.mark.parametrize("record", RECORDED.values(), ids=[*RECORDED])
 def test_a_twin_is_not_recorded_without_its_patches(record, policy, vector):
     twin: Any = PatchedPolicy(policy, zero_ablate(Site("actor")), allow_unreached="actor")
     with pytest.raises(UnsupportedModelError) as caught:
