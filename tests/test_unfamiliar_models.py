@@ -535,6 +535,8 @@ def test_a_twin_can_be_compiled(net, vector):
     with twin.disable():
         torch.testing.assert_close(compiled(vector), net(vector))
     assert twin.ledger.to_records()[0]["firings"] == 3
+    torch.compile(net, backend="eager")  # marks the policy, as it marked the twin before
+    torch.testing.assert_close(twin(vector), by_hand(net, vector))
 
 
 @GRAD_IS_ASKED_FOR

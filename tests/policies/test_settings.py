@@ -222,6 +222,16 @@ def test_what_the_twins_own_calls_change_is_not_compared(x):
         twin(x)
 
 
+def test_marks_that_torch_sets_are_not_compared(x):
+    policy, twin = pair()
+    twin(x)
+    twin.compile(backend="eager")
+    policy[0][0]._is_torch_compile = True
+    twin[0][0].dump_patches = True
+    twin[0][0].register_forward_hook(lambda *_: None)
+    assert torch.equal(twin[0](x), policy[0](x))
+
+
 def test_a_module_without_parameters_is_not_compared(x):
     policy, twin = pair()
     twin(x)

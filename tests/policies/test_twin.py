@@ -1166,14 +1166,17 @@ def test_the_class_of_a_policy_is_freed_after_its_twins(vector):
     assert [kind() for kind in kinds] == [None] * 3
 
 
+EXPORTS = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch.export goes through dynamo here"
+)
 RECORDED: dict[str, Any] = {
-    "export": lambda twin, x: torch.export.export(twin, (x,)),
+    "export": pytest.param(lambda twin, x: torch.export.export(twin, (x,)), marks=EXPORTS),
     "fx": lambda twin, x: torch.fx.symbolic_trace(twin),
     "fx of a model around it": lambda twin, x: torch.fx.symbolic_trace(nn.Sequential(twin)),
 }
 
 
-@pytest.mark.parametrize("record", RECORDED.values(), ids=RECORDED)
+@pytest.mark.parametrize("record", RECORDED.values(), ids=[*RECORDED])
 def test_a_twin_is_not_recorded_without_its_patches(record, policy, vector):
     twin: Any = PatchedPolicy(policy, zero_ablate(Site("actor")), allow_unreached="actor")
     with pytest.raises(UnsupportedModelError) as caught:
@@ -1185,6 +1188,7 @@ def test_a_twin_is_not_recorded_without_its_patches(record, policy, vector):
     assert twin(vector) is not None
 
 
+@EXPORTS
 def test_a_program_that_was_exported_inside_patched_keeps_the_patches():
     model, vector = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.randn(2, 4)
     with patched(model, zero_ablate(Site("0"))):

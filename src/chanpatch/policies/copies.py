@@ -49,7 +49,8 @@ def refuse_writing_modes(policy: nn.Module) -> None:
     It is tried on a copy with other parameters, so an override that only sets flags passes.
     """
     for name, module in policy.named_modules():
-        own = [each for each in ("train", "eval") if not getattr(type(module), each).__module__.startswith("torch.")]
+        modes = {each: getattr(type(module), each) for each in ("train", "eval")}
+        own = [each for each, mode in modes.items() if not str(getattr(mode, "__module__", "")).startswith("torch.")]
         if own and next(module.parameters(), None) is not None and _writes_weights(module):
             raise UnsupportedModelError(
                 f"{repr(name) if name else 'The policy'} ({type(module).__name__}) writes its parameters in "

@@ -18,7 +18,7 @@ class Settings:
     """The attributes of a twin's modules that must be equal to those of the policy.
 
     These are attributes of type bool, int, str or None, and containers of at most 64 of these, of modules that have
-    parameters in or below them. Left out are attributes that torch gives every module, and those that the twin's own
+    parameters in or below them. Left out are attributes that torch itself sets, and those that the twin's own
     calls change: the first call of each kind shows which.
     """
 
@@ -80,12 +80,13 @@ class Settings:
 
     def _plan(self) -> None:
         """Prepare the comparison of the settings that there are now: a tuple of them per module takes 0.5 us."""
-        self._planned: list[tuple[Any, Any, int, int, Callable[[Any], Any]]] = []
+        planned: list[tuple[Any, Any, int, int, Callable[[Any], Any]]] = []
         for name, module, other, _ in self._modules:
             names = [each for each in module.keys() & other.keys() - _TORCHS_OWN if (name, each) not in self._changing]
             settings = [each for each in names if _plain(module[each]) is not _OTHER]
             values = operator.itemgetter(*settings) if settings else _nothing
-            self._planned.append((module, other, len(module), len(other), values))
+            planned.append((module, other, len(module), len(other), values))
+        self._planned = planned  # at last, so that an interrupt leaves none out
 
     def _of_twin(self) -> dict[tuple[str, str], Any]:
         return {
@@ -96,7 +97,7 @@ class Settings:
         }
 
 
-_TORCHS_OWN = vars(nn.Module()).keys()
+_TORCHS_OWN = {*vars(nn.Module), *vars(nn.Module()), "_is_torch_compile", "_ddp_params_and_buffers_to_ignore"}
 _OTHER = type  # stands for a value that is not a setting; a deep copy of it is itself
 _MOST = 64
 
