@@ -63,7 +63,7 @@ class Station:
         self._counting: list[Any] = []
         self._errors_before: list[BaseException | None] = []  # in flight when each call under way was entered
         self._patched_output: Any = None  # of the call whose hooks are running
-        self._copies: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._copies: list[weakref.ref[nn.Module]] = []
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # containers of the calls under way, and their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
         module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True, prepend=True)
@@ -99,7 +99,9 @@ class Station:
 
     def plan(self) -> None:
         """Order the listeners by stage, then by entry."""
-        ordered = sorted(self.listeners, key=lambda listener: STAGES.index(listener.stage))
+        ordered = self.listeners
+        if len(ordered) > 1:
+            ordered = sorted(ordered, key=lambda listener: STAGES.index(listener.stage))
         self._on_inputs = [listener for listener in ordered if listener.place.side == "in"]
         output = [listener for listener in ordered if listener.place.side == "out"]
         self._on_output = [listener for listener in output if listener.stage != "after"]
@@ -113,15 +115,14 @@ class Station:
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
-        module = self._module()
-        if not self.is_open and module is not None:
-            for each in (module, *self._copies):
-                drop(each, lambda hook: isinstance(hook, _Hook) and hook.station is self)
+        for each in () if self.is_open else (self._module, *self._copies):
+            if (module := each()) is not None:
+                drop(module, lambda hook: isinstance(hook, _Hook) and hook.station is self)
 
     def note_copy(self, memo: dict[int, Any]) -> None:
         """Remember the copy that is being made of the module, or of a copy, to take the hooks off it too."""
-        originals = [self.module_id, *map(id, self._copies)]
-        self._copies.update(memo[original] for original in originals if original in memo)
+        originals = [self.module_id, *(id(copy()) for copy in self._copies)]
+        self._copies += [weakref.ref(memo[original]) for original in originals if original in memo]
 
     def has_hooks(self, module: nn.Module) -> bool:
         """Return whether the module still has the hooks of the station."""
@@ -151,7 +152,7 @@ class Station:
         self._errors_before.append(sys.exc_info()[1])
         if len(module._forward_hooks) > self._hooks or (self._at_last and self._hooks == 1):
             self._order_output(module)
-        listening = any(listener.session.enabled for listener in self._on_inputs)
+        listening = bool(self._on_inputs) and any(listener.session.enabled for listener in self._on_inputs)
         late = listening and not is_ours(next(reversed(module._forward_pre_hooks.values())))
         for session in self.scopes:
             session.begin(self, args, kwargs)

@@ -13,7 +13,7 @@ from torch import nn
 from ..engine.moments import RootCall
 from ..engine.sessions import Session
 from ..errors import ChanpatchError, DistributionError, NaNError, UnreachedError, UnsupportedModelError, did_you_mean
-from ..registry.points import HookPoints, bound, resolve, root_of
+from ..registry.points import HookPoints, bound, refuse_unhookable, resolve, root_of
 from .firing import Firing, Ledger
 from .patch import Patch
 
@@ -30,6 +30,7 @@ class ContextSession(Session):
 
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
+        refuse_unhookable(self.modules)
 
     def finish(self, error: Exception | None) -> None:
         """Raise if the context failed; an error in flight may get a note or be replaced."""

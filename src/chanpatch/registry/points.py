@@ -266,17 +266,16 @@ def no_module(given: object) -> str:
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the model, its method, and the number of calls of each module, if traced; raise if it ignores hooks."""
+    """Return the model, its method, and the number of calls of each module, if traced."""
     model = model_of(points_or_model)
-    refuse_unhookable(model)
     if isinstance(points_or_model, HookPoints):
         return model, points_or_model.method, points_or_model.calls
     return model, "__call__", None
 
 
-def refuse_unhookable(model: nn.Module) -> None:
-    """Raise for a model whose module calls ignore hooks."""
-    for name, module in model.named_modules():
+def refuse_unhookable(modules: Mapping[str, nn.Module]) -> None:
+    """Raise if the calls of one of a model's modules ignore hooks."""
+    for name, module in modules.items():
         if why := _unhookable(module):
             raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
 

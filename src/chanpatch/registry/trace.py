@@ -63,7 +63,7 @@ def hook_points(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"hook_points takes a torch.nn.Module, not {no_module(model)}")
-    refuse_unhookable(model)
+    refuse_unhookable(dict(model.named_modules()))
     _refuse_untraceable(model, (example_inputs, example_keywords))
     weights = _Weights(model)
     trace = _Trace(model, on_call=weights.compare)

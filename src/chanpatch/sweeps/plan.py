@@ -14,7 +14,7 @@ from ..labels import Patches, labelled_patches
 from ..patching.contexts import checked_patches
 from ..patching.edits import Set
 from ..patching.patch import Patch
-from ..registry.points import HookPoints, root_of
+from ..registry.points import HookPoints, refuse_unhookable, root_of
 from ..registry.sites import HookPoint
 from .forward import Forward
 
@@ -67,6 +67,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
     """
     points, prefix = forward.points, forward.prefix
     session = Session(*root_of(points))
+    refuse_unhookable(session.modules)
     seen: dict[str, _Seen] = {}
 
     def note(name: str, leaf: Tensor, session: Session) -> Tensor:
