@@ -9,7 +9,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("what", ["library", "training"])
+@pytest.mark.parametrize("what", ["library", pytest.param("training", marks=pytest.mark.slow)])
 def test_all_lies_on_a_second_device_and_has_the_cpus_numbers(what):
     file = HERE / "on_second_device" / f"{what}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]

@@ -111,6 +111,7 @@ def test_the_table_counts_the_episodes_on_disk(finished: tuple[Path, str]) -> No
         assert [int(row[key]) for key in ("both", "only_modified", "only_original", "neither")] == expected
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_keeps_what_is_done_and_ends_with_the_same_numbers(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
