@@ -195,7 +195,7 @@ class _TwinState(Patching):
             shared = self._held == self._expected
         except RuntimeError:  # two tensors of more elements are neither equal nor unequal
             shared = False
-        if not shared or any(held.get(key) is not expected.get(key) for held, expected, key in self._numbers):
+        if not shared or any([held.get(key) is not expected.get(key) for held, expected, key in self._numbers]):
             raise UnsupportedModelError(
                 f"'{self._replaced()}' of the policy, or of its twin, was replaced since the twin was made, so the two "
                 "no longer share all weights. Make a new twin: PatchedPolicy(policy, patches). If a method of the "
