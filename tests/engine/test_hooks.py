@@ -181,6 +181,26 @@ def test_a_reduction_that_fails_is_raised_although_the_model_catches_it(vectors:
         run_with_cache(net, vectors, sites="relu", reduce=("b f -> b", failing))
 
 
+class Interrupted(BaseException):
+    pass
+
+
+def test_an_exception_of_any_kind_is_raised_although_the_model_catches_it(vectors: Tensor) -> None:
+    class CatchingAll(Net):
+        def forward(self, vector: Tensor) -> Tensor:
+            try:
+                return self.head(self.relu(self.body(vector)))
+            except BaseException:
+                return vector
+
+    def interrupted(region: Tensor) -> Tensor:
+        raise Interrupted
+
+    net = CatchingAll()
+    with pytest.raises(Interrupted), patched(net, edit(Site("relu"), interrupted)):
+        net(vectors)
+
+
 def test_an_error_outside_of_a_root_call_is_raised_when_the_context_closes(vectors: Tensor) -> None:
     net = Catching()
     with pytest.raises(Failed), patched(net, edit(Site("relu"), failing)):

@@ -44,8 +44,9 @@ class Listener:
             return tree
         try:
             return self._act(tree) if self.session.is_call(self.place) else tree
-        except Exception as error:
-            self.session.failure = self.session.failure or error
+        except BaseException as error:
+            if not isinstance(error, StopForward):
+                self.session.failure = self.session.failure or error
             raise
 
     def _act(self, tree: Any) -> Any:
@@ -104,7 +105,7 @@ class Session:
         self._in_containers = False  # whether it listens to tensors inside containers that modules return
         self.root_call: RootCall | None = None  # the one under way
         self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until it is
-        self.failure: Exception | None = None  # of a listener, in case that the model's own `except` catches it
+        self.failure: BaseException | None = None  # of a listener, in case that the model's own `except` catches it
         self._touched: dict[nn.Module, None] = {}
         self._with_inputs: list[Station] = []
         self._thread: int | None = None
