@@ -45,7 +45,7 @@ class Listener:
         try:
             return self._act(tree) if self.session.is_call(self.place) else tree
         except BaseException as error:
-            if not isinstance(error, StopForward):
+            if not isinstance(error, (StopForward, KeyboardInterrupt)):  # which is not of the listener
                 self.session.failure = self.session.failure or error
             raise
 
