@@ -44,6 +44,10 @@ def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output * 2
 
 
+def doubles_in_place(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.mul_(2)
+
+
 def test_every_other_hook_sees_the_patched_output_whenever_it_was_registered(net: Net, vectors: Tensor) -> None:
     points = hook_points(net, vectors)
     seen = [seen_by_hook(net.relu)]
@@ -80,9 +84,26 @@ def test_a_hook_that_replaces_the_tensor_that_was_just_patched_is_an_error_that_
     with pytest.raises(UnsupportedModelError) as caught, patched(points, zero_ablate(points.site("relu", feature=1))):
         net(vectors)
     assert str(caught.value) == (
-        "A forward hook of 'relu' replaced the tensor that was just patched there. Remove that hook while the patch is "
-        "in place, or patch the input of the next module: doubled."
+        "A forward hook of 'relu' replaced the tensor that was just patched there, or wrote into it. Remove that hook "
+        "while the patch is in place, or patch the input of the next module: doubled."
     )
+
+
+def test_a_hook_that_writes_into_the_tensor_that_was_just_patched_is_an_error(net: Net, vectors: Tensor) -> None:
+    net.relu.register_forward_hook(doubles_in_place)
+    for points in (net, hook_points(net, vectors)):
+        with pytest.raises(UnsupportedModelError, match="relu.*, or wrote into it"), torch.no_grad():
+            with patched(points, zero_ablate(Site("relu", feature=1))):
+                net(vectors)
+
+
+def test_a_hook_may_write_into_a_tensor_that_is_only_recorded(net: Net, vectors: Tensor) -> None:
+    with torch.no_grad():
+        expected = 2 * net.body(vectors).relu()
+        net.relu.register_forward_hook(doubles_in_place)
+        with recording(net, "relu") as cache:
+            net(vectors)
+    torch.testing.assert_close(cache["relu"], expected)
 
 
 def test_a_hook_that_only_looks_is_no_obstacle(net: Net, vectors: Tensor) -> None:

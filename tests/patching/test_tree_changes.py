@@ -45,6 +45,16 @@ def test_hooks_that_are_cleared_are_an_error(model: nn.Module) -> None:
     assert str(caught.value) == message("0.1")
 
 
+def test_a_call_while_a_module_is_replaced_for_a_while_is_an_error(model: nn.Module) -> None:
+    with patched(model, zero_ablate(Site("0.1"))):
+        model(torch.zeros(1, 4))
+        relu, model[0][1] = model[0][1], nn.ReLU()
+        with pytest.raises(UnsupportedModelError) as caught:
+            model(torch.zeros(1, 4))
+        model[0][1] = relu
+    assert str(caught.value) == message("0.1")
+
+
 def test_a_change_elsewhere_is_none_of_the_patchs_business(model: nn.Module) -> None:
     with patched(model, zero_ablate(Site("0.1"))):
         model[1] = nn.Linear(6, 3)

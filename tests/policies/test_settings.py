@@ -24,6 +24,7 @@ class Lora(nn.Linear):
         self.merged_adapters: list[str] = []
         self.scaling = {"one": 1, "two": 2}
         self.mode: str | None = None
+        self.temperature = 1.0
 
     def delta(self) -> Tensor:
         return sum((self.scaling[name] * self.adapters[name] for name in self._active), torch.zeros(3, 4))
@@ -81,6 +82,8 @@ CHANGES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "set_adapter": ("_active", lambda layer: layer.set_adapter("two")),
     "disable": ("_disabled", lambda layer: setattr(layer, "_disabled", True)),
     "scale": ("scaling", lambda layer: layer.scaling.update(one=3)),
+    "a temperature": ("temperature", lambda layer: setattr(layer, "temperature", 0.5)),
+    "a method of its own": ("forward", lambda layer: setattr(layer, "forward", lambda x: x @ layer.weight.T)),
     "a text": ("mode", lambda layer: setattr(layer, "mode", "fast")),
     "a new flag": ("fused", lambda layer: setattr(layer, "fused", True)),
     "a flag that is gone": ("mode", lambda layer: delattr(layer, "mode")),

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .hooks import STAGES, compiled_code_runs_eagerly, drop, finally_twice
+from .contexts import compiled_code_runs_eagerly, finally_twice
+from .hooks import STAGES, drop
 
 
 @contextmanager

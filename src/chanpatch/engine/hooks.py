@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
 from .containers import containers, contents, copied_containers, holds, with_copies, written_into
+from .contexts import eager, is_compiling
 from .paths import Path, get
 
 Stage: TypeAlias = Literal["before", "patch", "after"]
@@ -62,7 +63,7 @@ class Station:
         self._at_last: list[Any] = []  # records of the output, after all other hooks
         self._counting: list[Any] = []
         self._errors_before: list[BaseException | None] = []  # in flight when each call under way was entered
-        self._patched_output: Any = None  # of the call whose hooks are running
+        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # tensors and versions, in the call under way
         self._copies: list[weakref.ref[nn.Module]] = []
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # containers of the calls under way, and their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
@@ -195,19 +196,19 @@ class Station:
                     "an entry of it is patched, which is done in a copy: its caller would miss the rest. Patch the "
                     "module that computes the entry, or a module inside this one."
                 )
-        self._patched_output = None if changed is output else changed
         if self._hooks == 1:
             self._end(failed=failed)
         else:
             self._calls = [(session, session.call) for session in self._counting]
+            self._just_patched = [] if changed is output else self._patched_in(changed)
         return None if changed is output else changed
 
     def _leave_last(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if id(module) != self.module_id:
             return None
-        failed, patched_output, self._patched_output = self._has_failed(), self._patched_output, None
-        if patched_output is not None and not failed:
-            self._refuse_replaced(module, patched_output, output)
+        failed, patched, self._just_patched = self._has_failed(), self._just_patched, []
+        if patched and not failed:
+            self._refuse_replaced(module, patched, output)
         for session, call in self._calls:  # hooks of others may have called other modules
             session.call = call
         changed = output if failed else self._heard(self._at_last, output)
@@ -235,20 +236,25 @@ class Station:
         for session in self.scopes:
             session.end(self, failed=failed)
 
-    def _refuse_replaced(self, module: nn.Module, patched_output: Any, output: Any) -> None:
-        """Raise if a hook of the user's replaced a tensor that was just patched."""
-        for listener in self._on_output:
-            path = listener.place.path
-            if listener.stage == "patch" and listener.session.enabled:
-                with suppress(LookupError, AttributeError, TypeError):
-                    if get(output, path) is get(patched_output, path):
-                        continue
-                others = [hook for hook in module._forward_hooks.values() if not is_ours(hook)]
-                names = ", ".join(str(getattr(hook, "__qualname__", hook)) for hook in others)
-                raise UnsupportedModelError(
-                    f"A forward hook of '{listener.place.name}' replaced the tensor that was just patched there. "
-                    f"Remove that hook while the patch is in place, or patch the input of the next module: {names}."
-                )
+    def _patched_in(self, output: Any) -> list[tuple[Place, Tensor, int | None]]:
+        """Return the tensors in an output that are patched, with their places and versions."""
+        places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
+        return [
+            (place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None
+        ]
+
+    def _refuse_replaced(self, module: nn.Module, patched: list[tuple[Place, Tensor, int | None]], output: Any) -> None:
+        """Raise if a hook of the user's replaced a tensor that was just patched, or wrote into it."""
+        for place, tensor, version in patched:
+            with suppress(LookupError, AttributeError, TypeError):
+                if get(output, place.path) is tensor and _version(tensor) == version:
+                    continue
+            others = [hook for hook in module._forward_hooks.values() if not is_ours(hook)]
+            names = ", ".join(str(getattr(hook, "__qualname__", hook)) for hook in others)
+            raise UnsupportedModelError(
+                f"A forward hook of '{place.name}' replaced the tensor that was just patched there, or wrote into it. "
+                f"Remove that hook while the patch is in place, or patch the input of the next module: {names}."
+            )
 
     def _refuse_copy(self, module: nn.Module) -> None:
         if self.is_open:
@@ -256,6 +262,10 @@ class Station:
                 f"This {type(module).__name__} is a copy (deepcopy or a DataParallel replica) of a module that is "
                 "being patched or recorded, and was made meanwhile. Use the module that was patched, on one device."
             )
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version  # torch counts no writes in inference mode
 
 
 _CALL = nn.Module._call_impl.__code__  # the frame that runs a module's hooks and its forward
@@ -306,57 +316,6 @@ def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
             for flags in ("_with_kwargs", "_always_called"):
                 vars(module).get(f"{name}{flags}", {}).pop(key, None)
             del hooks[key]
-
-
-@contextmanager
-def finally_twice(end: Callable[[], object]) -> Iterator[None]:
-    """Call `end` at the end, twice, so that it is done even if an interrupt cuts it short once."""
-    try:
-        try:
-            yield
-        finally:
-            end()
-    finally:
-        end()
-
-
-is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
-
-
-def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function; a model that is being compiled calls it as it is, instead of tracing into it."""
-    if is_compiling():
-        return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
-    return function
-
-
-@contextmanager
-def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Run compiled code eagerly, since it ignores hooks that are added later; contexts may close in any order."""
-    token = object()
-
-    def end() -> None:
-        if token in _eager:
-            _eager.remove(token)
-        _settle_stance()
-
-    with finally_twice(end):
-        _eager.append(token)
-        _settle_stance()
-        yield
-
-
-_eager: list[object] = []
-_stance: list[Any] = []  # the one in force, if any
-
-
-def _settle_stance() -> None:
-    if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        # Without dynamo, nothing was compiled. An interrupt cannot come between setting it and noting it.
-        _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
-    elif _stance and not _eager:
-        _stance[0].__exit__(None, None, None)
-        _stance.clear()
 
 
 def refuse_checkpoint(name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .calls import forget_taps, hear_tap, wrapped_method
 from .containers import containers
-from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, finally_twice, read_only, refuse_checkpoint
+from .contexts import compiled_code_runs_eagerly, finally_twice
+from .hooks import Place, Stage, Station, read_only, refuse_checkpoint
 from .moments import Moment, RootCall, published
 from .paths import Item, Path, get, in_distribution, leaves, replace
 
@@ -106,6 +107,7 @@ class Session:
         self.root_call: RootCall | None = None  # the one under way
         self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until it is
         self.failure: BaseException | None = None  # of a listener, in case that the model's own `except` catches it
+        self.dropped: AbstractContextManager[None] | None = None  # a context that was freed while it was open
         self._touched: dict[nn.Module, None] = {}
         self._with_inputs: list[Station] = []
         self._thread: int | None = None
@@ -185,19 +187,6 @@ class Session:
                     station.remove(self)
                 self._touched.pop(module, None)
         self._with_inputs.clear()
-
-    def lost_module(self) -> str | None:
-        """Return the name of a module that was replaced, or lost its hooks, on the way from the root to a listener."""
-        for name in dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap"):
-            module, parts = self.root, name.split(".") if name else []
-            for end, part in enumerate(parts, 1):
-                module = getattr(module, part, None)  # type: ignore[assignment]
-                if module is not self.modules.get(".".join(parts[:end])):
-                    return ".".join(parts[:end])
-            station = Station.of(module)
-            if station is None or not station.has_hooks(module):
-                return name
-        return None
 
     def let_go(self) -> None:
         """Free what the listeners hold: in reference cycles, tensors would stay until the garbage collector runs."""
@@ -286,6 +275,13 @@ class Session:
 
     def _begin(self, call: RootCall) -> None:
         self.check_owner()
+        if self.dropped is not None:
+            dropped, self.dropped = self.dropped, None
+            dropped.__exit__(None, None, None)
+            raise ConcurrencyError(
+                f"A context of {type(self.root).__name__} was freed while it was open, and is closed now. Use `with`, "
+                "or keep the context in a variable: context = patched(model, patches); context.__enter__()."
+            )
         self.on_begin(call)  # may refuse: then no call has begun
         self.failure, self.no_call = None, ""
         for station in self._with_inputs:

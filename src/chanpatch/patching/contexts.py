@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
+from ..engine.contexts import Exit, Held
+from ..engine.hooks import Station
 from ..engine.moments import RootCall
 from ..engine.sessions import Session
 from ..errors import ChanpatchError, DistributionError, NaNError, UnreachedError, UnsupportedModelError, did_you_mean
@@ -31,18 +33,46 @@ class ContextSession(Session):
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         refuse_unhookable(self.modules)
+        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules from the root to the listeners
+
+    def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
+        """Start to listen, and note which modules are on the way from the root to the listeners."""
+        names = dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap")
+        ways = [itertools.accumulate(name.split("."), "{}.{}".format) for name in names if name]
+        self._way = []
+        for name in dict.fromkeys(itertools.chain(*ways)):
+            parent, _, part = name.rpartition(".")
+            self._way.append((name, self.modules[name], vars(self.modules[parent])["_modules"], part))
+        super().attach(scopes)
+
+    def on_begin(self, call: RootCall) -> None:
+        """Raise if a module on the way to a listener was replaced."""
+        if any([held.get(part) is not module for _, module, held, part in self._way]):
+            self.check_way()
+
+    def check_way(self) -> None:
+        """Raise if a module on the way to a listener was replaced, or one with a listener lost its hooks."""
+        lost = [name for name, module, held, part in self._way if held.get(part) is not module]
+        for listener in () if lost else self.listeners:
+            module = self.modules.get(listener.place.module)
+            if module is not None and ((station := Station.of(module)) is None or not station.has_hooks(module)):
+                lost.append(listener.place.module)
+        if lost:
+            raise UnsupportedModelError(
+                f"'{lost[0]}' was replaced, or lost its hooks, while the model was patched or recorded. Change the "
+                "model before the context opens."
+            )
 
     def finish(self, error: Exception | None) -> None:
         """Raise if the context failed; an error in flight may get a note or be replaced."""
 
 
-class Opened(ContextDecorator, Generic[Result]):
+class Opened(Held, Generic[Result]):
     """A context, and a decorator, in which a session is open; `session` returns a new one for each entry."""
 
     def __init__(self, session: Callable[[], ContextSession]) -> None:
         self._new = session
         self._next: ContextSession | None = session()  # built eagerly, so that errors surface here
-        self._open: list[tuple[ContextSession, AbstractContextManager[None]]] = []
 
     def _recreate_cm(self) -> Opened[Result]:
         return Opened(self._new)
@@ -53,36 +83,26 @@ class Opened(ContextDecorator, Generic[Result]):
             session = self._new()  # a module of the model was replaced
         context = session.attached()
         try:
-            self._open.append((session, context))
-            context.__enter__()
+            self.hold(session, context)
             return session.result  # type: ignore[no-any-return]
         except BaseException:  # an interrupt before the body of `with`
-            self._forget(session)
+            self.forget(context)
             raise
 
+    @Exit
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not self._open:
-            raise RuntimeError("This context is not open: it was closed before, or never entered. Use `with`.")
-        session, context = self._open[-1]
+        session, context = self.last()
         try:
-            lost = session.lost_module() if error is None else None
-            context.__exit__(None, None, None)
             if error is None:
                 session.raise_failure()
-            if lost is not None:
-                raise UnsupportedModelError(
-                    f"'{lost}' was replaced, or lost its hooks, while the model was patched or recorded. Change the "
-                    "model before the context opens."
-                )
+                session.check_way()
+            context.__exit__(None, None, None)
             if error is None or isinstance(error, Exception):
                 session.finish(error)
         finally:
             context.__exit__(None, None, None)  # again, in case that an interrupt came before the first one
-            self._forget(session)
+            self.forget(context)
             session.let_go()
-
-    def _forget(self, session: ContextSession) -> None:
-        self._open = [each for each in self._open if each[0] is not session]
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:

@@ -7,6 +7,7 @@ import operator
 import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -17,9 +18,9 @@ from ..errors import UnsupportedModelError
 class Settings:
     """The attributes of a twin's modules that must be equal to those of the policy.
 
-    These are attributes of type bool, int, str or None, and containers of at most 64 of these, of modules that have
-    parameters in or below them. Left out are attributes that torch itself sets, and those that the twin's own
-    calls change: the first call of each kind shows which.
+    These are attributes of type bool, int, float, str or None, containers of at most 64 of these, and whether a
+    function is set, of modules that have parameters in or below them. Left out are attributes that torch itself sets,
+    and those that the twin's own calls change: the first call of each kind shows which.
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:
@@ -67,6 +68,8 @@ class Settings:
         for name, module, other, kind in self._modules:
             for attribute in sorted((module.keys() | other.keys()) - _TORCHS_OWN):
                 place, default = (name, attribute), getattr(kind, attribute, _OTHER)
+                if isinstance(default, FunctionType):  # a method, which an instance may replace
+                    default = _OTHER
                 own, given = (held.get(attribute, default) for held in (module, other))
                 if place not in self._changing and _plain(own) != _plain(given):
                     raise UnsupportedModelError(
@@ -81,7 +84,7 @@ class Settings:
         planned: list[tuple[Any, Any, Callable[[Any], Any]]] = []
         for name, module, other, _ in self._modules:
             names = [each for each in module.keys() & other.keys() - _TORCHS_OWN if (name, each) not in self._changing]
-            if settings := [each for each in names if _plain(module[each]) is not _OTHER]:
+            if settings := [each for each in names if _plain(module[each]) not in (FunctionType, _OTHER)]:
                 planned.append((module, other, operator.itemgetter(*settings)))
         held = [each for _, module, other, _ in self._modules for each in (module, other)]
         self._planned = held, [*map(len, held)], planned  # at last, so that an interrupt leaves none out
@@ -96,13 +99,16 @@ class Settings:
 
 
 _TORCHS_OWN = {*vars(nn.Module), *vars(nn.Module()), "_is_torch_compile", "_ddp_params_and_buffers_to_ignore"}
+_TORCHS_OWN.remove("forward")  # which an instance may replace
 _OTHER = type  # stands for a value that is not a setting; a deep copy of it is itself
 _MOST = 64
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Return a setting as it is, and `_OTHER` for any other value."""
-    if value is None or isinstance(value, (bool, int, str)):
+    """Return a setting as it is, `FunctionType` for a function, and `_OTHER` for any other value."""
+    if not depth and isinstance(value, (FunctionType, MethodType)):
+        return FunctionType
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if not isinstance(value, (list, tuple, set, frozenset, deque, dict)) or len(value) > _MOST or depth > 4:
         return _OTHER
@@ -113,4 +119,4 @@ def _plain(value: Any, depth: int = 0) -> Any:
 def _shown(value: Any) -> str:
     if value is _OTHER:
         return "missing"
-    return f"a {type(value).__name__}" if _plain(value) is _OTHER else reprlib.repr(value)
+    return f"a {type(value).__name__}" if _plain(value) in (FunctionType, _OTHER) else reprlib.repr(value)

@@ -6,8 +6,7 @@ import copy
 import functools
 import types
 from abc import ABC
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,7 +16,7 @@ from torch.distributions import Distribution
 from torch.fx import _symbolic_trace
 
 from ..engine.calls import observed
-from ..engine.hooks import eager, is_compiling
+from ..engine.contexts import Exit, Held, eager, is_compiling
 from ..engine.moments import RootCall
 from ..engine.sessions import disabled
 from ..errors import UnsupportedModelError
@@ -98,13 +97,9 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         ledger: Ledger = _state(self).result
         return ledger
 
-    @contextmanager
-    def disable(self) -> Iterator[None]:
-        """Run the twin without its patches while the context is open."""
-        state = _state(self)
-        state.settings.check()
-        with disabled([state]):
-            yield
+    def disable(self) -> Disabled:
+        """Return a context in which the twin runs without its patches."""
+        return Disabled(_state(self))
 
     def distribution(self, observations: Any) -> Distribution:
         """Return the patched distribution over actions; see `action_distribution`."""
@@ -119,6 +114,23 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         build, parts = self.__reduce_ex__(4)
         memo[id(self)] = twin = build(*copy.deepcopy(parts, memo))
         return twin
+
+
+class Disabled(Held):
+    """A context in which a twin runs without its patches; such contexts may close in any order."""
+
+    def __init__(self, state: _TwinState) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._state.settings.check()
+        self.hold(self._state, disabled([self._state]))
+
+    @Exit
+    def __exit__(self, *error: object) -> None:
+        _, context = self.last()
+        context.__exit__(None, None, None)
+        self.forget(context)
 
 
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7 and later
