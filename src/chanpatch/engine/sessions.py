@@ -297,8 +297,7 @@ class Session:
                 self.raise_failure()
                 self.on_end(call)
         finally:
-            self.failure = None
-            self.root_call = None
+            self.failure = self.root_call = None
             if not self.confined:
                 self._thread = None
 
@@ -310,7 +309,7 @@ class Session:
 
     def check_owner(self) -> None:
         """Raise if the forward under way is in another thread or asyncio task than the session."""
-        if self._thread is not None and self._is_elsewhere():
+        if self._is_elsewhere():
             where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(
                 f"{type(self.root).__name__} is patched or recorded in another {where}. Open the context in the "
@@ -318,8 +317,8 @@ class Session:
             )
 
     def _is_elsewhere(self) -> bool:
-        if threading.get_ident() != self._thread:
-            return True
+        if self._thread != threading.get_ident():
+            return self._thread is not None
         # A task that has ended, such as that of an earlier notebook cell, left its contexts to the ones after it.
         return self._task is not None and _current_task() is not self._task and not self._task.done()
 
@@ -342,7 +341,7 @@ class Session:
 
     def leave_call(self, counted: object) -> None:
         """Let `call` be the index of the call that ends; calls of one module inside each other end in reverse."""
-        if not self.enabled or (self._thread is not None and self._is_elsewhere()):
+        if not self.enabled or self._is_elsewhere():
             return  # a call from elsewhere was refused when it was entered
         under_way = None if self.root_call is None else self.root_call.under_way.get(counted)
         self.call = under_way.pop() if under_way else 0
