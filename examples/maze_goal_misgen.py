@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from maze.command import UserError, exit_status
-from maze.limits import limits
+from maze.report.limits import limits
 
 EXAMPLES = """examples:
   python examples/maze_goal_misgen.py                                 the whole study, on 200 levels each
@@ -97,7 +97,7 @@ def main() -> int:
 def study(given: dict[str, Any]) -> None:
     """Run the parts that were asked for."""
     from maze.experiment import Settings, run_rollouts  # here, so that --help answers at once
-    from maze.run import RunSettings, run
+    from maze.report.run import RunSettings, run
 
     only = tuple(name.strip() for name in (given.pop("only") or "").split(",") if name.strip())
     parts = tuple(part for part in only if part != "rollouts")

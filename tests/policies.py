@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from chanpatch import HookPoints, PatchedPolicy, edit, hook_points, paired_rollouts, rollout, zero_ablate
 from chanpatch.policies import PairedRollouts, Rollout, action_distribution
-from maze.requirements import policy_models
+from maze.environment.requirements import policy_models
 
 SEEDS = [3, 11, 4, 90, 2]
 

@@ -44,7 +44,7 @@ from chanpatch.patching import (
 )
 from chanpatch.policies import PatchedPolicy
 from chanpatch.registry import HookPoints, Site, hook_points, tap
-from maze.requirements import policy_models
+from maze.environment.requirements import policy_models
 
 
 class RecurrentPolicy(nn.Module):

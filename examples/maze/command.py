@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from maze.requirements import MissingRequirement
+from maze.environment.requirements import MissingRequirement
 
 
 class UserError(ValueError):

@@ -72,9 +72,9 @@ def main() -> int:
 
 def evaluate(given: dict[str, Any]) -> None:
     """Evaluate with these settings."""
-    from maze.evaluation import PLACES, Settings, run, sizes_in  # here, so that --help answers at once
-    from maze.paired_evaluation import run_against
     from maze.results import check_folder
+    from maze.training.evaluation import PLACES, Settings, run, sizes_in  # here, so that --help answers at once
+    from maze.training.paired_evaluation import run_against
 
     against = given.pop("against")
     given["sizes"] = sizes_in(given["sizes"])

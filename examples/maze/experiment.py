@@ -16,17 +16,17 @@ from torch import nn
 from chanpatch import HookPoints, hook_points
 from chanpatch.controls import matched_channels
 from chanpatch.statistics import Interval
-from maze.ablation import Comparison, compare, play, ranked, told_rank, zeroed
-from maze.channels import ChannelChoice, channel_of, choose_channel, pair_sums
+from maze.analysis.ablation import Comparison, compare, play, ranked, told_rank, zeroed
+from maze.analysis.channels import ChannelChoice, channel_of, choose_channel, pair_sums
+from maze.analysis.episodes import ORIGINAL, STEPS, Episodes
+from maze.analysis.tables import SITE
 from maze.command import UserError
-from maze.episodes import ORIGINAL, STEPS, Episodes
-from maze.figures import ablation_figure
-from maze.levels import draw_levels, observe, policy_input
-from maze.paths import Direction, first_steps
-from maze.policy import load_policy
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.environment.paths import Direction, first_steps
+from maze.environment.states import Mazes, read_mazes
+from maze.policy.network import load_policy
+from maze.report.figures import ablation_figure
 from maze.results import check_folder, locked, replace_table, replace_text, replaced, settings_key, versions
-from maze.states import Mazes, read_mazes
-from maze.tables import SITE
 
 _CHOICE_LEVELS = 500  # mazes that the channel is chosen on
 

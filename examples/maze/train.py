@@ -133,15 +133,15 @@ def train(options: argparse.Namespace) -> int:
 
 def _trained(options: argparse.Namespace, policy: Any, settings: Any, folder: Path, device: Any) -> int:
     """Train in a folder that no other run works in; return the exit status."""
-    from maze.training_run import LOG, WEIGHTS, read_checkpoint, run
+    from maze.training.training_run import LOG, WEIGHTS, read_checkpoint, run
 
     checkpoint = read_checkpoint(folder, settings) if options.resume else None
     if settings.algorithm == "ppo":
-        from maze.ppo import PPO
+        from maze.training.ppo import PPO
 
         trainer: Any = PPO(policy, settings, device=device)
     else:
-        from maze.imitation import Imitation
+        from maze.training.imitation import Imitation
 
         trainer = Imitation(policy, settings, device=device, workers=_workers(options, device.type))
     if not run(trainer, settings, folder, checkpoint, save_seconds=60 * options.save_minutes):
@@ -155,7 +155,7 @@ def _device(name: str | None) -> Any:
     """The device of that name; without one a GPU where there is one."""
     import torch
 
-    from maze.training_run import TrainingError
+    from maze.training.training_run import TrainingError
 
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
@@ -165,7 +165,7 @@ def _device(name: str | None) -> Any:
 
 def _settings(options: argparse.Namespace, width: int, start: str | None, device: str) -> Any:
     """The options, with the algorithm's defaults, without those that do not change the numbers."""
-    from maze.training_run import Settings, TrainingError
+    from maze.training.training_run import Settings, TrainingError
 
     chosen = DEFAULTS[options.algorithm]
     for name in {name for defaults in DEFAULTS.values() for name in defaults} - chosen.keys():
@@ -191,8 +191,8 @@ def _policy(options: argparse.Namespace) -> tuple[Any, int, str | None]:
     """The policy to train, its width, and the sha256 of the weights that it starts from."""
     import torch
 
-    from maze.policy import load_policy, new_policy
-    from maze.training_run import TrainingError
+    from maze.policy.network import load_policy, new_policy
+    from maze.training.training_run import TrainingError
 
     if options.start is not None:
         policy, facts = load_policy(options.start)

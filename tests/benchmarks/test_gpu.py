@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from chanpatch import hook_points, sweep, zero_ablate
-from maze.policy import new_policy
+from maze.policy.network import new_policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -162,7 +162,7 @@ import sys
 import torch
 sys.path.append("../../examples")
 from chanpatch import hook_points, sweep, zero_ablate
-from maze.policy import new_policy
+from maze.policy.network import new_policy
 from peers.measure import peak_memory
 
 torch.set_num_threads(1)

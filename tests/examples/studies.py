@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from chanpatch import HookPoints, hook_points
-from maze.labels import LabelledChannel
-from maze.levels import draw_levels, observe, policy_input
-from maze.part import Study, Tables, read_table
-from maze.paths import Direction
-from maze.policy import load_policy
-from maze.selection import Selection
-from maze.tables import SITE
+from maze.analysis.labels import LabelledChannel
+from maze.analysis.part import Study, Tables, read_table
+from maze.analysis.selection import Selection
+from maze.analysis.tables import SITE
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.environment.paths import Direction
+from maze.policy.network import load_policy
 
 BEST = {Direction.LEFT: 8, Direction.DOWN: 24, Direction.UP: 7, Direction.RIGHT: 30}
 

@@ -3,7 +3,7 @@ import torch
 from matplotlib.figure import Figure
 
 from chanpatch import contrast, hook_points
-from maze.contrasts import contrast_rows, draw_contrast
+from maze.analysis.contrasts import contrast_rows, draw_contrast
 
 
 @pytest.fixture

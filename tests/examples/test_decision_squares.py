@@ -4,7 +4,7 @@ import torch
 from studies import BEST, shipped_points, small_study
 
 from chanpatch import hook_points, recording
-from maze.decision_squares import (
+from maze.analysis.decision_squares import (
     CHEESE_TO_CORNER,
     DISTANCES,
     TO_CHEESE,
@@ -20,15 +20,15 @@ from maze.decision_squares import (
     threshold_rows,
     thresholds,
 )
-from maze.levels import draw_levels, observe, policy_input
-from maze.logistic import PENALTY, fit_logistic, predicted
-from maze.part import Study
-from maze.parts.decision import _limit
-from maze.paths import Direction, first_steps, legal_moves
-from maze.policy import ACTIONS, load_policy, new_policy
-from maze.selection import Selection
-from maze.states import mazes_from_pictures, read_mazes, write_mazes
-from maze.tables import SITE
+from maze.analysis.logistic import PENALTY, fit_logistic, predicted
+from maze.analysis.part import Study
+from maze.analysis.selection import Selection
+from maze.analysis.tables import SITE
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.environment.paths import Direction, first_steps, legal_moves
+from maze.environment.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.measurements.decision import _limit
+from maze.policy.network import ACTIONS, load_policy, new_policy
 
 FORK = """
     .....
@@ -87,7 +87,7 @@ def test_a_channel_that_does_not_vary_has_no_threshold():
 
 
 def test_a_threshold_is_fitted_and_scored_on_mazes_that_its_channel_was_not_chosen_on(monkeypatch):
-    monkeypatch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 60)
+    monkeypatch.setattr("maze.analysis.decision_squares.THRESHOLD_LEVELS", 60)
     study = small_study(5, (7,))
     where = {"size": 25, "cheese": "in distribution", "mouse": "anywhere"}
     levels = study.levels("threshold", 60, **where)
@@ -107,7 +107,7 @@ def test_a_threshold_is_fitted_and_scored_on_mazes_that_its_channel_was_not_chos
 
 @pytest.mark.parametrize(("name", "given"), [("model_rand_region_5.pth", True), ("another.pth", False)])
 def test_on_the_posts_own_network_the_channels_and_the_threshold_are_the_posts(tmp_path, monkeypatch, name, given):
-    monkeypatch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 60)
+    monkeypatch.setattr("maze.analysis.decision_squares.THRESHOLD_LEVELS", 60)
     torch.manual_seed(0)
     torch.save({"model_state_dict": new_policy(4).state_dict()}, tmp_path / name)
     policy, weights = load_policy(tmp_path / name)

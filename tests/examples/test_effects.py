@@ -5,12 +5,12 @@ from matplotlib.figure import Figure
 from studies import shipped_points
 
 from chanpatch import patch_in
-from maze import effects
-from maze.effects import activations, destinations, draw_effects, effect_rows, joined, level_batches
-from maze.episodes import ORIGINAL
-from maze.exact import Chains, cheese_and_corner, decisions
-from maze.levels import draw_levels
-from maze.tables import SITE
+from maze.analysis import effects
+from maze.analysis.effects import activations, destinations, draw_effects, effect_rows, joined, level_batches
+from maze.analysis.episodes import ORIGINAL
+from maze.analysis.exact import Chains, cheese_and_corner, decisions
+from maze.analysis.tables import SITE
+from maze.environment.levels import draw_levels
 
 
 @pytest.fixture(scope="module")

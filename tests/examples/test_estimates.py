@@ -5,9 +5,9 @@ import importlib
 import pytest
 from studies import shipped_points
 
-from maze.differences import differences
-from maze.part import Study
-from maze.parts import PARTS, SIDE_BY_SIDE
+from maze.analysis.part import Study
+from maze.measurements import PARTS, SIDE_BY_SIDE
+from maze.report.differences import differences
 
 # Fewer of everything that n does not decide, so that all parts are measured in a minute.
 FEWER = {
@@ -23,10 +23,10 @@ FEWER = {
 }
 SMALLER = ("ablation", "decision", "hypothesis", "top16")  # in mazes of size 9
 CHOSEN_ON = {
-    "maze.part.SELECTION_LEVELS": 100,
-    "maze.part.LABEL_LEVELS": 60,
-    "maze.decision_squares.THRESHOLD_LEVELS": 80,
-    "maze.steering.METERED": 20,
+    "maze.analysis.part.SELECTION_LEVELS": 100,
+    "maze.analysis.part.LABEL_LEVELS": 60,
+    "maze.analysis.decision_squares.THRESHOLD_LEVELS": 80,
+    "maze.analysis.steering.METERED": 20,
 }
 
 SETTING = "a setting, or chosen by a rule: nothing is estimated"

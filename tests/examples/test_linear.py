@@ -4,10 +4,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from chanpatch.statistics import auc
-from maze.linear import readout
-from maze.paths import Direction
-from maze.selection import Selection
-from maze.tables import SITE
+from maze.analysis.linear import readout
+from maze.analysis.selection import Selection
+from maze.analysis.tables import SITE
+from maze.environment.paths import Direction
 
 LIVE = (0, 1, 3)
 

@@ -17,9 +17,9 @@ import torch
 
 from chanpatch import hook_points
 from chanpatch.statistics import Interval, PairedCounts
-from maze.ablation import ORIGINAL, Comparison, Episodes, compare, play, ranked, told_rank, zeroed
-from maze.levels import draw_levels, observe, policy_input
-from maze.policy import load_policy
+from maze.analysis.ablation import ORIGINAL, Comparison, Episodes, compare, play, ranked, told_rank, zeroed
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.policy.network import load_policy
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "maze_goal_misgen.py"
 SMALL = ["--only", "rollouts", "--n", "6", "--size", "7", "--controls", "1"]

@@ -8,17 +8,17 @@ from studies import from_files, shipped_points, small_study
 
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
 from chanpatch.statistics import wilson_interval
-from maze.channels import level_sums
-from maze.effects import KINDS, ablation, activations
-from maze.exact import Chains
-from maze.labels import LabelledChannel
-from maze.levels import draw_levels, observe, policy_input
-from maze.part import read_table, shown
-from maze.parts import ablation as part
-from maze.paths import Direction
-from maze.policy import ACTIONS
-from maze.states import read_mazes
-from maze.tables import SITE, action_tables
+from maze.analysis.channels import level_sums
+from maze.analysis.effects import KINDS, ablation, activations
+from maze.analysis.exact import Chains
+from maze.analysis.labels import LabelledChannel
+from maze.analysis.part import read_table, shown
+from maze.analysis.tables import SITE, action_tables
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.environment.paths import Direction
+from maze.environment.states import read_mazes
+from maze.measurements import ablation as part
+from maze.policy.network import ACTIONS
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "maze_study"
 RANKED = (7, 8, 24, 30, 23, 16)

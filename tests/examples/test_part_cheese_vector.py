@@ -5,21 +5,30 @@ import pytest
 import torch
 from studies import from_files, shipped_points, small_study
 
-from maze.effects import activations
-from maze.exact import Chains
-from maze.levels import observe, policy_input
-from maze.off_distribution import mouse_anywhere
-from maze.part import shown
-from maze.parts import cheese_vector as part
-from maze.states import read_mazes, write_mazes
-from maze.steering import BLOCK, CONTROLS, OWN, added, against_controls, difference_vectors, far_from_usual, steered
-from maze.tables import action_tables
+from maze.analysis.effects import activations
+from maze.analysis.exact import Chains
+from maze.analysis.off_distribution import mouse_anywhere
+from maze.analysis.part import shown
+from maze.analysis.steering import (
+    BLOCK,
+    CONTROLS,
+    OWN,
+    added,
+    against_controls,
+    difference_vectors,
+    far_from_usual,
+    steered,
+)
+from maze.analysis.tables import action_tables
+from maze.environment.levels import observe, policy_input
+from maze.environment.states import read_mazes, write_mazes
+from maze.measurements import cheese_vector as part
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_metered():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maze.steering.METERED", 20)
+        patch.setattr("maze.analysis.steering.METERED", 20)
         yield
 
 

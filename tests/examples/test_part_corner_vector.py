@@ -5,14 +5,14 @@ import pytest
 import torch
 from studies import from_files, small_study
 
-from maze.exact import Chains
-from maze.levels import draw_levels, observe, policy_input
-from maze.part import shown
-from maze.parts import corner_vector as part
-from maze.paths import distances, top_right
-from maze.states import mazes_from_pictures, read_mazes, write_mazes
-from maze.steering import BLOCK, CONTROLS, OWN, added, difference_vectors
-from maze.tables import action_tables
+from maze.analysis.exact import Chains
+from maze.analysis.part import shown
+from maze.analysis.steering import BLOCK, CONTROLS, OWN, added, difference_vectors
+from maze.analysis.tables import action_tables
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.environment.paths import distances, top_right
+from maze.environment.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.measurements import corner_vector as part
 
 THROUGH_THE_CORNER = """
     C....
@@ -26,7 +26,7 @@ THROUGH_THE_CORNER = """
 @pytest.fixture(scope="module", autouse=True)
 def few_metered():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maze.steering.METERED", 20)
+        patch.setattr("maze.analysis.steering.METERED", 20)
         yield
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from studies import from_files, shipped_points
 
-from maze.decision_squares import DISTANCES, Decisions, at_decision_squares
-from maze.part import Study
-from maze.parts import decision as part
-from maze.paths import Direction
+from maze.analysis.decision_squares import DISTANCES, Decisions, at_decision_squares
+from maze.analysis.part import Study
+from maze.environment.paths import Direction
+from maze.measurements import decision as part
 
 GOES = {"UP": [0, 0, 1, 0], "RIGHT": [0, 0, 0, 1]}
 
@@ -17,8 +17,8 @@ def study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 9)
         patch.setattr(part, "MOST_DRAWN", 3)
-        patch.setattr("maze.part.SELECTION_LEVELS", 80)
-        patch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 80)
+        patch.setattr("maze.analysis.part.SELECTION_LEVELS", 80)
+        patch.setattr("maze.analysis.decision_squares.THRESHOLD_LEVELS", 80)
         yield Study(shipped_points(), {}, 6, seed=0)
 
 

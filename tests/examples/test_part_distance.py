@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import rankdata, spearmanr
 from studies import from_files, shipped_points
 
-from maze.part import Study
-from maze.parts import distance as part
+from maze.analysis.part import Study
+from maze.measurements import distance as part
 
 
 @pytest.fixture(scope="module")
@@ -14,8 +14,8 @@ def study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 13)
         patch.setattr(part, "RESAMPLES", 99)
-        patch.setattr("maze.part.SELECTION_LEVELS", 80)
-        patch.setattr("maze.decision_squares.THRESHOLD_LEVELS", 80)
+        patch.setattr("maze.analysis.part.SELECTION_LEVELS", 80)
+        patch.setattr("maze.analysis.decision_squares.THRESHOLD_LEVELS", 80)
         yield Study(shipped_points(), {}, 12, seed=0)
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from studies import small_study
 
-from maze.parts import generator as part
-from maze.states import mazes_from_pictures, read_mazes
+from maze.environment.states import mazes_from_pictures, read_mazes
+from maze.measurements import generator as part
 
 TREE = """
     ..C

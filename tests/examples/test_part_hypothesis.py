@@ -8,17 +8,17 @@ from studies import from_files, shipped_points
 from chanpatch import channel_sums, mean_ablate, patched
 from chanpatch.controls import matched_channels
 from chanpatch.statistics import Interval
-from maze.decision_squares import DISTANCES, Decisions
-from maze.effects import activations
-from maze.labels import LabelledChannel
-from maze.levels import observe, policy_input
-from maze.part import Study
-from maze.parts import hypothesis as part
-from maze.parts.hypothesis import BASE, OWN, PUSH, Pushes, towards_cheese
-from maze.paths import Direction
-from maze.push_ablation import Ablation, MatchedSets, ablate_push
-from maze.selection import Selection
-from maze.tables import SITE
+from maze.analysis.decision_squares import DISTANCES, Decisions
+from maze.analysis.effects import activations
+from maze.analysis.labels import LabelledChannel
+from maze.analysis.part import Study
+from maze.analysis.push_ablation import Ablation, MatchedSets, ablate_push
+from maze.analysis.selection import Selection
+from maze.analysis.tables import SITE
+from maze.environment.levels import observe, policy_input
+from maze.environment.paths import Direction
+from maze.measurements import hypothesis as part
+from maze.measurements.hypothesis import BASE, OWN, PUSH, Pushes, towards_cheese
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def study():
         patch.setattr(part, "SIZE", 9)
         patch.setattr(part, "REFERENCE", 8)
         patch.setattr(part, "RESAMPLES", 99)
-        patch.setattr("maze.part.SELECTION_LEVELS", 100)
-        patch.setattr("maze.part.LABEL_LEVELS", 60)
+        patch.setattr("maze.analysis.part.SELECTION_LEVELS", 100)
+        patch.setattr("maze.analysis.part.LABEL_LEVELS", 60)
         yield Study(shipped_points(), {}, 12, seed=0)
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from studies import small_study
 
-from maze.channels import pair_sums
-from maze.parts import pair as part
-from maze.tables import SITE
+from maze.analysis.channels import pair_sums
+from maze.analysis.tables import SITE
+from maze.measurements import pair as part
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ import pytest
 from studies import small_study
 
 from chanpatch.statistics import auc
-from maze.part import read_table
-from maze.parts import parity as part
-from maze.paths import Direction
-from maze.readings import Readings, rank_correlation
-from maze.states import read_mazes
+from maze.analysis.part import read_table
+from maze.analysis.readings import Readings, rank_correlation
+from maze.environment.paths import Direction
+from maze.environment.states import read_mazes
+from maze.measurements import parity as part
 
 LIVE = (3, 10, 13, 16, 27, 31)
 

@@ -5,16 +5,16 @@ import pytest
 import torch
 from studies import from_files, shipped_points, small_study
 
-from maze.effects import activations
-from maze.episodes import ORIGINAL
-from maze.exact import Chains, cheese_and_corner
-from maze.levels import draw_levels
-from maze.off_distribution import mouse_anywhere
-from maze.part import shown
-from maze.parts import retarget as part
-from maze.states import mazes_from_pictures, read_mazes, write_mazes
-from maze.steering import BLOCK
-from maze.tables import action_tables
+from maze.analysis.effects import activations
+from maze.analysis.episodes import ORIGINAL
+from maze.analysis.exact import Chains, cheese_and_corner
+from maze.analysis.off_distribution import mouse_anywhere
+from maze.analysis.part import shown
+from maze.analysis.steering import BLOCK
+from maze.analysis.tables import action_tables
+from maze.environment.levels import draw_levels
+from maze.environment.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.measurements import retarget as part
 
 BLOCKED = """
     ..C

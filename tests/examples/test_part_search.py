@@ -5,8 +5,8 @@ import pytest
 from studies import shipped_points, small_study
 
 from chanpatch.statistics import auc
-from maze.parts import search as part
-from maze.tables import SITE
+from maze.analysis.tables import SITE
+from maze.measurements import search as part
 
 
 @pytest.fixture(scope="module")

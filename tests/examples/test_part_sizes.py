@@ -5,10 +5,10 @@ import pytest
 from studies import small_study
 
 from chanpatch.statistics import auc
-from maze.parts import sizes as part
-from maze.paths import Direction, first_steps, legal_moves
-from maze.readings import Readings
-from maze.states import read_mazes
+from maze.analysis.readings import Readings
+from maze.environment.paths import Direction, first_steps, legal_moves
+from maze.environment.states import read_mazes
+from maze.measurements import sizes as part
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import torch
 from studies import shipped_points, small_study
 
 from chanpatch import run_with_cache
-from maze.channels import level_sums
-from maze.levels import observe, policy_input
-from maze.parts import spatial as part
-from maze.paths import Direction
-from maze.states import FREE, read_mazes, write_mazes
-from maze.tables import SITE
+from maze.analysis.channels import level_sums
+from maze.analysis.tables import SITE
+from maze.environment.levels import observe, policy_input
+from maze.environment.paths import Direction
+from maze.environment.states import FREE, read_mazes, write_mazes
+from maze.measurements import spatial as part
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from studies import from_files, shipped_points
 
-from maze.decision_squares import DISTANCES, Decisions
-from maze.part import Study
-from maze.parts import statistics as part
+from maze.analysis.decision_squares import DISTANCES, Decisions
+from maze.analysis.part import Study
+from maze.measurements import statistics as part
 
 
 @pytest.fixture(scope="module")

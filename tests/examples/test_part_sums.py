@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from studies import BEST, small_study
 
-from maze.channels import level_sums
-from maze.decision_squares import precise_threshold
-from maze.part import POOL, open_to
-from maze.parts import PARTS
-from maze.parts import sums as part
-from maze.paths import Direction, first_steps, legal_moves, top_right
-from maze.selection import select_channels
-from maze.states import read_mazes
-from maze.tables import SITE
+from maze.analysis.channels import level_sums
+from maze.analysis.decision_squares import precise_threshold
+from maze.analysis.part import POOL, open_to
+from maze.analysis.selection import select_channels
+from maze.analysis.tables import SITE
+from maze.environment.paths import Direction, first_steps, legal_moves, top_right
+from maze.environment.states import read_mazes
+from maze.measurements import PARTS
+from maze.measurements import sums as part
 
 
 def study_of(n):

@@ -7,9 +7,9 @@ from studies import from_files, shipped_points, small_study
 
 from chanpatch import patched, zero_ablate
 from chanpatch.statistics import benjamini_hochberg, rank_among
-from maze.exact import Chains, first_hits
-from maze.levels import policy_input
-from maze.parts import sweep as part
+from maze.analysis.exact import Chains, first_hits
+from maze.environment.levels import policy_input
+from maze.measurements import sweep as part
 
 # The last convolution of all, whose suffix is short; 21 channels have ranks.
 CHANNELS = [("embedder.block3.res2.conv2", channel) for channel in range(21)]

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from studies import from_files, small_study
 
-from maze.channels import level_sums, pair_sums
-from maze.exact import Chains
-from maze.parts import top16 as part
-from maze.paths import Direction
-from maze.policy import ACTIONS
-from maze.random_sets import SETS
-from maze.states import read_mazes
-from maze.tables import SITE, action_tables
+from maze.analysis.channels import level_sums, pair_sums
+from maze.analysis.exact import Chains
+from maze.analysis.random_sets import SETS
+from maze.analysis.tables import SITE, action_tables
+from maze.environment.paths import Direction
+from maze.environment.states import read_mazes
+from maze.measurements import top16 as part
+from maze.policy.network import ACTIONS
 
 RANKED = tuple(range(32))
 

@@ -5,11 +5,11 @@ import pytest
 from studies import small_study
 
 from chanpatch import zero_ablate
-from maze.effects import KINDS, activations
-from maze.episodes import ORIGINAL
-from maze.exact import Chains, first_hits
-from maze.random_sets import SETS, different_sets, random_sets, told_sets
-from maze.tables import SITE, action_tables
+from maze.analysis.effects import KINDS, activations
+from maze.analysis.episodes import ORIGINAL
+from maze.analysis.exact import Chains, first_hits
+from maze.analysis.random_sets import SETS, different_sets, random_sets, told_sets
+from maze.analysis.tables import SITE, action_tables
 
 GROUP = (7, 24)
 

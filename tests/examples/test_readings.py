@@ -5,12 +5,12 @@ import pytest
 import torch
 from studies import shipped_points
 
-from maze.levels import draw_levels, observe, policy_input
-from maze.paths import Direction
-from maze.policy import ACTIONS
-from maze.readings import Readings, area, areas, optional_cells, rank_correlation
-from maze.states import read_mazes
-from maze.tables import SITE
+from maze.analysis.readings import Readings, area, areas, optional_cells, rank_correlation
+from maze.analysis.tables import SITE
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.environment.paths import Direction
+from maze.environment.states import read_mazes
+from maze.policy.network import ACTIONS
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from maze.vector_fields import vector_field, vector_field_difference
+from maze.analysis.vector_fields import vector_field, vector_field_difference
 
 
 def square(row, col, original, zeroed):

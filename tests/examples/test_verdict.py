@@ -1,6 +1,6 @@
 import pytest
 
-from maze.part import Finding, above, below, shown, verdict
+from maze.analysis.part import Finding, above, below, shown, verdict
 
 
 @pytest.mark.parametrize(

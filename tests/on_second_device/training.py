@@ -6,8 +6,9 @@ import pytest
 import torch
 from second_device import DEVICE, second_device
 
-from maze import ppo, train
-from maze.training_run import FACTS, WEIGHTS
+from maze import train
+from maze.training import ppo
+from maze.training.training_run import FACTS, WEIGHTS
 
 
 @pytest.mark.parametrize(

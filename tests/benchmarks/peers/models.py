@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from maze.policy import new_policy
+from maze.policy.network import new_policy
 from peers.interface import Work, Write
 
 LAST_CONVOLUTIONAL = "embedder.relu3"

@@ -9,7 +9,7 @@ import pytest
 from chanpatch.errors import HookPointError
 from maze import command
 from maze.command import UserError, exit_status
-from maze.requirements import MissingRequirement
+from maze.environment.requirements import MissingRequirement
 
 EXAMPLES = Path(command.__file__).parents[1]
 COMMANDS = [EXAMPLES / name for name in ("maze_goal_misgen.py", "maze/evaluate.py", "maze/train.py")]

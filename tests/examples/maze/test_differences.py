@@ -3,8 +3,8 @@
 import pytest
 
 from chanpatch.statistics import difference_interval, wilson_interval
-from maze.differences import differences, side_by_side
-from maze.part import interval_cells
+from maze.analysis.part import interval_cells
+from maze.report.differences import differences, side_by_side
 
 GOES = "channel for UP high, cheese in distribution: the mouse goes UP"
 

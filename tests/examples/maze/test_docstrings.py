@@ -2,9 +2,11 @@ import doctest
 
 import pytest
 
-from maze import environment, evaluation, levels, pairs, paths, policy, requirements, states
+from maze.environment import levels, pairs, paths, requirements, states, vector_env
+from maze.policy import network
+from maze.training import evaluation
 
 
-@pytest.mark.parametrize("module", [environment, evaluation, levels, pairs, paths, policy, requirements, states])
+@pytest.mark.parametrize("module", [vector_env, evaluation, levels, pairs, paths, network, requirements, states])
 def test_the_examples_in_the_docstrings_run(module):
     assert doctest.testmod(module).failed == 0

@@ -12,12 +12,12 @@ import torch
 
 from chanpatch import hook_points
 from maze import evaluate
-from maze.evaluation import MEASURES, Score, markdown, mean_interval, measure, scores, sizes_in
-from maze.exact import Chains, cheese_and_corner, decisions, greedy, neither
+from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
+from maze.analysis.tables import action_tables
+from maze.environment.levels import draw_levels, observe, policy_input
 from maze.experiment import SettingsError
-from maze.levels import draw_levels, observe, policy_input
-from maze.policy import load_policy
-from maze.tables import action_tables
+from maze.policy.network import load_policy
+from maze.training.evaluation import MEASURES, Score, markdown, mean_interval, measure, scores, sizes_in
 
 SCRIPT = Path(evaluate.__file__)
 # The side of 17 takes long enough to be interrupted on any machine.

@@ -6,15 +6,15 @@ import torch
 from torch.distributions import Categorical
 
 from chanpatch import PatchedPolicy, edit, hook_points, patch_in, rollout, steer, zero_ablate
-from maze.environment import MazeVectorEnv
-from maze.episodes import ORIGINAL, padded
-from maze.exact import STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, neither, walk
-from maze.levels import draw_levels, observe, policy_input
-from maze.paths import MOVES, Direction
-from maze.policy import ACTION_COUNT, ACTIONS, load_policy
-from maze.requirements import procgen_mazes
-from maze.states import CHEESE, WALL, mazes_from_pictures, read_mazes, write_mazes
-from maze.tables import SITE, TOLERANCE, SuffixError, action_tables, suffix
+from maze.analysis.episodes import ORIGINAL, padded
+from maze.analysis.exact import STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, neither, walk
+from maze.analysis.tables import SITE, TOLERANCE, SuffixError, action_tables, suffix
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.environment.paths import MOVES, Direction
+from maze.environment.requirements import procgen_mazes
+from maze.environment.states import CHEESE, WALL, mazes_from_pictures, read_mazes, write_mazes
+from maze.environment.vector_env import MazeVectorEnv
+from maze.policy.network import ACTION_COUNT, ACTIONS, load_policy
 
 CORRIDOR = """
     ...

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from maze.evaluation import Settings
-from maze.paired_evaluation import DIFFERENCES, differences, run_against
-from maze.part import read_table
-from maze.policy import SHIPPED_WEIGHTS
+from maze.analysis.part import read_table
+from maze.policy.network import SHIPPED_WEIGHTS
+from maze.training.evaluation import Settings
+from maze.training.paired_evaluation import DIFFERENCES, differences, run_against
 
 
 def rows(size, sampled, greedy):

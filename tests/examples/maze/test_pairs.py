@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from procgen_tools.maze import EnvState, on_distribution
 
-from maze.levels import draw_levels, observe
-from maze.pairs import contrastive_pairs, moved_wall, rotated, rotations
-from maze.paths import Direction, first_steps
-from maze.states import FREE, mazes_from_pictures, read_mazes, write_mazes
+from maze.environment.levels import draw_levels, observe
+from maze.environment.pairs import contrastive_pairs, moved_wall, rotated, rotations
+from maze.environment.paths import Direction, first_steps
+from maze.environment.states import FREE, mazes_from_pictures, read_mazes, write_mazes
 
 
 def test_the_two_mazes_differ_by_one_moved_wall():

@@ -3,8 +3,8 @@ from collections import deque
 import numpy as np
 import pytest
 
-from maze.levels import draw_levels
-from maze.paths import (
+from maze.environment.levels import draw_levels
+from maze.environment.paths import (
     MOVES,
     Direction,
     NoPath,
@@ -16,9 +16,9 @@ from maze.paths import (
     shortest_paths,
     top_right,
 )
-from maze.policy import ACTIONS
-from maze.requirements import procgen_mazes
-from maze.states import WALL, mazes_from_pictures, read_mazes, write_mazes
+from maze.environment.requirements import procgen_mazes
+from maze.environment.states import WALL, mazes_from_pictures, read_mazes, write_mazes
+from maze.policy.network import ACTIONS
 
 RING = """
     ..C

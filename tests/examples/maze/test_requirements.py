@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from maze import requirements
-from maze.requirements import MissingRequirement, policy_models, procgen_mazes
+from maze.environment import requirements
+from maze.environment.requirements import MissingRequirement, policy_models, procgen_mazes
 
-EXAMPLES = Path(requirements.__file__).parents[1]
+EXAMPLES = Path(requirements.__file__).parents[2]
 INSTALL = (
     'Type `pip install "chanpatch[maze]"`, then `pip install --no-deps procgen-tools==0.1` '
     "(its own pins no longer install)."
@@ -49,9 +49,10 @@ def test_a_python_without_procgen_wheels_is_named(monkeypatch):
 
 def test_the_whole_layer_is_imported_and_used_without_a_word_on_the_terminal():
     program = (
-        "from maze import environment, levels, pairs, paths, policy, states, requirements; import sys;"
+        "from maze.environment import levels, pairs, paths, requirements, states, vector_env;"
+        "from maze.policy import network; import sys;"
         "assert not {'procgen', 'procgen_tools'} & set(sys.modules), 'imported before it is needed';"
-        "levels.observe(levels.draw_levels(1, seed=0)); policy.load_policy()"
+        "levels.observe(levels.draw_levels(1, seed=0)); network.load_policy()"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
@@ -66,7 +67,7 @@ def test_the_whole_layer_is_imported_and_used_without_a_word_on_the_terminal():
 def test_an_environment_left_to_the_garbage_collector_does_not_block_the_next():
     # The later the collector runs, the further the next environment is; somewhere it holds cffi's lock.
     program = (
-        "import gc; from maze.requirements import procgen_mazes\n"
+        "import gc; from maze.environment.requirements import procgen_mazes\n"
         "for threshold in range(20, 400, 20):\n"
         "    gc.set_threshold(100_000); gc.collect()\n"
         "    environment = procgen_mazes(1)\n"

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from maze import run as runs
+from maze.analysis.decision_squares import THRESHOLD_LEVELS
+from maze.analysis.part import LABEL_LEVELS, SELECTION_LEVELS, Finding, Part, Study, read_table
+from maze.analysis.random_sets import SET_LEVELS
+from maze.analysis.steering import RANKED
 from maze.command import UserError
-from maze.decision_squares import THRESHOLD_LEVELS
-from maze.limits import LIMITS, limits
-from maze.part import LABEL_LEVELS, SELECTION_LEVELS, Finding, Part, Study, read_table
-from maze.parts import PARTS, ablation, cheese_vector, corner_vector, parity, retarget, search, sweep, top16
-from maze.policy import SHIPPED_WEIGHTS
-from maze.random_sets import SET_LEVELS
-from maze.report import write_report
+from maze.measurements import PARTS, ablation, cheese_vector, corner_vector, parity, retarget, search, sweep, top16
+from maze.policy.network import SHIPPED_WEIGHTS
+from maze.report import run as runs
+from maze.report.limits import LIMITS, limits
+from maze.report.page import write_report
+from maze.report.run import MOST_OTHERS, RunSettings, run
 from maze.results import LOCK, write_manifest
-from maze.run import MOST_OTHERS, RunSettings, run
-from maze.steering import RANKED
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "maze_goal_misgen.py"
 MEASURED = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maze.policies import POLICIES, compared, described, introduction
+from maze.policy.shipped import POLICIES, compared, described, introduction
 
 
 def sums(channel, area):

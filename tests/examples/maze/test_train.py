@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from maze import imitation, ppo
-from maze.imitation import Imitation, direction_log_probabilities, network_input
-from maze.levels import observe, policy_input
-from maze.paths import MOVES, Direction
-from maze.policy import ACTIONS, NO_MOVE, load_policy, new_policy
-from maze.ppo import PPO, advantages, ppo_losses
-from maze.states import FREE, read_mazes, write_mazes
+from maze.environment.levels import observe, policy_input
+from maze.environment.paths import MOVES, Direction
+from maze.environment.states import FREE, read_mazes, write_mazes
+from maze.policy.network import ACTIONS, NO_MOVE, load_policy, new_policy
 from maze.train import main
-from maze.training_data import (
+from maze.training import imitation, ppo
+from maze.training.imitation import Imitation, direction_log_probabilities, network_input
+from maze.training.ppo import PPO, advantages, ppo_losses
+from maze.training.training_data import (
     CHUNK,
     NO_DIRECTION,
     Chunks,
@@ -33,9 +33,19 @@ from maze.training_data import (
     labelled,
     sampled,
 )
-from maze.training_run import CHECKPOINT, FACTS, LOG, WEIGHTS, Settings, TrainingError, Update, read_checkpoint, run
+from maze.training.training_run import (
+    CHECKPOINT,
+    FACTS,
+    LOG,
+    WEIGHTS,
+    Settings,
+    TrainingError,
+    Update,
+    read_checkpoint,
+    run,
+)
 
-SCRIPT = Path(imitation.__file__).with_name("train.py")
+SCRIPT = Path(imitation.__file__).parents[1] / "train.py"
 CPU = torch.device("cpu")
 FIRST_ACTIONS = np.array([ACTIONS[move][0] for move in Direction])
 

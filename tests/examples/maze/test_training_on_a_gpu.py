@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from maze import ppo, train
-from maze.policy import load_policy
-from maze.training_run import FACTS, LOG, WEIGHTS
+from maze import train
+from maze.policy.network import load_policy
+from maze.training import ppo
+from maze.training.training_run import FACTS, LOG, WEIGHTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

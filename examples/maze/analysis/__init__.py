@@ -1,0 +1,1 @@
+"""Primitives of the measurements: readings, tables of every state, effects, controls."""

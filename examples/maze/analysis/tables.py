@@ -1,0 +1,225 @@
+"""The policy as a table: its action probabilities in every state of a batch of levels, for many interventions at once.
+
+Everything before the hook point runs once per state and is recorded; only what comes after it runs again for each
+intervention. On the IMPALA policy at `embedder.relu3` that is one matrix in place of fifteen convolutions. A patch that
+sets a region there does not even need the whole matrix: what the region adds to `embedder.fc` is replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from chanpatch import HookPoints, Patch, Site, patched, run_with_cache
+from chanpatch.patching import Set
+from chanpatch.registry import HookPoint
+from maze.analysis.episodes import ORIGINAL
+from maze.analysis.exact import Chains
+from maze.environment.levels import policy_input
+
+SITE = "embedder.relu3"
+LINEAR = "embedder.fc"  # from SITE to here the policy is linear
+TOLERANCE = 1e-5  # between probabilities computed here and those of the whole policy
+
+# Patches, or a function from the level of each row, int (batch,), to patches whose operands have one row for each.
+Intervention: TypeAlias = Sequence[Patch] | Callable[[NDArray[np.int64]], Sequence[Patch]]
+
+_RENDERED = 1024  # states in memory at once: their procgen bytes take 23 kB each
+_BATCH = 64  # observations in one forward, which is where one core is fastest
+_COMPARED = 4  # states on which every intervention is compared with the whole policy
+
+
+class SuffixError(ValueError):
+    """A policy that cannot be run from a hook point on, or a patch before that hook point."""
+
+
+def action_tables(
+    points: HookPoints,
+    chains: Chains,
+    interventions: Mapping[str, Intervention] | None = None,
+    *,
+    site: str = SITE,
+) -> dict[str, NDArray[np.float32]]:
+    """The action probabilities in every state under every intervention.
+
+    Every intervention is compared with the whole patched policy on some states first.
+
+    Args:
+        points: of the policy, in eval mode.
+        chains: of the levels.
+        interventions: by name, at `site` or after it; what they do may depend on the activation and the level alone.
+            Without any, the policy as it is, under `ORIGINAL`.
+        site: name of the hook point at which activations are recorded.
+
+    Returns:
+        (state, action=15) by name.
+
+    Raises:
+        SuffixError: the policy cannot be run from `site` on, or a patch comes before it.
+    """
+    interventions = {ORIGINAL: ()} if interventions is None else interventions
+    rest = _Rest(points, site)
+    some = slice(0, None, -(-len(chains) // _COMPARED))  # of several levels
+    observations, level = _tensor(chains.observations(some), points), chains.level[some]
+    recorded = rest.record(observations)
+    for name, intervention in interventions.items():
+        patches = _patches(intervention, level)
+        _check_order(name, points, patches, site)
+        with patched(points, patches), torch.no_grad():
+            expected = _probabilities(points.model, observations)
+        _compare(name, rest, intervention, recorded, level, expected)
+    tables: dict[str, list[NDArray[np.float32]]] = {name: [] for name in interventions}
+    with tqdm(total=len(chains), desc="states", unit="state", delay=2, leave=False) as progress:
+        for first in range(0, len(chains), _RENDERED):
+            rows = slice(first, first + _RENDERED)
+            recorded = rest.record(_tensor(chains.observations(rows), points))
+            for name, intervention in interventions.items():
+                tables[name].append(rest.probabilities(intervention, recorded, chains.level[rows]).cpu().numpy())
+            progress.update(len(chains.level[rows]))
+    return {name: np.concatenate(parts) for name, parts in tables.items()}
+
+
+def suffix(points: HookPoints, site: str) -> nn.Module:
+    """The policy from a hook point on: it takes that activation, and shares the weights.
+
+    It is the policy's own code, in which whatever ran up to the hook point passes on what it gets. Every name
+    stays, so patches at the hook point and after it fit. This is right where the modules up to the hook point
+    are a chain, each fed by the one before alone; `action_tables` compares before it relies on it.
+
+    Args:
+        points: of the policy.
+        site: name of the output of a module.
+    """
+    ran = {point.module for point in _until(points, site) if point.side == "out"}
+    outermost = [module for module in ran if not any(module.startswith(f"{other}.") for other in ran)]
+    shared = {id(tensor): tensor for tensor in (*points.model.parameters(), *points.model.buffers())}
+    rest = copy.deepcopy(points.model, shared)
+    for module in outermost:
+        parent, _, child = module.rpartition(".")
+        setattr(rest.get_submodule(parent), child, nn.Identity())
+    return rest
+
+
+class _Rest:
+    """What follows a hook point, under any intervention."""
+
+    def __init__(self, points: HookPoints, site: str) -> None:
+        self.site, self._points = site, points
+        self._sites = [site, LINEAR] if site == SITE else [site]
+        self._policies = {name: suffix(points, name) for name in self._sites}
+        self._weights: dict[Site, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def record(self, observations: Tensor) -> dict[str, Tensor]:
+        """What the rest of the policy starts from: activations by hook point, (batch, ...) each."""
+        caches = [
+            run_with_cache(self._points, batch, sites=self._sites, stop=True) for batch in observations.split(_BATCH)
+        ]
+        recorded = {name: torch.cat([cache[name] for cache in caches]) for name in self._sites}
+        # So that to flatten it takes no copy for each intervention.
+        return {name: each.contiguous() if name == SITE else each for name, each in recorded.items()}
+
+    @torch.no_grad()
+    def probabilities(
+        self, intervention: Intervention, recorded: Mapping[str, Tensor], level: NDArray[np.int64]
+    ) -> Tensor:
+        """Action probabilities (batch, action).
+
+        Args:
+            intervention: at the hook point or after it.
+            recorded: see `record`.
+            level: int (batch,), of every row.
+        """
+        if self.site == SITE:
+            patches = _patches(intervention, level)
+            if _only_sets_a_region(patches):
+                changes = (self._change(patch, recorded[SITE]) for patch in patches)
+                return _probabilities(self._policies[LINEAR], sum(changes, recorded[LINEAR]))
+        policy, parts = self._policies[self.site], []
+        for first in range(0, len(level), _BATCH):
+            rows = slice(first, first + _BATCH)
+            with patched(policy, _patches(intervention, level[rows])):
+                parts.append(_probabilities(policy, recorded[self.site][rows]))
+        return torch.cat(parts)
+
+    def _change(self, patch: Patch, activation: Tensor) -> Tensor:
+        """What a patch that sets a region of `SITE` adds to `LINEAR`: (batch, feature)."""
+        if patch.site not in self._weights:
+            self._weights[patch.site] = self._columns(patch.site, activation.shape)
+        columns, weights = self._weights[patch.site]
+        region = activation.flatten(1)[:, columns.flatten()].view(-1, *columns.shape[1:])
+        return (patch.edit(region) - region).flatten(1) @ weights
+
+    def _columns(self, site: Site, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Which inputs of `LINEAR` a region of `SITE` is, (1, channel, row, col), and the weights of these."""
+        weight = self._points.model.get_submodule(LINEAR).weight
+        numbered = torch.arange(shape[1:].numel(), dtype=weight.dtype, device=weight.device).view(1, *shape[1:])
+        columns = run_with_cache(self._policies[SITE], numbered, sites=site, stop=True)[site].long()
+        return columns, weight[:, columns.flatten()].T.contiguous()
+
+
+def _only_sets_a_region(patches: Sequence[Patch]) -> bool:
+    """Whether there is no patch, or one that puts a value in place of a region of `SITE` in every row."""
+    every = all(each.site.name == SITE and isinstance(each.edit, Set) and each.where is None for each in patches)
+    return every and len(patches) < 2  # of two, the later one may set what the earlier one did
+
+
+def _patches(intervention: Intervention, level: NDArray[np.int64]) -> Sequence[Patch]:
+    return intervention(level) if callable(intervention) else intervention
+
+
+def _until(points: HookPoints, site: str) -> list[HookPoint]:
+    """The hook points up to `site`, in execution order."""
+    names = list(points)
+    return [points[name] for name in names[: names.index(points[site].name) + 1]]
+
+
+def _check_order(name: str, points: HookPoints, patches: Sequence[Patch], site: str) -> None:
+    before = {point.name for point in _until(points, site)[:-1]}
+    for patch in patches:
+        if points.bind(patch.site).name in before:
+            raise SuffixError(
+                f"{name}: the patch at {patch.site!r} comes before '{site}', where the activations are recorded. "
+                "Give an earlier hook point: site=..."
+            )
+
+
+def _compare(
+    name: str,
+    rest: _Rest,
+    intervention: Intervention,
+    recorded: Mapping[str, Tensor],
+    level: NDArray[np.int64],
+    expected: Tensor,
+) -> None:
+    """Raise unless what is computed from the record is what the whole policy said, whatever the order of the rows."""
+    backwards = {site: activation.flip(0) for site, activation in recorded.items()}
+    try:
+        given = rest.probabilities(intervention, recorded, level)
+        reordered = rest.probabilities(intervention, backwards, level[::-1].copy()).flip(0)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SuffixError(f"{name}: the policy cannot be run from '{rest.site}' on: {error}") from error
+    for apart, why in (
+        (given - expected, "differ from those of the whole policy: what runs up to there is no chain"),
+        (given - reordered, "depend on the order of the states: a patch depends on more than activation and level"),
+    ):
+        if not float(apart.abs().max()) <= TOLERANCE:
+            raise SuffixError(f"{name}: run from '{rest.site}' on, the policy's action probabilities {why}.")
+
+
+def _probabilities(policy: nn.Module, inputs: Tensor) -> Tensor:
+    categorical: Any = policy(inputs)[0]
+    probabilities: Tensor = categorical.probs
+    return probabilities
+
+
+def _tensor(frames: NDArray[np.uint8], points: HookPoints) -> Tensor:
+    device = next(points.model.parameters()).device
+    return torch.from_numpy(policy_input(frames)).to(device)

@@ -1,0 +1,57 @@
+"""Vector fields: where a policy's moves lead from each square of one maze, and how much that differs between two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from maze.analysis.part import Table
+from maze.environment.paths import MOVES, Direction
+
+
+def vector_field(table: Table, policy: str, axes: Axes) -> Axes:
+    """A maze with one arrow in each square, almost a cell long for a move that is certain.
+
+    Args:
+        table: one row per free square: `row`, `col`, `size` and the cheese's cell, and for each policy the probability
+            of each move, such as `original_left`; None on squares that the mouse cannot be on before the cheese.
+        policy: which of the policies in the table.
+        axes: to draw into.
+    """
+    reached = _reached(table, policy)
+    return _draw(table, reached, _arrows(reached, policy), axes)
+
+
+def vector_field_difference(table: Table, policy: str, other: str, axes: Axes) -> Axes:
+    """The arrows of one policy minus those of another, half as long as theirs; arguments as of `vector_field`."""
+    reached = _reached(table, policy)
+    return _draw(table, reached, (_arrows(reached, policy) - _arrows(reached, other)) / 2, axes)
+
+
+def _reached(table: Table, policy: str) -> Table:
+    return [row for row in table if row[f"{policy}_left"] is not None]
+
+
+def _arrows(reached: Sequence[Mapping[str, Any]], policy: str) -> NDArray[np.float64]:
+    """The mean of where the moves lead from each square: (square, row and col)."""
+    shares = np.array([[row[f"{policy}_{move.name.lower()}"] for move in Direction] for row in reached])
+    arrows: NDArray[np.float64] = shares @ MOVES
+    return arrows
+
+
+def _draw(table: Table, reached: Table, vectors: NDArray[np.float64], axes: Axes) -> Axes:
+    size, cheese = int(table[0]["size"]), (table[0]["cheese_row"], table[0]["cheese_col"])
+    maze = np.zeros((size, size))
+    maze[[row["row"] for row in table], [row["col"] for row in table]] = 1
+    axes.imshow(maze, origin="lower", cmap="gray", vmin=-1.5, vmax=1)
+    col, row = [each["col"] for each in reached], [each["row"] for each in reached]
+    style: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.2, "width": 0.006, "pivot": "mid"}
+    axes.quiver(col, row, vectors[:, 1], vectors[:, 0], **style)
+    axes.plot(cheese[1], cheese[0], "*", color="gold", markeredgecolor="black", markersize=15)
+    axes.plot(size - 1, size - 1, "s", color="none", markeredgecolor="black", markersize=11)
+    axes.set(xticks=[], yticks=[], xlabel="star: cheese, square: top right corner")
+    return axes

@@ -1,0 +1,1 @@
+"""Procgen levels as data, and as an environment."""

@@ -1,0 +1,147 @@
+"""Given maze levels as a gymnasium vector environment."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import ArrayLike, NDArray
+
+from maze.environment.levels import policy_input
+from maze.environment.requirements import procgen_mazes
+from maze.environment.states import read_mazes
+from maze.policy.network import ACTION_COUNT
+
+
+class LevelIndexError(IndexError):
+    """A seed that is not the index of a level."""
+
+
+class MazeVectorEnv(VectorEnv):
+    """procgen mazes that start on levels of your choice; a seed is the index of a level.
+
+    An episode ends with reward 10 at the cheese (terminated) or after 500 steps (truncated). procgen then
+    moves that sub-environment on within the same step: the observation that comes back is already the first
+    one of another level, one of procgen's own. There is no observation of the end, so `final_obs` is not in
+    the info.
+
+    Args:
+        levels: states as `levels.draw_levels` returns them.
+        num_envs: number of sub-environments.
+
+    Raises:
+        StateError: a level that is not a hard maze state.
+        ValueError: no levels, or no sub-environments.
+
+    Example:
+        >>> from maze.environment.levels import draw_levels
+        >>> envs = MazeVectorEnv(draw_levels(4, size=5, seed=0), num_envs=2)
+        >>> observation, info = envs.reset(seed=[3, 0])
+        >>> observation.shape
+        (2, 3, 64, 64)
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+
+    def __init__(self, levels: Sequence[bytes], num_envs: int) -> None:
+        if num_envs < 1 or not levels:
+            raise ValueError(f"Expected at least one level and one sub-environment, got {len(levels)} and {num_envs}.")
+        read_mazes(levels)  # procgen ends the process when it is handed anything else
+        self.levels = list(levels)
+        self.num_envs = num_envs
+        self.single_observation_space = Box(0.0, 1.0, (3, 64, 64), np.float32)
+        self.single_action_space = Discrete(ACTION_COUNT)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._procgen = procgen_mazes(num_envs)
+        self._mouse_cells: NDArray[np.int64] | None = None
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Starts every sub-environment on a level.
+
+        Args:
+            seed: the index of the level of each sub-environment; an int starts them on consecutive levels,
+                from that one on; None on random ones.
+            options: none are known; gymnasium passes it.
+
+        Returns:
+            The observations (batch, channel=3, row=64, col=64) and the info: `level`, int (batch,).
+
+        Raises:
+            LevelIndexError: an index that no level has, or another number of them than of sub-environments.
+        """
+        level = self._levels_of(seed)
+        self._procgen.set_state([self.levels[index] for index in level])
+        self._mouse_cells = None
+        return self._observed()[1], {"level": level}
+
+    def step(
+        self, actions: ArrayLike
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Takes one action in every sub-environment.
+
+        Args:
+            actions: int (batch,), 0 to 14; `policy.ACTIONS` says where they lead.
+
+        Returns:
+            Observations, rewards, terminated, truncated, each with one row per sub-environment, and an empty
+            info.
+
+        Raises:
+            ValueError: actions of another shape or outside 0 to 14.
+        """
+        taken = np.asarray(actions)
+        integers = taken.shape == (self.num_envs,) and taken.dtype.kind in "iu"
+        if not integers or taken.min() < 0 or taken.max() >= ACTION_COUNT:
+            raise ValueError(f"Expected {self.num_envs} actions, each 0 to {ACTION_COUNT - 1}, got {taken.tolist()}.")
+        self._procgen.act(taken)
+        self._mouse_cells = None
+        reward, observation, ended = self._observed()
+        if not ended.any():
+            return observation, reward, ended, ended.copy(), {}
+        at_cheese = np.array([info["prev_level_complete"] for info in self._procgen.get_info()], dtype=bool)
+        return observation, reward, ended & at_cheese, ended & ~at_cheese, {}
+
+    def mouse_cells(self) -> NDArray[np.int64]:
+        """Where the mice are now: (batch, 2).
+
+        Read from procgen's state once per step, when it is asked for. After the end of an episode it is the
+        cell on the level that follows.
+        """
+        if self._mouse_cells is None:
+            self._mouse_cells = read_mazes(self._procgen.get_state()).mouse
+        return self._mouse_cells.copy()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Frees procgen's environments."""
+        self._procgen.close()
+
+    def _observed(self) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.bool_]]:
+        """Reward, observation and whether the step ended an episode, of every sub-environment."""
+        reward, observation, ended = self._procgen.observe()
+        return reward.astype(np.float64), policy_input(observation["rgb"]), ended.astype(bool)
+
+    def _levels_of(self, seed: int | Sequence[int] | None) -> NDArray[np.int64]:
+        """The index of the level of every sub-environment."""
+        if seed is None:
+            return self.np_random.integers(len(self.levels), size=self.num_envs)
+        if isinstance(seed, (int, np.integer)):
+            super().reset(seed=int(seed))  # a reset without a seed that follows is then reproducible
+            level = int(seed) + np.arange(self.num_envs)
+        else:
+            level = np.array([operator.index(index) for index in seed], dtype=np.int64)
+        if len(level) != self.num_envs:
+            raise LevelIndexError(f"Got {len(level)} seeds for {self.num_envs} sub-environments; give one for each.")
+        unknown = level[(level < 0) | (level >= len(self.levels))]
+        if len(unknown) > 0:
+            raise LevelIndexError(
+                f"No level has index {unknown[0]}; a seed is the index of a level, 0 to {len(self.levels) - 1}."
+            )
+        return level

@@ -1,0 +1,1 @@
+"""The policy's network, and the policies that are shipped."""

@@ -1,0 +1,1 @@
+"""Runs of the study, and its report."""

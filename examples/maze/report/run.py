@@ -1,0 +1,151 @@
+"""A run of the study: parts measured one after the other, kept on disk, and a report of what is there.
+
+    <out>/study-n200-seed0-a8d9d567/
+        report.html, report.md, differences.csv
+        imitation/sums/manifest.json, *.csv, sums.png      a policy, a part
+        control/...
+
+A part is measured if its folder is not there, or if it was measured with other weights, another n or seed, or other
+versions or code. It is measured again if a file is missing or changed: the manifest holds a digest of each file. A part
+appears on disk whole or not at all. The report leaves out the parts that fail these checks and are not measured again
+because `--only` names others. One run at a time works in a folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chanpatch import hook_points
+from maze.analysis.part import Part, Study
+from maze.command import UserError
+from maze.environment.levels import draw_levels, observe, policy_input
+from maze.measurements import EXTRA, PARTS, SIDE_BY_SIDE
+from maze.policy.network import SHIPPED_WEIGHTS, load_policy
+from maze.policy.shipped import MAIN, POLICIES
+from maze.report.page import differing, write_report
+from maze.results import Damaged, check_folder, locked, read_manifest, replace_table, versions, write_manifest
+
+MOST_OTHERS = 300  # levels of each measurement of a policy that only stands beside the main one
+OTHERS = tuple(name for name in POLICIES if name != MAIN)  # shipped beside it where they exist
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run of the study takes; `--help` of `maze_goal_misgen.py` says what each is.
+
+    Raises:
+        UserError: a number outside what makes sense, a part that does not exist, a folder that cannot be written to.
+    """
+
+    only: tuple[str, ...]
+    n: int
+    seed: int
+    weights: Path | None
+    out: Path
+
+    def __post_init__(self) -> None:
+        known = {**PARTS, **EXTRA}
+        if unknown := [name for name in self.only if name not in known]:
+            raise UserError(f"--only: no part is called {', '.join(unknown)}. Parts: {', '.join(known)}.")
+        for name, low, high in (("n", 20, 100_000), ("seed", 0, 2**31 - 1)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name} is {getattr(self, name)}, but it is {low} to {high} for these parts.")
+        check_folder(self.out)
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts to measure, in the order of the report."""
+        return [part for name, part in {**PARTS, **EXTRA}.items() if name in (self.only or PARTS)]
+
+
+def run(settings: RunSettings) -> Path:
+    """Measure what is not there yet, write the report of all that is, and return the run's folder."""
+    subjects = dict(_subjects(settings))
+    sha = next(iter(subjects.values())).weights["sha256"]
+    folder = settings.out / f"study-n{settings.n}-seed{settings.seed}-{sha[:8]}"
+    # Once, as of now: a file that is edited while the run goes on is not the code that runs.
+    known = {subject: _known(study) for subject, study in subjects.items()}
+    with locked(folder):
+        _measure_all(settings, subjects, known, folder)
+        report = write_report(folder, known, {**PARTS, **EXTRA}, _command(settings))
+    print(f"\nReport: {report}")
+    return folder
+
+
+def _measure_all(
+    settings: RunSettings, subjects: Mapping[str, Study], known: Mapping[str, Mapping[str, Any]], folder: Path
+) -> None:
+    for subject, study in subjects.items():
+        weights = study.weights
+        print(f"{subject}: weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})")
+        main = study is next(iter(subjects.values()))
+        parts = [part for part in settings.parts if main or part.name in SIDE_BY_SIDE]
+        for number, part in enumerate(parts, 1):
+            print(f"  {number} of {len(parts)}  {part.name:14}", end="", flush=True)
+            print(_measured(part, study, known[subject], folder / subject / part.name), flush=True)
+
+
+def _subjects(settings: RunSettings) -> Iterator[tuple[str, Study]]:
+    """The policies to study by name, the main one first; the shipped ones stand side by side."""
+    if settings.weights is not None:
+        yield settings.weights.stem, _study(settings.weights, settings)
+        return
+    yield MAIN, _study(SHIPPED_WEIGHTS, settings)
+    for name in OTHERS:
+        file = SHIPPED_WEIGHTS.with_name(f"{name}.safetensors")
+        if file.exists():
+            yield name, _study(file, replace(settings, n=min(settings.n, MOST_OTHERS)))
+
+
+def _study(weights: Path, settings: RunSettings) -> Study:
+    policy, facts = load_policy(weights)
+    policy = policy.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on a CPU
+    example = torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0))))
+    return Study(hook_points(policy, example), facts, settings.n, settings.seed)
+
+
+def _measured(part: Part, study: Study, known: Mapping[str, Any], folder: Path) -> str:
+    """Measure a part unless its folder holds the very same already; return what was done."""
+    facts, again = {"part": part.name, **known}, ""
+    if folder.exists():
+        try:
+            if not differing(read_manifest(folder), facts):
+                return "kept from before"
+        except Damaged as fault:
+            again = f"measured again, since {fault}: "
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    start = time.monotonic()
+    for name, table in part.measure(study).items():
+        replace_table(partial / f"{name}.csv", table)
+    seconds = round(time.monotonic() - start, 1)
+    write_manifest(partial, {**facts, "seconds": seconds})
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return f"{again}{seconds:.0f} s"
+
+
+def _known(study: Study) -> dict[str, Any]:
+    """Everything that decides the numbers of a part."""
+    return {
+        "weights": study.weights["sha256"],
+        "weights_name": study.weights["name"],
+        "width": study.weights["width"],
+        "n": study.n,
+        "seed": study.seed,
+        "versions": versions(),
+    }
+
+
+def _command(settings: RunSettings) -> str:
+    """The command line that measures every part with these settings, whether or not this run was of some parts only."""
+    weights = f" --weights {settings.weights.name}" if settings.weights else ""
+    return f"python examples/maze_goal_misgen.py --n {settings.n} --seed {settings.seed}{weights}"
