@@ -337,8 +337,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: entropy({"state": LOGITS}),
         DistributionError,
         "The output is a dict of 'state', which holds no action distribution: expected logits (batch, action), a "
-        "torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Give a metric "
-        "that selects it.",
+        "torch.distributions object, a tuple that holds one, (logits, value), or a dict with 'logits'. Give a metric that "
+        "selects it.",
     ),
     "logits that are NaN": (
         lambda: action_flip(LOGITS, baseline=LOGITS / 0 * 0),
