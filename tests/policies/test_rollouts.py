@@ -567,8 +567,8 @@ def test_a_distribution_without_a_known_inverse_cdf_is_refused():
     policy = lambda x: Independent(Beta(torch.ones(len(x), 1), torch.ones(len(x), 1)), 1)  # noqa: E731
     assert refused(DistributionError, policy=policy) == (
         "A rollout cannot draw actions from Beta: paired draws need the inverse CDF, which is known for "
-        "Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Give the rollout a "
-        "function that calls the policy and returns one of these."
+        "Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Give the "
+        "rollout a function that calls the policy and returns one of these."
     )
 
 

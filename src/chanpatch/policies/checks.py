@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..engine.state import depends_on_training
@@ -28,7 +29,7 @@ _ADVICE = {  # by the library that the environments come from
 
 
 def check_envs(envs: Any) -> None:
-    """Raise for anything but a vector environment of gymnasium, 1.1 or later."""
+    """Raise for anything but a vector environment of gymnasium, 1.1 or later, whose observations are numbers."""
     vector = imported("gymnasium.vector")
     if not hasattr(vector, "AutoresetMode"):
         version = imported("gymnasium").__version__
@@ -40,6 +41,20 @@ def check_envs(envs: Any) -> None:
         advice = next((_ADVICE[name] for name in libraries if name in _ADVICE), f"For a single environment: {_SINGLE}")
         raise RolloutError(
             f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. {advice}"
+        )
+    _check_numbers(envs.single_observation_space)
+
+
+def _check_numbers(space: Any, name: str = "observations") -> None:
+    """Raise for a space, or a part of it, whose samples in a vector environment are not one array of numbers."""
+    spaces = imported("gymnasium.spaces")
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
+            _check_numbers(part, f"{name}[{key!r}]")
+    elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
+        raise RolloutError(
+            f"{name} is a {type(space).__name__}, which gives no array of numbers. Leave it out, as "
+            "gymnasium.wrappers.FilterObservation(environment, names) does, or encode it in a wrapper."
         )
 
 

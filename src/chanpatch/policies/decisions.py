@@ -148,22 +148,19 @@ def _of_tensor(
 def _masked(logits: Tensor, masks: NDArray[np.bool_]) -> Tensor:
     if masks.shape != logits.shape:
         raise RolloutError(
-            f"masks gives the shape {masks.shape}, but the policy has logits or values of shape "
-            f"{tuple(logits.shape)}. It gives one bool per environment and action."
+            f"masks gives the shape {masks.shape} for the running episodes, but the policy has logits or values of "
+            f"shape {tuple(logits.shape)}. Give one bool per environment and action."
         )
+    if not masks.any(axis=-1).all():
+        raise RolloutError("masks leaves an environment without any action: True means that an action is allowed.")
     return logits.masked_fill(~torch.from_numpy(masks).to(logits.device), -torch.inf)
 
 
-def allowed_actions(
-    masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any], rows: NDArray[np.int64]
-) -> NDArray[np.bool_] | None:
-    """Return the masks of some sub-environments, `(row, action)`; None without masks."""
+def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
+    """Return the masks of all sub-environments, bool `(environment, action)`; None without masks."""
     if masks is None:
         return None
-    found = np.asarray(masks(envs, infos))
+    found = np.array(masks(envs, infos), dtype=np.bool_)
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(f"masks gives the shape {found.shape} for {envs.num_envs} environments: give a row to each.")
-    allowed: NDArray[np.bool_] = found[rows].astype(np.bool_)
-    if not allowed.any(axis=-1).all():
-        raise RolloutError("masks leaves an environment without any action: True means that an action is allowed.")
-    return allowed
+    return found

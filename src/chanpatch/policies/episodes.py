@@ -122,16 +122,20 @@ def _play_wave(
     actor.begin(len(wave))
     running = np.arange(len(wave))  # sub-environments whose episode goes on; others fill up the last wave
     actions: NDArray[Any] | None = None
+    allowed = allowed_actions(settings.masks, envs, infos)
     for step in range(settings.max_steps):
         plays = wave[running]
-        allowed = allowed_actions(settings.masks, envs, infos, running)
         with forward_context(step=step, rows=plays % log.episodes), around(plays // log.episodes):
-            decision = actor.decision(observations, running, allowed)
+            decision = actor.decision(observations, running, None if allowed is None else allowed[running])
         streams = None if settings.greedy else [log.streams[number] for number in plays]
         chosen = chosen_actions(decision, streams, len(running), envs)
         if actions is None:
             actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
-        actions[running] = chosen  # a sub-environment that is done repeats its last action
+        if allowed is not None:
+            actions[:] = allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
+        actions[running] = (
+            chosen  # a sub-environment that is done repeats its last action, or takes one that is allowed
+        )
         observations, rewards, terminated, truncated, infos = envs.step(actions)
 
         log.returns[plays] += rewards[running]
@@ -147,8 +151,11 @@ def _play_wave(
             advance(settings.max_steps - step)
             return
         advance(1)
+        allowed = allowed_actions(settings.masks, envs, infos)
         if over.any() and not resets_itself:
-            observations, _ = envs.reset(options={"reset_mask": over})
+            observations, infos_of_reset = envs.reset(options={"reset_mask": over})
+            if allowed is not None:
+                allowed[over] = allowed_actions(settings.masks, envs, infos_of_reset)[over]
     log.truncated[wave[running]] = True
 
 
@@ -215,18 +222,12 @@ class _Actor:
         self._state = returned[1]
         return returned[0]
 
-    def _tensors(self, observations: Any, rows: NDArray[np.int64], name: str = "") -> Any:
+    def _tensors(self, observations: Any, rows: NDArray[np.int64]) -> Any:
         """Return rows of an array, or of a dict or tuple of arrays, as tensors."""
         if isinstance(observations, Mapping):
-            parts = observations.items()
-            return {key: self._tensors(part, rows, f"{name}[{key!r}]") for key, part in parts}
-        if isinstance(observations, tuple) and not isinstance(observations[0], str):
-            return tuple(self._tensors(part, rows, f"{name}[{n}]") for n, part in enumerate(observations))
-        if isinstance(observations, tuple) or observations.dtype.kind not in "biufc":
-            raise RolloutError(
-                f"observations{name} is text, or another object that is not an array of numbers. Leave it out, as "
-                "gymnasium.wrappers.FilterObservation(environment, names) does, or encode it in a wrapper."
-            )
+            return {name: self._tensors(part, rows) for name, part in observations.items()}
+        if isinstance(observations, tuple):
+            return tuple(self._tensors(part, rows) for part in observations)
         return self._placed(torch.as_tensor(observations[rows]))
 
     def _placed(self, tensor: Tensor) -> Tensor:
