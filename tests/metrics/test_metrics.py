@@ -378,7 +378,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a tuple with more than logits and a value": (
         lambda: kl_divergence((LOGITS, LOGITS[:, 0], LOGITS[:, 0]), baseline=LOGITS),
         MetricError,
-        "The output is (Tensor, Tensor, Tensor). Of tuples, a metric takes those that hold one distribution, and pairs "
+        "The output is (Tensor, Tensor, Tensor). A metric takes tuples that hold one distribution, and pairs "
         "(logits, value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0]).",
     ),
     "logits that are NaN": (

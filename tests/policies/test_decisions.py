@@ -244,7 +244,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "an unknown kind": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="q"),
         DistributionError,
-        'outputs is \'q\', but it says what the tensors of a policy are: "logits", "values" or "actions".',
+        'outputs is \'q\', but it names the meaning of tensors: "logits", "values" or "actions".',
     ),
     "kinds of policies that are not there": (
         lambda envs: paired_rollouts({"a": nn.Linear(3, 4)}, envs, [0], max_steps=2, outputs={"b": "logits"}),

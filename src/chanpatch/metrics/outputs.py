@@ -81,7 +81,7 @@ def distribution_of(output: Any) -> Distribution:
         ) from fault
     if found is None and isinstance(output, (tuple, list)):
         raise MetricError(
-            f"The output is {described(output)}. Of tuples, a metric takes those that hold one distribution, and pairs "
+            f"The output is {described(output)}. A metric takes tuples that hold one distribution, and pairs "
             "(logits, value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0])."
         )
     if found is None:

@@ -1,4 +1,4 @@
-"""Refuse policies and environments that a rollout cannot play, or cannot compare, and say what to do."""
+"""Refuse policies and environments that a rollout cannot play, or cannot compare, with advice."""
 
 from __future__ import annotations
 

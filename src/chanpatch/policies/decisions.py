@@ -60,7 +60,7 @@ def check_outputs(outputs: Any) -> None:
     """Raise DistributionError for anything but the name of a kind of outputs, or None."""
     if outputs is not None and outputs not in get_args(Outputs):
         raise DistributionError(
-            f'outputs is {outputs!r}, but it says what the tensors of a policy are: "logits", "values" or "actions".'
+            f'outputs is {outputs!r}, but it names the meaning of tensors: "logits", "values" or "actions".'
         )
 
 

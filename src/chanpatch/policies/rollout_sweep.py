@@ -83,7 +83,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         >>> points = hook_points(torch.nn.Linear(4, 2), torch.zeros(2, 4))
         >>> patches = {f"no action {n}": zero_ablate(points.site(".out", feature=n)) for n in range(2)}
         >>> envs = gymnasium.make_vec("CartPole-v1", num_envs=12, vectorization_mode="sync")
-        >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100))
+        >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100, outputs="logits"))
         ['original', 'no action 0', 'no action 1']
     """
     asked = labelled_patches(patches, "patches", RolloutError)
