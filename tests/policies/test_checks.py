@@ -262,7 +262,7 @@ def test_a_twin_in_another_mode_than_its_policy_is_not_compared_with_it(cart_pol
         paired_rollouts({"policy": policy, "identity": twin}, cart_poles, range(4), **MODES)
     assert "is in eval mode in 'policy', but '2" in str(caught.value)
     assert "is in training mode in 'identity'. The comparison would" in str(caught.value)
-    with pytest.raises(RolloutError, match="is in eval mode in the original policy, but .* its twin in 'rollout'"):
+    with pytest.raises(RolloutError, match="is in eval mode in the original policy, but .* training mode in its twin"):
         rollout(twin, cart_poles, range(4), **MODES)
     twin.eval()
     pairs = paired_rollouts({"policy": policy, "identity": twin}, cart_poles, range(4), **MODES)

@@ -22,7 +22,7 @@ def distribution_in(output: Any) -> Distribution | None:
         return output
     if isinstance(output, Mapping):
         held = [value for value in output.values() if isinstance(value, Distribution)]
-        return held[0] if len(held) == 1 else _named(output.get("logits"))
+        return held[0] if len(held) == 1 else _named(output["logits"]) if "logits" in output else None
     for name in ("distribution", "logits"):
         if (found := _named(getattr(output, name, None))) is not None:
             return TransformedDistribution(found, TanhTransform()) if is_squashed(output) else found

@@ -126,11 +126,11 @@ def check_modes(policies: Mapping[str, Any]) -> None:
     first, *others = held.items()
     for label, modules in others:
         _check_same_modes(*first, label, modules)
-    for label, modules in held.items():
+    for modules in held.values():
         for twin in modules.modules():
             if STATE in vars(twin):
                 original = nn.ModuleList([vars(twin)[STATE].original])
-                _check_same_modes("the original policy", original, f"its twin in {label}", nn.ModuleList([twin]))
+                _check_same_modes("the original policy", original, "its twin", nn.ModuleList([twin]))
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:

@@ -86,7 +86,7 @@ def rollout(
         4     10      10      True        False
         5     9       9       True        False
     """
-    check_modes({"rollout": policy})
+    check_modes({"": policy})
     settings = Settings(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
     return play(policy, envs, seeds, settings)[0]
 
