@@ -131,11 +131,9 @@ def _play_wave(
         chosen = chosen_actions(decision, streams, len(running), envs)
         if actions is None:
             actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
-        if allowed is not None:
+        if allowed is not None:  # a sub-environment that is done takes an allowed action; else it repeats its last one
             actions[:] = allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
-        actions[running] = (
-            chosen  # a sub-environment that is done repeats its last action, or takes one that is allowed
-        )
+        actions[running] = chosen
         observations, rewards, terminated, truncated, infos = envs.step(actions)
 
         log.returns[plays] += rewards[running]

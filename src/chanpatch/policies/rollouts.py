@@ -58,7 +58,8 @@ def rollout(
         sampling_seed: Random seed of the draws behind the actions.
         greedy: Whether to take the mode of each distribution instead of a draw.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`;
-            `"values"` of the actions, of which the highest is taken; or `"actions"`, which are taken as they are.
+            `"values"` of the actions, of which the highest is taken; or `"actions"`, which are taken as they are. A
+            policy that samples its actions is paired only if it returns their distribution.
         masks: Function of the environments and the infos of their last step, called before each step. It returns a bool
             for each environment and action, True if the action is allowed:
             `lambda envs, infos: np.stack(envs.call("action_masks"))` or `lambda envs, infos: infos["action_mask"]`.
