@@ -99,18 +99,20 @@ class Case(NamedTuple):
 
     def rollout(self, policy: Any, num_envs: int = 3, seeds: Sequence[int] = SEEDS, **settings: Any) -> Rollout:
         envs = SyncVectorEnv([self.environment] * num_envs)
-        return rollout(policy, envs, seeds, max_steps=20, initial_state=self.initial_state, **settings)
+        return rollout(
+            policy, envs, seeds, max_steps=20, outputs="logits", initial_state=self.initial_state, **settings
+        )
 
     def pairs(self, policies: dict[str, Any]) -> PairedRollouts:
         envs = SyncVectorEnv([self.environment] * 3)
-        return paired_rollouts(policies, envs, SEEDS, max_steps=20, initial_state=self.initial_state)
+        return paired_rollouts(policies, envs, SEEDS, max_steps=20, outputs="logits", initial_state=self.initial_state)
 
 
 def fixture(name: str) -> Case:
     model = build(name)
     observations = model.inputs(2)[0]
     with torch.no_grad():
-        actions = action_distribution(model.module, observations).probs.shape[1]
+        actions = action_distribution(model.module, observations, outputs="logits").probs.shape[1]
     environment = functools.partial(Drifting, tuple(observations.shape[1:]), actions)
     return Case(model.module, environment, model.inputs, model.site)
 

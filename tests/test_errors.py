@@ -615,7 +615,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.DistributionError,
         lambda: action_distribution(lambda observations: {"q": observations}, torch.zeros(1)),
         "function returned a dict of 'q', which holds no action distribution: expected logits (batch, action), a "
-        "torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Pass a function "
+        "torch.distributions object, a tuple that holds one, (logits, value), or a dict with 'logits'. Pass a function "
         "that selects it.",
     ),
 }

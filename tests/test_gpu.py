@@ -199,7 +199,9 @@ def test_rollouts_pair_a_policy_on_a_gpu_with_its_ablation() -> None:
         points = hook_points(policy, torch.zeros(1, 4, device=device))
         twin = PatchedPolicy(points, zero_ablate(points.site("layers.1", feature=[*range(8)])))
         envs = SyncVectorEnv([lambda: gymnasium.make("CartPole-v1")] * 3)
-        return paired_rollouts({"original": policy, "ablated": twin}, envs, [3, 11, 4, 90], max_steps=40)
+        return paired_rollouts(
+            {"original": policy, "ablated": twin}, envs, [3, 11, 4, 90], max_steps=40, outputs="logits"
+        )
 
     policy = Policy()
     on_cpu, there = returns(policy, "cpu"), returns(copy.deepcopy(policy).cuda(), "cuda")

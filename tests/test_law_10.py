@@ -30,7 +30,7 @@ def case(request):
 def logits(policy: Any, *inputs: Any) -> tuple[Tensor, Any]:
     """Return a policy's logits, and the state of a recurrent one."""
     if len(inputs) == 1:
-        return action_distribution(policy, *inputs).logits, None
+        return action_distribution(policy, *inputs, outputs="logits").logits, None
     return policy(*inputs)
 
 

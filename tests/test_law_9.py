@@ -23,7 +23,8 @@ def test_a_sweep_of_every_channel_equals_a_policy_with_each_patch(name, strategy
     patches = {part: zero_ablate(part) for part in site.split(axis)[:5]}
 
     def probabilities(output):
-        return action_distribution(lambda _: output, None).probs[:, 0]
+        logits = output if case_.initial_state is None else output[0]  # the other is the new state
+        return action_distribution(lambda _: logits, None, outputs="logits").probs[:, 0]
 
     result = sweep(points, *inputs, patches=patches, metric=probabilities, strategy=strategy)
     for row, patch in zip(result.values["probabilities"], patches.values(), strict=True):

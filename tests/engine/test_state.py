@@ -243,9 +243,9 @@ def test_two_rollouts_of_one_policy_begin_with_the_same_state(way, made, monkeyp
     before = dict(vars(policy))
     envs = gymnasium.make_vec("CartPole-v1", num_envs=1, vectorization_mode="sync")
     acting = way(policy)
-    pairs = paired_rollouts({"a": acting, "b": acting}, envs, range(6), max_steps=60)
+    pairs = paired_rollouts({"a": acting, "b": acting}, envs, range(6), max_steps=60, outputs="logits")
     assert all(map(np.array_equal, pairs["a"].actions, pairs["b"].actions))
-    again = rollout(acting, envs, [5], max_steps=60)  # no episode begins with what another one left
+    again = rollout(acting, envs, [5], max_steps=60, outputs="logits")  # no episode begins with what another one left
     assert np.array_equal(pairs["a"].actions[5], again.actions[0])
     assert all(vars(policy)[name] is before[name] for name in before) and not getattr(policy, "frames", None)
 

@@ -132,6 +132,41 @@ def test_every_kind_of_policy_output_gives_the_numbers_of_its_logits(wrap: Calla
         torch.testing.assert_close(metric(wrap(LOGITS), baseline=wrap(OTHER)), metric(LOGITS, baseline=OTHER))
 
 
+NO_PAIRS: dict[str, Any] = {
+    "one tensor": (LOGITS,),
+    "a second tensor that is no value": (LOGITS, OTHER),
+    "a value of other inputs": (LOGITS, OTHER[:3, 0]),
+    "a value with more axes": (LOGITS, OTHER[:, :1, None]),
+    "whole numbers": (LOGITS, PER_INPUT),
+    "values that come first": (LOGITS[:, 0], LOGITS),
+    "a state": (LOGITS, (OTHER, OTHER)),
+    "a tuple in a tuple": ((LOGITS, OTHER[:, 0]), OTHER[:, 0]),
+    "action, log probability, entropy, value": (LOGITS, LOGITS[:, 0], LOGITS[:, 0], LOGITS[:, :1]),
+    "two distributions": (Categorical(logits=LOGITS), Normal(LOGITS, 1.0)),
+    "nothing": (),
+}
+
+
+@pytest.mark.parametrize("output", NO_PAIRS.values(), ids=NO_PAIRS)
+@pytest.mark.parametrize("of", [tuple, list])
+def test_other_tuples_than_logits_and_value_are_refused(output: Any, of: Any) -> None:
+    for metric in ONE_OUTPUT:
+        with pytest.raises(MetricError, match=r"lambda output: metric\(output\[0\]\)"):
+            metric(of(output))
+    for metric in COMPARING:
+        with pytest.raises(MetricError, match=r"lambda output: metric\(output\[0\]\)"):
+            metric(of(output), baseline=of(output))
+
+
+def test_a_tuple_with_named_logits_is_understood_whatever_else_it_holds() -> None:
+    class Many(NamedTuple):
+        action: Tensor
+        logits: Tensor
+        value: Tensor
+
+    torch.testing.assert_close(entropy(Many(PER_INPUT, LOGITS, LOGITS[:, 0])), entropy(LOGITS))
+
+
 def test_a_policy_of_sb3_is_understood() -> None:
     from stable_baselines3.common import distributions
 
@@ -337,8 +372,14 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: entropy({"state": LOGITS}),
         DistributionError,
         "The output is a dict of 'state', which holds no action distribution: expected logits (batch, action), a "
-        "torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. Give a metric "
+        "torch.distributions object, a tuple that holds one, (logits, value), or a dict with 'logits'. Give a metric "
         "that selects it.",
+    ),
+    "a tuple with more than logits and a value": (
+        lambda: kl_divergence((LOGITS, LOGITS[:, 0], LOGITS[:, 0]), baseline=LOGITS),
+        MetricError,
+        "The output is (Tensor, Tensor, Tensor). A metric takes tuples that hold one distribution, and pairs "
+        "(logits, value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0]).",
     ),
     "logits that are NaN": (
         lambda: action_flip(LOGITS, baseline=LOGITS / 0 * 0),

@@ -10,12 +10,15 @@ from gymnasium.vector import SyncVectorEnv
 from policies import SEEDS, Drifting, Recurrent, same
 from torch import nn
 
-from chanpatch import PatchedPolicy, Site, edit, hook_points, paired_rollouts, resample_ablate, zero_ablate
+import chanpatch
+from chanpatch import PatchedPolicy, Site, edit, hook_points, resample_ablate, zero_ablate
 from chanpatch.engine.moments import published
 from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingPackageError, NaNError, RolloutError
 from chanpatch.patching import Add, Patch, Scale, run_with_cache
-from chanpatch.policies import rollout_sweep
 from chanpatch.statistics import bootstrap_interval, rank_among
+
+rollout_sweep = functools.partial(chanpatch.policies.rollout_sweep, outputs="logits")
+paired_rollouts = functools.partial(chanpatch.paired_rollouts, outputs="logits")
 
 
 @pytest.fixture(params=list(policies.CASES))

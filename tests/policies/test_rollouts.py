@@ -289,11 +289,13 @@ def recurrent_by_hand(policy, seed, max_steps):
 @pytest.mark.parametrize("num_envs", [1, 3, 7])
 def test_a_recurrent_policy_carries_the_state_of_each_episode_by_itself(num_envs):
     policy = LSTMPolicy()
-    result = rollout(policy, cart_poles(num_envs), SEEDS, max_steps=60, initial_state=policy.initial_state)
+    result = rollout(
+        policy, cart_poles(num_envs), SEEDS, max_steps=60, outputs="logits", initial_state=policy.initial_state
+    )
     for seed, actions in zip(SEEDS, result.actions, strict=True):
         assert actions.tolist() == recurrent_by_hand(policy, seed, 60)
-    forgetful = lambda x: policy(x, policy.initial_state(len(x)))  # noqa: E731
-    assert not same(result, rollout(forgetful, cart_poles(num_envs), SEEDS, max_steps=60))
+    forgetful = lambda x: policy(x, policy.initial_state(len(x)))[0]  # noqa: E731
+    assert not same(result, rollout(forgetful, cart_poles(num_envs), SEEDS, max_steps=60, outputs="logits"))
 
 
 def test_a_patched_recurrent_policy_is_patched_in_every_step():
@@ -306,7 +308,7 @@ def test_a_patched_recurrent_policy_is_patched_in_every_step():
 
     points = hook_points(policy, torch.randn(2, 4), policy.initial_state(2))
     twin = PatchedPolicy(points, edit(points.site("lstm.out[1][0]"), negated))
-    settings = {"max_steps": 60, "initial_state": policy.initial_state}
+    settings = {"max_steps": 60, "outputs": "logits", "initial_state": policy.initial_state}
     pairs = paired_rollouts({"original": policy, "twin": twin}, cart_poles(3), SEEDS, **settings)
 
     def by_hand(observations, state):
@@ -349,7 +351,7 @@ def test_a_state_may_have_any_form_and_begins_anew_with_every_episode(kind):
 
 def test_a_state_comes_in_the_dtype_of_the_policy():
     policy = LSTMPolicy().double()
-    result = rollout(policy, cart_poles(2), [3], max_steps=4, initial_state=policy.initial_state)
+    result = rollout(policy, cart_poles(2), [3], max_steps=4, outputs="logits", initial_state=policy.initial_state)
     assert result.lengths.tolist() == [4]
 
 
@@ -565,8 +567,8 @@ def test_a_distribution_without_a_known_inverse_cdf_is_refused():
     policy = lambda x: Independent(Beta(torch.ones(len(x), 1), torch.ones(len(x), 1)), 1)  # noqa: E731
     assert refused(DistributionError, policy=policy) == (
         "A rollout cannot draw actions from Beta: paired draws need the inverse CDF, which is known for "
-        "Categorical, Bernoulli and Normal, alone or inside Independent. Give the rollout a function that "
-        "calls the policy and returns one of these."
+        "Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Give the "
+        "rollout a function that calls the policy and returns one of these."
     )
 
 
@@ -679,7 +681,7 @@ class Embedded(nn.Module):
 
 def test_bytes_reach_a_policy_that_takes_them():
     envs = environments(IMAGE, gymnasium.spaces.Discrete(2))
-    assert rollout(Embedded(), envs, [1], max_steps=10).lengths.tolist() == [6]
+    assert rollout(Embedded(), envs, [1], max_steps=10, outputs="logits").lengths.tolist() == [6]
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Conv1d(3, 2, 1), nn.LSTMCell(3, 2), nn.LayerNorm(3)])
@@ -762,7 +764,7 @@ def test_a_long_rollout_draws_a_progress_bar_off_a_terminal_only_when_asked_to(c
 
 
 def acting(envs, distribution):
-    return rollout(lambda observations: distribution(len(observations)), envs, [0, 1], max_steps=3)
+    return rollout(lambda observations: distribution(len(observations)), envs, [0, 1], max_steps=3, outputs="logits")
 
 
 @pytest.mark.parametrize(

@@ -1021,13 +1021,13 @@ OUTPUTS = {
     "dict with a distribution": {"pi": CATEGORICAL, "value": torch.zeros(2)},
     "object with logits": WithLogits(LOGITS),
     "object with a distribution": SimpleNamespace(distribution=CATEGORICAL),
-    "nested": ((LOGITS, None), torch.zeros(2)),
+    "nested": ((CATEGORICAL, None), torch.zeros(2)),
 }
 
 
 @pytest.mark.parametrize("name", list(OUTPUTS))
 def test_the_action_distribution_of_every_kind_of_output_is_found(name):
-    found = action_distribution(lambda observations: OUTPUTS[name], None)
+    found = action_distribution(lambda observations: OUTPUTS[name], None, outputs="logits")
     torch.testing.assert_close(found.probs, LOGITS.softmax(-1))
 
 
@@ -1040,22 +1040,24 @@ def test_a_policy_with_get_distribution_is_asked_by_it():
 
 
 def test_the_distribution_of_a_twin_is_patched(policy, twin, vector):
-    torch.testing.assert_close(twin.distribution(vector).logits, by_hand(policy, vector).log_softmax(-1))
+    torch.testing.assert_close(
+        twin.distribution(vector, outputs="logits").logits, by_hand(policy, vector).log_softmax(-1)
+    )
 
 
 @pytest.mark.parametrize(
     ("output", "described"),
     [
-        (torch.zeros(3, dtype=torch.long), r"a torch.int64 tensor of shape \(3,\)"),
+        ((LOGITS, LOGITS), r"\(Tensor, Tensor\)"),
+        ((LOGITS, torch.zeros(2), torch.zeros(2)), r"\(Tensor, Tensor, Tensor\)"),
         ({"value": torch.zeros(2)}, "a dict of 'value'"),
         ({"a": CATEGORICAL, "b": CATEGORICAL}, "a dict of 'a', 'b'"),
         ((CATEGORICAL, Normal(LOGITS, 1.0)), r"\(Categorical, Normal\)"),
         ((), r"\(\)"),
         (None, "NoneType"),
         ("left", "str"),
-        (torch.tensor(1.0), r"a torch.float32 tensor of shape \(\)"),
     ],
-    ids=["actions", "dict", "two in a dict", "two in a tuple", "empty", "none", "text", "number"],
+    ids=["two tensors", "three tensors", "dict", "two in a dict", "two in a tuple", "empty", "none", "text"],
 )
 def test_what_holds_no_action_distribution_is_described(output, described):
     with pytest.raises(DistributionError, match=f"returned {described}, which holds no action distribution"):

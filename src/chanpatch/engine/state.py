@@ -6,6 +6,7 @@ plain containers, arrays, tensors, dataclasses and generators in attributes, but
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 import random
@@ -32,13 +33,24 @@ _ONE_AT_A_TIME = threading.RLock()
 
 def training_modules(model: nn.Module) -> list[str]:
     """Return the modules in training mode whose output is random, or depends on the batch or on earlier calls."""
-    found = []
-    for name, module in model.named_modules():
-        random_output = isinstance(module, dropout._DropoutNd) and module.p > 0
-        random_output |= isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0
-        if module.training and (random_output or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))):
-            found.append(f"'{name}' ({type(module).__name__})")
-    return found
+    named = model.named_modules()
+    return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
+
+
+def depends_on_training(module: nn.Module) -> bool:
+    """Return whether a module computes otherwise in training mode: by its kind, or if its own code reads the flag."""
+    kind = type(module)
+    if inspect.unwrap(kind.train) is not nn.Module.train:
+        return True
+    forward: Any = inspect.unwrap(getattr(kind, "forward", nn.Module.forward))
+    if not str(forward.__module__).startswith("torch.nn.modules."):
+        return "training" in getattr(getattr(forward, "__code__", None), "co_names", ())
+    if isinstance(module, dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+        return module.dropout > 0
+    is_tracking = isinstance(module, batchnorm._NormBase) and module.track_running_stats
+    return is_tracking or isinstance(module, (batchnorm._BatchNorm, nn.RReLU))
 
 
 class undisturbed:

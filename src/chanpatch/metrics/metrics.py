@@ -1,8 +1,9 @@
 """Metrics of policies and classifiers: functions of an output that return `(batch,)`.
 
-They take logits `(batch, action)`, `torch.distributions` objects, tuples that begin with one of them, dicts and objects
-that hold one, and Stable-Baselines3's distributions. Logits of sequences, `(batch, position, action)`, need
-`at_position`: with padding, the last position is not that of the last token. All but `action_flip` are differentiable.
+They take logits `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` with a value `(batch,)` or
+`(batch, 1)`, tuples that hold one distribution, dicts and objects that hold one, and Stable-Baselines3's distributions.
+Logits of sequences, `(batch, position, action)`, need `at_position`: with padding, the last position is not that of the
+last token. All but `action_flip` are differentiable.
 """
 
 from __future__ import annotations

@@ -17,29 +17,45 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return the distribution that an output holds or gives the logits of; None if there is none."""
+    """Return the distribution that an output is, holds or names the logits of; None if there is none."""
     if isinstance(output, Distribution):
         return output
-    if isinstance(output, Tensor):
-        if not output.is_floating_point() or not output.dim():
-            return None
-        # Numbers cannot be read inside vmap, so they cannot be validated; without rows there are none.
-        # Set it: the first torch.compile of a process turns torch's default off.
-        return Categorical(logits=output, validate_args=bool(output.numel()) and not inside_vmap(output))
     if isinstance(output, Mapping):
         held = [value for value in output.values() if isinstance(value, Distribution)]
-        return held[0] if len(held) == 1 else distribution_in(output["logits"]) if "logits" in output else None
-    if isinstance(output, (tuple, list)):
-        held = [value for value in output if isinstance(value, Distribution)]
-        return held[0] if len(held) == 1 else distribution_in(output[0]) if output and not held else None
+        return held[0] if len(held) == 1 else _named(output["logits"]) if "logits" in output else None
     for name in ("distribution", "logits"):
-        if isinstance(getattr(output, name, None), (Distribution, Tensor)):
-            found = distribution_in(getattr(output, name))
-            return TransformedDistribution(found, TanhTransform()) if found and _is_squashed(output) else found
+        if (found := _named(getattr(output, name, None))) is not None:
+            return TransformedDistribution(found, TanhTransform()) if is_squashed(output) else found
+    if isinstance(output, (tuple, list)) and output:
+        held = [value for value in output if isinstance(value, Distribution)]
+        return held[0] if len(held) == 1 else None if held else distribution_in(output[0])
     return None
 
 
-def _is_squashed(output: Any) -> bool:
+def _named(found: Any) -> Distribution | None:
+    """Return the distribution under the name of one, or of logits."""
+    return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
+
+
+def tensor_in(output: Any) -> Tensor | None:
+    """Return an output that is a tensor, or the first tensor of a pair `(logits, value)`; None if it is neither."""
+    if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(item, Tensor) for item in output):
+        first, value = output
+        is_value = value.is_floating_point() and value.shape in (first.shape[:1], (*first.shape[:1], 1))
+        return first if first.dim() > 1 and is_value else None
+    return output if isinstance(output, Tensor) else None
+
+
+def categorical(logits: Tensor) -> Categorical | None:
+    """Return the distribution that logits give; None if the tensor cannot hold logits."""
+    if not logits.is_floating_point() or not logits.dim():
+        return None
+    # Numbers cannot be read inside vmap, so they cannot be validated; without rows there are none.
+    # Set it: the first torch.compile of a process turns torch's default off.
+    return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
+
+
+def is_squashed(output: Any) -> bool:
     """Return whether Stable-Baselines3 applies a tanh after the distribution that it names."""
     return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
 
@@ -48,19 +64,26 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
     """Return the error for an output without a distribution."""
     return DistributionError(
         f"{subject} {described(output)}, which holds no action distribution: expected logits (batch, action), a "
-        f"torch.distributions object, a tuple that begins with one of them, or a dict with 'logits'. {advice}"
+        f"torch.distributions object, a tuple that holds one, (logits, value), or a dict with 'logits'. {advice}"
     )
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution that an output holds or gives the logits of; raise DistributionError if there is none."""
+    """Return the distribution that an output holds or gives the logits of; raise an error if there is none."""
     try:
         found = distribution_in(output)
+        if found is None and (logits := tensor_in(output)) is not None:
+            found = categorical(logits)
     except ValueError as fault:
         raise DistributionError(
             f"The output is {described(output)} with NaN among its logits, which give no distribution. Look at which "
             "activation has it first: recording(...), or a patch with numbers too large for the layers after it."
         ) from fault
+    if found is None and isinstance(output, (tuple, list)):
+        raise MetricError(
+            f"The output is {described(output)}. A metric takes tuples that hold one distribution, and pairs "
+            "(logits, value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0])."
+        )
     if found is None:
         raise no_distribution(output, "The output is", "Give a metric that selects it.")
     return found

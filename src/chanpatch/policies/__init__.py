@@ -4,7 +4,7 @@ twin = PatchedPolicy(policy, zero_ablate(points.site("embedder.relu3", channel=5
 paired_rollouts({"original": policy, "patched": twin}, envs, seeds=range(100), max_steps=256)
 """
 
-from .actions import action_distribution
+from .decisions import action_distribution
 from .results import PairedRollouts, Rollout, SweptRollouts
 from .rollout_sweep import rollout_sweep
 from .rollouts import paired_rollouts, rollout

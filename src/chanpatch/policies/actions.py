@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, TanhTransform
 
 from ..errors import DistributionError, RolloutError
-from ..metrics.outputs import distribution_in, no_distribution
 from ..results import imported
 from ..statistics.interval import whole
+from .decisions import Decision
 
 if TYPE_CHECKING:
     from gymnasium.spaces import Space
     from gymnasium.vector import VectorEnv
-
-
-def action_distribution(policy: Callable[..., Any], observations: Any) -> Distribution:
-    """Return a policy's distribution over actions, for a batch of observations.
-
-    The policy may return a distribution, logits, `(distribution or logits, ...)`, or a dict or object that has `logits`
-    or a distribution. It may also have a `get_distribution` method (Stable-Baselines3).
-
-    Raises:
-        DistributionError: If the output holds no distribution.
-    """
-    own = getattr(policy, "get_distribution", None)
-    try:
-        output = own(observations) if callable(own) else policy(observations)
-    except NotImplementedError as error:
-        if 'missing the required "forward"' not in str(error):
-            raise
-        raise DistributionError(
-            f"{type(policy).__name__} has no forward. Give rollout() or action_distribution() the function that "
-            "gives its logits or distribution, such as lambda observations: agent.actor(observations); give "
-            "rollout_sweep() a module whose forward does that."
-        ) from error
-    found = distribution_in(output)  # a ValueError about NaN goes on: the patch that introduced it is named later
-    if found is None:
-        raise no_distribution(output, f"{type(policy).__name__} returned", "Pass a function that selects it.")
-    return found
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
@@ -61,20 +35,16 @@ def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Gen
 
 
 def chosen_actions(
-    distribution: Distribution, streams: Sequence[np.random.Generator] | None, rows: int, envs: VectorEnv[Any, Any, Any]
+    decision: Decision, streams: Sequence[np.random.Generator] | None, rows: int, envs: VectorEnv[Any, Any, Any]
 ) -> NDArray[Any]:
     """Return one action per row, as the environments take them.
 
-    The next draw of each row's generator selects the action; without generators it is the mode.
+    The next draw of each row's generator selects the action of a distribution; without generators it is the mode.
     """
-    while isinstance(distribution, Independent):
-        distribution = distribution.base_dist
-    if not isinstance(distribution, (Categorical, Bernoulli, Normal)):
-        raise DistributionError(
-            f"A rollout cannot draw actions from {type(distribution).__name__}: paired draws need the "
-            "inverse CDF, which is known for Categorical, Bernoulli and Normal, alone or inside Independent. "
-            "Give the rollout a function that calls the policy and returns one of these."
-        )
+    choice, space = decision.choice, envs.single_action_space
+    if isinstance(choice, Tensor):
+        return _given(_in_box(decision, choice.detach().cpu().numpy(), space), rows, space)
+    distribution, squashed = _untransformed(choice)
     if distribution.batch_shape[:1] != (rows,):
         raise RolloutError(
             f"The policy's {type(distribution).__name__} has batch shape {tuple(distribution.batch_shape)} for {rows} "
@@ -87,18 +57,54 @@ def chosen_actions(
     else:
         draws = np.stack([stream.random(distribution.batch_shape[1:]) for stream in streams])
         actions = _inverse_cdf(distribution, torch.from_numpy(draws)).numpy()
-    return _fitting(actions, distribution, rows, envs.single_action_space)
+    actions = _in_box(decision, np.tanh(actions) if squashed else actions, space)
+    return _fitting(actions, distribution, rows, space)
+
+
+def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli | Normal, bool]:
+    """Return the distribution that is drawn from, and whether a tanh of the draw is the action."""
+    squashed = False
+    while isinstance(distribution, Independent) or _is_tanh(distribution):
+        squashed |= _is_tanh(distribution)
+        distribution = distribution.base_dist  # type: ignore[attr-defined]
+    if not isinstance(distribution, (Categorical, Bernoulli, Normal)):
+        raise DistributionError(
+            f"A rollout cannot draw actions from {type(distribution).__name__}: paired draws need the "
+            "inverse CDF, which is known for Categorical, Bernoulli and Normal, alone or inside Independent, and for "
+            "the tanh of a Normal. Give the rollout a function that calls the policy and returns one of these."
+        )
+    return distribution, squashed
+
+
+def _is_tanh(distribution: Distribution) -> bool:
+    transforms = getattr(distribution, "transforms", ())
+    return [type(transform) for transform in transforms] == [TanhTransform]
+
+
+def _in_box(decision: Decision, actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
+    is_box = isinstance(space, imported("gymnasium.spaces").Box)
+    return decision.fitted(actions, space) if is_box and decision.fitted else actions
+
+
+def _given(actions: NDArray[Any], rows: int, space: Space[Any]) -> NDArray[Any]:
+    """Return actions that the policy chose itself in the dtype of an action space, if they fit."""
+    _check_shape("The policy", actions, rows, space)
+    with np.errstate(invalid="ignore"):  # NaN, which is an error below
+        fitting = actions.astype(space.dtype)
+    is_box = isinstance(space, imported("gymnasium.spaces").Box)
+    whole = actions.dtype.kind in "iub" and (fitting == actions).all()
+    if not (np.isfinite(actions).all() if is_box else whole and all(map(space.contains, fitting))):
+        raise RolloutError(
+            f"The policy gives the actions {actions.tolist()} ({actions.dtype}), but the environment takes {space}."
+        )
+    return fitting
 
 
 def _fitting(
     actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, rows: int, space: Space[Any]
 ) -> NDArray[Any]:
     """Return the actions in the dtype of an action space, counted from its start, if they fit."""
-    if space.shape is None or actions.shape != (rows, *space.shape):
-        raise RolloutError(
-            f"The policy's distribution gives actions of shape {actions.shape} for {rows} rows, but {space} "
-            f"takes {'no single array' if space.shape is None else f'shape {(rows, *space.shape)}'}."
-        )
+    _check_shape("The policy's distribution", actions, rows, space)
     wrong = _wrong_actions(actions, distribution, space)
     if wrong:
         raise RolloutError(
@@ -106,6 +112,14 @@ def _fitting(
             "a function that calls the policy and returns a distribution over those actions."
         )
     return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # a Discrete need not start at 0
+
+
+def _check_shape(subject: str, actions: NDArray[Any], rows: int, space: Space[Any]) -> None:
+    if space.shape is None or actions.shape != (rows, *space.shape):
+        raise RolloutError(
+            f"{subject} gives actions of shape {actions.shape} for {rows} rows, but {space} "
+            f"takes {'no single array' if space.shape is None else f'shape {(rows, *space.shape)}'}."
+        )
 
 
 def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:

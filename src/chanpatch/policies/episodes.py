@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from ..engine.moments import forward_context
 from ..engine.paths import Path, get, leaves, replace
@@ -21,8 +20,10 @@ from ..errors import ChanpatchError, RolloutError
 from ..registry.names import path_text
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
-from .actions import action_distribution, chosen_actions, draw_streams
+from .actions import chosen_actions, draw_streams
+from .checks import check_envs, checked_policy
 from .copies import held_modules
+from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
 from .results import Rollout
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ BatchAxes: TypeAlias = Mapping[Path, int]
 Around: TypeAlias = Callable[[NDArray[np.int64]], AbstractContextManager[None]]
 
 _DTYPE_REFUSED = re.compile("dtype|scalar type|Input type|must have the type|not implemented for '")
+_CHANNELS_REFUSED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) channels")
 
 
 class Settings(NamedTuple):
@@ -42,6 +44,8 @@ class Settings(NamedTuple):
     max_steps: int
     sampling_seed: int
     greedy: bool
+    outputs: Outputs | None
+    masks: Masks | None
     initial_state: InitialState | None
     progress: bool | None
 
@@ -59,18 +63,17 @@ def play(
 
     `around` returns a context for each forward. It takes int64 `(row,)`: which of the times each row belongs to.
     """
-    if not isinstance(envs, imported("gymnasium.vector").VectorEnv):
-        raise RolloutError(
-            f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. For a "
-            "single environment: gymnasium.vector.SyncVectorEnv([lambda: environment])."
-        )
+    check_envs(envs)
+    check_outputs(settings.outputs)
+    is_recurrent, has_masks = settings.initial_state is not None, settings.masks is not None
+    policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
     log = _Log(seeds, settings.sampling_seed, times)
     if settings.max_steps < 1:
         raise RolloutError(f"max_steps is {settings.max_steps}, but an episode has at least one step.")
     waves = range(0, log.plays, envs.num_envs)
     held = nn.ModuleList(held_modules(policy))
     with undisturbed(held) as run, progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance:
-        actor = _Actor(policy, settings.initial_state)
+        actor = _Actor(policy, settings)
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on the last one
             wave = np.arange(start, min(start + envs.num_envs, log.plays))
@@ -113,22 +116,25 @@ def _play_wave(
     around: Around,
 ) -> None:
     """Play the episodes of one wave side by side, until the last one is over; report each step to the progress bar."""
-    observations = _reset(envs, [log.seeds[number] for number in np.resize(wave, envs.num_envs)])
+    observations, infos = _reset(envs, [log.seeds[number] for number in np.resize(wave, envs.num_envs)])
     disabled = imported("gymnasium.vector").AutoresetMode.DISABLED
     resets_itself = envs.metadata.get("autoreset_mode") is not disabled
     actor.begin(len(wave))
     running = np.arange(len(wave))  # sub-environments whose episode goes on; others fill up the last wave
     actions: NDArray[Any] | None = None
+    allowed = allowed_actions(settings.masks, envs, infos)
     for step in range(settings.max_steps):
         plays = wave[running]
         with forward_context(step=step, rows=plays % log.episodes), around(plays // log.episodes):
-            distribution = actor.distribution(observations, running)
+            decision = actor.decision(observations, running, None if allowed is None else allowed[running])
         streams = None if settings.greedy else [log.streams[number] for number in plays]
-        chosen = chosen_actions(distribution, streams, len(running), envs)
+        chosen = chosen_actions(decision, streams, len(running), envs)
         if actions is None:
             actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
-        actions[running] = chosen  # a sub-environment that is done repeats its last action
-        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        if allowed is not None:  # a sub-environment that is done takes an allowed action; else it repeats its last one
+            actions[:] = allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
+        actions[running] = chosen
+        observations, rewards, terminated, truncated, infos = envs.step(actions)
 
         log.returns[plays] += rewards[running]
         log.lengths[plays] += 1
@@ -143,14 +149,17 @@ def _play_wave(
             advance(settings.max_steps - step)
             return
         advance(1)
+        allowed = allowed_actions(settings.masks, envs, infos)
         if over.any() and not resets_itself:
-            observations, _ = envs.reset(options={"reset_mask": over})
+            observations, infos_of_reset = envs.reset(options={"reset_mask": over})
+            if allowed is not None:
+                allowed[over] = allowed_actions(settings.masks, envs, infos_of_reset)[over]
     log.truncated[wave[running]] = True
 
 
 def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> Any:
     try:
-        return envs.reset(seed=seeds)[0]  # type: ignore[arg-type]
+        return envs.reset(seed=seeds)  # type: ignore[arg-type]
     except imported("gymnasium").error.Error as error:
         raise RolloutError(
             f"{type(envs.unwrapped).__name__} cannot be reset with one seed per sub-environment. Use a "
@@ -161,11 +170,14 @@ def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> Any:
 class _Actor:
     """A policy, and its recurrent state for each running episode."""
 
-    def __init__(self, policy: Any, initial_state: InitialState | None) -> None:
-        self._policy, self._initial_state = policy, initial_state
+    def __init__(self, policy: Any, settings: Settings) -> None:
+        initial_state = settings.initial_state
+        self._policy, self._outputs, self._initial_state = policy, settings.outputs, initial_state
         self._state_axes = {} if initial_state is None else state_batch_axes(initial_state)
         self._state: Any = None
-        self._like = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
+        owner = getattr(policy, "__self__", policy)
+        self._name = type(owner).__name__
+        self._like = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
 
     def begin(self, rows: int) -> None:
         if self._initial_state is not None:
@@ -177,14 +189,18 @@ class _Actor:
         """Drop the rows of the episodes that are over."""
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(running))
 
-    def distribution(self, observations: Any, rows: NDArray[np.int64]) -> Distribution:
-        """Return the distribution over actions for some rows of the observations, and update the state."""
+    def decision(self, observations: Any, rows: NDArray[np.int64], allowed: NDArray[np.bool_] | None) -> Decision:
+        """Return the decision for some rows of the observations, and update the state."""
         seen = self._tensors(observations, rows)
         try:
-            return action_distribution(self._policy if self._initial_state is None else self._with_state, seen)
+            if self._initial_state is None:
+                output = output_of(self._policy, seen, self._outputs)
+            else:
+                output = self._with_state(seen)
         except RuntimeError as error:
-            self._explain_dtype(error, seen)
+            self._explain(error, seen)
             raise
+        return decision_in(output, self._name, self._outputs, allowed)
 
     def _with_state(self, observations: Any) -> Any:
         returned = self._policy(observations, self._state)
@@ -218,15 +234,23 @@ class _Actor:
             return tensor
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def _explain_dtype(self, error: RuntimeError, observations: Any) -> None:
-        """Raise an error with advice if torch rejected the dtype of the observations."""
+    def _explain(self, error: RuntimeError, observations: Any) -> None:
+        """Raise an error with advice if torch rejected the dtype of the observations, or channels that come last."""
+        if isinstance(error, ChanpatchError):
+            return
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
-        if others and _DTYPE_REFUSED.search(str(error)) and not isinstance(error, ChanpatchError):
+        if others and _DTYPE_REFUSED.search(str(error)):
             raise RolloutError(
                 f"The policy refused observations of {', '.join(sorted(others))} ({error}). A rollout hands them on "
                 "as the environments give them: convert them as in training, in the policy or in a function around "
                 "it, such as lambda observations: policy(observations.float() / 255)."
+            ) from error
+        found = _CHANNELS_REFUSED.search(str(error))
+        if found and found[1] == found[2]:
+            raise RolloutError(
+                f"The policy refused images whose channels come last ({error}). Its convolution takes (row, channel, "
+                "height, width): give lambda observations: policy(observations.permute(0, 3, 1, 2))."
             ) from error
 
 

@@ -24,6 +24,8 @@ from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
+from .checks import method_of
+from .decisions import Masks, Outputs
 from .episodes import BatchAxes, InitialState, Settings, play, rows_of, state_batch_axes
 from .results import ORIGINAL, SweptRollouts
 from .twin import PatchedPolicy
@@ -42,6 +44,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     controls: Patches | Patch | None = None,
     sampling_seed: int = 0,
     greedy: bool = False,
+    outputs: Outputs | None = None,
+    masks: Masks | None = None,
     initial_state: InitialState | None = None,
     check_nan: bool = True,
     progress: bool | None = None,
@@ -62,7 +66,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
             sites. The sites come from a trace, which proves the batch axis.
         controls: Control patches to rank the others among, in the same form. With 19 or more there are p-values.
         check_nan: Whether NaN that a patch introduces is an error.
-        envs, seeds, max_steps, sampling_seed, greedy, initial_state, progress: As for `rollout`.
+        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: As for `rollout`.
 
     Returns:
         One rollout per label, after `"original"`, that of the policy without patches. `comparisons()` has the
@@ -79,7 +83,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         >>> points = hook_points(torch.nn.Linear(4, 2), torch.zeros(2, 4))
         >>> patches = {f"no action {n}": zero_ablate(points.site(".out", feature=n)) for n in range(2)}
         >>> envs = gymnasium.make_vec("CartPole-v1", num_envs=12, vectorization_mode="sync")
-        >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100))
+        >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100, outputs="logits"))
         ['original', 'no action 0', 'no action 1']
     """
     asked = labelled_patches(patches, "patches", RolloutError)
@@ -95,9 +99,11 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         )
     state_axes = {} if initial_state is None else state_batch_axes(initial_state)
     interventions = _Interventions(policy, [*asked, *others], state_axes, check_nan=check_nan)
-    settings = Settings(max_steps, sampling_seed, greedy, initial_state, progress)
+    settings = Settings(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
     times = 1 + len(asked) + len(others)
-    played = play(interventions.twin, envs, seeds, settings, times=times, around=interventions.forward)
+    played = play(
+        method_of(interventions.twin, policy), envs, seeds, settings, times=times, around=interventions.forward
+    )
     rollouts = dict(zip((ORIGINAL, *dict(asked)), played, strict=False))
     return SweptRollouts(rollouts, dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None)
 

@@ -24,8 +24,8 @@ from ..patching.contexts import Patching, check_reached, checked_patches, raise_
 from ..patching.firing import Ledger
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of, refuse_unhookable, resolve
-from .actions import action_distribution
 from .copies import STATE, copied, refuse_writing_modes
+from .decisions import Outputs, action_distribution
 from .settings import Settings
 
 
@@ -101,9 +101,9 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         """Return a context in which the twin runs without its patches."""
         return Disabled(_state(self))
 
-    def distribution(self, observations: Any) -> Distribution:
+    def distribution(self, observations: Any, *, outputs: Outputs | None = None) -> Distribution:
         """Return the patched distribution over actions; see `action_distribution`."""
-        return action_distribution(self, observations)  # type: ignore[arg-type]
+        return action_distribution(self, observations, outputs=outputs)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = _state(self)

@@ -1,0 +1,155 @@
+"""Refuse policies and environments that a rollout cannot play, or cannot compare, with advice."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..engine.state import depends_on_training
+from ..errors import MissingPackageError, RolloutError
+from ..registry.points import HookPoints, no_module
+from ..results import imported
+from .copies import STATE, held_modules
+from .stable_baselines import is_sb3_policy
+
+_SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
+_ADVICE = {  # by the library that the environments come from
+    "stable_baselines3": "Build one from the function that makes an environment: "
+    "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
+    "gym3": "gym3 cannot reset one environment by a seed. Write a gymnasium.Env whose reset(seed=...) makes the level "
+    f"of that seed, and give {_SINGLE}",
+    "pettingzoo": "It has several agents. Write a gymnasium.Env for one agent, which plays the others too, and give "
+    f"{_SINGLE}",
+    "gym": f"Convert an environment to gymnasium, as shimmy.GymV26CompatibilityV0 does, and give {_SINGLE}",
+}
+
+
+def check_envs(envs: Any) -> None:
+    """Raise for anything but a vector environment of gymnasium, 1.1 or later, whose observations are numbers."""
+    vector = imported("gymnasium.vector")
+    if not hasattr(vector, "AutoresetMode"):
+        version = imported("gymnasium").__version__
+        raise MissingPackageError(
+            f"gymnasium {version} is installed, but rollouts need 1.1 or later: pip install --upgrade gymnasium"
+        )
+    if not isinstance(envs, vector.VectorEnv):
+        libraries = [kind.__module__.partition(".")[0] for kind in type(envs).__mro__]
+        advice = next((_ADVICE[name] for name in libraries if name in _ADVICE), f"For a single environment: {_SINGLE}")
+        raise RolloutError(
+            f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. {advice}"
+        )
+    _check_numbers(envs.single_observation_space)
+
+
+def _check_numbers(space: Any, name: str = "observations") -> None:
+    """Raise for a space, or a part of it, whose samples in a vector environment are not one array of numbers."""
+    spaces = imported("gymnasium.spaces")
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
+            _check_numbers(part, f"{name}[{key!r}]")
+    elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
+        raise RolloutError(
+            f"{name} is a {type(space).__name__}, which gives no array of numbers. Leave it out, as "
+            "gymnasium.wrappers.FilterObservation(environment, names) does, or encode it in a wrapper."
+        )
+
+
+def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
+    """Return the method of a model, or of its twin, that was traced; the model itself if that is its call."""
+    method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
+    return model if method == "__call__" else getattr(model, method)
+
+
+def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> Any:
+    """Return the function or module that a rollout calls.
+
+    Raises:
+        RolloutError: If it is not callable, needs other arguments or masks, or was built for other observations.
+    """
+    if isinstance(policy, HookPoints):
+        policy = method_of(policy.model, policy)
+    if not callable(policy):
+        raise RolloutError(f"Expected a module, its HookPoints or a function of observations, not {no_module(policy)}")
+    owner = getattr(policy, "__self__", policy)
+    if is_sb3_policy(owner):
+        _check_observations(owner, envs)
+    own = None if stateful else getattr(policy, "get_distribution", None)
+    calls_forward = isinstance(policy, nn.Module) and inspect.unwrap(type(policy).__call__) is nn.Module.__call__
+    try:
+        signature = inspect.signature(own or (policy.forward if calls_forward else policy))
+    except (TypeError, ValueError):  # some builtins have no signature
+        return policy
+    name = type(owner).__name__
+    if "action_masks" in signature.parameters and not masked:
+        raise RolloutError(
+            f"{name} takes action_masks; without them it chooses actions that are not allowed. Give the rollout "
+            'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
+        )
+    try:
+        signature.bind(*[None] * (2 if stateful else 1))
+    except TypeError:
+        raise RolloutError(
+            f"{name} takes ({', '.join(signature.parameters)}), but a rollout calls it with "
+            f"{'(observations, state)' if stateful else '(observations)'}. A recurrent policy needs initial_state=. "
+            "Other arguments need a function, such as this one for sb3-contrib's RecurrentPPO: "
+            "lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+        ) from None
+    return policy
+
+
+def _check_observations(policy: Any, envs: Any) -> None:
+    """Raise if a policy of Stable-Baselines3 was built for observations of other shapes."""
+    built, given = _shapes(policy.observation_space), _shapes(envs.single_observation_space)
+    if built != given:
+        raise RolloutError(
+            f"{type(policy).__name__} was built for observations of shape {built}, but the environments give {given}. "
+            "Stable-Baselines3 moves the channels of images first, and may stack frames, in training: wrap each "
+            "environment so that it does the same."
+        )
+
+
+def _shapes(space: Any) -> Any:
+    parts = getattr(space, "spaces", None)
+    return {name: part.shape for name, part in parts.items()} if isinstance(parts, Mapping) else space.shape
+
+
+def check_modes(policies: Mapping[str, Any]) -> None:
+    """Raise RolloutError if a module that computes otherwise in training is in training mode on one side only.
+
+    The sides are the first policy and each of the others, and each twin and the policy that it was made from.
+    """
+    held = {f"'{label}'": nn.ModuleList(held_modules(policy)) for label, policy in policies.items()}
+    first, *others = held.items()
+    for label, modules in others:
+        _check_same_modes(*first, label, modules)
+    for modules in held.values():
+        for twin in modules.modules():
+            if STATE in vars(twin):
+                original = nn.ModuleList([vars(twin)[STATE].original])
+                _check_same_modes("the original policy", original, "its twin", nn.ModuleList([twin]))
+
+
+def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
+    ours, theirs = (
+        {name: each for name, each in side.named_modules() if depends_on_training(each)} for side in (one, other)
+    )
+    pairs = [(name, name) for name in ours if name in theirs]
+    if not {each.training for each in ours.values()} & {each.training for each in theirs.values()}:
+        pairs += zip(ours, theirs, strict=False)
+    for name, other_name in pairs:
+        flags = ours[name].training, theirs[other_name].training
+        if flags[0] != flags[1]:
+            modes = ["in training mode" if flag else "in eval mode" for flag in flags]
+            raise RolloutError(
+                f"{_module(name, ours)} is {modes[0]} in {label}, but {_module(other_name, theirs)} is {modes[1]} in "
+                f"{other_label}. The comparison would measure that difference: call eval() or train() on both."
+            )
+
+
+def _module(name: str, modules: Mapping[str, nn.Module]) -> str:
+    inside = name.partition(".")[2]  # after the place in the list
+    return f"{repr(inside) if inside else 'the module'} ({type(modules[name]).__name__})"

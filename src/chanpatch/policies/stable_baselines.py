@@ -1,0 +1,42 @@
+"""Know the policies and distributions of Stable-Baselines3, and do with actions as its `predict` does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..metrics.outputs import is_squashed
+
+
+def is_sb3_policy(policy: object) -> bool:
+    """Return whether a policy is one of Stable-Baselines3, which need not be installed."""
+    return _is_a(policy, "policies", "BasePolicy")
+
+
+def fit_of_distribution(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
+    """Return the function that fits actions to a Box, if a distribution of Stable-Baselines3 gave them."""
+    while isinstance(output, (tuple, list)) and output:  # (distribution, value)
+        output = output[0]
+    return fit(squashed=is_squashed(output)) if _is_a(output, "distributions", "Distribution") else None
+
+
+def fit(*, squashed: bool) -> Callable[[NDArray[Any], Any], NDArray[Any]]:
+    """Return the function of actions and a Box that scales actions in [-1, 1] to the Box, or clips others to it."""
+    return _unscaled if squashed else _clipped
+
+
+def _unscaled(actions: NDArray[Any], box: Any) -> NDArray[Any]:
+    scaled: NDArray[Any] = box.low + 0.5 * (actions + 1) * (box.high - box.low)
+    return scaled
+
+
+def _clipped(actions: NDArray[Any], box: Any) -> NDArray[Any]:
+    return np.clip(actions, box.low, box.high)
+
+
+def _is_a(thing: object, module: str, name: str) -> bool:
+    return isinstance(thing, getattr(sys.modules.get(f"stable_baselines3.common.{module}"), name, ()))

@@ -1,0 +1,314 @@
+"""Tensors, distributions and actions that policies return, and the actions that masks allow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import nn
+from torch.distributions import Categorical, Normal
+
+from chanpatch import HookPoints, PatchedPolicy, edit, hook_points, paired_rollouts, rollout, zero_ablate
+from chanpatch.errors import DistributionError, RolloutError
+from chanpatch.metrics import entropy
+from chanpatch.policies import action_distribution, rollout_sweep
+
+BARE = (
+    "{} returned a torch.float32 tensor of shape ({}, 2). A tensor may hold logits, values or actions. Name its "
+    'meaning: outputs="logits", outputs="values" (the action with the highest is taken) or outputs="actions".'
+)
+
+
+class Allowing(gymnasium.Env):
+    """Gives a reward of 10 to the power of the action; allows two of four actions, which change with every step."""
+
+    observation_space, action_space = spaces.Box(-9, 9, (3,)), spaces.Discrete(4)
+    invalid = 0
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._seen()
+
+    def action_masks(self) -> Any:
+        return np.isin(range(4), [self.steps % 4, (self.steps + 2) % 4])
+
+    def _seen(self) -> Any:
+        return self.np_random.normal(size=3).astype(np.float32), {"action_mask": self.action_masks().astype(np.int8)}
+
+    def step(self, action: Any) -> Any:
+        Allowing.invalid += not self.action_masks()[action]
+        self.steps += 1
+        observation, info = self._seen()
+        return observation, float(10**action), self.steps == 3 + self.np_random.integers(3), False, info
+
+
+MASKS = {
+    "a method of the environments": lambda envs, infos: np.stack(envs.call("action_masks")),
+    "infos": lambda envs, infos: infos["action_mask"],
+}
+
+
+@pytest.fixture
+def network() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+
+
+@pytest.fixture
+def points(network: nn.Module) -> HookPoints:
+    return hook_points(network, torch.zeros(2, 4))
+
+
+@pytest.fixture
+def cart_poles() -> Any:
+    return gymnasium.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+
+
+@pytest.fixture(params=AutoresetMode)
+def allowing(request: pytest.FixtureRequest) -> Any:
+    Allowing.invalid = 0
+    return SyncVectorEnv([Allowing] * 3, autoreset_mode=request.param)
+
+
+def test_a_tensor_is_not_taken_for_anything_unless_the_user_names_it(network, points, cart_poles):
+    patch, more = zero_ablate(points.site("1")), {"max_steps": 3}
+    asked = {
+        ("Sequential", 5): lambda: action_distribution(network, torch.zeros(5, 4)),
+        ("PatchedSequential", 5): lambda: PatchedPolicy(network, patch).distribution(torch.zeros(5, 4)),
+        ("Sequential", 2): lambda: rollout(network, cart_poles, [0, 1], **more),
+        ("function", 2): lambda: paired_rollouts({"one": lambda x: network(x)}, cart_poles, [0, 1], **more),
+        ("PatchedSequential", 1): lambda: rollout_sweep(
+            points, SyncVectorEnv(cart_poles.env_fns[:1]), [0], patch, **more
+        ),
+    }
+    for (name, rows), ask in asked.items():
+        with pytest.raises(DistributionError) as caught:
+            ask()
+        assert str(caught.value) == BARE.format(name, rows)
+
+
+def test_named_logits_are_those_of_the_distribution(network):
+    observations = torch.randn(5, 4)
+    expected = Categorical(logits=network(observations)).probs
+    for output in (lambda x: network(x), lambda x: (network(x), x[:, 0]), lambda x: [network(x), x[:, :1]]):
+        found = action_distribution(output, observations, outputs="logits")
+        torch.testing.assert_close(found.probs, expected)
+    twin = PatchedPolicy(network, edit(hook_points(network, observations).site("1"), lambda a: a))
+    torch.testing.assert_close(twin.distribution(observations, outputs="logits").probs, expected)
+
+
+def test_values_put_all_probability_on_the_highest(network):
+    observations = torch.randn(50, 4)
+    found = action_distribution(network, observations, outputs="values")
+    best = network(observations).argmax(-1)
+    assert 0 < best.sum() < 50
+    assert torch.equal(found.probs, nn.functional.one_hot(best, 2).float())
+    assert torch.equal(found.sample(), best)
+    assert not entropy(found).any()
+
+
+def test_a_rollout_of_values_takes_the_best_action_in_each_step(network, points, cart_poles):
+    def greedy(observations):
+        return network(observations).argmax(-1)
+
+    policies = {"values": network, "actions": greedy, "logits": network}
+    pairs = paired_rollouts(policies, cart_poles, range(6), max_steps=60, outputs={name: name for name in policies})
+    greedily = rollout(network, cart_poles, range(6), max_steps=60, outputs="logits", greedy=True)
+    for name in ("values", "actions"):
+        assert all(np.array_equal(*each) for each in zip(pairs[name].actions, greedily.actions, strict=True))
+    assert not np.array_equal(pairs["logits"].lengths, greedily.lengths)
+    patch = {"none": zero_ablate(points.site("1", feature=0), where=torch.tensor(False).view(1, 1))}
+    swept = rollout_sweep(points, cart_poles, range(6), patch, max_steps=60, outputs="values")
+    assert swept["none"].to_records() == greedily.to_records() == swept["original"].to_records()
+
+
+def test_actions_are_taken_as_they_are():
+    class Noting(gymnasium.Env):
+        observation_space = spaces.Box(-1, 1, (2,))
+
+        def __init__(self, action_space):
+            self.action_space = action_space
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            return np.zeros(2, np.float32), float(np.sum(action)), False, False, {}
+
+    for space, action in (
+        (spaces.Discrete(3, start=2), torch.tensor(4)),
+        (spaces.MultiDiscrete([2, 3]), torch.tensor([1, 2])),
+        (spaces.MultiBinary(2), torch.tensor([True, False])),
+        (spaces.Box(-1, 1, (2,)), torch.tensor([0.5, 3.0], dtype=torch.float64)),
+    ):
+        envs = SyncVectorEnv([lambda space=space: Noting(space)] * 2)
+        act = lambda seen, action=action: action.expand(len(seen), *action.shape)  # noqa: E731
+        done = rollout(act, envs, [0, 1, 2], max_steps=2, outputs="actions")
+        assert done.returns.tolist() == [2 * action.sum().item()] * 3
+        assert done.actions[0].dtype == space.dtype
+        for wrong in (torch.full(action.shape, torch.nan), action[None]):
+            with pytest.raises(RolloutError, match="The policy gives .*actions.* but"):
+                rollout(lambda seen, wrong=wrong: wrong.expand(len(seen), *wrong.shape), envs, [0, 1], max_steps=2,
+                        outputs="actions")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("action", "shown"),
+    [(torch.tensor([2, 0]), "[2, 0] (int64)"), (torch.tensor([1.0, 0.0]), "[1.0, 0.0] (float32)")],
+)
+def test_actions_that_the_environments_do_not_have_are_refused(cart_poles, action, shown):
+    with pytest.raises(RolloutError) as caught:
+        rollout(lambda _: action, cart_poles, [0, 1], max_steps=2, outputs="actions")
+    assert str(caught.value) == f"The policy gives the actions {shown}, but the environment takes Discrete(2)."
+
+
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("outputs", ["logits", "values", None])
+def test_masks_leave_only_the_allowed_actions(allowing, masks, outputs):
+    torch.manual_seed(0)
+    network = nn.Linear(3, 4)
+    policy = network if outputs else lambda seen: Categorical(logits=network(seen))
+    for greedy in (False, True):
+        rollout(policy, allowing, range(7), max_steps=9, outputs=outputs, greedy=greedy)
+        assert Allowing.invalid > 0
+        Allowing.invalid = 0
+        rollout(policy, allowing, range(7), max_steps=9, outputs=outputs, greedy=greedy, masks=masks)
+        assert Allowing.invalid == 0
+
+
+def test_under_masks_the_best_of_the_allowed_values_is_taken(allowing):
+    done = rollout(
+        lambda seen: torch.arange(4.0).expand(len(seen), 4), allowing, range(3), max_steps=4, outputs="values",
+        masks=MASKS["infos"],
+    )  # fmt: skip
+    assert all(actions.tolist() == [2, 3, 2, 3][: len(actions)] for actions in done.actions)
+
+
+def test_masks_apply_to_each_row_of_a_sweep(allowing):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 4))
+    points = hook_points(network, torch.zeros(2, 3))
+    patches = {f"no {n}": zero_ablate(points.site("1", feature=n)) for n in range(3)}
+    settings: Any = {"max_steps": 9, "outputs": "logits", "masks": MASKS["infos"]}
+    swept = rollout_sweep(points, allowing, range(5), patches, **settings)
+    assert Allowing.invalid == 0
+    twins = {label: PatchedPolicy(points, patch) for label, patch in patches.items()}
+    pairs = paired_rollouts({"original": network, **twins}, allowing, range(5), **settings)
+    assert [swept[name].to_records() for name in swept] == [pairs[name].to_records() for name in pairs]
+
+
+class Masked(nn.Module):
+    """A policy with the public shape of sb3-contrib's MaskablePPO."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Linear(3, 4)
+
+    def get_distribution(self, obs, action_masks=None):
+        return Categorical(logits=self.network(obs))
+
+
+def test_a_policy_that_takes_masks_is_not_played_without_them(allowing):
+    with pytest.raises(RolloutError) as caught:
+        rollout(Masked(), allowing, [0], max_steps=2)
+    assert str(caught.value) == (
+        "Masked takes action_masks; without them it chooses actions that are not allowed. Give the rollout "
+        'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
+    )
+    rollout(Masked(), allowing, range(7), max_steps=9, masks=MASKS["infos"])
+    assert Allowing.invalid == 0
+
+
+def test_a_maskable_policy_of_sb3_contrib_takes_only_allowed_actions(allowing):
+    contrib = pytest.importorskip("sb3_contrib")
+    policy = contrib.MaskablePPO("MlpPolicy", Allowing(), seed=0).policy
+    with pytest.raises(RolloutError, match="MaskableActorCriticPolicy takes action_masks"):
+        rollout(policy, allowing, range(7), max_steps=9)
+    Allowing.invalid = 0
+    done = rollout(policy, allowing, range(7), max_steps=9, masks=MASKS["a method of the environments"])
+    assert Allowing.invalid == 0
+    assert len(set(np.concatenate(done.actions).tolist())) == 4
+
+
+def returning(output: Any, **settings: Any) -> Any:
+    return lambda envs: rollout(lambda seen: output(len(seen)), envs, [0, 1], max_steps=2, **settings)
+
+
+FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "an unknown kind": (
+        returning(lambda rows: torch.zeros(rows, 4), outputs="q"),
+        DistributionError,
+        'outputs is \'q\', but it names the meaning of tensors: "logits", "values" or "actions".',
+    ),
+    "kinds of policies that are not there": (
+        lambda envs: paired_rollouts({"a": nn.Linear(3, 4)}, envs, [0], max_steps=2, outputs={"b": "logits"}),
+        RolloutError,
+        "outputs names 'b', but the policies are 'a'.",
+    ),
+    "values that are a distribution": (
+        returning(lambda rows: Categorical(logits=torch.zeros(rows, 4)), outputs="values"),
+        DistributionError,
+        "function returned Categorical, which holds a distribution, but outputs='values' is for tensors. Leave outputs "
+        "out; for several policies, give it by name.",
+    ),
+    "logits that are whole numbers": (
+        returning(lambda rows: torch.zeros(rows, 4, dtype=torch.int64), outputs="logits"),
+        DistributionError,
+        "function returned a torch.int64 tensor of shape (2, 4), but outputs='logits' needs a float tensor (row, "
+        "action).",
+    ),
+    "a tuple of other tensors": (
+        returning(lambda rows: (torch.zeros(rows, 4), torch.zeros(rows), torch.zeros(rows)), outputs="logits"),
+        DistributionError,
+        "function returned (Tensor, Tensor, Tensor), which holds no action distribution: expected logits (batch, "
+        "action), a torch.distributions object, a tuple that holds one, (logits, value), or a dict with 'logits'. Pass "
+        "a function that selects it: lambda observations: policy(observations)[0].",
+    ),
+    "masks of other actions": (
+        returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones((3, 5))),
+        RolloutError,
+        "masks gives the shape (2, 5) for the running episodes, but the policy has logits or values of shape (2, 4). "
+        "Give one bool per environment and action.",
+    ),
+    "masks of fewer environments": (
+        returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones(4)),
+        RolloutError,
+        "masks gives the shape (4,) for 3 environments: give a row to each.",
+    ),
+    "masks that allow nothing": (
+        returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.zeros((3, 4))),
+        RolloutError,
+        "masks leaves an environment without any action: True means that an action is allowed.",
+    ),
+    "masks of continuous actions": (
+        returning(lambda rows: Normal(torch.zeros(rows, 4), 1.0), masks=lambda envs, infos: np.ones((3, 4))),
+        RolloutError,
+        "masks leave out actions of a Categorical, but function gives a Normal. Give the function that gives its "
+        "logits, or its values.",
+    ),
+    "masks of actions": (
+        returning(torch.zeros, outputs="actions", masks=lambda envs, infos: np.ones((3, 4))),
+        RolloutError,
+        'masks leave out actions of a distribution, and outputs="actions" gives none.',
+    ),
+    "a distribution of actions": (
+        lambda envs: action_distribution(nn.Linear(3, 4), torch.zeros(2, 3), outputs="actions"),
+        DistributionError,
+        "Linear gives actions, which have no distribution. Give the function that gives their logits or values "
+        'instead, such as policy.q_net with outputs="values".',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_outputs_and_masks_that_do_not_fit_are_refused(name):
+    ask, kind, message = FAULTS[name]
+    with pytest.raises(kind) as caught:
+        ask(SyncVectorEnv([Allowing] * 3))
+    assert str(caught.value) == message

@@ -1,0 +1,156 @@
+"""Policies of Stable-Baselines3 act in a rollout as their own `predict` does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import SyncVectorEnv
+from stable_baselines3 import DQN, PPO, SAC, TD3
+from torch import nn
+from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
+
+from chanpatch import PatchedPolicy, edit, hook_points, paired_rollouts, rollout
+from chanpatch.errors import DistributionError, RolloutError
+from chanpatch.policies import action_distribution
+
+SEEDS = [4, 9, 1]
+SQUASHED = {"use_sde": True, "policy_kwargs": {"squash_output": True}}
+KINDS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "DQN": (DQN, "CartPole-v1", {}),
+    "discrete PPO": (PPO, "CartPole-v1", {}),
+    "PPO": (PPO, "Pendulum-v1", {}),
+    "squashed PPO": (PPO, "Pendulum-v1", SQUASHED),
+    "SAC": (SAC, "Pendulum-v1", {}),
+    "SAC with gSDE": (SAC, "Pendulum-v1", {"use_sde": True}),
+    "TD3": (TD3, "Pendulum-v1", {}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Any:
+    algorithm, environment, more = KINDS[request.param]
+    policy_kwargs = {"net_arch": [8], **more.get("policy_kwargs", {})}
+    model = algorithm("MlpPolicy", environment, seed=1, device="cpu", **{**more, "policy_kwargs": policy_kwargs})
+    model.policy.set_training_mode(False)
+    return model.policy, environment
+
+
+def envs_of(environment: str, num_envs: int = 2) -> SyncVectorEnv:
+    return SyncVectorEnv([lambda: gymnasium.make(environment)] * num_envs)
+
+
+def predicted(policy: Any, environment: str, seed: int, steps: int) -> list[Any]:
+    env = gymnasium.make(environment)
+    observation, _ = env.reset(seed=seed)
+    actions = []
+    for _ in range(steps):
+        action, _ = policy.predict(observation, deterministic=True)
+        actions.append(action)
+        observation, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            break
+    return actions
+
+
+def test_greedy_actions_are_those_that_predict_gives(kind):
+    policy, environment = kind
+    done = rollout(policy, envs_of(environment), SEEDS, max_steps=12, greedy=True)
+    for seed, actions in zip(SEEDS, done.actions, strict=True):
+        np.testing.assert_allclose(actions, predicted(policy, environment, seed, 12), atol=1e-5)
+
+
+def test_a_twin_with_an_identity_edit_acts_as_its_policy(kind):
+    policy, environment = kind
+    site = next(
+        name for name, module in policy.named_modules() if isinstance(module, nn.Linear) and "value" not in name
+    )
+    points = hook_points(policy, torch.zeros(2, *policy.observation_space.shape), method="_predict")
+    twin = PatchedPolicy(points, edit(points.site(site), torch.clone))
+    pairs = paired_rollouts({"policy": policy, "twin": twin}, envs_of(environment), SEEDS, max_steps=12)
+    assert twin.ledger.to_records()
+    assert pairs["policy"].to_records() == pairs["twin"].to_records()
+
+
+@pytest.mark.parametrize("name", ["PPO", "squashed PPO", "SAC", "SAC with gSDE"])
+def test_sampled_actions_fill_the_box_and_stay_in_it(name):
+    algorithm, environment, more = KINDS[name]
+    policy = algorithm("MlpPolicy", environment, seed=1, device="cpu", **more).policy
+    if name == "PPO":
+        nn.init.constant_(policy.log_std, 1.0)
+    actions = np.concatenate(rollout(policy, envs_of(environment), SEEDS, max_steps=60).actions)
+    assert 1.5 < np.abs(actions).max() <= 2
+    assert len(np.unique(actions)) > 30
+
+
+def test_actions_are_fitted_also_if_a_function_asks_the_policy_for_its_distribution():
+    policy = PPO("MlpPolicy", "Pendulum-v1", seed=1, device="cpu").policy
+    nn.init.constant_(policy.log_std, 3.0)
+    functions = {
+        "policy": policy,
+        "function": lambda seen: policy.get_distribution(seen),
+        "method": policy.get_distribution,
+        "tuple": lambda seen: (policy.get_distribution(seen), policy.predict_values(seen)),
+    }
+    pairs = paired_rollouts(functions, envs_of("Pendulum-v1"), SEEDS, max_steps=9)
+    assert np.abs(np.concatenate(pairs["policy"].actions)).max() == 2
+    assert all(pairs[name].to_records() == pairs["policy"].to_records() for name in pairs)
+
+
+def test_actions_of_other_policies_are_not_clipped():
+    for far in (Normal(torch.full((2, 1), 5.0), 0.1), Independent(Normal(torch.full((2, 1), 5.0), 0.1), 1)):
+        done = rollout(lambda _, far=far: far, envs_of("Pendulum-v1"), [0, 1], max_steps=2)
+        assert np.concatenate(done.actions).min() > 4
+
+
+def test_the_tanh_of_a_normal_is_drawn_by_its_inverse_cdf():
+    normal = Normal(torch.full((2, 1), 0.5), torch.ones(2, 1))
+    squashed = {
+        "inside": TransformedDistribution(Independent(normal, 1), TanhTransform()),
+        "outside": Independent(TransformedDistribution(normal, [TanhTransform()]), 1),
+    }
+    for greedy in (False, True):
+        plain = rollout(lambda _: normal, envs_of("Pendulum-v1"), [0, 1], max_steps=3, greedy=greedy)
+        for each in squashed.values():
+            done = rollout(lambda _, each=each: each, envs_of("Pendulum-v1"), [0, 1], max_steps=3, greedy=greedy)
+            np.testing.assert_allclose(done.actions, np.tanh(plain.actions), rtol=1e-6)
+
+
+def test_q_values_are_values_and_a_policy_without_a_distribution_has_none():
+    policy = DQN("MlpPolicy", "CartPole-v1", seed=1, device="cpu").policy
+    settings: Any = {"envs": envs_of("CartPole-v1"), "seeds": SEEDS, "max_steps": 60}
+    done = rollout(policy, **settings)
+    assert done.to_records() == rollout(policy.q_net, outputs="values", **settings).to_records()
+    assert done.to_records() == rollout(policy, outputs="actions", **settings).to_records()
+    assert done.to_records() != rollout(policy.q_net, outputs="logits", **settings).to_records()
+    with pytest.raises(DistributionError, match="DQNPolicy gives actions, which have no distribution"):
+        action_distribution(policy, torch.zeros(2, 4))
+
+
+class Image(gymnasium.Env):
+    observation_space, action_space = gymnasium.spaces.Box(0, 255, (40, 36, 3), np.uint8), gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("architecture", ["CnnPolicy", "MlpPolicy"])
+def test_a_policy_that_sb3_trained_on_images_with_channels_first_does_not_see_them_last(architecture):
+    policy = PPO(architecture, Image(), seed=1, device="cpu", n_steps=8, batch_size=8).policy
+    with pytest.raises(RolloutError) as caught:
+        rollout(policy, SyncVectorEnv([Image] * 2), SEEDS, max_steps=2)
+    assert str(caught.value) == (
+        f"{type(policy).__name__} was built for observations of shape (3, 40, 36), but the environments give "
+        "(40, 36, 3). Stable-Baselines3 moves the channels of images first, and may stack frames, in training: wrap "
+        "each environment so that it does the same."
+    )
+    turned = lambda: gymnasium.wrappers.TransformObservation(  # noqa: E731
+        Image(), lambda image: image.transpose(2, 0, 1), gymnasium.spaces.Box(0, 255, (3, 40, 36), np.uint8)
+    )
+    assert len(rollout(policy, SyncVectorEnv([turned] * 2), SEEDS, max_steps=2)) == 3
