@@ -1,112 +1,249 @@
 """Why does a mouse trained with the cheese in the top right corner go to the corner when the cheese is elsewhere?
 
-Every measurement of the post that asked this, in parts, on real procgen and a real trained policy:
+One channel of a maze-solving policy, in six steps on real procgen:
 
-  pair            which channels notice the one wall that decides the first step to the cheese
-  search          which hook points know the way
-  ranking         the channels that differ most in the post's pair, and what each stands for
-  sums            does a channel's sum tell the way, in distribution and out of it
-  decision        where the ways to the cheese and to the corner part: what the channel says, where the mouse goes
-  ablation        exact effects of ablating the channels on reaching the cheese, with all other channels as controls
-  distance        the same against the distance of the cheese from the corner
-  top16           sixteen channels zeroed: the vector field
-  spatial         is the channel active around the mouse only
-  sizes           do channels say the same in mazes of all sizes
-  parity          are there other channels for odd and even squares
-  generator       what procgen's mazes are like
-  cheese-vector   take the cheese away inside the network
-  corner-vector   put the corner's vector in
-  retarget        make the mouse go where there is no cheese
-  statistics      what distances say of where the mouse goes
-  random-mazes    do the channels survive in mazes that procgen never makes
-  hypothesis      does the sum of all pushes predict the choice
+  1. a contrastive pair: which channels respond when one moved wall turns the path to the cheese?
+  2. channel sums: which channel predicts that the path to the cheese goes up, in distribution and out of it?
+  3. a threshold on that sum, fitted in distribution: how does it transfer?
+  4. a patched policy: the same weights with the channel set to zero, and controls
+  5. paired rollouts: the same levels and the same draws; does the mouse find the cheese more often?
+  6. one figure
 
-and two that run only when --only names them:
-
-  rollouts        one channel zeroed, in real procgen: the post's causal experiment, with controls and a picture
-  sweep           every channel of every convolution zeroed in turn: exact effects
-
-Channels are chosen on mazes that nothing else is measured on, by rules that stand in the code. The parts go to a folder
-under --out with a report (report.html, which opens from disk, and report.md), their tables as CSV and their figures as
-PNG. Interrupt it at any time; the same command goes on where it stopped.
-
-The report ends with the seconds that each part took, as do the manifests. Where the time of the longest part goes, by
-function: python -m cProfile -s cumulative examples/maze_goal_misgen.py --only ablation --n 60 --out results/profile
+The steps print their results. The figure and the table go to a folder under --out. After Ctrl-C the same command goes
+on where it stopped. The full study is another command: python examples/maze/study.py --help
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from maze.command import UserError, exit_status
-from maze.report.limits import limits
+
+try:
+    import numpy as np
+    import torch
+    from matplotlib.figure import Figure
+
+    from chanpatch import PatchedPolicy, ThresholdProbe, channel_sums, contrast, hook_points, rollout, zero_ablate
+    from chanpatch.controls import matched_channels
+    from chanpatch.plots import effect_ranking, strip
+    from chanpatch.policies import PairedRollouts
+    from chanpatch.statistics import auc, mcnemar_exact, paired_counts, paired_difference_interval, rank_among
+    from maze.environment.levels import draw_levels, observe, policy_input
+    from maze.environment.moved_walls import pairs_with_a_moved_wall
+    from maze.environment.paths import Direction, first_steps, legal_moves, top_right
+    from maze.environment.states import read_mazes, write_mazes
+    from maze.environment.vector_env import MazeVectorEnv
+    from maze.policy.network import load_policy
+    from maze.report.figures import draw_trajectories, mouse_path
+    from maze.results import check_folder, replace_table, replaced, settings_key, versions
+    from maze.rollouts import kept
+except ImportError as error:
+    missing: ImportError | None = error  # --help works without them
+else:
+    missing = None
+
+STEPS = 256  # at which an episode is cut
+LEVELS = 500  # on which channels are chosen and probes are scored
 
 EXAMPLES = """examples:
-  python examples/maze_goal_misgen.py                                 the whole study, on 200 levels each
-  python examples/maze_goal_misgen.py --n 1000                        on as many levels as the post
-  python examples/maze_goal_misgen.py --only pair,sums                two parts of it
-  python examples/maze_goal_misgen.py --weights model_rand_region_5.pth       on the published network
-  python examples/maze_goal_misgen.py --only rollouts --controls 19   the experiment in procgen, with more controls
-  python examples/maze_goal_misgen.py --only rollouts --channel 5 --site embedder.block3.res2.resadd
+  python examples/maze_goal_misgen.py                                 200 levels, the shipped policy of width 1
+  python examples/maze_goal_misgen.py --n 1000 --controls 19          a larger run, whose rank has a p-value
+  python examples/maze_goal_misgen.py --weights model_rand_region_5.pth     the published network
 """
-
-ROLLOUTS = {"size": 15, "site": "embedder.relu3", "channel": None, "controls": 3}  # its own options
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", metavar="PART,...", help="parts to run (default: all but rollouts and sweep)")
-    parser.add_argument("--n", type=int, default=200, help=f"levels (default: %(default)s); {limits()}")
-    parser.add_argument("--seed", type=int, default=0, help="of levels, draws and controls (default: %(default)s)")
-    parser.add_argument(
-        "--weights",
-        type=Path,
-        help="a .pth or .safetensors file, of any width (default: the shipped policies, side by side)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("results"), help="folder for the results (default: %(default)s)"
-    )
-    rollouts = parser.add_argument_group("for --only rollouts")
-    rollouts.add_argument("--size", type=int, help="side of the mazes, odd, 7 to 25 (default: %(default)s)")
-    rollouts.add_argument("--site", help="hook point whose channels are ablated (default: %(default)s)")
-    rollouts.add_argument(
-        "--channel", type=int, help="channel to zero (default: the one that says best that the way is UP)"
-    )
-    rollouts.add_argument(
-        "--controls",
-        type=int,
-        help="other live channels of about the same mean activation, zeroed in turn; from 19 on the rank of the "
-        "channel among them has a p-value (default: %(default)s)",
-    )
-    parser.set_defaults(**ROLLOUTS)
+    parser.add_argument("--n", type=int, default=200, help="levels of the rollouts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of levels, draws and controls (default: 0)")
+    parser.add_argument("--size", type=int, default=15, help="side of the mazes, odd, 7 to 25 (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, help="a .pth or .safetensors file of any width (default: shipped)")
+    parser.add_argument("--site", default="embedder.relu3", help="hook point of the channel (default: %(default)s)")
+    parser.add_argument("--channel", type=int, help="channel to ablate (default: the best predictor of UP)")
+    parser.add_argument("--controls", type=int, default=3, help="matched channels, ablated in turn (default: 3)")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: results)")
     return parser
 
 
+def check(given: argparse.Namespace) -> None:
+    """Raise UserError for options that cannot run."""
+    if missing is not None:
+        raise missing
+    for name, low, high in (("n", 10, 1_000_000), ("seed", 0, 2**31 - 1), ("controls", 1, 1000), ("size", 7, 25)):
+        if not low <= getattr(given, name) <= high:
+            raise UserError(f"--{name} is {getattr(given, name)}; it is {low} to {high}.")
+    if given.size % 2 == 0:
+        raise UserError(f"--size is {given.size}; the side of a maze is odd.")
+    if given.channel is not None and given.channel < 0:
+        raise UserError(f"--channel is {given.channel}; channels are counted from 0.")
+    check_folder(given.out)
+
+
 def main() -> int:
-    """Run the study; return the exit status."""
-    given = vars(arguments().parse_args())
+    given = arguments().parse_args()
     return exit_status(lambda: study(given))
 
 
-def study(given: dict[str, Any]) -> None:
-    """Run the parts that were asked for."""
-    from maze.experiment import Settings, run_rollouts  # here, so that --help answers at once
-    from maze.report.run import RunSettings, run
+def study(given: argparse.Namespace) -> None:
+    """Run the six steps."""
+    check(given)
+    policy, weights = load_policy(given.weights)
+    policy = policy.to(memory_format=torch.channels_last)  # about twice as fast on a CPU
+    points = hook_points(policy, frames(draw_levels(2, size=9, seed=0)))
+    points.site(given.site, channel=given.channel or 0)  # raises here if the name or the channel does not exist
+    choice, drawn, control, pair = map(int, np.random.SeedSequence(given.seed).generate_state(4) % 2**30)
+    print(f"Policy: {weights['name']}, width {weights['width']}, sha256 {weights['sha256'][:12]}")
 
-    only = tuple(name.strip() for name in (given.pop("only") or "").split(",") if name.strip())
-    parts = tuple(part for part in only if part != "rollouts")
-    if "rollouts" not in only and (stray := [name for name in ROLLOUTS if given[name] != ROLLOUTS[name]]):
-        raise UserError(f"--{stray[0]} is for --only rollouts; the other parts choose by rules of their own.")
-    if "rollouts" in only:
-        run_rollouts(Settings(**given))
-    if parts or not only:
-        run(RunSettings(parts, *(given[name] for name in ("n", "seed", "weights", "out"))))
+    contrastive_pairs(points, given.site, pair)
+    channel, inside, outside = best_channel(points, given, choice)
+    probe = transferred_probe(channel, inside, outside)
+
+    site = points.site(given.site, channel=channel)
+    background = frames(draw_levels(LEVELS, size=given.size, seed=choice, mouse="anywhere"))
+    controls = matched_channels(points, site, background, count=given.controls, seed=control)
+    print(f"\n4. Controls: active channels with about the same mean activation.\n\n{controls}")
+    policies = {"original": policy}
+    for each in (site, *controls):
+        policies[f"channel {dict(each.indices)['channel'][0]} zeroed"] = PatchedPolicy(points, zero_ablate(each))
+
+    levels = draw_levels(given.n, size=given.size, seed=drawn, cheese="bottom right")
+    known = vars(given) | {"weights": weights["sha256"], "versions": versions(), "out": None}
+    folder = given.out / f"channel{channel}-size{given.size}-n{given.n}-seed{given.seed}-{settings_key(known)}"
+    rollouts = played(policies, levels, given.seed, folder)
+    rows = compared(rollouts)
+    replace_table(folder / "table.csv", rows)
+    with replaced(folder / "channel.png") as partial:
+        figure(channel, (inside, outside), probe, rollouts, rows, levels).savefig(partial, dpi=110)
+    print(f"\nFigure and table: {folder}")
+
+
+# 1. Which channels respond when one moved wall turns the first step to the cheese from UP to RIGHT?
+
+
+def contrastive_pairs(points: Any, name: str, seed: int) -> None:
+    levels = draw_levels(64, size=15, seed=seed, cheese="in distribution")
+    up, right, kept_levels = pairs_with_a_moved_wall(levels, clean=Direction.UP, corrupted=Direction.RIGHT, seed=seed)
+    base = [levels[index] for index in kept_levels]  # lend their textures
+    clean, corrupted = (frames(write_mazes(mazes, base)) for mazes in (up, right))
+    background = frames(draw_levels(200, size=15, seed=seed + 1, mouse="anywhere"))
+    found = contrast(points, clean, corrupted, name, background=background)
+    print("\n1. A pair of mazes (M mouse, C cheese). One moved wall turns the path to the cheese:\n")
+    for lines in zip(up.picture(0).splitlines(), right.picture(0).splitlines(), strict=True):
+        print("    " + "      ".join(lines))
+    print(f"\nThe channels that respond most, over {len(base)} such pairs:\n\n{found.top(5)}")
+
+
+# 2. Which channel predicts that the path to the cheese goes UP?
+
+
+def best_channel(points: Any, given: argparse.Namespace, seed: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    inside = sums(points, given, seed, "in distribution")
+    outside = sums(points, given, seed + 1, "out of distribution")
+    live = np.flatnonzero(np.ptp(inside["sums"], axis=0) > 0)
+    candidates = live if given.channel is None else [given.channel]
+    channel = int(max(candidates, key=lambda each: auc(inside["sums"][:, each], inside["cheese"]).estimate))
+    chosen = "the best predictor of UP among" if given.channel is None else "given; there are"
+    print(
+        f"\n2. Channel {channel} of {given.site} ({chosen} {len(live)} active channels). AUC of its sum for UP as the"
+    )
+    print(f"   first step to ... (in {len(inside['cheese'])} and {len(outside['cheese'])} mazes where UP is free):\n")
+    apart = outside["cheese"] != outside["corner"]
+    for target, mazes, goal, rows in (
+        ("the cheese, cheese in the top right 5x5", inside, "cheese", slice(None)),
+        ("the cheese, cheese elsewhere", outside, "cheese", slice(None)),
+        ("the corner, cheese elsewhere", outside, "corner", slice(None)),
+        (f"the cheese, in the {apart.sum()} mazes where only one of the two is UP", outside, "cheese", apart),
+    ):
+        score = auc(mazes["sums"][rows, channel], mazes[goal][rows])
+        print(f"   {target:62} {score.estimate:.3f} ({score.low:.3f} to {score.high:.3f})")
+    return channel, inside, outside
+
+
+def sums(points: Any, given: argparse.Namespace, seed: int, cheese: str) -> dict[str, Any]:
+    """Return channel sums in mazes where the mouse can go UP, and whether the paths to cheese and corner start UP."""
+    levels = draw_levels(LEVELS, size=given.size, seed=seed, cheese=cheese, mouse="anywhere")
+    mazes = read_mazes(levels)
+    free = legal_moves(mazes)[np.arange(len(mazes)), Direction.UP, mazes.mouse[:, 0], mazes.mouse[:, 1]]
+    to_cheese, to_corner = (first_steps(mazes, target)[:, Direction.UP] for target in (mazes.cheese, top_right(mazes)))
+    found = channel_sums(points, frames(levels), given.site)
+    return {"sums": found[free], "cheese": to_cheese[free], "corner": to_corner[free]}
+
+
+# 3. A threshold on the sum, fitted in distribution, and its transfer
+
+
+def transferred_probe(channel: int, inside: dict[str, Any], outside: dict[str, Any]) -> Any:
+    probe = ThresholdProbe.fit(inside["sums"][:, channel], inside["cheese"])
+    print(f"\n3. The threshold {probe.threshold:.1f}, fitted in distribution, applied out of distribution:\n")
+    print(probe.transfer(outside["sums"][:, channel], outside["cheese"]))
+    return probe
+
+
+# 4 and 5. The same levels and draws, with and without the channel, and with controls
+
+
+def played(policies: dict[str, Any], levels: list[bytes], seed: int, folder: Path) -> Any:
+    print(f"\n5. Cheese in the bottom right corner, {len(levels)} levels, at most {STEPS} steps:\n")
+    envs = MazeVectorEnv(levels, num_envs=min(len(levels), 256))
+    done = {}
+    for name, policy in policies.items():
+        print(f"   {name}", flush=True)
+        play = partial(rollout, policy, envs, range(len(levels)), max_steps=STEPS, sampling_seed=seed)
+        done[name] = kept(folder / f"{name.replace(' ', '-')}.npz", play)
+    envs.close()
+    return PairedRollouts(done)
+
+
+def compared(rollouts: Any) -> list[dict[str, Any]]:
+    """Print and return, for each policy but the first, how often it finds the cheese, and the paired difference."""
+    original, *others = rollouts
+    rows = []
+    for name in others:
+        counts = paired_counts(rollouts[name].terminated, rollouts[original].terminated)
+        difference = paired_difference_interval(*counts)
+        row = {"label": name, "found": rollouts[name].terminated.mean(), **counts._asdict()}
+        row |= {"effect": difference.estimate, "low": difference.low, "high": difference.high}
+        rows.append(row | {"p": mcnemar_exact(counts.only_first, counts.only_second), "control": len(rows) > 0})
+    print(f"\n   The original finds the cheese in {rollouts[original].terminated.mean():.1%} of the levels.")
+    for row in rows:
+        change = f"{row['effect']:+.1%} ({row['low']:+.1%} to {row['high']:+.1%})"
+        print(f"   {row['label']:20} {row['found']:6.1%}   {change:28} exact McNemar p = {row['p']:.2g}")
+    if len(rows) > 1:
+        rank = rank_among(rows[0]["effect"], [row["effect"] for row in rows[1:]])
+        print(f"   {rows[0]['label']} has rank {rank.rank} of {len(rows)} by the size of the difference.")
+    return rows
+
+
+# 6. One figure
+
+
+def figure(channel: int, mazes: Sequence[Any], probe: Any, rollouts: Any, rows: Any, levels: Sequence[bytes]) -> Any:
+    drawn = Figure(figsize=(15, 5), layout="constrained")
+    left, middle, right = drawn.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    labels = np.concatenate([np.where(each["cheese"], "UP", "elsewhere") for each in mazes])
+    split = np.repeat(["in distribution", "out"], [len(each["cheese"]) for each in mazes])
+    both = np.concatenate([each["sums"][:, channel] for each in mazes])
+    strip(both, labels, split, probe.threshold, left)
+    left.set(xlabel="first step to the cheese", ylabel=f"sum of channel {channel}")
+    original, zeroed, *_ = rollouts
+    shown = int(np.argmax(rollouts[zeroed].terminated & ~rollouts[original].terminated))
+    paths = {name: mouse_path(levels[shown], rollouts[name].actions[shown]) for name in (original, zeroed)}
+    draw_trajectories(middle, levels[shown], paths)
+    effect_ranking(rows, right, label="difference in the share of levels with the cheese found")
+    return drawn
+
+
+def frames(levels: list[bytes]) -> Any:
+    """Return the policy's inputs: float32 (level, channel=3, row=64, col=64)."""
+    return torch.from_numpy(policy_input(observe(levels)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from sb3_contrib import MaskablePPO
 from torch import nn
 from torch.distributions import Categorical, Normal
 
@@ -226,8 +227,7 @@ def test_a_policy_that_takes_masks_is_not_played_without_them(allowing):
 
 
 def test_a_maskable_policy_of_sb3_contrib_takes_only_allowed_actions(allowing):
-    contrib = pytest.importorskip("sb3_contrib")
-    policy = contrib.MaskablePPO("MlpPolicy", Allowing(), seed=0).policy
+    policy = MaskablePPO("MlpPolicy", Allowing(), seed=0).policy
     with pytest.raises(RolloutError, match="MaskableActorCriticPolicy takes action_masks"):
         rollout(policy, allowing, range(7), max_steps=9)
     Allowing.invalid = 0
