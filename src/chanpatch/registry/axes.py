@@ -6,6 +6,7 @@ functions pass on the names of their input. The registry calls other axes `axis0
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,19 +17,9 @@ from ..engine.paths import Item, Path, leaves
 
 Names = tuple["str | None", ...]
 
-
 _SPACE = {1: ("position",), 2: ("row", "col"), 3: ("depth", "row", "col")}
 
-_SPATIAL = ("Conv", "ConvTranspose", "LazyConv", "LazyConvTranspose", "MaxPool", "MaxUnpool", "AvgPool", "LPPool",
-            "FractionalMaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "BatchNorm", "InstanceNorm",
-            "ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")  # fmt: skip
-
-_DIMENSIONS: dict[type, int] = {
-    kind: count
-    for count in _SPACE
-    for prefix in _SPATIAL
-    if (kind := getattr(nn, f"{prefix}{count}d", None)) is not None
-} | {nn.PixelShuffle: 2, nn.PixelUnshuffle: 2}
+_SPATIAL = re.compile(r"\w*(?:Conv|Transpose|[Pp]ool|Norm|Pad)([123])d|Pixel(?:Uns|S)huffle")
 
 _ELEMENTWISE = tuple(
     kind
@@ -45,10 +36,11 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
 
     `inputs` are the axis names of the module's first input, if known.
     """
-    count = next((_DIMENSIONS[kind] for kind in type(module).__mro__ if kind in _DIMENSIONS), None)
+    torch_names = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    spatial = next(filter(None, map(_SPATIAL.fullmatch, torch_names)), None)
     names: Names | None = None
-    if count is not None:
-        names = _spatial_names(module, count, ndim, inputs)
+    if spatial:
+        names = _spatial_names(module, _SPACE[int(spatial[1] or 2)], ndim, inputs)
     elif isinstance(module, nn.Linear) and ndim:
         same = side == "out" and inputs and len(inputs) == ndim
         names = (*(inputs[:-1] if same and inputs else (None,) * (ndim - 1)), "feature")
@@ -61,10 +53,10 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
     return names if names and len(names) == ndim else (None,) * ndim
 
 
-def _spatial_names(module: nn.Module, count: int, ndim: int, inputs: Names | None) -> Names | None:
+def _spatial_names(module: nn.Module, space: Names, ndim: int, inputs: Names | None) -> Names | None:
     if isinstance(module, nn.BatchNorm1d) and ndim == 2:
         return inputs if inputs and len(inputs) == 2 and None not in inputs else ("batch", "channel")
-    return {2: ("batch", "channel", *_SPACE[count]), 1: ("channel", *_SPACE[count])}.get(ndim - count)
+    return ("batch", "channel", *space)[-ndim:] if ndim > len(space) else None
 
 
 def _recurrent_names(module: nn.RNNBase, path: Path, ndim: int) -> Names | None:

@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..engine.hooks import Place
-from ..engine.inputs import copied_inputs
-from ..errors import HookPointError, SiteError, UnsupportedModelError, did_you_mean
+from ..engine.hooks import Place, Station
+from ..engine.inputs import Inputs, batches, copied_inputs
+from ..engine.sessions import disabled
+from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from ..results import Records
 from .names import is_pattern, parsed_name, path_text, selected, spellings, unknown_name, written_name
-from .sites import HookPoint, Index, Site
+from .sites import Axes, HookPoint, Index, Site, normalized
+from .trace import traced_run
 
 
 class HookPoints(Records, Mapping[str, HookPoint]):
@@ -100,7 +103,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         point = self[site.name]
         if site.point == point:
             return site
-        return normalized(site if site.name == point.name else Site(point.name, **dict(site.indices)), point)
+        return normalized(site, point)
 
     def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         """Return the output of the traced method on copies of these arguments."""
@@ -180,18 +183,82 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return [*self._points, *self._aliases]
 
 
-def normalized(site: Site, point: HookPoint) -> Site:
-    """Check a site against the trace, write its indices out, and bind it to the hook point."""
-    batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # as long as each forward's
-    lengths = [point.length(axis) or 0 for axis in point.axes]
-    written = {axis: index for axis, index in site.indices if axis == batch}
-    checked = Site(site.name, **{axis: index for axis, index in site.indices if axis != batch})
-    for number, positions in checked.positions(point.axes, lengths).items():
-        every = tuple(range(lengths[number]))
-        chosen = every[positions] if isinstance(positions, slice) else tuple(positions)
-        if chosen != every:
-            written[point.axes[number]] = chosen
-    return Site(site.name, **written).at(point)
+def hook_points(
+    model: nn.Module,
+    *example_inputs: Any,
+    method: str = "__call__",
+    axes: Mapping[str, tuple[str, ...]] | None = None,
+    **example_keywords: Any,
+) -> HookPoints:
+    """Return every place where an activation of the model can be read or written, in execution order.
+
+    The model runs under `torch.no_grad`, and again with one more row, which proves the batch axis. Random number
+    generators, buffers, attributes and training flags are restored.
+
+    Args:
+        model: Any module.
+        example_inputs: Inputs with at least one row; the model gets copies. In the second run an input grows along the
+            axis named "batch", by `axes` or by a module such as a sequence-first LSTM. An input with unnamed axes grows
+            along its first axis instead, if that is as long as the batch.
+        method: The method to run, if not the forward.
+        axes: Axis names by patterns as in `HookPoints.select`, for axes that no module type names:
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions pass them on. Inputs of
+            the method are `.in[0]`, ...
+        example_keywords: Keyword inputs.
+
+    Raises:
+        UnsupportedModelError: If the model is compiled, scripted or lazy, or handles nested tensors.
+        BatchAxisError: If the example inputs have no rows.
+        HookPointError: If `axes` names a hook point that did not fire, or a tap has the name of another hook point.
+        SiteError: If `axes` gives another number of names than the hook point has axes, or one name twice.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> points = hook_points(model, torch.zeros(2, 3, 9, 9))
+        >>> points["1"].axes, points["1"].shape
+        (('batch', 'channel', 'row', 'col'), (8, 7, 7))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hook_points takes a torch.nn.Module, not {no_module(model)}")
+    refuse_unhookable(dict(model.named_modules()))
+    return HookPoints(model, method=method, **traced_run(model, method, example_inputs, example_keywords, axes or {}))
+
+
+def traced(
+    points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
+) -> HookPoints:
+    """Return given hook points, or those of a model, traced with its inputs or with the first batch of them."""
+    if isinstance(points_or_model, HookPoints):
+        return points_or_model
+    model = model_of(points_or_model)
+    if inputs is None:
+        what = type(model).__name__
+        raise TypeError(f"There are no inputs to trace the {what} with. Give its hook points: hook_points(model, ...).")
+    each = [inputs] if isinstance(inputs, (Tensor, tuple, Mapping)) else inputs
+    for arguments, named in batches(each, 1):
+        return hook_points(model, *arguments, **named, **keywords)
+    raise BatchAxisError("There are no inputs to trace the model with. Give one batch at least.")
+
+
+def names_by_trace(
+    model: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, tuple[Axes, int | None]]:
+    """Return axes and batch axis by hook point, from one trace with these inputs; empty if that trace fails.
+
+    The trace may run in the middle of a forward that has listeners: they do not hear of it.
+    """
+    if model not in _names:
+        stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
+        sessions = {at.session for each in stations for at in each.listeners}.union(*(each.scopes for each in stations))
+        found = {}
+        with suppress(Exception), disabled(sessions):
+            points = hook_points(model, *args, method=method, **kwargs).values()
+            found = {name: (each.axes, each.batch_axis) for each in points for name in (each.name, *each.aliases)}
+        _names[model] = found
+    return _names[model]
+
+
+_names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = WeakKeyDictionary()
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:

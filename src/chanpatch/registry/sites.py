@@ -100,7 +100,7 @@ class Site:
         return tuple(Site(self.name, **{**dict(self.indices), axis: index}).at(self.point) for index in chosen)
 
     def at(self, point: HookPoint | None) -> Site:
-        """Return the same site bound to a traced hook point."""
+        """Return the same site bound to a traced hook point, unchecked."""
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
@@ -237,6 +237,20 @@ class HookPoint(Place):
         if position == self.batch_axis:
             return None
         return self.shape[position - (self.batch_axis is not None and position > self.batch_axis)]
+
+
+def normalized(site: Site, point: HookPoint) -> Site:
+    """Check a site against the trace, write its indices out, and bind it to the hook point."""
+    batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # as long as each forward's
+    lengths = [point.length(axis) or 0 for axis in point.axes]
+    written = {axis: index for axis, index in site.indices if axis == batch}
+    checked = Site(site.name, **{axis: index for axis, index in site.indices if axis != batch})
+    for number, positions in checked.positions(point.axes, lengths).items():
+        every = tuple(range(lengths[number]))
+        chosen = every[positions] if isinstance(positions, slice) else tuple(positions)
+        if chosen != every:
+            written[point.axes[number]] = chosen
+    return Site(point.name, **written).at(point)
 
 
 def no_batch(site: Site) -> str:

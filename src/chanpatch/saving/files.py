@@ -18,8 +18,7 @@ from ..engine.inputs import Inputs
 from ..errors import ChanpatchError, InterventionError
 from ..patching.contexts import checked_patches
 from ..patching.patch import Patch
-from ..registry.points import HookPoints
-from ..registry.trace import traced
+from ..registry.points import HookPoints, traced
 from ..results import Records
 from .format import decoded, encoded, in_one, printable, regular, trace_of
 from .receipts import Receipt, receipt_of

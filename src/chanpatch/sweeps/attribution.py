@@ -18,9 +18,8 @@ from ..patching.contexts import nan_error, patched
 from ..patching.patch import Patch
 from ..patching.recording import recording
 from ..patching.verbs import edit, patch_in
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, traced
 from ..registry.sites import Positions, read, written
-from ..registry.trace import traced
 from ..results import largest_first, progress_bar
 from .forward import Forward
 from .plan import Entry, entries_of

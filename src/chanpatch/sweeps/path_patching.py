@@ -15,9 +15,8 @@ from ..patching.cache import ActivationCache
 from ..patching.contexts import patched
 from ..patching.recording import recording
 from ..patching.verbs import patch_in
-from ..registry.points import HookPoints, sites_of
+from ..registry.points import HookPoints, sites_of, traced
 from ..registry.sites import HookPoint, Site
-from ..registry.trace import traced
 from .forward import Forward
 
 

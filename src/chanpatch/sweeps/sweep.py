@@ -30,8 +30,7 @@ from ..engine.paths import get
 from ..errors import MetricError, SweepError
 from ..labels import Patches
 from ..metrics.measured import Metric, Metrics
-from ..registry.points import HookPoints
-from ..registry.trace import traced
+from ..registry.points import HookPoints, traced
 from ..results import progress_bar
 from .execution import Execution, Strategy
 from .forward import Forward
