@@ -53,7 +53,7 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
 
 
 def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
-    """Return why there is no such hook point: it is a weight, or it is not among the known names."""
+    """Return the reason why there is no such hook point: it is a weight, or it is not among the known names."""
     module, _, weight = name.rpartition(".")
     if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
         return f"'{name}' is a weight, not a hook point. In the forward, tap('name', weight) makes it one."
@@ -123,6 +123,16 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
         if chosen:
             return [*chosen]
     return []
+
+
+def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
+    """Return advice on a pattern that selects nothing: one like it that selects something, if there is one."""
+    like = {
+        re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call number.",
+        re.sub(r"^\*\.", "**.", pattern): "`*` ends at a dot, `**` does not.",
+    }
+    found = ((each, why, len(selected(each, names))) for each, why in like.items())
+    return next((f" '{each}' matches {count}: {why}" for each, why, count in found if count), "")
 
 
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:

@@ -16,7 +16,7 @@ from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.sessions import disabled
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from ..results import Records
-from .names import is_pattern, parsed_name, path_text, selected, spellings, unknown_name, written_name
+from .names import alternative, is_pattern, parsed_name, path_text, selected, spellings, unknown_name, written_name
 from .sites import Axes, HookPoint, Index, Site, normalized
 from .trace import traced_run
 
@@ -80,8 +80,8 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         chosen = [self._points[name] for name in selected(pattern, points)]
         if not chosen:
             dots = " `*` ends at a dot, `**` does not." if "*" in pattern else ""
-            hint = did_you_mean(pattern, [*self._points, *self._aliases])
-            raise HookPointError(f"No hook point matches '{pattern}'.{hint}{dots} {self._advice()}")
+            hint = alternative(pattern, points) or did_you_mean(pattern, self._names()) + dots
+            raise HookPointError(f"No hook point matches '{pattern}'.{hint} {self._advice()}")
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
         return HookPoints(self.model, chosen, **facts)
 
@@ -101,9 +101,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
     def bind(self, site: Site) -> Site:
         """Return the same site bound to its hook point; raise like `site`."""
         point = self[site.name]
-        if site.point == point:
-            return site
-        return normalized(site, point)
+        return site if site.point == point else normalized(site, point)
 
     def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         """Return the output of the traced method on copies of these arguments."""
@@ -118,33 +116,35 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self._aliases.get(name, name)
 
     def _unknown(self, name: str) -> str:
-        doubled = [
-            f"{each.side}{path_text(each.path)} of '{each.module}'" for each in self._doubled if each.name == name
-        ]
+        doubled = [f"{p.side}{path_text(p.path)} of '{p.module}'" for p in self._doubled if p.name == name]
         if doubled:
             return (
                 f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Give a submodule, or a "
                 "part of what a module returns, another name."
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        module = modules.get(name, name)
         if name in self.not_called:
             return (
                 f"Hook point '{name}' never fired: the traced forward did not call that module. "
                 f"{self._advice()} To trace another path, pass its inputs or its method to hook_points()."
             )
+        module = modules.get(name, name)
         fired = [point.name for point in self._points.values() if modules.get(point.module, point.module) == module]
         if fired:
             return f"'{name}' is {len(fired)} hook points: {', '.join(fired)}. Name one of them."
         if is_pattern(name):
             return f"'{name}' is a pattern, and one hook point is expected. Take those of points.select('{name}')."
-        return f"{unknown_name(name, modules, [*self._points, *self._aliases])} {self._advice()}"
+        return f"{unknown_name(name, modules, self._names())} {self._advice()}"
+
+    def _names(self) -> list[str]:
+        return [*self._points, *self._aliases]
+
+    _ipython_key_completions_ = _names
 
     def _advice(self) -> str:
-        count = len(self)
-        if count <= 8:
+        if len(self) <= 8:
             return f"(Hook points that fired: {', '.join(self)}.)"
-        return f"({count} hook points; print the HookPoints to list them.)"
+        return f"({len(self)} hook points; print the HookPoints to list them.)"
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per hook point."""
@@ -164,23 +164,17 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
 
     def _notes(self) -> list[str]:
-        notes = []
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
-        if unproved:
-            shown = ", ".join(unproved[:6]) + (", ..." if len(unproved) > 6 else "")
-            notes.append(f"Batch axis not proved for {len(unproved)} of them: {shown}")
-        if self.not_called:
-            notes.append(f"Not called: {', '.join(self.not_called)}")
-        if self._doubled:
-            names = dict.fromkeys(point.name for point in self._doubled)
-            notes.append(f"Left out, as several have that name: {', '.join(names)}")
-        return notes
+        shown = unproved if len(unproved) <= 6 else [*unproved[:6], "..."]
+        named = {
+            f"Batch axis not proved for {len(unproved)} of them": shown,
+            "Not called": self.not_called,
+            "Left out, as several have that name": dict.fromkeys(point.name for point in self._doubled),
+        }
+        return [f"{note}: {', '.join(names)}" for note, names in named.items() if names]
 
     def _lines(self) -> list[dict[str, Any]]:
         return [{**record, "parameters": f"{record['parameters']:,}"} for record in self.to_records()]
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return [*self._points, *self._aliases]
 
 
 def hook_points(
@@ -273,13 +267,13 @@ def sites_of(
     points_or_model: HookPoints | nn.Module, sites: str | Site | HookPoint | Iterable[str | Site | HookPoint]
 ) -> tuple[Site, ...]:
     """Return checked sites from names, patterns, hook points or sites, in the order given, without duplicates."""
-    each = [sites] if isinstance(sites, (str, Site, HookPoint)) else sites
-    if isinstance(points_or_model, HookPoints):
-        select = points_or_model.select
-        each = [one for item in each
-                for one in (select(item) if isinstance(item, str) and is_pattern(item) else [item])]  # fmt: skip
-    named = [item if isinstance(item, Site) else Site(item.name).at(item) if isinstance(item, HookPoint)
-             else Site(item) for item in each]  # fmt: skip
+    named: list[Site] = []
+    for item in [sites] if isinstance(sites, (str, Site, HookPoint)) else sites:
+        if isinstance(points_or_model, HookPoints) and isinstance(item, str) and is_pattern(item):
+            named += map(Site, points_or_model.select(item))
+        else:
+            named.append(Site(item.name).at(item) if isinstance(item, HookPoint) else
+                         item if isinstance(item, Site) else Site(item))  # fmt: skip
     if not named:
         raise SiteError("There are no sites to record: sites is empty. Name one or more, as in sites=['conv1'].")
     return tuple(dict.fromkeys(bound(points_or_model, named)))
@@ -343,29 +337,26 @@ def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, di
 def refuse_unhookable(modules: Mapping[str, nn.Module]) -> None:
     """Raise if the calls of one of a model's modules ignore hooks."""
     for name, module in modules.items():
-        if why := _unhookable(module):
-            raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
-
-
-def _unhookable(module: nn.Module) -> str:
-    if "_orig_mod" in module._modules:
-        return (
-            "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the original "
-            "module (compiled._orig_mod), or compile the PatchedPolicy made of it."
-        )
-    if module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-        return (
-            "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, or "
-            "compile the PatchedPolicy made of it."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        return (
-            "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python module."
-        )
-    devices = len(module.device_ids) if isinstance(module, nn.DataParallel) else 1
-    if devices > 1:
-        return (
-            f"is a DataParallel over {devices} devices, which runs copies of its module. Pass the module inside "
-            "(.module) and run it on one device."
-        )
-    return ""
+        if "_orig_mod" in module._modules:
+            why = (
+                "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the "
+                "original module (compiled._orig_mod), or compile the PatchedPolicy made of it."
+            )
+        elif module._compiled_call_impl is not None or hasattr(
+            vars(module).get("forward"), "_torchdynamo_orig_callable"
+        ):
+            why = (
+                "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, "
+                "or compile the PatchedPolicy made of it."
+            )
+        elif isinstance(module, torch.jit.ScriptModule):
+            why = "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python "
+            why += "module."
+        elif isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            why = (
+                f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. Pass the "
+                "module inside (.module) and run it on one device."
+            )
+        else:
+            continue
+        raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")

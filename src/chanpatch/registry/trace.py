@@ -18,7 +18,7 @@ from ..engine.paths import Attr, Path, in_distribution, leaves, replace, with_ro
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .axes import NamePropagation, Names, axis_names
-from .names import selected, spellings, written_name
+from .names import alternative, selected, spellings, written_name
 from .sites import HookPoint
 
 
@@ -172,7 +172,7 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
     for pattern, names in axes.items():
         chosen = [fired for name in selected(pattern, known) for fired in fired_by_name[name]]
         if not chosen:
-            hint = did_you_mean(pattern, known)
+            hint = alternative(pattern, known) or did_you_mean(pattern, known)
             raise HookPointError(f"axes={{'{pattern}': ...}}: no hook point matches.{hint}")
         for fired in chosen:
             if len(names) != fired.tensor.dim() or len(set(names)) < len(names):
