@@ -21,8 +21,7 @@ from ..patching.verbs import edit, patch_in
 from ..registry.points import HookPoints, traced
 from ..registry.sites import Positions, read, written
 from ..results import largest_first, progress_bar
-from .forward import Forward
-from .plan import Entry, entries_of
+from .plan import Entry, Forward, entries_of
 from .result import Attribution
 
 

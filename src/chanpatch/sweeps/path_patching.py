@@ -17,7 +17,7 @@ from ..patching.recording import recording
 from ..patching.verbs import patch_in
 from ..registry.points import HookPoints, sites_of, traced
 from ..registry.sites import HookPoint, Site
-from .forward import Forward
+from .plan import Forward
 
 
 def path_patch(

@@ -3,14 +3,14 @@
 The path of a sweep, file by file:
 
 - `sweep`: `sweep()` checks its arguments and collects the numbers into a `SweepResult` (`result`).
-- `forward`: a `Forward` runs the model on copies of the same inputs, and restores the model (`engine.state`).
-- `plan`: `entries_of` makes one `Entry` per label. `clean_run` runs the model once, unpatched. Entries whose patches
-  begin at one hook point form a `Group`.
+- `plan`: `entries_of` makes one `Entry` per label. A `Forward` runs the model on copies of the same inputs, and
+  restores the model (`engine.state`). `clean_run` runs it once, unpatched. Entries whose patches begin at one hook
+  point form a `Group`.
 - `prefix`: a `Prefix` remembers the module calls of the clean run. Later forwards skip those before a group.
-- `execution`: an `Execution` runs each group. It tries the fast strategies, compares two patches of the group with the
-  plain loop, and falls back to the loop.
-- `strategies`: `loop` runs the model inside `patched`. `resumed` is a loop that skips the prefix. `vmapped` applies
-  each entry's patches to the clean activation, then runs the suffix under `torch.vmap` for a chunk of entries.
+- `strategies`: an `Execution` runs each group. It tries the fast strategies, compares two patches of the group with the
+  plain loop, and falls back to the loop. `loop` runs the model inside `patched`. `resumed` is a loop that skips the
+  prefix. `vmapped` applies each entry's patches to the clean activation, then runs the suffix under `torch.vmap` for a
+  chunk of entries.
 - `metrics.measured`: `Metrics` measures each output.
 
 `attribution` estimates the same effects by gradients, and `path_patching` splits one by path; both run a `Forward`.
@@ -32,10 +32,9 @@ from ..labels import Patches
 from ..metrics.measured import Metric, Metrics
 from ..registry.points import HookPoints, traced
 from ..results import progress_bar
-from .execution import Execution, Strategy
-from .forward import Forward
-from .plan import Entry, clean_run, entries_of
+from .plan import Entry, Forward, clean_run, entries_of
 from .result import SweepInterrupted, SweepResult
+from .strategies import Execution, Strategy
 
 
 def sweep(
