@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..engine.inputs import copied_inputs
+from ..engine.inputs import batches, copied_inputs, input_count
 from ..engine.moments import Moment, forward_context, published
-from ..engine.paths import replace, with_rows
 from ..engine.sessions import Session
 from ..engine.state import undisturbed
 from ..errors import SweepError, UnreachedError
@@ -124,15 +123,12 @@ class Forward:
 
     def ends(self) -> list[Forward]:
         """Return the same forward of the first row, and of the last; nothing if that saves no time."""
-        tensors = [*with_rows(self.inputs)]
-        count = len(tensors[0][1]) if tensors else 0
-        found = []
-        for row in (0, count - 1) if count >= _FEWEST_TO_CUT and published.rows is None else ():
-            cut: Any = self.inputs
-            for path, tensor in tensors:
-                cut = replace(cut, path, tensor[row : row + 1]) if len(tensor) == count else cut
-            found.append(Forward(self.points, *cut, check_nan=self.check_nan, row=row))
-        return found
+        count = input_count(self.inputs)
+        if count < _FEWEST_TO_CUT or published.rows is not None:
+            return []
+        first, last = next(batches(self.inputs, 1)), [*batches(self.inputs, count - 1)][-1]
+        cut = {0: first, count - 1: last}
+        return [Forward(self.points, *each, check_nan=self.check_nan, row=row) for row, (each, _) in cut.items()]
 
 
 @contextmanager
@@ -198,18 +194,18 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
 def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen]) -> Iterator[Group]:
     """Divide entries by the hook point at which they begin, then by their later patches."""
     order = {name: number for number, name in enumerate(seen)}
-    begun: dict[str, dict[Any, tuple[tuple[Patch, ...], list[Entry]]]] = {}
+    begun: dict[str, dict[Any, tuple[tuple[Patch, ...], list[Entry]]]] = {name: {} for name in seen}
     for entry in entries:
         first = min((patch.site.name for patch in entry.patches), key=order.__getitem__)
         later = tuple(patch for patch in entry.patches if patch.site.name != first)
         key = tuple((patch.site, _key(patch.edit), _key(patch.where)) for patch in later)
-        begun.setdefault(first, {}).setdefault(key, (later, []))[1].append(entry)
-    for first in sorted(begun, key=order.__getitem__):
+        begun[first].setdefault(key, (later, []))[1].append(entry)
+    for first, alike in begun.items():
         nbytes, on_cpu, skippable = seen[first]
         bytes_each = _LIVE * max(nbytes, forward.prefix.largest_after(skippable))
         others: list[Entry] = []
-        for later, members in begun[first].values():
-            if not later or len(members) >= _FEWEST_ALIKE or len(begun[first]) == 1:
+        for later, members in alike.values():
+            if not later or len(members) >= _FEWEST_ALIKE or len(alike) == 1:
                 yield Group(forward.points[first], tuple(members), later, skippable, bytes_each, on_cpu)
             else:
                 others += members

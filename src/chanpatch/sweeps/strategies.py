@@ -37,7 +37,7 @@ _Alone: TypeAlias = tuple[Entry, Forward, Any]  # the output of the loop on one 
 _COMPARED = 2  # patches of each group that the plain loop runs too
 _MASK = 1e4  # larger numbers, such as the -1e8 of a forbidden action, do not set the scale of rounding
 _CPU_BYTES = 3 * 2**24  # a CPU is slower with more at a time, which its caches do not hold
-_FEWEST = 8  # patches at a time from which a CPU gains
+_FEWEST = 8  # patches at a time from which a CPU gains: it saves overhead and loses fused attention
 
 
 @dataclass
@@ -62,8 +62,14 @@ class Execution:
         """Run the entries of a group."""
         name = group.point.name
         order = [group.entries[0], *group.entries[-1:], *group.entries[1:-1]][: len(group.entries)]
-        alone = self._alone(group, order)
-        strategies, reasons = self._candidates(group, alone)
+        is_small = self.strategy == "auto" and len(order) <= _COMPARED
+        strategies, reasons = self._candidates(group, is_small=is_small)
+        # Two entries run by the plain loop, one on the first input and one on the last. This comes before the fast
+        # strategy, whose numbers then differ if it reads anything that a forward left behind.
+        pairs = zip((order * 2)[:2], self._ends if strategies else (), strict=False)
+        alone = [(entry, end, _output_or_none(end, entry)) for entry, end in pairs]
+        if is_small and not reasons and not (alone and all(output is not None for *_, output in alone)):
+            strategies, reasons = [], [f"{len(order)} patches are too few to gain anything"]
         for strategy in strategies:
             failed, why = self._try(strategy, group, order, alone)
             reasons.append(why)
@@ -87,29 +93,14 @@ class Execution:
         self.advance(entry.number not in self.rows)
         self.rows[entry.number] = measured
 
-    def _is_small(self, group: Group) -> bool:
-        return self.strategy == "auto" and len(group.entries) <= _COMPARED
-
-    def _alone(self, group: Group, order: Sequence[Entry]) -> list[_Alone]:
-        """Run two entries by the plain loop, one on the first input and one on the last.
-
-        This comes before the fast strategy, whose numbers then differ if it reads anything that a forward left behind.
-        """
-        if self.strategy == "loop" or self._random or (self._is_small(group) and not group.skippable):
-            return []
-        entries = [order[0], order[min(1, len(order) - 1)]]
-        return [(entry, end, _output_or_none(end, entry)) for entry, end in zip(entries, self._ends, strict=False)]
-
-    def _candidates(self, group: Group, alone: Sequence[_Alone]) -> tuple[list[_Fast], list[str]]:
+    def _candidates(self, group: Group, *, is_small: bool) -> tuple[list[_Fast], list[str]]:
         """Return the fast strategies to try, and the reasons against the others."""
         if self.strategy == "loop":
             return [], []
         if self._random:
             return [], [f"{', '.join(self._random)} in training mode (model.eval() ends it)"]
-        if self._is_small(group):
-            if alone and all(output is not None for *_, output in alone):
-                return ["resume"], []
-            return [], [f"{len(group.entries)} patches are too few to gain anything"]
+        if is_small:
+            return (["resume"] if group.skippable else []), []
         if self.strategy == "resume":
             return ["resume"], []
         resume: list[_Fast] = ["resume"] if self.strategy == "auto" else []
@@ -117,7 +108,7 @@ class Execution:
             return resume, [f"vmap: the output holds a {self._opaque}, in which tensors cannot be found"]
         if group.later is None:
             return resume, ["vmap: the patches at later hook points differ"]
-        if self.strategy == "auto" and not gains_by_vmap(group):
+        if resume and group.on_cpu and _FEWEST * group.bytes_each > _CPU_BYTES:
             return resume, ["vmap: activations so large gain nothing by it on a CPU"]
         return ["vmap", *resume], []
 
@@ -229,11 +220,6 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
             for path, tensor in zip(paths, tensors, strict=True):
                 outputs = [replace(output, path, row) for output, row in zip(outputs, tensor, strict=True)]
         yield from outputs
-
-
-def gains_by_vmap(group: Group) -> bool:
-    """Return whether many patches at a time are faster, by size: a CPU saves overhead and loses fused attention."""
-    return not group.on_cpu or _FEWEST * group.bytes_each <= _CPU_BYTES
 
 
 @contextmanager
