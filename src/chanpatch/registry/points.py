@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..engine.hooks import Place, Station
 from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.sessions import disabled
-from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
+from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
 from ..results import Records
 from .names import alternative, is_pattern, parsed_name, path_text, selected, spellings, unknown_name, written_name
 from .sites import Axes, HookPoint, Index, Site, normalized
@@ -69,9 +69,9 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
         Args:
             pattern: Such as `"embedder.block*.res?"`. `*` is any text without a dot, `**` any number of parts between
-                dots, `?` one character; everything else means itself. A pattern that ends in a module takes its
-                outputs: `"h.*"` is `h.0`, or `h.0.out[0]` and so on if the module returns several tensors, in every
-                call; `"h.*.in[0]"` and `"h.*.out[1]"` take an input or a part of the output, `"**.in"` all inputs.
+                dots, `?` one character. A pattern that ends in a module takes its outputs in every call: `"h.*"` is
+                `h.0`, or `h.0.out[0]` and so on if the module returns several tensors. `"h.*.in[0]"` and
+                `"h.*.out[1]"` take an input or a part of the output, `"**.in"` all inputs.
 
         Raises:
             HookPointError: If no name matches, or `?` leaves out the longer numbers of a list (h.10 with `"h.?"`).
@@ -194,10 +194,9 @@ def hook_points(
         example_inputs: Inputs with at least one row; the model gets copies. In the second run an input grows along the
             axis named "batch", by `axes` or by a module such as a sequence-first LSTM. An input with unnamed axes grows
             along its first axis instead, if that is as long as the batch.
-        method: The method to run, if not the forward.
+        method: The method to run, if not the forward. Its inputs are `.in[0]`, ...
         axes: Axis names by patterns as in `HookPoints.select`, for axes that no module type names:
-            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions pass them on. Inputs of
-            the method are `.in[0]`, ...
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions pass them on.
         example_keywords: Keyword inputs.
 
     Raises:
@@ -305,10 +304,8 @@ def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> lis
             found.append(site)
         except (HookPointError, SiteError) as fault:
             faults.append(fault)
-    if len(faults) > 1:
-        raise type(faults[0])("\n".join([f"{len(faults)} faults:", *(f"- {fault}" for fault in faults)]))
     if faults:
-        raise faults[0]
+        raise type(faults[0])(in_one(faults))
     return found
 
 

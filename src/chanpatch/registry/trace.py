@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -37,12 +37,9 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 
 
 class Trace:
-    """All tensors that fire while a model runs, with axis names.
+    """All tensors that fire while a model runs, with axis names; `given` names override others.
 
-    Args:
-        model: The model.
-        given: Axis names that override others.
-        totals: Sum of each parameter, by id, to compare with those during the run.
+    `totals` holds the sum of each parameter, by id, to compare with those during the run.
     """
 
     def __init__(
@@ -92,9 +89,9 @@ class Trace:
         self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
 
     def _on_output(self, module: nn.Module, output: Any) -> None:
-        caller, call, inputs = self._stack.pop()
-        while caller is not module:  # a call that raised, and was caught, gave no output
-            caller, call, inputs = self._stack.pop()
+        while self._stack[-1][0] is not module:  # a call that raised, and was caught, gave no output
+            self._stack.pop()
+        _, call, inputs = self._stack.pop()
         for path, tensor in leaves(output):
             read_only = in_distribution(output, path)
             self._note(_Fired(self.module_names[module][0], "out", path, call, tensor, read_only), module, inputs)
@@ -165,9 +162,9 @@ def _refuse_ambiguous_taps(trace: Trace) -> None:
 def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
     """Return the user's axis names for each place that the patterns match."""
     given: dict[_Place, tuple[str, ...]] = {}
-    fired_by_name: dict[str, list[_Fired]] = {}
+    fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
-        fired_by_name.setdefault(trace.name(fired), []).append(fired)
+        fired_by_name[trace.name(fired)].append(fired)
     known = {name: spellings(name, fired.module, trace.aliases(fired)) for name, (fired, *_) in fired_by_name.items()}
     for pattern, names in axes.items():
         chosen = [fired for name in selected(pattern, known) for fired in fired_by_name[name]]

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
-from ..errors import ChanpatchError, InterventionError
+from ..errors import ChanpatchError, InterventionError, in_one
 from ..patching.contexts import checked_patches
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, traced
 from ..results import Records
-from .format import decoded, encoded, in_one, printable, regular, trace_of
+from .format import decoded, encoded, printable, regular, trace_of
 from .receipts import Receipt, receipt_of
 
 
