@@ -209,7 +209,7 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> di
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
-        names, after = trace.known.names(fired.tensor) or (None,) * len(before), shapes.get(trace.name(fired), before)
+        names, after = trace.known.names(fired.tensor), shapes.get(name, before)
         changed = [number for number, lengths in enumerate(zip(before, after, strict=False)) if len({*lengths}) > 1]
         if "batch" in names and changed and names.index("batch") not in changed:
             return {}  # as a sequence-first encoder behind a Linear, which lets any axis grow
@@ -221,8 +221,7 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> di
 
 
 def _point(trace: Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
-    tensor = fired.tensor
-    names = list(trace.known.names(tensor) or (None,) * tensor.dim())
+    tensor, names = fired.tensor, [*trace.known.names(fired.tensor)]
     if batch_axis is not None:
         names[batch_axis] = "batch"
     module = None if fired.side == "tap" else trace.model.get_submodule(fired.module)

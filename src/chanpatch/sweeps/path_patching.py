@@ -41,8 +41,7 @@ def path_patch(
         clean: Inputs: a tensor `(batch, ...)`, or a tuple or dict of such, as the model takes them.
         corrupted: The other input of each pair.
         sender: The hook point where the path begins.
-        receivers: The hook points where it ends, later in the forward, such as the inputs of a module. A path to one
-            receiver through another counts.
+        receivers: The hook points where it ends, such as the inputs of a module. A path to one through another counts.
         metric: As for `sweep`; one metric.
         frozen: Hook points to freeze, if they lie between the sender and the last receiver. By default, the outputs of
             all modules with weights that call no other module (Linear, Conv2d, Embedding, LSTM, MultiheadAttention),

@@ -288,14 +288,13 @@ def _suffixes(
     session.listen(group.point, "patch", put)
     try:
         with forward.running(group.skippable), session.attached(), _vmap_compatible(stack.device):
-            tensors: list[Tensor]
             tensors, nan = torch.vmap(one)(stack)
         if waiting or session.unreached():
             raise StrategyError("a patch was not reached")
         flagged = [firing.patch for firing in session.firings if firing.nan is not None]
         for patch, flags in zip(flagged, nan, strict=True):
             _raise_nan([(flag, entry, patch) for flag, entry in zip(flags, entries, strict=True)])
-        return tensors
+        return [*tensors]
     finally:
         session.let_go()
 
