@@ -10,7 +10,7 @@ from torch import nn
 
 from chanpatch import PatchedPolicy, hook_points, sweep, zero_ablate
 from chanpatch.policies import action_distribution
-from chanpatch.sweeps.execution import _difference
+from chanpatch.sweeps.strategies import _difference
 
 
 @pytest.mark.parametrize("strategy", ["auto", "loop"])

@@ -14,11 +14,7 @@ from .saving.files import contents
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command.
-
-    Args:
-        arguments: Command line arguments; those of the process if None.
-    """
+    """Run a command, with the arguments of the process if None."""
     parser = argparse.ArgumentParser(
         prog="python -m chanpatch",
         description="Inspect files of patches that chanpatch.save() wrote.",

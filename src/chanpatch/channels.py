@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .engine.inputs import batches
-from .engine.paths import Path
 from .engine.state import undisturbed
 from .errors import ChanpatchError, SiteError
 from .patching.cache import ActivationCache
@@ -118,32 +117,21 @@ def recorded(
     points: HookPoints, inputs: Any, sites: Sequence[Site], reduce: Reduce | None, batch_size: int, error: Fault
 ) -> Iterator[ActivationCache]:
     """Yield the activations of each batch at the sites, on the CPU, reduced in double precision."""
-    _check_inputs(points, inputs, batch_size, error)
-    for arguments, keywords in batches(inputs, batch_size, _shared(points)):
+    if batch_size < 1:
+        raise error(f"batch_size is {batch_size}, but a batch has at least one input.")
+    taken = [point for point in points.values() if not point.module and point.side == "in" and point.axes]
+    if isinstance(inputs, (Tensor, tuple, Mapping)) and taken and taken[0].batch_axis not in (None, 0):
+        raise error(
+            f"The model takes its batch on axis {taken[0].batch_axis} of its first input, but inputs stand on axis 0. "
+            "Wrap the model in a module that takes the batch first."
+        )
+    proved = any(point.batch_axis is not None for point in taken)
+    shared = {point.path: point.shape[0] for point in taken if proved and point.batch_axis is None}
+    for arguments, keywords in batches(inputs, batch_size, shared):
         recorder = Recorder(points, sites, reduce, double=reduce is not None, device="cpu", stop=True)
         with torch.no_grad():
             recorder.run_once(arguments, keywords)
         yield recorder.result
-
-
-def _check_inputs(points: HookPoints, inputs: Any, batch_size: int, error: Fault) -> None:
-    """Raise the error if batches are empty, or if the first axis of the inputs is not their batch axis."""
-    if batch_size < 1:
-        raise error(f"batch_size is {batch_size}, but a batch has at least one input.")
-    whole = isinstance(inputs, (Tensor, tuple, Mapping))
-    first = next((point for point in points.values() if not point.module and point.side == "in" and point.axes), None)
-    if whole and first is not None and first.batch_axis not in (None, 0):
-        raise error(
-            f"The model takes its batch on axis {first.batch_axis} of its first input, but inputs stand on axis 0. "
-            "Wrap the model in a module that takes the batch first."
-        )
-
-
-def _shared(points: HookPoints) -> dict[Path, int]:
-    """Return the length of each model input without a batch, by path."""
-    taken = [point for point in points.values() if not point.module and point.side == "in" and point.shape]
-    proved = any(point.batch_axis is not None for point in taken)
-    return {point.path: point.shape[0] for point in taken if proved and point.batch_axis is None}
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:
@@ -155,11 +143,10 @@ def rows(cache: ActivationCache, site: Site) -> Floats:
 
 def _check_finite(name: str, sample: Floats, site: Site, start: int, error: Fault) -> None:
     """Raise the error if an input gives NaN or an infinity at a site; the first input has the number `start`."""
-    finite = np.isfinite(sample).all(axis=tuple(range(1, sample.ndim)))
-    if not finite.all():
+    for wrong in np.argwhere(~np.isfinite(sample))[:1].tolist():
         raise error(
-            f"{name}[{start + int(np.argmin(finite))}] leads to a number that is not finite at {site!r}: leave that "
-            "input out, or that site."
+            f"{name}[{start + wrong[0]}] leads to a number that is not finite at {site!r}: leave that input out, or "
+            "that site."
         )
 
 

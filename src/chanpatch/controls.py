@@ -23,9 +23,8 @@ from .errors import EditError, SiteError, StatisticsError
 from .patching.cache import ActivationCache
 from .patching.contexts import patched
 from .patching.patch import Patch
-from .registry.points import HookPoints, site_of, sites_of
+from .registry.points import HookPoints, site_of, sites_of, traced
 from .registry.sites import HookPoint, Site
-from .registry.trace import traced
 from .results import Records, columns, largest_first
 from .statistics.interval import whole
 

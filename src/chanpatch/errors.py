@@ -6,7 +6,7 @@ A message says what is wrong with the user's own value, what was expected, and w
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ChanpatchError(Exception):
@@ -91,6 +91,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the closest known name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def in_one(faults: Sequence[object]) -> str:
+    """Return one message with all faults."""
+    return "\n".join(
+        [f"{len(faults)} faults:", *(f"- {each}" for each in faults)] if len(faults) > 1 else map(str, faults)
+    )
 
 
 __all__ = [name for name, kind in vars().copy().items() if isinstance(kind, type) and issubclass(kind, Exception)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -19,31 +20,21 @@ def labelled_patches(
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
     """Return each label with its patches; without a mapping, the labels are made of the sites.
 
-    Args:
-        patches: Patches from the user.
-        what: Noun for them in an error message.
-        fault: Error to raise if there are no patches, or if two have the same label.
-
-    Raises:
-        TypeError: If an item is not a patch.
+    If there are no patches, or two have the same label, this raises the error, which calls them `what`.
     """
-    if not isinstance(patches, Iterable):
-        patches = [patches]
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]
     else:
-        named = [
-            (" + ".join(_label(patch.site) for patch in each), each)
-            for each in (checked_patches(None, one) for one in patches)
-        ]
+        listed = [checked_patches(None, each) for each in (patches if isinstance(patches, Iterable) else [patches])]
+        named = [(" + ".join(_label(patch.site) for patch in each), each) for each in listed]
     if not named:
         raise fault(f"There are no {what}: the mapping or the sequence is empty.")
-    labels = [label for label, _ in named]
-    twice = next((label for label in labels if labels.count(label) > 1), None) if len({*labels}) < len(labels) else None
-    if twice is not None:
-        raise fault(
-            f"Two of the {what} are at {twice}, which makes one label for both. Give a mapping of labels to patches."
-        )
+    for label, times in Counter(label for label, _ in named).items():
+        if times > 1:
+            raise fault(
+                f"Two of the {what} are at {label}, which makes one label for both. Give a mapping of labels to "
+                "patches."
+            )
     return named
 
 

@@ -165,37 +165,38 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
     if not n:
         raise StatisticsError("There are no pairs: all four counts are 0.")
     ax = ax or _new_axes(7, 4.5)
-    differ = {"hatch": "//"}
-    succeeded = [("both", counts.both, {}), (f"only {first}", counts.only_first, differ)]
-    failed = [(f"only {second}", counts.only_second, differ), ("neither", counts.neither, {})]
-    width = (counts.both + counts.only_first) / n
+    won = counts.both + counts.only_first
+    width = won / n
+    succeeded = [("both", counts.both, ""), (f"only {first}", counts.only_first, "//")]
+    failed = [(f"only {second}", counts.only_second, "//"), ("neither", counts.neither, "")]
     _draw_column(ax, 0.0, width, n, succeeded, beside=-0.03)
     _draw_column(ax, width, 1 - width, n, failed, beside=1.03)
-    titles = [
-        f"{first} {how}\n{sum(count for _, count, _ in cells)} of {n} pairs"
-        for how, cells in (("succeeded", succeeded), ("failed", failed))
-    ]
+    titles = [f"{first} {how}\n{count} of {n} pairs" for how, count in (("succeeded", won), ("failed", n - won))]
     ax.set_xticks([width / 2, (1 + width) / 2], titles)
     ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=f"gray: {second} succeeded; hatched: they differ; n = {n} pairs")
     return ax
 
 
 def _draw_column(
-    ax: Axes, left: float, width: float, n: int, cells: Sequence[tuple[str, int, dict[str, Any]]], *, beside: float
+    ax: Axes, left: float, width: float, n: int, cells: Sequence[tuple[str, int, str]], *, beside: float
 ) -> None:
-    """Draw the cell in which the second succeeded and, on top, the cell in which it failed; `beside` is the margin."""
+    """Draw the cell in which the second succeeded and, on top, the cell in which it failed: name, count, hatch.
+
+    Small cells have their texts at `beside`, in the margin.
+    """
     total = sum(count for _, count, _ in cells)
     bottom = 0.0
-    for (name, count, style), gray in zip(cells, ("0.8", "white"), strict=True):
+    edge = float(beside > 0)
+    for (name, count, hatch), gray in zip(cells, ("0.8", "white"), strict=True):
         height = count / total if total else 0.5  # the column has no width
-        ax.bar(left, height, width, bottom, align="edge", facecolor=gray, edgecolor="black", **style)
+        ax.bar(left, height, width, bottom, align="edge", facecolor=gray, edgecolor="black", hatch=hatch)
         text, middle = f"{name}\n{count} ({count / n:.1%})", bottom + height / 2
         if width > 0.25 and height > 0.12:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
             ax.text(left + width / 2, middle, text, ha="center", va="center", bbox=box)
         else:  # the centers of a column's cells are half its height apart, so there is room for texts in the margin
-            edge, side = (0.0, "right") if beside < 0 else (1.0, "left")
-            ax.annotate(text, (edge, middle), (beside, middle), ha=side, va="center", annotation_clip=False,
+            ax.annotate(text, (edge, middle), (beside, middle), ha="left" if edge else "right", va="center",
+                        annotation_clip=False,
                         arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
         bottom += height
 

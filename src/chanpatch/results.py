@@ -96,9 +96,7 @@ class Effects(Records):
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the largest effects into the axes, or into new ones; see `chanpatch.plots.effect_ranking`."""
-        axes: Axes = importlib.import_module("chanpatch.plots").effect_ranking(
-            self._effects(), ax, label=self.effect_label
-        )
+        axes: Axes = imported("chanpatch.plots").effect_ranking(self._effects(), ax, label=self.effect_label)
         return axes
 
     def _effects(self) -> list[dict[str, Any]]:

@@ -138,6 +138,20 @@ MESSAGES: dict[str, tuple[Any, str]] = {
         "No hook point matches 'h.*.attm.out[0]'. Did you mean 'h.9.attn.out[0]'? `*` ends at a dot, `**` does not. "
         "(258 hook points; print the HookPoints to list them.)",
     ),
+    "a star for several parts": (
+        lambda: POINTS.select("*.act"),
+        "No hook point matches '*.act'. '**.act' matches 24: `*` ends at a dot, `**` does not. (258 hook points; print "
+        "the HookPoints to list them.)",
+    ),
+    "a call of a module that is called once": (
+        lambda: POINTS.select("h.*#0"),
+        "No hook point matches 'h.*#0'. 'h.*' matches 12: a module that is called once has no call number. (258 hook "
+        "points; print the HookPoints to list them.)",
+    ),
+    "a star for several parts in axes": (
+        lambda: hook_points(MODEL, INPUT, axes={"*.act": ("batch", "feature")}),
+        "axes={'*.act': ...}: no hook point matches. '**.act' matches 24: `*` ends at a dot, `**` does not.",
+    ),
     "a misspelt part in axes": (
         lambda: hook_points(MODEL, INPUT, axes={"h.*.attm": ("batch", "feature")}),
         "axes={'h.*.attm': ...}: no hook point matches. Did you mean 'h.9.attn.out'?",

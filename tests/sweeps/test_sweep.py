@@ -183,7 +183,7 @@ class Whisper(nn.Module):
         class Ear(nn.Module):
             def forward(ear, vector: Tensor) -> Tensor:
                 self.heard.append(vector.sum(1, keepdim=True))
-                return vector
+                return vector.clone()
 
         self.ear = Ear()
 
@@ -622,7 +622,7 @@ class Modulated(nn.Module):
 
             def forward(inner, vector: Tensor) -> Tensor:
                 leave(inner, inner.linear(vector))
-                return vector
+                return vector.clone()
 
         self.factors = Factors()
 
@@ -671,15 +671,19 @@ def test_what_is_left_where_it_cannot_be_put_back_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["auto", "resume"])
-def test_an_edit_that_returns_its_region_leaves_the_tensor_that_is_written_into_later(strategy: Any) -> None:
+@pytest.mark.parametrize("writes", [Tensor.relu_, nn.ReLU(inplace=True)], ids=["a function", "a module"])
+def test_an_edit_that_returns_its_region_leaves_the_tensor_that_is_written_into_later(
+    strategy: Any, writes: Any
+) -> None:
     class Aliased(Squashed):
         def __init__(self) -> None:
             super().__init__()
             self.same = nn.Identity()
+            self.writes = writes
 
         def forward(self, vector: Tensor) -> Tensor:
             hidden = self.first(vector)
-            self.same(hidden).relu_()
+            self.writes(self.same(hidden))
             return self.last(hidden)
 
     inputs = vectors(ROWS)

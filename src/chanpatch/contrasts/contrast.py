@@ -15,9 +15,8 @@ from ..engine.inputs import Inputs, first_batch, input_count
 from ..engine.state import undisturbed
 from ..errors import ContrastError
 from ..patching.recording import Reduce
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, traced
 from ..registry.sites import HookPoint, Site
-from ..registry.trace import traced
 from ..statistics.corrections import benjamini_hochberg, holm
 from ..statistics.resampling import bootstrap_interval, sign_flip_test
 from .result import LEVEL, Contrast

@@ -18,22 +18,18 @@ from ..registry.sites import Site
 
 def searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:
     """Return the sites to compare, in execution order, and why a search left out hook points."""
-    if not (isinstance(sites, str) and sites == "all"):
-        order = [*points]
-        chosen = sorted(sites_of(points, sites), key=lambda site: order.index(site.name))
-        for site in chosen:
-            _check_reducible(site, reduce)
-        return [part for site in chosen for part in _by_layer(points, site, reduce)], {}
+    order, is_search = [*points], isinstance(sites, str) and sites == "all"
+    outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
     found: list[Site] = []
     skipped = {}
-    for point in points.values():
-        if point.side == "in":
-            continue
+    for site in sorted(outputs if is_search else sites_of(points, sites), key=lambda site: order.index(site.name)):
         try:
-            _check_reducible(points.site(point.name), reduce)
-            found += _by_layer(points, points.site(point.name), reduce)
+            _check_reducible(site, reduce)
+            found += _by_layer(points, site, reduce)
         except SiteError as fault:
-            skipped[point.name] = str(fault)
+            if not is_search:
+                raise
+            skipped[site.name] = str(fault)
     if not found:
         why = f" Of the first: {next(iter(skipped.values()))}" if skipped else ""
         raise ContrastError(f"Nothing can be compared at any of the {len(points)} hook points.{why}")
@@ -68,9 +64,9 @@ def _check_reducible(site: Site, reduce: Reduce) -> None:
 
 
 def channels_of(site: Site, count: int, reduce: Reduce) -> Sequence[Site]:
-    """Return a site per channel of a site; the site itself where it has none."""
+    """Return a site per channel of a site; the site itself if it has none."""
     point = site.point
-    assert point is not None
+    assert point is not None  # sites_of binds sites to their points
     kept = [axis for axis in reduced_axes(site, point.axes, reduce) if axis != "batch"]
     return site.split(kept[0]) if kept and kept[0] in point.axes else [site] * count
 

@@ -23,15 +23,6 @@ from .metrics import (
 )
 
 __all__ = [
-    "Metric",
-    "action_flip",
-    "action_probability",
-    "at_position",
-    "entropy",
-    "kl_divergence",
-    "log_probability",
-    "logit_difference",
-    "normalized_effect",
-    "total_variation",
-    "value",
-]
+    "Metric", "action_flip", "action_probability", "at_position", "entropy", "kl_divergence", "log_probability",
+    "logit_difference", "normalized_effect", "total_variation", "value",
+]  # fmt: skip

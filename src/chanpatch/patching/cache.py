@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ..errors import BatchAxisError, HookPointError, SiteError, did_you_mean
 from ..registry.names import is_pattern, selected, spellings
-from ..registry.points import normalized
-from ..registry.sites import Axes, HookPoint, Site, no_batch
+from ..registry.sites import Axes, HookPoint, Site, no_batch, normalized
 from ..results import Records
 
 

@@ -17,8 +17,8 @@ from ..engine.paths import inside_vmap
 from ..engine.sessions import Session
 from ..errors import EditError, TraceMismatchError, UnsupportedModelError
 from ..registry.axes import axis_names
+from ..registry.points import names_by_trace
 from ..registry.sites import Axes, HookPoint, Site, read, unusual_layout, written
-from ..registry.trace import names_by_trace
 from ..results import Records
 from .edits import Context, Set, check_mask, check_operands, fits, shown_axes
 from .patch import Mask, Patch, edit_name

@@ -13,9 +13,8 @@ from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
 from ..patching.recording import Reduce
-from ..registry.points import HookPoints, site_of
+from ..registry.points import HookPoints, site_of, traced
 from ..registry.sites import HookPoint, Site
-from ..registry.trace import traced
 from ..results import progress_bar
 
 

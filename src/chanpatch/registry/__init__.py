@@ -5,8 +5,7 @@ points.site("embedder.relu3", channel=55)
 """
 
 from ..engine.calls import tap
-from .points import HookPoints
+from .points import HookPoints, hook_points
 from .sites import HookPoint, Site
-from .trace import hook_points
 
 __all__ = ["HookPoint", "HookPoints", "Site", "hook_points", "tap"]

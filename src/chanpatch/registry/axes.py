@@ -6,6 +6,7 @@ functions pass on the names of their input. The registry calls other axes `axis0
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,19 +17,9 @@ from ..engine.paths import Item, Path, leaves
 
 Names = tuple["str | None", ...]
 
-
 _SPACE = {1: ("position",), 2: ("row", "col"), 3: ("depth", "row", "col")}
 
-_SPATIAL = ("Conv", "ConvTranspose", "LazyConv", "LazyConvTranspose", "MaxPool", "MaxUnpool", "AvgPool", "LPPool",
-            "FractionalMaxPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "BatchNorm", "InstanceNorm",
-            "ZeroPad", "ConstantPad", "ReflectionPad", "ReplicationPad", "CircularPad")  # fmt: skip
-
-_DIMENSIONS: dict[type, int] = {
-    kind: count
-    for count in _SPACE
-    for prefix in _SPATIAL
-    if (kind := getattr(nn, f"{prefix}{count}d", None)) is not None
-} | {nn.PixelShuffle: 2, nn.PixelUnshuffle: 2}
+_SPATIAL = re.compile(r"\w*(?:Conv|Transpose|[Pp]ool|Norm|Pad)([123])d|Pixel(?:Uns|S)huffle")
 
 _ELEMENTWISE = tuple(
     kind
@@ -45,41 +36,41 @@ def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Name
 
     `inputs` are the axis names of the module's first input, if known.
     """
-    count = next((_DIMENSIONS[kind] for kind in type(module).__mro__ if kind in _DIMENSIONS), None)
+    torch_names = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    spatial = next(filter(None, map(_SPATIAL.fullmatch, torch_names)), None)
     names: Names | None = None
-    if count is not None:
-        names = _spatial_names(module, count, ndim, inputs)
+    if spatial:
+        names = _spatial_names(module, _SPACE[int(spatial[1] or 2)], ndim, inputs)
     elif isinstance(module, nn.Linear) and ndim:
         same = side == "out" and inputs and len(inputs) == ndim
         names = (*(inputs[:-1] if same and inputs else (None,) * (ndim - 1)), "feature")
     elif isinstance(module, nn.RNNBase):
         names = _recurrent_names(module, path, ndim)
-    elif isinstance(module, (nn.RNNCellBase, nn.MultiheadAttention, *_ATTENTION)):
-        names = _fixed_names(module, side, path, ndim)
+    elif isinstance(module, nn.RNNCellBase):
+        names = ("batch", "feature")[-ndim:]
+    elif isinstance(module, (nn.MultiheadAttention, *_ATTENTION)):
+        names = _attention_names(module, side, path, ndim)
     elif side == "out" and inputs is not None:
         names = _passed_on(module, inputs)
     return names if names and len(names) == ndim else (None,) * ndim
 
 
-def _spatial_names(module: nn.Module, count: int, ndim: int, inputs: Names | None) -> Names | None:
+def _spatial_names(module: nn.Module, space: Names, ndim: int, inputs: Names | None) -> Names | None:
     if isinstance(module, nn.BatchNorm1d) and ndim == 2:
         return inputs if inputs and len(inputs) == 2 and None not in inputs else ("batch", "channel")
-    return {2: ("batch", "channel", *_SPACE[count]), 1: ("channel", *_SPACE[count])}.get(ndim - count)
+    return ("batch", "channel", *space)[-ndim:] if ndim > len(space) else None
 
 
 def _recurrent_names(module: nn.RNNBase, path: Path, ndim: int) -> Names | None:
     if not all(isinstance(step, Item) for step in path):  # a PackedSequence has no axis of its own for the batch
         return None
-    if path in ((Item(0),), (Item("input"),)):
-        if ndim == 2:
-            return ("position", "feature")
-        return ("batch", "position", "feature") if module.batch_first else ("position", "batch", "feature")
-    return {3: ("layer", "batch", "feature"), 2: ("layer", "feature")}.get(ndim)
+    first = "position" if path in ((Item(0),), (Item("input"),)) else "layer"
+    if ndim == 2:
+        return (first, "feature")
+    return ("batch", first, "feature") if module.batch_first and first == "position" else (first, "batch", "feature")
 
 
-def _fixed_names(module: nn.Module, side: str, path: Path, ndim: int) -> Names | None:
-    if isinstance(module, nn.RNNCellBase):
-        return {2: ("batch", "feature"), 1: ("feature",)}.get(ndim)
+def _attention_names(module: nn.Module, side: str, path: Path, ndim: int) -> Names | None:
     if isinstance(module, nn.MultiheadAttention) and side == "out" and path == (Item(1),):
         return {4: ("batch", "head", "query", "key"), 3: ("batch", "query", "key"), 2: ("query", "key")}.get(ndim)
     if side == "in" and path != (Item(0),):
@@ -116,16 +107,14 @@ class NamePropagation(TorchFunctionMode):
         super().__init__()
         self._named: dict[int, tuple[Names, Tensor]] = {}  # by id, so each tensor has to stay alive
 
-    def names(self, tensor: Tensor) -> Names | None:
-        """Return the names known for a tensor, or None."""
-        return self._named.get(id(tensor), (None, tensor))[0]
+    def names(self, tensor: Tensor) -> Names:
+        """Return the names of a tensor's axes, None for those that are not known."""
+        known, _ = self._named.get(id(tensor), ((), tensor))
+        return known if len(known) == tensor.dim() else (None,) * tensor.dim()
 
     def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
         """Fill in unknown names; the first name stays."""
-        known = self.names(tensor)
-        if known is None or len(known) != tensor.dim():
-            known = (None,) * tensor.dim()
-        self.rename(tensor, [a or b for a, b in zip(known, names, strict=True)])
+        self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
 
     def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:
         """Override the known names."""
@@ -136,7 +125,6 @@ class NamePropagation(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
             for _, operand in leaves((args, kwargs)):
-                names = self.names(operand)
-                if names is not None and operand.shape == result.shape:
-                    self.learn(result, names)
+                if operand.shape == result.shape and any(self.names(operand)):
+                    self.learn(result, self.names(operand))
         return result

@@ -16,7 +16,7 @@ from ..engine.hooks import Place
 from ..engine.paths import Attr, Item, Path
 from ..errors import HookPointError, did_you_mean
 
-_SIDE = re.compile(r"\.(?:in|out)(?![^.\[])|$")
+_SIDE = re.compile(r"\.(in|out)(?![^.\[])|$")
 _STEP = re.compile(r"""\[(\d+|"[^"]*"|'[^']*')\]|\.([A-Za-z_]\w*)""")
 
 
@@ -34,17 +34,13 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
     Raises:
         HookPointError: If there is no such module, or the name does not follow the grammar.
     """
-    if name and name in known:
-        return Place(name, name, "out", (), None)
-    ends = [match.start() for match in _SIDE.finditer(name)]
-    for end in reversed(ends):  # a module may itself be called "out": the longest module name wins
-        module, _, call = name[:end].partition("#") if name[:end] not in known else (name[:end], "", "")
-        tail = re.fullmatch(r"\.(in|out)(.*)|", name[end:], re.DOTALL)
-        path = parsed_path(tail[2] or "") if tail else None
-        if module in known and path is not None and (not call or call.isdigit()) and (name[end:] or module):
-            side: Literal["in", "out"] = "in" if tail and tail[1] == "in" else "out"
-            if side == "out" or path:
-                return Place(name, module, side, path, int(call) if call else None)
+    for match in reversed([*_SIDE.finditer(name)]):  # a module may itself be called "out": the longest name wins
+        base, path = name[: match.start()], parsed_path(name[match.end() :])
+        module, _, call = (base, "", "") if base in known else base.partition("#")
+        side: Literal["in", "out"] = "in" if match[1] == "in" else "out"
+        is_tensor = path if side == "in" else match[1] or module  # the inputs together are not one, nor is ""
+        if module in known and path is not None and is_tensor and (call.isdigit() or not call):
+            return Place(name, module, side, path, int(call) if call else None)
     if is_pattern(name):
         raise HookPointError(
             f"'{name}' is a pattern, and a bare model has no list of hook points to match. Give its hook points: "
@@ -57,7 +53,7 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
 
 
 def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
-    """Return why there is no such hook point: it is a weight, or it is not among the known names."""
+    """Return the reason why there is no such hook point: it is a weight, or it is not among the known names."""
     module, _, weight = name.rpartition(".")
     if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
         return f"'{name}' is a weight, not a hook point. In the forward, tap('name', weight) makes it one."
@@ -127,6 +123,16 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
         if chosen:
             return [*chosen]
     return []
+
+
+def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
+    """Return advice on a pattern that selects nothing: one like it that selects something, if there is one."""
+    like = {
+        re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call number.",
+        re.sub(r"^\*\.", "**.", pattern): "`*` ends at a dot, `**` does not.",
+    }
+    found = ((each, why, len(selected(each, names))) for each, why in like.items())
+    return next((f" '{each}' matches {count}: {why}" for each, why, count in found if count), "")
 
 
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:

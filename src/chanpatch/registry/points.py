@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..engine.hooks import Place
-from ..engine.inputs import copied_inputs
-from ..errors import HookPointError, SiteError, UnsupportedModelError, did_you_mean
+from ..engine.hooks import Place, Station
+from ..engine.inputs import Inputs, batches, copied_inputs
+from ..engine.sessions import disabled
+from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
 from ..results import Records
-from .names import is_pattern, parsed_name, path_text, selected, spellings, unknown_name, written_name
-from .sites import HookPoint, Index, Site
+from .names import alternative, is_pattern, parsed_name, path_text, selected, spellings, unknown_name, written_name
+from .sites import Axes, HookPoint, Index, Site, normalized
+from .trace import traced_run
 
 
 class HookPoints(Records, Mapping[str, HookPoint]):
@@ -66,9 +69,9 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
         Args:
             pattern: Such as `"embedder.block*.res?"`. `*` is any text without a dot, `**` any number of parts between
-                dots, `?` one character; everything else means itself. A pattern that ends in a module takes its
-                outputs: `"h.*"` is `h.0`, or `h.0.out[0]` and so on if the module returns several tensors, in every
-                call; `"h.*.in[0]"` and `"h.*.out[1]"` take an input or a part of the output, `"**.in"` all inputs.
+                dots, `?` one character. A pattern that ends in a module takes its outputs in every call: `"h.*"` is
+                `h.0`, or `h.0.out[0]` and so on if the module returns several tensors. `"h.*.in[0]"` and
+                `"h.*.out[1]"` take an input or a part of the output, `"**.in"` all inputs.
 
         Raises:
             HookPointError: If no name matches, or `?` leaves out the longer numbers of a list (h.10 with `"h.?"`).
@@ -77,8 +80,8 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         chosen = [self._points[name] for name in selected(pattern, points)]
         if not chosen:
             dots = " `*` ends at a dot, `**` does not." if "*" in pattern else ""
-            hint = did_you_mean(pattern, [*self._points, *self._aliases])
-            raise HookPointError(f"No hook point matches '{pattern}'.{hint}{dots} {self._advice()}")
+            hint = alternative(pattern, points) or did_you_mean(pattern, self._names()) + dots
+            raise HookPointError(f"No hook point matches '{pattern}'.{hint} {self._advice()}")
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
         return HookPoints(self.model, chosen, **facts)
 
@@ -98,9 +101,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
     def bind(self, site: Site) -> Site:
         """Return the same site bound to its hook point; raise like `site`."""
         point = self[site.name]
-        if site.point == point:
-            return site
-        return normalized(site if site.name == point.name else Site(point.name, **dict(site.indices)), point)
+        return site if site.point == point else normalized(site, point)
 
     def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         """Return the output of the traced method on copies of these arguments."""
@@ -115,33 +116,35 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self._aliases.get(name, name)
 
     def _unknown(self, name: str) -> str:
-        doubled = [
-            f"{each.side}{path_text(each.path)} of '{each.module}'" for each in self._doubled if each.name == name
-        ]
+        doubled = [f"{p.side}{path_text(p.path)} of '{p.module}'" for p in self._doubled if p.name == name]
         if doubled:
             return (
                 f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Give a submodule, or a "
                 "part of what a module returns, another name."
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        module = modules.get(name, name)
         if name in self.not_called:
             return (
                 f"Hook point '{name}' never fired: the traced forward did not call that module. "
                 f"{self._advice()} To trace another path, pass its inputs or its method to hook_points()."
             )
+        module = modules.get(name, name)
         fired = [point.name for point in self._points.values() if modules.get(point.module, point.module) == module]
         if fired:
             return f"'{name}' is {len(fired)} hook points: {', '.join(fired)}. Name one of them."
         if is_pattern(name):
             return f"'{name}' is a pattern, and one hook point is expected. Take those of points.select('{name}')."
-        return f"{unknown_name(name, modules, [*self._points, *self._aliases])} {self._advice()}"
+        return f"{unknown_name(name, modules, self._names())} {self._advice()}"
+
+    def _names(self) -> list[str]:
+        return [*self._points, *self._aliases]
+
+    _ipython_key_completions_ = _names
 
     def _advice(self) -> str:
-        count = len(self)
-        if count <= 8:
+        if len(self) <= 8:
             return f"(Hook points that fired: {', '.join(self)}.)"
-        return f"({count} hook points; print the HookPoints to list them.)"
+        return f"({len(self)} hook points; print the HookPoints to list them.)"
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per hook point."""
@@ -161,37 +164,94 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return f"{len(self)} hook points of {type(self.model).__name__}, in execution order"
 
     def _notes(self) -> list[str]:
-        notes = []
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
-        if unproved:
-            shown = ", ".join(unproved[:6]) + (", ..." if len(unproved) > 6 else "")
-            notes.append(f"Batch axis not proved for {len(unproved)} of them: {shown}")
-        if self.not_called:
-            notes.append(f"Not called: {', '.join(self.not_called)}")
-        if self._doubled:
-            names = dict.fromkeys(point.name for point in self._doubled)
-            notes.append(f"Left out, as several have that name: {', '.join(names)}")
-        return notes
+        shown = unproved if len(unproved) <= 6 else [*unproved[:6], "..."]
+        named = {
+            f"Batch axis not proved for {len(unproved)} of them": shown,
+            "Not called": self.not_called,
+            "Left out, as several have that name": dict.fromkeys(point.name for point in self._doubled),
+        }
+        return [f"{note}: {', '.join(names)}" for note, names in named.items() if names]
 
     def _lines(self) -> list[dict[str, Any]]:
         return [{**record, "parameters": f"{record['parameters']:,}"} for record in self.to_records()]
 
-    def _ipython_key_completions_(self) -> list[str]:
-        return [*self._points, *self._aliases]
+
+def hook_points(
+    model: nn.Module,
+    *example_inputs: Any,
+    method: str = "__call__",
+    axes: Mapping[str, tuple[str, ...]] | None = None,
+    **example_keywords: Any,
+) -> HookPoints:
+    """Return every place where an activation of the model can be read or written, in execution order.
+
+    The model runs under `torch.no_grad`, and again with one more row, which proves the batch axis. Random number
+    generators, buffers, attributes and training flags are restored.
+
+    Args:
+        model: Any module.
+        example_inputs: Inputs with at least one row; the model gets copies. In the second run an input grows along the
+            axis named "batch", by `axes` or by a module such as a sequence-first LSTM. An input with unnamed axes grows
+            along its first axis instead, if that is as long as the batch.
+        method: The method to run, if not the forward. Its inputs are `.in[0]`, ...
+        axes: Axis names by patterns as in `HookPoints.select`, for axes that no module type names:
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions pass them on.
+        example_keywords: Keyword inputs.
+
+    Raises:
+        UnsupportedModelError: If the model is compiled, scripted or lazy, or handles nested tensors.
+        BatchAxisError: If the example inputs have no rows.
+        HookPointError: If `axes` names a hook point that did not fire, or a tap has the name of another hook point.
+        SiteError: If `axes` gives another number of names than the hook point has axes, or one name twice.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> points = hook_points(model, torch.zeros(2, 3, 9, 9))
+        >>> points["1"].axes, points["1"].shape
+        (('batch', 'channel', 'row', 'col'), (8, 7, 7))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hook_points takes a torch.nn.Module, not {no_module(model)}")
+    refuse_unhookable(dict(model.named_modules()))
+    return HookPoints(model, method=method, **traced_run(model, method, example_inputs, example_keywords, axes or {}))
 
 
-def normalized(site: Site, point: HookPoint) -> Site:
-    """Check a site against the trace, write its indices out, and bind it to the hook point."""
-    batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # as long as each forward's
-    lengths = [point.length(axis) or 0 for axis in point.axes]
-    written = {axis: index for axis, index in site.indices if axis == batch}
-    checked = Site(site.name, **{axis: index for axis, index in site.indices if axis != batch})
-    for number, positions in checked.positions(point.axes, lengths).items():
-        every = tuple(range(lengths[number]))
-        chosen = every[positions] if isinstance(positions, slice) else tuple(positions)
-        if chosen != every:
-            written[point.axes[number]] = chosen
-    return Site(site.name, **written).at(point)
+def traced(
+    points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
+) -> HookPoints:
+    """Return given hook points, or those of a model, traced with its inputs or with the first batch of them."""
+    if isinstance(points_or_model, HookPoints):
+        return points_or_model
+    model = model_of(points_or_model)
+    if inputs is None:
+        what = type(model).__name__
+        raise TypeError(f"There are no inputs to trace the {what} with. Give its hook points: hook_points(model, ...).")
+    each = [inputs] if isinstance(inputs, (Tensor, tuple, Mapping)) else inputs
+    for arguments, named in batches(each, 1):
+        return hook_points(model, *arguments, **named, **keywords)
+    raise BatchAxisError("There are no inputs to trace the model with. Give one batch at least.")
+
+
+def names_by_trace(
+    model: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, tuple[Axes, int | None]]:
+    """Return axes and batch axis by hook point, from one trace with these inputs; empty if that trace fails.
+
+    The trace may run in the middle of a forward that has listeners: they do not hear of it.
+    """
+    if model not in _names:
+        stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
+        sessions = {at.session for each in stations for at in each.listeners}.union(*(each.scopes for each in stations))
+        found = {}
+        with suppress(Exception), disabled(sessions):
+            points = hook_points(model, *args, method=method, **kwargs).values()
+            found = {name: (each.axes, each.batch_axis) for each in points for name in (each.name, *each.aliases)}
+        _names[model] = found
+    return _names[model]
+
+
+_names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = WeakKeyDictionary()
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
@@ -206,13 +266,13 @@ def sites_of(
     points_or_model: HookPoints | nn.Module, sites: str | Site | HookPoint | Iterable[str | Site | HookPoint]
 ) -> tuple[Site, ...]:
     """Return checked sites from names, patterns, hook points or sites, in the order given, without duplicates."""
-    each = [sites] if isinstance(sites, (str, Site, HookPoint)) else sites
-    if isinstance(points_or_model, HookPoints):
-        select = points_or_model.select
-        each = [one for item in each
-                for one in (select(item) if isinstance(item, str) and is_pattern(item) else [item])]  # fmt: skip
-    named = [item if isinstance(item, Site) else Site(item.name).at(item) if isinstance(item, HookPoint)
-             else Site(item) for item in each]  # fmt: skip
+    named: list[Site] = []
+    for item in [sites] if isinstance(sites, (str, Site, HookPoint)) else sites:
+        if isinstance(points_or_model, HookPoints) and isinstance(item, str) and is_pattern(item):
+            named += map(Site, points_or_model.select(item))
+        else:
+            named.append(Site(item.name).at(item) if isinstance(item, HookPoint) else
+                         item if isinstance(item, Site) else Site(item))  # fmt: skip
     if not named:
         raise SiteError("There are no sites to record: sites is empty. Name one or more, as in sites=['conv1'].")
     return tuple(dict.fromkeys(bound(points_or_model, named)))
@@ -244,10 +304,8 @@ def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> lis
             found.append(site)
         except (HookPointError, SiteError) as fault:
             faults.append(fault)
-    if len(faults) > 1:
-        raise type(faults[0])("\n".join([f"{len(faults)} faults:", *(f"- {fault}" for fault in faults)]))
     if faults:
-        raise faults[0]
+        raise type(faults[0])(in_one(faults))
     return found
 
 
@@ -276,29 +334,26 @@ def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, di
 def refuse_unhookable(modules: Mapping[str, nn.Module]) -> None:
     """Raise if the calls of one of a model's modules ignore hooks."""
     for name, module in modules.items():
-        if why := _unhookable(module):
-            raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
-
-
-def _unhookable(module: nn.Module) -> str:
-    if "_orig_mod" in module._modules:
-        return (
-            "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the original "
-            "module (compiled._orig_mod), or compile the PatchedPolicy made of it."
-        )
-    if module._compiled_call_impl is not None or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-        return (
-            "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, or "
-            "compile the PatchedPolicy made of it."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        return (
-            "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python module."
-        )
-    devices = len(module.device_ids) if isinstance(module, nn.DataParallel) else 1
-    if devices > 1:
-        return (
-            f"is a DataParallel over {devices} devices, which runs copies of its module. Pass the module inside "
-            "(.module) and run it on one device."
-        )
-    return ""
+        if "_orig_mod" in module._modules:
+            why = (
+                "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the "
+                "original module (compiled._orig_mod), or compile the PatchedPolicy made of it."
+            )
+        elif module._compiled_call_impl is not None or hasattr(
+            vars(module).get("forward"), "_torchdynamo_orig_callable"
+        ):
+            why = (
+                "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, "
+                "or compile the PatchedPolicy made of it."
+            )
+        elif isinstance(module, torch.jit.ScriptModule):
+            why = "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python "
+            why += "module."
+        elif isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            why = (
+                f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. Pass the "
+                "module inside (.module) and run it on one device."
+            )
+        else:
+            continue
+        raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")

@@ -70,9 +70,7 @@ class Site:
         if unnamed:
             raise SiteError(f"Site({name!r}, {unnamed[0]!r}): an index needs the name of its axis, as in channel=2.")
         selections = {axis: _selection(name, axis, index) for axis, index in indices.items()}
-        object.__setattr__(self, "name", name)
-        object.__setattr__(self, "indices", tuple(sorted(selections.items())))
-        object.__setattr__(self, "point", None)
+        vars(self).update(name=name, indices=tuple(sorted(selections.items())), point=None)  # a frozen dataclass
 
     def split(self, axis: str) -> tuple[Site, ...]:
         """Return one site per index of an axis, in order.
@@ -80,27 +78,25 @@ class Site:
         Raises:
             SiteError: If the axis does not exist, or its length is not known.
         """
-        chosen = dict(self.indices).get(axis)
-        axes = () if self.point is None else self.point.axes
+        chosen, point = dict(self.indices).get(axis), self.point
         if isinstance(chosen, Flags):
-            chosen = tuple(position for position, flag in enumerate(chosen.values) if flag)
-        elif chosen is None and self.point is not None and axis in axes:
-            chosen = tuple(range(self.point.length(axis) or 0)) or None
-        if not isinstance(chosen, tuple):
+            chosen = tuple(_positions(chosen, len(chosen.values), axis))
+        elif chosen is None and point is not None and axis in point.axes:
+            chosen = tuple(range(point.length(axis) or 0)) or None
+        if isinstance(chosen, tuple):
+            return tuple(Site(self.name, **{**dict(self.indices), axis: index}).at(point) for index in chosen)
+        if point is None:
+            why = "the length of that axis is not known. Name its indices, or take the site from points.site(...) of a "
+            why += "traced model."
+        elif axis in point.axes:
             why = "the batch is as long as each forward's. Name its indices, or choose rows with where=."
-            if self.point is None:
-                why = (
-                    "the length of that axis is not known. Name its indices, or take the site from points.site(...) "
-                    "of a traced model."
-                )
-            elif axis not in axes:
-                hint = did_you_mean(axis, axes)
-                why = f"there is no such axis.{hint} Hook point '{self.name}' has axes ({', '.join(axes)})."
-            raise SiteError(f"{self!r} cannot be split along '{axis}': {why}")
-        return tuple(Site(self.name, **{**dict(self.indices), axis: index}).at(self.point) for index in chosen)
+        else:
+            why = f"there is no such axis.{did_you_mean(axis, point.axes)} "
+            why += f"Hook point '{self.name}' has axes ({', '.join(point.axes)})."
+        raise SiteError(f"{self!r} cannot be split along '{axis}': {why}")
 
     def at(self, point: HookPoint | None) -> Site:
-        """Return the same site bound to a traced hook point."""
+        """Return the same site bound to a traced hook point, unchecked."""
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
@@ -143,11 +139,11 @@ def _selection(name: str, axis: str, index: Any) -> Selection:
     if isinstance(index, (Span, Flags)):
         return index
     if isinstance(index, slice):
+        parts = index.start, index.stop, index.step
         try:
-            parts = [None if part is None else operator.index(part) for part in (index.start, index.stop, index.step)]
+            return Span(*(None if part is None else operator.index(part) for part in parts))
         except TypeError as fault:
             raise SiteError(f"Site({name!r}, {axis}={index!r}): the ends of a slice are whole numbers.") from fault
-        return Span(*parts)
     if isinstance(index, (Tensor, np.ndarray)):
         index = index.tolist()
     values = [index] if _is_whole(index) else index
@@ -237,6 +233,20 @@ class HookPoint(Place):
         if position == self.batch_axis:
             return None
         return self.shape[position - (self.batch_axis is not None and position > self.batch_axis)]
+
+
+def normalized(site: Site, point: HookPoint) -> Site:
+    """Check a site against the trace, write its indices out, and bind it to the hook point."""
+    batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # as long as each forward's
+    lengths = [point.length(axis) or 0 for axis in point.axes]
+    written = {axis: index for axis, index in site.indices if axis == batch}
+    checked = Site(site.name, **{axis: index for axis, index in site.indices if axis != batch})
+    for number, positions in checked.positions(point.axes, lengths).items():
+        every = tuple(range(lengths[number]))
+        chosen = every[positions] if isinstance(positions, slice) else tuple(positions)
+        if chosen != every:
+            written[point.axes[number]] = chosen
+    return Site(point.name, **written).at(point)
 
 
 def no_batch(site: Site) -> str:

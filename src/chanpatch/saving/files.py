@@ -15,13 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..engine.inputs import Inputs
-from ..errors import ChanpatchError, InterventionError
+from ..errors import ChanpatchError, InterventionError, in_one
 from ..patching.contexts import checked_patches
 from ..patching.patch import Patch
-from ..registry.points import HookPoints
-from ..registry.trace import traced
+from ..registry.points import HookPoints, traced
 from ..results import Records
-from .format import decoded, encoded, in_one, printable, regular, trace_of
+from .format import decoded, encoded, printable, regular, trace_of
 from .receipts import Receipt, receipt_of
 
 
@@ -65,13 +64,12 @@ class Contents(Records):
         return f"{count}, saved by chanpatch {self.chanpatch}"
 
     def _notes(self) -> list[str]:
-        checksum = f"Checksum: {self.checksum}"
+        notes = [f"Checksum: {self.checksum}"]
         if self.checksum is None:
-            checksum = "No checksum: format 1 has none, so a damaged number would load. Compare the file with a copy."
-        receipt = ["No receipt: saved without inputs."]
-        if self.receipt is not None:
-            receipt = ["Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
-        return [checksum, *receipt]
+            notes = ["No checksum: format 1 has none, so a damaged number would load. Compare the file with a copy."]
+        if self.receipt is None:
+            return [*notes, "No receipt: saved without inputs."]
+        return [*notes, "Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
 
 
 def save(
@@ -89,15 +87,13 @@ def save(
 
     Args:
         file: Path of the file; `.safetensors` is the usual ending.
-        patches: One or more patches, in order of application, with edits of `chanpatch.patching`. Each `where` is a
-            mask.
+        patches: One or more patches, in order of application, with edits of `chanpatch.patching`, masks as `where`.
         points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs.
         inputs: Model inputs for the receipt: a tensor, a tuple of arguments, or a mapping of keywords.
 
     Raises:
         InterventionError: If a patch holds a function or a tensor that safetensors cannot store (all faults at once),
-            inputs come without points, the file is a folder, pipe or device, or the forward with the patches does not
-            repeat bit for bit.
+            inputs come without points, the file is not a regular one, or the forward does not repeat bit for bit.
         HookPointError, SiteError: If a site does not exist in `points`.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
@@ -120,22 +116,16 @@ def save(
         raise InterventionError("There are no patches to save. Give one or more.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no folder '{path.parent}' to save '{path.name}' in.")
-    receipt = None
-    if inputs is not None:
-        if points is None:
-            raise InterventionError("A receipt of inputs needs the model: save(file, patches, points, inputs=inputs).")
-        receipt = receipt_of(points, chosen, inputs)
-    written = encoded(chosen, receipt)
-    if points and inputs is not None:
-        with _partial(path, written) as partial:
-            again = load(partial, points)
-        if receipt_of(points, again, inputs) != receipt:
+    if inputs is not None and points is None:
+        raise InterventionError("A receipt of inputs needs the model: save(file, patches, points, inputs=inputs).")
+    receipt = None if inputs is None or points is None else receipt_of(points, chosen, inputs)
+    with _partial(path, encoded(chosen, receipt)) as partial:
+        if points and inputs is not None and receipt_of(points, load(partial, points), inputs) != receipt:
             raise InterventionError(
                 "The patches were not saved: two runs of the forward gave different outputs, so a receipt would be "
                 "useless. Make the forward repeat, as with torch.use_deterministic_algorithms(True), or save without "
                 "inputs."
             )
-    with _partial(path, written) as partial:
         os.replace(partial, path)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InterventionError
+from ..errors import InterventionError, in_one
 from ..patching.edits import Add, Clamp, Project, Resample, Scale, Set
 from ..patching.patch import Patch, edit_name
 from ..registry.sites import Flags, HookPoint, Site, Span
@@ -152,11 +152,6 @@ def _trace_text(saved: Any) -> str | None:
 def printable(text: str) -> str:
     """Escape control characters: a file may come from anybody, and a terminal obeys them."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
-
-
-def in_one(faults: list[str]) -> str:
-    """Return one message with all faults."""
-    return faults[0] if len(faults) == 1 else "\n".join([f"{len(faults)} faults:", *(f"- {each}" for each in faults)])
 
 
 def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, Any]:

@@ -28,9 +28,8 @@ class Receipt:
     """Digests of a run with patches. Two receipts are equal if the runs were equal bit for bit.
 
     Attributes:
-        weights: SHA-256 over name, dtype, shape and bytes of everything in the model's `state_dict`.
-        inputs: The same over every tensor in the inputs.
-        output: The same over every tensor in the patched output.
+        weights, inputs, output: SHA-256 over name, dtype, shape and bytes of every tensor in the model's `state_dict`,
+            in the inputs, and in the patched output.
         environment: Version of torch, devices, threads and training mode, which explain different last bits. Not
             compared.
     """

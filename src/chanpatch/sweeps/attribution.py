@@ -18,12 +18,10 @@ from ..patching.contexts import nan_error, patched
 from ..patching.patch import Patch
 from ..patching.recording import recording
 from ..patching.verbs import edit, patch_in
-from ..registry.points import HookPoints
+from ..registry.points import HookPoints, traced
 from ..registry.sites import Positions, read, written
-from ..registry.trace import traced
 from ..results import largest_first, progress_bar
-from .forward import Forward
-from .plan import Entry, entries_of
+from .plan import Entry, Forward, entries_of
 from .result import Attribution
 
 
@@ -42,22 +40,18 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
     """Return estimates of how much each of many patches, alone, changes a metric.
 
     The estimate is the change that the patch makes to its region times the gradient of the metric there, summed over
-    the region. It takes three forwards and one backward for all patches together, and is exact if the metric is linear
-    in the activation.
+    the region. All patches together take three forwards, one backward, and memory for one region each. The estimate is
+    exact if the metric is linear in the activation.
 
     With `steps` above 1 the gradient is a mean over the straight line between the clean and the patched activation
     (integrated gradients), taken in the middle of each of that many equal parts. Patches of one hook point whose
     regions do not overlap move along the line together, with a forward and a backward per step. With many steps their
     estimates add up to the exact effect of all of them.
 
-    Memory grows by one region per patch. Many patches of a whole hook point take as many activations; attribute them
-    in parts.
-
     Args:
         points_or_model, inputs, keywords, progress: As for `sweep`.
         patches: A mapping of labels to patches, or a sequence of patches, labeled by their sites.
-        metric: A differentiable function of the output, such as those in `chanpatch.metrics`. A keyword-only parameter
-            `baseline` gets the unpatched output.
+        metric: A differentiable function of the output, as for `sweep`.
         steps: Number of points of the line at which the gradient is taken; 1 takes it at the clean activation.
         verify: Number of the largest estimates, and of patches drawn at random, to verify by real forwards.
         seed: Random seed of the draw.
@@ -88,11 +82,11 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         "Attribution patching outperforms automated circuit discovery"; Sundararajan, Taly and Yan 2017, "Axiomatic
         attribution for deep networks", for the integrated version.
     """
-    points = traced(points_or_model, inputs, keywords)
     if type(steps) is not int or type(verify) is not int or steps < 1 or verify < 0:
         raise SweepError(
             f"steps={steps!r} and verify={verify!r}: take one step at least and verify none at least, in whole numbers."
         )
+    points = traced(points_or_model, inputs, keywords)
     entries = entries_of(points, patches, "patches")
     chosen = [_only_patch(entry, points) for entry in entries]
     run = _Runs(points, inputs, keywords, metric)
@@ -110,22 +104,15 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
                 gradient = run.mean_gradient(name, clean[name], [changes[row] for row in rows], steps, advance)
             for row in rows:
                 positions, difference = changes[row]
-                effect[row] = float((difference * read(gradient, positions)).double().sum()) / run.inputs
+                effect[row] = float((difference * read(gradient, positions)).double().sum()) / run.input_count
         to_verify = {*largest_first(effect)[:verify], *np.flatnonzero(drawn)}
         advance(verified - len(to_verify))  # some of those drawn are among the largest
         for row in to_verify:
             exact[row] = run.exact(chosen[row])
             advance(1)
+    labels, correlation = tuple(entry.label for entry in entries), _rank_correlation(effect[drawn], exact[drawn])
     found = Attribution(
-        labels=tuple(entry.label for entry in entries),
-        patches=tuple(chosen),
-        exact=exact,
-        drawn=drawn,
-        rank_correlation=_rank_correlation(effect[drawn], exact[drawn]),
-        sample=int(drawn.sum()),
-        inputs=run.inputs,
-        steps=steps,
-        _effect=effect,
+        labels, tuple(chosen), exact, drawn, correlation, int(drawn.sum()), run.input_count, steps, _effect=effect
     )
     if fault := _poor_estimates(found, run):
         warnings.warn(fault, RuntimeWarning, stacklevel=3)  # at the caller, past the decorator
@@ -180,13 +167,6 @@ _FEWEST_RANKED = 10  # patches in the random sample; with fewer, the rank correl
 def _poor_estimates(found: Attribution, run: _Runs) -> str:
     """Return why the estimates are of another model or unlike the exact effects; an empty text if they are not."""
     names = sorted({patch.site.name for patch in found.patches})
-    missed = {}
-    for name in names:
-        here = ~np.isnan(found.exact) & [patch.site.name == name for patch in found.patches]
-        largest = np.abs(found.exact[here]).max(initial=0)
-        if largest > run.rounding and np.abs(found.effect()[here]).max() < 1e-3 * largest:
-            missed[name] = largest
-    ranked = found.sample >= _FEWEST_RANKED and np.abs(found.exact[found.drawn]).max() > run.rounding
     if run.shares_memory:
         return (
             "The model gives another output when an activation is replaced by its equal: a module writes in place into "
@@ -194,6 +174,12 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
             "estimates are off; the exact effects are not. Patch what the module returns, or build it without "
             "inplace=True."
         )
+    missed = {}
+    for name in names:
+        here = ~np.isnan(found.exact) & [patch.site.name == name for patch in found.patches]
+        largest = np.abs(found.exact[here]).max(initial=0)
+        if largest > run.rounding and np.abs(found.effect()[here]).max() < 1e-3 * largest:
+            missed[name] = largest
     if missed:
         return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
@@ -201,7 +187,8 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
             "near 0 or 1, a divergence from the clean output), or something in between has no gradient (.detach(), "
             f"argmax, rounding). {_INSTEAD}"
         )
-    if ranked and found.rank_correlation < 0.5:
+    changed = np.abs(found.exact[found.drawn]).max(initial=0) > run.rounding
+    if changed and found.sample >= _FEWEST_RANKED and found.rank_correlation < 0.5:
         return (
             "The estimates rank the patches unlike the exact effects: the rank correlation is "
             f"{found.rank_correlation:.2f} over {found.sample} patches drawn at random. {_INSTEAD}"
@@ -209,30 +196,30 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
     return ""
 
 
-class _Runs:
-    """The runs of an attribution on the same inputs."""
+class _Runs(Forward):
+    """The forwards of an attribution, with a metric."""
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, ...], keywords: dict[str, Any], metric: Metric) -> None:
-        self._points, self._metric = points, metric
-        self._forward = Forward(points, inputs, keywords)
-        with self._forward.running() as run:
-            self._baseline = run.kept(self._forward.output())
+        super().__init__(points, inputs, keywords)
+        self._metric = metric
+        with self.running() as run:
+            self._baseline = run.kept(self.output())
             self._clean = measured(metric, self._baseline, self._baseline)
         self._scale = float(self._clean.nan_to_num().abs().max())
-        self.inputs = len(self._clean)
+        self.input_count = len(self._clean)
         self.rounding = 1e-6 * self._scale  # a smaller change in the metric may be due to rounding
         self.shares_memory = False  # whether a module writes in place into a patched activation that is read elsewhere
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the clean activations at hook points, and the gradients of the metric there."""
-        watched = [edit(self._points.site(name), _differentiable) for name in names]
+        watched = [edit(self.points.site(name), _differentiable) for name in names]
         with (
-            self._forward.running(),
+            self.running(),
             torch.enable_grad(),
-            patched(self._points, watched),
-            recording(self._points, names, detach=False) as cache,
+            patched(self.points, watched),
+            recording(self.points, names, detach=False) as cache,
         ):
-            values = self._measured(self._forward.output())  # with each activation replaced by its equal
+            values = self._measured()  # with each activation replaced by its equal
             clean = {name: cache[name] for name in names}
             for name, activation in clean.items():
                 if not activation.requires_grad:
@@ -248,10 +235,10 @@ class _Runs:
     def changes(self, patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> list[_Change]:
         """Return the region of each patch, and the change that it makes there in the clean run."""
         changes: list[_Change] = []
-        with self._forward.undisturbed as run:
+        with self.undisturbed as run:
             for patch in patches:
-                point, before = self._points[patch.site.name], clean[patch.site.name]
-                after, flags = self._forward.fire([patch], before)
+                point, before = self.points[patch.site.name], clean[patch.site.name]
+                after, flags = self.fire([patch], before)
                 if any(flag for _, flag in flags):
                     raise nan_error(patch)
                 positions = patch.site.positions(point.axes, before.shape)
@@ -269,18 +256,17 @@ class _Runs:
             moved = written(moved, positions, difference)
         for step in range(steps):
             there = (clean + moved * ((step + 0.5) / steps)).requires_grad_()
-            replaced = patch_in(self._points.site(name), there)
-            with self._forward.running(), torch.enable_grad(), patched(self._points, replaced):
-                total += _gradients(self._measured(self._forward.output()), {name: there})[name]
+            with self.running(), torch.enable_grad(), patched(self.points, patch_in(self.points.site(name), there)):
+                total += _gradients(self._measured(), {name: there})[name]
             advance(1)
         return total / steps
 
     def exact(self, patch: Patch) -> float:
-        with self._forward.running(), patched(self._points, patch):
-            return float((self._measured(self._forward.output()) - self._clean).double().mean())
+        with self.running(), patched(self.points, patch):
+            return float((self._measured() - self._clean).double().mean())
 
-    def _measured(self, output: Any) -> Tensor:
-        return measured(self._metric, output, self._baseline)
+    def _measured(self) -> Tensor:
+        return measured(self._metric, self.output(), self._baseline)
 
 
 def _differentiable(activation: Tensor) -> Tensor:

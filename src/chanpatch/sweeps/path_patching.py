@@ -15,10 +15,9 @@ from ..patching.cache import ActivationCache
 from ..patching.contexts import patched
 from ..patching.recording import recording
 from ..patching.verbs import patch_in
-from ..registry.points import HookPoints, sites_of
+from ..registry.points import HookPoints, sites_of, traced
 from ..registry.sites import HookPoint, Site
-from ..registry.trace import traced
-from .forward import Forward
+from .plan import Forward
 
 
 def path_patch(
@@ -42,8 +41,7 @@ def path_patch(
         clean: Inputs: a tensor `(batch, ...)`, or a tuple or dict of such, as the model takes them.
         corrupted: The other input of each pair.
         sender: The hook point where the path begins.
-        receivers: The hook points where it ends, later in the forward, such as the inputs of a module. A path to one
-            receiver through another counts.
+        receivers: The hook points where it ends, such as the inputs of a module. A path to one through another counts.
         metric: As for `sweep`; one metric.
         frozen: Hook points to freeze, if they lie between the sender and the last receiver. By default, the outputs of
             all modules with weights that call no other module (Linear, Conv2d, Embedding, LSTM, MultiheadAttention),
@@ -76,10 +74,11 @@ def path_patch(
     counts = [input_count(inputs) for inputs in (clean, corrupted)]
     if counts[0] != counts[1]:
         raise ContrastError(f"clean has {counts[0]} inputs and corrupted {counts[1]}: give one of each per pair.")
-    senders, receiving = _sites(points, sender, "sender"), _sites(points, receivers, "receiver")
-    if len(senders) > 1:
-        raise SiteError(f"There are {len(senders)} senders, but a path begins at one. Take the paths of each in turn.")
-    sending = senders[0]
+    (sending, *others), receiving = _sites(points, sender, "sender"), _sites(points, receivers, "receiver")
+    if others:
+        raise SiteError(
+            f"There are {1 + len(others)} senders, but a path begins at one. Take the paths of each in turn."
+        )
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
@@ -89,10 +88,8 @@ def path_patch(
         baseline = clean_run()
 
     def arriving(held: Sequence[Site]) -> ActivationCache:
-        with (
-            patched(points, [patch_in(sending, source), *(patch_in(site, cache) for site in held)]),
-            recording(points, ends) as found,
-        ):
+        patches = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
+        with patched(points, patches), recording(points, ends) as found:
             clean_run()
         return found
 
@@ -135,57 +132,37 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
             f"The receiver {whole[0]!r} is what the whole model returns, where every path ends. Name the module that "
             "computes it, or its input, such as 'head.in[0]'; or what is to be frozen."
         )
-    if frozen is None:
-        frozen = _with_weights(points)
-    each = _listed(frozen)
-    ends = [points[site.name] for site in receivers]
-    last = max(order[end.name] for end in ends)
-    around = _calls_around(points[sender.name], points)
+    start, ends = points[sender.name], [points[site.name] for site in receivers]
+    # The calls around the sender began before it; its own is one of them if the sender is an input.
+    exempt = {(each.module, each.call) for each in points.values()
+              if each.side == "in" and order[each.name] <= order[start.name]}  # fmt: skip
+    exempt -= {(start.module, start.call)} if start.side == "out" else set()
+    exempt |= {(end.module, end.call) for end in ends}
+    inside = tuple(f"{end.module}." for end in ends if end.side == "out")
     return [
         site
-        for site in (sites_of(points, each) if each else ())
-        if order[sender.name] < order[site.name] < last
-        and not any(_is_part(points[site.name], end) for end in ends)
-        and (points[site.name].module, points[site.name].call) not in around
+        for site in _sites(points, _with_weights(points) if frozen is None else frozen)
+        if order[start.name] < order[site.name] < max(order[end.name] for end in ends)
+        and (points[site.name].module, points[site.name].call) not in exempt
+        and not points[site.name].module.startswith(inside)
     ]
 
 
-def _calls_around(sender: HookPoint, points: HookPoints) -> set[tuple[str, int | None]]:
-    """Return the module calls that began before the sender, its own included if it is an input."""
-    names = [*points]
-    until = [points[name] for name in names[: names.index(sender.name) + 1]]
-    began = {(each.module, each.call) for each in until if each.side == "in"}
-    return began - ({(sender.module, sender.call)} if sender.side == "out" else set())
-
-
-def _is_part(point: HookPoint, receiver: HookPoint) -> bool:
-    """Return whether a hook point belongs to a receiver's call, or lies inside the module whose output it is."""
-    inside = receiver.side == "out" and point.module.startswith(f"{receiver.module}.")
-    return inside or (point.module, point.call) == (receiver.module, receiver.call)
-
-
-def _sites(points: HookPoints, named: Any, what: str) -> tuple[Site, ...]:
-    each = _listed(named)
-    if not each:
-        raise SiteError(f"There is no {what}: name a hook point, such as 'head.in[0]'.")
-    return sites_of(points, each)
-
-
-def _listed(named: Any) -> list[Any]:
-    return [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
+def _sites(points: HookPoints, named: Any, needed: str = "") -> tuple[Site, ...]:
+    each = [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
+    if needed and not each:
+        raise SiteError(f"There is no {needed}: name a hook point, such as 'head.in[0]'.")
+    return sites_of(points, each) if each else ()
 
 
 def _with_weights(points: HookPoints) -> list[HookPoint]:
     """Return the outputs of modules with weights that call no other such module and are not norms."""
     # A parametrization computes weights, not activations.
-    weighted = [
-        each for each in points.values() if each.parameters and "parametrizations" not in each.module.split(".")
-    ]
+    weighted = [p for p in points.values() if p.parameters and "parametrizations" not in p.module.split(".")]
     modules = {point.module for point in weighted}
+    outputs = [p for p in weighted if p.side == "out" and "norm" not in p.module_type.lower()]
     return [
         point
-        for point in weighted
-        if point.side == "out"
-        and "norm" not in point.module_type.lower()
-        and not any(other.startswith(f"{point.module}." if point.module else "") for other in modules - {point.module})
+        for point in outputs
+        if not any(other.startswith(f"{point.module}." if point.module else "") for other in modules - {point.module})
     ]

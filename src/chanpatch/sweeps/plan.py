@@ -1,25 +1,35 @@
-"""The plan of a sweep: labeled patches, the clean run, and groups of patches that share a prefix."""
+"""The plan of a sweep: labeled patches, the forward, its clean run, and groups of patches that share a prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ..engine.inputs import batches, copied_inputs, input_count
+from ..engine.moments import Moment, forward_context, published
 from ..engine.sessions import Session
+from ..engine.state import undisturbed
 from ..errors import SweepError, UnreachedError
 from ..labels import Patches, labelled_patches
-from ..patching.contexts import checked_patches
+from ..patching.cache import ActivationCache
+from ..patching.contexts import ContextSession, checked_patches
 from ..patching.edits import Set
+from ..patching.firing import Firing
 from ..patching.patch import Patch
-from ..registry.points import HookPoints, refuse_unhookable, root_of
-from ..registry.sites import HookPoint
-from .forward import Forward
+from ..patching.recording import run_with_cache
+from ..registry.points import HookPoints
+from ..registry.sites import HookPoint, Site
+from .prefix import Prefix, fresh
 
 _LIVE = 6  # activations alive at a time in a forward: a module's input and output, a residual, temporary copies
 _FEWEST_ALIKE = 3  # entries with equal later patches that make a group of their own
+_FEWEST_TO_CUT = 8  # inputs; with fewer, a forward of one input saves nothing
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
 class Entry(NamedTuple):
@@ -45,6 +55,93 @@ class Group(NamedTuple):
         return [patch for patch in entry.patches if patch.site.name == self.point.name]
 
 
+class Forward:
+    """The traced method on copies of the same inputs, without side effects."""
+
+    def __init__(
+        self,
+        points: HookPoints,
+        inputs: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+        *,
+        check_nan: bool = True,
+        row: int | None = None,
+    ) -> None:
+        self.points, self.inputs, self.check_nan = points, (inputs, dict(keywords)), check_nan
+        self.row = row  # which row of the batch the inputs are; None if they are the whole batch
+        self.undisturbed = undisturbed(points.model)
+        self.prefix = Prefix(points.model, self.undisturbed.snapshot)
+        self.rebound: list[tuple[dict[str, Any], str]] = []  # attributes that the last call set
+
+    def __call__(self) -> Any:
+        """Return the model's output."""
+        with self.running() as run:
+            before = [(vars(module), vars(module).copy()) for module in self.points.model.modules()]
+            output = run.kept(self.output())
+            self.rebound = [
+                (own, name)
+                for own, earlier in before
+                for name, value in own.items()
+                if name not in _OF_TORCH and not callable(value) and earlier.get(name, before) is not value
+            ]
+            return output
+
+    @contextmanager
+    def running(self, skip: int = 0) -> Iterator[undisturbed]:
+        """Prepare for one forward, of which the first `skip` module calls do not run; restore the model at the end."""
+        rows = published.rows if self.row is None else [self.row]
+        with (
+            self.undisturbed as run,
+            forward_context(step=published.step, rows=rows),
+            _usual_attention(),
+            self.prefix.skipped(skip) if skip else nullcontext(),
+        ):
+            yield run
+
+    def output(self) -> Any:
+        """Return the model's output, inside `running`."""
+        return fresh(self.points.run(*self.inputs))  # a model may return the same dict each time
+
+    def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
+        """Return the activation at a site, where the forward ends."""
+        args, kwargs = copied_inputs(*self.inputs)
+        with self.running(skip):
+            cache: ActivationCache = run_with_cache(self.points, *args, sites=site, stop=True, **kwargs)
+            return cache
+
+    def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
+        """Apply patches to the activation at their hook point; return it, and NaN flags of patches that have one."""
+        args, kwargs = self.inputs
+        inputs, flags = (*args, *kwargs.values()), []
+        for patch in patches:
+            point = self.points[patch.site.name]
+            firing = Firing(patch, point, check_nan=self.check_nan)
+            moment = Moment(inputs, point.call or 0, published.step, published.rows, self.points.method)
+            activation = firing(activation, moment)
+            flags += [] if firing.nan is None else [(patch, firing.nan)]
+        return activation, flags
+
+    def ends(self) -> list[Forward]:
+        """Return the same forward of the first row, and of the last; nothing if that saves no time."""
+        count = input_count(self.inputs)
+        if count < _FEWEST_TO_CUT or published.rows is not None:
+            return []
+        first, last = next(batches(self.inputs, 1)), [*batches(self.inputs, count - 1)][-1]
+        cut = {0: first, count - 1: last}
+        return [Forward(self.points, *each, check_nan=self.check_nan, row=row) for row, (each, _) in cut.items()]
+
+
+@contextmanager
+def _usual_attention() -> Iterator[None]:
+    """Disable torch's fused attention: vmap has no rule for it, and the modules it calls depend on hooks."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
     """Return an entry for each label, numbered from `start`; errors call the patches `what`."""
     named = labelled_patches(patches, what, SweepError)
@@ -66,8 +163,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
     The prefix may keep outputs of up to max_bytes.
     """
     points, prefix = forward.points, forward.prefix
-    session = Session(*root_of(points))
-    refuse_unhookable(session.modules)
+    session = ContextSession(points)
     seen: dict[str, _Seen] = {}
 
     def note(name: str, leaf: Tensor, session: Session) -> Tensor:
@@ -80,7 +176,6 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
             first_at.setdefault(patch.site.name, entry)
     for name in first_at:
         session.listen(points[name], "patch", partial(note, name))
-    session.confined = True
     taps = {points[name].module for name in first_at if points[name].side == "tap"}
     with session.attached(), prefix.remembered(taps, max_bytes):
         output = forward()
@@ -99,18 +194,18 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
 def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen]) -> Iterator[Group]:
     """Divide entries by the hook point at which they begin, then by their later patches."""
     order = {name: number for number, name in enumerate(seen)}
-    begun: dict[str, dict[Any, tuple[tuple[Patch, ...], list[Entry]]]] = {}
+    begun: dict[str, dict[Any, tuple[tuple[Patch, ...], list[Entry]]]] = {name: {} for name in seen}
     for entry in entries:
         first = min((patch.site.name for patch in entry.patches), key=order.__getitem__)
         later = tuple(patch for patch in entry.patches if patch.site.name != first)
         key = tuple((patch.site, _key(patch.edit), _key(patch.where)) for patch in later)
-        begun.setdefault(first, {}).setdefault(key, (later, []))[1].append(entry)
-    for first in sorted(begun, key=order.__getitem__):
+        begun[first].setdefault(key, (later, []))[1].append(entry)
+    for first, alike in begun.items():
         nbytes, on_cpu, skippable = seen[first]
         bytes_each = _LIVE * max(nbytes, forward.prefix.largest_after(skippable))
         others: list[Entry] = []
-        for later, members in begun[first].values():
-            if not later or len(members) >= _FEWEST_ALIKE or len(begun[first]) == 1:
+        for later, members in alike.values():
+            if not later or len(members) >= _FEWEST_ALIKE or len(alike) == 1:
                 yield Group(forward.points[first], tuple(members), later, skippable, bytes_each, on_cpu)
             else:
                 others += members

@@ -45,8 +45,9 @@ class _Call:
 class Prefix:
     """The calls of one forward, each with its output, for later forwards to skip.
 
-    A call is remembered as a whole if nobody listens inside it and it draws no random numbers. Hooks of the module
-    itself still run, around the remembered forward. The caller restores the model.
+    A call is remembered as a whole if nobody listens inside it, it draws no random numbers, and its output shares no
+    memory with its arguments. Other calls run in each forward. Hooks of the module itself still run, around the
+    remembered forward. The caller restores the model.
     """
 
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
@@ -95,16 +96,18 @@ class Prefix:
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._inside or not self._quiet[module]:
             return forward(*args, **kwargs)
+        given = {storage(tensor) for _, tensor in leaves((args, kwargs))} - {0}
         if any(getattr(part, "inplace", False) for part in module.modules()):
-            self._keep_apart({id(tensor) for _, tensor in leaves((args, kwargs))})
+            self._keep_apart(given)
         self._tapped, drawn = False, self._random_state()
         output = self._run(forward, *args, **kwargs)
-        size = sum(tensor.nbytes for _, tensor in leaves(output))
+        returned = [tensor for _, tensor in leaves(output)]
+        size = sum(tensor.nbytes for tensor in returned)
         # A skipped draw would change later draws, and inference tensors have no version to reveal writes in place.
         known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
-        if known and not any(tensor.is_inference() for _, tensor in leaves(output)):
+        if known and not any(tensor.is_inference() or storage(tensor) in given for tensor in returned):
             self._free_bytes -= size
-            versions = [(tensor, tensor._version) for _, tensor in leaves(output)]
+            versions = [(tensor, tensor._version) for tensor in returned]
             self.calls.append(_Call(module, fresh(output), versions, Snapshot(module.modules()).note(), known=True))
         else:
             self.calls.append(_Call(module, None, [], None, known=False))
@@ -130,9 +133,9 @@ class Prefix:
             self.finished += 1
 
     def _keep_apart(self, written: Collection[int]) -> None:
-        """Keep copies of the outputs that a module is about to write into."""
+        """Keep copies of the outputs with a storage that a module is about to write into."""
         for call in self.calls:
-            if call.known and any(id(tensor) in written for tensor, _ in call.versions):
+            if call.known and any(storage(tensor) in written for tensor, _ in call.versions):
                 call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
 
     def _random_state(self) -> tuple[Any, ...]:

@@ -106,9 +106,8 @@ class SweepResult(Effects):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and metric, the controls last.
 
-        A record has the label, the metric, the effect with `low` and `high` of its interval, and the mean metric with
-        and without the patch. If there are controls, it also has: whether it is one, its rank among them, p, or why
-        there is no p.
+        It has: label, metric, effect, `low` and `high` of its interval, the mean metric with (`patched`) and without
+        the patch (`baseline`); and with controls: control, rank among them, p, no_p (why there is no p).
         """
         if self.controls is None:
             return self._records()
@@ -126,15 +125,12 @@ class SweepResult(Effects):
 
     def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
         first = self._rows(np.arange(min(len(self), ROWS)))  # the bootstrap of all rows could take long
+        head = ("label", "metric") if len(self.values) > 1 else ("label",)
+        tail = ("patched", "baseline", *(("rank", "p") if self.controls else ()))
         lines = [
-            {
-                "label": record["label"],
-                **({"metric": record["metric"]} if len(self.values) > 1 else {}),
-                **shown_effect("effect", record),
-                "patched": record["patched"],
-                "baseline": record["baseline"],
-                **({"rank": record["rank"], "p": record["p"]} if self.controls else {}),
-            }
+            {name: record[name] for name in head}
+            | shown_effect("effect", record)
+            | {name: record[name] for name in tail}
             for record in first.to_records()
             if not record.get("control")
         ]

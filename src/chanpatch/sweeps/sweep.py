@@ -3,14 +3,14 @@
 The path of a sweep, file by file:
 
 - `sweep`: `sweep()` checks its arguments and collects the numbers into a `SweepResult` (`result`).
-- `forward`: a `Forward` runs the model on copies of the same inputs, and restores the model (`engine.state`).
-- `plan`: `entries_of` makes one `Entry` per label. `clean_run` runs the model once, unpatched. Entries whose patches
-  begin at one hook point form a `Group`.
+- `plan`: `entries_of` makes one `Entry` per label. A `Forward` runs the model on copies of the same inputs, and
+  restores the model (`engine.state`). `clean_run` runs it once, unpatched. Entries whose patches begin at one hook
+  point form a `Group`.
 - `prefix`: a `Prefix` remembers the module calls of the clean run. Later forwards skip those before a group.
-- `execution`: an `Execution` runs each group. It tries the fast strategies, compares two patches of the group with the
-  plain loop, and falls back to the loop.
-- `strategies`: `loop` runs the model inside `patched`. `resumed` is a loop that skips the prefix. `vmapped` applies
-  each entry's patches to the clean activation, then runs the suffix under `torch.vmap` for a chunk of entries.
+- `strategies`: an `Execution` runs each group. It tries the fast strategies, compares two patches of the group with the
+  plain loop, and falls back to the loop. `loop` runs the model inside `patched`. `resumed` is a loop that skips the
+  prefix. `vmapped` applies each entry's patches to the clean activation, then runs the suffix under `torch.vmap` for a
+  chunk of entries.
 - `metrics.measured`: `Metrics` measures each output.
 
 `attribution` estimates the same effects by gradients, and `path_patching` splits one by path; both run a `Forward`.
@@ -30,13 +30,11 @@ from ..engine.paths import get
 from ..errors import MetricError, SweepError
 from ..labels import Patches
 from ..metrics.measured import Metric, Metrics
-from ..registry.points import HookPoints
-from ..registry.trace import traced
+from ..registry.points import HookPoints, traced
 from ..results import progress_bar
-from .execution import Execution, Strategy
-from .forward import Forward
-from .plan import Entry, clean_run, entries_of
+from .plan import Entry, Forward, clean_run, entries_of
 from .result import SweepInterrupted, SweepResult
+from .strategies import Execution, Strategy
 
 
 def sweep(
@@ -61,14 +59,13 @@ def sweep(
         points_or_model: The model, which is traced with the inputs, or its HookPoints.
         inputs: Inputs of the model; each forward gets copies.
         patches: A mapping of labels to patches, each one patch or several that are applied together; or a sequence of
-            them, labeled by their sites: `[zero_ablate(site) for site in points.site("conv1").split("channel")]`.
+            them, labeled by their sites.
         metric: A function of the model's output that returns one number per input, `(batch,)`, or one number; or
             several by name. A keyword-only parameter `baseline` gets the unpatched output.
         controls: Patches to rank the others among, in the same form.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
             runs the modules after it for many patches at a time. `"auto"` takes, at each hook point, the fastest one
-            that gives the numbers of the loop for two of its patches. It always loops if dropout or batch norm is in
-            training mode.
+            that gives the numbers of the loop for two of its patches; it loops if dropout or batch norm is training.
         max_bytes: Approximate memory for the activations of one forward of many patches, and again for the remembered
             outputs of modules before the patches. One patch at a time always runs.
         check_nan: Whether NaN that a patch introduces is an error.
@@ -79,9 +76,7 @@ def sweep(
         HookPointError, SiteError: If a site does not exist; all faults at once.
         SweepError: If there are no patches, two have one label, or `max_bytes` or the strategy is not possible.
         MetricError: If a metric returns something else.
-        EditError, NaNError: If the result of an edit does not fit its region, or introduces NaN.
-        UnreachedError: If a patch never ran.
-        UnsupportedModelError: If the model ignores hooks.
+        EditError, NaNError, UnreachedError, UnsupportedModelError: As for `patched`.
         SweepInterrupted: On Ctrl-C, with the result of the finished patches.
 
     Example:
