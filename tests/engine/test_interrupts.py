@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 import chanpatch
 from chanpatch import PatchedPolicy, Site, hook_points, patched, recording, run_with_cache, steer, tap, zero_ablate
-from chanpatch.engine import calls, contexts, sessions, state
-from chanpatch.engine.contexts import compiled_code_runs_eagerly
+from chanpatch.engine import calls, hooks, sessions, state
+from chanpatch.engine.hooks import compiled_code_runs_eagerly
 from chanpatch.engine.sessions import StopForward
 
 FOLDER = str(Path(chanpatch.__file__).parent)
 OURS = tuple(
-    f"{FOLDER}/{each}" for each in ("engine/", "patching/contexts.py", "policies/twin.py", "registry/trace.py")
+    f"{FOLDER}/{each}"
+    for each in ("engine/", "patching/contexts.py", "policies/twin.py", "registry/trace.py", "registry/points.py")
 )
 
 
@@ -210,7 +211,7 @@ def left(case: Case) -> list[str]:
         "hooks": registered,
         "a method wrapper": {"act", "forward"} & {*vars(case.policy)},
         "gradients are off": not torch.is_grad_enabled(),
-        "compiled code stays eager": [*contexts._eager, *contexts._stance],
+        "compiled code stays eager": [*hooks._eager, *hooks._stance],
         "the stance": torch._dynamo.eval_frame._stance.stance != "default",
         "a lock": any(lock._is_owned() for lock in (state._ONE_AT_A_TIME, sessions._CHANGES)),
         "taps": [*calls._tap_observers, *filter(calls._hearing, calls._tap_sessions)],
@@ -224,7 +225,7 @@ def heal() -> None:
     """Put globals back after a fault, so that it is counted once."""
     torch.set_grad_enabled(True)
     torch.compiler.set_stance("default")
-    for each in (contexts._eager, contexts._stance, calls._tap_observers, calls._tap_sessions):
+    for each in (hooks._eager, hooks._stance, calls._tap_observers, calls._tap_sessions):
         each.clear()
     for lock in (state._ONE_AT_A_TIME, sessions._CHANGES):
         while lock._is_owned():

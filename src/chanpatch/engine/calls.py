@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .contexts import compiled_code_runs_eagerly, finally_twice
-from .hooks import STAGES, drop
+from .hooks import STAGES, compiled_code_runs_eagerly, drop, finally_twice
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
 from .containers import containers, contents, copied_containers, holds, with_copies, written_into
-from .contexts import eager, is_compiling
 from .paths import Path, get
 
 Stage: TypeAlias = Literal["before", "patch", "after"]
@@ -316,6 +315,57 @@ def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
             for flags in ("_with_kwargs", "_always_called"):
                 vars(module).get(f"{name}{flags}", {}).pop(key, None)
             del hooks[key]
+
+
+@contextmanager
+def finally_twice(end: Callable[[], object]) -> Iterator[None]:
+    """Call `end` at the end, twice, so that it is done even if an interrupt cuts it short once."""
+    try:
+        try:
+            yield
+        finally:
+            end()
+    finally:
+        end()
+
+
+@contextmanager
+def compiled_code_runs_eagerly() -> Iterator[None]:
+    """Run compiled code eagerly, since it ignores hooks that are added later; contexts may close in any order."""
+    token = object()
+
+    def end() -> None:
+        if token in _eager:
+            _eager.remove(token)
+        _settle_stance()
+
+    with finally_twice(end):
+        _eager.append(token)
+        _settle_stance()
+        yield
+
+
+_eager: list[object] = []
+_stance: list[Any] = []  # the one in force, if any
+
+
+def _settle_stance() -> None:
+    if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        # Without dynamo, nothing was compiled. An interrupt cannot come between setting it and noting it.
+        _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
+    elif _stance and not _eager:
+        _stance[0].__exit__(None, None, None)
+        _stance.clear()
+
+
+is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
+
+
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function; a model that is being compiled calls it as it is, instead of tracing into it."""
+    if is_compiling():
+        return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
+    return function
 
 
 def refuse_checkpoint(name: str) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .calls import forget_taps, hear_tap, wrapped_method
 from .containers import containers
-from .contexts import compiled_code_runs_eagerly, finally_twice
-from .hooks import Place, Stage, Station, read_only, refuse_checkpoint
+from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, finally_twice, read_only, refuse_checkpoint
 from .moments import Moment, RootCall, published
 from .paths import Item, Path, get, in_distribution, leaves, replace
 
@@ -205,6 +204,11 @@ class Session:
     def in_method(self) -> bool:
         """Whether a root call of a method is under way; the calls inside it are part of it."""
         return self.root_call is not None and self.root_call.station is None
+
+    @property
+    def in_call(self) -> bool:
+        """Whether a call of the model itself is under way; its forward is part of it."""
+        return self.in_method and self.root_call.method == "__call__"  # type: ignore[union-attr]
 
     def moment(self) -> Moment:
         """Return the forward under way, as edits see it."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import traceback
+import types
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
-from ..engine.contexts import Exit, Held
 from ..engine.hooks import Station
 from ..engine.moments import RootCall
 from ..engine.sessions import Session
@@ -65,6 +66,48 @@ class ContextSession(Session):
 
     def finish(self, error: Exception | None) -> None:
         """Raise if the context failed; an error in flight may get a note or be replaced."""
+
+
+class Exit:
+    """The `__exit__` of a context. `with` binds it before it enters the context; a call of `__enter__` does not."""
+
+    def __init__(self, leave: Callable[..., None]) -> None:
+        self._leave = leave
+
+    def __get__(self, context: Held | None, kind: type | None = None) -> Callable[..., None]:
+        if context is None:
+            return self._leave
+        context.is_held = True
+        return types.MethodType(self._leave, context)
+
+
+class Held(ContextDecorator):
+    """A context that must be held while it is open, by `with` or in a variable.
+
+    If it was entered by a call of `__enter__` and freed while open, the next root call of each session raises.
+    """
+
+    is_held = False
+    _open: tuple[tuple[Any, AbstractContextManager[None]], ...] = ()  # sessions that are open, and their contexts
+
+    def hold(self, session: Any, context: AbstractContextManager[None]) -> None:
+        """Enter the context of a session."""
+        self._open = (*self._open, (session, context))
+        context.__enter__()
+
+    def last(self) -> tuple[Any, AbstractContextManager[None]]:
+        """Return the session that was entered last, and its context."""
+        if not self._open:
+            raise RuntimeError("This context is not open: it was closed before, or never entered. Use `with`.")
+        return self._open[-1]
+
+    def forget(self, context: AbstractContextManager[None]) -> None:
+        """Hold a context no longer."""
+        self._open = tuple(each for each in self._open if each[1] is not context)
+
+    def __del__(self) -> None:
+        for session, context in () if self.is_held else self._open:
+            session.dropped, session.enabled = context, True
 
 
 class Opened(Held, Generic[Result]):

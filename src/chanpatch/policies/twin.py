@@ -16,11 +16,11 @@ from torch.distributions import Distribution
 from torch.fx import _symbolic_trace
 
 from ..engine.calls import observed
-from ..engine.contexts import Exit, Held, eager, is_compiling
+from ..engine.hooks import eager, is_compiling
 from ..engine.moments import RootCall
 from ..engine.sessions import disabled
 from ..errors import UnsupportedModelError
-from ..patching.contexts import Patching, check_reached, checked_patches, raise_nan
+from ..patching.contexts import Exit, Held, Patching, check_reached, checked_patches, raise_nan
 from ..patching.firing import Ledger
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of, refuse_unhookable, resolve
@@ -290,10 +290,12 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
 
 
 def _rooted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    is_forward = name == "forward"
+
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(STATE)
-        if state is None:
+        if state is None or (is_forward and state.in_call):
             return function(self, *args, **kwargs)
         call = eager(state.call_method) if is_compiling() else state.call_method
         return call(name, types.MethodType(function, self), args, kwargs)
