@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RolloutError
+from ..labels import refuse_shared_state
 from .checks import check_modes
+from .copies import patches_inside
 from .decisions import Masks, Outputs
 from .episodes import InitialState, Settings, play
 from .results import PairedRollouts, Rollout
@@ -141,9 +143,10 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         raise RolloutError(f"outputs names {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}.")
     settings = Settings(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
+    refuse_shared_state([(name, patches_inside(policy)) for name, policy in policies.items()])
     return PairedRollouts(
         {
-            name: play(policy, envs, seeds, settings._replace(outputs=each.get(name)))[0]
+            name: play(policy, envs, seeds, settings._replace(outputs=each.get(name)), label=name)[0]
             for name, policy in policies.items()
         }
     )
