@@ -58,7 +58,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     and the numbers of the episodes in `context.rows`. Give the vector environment as many sub-environments as fit into
     a forward.
 
-    The two are equal if the policy treats each row independently, and patches draw by row, as `resample_ablate` does.
+    The two are equal if the policy treats each row independently, and patches draw as `resample_ablate` and
+    `context.uniform` do.
     Wrap a policy without a forward in a small module that has one.
 
     Args:

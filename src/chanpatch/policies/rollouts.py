@@ -32,8 +32,8 @@ def rollout(
 ) -> Rollout:
     """Play one episode per seed.
 
-    The policy is called once per step, on the rows of the episodes that are still running. Patches get the step and
-    the numbers of these episodes in their `context`. If the policy treats each row independently, the result depends
+    The policy is called once per step, on the rows of the episodes that are still running. Patches get the step, the
+    episodes and their sub-environments in their `context`. If the policy treats each row independently, the result depends
     neither on the number of environments nor on the other seeds. A repeated seed gives the same level with other
     draws.
 
@@ -117,8 +117,9 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             policy.
 
     Raises:
-        ChanpatchError: As for `rollout`; if there is no policy; or if a module that computes otherwise in training is
-            in training mode in one of the policies only.
+        ChanpatchError: As for `rollout`; if there is no policy; if a module that computes otherwise in training is in
+            training mode in one of the policies only; if two policies share a callable object as edit or `where`; or if
+            an episode of two policies differs before their actions do, as the seed does not decide it.
 
     Example:
         >>> import gymnasium, torch
