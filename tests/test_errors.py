@@ -321,6 +321,11 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(2, 4), seed=0.7),  # type: ignore[arg-type]
         "Resample: the seed is 0.7; it takes a whole number.",
     ),
+    "a draw per something else": (
+        errors.EditError,
+        lambda: resample_ablate(POINTS.site("fc"), torch.zeros(2, 4), per="wave"),  # type: ignore[arg-type]
+        "Resample: per is 'wave'; it takes 'episode' or 'step'.",
+    ),
     "no rows to draw from": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(0, 4), seed=0),

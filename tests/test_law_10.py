@@ -55,7 +55,7 @@ class AroundTheLogits:
 
     def __call__(self, *inputs: Any) -> Any:
         centre, state = logits(self.policy, *inputs)
-        for episode, row in zip(published.rows.tolist(), centre, strict=True):
+        for episode, row in zip(published.now.rows.tolist(), centre, strict=True):
             self.centres[episode].append(row)
         distribution = Independent(Normal(centre, torch.ones_like(centre)), 1)
         return distribution if state is None else (distribution, state)

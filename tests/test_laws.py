@@ -8,7 +8,7 @@ import pickle
 import random
 import threading
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -545,7 +545,8 @@ def test_a_call_that_the_trace_did_not_have_is_an_error(shared_module: Model) ->
         shared_module.module(*shared_module.inputs(2))
 
 
-# Law 9: a random edit's draw is a function of (seed, call, row) only.
+# Law 9: a random edit's draw is a function of (seed, call, row) outside rollouts, and of (seed, sampling seed, episode
+# seed, its repetition, call, and the step where asked) inside.
 
 
 def test_a_random_edit_draws_the_same_for_a_row_however_the_rows_are_cut_and_ordered(model: Model) -> None:
@@ -562,6 +563,30 @@ def test_a_random_edit_draws_the_same_for_a_row_however_the_rows_are_cut_and_ord
     with patched(points, resample_ablate(points.site(model.site), reference, seed=4)):
         other = run_with_cache(points, *inputs, sites=model.site)[1][model.site]
     assert not torch.equal(other, whole)
+
+
+def test_in_a_rollout_a_draw_goes_by_the_episode_and_by_the_step_where_asked(model: Model) -> None:
+    inputs = model.inputs(6)
+    points = hook_points(model.module, *inputs)
+    _, reference = run_with_cache(points, *model.inputs(20), sites=model.site)
+    episodes = {"seeds": np.array([4, 2**70, 15, 16, 23, 4], object), "repetitions": [0, 0, 0, 0, 0, 1]}
+
+    def drawn(per: Literal["episode", "step"], rows: list[int], **changed: Any) -> Tensor:
+        known = {"step": 1, "sampling_seed": 0, **episodes, **changed}
+        patch = resample_ablate(points.site(model.site), reference, seed=3, per=per)
+        with patched(points, patch), forward_context(rows=rows, **known):
+            return run_with_cache(points, *(each[rows] for each in inputs), sites=model.site)[1][model.site]
+
+    every = list(range(6))
+    for per in ("episode", "step"):
+        whole = drawn(per, every)
+        for rows in ([4, 2], [0], [5, 3, 1]):
+            assert torch.equal(drawn(per, rows), whole[rows])
+        turned = drawn(per, every, seeds=episodes["seeds"][::-1], repetitions=[0, 0, 0, 0, 0, 1])
+        assert torch.equal(turned[1:5], whole[[4, 3, 2, 1]])
+        assert not torch.equal(drawn(per, every, sampling_seed=1), whole)
+        assert not torch.equal(drawn(per, every, repetitions=[1] * 6), whole)
+        assert torch.equal(drawn(per, every, step=2), whole) is (per == "episode")
 
 
 def test_a_random_edit_of_some_rows_draws_for_them_what_it_draws_for_them_among_all(model: Model) -> None:

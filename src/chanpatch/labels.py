@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from .errors import ChanpatchError, EditError, UnreachedError
+from .patching.context import may_hold_state
 from .patching.contexts import checked_patches
-from .patching.patch import Patch
+from .patching.patch import Patch, edit_name
 from .registry.sites import Site
 
 Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
@@ -36,6 +37,18 @@ def labelled_patches(
                 "patches."
             )
     return named
+
+
+def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
+    """Raise if a callable object is an edit or a `where` under two labels: they would share its state."""
+    known: dict[int, Any] = {}
+    for label, patches in named:
+        for function in [function for patch in patches for function in (patch.edit, patch.where)]:
+            if callable(function) and may_hold_state(function) and known.setdefault(id(function), label) != label:
+                raise EditError(
+                    f"{edit_name(function)} is under two labels, {known[id(function)]!r} and {label!r}, so each would "
+                    "continue with the other's state. Give each an object of its own, or use a plain function."
+                )
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def test_the_effect_of_zeroed_channels_is_that_of_a_dense_matrix_of_the_patched_
     assert np.ptp(expected, axis=0).max() > 0.01
 
 
-def test_resampling_draws_the_donors_of_a_rollout_whose_episodes_are_the_levels():
+def test_resampling_draws_the_donors_of_a_forward_whose_rows_are_the_levels():
     points, levels = shipped_points(), draw_levels(6, size=5, seed=3, cheese="in distribution")
     reference = activations(points, draw_levels(5, size=9, seed=4, mouse="anywhere"), SITE)
     chains = Chains.of(levels)

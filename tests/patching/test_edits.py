@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from chanpatch import Patch, Site, hook_points, patched
 from chanpatch.errors import EditError
@@ -93,19 +93,33 @@ def test_clamp_refuses_bounds_that_are_missing_or_crossed(low, high):
         Clamp(low, high)
 
 
-def forward(rows: list[int], call: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(rows=torch.tensor(rows), call=call)
+def drawn_by(resample: Resample, region: Tensor) -> Tensor:
+    """Return what an edit makes of the output of an identity."""
+    points = hook_points(nn.Identity(), region)
+    with patched(points, Patch(points.site(".out"), resample)):
+        return points.model(region)
 
 
 def test_resample_returns_rows_of_the_reference():
     reference = torch.arange(30.0).view(10, 3)
-    drawn = Resample(reference, seed=0)(torch.zeros(7, 3), context=forward(list(range(7))))
+    drawn = drawn_by(Resample(reference, seed=0), torch.zeros(7, 3))
     assert all(any(torch.equal(row, donor) for donor in reference) for row in drawn)
 
 
 def test_resample_takes_rows_along_its_batch_axis():
     reference = torch.arange(30.0).view(3, 10)
-    drawn = Resample(reference, seed=0, batch_axis=1)(torch.zeros(3, 7), context=forward(list(range(7))))
+
+    class AlongTheSecondAxis(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            return self.inner(x.T)
+
+    points = hook_points(AlongTheSecondAxis(), torch.zeros(7, 3))
+    with patched(points, Patch(points.site("inner"), Resample(reference, seed=0, batch_axis=1))):
+        drawn = points.model(torch.zeros(7, 3))
     donors = donor_rows(0, 0, torch.arange(7), 10)
     assert torch.equal(drawn, reference[:, donors])
 
@@ -159,6 +173,7 @@ NOT_OPERANDS = {
     "resample with a fraction for a seed": lambda: Resample(REGION, 0.7),
     "resample no rows": lambda: Resample(REGION[:0], 0),
     "resample an axis that is not there": lambda: Resample(REGION, 0, batch_axis=4),
+    "resample per wave": lambda: Resample(REGION, 0, per="wave"),
 }
 
 

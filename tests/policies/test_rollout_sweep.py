@@ -32,7 +32,7 @@ class Counting(nn.Module):
     def __init__(self, forwards):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 3))
-        self.note = lambda rows: forwards.append((published.step, rows))
+        self.note = lambda rows: forwards.append((published.now.step, rows))
 
     def forward(self, observations):
         self.note(len(observations))
@@ -78,6 +78,10 @@ def test_a_sweep_equals_paired_rollouts_with_a_patched_policy_each(case):
     donors = run_with_cache(points, *case.inputs(7), sites=site, stop=True)
     first = next(iter(points))
 
+    def noise(region, *, context):
+        drawn = context.uniform([n for axis, n in zip(site.point.axes, region.shape, strict=True) if axis != "batch"])
+        return region + 50 * drawn.movedim(0, site.point.axes.index("batch"))
+
     def odd_episodes(context):
         return along_rows(site, context.rows % 2 == 1)
 
@@ -90,6 +94,8 @@ def test_a_sweep_equals_paired_rollouts_with_a_patched_policy_each(case):
     patches = {
         "scaled": Patch(site, Scale(50.0)),
         "drawn": [resample_ablate(site, donors, seed=4), Patch(site, Scale(50.0))],
+        "drawn in every step": [resample_ablate(site, donors, per="step"), Patch(site, Scale(50.0))],
+        "noise": edit(site, noise),
         "odd episodes": Patch(site, Scale(50.0), odd_episodes),
         "later": Patch(site, Scale(-50.0), later),
         "positive": [Patch(site, Scale(-50.0), positive)],

@@ -36,7 +36,7 @@ class CategoricalPolicy(nn.Module):
         return self.note.__self__
 
     def forward(self, observations):
-        self.note((published.step, published.rows.tolist(), len(observations)))
+        self.note((published.now.step, published.now.rows.tolist(), len(observations)))
         return Categorical(logits=self.layers(observations))
 
 
@@ -201,7 +201,7 @@ def test_the_policy_sees_only_the_episodes_that_still_run_once_per_step():
 
 def test_the_published_context_ends_with_the_rollout():
     rollout(CategoricalPolicy(), cart_poles(2), SEEDS, max_steps=3)
-    assert (published.step, published.rows) == (None, None)
+    assert (published.now.step, published.now.rows) == (None, None)
 
 
 def test_an_episode_is_truncated_at_max_steps():

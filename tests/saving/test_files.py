@@ -281,6 +281,15 @@ def test_a_random_edit_replays_its_draws_whatever_the_order_of_the_rows(file: Pa
     assert torch.equal(output, reference[torch.from_numpy((uniform * 50).astype(np.int64))])
 
 
+def test_a_draw_per_step_is_saved_and_one_per_episode_is_the_default_as_in_older_files(file: Path) -> None:
+    reference = torch.randn(5, 4)
+    save(file, [Patch(Site("fc"), Resample(reference, 7, per=per)) for per in ("step", "episode")])
+    assert [patch.edit.per for patch in load(file)] == ["step", "episode"]
+    with safe_open(file, framework="pt") as archive:
+        records = json.loads(archive.metadata()["chanpatch"])["patches"]
+    assert [record["operands"].get("per") for record in records] == ["step", None]
+
+
 def test_equal_patches_make_equal_files(tmp_path: Path) -> None:
     vector = torch.randn(1, 4)
     for name in ("one", "other"):

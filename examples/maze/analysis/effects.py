@@ -81,7 +81,7 @@ def ablation(
         points: of the policy.
         kind: to zero, to the mean over the reference levels (of every cell its own), or to the activation of one
             reference level, drawn for each level and kept for its whole episode. The draw is that of
-            `chanpatch.resample_ablate` in a rollout whose episodes are the levels.
+            `chanpatch.resample_ablate` in a forward whose rows are the levels, outside a rollout.
         channels: all of them together.
         reference: activations at `SITE`.
         seed: of the draw.

@@ -213,8 +213,10 @@ class Session:
     def moment(self) -> Moment:
         """Return the forward under way, as edits see it."""
         call = self.root_call
-        inputs = () if call is None else (*call.args, *call.kwargs.values())
-        return Moment(inputs, self.call, published.step, published.rows, self.running)
+        if call is None:
+            return Moment(call=self.call, published=published.now)
+        inputs = (*call.args, *call.kwargs.values())
+        return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a root call with a module's call, unless that is part of the one under way."""
@@ -250,8 +252,9 @@ class Session:
             self.check_owner()
             if not method == self.method == "__call__" or outer.method == "__call__" or outer.is_forward_of_method:
                 return function(*args, **kwargs)  # a forward inside a forward is a part of it
-            self.root_call = RootCall(None, outer.method, args, kwargs)  # `generate` runs one per token
-            self.root_call.is_forward_of_method = True
+            # `generate` runs one per token
+            self.root_call = RootCall(None, outer.method, args, kwargs, True, outer.forwards)
+            outer.forwards += 1
             try:
                 return function(*args, **kwargs)
             finally:
@@ -291,6 +294,9 @@ class Session:
         for station in self._with_inputs:
             station.order()
         self._thread, self.root_call, self.had_gradients = threading.get_ident(), call, torch.is_grad_enabled()
+        if published.now.step is not None:
+            call.forward = published.now.forwards.get(id(self), 0)
+            published.now.forwards[id(self)] = call.forward + 1
         if self._in_containers:
             given = call.args, call.kwargs
             call.given = [*containers(given), *(tensor for _, tensor in leaves(given))]

@@ -1,8 +1,9 @@
 """Reading and writing sites: edits, patches, the contexts that apply them, and recordings."""
 
 from .cache import ActivationCache
+from .context import Context
 from .contexts import patched
-from .edits import Add, Clamp, Context, Edit, Project, Resample, Scale, Set
+from .edits import Add, Clamp, Edit, Project, Resample, Scale, Set
 from .firing import Ledger
 from .patch import Patch
 from .recording import recording, run_with_cache

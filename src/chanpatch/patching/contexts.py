@@ -15,10 +15,19 @@ from torch import nn
 from ..engine.hooks import Station
 from ..engine.moments import RootCall
 from ..engine.sessions import Session
-from ..errors import ChanpatchError, DistributionError, NaNError, UnreachedError, UnsupportedModelError, did_you_mean
+from ..errors import (
+    ChanpatchError,
+    DistributionError,
+    EditError,
+    NaNError,
+    UnreachedError,
+    UnsupportedModelError,
+    did_you_mean,
+)
 from ..registry.points import HookPoints, bound, refuse_unhookable, resolve, root_of
+from .context import may_hold_state
 from .firing import Firing, Ledger
-from .patch import Patch
+from .patch import Patch, edit_name
 
 Result = TypeVar("Result", covariant=True)
 Model: TypeAlias = HookPoints | nn.Module
@@ -154,11 +163,26 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
     for patch in each:
         if not isinstance(patch, Patch):
             raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
+    _refuse_shared_edits(each)
     if points_or_model is None:
         return each
     sites = bound(points_or_model, [patch.site for patch in each])
     pairs = zip(each, sites, strict=True)
     return tuple(patch if site is patch.site else Patch(site, patch.edit, patch.where) for patch, site in pairs)
+
+
+def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
+    """Raise if a callable object is the edit of two patches: its state would advance once for each."""
+    known: dict[int, Patch] = {}
+    for patch in patches:
+        if not may_hold_state(patch.edit):
+            continue
+        if first := known.get(id(patch.edit)):
+            raise EditError(
+                f"{edit_name(patch.edit)} is the edit at {first.site!r} and at {patch.site!r}, so its state would "
+                "advance once for each. Give each patch an object of its own, or use a plain function."
+            )
+        known[id(patch.edit)] = patch
 
 
 class Patching(ContextSession):

@@ -11,47 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.moments import Moment
 from ..engine.paths import inside_vmap
-from ..engine.sessions import Session
-from ..errors import BatchAxisError, EditError, TraceMismatchError
-from ..registry.sites import Axes, HookPoint, Positions, Shape, Site, no_batch
+from ..errors import EditError
+from ..registry.sites import Axes, HookPoint, Site
+from .context import Context, uniform
 
 Edit: TypeAlias = Callable[..., Tensor]
-
-
-class Context:
-    """The current forward, as an edit or a `where` function sees it.
-
-    Attributes:
-        inputs: Inputs of the root call; for a policy, the observations.
-        step: Step of the rollout; None outside a rollout.
-        call: Index of the module's call within the root call.
-    """
-
-    def __init__(self, moment: Moment | Session, site: Site, axis: int | None, shape: Shape, kept: Positions) -> None:
-        moment = moment.moment() if isinstance(moment, Session) else moment
-        self.inputs, self.call, self.step = moment.inputs, moment.call, moment.step
-        self._rows, self._region = moment.rows, (site, axis, shape, kept)
-
-    @property
-    def rows(self) -> Tensor:
-        """Number of each row, int64 `(batch,)`: its episode in a rollout, otherwise 0, 1, 2, ..."""
-        site, axis, shape, positions = self._region
-        if axis is None:
-            raise BatchAxisError(f"The patch at {site!r} asks for rows. {no_batch(site)}")
-        batch = shape[axis]
-        rows = torch.arange(batch) if self._rows is None else self._rows
-        if len(rows) != batch:
-            raise TraceMismatchError(f"The patch at {site!r} sees {batch} rows, but {len(rows)} are in this forward.")
-        chosen = positions.get(axis, slice(None))
-        return rows[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
+Per: TypeAlias = Literal["episode", "step"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,20 +163,24 @@ class Project:
 class Resample:
     """Replaces each row by a row of a reference set, drawn at random with replacement.
 
-    The draw depends only on the seed, the module's call index and the number of the row.
+    The draw depends only on the seed, the module's call index and the number of the row. In a rollout, instead of the
+    row, it depends on the sampling seed, the episode's seed and how often that came before in the list, and with
+    `per="step"` also on the step.
 
     Args:
         reference: Tensor with the axes of the region; the rows on its batch axis are the reference set.
         seed: Random seed, a whole number.
         batch_axis: Number of the batch axis.
+        per: Whether a rollout draws once per episode, or in every step.
 
     Raises:
-        EditError: If the reference has no rows.
+        EditError: If the reference has no rows, or `per` is neither `"episode"` nor `"step"`.
     """
 
     reference: Tensor
     seed: int
     batch_axis: int = 0
+    per: Per = "episode"
 
     def __post_init__(self) -> None:
         _check(self, "reference", self.reference, Tensor)
@@ -212,9 +188,16 @@ class Resample:
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
             raise EditError(f"Resample: the reference has shape {shape}, and so no rows on axis {self.batch_axis}.")
+        if self.per not in get_args(Per):
+            raise EditError(f"Resample: per is {self.per!r}; it takes 'episode' or 'step'.")
 
     def __call__(self, activation: Tensor, *, context: Context) -> Tensor:
-        donors = donor_rows(self.seed, context.call, context.rows, self.reference.shape[self.batch_axis])
+        count = self.reference.shape[self.batch_axis]
+        if keys := context.draw_keys(each_step=self.per == "step"):
+            drawn = uniform([(int(self.seed), *key) for key in keys])
+            donors = torch.from_numpy((drawn * count).astype(np.int64))
+        else:
+            donors = donor_rows(self.seed, context.call, context.rows, count)
         return self.reference.index_select(self.batch_axis, donors.to(self.reference.device))
 
 
@@ -241,7 +224,7 @@ def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: T
 
 
 def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
-    """Return each row's donor, by position among `count`."""
+    """Return each row's donor outside a rollout, by position among `count`."""
     numbers = rows.cpu().numpy().astype(np.uint64)
     draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]

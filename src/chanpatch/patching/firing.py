@@ -20,7 +20,8 @@ from ..registry.axes import axis_names
 from ..registry.points import names_by_trace
 from ..registry.sites import Axes, HookPoint, Site, read, unusual_layout, written
 from ..results import Records
-from .edits import Context, Set, check_mask, check_operands, fits, shown_axes
+from .context import Context
+from .edits import Set, check_mask, check_operands, fits, shown_axes
 from .patch import Mask, Patch, edit_name
 
 
@@ -114,7 +115,7 @@ class Firing(Located):
         region = read(leaf, self.positions)
         context = None
         if self.wants_names:  # the edit or the `where` function takes the context
-            context = Context(moment, self.site, self.batch_axis, leaf.shape, self.positions)
+            context = Context(moment, self.site, self.batch_axis, leaf, self.positions)
         mask = None if self.patch.where is None else self._mask(self.patch.where, region, context)
         new = self._edited(region, context)
         patched = leaf
@@ -184,7 +185,8 @@ class Firing(Located):
 
     def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
         if not isinstance(mask, Tensor):
-            mask = torch.full((1,) * region.dim(), given) if isinstance(given := mask(context), bool) else given
+            given: Any = context and context.mask_of(mask)  # a `where` function always gets a context
+            mask = torch.full((1,) * region.dim(), given) if isinstance(given, bool) else given
             check_mask(mask, self.site, self.axes, region.shape)
         return mask.to(region.device)  # masks are often made on the CPU
 

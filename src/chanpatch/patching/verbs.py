@@ -10,7 +10,7 @@ import torch
 
 from ..errors import BatchAxisError, EditError, SiteError
 from ..registry.sites import Site, no_batch, read
-from .edits import Add, Edit, Resample, Set, fits, region_lengths
+from .edits import Add, Edit, Per, Resample, Set, fits, region_lengths
 from .patch import Mask, Patch
 
 Source: TypeAlias = Mapping[Any, torch.Tensor] | torch.Tensor
@@ -68,17 +68,20 @@ def mean_ablate(
     return Patch(site, Set(region.mean(dim=[axes.index(axis) for axis in over], keepdim=True)), where)
 
 
-def resample_ablate(site: Site, reference: Source, *, seed: int = 0, where: Mask | None = None) -> Patch:
+def resample_ablate(
+    site: Site, reference: Source, *, seed: int = 0, per: Per = "episode", where: Mask | None = None
+) -> Patch:
     """Return a patch that replaces each row by a random row of a reference set, as Resample does.
 
     Args:
         site, where: As in Patch.
         reference: As in mean_ablate.
         seed: Random seed, a whole number.
+        per: Whether a rollout draws once per `"episode"`, or in every `"step"`.
 
     Raises:
         BatchAxisError: If the hook point's batch axis is not proved.
-        EditError: If the reference does not have the region's axes, or the seed is not a whole number.
+        EditError: If the reference does not have the region's axes, or the seed or `per` does not fit.
 
     Example:
         >>> from chanpatch import hook_points
@@ -92,7 +95,7 @@ def resample_ablate(site: Site, reference: Source, *, seed: int = 0, where: Mask
     region = _region(site, reference)
     if site.point is None or site.point.batch_axis is None:
         raise BatchAxisError(f"resample_ablate at {site!r} needs rows. {no_batch(site)}")
-    return Patch(site, Resample(region, seed, site.point.batch_axis), where)
+    return Patch(site, Resample(region, seed, site.point.batch_axis, per), where)
 
 
 def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -> Patch:

@@ -25,13 +25,19 @@ if TYPE_CHECKING:
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
     """Return one generator per episode; repeated seeds get different ones."""
     whole("sampling_seed", sampling_seed, error=RolloutError)
+    keys = zip(seeds, repetitions(seeds), strict=True)
+    sources = [np.random.SeedSequence(sampling_seed, spawn_key=key) for key in keys]
+    return [np.random.Generator(np.random.Philox(source)) for source in sources]
+
+
+def repetitions(seeds: Sequence[int]) -> list[int]:
+    """Return how often each seed came before in the list."""
     times: Counter[int] = Counter()
-    streams = []
+    found = []
     for seed in seeds:
-        source = np.random.SeedSequence(sampling_seed, spawn_key=(seed, times[seed]))
-        streams.append(np.random.Generator(np.random.Philox(source)))
+        found.append(times[seed])
         times[seed] += 1
-    return streams
+    return found
 
 
 def chosen_actions(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.hooks import drop_hooks, is_ours
-from ..errors import UnsupportedModelError
+from ..errors import RolloutError, UnsupportedModelError
+from ..patching.patch import Patch
 
 STATE = "_chanpatch"  # the attribute in which a twin keeps its patches
 
@@ -85,6 +86,26 @@ def held_modules(policy: Any) -> list[nn.Module]:
         return [policy]
     held = _referred_to([policy, *getattr(policy, "__dict__", {}).values()])
     return [item for item in held if isinstance(item, nn.Module)]
+
+
+def patches_inside(policy: Any) -> list[Patch]:
+    """Return the patches of the twins that a policy is or refers to."""
+    modules = {module: None for held in held_modules(policy) for module in held.modules()}
+    return [patch for module in modules if STATE in vars(module) for patch in vars(module)[STATE].patches]
+
+
+def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
+    """Raise for a function that refers to the environments, and asks for `context.rows` but not for `environments`."""
+    for patch in patches:
+        for function in filter(callable, (patch.edit, patch.where)):
+            known = _referred_to([function, *getattr(function, "__dict__", {}).values(), type(function).__call__])
+            names = {name for each in known if isinstance(each, types.FunctionType) for name in each.__code__.co_names}
+            reads = any(each is envs or each is envs.unwrapped for each in known)
+            if reads and "rows" in names and "environments" not in names:
+                raise RolloutError(
+                    f"A function of {patch!r} reads the environments by context.rows, the numbers of the episodes. Use "
+                    "context.environments, which has the sub-environment of each row."
+                )
 
 
 def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -20,9 +21,10 @@ from ..errors import ChanpatchError, RolloutError
 from ..registry.names import path_text
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
-from .actions import chosen_actions, draw_streams
+from .actions import chosen_actions, draw_streams, repetitions
 from .checks import check_envs, checked_policy
-from .copies import held_modules
+from .checksums import checksums
+from .copies import held_modules, patches_inside, refuse_environments_by_rows
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
 from .results import Rollout
 
@@ -56,18 +58,21 @@ def play(
     seeds: Iterable[int],
     settings: Settings,
     *,
+    label: str | None = None,
     times: int = 1,
     around: Around = lambda _: nullcontext(),
 ) -> list[Rollout]:
     """Play all episodes `times` times, with the same draws; return one rollout per time.
 
     `around` returns a context for each forward. It takes int64 `(row,)`: which of the times each row belongs to.
+    `label` is the policy's name.
     """
     check_envs(envs)
     check_outputs(settings.outputs)
     is_recurrent, has_masks = settings.initial_state is not None, settings.masks is not None
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
-    log = _Log(seeds, settings.sampling_seed, times)
+    refuse_environments_by_rows(patches_inside(policy), envs)
+    log = _Log(seeds, settings, times, label)
     if settings.max_steps < 1:
         raise RolloutError(f"max_steps is {settings.max_steps}, but an episode has at least one step.")
     waves = range(0, log.plays, envs.num_envs)
@@ -84,7 +89,7 @@ def play(
 class _Log:
     """The record of all plays, time after time, and the stream of draws of each play."""
 
-    def __init__(self, seeds: Iterable[int], sampling_seed: int, times: int) -> None:
+    def __init__(self, seeds: Iterable[int], settings: Settings, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
             raise RolloutError(f"seeds is {seeds!r}: name one seed per episode, as in range(100).")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
@@ -92,18 +97,42 @@ class _Log:
             raise RolloutError("seeds is empty: name one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)
         self.seeds = tuple(checked * times)
-        self.streams = [stream for _ in range(times) for stream in draw_streams(sampling_seed, checked)]
+        self._settings = settings
+        self.published = {
+            "label": label,
+            "sampling_seed": settings.sampling_seed,
+            "seeds": np.array(checked, object),
+            "repetitions": repetitions(checked),
+        }
+        self.streams = [stream for _ in range(times) for stream in draw_streams(settings.sampling_seed, checked)]
         self.returns = np.zeros(self.plays)
-        self.lengths = np.zeros(self.plays, dtype=np.int64)
         self.terminated = np.zeros(self.plays, dtype=np.bool_)
         self.truncated = np.zeros(self.plays, dtype=np.bool_)
-        self.actions: list[list[NDArray[Any]]] = [[] for _ in range(self.plays)]
+        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # plays and their actions, step by step
+        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # plays and their checksums
+
+    def add(
+        self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
+    ) -> None:
+        """Add a step of some plays; `seen` are checksums of the observations after it."""
+        self.returns[plays] += rewards
+        self.taken.append((plays, actions))
+        self.checked.append((plays, seen ^ rewards.view(np.uint64)))
 
     def rollouts(self) -> list[Rollout]:
-        actions = tuple(np.stack(steps) for steps in self.actions)
-        columns = (self.seeds, self.returns, self.lengths, self.terminated, self.truncated, actions)
+        self.actions, self.seen = _of_plays(self.taken), _of_plays(self.checked)
+        self.lengths = np.array([*map(len, self.actions)])
+        columns = ("seeds", "returns", "lengths", "terminated", "truncated", "actions", "seen")
+        shared = {name: getattr(self._settings, name) for name in ("max_steps", "sampling_seed", "greedy")}
         cuts = [slice(start, start + self.episodes) for start in range(0, self.plays, self.episodes)]
-        return [Rollout(*(column[cut] for column in columns)) for cut in cuts]  # type: ignore[arg-type]
+        return [Rollout(**{name: getattr(self, name)[cut] for name in columns}, settings=shared) for cut in cuts]
+
+
+def _of_plays(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
+    """Return an array `(step, ...)` for each play, from the plays and values of each step."""
+    plays, values = map(np.concatenate, zip(*steps, strict=True))
+    order = np.argsort(plays, kind="stable")
+    return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
 
 
 def _play_wave(
@@ -123,9 +152,12 @@ def _play_wave(
     running = np.arange(len(wave))  # sub-environments whose episode goes on; others fill up the last wave
     actions: NDArray[Any] | None = None
     allowed = allowed_actions(settings.masks, envs, infos)
+    log.checked.append((wave, _seen(observations, allowed, envs.num_envs)[running]))
     for step in range(settings.max_steps):
         plays = wave[running]
-        with forward_context(step=step, rows=plays % log.episodes), around(plays // log.episodes):
+        infos_of = functools.partial(_of_environments, infos, envs.num_envs)
+        known = {"step": step, "environments": running, "infos": infos_of, **log.published}
+        with forward_context(rows=plays % log.episodes, **known), around(plays // log.episodes):
             decision = actor.decision(observations, running, None if allowed is None else allowed[running])
         streams = None if settings.greedy else [log.streams[number] for number in plays]
         chosen = chosen_actions(decision, streams, len(running), envs)
@@ -135,29 +167,41 @@ def _play_wave(
             actions[:] = allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
         actions[running] = chosen
         observations, rewards, terminated, truncated, infos = envs.step(actions)
-
-        log.returns[plays] += rewards[running]
-        log.lengths[plays] += 1
-        log.terminated[plays], log.truncated[plays] = terminated[running], truncated[running]
-        for number, action in zip(plays, chosen, strict=True):
-            log.actions[number].append(action)
-
-        over = terminated | truncated
-        actor.keep(~over[running])
-        running = running[~over[running]]
-        if not running.size:
-            advance(settings.max_steps - step)
-            return
+        over, allowed = terminated | truncated, allowed_actions(settings.masks, envs, infos)
+        seen = _seen(observations, allowed, envs.num_envs)
+        seen[over] = 0  # some environments show the next episode already
+        log.add(plays, chosen, np.asarray(rewards[running], np.float64), seen[running])
+        if over.any():
+            log.terminated[plays], log.truncated[plays] = terminated[running], truncated[running]
+            actor.keep(~over[running])
+            running = running[~over[running]]
+            if not running.size:
+                advance(settings.max_steps - step)
+                return
+            if not resets_itself:
+                observations, infos_of_reset = envs.reset(options={"reset_mask": over})
+                if allowed is not None:
+                    allowed[over] = allowed_actions(settings.masks, envs, infos_of_reset)[over]
         advance(1)
-        allowed = allowed_actions(settings.masks, envs, infos)
-        if over.any() and not resets_itself:
-            observations, infos_of_reset = envs.reset(options={"reset_mask": over})
-            if allowed is not None:
-                allowed[over] = allowed_actions(settings.masks, envs, infos_of_reset)[over]
     log.truncated[wave[running]] = True
 
 
-def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> Any:
+def _seen(observations: Any, allowed: Any, num_envs: int) -> NDArray[np.uint64]:
+    """Return a checksum of each sub-environment's observation and mask."""
+    return checksums(observations if allowed is None else (observations, allowed), num_envs)
+
+
+def _of_environments(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
+    """Return the infos of some sub-environments: rows of each array or list that has one entry for each."""
+    if isinstance(infos, Mapping):
+        return {name: _of_environments(part, num_envs, chosen) for name, part in infos.items()}
+    if isinstance(infos, (list, tuple)) and len(infos) == num_envs:
+        return [infos[number] for number in chosen]
+    has_rows = isinstance(infos, (np.ndarray, Tensor)) and infos.shape[:1] == (num_envs,)
+    return infos[chosen] if has_rows else infos
+
+
+def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> tuple[Any, dict[str, Any]]:
     try:
         return envs.reset(seed=seeds)  # type: ignore[arg-type]
     except imported("gymnasium").error.Error as error:

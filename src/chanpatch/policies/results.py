@@ -28,6 +28,8 @@ class Rollout(Records):
         terminated: Whether the environment ended the episode.
         truncated: Whether it was cut, by the environment or at `max_steps`.
         actions: One array of actions `(step, ...)` per episode.
+        seen: Checksums `(1 + step,)` per episode: of the first observation, then of each step's reward and observation.
+        settings: `max_steps`, `sampling_seed` and `greedy`.
     """
 
     seeds: tuple[int, ...]
@@ -36,6 +38,8 @@ class Rollout(Records):
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
     actions: tuple[NDArray[Any], ...]
+    seen: tuple[NDArray[np.uint64], ...]
+    settings: Mapping[str, Any]
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -54,9 +58,16 @@ class Rollout(Records):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PairedRollouts(Effects, Mapping[str, Rollout]):
-    """Rollouts of several policies over the same episodes, by name. The others are compared with the first."""
+    """Rollouts of several policies over the same episodes, by name. The others are compared with the first.
+
+    Raises:
+        RolloutError: If the seeds or settings differ, or if an episode of two policies differs before their actions do.
+    """
 
     rollouts: Mapping[str, Rollout]
+
+    def __post_init__(self) -> None:
+        self._check_pairs(self.rollouts)
 
     def __getitem__(self, name: str) -> Rollout:
         return self.rollouts[name]
@@ -132,9 +143,11 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
         first = self._original
-        if any(rollout.seeds != first.seeds for rollout in others):
-            raise RolloutError("The policies were not rolled out over the same episodes: their seeds differ.")
         return np.array([rollout.returns - first.returns for rollout in others]).reshape(len(others), len(first))
+
+    def _check_pairs(self, others: Mapping[str, Rollout]) -> None:
+        for name, other in others.items():
+            _check_pair(self._original, other, f"'{next(iter(self.rollouts))}' and {name!r}")
 
     def _compared(self, others: Mapping[str, Rollout]) -> list[dict[str, Any]]:
         if not others:
@@ -152,6 +165,32 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         )
 
 
+def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
+    """Raise if two rollouts have other seeds or settings, or if an episode differs before the actions do."""
+    if first.seeds != other.seeds:
+        raise RolloutError(f"{names} were not rolled out over the same episodes: their seeds differ.")
+    for name, value in first.settings.items():
+        if other.settings[name] != value:
+            raise RolloutError(f"{names} were rolled out with {name}={value} and {name}={other.settings[name]}.")
+    ends = [[*zip(each.lengths, each.terminated, each.truncated, strict=True)] for each in (first, other)]
+    for episode, seed in enumerate(first.seeds):
+        taken, others = first.actions[episode], other.actions[episode]
+        shorter = min(len(taken), len(others))
+        apart = (taken[:shorter] != others[:shorter]).reshape(shorter, -1).any(axis=1)
+        steps = int(apart.argmax()) if apart.any() else shorter  # in which both did the same
+        unlike = first.seen[episode][: steps + 1] != other.seen[episode][: steps + 1]
+        if unlike.any() or (not apart.any() and ends[0][episode] != ends[1][episode]):
+            when = int(unlike.argmax()) if unlike.any() else steps
+            after = f"after the same {when} actions" if when else "at its start"
+            raise RolloutError(
+                f"{names} cannot be compared: episode {episode} (seed {seed}) was another one for each {after}, before "
+                "their actions differed. So the seed does not decide the episode: the environment ignores it or draws "
+                "from elsewhere, or a wrapper carries something from one episode to the next. EpisodicLifeEnv carries "
+                "lives; NormalizeObservation, NormalizeReward and VecNormalize carry running statistics. Remove that "
+                "wrapper, or freeze its statistics (update_running_mean = False)."
+            )
+
+
 ORIGINAL = "original"  # the name of the policy without patches in a sweep
 
 
@@ -165,6 +204,10 @@ class SweptRollouts(PairedRollouts):
     """
 
     controls: Mapping[str, Rollout] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_pairs(self.controls or {})
 
     def ranks(self) -> list[Rank | None]:
         """Return the rank of each effect among those of the controls, by absolute value.

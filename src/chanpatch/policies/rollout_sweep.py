@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,18 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..engine.moments import Moment
 from ..engine.paths import leaves
 from ..engine.state import training_modules
 from ..errors import BatchAxisError, RolloutError
-from ..labels import Patches, labelled, labelled_patches
+from ..labels import Patches, labelled, labelled_patches, refuse_shared_state
+from ..patching.context import Context
 from ..patching.contexts import checked_patches, raise_nan
-from ..patching.edits import Context
 from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
 from .checks import method_of
+from .copies import refuse_environments_by_rows
 from .decisions import Masks, Outputs
 from .episodes import BatchAxes, InitialState, Settings, play, rows_of, state_batch_axes
 from .results import ORIGINAL, SweptRollouts
@@ -57,7 +58,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     and the numbers of the episodes in `context.rows`. Give the vector environment as many sub-environments as fit into
     a forward.
 
-    The two are equal if the policy treats each row independently, and patches draw by row, as `resample_ablate` does.
+    The two are equal if the policy treats each row independently, and patches draw as `resample_ablate` and
+    `context.uniform` do.
     Wrap a policy without a forward in a small module that has one.
 
     Args:
@@ -91,6 +93,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     for what, each in (("patches", asked), ("controls", others)):
         if ORIGINAL in dict(each):
             raise RolloutError(f"{what} has the label '{ORIGINAL}', which is the policy without patches. Rename it.")
+    refuse_shared_state([*asked, *others])
+    refuse_environments_by_rows([patch for _, each in [*asked, *others] for patch in each], envs)
     together = training_modules(model_of(policy))
     if together:
         raise RolloutError(
@@ -152,13 +156,15 @@ class _Interventions:
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
         """Return the activation at a hook point with the rows of each intervention patched."""
         axis: Any = point.batch_axis
-        rows = context.rows  # raises for a forward with other rows
+        context.rows  # noqa: B018  # raises for a forward with other rows
         parts = activation.split_with_sizes([cut.stop - cut.start for cut in self._cuts.values()], axis)
         new = []
         for (number, cut), part in zip(self._cuts.items(), parts, strict=True):
             firings = [firing for firing in self._firings[number] if firing.site.name == point.name]
             if firings:
-                moment = Moment(self._inputs(context.inputs, cut), context.call, context.step, rows[cut])
+                published = context.moment.published.cut(cut, self._labels[number])
+                inputs = self._inputs(context.inputs, cut)
+                moment = replace(context.moment, inputs=inputs, published=published)
             with labelled(self._labels[number]):
                 for firing in firings:
                     part = firing(part, moment)

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RolloutError
+from ..labels import refuse_shared_state
 from .checks import check_modes
+from .copies import patches_inside
 from .decisions import Masks, Outputs
 from .episodes import InitialState, Settings, play
 from .results import PairedRollouts, Rollout
@@ -30,8 +32,8 @@ def rollout(
 ) -> Rollout:
     """Play one episode per seed.
 
-    The policy is called once per step, on the rows of the episodes that are still running. Patches get the step and
-    the numbers of these episodes in their `context`. If the policy treats each row independently, the result depends
+    The policy is called once per step, on the rows of the episodes that are still running. Patches get the step, the
+    episodes and their sub-environments in their `context`. If the policy treats each row independently, the result depends
     neither on the number of environments nor on the other seeds. A repeated seed gives the same level with other
     draws.
 
@@ -115,8 +117,9 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             policy.
 
     Raises:
-        ChanpatchError: As for `rollout`; if there is no policy; or if a module that computes otherwise in training is
-            in training mode in one of the policies only.
+        ChanpatchError: As for `rollout`; if there is no policy; if a module that computes otherwise in training is in
+            training mode in one of the policies only; if two policies share a callable object as edit or `where`; or if
+            an episode of two policies differs before their actions do, as the seed does not decide it.
 
     Example:
         >>> import gymnasium, torch
@@ -141,9 +144,10 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         raise RolloutError(f"outputs names {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}.")
     settings = Settings(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
+    refuse_shared_state([(name, patches_inside(policy)) for name, policy in policies.items()])
     return PairedRollouts(
         {
-            name: play(policy, envs, seeds, settings._replace(outputs=each.get(name)))[0]
+            name: play(policy, envs, seeds, settings._replace(outputs=each.get(name)), label=name)[0]
             for name, policy in policies.items()
         }
     )

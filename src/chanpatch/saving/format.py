@@ -4,7 +4,8 @@
               "sha256": checksum of the other entries and the tensors}
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
-    operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest}
+    operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest};
+              `per` of Resample is "step" or left out, as in files written before it had a choice
 
 `encoded` writes it and `decoded` reads it. Reading runs no code from the file. Format 1, which is still read, has no
 checksum; a hook point is a dict, and the record of a tensor has the "shape" to which the stored tensor expands.
@@ -166,6 +167,8 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
             "its where is a function, and a file holds data only. Give the mask that it returns: a bool tensor."
         )
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}
+    if operands.get("per") == "episode":
+        del operands["per"]
     indices: dict[str, Any] = {
         axis: {"slice": [chosen.start, chosen.stop, chosen.step]} if isinstance(chosen, Span)
         else list(chosen.values if isinstance(chosen, Flags) else chosen)
@@ -208,7 +211,7 @@ def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) ->
             dense = operand.detach().permute(order).cpu().clone(memory_format=torch.contiguous_format)
             tensors[id(operand)] = str(len(tensors)), dense
         return {"tensor": tensors[id(operand)][0], "order": order}
-    if operand is None or isinstance(operand, bool):
+    if operand is None or isinstance(operand, (bool, str)):
         return operand
     with suppress(TypeError):
         return operator.index(operand)

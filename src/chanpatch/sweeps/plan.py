@@ -15,7 +15,7 @@ from ..engine.moments import Moment, forward_context, published
 from ..engine.sessions import Session
 from ..engine.state import undisturbed
 from ..errors import SweepError, UnreachedError
-from ..labels import Patches, labelled_patches
+from ..labels import Patches, labelled_patches, refuse_shared_state
 from ..patching.cache import ActivationCache
 from ..patching.contexts import ContextSession, checked_patches
 from ..patching.edits import Set
@@ -89,10 +89,9 @@ class Forward:
     @contextmanager
     def running(self, skip: int = 0) -> Iterator[undisturbed]:
         """Prepare for one forward, of which the first `skip` module calls do not run; restore the model at the end."""
-        rows = published.rows if self.row is None else [self.row]
         with (
             self.undisturbed as run,
-            forward_context(step=published.step, rows=rows),
+            nullcontext() if self.row is None else forward_context(rows=[self.row], step=published.now.step),
             _usual_attention(),
             self.prefix.skipped(skip) if skip else nullcontext(),
         ):
@@ -112,11 +111,11 @@ class Forward:
     def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
         """Apply patches to the activation at their hook point; return it, and NaN flags of patches that have one."""
         args, kwargs = self.inputs
-        inputs, flags = (*args, *kwargs.values()), []
+        inputs, flags, masks = (*args, *kwargs.values()), [], dict[tuple[int, int], Any]()
         for patch in patches:
             point = self.points[patch.site.name]
             firing = Firing(patch, point, check_nan=self.check_nan)
-            moment = Moment(inputs, point.call or 0, published.step, published.rows, self.points.method)
+            moment = Moment(inputs, point.call or 0, 0, published.now, self.points.method, masks)
             activation = firing(activation, moment)
             flags += [] if firing.nan is None else [(patch, firing.nan)]
         return activation, flags
@@ -124,7 +123,7 @@ class Forward:
     def ends(self) -> list[Forward]:
         """Return the same forward of the first row, and of the last; nothing if that saves no time."""
         count = input_count(self.inputs)
-        if count < _FEWEST_TO_CUT or published.rows is not None:
+        if count < _FEWEST_TO_CUT or published.now.rows is not None:
             return []
         first, last = next(batches(self.inputs, 1)), [*batches(self.inputs, count - 1)][-1]
         cut = {0: first, count - 1: last}
@@ -148,6 +147,7 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     for label, each in named:
         if not each:
             raise SweepError(f"The {what} hold {label!r} without a patch. The unpatched output is the baseline.")
+    refuse_shared_state(named)
     checked = iter(checked_patches(points, [patch for _, each in named for patch in each]))
     return [
         Entry(number, label, tuple(next(checked) for _ in each)) for number, (label, each) in enumerate(named, start)

@@ -1,0 +1,127 @@
+"""The forward in which a patch runs, as its edit and its `where` function see it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..engine.moments import Moment
+from ..engine.sessions import Session
+from ..errors import BatchAxisError, RolloutError, TraceMismatchError
+from ..registry.sites import Positions, Site, no_batch
+
+
+class Context:
+    """The current forward, as an edit or a `where` function sees it.
+
+    Values per row have the order of the region's rows. Outside a rollout, `seeds` and `infos` raise RolloutError.
+
+    Attributes:
+        inputs: Inputs of the root call; for a policy, the observations.
+        step: Step of the rollout; None outside a rollout.
+        call: Index of the module's call within the root call.
+        forward: Index of the root call: within the step, if a policy calls the model several times; within a method of
+            a twin, such as `generate`, that runs several forwards; otherwise 0.
+        label: Name of the policy in paired_rollouts, label of the patch in rollout_sweep; otherwise None.
+    """
+
+    def __init__(self, moment: Moment | Session, site: Site, axis: int | None, leaf: Tensor, kept: Positions) -> None:
+        self.moment = moment = moment.moment() if isinstance(moment, Session) else moment
+        self.inputs, self.call, self.forward = moment.inputs, moment.call, moment.forward
+        self.step, self.label = moment.published.step, moment.published.label
+        self._region = site, axis, leaf, kept
+
+    @property
+    def rows(self) -> Tensor:
+        """Number of each row, int64 `(row,)`: its episode in a rollout, otherwise 0, 1, 2, ..."""
+        return self._of_rows(self.moment.published.rows)
+
+    @property
+    def environments(self) -> Tensor:
+        """Index of each row's sub-environment, int64 `(row,)`; outside a rollout, the row itself."""
+        own = self.moment.published.environments
+        return self.rows if own is None else self._of_rows(own)
+
+    @property
+    def seeds(self) -> Tensor:
+        """Seed of each row's episode, int64 `(row,)`."""
+        return torch.tensor(self._in_rollout("seeds")[self.rows.numpy()].astype(np.int64))
+
+    @property
+    def infos(self) -> Any:
+        """Infos of the last step, or of the reset, as the environments gave them, cut to the rows."""
+        return self._in_rollout("infos")(self.environments.numpy())
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Return random numbers between 0 and 1, `(row, *shape)`, in the region's dtype and on its device.
+
+        They depend on the site, the call and the row, so a site gets the same numbers each time it asks. In a rollout,
+        instead of the row, they depend on the sampling seed, the step, the episode's seed and how often that came
+        before in the list.
+        """
+        keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
+        drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)
+        dtype = leaf.dtype if (leaf := self._region[2]).is_floating_point() else torch.get_default_dtype()
+        return torch.from_numpy(drawn).to(leaf.device, dtype)
+
+    def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
+        """Return the key of each row's draws in a rollout; nothing outside a rollout."""
+        if (published := self.moment.published).seeds is None:
+            return []
+        own = published.sampling_seed, self.step if each_step else None, self.call
+        return [(*own, published.seeds[row], published.repetitions[row]) for row in self.rows.tolist()]
+
+    def mask_of(self, where: Callable[[Context], Any]) -> Any:
+        """Return the mask of a `where`; one that may hold state is called once per root call and call index."""
+        if not may_hold_state(where):
+            return where(self)
+        masks, key = self.moment.masks, (id(where), self.call)
+        if key not in masks:
+            masks[key] = where(self)
+        return masks[key]
+
+    def _in_rollout(self, name: str) -> Any:
+        found = getattr(self.moment.published, name)
+        if found is None:
+            raise RolloutError(f"The patch at {self._region[0]!r} asks for {name}, which exist only in a rollout.")
+        return found
+
+    def _of_rows(self, numbers: NDArray[np.int64] | None) -> Tensor:
+        """Return the entries of the region's rows; None for 0, 1, 2, ..."""
+        site, axis, leaf, positions = self._region
+        if axis is None:
+            raise BatchAxisError(f"The patch at {site!r} asks for rows. {no_batch(site)}")
+        batch = leaf.shape[axis]
+        each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
+        if len(each) != batch:
+            raise TraceMismatchError(f"The patch at {site!r} sees {batch} rows, but {len(each)} are in this forward.")
+        chosen = positions.get(axis, slice(None))
+        return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
+
+
+def may_hold_state(function: Any) -> bool:
+    """Return whether a callable is an object of a user's class, or a method of one, and not a function or a module."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    owner = getattr(function, "__self__", function)
+    own_call = any(isinstance(vars(kind).get("__call__"), types.FunctionType) for kind in type(owner).__mro__)
+    is_method = isinstance(function, types.MethodType) and not isinstance(owner, type)
+    of_a_library = type(owner).__module__.partition(".")[0] in ("chanpatch", "torch")
+    return (own_call or is_method) and not of_a_library and not isinstance(owner, nn.Module)
+
+
+def uniform(keys: Sequence[tuple[Any, ...]], shape: Sequence[int] = ()) -> NDArray[np.float64]:
+    """Return random numbers in [0, 1) that depend on each key alone: `(key, *shape)`."""
+    drawn = np.empty((len(keys), *shape))
+    for row, key in enumerate(keys):
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+        drawn[row] = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(shape)
+    return drawn
