@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from chanpatch.policies import Rollout
 from maze.results import read_arrays, replaced
 
-_PER_STEP = ("actions",)  # fields with one array per episode, stored end to end
+_PER_STEP = ("actions", "seen")  # fields with one array per episode, stored end to end
 
 
 def kept(file: Path, play: Callable[[], Rollout]) -> Rollout:
@@ -19,10 +19,13 @@ def kept(file: Path, play: Callable[[], Rollout]) -> Rollout:
     arrays = read_arrays(file) if file.exists() else None
     if arrays is None:
         rollout = play()
-        held = {name: np.concatenate(each) if name in _PER_STEP else each for name, each in asdict(rollout).items()}
+        held = dict(vars(rollout)) | {"settings": json.dumps(rollout.settings)}
+        for name in _PER_STEP:
+            held |= {name: np.concatenate(held[name]), f"{name} ends": np.cumsum([len(each) for each in held[name]])}
         with replaced(file) as partial:
             np.savez_compressed(partial, **held)
         return rollout
-    ends = np.cumsum(arrays["lengths"])[:-1]
-    fields = {name: tuple(np.split(each, ends)) if name in _PER_STEP else each for name, each in arrays.items()}
-    return Rollout(**fields | {"seeds": tuple(arrays["seeds"].tolist())})  # type: ignore[arg-type]
+    for name in _PER_STEP:
+        arrays[name] = tuple(np.split(arrays[name], arrays.pop(f"{name} ends")[:-1]))  # type: ignore[assignment]
+    settings = json.loads(str(arrays["settings"]))
+    return Rollout(**arrays | {"seeds": tuple(arrays["seeds"].tolist()), "settings": settings})

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from .errors import ChanpatchError, EditError, UnreachedError
-from .patching.context import may_hold_state
 from .patching.contexts import checked_patches
+from .patching.edit_context import may_hold_state
 from .patching.patch import Patch, edit_name
 from .registry.sites import Site
 

@@ -1,8 +1,8 @@
 """Reading and writing sites: edits, patches, the contexts that apply them, and recordings."""
 
 from .cache import ActivationCache
-from .context import Context
 from .contexts import patched
+from .edit_context import Context
 from .edits import Add, Clamp, Edit, Project, Resample, Scale, Set
 from .firing import Ledger
 from .patch import Patch

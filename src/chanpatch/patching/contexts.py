@@ -25,7 +25,7 @@ from ..errors import (
     did_you_mean,
 )
 from ..registry.points import HookPoints, bound, refuse_unhookable, resolve, root_of
-from .context import may_hold_state
+from .edit_context import may_hold_state
 from .firing import Firing, Ledger
 from .patch import Patch, edit_name
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..engine.paths import inside_vmap
 from ..errors import EditError
 from ..registry.sites import Axes, HookPoint, Site
-from .context import Context, uniform
+from .edit_context import Context, uniform
 
 Edit: TypeAlias = Callable[..., Tensor]
 Per: TypeAlias = Literal["episode", "step"]

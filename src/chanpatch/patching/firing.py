@@ -20,7 +20,7 @@ from ..registry.axes import axis_names
 from ..registry.points import names_by_trace
 from ..registry.sites import Axes, HookPoint, Site, read, unusual_layout, written
 from ..results import Records
-from .context import Context
+from .edit_context import Context
 from .edits import Set, check_mask, check_operands, fits, shown_axes
 from .patch import Mask, Patch, edit_name
 

@@ -18,8 +18,8 @@ from ..engine.paths import leaves
 from ..engine.state import training_modules
 from ..errors import BatchAxisError, RolloutError
 from ..labels import Patches, labelled, labelled_patches, refuse_shared_state
-from ..patching.context import Context
 from ..patching.contexts import checked_patches, raise_nan
+from ..patching.edit_context import Context
 from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of

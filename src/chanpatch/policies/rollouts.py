@@ -33,9 +33,9 @@ def rollout(
     """Play one episode per seed.
 
     The policy is called once per step, on the rows of the episodes that are still running. Patches get the step, the
-    episodes and their sub-environments in their `context`. If the policy treats each row independently, the result depends
-    neither on the number of environments nor on the other seeds. A repeated seed gives the same level with other
-    draws.
+    episodes and their sub-environments in their `context`. If the policy treats each row independently, the result
+    depends neither on the number of environments nor on the other seeds. A repeated seed gives the same level with
+    other draws.
 
     Policies of Stable-Baselines3 act as their own `predict` does: actions in a Box are clipped, or scaled if they are
     squashed, and policies without a distribution take their deterministic action. Actions of other policies are not
