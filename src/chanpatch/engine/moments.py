@@ -28,7 +28,7 @@ class Published:
         seeds: Seed of each episode of the rollout, by its number; None outside a rollout.
         repetitions: Number of earlier episodes with the same seed, for each episode.
         infos: Function from sub-environments to their infos.
-        forwards: Number of root calls in this step so far, by session.
+        forwards: Index of the last root call in this step, by session.
     """
 
     rows: NDArray[np.int64] | None = None
@@ -40,6 +40,13 @@ class Published:
     repetitions: Sequence[int] = ()
     infos: Callable[[NDArray[np.int64]], Any] | None = None
     forwards: dict[int, int] = field(default_factory=dict)
+
+    def next_forward(self, session: object) -> int:
+        """Return the number of earlier root calls of a session in this step, and count one more; 0 outside a step."""
+        if self.step is None:
+            return 0
+        self.forwards[id(session)] = self.forwards.get(id(session), -1) + 1
+        return self.forwards[id(session)]
 
     def cut(self, rows: slice, label: Any) -> Published:
         """Return the same for some rows, under another label."""

@@ -252,8 +252,7 @@ class Session:
             self.check_owner()
             if not method == self.method == "__call__" or outer.method == "__call__" or outer.is_forward_of_method:
                 return function(*args, **kwargs)  # a forward inside a forward is a part of it
-            # `generate` runs one per token
-            self.root_call = RootCall(None, outer.method, args, kwargs, True, outer.forwards)
+            self.root_call = RootCall(None, outer.method, args, kwargs, True, outer.forwards)  # a token of `generate`
             outer.forwards += 1
             try:
                 return function(*args, **kwargs)
@@ -294,9 +293,7 @@ class Session:
         for station in self._with_inputs:
             station.order()
         self._thread, self.root_call, self.had_gradients = threading.get_ident(), call, torch.is_grad_enabled()
-        if published.now.step is not None:
-            call.forward = published.now.forwards.get(id(self), 0)
-            published.now.forwards[id(self)] = call.forward + 1
+        call.forward = published.now.next_forward(self)
         if self._in_containers:
             given = call.args, call.kwargs
             call.given = [*containers(given), *(tensor for _, tensor in leaves(given))]
