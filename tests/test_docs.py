@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pages
+import pytest
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -14,8 +14,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 import chanpatch
 from chanpatch import PatchedPolicy, hook_points, patch_in
 
-DOCS = Path(__file__).parents[1] / "docs"
-REFERENCE = (DOCS / "api.md").read_text()
+REFERENCE = (pages.DOCS / "api.md").read_text()
 
 
 def test_every_public_name_stands_in_the_reference_once() -> None:
@@ -27,25 +26,11 @@ def test_every_public_name_stands_in_the_reference_once() -> None:
     )
 
 
-def run(page: str) -> dict[str, Any]:
-    """The names that the code of a page leaves."""
-    names: dict[str, Any] = {"__name__": page}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
-        exec(compile(block, page, "exec"), names)
-    return names
-
-
-def test_the_code_of_the_page_on_sweeps_runs() -> None:
-    names = run("sweeps.md")
-    assert set(names["result"].values) == {"difference", "flips"}
-    assert names["direct"].shape == (8,)
-    assert names["estimate"].rank_correlation is not None
-
-
-def test_the_code_of_the_page_on_policies_runs() -> None:
-    names = run("policies.md")
-    assert names["results"].labels == ("patched",)
-    assert names["twin"](names["observed"]) is names["observed"]
+@pytest.mark.parametrize("page", pages.pages())
+def test_the_code_of_a_page_runs_and_prints_the_output_that_the_page_shows(page: str) -> None:
+    _, outputs = pages.run(page)
+    for shown, printed in outputs:
+        assert printed == shown, "`python tests/pages.py` writes the output into the pages"
 
 
 def test_a_model_of_stable_baselines_runs_with_a_twin_in_place_of_its_policy() -> None:
