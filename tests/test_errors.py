@@ -309,7 +309,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a direction of zeros": (
         errors.EditError,
         lambda: Project(torch.zeros(1, 4)),
-        "Project: the direction is zero everywhere, which is no direction.",
+        "Project: the direction is zero everywhere.",
     ),
     "a direction that is none": (
         errors.EditError,

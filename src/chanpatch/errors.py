@@ -1,6 +1,6 @@
 """All errors of chanpatch: each is a ChanpatchError, and the built-in error that fits, such as ValueError.
 
-A message says what is wrong with the user's own value, what was expected, and what to do.
+A message says the fault in the user's own value, the expected value, and a remedy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class ChanpatchError(Exception):
 
 
 class HookPointError(ChanpatchError, KeyError):
-    """A name that is no hook point of the model, or a module that the traced forward never called."""
+    """A name that the model does not have, or a module that the traced forward never called."""
 
     __str__ = Exception.__str__  # KeyError would print the message as a quoted literal
 
@@ -52,7 +52,7 @@ class UnsupportedModelError(ChanpatchError, TypeError):
 
 
 class DistributionError(ChanpatchError, TypeError):
-    """An output that is no action distribution, or a distribution that cannot be sampled by inverse CDF."""
+    """An output without an action distribution, or a distribution that cannot be sampled by inverse CDF."""
 
 
 class MetricError(ChanpatchError, ValueError):
@@ -80,7 +80,7 @@ class ProbeError(ChanpatchError, ValueError):
 
 
 class InterventionError(ChanpatchError, ValueError):
-    """Patches that are no data, or a file of them that is damaged, does not fit the model, or does not repeat."""
+    """Patches that hold functions, or a file of them that is damaged, does not fit the model, or does not repeat."""
 
 
 class MissingPackageError(ChanpatchError, ImportError):

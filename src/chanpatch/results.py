@@ -80,7 +80,7 @@ class Effects(Records):
 
         @property
         def effect_label(self) -> str:
-            """What the effects are, in which unit and of how many inputs: the axis label of a figure."""
+            """Kind and unit of the effects, and number of inputs: the axis label of a figure."""
 
     def effect(self) -> NDArray[np.float64]:
         """Return the effect of each row."""

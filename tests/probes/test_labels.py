@@ -146,7 +146,7 @@ REFUSED = {
     ),
     "labels of another number of inputs": (
         lambda: label_channels(SUMS[:, None], np.arange(19) % 4, names=NAMES, seed=0),
-        "labels is int64 of shape (19,): for 20 inputs and 4 names give (20,) whole numbers from 0 on, "
+        "labels is int64 of shape (19,): for 20 inputs and 4 names give (20,) whole numbers of at least 0, "
         "or (20, 4) booleans.",
     ),
     "a label that is too rare": (

@@ -433,17 +433,17 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a fraction of a byte": (
         {"max_bytes": 1e6},
         errors.SweepError,
-        "max_bytes is 1000000.0; it is a whole number of bytes from 1 on, such as 2**28.",
+        "max_bytes is 1000000.0; it is a positive number of bytes, such as 2**28.",
     ),
     "no bound": (
         {"max_bytes": None},
         errors.SweepError,
-        "max_bytes is None; it is a whole number of bytes from 1 on, such as 2**28.",
+        "max_bytes is None; it is a positive number of bytes, such as 2**28.",
     ),
     "no bytes": (
         {"max_bytes": 0},
         errors.SweepError,
-        "max_bytes is 0; it is a whole number of bytes from 1 on, such as 2**28.",
+        "max_bytes is 0; it is a positive number of bytes, such as 2**28.",
     ),
     "a function that makes patches": (
         {"patches": zero_ablate},

@@ -1,4 +1,4 @@
-"""The torch hooks at the places that sessions listen to: a `Station` per module, and what hooks cannot do there.
+"""The torch hooks at the places that sessions listen to: a `Station` per module, and the cases that hooks cannot serve.
 
 A station serves every open session: records of the unpatched value, then patches in order of entry, then records.
 Patches are written to an output before any other hook of the module runs, and to an input after all pre-hooks. Records

@@ -71,7 +71,7 @@ def shallow_copy(container: Any) -> Any:
 
 
 def get(tree: Any, path: Path) -> Any:
-    """Return the value at a path; raise LookupError, AttributeError or TypeError if there is none."""
+    """Return the value at a path; raise LookupError, AttributeError or TypeError if the path does not exist."""
     for step in path:
         if isinstance(tree, Tensor):
             raise TypeError(f"There is nothing at {step} inside a tensor.")

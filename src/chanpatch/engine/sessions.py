@@ -188,7 +188,7 @@ class Session:
         self._with_inputs.clear()
 
     def let_go(self) -> None:
-        """Free what the listeners hold: in reference cycles, tensors would stay until the garbage collector runs."""
+        """Free the tensors of the listeners: in reference cycles, tensors would stay until the garbage collector runs."""
         self.listeners.clear()
 
     def _station(self, module: nn.Module) -> Station:
@@ -244,7 +244,7 @@ class Session:
         return self.run(self.method, function, args, kwargs)
 
     def run(self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what a method of the model returns, called as a root call, or as a part of one."""
+        """Call a method of the model, as a root call or as a part of one, and return its output."""
         if not self.enabled:
             return function(*args, **kwargs)
         outer = self.root_call

@@ -17,7 +17,7 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return the distribution that an output is, holds or names the logits of; None if there is none."""
+    """Return the distribution that an output is, holds or names the logits of, or None."""
     if isinstance(output, Distribution):
         return output
     if isinstance(output, Mapping):
@@ -50,7 +50,7 @@ def categorical(logits: Tensor) -> Categorical | None:
     """Return the distribution that logits give; None if the tensor cannot hold logits."""
     if not logits.is_floating_point() or not logits.dim():
         return None
-    # Numbers cannot be read inside vmap, so they cannot be validated; without rows there are none.
+    # Numbers cannot be read inside vmap, so they cannot be validated; without rows there is nothing to read.
     # Set it: the first torch.compile of a process turns torch's default off.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
 
@@ -69,7 +69,7 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution that an output holds or gives the logits of; raise an error if there is none."""
+    """Return the distribution that an output holds or gives the logits of; raise an error without one."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:

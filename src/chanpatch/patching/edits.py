@@ -149,7 +149,7 @@ class Project:
     def __post_init__(self) -> None:
         _check(self, "direction", self.direction, Tensor)
         if not (self.direction.is_meta or inside_vmap(self.direction) or self.direction.any()):
-            raise EditError("Project: the direction is zero everywhere, which is no direction.")
+            raise EditError("Project: the direction is zero everywhere.")
 
     def __call__(self, activation: Tensor) -> Tensor:
         along = tuple(axis for axis, length in enumerate(self.direction.shape) if length > 1)

@@ -1,4 +1,4 @@
-"""Wing 4, ablation and patch policies: a policy with patches inside, and what it does in an environment.
+"""Wing 4, ablation and patch policies: a policy with patches inside, and its behavior in an environment.
 
 twin = PatchedPolicy(policy, zero_ablate(points.site("embedder.relu3", channel=55)))
 paired_rollouts({"original": policy, "patched": twin}, envs, seeds=range(100), max_steps=256)

@@ -33,7 +33,7 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(plain).__name__} cannot be copied, so it can have no twin ({type(error).__name__}: {error}). "
-            "Keep what cannot be copied (environments, files, locks) out of the module, or use patched()."
+            "Keep objects that cannot be copied (environments, files, locks) out of the module, or use patched()."
         ) from error
     drop_hooks(twin)
     if any(own is not weight for own, weight in zip(twin.parameters(), policy.parameters(), strict=True)):

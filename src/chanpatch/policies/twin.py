@@ -199,7 +199,7 @@ class _TwinState(Patching):
         if _symbolic_trace._is_fx_tracing_flag or _is_exporting():  # torch's function of the flag logs a warning
             raise UnsupportedModelError(
                 "torch.export and torch.fx record a twin without its patches, or freeze them. Record the policy "
-                "instead. What torch.export records inside patched(policy, patches) keeps the patches for good."
+                "instead. A program that torch.export records inside patched(policy, patches) keeps the patches."
             )
         # A loop over the items is five times as slow. Comparing dicts compares by identity first, and only tensors of
         # one element can be equal without being the same.

@@ -5,7 +5,7 @@
     probe = ThresholdProbe.fit(sums[:, 121], directions == 0)
     probe.transfer(shifted_sums[:, 121], shifted_directions == 0)
 
-What is chosen (a threshold, a label) is chosen on one half of the inputs and scored on the other. Inputs count as
+A threshold or a label is chosen on one half of the inputs and scored on the other. Inputs count as
 independent of each other: give one input per level, or the intervals are too narrow.
 """
 

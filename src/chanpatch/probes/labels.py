@@ -48,7 +48,7 @@ class ChannelLabel:
 
 @dataclass(frozen=True, repr=False)
 class ChannelLabels(Records, Sequence[ChannelLabel]):
-    """The label of each channel, by channel number. The table has the labelled channels first.
+    """The label of each channel, by channel number. The table has the labeled channels first.
 
     Attributes:
         channels: One entry per channel.
@@ -95,7 +95,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         )
 
     def _ranked(self) -> list[ChannelLabel]:
-        """Return the labelled channels, then the others, both by falling AUC."""
+        """Return the labeled channels, then the others, both by falling AUC."""
         return sorted(self, key=lambda each: (each.label is None, -each.auc.estimate if each.auc else 1.0))
 
 
@@ -187,7 +187,7 @@ def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Boolean
     if array.shape != (inputs, len(names)) or indicators is None:
         raise ProbeError(
             f"labels is {array.dtype} of shape {array.shape}: for {inputs} inputs and {len(names)} names give "
-            f"({inputs},) whole numbers from 0 on, or ({inputs}, {len(names)}) booleans."
+            f"({inputs},) whole numbers of at least 0, or ({inputs}, {len(names)}) booleans."
         )
     for name, count in zip(names, indicators.sum(axis=0).tolist(), strict=True):
         if min(count, inputs - count) < 4:

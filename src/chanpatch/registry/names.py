@@ -66,7 +66,7 @@ def path_text(path: Path) -> str:
 
 
 def parsed_path(text: str) -> Path | None:
-    """Return the path that `path_text` wrote so, or None if there is none."""
+    """Return the path that `path_text` wrote as this text, or None."""
     steps: list[Item | Attr] = []
     end = 0
     for match in _STEP.finditer(text):
@@ -103,7 +103,7 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
     Args:
         pattern: Such as `"h.*"`, `"h.*.in[0]"`, `"**.relu?"`.
-        names: For each hook point what `spellings` returns.
+        names: For each hook point, the result of `spellings`.
 
     Raises:
         HookPointError: If `?` leaves out the longer numbers of a list, such as h.10 with `h.?`.

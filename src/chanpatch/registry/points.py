@@ -120,7 +120,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         if doubled:
             return (
                 f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Give a submodule, or a "
-                "part of what a module returns, another name."
+                "part of the output of a module, another name."
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
         if name in self.not_called:

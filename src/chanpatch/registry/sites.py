@@ -53,7 +53,7 @@ class Site:
         indices: Per axis an int, a slice, a sequence of ints, or a boolean mask over the axis.
 
     Raises:
-        SiteError: If an index is none of these, or selects nothing.
+        SiteError: If an index is of another type, or selects nothing.
 
     Example:
         >>> Site("embedder.relu3", channel=[55, 121], row=slice(2, 5))

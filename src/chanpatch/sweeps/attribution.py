@@ -171,7 +171,7 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
         return (
             "The model gives another output when an activation is replaced by its equal: a module writes in place into "
             f"its input, which is read elsewhere too. One of {', '.join(map(repr, names))} is such an input, and the "
-            "estimates are off; the exact effects are not. Patch what the module returns, or build it without "
+            "estimates are off; the exact effects are not. Patch the output of the module, or build it without "
             "inplace=True."
         )
     missed = {}
@@ -225,7 +225,7 @@ class _Runs(Forward):
                 if not activation.requires_grad:
                     raise SiteError(
                         f"'{name}' is computed under torch.no_grad(), through which no gradient flows. sweep() its "
-                        "patches, or patch what comes after it."
+                        "patches, or patch a later hook point."
                     )
             precision = 1e-2 if values.dtype in (torch.float16, torch.bfloat16) else 1e-4
             same = torch.allclose(values.detach(), self._clean, precision, precision * self._scale, equal_nan=True)

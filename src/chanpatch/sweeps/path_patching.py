@@ -129,8 +129,8 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
     whole = [site for site in receivers if not points[site.name].module]
     if whole and frozen is None:
         raise SiteError(
-            f"The receiver {whole[0]!r} is what the whole model returns, where every path ends. Name the module that "
-            "computes it, or its input, such as 'head.in[0]'; or what is to be frozen."
+            f"The receiver {whole[0]!r} is the output of the whole model, the end of every path. Name the module that "
+            "computes it, or its input, such as 'head.in[0]'; or the hook points to freeze in frozen=[...]."
         )
     start, ends = points[sender.name], [points[site.name] for site in receivers]
     # The calls around the sender began before it; its own is one of them if the sender is an input.

@@ -87,7 +87,7 @@ class Prefix:
         self.finished, self._inside, self._skipped = 0, False, number
         for call in self.calls[:number]:
             if call.known and call.left:
-                call.left.put_back()  # later modules may read what a skipped one leaves on itself
+                call.left.put_back()  # later modules may read attributes that a skipped one sets
         with _wrapped({call.module for call in self.calls[:number]}, self._replay):
             yield
         if not all(call.unwritten for call in self.calls[:number] if call.known):
@@ -184,7 +184,7 @@ _OF_ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
 def fresh(tree: Any) -> Any:
-    """Return the output in new containers; what they hold is the same."""
+    """Return the output in new containers; their contents are the same."""
     if type(tree) is list:
         return [*map(fresh, tree)]
     if isinstance(tree, tuple):

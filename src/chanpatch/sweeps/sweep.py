@@ -95,7 +95,7 @@ def sweep(
     if strategy not in ("auto", "vmap", "resume", "loop"):
         raise SweepError(f"strategy is {strategy!r}; it is 'auto', 'vmap', 'resume' or 'loop'.")
     if type(max_bytes) is not int or max_bytes < 1:
-        raise SweepError(f"max_bytes is {max_bytes!r}; it is a whole number of bytes from 1 on, such as 2**28.")
+        raise SweepError(f"max_bytes is {max_bytes!r}; it is a positive number of bytes, such as 2**28.")
     with torch.inference_mode(False):
         points = traced(points_or_model, inputs, keywords)
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
