@@ -356,7 +356,7 @@ def test_the_whole_models_output_is_no_receiver_unless_it_is_said_what_is_frozen
     with pytest.raises(SiteError) as caught:
         effect("first", ".out")
     assert str(caught.value) == (
-        "The receiver Site('.out') is what the whole model returns, where every path ends. Name the module that "
+        "The receiver Site('.out') is the output of the whole model, the end of every path. Name the module that "
         "computes it, or its input, such as 'head.in[0]'; or the hook points to freeze in frozen=[...]."
     )
     torch.testing.assert_close(effect("first", ".out", frozen=()), by_hand(to_second=True, to_head=True))

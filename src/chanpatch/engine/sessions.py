@@ -188,7 +188,7 @@ class Session:
         self._with_inputs.clear()
 
     def let_go(self) -> None:
-        """Free the tensors of the listeners: in reference cycles, tensors would stay until the garbage collector runs."""
+        """Free the tensors of the listeners, which reference cycles would keep until the garbage collector runs."""
         self.listeners.clear()
 
     def _station(self, module: nn.Module) -> Station:
