@@ -600,5 +600,5 @@ def test_a_site_inside_no_grad_is_refused_by_name() -> None:
         attribution(points, vectors, patches=zero_ablate(points.site("frozen")), metric=logit_difference(0, 1))
     assert str(caught.value) == (
         "'frozen' is computed under torch.no_grad(), through which no gradient flows. sweep() its patches, or patch "
-        "what comes after it."
+        "a later hook point."
     )
