@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .errors import StatisticsError
-from .results import ROWS, imported, largest_first
+from .results import ROWS, imported, largest_first, shown_p
 from .statistics.interval import finite
 from .statistics.proportions import PairedCounts
 
@@ -95,7 +95,7 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
 
     Args:
         records: One record per effect: `effect`, a `label` or a `site`, and optionally `low` and `high` of its
-            interval, a p-value (`p_holm`, else `p`) and a bool `control`.
+            interval, a p-value `p` and a bool `control`.
         ax: Axes to draw into; new axes if None.
         label: Label of the effect axis.
 
@@ -127,12 +127,11 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
 
 
 def _write_p(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[np.int64]) -> None:
-    kind, title = ("p_holm", "p (Holm)") if "p_holm" in drawn[0] else ("p", "p")
-    known = [(each[kind], place) for each, place in zip(drawn, places, strict=True) if _is_number(each.get(kind))]
+    known = [(each["p"], place) for each, place in zip(drawn, places, strict=True) if _is_number(each.get("p"))]
     for p, place in known:
-        ax.text(1.02, place, f"{p:.2g}", transform=ax.get_yaxis_transform(), va="center")
+        ax.text(1.02, place, shown_p(p), transform=ax.get_yaxis_transform(), va="center")
     if known:
-        ax.text(1.02, 1.02, title, transform=ax.transAxes, va="bottom")
+        ax.text(1.02, 1.02, "p", transform=ax.transAxes, va="bottom")
 
 
 def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:

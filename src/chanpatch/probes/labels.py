@@ -16,8 +16,9 @@ from ..errors import ProbeError
 from ..results import Records
 from ..statistics.corrections import holm
 from ..statistics.interval import Booleans, Floats, Interval, booleans, finite, interval_columns
+from ..statistics.means import Rows
 from ..statistics.ranking import auc
-from ..statistics.resampling import Rows, halves
+from ..statistics.resampling import halves
 
 PERMUTATIONS = 9_999  # at least
 

@@ -13,9 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import ProbeError
 from ..results import Records
 from ..statistics.interval import Booleans, Floats, Interval, finite, interval_columns, two_groups
+from ..statistics.means import Rows
 from ..statistics.proportions import difference_interval, reweighted_precision, wilson_interval
 from ..statistics.ranking import auc
-from ..statistics.resampling import Rows, halves
+from ..statistics.resampling import halves
 
 Direction = Literal["above", "below"]
 

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from ..errors import MetricError
 from ..patching.patch import Patch
-from ..results import ROWS, Effects, columns, more, shown_effect
-from ..statistics.interval import Interval
+from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
+from ..statistics.flips import ranked_interval
+from ..statistics.interval import Interval, picked
 from ..statistics.ranking import Rank, ranked_records, ranks_among
-from ..statistics.resampling import bootstrap_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,6 +61,7 @@ class SweepResult(Effects):
     controls: SweepResult | None
     groups: tuple[Swept, ...]
     complete: bool
+    _whole: SweepResult | None = None  # the result that `top` took the rows from
     _by_row = ("labels", "patches", "values")
 
     def __len__(self) -> int:
@@ -81,11 +82,16 @@ class SweepResult(Effects):
         return found
 
     def interval(self, metric: str | None = None, *, seed: int = 0) -> Interval[Floats]:
-        """Return the effects with 95% bootstrap intervals over the inputs, which count as independent.
+        """Return the effects with 95% intervals over the inputs, which count as independent.
 
-        The ends are NaN with fewer than two inputs. `seed` is the random seed of the bootstrap.
+        They hold for all patches of the sweep together, so also for those of `top`. Intervals over six to nine inputs
+        are marked, and with fewer they are withheld, as by `chanpatch.statistics.mean_interval`. `seed` is the random
+        seed of the sign flips in `chanpatch.statistics.max_t_test`.
         """
-        return bootstrap_interval(self.differences(metric).T, seed=seed)
+        whole = self._whole or self
+        row = {label: number for number, label in enumerate(whole.labels)}
+        every = ranked_interval(whole.differences(metric).T, seed=seed)
+        return picked(every, [row[label] for label in self.labels])
 
     def ranks(self, metric: str | None = None) -> list[Rank | None]:
         """Return the rank of each effect among those of the controls, by absolute value.
@@ -106,8 +112,8 @@ class SweepResult(Effects):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and metric, the controls last.
 
-        It has: label, metric, effect, `low` and `high` of its interval, the mean metric with (`patched`) and without
-        the patch (`baseline`); and with controls: control, rank among them, p, no_p (why there is no p).
+        It has: label, metric, effect, `low`, `high` and `note` of its interval, the mean metric with (`patched`) and
+        without the patch (`baseline`); and with controls: control, rank among them, p, no_p (why there is no p).
         """
         if self.controls is None:
             return self._records()
@@ -124,17 +130,18 @@ class SweepResult(Effects):
         return f"mean change ({inputs})"
 
     def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
-        first = self._rows(np.arange(min(len(self), ROWS)))  # the bootstrap of all rows could take long
+        first = self._rows(np.arange(min(len(self), ROWS)))
+        records = [record for record in first.to_records() if not record.get("control")]
         head = ("label", "metric") if len(self.values) > 1 else ("label",)
         tail = ("patched", "baseline", *(("rank", "p") if self.controls else ()))
         lines = [
             {name: record[name] for name in head}
             | shown_effect("effect", record)
             | {name: record[name] for name in tail}
-            for record in first.to_records()
-            if not record.get("control")
+            for record in records
         ]
-        return lines, [*more(len(self) - len(first)), *self._notes()]
+        notes = interval_notes(record["note"] for record in records)
+        return lines, [*more(len(self) - len(first)), *notes, *self._notes()]
 
     def _title(self) -> str:
         inputs = " and ".join(f"{name} over {len(values)} inputs" for name, values in self.baseline.items())
@@ -171,6 +178,7 @@ class SweepResult(Effects):
                 "effect": float(effect[row]),
                 "low": float(interval.low[row]),
                 "high": float(interval.high[row]),
+                "note": str(interval.note[row]),
                 "patched": float(self.values[name][row].mean()),
                 "baseline": float(self.baseline[name].mean()),
             }
@@ -188,8 +196,12 @@ class SweepResult(Effects):
         return name
 
     def _only(self, name: str) -> SweepResult:
-        controls = None if self.controls is None else self.controls._only(name)
-        return replace(self, values={name: self.values[name]}, baseline={name: self.baseline[name]}, controls=controls)
+        controls, whole = (None if each is None else each._only(name) for each in (self.controls, self._whole))
+        values, baseline = {name: self.values[name]}, {name: self.baseline[name]}
+        return replace(self, values=values, baseline=baseline, controls=controls, _whole=whole)
+
+    def _rows(self, rows: NDArray[np.int64]) -> SweepResult:
+        return replace(super()._rows(rows), _whole=self._whole or self)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
