@@ -14,7 +14,7 @@ from ..errors import RolloutError
 from ..results import Effects, Records, columns, interval_notes, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
-from ..statistics.ranking import Rank, ranked_records, ranks_among
+from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -211,21 +211,24 @@ class SweptRollouts(PairedRollouts):
     Attributes:
         rollouts: Rollouts by label, the one without patches first.
         controls: Rollouts with the control patches by label, or None. They are not among the rollouts.
+        no_p: Why ranks among the controls have no p-values, if the controls came with a reason.
     """
 
     controls: Mapping[str, Rollout] | None = None
+    no_p: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_pairs(self.controls or {})
 
-    def ranks(self) -> list[Rank | None]:
-        """Return the rank of each effect among those of the controls, by absolute value.
+    def ranks(self, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
+        """Return the rank of each effect among those of the controls, as `chanpatch.statistics.rank_among` does.
 
         A p-value needs at least 19 controls, and a patch that was not picked for its effect. The rank is None for an
         effect that is not finite, and for all if there are no controls or one of their effects is not finite.
         """
-        return ranks_among(self.effect(), self._differences([*(self.controls or {}).values()]).mean(axis=1))
+        controls = self._differences([*(self.controls or {}).values()]).mean(axis=1)
+        return ranks_among(self.effect(), controls, alternative, self.no_p)
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label, as for `PairedRollouts`, those of the controls last.

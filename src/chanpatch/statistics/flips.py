@@ -74,6 +74,10 @@ def max_t_test(
     rows = rows_of("differences", differences)
     cluster = cluster_numbers(clusters, len(rows))
     many, known = int(cluster.max()) + 1, np.isfinite(rows).all(axis=0)
+    estimate, note = mean(rows), withheld(rows, cluster)
+    if many < FEWEST:
+        nothing = np.full(estimate.shape, np.nan)
+        return MaxT(nothing[()], noted(estimate, nothing, nothing, confidence, note))
     sums = totals(np.where(known, rows, 0.0), cluster).reshape(many, -1)
     unit = np.sqrt((sums**2).sum(axis=0))
     shares = sums / np.where(unit > 0, unit, 1.0)  # flips leave the unit, and t grows with the sum of the shares
@@ -87,13 +91,11 @@ def max_t_test(
     allowed = int((1 - confidence) * len(largest) + 1e-9)  # flips that may exceed the bound
     bound = largest[-1 - allowed] * (1 + 1e-9)
     with np.errstate(invalid="ignore", divide="ignore"):
-        t = bound * np.sqrt((many - 1) / (many - min(bound**2, many)))
-        deviation = np.sqrt(np.maximum(many - observed**2, 0.0) / max(many - 1, 1))
+        t = bound * np.sqrt((many - 1) / np.maximum(many - bound**2, 0.0))
+        deviation = np.sqrt(np.maximum(many - observed**2, 0.0) / (many - 1))
         margin = (t * deviation * unit / len(rows)).reshape(known.shape)
-    estimate = mean(rows)
-    tested = known & (many >= FEWEST)
-    interval = noted(estimate, estimate - margin, estimate + margin, confidence, withheld(rows, cluster))
-    return MaxT(np.where(tested, (reached / len(largest)).reshape(known.shape), np.nan)[()], interval)
+    interval = noted(estimate, estimate - margin, estimate + margin, confidence, note)
+    return MaxT(np.where(known, (reached / len(largest)).reshape(known.shape), np.nan)[()], interval)
 
 
 def ranked_interval(differences: Floats, *, seed: int) -> Interval[Floats]:

@@ -38,7 +38,7 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
     Example:
         >>> interval = mean_interval([0.2, 0.9, 0.4, 0.3, 0.8, 0.1, 0.5])
         >>> print(f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f}), {interval.note}")
-        0.46 (0.19 to 0.73), few
+        0.46 (0.18 to 0.73), few
 
     References:
         Hall, "On the removal of skewness by transformation" (1992), for the correction; Cameron and Miller, "A

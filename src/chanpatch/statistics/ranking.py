@@ -33,8 +33,9 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
 
     Example:
         >>> scores = np.arange(24)
-        >>> interval = auc(scores, scores % 5 + scores > 14)
-        >>> print(f"{interval.estimate:.3f} ({interval.low:.2f} to {interval.high:.2f})")
+        >>> interval = auc(scores, scores + 5 * (scores % 4) > 19)
+        >>> print(f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})")
+        0.91 (0.64 to 0.98)
 
     References:
         DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
@@ -128,19 +129,29 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
         raise StatisticsError("An effect that is not finite has no rank: leave that control out.")
     if alternative not in SIDES:
         raise StatisticsError(f"alternative is {alternative!r}, but it must be one of {', '.join(map(repr, SIDES))}.")
-    each = others if alternative == "greater" else -others if alternative == "less" else np.abs(others)
-    own = effect if alternative == "greater" else -effect if alternative == "less" else abs(effect)
-    rank = 1 + int((each >= own).sum())
+    every = np.append(others, effect)
+    directed = {"two-sided": np.abs(every), "greater": every, "less": -every}[alternative]
+    rank = int((directed >= directed[-1]).sum())
     if others.size < FEWEST_CONTROLS:
         return Rank(rank, others.size, None, f"it needs at least {FEWEST_CONTROLS} controls")
     return Rank(rank, others.size, rank / (others.size + 1), "")
 
 
-def ranks_among(effects: ArrayLike, controls: ArrayLike) -> list[Rank | None]:
+def without_p(rank: Rank, no_p: str) -> Rank:
+    """Return a rank without its p-value if there is a reason for that."""
+    return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
+
+
+def ranks_among(
+    effects: ArrayLike, controls: ArrayLike, alternative: Alternative = "two-sided", no_p: str = ""
+) -> list[Rank | None]:
     """Return the rank of each effect; None if the effect or a control is not finite, or there are no controls."""
     each, others = np.asarray(effects, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     ranked = np.isfinite(each) & bool(others.size) & np.isfinite(others).all()
-    return [rank_among(float(effect), others) if one else None for effect, one in zip(each, ranked, strict=True)]
+    return [
+        without_p(rank_among(float(effect), others, alternative=alternative), no_p) if one else None
+        for effect, one in zip(each, ranked, strict=True)
+    ]
 
 
 def ranked_records(

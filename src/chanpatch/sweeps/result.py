@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import MetricError
+from ..patching.edits import Resample, Set
 from ..patching.patch import Patch
 from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
-from ..statistics.ranking import Rank, ranked_records, ranks_among
+from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +54,7 @@ class SweepResult(Effects):
         controls: The control patches of the same sweep, or None.
         groups: How the finished rows were run, by the hook point at which their patches begin.
         complete: Whether every patch was run; False only in the partial result of an interrupted sweep.
+        no_p: Why ranks among the controls have no p-values, if the controls came with a reason.
     """
 
     labels: tuple[Any, ...]
@@ -60,7 +63,8 @@ class SweepResult(Effects):
     baseline: dict[str, Floats]
     controls: SweepResult | None
     groups: tuple[Swept, ...]
-    complete: bool
+    complete: bool = True
+    no_p: str = ""
     _whole: SweepResult | None = None  # the result that `top` took the rows from
     _by_row = ("labels", "patches", "values")
 
@@ -93,13 +97,15 @@ class SweepResult(Effects):
         every = ranked_interval(whole.differences(metric).T, seed=seed)
         return picked(every, [row[label] for label in self.labels])
 
-    def ranks(self, metric: str | None = None) -> list[Rank | None]:
-        """Return the rank of each effect among those of the controls, by absolute value.
+    def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
+        """Return the rank of each effect among those of the controls, as `chanpatch.statistics.rank_among` does.
 
         A p-value needs 19 controls or more, and a patch that was not picked for its effect. A rank is None if the
         effect is not finite; all are None if there are no controls or one of their effects is not finite.
         """
-        return ranks_among(self.effect(metric), [] if self.controls is None else self.controls.effect(metric))
+        controls = self.controls
+        effects = np.zeros(0) if controls is None else controls.effect(metric)
+        return ranks_among(self.effect(metric), effects, alternative, self.no_p)
 
     def top(self, count: int, metric: str | None = None) -> SweepResult:
         """Return the `count` rows with the largest absolute effects, the largest first.
@@ -157,6 +163,10 @@ class SweepResult(Effects):
         if self.controls is not None:
             notes.append(f"Ranks are among {len(self.controls)} controls.")
             notes += sorted({f"No p-values: {rank.no_p}" for rank in self._ranks() if rank and rank.no_p})
+        if any(_has_one_reference(patch) for patches in self.patches for patch in patches):
+            notes.append(
+                "Intervals hold the reference of a mean or resample ablation fixed: they leave out its sampling error."
+            )
         for strategy in dict.fromkeys(group.strategy for group in self.groups):
             those = [group for group in self.groups if group.strategy == strategy]
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)
@@ -202,6 +212,17 @@ class SweepResult(Effects):
 
     def _rows(self, rows: NDArray[np.int64]) -> SweepResult:
         return replace(super()._rows(rows), _whole=self._whole or self)
+
+
+def _has_one_reference(patch: Patch) -> bool:
+    """Return whether a patch writes activations that were averaged or drawn over one set of reference inputs."""
+    edit, point = patch.edit, patch.site.point
+    if isinstance(edit, Resample):
+        return True
+    batch = None if point is None else point.batch_axis
+    return (
+        isinstance(edit, Set) and isinstance(edit.value, Tensor) and batch is not None and edit.value.shape[batch] == 1
+    )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
