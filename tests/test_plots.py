@@ -111,6 +111,14 @@ def test_an_effect_without_an_interval_or_a_label_is_drawn_with_its_site() -> No
     assert not ax.collections and ax.get_title(loc="left") == "1 effects"
 
 
+def test_a_withheld_interval_has_no_bar_and_intervals_of_few_inputs_are_marked() -> None:
+    withheld = {**record("b", 0.3), "low": math.nan, "high": math.nan, "note": "5 rows"}
+    shown = [record("a", 0.5, note="few"), withheld]
+    ax = effect_ranking(shown)
+    assert len(ax.collections) == 1
+    assert ax.get_title(loc="left") == "2 effects; lines: 95% intervals (few inputs)"
+
+
 def test_the_cells_of_a_mosaic_have_the_shares_of_the_pairs_as_their_areas() -> None:
     counts = PairedCounts(both=60, only_first=40, only_second=36, neither=64)
     ax = contingency(counts, names=("patched", "original"))
