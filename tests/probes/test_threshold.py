@@ -105,9 +105,9 @@ def test_a_precision_that_no_threshold_has_is_refused_with_the_best_one():
     with pytest.raises(errors.ProbeError) as caught:
         ThresholdProbe.fit_precision(sums, labels, min_precision=0.99, seed=0)
     assert str(caught.value) == (
-        "No threshold has precision 0.99 with 95% confidence. The best lower limit is 0.423, at sums above 0.5, where "
-        f"{accepted} of 20 inputs of the fitting half are accepted, 10 of them positives. Lower min_precision, give "
-        "more inputs, or take another channel."
+        "No threshold has precision 0.99 with 95% confidence. The best lower limit is 0.423, at sums above 0.5: there "
+        f"10 of {accepted} accepted inputs of the fitting half are positives. Lower min_precision, give more inputs, "
+        "or take another channel."
     )
 
 

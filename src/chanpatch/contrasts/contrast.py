@@ -42,7 +42,7 @@ def contrast(
         clean: One input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such.
         corrupted: The other input of each pair.
         sites: Sites or patterns, as in `recording`; `"all"` searches all outputs and taps, the same activations once.
-        reduce: What is compared of each channel, as in `recording`; it leaves the batch and at most one axis. Layers
+        reduce: Reduction of each channel, as in `recording`; it leaves the batch and at most one axis. Layers
             of a recurrent state are compared each by itself, unless an einops pair joins them.
         background: Inputs that tell how much a channel varies anyway: as `clean`, or any iterable of batches of it.
             Two at least.
@@ -119,7 +119,7 @@ def contrast(
 
 def _no_p(absolute: bool, independent: int) -> str:
     if absolute:
-        return "a mean absolute difference is above zero also where nothing differs but noise; take signed differences."
+        return "noise alone makes a mean absolute difference positive; take signed differences."
     if independent < FEWEST:
         return f"{independent} independent pairs are too few for a sign-flip test; it needs {FEWEST}."
     return ""

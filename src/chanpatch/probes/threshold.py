@@ -145,9 +145,9 @@ class ThresholdProbe(Records):
             best = int(np.argmax(limit))
             raise ProbeError(
                 f"No threshold has precision {min_precision:g} with 95% confidence. The best lower limit is "
-                f"{limit[best]:.3g}, at sums {direction} {thresholds[best]:.4g}, where {hits[best] + alarms[best]} of "
-                f"{len(fitted)} inputs of the fitting half are accepted, {hits[best]} of them positives. Lower "
-                "min_precision, give more inputs, or take another channel."
+                f"{limit[best]:.3g}, at sums {direction} {thresholds[best]:.4g}: there {hits[best]} of "
+                f"{hits[best] + alarms[best]} accepted inputs of the fitting half are positives. Lower min_precision, "
+                "give more inputs, or take another channel."
             )
         threshold = float(thresholds[precise[0] if direction == "above" else precise[-1]])
         scores = _scores(*held_out, threshold, direction)

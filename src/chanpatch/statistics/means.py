@@ -19,8 +19,9 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
     From ten independent rows on, the interval contains Student's t interval and the t interval that Hall's
     transformation corrects for skewness, so that it covers means of symmetric and of skewed samples. Six to nine rows
-    give a t interval, whose note is `"few"`. The interval is withheld, with NaN ends and the reason in the note, if
-    fewer than six rows or clusters are independent, fewer than six of them differ from 0, or most of them are equal.
+    give a t interval, whose note is `"few"`. The interval is withheld if fewer than six rows or clusters are
+    independent, fewer than six of them differ from 0, or most of them are equal. Its ends are then NaN, and its note is
+    the reason.
 
     Args:
         sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
@@ -96,7 +97,7 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
 
 
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
-    """Return an interval whose ends are NaN where its note is a reason to withhold it."""
+    """Return an interval; its ends become NaN if its note is a reason to withhold it."""
     shown = np.isin(note, ("", "few"))
     return Interval(
         estimate[()], np.where(shown, low, np.nan)[()], np.where(shown, high, np.nan)[()], confidence, note[()]

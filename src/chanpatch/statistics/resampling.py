@@ -53,8 +53,8 @@ def bootstrap_interval(
         array([False,  True])
 
     References:
-        Efron and Tibshirani, "An introduction to the bootstrap" (1993), section 14.3; Hesterberg, "What teachers should
-        know about the bootstrap" (2015), section 3.3, for the level; Davison and Hinkley, "Bootstrap methods and their
+        Efron and Tibshirani, "An introduction to the bootstrap" (1993), section 14.3; Hesterberg (2015), The
+        American Statistician 69, section 3.3, for the level; Davison and Hinkley, "Bootstrap methods and their
         application" (1997), section 3.8, for clusters.
     """
     import scipy.stats
