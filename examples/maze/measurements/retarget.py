@@ -183,7 +183,8 @@ def _magnitudes(study: Study, levels: Sequence[bytes], chosen: Cells, marks: Val
     tries = {str(each): retargeted(study.points, cells, channels, each * marks) for each in MULTIPLES}
     reached = _reached(study.points, levels, targets, tries)
     rows = effect_rows({"reached": reached}, list(tries))
-    return rows, MULTIPLES[int(np.argmax([row["effect_low"] for row in rows]))]
+    lows = np.nan_to_num([row["effect_low"] for row in rows], nan=-np.inf)  # NaN if the interval is withheld
+    return rows, MULTIPLES[int(np.argmax(lows))]
 
 
 def _reached(
