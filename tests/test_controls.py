@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,21 @@ import torch
 from models import Model, build
 from torch import Tensor, nn
 
-from chanpatch import Site, hook_points, mean_ablate, patch_in, resample_ablate, run_with_cache, steer, zero_ablate
+from chanpatch import (
+    HookPoints,
+    Site,
+    hook_points,
+    mean_ablate,
+    patch_in,
+    resample_ablate,
+    run_with_cache,
+    steer,
+    sweep,
+    zero_ablate,
+)
 from chanpatch.controls import matched_channels, off_distribution, random_vectors
 from chanpatch.errors import ChanpatchError, EditError, SiteError, StatisticsError
+from chanpatch.statistics import rank_among
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGES = torch.randn(40, 1, 4, 4, generator=GENERATOR)
@@ -116,8 +129,59 @@ def test_controls_tell_how_near_they_are_in_spreads_of_the_other_live_channels()
         assert [record["apart"] for record in found.to_records()] == list(found.apart)
     lines = repr(found).splitlines()
     assert lines[0] == "3 controls, drawn among the 6 nearest of 27 other live channels"
-    assert lines[1].split() == ["site", "apart"] and len(lines) == 5
+    assert lines[1].split() == ["site", "apart"] and len(lines) == 6
+    assert lines[5] == f"No p-values: {found.no_p}"
     assert found.to_pandas()["site"].tolist() == list(map(repr, found))
+
+
+EDGE = "is at the edge of its pool: {} of 19 controls have a {} mean activation, but it needs 3"
+
+
+def ranked_by_mean(channels: int) -> HookPoints:
+    """Hook points of a model whose feature 0 has the largest mean, feature 1 the second largest."""
+    return hook_points(nn.Identity(), torch.zeros(2, channels), axes={".out": ("batch", "feature")})
+
+
+@pytest.mark.parametrize(("feature", "side"), [(0, "larger"), (1, "larger"), (59, "smaller")])
+def test_at_the_edge_of_its_pool_an_effect_has_a_rank_and_no_p_and_the_reason_is_said(feature: int, side: str) -> None:
+    points = ranked_by_mean(60)
+    background = torch.linspace(60, 1, 60) * torch.linspace(0.5, 1.5, 9).unsqueeze(1)
+    site = points.site(".out", feature=feature)
+    found = matched_channels(points, site, background, count=19)
+    means = [60.0 - dict(control.indices)["feature"][0] for control in found]
+    beyond = sum(mean > 60 - feature if side == "larger" else mean < 60 - feature for mean in means)
+    assert found.no_p == f"{site!r} {EDGE.format(beyond, side)}"
+    effects = means
+    rank = found.rank(60.0 - feature, effects)
+    assert (rank.rank, rank.p, rank.no_p) == (rank_among(60.0 - feature, effects).rank, None, found.no_p)
+    controls = found.patches(zero_ablate)
+    assert [patch.site for patch in controls] == list(found)
+
+    def total(output: torch.Tensor) -> torch.Tensor:
+        return output.sum(dim=1)
+
+    result = sweep(points, background, patches=zero_ablate(site), controls=controls, metric=total)
+    assert result.ranks() == [
+        replace(rank_among(result.effect()[0], result.controls.effect()), p=None, no_p=found.no_p)
+    ]
+    assert f"No p-values: {found.no_p}" in repr(result) and f"No p-values: {found.no_p}" in repr(found)
+    assert result.top(1).to_records()[0]["no_p"] == found.no_p
+
+
+def test_amid_its_pool_an_effect_has_a_p_which_may_be_one_sided() -> None:
+    points = ranked_by_mean(60)
+    background = torch.linspace(60, 1, 60) * torch.linspace(0.5, 1.5, 9).unsqueeze(1)
+    found = matched_channels(points, points.site(".out", feature=30), background, count=19)
+    assert found.no_p == "" and "No p-values" not in repr(found)
+    effects = np.linspace(-3, -1, 19)
+    assert found.rank(0.5, effects).p == 1
+    assert found.rank(0.5, effects, alternative="greater").p == 1 / 20
+
+
+def test_equal_means_are_on_both_sides() -> None:
+    points = ranked_by_mean(60)
+    background = torch.ones(60) * torch.linspace(0.5, 1.5, 9).unsqueeze(1)
+    assert matched_channels(points, points.site(".out", feature=0), background, count=19).no_p == ""
 
 
 def test_controls_that_are_drawn_among_all_channels_say_that_they_are_not_matched() -> None:

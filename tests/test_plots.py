@@ -100,8 +100,7 @@ def test_p_values_are_written_beside_the_effects_that_have_one() -> None:
     ax = effect_ranking([record("a", 0.4, p=0.031), record("b", 0.3, p=None), record("c", 0.2, p=math.nan)])
     assert texts(ax) == ["0.031", "p"]
     assert ax.texts[0].get_position()[1] == 0
-    corrected = effect_ranking([record("a", 0.4, p=0.01, p_holm=0.08)])
-    assert texts(corrected) == ["0.08", "p (Holm)"]
+    assert texts(effect_ranking([record("a", 0.4, p=1e-4)])) == ["<0.001", "p"]
 
 
 def test_an_effect_without_an_interval_or_a_label_is_drawn_with_its_site() -> None:
@@ -110,6 +109,14 @@ def test_an_effect_without_an_interval_or_a_label_is_drawn_with_its_site() -> No
     assert [text.get_text() for text in ax.get_yticklabels()] == ["Site('conv1', channel=3)"]
     assert float(ax.lines[0].get_xdata()[0]) == 0.4
     assert not ax.collections and ax.get_title(loc="left") == "1 effects"
+
+
+def test_a_withheld_interval_has_no_bar_and_intervals_of_few_inputs_are_marked() -> None:
+    withheld = {**record("b", 0.3), "low": math.nan, "high": math.nan, "note": "5 rows"}
+    shown = [record("a", 0.5, note="few"), withheld]
+    ax = effect_ranking(shown)
+    assert len(ax.collections) == 1
+    assert ax.get_title(loc="left") == "2 effects; lines: 95% intervals (few inputs)"
 
 
 def test_the_cells_of_a_mosaic_have_the_shares_of_the_pairs_as_their_areas() -> None:

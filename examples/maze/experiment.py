@@ -83,7 +83,7 @@ def run_rollouts(settings: Settings) -> Path:
     choice = _chosen(settings, points, others)
     pairs = _shown_pairs(points, settings.site, choice)
 
-    controls = _controls(settings, points, choice, others, control_seed)
+    controls, no_p = _controls(settings, points, choice, others, control_seed)
     channels = {_name(channel): channel for channel in (choice.channel, *controls)}
     known = {**_plain(settings), "weights": weights["sha256"], "versions": versions()}
     folder = settings.out / f"ablation-size{settings.size}-n{settings.n}-seed{settings.seed}-{settings_key(known)}"
@@ -92,7 +92,7 @@ def run_rollouts(settings: Settings) -> Path:
     policies |= {name: zeroed(points, settings.site, channel) for name, channel in channels.items()}
     with locked(folder):
         episodes = play(policies, levels, sampling_seed=settings.seed, keep=folder / "parts")
-        comparisons = compare(episodes, channels, choice.channel)
+        comparisons = compare(episodes, channels, choice.channel, no_p)
         rank = ranked(comparisons)
         summary = {
             **known,
@@ -166,19 +166,22 @@ def _shown_pairs(points: HookPoints, site: str, choice: ChannelChoice) -> list[l
 
 def _controls(
     settings: Settings, points: HookPoints, choice: ChannelChoice, levels: Sequence[bytes], seed: int
-) -> list[int]:
-    """Other live channels of about the same mean activation, since larger ones may matter more whatever they say."""
+) -> tuple[list[int], str]:
+    """Other live channels of about the same mean activation, and why a rank among them has no p, or an empty text.
+
+    Channels with a larger mean may matter more whatever they encode.
+    """
     others = [channel for channel in choice.live if channel != choice.channel]
     if settings.controls > len(others):
         raise SettingsError(f"--controls is {settings.controls}, but there are only {len(others)} other live channels.")
     if not settings.controls:
-        return []
+        return [], ""
     site, background = (
         points.site(settings.site, channel=choice.channel),
         torch.from_numpy(policy_input(observe(levels))),
     )
     matched = matched_channels(points, site, background, count=settings.controls, seed=seed)
-    return sorted(channel_of(each) for each in matched)
+    return sorted(channel_of(each) for each in matched), matched.no_p
 
 
 def _name(channel: int) -> str:
@@ -267,7 +270,9 @@ def _print_table(comparisons: Sequence[Comparison], settings: Settings) -> None:
     print(f"{'':12}{'found it (95%)':>24}{'difference (95%)':>28}{'McNemar p':>12}")
     for each in comparisons:
         label = f"{each.channel}{' control' if each.control else ''}"
-        difference = f"{each.difference.estimate:+.1%} ({each.difference.low:+.1%} to {each.difference.high:+.1%})"
+        low, high = each.difference.low, each.difference.high
+        ends = "-" if np.isnan(low) else f"{low:+.1%} to {high:+.1%}"
+        difference = f"{each.difference.estimate:+.1%} ({ends})"
         share = f"{each.found.estimate:.1%} ({each.found.low:.1%} to {each.found.high:.1%})"
         print(f"{label:12}{share:>24}{difference:>28}{each.p:>12.2g}")
     if rank := ranked(comparisons):
@@ -275,4 +280,5 @@ def _print_table(comparisons: Sequence[Comparison], settings: Settings) -> None:
 
 
 def _shown(interval: Interval) -> str:
-    return f"{interval.estimate:.3f} ({interval.low:.3f} to {interval.high:.3f})"
+    ends = "-" if np.isnan(interval.low) else f"{interval.low:.3f} to {interval.high:.3f}"
+    return f"{interval.estimate:.3f} ({ends})"

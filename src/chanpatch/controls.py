@@ -1,19 +1,19 @@
 """Controls for the effect of a patch: other channels, random vectors, and how far off distribution the patch goes.
 
 others = matched_channels(points, site, observations, count=19, seed=0)
-rank_among(effect(zero_ablate(site)), [effect(zero_ablate(other)) for other in others])
+sweep(points, inputs, patches=zero_ablate(site), controls=others.patches(zero_ablate), metric=metric)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from .channels import ROUNDING, Floats, Moments, background_moments, channel_axis, gathered
@@ -27,10 +27,18 @@ from .registry.points import HookPoints, site_of, sites_of, traced
 from .registry.sites import HookPoint, Site
 from .results import Records, columns, largest_first
 from .statistics.interval import whole
+from .statistics.ranking import Alternative, Rank, rank_among, without_p
 
 __all__ = ["MatchedChannels", "OffDistribution", "matched_channels", "off_distribution", "random_vectors"]
 
 _NEAR = 2  # the nearest channels to draw from, per control: few enough to be near
+_EACH_SIDE = 0.15  # share of the controls with a larger mean, and with a smaller one, that a p-value needs
+
+
+class _ControlPatches(list[Patch]):
+    """Patches of controls, with the reason why a rank among their effects has no p-value, or an empty string."""
+
+    no_p = ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,18 +51,38 @@ class MatchedChannels(Records, Sequence[Site]):
             the site's channels, in standard deviations over the other live channels; NaN if these do not differ.
         pool: Number of nearest channels that were drawn from.
         live: Number of other live channels. If the pool is all of them, the controls are not matched.
+        no_p: Reason why a rank among the controls has no p-value, or an empty string. If nearly all controls have
+            smaller means than the site, an effect that only grows with the activation would rank first.
     """
 
     sites: tuple[Site, ...]
     apart: tuple[float, ...]
     pool: int
     live: int
+    no_p: str
 
     def __getitem__(self, control: Any) -> Any:
         return self.sites[control]
 
     def __len__(self) -> int:
         return len(self.sites)
+
+    def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
+        """Return the patch of each control, for `controls=` of a sweep, which then omits p-values if there is `no_p`.
+
+        Args:
+            verb: Function that makes a patch of a site, such as `zero_ablate`.
+        """
+        patches = _ControlPatches(map(verb, self.sites))
+        patches.no_p = self.no_p
+        return patches
+
+    def rank(self, effect: float, effects: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
+        """Return the rank of the site's effect among those of the controls, without a p-value if there is `no_p`.
+
+        Arguments and errors are as for `chanpatch.statistics.rank_among`.
+        """
+        return without_p(rank_among(effect, effects, alternative=alternative), self.no_p)
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per control: site, apart."""
@@ -64,6 +92,9 @@ class MatchedChannels(Records, Sequence[Site]):
         unmatched = ": all of them, so they are not matched; a smaller count draws nearer ones"
         title = f"{len(self)} controls, drawn among the {self.pool} nearest of {self.live} other live channels"
         return title + unmatched * (self.pool == self.live)
+
+    def _notes(self) -> list[str]:
+        return [f"No p-values: {self.no_p}"] * bool(self.no_p)
 
 
 def matched_channels(
@@ -86,7 +117,8 @@ def matched_channels(
         points_or_model: The model, which is traced with the background, or its HookPoints.
         site: The channel or channels to find controls for. Other indices, such as rows, hold for the controls too.
         background: At least two inputs for the means, `(input, ...)`, as for `chanpatch.channel_sums`.
-        count: Number of controls; with 19 or more, `chanpatch.statistics.rank_among` returns a p-value.
+        count: Number of controls. A p-value needs 19 or more, 15% of them with larger and 15% with smaller means than
+            the site's.
         seed: Random seed of the draw.
         batch_size: As for `chanpatch.channel_sums`.
 
@@ -131,7 +163,20 @@ def matched_channels(
         tuple(float(np.abs(mean[list(drawn)] - mean[list(target)]).mean() / unit) for drawn in found.values()),
         pool=min(_NEAR * count, len(others)),
         live=len(others),
+        no_p=_no_p(bound, float(mean[list(target)].mean()), np.array([mean[list(drawn)].mean() for drawn in found])),
     )
+
+
+def _no_p(site: Site, own: float, controls: Floats) -> str:
+    """Return why a rank among controls with these mean activations has no p-value, or an empty string."""
+    least = math.ceil(_EACH_SIDE * len(controls))
+    for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
+        if count < least:
+            return (
+                f"{site!r} is at the edge of its pool: {count} of {len(controls)} controls have a {side} mean "
+                f"activation, but it needs {least}"
+            )
+    return ""
 
 
 def _drawn(

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from .errors import StatisticsError
-from .results import ROWS, imported, largest_first
+from .results import ROWS, imported, largest_first, shown_p
 from .statistics.interval import finite
 from .statistics.proportions import PairedCounts
 
@@ -88,14 +88,14 @@ def strip(
 
 
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
-    """Return a ranking of effects, largest absolute effect on top: one dot per effect, on its 95% interval if known.
+    """Return a ranking of effects, largest absolute effect on top: a dot per effect, on its 95% interval if it has one.
 
     Only the 20 largest are drawn; the title counts the others. Controls are drawn as squares below the other effects.
     p-values are written beside the effects that have one. `.plot()` of a result draws this figure.
 
     Args:
-        records: One record per effect: `effect`, a `label` or a `site`, and optionally `low` and `high` of its
-            interval, a p-value (`p_holm`, else `p`) and a bool `control`.
+        records: One record per effect: `effect`, a `label` or a `site`, and optionally `low`, `high` and `note` of its
+            interval, a p-value `p` and a bool `control`.
         ax: Axes to draw into; new axes if None.
         label: Label of the effect axis.
 
@@ -121,18 +121,18 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
     ax.set_yticks(places, [str(each["label"] if "label" in each else each["site"]) for each in drawn])
     ax.set(ylim=(places[-1] + 0.7, -0.7), xlabel=textwrap.fill(label, 60))
     title = [_counted(*each) for each in zip(("effects", "controls"), groups, shown, strict=True) if each[1]]
-    title += ["lines: 95% intervals"] if any(map(_is_bounded, drawn)) else []
+    few = " (few inputs)" * any(each.get("note") == "few" for each in drawn)
+    title += [f"lines: 95% intervals{few}"] if any(map(_is_bounded, drawn)) else []
     ax.set_title("; ".join(title), loc="left", fontsize="medium")
     return ax
 
 
 def _write_p(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[np.int64]) -> None:
-    kind, title = ("p_holm", "p (Holm)") if "p_holm" in drawn[0] else ("p", "p")
-    known = [(each[kind], place) for each, place in zip(drawn, places, strict=True) if _is_number(each.get(kind))]
+    known = [(each["p"], place) for each, place in zip(drawn, places, strict=True) if _is_number(each.get("p"))]
     for p, place in known:
-        ax.text(1.02, place, f"{p:.2g}", transform=ax.get_yaxis_transform(), va="center")
+        ax.text(1.02, place, shown_p(p), transform=ax.get_yaxis_transform(), va="center")
     if known:
-        ax.text(1.02, 1.02, title, transform=ax.transAxes, va="bottom")
+        ax.text(1.02, 1.02, "p", transform=ax.transAxes, va="bottom")
 
 
 def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:

@@ -127,7 +127,24 @@ def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
 
 def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
     """Return the effect of a record and its interval as a table shows them."""
-    return {name: f"{record['effect']:+.3g}", "95%": f"{record['low']:+.3g} to {record['high']:+.3g}"}
+    interval = "-"
+    if not np.isnan(record["low"]):
+        interval = f"{record['low']:+.3g} to {record['high']:+.3g}" + " (few)" * (record["note"] == "few")
+    return {name: "-" if np.isnan(record["effect"]) else f"{record['effect']:+.3g}", "95%": interval}
+
+
+def shown_p(p: float) -> str:
+    """Return a p-value as a table shows it; below 0.001 the number of resamples would decide the digits."""
+    if np.isnan(p):
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def interval_notes(notes: Iterable[str]) -> list[str]:
+    """Return lines below a table that explain marked and withheld intervals, from the notes of its rows."""
+    found = sorted({*map(str, notes)} - {""})
+    lines = ["few: a t interval of fewer than ten independent rows."] * ("few" in found)
+    return lines + [f"No interval (-): {reason}." for reason in found if reason != "few"]
 
 
 def _picked(values: Any, rows: NDArray[np.int64]) -> Any:
@@ -144,7 +161,7 @@ def more(hidden: int) -> list[str]:
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a header and one line per record; the columns are the keys of the first record.
 
-    Fractions are shown with four significant digits, None as an empty cell.
+    Fractions are shown with four significant digits, NaN as "-", None as an empty cell.
     """
     rows = _cells(records)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -159,7 +176,9 @@ def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return "-" if np.isnan(value) else f"{value:.4g}"
 
 
 def imported(name: str, *, package: str | None = None) -> Any:

@@ -73,9 +73,9 @@ def test_a_stratum_is_a_pair_of_bins_of_the_two_path_lengths():
 
 
 def test_the_threshold_says_which_precision_it_could_reach():
-    high = np.arange(40) >= 20
-    mixed = high & (np.arange(40) % 4 > 0)  # 15 of the 20 high sums; halves that are alike but for one get 7 or 8
-    assert precise_threshold(high * 9.0, high, seed=0).criterion == "precision of at least 0.99"
+    high = np.arange(1600) >= 800
+    mixed = high & (np.arange(1600) % 4 > 0)  # 600 of the 800 high sums
+    assert precise_threshold(high * 9.0, high, seed=0).criterion == "95% confidence in a precision of at least 0.99"
     probe = precise_threshold(high * 9.0, mixed, seed=0)
     assert (probe.threshold, float(probe.criterion.split()[-1]) < 0.99) == (4.5, True)
     (row,) = threshold_rows(small_study(5, (7,)), {Direction.UP: probe})

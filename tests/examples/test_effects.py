@@ -47,16 +47,18 @@ def test_destinations_are_named_after_what_is_computed(levels):
 
 
 def test_an_effect_is_the_mean_difference_over_the_levels_that_have_the_measure():
-    values = {"found": np.array([[0.1, 0.2, np.nan], [0.5, 0.4, np.nan]]), "never": np.full((2, 3), np.nan)}
-    (row,) = effect_rows(values, ["changed"], seed=0)
-    assert (row["measure"], row["intervention"], row["n"]) == ("found", "changed", 2)
+    found = np.array([[0.1, 0.2, 0.1, 0.2, 0.1, 0.2, np.nan], [0.5, 0.4, 0.4, 0.5, 0.6, 0.3, np.nan]])
+    (row,) = effect_rows({"found": found, "never": np.full((2, 7), np.nan)}, ["changed"])
+    assert (row["measure"], row["intervention"], row["n"]) == ("found", "changed", 6)
     assert [row["original"], row["modified"], row["effect"]] == pytest.approx([0.15, 0.45, 0.3])
-    assert row["effect_low"] <= 0.3 <= row["effect_high"]
+    assert row["effect_low"] < 0.3 < row["effect_high"]
+    (few,) = effect_rows({"found": found[:, :5]}, ["changed"])
+    assert np.isnan([few["effect_low"], few["effect_high"]]).all()
 
 
 def test_controls_share_a_mark_and_a_line_of_the_legend():
     values = {"found": np.array([[0.1, 0.2], [0.5, 0.4], [0.1, 0.3], [0.2, 0.3]])}
     axes = Figure().subplots()
-    draw_effects(axes, effect_rows(values, ["own", "control 1", "control 2"], seed=0), {"found": "P(cheese)"})
+    draw_effects(axes, effect_rows(values, ["own", "control 1", "control 2"]), {"found": "P(cheese)"})
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["own", "controls"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["P(cheese)\n(n=2)"]

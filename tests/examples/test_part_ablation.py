@@ -106,7 +106,7 @@ def test_the_reference_of_means_and_donors_is_named_in_the_table_the_method_and_
 def test_the_effect_is_the_modified_share_minus_the_original(tables):
     for row in tables["effects"]:
         assert row["effect"] == pytest.approx(row["modified"] - row["original"])
-        assert row["effect_low"] - 1e-12 <= row["effect"] <= row["effect_high"] + 1e-12
+        assert np.isnan([row["effect_low"], row["effect_high"]]).all()  # of three levels
 
 
 def test_the_three_places_of_the_cheese_are_in_the_same_mazes(study):
@@ -128,7 +128,7 @@ def test_a_channel_that_is_the_same_on_all_reference_levels_is_no_control():
     far = {"zero": {0: 1.0, 1: None, 2: 1.0, 3: 1.0}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "KINDS", ("zero",))
-        rows = part._rows("top left", found, found, groups, {"channel 0": "UP"}, far, np.arange(4.0), seed=0)
+        rows = part._rows("top left", found, found, groups, {"channel 0": "UP"}, far, np.arange(4.0))
     assert [(row["rank"], row["controls"]) for row in rows] == [(1, 2), (None, None), (2, 2), (3, 2)]
     assert [row["lowest_sum"] for row in rows] == [0, 1, 2, 3]
 
@@ -139,7 +139,7 @@ def test_only_what_was_chosen_before_has_a_p_value_of_its_rank():
     far = {"zero": dict.fromkeys(range(20), 1.0)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "KINDS", ("zero",))
-        rows = part._rows("top left", found, found, groups, {"channel 19": "UP"}, far, np.zeros(20), seed=0)
+        rows = part._rows("top left", found, found, groups, {"channel 19": "UP"}, far, np.zeros(20))
     assert {row["rank_p"] for row in rows[:-1]} == {None}
     assert rows[-1]["rank_p"] == pytest.approx(1 / 20)
 
@@ -173,7 +173,7 @@ def test_shares_of_walks_and_means_of_both_policies_have_their_intervals(tables)
         for row in tables["effects"]:
             estimate, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
             assert (estimate is None) == (low is None) == (high is None)
-            assert estimate is None or low - 1e-12 <= estimate <= high + 1e-12
+            assert estimate is None or np.isnan([low, high]).all()  # of three levels
             assert (estimate is None) == (name == "corner_modified" and row["role"] == "control")
 
 

@@ -89,7 +89,7 @@ def test_the_behaviour_counts_the_likeliest_legal_move_by_hand(study):
         legal = [move for move in Direction if readings.legal[level, move]]
         right += readings.first[level, max(legal, key=lambda move, level=level: readings.moves[level, move])]
         chance.append(1 / len(legal))
-    cells = part._behaviour(readings, seed=0)
+    cells = part._behaviour(readings)
     assert (cells["right"], cells["chance"]) == (pytest.approx(right / 5), pytest.approx(np.mean(chance)))
     ways = [steps_to_cheese(read_mazes([level])) for level in levels]
     assert (cells["several_first_steps"], cells["steps"]) == (0, pytest.approx(np.mean(ways)))

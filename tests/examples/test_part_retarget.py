@@ -89,7 +89,7 @@ def test_the_magnitude_whose_interval_has_the_highest_low_end_is_the_one_that_is
 
 
 def test_a_magnitude_that_does_more_on_average_and_less_for_certain_is_not_taken():
-    reached = np.array([[0.1] * 6, [0.2] * 6, [0.0] * 3 + [0.7] * 3])
+    reached = np.array([[0.1] * 6, [0.18, 0.22] * 3, [0.01, 0.02, 0.03, 0.7, 0.71, 0.72]])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "MULTIPLES", (1, 4))
         patch.setattr(part, "_reached", lambda *_: reached)

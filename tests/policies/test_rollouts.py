@@ -16,7 +16,8 @@ from chanpatch.errors import DistributionError, MissingPackageError, RolloutErro
 from chanpatch.patching import edit, zero_ablate
 from chanpatch.policies import PairedRollouts, PatchedPolicy, paired_rollouts, rollout
 from chanpatch.registry import Site, hook_points
-from chanpatch.statistics import bootstrap_interval, paired_counts
+from chanpatch.statistics import paired_counts
+from chanpatch.statistics.flips import ranked_interval
 
 SEEDS = [3, 11, 4, 90, 2, 77, 5]
 
@@ -484,7 +485,7 @@ POLICIES = {
 def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_first():
     pairs = paired_rollouts(POLICIES, cart_poles(4), range(8), max_steps=99)
     first, right = pairs["fair"], pairs["always right"]
-    interval = bootstrap_interval(right.returns - first.returns, seed=0)
+    interval = pairs.interval()
     columns = [line.split("  ") for line in repr(pairs).splitlines()]
     filled = [[cell.strip() for cell in row if cell.strip()] for row in columns]
     assert filled[:2] == [
@@ -496,10 +497,14 @@ def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_
     assert filled[3][:4] == [
         "always right",
         f"{right.returns.mean():.4g}",
-        f"{interval.estimate:+.3g}",
-        f"{interval.low:+.3g} to {interval.high:+.3g}",
+        f"{interval.estimate[0]:+.3g}",
+        f"{interval.low[0]:+.3g} to {interval.high[0]:+.3g} (few)",
     ]
-    assert filled[4][2:4] == ["+0", "+0 to +0"]  # the same draws behind the actions
+    assert filled[4][2:4] == ["+0", "-"]  # the same draws behind the actions
+    assert repr(pairs).splitlines()[-2:] == [
+        "few: a t interval of fewer than ten independent rows.",
+        "No interval (-): fewer than 6 of the 8 rows differ from 0.",
+    ]
 
 
 def test_policies_are_compared_with_the_first_episode_by_episode():
@@ -508,13 +513,15 @@ def test_policies_are_compared_with_the_first_episode_by_episode():
     expected = pairs["always right"].returns - pairs["fair"].returns
     np.testing.assert_array_equal(pairs.differences(), [expected, np.zeros(8)])
     np.testing.assert_allclose(pairs.effect(), [expected.mean(), 0])
-    interval, by_hand = pairs.interval(), bootstrap_interval(expected, seed=0)
-    assert (interval.low[0], interval.high[0]) == pytest.approx((by_hand.low, by_hand.high))
+    by_hand = ranked_interval(pairs.differences().T, seed=0)
+    interval, top = pairs.interval(), pairs.top(1).interval()
+    assert (interval.low[0], interval.high[0]) == (top.low[0], top.high[0]) == (by_hand.low[0], by_hand.high[0])
     assert pairs.comparisons()[0] == {
         "label": "always right",
         "effect": pytest.approx(expected.mean()),
-        "low": pytest.approx(by_hand.low),
-        "high": pytest.approx(by_hand.high),
+        "low": by_hand.low[0],
+        "high": by_hand.high[0],
+        "note": "few",
         "patched": pairs["always right"].returns.mean(),
         "original": pairs["fair"].returns.mean(),
         "n": 8,

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, rankdata
 from sklearn.metrics import roc_auc_score
 
 from chanpatch import errors, label_channels
@@ -87,11 +87,32 @@ def test_noise_gets_a_label_no_more_often_than_the_level_says(monkeypatch):
     assert np.mean(wrong) < 0.09
 
 
-def test_so_many_permutations_are_drawn_that_one_of_many_channels_can_be_labelled():
+def test_one_of_many_channels_can_be_labelled_and_so_many_permutations_are_drawn_that_any_level_can_be_reached():
     sums = random().normal(size=(60, 600))
     sums[:, 7] += 9 * (np.arange(60) % 2)
     labelled = label_channels(sums, np.arange(60) % 2, names=("EVEN", "ODD"))
-    assert labelled[7].p == 1 / 12_000 and labelled[7].label == "ODD"
+    assert labelled[7].adjusted_p == 1 / 10_000 and labelled[7].label == "ODD"
+    assert "<0.001" in repr(labelled).splitlines()[2]
+    strict = label_channels(sums[:, 6:8], np.arange(60) % 2, names=("EVEN", "ODD"), level=5e-5)
+    assert strict[1].adjusted_p == 1 / 20_000 and strict[1].label == "ODD"
+
+
+def test_the_adjusted_p_is_the_share_of_permutations_in_which_any_channel_stands_out_as_much():
+    sums, directions = direction_channels(60)
+    sums = sums + 4 * random(8).normal(size=sums.shape)
+    labelled = label_channels(sums, directions, names=NAMES, seed=0)
+    _, second = halves(directions[:, None] == np.arange(4), seed=0)
+    ranks = rankdata(sums[second], axis=0)
+    members = np.array([np.isin(directions[second], [NAMES.index(name) for name in each.candidate.split(" or ")])
+                        for each in labelled])  # fmt: skip
+    orders = [random(seed).permutation(30) for seed in range(2000)]
+    drawn = np.array([[member[order] @ ranks[:, row] for row, member in enumerate(members)] for order in orders])
+    unit = drawn.std(axis=0)
+    largest = ((drawn - drawn.mean(axis=0)) / unit).max(axis=1)
+    for row, each in enumerate(labelled):
+        own = (members[row] @ ranks[:, row] - drawn[:, row].mean()) / unit[row]
+        assert each.adjusted_p == pytest.approx(np.mean(largest >= own), abs=0.05)
+        assert each.adjusted_p >= each.p
 
 
 def test_a_dead_channel_has_no_label_and_says_so():
@@ -121,7 +142,7 @@ def test_labels_print_as_a_table_with_the_labelled_channels_first_and_as_records
     lines = repr(labelled).splitlines()
     assert lines[0] == (
         "24 channels: 16 with a label, 4 without, 4 dead; chosen on 200 inputs, scored on 200 others, "
-        "p adjusted by Holm's method"
+        "p adjusted for all channels"
     )
     assert lines[1].split() == ["channel", "label", "candidate", "auc", "low", "high", "p", "adjusted", "p", "note"]
     assert lines[-1] == "... 4 more"

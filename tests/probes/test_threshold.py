@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from statsmodels.stats.proportion import proportion_confint
 
 from chanpatch import ThresholdProbe, errors
 from chanpatch.statistics import auc, wilson_interval
@@ -77,21 +78,23 @@ def test_the_held_out_scores_are_those_of_inputs_that_the_fit_never_saw():
 
 
 @pytest.mark.parametrize(("sign", "side"), [(1, "above"), (-1, "below")])
-def test_a_chosen_precision_gives_the_threshold_that_accepts_most_of_the_fitting_half(sign, side):
+def test_a_chosen_precision_gives_the_threshold_that_accepts_most_with_95_percent_confidence(sign, side):
     for seed in range(10):
-        sums, labels = shifted_sums(30, 50, distance=2.0, seed=seed)
-        probe = ThresholdProbe.fit_precision(sign * sums, labels, min_precision=0.9, seed=seed)
+        sums, labels = shifted_sums(150, 250, distance=2.0, seed=seed)
+        probe = ThresholdProbe.fit_precision(sign * sums, labels, min_precision=0.8, seed=seed)
         fitted, positive, thresholds = fitting_half(sums, labels, seed)
-        precise = [threshold for threshold in thresholds if positive[fitted > threshold].mean() >= 0.9]
+        hits = np.array([positive[fitted > threshold].sum() for threshold in thresholds])
+        accepted = np.array([(fitted > threshold).sum() for threshold in thresholds])
+        precise = np.array(thresholds)[proportion_confint(hits, accepted, alpha=0.1, method="beta")[0] >= 0.8]
         assert probe.threshold == pytest.approx(sign * min(precise)) and probe.direction == side
 
 
 def test_a_probe_for_a_chosen_precision_says_what_it_costs():
-    sums, labels = shifted_sums(100, 300, distance=2.0)
-    probe = ThresholdProbe.fit_precision(sums, labels, min_precision=0.9)
-    assert probe.held_out.precision.estimate > 0.8
+    sums, labels = shifted_sums(400, 1200, distance=2.0)
+    probe = ThresholdProbe.fit_precision(sums, labels)
+    assert probe.held_out.precision.estimate > 0.9
     assert 0.05 < probe.held_out.acceptance.estimate < probe.held_out.base_rate.estimate
-    assert "chosen for precision of at least 0.9 on 200 inputs" in repr(probe)
+    assert "chosen for 95% confidence in a precision of at least 0.9 on 800 inputs" in repr(probe)
 
 
 def test_a_precision_that_no_threshold_has_is_refused_with_the_best_one():
@@ -102,8 +105,9 @@ def test_a_precision_that_no_threshold_has_is_refused_with_the_best_one():
     with pytest.raises(errors.ProbeError) as caught:
         ThresholdProbe.fit_precision(sums, labels, min_precision=0.99, seed=0)
     assert str(caught.value) == (
-        f"No threshold has precision 0.99 on the fitting half. The best is {10 / accepted:.3g}, at sums above 0.5, "
-        f"where {accepted} of 20 inputs are accepted. Lower min_precision, or take another channel."
+        "No threshold has precision 0.99 with 95% confidence. The best lower limit is 0.423, at sums above 0.5: there "
+        f"10 of {accepted} accepted inputs of the fitting half are positives. Lower min_precision, give more inputs, "
+        "or take another channel."
     )
 
 
@@ -203,7 +207,7 @@ REFUSED = {
     ),
     "a precision in percent": (
         lambda: ThresholdProbe.fit_precision(SUMS, LABELS, min_precision=99),
-        "min_precision is 99, but a precision lies between 0 and 1, such as 0.99.",
+        "min_precision is 99, but a precision lies between 0 and 1, such as 0.9.",
     ),
 }
 

@@ -10,6 +10,7 @@ from statsmodels.stats.proportion import proportion_confint
 from chanpatch.errors import StatisticsError
 from chanpatch.statistics import (
     auc,
+    difference_interval,
     mcnemar_exact,
     paired_counts,
     paired_difference_interval,
@@ -87,7 +88,7 @@ def test_paired_difference_interval_has_a_width_where_all_pairs_agree():
 
 def test_paired_difference_interval_stays_within_minus_one_and_one():
     for counts in itertools.product(range(5), repeat=4):
-        if sum(counts):
+        if sum(counts) >= 6:
             interval = paired_difference_interval(*counts)
             assert -1 <= interval.low <= interval.estimate <= interval.high <= 1
 
@@ -119,12 +120,12 @@ def test_auc_is_the_share_of_pairs_ranked_right_with_ties_as_halves():
     assert auc(RATINGS, IS_ABNORMAL).estimate == pytest.approx(np.mean(pairs))
 
 
-def test_auc_interval_is_delong_on_the_logit_scale_written_out():
+def test_auc_interval_is_delong_with_students_t_on_the_logit_scale_written_out():
     positive, negative = RATINGS[IS_ABNORMAL], RATINGS[~IS_ABNORMAL]
     right = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
     area = right.mean()
     variance = right.mean(1).var(ddof=1) / len(positive) + right.mean(0).var(ddof=1) / len(negative)
-    margin = 1.959964 * math.sqrt(variance) / (area * (1 - area))
+    margin = scipy.stats.t.ppf(0.975, len(positive) - 1) * math.sqrt(variance) / (area * (1 - area))
     logit = math.log(area / (1 - area))
     interval = auc(RATINGS, IS_ABNORMAL)
     assert interval.low == pytest.approx(1 / (1 + math.exp(margin - logit)), abs=1e-6)
@@ -142,6 +143,38 @@ def test_auc_of_separated_groups_has_the_width_of_as_many_disjoint_pairs():
     interval = auc(np.arange(50), np.arange(50) >= 20)
     pairs = wilson_interval(20, 20)
     assert (interval.estimate, interval.low, interval.high) == (1.0, pairs.low, 1.0)
+
+
+@pytest.mark.parametrize(("positives", "note"), [(5, "5 independent inputs with one label, but it needs at least 6"),
+                                                 (6, "few"), (9, "few"), (10, "")])  # fmt: skip
+def test_the_interval_of_an_auc_is_marked_with_few_examples_and_withheld_with_five(positives, note):
+    interval = auc(np.arange(60) % 17, np.arange(60) < positives)
+    assert interval.note == note and math.isnan(interval.low) == math.isnan(interval.high) == (positives < 6)
+    assert 0 < interval.estimate < 1
+
+
+def test_auc_of_scores_that_are_mostly_tied_has_the_width_of_disjoint_pairs():
+    scores = np.where(np.arange(66) % 11 == 3, np.arange(66), 0)
+    interval = auc(scores, np.arange(66) < 16)
+    pairs = 16
+    center = (interval.estimate + 1.96**2 / 2 / pairs) / (1 + 1.96**2 / pairs)
+    assert (interval.low + interval.high) / 2 == pytest.approx(center, abs=1e-4)
+
+
+@pytest.mark.parametrize(("pairs", "note"), [(5, "5 independent pairs, but it needs at least 6"), (6, "few"), (10, "")])
+def test_the_interval_of_a_paired_difference_is_marked_with_few_pairs_and_withheld_with_five(pairs, note):
+    interval = paired_difference_interval(1, 2, 0, pairs - 3)
+    assert (interval.estimate, interval.note) == (2 / pairs, note)
+    assert math.isnan(interval.low) == math.isnan(interval.high) == (pairs < 6)
+
+
+def test_a_difference_of_an_interval_that_is_withheld_is_withheld_for_the_same_reason():
+    withheld, few = auc([1.0, 2, 3, 4], [0, 1, 0, 1]), auc(np.arange(30) % 7, np.arange(30) < 8)
+    for one, other in ((withheld, few), (few, withheld)):
+        difference = difference_interval(one, other)
+        assert math.isnan(difference.low) and math.isnan(difference.high)
+        assert difference.note == "2 independent inputs with one label, but it needs at least 6"
+    assert difference_interval(few, few).note == "few"
 
 
 def test_auc_of_one_constant_score_is_one_half_and_has_a_width():
@@ -168,6 +201,15 @@ def test_the_rank_counts_the_controls_that_are_at_least_as_large_in_absolute_val
     controls = [-0.9, 0.4, 0.3, -0.2, 0.0]
     for effect, rank in ((-1.0, 1), (0.9, 2), (-0.5, 2), (0.4, 3), (0.1, 5), (0.0, 6)):
         assert rank_among(effect, controls).rank == rank
+
+
+def test_a_directed_rank_counts_only_controls_as_far_on_that_side():
+    controls = [-0.9, 0.4, 0.3, -0.2, 0.0]
+    for effect, high, low in ((0.5, 1, 6), (0.35, 2, 5), (-0.5, 5, 2), (-0.9, 6, 2), (-1.0, 6, 1)):
+        assert rank_among(effect, controls, alternative="greater").rank == high
+        assert rank_among(effect, controls, alternative="less").rank == low
+    opposite = np.linspace(-3, -1, 19)
+    assert rank_among(0.5, opposite).p == 1 and rank_among(0.5, opposite, alternative="greater").p == 1 / 20
 
 
 def test_a_rank_has_a_p_value_from_nineteen_controls_on():
@@ -236,6 +278,10 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         (
             lambda: rank_among(0.5, [0.1, math.nan]),
             "An effect that is not finite has no rank: leave that control out.",
+        ),
+        (
+            lambda: rank_among(0.5, [0.1], alternative="larger"),
+            "alternative is 'larger', but it must be one of 'two-sided', 'greater', 'less'.",
         ),
     ],
 )

@@ -13,10 +13,24 @@ import torch
 from models import Model, vectors
 from torch import Tensor, nn
 
-from chanpatch import HookPoints, Site, edit, errors, hook_points, patched, steer, zero_ablate
+from chanpatch import (
+    HookPoints,
+    Site,
+    edit,
+    errors,
+    hook_points,
+    mean_ablate,
+    patch_in,
+    patched,
+    resample_ablate,
+    run_with_cache,
+    steer,
+    zero_ablate,
+)
 from chanpatch.metrics import kl_divergence
 from chanpatch.patching import Scale
-from chanpatch.statistics import bootstrap_interval, rank_among
+from chanpatch.statistics import mean_interval, rank_among
+from chanpatch.statistics.flips import ranked_interval
 from chanpatch.sweeps import SweepInterrupted, SweepResult, path_patch, sweep
 
 ROWS = 12
@@ -129,6 +143,8 @@ def test_a_metric_may_be_one_number_for_all_inputs(points: HookPoints) -> None:
     result = swept(points, metric=lambda output: float(output.mean()))
     assert result.values["metric"].shape == (8, 1)
     assert np.isnan(result.interval().low).all()
+    assert "nan" not in repr(result)
+    assert "No interval (-): 1 independent rows, but it needs at least 6." in repr(result)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +180,7 @@ def test_a_metric_with_fewer_numbers_for_a_patched_output_is_an_error(points: Ho
 def test_the_effect_is_the_mean_change_with_a_paired_interval(points: HookPoints) -> None:
     result = swept(points)
     changes = result.values["first"] - result.baseline["first"]
-    expected = bootstrap_interval(changes.T, seed=0)
+    expected = ranked_interval(changes.T, seed=0)
     np.testing.assert_array_equal(result.effect(), changes.mean(1))
     np.testing.assert_array_equal(result.interval().low, expected.low)
     np.testing.assert_array_equal(result.interval().high, expected.high)
@@ -176,6 +192,30 @@ def test_top_rows_have_the_largest_absolute_effects(points: HookPoints) -> None:
     top = result.top(3)
     assert top.labels == tuple(result.labels[row] for row in order)
     np.testing.assert_array_equal(top.effect(), result.effect()[order])
+
+
+def test_rows_of_top_keep_the_intervals_that_hold_for_all_patches_of_the_sweep(points: HookPoints) -> None:
+    result = swept(points, metric={"first": first, "second": lambda output: output[:, 1]})
+    for name in ("first", "second"):
+        order = np.argsort(-np.abs(result.effect(name)), kind="stable")
+        for top in (result.top(3, name).top(1, name), result.top(1, name)):
+            assert (top.interval(name).low, top.interval(name).high) == (
+                result.interval(name).low[order[0]],
+                result.interval(name).high[order[0]],
+            )
+    alone = mean_interval(result.differences("first").T)
+    assert (result.interval("first").high - result.interval("first").low >= alone.high - alone.low).all()
+
+
+@pytest.mark.parametrize("verb", [mean_ablate, resample_ablate])
+def test_a_sweep_says_that_one_reference_is_held_fixed(points: HookPoints, verb: Any) -> None:
+    note = "Intervals hold the reference of a mean or resample ablation fixed: they leave out its sampling error."
+    cache = run_with_cache(points, *vectors(20), sites=["1"], stop=True)
+    ablated = sweep(points, *vectors(ROWS), patches=verb(points.site("1", feature=0), cache), metric=first)
+    assert note in repr(ablated).splitlines()
+    paired = patch_in(points.site("1", feature=0), cache["1"][:ROWS, :1])
+    for patch in (zero_ablate(points.site("1")), paired):
+        assert note not in repr(sweep(points, *vectors(ROWS), patches=patch, metric=first))
 
 
 def test_effects_are_ranked_among_those_of_controls(points: HookPoints) -> None:

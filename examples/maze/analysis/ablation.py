@@ -7,7 +7,7 @@ an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class Comparison:
         p: exact two-sided McNemar p-value.
         found: share of levels on which the modified policy found the cheese.
         difference: that share minus the original's.
+        no_p: why the rank of its difference among the controls has no p, or an empty text.
     """
 
     channel: int
@@ -50,6 +51,7 @@ class Comparison:
     p: float
     found: Interval
     difference: Interval
+    no_p: str = ""
 
 
 def zeroed(points: HookPoints, site: str, channel: int) -> nn.Module:
@@ -80,13 +82,16 @@ def play(
         envs.close()
 
 
-def compare(episodes: Mapping[str, Episodes], channels: Mapping[str, int], chosen: int) -> list[Comparison]:
+def compare(
+    episodes: Mapping[str, Episodes], channels: Mapping[str, int], chosen: int, no_p: str = ""
+) -> list[Comparison]:
     """Every modified policy against the original.
 
     Args:
         episodes: by policy name, the original's under `ORIGINAL`.
         channels: which channel each modified policy lacks.
         chosen: the channel under test; the others are controls.
+        no_p: why its rank among the controls has no p, or an empty text.
     """
     original = episodes[ORIGINAL].found
     comparisons = []
@@ -100,6 +105,7 @@ def compare(episodes: Mapping[str, Episodes], channels: Mapping[str, int], chose
                 mcnemar_exact(counts.only_first, counts.only_second),
                 wilson_interval(int(episodes[name].found.sum()), len(original)),
                 paired_difference_interval(*counts),
+                no_p,
             )
         )
     return comparisons
@@ -108,7 +114,10 @@ def compare(episodes: Mapping[str, Episodes], channels: Mapping[str, int], chose
 def ranked(comparisons: Sequence[Comparison]) -> Rank | None:
     """Where the difference of the channel under test, which comes first, ranks among the controls; None without any."""
     first, *controls = (each.difference.estimate for each in comparisons)
-    return rank_among(first, controls) if controls else None
+    if not controls:
+        return None
+    rank, no_p = rank_among(first, controls), comparisons[0].no_p
+    return replace(rank, p=None, no_p=no_p) if no_p else rank
 
 
 def told_rank(rank: Rank) -> str:

@@ -26,7 +26,7 @@ def contrast_rows(result: Contrast) -> Table:
                 "background": result.background,
                 **interval_cells("difference", Interval(record["difference"], low * unit, high * unit, 0.95)),
                 **interval_cells("effect", Interval(record["effect"], low, high, 0.95)),
-                **{name: record[name] for name in ("p", "p_holm", "p_bh", "no_p")},
+                **{name: record[name] for name in ("p", "no_p")},
             }
         )
     return rows

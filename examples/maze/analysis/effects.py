@@ -18,7 +18,7 @@ from tqdm import tqdm
 from chanpatch import HookPoints, Patch, mean_ablate, patch_in, recording, zero_ablate
 from chanpatch.patching import ActivationCache
 from chanpatch.patching.edits import donor_rows
-from chanpatch.statistics import Interval, bootstrap_interval
+from chanpatch.statistics import Interval, mean_interval
 from maze.analysis.exact import Chains, cheese_and_corner, decisions
 from maze.analysis.part import Table, interval_cells
 from maze.analysis.tables import SITE, Intervention, action_tables
@@ -111,23 +111,22 @@ def joined(batches: Sequence[Mapping[str, NDArray[np.float64]]]) -> dict[str, ND
     return {name: np.concatenate([batch[name] for batch in batches], axis=1) for name in batches[0]}
 
 
-def effect_rows(values: Mapping[str, NDArray[np.float64]], names: Sequence[str], seed: int) -> Table:
-    """One row per measure and intervention: means over levels and the effect, with 95% bootstrap intervals.
+def effect_rows(values: Mapping[str, NDArray[np.float64]], names: Sequence[str]) -> Table:
+    """One row per measure and intervention: means over levels and the effect, with 95% intervals.
 
     A measure that no level has gives no rows.
 
     Args:
         values: by measure, (1 + intervention, level), the original first.
         names: of the interventions.
-        seed: of the bootstrap.
     """
     rows: Table = []
     for measure, of in values.items():
         known = of[:, np.isfinite(of[0])]
         if not known.shape[1]:
             continue
-        original, *modified = mean_intervals(known, seed)
-        effects = mean_intervals(known[1:] - known[0], seed)
+        original, *modified = mean_intervals(known)
+        effects = mean_intervals(known[1:] - known[0])
         for name, mean, effect in zip(names, modified, effects, strict=True):
             rows.append(
                 {
@@ -172,11 +171,11 @@ def draw_effects(axes: Axes, rows: Sequence[Mapping[str, Any]], labels: Mapping[
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def mean_intervals(values: NDArray[np.float64], seed: int) -> list[Interval]:
-    """The mean over levels and its 95% bootstrap interval, of every row of (row, level)."""
-    mean = bootstrap_interval(values.T, seed=seed)
-    ends = zip(mean.estimate.tolist(), mean.low.tolist(), mean.high.tolist(), strict=True)
-    return [Interval(*each, mean.confidence) for each in ends]
+def mean_intervals(values: NDArray[np.float64]) -> list[Interval]:
+    """The mean over levels and its 95% interval, of every row of (row, level)."""
+    mean = mean_interval(values.T)
+    ends = zip(mean.estimate.tolist(), mean.low.tolist(), mean.high.tolist(), mean.note.tolist(), strict=True)
+    return [Interval(estimate, low, high, mean.confidence, note) for estimate, low, high, note in ends]
 
 
 def _kind(row: Mapping[str, Any]) -> str:

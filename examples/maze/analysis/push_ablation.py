@@ -39,11 +39,13 @@ class MatchedSets:
         points: of the policy.
         background: observations that the means are taken over, and on which dead channels do not vary.
         seed: of the draws.
+        no_p: for each set of channels, why a rank among its sets has no p, or an empty text.
     """
 
     points: HookPoints
     background: Tensor
     seed: int
+    no_p: dict[Channels, str] = field(default_factory=dict, repr=False)
     _known: dict[Channels, dict[Site, float]] = field(default_factory=dict, repr=False)
 
     def of(self, channels: Channels) -> dict[Site, float]:
@@ -61,6 +63,7 @@ class MatchedSets:
                 except SiteError:  # so many different sets there are not
                     break
                 found |= dict(zip(drawn.sites, drawn.apart, strict=True))
+                self.no_p[channels] = drawn.no_p  # of the largest draw
                 if len(found) >= CONTROLS:
                     break
             self._known[channels] = dict(list(found.items())[:CONTROLS])
@@ -75,12 +78,14 @@ class Ablation(NamedTuple):
         controls: bool (control, level), with sets of others instead.
         affected: on how many levels there are such channels; the policy is left as it is on the others.
         apart: how far the controls are from the channels in mean activation, on average over these levels.
+        no_p: why the rank among the controls has no p, or an empty text.
     """
 
     towards: NDArray[np.bool_]
     controls: NDArray[np.bool_]
     affected: int
     apart: float
+    no_p: str = ""
 
 
 def ablate_push(
@@ -103,7 +108,7 @@ def ablate_push(
     """
     before = _likelier(seen)
     after = np.tile(before, (1 + CONTROLS, 1))
-    fewest, affected, apart = CONTROLS, 0, 0.0
+    fewest, affected, apart, no_p = CONTROLS, 0, 0.0, ""
     for cheese, corner in np.unique(np.stack([seen.cheese, seen.corner], axis=1), axis=0).tolist():
         rows = np.flatnonzero((seen.cheese == cheese) & (seen.corner == corner))
         if channels := tuple(channels_of(cheese, corner)):
@@ -112,8 +117,10 @@ def ablate_push(
             patches = {str(number): mean_ablate(site, reference) for number, site in enumerate(sites)}
             after[: len(sites), rows] = _swept(points, [levels[row] for row in rows], patches, cheese, corner)
             fewest, affected = min(fewest, len(others)), affected + len(rows)
+            no_p = no_p or controls.no_p.get(channels, "")
             apart += len(rows) * float(np.mean(list(others.values()))) if others else 0.0
-    return Ablation(after[0], after[1 : 1 + fewest], affected, apart / affected if affected and fewest else np.nan)
+    apart = apart / affected if affected and fewest else np.nan
+    return Ablation(after[0], after[1 : 1 + fewest], affected, apart, no_p)
 
 
 def _likelier(seen: Decisions) -> NDArray[np.bool_]:

@@ -31,7 +31,7 @@ def random_sets(
         levels: of which the first `SET_LEVELS` are taken.
         group: channels that are ablated together.
         reference: activations that give means and donors.
-        seed: of the sets, the donors and the bootstrap.
+        seed: of the sets and the donors.
     """
     levels, drawn = levels[:SET_LEVELS], different_sets(study.selection.live, [group], seed)
     if not drawn:
@@ -46,7 +46,7 @@ def random_sets(
         for chains, tables in level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=SITE)
     ]
     found = np.concatenate(parts, axis=1)
-    effects = mean_intervals(found[1:] - found[0], seed)
+    effects = mean_intervals(found[1:] - found[0])
     rows: Table = []
     for number, kind in enumerate(KINDS):
         own, *others = effects[number * (1 + len(drawn)) : (number + 1) * (1 + len(drawn))]

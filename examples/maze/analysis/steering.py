@@ -76,13 +76,12 @@ def added(points: HookPoints, vectors: Tensor, coefficient: float) -> Interventi
     return lambda level: [steer(site, vectors[level], coefficient)]
 
 
-def against_controls(values: Mapping[str, Values], names: Sequence[str], seed: int) -> Table:
+def against_controls(values: Mapping[str, Values], names: Sequence[str]) -> Table:
     """How much more the own vector does than each control, over the same levels.
 
     Args:
         values: by measure, (1 + intervention, level), the original first.
         names: of the interventions, the own vector among them.
-        seed: of the bootstrap.
     """
     rows: Table = []
     for measure, of in values.items():
@@ -91,7 +90,7 @@ def against_controls(values: Mapping[str, Values], names: Sequence[str], seed: i
             continue
         own = known[1 + names.index(OWN)]
         others = np.stack([known[1 + names.index(name)] for name in CONTROLS])
-        for name, interval in zip(CONTROLS, mean_intervals(own - others, seed), strict=True):
+        for name, interval in zip(CONTROLS, mean_intervals(own - others), strict=True):
             cells = interval_cells("own_minus_control", interval)
             rows.append({"measure": measure, "control": name, "n": len(own), **cells})
     return rows
@@ -116,7 +115,7 @@ def ranked(
     interventions = {name: added(study.points, each, coefficient) for name, each in sets.items()}
     batches = level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=BLOCK)
     values = joined([destinations(*batch) for batch in batches])[measure]
-    effect, *controls = mean_intervals(values[1:] - values[0], seed)
+    effect, *controls = mean_intervals(values[1:] - values[0])
     others = [each.estimate for each in controls]
     rank = rank_among(effect.estimate, others)
     return [

@@ -46,7 +46,7 @@ def measure(study: Study) -> dict[str, Table]:
     reference = activations(study.points, reference_levels, SITE)
     groups = _groups(study.selection, study.seed_for("ablation others"))
     roles = _roles(study.selection, groups)
-    seed, seed_of_intervals = study.seed_for("ablation donors"), study.seed_for("ablation bootstrap")
+    seed = study.seed_for("ablation donors")
     ablations = {
         f"{kind} {name}": ablation(study.points, kind, channels, reference, seed=seed)
         for kind in KINDS
@@ -65,14 +65,14 @@ def measure(study: Study) -> dict[str, Table]:
         if posts:
             top = study.selection.ranked[:TOGETHER]
             sets = random_sets(study, levels, top, reference, seed=study.seed_for("ablation sets"))
-            walks = _walks(study.selection, walked, found, list(ablations), seed_of_intervals)
+            walks = _walks(study.selection, walked, found, list(ablations))
         changes[place] = found[1:] - found[0]
-        rows = _rows(place, found, corner, groups, roles, far, lowest, seed_of_intervals)
+        rows = _rows(place, found, corner, groups, roles, far, lowest)
         effects += [{**row, "label": labels.get(row["ablated"])} for row in rows]
     effects.sort(
         key=lambda row: row["role"] == "control"
     )  # stable: what was chosen first, as tables are cut when shown
-    across = _across(changes, list(ablations), roles, seed_of_intervals)
+    across = _across(changes, list(ablations), roles)
     return {"effects": effects, "walks": walks, "across": across, **({"sets": sets} if sets else {})}
 
 
@@ -135,15 +135,13 @@ def _measured(
     return np.concatenate(found, axis=1), np.concatenate(corner, axis=1), episodes
 
 
-def _walks(
-    selection: Selection, walked: Mapping[str, NDArray[np.bool_]], found: Values, names: Sequence[str], seed: int
-) -> Table:
+def _walks(selection: Selection, walked: Mapping[str, NDArray[np.bool_]], found: Values, names: Sequence[str]) -> Table:
     """The post's table of each direction's channel, from episodes with common draws, beside the exact shares."""
     rows: Table = []
     for direction in Direction:
         name = f"zero channel {selection.best[direction]}"
         counts = paired_counts(walked[name], walked[ORIGINAL])
-        exact = mean_intervals(found[[0, 1 + names.index(name)]], seed)
+        exact = mean_intervals(found[[0, 1 + names.index(name)]])
         rows.append(
             {
                 "direction": direction.name,
@@ -174,7 +172,6 @@ def _rows(
     roles: Mapping[str, str],
     far: Mapping[str, Mapping[int, float | None]],
     lowest: Values,
-    seed: int,
 ) -> Table:
     """One row per ablation: its effect, and its rank among the same ablation of the other live channels.
 
@@ -184,9 +181,9 @@ def _rows(
     def varies(channels: Sequence[int]) -> bool:
         return far["zero"][channels[0]] is not None
 
-    effects = mean_intervals(found[1:] - found[0], seed)
-    original, *modified = mean_intervals(found, seed)
-    first = mean_intervals(corner, seed)  # of the corner; the controls have none
+    effects = mean_intervals(found[1:] - found[0])
+    original, *modified = mean_intervals(found)
+    first = mean_intervals(corner)  # of the corner; the controls have none
     ablated = [(kind, name) for kind in KINDS for name in groups]
     rows: Table = []
     for row, (kind, name) in enumerate(ablated):
@@ -223,13 +220,13 @@ def _rows(
     return rows
 
 
-def _across(changes: Mapping[str, Values], names: Sequence[str], roles: Mapping[str, str], seed: int) -> Table:
+def _across(changes: Mapping[str, Values], names: Sequence[str], roles: Mapping[str, str]) -> Table:
     """How much larger an effect is in the post's place than in another, over mazes that both have."""
     chosen = [row for row, name in enumerate(names) if name.split(" ", 1)[1] in roles]
     rows: Table = []
     for place in PLACES[1:]:
         n = changes[place].shape[1]
-        intervals = mean_intervals(changes[PLACES[0]][chosen, :n] - changes[place][chosen], seed)
+        intervals = mean_intervals(changes[PLACES[0]][chosen, :n] - changes[place][chosen])
         for row, interval in zip(chosen, intervals, strict=True):
             kind, name = names[row].split(" ", 1)
             known = {"minus": place, "kind": kind, "ablated": name, "role": roles[name], "n": n}
@@ -295,9 +292,7 @@ def raising_rank(effects: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]
     others = [row["effect"] for row in same if row["rank"] is not None and row["ablated"] != chosen["ablated"]]
     if chosen["rank"] is None or not others:
         return None
-    # `rank_among` goes by size. With the lowest effect as 0 that is the order from the highest to the lowest.
-    lowest = min(*others, chosen["effect"])
-    return rank_among(chosen["effect"] - lowest, np.array(others) - lowest)
+    return rank_among(chosen["effect"], others, alternative="greater")
 
 
 def _agrees(zeroed: Mapping[str, Any], across: Sequence[Mapping[str, Any]]) -> Agrees:

@@ -49,25 +49,25 @@ def measure(study: Study) -> dict[str, Table]:
         # The same squares and moves, and the episode ends where the cheese is; it is left out of the picture only.
         unseen = action_tables(study.points, replace(chains, mazes=chains.mazes.without_cheese()))[ORIGINAL]
         batches.append(destinations(chains, np.concatenate([tables, unseen[None]])))
-    values, names, seed = joined(batches), [*interventions, UNSEEN], study.seed_for("cheese-vector bootstrap")
+    values, names = joined(batches), [*interventions, UNSEEN]
     far = far_from_usual(study, interventions, levels)
     usual = background(SIZE, "as drawn")
     effects = [
         row | {"absolute_z": far.get(row["intervention"]), "absolute_z_against": usual}
-        for row in effect_rows(values, names, seed)
+        for row in effect_rows(values, names)
     ]
     return {
         "effects": effects,
-        "against": against_controls(values, names, seed),
-        "ignoring": [_ignoring(values["found"], names, seed)],
+        "against": against_controls(values, names),
+        "ignoring": [_ignoring(values["found"], names)],
         "ranked": ranked(study, levels, vectors, COEFFICIENT, "found", seed=study.seed_for("cheese-vector random")),
     }
 
 
-def _ignoring(found: NDArray[np.float64], names: Sequence[str], seed: int) -> dict[str, Cell]:
+def _ignoring(found: NDArray[np.float64], names: Sequence[str]) -> dict[str, Cell]:
     """Whether the vector does what not showing the cheese does, within a margin."""
     own, unseen = (found[1 + names.index(name)] for name in (OWN, UNSEEN))
-    (left,) = mean_intervals((own - unseen)[None], seed)
+    (left,) = mean_intervals((own - unseen)[None])
     return {
         "n": len(own),
         **interval_cells("own_minus_unseen", left),

@@ -51,16 +51,15 @@ def measure(study: Study) -> dict[str, Table]:
     }
     batches = level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=BLOCK)
     values, names = joined([destinations(*batch) for batch in batches]), list(interventions)
-    seed = study.seed_for("corner-vector bootstrap")
     far = far_from_usual(study, interventions, levels)
     usual = background(SIZE, "as drawn")
     effects = [
         row | {"absolute_z": far.get(row["intervention"]), "absolute_z_against": usual}
-        for row in effect_rows(values, names, seed)
+        for row in effect_rows(values, names)
     ]
     return {
         "effects": effects,
-        "against": against_controls(values, names, seed),
+        "against": against_controls(values, names),
         "ranked": ranked(study, levels, vectors, 1.0, "corner", seed=study.seed_for("corner-vector random")),
     }
 

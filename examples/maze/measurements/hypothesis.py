@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from chanpatch.errors import StatisticsError
 from chanpatch.statistics import (
     auc,
-    bootstrap_interval,
+    mean_interval,
     paired_counts,
     paired_difference_interval,
     rank_among,
@@ -118,7 +118,7 @@ def measure(study: Study) -> dict[str, Table]:
             CARRIED: _said_cheese(fits[other], push),
             OWN: towards > 0.5,
         }
-        scored = _scored(split, score, told, study.seed_for("hypothesis bootstrap"))
+        scored = _scored(split, score, told)
         tables.setdefault("predictions", []).extend(scored)
         tables.setdefault("controls", []).append(_against_controls(split, score, pushes, study))
         for name, channels_of in zip(
@@ -178,7 +178,7 @@ def _weights(pushes: Pushes, labels: Sequence[LabelledChannel]) -> Table:
     ]
 
 
-def _scored(split: str, seen: Decisions, told: dict[str, NDArray[np.bool_]], seed: int) -> Table:
+def _scored(split: str, seen: Decisions, told: dict[str, NDArray[np.bool_]]) -> Table:
     """One row per predictor: its accuracy for the likeliest move and for a sampled one, and its gain over the base."""
     towards = towards_cheese(seen)
     two = (seen.chosen == seen.cheese) | (seen.chosen == seen.corner)
@@ -198,7 +198,7 @@ def _scored(split: str, seen: Decisions, told: dict[str, NDArray[np.bool_]], see
                 **cells("accuracy", wilson_interval(int(right[name].sum()), n) if n else None),
                 **cells("gain", None if name == BASE else gain),
                 "n_sampled": len(two),
-                **cells("sampled", bootstrap_interval(sampled[name], resamples=RESAMPLES, seed=seed)),
+                **cells("sampled", mean_interval(sampled[name])),
             }
         )
     return rows
@@ -245,8 +245,8 @@ def _ablated(before: NDArray[np.bool_], done: Ablation) -> dict[str, Any]:
         "controls_median": float(np.median(changes)) if changes else None,
         "controls_highest": max(changes, default=None),
         "rank": rank and rank.rank,
-        "rank_p": rank and rank.p,
-        "why_no_p": rank.no_p if rank else "there are no other channels",
+        "rank_p": rank.p if rank and not done.no_p else None,
+        "why_no_p": done.no_p or rank.no_p if rank else "there are no other channels",
     }
 
 

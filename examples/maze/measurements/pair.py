@@ -95,7 +95,7 @@ def finding(tables: Tables) -> Finding:
     channel = told["channel"]
     post = [row for row in tables["pictures"] if row["pair"] == 0]
     sums = ", ".join(f"{row['sum_0']:.1f}/{row['sum_1']:.1f}" for row in post)
-    strong = [row for row in tables["automatic"] if row["p_holm"] is not None and row["p_holm"] < 0.05]
+    strong = [row for row in tables["automatic"] if row["p"] is not None and row["p"] <= 0.05]
     mostly = None if higher > len(rows) / 2 else False
     agrees = verdict(above(told, "share", 0.5), True if higher == len(rows) else mostly)
     return Finding(

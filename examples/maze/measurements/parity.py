@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from chanpatch.statistics import Interval, bootstrap_interval, difference_interval
+from chanpatch.statistics import Interval, bootstrap_interval, difference_interval, mean_interval
 from maze.analysis.part import Cell, Finding, Part, Study, Table, Tables, above, interval_cells, shown
 from maze.analysis.readings import Readings, area, areas, optional_cells, rank_correlation
 from maze.environment.levels import random_squares
@@ -181,7 +181,7 @@ def _activity(study: Study, tests: Mapping[tuple[str, str], Readings]) -> Table:
             kinds.append((across, WALL, beside.sums[:, study.channel(direction)]))
             for name, kind, sums in kinds:
                 known = {"direction": direction.name, "channel": study.channel(direction), "square": name, "kind": kind}
-                mean = bootstrap_interval(sums, seed=study.seed_for("activity")) if len(sums) else None
+                mean = mean_interval(sums) if len(sums) else None
                 rows.append({**known, "n": len(sums), **optional_cells("sum", mean)})
     return rows
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from chanpatch.statistics import Interval, bootstrap_interval, difference_interval, wilson_interval
+from chanpatch.statistics import Interval, difference_interval, mean_interval, wilson_interval
 from maze.analysis.part import Cell, Finding, Part, Study, Table, Tables, above, column, interval_cells, shown
 from maze.analysis.readings import Readings, optional_cells
 from maze.environment.levels import random_squares
@@ -47,8 +47,7 @@ def measure(study: Study) -> dict[str, Table]:
         if share == 0:
             unedited = {each: readings["edited"].area(study.channel(each), each) for each in Direction}
         counts: dict[str, Cell] = {"share": share, "edits": edits, "levels": study.n}
-        seed = study.seed_for("random mazes bootstrap")
-        behaviour += [counts | {"mazes": name, **_behaviour(here, seed)} for name, here in readings.items()]
+        behaviour += [counts | {"mazes": name, **_behaviour(here)} for name, here in readings.items()]
         if share in DRAWN:
             lines = edited.picture(0).split("\n")
             pictures += [{"share": share, "line": line, "cells": cells} for line, cells in enumerate(lines)]
@@ -116,16 +115,16 @@ def _difference(one: Interval | None, other: Interval | None) -> Interval | None
     return None if one is None or other is None else difference_interval(one, other)
 
 
-def _behaviour(readings: Readings, seed: int) -> dict[str, Cell]:
+def _behaviour(readings: Readings) -> dict[str, Cell]:
     """How often the likeliest legal move is the start of a shortest way, and how often a random legal one would be."""
     greedy = np.where(readings.legal, readings.moves, -1).argmax(axis=1)
     right, ways = readings.first[np.arange(len(readings)), greedy], readings.first.sum(axis=1)
     return {
         "n": len(readings),
         **interval_cells("right", wilson_interval(int(right.sum()), len(readings))),
-        **interval_cells("chance", bootstrap_interval(ways / readings.legal.sum(axis=1), seed=seed)),
+        **interval_cells("chance", mean_interval(ways / readings.legal.sum(axis=1))),
         **interval_cells("several_first_steps", wilson_interval(int((ways > 1).sum()), len(readings))),
-        **interval_cells("steps", bootstrap_interval(_way(readings.mazes), seed=seed)),
+        **interval_cells("steps", mean_interval(_way(readings.mazes))),
     }
 
 

@@ -41,7 +41,7 @@ Values: TypeAlias = NDArray[np.float64]
 def measure(study: Study) -> dict[str, Table]:
     """Which channels mark the cheese, how strongly to set them, and how often the mouse gets to the marked square."""
     choosing = study.levels("retarget choosing", CHOOSING_LEVELS, size=SIZE, cheese="as drawn")
-    channels, chosen, marks = cheese_channels(study.points, choosing, study.seed_for("retarget bootstrap"))
+    channels, chosen, marks = cheese_channels(study.points, choosing)
     magnitudes, multiple = _magnitudes(study, choosing, chosen, marks)
 
     drawn = study.levels("retarget", min(study.n, MOST_LEVELS), size=SIZE, cheese="as drawn")
@@ -59,24 +59,23 @@ def measure(study: Study) -> dict[str, Table]:
     )
     names = [*sets, MOVED]
     steps = distances(read_mazes(levels), START)[np.arange(len(levels)), targets[:, 0], targets[:, 1]]
-    seed = study.seed_for("retarget bootstrap")
     far = _absolute_z(study, levels, cells, chosen, others, values)
     return {
         "channels": channels,
         "magnitudes": magnitudes,
         "effects": [
-            row | {"absolute_z": far.get(row["intervention"])} for row in effect_rows({"reached": reached}, names, seed)
+            row | {"absolute_z": far.get(row["intervention"])} for row in effect_rows({"reached": reached}, names)
         ],
-        "against": _against(dict(zip(names, reached[1:], strict=True)), multiple, seed),
-        "distance": [row for ends in BINS for row in _at_distance(ends, steps, reached, names, seed)],
+        "against": _against(dict(zip(names, reached[1:], strict=True)), multiple),
+        "distance": [row for ends in BINS for row in _at_distance(ends, steps, reached, names)],
     }
 
 
-def _against(reached: Mapping[str, Values], multiple: int, seed: int) -> Table:
+def _against(reached: Mapping[str, Values], multiple: int) -> Table:
     """How much more the cheese channels do than others, over the same levels; and the multiple they were set to."""
     rows: Table = []
     for name, control in CONTROLS.items():
-        (more,) = mean_intervals((reached[name] - reached[control])[None], seed)
+        (more,) = mean_intervals((reached[name] - reached[control])[None])
         known = {"intervention": name, "control": control, "n": len(reached[name]), "multiple": multiple}
         rows.append({**known, **interval_cells("own_minus_control", more)})
     return rows
@@ -102,13 +101,12 @@ def _absolute_z(
     return {ONE: own[0], ONE_OTHER: other[0], ALL: float(np.mean(own)), OTHERS: float(np.mean(other))}
 
 
-def cheese_channels(points: HookPoints, levels: Sequence[bytes], seed: int) -> tuple[Table, Cells, Values]:
+def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table, Cells, Values]:
     """The channels whose activation the cheese raises most on its own cell of the map.
 
     Args:
         points: of the policy.
         levels: to choose on.
-        seed: of the bootstrap.
 
     Returns:
         One row per channel, the highest contrast first; the channels that are taken; and their mean activation at
@@ -123,7 +121,7 @@ def cheese_channels(points: HookPoints, levels: Sequence[bytes], seed: int) -> t
     at_cheese = activation[every, :, row, col].astype(np.float64)
     order = np.argsort(-contrast.mean(axis=0), kind="stable")
     chosen = order[: max(1, round(SHARE * len(order)))]
-    means = [mean_intervals(each.T, seed) for each in (contrast, at_cheese)]
+    means = [mean_intervals(each.T) for each in (contrast, at_cheese)]
     rows: Table = [
         {
             "channel": int(channel),
@@ -184,8 +182,9 @@ def _magnitudes(study: Study, levels: Sequence[bytes], chosen: Cells, marks: Val
     cells, channels = map_cells(read_mazes(levels), targets), np.tile(chosen[:1], (len(levels), 1))
     tries = {str(each): retargeted(study.points, cells, channels, each * marks) for each in MULTIPLES}
     reached = _reached(study.points, levels, targets, tries)
-    rows = effect_rows({"reached": reached}, list(tries), study.seed_for("retarget choosing bootstrap"))
-    return rows, MULTIPLES[int(np.argmax([row["effect_low"] for row in rows]))]
+    rows = effect_rows({"reached": reached}, list(tries))
+    lows = np.nan_to_num([row["effect_low"] for row in rows], nan=-np.inf)  # NaN if the interval is withheld
+    return rows, MULTIPLES[int(np.argmax(lows))]
 
 
 def _reached(
@@ -201,15 +200,13 @@ def _reached(
     return np.concatenate(parts, axis=1)
 
 
-def _at_distance(
-    ends: tuple[int, int], steps: NDArray[np.float32], reached: Values, names: Sequence[str], seed: int
-) -> Table:
+def _at_distance(ends: tuple[int, int], steps: NDArray[np.float32], reached: Values, names: Sequence[str]) -> Table:
     """The effects on the levels whose target is so many steps from the start."""
     inside = (steps >= ends[0]) & (steps <= ends[1])
     if not inside.any():
         return []
     known = {"from": ends[0], "to": int(min(ends[1], steps.max()))}
-    return [{**known, **row} for row in effect_rows({"reached": reached[:, inside]}, names, seed)]
+    return [{**known, **row} for row in effect_rows({"reached": reached[:, inside]}, names)]
 
 
 def figure(tables: Tables) -> Figure:

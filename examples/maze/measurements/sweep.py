@@ -62,7 +62,7 @@ def _rows(
         effects: how much zeroing changes it, (channel, level).
         live: which of them do anything at all.
     """
-    intervals = mean_intervals(effects, study.seed_for("sweep bootstrap"))
+    intervals = mean_intervals(effects)
     p = sign_flip_test(effects.T, seed=study.seed_for("sweep flips"))
     p_bh = benjamini_hochberg(np.where(live, p, np.nan))
     rows: Table = []

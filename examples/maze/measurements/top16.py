@@ -79,7 +79,7 @@ def measure(study: Study) -> dict[str, Table]:
     }
     shown_level = int(np.argmax(decision_squares(read_mazes(levels))[1]))  # the first in which there is a choice
     field = _field(study, levels[shown_level], {ORIGINAL: (), "zeroed": next(iter(interventions.values()))})
-    return {"effects": _rows(values, sets, far, study.seed_for("top16 bootstrap")), "field": field}
+    return {"effects": _rows(values, sets, far), "field": field}
 
 
 def _sets(study: Study) -> dict[str, Ablated]:
@@ -109,11 +109,9 @@ def _elsewhere(chains: Chains, tables: NDArray[np.float32]) -> Values:
     return totals / np.bincount(chains.level, minlength=len(chains.levels))
 
 
-def _rows(
-    values: Mapping[str, Values], sets: Mapping[str, Ablated], far: Mapping[str, Mapping[int, float]], seed: int
-) -> Table:
+def _rows(values: Mapping[str, Values], sets: Mapping[str, Ablated], far: Mapping[str, Mapping[int, float]]) -> Table:
     """One row per measure and set: the means over levels, the effect, its rank among the control sets, absolute z."""
-    effects = effect_rows(values, list(sets), seed)
+    effects = effect_rows(values, list(sets))
     rows: Table = []
     for row in effects:
         chosen, kind, channels = sets[row["intervention"]]

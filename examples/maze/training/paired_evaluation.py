@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from chanpatch.statistics import bootstrap_interval
+from chanpatch.statistics import mean_interval
 from maze.analysis.part import Table, column, interval_cells, read_table, shown
 from maze.results import replace_table
 from maze.training.evaluation import ACTIONS, LEVELS, Settings, run
 
 DIFFERENCES = "differences.csv"
-SEED = 0  # of the bootstrap
 
 
 def run_against(settings: Settings, against: Path) -> Path:
@@ -22,7 +21,7 @@ def run_against(settings: Settings, against: Path) -> Path:
     folder = run(settings)
     rows = differences(read_table(folder / LEVELS), read_table(other / LEVELS))
     replace_table(folder / DIFFERENCES, rows)
-    print(f"\nFinds the cheese more often than {against}, mean over levels with its 95% bootstrap interval:")
+    print(f"\nFinds the cheese more often than {against}, mean over levels with its 95% interval:")
     for row in rows:
         print(f"  size {row['size']}, cheese {row['cheese']}, {row['actions']}: {shown(row, 'difference', '+.1%')}")
     print(f"In {folder / DIFFERENCES}")
@@ -47,5 +46,5 @@ def differences(levels: Table, others: Table) -> Table:
             name = f"found {actions}"
             change = (column(levels, name) - column(others, name))[here].astype(np.float64)
             known = {"size": size, "cheese": cheese, "actions": actions, "n": len(here)}
-            rows.append({**known, **interval_cells("difference", bootstrap_interval(change, seed=SEED))})
+            rows.append({**known, **interval_cells("difference", mean_interval(change))})
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,18 +16,10 @@ from ..errors import ContrastError
 from ..patching.recording import Reduce
 from ..registry.points import HookPoints, traced
 from ..registry.sites import HookPoint, Site
-from ..statistics.corrections import benjamini_hochberg, holm
-from ..statistics.resampling import bootstrap_interval, sign_flip_test
-from .result import LEVEL, Contrast
+from ..statistics.flips import max_t_test
+from ..statistics.interval import FEWEST
+from .result import Contrast
 from .search import channels_of, distinct, searched, spread_over
-
-FEWEST_CLUSTERS = 6  # with fewer, no sign-flip test can give a p below 0.05
-
-
-FLIPS = 9_999  # at least
-
-
-MOST_CHANNELS = 10_000  # that get more flips so that one can reach the level: under a minute
 
 
 def contrast(
@@ -51,13 +42,14 @@ def contrast(
         clean: One input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such.
         corrupted: The other input of each pair.
         sites: Sites or patterns, as in `recording`; `"all"` searches all outputs and taps, the same activations once.
-        reduce: What is compared of each channel, as in `recording`; it leaves the batch and at most one axis. Layers
+        reduce: Reduction of each channel, as in `recording`; it leaves the batch and at most one axis. Layers
             of a recurrent state are compared each by itself, unless an einops pair joins them.
         background: Inputs that tell how much a channel varies anyway: as `clean`, or any iterable of batches of it.
             Two at least.
-        absolute: Rank by the mean absolute difference, for pairs in which the feature may point either way.
+        absolute: Rank by the mean absolute difference, for pairs in which the feature may point either way. It has
+            neither p-values nor intervals, because noise alone makes it positive.
         clusters: A label per pair; pairs of one label, such as rotations of one maze, are not independent.
-        seed: Of the bootstrap and of the sign flips.
+        seed: Random seed of the sign flips.
         batch_size: Inputs in one forward.
 
     Raises:
@@ -76,7 +68,7 @@ def contrast(
 
     References:
         Turner et al. 2023, "Steering language models with activation engineering", for differences of paired inputs;
-        Davison and Hinkley 1997, "Bootstrap methods and their application", for flips and intervals.
+        Westfall and Young 1993, "Resampling-based multiple testing", for the p-values and intervals.
     """
     points = traced(points_or_model, first_batch(clean, batch_size)[0])
     labels = _checked_pairs(clean, corrupted, clusters)
@@ -96,24 +88,23 @@ def contrast(
     if count:
         std, scale = np.concatenate([spread[site] for site in chosen], axis=1)
     measured = np.abs(differences) if absolute else differences
-    interval = bootstrap_interval(measured / scale, clusters=labels, seed=seed)
     independent = len(np.unique(labels))
-    no_p, flips = _no_p(absolute, independent), _flips(len(channels))
-    p = np.full(len(channels), np.nan)
+    no_p = _no_p(absolute, independent)
+    p, low, high, note = *np.full((3, len(channels)), np.nan), np.full(len(channels), no_p)
     if not no_p:
-        p = sign_flip_test(differences, clusters=labels, resamples=flips, seed=seed)
+        found = max_t_test(differences, clusters=labels, seed=seed)
+        p, note = found.p, found.interval.note
+        low, high = found.interval.low / scale, found.interval.high / scale
     return Contrast(
         sites=channels,
         difference=differences.mean(axis=0),
         absolute=np.abs(differences).mean(axis=0),
         std=std,
-        low=interval.low,
-        high=interval.high,
+        low=low,
+        high=high,
         p=p,
-        p_holm=holm(p),
-        p_bh=benjamini_hochberg(p),
+        note=note,
         no_p=no_p,
-        no_holm="" if no_p else _no_holm(independent, len(channels), flips),
         pairs=len(labels),
         clusters=independent,
         background=count,
@@ -126,27 +117,11 @@ def contrast(
     )
 
 
-def _flips(channels: int) -> int:
-    """Return how many sign flips to draw: enough that the strongest of so many channels can reach the level."""
-    return FLIPS if channels > MOST_CHANNELS else max(FLIPS, math.ceil(channels / LEVEL))
-
-
-def _no_holm(independent: int, channels: int, flips: int) -> str:
-    """Return why no corrected p can reach the level, or nothing."""
-    # The smallest p is one in all flips, or in those drawn and the real one.
-    least = channels * max(2.0 ** (1 - independent), 1 / (flips + 1))
-    if least <= LEVEL:
-        return ""
-    return f"{independent} independent pairs and {channels} channels give {min(least, 1.0):.2g} at least. " + (
-        "Name fewer sites." if channels > MOST_CHANNELS else "Name fewer sites, or give more pairs."
-    )
-
-
 def _no_p(absolute: bool, independent: int) -> str:
     if absolute:
-        return "a mean absolute difference is above zero also where nothing differs but noise; take signed differences."
-    if independent < FEWEST_CLUSTERS:
-        return f"{independent} independent pairs are too few for a sign-flip test; it needs {FEWEST_CLUSTERS}."
+        return "noise alone makes a mean absolute difference positive; take signed differences."
+    if independent < FEWEST:
+        return f"{independent} independent pairs are too few for a sign-flip test; it needs {FEWEST}."
     return ""
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..channels import NO_MOMENTS, Floats, Moments, recorded
@@ -13,9 +15,7 @@ from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..registry.points import HookPoints, site_of
 from ..registry.sites import Site
-from ..results import Effects, columns, shown_effect
-
-LEVEL = 0.05  # that the strongest channel can reach after the correction, if the pairs are enough
+from ..results import Effects, columns, interval_notes, shown_effect, shown_p
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -30,13 +30,13 @@ class Contrast(Effects):
         difference: Mean of clean minus corrupted.
         absolute: Mean of its absolute value.
         std: Standard deviation over the background inputs; NaN without any.
-        low: Lower end of the effect's 95% bootstrap interval over pairs, or over clusters of pairs.
+        low: Lower end of the effect's 95% interval over pairs, or over clusters of pairs. The intervals hold for all
+            channels together, and one excludes 0 exactly if its `p` is at most 0.05. NaN if it is withheld.
         high: Upper end of that interval.
-        p: Two-sided sign-flip p-value that the mean difference is zero; NaN if there is no p-value.
-        p_holm: `p` corrected for the number of channels; controls the family-wise error rate.
-        p_bh: `p` corrected for the number of channels; controls the false discovery rate.
+        p: Two-sided sign-flip p-value that the mean difference is zero, corrected for all channels of the contrast by
+            `chanpatch.statistics.max_t_test`: it holds for the channel of `top(1)` too. NaN if there is no p-value.
+        note: `"few"` if the interval is over fewer than ten pairs, the reason if it is withheld, otherwise empty.
         no_p: Why there are no p-values, or an empty string.
-        no_holm: Why no `p_holm` can reach 0.05, or an empty string.
         pairs: Number of pairs.
         clusters: Number of independent clusters of pairs.
         background: Number of background inputs.
@@ -51,10 +51,8 @@ class Contrast(Effects):
     low: Floats
     high: Floats
     p: Floats
-    p_holm: Floats
-    p_bh: Floats
+    note: NDArray[np.str_]
     no_p: str
-    no_holm: str
     pairs: int
     clusters: int
     background: int
@@ -64,7 +62,7 @@ class Contrast(Effects):
     _points: HookPoints
     _inputs: tuple[Any, Any]
     _batch_size: int
-    _by_row = ("sites", "difference", "absolute", "std", "_effect", "low", "high", "p", "p_holm", "p_bh")
+    _by_row = ("sites", "difference", "absolute", "std", "_effect", "low", "high", "p", "note")
 
     def __len__(self) -> int:
         return len(self.sites)
@@ -116,7 +114,7 @@ class Contrast(Effects):
                 **shown_effect("effect", each),
                 "difference": f"{each['difference']:+.3g}",
                 "std": f"{each['std']:.3g}",
-                **({} if self.no_p else {"p (Holm)": f"{each['p_holm']:.2g}", "p (BH)": f"{each['p_bh']:.2g}"}),
+                **({} if self.no_p else {"p (corrected)": shown_p(each["p"])}),
             }
             for each in self.top(len(self)).to_records()
         ]
@@ -127,5 +125,5 @@ class Contrast(Effects):
 
     def _notes(self) -> list[str]:
         notes = [f"No p-values: {self.no_p}"] * bool(self.no_p)
-        notes += [f"No p (Holm) can reach {LEVEL}: {self.no_holm}"] * bool(self.no_holm)
+        notes += interval_notes(self.note) if not self.no_p else []
         return notes + [f"Left out: {len(self.skipped)} hook points (see .skipped)"] * bool(self.skipped)

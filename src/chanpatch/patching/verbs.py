@@ -37,6 +37,7 @@ def mean_ablate(
     Args:
         site, where: As in Patch.
         reference: ActivationCache, or tensor with the axes of the region or of its hook point; any number of rows.
+            Intervals of the effect hold it fixed.
         over: Axis or axes to average over.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from ..errors import RolloutError
-from ..results import Effects, Records, columns, shown_effect
-from ..statistics.interval import Interval
-from ..statistics.ranking import Rank, ranked_records, ranks_among
-from ..statistics.resampling import bootstrap_interval
+from ..results import Effects, Records, columns, interval_notes, shown_effect
+from ..statistics.flips import ranked_interval
+from ..statistics.interval import Interval, picked
+from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -65,6 +65,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     """
 
     rollouts: Mapping[str, Rollout]
+    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # the rollouts that `top` took these from
 
     def __post_init__(self) -> None:
         self._check_pairs(self.rollouts)
@@ -93,16 +94,24 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return found
 
     def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
-        """Return the effects with 95% bootstrap intervals over independent episodes; NaN with fewer than two."""
-        return bootstrap_interval(self.differences().T, seed=seed)
+        """Return the effects with 95% intervals over the episodes, which count as independent.
+
+        They hold for all policies together, so also for those of `top`. Intervals over six to nine episodes are
+        marked, and with fewer they are withheld, as by `chanpatch.statistics.mean_interval`.
+        """
+        whole = self._whole or self
+        if not whole.labels:
+            return Interval(np.zeros(0), np.zeros(0), np.zeros(0), 0.95, np.zeros(0, dtype=np.str_))
+        every = ranked_interval(whole.differences().T, seed=seed)
+        return picked(every, [whole.labels.index(label) for label in self.labels])
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per policy but the first.
 
-        It has the policy's `label`, the `effect` with its 95% interval (`low`, `high`), the mean return of the policy
-        (`patched`) and of the first (`original`), and the number of episodes `n`.
+        It has the policy's `label`, the `effect` with its 95% interval (`low`, `high`, `note`), the mean return of the
+        policy (`patched`) and of the first (`original`), and the number of episodes `n`.
         """
-        return self._compared({label: self[label] for label in self.labels})
+        return self._compared({label: self[label] for label in self.labels}, self.interval())
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per policy and episode: policy, seed, return, length, terminated, truncated."""
@@ -118,7 +127,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     def _rows(self, rows: NDArray[np.int64]) -> Self:
         first, *others = self
-        return replace(self, rollouts={name: self[name] for name in (first, *(others[row] for row in rows))})
+        rollouts = {name: self[name] for name in (first, *(others[row] for row in rows))}
+        return replace(self, rollouts=rollouts, _whole=self._whole or self)
 
     def _lines(self) -> list[dict[str, Any]]:
         compared = [shown_effect("difference", each) for each in self.comparisons()]
@@ -137,6 +147,9 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     def _title(self) -> str:
         return f"{len(self)} policies over the same {len(self._original)} episodes"
 
+    def _notes(self) -> list[str]:
+        return interval_notes(self.interval().note)
+
     @property
     def _original(self) -> Rollout:
         return next(iter(self.rollouts.values()))
@@ -149,16 +162,13 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         for name, other in others.items():
             _check_pair(self._original, other, f"'{next(iter(self.rollouts))}' and {name!r}")
 
-    def _compared(self, others: Mapping[str, Rollout]) -> list[dict[str, Any]]:
-        if not others:
-            return []
-        differences = self._differences([*others.values()])
-        interval = bootstrap_interval(differences.T, seed=0)
+    def _compared(self, others: Mapping[str, Rollout], interval: Interval[Any]) -> list[dict[str, Any]]:
         return columns(
             label=others,
-            effect=differences.mean(axis=1),
+            effect=self._differences([*others.values()]).mean(axis=1),
             low=interval.low,
             high=interval.high,
+            note=interval.note,
             patched=[float(rollout.returns.mean()) for rollout in others.values()],
             original=[float(self._original.returns.mean())] * len(others),
             n=map(len, others.values()),
@@ -201,21 +211,24 @@ class SweptRollouts(PairedRollouts):
     Attributes:
         rollouts: Rollouts by label, the one without patches first.
         controls: Rollouts with the control patches by label, or None. They are not among the rollouts.
+        no_p: Why ranks among the controls have no p-values, if the controls came with a reason.
     """
 
     controls: Mapping[str, Rollout] | None = None
+    no_p: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_pairs(self.controls or {})
 
-    def ranks(self) -> list[Rank | None]:
-        """Return the rank of each effect among those of the controls, by absolute value.
+    def ranks(self, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
+        """Return the rank of each effect among those of the controls, as `chanpatch.statistics.rank_among` does.
 
         A p-value needs at least 19 controls, and a patch that was not picked for its effect. The rank is None for an
         effect that is not finite, and for all if there are no controls or one of their effects is not finite.
         """
-        return ranks_among(self.effect(), self._differences([*(self.controls or {}).values()]).mean(axis=1))
+        controls = self._differences([*(self.controls or {}).values()]).mean(axis=1)
+        return ranks_among(self.effect(), controls, alternative, self.no_p)
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label, as for `PairedRollouts`, those of the controls last.
@@ -225,7 +238,8 @@ class SweptRollouts(PairedRollouts):
         records = super().comparisons()
         if self.controls is None:
             return records
-        return ranked_records(records, self.ranks(), self._compared(self.controls))
+        interval = ranked_interval(self._differences([*self.controls.values()]).T, seed=0)
+        return ranked_records(records, self.ranks(), self._compared(self.controls, interval))
 
     def _lines(self) -> list[dict[str, Any]]:
         names = ("patched", "original", *(("rank", "p") if self.controls else ()))
@@ -239,5 +253,6 @@ class SweptRollouts(PairedRollouts):
         return f"{len(self.labels)} patches, mean return over the same {len(self._original)} episodes"
 
     def _notes(self) -> list[str]:
-        notes = [] if self.controls is None else [f"Ranks are among {len(self.controls)} controls."]
+        notes = super()._notes()
+        notes += [] if self.controls is None else [f"Ranks are among {len(self.controls)} controls."]
         return notes + sorted({f"No p-values: {rank.no_p}" for rank in self.ranks() if rank and rank.no_p})

@@ -109,7 +109,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         method_of(interventions.twin, policy), envs, seeds, settings, times=times, around=interventions.forward
     )
     rollouts = dict(zip((ORIGINAL, *dict(asked)), played, strict=False))
-    return SweptRollouts(rollouts, dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None)
+    ranked = dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None
+    return SweptRollouts(rollouts, ranked, getattr(controls, "no_p", ""))
 
 
 class _Interventions:

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ProbeError
-from ..results import Records
-from ..statistics.corrections import holm
+from ..results import Records, interval_notes, shown_p
 from ..statistics.interval import Booleans, Floats, Interval, booleans, finite, interval_columns
+from ..statistics.means import Rows
 from ..statistics.ranking import auc
-from ..statistics.resampling import Rows, halves
+from ..statistics.resampling import halves
 
 PERMUTATIONS = 9_999  # at least
 
@@ -33,7 +33,8 @@ class ChannelLabel:
         auc: Probability that the sum is larger for an input with the candidate than for one without, on the held-out
             half, with its 95% interval; None for a dead channel.
         p: Share of permutations of the held-out labels with an AUC at least as large; NaN for a dead channel.
-        adjusted_p: `p` corrected for the number of channels by Holm's method.
+        adjusted_p: `p` corrected for the number of channels: the share of permutations in which any channel's AUC
+            stands out as much.
         note: Why there is no label, or an empty string.
     """
 
@@ -85,13 +86,17 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
 
     def _lines(self) -> list[dict[str, Any]]:
         records = self.to_records()
-        return [records[each.channel] for each in self._ranked()]
+        shown = [{**each, **{name: shown_p(each[name]) for name in ("p", "adjusted p")}} for each in records]
+        return [shown[each.channel] for each in self._ranked()]
+
+    def _notes(self) -> list[str]:
+        return interval_notes(each.auc.note for each in self if each.auc)
 
     def _title(self) -> str:
         kinds = Counter("label" if each.label else "dead" if each.auc is None else "no label" for each in self.channels)
         return (
             f"{len(self)} channels: {kinds['label']} with a label, {kinds['no label']} without, {kinds['dead']} dead; "
-            f"chosen on {self.chosen_on} inputs, scored on {self.scored_on} others, p adjusted by Holm's method"
+            f"chosen on {self.chosen_on} inputs, scored on {self.scored_on} others, p adjusted for all channels"
         )
 
     def _ranked(self) -> list[ChannelLabel]:
@@ -112,8 +117,8 @@ def label_channels(
 
     One half of the inputs chooses each channel's candidate: the union of labels with the largest area under the curve
     (AUC), less `penalty` for every label after the first. The other half compares the candidate's AUC with those of
-    permuted labels. The candidate becomes the channel's label if that p-value, corrected for the number of channels by
-    Holm's method, is at most `level`. Channels that do not vary within one of the halves are dead and get no label.
+    permuted labels. The candidate becomes the channel's label if that p-value, corrected for the number of channels, is
+    at most `level`. Channels that do not vary within one of the halves are dead and get no label.
 
     Args:
         sums: `(input, channel)`.
@@ -122,8 +127,8 @@ def label_channels(
         names: One name per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; at most ten.
         seed: Random seed of the halves and of the permutations.
         penalty: Penalty in units of the AUC.
-        level: Largest adjusted p-value of a label, between 0 and 1. At least 9,999 permutations are drawn, more if one
-            channel's adjusted p-value could not reach the level otherwise.
+        level: Largest adjusted p-value of a label, between 0 and 1. At least 9,999 permutations are drawn, more if an
+            adjusted p-value could not reach the level otherwise.
 
     Raises:
         ProbeError: If sums, labels and names do not fit, or a label is too rare.
@@ -139,7 +144,8 @@ def label_channels(
 
     References:
         Mann and Whitney, "On a test of whether one of two random variables is stochastically larger than the other"
-        (1947), for the area; Phipson and Smyth, "Permutation p-values should never be zero" (2010), for the p-value.
+        (1947), for the area; Phipson and Smyth, "Permutation p-values should never be zero" (2010), for the p-value;
+        Westfall and Young, "Resampling-based multiple testing" (1993), for the correction.
     """
     array = finite("sums", sums, ("input", "channel"), ProbeError)
     if not 0 < level < 1:
@@ -151,13 +157,12 @@ def label_channels(
         raise ProbeError("No label divides both halves of the inputs: give more inputs.")
     members = np.stack([indicators[:, list(union)].any(axis=1) for union in unions])  # (union, input)
     alive = np.flatnonzero((np.ptp(array[first], axis=0) > 0) & (np.ptp(array[second], axis=0) > 0))
-    permutations = max(PERMUTATIONS, math.ceil(len(alive) / level) - 1)
+    permutations = max(PERMUTATIONS, math.ceil(1 / level) - 1)
     fees = penalty * (np.array([len(union) for union in unions]) - 1)
     best = np.argmax(_areas(array[first][:, alive], members[:, first]) - fees[:, None], axis=0)
-    p = np.full(array.shape[1], np.nan)
-    p[alive] = _permutation_p(array[second][:, alive], members[best][:, second], permutations, seed)
+    p, adjusted = np.full((2, array.shape[1]), np.nan)
+    p[alive], adjusted[alive] = _permutation_p(array[second][:, alive], members[best][:, second], permutations, seed)
     chosen = dict(zip(alive.tolist(), best.tolist(), strict=True))
-    adjusted = holm(p)
 
     channels = []
     for channel, (each, corrected) in enumerate(zip(p.tolist(), adjusted.tolist(), strict=True)):
@@ -218,19 +223,29 @@ def _areas(sums: Floats, members: Booleans) -> Floats:
     return areas
 
 
-def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int) -> Floats:
-    """Return the p-value of each channel's labels, `(channel, input)`, against permuted labels."""
+def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int) -> tuple[Floats, Floats]:
+    """Return the p-value of each channel's labels, `(channel, input)`, against permuted labels, and the corrected one.
+
+    The correction compares a channel's AUC, in standard deviations over permutations, with the largest of all channels.
+    """
     import scipy.stats
 
     ranks = scipy.stats.rankdata(sums, axis=0)
+    inputs, positives = len(ranks), members.sum(axis=1)
+    spread = np.sqrt(positives * (inputs - positives) / (inputs - 1)) * ranks.std(axis=0)
+    own = (members.T * ranks).sum(axis=0)
     kinds, kind = np.unique(members, axis=0, return_inverse=True)
     generator = np.random.default_rng((seed, 1))  # other draws than those of the halves
-    reached = np.zeros(sums.shape[1])
+    reached, largest = np.zeros(sums.shape[1]), np.full(permutations, -np.inf)
     for start in range(0, permutations, 1000):
-        count = min(1000, permutations - start)
-        order = generator.permuted(np.tile(np.arange(len(sums)), (count, 1)), axis=1)
+        some = slice(start, min(start + 1000, permutations))
+        order = generator.permuted(np.tile(np.arange(inputs), (some.stop - start, 1)), axis=1)
         for number, union in enumerate(kinds):
             channels = np.flatnonzero(kind.reshape(-1) == number)
             permuted = union[order].astype(np.float64) @ ranks[:, channels]
-            reached[channels] += (permuted >= union @ ranks[:, channels]).sum(axis=0)  # ranks are halves: no rounding
-    return (reached + 1) / (permutations + 1)
+            reached[channels] += (permuted >= own[channels]).sum(axis=0)  # ranks are halves: no rounding
+            apart = (permuted - positives[channels] * (inputs + 1) / 2) / spread[channels]
+            largest[some] = np.maximum(largest[some], apart.max(axis=1))
+    apart = (own - positives * (inputs + 1) / 2) / spread
+    exceeded = permutations - np.searchsorted(np.sort(largest), apart - 1e-9)
+    return (reached + 1) / (permutations + 1), (exceeded + 1) / (permutations + 1)

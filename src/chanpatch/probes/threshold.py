@@ -13,9 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import ProbeError
 from ..results import Records
 from ..statistics.interval import Booleans, Floats, Interval, finite, interval_columns, two_groups
+from ..statistics.means import Rows
 from ..statistics.proportions import difference_interval, reweighted_precision, wilson_interval
 from ..statistics.ranking import auc
-from ..statistics.resampling import Rows, halves
+from ..statistics.resampling import halves
 
 Direction = Literal["above", "below"]
 
@@ -110,39 +111,49 @@ class ThresholdProbe(Records):
 
     @classmethod
     def fit_precision(  # noqa: D417  # the other arguments are those of fit
-        cls, sums: ArrayLike, labels: ArrayLike, *, min_precision: float = 0.99, seed: int = 0
+        cls, sums: ArrayLike, labels: ArrayLike, *, min_precision: float = 0.9, seed: int = 0
     ) -> ThresholdProbe:
-        """Return the threshold that accepts most inputs with the required precision on the fitting half.
+        """Return the threshold that accepts most inputs and has the required precision with 95% confidence.
 
-        The accepted side is that of the positives. `held_out.precision` estimates the precision of the choice,
-        `held_out.acceptance` its cost.
+        The lower confidence limit of the precision on the fitting half is at least `min_precision`: 29 accepted
+        positives and no negatives suffice for 0.9, 299 for 0.99. The accepted side is that of the positives.
+        `held_out.precision` estimates the precision of the choice, `held_out.acceptance` its cost.
 
         Args:
             sums, labels, seed: As for `fit`.
-            min_precision: Least share of positives among the accepted inputs of the fitting half.
+            min_precision: Least share of positives among all inputs that the threshold would accept.
 
         Raises:
-            ProbeError: As for `fit`, and if no threshold is that precise.
+            ProbeError: As for `fit`, and if no threshold is that precise with 95% confidence.
+
+        References:
+            Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial"
+            (1934), for the limit.
         """
+        import scipy.stats
+
         if not 0 < min_precision <= 1:
-            raise ProbeError(f"min_precision is {min_precision!r}, but a precision lies between 0 and 1, such as 0.99.")
+            raise ProbeError(f"min_precision is {min_precision!r}, but a precision lies between 0 and 1, such as 0.9.")
         (fitted, positive), held_out = _halved(sums, labels, seed)
         thresholds, hits, alarms = _candidates(fitted, positive)
         direction: Direction = "above" if auc(fitted, positive).estimate >= 0.5 else "below"
         if direction == "below":
             hits, alarms = positive.sum() - hits, (~positive).sum() - alarms
-        precision = hits / (hits + alarms)
-        precise = np.flatnonzero(precision >= min_precision)
+        limit = np.where(hits > 0, scipy.stats.beta.ppf(0.05, np.maximum(hits, 1), alarms + 1), 0.0)
+        precise = np.flatnonzero(limit >= min_precision)
         if not precise.size:
-            best = int(np.argmax(precision))
+            best = int(np.argmax(limit))
             raise ProbeError(
-                f"No threshold has precision {min_precision:g} on the fitting half. The best is {precision[best]:.3g}, "
-                f"at sums {direction} {thresholds[best]:.4g}, where {hits[best] + alarms[best]} of {len(fitted)} "
-                "inputs are accepted. Lower min_precision, or take another channel."
+                f"No threshold has precision {min_precision:g} with 95% confidence. The best lower limit is "
+                f"{limit[best]:.3g}, at sums {direction} {thresholds[best]:.4g}: there {hits[best]} of "
+                f"{hits[best] + alarms[best]} accepted inputs of the fitting half are positives. Lower min_precision, "
+                "give more inputs, or take another channel."
             )
         threshold = float(thresholds[precise[0] if direction == "above" else precise[-1]])
         scores = _scores(*held_out, threshold, direction)
-        return cls(threshold, direction, f"precision of at least {min_precision:g}", len(fitted), scores)
+        return cls(
+            threshold, direction, f"95% confidence in a precision of at least {min_precision:g}", len(fitted), scores
+        )
 
     def predict(self, sums: ArrayLike) -> NDArray[np.bool_]:
         """Return whether each sum lies on the accepted side, in the shape of the sums.
@@ -272,4 +283,5 @@ def _scores(sums: Floats, labels: Booleans, threshold: float, direction: Directi
 def _shown(record: Mapping[str, Any], name: str) -> str:
     if record[name] is None:
         return ""
-    return f"{record[name]:.3f} ({record[f'{name} low']:.3f} to {record[f'{name} high']:.3f})"
+    low, high = record[f"{name} low"], record[f"{name} high"]
+    return f"{record[name]:.3f} ({'-' if math.isnan(low) else f'{low:.3f} to {high:.3f}'})"

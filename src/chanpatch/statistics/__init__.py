@@ -5,7 +5,9 @@ a sample has one row per input, level or pair; `clusters` labels the rows that a
 """
 
 from .corrections import benjamini_hochberg, equivalent, holm
+from .flips import MaxT, max_t_test, sign_flip_test
 from .interval import Interval
+from .means import mean_interval
 from .proportions import (
     PairedCounts,
     difference_interval,
@@ -16,10 +18,11 @@ from .proportions import (
     wilson_interval,
 )
 from .ranking import Rank, auc, rank_among
-from .resampling import bootstrap_interval, sign_flip_test
+from .resampling import bootstrap_interval
 
 __all__ = [
     "Interval",
+    "MaxT",
     "PairedCounts",
     "Rank",
     "auc",
@@ -28,7 +31,9 @@ __all__ = [
     "difference_interval",
     "equivalent",
     "holm",
+    "max_t_test",
     "mcnemar_exact",
+    "mean_interval",
     "paired_counts",
     "paired_difference_interval",
     "rank_among",

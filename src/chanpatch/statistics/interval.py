@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,15 +17,27 @@ Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
 Number = TypeVar("Number", default=float)
 
+FEWEST = 6  # independent rows of an interval or a sign-flip test: with fewer, no p can be below 0.05
+FEW = 10  # with fewer, skewness cannot be estimated
+
 
 @dataclass(frozen=True)
 class Interval(Generic[Number]):
-    """An estimate and its confidence interval: three numbers, or three arrays of one shape for many channels."""
+    """An estimate and its confidence interval: three numbers, or three arrays of one shape for many channels.
+
+    Attributes:
+        estimate: The estimate.
+        low, high: Ends of the interval; NaN if it is withheld.
+        confidence: Nominal coverage.
+        note: `"few"` for six to nine independent rows, the reason if the interval is withheld, otherwise empty; an
+            array of such texts for many channels.
+    """
 
     estimate: Number
     low: Number
     high: Number
     confidence: float
+    note: Any = ""
 
 
 def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = StatisticsError) -> int:
@@ -36,6 +49,29 @@ def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = 
     if found < least:
         raise error(f"{name} is {number!r}, but it must be a whole number, at least {least}.")
     return found
+
+
+def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
+    """Return the intervals of some channels, by number."""
+    estimate, low, high = (each[list(rows)] for each in (interval.estimate, interval.low, interval.high))
+    return Interval(estimate, low, high, interval.confidence, interval.note[list(rows)])
+
+
+def too_few(independent: int, kind: str = "rows") -> str:
+    """Return the note of an interval over a number of independent rows: a reason to withhold it, `"few"`, or ""."""
+    if independent < FEWEST:
+        return f"{independent} independent {kind}, but it needs at least {FEWEST}"
+    return "few" if independent < FEW else ""
+
+
+def mostly_equal(values: Floats) -> Any:
+    """Return per channel whether more than half of the rows, and all but five or fewer, are equal."""
+    return few_others((values != np.sort(values, axis=0)[len(values) // 2]).sum(axis=0), len(values))
+
+
+def few_others(others: Any, rows: int) -> Any:
+    """Return whether so few rows differ from the most common one that their spread is not known."""
+    return others < min(FEWEST, rows / 2)
 
 
 def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import Interval, booleans, whole, wilson
+from .interval import FEWEST, Interval, booleans, too_few, whole, wilson
 
 
 class PairedCounts(NamedTuple):
@@ -97,7 +97,8 @@ def paired_difference_interval(
     """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
 
     It combines the Wilson intervals of the two proportions with the correlation of the pairs, so the interval has a
-    width even if all pairs agree. The counts are those of `paired_counts`, and `confidence` is the nominal coverage.
+    width even if all pairs agree. With six to nine pairs its note is `"few"`; with fewer it is withheld. The counts are
+    those of `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
         StatisticsError: If a count or the confidence is not valid, or all counts are 0.
@@ -119,7 +120,9 @@ def paired_difference_interval(
     first = wilson_interval(counts.both + counts.only_first, n, confidence)
     second = wilson_interval(counts.both + counts.only_second, n, confidence)
     low, high = _combined(first, second, _corrected_phi(counts))
-    return Interval((counts.only_first - counts.only_second) / n, low, high, confidence)
+    if n < FEWEST:
+        low = high = math.nan
+    return Interval((counts.only_first - counts.only_second) / n, low, high, confidence, too_few(n, "pairs"))
 
 
 def difference_interval(first: Interval, second: Interval) -> Interval:
@@ -143,7 +146,9 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
     """
     _check_one_confidence(first, second)
     low, high = _combined(first, second, correlation=0.0)
-    return Interval(first.estimate - second.estimate, low, high, first.confidence)
+    # A reason to withhold one of the two is longer than "few".
+    note = max(first.note, second.note, key=len)
+    return Interval(first.estimate - second.estimate, low, high, first.confidence, note)
 
 
 def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import Interval, finite, normal_quantile, two_groups, wilson
+from .interval import FEWEST, Interval, finite, mostly_equal, normal_quantile, too_few, two_groups, wilson
 
 FEWEST_CONTROLS = 19  # with fewer, even the first rank has a p above 0.05
 
@@ -20,7 +20,8 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     """Return the probability that a positive scores above a negative, and its interval within 0 and 1.
 
     Ties count one half. At 0.5 the scores carry no information about the labels; below 0.5 positives have the lower
-    scores. The groups may differ in variance. With few examples and an area near 0 or 1 the coverage is below nominal.
+    scores. The groups may differ in variance. With six to nine examples of a label the note of the interval is `"few"`;
+    with fewer it is withheld.
 
     Args:
         scores: One finite number per input.
@@ -31,9 +32,10 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
         StatisticsError: If scores and labels do not match, a score is not finite, or a label is too rare.
 
     Example:
-        >>> interval = auc([0.9, 0.8, 0.4, 0.6, 0.3, 0.1], [True, True, True, False, False, False])
-        >>> print(f"{interval.estimate:.3f} ({interval.low:.2f} to {interval.high:.2f})")
-        0.889 (0.26 to 0.99)
+        >>> scores = np.arange(24)
+        >>> interval = auc(scores, scores + 5 * (scores % 4) > 19)
+        >>> print(f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})")
+        0.91 (0.64 to 0.98)
 
     References:
         DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
@@ -52,18 +54,30 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
     beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
     area = float(beaten.mean())
-    if np.ptp(beaten) == 0 and np.ptp(beaten_by) == 0:
-        # Separated or all tied: no variance to be seen. Disjoint pairs are independent trials of one event.
-        return wilson(area, min(positive.size, negative.size), confidence)
+    fewest, note = (
+        min(positive.size, negative.size),
+        too_few(min(positive.size, negative.size), "inputs with one label"),
+    )
+    if fewest < FEWEST:
+        return Interval(area, math.nan, math.nan, confidence, note)
+    if mostly_equal(beaten) or mostly_equal(beaten_by):
+        # Separated, or tied: the variance is not known. Disjoint pairs are independent trials of one event.
+        return replace(wilson(area, fewest, confidence), note=note)
     variance = beaten.var(ddof=1) / positive.size + beaten_by.var(ddof=1) / negative.size
-    margin = normal_quantile(confidence) * math.sqrt(variance) / (area * (1 - area))
+    normal_quantile(confidence)  # checks it
+    t = scipy.stats.t.ppf((1 + confidence) / 2, fewest - 1)
+    margin = t * math.sqrt(variance) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + np.array([-margin, margin]))
-    return Interval(area, float(low), float(high), confidence)
+    return Interval(area, float(low), float(high), confidence, note)
+
+
+Alternative = Literal["two-sided", "greater", "less"]
+SIDES = ("two-sided", "greater", "less")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Rank of an effect among the effects of controls, by absolute value; the largest has rank 1.
+    """Rank of an effect among the effects of controls; the largest, or the lowest for `"less"`, has rank 1.
 
     Attributes:
         rank: 1 plus the number of controls whose effect is at least as large: 1 to `controls + 1`.
@@ -82,24 +96,26 @@ class Rank:
         return f"rank {self.rank} of {self.controls + 1} (the effect and {self.controls} controls), {end}"
 
 
-def rank_among(effect: float, controls: ArrayLike) -> Rank:
-    """Return the rank of an effect among those of controls, by absolute value, and its p-value.
+def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
+    """Return the rank of an effect among those of controls, and its p-value.
 
     The p-value is the probability that one of `controls + 1` exchangeable effects, picked at random, ranks as high. It
-    is meaningless for a channel that was picked for its large effect.
+    is meaningless for a channel that was picked for its large effect, and for controls that cannot be exchanged with
+    it. Channels that encode the opposite are not controls of a directed claim: leave them out, or ask for one side.
 
     Args:
         effect: Effect of the patch in question, a finite number.
         controls: `(control,)`: effects of the controls in the same unit; a tie counts against the effect.
+        alternative: `"two-sided"` ranks absolute values, `"greater"` has the largest effect first, `"less"` the lowest.
 
     Raises:
-        StatisticsError: If there is no control, or an effect is not finite.
+        StatisticsError: If there is no control, an effect is not finite, or the alternative is not one of these.
 
     Example:
         >>> print(rank_among(-0.6, np.linspace(-0.3, 0.3, 19)))
         rank 1 of 20 (the effect and 19 controls), p = 0.05
-        >>> print(rank_among(0.2, [0.1, -0.5, 0.2]))
-        rank 3 of 4 (the effect and 3 controls), no p-value: it needs at least 19 controls
+        >>> print(rank_among(0.2, [0.1, -0.5, 0.2], alternative="greater"))
+        rank 2 of 4 (the effect and 3 controls), no p-value: it needs at least 19 controls
 
     References:
         Phipson and Smyth, "Permutation p-values should never be zero" (2010), for counting the effect itself.
@@ -111,17 +127,31 @@ def rank_among(effect: float, controls: ArrayLike) -> Rank:
         )
     if not (math.isfinite(effect) and np.isfinite(others).all()):
         raise StatisticsError("An effect that is not finite has no rank: leave that control out.")
-    rank = 1 + int((np.abs(others) >= abs(effect)).sum())
+    if alternative not in SIDES:
+        raise StatisticsError(f"alternative is {alternative!r}, but it must be one of {', '.join(map(repr, SIDES))}.")
+    every = np.append(others, effect)
+    directed = {"two-sided": np.abs(every), "greater": every, "less": -every}[alternative]
+    rank = int((directed >= directed[-1]).sum())
     if others.size < FEWEST_CONTROLS:
         return Rank(rank, others.size, None, f"it needs at least {FEWEST_CONTROLS} controls")
     return Rank(rank, others.size, rank / (others.size + 1), "")
 
 
-def ranks_among(effects: ArrayLike, controls: ArrayLike) -> list[Rank | None]:
+def without_p(rank: Rank, no_p: str) -> Rank:
+    """Return a rank without its p-value if there is a reason for that."""
+    return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
+
+
+def ranks_among(
+    effects: ArrayLike, controls: ArrayLike, alternative: Alternative = "two-sided", no_p: str = ""
+) -> list[Rank | None]:
     """Return the rank of each effect; None if the effect or a control is not finite, or there are no controls."""
     each, others = np.asarray(effects, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     ranked = np.isfinite(each) & bool(others.size) & np.isfinite(others).all()
-    return [rank_among(float(effect), others) if one else None for effect, one in zip(each, ranked, strict=True)]
+    return [
+        without_p(rank_among(float(effect), others, alternative=alternative), no_p) if one else None
+        for effect, one in zip(each, ranked, strict=True)
+    ]
 
 
 def ranked_records(

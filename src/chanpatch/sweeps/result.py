@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import MetricError
+from ..patching.edits import Resample, Set
 from ..patching.patch import Patch
-from ..results import ROWS, Effects, columns, more, shown_effect
-from ..statistics.interval import Interval
-from ..statistics.ranking import Rank, ranked_records, ranks_among
-from ..statistics.resampling import bootstrap_interval
+from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
+from ..statistics.flips import ranked_interval
+from ..statistics.interval import Interval, picked
+from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +54,7 @@ class SweepResult(Effects):
         controls: The control patches of the same sweep, or None.
         groups: How the finished rows were run, by the hook point at which their patches begin.
         complete: Whether every patch was run; False only in the partial result of an interrupted sweep.
+        no_p: Why ranks among the controls have no p-values, if the controls came with a reason.
     """
 
     labels: tuple[Any, ...]
@@ -60,7 +63,9 @@ class SweepResult(Effects):
     baseline: dict[str, Floats]
     controls: SweepResult | None
     groups: tuple[Swept, ...]
-    complete: bool
+    complete: bool = True
+    no_p: str = ""
+    _whole: SweepResult | None = None  # the result that `top` took the rows from
     _by_row = ("labels", "patches", "values")
 
     def __len__(self) -> int:
@@ -81,19 +86,26 @@ class SweepResult(Effects):
         return found
 
     def interval(self, metric: str | None = None, *, seed: int = 0) -> Interval[Floats]:
-        """Return the effects with 95% bootstrap intervals over the inputs, which count as independent.
+        """Return the effects with 95% intervals over the inputs, which count as independent.
 
-        The ends are NaN with fewer than two inputs. `seed` is the random seed of the bootstrap.
+        They hold for all patches of the sweep together, so also for those of `top`. Intervals over six to nine inputs
+        are marked, and with fewer they are withheld, as by `chanpatch.statistics.mean_interval`. `seed` is the random
+        seed of the sign flips in `chanpatch.statistics.max_t_test`.
         """
-        return bootstrap_interval(self.differences(metric).T, seed=seed)
+        whole = self._whole or self
+        row = {label: number for number, label in enumerate(whole.labels)}
+        every = ranked_interval(whole.differences(metric).T, seed=seed)
+        return picked(every, [row[label] for label in self.labels])
 
-    def ranks(self, metric: str | None = None) -> list[Rank | None]:
-        """Return the rank of each effect among those of the controls, by absolute value.
+    def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
+        """Return the rank of each effect among those of the controls, as `chanpatch.statistics.rank_among` does.
 
         A p-value needs 19 controls or more, and a patch that was not picked for its effect. A rank is None if the
         effect is not finite; all are None if there are no controls or one of their effects is not finite.
         """
-        return ranks_among(self.effect(metric), [] if self.controls is None else self.controls.effect(metric))
+        controls = self.controls
+        effects = np.zeros(0) if controls is None else controls.effect(metric)
+        return ranks_among(self.effect(metric), effects, alternative, self.no_p)
 
     def top(self, count: int, metric: str | None = None) -> SweepResult:
         """Return the `count` rows with the largest absolute effects, the largest first.
@@ -106,8 +118,8 @@ class SweepResult(Effects):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and metric, the controls last.
 
-        It has: label, metric, effect, `low` and `high` of its interval, the mean metric with (`patched`) and without
-        the patch (`baseline`); and with controls: control, rank among them, p, no_p (why there is no p).
+        It has: label, metric, effect, `low`, `high` and `note` of its interval, the mean metric with (`patched`) and
+        without the patch (`baseline`); and with controls: control, rank among them, p, no_p (why there is no p).
         """
         if self.controls is None:
             return self._records()
@@ -124,17 +136,18 @@ class SweepResult(Effects):
         return f"mean change ({inputs})"
 
     def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
-        first = self._rows(np.arange(min(len(self), ROWS)))  # the bootstrap of all rows could take long
+        first = self._rows(np.arange(min(len(self), ROWS)))
+        records = [record for record in first.to_records() if not record.get("control")]
         head = ("label", "metric") if len(self.values) > 1 else ("label",)
         tail = ("patched", "baseline", *(("rank", "p") if self.controls else ()))
         lines = [
             {name: record[name] for name in head}
             | shown_effect("effect", record)
             | {name: record[name] for name in tail}
-            for record in first.to_records()
-            if not record.get("control")
+            for record in records
         ]
-        return lines, [*more(len(self) - len(first)), *self._notes()]
+        notes = interval_notes(record["note"] for record in records)
+        return lines, [*more(len(self) - len(first)), *notes, *self._notes()]
 
     def _title(self) -> str:
         inputs = " and ".join(f"{name} over {len(values)} inputs" for name, values in self.baseline.items())
@@ -150,6 +163,10 @@ class SweepResult(Effects):
         if self.controls is not None:
             notes.append(f"Ranks are among {len(self.controls)} controls.")
             notes += sorted({f"No p-values: {rank.no_p}" for rank in self._ranks() if rank and rank.no_p})
+        if any(_has_one_reference(patch) for patches in self.patches for patch in patches):
+            notes.append(
+                "Intervals hold the reference of a mean or resample ablation fixed: they leave out its sampling error."
+            )
         for strategy in dict.fromkeys(group.strategy for group in self.groups):
             those = [group for group in self.groups if group.strategy == strategy]
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)
@@ -171,6 +188,7 @@ class SweepResult(Effects):
                 "effect": float(effect[row]),
                 "low": float(interval.low[row]),
                 "high": float(interval.high[row]),
+                "note": str(interval.note[row]),
                 "patched": float(self.values[name][row].mean()),
                 "baseline": float(self.baseline[name].mean()),
             }
@@ -188,8 +206,23 @@ class SweepResult(Effects):
         return name
 
     def _only(self, name: str) -> SweepResult:
-        controls = None if self.controls is None else self.controls._only(name)
-        return replace(self, values={name: self.values[name]}, baseline={name: self.baseline[name]}, controls=controls)
+        controls, whole = (None if each is None else each._only(name) for each in (self.controls, self._whole))
+        values, baseline = {name: self.values[name]}, {name: self.baseline[name]}
+        return replace(self, values=values, baseline=baseline, controls=controls, _whole=whole)
+
+    def _rows(self, rows: NDArray[np.int64]) -> SweepResult:
+        return replace(super()._rows(rows), _whole=self._whole or self)
+
+
+def _has_one_reference(patch: Patch) -> bool:
+    """Return whether a patch writes activations that were averaged or drawn over one set of reference inputs."""
+    edit, point = patch.edit, patch.site.point
+    if isinstance(edit, Resample):
+        return True
+    batch = None if point is None else point.batch_axis
+    return (
+        isinstance(edit, Set) and isinstance(edit.value, Tensor) and batch is not None and edit.value.shape[batch] == 1
+    )
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def sweep(
             them, labeled by their sites.
         metric: A function of the model's output that returns one number per input, `(batch,)`, or one number; or
             several by name. A keyword-only parameter `baseline` gets the unpatched output.
-        controls: Patches to rank the others among, in the same form.
+        controls: Patches to rank the others among, in the same form, such as `matched_channels(...).patches(verb)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
             runs the modules after it for many patches at a time. `"auto"` takes, at each hook point, the fastest one
             that gives the numbers of the loop for two of its patches; it loops if dropout or batch norm is training.
@@ -101,6 +102,7 @@ def sweep(
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(points, patches, "patches")
         others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
+        no_p = getattr(controls, "no_p", "")
         output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
         metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
@@ -110,9 +112,9 @@ def sweep(
                 for group in groups:
                     execution.run(group)
             except KeyboardInterrupt as stop:
-                partial = _result(asked, others, execution, metrics, complete=False)
+                partial = replace(_result(asked, others, execution, metrics), complete=False, no_p=no_p)
                 raise SweepInterrupted(partial, len(asked)) from stop
-    return _result(asked, others, execution, metrics, complete=True)
+    return replace(_result(asked, others, execution, metrics), no_p=no_p)
 
 
 def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
@@ -144,9 +146,7 @@ def _count(points: HookPoints, output: Any) -> int | None:
     return None
 
 
-def _result(
-    asked: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics, *, complete: bool
-) -> SweepResult:
+def _result(asked: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics) -> SweepResult:
     rows, baseline = execution.rows, {name: before.numpy() for name, before in metrics.baseline.items()}
 
     def part(entries: Sequence[Entry], controls: SweepResult | None) -> SweepResult:
@@ -156,6 +156,6 @@ def _result(
             for name, before in baseline.items()
         }
         labels, patches = tuple(entry.label for entry in done), tuple(entry.patches for entry in done)
-        return SweepResult(labels, patches, values, baseline, controls, tuple(execution.done), complete)
+        return SweepResult(labels, patches, values, baseline, controls, tuple(execution.done))
 
     return part(asked, part(others, None) if others else None)

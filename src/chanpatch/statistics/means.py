@@ -1,0 +1,138 @@
+"""Confidence intervals of means, one channel at a time or all channels at once, and when none can be given."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import StatisticsError
+from .interval import FEW, FEWEST, Floats, Interval, few_others, normal_quantile, too_few
+
+Rows = NDArray[np.int64]
+
+
+def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Interval[Any]:
+    """Return the mean of a sample and its interval, for every channel separately.
+
+    From ten independent rows on, the interval contains Student's t interval and the t interval that Hall's
+    transformation corrects for skewness, so that it covers means of symmetric and of skewed samples. Six to nine rows
+    give a t interval, whose note is `"few"`. The interval is withheld if fewer than six rows or clusters are
+    independent, fewer than six of them differ from 0, or most of them are equal. Its ends are then NaN, and its note is
+    the reason.
+
+    Args:
+        sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
+            such as channel, are kept.
+        clusters: Label per row; rows with one label, such as rotations of one maze, are not independent. None if all
+            rows are.
+        confidence: Nominal coverage, between 0 and 1.
+
+    Returns:
+        Floats and a text for a sample with one axis, otherwise arrays of the other axes.
+
+    Raises:
+        StatisticsError: If there are no rows, or another argument is not valid.
+
+    Example:
+        >>> interval = mean_interval([0.2, 0.9, 0.4, 0.3, 0.8, 0.1, 0.5])
+        >>> print(f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f}), {interval.note}")
+        0.46 (0.18 to 0.73), few
+
+    References:
+        Hall, "On the removal of skewness by transformation" (1992), for the correction; Cameron and Miller, "A
+        practitioner's guide to cluster-robust inference" (2015), section II, for clusters.
+    """
+    import scipy.stats
+
+    normal_quantile(confidence)  # checks it
+    rows = rows_of("sample", sample)
+    cluster = cluster_numbers(clusters, len(rows))
+    estimate, many = mean(rows), int(cluster.max()) + 1
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Relative to the mean, so that clusters of several sizes count by their rows.
+        influence = totals(rows - estimate, cluster) * (many / len(rows))
+        error = np.sqrt((influence**2).sum(axis=0) / (many * max(many - 1, 1)))
+        t = float(scipy.stats.t.ppf((1 + confidence) / 2, many - 1)) if many > 1 else math.nan
+        below, above = np.array(-t), np.array(t)
+        if many >= FEW:
+            skewness = (influence**3).sum(axis=0) * many**0.5 / (influence**2).sum(axis=0) ** 1.5
+            skewness *= math.sqrt(many * (many - 1)) / (many - 2)
+            below, above = np.fmin(-t, _uncorrected(-t, skewness, many)), np.fmax(t, _uncorrected(t, skewness, many))
+        low, high = estimate - above * error, estimate - below * error
+    return noted(estimate, low, high, confidence, withheld(rows, cluster))
+
+
+def mean(rows: Floats) -> Floats:
+    """Return the mean over the rows."""
+    # Relative to one of the rows: the mean of equal rows is then exact.
+    with np.errstate(invalid="ignore"):  # of channels with an infinity
+        average: Floats = rows[0] + np.mean(rows - rows[0], axis=0)
+    return average
+
+
+def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
+    """Return the t statistic whose skewness correction is `t`: the inverse of Hall's cubic transformation."""
+    bend = skewness / (3 * many**0.5)
+    shifted = t - skewness / (6 * many**0.5)
+    bent: Floats = (np.cbrt(1 + 3 * bend * shifted) - 1) / np.where(bend == 0, 1.0, bend)
+    return np.where(np.abs(bend) < 1e-9, shifted, bent)
+
+
+def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
+    """Return per channel why its mean has no interval, or an empty text."""
+    many = int(cluster.max()) + 1
+    why = np.full(rows.shape[1:], too_few(many), dtype="<U100")
+    if many < FEWEST:
+        return why
+    nonzero = _clusters_with(rows != 0, cluster)
+    off = _clusters_with(rows != np.sort(rows, axis=0)[len(rows) // 2], cluster)
+    kind = "rows" if many == len(rows) else "clusters"
+    why[few_others(off, many)] = f"most of the {many} {kind} are equal"
+    why[nonzero < FEWEST] = f"fewer than {FEWEST} of the {many} {kind} differ from 0"
+    why[~np.isfinite(rows).all(axis=0)] = "a row is not finite"
+    return why
+
+
+def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
+    """Return an interval; its ends become NaN if its note is a reason to withhold it."""
+    shown = np.isin(note, ("", "few"))
+    return Interval(
+        estimate[()], np.where(shown, low, np.nan)[()], np.where(shown, high, np.nan)[()], confidence, note[()]
+    )
+
+
+def totals(rows: Floats, cluster: Rows) -> Floats:
+    """Return the sum of each cluster: `(cluster, ...)`."""
+    if len(rows) == cluster.max() + 1:
+        return rows[np.argsort(cluster)]
+    sums = np.zeros((int(cluster.max()) + 1, *rows.shape[1:]))
+    np.add.at(sums, cluster, rows)
+    return sums
+
+
+def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
+    """Return how many clusters have a marked row, per channel."""
+    count: Rows = (totals(marked.astype(np.float64), cluster) > 0).sum(axis=0)
+    return count
+
+
+def rows_of(name: str, sample: ArrayLike) -> Floats:
+    """Return a sample as an array; raise StatisticsError if it has no rows."""
+    rows = np.asarray(sample, dtype=np.float64)
+    if rows.ndim == 0 or not rows.size:
+        raise StatisticsError(f"{name} has shape {rows.shape}: give at least one row, on the first axis.")
+    return rows
+
+
+def cluster_numbers(clusters: ArrayLike | None, rows: int) -> Rows:
+    """Return the number of each row's cluster; every row is a cluster without labels."""
+    if clusters is None:
+        return np.arange(rows)
+    labels = np.asarray(clusters)
+    if labels.shape != (rows,):
+        raise StatisticsError(f"clusters has shape {labels.shape}, but there are {rows} rows: give one label per row.")
+    numbers: Rows = np.unique(labels, return_inverse=True)[1]
+    return numbers
