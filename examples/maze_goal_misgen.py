@@ -33,7 +33,7 @@ try:
     from chanpatch.controls import matched_channels
     from chanpatch.plots import effect_ranking, strip
     from chanpatch.policies import PairedRollouts
-    from chanpatch.statistics import auc, mcnemar_exact, paired_counts, paired_difference_interval, rank_among
+    from chanpatch.statistics import auc, mcnemar_exact, paired_counts, paired_difference_interval
     from maze.environment.levels import draw_levels, observe, policy_input
     from maze.environment.moved_walls import pairs_with_a_moved_wall
     from maze.environment.paths import Direction, first_steps, legal_moves, top_right
@@ -118,7 +118,7 @@ def study(given: argparse.Namespace) -> None:
     known = vars(given) | {"weights": weights["sha256"], "versions": versions(), "out": None}
     folder = given.out / f"channel{channel}-size{given.size}-n{given.n}-seed{given.seed}-{settings_key(known)}"
     rollouts = played(policies, levels, given.seed, folder)
-    rows = compared(rollouts)
+    rows = compared(rollouts, controls)
     replace_table(folder / "table.csv", rows)
     with replaced(folder / "channel.png") as partial:
         figure(channel, (inside, outside), probe, rollouts, rows, levels).savefig(partial, dpi=110)
@@ -202,7 +202,7 @@ def played(policies: dict[str, Any], levels: list[bytes], seed: int, folder: Pat
     return PairedRollouts(done)
 
 
-def compared(rollouts: Any) -> list[dict[str, Any]]:
+def compared(rollouts: Any, controls: Any) -> list[dict[str, Any]]:
     """Print and return, for each policy but the first, how often it finds the cheese, and the paired difference."""
     original, *others = rollouts
     rows = []
@@ -216,9 +216,8 @@ def compared(rollouts: Any) -> list[dict[str, Any]]:
     for row in rows:
         change = f"{row['effect']:+.1%} ({row['low']:+.1%} to {row['high']:+.1%})"
         print(f"   {row['label']:20} {row['found']:6.1%}   {change:28} exact McNemar p = {row['p']:.2g}")
-    if len(rows) > 1:
-        rank = rank_among(rows[0]["effect"], [row["effect"] for row in rows[1:]])
-        print(f"   {rows[0]['label']} has rank {rank.rank} of {len(rows)} by the size of the difference.")
+    rank = controls.rank(rows[0]["effect"], [row["effect"] for row in rows[1:]], alternative="greater")
+    print(f"   The increase with {rows[0]['label']}: {rank}.")
     return rows
 
 

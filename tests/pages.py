@@ -18,7 +18,7 @@ _COMMENT = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
 
 def pages() -> list[str]:
     """Return the names of the pages that have code with output."""
-    return [page.name for page in sorted(DOCS.glob("*.md")) if "print(" in page.read_text()]
+    return ["../README.md", *(page.name for page in sorted(DOCS.glob("*.md")) if "print(" in page.read_text())]
 
 
 def run(page: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
