@@ -35,7 +35,7 @@ help: ## list the targets
 	@echo "  N=$(N) SEED=$(SEED) ARGS=\"$(ARGS)\" go to the study, ARGS to train too; PYTHON=$(PYTHON) creates .venv"
 
 study: $(STUDY) ## the experiment in procgen, on N levels (N=200) from SEED (0); its other options go into ARGS
-	$(BIN)/python examples/maze_goal_misgen.py --only rollouts --n $(N) --seed $(SEED) $(ARGS)
+	$(BIN)/python examples/maze_goal_misgen.py --n $(N) --seed $(SEED) $(ARGS)
 
 report: $(STUDY) ## every part of the maze study on N levels each, with a report; ARGS="--only pair,sums" for some
 	$(BIN)/python examples/maze_goal_misgen.py --n $(N) --seed $(SEED) $(ARGS)

@@ -280,11 +280,11 @@ def test_records_hold_the_paired_difference_of_mean_return_its_interval_and_the_
         returns = {**found, **found.controls}[record["label"]].returns
         assert (record["patched"], record["original"]) == (returns.mean(), original.mean())
         np.testing.assert_allclose(record["effect"], (returns - original).mean())
-        assert math.isnan(record["low"]) and record["note"] == "5 independent rows, but it needs at least 6"
+        assert math.isnan(record["low"]) and record["note"] == "5 independent rows, fewer than 6"
     assert [record["rank"] for record in records] == [*(rank.rank for rank in found.ranks()), None, None]
     assert {record["p"] for record in records} == {None}
     assert [record["no_p"] for record in records[1:3]] == [
-        "it needs at least 19 controls", "no rank among the controls"
+        "fewer than 19 controls", "no rank among the controls"
     ]  # fmt: skip
     without = rollout_sweep(points, envs, SEEDS, few(ablations, 0, 2), max_steps=60)
     assert without.ranks() == [None, None] and "rank" not in without.comparisons()[0]
@@ -298,11 +298,11 @@ def test_a_sweep_prints_the_differences_and_p_values_from_19_controls_on(cart_po
                                   **settings)).splitlines()
         for count in (18, 19)
     }  # fmt: skip
-    assert printed[19][0] == f"1 patches, mean return over the same {len(SEEDS)} episodes"
+    assert printed[19][0] == f"1 patch, mean return over the same {len(SEEDS)} episodes"
     assert printed[19][1].split() == ["label", "effect", "95%", "patched", "original", "rank", "p"]
-    withheld = "No interval (-): 5 independent rows, but it needs at least 6."
+    withheld = "No interval (-): 5 independent rows, fewer than 6."
     assert printed[19][3:] == [withheld, "Ranks are among 19 controls."]
-    assert printed[18][3:] == [withheld, "Ranks are among 18 controls.", "No p-values: it needs at least 19 controls"]
+    assert printed[18][3:] == [withheld, "Ranks are among 18 controls.", "No p-values: fewer than 19 controls"]
     assert len(printed[19][2].split()) == len(printed[18][2].split()) + 1
     assert "... 4 more" in repr(rollout_sweep(points, envs, SEEDS, ablations, **settings)).splitlines()
 

@@ -123,7 +123,7 @@ def test_neither_channels_of_another_scale_nor_channels_without_numbers_change_t
 def test_fewer_than_six_pairs_have_no_simultaneous_p_and_no_interval():
     found = max_t_test(np.ones((5, 2)))
     assert np.isnan([found.p, found.interval.low, found.interval.high]).all()
-    assert found.interval.note.tolist() == ["5 independent rows, but it needs at least 6"] * 2
+    assert found.interval.note.tolist() == ["5 independent rows, fewer than 6"] * 2
 
 
 def test_a_ranked_interval_is_as_wide_as_the_simultaneous_one_and_the_one_of_the_row_alone():

@@ -145,7 +145,7 @@ def test_auc_of_separated_groups_has_the_width_of_as_many_disjoint_pairs():
     assert (interval.estimate, interval.low, interval.high) == (1.0, pairs.low, 1.0)
 
 
-@pytest.mark.parametrize(("positives", "note"), [(5, "5 independent inputs with one label, but it needs at least 6"),
+@pytest.mark.parametrize(("positives", "note"), [(5, "5 independent inputs with one label, fewer than 6"),
                                                  (6, "few"), (9, "few"), (10, "")])  # fmt: skip
 def test_the_interval_of_an_auc_is_marked_with_few_examples_and_withheld_with_five(positives, note):
     interval = auc(np.arange(60) % 17, np.arange(60) < positives)
@@ -161,7 +161,7 @@ def test_auc_of_scores_that_are_mostly_tied_has_the_width_of_disjoint_pairs():
     assert (interval.low + interval.high) / 2 == pytest.approx(center, abs=1e-4)
 
 
-@pytest.mark.parametrize(("pairs", "note"), [(5, "5 independent pairs, but it needs at least 6"), (6, "few"), (10, "")])
+@pytest.mark.parametrize(("pairs", "note"), [(5, "5 independent pairs, fewer than 6"), (6, "few"), (10, "")])
 def test_the_interval_of_a_paired_difference_is_marked_with_few_pairs_and_withheld_with_five(pairs, note):
     interval = paired_difference_interval(1, 2, 0, pairs - 3)
     assert (interval.estimate, interval.note) == (2 / pairs, note)
@@ -173,7 +173,7 @@ def test_a_difference_of_an_interval_that_is_withheld_is_withheld_for_the_same_r
     for one, other in ((withheld, few), (few, withheld)):
         difference = difference_interval(one, other)
         assert math.isnan(difference.low) and math.isnan(difference.high)
-        assert difference.note == "2 independent inputs with one label, but it needs at least 6"
+        assert difference.note == "2 independent inputs with one label, fewer than 6"
     assert difference_interval(few, few).note == "few"
 
 
@@ -214,9 +214,9 @@ def test_a_directed_rank_counts_only_controls_as_far_on_that_side():
 
 def test_a_rank_has_a_p_value_from_nineteen_controls_on():
     few, enough = rank_among(2.0, np.linspace(-1, 1, 18)), rank_among(2.0, np.linspace(-1, 1, 19))
-    assert few.p is None and few.no_p == "it needs at least 19 controls"
+    assert few.p is None and few.no_p == "fewer than 19 controls"
     assert enough.p == 1 / 20 and not enough.no_p
-    assert str(few) == "rank 1 of 19 (the effect and 18 controls), no p-value: it needs at least 19 controls"
+    assert str(few) == "rank 1 of 19 (the effect and 18 controls), no p-value: fewer than 19 controls"
 
 
 @pytest.mark.parametrize("draw", ["standard_normal", "standard_cauchy", "ties"])

@@ -271,7 +271,7 @@ def test_an_attribution_prints_as_a_table_with_its_receipt() -> None:
         "random)",
     ]
     steps = attribution(POINTS, INPUTS, patches=[zero_ablate(WHOLE)], metric=METRIC, steps=3, verify=0)
-    assert repr(steps).splitlines()[0] == "1 patches estimated by gradients at 3 steps, 8 inputs"
+    assert repr(steps).splitlines()[0] == "1 patch estimated by gradients at 3 steps, 8 inputs"
     assert len(repr(steps).splitlines()) == 3
 
 

@@ -144,7 +144,7 @@ def test_a_metric_may_be_one_number_for_all_inputs(points: HookPoints) -> None:
     assert result.values["metric"].shape == (8, 1)
     assert np.isnan(result.interval().low).all()
     assert "nan" not in repr(result)
-    assert "No interval (-): 1 independent rows, but it needs at least 6." in repr(result)
+    assert "No interval (-): 1 independent rows, fewer than 6." in repr(result)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_with_few_controls_there_is_a_rank_and_no_p(points: HookPoints) -> None:
     result = swept(points, controls=zeroed(points, "0"))
     assert result.to_records()[0]["p"] is None
     assert "at least 19 controls" in result.to_records()[0]["no_p"]
-    assert "No p-values: it needs at least 19 controls" in repr(result)
+    assert "No p-values: fewer than 19 controls" in repr(result)
 
 
 def test_a_record_has_what_a_figure_needs(points: HookPoints) -> None:

@@ -121,7 +121,7 @@ def ranked(comparisons: Sequence[Comparison]) -> Rank | None:
 
 
 def told_rank(rank: Rank) -> str:
-    """A rank in words: "rank 1 of 4 (no p-value: it needs at least 19 controls)"."""
+    """A rank in words: "rank 1 of 4 (no p-value: fewer than 19 controls)"."""
     p = f"no p-value: {rank.no_p}" if rank.p is None else f"p = {rank.p:.2g}"
     return f"rank {rank.rank} of {rank.controls + 1} ({p})"
 

@@ -42,6 +42,11 @@ def check_envs(envs: Any) -> None:
         raise RolloutError(
             f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. {advice}"
         )
+    if getattr(envs, "single_observation_space", None) is None:
+        raise RolloutError(
+            f"{type(envs).__name__} has no single_observation_space. Set the spaces in its __init__, as "
+            "gymnasium.vector.VectorEnv describes."
+        )
     _check_numbers(envs.single_observation_space)
 
 

@@ -250,7 +250,8 @@ class SweptRollouts(PairedRollouts):
         ]
 
     def _title(self) -> str:
-        return f"{len(self.labels)} patches, mean return over the same {len(self._original)} episodes"
+        patches = f"{len(self.labels)} patch{'es' * (len(self.labels) != 1)}"
+        return f"{patches}, mean return over the same {len(self._original)} episodes"
 
     def _notes(self) -> list[str]:
         notes = super()._notes()

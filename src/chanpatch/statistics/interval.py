@@ -60,7 +60,7 @@ def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
 def too_few(independent: int, kind: str = "rows") -> str:
     """Return the note of an interval over a number of independent rows: a reason to withhold it, `"few"`, or ""."""
     if independent < FEWEST:
-        return f"{independent} independent {kind}, but it needs at least {FEWEST}"
+        return f"{independent} independent {kind}, fewer than {FEWEST}"
     return "few" if independent < FEW else ""
 
 

@@ -115,7 +115,7 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
         >>> print(rank_among(-0.6, np.linspace(-0.3, 0.3, 19)))
         rank 1 of 20 (the effect and 19 controls), p = 0.05
         >>> print(rank_among(0.2, [0.1, -0.5, 0.2], alternative="greater"))
-        rank 2 of 4 (the effect and 3 controls), no p-value: it needs at least 19 controls
+        rank 2 of 4 (the effect and 3 controls), no p-value: fewer than 19 controls
 
     References:
         Phipson and Smyth, "Permutation p-values should never be zero" (2010), for counting the effect itself.
@@ -133,7 +133,7 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
     directed = {"two-sided": np.abs(every), "greater": every, "less": -every}[alternative]
     rank = int((directed >= directed[-1]).sum())
     if others.size < FEWEST_CONTROLS:
-        return Rank(rank, others.size, None, f"it needs at least {FEWEST_CONTROLS} controls")
+        return Rank(rank, others.size, None, f"fewer than {FEWEST_CONTROLS} controls")
     return Rank(rank, others.size, rank / (others.size + 1), "")
 
 

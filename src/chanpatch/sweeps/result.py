@@ -151,7 +151,7 @@ class SweepResult(Effects):
 
     def _title(self) -> str:
         inputs = " and ".join(f"{name} over {len(values)} inputs" for name, values in self.baseline.items())
-        title = f"{len(self)} patches, {inputs}"
+        title = f"{len(self)} patch{'es' * (len(self) != 1)}, {inputs}"
         return title if self.complete else f"INTERRUPTED, not all patches were run. {title}"
 
     def _notes(self) -> list[str]:
@@ -274,7 +274,7 @@ class Attribution(Effects):
 
     def _title(self) -> str:
         how = "the gradient of the clean run" if self.steps == 1 else f"gradients at {self.steps} steps"
-        return f"{len(self)} patches estimated by {how}, {self.inputs} inputs"
+        return f"{len(self)} patch{'es' * (len(self) != 1)} estimated by {how}, {self.inputs} inputs"
 
     def _notes(self) -> list[str]:
         if not self.sample:
