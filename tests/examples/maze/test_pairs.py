@@ -3,9 +3,15 @@ import pytest
 from procgen_tools.maze import EnvState, on_distribution
 
 from maze.environment.levels import draw_levels, observe
-from maze.environment.pairs import contrastive_pairs, moved_wall, rotated, rotations
+from maze.environment.pairs import contrastive_pairs, rotated, rotations
 from maze.environment.paths import Direction, first_steps
-from maze.environment.states import FREE, mazes_from_pictures, read_mazes, write_mazes
+from maze.environment.states import FREE, WALL, mazes_from_pictures, read_mazes, write_mazes
+
+
+def moved_wall(pair):
+    """The cell of the wall that only the first maze has, and of that which only the second has."""
+    walls = pair.grid == WALL
+    return np.concatenate([np.argwhere(walls[0] & ~walls[1]), np.argwhere(walls[1] & ~walls[0])])
 
 
 def test_the_two_mazes_differ_by_one_moved_wall():
