@@ -20,8 +20,15 @@ from maze.environment.states import FREE, read_mazes, write_mazes
 from maze.policy.network import ACTIONS, NO_MOVE, load_policy, new_policy
 from maze.train import main
 from maze.training import imitation, ppo
-from maze.training.imitation import Imitation, direction_log_probabilities, network_input
+from maze.training.imitation import Imitation
 from maze.training.ppo import PPO, advantages, ppo_losses
+from maze.training.trainer import (
+    Settings,
+    TrainingError,
+    Update,
+    direction_log_probabilities,
+    network_input,
+)
 from maze.training.training_data import (
     CHUNK,
     NO_DIRECTION,
@@ -30,7 +37,7 @@ from maze.training.training_data import (
     batches,
     example_mazes,
     fresh_levels,
-    labelled,
+    labeled,
     sampled,
 )
 from maze.training.training_run import (
@@ -38,9 +45,6 @@ from maze.training.training_run import (
     FACTS,
     LOG,
     WEIGHTS,
-    Settings,
-    TrainingError,
-    Update,
     read_checkpoint,
     run,
 )
@@ -109,7 +113,7 @@ def searched(maze):
 
 def test_labels_are_those_of_a_search_square_by_square(mazes):
     rows = np.arange(0, len(mazes), 23)
-    examples = labelled(np.zeros((len(rows), 64, 64, 3), np.uint8), mazes[rows])
+    examples = labeled(np.zeros((len(rows), 64, 64, 3), np.uint8), mazes[rows])
     for index, row in enumerate(rows):
         maze = mazes[[row]]
         found, margin = searched(maze), (25 - maze.size[0]) // 2
@@ -175,16 +179,16 @@ def test_the_auxiliary_cell_is_where_the_image_shows_the_mouse(levels):
     maze = maze.moved(mouse=np.stack([free[1], free[-1]]))
     frames = observe(write_mazes(maze, small))
     rows, cols = np.nonzero((frames[0] != frames[1]).any(axis=2))
-    cells = np.stack(np.divmod(labelled(frames, maze).cell, 25), axis=1)
+    cells = np.stack(np.divmod(labeled(frames, maze).cell, 25), axis=1)
     away = np.abs((np.stack([rows, cols], axis=1)[:, None] + 0.5) / 2.56 - 0.5 - cells)
     assert len(rows) > 0 and (away.max(axis=2).min(axis=1) < 1.5).all()
 
 
-def test_a_chunk_shows_what_it_is_labelled_with(chunk, levels):
+def test_a_chunk_shows_what_it_is_labeled_with(chunk, levels):
     rng = np.random.default_rng((0, 0, 0, 1))
     mazes = example_mazes(levels, rng)
     order = rng.permutation(CHUNK)[:64]
-    expected = labelled(observe([write_mazes(mazes[[row]], levels[row % 64])[0] for row in order]), mazes[order])
+    expected = labeled(observe([write_mazes(mazes[[row]], levels[row % 64])[0] for row in order]), mazes[order])
     for name, part in vars(expected).items():
         np.testing.assert_array_equal(getattr(chunk, name)[:64], part)
 
@@ -384,7 +388,7 @@ def test_a_finished_run_that_is_asked_for_again_keeps_its_policy_and_its_facts(u
 
 def test_ppo_starts_from_weights_and_leaves_others(uninterrupted, tmp_path, monkeypatch):
     monkeypatch.setattr(ppo, "STEPS", 4)
-    given = ["--algorithm", "ppo", "--weights", str(uninterrupted / WEIGHTS), "--environments", "4", "--batch", "8"]
+    given = ["--algorithm", "ppo", "--start", str(uninterrupted / WEIGHTS), "--environments", "4", "--batch", "8"]
     assert main([*given, "--observations", "32", "--out", str(tmp_path)]) == 0
     facts = json.loads((tmp_path / FACTS).read_text())
     assert facts["settings"]["start"] == load_policy(uninterrupted / WEIGHTS)[1]["sha256"]
@@ -402,7 +406,7 @@ def test_a_run_with_other_settings_is_refused(uninterrupted, capsys):
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     (tmp_path / CHECKPOINT).write_bytes(b"no checkpoint")
-    with pytest.raises(TrainingError, match="is damaged or no checkpoint; --no-resume starts over."):
+    with pytest.raises(TrainingError, match="is damaged or not a checkpoint; --no-resume starts over."):
         read_checkpoint(tmp_path, settings())
 
 
@@ -447,7 +451,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(TrainingError, match="loss became infinite or no number by update 1"):
+    with pytest.raises(TrainingError, match="loss became infinite or NaN by update 1"):
         run(Counting(measure=float("nan")), settings(), tmp_path, None, save_seconds=0)
     assert not (tmp_path / CHECKPOINT).exists()
 
@@ -462,8 +466,8 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
         (["--dagger", "0.001"], "--dagger 0.001 of --batch 128 is less than one observation."),
         (["--minutes", "nan"], "--minutes is nan, but it is 0.01 to 1000000."),
         (["--minutes", "1", "--observations", "5"], "argument --observations: not allowed with argument --minutes"),
-        (["--algorithm", "ppo", "--dagger", "0.5"], "--dagger has no meaning for --algorithm ppo."),
-        (["--environments", "8"], "--environments has no meaning for --algorithm imitation."),
+        (["--algorithm", "ppo", "--dagger", "0.5"], "--dagger has no effect with --algorithm ppo."),
+        (["--environments", "8"], "--environments has no effect with --algorithm imitation."),
         (["--start", "nowhere.pth"], "The weights 'nowhere.pth' cannot be read: No such file or directory."),
     ],
 )
