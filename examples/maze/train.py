@@ -17,7 +17,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 EXAMPLES = """examples:
   python examples/maze/train.py                                 imitation with the defaults
@@ -38,17 +38,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # options of one algorithm
 OBSERVATIONS = 2_500_000
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with the message."""
-        self.exit(2, f"error: {message}\n")
-
-
-def arguments() -> Parser:
+def arguments() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--algorithm", choices=list(DEFAULTS), default="imitation", help="(default: %(default)s)")
     add("--width", type=int, help="1 gives 32 channels at relu3, 4 gives 128 (default: that of --start, or 1)")

@@ -63,19 +63,14 @@ def draw_levels(
     drawn: list[bytes] = []
     with tqdm(total=count, desc="levels", unit="level", delay=2, leave=False) as progress:
         while len(drawn) < count:
-            drawn += _arranged(environment.get_state(), rng, size=size, cheese=cheese, mouse=mouse)
+            drawn += _arranged(environment.get_state(), rng, size, cheese, mouse)
             progress.update(min(len(drawn), count) - progress.n)
             environment.act(np.full(_BATCH, -1))  # the one action that ends every episode at once
     return drawn[:count]
 
 
 def cheese_squares(mazes: Mazes, place: str) -> NDArray[np.bool_]:
-    """The possible squares of the cheese: bool (batch, row, col), False on the start square.
-
-    Args:
-        mazes: the mazes.
-        place: one of `CHEESE_PLACES`.
-    """
+    """The possible squares of the cheese: bool (batch, row, col), False on the start square."""
     side = mazes.grid.shape[-1]
     row, col = np.arange(side)[:, None], np.arange(side)
     last = mazes.size[:, None, None] - 1
@@ -92,13 +87,9 @@ def cheese_squares(mazes: Mazes, place: str) -> NDArray[np.bool_]:
 
 
 def random_squares(candidates: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
-    """A uniformly random candidate square of each maze: cells (batch, 2).
+    """A uniformly random square of each maze, (batch, 2), from candidates, bool (batch, row, col).
 
     One number is drawn per maze, so the squares of the first mazes do not depend on the size of the batch.
-
-    Args:
-        candidates: bool (batch, row, col).
-        rng: random generator.
 
     Raises:
         LevelError: a maze without candidates.
@@ -134,17 +125,11 @@ def observe(states: Sequence[bytes]) -> NDArray[np.uint8]:
 
 
 def policy_input(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Observations as the policy takes them: float32 (batch, channel=3, row=64, col=64) in [0, 1].
-
-    Args:
-        frames: uint8 (batch, row=64, col=64, channel=3).
-    """
+    """Observations as the policy takes them: float32 (batch, channel=3, row=64, col=64) in [0, 1]."""
     return np.ascontiguousarray(frames.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
-def _arranged(
-    states: list[bytes], rng: np.random.Generator, *, size: int | None, cheese: str, mouse: str
-) -> list[bytes]:
+def _arranged(states: list[bytes], rng: np.random.Generator, size: int | None, cheese: str, mouse: str) -> list[bytes]:
     """The usable `states`, with cheese and mouse in their places."""
     mazes = read_mazes(states)
     squares = cheese_squares(mazes, cheese)

@@ -11,84 +11,38 @@ the rotations take the cheese out of the top right 5x5.
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
-from numpy.typing import NDArray
 
 from maze.environment.states import Mazes, mazes_from_pictures
 
-_PAIRS = (
-    """
-    .......   .......
-    .######   .######
-    ....C#.   ...#C#.
-    ##.###.   ##.#.#.
-    ..M....   ..M....
-    .#####.   .#####.
-    ...#...   ...#...
-    """,
-    """
-    .#...#C..   .#...#C..
-    .#.###.#.   .#.###.#.
-    .....#.#.   .....#.#.
-    .#.#.#.##   .#.#.#.##
-    .#.#.#.#.   .#.#.#.#.
-    .###.#.#.   .###.#.#.
-    .#.......   .#.#.....
-    ##.#####.   ##.#####.
-    ..M..#...   ..M......
-    """,
-    """
-    .....#C..#.   .....#C..#.
-    ##.#####.#.   ##.#####.#.
-    ...#.#.....   ...#.#.#...
-    ##.#.#.###.   ##.#.#.###.
-    .......#.#.   .......#.#.
-    ##.#####.#.   ##.#####.#.
-    ..M..#.....   ..M........
-    .#######.##   .#######.##
-    .#.........   .#.........
-    .###.#.###.   .###.#.###.
-    ...#.#.#...   ...#.#.#...
-    """,
-    """
-    ...#.....C...   ...#.....C...
-    ##.###.#.#.##   ##.###.#.#.##
-    .......#.#...   .......#.#...
-    ########.#.##   ########.#.##
-    .........#.#.   .........#.#.
-    ######.#.###.   ######.#.###.
-    ...#...#...#.   ...#...#...#.
-    ##.#####.###.   ##.#####.###.
-    .............   .....#.......
-    .#####.#.####   .#####.#.####
-    M....#.#...#.   M....#.#...#.
-    .#.#######.#.   .#.#######.#.
-    .#.....#.....   .#...........
-    """,
-    """
-    .......#.#.....   .......#.#.....
-    .#.#.###.###.##   .#.#.###.###.##
-    .#.#.....#.#C..   .#.#.....#.#C..
-    .###.#.#.#.###.   .###.#.#.#.###.
-    .#...#.#.#.....   .#...#.#.#.....
-    ##.#####.#.####   ##.#####.#.####
-    ...#...#.......   ...#...#.......
-    ####.#.#####.##   ####.#.#####.##
-    ...#.#...#.....   ...#.#...#.....
-    .#.#.#.###.####   .#.#.#.#####.##
-    .#...#.....#...   .#...#.....#...
-    .###.#.#.#.#.#.   .###.#.#.#.#.#.
-    .#...#.#.#M..#.   .#...#.#.#M..#.
-    .###.###.#.#.#.   .###.###.#.#.#.
-    .#.....#.#.#.#.   .#.....#.#.#.#.
-    """,
-)
+# One picture per pair; the first maze has a wall at x, the second at o.
+_PAIRS = """
+    .......#.#.....  ...#.....C...  .....#C..#.  .#...#C..  .......
+    .#.#.###.###.##  ##.###.#.#.##  ##.#####.#.  .#.###.#.  .######
+    .#.#.....#.#C..  .......#.#...  ...#.#.o...  .....#.#.  ...oC#.
+    .###.#.#.#.###.  ########.#.##  ##.#.#.###.  .#.#.#.##  ##.#x#.
+    .#...#.#.#.....  .........#.#.  .......#.#.  .#.#.#.#.  ..M....
+    ##.#####.#.####  ######.#.###.  ##.#####.#.  .###.#.#.  .#####.
+    ...#...#.......  ...#...#...#.  ..M..x.....  .#.o.....  ...#...
+    ####.#.#####.##  ##.#####.###.  .#######.##  ##.#####.
+    ...#.#...#.....  .....o.......  .#.........  ..M..x...
+    .#.#.#.###o#x##  .#####.#.####  .###.#.###.
+    .#...#.....#...  M....#.#...#.  ...#.#.#...
+    .###.#.#.#.#.#.  .#.#######.#.
+    .#...#.#.#M..#.  .#.....x.....
+    .###.###.#.#.#.
+    .#.....#.#.#.#.
+"""
 
 
 def contrastive_pairs() -> list[Mazes]:
     """Five pairs of other sizes and shapes; the path to the cheese starts UP in the first maze, RIGHT in the second."""
-    rows = [picture.split() for picture in _PAIRS]
-    return [mazes_from_pictures(" ".join(each[::2]), " ".join(each[1::2])) for each in rows]
+    columns = zip_longest(*(line.split() for line in _PAIRS.split("\n")[1:-1]), fillvalue="")
+    pictures = [" ".join(rows) for rows in columns][::-1]
+    marks = [str.maketrans("xo", "#."), str.maketrans("xo", ".#")]
+    return [mazes_from_pictures(*(picture.translate(each) for each in marks)) for picture in pictures]
 
 
 def rotations(pair: Mazes) -> list[Mazes]:
@@ -103,11 +57,6 @@ def rotations(pair: Mazes) -> list[Mazes]:
 
 
 def rotated(mazes: Mazes) -> Mazes:
-    """The mazes with mouse and cheese, a quarter turn clockwise; the mouse faces as before."""
-    side = mazes.grid.shape[-1]
-    every = np.arange(len(mazes))[:, None, None]
-    # Beyond a maze that is smaller than the grid, indices wrap around to its walls.
-    col = (mazes.size[:, None, None] - 1 - np.arange(side)[:, None]) % side
-    grid: NDArray[np.int32] = mazes.grid[every, np.arange(side), col]
+    """Mazes of one size, a quarter turn clockwise; the mouse faces as before."""
     mouse = np.stack([mazes.size - 1 - mazes.mouse[:, 1], mazes.mouse[:, 0]], axis=1)
-    return Mazes(grid, mazes.size, mouse, mazes.facing_right)
+    return Mazes(np.rot90(mazes.grid, axes=(1, 2)), mazes.size, mouse, mazes.facing_right)

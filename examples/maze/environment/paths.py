@@ -1,7 +1,7 @@
 """Distances, first steps, paths and decision squares of a batch of mazes.
 
 procgen's mazes are trees, with one path between any two free squares. These functions also hold for edited mazes with
-loops or islands.
+loops or islands. Targets are one cell per maze, (batch, 2), or one for all, (2,).
 """
 
 from __future__ import annotations
@@ -38,12 +38,7 @@ def top_right(mazes: Mazes) -> NDArray[np.int64]:
 
 
 def distances(mazes: Mazes, targets: ArrayLike) -> NDArray[np.float32]:
-    """Steps from every cell to the target: (batch, row, col); infinite in walls and in cells without a path.
-
-    Args:
-        mazes: the mazes.
-        targets: (batch, 2), one cell per maze, or (2,), one for all.
-    """
+    """Steps from every cell to the target: (batch, row, col); infinite in walls and in cells without a path."""
     # A breadth-first search in all mazes at once. With walls all around, a step off the edge needs no check.
     free = np.pad(mazes.free, ((0, 0), (1, 1), (1, 1)))
     found = np.full(free.shape, np.inf, dtype=np.float32)
@@ -71,10 +66,6 @@ def direction_field(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
 
     In a tree, exactly one move is True at every free square but the target; with loops there may be more. All are False
     at the target, in walls and in cells without a path.
-
-    Args:
-        mazes: the mazes.
-        targets: (batch, 2), one cell per maze, or (2,), one for all.
     """
     return _downhill(distances(mazes, targets))
 
@@ -95,11 +86,7 @@ def first_steps(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
 def shortest_paths(mazes: Mazes, targets: ArrayLike) -> list[NDArray[np.int64]]:
     """The shortest path of every maze from the mouse to the target: cells (step, 2), both ends included.
 
-    Of several shortest paths, it takes the first move in the order of `Direction` at every square.
-
-    Args:
-        mazes: the mazes.
-        targets: (batch, 2), one cell per maze, or (2,), one for all.
+    If several are equally short, it takes the first move in the order of `Direction` at every square.
 
     Raises:
         NoPath: a target cannot be reached.

@@ -14,11 +14,7 @@ class MissingRequirement(ImportError):
 
 
 def procgen_mazes(count: int, *, seed: int = 0) -> Any:
-    """A `procgen.ProcgenGym3Env` of `count` hard mazes, each on a fresh level.
-
-    Args:
-        count: number of sub-environments.
-        seed: procgen's random seed; the same seed and count give the same sequence of levels.
+    """A `procgen.ProcgenGym3Env` of `count` hard mazes on fresh levels; seed and count determine their sequence.
 
     Raises:
         MissingRequirement: procgen cannot be imported.
@@ -55,19 +51,15 @@ def _imported(name: str) -> Any:
             return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0].replace("_", "-")
-        raise MissingRequirement(
-            f"The maze study needs {package}, which cannot be imported ({error}). {_what_to_type()}"
-        ) from error
-
-
-def _what_to_type() -> str:
-    if sys.version_info >= (3, 12):
-        running = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        return (
-            f"procgen has wheels for Python 3.10 and 3.11 only, and this is Python {running}; "
-            "run `make study PYTHON=python3.11`."
+        advice = (
+            'Type `pip install "chanpatch[maze]"`, then `pip install --no-deps procgen-tools==0.1` '
+            "(its own pins no longer install)."
         )
-    return (
-        'Type `pip install "chanpatch[maze]"`, then `pip install --no-deps procgen-tools==0.1` '
-        "(its own pins no longer install)."
-    )
+        if sys.version_info >= (3, 12):
+            advice = (
+                "procgen has wheels for Python 3.10 and 3.11 only, and this is Python "
+                f"{sys.version_info[0]}.{sys.version_info[1]}; run `make study PYTHON=python3.11`."
+            )
+        raise MissingRequirement(
+            f"The maze study needs {package}, which cannot be imported ({error}). {advice}"
+        ) from error

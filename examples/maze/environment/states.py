@@ -92,11 +92,9 @@ class Mazes:
         Raises:
             StateError: a maze has no cheese.
         """
-        maze, rows, cols = np.nonzero(self.grid == CHEESE)
-        if len(maze) < len(self):
-            missing = np.setdiff1d(np.arange(len(self)), maze)
-            raise StateError(f"Maze {missing[0]} of {len(self)} has no cheese.")
-        return np.stack([rows, cols], axis=1)
+        for i in np.flatnonzero(~(self.grid == CHEESE).any(axis=(1, 2))):
+            raise StateError(f"Maze {i} of {len(self)} has no cheese.")
+        return np.argwhere(self.grid == CHEESE)[:, 1:]
 
     def moved(
         self,
@@ -105,19 +103,12 @@ class Mazes:
         mouse: ArrayLike | None = None,
         facing_right: ArrayLike | None = None,
     ) -> Mazes:
-        """Copies with the cheese or the mouse elsewhere.
-
-        Args:
-            cheese: (batch, 2) or one cell (2,) for all; None keeps it.
-            mouse: (batch, 2) or one cell (2,) for all; None keeps it.
-            facing_right: bool (batch,) or one for all; None keeps it.
-        """
+        """Copies with the cheese or the mouse elsewhere, each one per maze or one for all; None keeps it."""
         grid = self.grid
         if cheese is not None:
             cells = self._cells("cheese", cheese)
             at = (np.arange(len(self)), *cells.T)
-            if not self.free[at].all():
-                i = int(np.argmin(self.free[at]))
+            for i in np.flatnonzero(~self.free[at]):
                 raise StateError(f"Maze {i}: the cheese cannot be put at {_cell(cells[i])}, which is a wall.")
             grid = self.without_cheese().grid
             grid[at] = CHEESE
@@ -148,12 +139,10 @@ class Mazes:
                 f"{name}: expected integer cells of shape ({len(self)}, 2) or (2,), got {given.dtype} {given.shape}."
             )
         every = np.broadcast_to(given, (len(self), 2)).astype(np.int64)
-        outside = ((every < 0) | (every >= self.size[:, None])).any(axis=1)
-        if outside.any():
-            i = int(np.argmax(outside))
+        for i in np.flatnonzero(((every < 0) | (every >= self.size[:, None])).any(axis=1)):
+            last = self.size[i] - 1
             raise StateError(
-                f"Maze {i}: the {name}'s cell {_cell(every[i])} is outside; "
-                f"rows and columns are 0 to {self.size[i] - 1}."
+                f"Maze {i}: the {name}'s cell {_cell(every[i])} is outside; rows and columns are 0 to {last}."
             )
         return every
 
@@ -177,9 +166,7 @@ class Mazes:
             "its mouse is in a wall": under_mouse == WALL,
             "its mouse is on the cheese": under_mouse == CHEESE,
         }
-        bad = np.any(list(faults.values()), axis=0)
-        if bad.any():
-            i = int(np.argmax(bad))
+        for i in np.flatnonzero(np.any(list(faults.values()), axis=0)):
             named = "; ".join(fault for fault, rows in faults.items() if rows[i])
             raise StateError(
                 f"Maze {i} cannot be a procgen maze: {named}. (side {self.size[i]}, mouse at {_cell(self.mouse[i])})"
@@ -188,9 +175,6 @@ class Mazes:
 
 def read_mazes(states: Sequence[bytes]) -> Mazes:
     """The mazes in `states`. The side of each one is the side of its walls.
-
-    Args:
-        states: procgen states of hard mazes, as `get_state` returns them.
 
     Raises:
         StateError: bytes that are not a hard maze state, or a mouse that is not in its maze.
@@ -209,10 +193,7 @@ def read_mazes(states: Sequence[bytes]) -> Mazes:
 def write_mazes(mazes: Mazes, states: Sequence[bytes] | bytes) -> list[bytes]:
     """Copies of `states` with their mazes replaced, for procgen's `set_state`: maze i is written into state i.
 
-    Args:
-        mazes: the mazes to write; their sides may differ from those of `states`.
-        states: procgen states of hard mazes, one per maze or one for all. The stored side is written only if the
-            side of the walls changes.
+    One state serves all mazes, too. The stored side is written only if the side of the walls changes.
 
     Raises:
         StateError: bytes that are not a hard maze state, or another number of states than of mazes.
@@ -242,11 +223,7 @@ def write_mazes(mazes: Mazes, states: Sequence[bytes] | bytes) -> list[bytes]:
 
 
 def mazes_from_pictures(*pictures: str) -> Mazes:
-    """Mazes from drawings; the mice face left.
-
-    Args:
-        *pictures: one string per maze, one line or word per row, the top row first: `#` wall, `.` free, `M` the
-            mouse, `C` the cheese.
+    """Mazes from drawings, a line or word per row, the top row first: `#` wall, `.` free, `M` mouse, `C` cheese.
 
     Raises:
         StateError: a picture that is not a square of these marks with one mouse.
@@ -297,20 +274,17 @@ def _sides(world: NDArray[np.int32]) -> NDArray[np.int64]:
 
 def _check_mice(world: NDArray[np.int32], y_x: NDArray[np.float64], mirrored: NDArray[np.float64]) -> None:
     """Check that each mouse stands in the middle of a cell of its maze and faces left or right."""
-    with np.errstate(invalid="ignore"):
-        inside = ((y_x > 0) & (y_x < WORLD) & (y_x % 1 == 0.5)).all(axis=1)
+    inside = np.isin(y_x, np.arange(WORLD) + 0.5).all(axis=1)
     row, col = np.where(inside[:, None], y_x, 0.0).astype(np.int64).T
-    walled = ~inside | (world[np.arange(len(world)), row, col] == WALL)
-    if walled.any():
-        i = int(np.argmax(walled))
+    free = inside & (world[np.arange(len(world)), row, col] != WALL)
+    if not free.all():
+        i = int(np.argmin(free))
         raise StateError(
             f"State {i}: its mouse is at x {y_x[i, 1]:g}, y {y_x[i, 0]:g} of the world, which is not a free cell of "
             "its maze. procgen-tools' set_grid leaves the mouse of the previous level there if the new grid has no "
             "mouse; give it a grid with a mouse."
         )
-    strange = ~np.isin(mirrored, (0, 1))
-    if strange.any():
-        i = int(np.argmax(strange))
+    for i in np.flatnonzero(~np.isin(mirrored, (0, 1))):
         raise StateError(f"State {i}: its mouse's mirror flag is {mirrored[i]:.0f}; expected 0 or 1.")
 
 

@@ -62,12 +62,9 @@ class MazeVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start every sub-environment on a level; the info holds `level`, int (batch,).
+        """Start every sub-environment on the level with the index of its seed; the info holds `level`, int (batch,).
 
-        Args:
-            seed: index of each sub-environment's level; an int is the index of the first of consecutive levels, None
-                draws them at random.
-            options: ignored.
+        An int starts consecutive levels, None random ones. Options are ignored.
 
         Raises:
             LevelIndexError: an index without a level, or another number of indices than of sub-environments.
@@ -79,13 +76,7 @@ class MazeVectorEnv(VectorEnv):
     def step(
         self, actions: ArrayLike
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Take one action in every sub-environment.
-
-        Args:
-            actions: int (batch,), 0 to 14; `policy.network.ACTIONS` gives their directions.
-
-        Returns:
-            Observations, rewards, terminated, truncated, each (batch, ...), and an empty info.
+        """Take one action in every sub-environment; `policy.network.ACTIONS` gives their directions.
 
         Raises:
             ValueError: actions of another shape or outside 0 to 14.
@@ -110,23 +101,19 @@ class MazeVectorEnv(VectorEnv):
         self._procgen.close()
 
     def _observed(self) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.bool_]]:
-        """Reward, observation and whether the step ended an episode."""
         reward, observation, ended = self._procgen.observe()
         return reward.astype(np.float64), policy_input(observation["rgb"]), ended.astype(bool)
 
     def _level_indices(self, seed: int | Sequence[int] | None) -> NDArray[np.int64]:
+        count = len(self.levels)
         if seed is None:
-            return self.np_random.integers(len(self.levels), size=self.num_envs)
+            return self.np_random.integers(count, size=self.num_envs)
         if isinstance(seed, (int, np.integer)):
             super().reset(seed=int(seed))  # makes a following reset without a seed reproducible
-            level = int(seed) + np.arange(self.num_envs)
-        else:
-            level = np.array([operator.index(index) for index in seed], dtype=np.int64)
+            seed = range(int(seed), int(seed) + self.num_envs)
+        level = np.array([operator.index(index) for index in seed], dtype=np.int64)
         if len(level) != self.num_envs:
             raise LevelIndexError(f"Got {len(level)} seeds for {self.num_envs} sub-environments; give one for each.")
-        unknown = level[(level < 0) | (level >= len(self.levels))]
-        if len(unknown) > 0:
-            raise LevelIndexError(
-                f"No level has index {unknown[0]}; a seed is the index of a level, 0 to {len(self.levels) - 1}."
-            )
+        for unknown in level[(level < 0) | (level >= count)]:
+            raise LevelIndexError(f"No level has index {unknown}; a seed is the index of a level, 0 to {count - 1}.")
         return level

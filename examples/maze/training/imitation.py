@@ -41,12 +41,7 @@ _DRAWS = 2  # the walks' draws among those of a seed
 
 
 class AuxiliaryMaps(nn.Module):
-    """Maps of the world, read by one 1x1 convolution.
-
-    Args:
-        channels: channels of the activation.
-        maps: number of maps.
-    """
+    """Maps of the world, read by one 1x1 convolution."""
 
     def __init__(self, channels: int, maps: int) -> None:
         super().__init__()
@@ -60,17 +55,11 @@ class AuxiliaryMaps(nn.Module):
 
 
 class Auxiliary(NamedTuple):
-    """An auxiliary loss.
-
-    Attributes:
-        maps: number of maps.
-        weight: weight of the loss at the beginning.
-        loss: from the maps (batch, map, row, col) and the target.
-    """
+    """An auxiliary loss."""
 
     maps: int
-    weight: float
-    loss: Callable[[Tensor, Tensor], Tensor]
+    weight: float  # at the beginning
+    loss: Callable[[Tensor, Tensor], Tensor]  # from maps (batch, map, row, col) and the target
 
 
 AUXILIARY = {
@@ -80,34 +69,25 @@ AUXILIARY = {
 
 
 class Imitation(Trainer):
-    """Imitation of shortest paths.
-
-    Args:
-        policy: the policy to train.
-        settings: the run's settings.
-        device: the device to train on.
-        workers: processes that draw data.
-    """
+    """Imitation of shortest paths, with worker processes that draw the data."""
 
     largest_norm = 1.0
 
     def __init__(self, policy: nn.Module, settings: Settings, *, device: torch.device, workers: int) -> None:
         super().__init__(policy, settings, device=device)
         self.workers = workers
-        parts = [part for part in AUXILIARY if part in (settings.auxiliary or "").split(",")]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
+            parts = [part for part in AUXILIARY if part in (settings.auxiliary or "")]
             channels = CHANNELS * settings.width
             self.maps = nn.ModuleDict({part: AuxiliaryMaps(channels, AUXILIARY[part].maps) for part in parts})
         self.maps.to(device)
         parameters = [*self.policy.parameters(), *self.maps.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=WEIGHT_DECAY)
         self.walked = round((settings.dagger or 0) * settings.batch)  # the last rows of a batch: the policy's own walks
-        self.mazes = (
-            TrainingMazes(self.walked, seed=settings.seed, large=settings.large, patience=PATIENCE)
-            if self.walked
-            else None
-        )
+        self.mazes = None
+        if self.walked:
+            self.mazes = TrainingMazes(self.walked, seed=settings.seed, large=settings.large, patience=PATIENCE)
         self._stream: Iterator[Examples] | None = None
 
     def update(self, number: int, progress: float) -> Update:
@@ -149,9 +129,7 @@ class Imitation(Trainer):
     def _losses(self, examples: Examples, auxiliary: float) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
         """Log-probabilities of the directions (batch, direction), and every loss with its weight.
 
-        Args:
-            examples: the batch.
-            auxiliary: factor of the auxiliary weights; at 0 the maps are not computed.
+        `auxiliary` multiplies the auxiliary weights; at 0 the maps are not computed.
         """
         on_device = {name: torch.from_numpy(part).to(self.device) for name, part in vars(examples).items()}
         parts = self.maps if auxiliary else {}
@@ -161,10 +139,8 @@ class Imitation(Trainer):
         for part, maps in parts.items():
             with self.precision():
                 read = maps(cache[READ_FROM])
-            losses[part] = (
-                auxiliary * AUXILIARY[part].weight,
-                AUXILIARY[part].loss(read, on_device[part].long()),
-            )
+            _, weight, loss = AUXILIARY[part]
+            losses[part] = (auxiliary * weight, loss(read, on_device[part].long()))
         direction = direction_log_probabilities(logits)
         losses["step"] = (1.0, F.nll_loss(direction, on_device["step"]))
         losses["value"] = (VALUE_WEIGHT, F.mse_loss(value, REWARD * DISCOUNT ** on_device["distance"]))

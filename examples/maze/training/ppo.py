@@ -23,7 +23,7 @@ from maze.training.training_data import REWARDED, TrainingMazes, sampled
 
 STEPS = 256  # of every maze between two updates
 EPOCHS = 3
-LOOK_UP = 16  # every so many steps, the policy's steps are compared with the right ones; training does not use this
+LOOK_UP = 16  # steps between two comparisons of the policy with the right steps; training does not use them
 DISCOUNT, TRACE = 0.999, 0.95  # gamma and lambda
 CLIP = 0.2
 ENTROPY_WEIGHT = 0.01
@@ -33,27 +33,16 @@ _DRAWS = 3  # the draws of actions and minibatches among those of a seed
 
 
 class Experience(NamedTuple):
-    """The transitions of `STEPS` steps; all but the last two are (step, maze, ...).
+    """The transitions of `STEPS` steps; all but the last two are (step, maze, ...)."""
 
-    Attributes:
-        frames: uint8 (step, maze, row=64, col=64, channel=3), the observations.
-        actions: the actions taken.
-        log_probabilities: their log-probabilities.
-        values: the policy's values before each step.
-        rewards: rewards of the step.
-        ended: whether the step ended the level.
-        value_after: values of the observations after the last step: (maze,).
-        right: whether the likeliest direction was right, each `LOOK_UP` steps: (look-up,).
-    """
-
-    frames: Tensor
+    frames: Tensor  # uint8 images before the step
     actions: NDArray[np.int64]
     log_probabilities: NDArray[np.float32]
-    values: NDArray[np.float32]
+    values: NDArray[np.float32]  # before the step
     rewards: NDArray[np.float32]
     ended: NDArray[np.bool_]
-    value_after: NDArray[np.float32]
-    right: NDArray[np.bool_]
+    value_after: NDArray[np.float32]  # after the last step, (maze,)
+    right: NDArray[np.bool_]  # whether the likeliest direction was right, each `LOOK_UP` steps
 
 
 class PPO(Trainer):
@@ -64,9 +53,8 @@ class PPO(Trainer):
 
     def __init__(self, policy: nn.Module, settings: Settings, *, device: torch.device) -> None:
         super().__init__(policy, settings, device=device)
-        self.environments = settings.environments or 1
         # Other levels than those of an initial policy with the same seed.
-        self.mazes = TrainingMazes(self.environments, seed=settings.seed, large=settings.large, draws=REWARDED)
+        self.mazes = TrainingMazes(settings.environments or 1, seed=settings.seed, large=settings.large, draws=REWARDED)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.rate, eps=1e-5)
 
     def update(self, number: int, progress: float) -> Update:
@@ -86,10 +74,10 @@ class PPO(Trainer):
     @torch.no_grad()
     def _experience(self, rng: np.random.Generator) -> Experience:
         steps, right = [], []
-        frames = torch.empty((STEPS, self.environments, 64, 64, 3), dtype=torch.uint8, device=self.device)
+        frames = []
         for step in range(STEPS):
-            frames[step] = torch.from_numpy(self.mazes.frames())
-            logits, value = (each.cpu() for each in self.forward(frames[step]))
+            frames.append(torch.tensor(self.mazes.frames(), device=self.device))
+            logits, value = (each.cpu() for each in self.forward(frames[-1]))
             if step % LOOK_UP == 0:
                 direction = direction_log_probabilities(logits).argmax(dim=1)
                 right.append(direction.numpy() == self.mazes.examples().step)
@@ -98,7 +86,7 @@ class PPO(Trainer):
             steps.append((chosen, taken, value.numpy(), *self.mazes.step(chosen)))
         _, value_after = self.forward(torch.from_numpy(self.mazes.frames()).to(self.device))
         columns = map(np.stack, zip(*steps, strict=True))
-        return Experience(frames, *columns, value_after.cpu().numpy(), np.concatenate(right))
+        return Experience(torch.stack(frames), *columns, value_after.cpu().numpy(), np.concatenate(right))
 
     def _learn(self, experience: Experience, rng: np.random.Generator) -> dict[str, Tensor]:
         """Run the epochs over minibatches; returns the means of their measures."""
@@ -133,14 +121,6 @@ def advantages(
 
     A level that ran out of time counts as ended, as is usual with procgen, which does not show its last state. The
     time limit is part of the task.
-
-    Args:
-        rewards: (step, maze).
-        values: values of the observations before each step, (step, maze).
-        ended: whether the step ended the level, (step, maze).
-        value_after: values of the observations after the last step, (maze,).
-        discount: gamma.
-        trace: lambda.
     """
     gained = np.zeros_like(rewards)
     following, later = value_after, np.zeros_like(value_after)
@@ -155,18 +135,9 @@ def advantages(
 def ppo_losses(
     logits: Tensor, value: Tensor, actions: Tensor, old: Tensor, advantage: Tensor, returns: Tensor
 ) -> dict[str, Tensor]:
-    """The clipped policy loss, the squared error of the value, the entropy, and the distance from the old policy.
+    """The clipped loss of the policy, the squared error of the value, and the entropy.
 
-    Args:
-        logits: normalized, (batch, action).
-        value: (batch,).
-        actions: the actions taken, (batch,).
-        old: their old log-probabilities, (batch,).
-        advantage: (batch,); normalized here.
-        returns: target of the value, (batch,).
-
-    Returns:
-        `policy`, `value`, `entropy`, `kl` (an estimate, Schulman's k3) and `clipped`, the share of clipped rows.
+    `kl` is Schulman's k3, an estimate of the distance from the old policy, and `clipped` the share of clipped rows.
     """
     log_ratio = logits.gather(1, actions[:, None]).squeeze(1) - old
     ratio = log_ratio.exp()

@@ -36,8 +36,8 @@ _RANGES = {
 class Settings:
     """All settings that determine the result of a run; `train.py --help` explains them.
 
-    Options of the other algorithm are None, and so is the one of `observations` and `minutes` that is not the budget.
-    `start` is the sha256 of the initial weights.
+    Options of the other algorithm are None, and so is `observations` or `minutes`. `start` is the sha256 of the initial
+    weights.
 
     Raises:
         TrainingError: a number outside its range.
@@ -68,27 +68,15 @@ class Settings:
 
 @dataclass
 class Update:
-    """The result of one update.
-
-    Attributes:
-        observations: number of observations used.
-        waited: seconds of waiting for data.
-        measures: losses and the like, by name, each a scalar.
-    """
+    """The result of one update."""
 
     observations: int
-    waited: float
-    measures: dict[str, Tensor]
+    waited: float  # seconds of waiting for data
+    measures: dict[str, Tensor]  # losses and the like, each a scalar
 
 
 class Trainer:
-    """An algorithm with its policy, its mazes and its optimizer.
-
-    Args:
-        policy: the policy to train.
-        settings: the run's settings.
-        device: the device to train on.
-    """
+    """An algorithm with its policy, its mazes and its optimizer."""
 
     optimizer: torch.optim.Optimizer
     mazes: TrainingMazes | None
@@ -117,11 +105,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16)
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (batch, action) and values (batch,), both float32.
-
-        Args:
-            frames: uint8 (batch, row=64, col=64, channel=3).
-        """
+        """Log-probabilities (batch, action) and values (batch,), both float32, from uint8 images."""
         with self.precision():
             actions, value = self.policy(network_input(frames))
         # Normalized again, as bfloat16 probabilities do not quite sum to 1.
@@ -141,21 +125,10 @@ class Trainer:
 
 
 def direction_log_probabilities(logits: Tensor) -> Tensor:
-    """Log of the summed probability of each direction's actions: (batch, direction).
-
-    Args:
-        logits: normalized, (batch, action).
-    """
+    """Log of the summed probability of each direction's actions, (batch, direction), from normalized logits."""
     return torch.stack([logits[:, list(ACTIONS[move])].logsumexp(dim=1) for move in Direction], dim=1)
 
 
 def network_input(frames: Tensor) -> Tensor:
-    """The result of `levels.policy_input`, in the memory layout in which convolutions are fast.
-
-    Args:
-        frames: uint8 (batch, row=64, col=64, channel=3).
-
-    Returns:
-        float32 (batch, channel=3, row=64, col=64) in [0, 1].
-    """
+    """The result of `levels.policy_input`, in the memory layout in which convolutions are fast."""
     return frames.permute(0, 3, 1, 2).float() / 255

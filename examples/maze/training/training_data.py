@@ -62,12 +62,7 @@ class Examples:
 
 
 def labeled(frames: NDArray[np.uint8], mazes: Mazes) -> Examples:
-    """Observations with their labels.
-
-    Args:
-        frames: uint8 (batch, row=64, col=64, channel=3), procgen's images of `mazes`.
-        mazes: each with a cheese that the mouse can reach.
-    """
+    """Images of mazes with their labels; the mice can reach the cheese."""
     every = np.arange(len(mazes))
     row, col = mazes.mouse.T
     moves = direction_field(mazes, mazes.cheese)
@@ -84,9 +79,7 @@ def labeled(frames: NDArray[np.uint8], mazes: Mazes) -> Examples:
 def fresh_levels(draw: Sequence[int], large: float = 0.0) -> list[bytes]:
     """States of 64 procgen levels with the cheese in the top right 5x5 and the mouse at the start.
 
-    Args:
-        draw: numbers that name the draw; the same numbers give the same levels.
-        large: sides are drawn with probability proportional to side ** large; at 0 equally often, as in procgen.
+    The numbers of the draw seed it. Sides have probabilities proportional to side ** large; procgen's own are equal.
     """
     rng = np.random.default_rng(draw)
     levels: list[bytes] = []
@@ -101,10 +94,6 @@ def example_mazes(levels: Sequence[bytes], rng: np.random.Generator) -> Mazes:
     """Mazes for the observations of a chunk: `CHEESES * MICE` per level, all levels in turn, over and over.
 
     The mouse is on the path from the start to the cheese in the first half, and on any free square in the second.
-
-    Args:
-        levels: states of levels with the mouse at the start.
-        rng: random generator.
     """
     mazes = read_mazes(list(levels) * CHEESES)
     mazes = mazes.moved(cheese=random_squares(cheese_squares(mazes, "in distribution"), rng))
@@ -117,12 +106,7 @@ def example_mazes(levels: Sequence[bytes], rng: np.random.Generator) -> Mazes:
 
 
 class Chunks(Dataset[Examples]):
-    """The endless training data, by the number of the chunk: 768 examples of 64 levels, shuffled.
-
-    Args:
-        seed: random seed.
-        large: see `fresh_levels`.
-    """
+    """The endless training data, by the number of the chunk: 768 examples of 64 levels, shuffled."""
 
     def __init__(self, seed: int, large: float = 0.0) -> None:
         self.seed, self.large = seed, large
@@ -137,13 +121,9 @@ class Chunks(Dataset[Examples]):
 
 
 def batches(chunks: Dataset[Examples], size: int, *, first: int = 0, workers: int = 0) -> Iterator[Examples]:
-    """Consecutive examples of `chunks`, without end.
+    """Endless batches of consecutive examples of `chunks`, from the example with number `first`.
 
-    Args:
-        chunks: `CHUNK` examples each.
-        size: examples in a batch.
-        first: number of examples to skip.
-        workers: processes that draw them in advance; 0 draws them here. The examples are the same for all numbers.
+    Worker processes draw them in advance; their number does not change the examples.
     """
     number, seen = divmod(first, CHUNK)
     loader = DataLoader(
@@ -169,12 +149,7 @@ def batches(chunks: Dataset[Examples], size: int, *, first: int = 0, workers: in
 class TrainingMazes:
     """procgen mazes to act in; every level has its cheese in the top right 5x5.
 
-    Args:
-        count: number of mazes.
-        seed: random seed of the sequence of levels.
-        large: see `fresh_levels`.
-        patience: steps after which a level is given up; procgen does after 500.
-        draws: `WALKED` or `REWARDED`: different levels of the same seed.
+    A level is given up after `patience` steps. `draws` is `WALKED` or `REWARDED`: different levels of the same seed.
     """
 
     def __init__(self, count: int, *, seed: int, large: float = 0.0, patience: int = 500, draws: int = WALKED) -> None:
@@ -199,14 +174,7 @@ class TrainingMazes:
         return labeled(self.frames(), self.mazes())
 
     def step(self, actions: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Take one action in every maze; a finished level is replaced at once.
-
-        Args:
-            actions: int (batch,), 0 to 14.
-
-        Returns:
-            Rewards (batch,), 10 at the cheese and 0 elsewhere, and whether the step ended the level (batch,).
-        """
+        """Take one action in every maze; returns rewards and whether the level ended. The next one starts at once."""
         self._procgen.act(np.where(self._age >= self._patience, -1, actions))  # -1 ends the level
         reward, _, ended = self._procgen.observe()
         self._age += 1
@@ -239,12 +207,7 @@ class TrainingMazes:
 
 
 def sampled(probabilities: NDArray[np.floating[Any]], draws: NDArray[np.float64]) -> NDArray[np.int64]:
-    """One action per row, by inversion.
-
-    Args:
-        probabilities: (batch, action).
-        draws: (batch,), uniform in [0, 1).
-    """
+    """One action per row of probabilities, (batch, action), by inversion of a uniform draw in [0, 1)."""
     cumulated = probabilities.cumsum(axis=1, dtype=np.float64)
     # Rounding keeps the sum from being exactly 1.
     chosen: NDArray[np.int64] = (cumulated > draws[:, None] * cumulated[:, -1:]).argmax(axis=1)

@@ -44,13 +44,11 @@ class Position:
     observations: int = 0
     seconds: float = 0.0
 
-    def spent(self, settings: Settings) -> float:
-        """The observations or minutes so far."""
-        return self.seconds / 60 if settings.observations is None else self.observations
-
     def progress(self, settings: Settings) -> float:
         """The share of the budget that is spent."""
-        return self.spent(settings) / _budget(settings)
+        if settings.observations is not None:
+            return self.observations / settings.observations
+        return self.seconds / (60 * (settings.minutes or math.inf))
 
 
 @dataclass
@@ -104,15 +102,7 @@ class Log:
 def run(
     trainer: Trainer, settings: Settings, folder: Path, checkpoint: Mapping[str, Any] | None, *, save_seconds: float
 ) -> bool:
-    """Train until the budget is spent or a signal arrives, and save a checkpoint; returns whether it is spent.
-
-    Args:
-        trainer: the algorithm, at its start.
-        settings: the run's settings.
-        folder: the run's folder.
-        checkpoint: the checkpoint to continue from.
-        save_seconds: time between two checkpoints.
-    """
+    """Train until the budget is spent or a signal arrives, and save a checkpoint; returns whether it is spent."""
     folder.mkdir(parents=True, exist_ok=True)
     made = {"versions": versions(), "commit": _commit()}  # read now: the source may change during the run
     position = Position()
@@ -128,7 +118,7 @@ def run(
     log = Log(folder / LOG)
     log.cut(position.updates)
     saved = time.perf_counter()
-    with _stop_requests() as stopped, _progress_bar(settings, position) as bar:
+    with _stop_requests() as stopped, tqdm(total=1, bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]") as bar:
         while position.progress(settings) < 1 and not stopped():
             started = time.perf_counter()
             update = trainer.update(position.updates, position.progress(settings))
@@ -136,7 +126,7 @@ def run(
             position.updates += 1
             position.observations += update.observations
             position.seconds += time.perf_counter() - started
-            bar.update(min(position.spent(settings), bar.total) - bar.n)
+            bar.update(min(position.progress(settings), 1) - bar.n)
             if time.perf_counter() - log.since > _LOG_SECONDS:
                 log.write(position)
                 bar.set_postfix({name: f"{log.last[name]:.3f}" for name in update.measures if name in log.last})
@@ -214,34 +204,21 @@ def _commit() -> str | None:
     return None
 
 
-def _budget(settings: Settings) -> float:
-    return settings.observations or settings.minutes or math.inf
-
-
-def _progress_bar(settings: Settings, position: Position) -> Any:
-    total = _budget(settings)
-    unit = "min" if settings.observations is None else "obs"
-    start = min(position.spent(settings), total)
-    return tqdm(total=total, initial=start, unit=unit, unit_scale=True, mininterval=1)
-
-
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
     """Catch the first Ctrl-C or SIGTERM, so the current update can finish; a second one is not caught."""
     requests: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
     def note(number: int, frame: object) -> None:
         requests.append(number)
         restore()
         tqdm.write("Stopping after this update. A second signal stops at once and loses the work since the checkpoint.")
 
-    for number in before:
-        signal.signal(number, note)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(requests)
     finally:

@@ -3,8 +3,7 @@ import pytest
 
 from maze.analysis.part import read_table
 from maze.policy.network import SHIPPED_WEIGHTS
-from maze.training.evaluation import Settings
-from maze.training.paired_evaluation import DIFFERENCES, differences, run_against
+from maze.training.evaluation import DIFFERENCES, Settings, differences, run_against
 
 
 def rows(size, sampled, greedy):
@@ -14,7 +13,7 @@ def rows(size, sampled, greedy):
     ]
 
 
-def test_differences_are_means_over_levels_of_a_size_of_what_one_policy_has_more():
+def test_differences_are_means_over_the_levels_of_a_size():
     ours = rows(7, [0.5, 0.75, 1.0], [1, 1, 0]) + rows(9, [0.5, 0.5], [0, 0])
     theirs = rows(7, [0.25, 0.25, 0.25], [0, 1, 1]) + rows(9, [1.0, 1.0], [1, 0])
     found = differences(ours, theirs)
