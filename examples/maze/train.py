@@ -112,13 +112,7 @@ def _device(name: str | None) -> Any:
 
 
 def _settings(options: argparse.Namespace, facts: dict[str, Any], device: str) -> Any:
-    """The options that determine the result, with the algorithm's defaults.
-
-    Args:
-        options: the options.
-        facts: facts about the initial weights; empty for random ones.
-        device: type of the device.
-    """
+    """The options that determine the result, with the algorithm's defaults; random weights have no facts."""
     from dataclasses import fields
 
     from maze.training.trainer import Settings, TrainingError

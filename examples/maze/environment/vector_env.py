@@ -23,15 +23,11 @@ class LevelIndexError(IndexError):
 
 
 class MazeVectorEnv(VectorEnv):
-    """procgen mazes that start on given levels; a seed is the index of a level.
+    """procgen mazes that start on given levels, as `levels.draw_levels` returns them; a seed is the index of a level.
 
     An episode ends with reward 10 at the cheese (terminated) or after 500 steps (truncated). procgen then starts
     another level, one of its own, within the same step, and the observation already shows it. The last observation
     of an episode does not exist, so the info holds no `final_obs`.
-
-    Args:
-        levels: states as `levels.draw_levels` returns them.
-        num_envs: number of sub-environments.
 
     Raises:
         StateError: a level that is not a hard maze state.

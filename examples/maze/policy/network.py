@@ -86,10 +86,7 @@ def is_posts(weights: Mapping[str, Any]) -> bool:
 
 
 def new_policy(width: int) -> nn.Module:
-    """An untrained policy, its weights drawn from torch's generator.
-
-    Args:
-        width: 1 gives 32 channels at `embedder.relu3`, 4 gives 128.
+    """An untrained policy, its weights drawn from torch's generator; width 1 gives 32 channels at `embedder.relu3`.
 
     Raises:
         MissingRequirement: procgen-tools cannot be imported.

@@ -80,22 +80,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of one measure over levels.
-
-    Attributes:
-        size: side of the mazes.
-        cheese: one of `levels.CHEESE_PLACES`.
-        actions: sampled or greedy.
-        measure: one of `MEASURES`.
-        n: number of levels that have it: not all have a decision square, or a corner without the cheese.
-        mean: mean over these levels, with its interval.
-    """
+    """The mean of one measure over the levels of one size and place of the cheese."""
 
     size: int
     cheese: str
     actions: str
     measure: str
-    n: int
+    n: int  # levels that have the measure: not all have a decision square, or a corner without the cheese
     mean: Interval
 
     def record(self) -> dict[str, Any]:
@@ -153,12 +144,7 @@ def run_against(settings: Settings, against: Path) -> Path:
 
 
 def measure(points: HookPoints, levels: Sequence[bytes]) -> PerLevel:
-    """Every measure of every level: (level,) by measure and actions, such as `"found sampled"`.
-
-    Args:
-        points: the policy's hook points.
-        levels: procgen states.
-    """
+    """Every measure of every level: (level,) by measure and actions, such as `"found sampled"`."""
     chains = Chains.of(levels)
     sampled = action_tables(points, chains)[ORIGINAL]
     values: dict[str, NDArray[np.float64]] = {}
@@ -181,14 +167,9 @@ def scores(size: int, place: str, values: PerLevel) -> list[Score]:
 
 
 def differences(levels: Table, others: Table) -> Table:
-    """How much more often the first policy finds the cheese than the second, on the same levels.
+    """How much more often the first policy finds the cheese than the second, from their `levels.csv`.
 
-    Args:
-        levels: the first policy's `levels.csv`, one row per level.
-        others: the second policy's, in the same order.
-
-    Returns:
-        One row per size, place of the cheese and kind of actions.
+    Both have the same levels in the same order; the result has one row per size, place and kind of actions.
     """
     rows: Table = []
     for size, cheese in dict.fromkeys((row["size"], row["cheese"]) for row in levels):

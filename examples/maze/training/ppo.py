@@ -91,9 +91,7 @@ class PPO(Trainer):
     def _learn(self, experience: Experience, rng: np.random.Generator) -> dict[str, Tensor]:
         """Run the epochs over minibatches; returns the means of their measures."""
         frames = experience.frames.flatten(0, 1)
-        gained = advantages(
-            experience.rewards, experience.values, experience.ended, experience.value_after, DISCOUNT, TRACE
-        )
+        gained = advantages(experience)
         targets = [
             torch.from_numpy(each.reshape(-1)).to(self.device)
             for each in (experience.actions, experience.log_probabilities, gained, gained + experience.values)
@@ -109,26 +107,19 @@ class PPO(Trainer):
         return {name: torch.stack([each[name] for each in measured]).mean() for name in measured[0]}
 
 
-def advantages(
-    rewards: NDArray[np.float32],
-    values: NDArray[np.float32],
-    ended: NDArray[np.bool_],
-    value_after: NDArray[np.float32],
-    discount: float,
-    trace: float,
-) -> NDArray[np.float32]:
+def advantages(experience: Experience, discount: float = DISCOUNT, trace: float = TRACE) -> NDArray[np.float32]:
     """Generalized advantage estimates: (step, maze).
 
     A level that ran out of time counts as ended, as is usual with procgen, which does not show its last state. The
     time limit is part of the task.
     """
-    gained = np.zeros_like(rewards)
-    following, later = value_after, np.zeros_like(value_after)
-    for step in reversed(range(len(rewards))):
-        going_on = ~ended[step]
-        surprise = rewards[step] + discount * following * going_on - values[step]
+    gained = np.zeros_like(experience.rewards)
+    following, later = experience.value_after, np.zeros_like(experience.value_after)
+    for step in reversed(range(len(gained))):
+        going_on = ~experience.ended[step]
+        surprise = experience.rewards[step] + discount * following * going_on - experience.values[step]
         gained[step] = later = surprise + discount * trace * later * going_on
-        following = values[step]
+        following = experience.values[step]
     return gained
 
 

@@ -34,22 +34,13 @@ _STREAM, WALKED, REWARDED = 0, 1, 4  # kinds of draws that share a seed
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Observations with their labels. Maps of the world lie as the image does, the top row first.
+    """Observations with their labels. Maps of the world lie as the image does, the top row first."""
 
-    Attributes:
-        frames: uint8 (batch, row=64, col=64, channel=3), procgen's images.
-        step: int (batch,), the first `Direction` of the shortest path to the cheese.
-        distance: float32 (batch,), steps to the cheese.
-        field: int8 (batch, row=25, col=25), the `Direction` to take on every free square; `NO_DIRECTION` in walls
-            and on the cheese.
-        cell: int (batch,), the mouse's cell: row * 25 + col.
-    """
-
-    frames: NDArray[np.uint8]
-    step: NDArray[np.int64]
-    distance: NDArray[np.float32]
-    field: NDArray[np.int8]
-    cell: NDArray[np.int64]
+    frames: NDArray[np.uint8]  # (batch, row=64, col=64, channel=3), procgen's images
+    step: NDArray[np.int64]  # (batch,), the first `Direction` of the shortest path to the cheese
+    distance: NDArray[np.float32]  # (batch,), steps to the cheese
+    field: NDArray[np.int8]  # (batch, row=25, col=25), the `Direction` to take; none in walls and on the cheese
+    cell: NDArray[np.int64]  # (batch,), the mouse's cell: row * 25 + col
 
     def __len__(self) -> int:
         return len(self.step)

@@ -21,7 +21,7 @@ from maze.policy.network import ACTIONS, NO_MOVE, load_policy, new_policy
 from maze.train import main
 from maze.training import imitation, ppo
 from maze.training.imitation import Imitation
-from maze.training.ppo import PPO, advantages, ppo_losses
+from maze.training.ppo import PPO, Experience, advantages, ppo_losses
 from maze.training.trainer import (
     Settings,
     TrainingError,
@@ -314,7 +314,8 @@ def test_advantages_are_the_sums_of_discounted_surprises():
                 expected[step, maze] += (0.9 * 0.8) ** (later - step) * surprise
                 if ended[later, maze]:
                     break
-    np.testing.assert_allclose(advantages(rewards, values, ended, after, 0.9, 0.8), expected, rtol=1e-4, atol=1e-5)
+    experience = Experience(None, None, None, values, rewards, ended, after, None)
+    np.testing.assert_allclose(advantages(experience, 0.9, 0.8), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_policy_loss_is_clipped_where_the_ratio_left_its_range_for_the_better():
