@@ -65,17 +65,16 @@ def main() -> int:
     return exit_status(lambda: evaluate(**given))
 
 
-def evaluate(against: Path | None, sizes: list[int], cheese: list[str], **given: Any) -> None:
+def evaluate(against: Path | None, weights: Path | None, **given: Any) -> None:
     """Evaluate one policy, or compare two."""
     from maze.results import check_folder
-    from maze.training.evaluation import Settings, run, run_against  # here, so that --help answers at once
+    from maze.training.evaluation import run, run_against  # here, so that --help answers at once
 
     check_folder(given["out"])
-    settings = Settings(sizes=tuple(sizes), cheese=tuple(cheese), **given)
     if against is None:
-        run(settings)
+        run(weights, **given)
     else:
-        run_against(settings, against)
+        run_against(against, weights, **given)
 
 
 if __name__ == "__main__":

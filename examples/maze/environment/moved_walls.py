@@ -23,14 +23,8 @@ def pairs_with_a_moved_wall(
 ) -> tuple[Mazes, Mazes, NDArray[np.int64]]:
     """A pair from every level that allows one, with a random square for the mouse and a random wall.
 
-    Args:
-        levels: procgen states; the cheese stays in its place.
-        clean: first step of the path to the cheese in the first maze of each pair.
-        corrupted: first step in the second.
-        seed: random seed.
-
-    Returns:
-        The first mazes, the second mazes, and int (pair,): the index of each pair's level.
+    The path to the cheese starts with the step `clean` in the first maze of each pair, and with `corrupted` in the
+    second. Returns the first mazes, the second mazes, and int (pair,): the index of each pair's level.
     """
     rng = np.random.default_rng(seed)
     mazes = read_mazes(levels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -51,34 +51,6 @@ PerLevel: TypeAlias = Mapping[str, NDArray[np.float64]]  # (level,) by "measure 
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The settings of an evaluation; `evaluate.py --help` explains them.
-
-    Raises:
-        UserError: no levels, or no square for the cheese.
-    """
-
-    weights: Path | None
-    n: int
-    sizes: tuple[int, ...]
-    cheese: tuple[str, ...]
-    seed: int
-    out: Path
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError(f"--n is {self.n}, but it is at least 1.")
-        if not self.parts:
-            raise UserError(f"--sizes are {REGION} at most, so no square is outside the top right {REGION}x{REGION}.")
-
-    @property
-    def parts(self) -> list[tuple[int, str]]:
-        """Sizes and places of existing levels."""
-        every = [(size, place) for size in self.sizes for place in self.cheese]
-        return [(size, place) for size, place in every if size > REGION or place != "out of distribution"]
-
-
-@dataclass(frozen=True)
 class Score:
     """The mean of one measure over the levels of one size and place of the cheese."""
 
@@ -97,14 +69,23 @@ class Score:
         return f"{self.mean.estimate:.1%} ({self.mean.low:.1%} to {self.mean.high:.1%})"
 
 
-def run(settings: Settings) -> Path:
-    """Evaluate and return the folder with the results."""
-    policy, weights = load_policy(settings.weights)
+def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str], seed: int, out: Path) -> Path:
+    """Evaluate weights on n levels of each size and place of the cheese, and return the folder with the results.
+
+    Raises:
+        UserError: no levels, no square for the cheese, a wrong seed or wrong weights.
+    """
+    if n < 1:
+        raise UserError(f"--n is {n}, but it is at least 1.")
+    every = dict.fromkeys((size, place) for size in sizes for place in cheese)
+    parts = [(size, place) for size, place in every if size > REGION or place != "out of distribution"]
+    if not parts:
+        raise UserError(f"--sizes are {REGION} at most, so no square is outside the top right {REGION}x{REGION}.")
+    policy, weights = load_policy(file)
     policy = policy.to(memory_format=torch.channels_last)  # makes convolutions about twice as fast on a CPU
-    points = hook_points(policy, torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=settings.seed)))))
-    known = {name: value for name, value in asdict(settings).items() if name != "out"}
-    known |= {"steps": STEPS, "weights": weights["sha256"], "versions": versions()}
-    folder = settings.out / f"evaluation-n{settings.n}-seed{settings.seed}-{settings_key(known)}"
+    points = hook_points(policy, torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=seed)))))
+    known = {"n": n, "sizes": sizes, "cheese": cheese, "seed": seed, "steps": STEPS, "versions": versions()}
+    folder = out / f"evaluation-n{n}-seed{seed}-{settings_key(known | {'weights': weights['sha256']})}"
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})", flush=True)
     if (folder / SUMMARY).exists():
         try:
@@ -117,9 +98,9 @@ def run(settings: Settings) -> Path:
     measured: dict[tuple[int, str], PerLevel] = {}
     means: list[Score] = []
     with locked(folder):
-        for number, (size, place) in enumerate(settings.parts, 1):
-            print(f"[{number}/{len(settings.parts)}] size {size}, cheese {place}", flush=True)
-            measured[size, place] = _kept(folder / "parts", points, size, place, settings)
+        for number, (size, place) in enumerate(parts, 1):
+            print(f"[{number}/{len(parts)}] size {size}, cheese {place}", flush=True)
+            measured[size, place] = _kept(folder / "parts", points, size, place, n, seed)
             found = scores(size, place, measured[size, place])
             for actions in ACTIONS:
                 line = (f"{MEASURES[score.measure]} {score}" for score in found if score.actions == actions)
@@ -130,10 +111,10 @@ def run(settings: Settings) -> Path:
     return folder
 
 
-def run_against(settings: Settings, against: Path) -> Path:
-    """Evaluate both policies on the same levels, print their differences, and return the folder of the first."""
-    other = run(replace(settings, weights=against))
-    folder = run(settings)
+def run_against(against: Path, file: Path | None, **given: Any) -> Path:
+    """Evaluate both policies as `run` does, print their differences, and return the folder of the second."""
+    other = run(against, **given)
+    folder = run(file, **given)
     rows = differences(read_table(folder / LEVELS), read_table(other / LEVELS))
     replace_table(folder / DIFFERENCES, rows)
     print(f"\nFinds the cheese more often than {against}, mean over levels with its 95% bootstrap interval:")
@@ -216,13 +197,13 @@ def markdown(means: Sequence[Score]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in table).replace(" --- ", "---")
 
 
-def _kept(parts: Path, points: HookPoints, size: int, place: str, settings: Settings) -> PerLevel:
+def _kept(parts: Path, points: HookPoints, size: int, place: str, n: int, seed: int) -> PerLevel:
     """The measures of one size and place, from disk if they are there."""
     file = parts / f"size{size}-{place.replace(' ', '-')}.npz"
     if file.exists() and (kept := read_arrays(file)) is not None:
         print("    kept from before", flush=True)
         return kept
-    values = measure(points, draw_levels(settings.n, size=size, seed=settings.seed, cheese=place))
+    values = measure(points, draw_levels(n, size=size, seed=seed, cheese=place))
     with replaced(file) as partial:
         np.savez_compressed(partial, **values)
     return values

@@ -40,18 +40,12 @@ EXPERT_END = 0.3  # share of the run after which all steps of the walks are the 
 _DRAWS = 2  # the walks' draws among those of a seed
 
 
-class AuxiliaryMaps(nn.Module):
-    """Maps of the world, read by one 1x1 convolution."""
-
-    def __init__(self, channels: int, maps: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 4 * maps, 1)
-
-    def forward(self, activation: Tensor) -> Tensor:
-        """From (batch, channel, row=16, col=16) to (batch, map, row=25, col=25); the top row first, as in the image."""
-        # Twice as fine first: a cell is smaller than a pixel of the activation.
-        maps = F.pixel_shuffle(self.conv(activation), 2)
-        return F.interpolate(maps.float(), size=(WORLD, WORLD), mode="bilinear")
+def auxiliary_maps(channels: int, maps: int) -> nn.Module:
+    """From the activation, (batch, channel, row=16, col=16), to maps of the world, (batch, map, row=25, col=25)."""
+    # Twice as fine first: a cell is smaller than a pixel of the activation.
+    return nn.Sequential(
+        nn.Conv2d(channels, 4 * maps, 1), nn.PixelShuffle(2), nn.Upsample((WORLD, WORLD), mode="bilinear")
+    )
 
 
 class Auxiliary(NamedTuple):
@@ -80,7 +74,7 @@ class Imitation(Trainer):
             torch.manual_seed(settings.seed)
             parts = [part for part in AUXILIARY if part in (settings.auxiliary or "")]
             channels = CHANNELS * settings.width
-            self.maps = nn.ModuleDict({part: AuxiliaryMaps(channels, AUXILIARY[part].maps) for part in parts})
+            self.maps = nn.ModuleDict({part: auxiliary_maps(channels, AUXILIARY[part].maps) for part in parts})
         self.maps.to(device)
         parameters = [*self.policy.parameters(), *self.maps.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=WEIGHT_DECAY)
@@ -137,10 +131,8 @@ class Imitation(Trainer):
             logits, value = self.forward(on_device["frames"])
         losses = {}
         for part, maps in parts.items():
-            with self.precision():
-                read = maps(cache[READ_FROM])
             _, weight, loss = AUXILIARY[part]
-            losses[part] = (auxiliary * weight, loss(read, on_device[part].long()))
+            losses[part] = (auxiliary * weight, loss(maps(cache[READ_FROM].float()), on_device[part].long()))
         direction = direction_log_probabilities(logits)
         losses["step"] = (1.0, F.nll_loss(direction, on_device["step"]))
         losses["value"] = (VALUE_WEIGHT, F.mse_loss(value, REWARD * DISCOUNT ** on_device["distance"]))

@@ -100,13 +100,9 @@ class Trainer:
         if self.mazes:
             self.mazes.restore(state["mazes"])
 
-    def precision(self) -> torch.autocast:
-        """A context that computes convolutions and products in bfloat16, if the settings say so."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16)
-
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (batch, action) and values (batch,), both float32, from uint8 images."""
-        with self.precision():
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
             actions, value = self.policy(network_input(frames))
         # Normalized again, as bfloat16 probabilities do not quite sum to 1.
         return torch.log_softmax(actions.logits.float(), dim=1), value.float()

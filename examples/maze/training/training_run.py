@@ -53,10 +53,10 @@ class Position:
 
 @dataclass
 class Log:
-    """Means of the updates' measures, appended to a file of JSON lines."""
+    """Means of the updates' measures, in a file of JSON lines."""
 
     file: Path
-    last: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]]
     pending: list[Update] = field(default_factory=list)
     since: float = field(default_factory=time.perf_counter)
 
@@ -79,24 +79,14 @@ class Log:
                 f"{', '.join(broken)} became infinite or NaN by update {position.updates}. The last checkpoint is from "
                 "before that; a lower --rate may help."
             )
-        self.last = asdict(position) | {
+        speed = {
             "seconds": round(position.seconds, 1),
             "observations_per_second": round(sum(update.observations for update in self.pending) / seconds, 1),
             "waiting_for_data": round(sum(update.waited for update in self.pending) / seconds, 4),
-            **measured,
         }
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(self.last) + "\n")
+        self.rows.append(asdict(position) | speed | measured)
+        replace_text(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.pending, self.since = [], time.perf_counter()
-
-    def cut(self, updates: int) -> None:
-        """Delete the lines after an update: a resumed run repeats the work after its checkpoint."""
-        lines = self.file.read_text().splitlines(keepends=True) if self.file.exists() else []
-        # A killed run leaves its last line without an end.
-        rows = {line: json.loads(line) for line in lines if line.endswith("\n")}
-        kept = {line: row for line, row in rows.items() if row["updates"] <= updates}
-        replace_text(self.file, "".join(kept))
-        self.last = list(kept.values())[-1] if kept else {}
 
 
 def run(
@@ -107,7 +97,7 @@ def run(
     made = {"versions": versions(), "commit": _commit()}  # read now: the source may change during the run
     position = Position()
     if checkpoint is None:
-        for file in (WEIGHTS, FACTS):  # from an earlier run
+        for file in (WEIGHTS, FACTS, LOG):  # from an earlier run
             (folder / file).unlink(missing_ok=True)
     else:
         position = Position(**checkpoint["position"])
@@ -115,8 +105,7 @@ def run(
             return True
         trainer.policy.load_state_dict(checkpoint["model_state_dict"])
         trainer.restore(checkpoint["trainer"])
-    log = Log(folder / LOG)
-    log.cut(position.updates)
+    log = Log(folder / LOG, checkpoint["log"] if checkpoint else [])
     saved = time.perf_counter()
     with _stop_requests() as stopped, tqdm(total=1, bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]") as bar:
         while position.progress(settings) < 1 and not stopped():
@@ -129,16 +118,16 @@ def run(
             bar.update(min(position.progress(settings), 1) - bar.n)
             if time.perf_counter() - log.since > _LOG_SECONDS:
                 log.write(position)
-                bar.set_postfix({name: f"{log.last[name]:.3f}" for name in update.measures if name in log.last})
+                bar.set_postfix({name: f"{log.rows[-1].get(name, math.nan):.3f}" for name in update.measures})
             if time.perf_counter() - saved > save_seconds:
                 log.write(position)  # checks the measures first
-                _save(trainer, settings, position, folder)
+                _save(trainer, settings, position, log, folder)
                 saved = time.perf_counter()
     log.write(position)
-    _save(trainer, settings, position, folder)
+    _save(trainer, settings, position, log, folder)
     finished = position.progress(settings) >= 1
     if finished:
-        _write_policy(trainer.policy, settings, {"last": log.last, **made}, folder)
+        _write_policy(trainer.policy, settings, {"last": log.rows[-1], **made}, folder)
     return finished
 
 
@@ -166,12 +155,13 @@ def read_checkpoint(folder: Path, settings: Settings) -> dict[str, Any] | None:
     return checkpoint
 
 
-def _save(trainer: Trainer, settings: Settings, position: Position, folder: Path) -> None:
+def _save(trainer: Trainer, settings: Settings, position: Position, log: Log, folder: Path) -> None:
     checkpoint = {
         "model_state_dict": trainer.policy.state_dict(),
         "trainer": trainer.state(),
         "position": asdict(position),
         "settings": asdict(settings),
+        "log": log.rows,
     }
     with replaced(folder / CHECKPOINT) as partial:
         torch.save(checkpoint, partial)

@@ -3,7 +3,7 @@ import pytest
 
 from maze.analysis.part import read_table
 from maze.policy.network import SHIPPED_WEIGHTS
-from maze.training.evaluation import DIFFERENCES, Settings, differences, run_against
+from maze.training.evaluation import DIFFERENCES, differences, run_against
 
 
 def rows(size, sampled, greedy):
@@ -28,8 +28,7 @@ def test_differences_are_means_over_the_levels_of_a_size():
 
 def test_two_policies_are_compared_on_the_same_levels_and_their_difference_is_kept(tmp_path, capsys):
     control = SHIPPED_WEIGHTS.with_name("control.safetensors")
-    settings = Settings(None, n=3, sizes=(7,), cheese=("top left",), seed=0, out=tmp_path)
-    folder = run_against(settings, control)
+    folder = run_against(control, None, n=3, sizes=[7], cheese=["top left"], seed=0, out=tmp_path)
     (other,) = set(tmp_path.iterdir()) - {folder}
     (sampled, _) = read_table(folder / DIFFERENCES)
     one, two = ([row["found sampled"] for row in read_table(each / "levels.csv")] for each in (folder, other))
