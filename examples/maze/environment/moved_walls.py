@@ -55,8 +55,7 @@ def _pair(maze: Mazes, clean: Direction, corrupted: Direction, rng: np.random.Ge
 
 def _may_be_wall(cells: NDArray[np.int64]) -> NDArray[np.bool_]:
     """The squares that procgen makes free or walls: those with one odd coordinate."""
-    odd: NDArray[np.bool_] = cells.sum(axis=1) % 2 == 1
-    return odd
+    return cells.sum(axis=1) % 2 == 1
 
 
 def _openings(closed: Mazes, square: NDArray[np.int64], step: Direction) -> NDArray[np.int64]:

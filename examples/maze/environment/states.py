@@ -152,13 +152,12 @@ class Mazes:
         outside = (cells >= size)[:, :, None] | (cells >= size)[:, None, :]
         border = (cells == 0) | (cells == size - 1)
         edge = (border[:, :, None] | border[:, None, :]) & ~outside
+        other_codes = ~np.isin(self.grid, [CHEESE, WALL, FREE]).all(axis=(1, 2))
         # Clipped, so that one pass finds every kind of fault.
         under_mouse = self.grid[(np.arange(len(self)), *np.clip(self.mouse, 0, side - 1).T)]
         faults = {
             "its side is not odd and 3 to 25": (self.size % 2 == 0) | (self.size < 3) | (self.size > min(side, WORLD)),
-            "its grid holds other codes than 2 (cheese), 51 (wall) and 100 (free)": ~np.isin(
-                self.grid, [CHEESE, WALL, FREE]
-            ).all(axis=(1, 2)),
+            "its grid holds other codes than 2 (cheese), 51 (wall) and 100 (free)": other_codes,
             "it is not walled in": (outside & self.free).any(axis=(1, 2)),
             "its outer rows and columns are all wall, so its side is smaller": ~(self.free & edge).any(axis=(1, 2)),
             "it has more than one cheese": (self.grid == CHEESE).sum(axis=(1, 2)) > 1,
@@ -257,8 +256,7 @@ def _squares(grid: NDArray[np.int32], first: NDArray[np.int64], side: int) -> ND
     """Squares of `side` from each grid, their lowest left cells at (first, first); cells off the grid are walls."""
     walled = np.pad(grid, ((0, 0), (0, 1), (0, 1)), constant_values=WALL)
     at = np.clip(first[:, None] + np.arange(side), -1, grid.shape[1])
-    squares: NDArray[np.int32] = walled[np.arange(len(grid))[:, None, None], at[:, :, None], at[:, None, :]]
-    return squares
+    return walled[np.arange(len(grid))[:, None, None], at[:, :, None], at[:, None, :]]
 
 
 def _world(state: bytes) -> NDArray[np.int32]:
@@ -268,8 +266,7 @@ def _world(state: bytes) -> NDArray[np.int32]:
 
 def _sides(world: NDArray[np.int32]) -> NDArray[np.int64]:
     """The side of the smallest square in the middle of each world that holds all free cells."""
-    sides: NDArray[np.int64] = 2 * np.where(world == WALL, 1, _RING).max(axis=(1, 2), initial=1) + 1
-    return sides
+    return 2 * np.where(world == WALL, 1, _RING).max(axis=(1, 2), initial=1) + 1
 
 
 def _check_mice(world: NDArray[np.int32], y_x: NDArray[np.float64], mirrored: NDArray[np.float64]) -> None:
@@ -295,7 +292,7 @@ def _mouse_offset(index: int, state: bytes) -> int:
         (grid_cells,) = struct.unpack_from("<i", state, len(state) - _GRID_FROM_END - 4)
         (first,) = struct.unpack_from("<i", state, 84)
         (second,) = struct.unpack_from("<i", state, 92 + first)
-        mouse_at: int = 164 + first + second
+        mouse_at = 164 + first + second
         cells, entities = struct.unpack_from("<ii", state, mouse_at - 8)
     except struct.error:
         raise StateError(f"State {index} is not a procgen maze state: its {len(state)} bytes end too early.") from None

@@ -25,12 +25,7 @@ from maze.environment.requirements import policy_models
 SHIPPED_WEIGHTS = Path(__file__).parents[1] / "weights" / "policy.safetensors"
 POSTS_NAME, POSTS_WIDTH = "model_rand_region_5.pth", 4  # the network of the post
 
-ACTIONS = {
-    Direction.LEFT: (0, 1, 2),
-    Direction.DOWN: (3,),
-    Direction.UP: (5,),
-    Direction.RIGHT: (6, 7, 8),
-}
+ACTIONS = {Direction.LEFT: (0, 1, 2), Direction.DOWN: (3,), Direction.UP: (5,), Direction.RIGHT: (6, 7, 8)}
 NO_MOVE = 4  # procgen's action without a key; 9 to 14 do not move the mouse either
 ACTION_COUNT = 15
 
@@ -95,8 +90,7 @@ def new_policy(width: int) -> nn.Module:
     before = models.scale
     try:
         models.scale = width  # read by the classes when they are instantiated
-        policy: nn.Module = models.CategoricalPolicy(models.InterpretableImpalaModel(3), ACTION_COUNT)
-        return policy
+        return models.CategoricalPolicy(models.InterpretableImpalaModel(3), ACTION_COUNT)
     finally:
         models.scale = before
 

@@ -153,8 +153,7 @@ class TrainingMazes:
 
     def frames(self) -> NDArray[np.uint8]:
         """The current images: uint8 (batch, row=64, col=64, channel=3)."""
-        frames: NDArray[np.uint8] = self._procgen.observe()[1]["rgb"]
-        return frames
+        return self._procgen.observe()[1]["rgb"]
 
     def mazes(self) -> Mazes:
         """The current mazes."""
@@ -201,5 +200,4 @@ def sampled(probabilities: NDArray[np.floating[Any]], draws: NDArray[np.float64]
     """One action per row of probabilities, (batch, action), by inversion of a uniform draw in [0, 1)."""
     cumulated = probabilities.cumsum(axis=1, dtype=np.float64)
     # Rounding keeps the sum from being exactly 1.
-    chosen: NDArray[np.int64] = (cumulated > draws[:, None] * cumulated[:, -1:]).argmax(axis=1)
-    return chosen
+    return (cumulated > draws[:, None] * cumulated[:, -1:]).argmax(axis=1)
