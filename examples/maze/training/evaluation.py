@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from chanpatch import HookPoints, hook_points
-from chanpatch.statistics import Interval, bootstrap_interval, wilson_interval
+from chanpatch.statistics import Interval, mean_interval, wilson_interval
 from maze.analysis.episodes import ORIGINAL, STEPS
 from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
 from maze.analysis.part import Table, column, interval_cells, read_table, shown
@@ -117,7 +117,7 @@ def run_against(against: Path, file: Path | None, **given: Any) -> Path:
     folder = run(file, **given)
     rows = differences(read_table(folder / LEVELS), read_table(other / LEVELS))
     replace_table(folder / DIFFERENCES, rows)
-    print(f"\nFinds the cheese more often than {against}, mean over levels with its 95% bootstrap interval:")
+    print(f"\nFinds the cheese more often than {against}, mean over levels with its 95% interval:")
     for row in rows:
         print(f"  size {row['size']}, cheese {row['cheese']}, {row['actions']}: {shown(row, 'difference', '+.1%')}")
     print(f"In {folder / DIFFERENCES}")
@@ -143,7 +143,7 @@ def scores(size: int, place: str, values: PerLevel) -> list[Score]:
             value = values[f"{name} {actions}"]
             value = value[~np.isnan(value)]
             if len(value):
-                found.append(Score(size, place, actions, name, len(value), mean_interval(value, actions)))
+                found.append(Score(size, place, actions, name, len(value), rate_interval(value, actions)))
     return found
 
 
@@ -159,11 +159,11 @@ def differences(levels: Table, others: Table) -> Table:
             name = f"found {actions}"
             change = (column(levels, name) - column(others, name))[here].astype(np.float64)
             known = {"size": size, "cheese": cheese, "actions": actions, "n": len(here)}
-            rows.append({**known, **interval_cells("difference", bootstrap_interval(change, seed=0))})
+            rows.append({**known, **interval_cells("difference", mean_interval(change))})
     return rows
 
 
-def mean_interval(values: NDArray[np.float64], actions: str) -> Interval:
+def rate_interval(values: NDArray[np.float64], actions: str) -> Interval:
     """The mean over levels and its 95% interval, within 0 and 1.
 
     Greedy actions succeed or fail on a level: Wilson's interval of a share. Sampled ones succeed with some probability:

@@ -16,7 +16,7 @@ from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, ne
 from maze.analysis.tables import action_tables
 from maze.environment.levels import draw_levels, observe, policy_input
 from maze.policy.network import load_policy
-from maze.training.evaluation import MEASURES, Score, markdown, mean_interval, measure, scores
+from maze.training.evaluation import MEASURES, Score, markdown, measure, rate_interval, scores
 
 SCRIPT = Path(evaluate.__file__)
 # The side of 17 takes long enough to be interrupted on any machine.
@@ -157,24 +157,24 @@ def test_what_no_level_has_is_left_out_of_the_scores():
     assert [score.mean.estimate for score in given] == pytest.approx([0.7, 2 / 3])
 
 
-def test_a_mean_interval_covers_the_mean_about_as_often_as_it_says():
+def test_a_rate_interval_covers_the_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(1000):
-        interval = mean_interval(rng.beta(0.3, 0.1, size=40), "sampled")
+        interval = rate_interval(rng.beta(0.3, 0.1, size=40), "sampled")
         covered += interval.low <= 0.75 <= interval.high
     assert 930 <= covered <= 985
 
 
 @pytest.mark.parametrize("values", [[0.3], [1.0, 1.0, 1.0], [0.0] * 50, [0.2, 0.9]])
-def test_a_mean_interval_has_a_width_and_lies_around_the_mean_within_0_and_1(values):
-    interval = mean_interval(np.array(values), "sampled")
+def test_a_rate_interval_has_a_width_and_lies_around_the_mean_within_0_and_1(values):
+    interval = rate_interval(np.array(values), "sampled")
     assert 0 <= interval.low <= interval.estimate == np.mean(values) <= interval.high <= 1
     assert interval.high - interval.low > 0.01
 
 
 def test_the_markdown_table_has_a_dash_where_a_measure_means_nothing():
-    interval = mean_interval(np.array([1.0, 1.0]), "greedy")
+    interval = rate_interval(np.array([1.0, 1.0]), "greedy")
     lines = markdown([Score(9, "top right", "greedy", "found", 2, interval)]).splitlines()
     assert lines[2] == "| 9 | top right | greedy | 2 | 100.0% (34.2% to 100.0%) | - | - | 0 | - | - | - |"
 

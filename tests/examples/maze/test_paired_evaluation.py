@@ -14,16 +14,16 @@ def rows(size, sampled, greedy):
 
 
 def test_differences_are_means_over_the_levels_of_a_size():
-    ours = rows(7, [0.5, 0.75, 1.0], [1, 1, 0]) + rows(9, [0.5, 0.5], [0, 0])
-    theirs = rows(7, [0.25, 0.25, 0.25], [0, 1, 1]) + rows(9, [1.0, 1.0], [1, 0])
+    ours = rows(7, [0.5, 0.75, 1.0] * 4, [1, 1, 0] * 4) + rows(9, [0.5, 0.5], [0, 0])
+    theirs = rows(7, [0.25] * 12, [0, 1, 1] * 4) + rows(9, [1.0, 1.0], [1, 0])
     found = differences(ours, theirs)
     assert [(row["size"], row["actions"], row["n"], row["difference"]) for row in found] == [
-        (7, "sampled", 3, pytest.approx(0.5)),
-        (7, "greedy", 3, pytest.approx(0.0)),
+        (7, "sampled", 12, pytest.approx(0.5)),
+        (7, "greedy", 12, pytest.approx(0.0)),
         (9, "sampled", 2, pytest.approx(-0.5)),
         (9, "greedy", 2, pytest.approx(-0.5)),
     ]
-    assert found[0]["difference_low"] <= 0.5 <= found[0]["difference_high"]
+    assert found[0]["difference_low"] < 0.5 < found[0]["difference_high"]
 
 
 def test_two_policies_are_compared_on_the_same_levels_and_their_difference_is_kept(tmp_path, capsys):
