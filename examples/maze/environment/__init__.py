@@ -1,1 +1,1 @@
-"""Procgen levels as data, and as an environment."""
+"""procgen levels as data, and as an environment."""

@@ -1,21 +1,17 @@
-"""Real procgen levels with cheese and mouse where a study wants them, and what the policy sees of them.
+"""Random procgen levels with a chosen place for cheese and mouse, and their observations.
 
-Where the cheese can be put:
-
-| `cheese=` | |
+| `cheese=` | its square |
 |---|---|
-| `"as drawn"` | where procgen put it: any free square |
-| `"in distribution"` | a random free square of the top right 5x5, where it was during training |
+| `"as drawn"` | procgen's own: any free square |
+| `"in distribution"` | a random free square of the top right 5x5, as in training |
 | `"out of distribution"` | a random free square anywhere else |
 | `"top left"`, `"top right"`, `"bottom right"` | that corner, free in every procgen maze |
 
-Where the mouse can be put:
-
-| `mouse=` | |
+| `mouse=` | its square |
 |---|---|
-| `"start"` | the bottom left corner, where procgen puts it |
+| `"start"` | the bottom left corner, as in procgen |
 | `"anywhere"` | a random free square |
-| `"decision square"` | see `paths.decision_squares`; levels that have none are passed over |
+| `"decision square"` | see `paths.decision_squares`; levels without one are skipped |
 
 The cheese is never on the start square and the mouse never on the cheese.
 """
@@ -33,15 +29,8 @@ from maze.environment.paths import decision_squares
 from maze.environment.requirements import procgen_mazes
 from maze.environment.states import CHEESE, FREE, WORLD, Mazes, read_mazes, write_mazes
 
-REGION = 5  # side of the top right square of the inner maze where the cheese was during training
-CHEESE_PLACES = (
-    "as drawn",
-    "in distribution",
-    "out of distribution",
-    "top left",
-    "top right",
-    "bottom right",
-)
+REGION = 5  # side of the top right square of the inner maze that held the cheese during training
+CHEESE_PLACES = ("as drawn", "in distribution", "out of distribution", "top left", "top right", "bottom right")
 MOUSE_PLACES = ("start", "anywhere", "decision square")
 
 _BATCH = 64  # sub-environments at once: enough to hide the cost of a call, few enough to stay in cache
@@ -54,22 +43,19 @@ class LevelError(UserError):
 def draw_levels(
     count: int, *, seed: int, size: int | None = None, cheese: str = "as drawn", mouse: str = "start"
 ) -> list[bytes]:
-    """States of `count` procgen levels; the tables above say where the cheese and the mouse are.
+    """States of `count` procgen levels, for `observe`, `states.read_mazes` and `vector_env.MazeVectorEnv`.
 
-    The first k levels are the same for every count of at least k. Global random generators are not touched.
+    The first k levels are the same for every count of at least k. Global random generators are not used.
 
     Args:
         count: number of levels.
-        seed: 0 to 2**31 - 1; gives the levels and where things are put.
-        size: side of the inner maze, odd, 3 to 25; None draws it as procgen does, all sides equally often.
+        seed: random seed, 0 to 2**31 - 1.
+        size: side of the inner maze, odd, 3 to 25; None draws all sides equally often, as procgen does.
         cheese: one of `CHEESE_PLACES`.
         mouse: one of `MOUSE_PLACES`; it faces left, as in a fresh level.
 
-    Returns:
-        States for `observe`, `states.read_mazes` and `environment.MazeVectorEnv`.
-
     Raises:
-        LevelError: a seed that procgen does not take; a size, a place or a combination that no level has.
+        LevelError: an invalid seed, size or place, or a combination that no level has.
     """
     _check_request(seed, size, cheese, mouse)
     rng = np.random.default_rng(seed)
@@ -77,25 +63,19 @@ def draw_levels(
     drawn: list[bytes] = []
     with tqdm(total=count, desc="levels", unit="level", delay=2, leave=False) as progress:
         while len(drawn) < count:
-            levels = _arranged(environment.get_state(), rng, size=size, cheese=cheese, mouse=mouse)
-            drawn += levels
-            progress.update(min(len(levels), count - progress.n))
+            drawn += _arranged(environment.get_state(), rng, size, cheese, mouse)
+            progress.update(min(len(drawn), count) - progress.n)
             environment.act(np.full(_BATCH, -1))  # the one action that ends every episode at once
     return drawn[:count]
 
 
 def cheese_squares(mazes: Mazes, place: str) -> NDArray[np.bool_]:
-    """Where the cheese may be: bool (batch, row, col), False on the start square.
-
-    Args:
-        mazes: the mazes.
-        place: one of `CHEESE_PLACES`.
-    """
+    """The possible squares of the cheese: bool (batch, row, col), False on the start square."""
     side = mazes.grid.shape[-1]
     row, col = np.arange(side)[:, None], np.arange(side)
     last = mazes.size[:, None, None] - 1
     region = (row > last - REGION) & (col > last - REGION)
-    where = {
+    squares = {
         "as drawn": mazes.grid == CHEESE,
         "in distribution": region,
         "out of distribution": ~region,
@@ -103,20 +83,13 @@ def cheese_squares(mazes: Mazes, place: str) -> NDArray[np.bool_]:
         "top right": (row == last) & (col == last),
         "bottom right": (row == 0) & (col == last),
     }[place]
-    return where & mazes.free & ((row > 0) | (col > 0))
+    return squares & mazes.free & ((row > 0) | (col > 0))
 
 
 def random_squares(candidates: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
-    """One square of each maze, every candidate equally likely.
+    """A uniformly random square of each maze, (batch, 2), from candidates, bool (batch, row, col).
 
-    One number is drawn per maze, so the first mazes of a batch get the same squares however many follow.
-
-    Args:
-        candidates: bool (batch, row, col).
-        rng: where the draws come from.
-
-    Returns:
-        Cells (batch, 2).
+    One number is drawn per maze, so the squares of the first mazes do not depend on the size of the batch.
 
     Raises:
         LevelError: a maze without candidates.
@@ -132,14 +105,14 @@ def random_squares(candidates: NDArray[np.bool_], rng: np.random.Generator) -> N
 
 
 def observe(states: Sequence[bytes]) -> NDArray[np.uint8]:
-    """What procgen shows of `states`: uint8 (batch, row=64, col=64, channel=3), the top row first.
+    """Images of `states`: uint8 (batch, row=64, col=64, channel=3), the top row first.
 
     Raises:
-        StateError: bytes that are not a hard maze state. They are checked, as procgen would end the process.
+        StateError: bytes that are not a hard maze state; procgen itself would end the process.
     """
     frames = np.empty((len(states), 64, 64, 3), dtype=np.uint8)
-    environment = procgen_mazes(min(_BATCH, max(len(states), 1)))
-    width = environment.num
+    width = min(_BATCH, max(len(states), 1))
+    environment = procgen_mazes(width)
     with tqdm(total=len(states), desc="observations", unit="state", delay=2, leave=False) as progress:
         for first in range(0, len(states), width):
             batch = list(states[first : first + width])
@@ -152,21 +125,15 @@ def observe(states: Sequence[bytes]) -> NDArray[np.uint8]:
 
 
 def policy_input(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Observations as the policy takes them: float32 (batch, channel=3, row=64, col=64) in [0, 1].
-
-    Args:
-        frames: uint8 (batch, row=64, col=64, channel=3).
-    """
+    """Observations as the policy takes them: float32 (batch, channel=3, row=64, col=64) in [0, 1]."""
     return np.ascontiguousarray(frames.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
-def _arranged(
-    states: list[bytes], rng: np.random.Generator, *, size: int | None, cheese: str, mouse: str
-) -> list[bytes]:
-    """Those of `states` that can be as asked, so edited."""
+def _arranged(states: list[bytes], rng: np.random.Generator, size: int | None, cheese: str, mouse: str) -> list[bytes]:
+    """The usable `states`, with cheese and mouse in their places."""
     mazes = read_mazes(states)
     squares = cheese_squares(mazes, cheese)
-    # Of mixed sizes, the smallest mazes have no square outside the top right 5x5.
+    # The smallest mazes have no square outside the top right 5x5.
     usable = squares.any(axis=(1, 2)) & (True if size is None else mazes.size == size)
     kept, mazes = np.nonzero(usable)[0], mazes[usable]
     mazes = mazes.moved(cheese=random_squares(squares[usable], rng))
@@ -179,16 +146,14 @@ def _arranged(
 
 
 def _check_request(seed: int, size: int | None, cheese: str, mouse: str) -> None:
-    if not 0 <= seed < 2**31:
-        raise LevelError(f"seed={seed}: procgen takes seeds of 0 to {2**31 - 1}.")
     for name, place, places in [("cheese", cheese, CHEESE_PLACES), ("mouse", mouse, MOUSE_PLACES)]:
         if place not in places:
             raise LevelError(f"{name}={place!r} is not one of {', '.join(map(repr, places))}.")
-    if mouse == "decision square" and cheese == "top right":
-        raise LevelError("With the cheese in the top right corner there is no decision square.")
-    if size is None:
-        return
-    if size % 2 == 0 or not 3 <= size <= WORLD:
+    if not 0 <= seed < 2**31:
+        raise LevelError(f"seed={seed}: procgen takes seeds of 0 to {2**31 - 1}.")
+    if size is not None and (size % 2 == 0 or not 3 <= size <= WORLD):
         raise LevelError(f"size={size}: procgen's hard mazes have odd sides of 3 to {WORLD}.")
-    if cheese == "out of distribution" and size <= REGION:
+    if size is not None and cheese == "out of distribution" and size <= REGION:
         raise LevelError(f"size={size}: the top right {REGION}x{REGION} is the whole maze, so no cheese is outside.")
+    if mouse == "decision square" and cheese == "top right":
+        raise LevelError("With the cheese in the top right corner, a maze has no decision square.")

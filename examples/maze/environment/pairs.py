@@ -1,106 +1,48 @@
 """Contrastive pairs: two mazes that differ by one moved wall, which decides the first step to the cheese.
 
-The first is made after the post's. The cheese is at the end of a dead end that is open either to its left or
-below. Nothing else hangs on that wall: the way from the mouse to every other square, the corners too, is the same
-in both mazes. What differs inside the policy between the two is therefore about the way to the cheese, and not
-about the way to the top right corner. The cheese stays in the top right 5x5 in all four rotations.
+The first pair is modeled on the post's. The cheese is at the end of a dead end that is open either to its left or
+below. The wall blocks nothing else: both mazes have the same paths from the mouse to all other squares, corners
+included. So the activations differ by the path to the cheese and not by the path to the top right corner. The cheese
+stays in the top right 5x5 in all four rotations.
+
+The others were made by `moved_walls.py` from procgen's levels. In them the wall also changes other paths, and three of
+the rotations take the cheese out of the top right 5x5.
 """
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
-from numpy.typing import NDArray
 
-from maze.environment.states import WALL, Mazes, mazes_from_pictures
+from maze.environment.states import Mazes, mazes_from_pictures
 
-CHEESE_IS_UP = """
-    .......
-    .######
-    ....C#.
-    ##.###.
-    ..M....
-    .#####.
-    ...#...
+# One picture per pair; the first maze has a wall at x, the second at o.
+_PAIRS = """
+    .......#.#.....  ...#.....C...  .....#C..#.  .#...#C..  .......
+    .#.#.###.###.##  ##.###.#.#.##  ##.#####.#.  .#.###.#.  .######
+    .#.#.....#.#C..  .......#.#...  ...#.#.o...  .....#.#.  ...oC#.
+    .###.#.#.#.###.  ########.#.##  ##.#.#.###.  .#.#.#.##  ##.#x#.
+    .#...#.#.#.....  .........#.#.  .......#.#.  .#.#.#.#.  ..M....
+    ##.#####.#.####  ######.#.###.  ##.#####.#.  .###.#.#.  .#####.
+    ...#...#.......  ...#...#...#.  ..M..x.....  .#.o.....  ...#...
+    ####.#.#####.##  ##.#####.###.  .#######.##  ##.#####.
+    ...#.#...#.....  .....o.......  .#.........  ..M..x...
+    .#.#.#.###o#x##  .#####.#.####  .###.#.###.
+    .#...#.....#...  M....#.#...#.  ...#.#.#...
+    .###.#.#.#.#.#.  .#.#######.#.
+    .#...#.#.#M..#.  .#.....x.....
+    .###.###.#.#.#.
+    .#.....#.#.#.#.
 """
-
-CHEESE_IS_RIGHT = """
-    .......
-    .######
-    ...#C#.
-    ##.#.#.
-    ..M....
-    .#####.
-    ...#...
-"""
-
-
-# Like the first, but made by `moved_walls.py` from procgen's levels and kept as pictures; here the way to other
-# squares turns with the wall, and three of the rotations take the cheese out of the top right 5x5.
-_MORE = (
-    """
-    .#...#C..   .#...#C..
-    .#.###.#.   .#.###.#.
-    .....#.#.   .....#.#.
-    .#.#.#.##   .#.#.#.##
-    .#.#.#.#.   .#.#.#.#.
-    .###.#.#.   .###.#.#.
-    .#.......   .#.#.....
-    ##.#####.   ##.#####.
-    ..M..#...   ..M......
-    """,
-    """
-    .....#C..#.   .....#C..#.
-    ##.#####.#.   ##.#####.#.
-    ...#.#.....   ...#.#.#...
-    ##.#.#.###.   ##.#.#.###.
-    .......#.#.   .......#.#.
-    ##.#####.#.   ##.#####.#.
-    ..M..#.....   ..M........
-    .#######.##   .#######.##
-    .#.........   .#.........
-    .###.#.###.   .###.#.###.
-    ...#.#.#...   ...#.#.#...
-    """,
-    """
-    ...#.....C...   ...#.....C...
-    ##.###.#.#.##   ##.###.#.#.##
-    .......#.#...   .......#.#...
-    ########.#.##   ########.#.##
-    .........#.#.   .........#.#.
-    ######.#.###.   ######.#.###.
-    ...#...#...#.   ...#...#...#.
-    ##.#####.###.   ##.#####.###.
-    .............   .....#.......
-    .#####.#.####   .#####.#.####
-    M....#.#...#.   M....#.#...#.
-    .#.#######.#.   .#.#######.#.
-    .#.....#.....   .#...........
-    """,
-    """
-    .......#.#.....   .......#.#.....
-    .#.#.###.###.##   .#.#.###.###.##
-    .#.#.....#.#C..   .#.#.....#.#C..
-    .###.#.#.#.###.   .###.#.#.#.###.
-    .#...#.#.#.....   .#...#.#.#.....
-    ##.#####.#.####   ##.#####.#.####
-    ...#...#.......   ...#...#.......
-    ####.#.#####.##   ####.#.#####.##
-    ...#.#...#.....   ...#.#...#.....
-    .#.#.#.###.####   .#.#.#.#####.##
-    .#...#.....#...   .#...#.....#...
-    .###.#.#.#.#.#.   .###.#.#.#.#.#.
-    .#...#.#.#M..#.   .#...#.#.#M..#.
-    .###.###.#.#.#.   .###.###.#.#.#.
-    .#.....#.#.#.#.   .#.....#.#.#.#.
-    """,
-)
 
 
 def contrastive_pairs() -> list[Mazes]:
-    """Five pairs of other sizes and shapes: in the first maze the way to the cheese starts UP, in the second RIGHT."""
-    sides = ([line.split() for line in picture.strip().splitlines()] for picture in _MORE)
-    more = [mazes_from_pictures(*("\n".join(rows) for rows in zip(*lines, strict=True))) for lines in sides]
-    return [mazes_from_pictures(CHEESE_IS_UP, CHEESE_IS_RIGHT), *more]
+    """Five pairs of other sizes and shapes; the path to the cheese starts UP in the first maze, RIGHT in the second."""
+    columns = zip_longest(*(line.split() for line in _PAIRS.split("\n")[1:-1]), fillvalue="")
+    pictures = [" ".join(rows) for rows in columns][::-1]
+    marks = [str.maketrans("xo", "#."), str.maketrans("xo", ".#")]
+    return [mazes_from_pictures(*(picture.translate(each) for each in marks)) for picture in pictures]
 
 
 def rotations(pair: Mazes) -> list[Mazes]:
@@ -115,17 +57,6 @@ def rotations(pair: Mazes) -> list[Mazes]:
 
 
 def rotated(mazes: Mazes) -> Mazes:
-    """The mazes with mouse and cheese, a quarter turn clockwise; the mouse faces as before."""
-    side = mazes.grid.shape[-1]
-    every = np.arange(len(mazes))[:, None, None]
-    # Indices beyond a maze that is smaller than the grid wrap around to where there are walls.
-    col = (mazes.size[:, None, None] - 1 - np.arange(side)[:, None]) % side
-    grid: NDArray[np.int32] = mazes.grid[every, np.arange(side), col]
-    row_after, col_after = mazes.size - 1 - mazes.mouse[:, 1], mazes.mouse[:, 0]
-    return Mazes(grid, mazes.size, np.stack([row_after, col_after], axis=1), mazes.facing_right)
-
-
-def moved_wall(pair: Mazes) -> NDArray[np.int64]:
-    """Where the wall is in each maze of a pair and not in the other: (maze=2, 2)."""
-    walls = pair.grid == WALL
-    return np.concatenate([np.argwhere(walls[0] & ~walls[1]), np.argwhere(walls[1] & ~walls[0])])
+    """Mazes of one size, a quarter turn clockwise; the mouse faces as before."""
+    mouse = np.stack([mazes.size - 1 - mazes.mouse[:, 1], mazes.mouse[:, 0]], axis=1)
+    return Mazes(np.rot90(mazes.grid, axes=(1, 2)), mazes.size, mouse, mazes.facing_right)

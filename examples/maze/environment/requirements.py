@@ -1,86 +1,65 @@
-"""What the study needs beside chanpatch: procgen's maze and the policy class of procgen-tools.
-
-Both are imported here and nowhere else, and only when they are first used.
-"""
+"""Imports of procgen's maze and of the policy class of procgen-tools, here only and on first use."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import warnings
-from types import ModuleType
+from contextlib import suppress
 from typing import Any
 
 
 class MissingRequirement(ImportError):
-    """procgen or procgen-tools cannot be imported; the message holds the line to type."""
+    """procgen or procgen-tools cannot be imported; the message holds the command that installs it."""
 
 
 def procgen_mazes(count: int, *, seed: int = 0) -> Any:
-    """A procgen vector environment of `count` hard mazes, each on a fresh level.
-
-    Args:
-        count: number of sub-environments.
-        seed: procgen's random seed; the same seed and count give the same sequence of levels.
-
-    Returns:
-        A `procgen.ProcgenGym3Env`.
+    """A `procgen.ProcgenGym3Env` of `count` hard mazes on fresh levels; seed and count determine their sequence.
 
     Raises:
         MissingRequirement: procgen cannot be imported.
     """
-    procgen = _imported("procgen")
-    environment = procgen.ProcgenGym3Env(
+    environment = _imported("procgen").ProcgenGym3Env(
         num=count, env_name="maze", distribution_mode="hard", num_levels=0, start_level=0, rand_seed=seed
     )
-    # cffi looks a C function up under a lock when it is first used. Were `libenv_close` first used by the garbage
-    # collector, and that ran inside another look-up, the process would wait for itself forever.
+    # cffi looks a C function up under a lock on first use. If the garbage collector used `libenv_close` first, inside
+    # another look-up, the process would deadlock.
     _ = environment._c_lib.libenv_close
     return environment
 
 
 def policy_models() -> Any:
-    """The module `procgen_tools.models`, in which the policy's classes and their width, `scale`, are.
+    """The module `procgen_tools.models`, which holds the policy's classes and their width, `scale`.
 
     Raises:
-        MissingRequirement: procgen-tools, or something that it imports, cannot be imported.
+        MissingRequirement: procgen-tools, or one of its imports, cannot be imported.
     """
     return _imported("procgen_tools.models")
 
 
-def _imported(name: str) -> ModuleType:
+def _imported(name: str) -> Any:
     """The module `name`, imported without procgen's and gym's noise."""
     if (known := sys.modules.get(name)) is not None:
         return known
-    _silence_gym_notice()
+    with suppress(ImportError):
+        from gym_notices import notices
+
+        notices.notices.clear()  # gym prints these to stderr
     try:
         with warnings.catch_warnings():
-            # procgen leaves its version file open.
-            warnings.simplefilter("ignore", ResourceWarning)
+            warnings.simplefilter("ignore", ResourceWarning)  # procgen leaves its version file open
             return importlib.import_module(name)
     except ImportError as error:
-        raise MissingRequirement(_what_to_type(name, error)) from error
-
-
-def _silence_gym_notice() -> None:
-    """Empties the table from which gym prints its farewell to stderr when it is imported."""
-    try:
-        from gym_notices import notices
-    except ImportError:
-        return
-    notices.notices.clear()
-
-
-def _what_to_type(name: str, error: ImportError) -> str:
-    package = name.partition(".")[0].replace("_", "-")
-    problem = f"The maze study needs {package}, which cannot be imported ({error}). "
-    if sys.version_info >= (3, 12):
-        running = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        return problem + (
-            f"procgen has wheels for Python 3.10 and 3.11 only, and this is Python {running}; "
-            "run `make study PYTHON=python3.11`."
+        package = name.partition(".")[0].replace("_", "-")
+        advice = (
+            'Type `pip install "chanpatch[maze]"`, then `pip install --no-deps procgen-tools==0.1` '
+            "(its own pins no longer install)."
         )
-    return problem + (
-        'Type `pip install "chanpatch[maze]"`, then `pip install --no-deps procgen-tools==0.1` '
-        "(its own pins no longer install)."
-    )
+        if sys.version_info >= (3, 12):
+            advice = (
+                "procgen has wheels for Python 3.10 and 3.11 only, and this is Python "
+                f"{sys.version_info[0]}.{sys.version_info[1]}; run `make study PYTHON=python3.11`."
+            )
+        raise MissingRequirement(
+            f"The maze study needs {package}, which cannot be imported ({error}). {advice}"
+        ) from error

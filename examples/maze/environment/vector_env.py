@@ -1,4 +1,4 @@
-"""Given maze levels as a gymnasium vector environment."""
+"""A gymnasium vector environment over given maze levels."""
 
 from __future__ import annotations
 
@@ -23,16 +23,11 @@ class LevelIndexError(IndexError):
 
 
 class MazeVectorEnv(VectorEnv):
-    """procgen mazes that start on levels of your choice; a seed is the index of a level.
+    """procgen mazes that start on given levels, as `levels.draw_levels` returns them; a seed is the index of a level.
 
-    An episode ends with reward 10 at the cheese (terminated) or after 500 steps (truncated). procgen then
-    moves that sub-environment on within the same step: the observation that comes back is already the first
-    one of another level, one of procgen's own. There is no observation of the end, so `final_obs` is not in
-    the info.
-
-    Args:
-        levels: states as `levels.draw_levels` returns them.
-        num_envs: number of sub-environments.
+    An episode ends with reward 10 at the cheese (terminated) or after 500 steps (truncated). procgen then starts
+    another level, one of its own, within the same step, and the observation already shows it. The last observation
+    of an episode does not exist, so the info holds no `final_obs`.
 
     Raises:
         StateError: a level that is not a hard maze state.
@@ -51,7 +46,7 @@ class MazeVectorEnv(VectorEnv):
     def __init__(self, levels: Sequence[bytes], num_envs: int) -> None:
         if num_envs < 1 or not levels:
             raise ValueError(f"Expected at least one level and one sub-environment, got {len(levels)} and {num_envs}.")
-        read_mazes(levels)  # procgen ends the process when it is handed anything else
+        read_mazes(levels)  # procgen ends the process on anything else
         self.levels = list(levels)
         self.num_envs = num_envs
         self.single_observation_space = Box(0.0, 1.0, (3, 64, 64), np.float32)
@@ -59,40 +54,25 @@ class MazeVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._procgen = procgen_mazes(num_envs)
-        self._mouse_cells: NDArray[np.int64] | None = None
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Starts every sub-environment on a level.
+        """Start every sub-environment on the level with the index of its seed; the info holds `level`, int (batch,).
 
-        Args:
-            seed: the index of the level of each sub-environment; an int starts them on consecutive levels,
-                from that one on; None on random ones.
-            options: none are known; gymnasium passes it.
-
-        Returns:
-            The observations (batch, channel=3, row=64, col=64) and the info: `level`, int (batch,).
+        An int starts consecutive levels, None random ones. Options are ignored.
 
         Raises:
-            LevelIndexError: an index that no level has, or another number of them than of sub-environments.
+            LevelIndexError: an index without a level, or another number of indices than of sub-environments.
         """
-        level = self._levels_of(seed)
+        level = self._level_indices(seed)
         self._procgen.set_state([self.levels[index] for index in level])
-        self._mouse_cells = None
         return self._observed()[1], {"level": level}
 
     def step(
         self, actions: ArrayLike
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Takes one action in every sub-environment.
-
-        Args:
-            actions: int (batch,), 0 to 14; `policy.ACTIONS` says where they lead.
-
-        Returns:
-            Observations, rewards, terminated, truncated, each with one row per sub-environment, and an empty
-            info.
+        """Take one action in every sub-environment; `policy.network.ACTIONS` gives their directions.
 
         Raises:
             ValueError: actions of another shape or outside 0 to 14.
@@ -102,46 +82,34 @@ class MazeVectorEnv(VectorEnv):
         if not integers or taken.min() < 0 or taken.max() >= ACTION_COUNT:
             raise ValueError(f"Expected {self.num_envs} actions, each 0 to {ACTION_COUNT - 1}, got {taken.tolist()}.")
         self._procgen.act(taken)
-        self._mouse_cells = None
         reward, observation, ended = self._observed()
-        if not ended.any():
-            return observation, reward, ended, ended.copy(), {}
-        at_cheese = np.array([info["prev_level_complete"] for info in self._procgen.get_info()], dtype=bool)
-        return observation, reward, ended & at_cheese, ended & ~at_cheese, {}
+        at_cheese = ended.copy()
+        if ended.any():
+            at_cheese &= [bool(info["prev_level_complete"]) for info in self._procgen.get_info()]
+        return observation, reward, at_cheese, ended & ~at_cheese, {}
 
     def mouse_cells(self) -> NDArray[np.int64]:
-        """Where the mice are now: (batch, 2).
-
-        Read from procgen's state once per step, when it is asked for. After the end of an episode it is the
-        cell on the level that follows.
-        """
-        if self._mouse_cells is None:
-            self._mouse_cells = read_mazes(self._procgen.get_state()).mouse
-        return self._mouse_cells.copy()
+        """The mice's cells: (batch, 2). After the end of an episode they are on the following level."""
+        return read_mazes(self._procgen.get_state()).mouse
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Frees procgen's environments."""
+        """Free procgen's environments."""
         self._procgen.close()
 
     def _observed(self) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.bool_]]:
-        """Reward, observation and whether the step ended an episode, of every sub-environment."""
         reward, observation, ended = self._procgen.observe()
         return reward.astype(np.float64), policy_input(observation["rgb"]), ended.astype(bool)
 
-    def _levels_of(self, seed: int | Sequence[int] | None) -> NDArray[np.int64]:
-        """The index of the level of every sub-environment."""
+    def _level_indices(self, seed: int | Sequence[int] | None) -> NDArray[np.int64]:
+        count = len(self.levels)
         if seed is None:
-            return self.np_random.integers(len(self.levels), size=self.num_envs)
+            return self.np_random.integers(count, size=self.num_envs)
         if isinstance(seed, (int, np.integer)):
-            super().reset(seed=int(seed))  # a reset without a seed that follows is then reproducible
-            level = int(seed) + np.arange(self.num_envs)
-        else:
-            level = np.array([operator.index(index) for index in seed], dtype=np.int64)
+            super().reset(seed=int(seed))  # makes a following reset without a seed reproducible
+            seed = range(int(seed), int(seed) + self.num_envs)
+        level = np.array([operator.index(index) for index in seed], dtype=np.int64)
         if len(level) != self.num_envs:
             raise LevelIndexError(f"Got {len(level)} seeds for {self.num_envs} sub-environments; give one for each.")
-        unknown = level[(level < 0) | (level >= len(self.levels))]
-        if len(unknown) > 0:
-            raise LevelIndexError(
-                f"No level has index {unknown[0]}; a seed is the index of a level, 0 to {len(self.levels) - 1}."
-            )
+        for unknown in level[(level < 0) | (level >= count)]:
+            raise LevelIndexError(f"No level has index {unknown}; a seed is the index of a level, 0 to {count - 1}.")
         return level

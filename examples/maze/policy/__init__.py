@@ -1,1 +1,1 @@
-"""The policy's network, and the policies that are shipped."""
+"""The network of the policy, and the shipped policies."""

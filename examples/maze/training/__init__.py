@@ -1,1 +1,1 @@
-"""Training and evaluation of policies."""
+"""Training by imitation and by reward, and the evaluation of a policy."""

@@ -1,25 +1,26 @@
-"""How well a policy does and where it goes, exactly, by the size of the maze and the place of the cheese."""
+"""Exact success rates and decisions of a policy, by the size of the maze and the place of the cheese."""
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import scipy.stats
 import torch
 from numpy.typing import NDArray
 
 from chanpatch import HookPoints, hook_points
-from chanpatch.statistics import Interval, wilson_interval
+from chanpatch.statistics import Interval, mean_interval, wilson_interval
 from maze.analysis.episodes import ORIGINAL, STEPS
-from maze.analysis.exact import Chains, Table, cheese_and_corner, decisions, greedy, neither
+from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
+from maze.analysis.part import Table, column, interval_cells, read_table, shown
 from maze.analysis.tables import action_tables
+from maze.command import UserError
 from maze.environment.levels import REGION, draw_levels, observe, policy_input
-from maze.experiment import SettingsError
 from maze.policy.network import load_policy
 from maze.report.figures import evaluation_figure
 from maze.results import (
@@ -35,9 +36,8 @@ from maze.results import (
     write_manifest,
 )
 
-PLACES = ("in distribution", "out of distribution", "as drawn", "top left", "top right", "bottom right")
 ACTIONS = ("sampled", "greedy")
-SUMMARY, LEVELS = "summary.json", "levels.csv"
+SUMMARY, LEVELS, DIFFERENCES = "summary.json", "levels.csv", "differences.csv"
 MEASURES = {
     "found": "finds the cheese",
     "corner": "passes the corner before",
@@ -47,65 +47,18 @@ MEASURES = {
     "to_neither": "decision: neither",
 }
 
-PerLevel: TypeAlias = Mapping[str, NDArray[np.float64]]  # (level,) by "measure actions"; NaN where it means nothing
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `examples/maze/evaluate.py` takes; its `--help` says what each is.
-
-    Raises:
-        SettingsError: something outside what makes sense.
-    """
-
-    weights: Path | None
-    n: int
-    sizes: tuple[int, ...]
-    cheese: tuple[str, ...]
-    seed: int
-    out: Path
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("n", 1, 100_000), ("seed", 0, 2**31 - 1)):
-            if not low <= getattr(self, name) <= high:
-                raise SettingsError(f"--{name} is {getattr(self, name)}, but it is {low} to {high}.")
-        for size in self.sizes:
-            if size % 2 == 0 or not 3 <= size <= 25:
-                raise SettingsError(f"--sizes holds {size}, but the side of a maze is odd, 3 to 25.")
-        for place in self.cheese:
-            if place not in PLACES:
-                raise SettingsError(f"--cheese holds {place!r}; it is one or more of {', '.join(map(repr, PLACES))}.")
-        if not list(self.parts()):
-            raise SettingsError(
-                f"--sizes are {REGION} at most, so no square is outside the top right {REGION}x{REGION}."
-            )
-
-    def parts(self) -> Iterator[tuple[int, str]]:
-        """Sizes and places, where there are such levels."""
-        for size in self.sizes:
-            for place in self.cheese:
-                if size > REGION or place != "out of distribution":
-                    yield size, place
+PerLevel: TypeAlias = Mapping[str, NDArray[np.float64]]  # (level,) by "measure actions"; NaN if it is not defined
 
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of one measure over levels.
-
-    Attributes:
-        size: side of the mazes.
-        cheese: where it was.
-        actions: sampled or greedy.
-        measure: one of `MEASURES`.
-        n: number of levels that have it: not all have a decision square, or a corner without the cheese.
-        mean: over these levels, with its interval.
-    """
+    """The mean of one measure over the levels of one size and place of the cheese."""
 
     size: int
     cheese: str
     actions: str
     measure: str
-    n: int
+    n: int  # levels that have the measure: not all have a decision square, or a corner without the cheese
     mean: Interval
 
     def record(self) -> dict[str, Any]:
@@ -116,37 +69,23 @@ class Score:
         return f"{self.mean.estimate:.1%} ({self.mean.low:.1%} to {self.mean.high:.1%})"
 
 
-def sizes_in(text: str) -> tuple[int, ...]:
-    """The numbers of a list such as `9,15,25` or `3,5,...,25`.
+def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str], seed: int, out: Path) -> Path:
+    """Evaluate weights on n levels of each size and place of the cheese, and return the folder with the results.
 
     Raises:
-        SettingsError: anything else.
-
-    Example:
-        >>> sizes_in("3,5,...,11,25")
-        (3, 5, 7, 9, 11, 25)
+        UserError: no levels, no square for the cheese, a wrong seed or wrong weights.
     """
-    spelled = re.sub(r"(\d+),(\d+),\.\.\.,(\d+)", _written_out, text.replace(" ", ""))
-    if not re.fullmatch(r"\d+(,\d+)*", spelled):
-        raise SettingsError(f"--sizes is '{text}', but it is a list such as 9,15,25 or 3,5,...,25.")
-    return tuple(dict.fromkeys(map(int, spelled.split(","))))
-
-
-def run(settings: Settings) -> Path:
-    """Evaluate and return the folder with the results."""
-    policy, weights = load_policy(settings.weights)
-    policy = policy.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on a CPU
-    points = hook_points(policy, torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0)))))
-    known = {
-        "n": settings.n,
-        "sizes": settings.sizes,
-        "cheese": settings.cheese,
-        "seed": settings.seed,
-        "steps": STEPS,
-        "weights": weights["sha256"],
-        "versions": versions(),
-    }
-    folder = settings.out / f"evaluation-n{settings.n}-seed{settings.seed}-{settings_key(known)}"
+    if n < 1:
+        raise UserError(f"--n is {n}, but it is at least 1.")
+    every = dict.fromkeys((size, place) for size in sizes for place in cheese)
+    parts = [(size, place) for size, place in every if size > REGION or place != "out of distribution"]
+    if not parts:
+        raise UserError(f"--sizes are {REGION} at most, so no square is outside the top right {REGION}x{REGION}.")
+    policy, weights = load_policy(file)
+    policy = policy.to(memory_format=torch.channels_last)  # makes convolutions about twice as fast on a CPU
+    points = hook_points(policy, torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=seed)))))
+    known = {"n": n, "sizes": sizes, "cheese": cheese, "seed": seed, "steps": STEPS, "versions": versions()}
+    folder = out / f"evaluation-n{n}-seed{seed}-{settings_key(known | {'weights': weights['sha256']})}"
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})", flush=True)
     if (folder / SUMMARY).exists():
         try:
@@ -156,70 +95,85 @@ def run(settings: Settings) -> Path:
         else:
             print(f"Kept from before, with the same settings, weights and code: {folder}")
             return folder
+    measured: dict[tuple[int, str], PerLevel] = {}
+    means: list[Score] = []
     with locked(folder):
-        _evaluate(settings, points, {**known, "weights": weights}, folder)
+        for number, (size, place) in enumerate(parts, 1):
+            print(f"[{number}/{len(parts)}] size {size}, cheese {place}", flush=True)
+            measured[size, place] = _kept(folder / "parts", points, size, place, n, seed)
+            found = scores(size, place, measured[size, place])
+            for actions in ACTIONS:
+                line = (f"{MEASURES[score.measure]} {score}" for score in found if score.actions == actions)
+                print(f"    {actions}: {', '.join(line)}", flush=True)
+            means += found
+        _write(folder, {**known, "weights": weights}, means, measured)
     print(f"\nResults in {folder}")
     return folder
 
 
-def _evaluate(settings: Settings, points: HookPoints, known: Mapping[str, Any], folder: Path) -> None:
-    parts = list(settings.parts())
-    measured: dict[tuple[int, str], PerLevel] = {}
-    for number, (size, place) in enumerate(parts, 1):
-        print(f"[{number}/{len(parts)}] size {size}, cheese {place}", flush=True)
-        measured[size, place] = _kept(folder / "parts", points, size, place, settings)
-        for line in _lines(scores(size, place, measured[size, place])):
-            print(f"    {line}", flush=True)
-    means = [score for (size, place), values in measured.items() for score in scores(size, place, values)]
-    _write(folder, known, means, measured)
+def run_against(against: Path, file: Path | None, **given: Any) -> Path:
+    """Evaluate both policies as `run` does, print their differences, and return the folder of the second."""
+    other = run(against, **given)
+    folder = run(file, **given)
+    rows = differences(read_table(folder / LEVELS), read_table(other / LEVELS))
+    replace_table(folder / DIFFERENCES, rows)
+    print(f"\nFinds the cheese more often than {against}, mean over levels with its 95% interval:")
+    for row in rows:
+        print(f"  size {row['size']}, cheese {row['cheese']}, {row['actions']}: {shown(row, 'difference', '+.1%')}")
+    print(f"In {folder / DIFFERENCES}")
+    return folder
 
 
 def measure(points: HookPoints, levels: Sequence[bytes]) -> PerLevel:
-    """Every measure of every level, for sampled and for greedy actions.
-
-    Args:
-        points: of the policy.
-        levels: procgen states.
-
-    Returns:
-        (level,) by measure and actions, such as `"found sampled"`.
-    """
+    """Every measure of every level: (level,) by measure and actions, such as `"found sampled"`."""
     chains = Chains.of(levels)
     sampled = action_tables(points, chains)[ORIGINAL]
     values: dict[str, NDArray[np.float64]] = {}
-    tables: dict[str, Table] = {"sampled": sampled, "greedy": greedy(sampled)}
-    for actions, table in tables.items():
-        found, corner = cheese_and_corner(chains, table)
-        each = (found, corner, neither(chains, table), *decisions(chains, table).T)
+    for actions, table in zip(ACTIONS, (sampled, greedy(sampled)), strict=True):
+        each = (*cheese_and_corner(chains, table), neither(chains, table), *decisions(chains, table).T)
         values |= {f"{name} {actions}": value for name, value in zip(MEASURES, each, strict=True)}
     return values
 
 
 def scores(size: int, place: str, values: PerLevel) -> list[Score]:
-    """The means over the levels that have a measure; a measure that none has is left out."""
+    """The mean of each measure over the levels that have it; a measure that no level has is left out."""
     found = []
     for actions in ACTIONS:
         for name in MEASURES:
             value = values[f"{name} {actions}"]
             value = value[~np.isnan(value)]
             if len(value):
-                found.append(Score(size, place, actions, name, len(value), mean_interval(value, actions)))
+                found.append(Score(size, place, actions, name, len(value), rate_interval(value, actions)))
     return found
 
 
-def mean_interval(values: NDArray[np.float64], actions: str) -> Interval:
+def differences(levels: Table, others: Table) -> Table:
+    """How much more often the first policy finds the cheese than the second, from their `levels.csv`.
+
+    Both have the same levels in the same order; the result has one row per size, place and kind of actions.
+    """
+    rows: Table = []
+    for size, cheese in dict.fromkeys((row["size"], row["cheese"]) for row in levels):
+        here = [index for index, row in enumerate(levels) if (row["size"], row["cheese"]) == (size, cheese)]
+        for actions in ACTIONS:
+            name = f"found {actions}"
+            change = (column(levels, name) - column(others, name))[here].astype(np.float64)
+            known = {"size": size, "cheese": cheese, "actions": actions, "n": len(here)}
+            rows.append({**known, **interval_cells("difference", mean_interval(change))})
+    return rows
+
+
+def rate_interval(values: NDArray[np.float64], actions: str) -> Interval:
     """The mean over levels and its 95% interval, within 0 and 1.
 
-    Greedy actions do a thing on a level or do not: Wilson's interval of a share. Sampled ones do it with some
-    probability: Student's t interval over the levels and two more, one at 0 and one at 1. Without these it would
-    have no width where a few levels happen to agree.
+    Greedy actions succeed or fail on a level: Wilson's interval of a share. Sampled ones succeed with some probability:
+    Student's t interval over the levels and two more, one at 0 and one at 1. Without these, a few levels with equal
+    values would give an interval of width 0.
 
     References:
         Agresti and Caffo, "Simple and effective confidence intervals for proportions and differences of
         proportions result from adding two successes and two failures" (2000), for the added observations.
     """
-    import scipy.stats
-
     n, mean = len(values), float(values.mean())
     if actions == "greedy":
         return wilson_interval(round(mean * n), n)
@@ -233,59 +187,32 @@ def markdown(means: Sequence[Score]) -> str:
     rows: dict[tuple[int, str, str], dict[str, Score]] = {}
     for score in means:
         rows.setdefault((score.size, score.cheese, score.actions), {})[score.measure] = score
-    lines = [
-        "| size | cheese | actions | levels | " + " | ".join(list(MEASURES.values())[:3]) + " | decision squares | "
-        "to the cheese | to the corner | neither |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (size, place, actions), of in rows.items():
-        shown = {name: str(of[name]) if name in of else "-" for name in MEASURES}
-        squares = of["to_cheese"].n if "to_cheese" in of else 0
-        cells = [size, place, actions, of["found"].n, shown["found"], shown["corner"], shown["neither"], squares]
-        cells += [shown[name] for name in ("to_cheese", "to_corner", "to_neither")]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    labels = [label.removeprefix("decision: ") for label in MEASURES.values()]
+    table = [["size", "cheese", "actions", "levels", *labels[:3], "decision squares", *labels[3:]]]
+    table.append(["---"] * len(table[0]))
+    for kind, row in rows.items():
+        cells = [str(row.get(name, "-")) for name in MEASURES]
+        squares = row["to_cheese"].n if "to_cheese" in row else 0
+        table.append([*map(str, kind), str(row["found"].n), *cells[:3], str(squares), *cells[3:]])
+    return "".join(f"| {' | '.join(row)} |\n" for row in table).replace(" --- ", "---")
 
 
-def _lines(means: Sequence[Score]) -> Iterator[str]:
-    """What the user reads while it runs: one line for each kind of actions."""
-    for actions in ACTIONS:
-        of = {score.measure: score for score in means if score.actions == actions}
-        line = f"{actions}: finds the cheese {of['found']}"
-        if "to_cheese" in of:
-            line += (
-                f"; on {of['to_cheese'].n} decision squares {of['to_cheese'].mean.estimate:.1%} to the cheese, "
-                f"{of['to_corner'].mean.estimate:.1%} to the corner"
-            )
-        yield line
-
-
-def _written_out(match: re.Match[str]) -> str:
-    first, second, last = map(int, match.groups())
-    if not first < second <= last:
-        return "?"  # no such list; the caller says so
-    return ",".join(map(str, range(first, last + 1, second - first)))
-
-
-def _kept(parts: Path, points: HookPoints, size: int, place: str, settings: Settings) -> PerLevel:
+def _kept(parts: Path, points: HookPoints, size: int, place: str, n: int, seed: int) -> PerLevel:
     """The measures of one size and place, from disk if they are there."""
     file = parts / f"size{size}-{place.replace(' ', '-')}.npz"
     if file.exists() and (kept := read_arrays(file)) is not None:
         print("    kept from before", flush=True)
         return kept
-    values = measure(points, draw_levels(settings.n, size=size, seed=settings.seed, cheese=place))
+    values = measure(points, draw_levels(n, size=size, seed=seed, cheese=place))
     with replaced(file) as partial:
         np.savez_compressed(partial, **values)
     return values
 
 
 def _write(
-    folder: Path,
-    known: Mapping[str, Any],
-    means: Sequence[Score],
-    measured: Mapping[tuple[int, str], PerLevel],
+    folder: Path, known: Mapping[str, Any], means: Sequence[Score], measured: Mapping[tuple[int, str], PerLevel]
 ) -> None:
-    """Write every result; the parts are not needed any more then."""
+    """Write every result, and delete the parts."""
     records = [score.record() for score in means]
     replace_table(folder / "table.csv", records)
     weights = known["weights"]
@@ -294,18 +221,15 @@ def _write(
         f"{STEPS} steps; mean over levels with its 95% interval.\n\n"
     )
     replace_text(folder / "table.md", heading + markdown(means))
-    replace_table(
-        folder / LEVELS,
-        (
-            {"size": size, "cheese": place, "level": level}
-            | {name: "" if np.isnan(value[level]) else float(value[level]) for name, value in values.items()}
-            for (size, place), values in measured.items()
-            for level in range(known["n"])
-        ),
-    )
+    rows = [
+        {"size": size, "cheese": place, "level": level}
+        | {name: "" if np.isnan(value[level]) else float(value[level]) for name, value in values.items()}
+        for (size, place), values in measured.items()
+        for level in range(known["n"])
+    ]
+    replace_table(folder / LEVELS, rows)
     with replaced(folder / "evaluation.png") as partial:
         title = f"{weights['name']}, {known['n']} levels of each kind: means over levels with 95% intervals"
         evaluation_figure(means, title).savefig(partial, dpi=110)
-    # Last, since a folder with it is complete.
-    write_manifest(folder, {**known, "scores": records}, SUMMARY)
+    write_manifest(folder, {**known, "scores": records}, SUMMARY)  # last: it marks the folder as complete
     shutil.rmtree(folder / "parts")

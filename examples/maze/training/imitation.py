@@ -1,8 +1,8 @@
-"""Training by imitation: the policy is to take the first step of the shortest path to the cheese.
+"""Training by imitation: the policy learns the first step of the shortest path to the cheese.
 
-Two auxiliary maps are read from block 2 at the beginning, since a policy that is shown nothing but first steps learns
-slowly: the direction to take from every free square, and the mouse's cell. A policy that is to say something about
-directions in a network must not be taught the first: train a control without it.
+Policies that see first steps only learn slowly, so two auxiliary maps are read from block 2 at the beginning: the
+direction to take from every free square, and the mouse's cell. The first map teaches directions, so claims about
+directions in a network need a control trained without it.
 """
 
 from __future__ import annotations
@@ -10,67 +10,50 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributions import Categorical
 
 from chanpatch import recording
 from maze.environment.paths import Direction
 from maze.environment.states import WORLD
 from maze.policy.network import ACTIONS
-from maze.training.training_data import NO_DIRECTION, Chunks, Examples, TrainingMazes, batches, joined, sampled
-from maze.training.training_run import Settings, Update
+from maze.training.trainer import Settings, Trainer, Update, direction_log_probabilities
+from maze.training.training_data import NO_DIRECTION, Chunks, Examples, TrainingMazes, batches, sampled
 
 READ_FROM = "embedder.block2"  # the hook point of the auxiliary maps: (batch, channel, row=16, col=16)
-CHANNELS = 32  # that it has at width 1
-AUXILIARY_END = 0.7  # share of the run at which the weights of the auxiliary losses have fallen to 0
+CHANNELS = 32  # of this hook point at width 1
+AUXILIARY_END = 0.7  # share of the run after which the auxiliary losses have weight 0
 VALUE_WEIGHT = 0.02
 REWARD, DISCOUNT = 10.0, 0.99  # the value head learns REWARD * DISCOUNT ** distance
 WEIGHT_DECAY = 1e-4
-LARGEST_NORM = 1.0  # of the gradient
 
 PATIENCE = 256  # steps after which the policy's walk on a level is given up
-EXPERT_END = 0.3  # share of the run at which nobody walks for the policy any more
+EXPERT_END = 0.3  # share of the run after which all steps of the walks are the policy's own
 
-_DRAWS = 2  # names the walks' draws among those of a seed
+_DRAWS = 2  # the walks' draws among those of a seed
 
 
-class AuxiliaryMaps(nn.Module):
-    """Maps of the world, read by one 1x1 convolution.
-
-    Args:
-        channels: of the activation that is read.
-        maps: number of maps.
-    """
-
-    def __init__(self, channels: int, maps: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 4 * maps, 1)
-
-    def forward(self, activation: Tensor) -> Tensor:
-        """From (batch, channel, row=16, col=16) to (batch, map, row=25, col=25); the top row first, as in the image."""
-        # Twice as fine first: a cell is smaller than a pixel of the activation.
-        maps = F.pixel_shuffle(self.conv(activation), 2)
-        return F.interpolate(maps.float(), size=(WORLD, WORLD), mode="bilinear")
+def auxiliary_maps(channels: int, maps: int) -> nn.Module:
+    """From the activation, (batch, channel, row=16, col=16), to maps of the world, (batch, map, row=25, col=25)."""
+    # Twice as fine first: a cell is smaller than a pixel of the activation.
+    return nn.Sequential(
+        nn.Conv2d(channels, 4 * maps, 1), nn.PixelShuffle(2), nn.Upsample((WORLD, WORLD), mode="bilinear")
+    )
 
 
 class Auxiliary(NamedTuple):
-    """What is read from block 2.
-
-    Attributes:
-        maps: how many.
-        weight: of the loss at the beginning.
-        loss: from the maps (batch, map, row, col) and the target.
-    """
+    """An auxiliary loss."""
 
     maps: int
-    weight: float
-    loss: Callable[[Tensor, Tensor], Tensor]
+    weight: float  # at the beginning
+    loss: Callable[[Tensor, Tensor], Tensor]  # from maps (batch, map, row, col) and the target
 
 
 AUXILIARY = {
@@ -79,70 +62,55 @@ AUXILIARY = {
 }
 
 
-class Imitation:
-    """The policy, what it learns with and from.
+class Imitation(Trainer):
+    """Imitation of shortest paths, with worker processes that draw the data."""
 
-    Args:
-        policy: to train.
-        settings: of the run.
-        device: to train on.
-        workers: processes that draw data.
-    """
+    largest_norm = 1.0
 
     def __init__(self, policy: nn.Module, settings: Settings, *, device: torch.device, workers: int) -> None:
-        self.policy = policy.to(device, memory_format=torch.channels_last).train()
-        self.settings, self.device, self.workers = settings, device, workers
-        parts = [part for part in AUXILIARY if part in (settings.auxiliary or "").split(",")]
+        super().__init__(policy, settings, device=device)
+        self.workers = workers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
+            parts = [part for part in AUXILIARY if part in (settings.auxiliary or "")]
             channels = CHANNELS * settings.width
-            self.maps = nn.ModuleDict({part: AuxiliaryMaps(channels, AUXILIARY[part].maps) for part in parts})
+            self.maps = nn.ModuleDict({part: auxiliary_maps(channels, AUXILIARY[part].maps) for part in parts})
         self.maps.to(device)
         parameters = [*self.policy.parameters(), *self.maps.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=WEIGHT_DECAY)
-        self.walked = round((settings.dagger or 0) * settings.batch)  # rows of a batch that the policy walked to
-        self.mazes = (
-            TrainingMazes(self.walked, seed=settings.seed, large=settings.large, patience=PATIENCE)
-            if self.walked
-            else None
-        )
+        self.walked = round((settings.dagger or 0) * settings.batch)  # the last rows of a batch: the policy's own walks
+        self.mazes = None
+        if self.walked:
+            self.mazes = TrainingMazes(self.walked, seed=settings.seed, large=settings.large, patience=PATIENCE)
         self._stream: Iterator[Examples] | None = None
 
     def update(self, number: int, progress: float) -> Update:
-        """One step of the optimiser on one batch; the rows that the policy walked to are the last."""
+        """Take one step of the optimizer on one batch."""
         started = time.perf_counter()
         examples = self._next_examples(number)
         waited = time.perf_counter() - started
-        self._schedule(progress)
+        self.set_rate(0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         direction, losses = self._losses(examples, max(0.0, 1 - progress / AUXILIARY_END))
         right = direction.argmax(dim=1) == torch.from_numpy(examples.step).to(self.device)
-        walk = self._walk_actions(direction, examples.step, number, progress) if self.mazes else None
-        self.optimizer.zero_grad()
-        torch.stack([weight * loss for weight, loss in losses.values()]).sum().backward()
-        nn.utils.clip_grad_norm_([*self.policy.parameters(), *self.maps.parameters()], LARGEST_NORM)
-        self.optimizer.step()
-        measures = {name: loss for name, (_, loss) in losses.items()} | {"right": right[: len(right) - self.walked]}
-        if self.mazes and walk is not None:
+        drawn = len(right) - self.walked
+        measures = {name: loss for name, (_, loss) in losses.items()} | {"right": right[:drawn]}
+        walk = self._walk_actions(direction[drawn:], examples.step[drawn:], number, progress)
+        self.descend(torch.stack([weight * loss for weight, loss in losses.values()]).sum())
+        if self.mazes:
             started = time.perf_counter()
-            self.mazes.step(walk)  # while a GPU is still at work on the gradient
+            self.mazes.step(walk)  # while a GPU still computes the gradient
             waited += time.perf_counter() - started
-            measures["right_walked"] = right[-self.walked :]
+            measures["right_walked"] = right[drawn:]
         return Update(len(examples), waited, {name: each.detach().float().mean() for name, each in measures.items()})
 
     def state(self) -> dict[str, Any]:
-        """Of the maps, the optimiser and the walks; data and draws follow from the number of the update."""
-        return {
-            "maps": self.maps.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "mazes": self.mazes.state() if self.mazes else None,
-        }
+        """A snapshot, with the auxiliary maps."""
+        return {**super().state(), "maps": self.maps.state_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state`."""
+        """Restore a snapshot."""
+        super().restore(state)
         self.maps.load_state_dict(state["maps"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.mazes:
-            self.mazes.restore(state["mazes"])
 
     def _next_examples(self, number: int) -> Examples:
         size = self.settings.batch - self.walked
@@ -150,78 +118,34 @@ class Imitation:
             chunks = Chunks(self.settings.seed, self.settings.large)
             self._stream = batches(chunks, size, first=number * size, workers=self.workers)
         drawn = next(self._stream)
-        return joined([drawn, self.mazes.examples()]) if self.mazes else drawn
-
-    def _schedule(self, progress: float) -> None:
-        """A cosine from the rate down to 2% of it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        return drawn + self.mazes.examples() if self.mazes else drawn
 
     def _losses(self, examples: Examples, auxiliary: float) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
         """Log-probabilities of the directions (batch, direction), and every loss with its weight.
 
-        Args:
-            examples: to learn from.
-            auxiliary: factor of the auxiliary weights; at 0 the maps are not read.
+        `auxiliary` multiplies the auxiliary weights; at 0 the maps are not computed.
         """
-        frames, step, distance, field, cell = (
-            torch.from_numpy(part).to(self.device)
-            for part in (examples.frames, examples.step, examples.distance, examples.field, examples.cell)
-        )
+        on_device = {name: torch.from_numpy(part).to(self.device) for name, part in vars(examples).items()}
+        parts = self.maps if auxiliary else {}
+        with recording(self.policy, READ_FROM, detach=False) if parts else nullcontext({}) as cache:
+            logits, value = self.forward(on_device["frames"])
         losses = {}
-        with precision(self.device, self.settings):
-            if auxiliary and self.maps:
-                with recording(self.policy, READ_FROM, detach=False) as cache:
-                    actions, value = self.policy(network_input(frames))
-                targets = {"field": field.long(), "cell": cell}
-                for part, maps in self.maps.items():
-                    read = maps(cache[READ_FROM])
-                    losses[part] = (auxiliary * AUXILIARY[part].weight, AUXILIARY[part].loss(read, targets[part]))
-            else:
-                actions, value = self.policy(network_input(frames))
-        direction = direction_log_probabilities(log_probabilities(actions))
-        losses["step"] = (1.0, F.nll_loss(direction, step))
-        losses["value"] = (VALUE_WEIGHT, F.mse_loss(value.float(), REWARD * DISCOUNT**distance))
+        for part, maps in parts.items():
+            _, weight, loss = AUXILIARY[part]
+            losses[part] = (auxiliary * weight, loss(maps(cache[READ_FROM].float()), on_device[part].long()))
+        direction = direction_log_probabilities(logits)
+        losses["step"] = (1.0, F.nll_loss(direction, on_device["step"]))
+        losses["value"] = (VALUE_WEIGHT, F.mse_loss(value, REWARD * DISCOUNT ** on_device["distance"]))
         return direction, losses
 
-    def _walk_actions(self, direction: Tensor, steps: np.ndarray, number: int, progress: float) -> np.ndarray:
-        """How the walks go on: (walk,), actions sampled from the policy.
+    def _walk_actions(
+        self, direction: Tensor, steps: NDArray[np.int64], number: int, progress: float
+    ) -> NDArray[np.int64]:
+        """The next actions of the walks, sampled from the policy: (walk,).
 
-        At first the right step is often taken instead (DAgger's beta): an untrained policy would never leave the start.
+        At first the right step often replaces them (DAgger's beta): an untrained policy would never leave the start.
         """
         rng = np.random.default_rng((self.settings.seed, _DRAWS, number))
-        draws, expert = rng.random(self.walked), rng.random(self.walked) < 1 - progress / EXPERT_END
-        chosen = sampled(direction[-self.walked :].detach().exp().cpu().numpy(), draws)
-        chosen = np.where(expert, steps[-self.walked :], chosen)
+        draws, expert = rng.random(len(steps)), rng.random(len(steps)) < 1 - progress / EXPERT_END
+        chosen = np.where(expert, steps, sampled(direction.detach().exp().cpu().numpy(), draws))
         return np.array([ACTIONS[move][0] for move in Direction])[chosen]
-
-
-def log_probabilities(actions: Categorical) -> Tensor:
-    """Of every action, float32 (batch, action); in bfloat16 they do not quite sum to 1."""
-    return torch.log_softmax(actions.logits.float(), dim=1)
-
-
-def direction_log_probabilities(logits: Tensor) -> Tensor:
-    """Log of the summed probability of each direction's actions: (batch, direction).
-
-    Args:
-        logits: normalised, (batch, action).
-    """
-    return torch.stack([logits[:, list(ACTIONS[move])].logsumexp(dim=1) for move in Direction], dim=1)
-
-
-def network_input(frames: Tensor) -> Tensor:
-    """What `maze.levels.policy_input` gives, in the memory layout in which convolutions are fast.
-
-    Args:
-        frames: uint8 (batch, row=64, col=64, channel=3).
-
-    Returns:
-        float32 (batch, channel=3, row=64, col=64) in [0, 1].
-    """
-    return frames.permute(0, 3, 1, 2).float() / 255
-
-
-def precision(device: torch.device, settings: Settings) -> Any:
-    """A context in which convolutions and products are computed in bfloat16, if the settings say so."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bfloat16)

@@ -1,7 +1,7 @@
-"""What a policy is trained on: mazes with the cheese in the top right 5x5, and the first step to take in them.
+"""Training data: mazes with the cheese in the top right 5x5, and the first step of the shortest path.
 
-Whatever is drawn is a function of a seed and of a running number. Any number of worker processes therefore gives the
-same stream, and a run that was interrupted goes on with the data that it would have had.
+All draws are functions of a seed and a running number. So any number of worker processes gives the same stream, and a
+resumed run gets the same data as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,53 +27,33 @@ CHEESES = 2  # cheese squares of each level
 MICE = 6  # mouse squares for each of these, half of them on the path
 CHUNK = LEVELS * CHEESES * MICE
 
-NO_DIRECTION = -1  # in `Examples.field`, where there is nothing to learn
+NO_DIRECTION = -1  # in `Examples.field`, on squares without a label
 
 _STREAM, WALKED, REWARDED = 0, 1, 4  # kinds of draws that share a seed
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Observations and what is to be learned from them.
+    """Observations with their labels. Maps of the world lie as the image does, the top row first."""
 
-    Maps of the world lie as the image does, the top row first.
-
-    Attributes:
-        frames: uint8 (batch, row=64, col=64, channel=3), what procgen shows.
-        step: int (batch,), the `Direction` in which the shortest path to the cheese starts.
-        distance: float32 (batch,), steps to the cheese.
-        field: int8 (batch, row=25, col=25), the `Direction` to take on every free square; `NO_DIRECTION` in walls
-            and on the cheese.
-        cell: int (batch,), where the mouse is: row * 25 + col.
-    """
-
-    frames: NDArray[np.uint8]
-    step: NDArray[np.int64]
-    distance: NDArray[np.float32]
-    field: NDArray[np.int8]
-    cell: NDArray[np.int64]
+    frames: NDArray[np.uint8]  # (batch, row=64, col=64, channel=3), procgen's images
+    step: NDArray[np.int64]  # (batch,), the first `Direction` of the shortest path to the cheese
+    distance: NDArray[np.float32]  # (batch,), steps to the cheese
+    field: NDArray[np.int8]  # (batch, row=25, col=25), the `Direction` to take; none in walls and on the cheese
+    cell: NDArray[np.int64]  # (batch,), the mouse's cell: row * 25 + col
 
     def __len__(self) -> int:
         return len(self.step)
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> Examples:
-        return Examples(*(getattr(self, part.name)[rows] for part in fields(self)))
+        return Examples(**{name: part[rows] for name, part in vars(self).items()})
+
+    def __add__(self, other: Examples) -> Examples:
+        return Examples(*map(np.concatenate, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def joined(parts: Sequence[Examples]) -> Examples:
-    """One batch after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    return Examples(*(np.concatenate([getattr(part, name.name) for part in parts]) for name in fields(Examples)))
-
-
-def labelled(frames: NDArray[np.uint8], mazes: Mazes) -> Examples:
-    """Observations with their labels.
-
-    Args:
-        frames: uint8 (batch, row=64, col=64, channel=3), what procgen shows of `mazes`.
-        mazes: each with a cheese that the mouse can reach.
-    """
+def labeled(frames: NDArray[np.uint8], mazes: Mazes) -> Examples:
+    """Images of mazes with their labels; the mice can reach the cheese."""
     every = np.arange(len(mazes))
     row, col = mazes.mouse.T
     moves = direction_field(mazes, mazes.cheese)
@@ -90,9 +70,7 @@ def labelled(frames: NDArray[np.uint8], mazes: Mazes) -> Examples:
 def fresh_levels(draw: Sequence[int], large: float = 0.0) -> list[bytes]:
     """States of 64 procgen levels with the cheese in the top right 5x5 and the mouse at the start.
 
-    Args:
-        draw: numbers that name the draw; the same numbers give the same levels.
-        large: sides are drawn with probability proportional to side ** large; at 0 equally often, as in procgen.
+    The numbers of the draw seed it. Sides have probabilities proportional to side ** large; procgen's own are equal.
     """
     rng = np.random.default_rng(draw)
     levels: list[bytes] = []
@@ -103,39 +81,23 @@ def fresh_levels(draw: Sequence[int], large: float = 0.0) -> list[bytes]:
     return levels[:LEVELS]
 
 
-def path_squares(mazes: Mazes) -> NDArray[np.bool_]:
-    """The squares of the shortest paths from the start to the cheese, both included: bool (batch, row, col)."""
-    from_start, to_cheese = distances(mazes, START), distances(mazes, mazes.cheese)
-    return mazes.free & (from_start + to_cheese == to_cheese[:, None, None, 0, 0])
-
-
 def example_mazes(levels: Sequence[bytes], rng: np.random.Generator) -> Mazes:
-    """Mazes for the observations of a chunk: the levels in turn, over and over, each time with the mouse elsewhere.
+    """Mazes for the observations of a chunk: `CHEESES * MICE` per level, all levels in turn, over and over.
 
-    Args:
-        levels: states of levels with the mouse at the start.
-        rng: where the squares come from.
-
-    Returns:
-        `CHEESES * MICE` mazes per level. The first half has the mouse on the path from the start to the cheese,
-        the second half on any free square.
+    The mouse is on the path from the start to the cheese in the first half, and on any free square in the second.
     """
     mazes = read_mazes(list(levels) * CHEESES)
     mazes = mazes.moved(cheese=random_squares(cheese_squares(mazes, "in distribution"), rng))
     anywhere = mazes.grid == FREE
-    on_path = anywhere & path_squares(mazes)
+    to_cheese = distances(mazes, mazes.cheese)
+    on_path = anywhere & (distances(mazes, START) + to_cheese == to_cheese[:, :1, :1])
     squares = np.concatenate([np.tile(each, (MICE // 2, 1, 1)) for each in (on_path, anywhere)])
     repeated = mazes[np.tile(np.arange(len(mazes)), MICE)]
     return repeated.moved(mouse=random_squares(squares, rng), facing_right=rng.random(len(repeated)) < 0.5)
 
 
 class Chunks(Dataset[Examples]):
-    """The training data, endless, by the number of the chunk: 768 examples of 64 levels, shuffled.
-
-    Args:
-        seed: of everything that is drawn.
-        large: see `fresh_levels`.
-    """
+    """The endless training data, by the number of the chunk: 768 examples of 64 levels, shuffled."""
 
     def __init__(self, seed: int, large: float = 0.0) -> None:
         self.seed, self.large = seed, large
@@ -145,30 +107,24 @@ class Chunks(Dataset[Examples]):
         levels = fresh_levels(draw, self.large)
         rng = np.random.default_rng((*draw, 1))
         mazes = example_mazes(levels, rng)
-        examples = labelled(observe(write_mazes(mazes, levels * (CHEESES * MICE))), mazes)
+        examples = labeled(observe(write_mazes(mazes, levels * (CHEESES * MICE))), mazes)
         return examples[rng.permutation(len(examples))]
 
 
 def batches(chunks: Dataset[Examples], size: int, *, first: int = 0, workers: int = 0) -> Iterator[Examples]:
-    """Consecutive examples of `chunks`, without end.
+    """Endless batches of consecutive examples of `chunks`, from the example with number `first`.
 
-    Args:
-        chunks: `CHUNK` examples each.
-        size: examples in a batch.
-        first: where in the stream to begin; what a run has seen already.
-        workers: processes that draw them in advance; 0 draws them here. The examples are the same for all numbers.
+    Worker processes draw them in advance; their number does not change the examples.
     """
     number, seen = divmod(first, CHUNK)
     loader = DataLoader(
         chunks,
-        batch_size=None,
+        batch_size=None,  # no batches of chunks; their arrays travel through a pipe, as tensors need shared memory
         sampler=itertools.count(number),  # type: ignore[arg-type]  # any iterable will do, also one without end
-        # Arrays travel through a pipe. Tensors would through shared memory, of which a container often has too little.
-        collate_fn=_unchanged,
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
     )
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the one who started the workers
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the process with the run
     try:
         ready = iter(loader)
     finally:
@@ -176,79 +132,63 @@ def batches(chunks: Dataset[Examples], size: int, *, first: int = 0, workers: in
     rest = next(ready)[seen:]
     while True:
         while len(rest) < size:
-            rest = joined([rest, next(ready)])
+            rest += next(ready)
         yield rest[:size]
         rest = rest[size:]
 
 
 class TrainingMazes:
-    """procgen mazes to act in: whenever a level starts, its cheese is in the top right 5x5.
+    """procgen mazes to act in; every level has its cheese in the top right 5x5.
 
-    Args:
-        count: number of mazes.
-        seed: gives the sequence of levels.
-        large: see `fresh_levels`.
-        patience: steps after which a level is given up; None leaves that to procgen, which does after 500.
-        draws: `WALKED` or `REWARDED`: other levels of the same seed.
+    A level is given up after `patience` steps. `draws` is `WALKED` or `REWARDED`: different levels of the same seed.
     """
 
-    def __init__(
-        self, count: int, *, seed: int, large: float = 0.0, patience: int | None = None, draws: int = WALKED
-    ) -> None:
+    def __init__(self, count: int, *, seed: int, large: float = 0.0, patience: int = 500, draws: int = WALKED) -> None:
         self._procgen = procgen_mazes(count)
         self._seed, self._draws, self._large, self._patience = seed, draws, large, patience
         self._age = np.zeros(count, dtype=np.int64)  # steps since the level started
         self._started = 0  # levels so far
-        self._levels: list[bytes] = []  # of the chunk that the next level is in
-        self._start(range(count))
+        self._levels: list[bytes] = []  # the chunk that holds the next level
+        self._start(np.arange(count))
 
     def frames(self) -> NDArray[np.uint8]:
-        """What procgen shows now: uint8 (batch, row=64, col=64, channel=3)."""
-        frames: NDArray[np.uint8] = self._procgen.observe()[1]["rgb"]
-        return frames
+        """The current images: uint8 (batch, row=64, col=64, channel=3)."""
+        return self._procgen.observe()[1]["rgb"]
 
     def mazes(self) -> Mazes:
-        """The mazes as they are now."""
+        """The current mazes."""
         return read_mazes(self._procgen.get_state())
 
     def examples(self) -> Examples:
-        """What procgen shows now, and the right step from there."""
-        return labelled(self.frames(), self.mazes())
+        """The current images with their labels."""
+        return labeled(self.frames(), self.mazes())
 
     def step(self, actions: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Takes one action in every maze; where a level ends, the next one starts at once.
-
-        Args:
-            actions: int (batch,), 0 to 14.
-
-        Returns:
-            Rewards (batch,), 10 at the cheese and 0 elsewhere, and whether the step ended the level (batch,).
-        """
-        given_up = np.zeros_like(self._age, dtype=bool) if self._patience is None else self._age >= self._patience
-        self._procgen.act(np.where(given_up, -1, actions))  # -1 ends the level
+        """Take one action in every maze; returns rewards and whether the level ended. The next one starts at once."""
+        self._procgen.act(np.where(self._age >= self._patience, -1, actions))  # -1 ends the level
         reward, _, ended = self._procgen.observe()
         self._age += 1
         self._start(np.flatnonzero(ended))
         return reward, ended
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides what comes next, as torch saves it."""
+        """A snapshot that `restore` takes and torch can save."""
         states = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self._procgen.get_state()]
         return {"states": states, "age": self._age.tolist(), "started": self._started}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state` was taken."""
+        """Restore a snapshot."""
         self._procgen.set_state([each.numpy().tobytes() for each in state["states"]])
         self._age[:] = state["age"]
         self._started = state["started"]
         self._levels = self._chunk() if self._started % LEVELS else []
 
-    def _start(self, mazes: Sequence[int] | NDArray[np.int64]) -> None:
-        for index in mazes:
+    def _start(self, mazes: NDArray[np.int64]) -> None:
+        for index in mazes.tolist():
             if self._started % LEVELS == 0:
                 self._levels = self._chunk()
             level = self._levels[self._started % LEVELS]
-            self._procgen.call_c_func("set_state", int(index), level, len(level))
+            self._procgen.call_c_func("set_state", index, level, len(level))
             self._age[index] = 0
             self._started += 1
 
@@ -257,17 +197,7 @@ class TrainingMazes:
 
 
 def sampled(probabilities: NDArray[np.floating[Any]], draws: NDArray[np.float64]) -> NDArray[np.int64]:
-    """One action per row, by inversion.
-
-    Args:
-        probabilities: (batch, action).
-        draws: (batch,), uniform in [0, 1).
-    """
+    """One action per row of probabilities, (batch, action), by inversion of a uniform draw in [0, 1)."""
     cumulated = probabilities.cumsum(axis=1, dtype=np.float64)
-    # Of the sum, which rounding keeps from being exactly 1.
-    chosen: NDArray[np.int64] = (cumulated > draws[:, None] * cumulated[:, -1:]).argmax(axis=1)
-    return chosen
-
-
-def _unchanged(examples: Examples) -> Examples:
-    return examples
+    # Rounding keeps the sum from being exactly 1.
+    return (cumulated > draws[:, None] * cumulated[:, -1:]).argmax(axis=1)

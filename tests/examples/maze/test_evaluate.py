@@ -15,13 +15,12 @@ from maze import evaluate
 from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
 from maze.analysis.tables import action_tables
 from maze.environment.levels import draw_levels, observe, policy_input
-from maze.experiment import SettingsError
 from maze.policy.network import load_policy
-from maze.training.evaluation import MEASURES, Score, markdown, mean_interval, measure, scores, sizes_in
+from maze.training.evaluation import MEASURES, Score, markdown, measure, rate_interval, scores
 
 SCRIPT = Path(evaluate.__file__)
 # The side of 17 takes long enough to be interrupted on any machine.
-SMALL = ["--n", "3", "--sizes", "5,17", "--cheese", "in distribution", "out of distribution", "top right"]
+SMALL = ["--n", "3", "--sizes", "5", "17", "--cheese", "in distribution", "out of distribution", "top right"]
 FILES = ["evaluation.png", "levels.csv", "summary.json", "table.csv", "table.md"]
 
 
@@ -158,56 +157,35 @@ def test_what_no_level_has_is_left_out_of_the_scores():
     assert [score.mean.estimate for score in given] == pytest.approx([0.7, 2 / 3])
 
 
-def test_a_mean_interval_covers_the_mean_about_as_often_as_it_says():
+def test_a_rate_interval_covers_the_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(1000):
-        interval = mean_interval(rng.beta(0.3, 0.1, size=40), "sampled")
+        interval = rate_interval(rng.beta(0.3, 0.1, size=40), "sampled")
         covered += interval.low <= 0.75 <= interval.high
     assert 930 <= covered <= 985
 
 
 @pytest.mark.parametrize("values", [[0.3], [1.0, 1.0, 1.0], [0.0] * 50, [0.2, 0.9]])
-def test_a_mean_interval_has_a_width_and_lies_around_the_mean_within_0_and_1(values):
-    interval = mean_interval(np.array(values), "sampled")
+def test_a_rate_interval_has_a_width_and_lies_around_the_mean_within_0_and_1(values):
+    interval = rate_interval(np.array(values), "sampled")
     assert 0 <= interval.low <= interval.estimate == np.mean(values) <= interval.high <= 1
     assert interval.high - interval.low > 0.01
 
 
 def test_the_markdown_table_has_a_dash_where_a_measure_means_nothing():
-    interval = mean_interval(np.array([1.0, 1.0]), "greedy")
+    interval = rate_interval(np.array([1.0, 1.0]), "greedy")
     lines = markdown([Score(9, "top right", "greedy", "found", 2, interval)]).splitlines()
     assert lines[2] == "| 9 | top right | greedy | 2 | 100.0% (34.2% to 100.0%) | - | - | 0 | - | - | - |"
 
 
 @pytest.mark.parametrize(
-    ("text", "sizes"),
-    [("15", (15,)), ("3, 5,...,9", (3, 5, 7, 9)), ("5,9,...,25", (5, 9, 13, 17, 21, 25)), ("9,9,7", (9, 7))],
-)
-def test_sizes_are_read_from_a_list_with_dots(text, sizes):
-    assert sizes_in(text) == sizes
-
-
-@pytest.mark.parametrize("text", ["", "nine", "3,...,9", "9,5,...,3", "3,5,..."])
-def test_other_lists_of_sizes_are_refused(text):
-    with pytest.raises(SettingsError) as error:
-        sizes_in(text)
-    assert str(error.value) == f"--sizes is '{text}', but it is a list such as 9,15,25 or 3,5,...,25."
-
-
-@pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--n", "0"], "--n is 0, but it is 1 to 100000."),
-        (["--seed", "-1"], "--seed is -1, but it is 0 to 2147483647."),
-        (["--sizes", "9,14"], "--sizes holds 14, but the side of a maze is odd, 3 to 25."),
+        (["--n", "0"], "--n is 0, but it is at least 1."),
+        (["--seed", "-1"], "seed=-1: procgen takes seeds of 0 to 2147483647."),
         (
-            ["--cheese", "here"],
-            "--cheese holds 'here'; it is one or more of 'in distribution', 'out of distribution', 'as drawn', "
-            "'top left', 'top right', 'bottom right'.",
-        ),
-        (
-            ["--sizes", "3,5", "--cheese", "out of distribution"],
+            ["--sizes", "3", "5", "--cheese", "out of distribution"],
             "--sizes are 5 at most, so no square is outside the top right 5x5.",
         ),
         (["--weights", "nowhere.pth"], "The weights 'nowhere.pth' cannot be read: No such file or directory."),
@@ -219,6 +197,21 @@ def test_a_wrong_argument_ends_with_one_line_that_says_so(arguments, complaint, 
     assert evaluate.main() == 2
     assert capsys.readouterr().err == f"error: {complaint}\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--sizes", "9", "14"], "argument --sizes: invalid choice: 14 (choose from 3, 5, 7, 9, "),
+        (["--cheese", "here"], "argument --cheese: invalid choice: 'here' (choose from 'in distribution', "),
+    ],
+)
+def test_an_unknown_size_or_place_is_rejected_with_the_known_ones(arguments, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 2
+    assert f"evaluate.py: error: {complaint}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_global_random_generators_are_not_touched():
         ),
         (
             dict(cheese="top right", mouse="decision square"),
-            "With the cheese in the top right corner there is no decision square.",
+            "With the cheese in the top right corner, a maze has no decision square.",
         ),
         (dict(mouse="here"), "mouse='here' is not one of 'start', 'anywhere', 'decision square'."),
         (

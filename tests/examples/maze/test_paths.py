@@ -163,7 +163,7 @@ def test_what_cannot_be_reached_is_infinitely_far_and_has_no_first_step():
     assert decision_squares(island)[1].tolist() == [False]
     with pytest.raises(NoPath) as error:
         shortest_paths(island, island.cheese)
-    assert str(error.value) == "Maze 0: there is no way from the mouse at (0, 0) to (4, 0)."
+    assert str(error.value) == "Maze 0: there is no path from the mouse at (0, 0) to (4, 0)."
 
 
 def test_at_the_target_there_is_no_step_left():

@@ -146,7 +146,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 def test_a_truncated_safetensors_file_is_refused(tmp_path, kept):
     path = tmp_path / "short.safetensors"
     path.write_bytes(SHIPPED_WEIGHTS.read_bytes()[:kept])
-    assert refusal(path).startswith(f"The weights '{path}' are damaged or not safetensors: ")
+    assert refusal(path) == f"The weights '{path}' are damaged."
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -173,7 +173,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, save
     path, trace = tmp_path / "trap.pth", tmp_path / "trace"
     save({"model_state_dict": {"weight": Trap(trace)}}, path)
     assert refusal(path) == (
-        f"The weights '{path}' are damaged, or hold more than tensors. Nothing of them was loaded: it could run code."
+        f"The weights '{path}' are damaged, or hold more than tensors. They were not loaded: that could run code."
     )
     assert not trace.exists()
 
@@ -182,7 +182,7 @@ def test_weights_of_another_network_are_refused_with_the_first_names(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"conv1.weight": torch.zeros(4), "conv1.bias": torch.zeros(4)}, path)
     assert refusal(path) == (
-        f"The weights '{path}' are not of a maze policy: 36 missing: embedder.block1.conv.weight, "
+        f"The weights '{path}' do not fit the maze policy: 36 missing: embedder.block1.conv.weight, "
         "embedder.block1.conv.bias, embedder.block1.res1.conv1.weight, ...; "
         "2 unexpected: conv1.weight, conv1.bias."
     )
@@ -192,43 +192,42 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file(load_file(SHIPPED_WEIGHTS) | {"fc_policy.bias": torch.zeros(7)}, path)
     assert refusal(path) == (
-        f"The weights '{path}' are not of a maze policy: 1 of another shape: fc_policy.bias (7,) instead of (15,)."
+        f"The weights '{path}' do not fit the maze policy: 1 of another shape: fc_policy.bias (7,) instead of (15,)."
     )
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     path = tmp_path / "diverged.safetensors"
     save_file(load_file(SHIPPED_WEIGHTS) | {"fc_policy.bias": torch.full((15,), torch.nan)}, path)
-    assert refusal(path) == f"The weights '{path}' are not of a maze policy: 1 not finite: fc_policy.bias."
+    assert refusal(path) == f"The weights '{path}' do not fit the maze policy: 1 not finite: fc_policy.bias."
 
 
 def test_a_first_convolution_that_fits_no_width_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file(load_file(SHIPPED_WEIGHTS) | {"embedder.block1.conv.weight": torch.zeros(17, 3, 3, 3)}, path)
     assert refusal(path) == (
-        f"The weights '{path}' are not of a maze policy: 'embedder.block1.conv.weight' has shape (17, 3, 3, 3), "
-        "expected (16 * width, 3, 3, 3)."
+        f"The weights '{path}' do not fit the maze policy: 1 of another shape: "
+        "embedder.block1.conv.weight (17, 3, 3, 3) instead of (16, 3, 3, 3)."
     )
 
 
 @pytest.mark.parametrize(
-    ("weight", "kind"),
+    "weight",
     [
-        (torch.zeros(15).to_sparse(), "float32, sparse_coo, on cpu"),
-        (torch.zeros(15, device="meta"), "float32, strided, on meta"),
-        (torch.zeros(15, dtype=torch.int64), "int64, strided, on cpu"),
-        (torch.zeros(15, dtype=torch.bool), "bool, strided, on cpu"),
-        (torch.zeros(15, dtype=torch.complex64), "complex64, strided, on cpu"),
-        (torch.zeros(15).to(torch.float8_e5m2), "float8_e5m2, strided, on cpu"),
+        torch.zeros(15).to_sparse(),
+        torch.zeros(15, device="meta"),
+        torch.zeros(15, dtype=torch.int64),
+        torch.zeros(15, dtype=torch.bool),
+        torch.zeros(15, dtype=torch.complex64),
+        torch.zeros(15).to(torch.float8_e5m2),
     ],
+    ids=str,
 )
-def test_a_tensor_of_a_kind_that_no_policy_has_is_one_error_that_names_it(tmp_path, weight, kind):
+def test_a_tensor_that_is_not_dense_floats_on_the_cpu_is_one_error_that_names_it(tmp_path, weight):
     path = tmp_path / "other.pth"
     torch.save(load_file(SHIPPED_WEIGHTS) | {"fc_policy.bias": weight}, path)
     assert refusal(path) == (
-        f"The weights '{path}' hold 1 tensors of a kind that no maze policy has: fc_policy.bias ({kind}). Expected "
-        "float16, bfloat16, float32 or float64, strided, on cpu. Save policy.state_dict() of a policy whose weights "
-        "are in memory."
+        f"The weights '{path}' do not fit the maze policy: 1 not dense floats on the CPU: fc_policy.bias."
     )
 
 

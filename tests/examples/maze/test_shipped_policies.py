@@ -1,4 +1,4 @@
-"""What a report says of the policies that stand side by side."""
+"""The report's description of the policies that it compares."""
 
 import pytest
 
@@ -32,13 +32,13 @@ CONTROL = {"control": {"sums": sums(16, 0.74), "ablation": ablation(0.4)}}
 SEED = {"seed1": {"sums": sums(3, 0.9)}}
 
 
-def test_of_one_policy_alone_it_is_said_that_a_control_would_tell_how_much_was_taught():
+def test_a_run_of_one_policy_names_the_missing_control():
     mine = {"mine": IMITATION["imitation"]}
-    assert introduction(mine).startswith("One policy only.")
+    assert introduction(mine).endswith("A control policy would show how much.")
     assert list(described(mine)) == [] and compared(mine) == []
 
 
-def test_what_remains_without_the_teaching_is_told_in_the_numbers_of_the_tables():
+def test_the_comparison_holds_the_numbers_of_the_tables():
     assert compared(IMITATION | CONTROL | SEED) == [
         {
             "quantity": "AUC of the sum of the channel for UP at relu3, cheese in distribution",
@@ -48,8 +48,8 @@ def test_what_remains_without_the_teaching_is_told_in_the_numbers_of_the_tables(
         },
         *(
             {"quantity": f"false positives of the threshold on the channel for UP, {where} distribution"}
-            | dict.fromkeys(("imitation", "control", "seed1"), told)
-            for where, told in (("in", "11.0% (0.0% to 100.0%), n=500"), ("out of", "22.0% (0.0% to 100.0%), n=1000"))
+            | dict.fromkeys(("imitation", "control", "seed1"), share)
+            for where, share in (("in", "11.0% (0.0% to 100.0%), n=500"), ("out of", "22.0% (0.0% to 100.0%), n=1000"))
         ),
         {
             "quantity": "P(cheese within 256 steps) of the unchanged policy, cheese top left",
@@ -60,45 +60,40 @@ def test_what_remains_without_the_teaching_is_told_in_the_numbers_of_the_tables(
     ]
 
 
-def test_the_first_paragraph_says_what_remains_without_the_teaching():
-    told = introduction(IMITATION | CONTROL)
-    assert "with an AUC of 0.740 (0.000 to 1.000) against 0.930 (0.000 to 1.000) for UP. But" in told
+def test_the_introduction_compares_the_control_with_the_policy_under_study():
+    text = introduction(IMITATION | CONTROL)
+    assert "with an AUC of 0.740 (0.000 to 1.000) against 0.930 (0.000 to 1.000) for UP. The difference" in text
 
 
-def test_what_else_differs_between_the_control_and_the_policy_under_study_is_told():
-    told = introduction(IMITATION | CONTROL)
-    assert "the control saw as many observations, but larger mazes and its own mistakes in the second half only" in told
-    assert told.endswith("the control keeps the loss that teaches the mouse's cell.")
+def test_the_introduction_names_the_other_differences_of_the_control():
+    text = introduction(IMITATION | CONTROL)
+    assert "the control saw as many observations, but larger mazes and its own mistakes in the second half only" in text
+    assert text.endswith("The control keeps the loss for the mouse's cell.")
 
 
-def test_without_a_control_it_stays_open_how_much_was_taught():
-    assert introduction(IMITATION | SEED).endswith(
-        "No policy without that teaching stands beside it here, so how much was taught stays open."
-    )
-
-
-def test_a_control_without_measurements_leaves_open_what_remains():
-    assert introduction(IMITATION | {"control": {"pair": {}}}).endswith(
-        "What remains without it stays open here: no sums, no ablation of the control policy."
+@pytest.mark.parametrize("others", [SEED, {"control": {"pair": {}}}])
+def test_the_introduction_says_if_the_control_was_not_measured(others):
+    assert introduction(IMITATION | others).endswith(
+        "This run has no figures for the control without that loss, so it does not show how much."
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "description"),
     [
         ("imitation", "auxiliary losses taught its middle layers the field of directions"),
         ("control", "imitation without the field of directions but with the mouse's cell, on as many observations"),
         ("reward", "from the imitation policy, so its start was taught directions"),
-        ("seed1", "the run of the imitation policy with another seed, directions taught too, on fewer"),
-        ("seed2", "the run of the imitation policy with another seed, directions taught too, on fewer"),
+        ("seed1", "the training of the imitation policy with another seed, directions taught too, on fewer"),
+        ("seed2", "the training of the imitation policy with another seed, directions taught too, on fewer"),
     ],
 )
-def test_each_policy_is_called_what_it_is(name, what):
-    assert what in dict(described(dict.fromkeys(POLICIES, {"sums": {}})))[name]
+def test_each_policy_has_its_description(name, description):
+    assert description in dict(described(dict.fromkeys(POLICIES, {"sums": {}})))[name]
 
 
-def test_a_policy_without_measurements_and_a_missing_policy_by_reward_are_told():
-    told = dict(described(IMITATION | {"control": {}}))
-    assert list(told) == ["imitation", "control", "reward"]
-    assert told["control"].endswith("; not measured in this run.") and told["imitation"].endswith("mouse's cell.")
-    assert told["reward"] == "no policy trained by reward stands beside them in this run."
+def test_a_policy_without_measurements_and_a_missing_policy_by_reward_are_named():
+    given = dict(described(IMITATION | {"control": {}}))
+    assert list(given) == ["imitation", "control", "reward"]
+    assert given["control"].endswith("; not measured in this run.") and given["imitation"].endswith("mouse's cell.")
+    assert given["reward"] == "a policy trained by reward is not part of this run."
