@@ -22,7 +22,7 @@ ROWS = {  # what is counted, and the tests that count it; "tests" counts the tes
     "Generated models": ("generated models", ["test_generated_models.py"]),
     "Damaged files": ("damaged files", ["saving/test_damaged_files.py"]),
     "Interrupts": ("interrupts", ["engine/test_interrupts.py"]),
-    "Faults of the user, with the whole message": ("tests", ["test_errors.py"]),
+    "User mistakes, with the whole error message": ("tests", ["test_errors.py"]),
 }
 
 
