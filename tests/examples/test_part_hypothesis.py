@@ -25,7 +25,6 @@ def study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 9)
         patch.setattr(part, "REFERENCE", 8)
-        patch.setattr(part, "RESAMPLES", 99)
         patch.setattr("maze.analysis.part.SELECTION_LEVELS", 100)
         patch.setattr("maze.analysis.part.LABEL_LEVELS", 60)
         yield Study(shipped_points(), {}, 12, seed=0)
