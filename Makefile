@@ -38,7 +38,7 @@ study: $(STUDY) ## the experiment in procgen, on N levels (N=200) from SEED (0);
 	$(BIN)/python examples/maze_goal_misgen.py --n $(N) --seed $(SEED) $(ARGS)
 
 report: $(STUDY) ## every part of the maze study on N levels each, with a report; ARGS="--only pair,sums" for some
-	$(BIN)/python examples/maze_goal_misgen.py --n $(N) --seed $(SEED) $(ARGS)
+	$(BIN)/python examples/maze/study.py --n $(N) --seed $(SEED) $(ARGS)
 
 train: $(STUDY) ## train a maze policy, hours on a CPU; options go into ARGS, and ARGS=--help explains them
 	$(BIN)/python examples/maze/train.py $(ARGS)

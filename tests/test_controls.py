@@ -24,7 +24,7 @@ from chanpatch import (
     sweep,
     zero_ablate,
 )
-from chanpatch.controls import matched_channels, off_distribution, random_vectors
+from chanpatch.controls import matched_channels, off_distribution, random_sets, random_vectors
 from chanpatch.errors import ChanpatchError, EditError, SiteError, StatisticsError
 from chanpatch.statistics import rank_among
 
@@ -421,3 +421,22 @@ def test_a_site_without_channels_has_no_controls() -> None:
         matched_channels(points, "embed", ATTENTION.inputs(9), count=1, seed=0)
     with pytest.raises(SiteError, match="Name them, hook_points"):
         off_distribution(UNNAMED, zero_ablate(UNNAMED.site(".out")), ATTENTION.inputs(9), ATTENTION.inputs(9))
+
+
+def test_random_sets_are_different_sets_of_equal_size_other_than_the_tested_ones() -> None:
+    tested = [(0, 1, 2), (9, 8, 7)]
+    sets = random_sets(range(10), 3, count=19, seed=1, other_than=tested)
+    assert len({*sets}) == 19 and not {*sets} & {(0, 1, 2), (7, 8, 9)}
+    assert all(len({*each}) == 3 and [*each] == sorted(each) for each in sets)
+    assert sets == random_sets(range(10), 3, count=19, seed=1, other_than=tested)
+
+
+def test_if_hardly_more_sets_exist_there_are_fewer() -> None:
+    assert sorted(random_sets((4, 5, 6), 2, count=19, other_than=[(5, 4)])) == [(4, 6), (5, 6)]
+    assert random_sets((4, 5), 2, count=19, other_than=[(4, 5)]) == []
+
+
+def test_a_set_larger_than_the_channels_is_refused() -> None:
+    with pytest.raises(StatisticsError) as error:
+        random_sets((1, 2), 3, count=1)
+    assert str(error.value) == "size is 3, but there are only 2 channels to draw from."

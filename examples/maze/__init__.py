@@ -6,10 +6,10 @@
 | `policy/` | the IMPALA network from a weights file, and the shipped policies |
 | `weights/` | the weights, with a model card |
 | `training/` | imitation, reward, and the evaluation of a policy |
-| `analysis/` | primitives of the measurements: readings, exact tables of every state, effects, controls |
+| `analysis/` | primitives of the measurements: readings, exact tables of every state, effects, figures |
 | `measurements/` | one file per question of the study |
 | `report/` | a run of all measurements, and its page |
 
-Commands: `train.py`, `evaluate.py`. Cells are (row, col) of the inner maze. Row 0 is the bottom row, as in procgen and
-in its image.
+Commands: `study.py`, `train.py`, `evaluate.py`. Cells are (row, col) of the inner maze. Row 0 is the bottom row, as in
+procgen and in its image.
 """

@@ -1,4 +1,4 @@
-"""How the study's commands end: with an exit status, and with one line for what the user can mend."""
+"""Exit status of the study's commands, and one-line errors for users."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from maze.environment.requirements import MissingRequirement
 
 
 class UserError(ValueError):
-    """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
+    """An error that the user can mend. All others keep their traceback."""
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status: its own, 0 for None, 2 for what the user can mend, 130 for Ctrl-C.
+    """Run a command and return its exit status: its own, 0 for None, 2 for an error of the user's, 130 for Ctrl-C.
 
     Args:
-        command: imports what it needs by itself, so that a missing package is told in one line too.
+        command: imports its packages itself, so that a missing one gives a one-line error.
     """
     try:
         return command() or 0
@@ -32,7 +32,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def _what_to_mend(error: Exception) -> str | None:
-    """What the user is told; None where it is a fault of ours."""
+    """The message for the user; None for a fault of ours."""
     if isinstance(error, (UserError, MissingRequirement, OSError)):
         return str(error)
     if isinstance(error, ImportError):

@@ -1,4 +1,4 @@
-"""Results on disk: whole or not there, written by one run at a time, and checked when they are read.
+"""Results on disk: written whole, by one run at a time, and checked when they are read.
 
 with locked(folder), replaced(folder / "figure.png") as partial:
     figure.savefig(partial)
@@ -34,15 +34,11 @@ MANIFEST, LOCK = "manifest.json", "run.lock"
 
 
 class Damaged(Exception):
-    """Files that are not as they were written. The message says which."""
+    """Files differ from those that were written; the message names them."""
 
 
 def check_folder(folder: Path) -> None:
-    """Raise where nothing can be written into `folder`, which need not exist yet, before hours of work are lost.
-
-    Raises:
-        UserError: a file is in the way, or the permission is missing.
-    """
+    """Raise UserError if `folder`, which need not exist yet, cannot be written to."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"--out is '{folder}', but '{nearest}' is a file. Name a folder.")
@@ -52,10 +48,10 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of `folder` until the block ends. The lock of a process that is dead is taken over.
+    """Keep other runs out of `folder` until the block ends; take over the lock of a dead process.
 
     Raises:
-        UserError: Another run works in the folder.
+        UserError: another run works in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, own = folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}"
@@ -92,7 +88,7 @@ def _created(lock: Path, owner: str) -> bool:
 
 
 def _is_dead(owner: str) -> bool:
-    """Whether the process that a lock names ran on this machine and has ended."""
+    """Whether the process named by a lock ran on this machine and has ended."""
     named = re.fullmatch(r"process (\d+) on (.+)", owner)
     if named is None or named[2] != socket.gethostname():
         return False
@@ -106,7 +102,7 @@ def _is_dead(owner: str) -> bool:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], name: str = MANIFEST) -> None:
-    """Write the facts of the results in a folder, with the SHA-256 digests of its tables and of the manifest itself."""
+    """Write facts about the results in a folder, with SHA-256 digests of its tables and of the manifest."""
     files = {file.name: _digest(file.read_bytes()) for file in sorted(folder.glob("*.csv"))}
     manifest = {**facts, "files": files}
     text = json.dumps({**manifest, "digest": _manifest_digest(manifest)}, indent=2)
@@ -114,10 +110,10 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], name: str = MANIFEST)
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """Return the facts that `write_manifest` wrote, after comparing the files with their digests.
+    """Return the facts of `write_manifest` after checking the digests.
 
     Raises:
-        Damaged: The manifest or a table is missing, or is not as it was written.
+        Damaged: the manifest or a table is missing or changed.
     """
     try:
         manifest = json.loads((folder / name).read_bytes())
@@ -147,7 +143,7 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_arrays(file: Path) -> dict[str, NDArray[Any]] | None:
-    """The arrays of an .npz file that a run kept; None, with a line that says so, if it is damaged."""
+    """The arrays of an .npz file; None, with a printed line, if it is damaged."""
     try:
         with np.load(io.BytesIO(file.read_bytes())) as arrays:
             return dict(arrays)
@@ -158,7 +154,7 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]] | None:
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Yields a path to write to; what is there when the block ends without an error becomes `file`."""
+    """Yields a temporary path that replaces `file` if the block ends without an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.stem}.partial{file.suffix}")  # the suffix stays: savefig and savez go by it
     partial.unlink(missing_ok=True)  # left by a run that was killed, or a link
@@ -176,7 +172,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def replace_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows as CSV; the first row's keys are the header."""
+    """Write rows as CSV; the keys of the first row are the header."""
     rows = list(rows)
     with replaced(file) as partial, partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
@@ -185,12 +181,12 @@ def replace_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """A short name for settings: equal for equal settings only."""
+    """A short name for settings, equal for equal settings only."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were computed with; `source` changes with any line of chanpatch or of the study."""
+    """The versions behind the numbers; `source` changes with any line of chanpatch or of the study."""
     digest = hashlib.sha256()
     for package in (Path(chanpatch.__file__).parent, Path(__file__).parent):
         for file in sorted(package.rglob("*.py")):

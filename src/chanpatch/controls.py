@@ -1,4 +1,4 @@
-"""Controls for the effect of a patch: other channels, random vectors, and how far off distribution the patch goes.
+"""Controls for a patch: other channels, random sets of them, random vectors, and how far off distribution it goes.
 
 others = matched_channels(points, site, observations, count=19, seed=0)
 sweep(points, inputs, patches=zero_ablate(site), controls=others.patches(zero_ablate), metric=metric)
@@ -29,7 +29,14 @@ from .results import Records, columns, largest_first
 from .statistics.interval import whole
 from .statistics.ranking import Alternative, Rank, rank_among, without_p
 
-__all__ = ["MatchedChannels", "OffDistribution", "matched_channels", "off_distribution", "random_vectors"]
+__all__ = [
+    "MatchedChannels",
+    "OffDistribution",
+    "matched_channels",
+    "off_distribution",
+    "random_sets",
+    "random_vectors",
+]
 
 _NEAR = 2  # the nearest channels to draw from, per control: few enough to be near
 _EACH_SIDE = 0.15  # share of the controls with a larger mean, and with a smaller one, that a p-value needs
@@ -189,6 +196,40 @@ def _drawn(
         drawn.append(int(generator.choice(nearest)))
         free = free[free != drawn[-1]]
     return tuple(drawn)
+
+
+def random_sets(
+    channels: Sequence[int], size: int, *, count: int, seed: int = 0, other_than: Iterable[Sequence[int]] = ()
+) -> list[tuple[int, ...]]:
+    """Return different random sets of channels of equal size, as controls for a patch of many channels together.
+
+    Sets may overlap with each other and with the tested one. `matched_channels` returns sets of other channels with
+    about the same mean activation.
+
+    Args:
+        channels: Channels to draw from: the live ones, since patching a dead channel shows nothing.
+        size: Number of channels in each set.
+        count: Number of sets; with 19 or more, `chanpatch.statistics.rank_among` returns a p-value.
+        seed: Random seed of the draw.
+        other_than: Sets that are not controls, such as the tested one.
+
+    Returns:
+        At most `count` sets, each in ascending order: fewer if there are hardly more different ones.
+
+    Raises:
+        StatisticsError: If `count` is below 1, or `size` is not 1 to the number of channels.
+
+    Example:
+        >>> len(random_sets(range(32), 16, count=19, other_than=[range(16)]))
+        19
+    """
+    whole("count", count, least=1)
+    if whole("size", size, least=1) > len(channels):
+        raise StatisticsError(f"size is {size}, but there are only {len(channels)} channels to draw from.")
+    generator = np.random.default_rng(whole("seed", seed))
+    drawn = {tuple(sorted(generator.permutation(channels)[:size].tolist())): None for _ in range(10 * count)}
+    excluded = {tuple(sorted(each)) for each in other_than}
+    return [each for each in drawn if each not in excluded][:count]
 
 
 def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from chanpatch import HookPoints, hook_points
+from maze.analysis.cells import Tables, read_table
+from maze.analysis.forwards import SITE
 from maze.analysis.labels import LabelledChannel
-from maze.analysis.part import Study, Tables, read_table
+from maze.analysis.part import Study
 from maze.analysis.selection import Selection
-from maze.analysis.tables import SITE
 from maze.environment.levels import draw_levels, observe, policy_input
 from maze.environment.paths import Direction
 from maze.policy.network import load_policy

@@ -4,6 +4,7 @@ import torch
 from studies import BEST, shipped_points, small_study
 
 from chanpatch import hook_points, recording
+from maze.analysis.cells import cells, share_cells, shown
 from maze.analysis.decision_squares import (
     CHEESE_TO_CORNER,
     DISTANCES,
@@ -11,19 +12,15 @@ from maze.analysis.decision_squares import (
     TO_CORNER,
     Decisions,
     at_decision_squares,
-    cells,
     joined,
     precise_threshold,
-    said,
-    share_cells,
     strata,
     threshold_rows,
     thresholds,
 )
-from maze.analysis.logistic import PENALTY, fit_logistic, predicted
+from maze.analysis.forwards import SITE
 from maze.analysis.part import Study
 from maze.analysis.selection import Selection
-from maze.analysis.tables import SITE
 from maze.environment.levels import draw_levels, observe, policy_input
 from maze.environment.paths import Direction, first_steps, legal_moves
 from maze.environment.states import mazes_from_pictures, read_mazes, write_mazes
@@ -127,25 +124,8 @@ def test_on_the_posts_own_network_the_channels_and_the_threshold_are_the_posts(t
 
 def test_what_cannot_be_estimated_is_none_and_said_so():
     assert share_cells("share", 0, 0) == cells("share", None) == dict.fromkeys(("share", "share_low", "share_high"))
-    assert said(share_cells("share", 0, 0), "share") == "nothing to estimate"
-    assert said(share_cells("share", 9, 10), "share") == "90% (60% to 98%)"
-
-
-def test_the_gradient_of_the_penalised_likelihood_is_zero_at_the_fit():
-    rng = np.random.default_rng(0)
-    features, outcome = rng.normal(size=(60, 2)), rng.random(60) < 0.3
-    fit = fit_logistic(features, outcome)
-    residual = outcome - predicted(fit, features)
-    np.testing.assert_allclose(features.T @ residual, PENALTY * fit[1:], atol=1e-6)
-    assert abs(residual.sum()) < 1e-4
-
-
-def test_separable_and_constant_outcomes_have_finite_coefficients():
-    features = np.linspace(-1, 1, 20)[:, None]
-    separable = fit_logistic(features, features[:, 0] > 0)
-    assert np.isfinite(separable).all() and ((predicted(separable, features) > 0.5) == (features[:, 0] > 0)).all()
-    always = fit_logistic(features, np.ones(20, dtype=bool))
-    assert np.isfinite(always).all() and (predicted(always, features) > 0.9).all()
+    assert shown(share_cells("share", 0, 0), "share", ".0%") == "nothing to estimate"
+    assert shown(share_cells("share", 9, 10), "share", ".0%") == "90% (60% to 98%)"
 
 
 def decisions(moves, cheese, corner, sums=None):

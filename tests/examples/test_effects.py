@@ -1,15 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from studies import shipped_points
 
 from chanpatch import patch_in
 from maze.analysis import effects
-from maze.analysis.effects import activations, destinations, draw_effects, effect_rows, joined, level_batches
+from maze.analysis.effects import destinations, effect_rows, joined, level_batches
 from maze.analysis.episodes import ORIGINAL
 from maze.analysis.exact import Chains, cheese_and_corner, decisions
-from maze.analysis.tables import SITE
+from maze.analysis.forwards import SITE, activations
 from maze.environment.levels import draw_levels
 
 
@@ -53,12 +52,4 @@ def test_an_effect_is_the_mean_difference_over_the_levels_that_have_the_measure(
     assert [row["original"], row["modified"], row["effect"]] == pytest.approx([0.15, 0.45, 0.3])
     assert row["effect_low"] < 0.3 < row["effect_high"]
     (few,) = effect_rows({"found": found[:, :5]}, ["changed"])
-    assert np.isnan([few["effect_low"], few["effect_high"]]).all()
-
-
-def test_controls_share_a_mark_and_a_line_of_the_legend():
-    values = {"found": np.array([[0.1, 0.2], [0.5, 0.4], [0.1, 0.3], [0.2, 0.3]])}
-    axes = Figure().subplots()
-    draw_effects(axes, effect_rows(values, ["own", "control 1", "control 2"]), {"found": "P(cheese)"})
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["own", "controls"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["P(cheese)\n(n=2)"]
+    assert few["effect_low"] is few["effect_high"] is None

@@ -58,22 +58,6 @@ def test_without_accepted_levels_there_are_no_shares():
     assert (row[part.CHOSEN], row["goes"], row["to_cheese"]) == (0.0, None, None)
 
 
-def test_the_stratified_difference_is_the_mean_of_the_strata_by_mantel_and_haenszel():
-    inside = [(1, 0, 1), (1, 0, 1), (1, 3, 0), (1, 9, 1)]  # stratum 9 has nothing to be compared with
-    outside = [(0, 0, 1), (0, 0, 0), (0, 3, 0), (0, 3, 0), (0, 3, 1)]
-    expected = ((1 - 1 / 2) * (2 * 2 / 4) + (0 - 1 / 3) * (1 * 3 / 4)) / (2 * 2 / 4 + 1 * 3 / 4)
-    assert part.stratified_difference(np.array(inside + outside, dtype=float)) == pytest.approx(expected)
-
-
-def test_in_one_stratum_the_stratified_difference_is_that_of_the_shares():
-    sample = np.array([(1, 0, 1), (1, 0, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0)], dtype=float)
-    assert part.stratified_difference(sample) == pytest.approx(1 / 2 - 1 / 3)
-
-
-def test_strata_that_share_no_levels_leave_no_difference():
-    assert np.isnan(part.stratified_difference(np.array([(1, 0, 1), (0, 1, 1)], dtype=float)))
-
-
 def test_distance_that_explains_everything_leaves_no_matched_difference():
     near = seen(("UP",) * 20, ("UP",) * 20, ("RIGHT",) * 20)
     far = seen(("UP",) * 20, ("RIGHT",) * 20, ("UP",) * 20)
@@ -122,11 +106,7 @@ def test_the_counts_of_every_table_are_its_levels(tables):
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
     back = from_files(tables, tmp_path)
     assert part.PART.finding(back) == part.PART.finding(tables)
-    panels = part.PART.figure(back).axes
-    assert len(panels) == 3
-    n = {row["split"]: row["n"] for row in back["choices"] if (row["direction"], row["squares"]) == ("UP", "accepted")}
-    columns = [label.get_text() for label in panels[0].get_xticklabels()]
-    assert columns[:2] == [f"channel high,\nin, n={n[part.SPLITS[0]]}", f"channel high,\nout, n={n[part.SPLITS[1]]}"]
+    assert len(part.PART.figure(back).axes) == 3
 
 
 @pytest.mark.parametrize(
@@ -169,7 +149,7 @@ def test_every_rate_of_acceptance_says_what_it_is_a_rate_of(tables):
     assert "accepted_of_decision_squares" in tables["choices"][0]
     told = part.PART.finding(tables).ours
     row = next(row for row in tables["choices"] if (row["direction"], row["squares"]) == ("UP", "accepted"))
-    assert "of random squares where UP is free" in told and f"of the {row['drawn']} decision squares drawn" in told
+    assert "of random squares with UP free" in told and f"of the {row['drawn']} decision squares drawn" in told
 
 
 def test_few_levels_on_a_side_are_not_judged(tables):

@@ -2,7 +2,6 @@ import copy
 
 import numpy as np
 import pytest
-from scipy.stats import rankdata, spearmanr
 from studies import from_files, shipped_points
 
 from maze.analysis.part import Study
@@ -24,29 +23,6 @@ def tables(study):
     return part.measure(study)
 
 
-def test_without_strata_the_rank_correlation_is_spearmans():
-    rng = np.random.default_rng(0)
-    x = rng.integers(5, size=40) / 1.0
-    y = x + rng.normal(size=40)
-    sample = np.stack([np.zeros(40), x, y], axis=1)
-    assert part.rank_correlation(sample) == pytest.approx(spearmanr(x, y).statistic)
-
-
-def test_within_strata_only_ranks_inside_a_stratum_count():
-    rng = np.random.default_rng(1)
-    stratum = np.repeat([0, 3], (10, 20))
-    x, y = 100 * stratum + rng.normal(size=30), 100 * stratum + rng.integers(4, size=30)
-    ranks = [
-        np.concatenate([(rankdata(v[stratum == s]) - (n + 1) / 2) / n for s, n in ((0, 10), (3, 20))]) for v in (x, y)
-    ]
-    expected = ranks[0] @ ranks[1] / np.sqrt((ranks[0] @ ranks[0]) * (ranks[1] @ ranks[1]))
-    assert part.rank_correlation(np.stack([stratum, x, y], axis=1)) == pytest.approx(expected)
-
-
-def test_what_does_not_vary_has_no_correlation():
-    assert part.rank_correlation(np.array([[0, 1, 1], [0, 2, 1], [0, 3, 1]], dtype=float)) == 0
-
-
 def test_shares_are_counted_in_bins_of_the_distance():
     distance, values = np.array([0.5, 3.9, 4.0, 9.0]), np.array([True, False, True, False])
     rows = part._shares("mouse", distance, values)
@@ -65,7 +41,7 @@ def test_every_level_is_in_one_bin_and_one_stratum(study, tables):
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
     back = from_files(tables, tmp_path)
     assert part.PART.finding(back) == part.PART.finding(tables)
-    assert len(part.PART.figure(back).axes) == 4
+    assert len(part.PART.figure(back).axes) == 2
 
 
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):

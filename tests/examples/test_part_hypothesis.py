@@ -9,12 +9,11 @@ from chanpatch import channel_sums, mean_ablate, patched
 from chanpatch.controls import matched_channels
 from chanpatch.statistics import Interval
 from maze.analysis.decision_squares import DISTANCES, Decisions
-from maze.analysis.effects import activations
+from maze.analysis.forwards import SITE, activations
 from maze.analysis.labels import LabelledChannel
 from maze.analysis.part import Study
 from maze.analysis.push_ablation import Ablation, MatchedSets, ablate_push
 from maze.analysis.selection import Selection
-from maze.analysis.tables import SITE
 from maze.environment.levels import observe, policy_input
 from maze.environment.paths import Direction
 from maze.measurements import hypothesis as part
@@ -26,7 +25,6 @@ def study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 9)
         patch.setattr(part, "REFERENCE", 8)
-        patch.setattr(part, "RESAMPLES", 99)
         patch.setattr("maze.analysis.part.SELECTION_LEVELS", 100)
         patch.setattr("maze.analysis.part.LABEL_LEVELS", 60)
         yield Study(shipped_points(), {}, 12, seed=0)

@@ -5,7 +5,7 @@ import pytest
 from studies import small_study
 
 from maze.analysis.channels import pair_sums
-from maze.analysis.tables import SITE
+from maze.analysis.forwards import SITE
 from maze.measurements import pair as part
 
 
@@ -58,5 +58,5 @@ def test_the_finding_agrees_when_the_up_side_is_higher_everywhere(tables, share_
 
 
 def test_the_figure_draws_all_pairs_in_each_rotation(tables):
-    axes = part.figure(tables).axes
+    axes = part.PART.figure(tables).axes
     assert [len(each.lines) for each in axes[:4]] == [5, 5, 5, 5]

@@ -111,15 +111,22 @@ def test_the_differences_are_from_share_zero_and_from_mazes_with_as_long_a_way(t
 def test_the_finding_reads_the_largest_share(tables):
     changed = copy.deepcopy(tables)
     for row in changed["areas"]:
-        row |= {"auc": 0.7, "auc_low": 0.6, "auc_high": 0.8, "minus_unedited_high": -0.1, "minus_matched_high": 0.1}
+        row |= {
+            "auc": 0.7,
+            "auc_low": 0.6,
+            "auc_high": 0.8,
+            "minus_unedited_high": -0.1,
+            "minus_matched_low": -0.2,
+            "minus_matched_high": 0.1,
+        }
         row |= {"walls": 0.61, "beyond_walls_low": 0.05, "beyond_walls_high": 0.2}
         if row["share"] == 0.5 and row["direction"] == "UP":
-            row |= {"auc": 0.4321, "beyond_walls_low": -0.3, "minus_matched_high": -0.05}
+            row |= {"auc": 0.4321, "beyond_walls_low": -0.3, "minus_matched_low": -0.2, "minus_matched_high": -0.05}
     told = part.finding(changed)
     assert told.agrees == "not comparable"
     assert "0.432" in told.ours
     assert "The labels LEFT, DOWN, RIGHT hold there" in told.follows and "(at most 0.61)" in told.follows
-    assert "as long a way for UP." in told.follows
+    assert "paths of that length for UP." in told.follows
 
 
 def test_mazes_without_any_area_are_drawn_and_told(tables):
@@ -127,4 +134,4 @@ def test_mazes_without_any_area_are_drawn_and_told(tables):
     for row in empty["areas"]:
         row |= {name: None for name in row if name.startswith(("auc", "minus", "matched"))}
     assert "too few mazes" in part.finding(empty).ours
-    assert part.figure(empty).axes
+    assert part.PART.figure(empty).axes

@@ -7,8 +7,8 @@ import torch
 from studies import from_files, shipped_points, small_study
 
 from chanpatch.statistics import Interval
+from maze.analysis.forwards import SITE
 from maze.analysis.labels import LabelledChannel
-from maze.analysis.tables import SITE
 from maze.environment.levels import draw_levels, observe, policy_input
 from maze.environment.pairs import contrastive_pairs, rotations
 from maze.environment.states import write_mazes
@@ -93,11 +93,11 @@ def test_a_channel_that_notices_walls_or_opposite_directions_is_no_reading(chang
 def test_few_live_channels_are_ranked_and_drawn():
     tables = part.measure(study_with_told_channels((13, 27)))
     assert {row["channel"] for row in tables["ranking"]} == {13, 27}
-    assert part.figure(tables).axes
+    assert part.PART.figure(tables).axes
     assert part.finding(tables).agrees == "yes"
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    assert part.figure(read).axes
+    assert part.PART.figure(read).axes

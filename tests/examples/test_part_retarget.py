@@ -5,11 +5,11 @@ import pytest
 import torch
 from studies import from_files, shipped_points, small_study
 
-from maze.analysis.effects import activations
+from maze.analysis.cells import shown
 from maze.analysis.episodes import ORIGINAL
 from maze.analysis.exact import Chains, cheese_and_corner
+from maze.analysis.forwards import activations
 from maze.analysis.off_distribution import mouse_anywhere
-from maze.analysis.part import shown
 from maze.analysis.steering import BLOCK
 from maze.analysis.tables import action_tables
 from maze.environment.levels import draw_levels
@@ -161,7 +161,7 @@ def test_the_finding_agrees_when_the_target_is_reached_more_often_than_with_othe
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(changed["effects"][0], "effect", "+.3f") in finding.ours
-    assert f"the one channel does {0.15 / of_the_cheese:.0%}" in finding.ours
+    assert f"the one channel does {0.15 / of_the_cheese:.0%} of that" in finding.ours
 
 
 def test_where_the_cheese_itself_draws_no_mouse_a_mark_cannot_draw_it_as_a_cheese_does(tables):
@@ -170,7 +170,7 @@ def test_where_the_cheese_itself_draws_no_mouse_a_mark_cannot_draw_it_as_a_chees
     changed["effects"][-1] |= {"effect": 0.02, "effect_low": -0.1, "effect_high": 0.1}
     changed["against"][0] |= {"own_minus_control_low": 0.1, "own_minus_control_high": 0.2}
     finding = part.finding(changed)
-    assert finding.agrees == "in part" and "of which the one channel" not in finding.ours
+    assert finding.agrees == "in part" and "; the one channel" not in finding.ours
 
 
 def test_the_finding_says_when_the_largest_multiple_was_taken(tables):
@@ -181,10 +181,10 @@ def test_the_finding_says_when_the_largest_multiple_was_taken(tables):
 
 
 def test_the_figure_shows_the_magnitudes_and_the_distances(tables):
-    assert len(part.figure(tables).axes) == 2
+    assert len(part.PART.figure(tables).axes) == 2
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    part.figure(read)
+    part.PART.figure(read)

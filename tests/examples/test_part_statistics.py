@@ -16,28 +16,27 @@ def tables():
         return part.measure(Study(shipped_points(), {}, 20, seed=0))
 
 
-def seen(took):
+def seen(took, distance):
+    """Mice that take the cheese or not, at some distances of the first kind."""
     n = len(took)
-    nothing = np.zeros((n, 1))
-    return Decisions(
-        np.zeros(n, dtype=int), np.ones(n, dtype=int), np.eye(4)[np.where(took, 0, 1)], nothing, np.ones((n, 5))
-    )
+    distances = np.tile(np.asarray(distance, dtype=float)[:, None], (1, len(DISTANCES)))
+    moves = np.eye(4)[np.where(took, 0, 1)]
+    return Decisions(np.zeros(n, dtype=int), np.ones(n, dtype=int), moves, np.zeros((n, 1)), distances)
 
 
 def test_accuracy_and_base_rate_are_those_of_the_levels_scored_on():
     fit, score = np.linspace(-2, 2, 21), np.array([-1.0, -0.9, 1.5, 1.6])
-    took_fit, took = fit > -0.5, np.array([False, True, True, True])
-    row = part._score("one", {"fit": fit[:, None], "score": score[:, None]}, seen(took_fit), seen(took), [0])
+    took = np.array([False, True, True, True])
+    row = part._score("one", seen(fit > -0.5, fit), seen(took, score), [0])
     assert (row["accuracy"], row["base"], row["always"]) == (0.75, 0.75, "cheese")
     assert row["gain"] == 0 and row["auc"] is None  # a single negative ranks nothing
 
 
 def test_a_mouse_that_always_takes_the_cheese_is_predicted_by_the_base_rate():
-    took = np.ones(6, dtype=bool)
-    features = np.arange(6.0)[:, None]
-    row = part._score("one", {"fit": features, "score": features}, seen(took), seen(took), [0])
+    mice = seen(np.ones(6, dtype=bool), np.arange(6.0))
+    row = part._score("one", mice, mice, [0])
     assert (row["accuracy"], row["base"], row["gain"], row["auc"]) == (1, 1, 0, None)
-    assert abs(part._coefficients(features, seen(took), seed=0)[0]["coefficient"]) < 1
+    assert abs(part._coefficients(mice, [0], seed=0)[0].estimate) < 1
 
 
 def test_there_is_a_coefficient_for_every_distance_and_a_model_for_each_and_all(tables):

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from studies import BEST, small_study
 
-from maze.analysis.channels import level_sums
 from maze.analysis.decision_squares import precise_threshold
+from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.part import POOL, open_to
 from maze.analysis.selection import select_channels
-from maze.analysis.tables import SITE
 from maze.environment.paths import Direction, first_steps, legal_moves, top_right
 from maze.environment.states import read_mazes
 from maze.measurements import PARTS
@@ -51,7 +50,7 @@ def test_too_few_mazes_for_a_threshold_are_said_in_the_table_and_the_finding():
     few = part.measure(study_of(3))
     assert all(row["quantity"].startswith("not measured") for row in few["transfer"] + few["precise"])
     assert part.finding(few).agrees == "not comparable"
-    assert part.figure(few).axes
+    assert part.PART.figure(few).axes
 
 
 def test_the_precise_threshold_is_the_smallest_of_one_half_scored_on_the_other_and_outside(study, tables):
@@ -126,7 +125,7 @@ def with_precision(tables, fit, shifted):
 
 
 def test_the_figure_has_a_column_of_marks_per_label_and_split(tables):
-    for axes, direction in zip(part.figure(tables).axes, Direction, strict=True):
+    for axes, direction in zip(part.PART.figure(tables).axes, Direction, strict=True):
         names, counts = zip(*(text.get_text().split("\nn = ") for text in axes.get_xticklabels()), strict=True)
         assert names == (direction.name, f"not {direction.name}")
         assert sum(map(int, counts)) == 40
@@ -138,7 +137,7 @@ def test_what_all_channels_tell_is_told_beside_what_the_one_does(tables):
     assert (inside["channel"], inside["n"], inside["split"]) == (BEST[Direction.UP], 20, "in distribution")
     goals = next(row for row in tables["goals"] if (row["direction"], row["split"]) == ("UP", outside["split"]))
     assert outside["one"] == goals["cheese"]
-    assert f"tells UP with AUC {inside['linear']:.3f}" in part.finding(tables).follows
+    assert f"has AUC {inside['linear']:.3f}" in part.finding(tables).follows
 
 
 def test_the_way_to_the_corner_is_told_apart_from_that_to_the_cheese(study, tables):
@@ -176,5 +175,4 @@ def test_every_method_with_areas_says_over_which_squares_or_mazes_they_are(name)
 
 def test_it_is_told_why_other_parts_have_other_areas_of_the_same_channel(tables):
     told = part.finding(tables).follows
-    assert "Other parts have other AUCs of the same channel, as they ask elsewhere" in told
-    assert all(name in told for name in ("search on", "sizes in", "parity and ranking on", "random-mazes where"))
+    assert "Other parts have other AUCs of the same channel, as they use other mazes." in told

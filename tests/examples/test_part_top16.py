@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from studies import from_files, small_study
 
-from maze.analysis.channels import level_sums, pair_sums
+from maze.analysis.channels import pair_sums
 from maze.analysis.exact import Chains
-from maze.analysis.random_sets import SETS
-from maze.analysis.tables import SITE, action_tables
+from maze.analysis.forwards import SITE, level_sums
+from maze.analysis.tables import action_tables
 from maze.environment.paths import Direction
 from maze.environment.states import read_mazes
 from maze.measurements import top16 as part
@@ -61,7 +61,7 @@ def test_the_pairs_channels_differ_most_over_the_four_rotations_of_the_posts_pai
 def test_the_control_sets_are_different_sets_of_live_channels_and_none_of_the_tested_ones(tables):
     rows = [row for row in tables["effects"] if row["measure"] == "found" and row["kind"] == "zero"]
     sets = [tuple(sorted(map(int, row["channels"].split()))) for row in rows]
-    assert [row["chosen"] for row in rows] == [part.PAIR, part.TELLING] + [part.CONTROL] * SETS
+    assert [row["chosen"] for row in rows] == [part.PAIR, part.TELLING] + [part.CONTROL] * part.SETS
     assert len(set(sets)) == len(sets) and all(len(set(each)) == 16 for each in sets)
 
 
@@ -132,7 +132,7 @@ def test_without_decision_squares_and_controls_the_finding_says_so(tables):
     fewer = [row for row in tables["effects"] if not row["measure"].startswith("to_") and row["chosen"] != part.CONTROL]
     finding = part.finding({**tables, "effects": fewer})
     assert "No level has a decision square." in finding.ours
-    assert "No other set of as many live channels" in finding.follows
+    assert "no other set of as many live channels" in finding.follows
 
 
 def test_the_finding_tells_the_ranks_and_the_range_of_the_controls(tables):
@@ -147,10 +147,10 @@ def test_the_finding_tells_the_ranks_and_the_range_of_the_controls(tables):
 
 
 def test_the_figure_shows_three_fields_and_the_effects(tables):
-    assert len(part.figure(tables).axes) == 4
+    assert len(part.PART.figure(tables).axes) == 4
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    part.figure(read)
+    part.PART.figure(read)

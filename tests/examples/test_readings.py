@@ -1,12 +1,11 @@
-import itertools
-
 import numpy as np
 import pytest
 import torch
 from studies import shipped_points
 
-from maze.analysis.readings import Readings, area, areas, optional_cells, rank_correlation
-from maze.analysis.tables import SITE
+from maze.analysis.cells import cells
+from maze.analysis.forwards import SITE
+from maze.analysis.readings import Readings, area
 from maze.environment.levels import draw_levels, observe, policy_input
 from maze.environment.paths import Direction
 from maze.environment.states import read_mazes
@@ -48,31 +47,13 @@ def test_readings_of_some_levels_are_those_rows(readings):
     np.testing.assert_array_equal(part.first, readings.first[[4, 1]])
 
 
-def test_an_area_counts_the_pairs_in_which_the_positive_is_higher():
-    rng = np.random.default_rng(0)
-    sums, labels = rng.integers(0, 5, (12, 3)).astype(float), np.arange(12) % 3 == 0
-    for channel in range(3):
-        pairs = itertools.product(sums[labels, channel], sums[~labels, channel])
-        expected = np.mean([(high > low) + (high == low) / 2 for high, low in pairs])
-        assert areas(sums, labels)[channel] == pytest.approx(expected)
-        assert area(sums[:, channel], labels).estimate == pytest.approx(expected)
-
-
 def test_there_is_no_area_with_too_few_mazes_of_a_kind():
     labels = np.array([True, False, False])
     assert area(np.arange(3.0), labels) is None
-    assert np.isnan(areas(np.zeros((3, 2)), np.zeros(3, dtype=bool))).all()
-    assert optional_cells("auc", None) == {"auc": None, "auc_low": None, "auc_high": None}
+    assert cells("auc", None) == {"auc": None, "auc_low": None, "auc_high": None}
 
 
 def test_the_cells_are_over_mazes_in_which_the_direction_is_legal(readings):
     cells = readings.cells(27, Direction.UP)
     assert cells["n"] == readings.legal[:, Direction.UP].sum()
     assert cells["positives"] == readings.first[:, Direction.UP].sum()
-
-
-def test_a_rank_correlation_does_not_depend_on_the_scale_and_is_nan_without_variation():
-    assert rank_correlation([1, 2, 3, 4], [10, 100, 1000, 5000]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert np.isnan(rank_correlation([1, 2, 3], [5, 5, 5]))
-    assert np.isnan(rank_correlation([1], [2]))

@@ -1,6 +1,7 @@
 import pytest
 
-from maze.analysis.part import Finding, above, below, shown, verdict
+from maze.analysis.cells import above, below, shown, verdict
+from maze.analysis.part import Finding
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Primitives of the measurements: readings, tables of every state, effects, controls."""
+"""Primitives of the measurements: readings, tables of every state, effects, figures."""

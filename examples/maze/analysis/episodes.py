@@ -1,4 +1,4 @@
-"""What a policy did on every level, as arrays."""
+"""Episodes of a policy on every level, as arrays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ORIGINAL = "original"  # the name of the policy without a patch
 
 @dataclass(frozen=True)
 class Episodes:
-    """What one policy did on every level.
+    """Episodes of one policy.
 
     Attributes:
-        found: bool (level,), whether the mouse got to the cheese.
-        lengths: int (level,), steps until the cheese or the cut.
+        found: bool (level,): whether the mouse reached the cheese.
+        lengths: int (level,): steps until the cheese or the cut.
         actions: int8 (level, step), -1 after the end.
     """
 
@@ -29,7 +29,7 @@ class Episodes:
 
 
 def padded(actions: Sequence[NDArray[Any]], steps: int = STEPS) -> NDArray[np.int8]:
-    """The actions of episodes of different lengths in one array: int8 (episode, step), -1 after the end."""
+    """Actions of episodes of different lengths in one array: int8 (episode, step), -1 after the end."""
     rows = np.full((len(actions), steps), -1, dtype=np.int8)
     for row, taken in zip(rows, actions, strict=True):
         row[: len(taken)] = taken

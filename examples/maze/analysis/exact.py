@@ -1,15 +1,14 @@
-"""What a policy does in a maze, without sampling: every level as a Markov chain, and what follows from it.
+"""A policy in a maze without sampling: every level as a Markov chain.
 
-What procgen shows of a level depends on the mouse's square and on the way it faces, and on nothing else. So a
-policy without memory is a table, one row of action probabilities per state (square, facing), and the
-probability of reaching the cheese is computed, not estimated:
+procgen's observation of a level depends only on the mouse's square and the direction it faces. So a policy without
+memory is a table with one row of action probabilities per state, and P(cheese) is computed, not estimated:
 
     chains = Chains.of(levels)
-    table = action_tables(points, chains)[ORIGINAL]                  # maze.tables: the policy, once per state
+    table = action_tables(points, chains)[ORIGINAL]                  # maze.analysis.tables
     found = first_hits(chains, table, [chains.cheese])[chains.start]  # (level, 1)
 
-The states of all levels lie end to end. Tables of many interventions may be stacked, (intervention, state, action):
-then every probability comes with that axis in front.
+The states of all levels lie end to end. Tables of many interventions may be stacked, (intervention, state, action);
+every probability then has that axis in front.
 """
 
 from __future__ import annotations
@@ -54,19 +53,18 @@ for _direction, _actions in ACTIONS.items():
 
 @dataclass(frozen=True, eq=False)
 class Chains:
-    """The states of a batch of levels: where a mouse can be before it gets to the cheese, and what moves do there.
+    """The states of a batch of levels: the mouse's squares before the cheese, each with both facings.
 
-    A state is a square and a facing; squares behind the cheese have none, as the episode ends at the cheese. The
-    cheese of every level is one more state, which no move leaves; these come last and have no row in a table.
+    The cheese of every level is one more state, which no move leaves; these come last and have no row in a table.
 
     Attributes:
         levels: procgen states, one per level.
-        mazes: read from them.
-        level: int (state,), of every state but the cheeses.
-        cell: int (state, 2), the mouse's.
+        mazes: the mazes.
+        level: int (state,): level of every state but the cheeses.
+        cell: int (state, 2): the mouse's cell.
         facing_right: bool (state,).
-        following: int (state, move=5), where every `Direction` leads, and `STAY`.
-        start: int (level,), the state in which each level starts.
+        following: int (state, move=5): the next state after every `Direction`, and after `STAY`.
+        start: int (level,): the first state.
     """
 
     levels: Sequence[bytes]
@@ -79,11 +77,7 @@ class Chains:
 
     @classmethod
     def of(cls, levels: Sequence[bytes]) -> Chains:
-        """The states that can be reached from the start of each level.
-
-        Raises:
-            StateError: bytes that are not a hard maze state, or a maze without cheese.
-        """
+        """The states that the mouse can reach; raises StateError for bytes that are not a hard maze with cheese."""
         mazes = read_mazes(levels)
         square = _reachable_squares(mazes)
         level, row, col = (np.repeat(axis, 2) for axis in np.nonzero(square >= 0))
@@ -103,30 +97,21 @@ class Chains:
         return replace(chains, start=chains.states_at(mazes.mouse, mazes.facing_right))
 
     def __len__(self) -> int:
-        """The number of states, the cheeses not counted."""
+        """The number of states without the cheeses."""
         return len(self.level)
 
     @property
     def cheese(self) -> NDArray[np.bool_]:
-        """Which states are cheeses: bool (state + level,)."""
+        """Whether a state is a cheese: bool (state + level,)."""
         return np.arange(len(self) + len(self.levels)) >= len(self)
 
     def at(self, cells: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which states are at the cell of their level, with either facing: bool (state + level,).
-
-        Args:
-            cells: (level, 2).
-        """
+        """Whether a state is at the cell of its level, (level, 2), with either facing: bool (state + level,)."""
         here = (self.cell == cells[self.level]).all(axis=1)
         return np.concatenate([here, (self.mazes.cheese == cells).all(axis=1)])
 
     def states_at(self, cells: NDArray[np.int64], facing_right: ArrayLike = False) -> NDArray[np.int64]:
-        """The state at the cell of every level: int (level,), -1 where the mouse cannot get there before the cheese.
-
-        Args:
-            cells: (level, 2).
-            facing_right: bool (level,) or one for all.
-        """
+        """The state at a cell of every level: int (level,), -1 if the mouse cannot reach it before the cheese."""
         found = np.full(len(self.levels), -1)
         facing = np.broadcast_to(facing_right, len(self.levels))
         here = self.at(cells)[: len(self)] & (self.facing_right == facing[self.level])
@@ -134,14 +119,14 @@ class Chains:
         return found
 
     def observations(self, states: slice) -> NDArray[np.uint8]:
-        """What procgen shows of some states: uint8 (state, row=64, col=64, channel=3)."""
+        """The observations of some states: uint8 (state, row=64, col=64, channel=3)."""
         level = self.level[states]
         mazes = self.mazes[level].moved(mouse=self.cell[states], facing_right=self.facing_right[states])
         return observe(write_mazes(mazes, [self.levels[index] for index in level]))
 
 
 def move_probabilities(table: Table) -> NDArray[np.float64]:
-    """The probability of every move: (..., state, move=5), of each `Direction` and of `STAY`."""
+    """The probability of every `Direction` and of `STAY`: (..., state, move=5)."""
     moves: NDArray[np.float64] = np.asarray(table, dtype=np.float64) @ np.eye(STAY + 1)[_MOVE]
     moves /= moves.sum(axis=-1, keepdims=True)  # to 1 in float32 only
     return moves
@@ -150,18 +135,16 @@ def move_probabilities(table: Table) -> NDArray[np.float64]:
 def first_hits(
     chains: Chains, table: Table, goals: Sequence[NDArray[np.bool_]], *, steps: int = STEPS
 ) -> NDArray[np.float64]:
-    """The probability of coming to each goal, and to no other goal before, within a number of steps.
-
-    Goes backwards in time: what is true of k steps from every state follows from what is true of k - 1.
+    """The probability of reaching each goal before any other goal within a number of steps.
 
     Args:
-        chains: of the levels.
-        table: of the policy, or of several.
-        goals: bool (state + level,) each; no state is in two.
-        steps: 256, unless you want it otherwise.
+        chains: the levels.
+        table: table of one policy, or of several.
+        goals: bool (state + level,) each; they do not overlap.
+        steps: number of steps.
 
     Returns:
-        (..., state + level, goal): from each state on; 1 where that is in the goal already.
+        (..., state + level, goal): from each state; 1 inside the goal.
     """
     goal = np.stack(goals, axis=1)
     moves = move_probabilities(table)
@@ -181,11 +164,7 @@ def first_hits(
 def cheese_and_corner(
     chains: Chains, table: Table, *, steps: int = STEPS
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The probabilities that the mouse gets to the cheese, and that it passes the top right corner before.
-
-    Returns:
-        (..., level) each; the corner's is NaN where the cheese is in it.
-    """
+    """P(cheese) and P(corner before the cheese): (..., level) each, NaN if the cheese is in the corner."""
     corner = top_right(chains.mazes)
     found = first_hits(chains, table, [chains.cheese], steps=steps)[..., chains.start, 0]
     passed = first_hits(chains, table, [chains.at(corner)], steps=steps)[..., chains.start, 0]
@@ -193,21 +172,17 @@ def cheese_and_corner(
 
 
 def neither(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np.float64]:
-    """The probability that the mouse gets neither to the cheese nor to the top right corner: (..., level)."""
+    """The probability that the mouse reaches neither the cheese nor the top right corner: (..., level)."""
     goal = chains.cheese | chains.at(top_right(chains.mazes))
     reached = first_hits(chains, table, [goal], steps=steps)[..., chains.start, 0]
     return 1 - reached
 
 
 def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np.float64]:
-    """Which way a mouse that stands on the decision square takes first: to the cheese, to the corner, or neither.
+    """The path that a mouse on the decision square, facing left, takes first: (..., level, 3).
 
-    It takes a way when it steps on its first square; it may step elsewhere and come back before. It starts facing
-    left, as in a fresh level.
-
-    Returns:
-        (..., level, 3): probabilities of the first square to the cheese, of that to the corner, of neither within
-        `steps`. NaN where a level has no decision square (see `paths.decision_squares`).
+    The probabilities of the first square to the cheese, of that to the corner, and of neither within `steps`.
+    NaN if a level has no decision square (see `paths.decision_squares`).
     """
     mazes = chains.mazes
     cells, exists = decision_squares(mazes)
@@ -224,27 +199,17 @@ def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np
 
 
 def greedy(table: Table) -> NDArray[np.float64]:
-    """The table of the policy that takes the likeliest action; of equally likely ones the first."""
+    """The table of the policy that takes the likeliest action, the first of equally likely ones."""
     one_hot: NDArray[np.float64] = np.eye(table.shape[-1])[table.argmax(axis=-1)]
     return one_hot
 
 
 def walk(chains: Chains, table: Table, *, sampling_seed: int, steps: int = STEPS) -> tuple[Episodes, NDArray[np.int64]]:
-    """One episode on every level, with the very draws that `chanpatch.rollout` has for it in procgen.
+    """One episode on every level, with the draws of `chanpatch.rollout` in procgen for `seeds=range(levels)`.
 
-    The draw behind an action and the inverse CDF are `chanpatch.rollout`'s own, so walks of two policies are
-    paired with each other and with rollouts in procgen of `seeds=range(levels)`. The last bits of a policy's
-    output depend on what else is in the batch; a draw within `NEAR_TIE` of the boundary between two actions can
-    therefore go the other way in procgen. Such draws are counted.
-
-    Args:
-        chains: of the levels.
-        table: of the policy.
-        sampling_seed: of the draws.
-        steps: at which an episode is cut.
-
-    Returns:
-        The episodes, and the number of near ties in each: int (level,).
+    So walks of two policies are paired with each other and with rollouts. A policy's last bits depend on the batch, so
+    a draw within `NEAR_TIE` of the boundary between two actions can differ in procgen. The second value is the number
+    of such draws on every level: int (level,).
     """
     rows = torch.from_numpy(np.asarray(table, dtype=np.float64))
 
@@ -259,10 +224,7 @@ def walk(chains: Chains, table: Table, *, sampling_seed: int, steps: int = STEPS
 
 
 class _ChainsVectorEnv(VectorEnv):
-    """Levels as chains: the observation is the state, the seed the index of the level.
-
-    Actions are thirds of procgen's, as `_with_edges` cuts them.
-    """
+    """Levels as chains: the observation is the state, the seed the level; actions as in `_with_edges`."""
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
 
@@ -287,20 +249,16 @@ class _ChainsVectorEnv(VectorEnv):
 
 
 def _with_edges(probabilities: torch.Tensor) -> torch.Tensor:
-    """Every action's interval in three: what is near its lower boundary, the middle, what is near the upper one.
+    """Every action's probability in three parts, near its lower boundary, the middle, and near its upper one.
 
-    Args:
-        probabilities: (row, action).
-
-    Returns:
-        (row, 3 * action), in the order of the CDF, so `outcome // 3` is the action.
+    They are in the order of the CDF, (row, 3 * action), so `outcome // 3` is the action.
     """
     edge = (probabilities / 2).clamp(max=NEAR_TIE)
     return torch.stack([edge, probabilities - 2 * edge, edge], dim=-1).flatten(1)
 
 
 def _reachable_squares(mazes: Mazes) -> NDArray[np.int64]:
-    """Twice the number of every square that the mouse can be on before the cheese, else -1: (level, row, col)."""
+    """Twice the number of every square that the mouse can reach before the cheese, else -1: (level, row, col)."""
     closed = replace(mazes, grid=np.where(mazes.grid == CHEESE, np.int32(WALL), mazes.grid))
     reachable = np.isfinite(distances(closed, mazes.mouse))
     square = np.full(reachable.shape, -1)
@@ -309,7 +267,7 @@ def _reachable_squares(mazes: Mazes) -> NDArray[np.int64]:
 
 
 def _batches(chains: Chains, width: int) -> Iterator[range]:
-    """Consecutive levels whose states, with `width` numbers each, fit into the cache."""
+    """Yields consecutive levels whose states, with `width` numbers each, fit into the cache."""
     levels = len(chains.levels)
     together = max(1, _AT_ONCE * levels // (width * max(len(chains), 1)))
     for first in range(0, levels, together):
@@ -319,13 +277,13 @@ def _batches(chains: Chains, width: int) -> Iterator[range]:
 def _carried(
     reached: NDArray[np.float64], moves: NDArray[np.float64], following: NDArray[np.int64], steps: int
 ) -> NDArray[np.float64]:
-    """What is reached from every state after that many steps more.
+    """The probabilities after that many steps more.
 
     Args:
         reached: (state, policy, goal), states without moves last.
-        moves: (move, state, policy, 1), probabilities.
+        moves: (move, state, policy, 1): probabilities.
         following: int (move, state).
-        steps: how many.
+        steps: number of steps.
     """
     after, there = np.empty((2, moves.shape[1], *reached.shape[1:]))
     for _ in range(steps):

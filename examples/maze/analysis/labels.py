@@ -1,8 +1,8 @@
-"""What each channel stands for, told where the walls do not tell it already.
+"""The directions that each channel stands for, beyond the walls around the mouse.
 
-A channel that only notices which moves are walled off says something of the way too, since the way never leads into a
-wall. So labels are chosen on squares where three ways or more part, and scored once more on squares where a move of
-the label and a move outside it are both free: what is left there is more than the walls.
+The path never leads into a wall, so a channel that responds to walls alone predicts the path a little. Labels are
+therefore chosen on squares with three legal moves or more. They are scored again on squares from which a move inside
+the label and one outside it are legal.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from numpy.typing import NDArray
 
 from chanpatch import HookPoints, label_channels
 from chanpatch.statistics import Interval, auc
-from maze.analysis.channels import level_sums
+from maze.analysis.forwards import level_sums
 from maze.analysis.selection import Selection
 from maze.environment.levels import random_squares
 from maze.environment.paths import Direction, first_steps, legal_moves
 from maze.environment.states import FREE, read_mazes, write_mazes
 
-WAYS = 3  # that part at a square on which labels are chosen
+WAYS = 3  # legal moves from a square on which labels are chosen
 OPPOSITE = ({Direction.LEFT, Direction.RIGHT}, {Direction.DOWN, Direction.UP})
 
 
 @dataclass(frozen=True)
 class LabelledChannel:
-    """What one channel stands for.
+    """The label of one channel.
 
     Attributes:
-        label: a direction, or several joined by " or "; None where the sums do not tell it beyond chance.
-        candidate: the best label, beyond chance or not; None where the channel is dead.
-        n: squares that the label was scored on.
-        auc: of the sum for the candidate on these.
-        adjusted_p: of that, corrected for the number of live channels; NaN for dead ones.
-        n_choice: selection mazes in which a move of the candidate and one outside it are both free.
-        auc_choice: of the sum for the candidate on these.
+        label: a direction, or several joined by " or "; None if the sum does not predict it beyond chance.
+        candidate: the best label, beyond chance or not; None for a dead channel.
+        n: number of squares that the label was scored on.
+        auc: AUC of the sum for the candidate on these.
+        adjusted_p: p-value corrected for the number of live channels; NaN for dead channels.
+        n_choice: number of selection mazes in which a move of the candidate and one outside it are legal.
+        auc_choice: AUC of the sum for the candidate on these.
     """
 
     label: str | None = None
@@ -51,41 +51,30 @@ class LabelledChannel:
 def labelled_channels(
     points: HookPoints, selection: Selection, levels: Sequence[bytes], seed: int
 ) -> list[LabelledChannel]:
-    """What every channel at the selection's hook point stands for.
-
-    Args:
-        points: of the policy.
-        selection: the sums on other mazes, in which the mouse is anywhere; they give `auc_choice`.
-        levels: mazes of size 25, or so large that ways part in each; the mouse is put on a random such square.
-        seed: of the squares, the halves and the permutations.
-    """
-    names = [direction.name for direction in Direction]
+    """Label every channel at the selection's hook point, with the mouse on a random junction of each level."""
     at = at_partings(levels, seed)
     mazes = read_mazes(at)
     first = first_steps(mazes, mazes.cheese).argmax(axis=1)
-    told = label_channels(level_sums(points, selection.site, at), first, names=names, seed=seed)
+    sums = level_sums(points, selection.site, at)
+    found = label_channels(sums, first, names=[direction.name for direction in Direction], seed=seed)
     return [
         LabelledChannel(
-            each.label,
-            each.candidate,
-            told.scored_on,
-            each.auc,
-            each.adjusted_p,
+            *(each.label, each.candidate, found.scored_on, each.auc, each.adjusted_p),
             *_with_choice(selection, each.channel, each.candidate),
         )
-        for each in told
+        for each in found
     ]
 
 
 def at_partings(levels: Sequence[bytes], seed: int) -> list[bytes]:
-    """The levels with the mouse on a random square from which `WAYS` ways or more lead."""
+    """The levels with the mouse on a random square that has `WAYS` legal moves or more."""
     mazes = read_mazes(levels)
     parting = (legal_moves(mazes).sum(axis=1) >= WAYS) & (mazes.grid == FREE)
     return write_mazes(mazes.moved(mouse=random_squares(parting, np.random.default_rng(seed))), levels)
 
 
 def directions_of(label: str | None) -> set[Direction]:
-    """The directions that a label names."""
+    """The directions in a label."""
     return {Direction[name] for name in label.split(" or ")} if label else set()
 
 
@@ -96,7 +85,6 @@ def is_reading(label: str | None) -> bool:
 
 
 def _with_choice(selection: Selection, channel: int, candidate: str | None) -> tuple[int, Interval | None]:
-    """In how many selection mazes a move of the label and one outside it are free, and the AUC there."""
     if candidate is None:
         return 0, None
     inside = np.isin(list(Direction), list(directions_of(candidate)))

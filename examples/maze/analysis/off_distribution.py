@@ -1,8 +1,7 @@
-"""How far interventions lead from activations that occur, beside what they do.
+"""How far off distribution interventions go, to report beside their effects.
 
-A number of a channel is its absolute z: how many standard deviations its sum lies from the mean over other levels,
-on average over the patched ones. 0.8 is usual. The other levels are neither the patched ones nor those that means or
-donors are from, as these would be near themselves.
+The absolute z of a channel is the distance of its patched sum from the mean over other levels, in standard deviations.
+A value of 0.8 is usual. The other levels are neither patched nor the source of means or donors.
 """
 
 from __future__ import annotations
@@ -10,37 +9,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from chanpatch import HookPoints
 from chanpatch.controls import off_distribution
 from maze.analysis.channels import channel_of
+from maze.analysis.forwards import frames
 from maze.analysis.tables import Intervention
-from maze.environment.levels import observe, policy_input, random_squares
+from maze.environment.levels import random_squares
 from maze.environment.states import FREE, read_mazes, write_mazes
 
-METERED = 200  # levels that an intervention is tried on, and others that tell what is usual
+METERED = 200  # patched levels, and other levels to compare them with
 
 
 def absolute_z(
     points: HookPoints, intervention: Intervention, levels: Sequence[bytes], usual: Sequence[bytes]
 ) -> dict[int, float]:
-    """The absolute z of every channel that an intervention patches; NaN for a dead one.
+    """The absolute z of every channel that an intervention at one hook point patches; NaN for a dead one.
 
-    Args:
-        points: of the policy.
-        intervention: as in `action_tables`, at one hook point; its levels are counted from the first of `levels`.
-        levels: that it is tried on, one observation of each.
-        usual: other levels, whose sums without it tell what is usual; none of them gave it a mean or a donor.
+    One observation of each level is patched, and compared with unpatched levels (`usual`).
     """
     patches = intervention(np.arange(len(levels))) if callable(intervention) else intervention
-    patched, background = (torch.from_numpy(policy_input(observe(each))) for each in (levels, usual))
-    meter = off_distribution(points, patches, patched, background)
+    meter = off_distribution(points, patches, frames(levels), frames(usual))
     return {channel_of(site): float(z) for site, z in zip(meter.sites, meter.absolute_z, strict=True)}
 
 
 def background(size: int, cheese: str = "in distribution") -> str:
-    """What tells which sums are usual, in words for a table."""
+    """The levels to compare with, in words for a table."""
     return f"{METERED} other levels of size {size}, cheese {cheese}, mouse anywhere, unpatched"
 
 

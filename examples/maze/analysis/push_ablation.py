@@ -1,9 +1,4 @@
-"""What ablating the channels that push for one of two goals does on decision squares, beside sets of other channels.
-
-controls = MatchedSets(points, observations, seed=0)
-done = ablate_push(points, levels, seen, lambda cheese, corner: [7, 16], controls, reference)
-done.towards, done.controls                  # bool (level,) and (control, level): the step to the cheese is likelier
-"""
+"""Mean ablation of the channels that push for one of two goals on decision squares, beside matched other channels."""
 
 from __future__ import annotations
 
@@ -12,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,8 +15,7 @@ from chanpatch.controls import matched_channels
 from chanpatch.errors import SiteError
 from chanpatch.patching import ActivationCache
 from maze.analysis.decision_squares import Decisions
-from maze.analysis.tables import SITE
-from maze.environment.levels import observe, policy_input
+from maze.analysis.forwards import SITE, frames
 from maze.environment.paths import Direction
 from maze.policy.network import ACTIONS
 
@@ -33,14 +26,7 @@ Channels = tuple[int, ...]
 
 @dataclass(eq=False)
 class MatchedSets:
-    """For a set of channels, `CONTROLS` different sets of others of about the same mean activations.
-
-    Attributes:
-        points: of the policy.
-        background: observations that the means are taken over, and on which dead channels do not vary.
-        seed: of the draws.
-        no_p: for each set of channels, why a rank among its sets has no p, or an empty text.
-    """
+    """For a set of channels, `CONTROLS` different sets of other channels with about the same mean activations."""
 
     points: HookPoints
     background: Tensor
@@ -49,10 +35,10 @@ class MatchedSets:
     _known: dict[Channels, dict[Site, float]] = field(default_factory=dict, repr=False)
 
     def of(self, channels: Channels) -> dict[Site, float]:
-        """The sets, and how far each is from the channels (see `MatchedChannels.apart`): fewer where no more are live.
+        """The sets, each with its distance from the channels (`MatchedChannels.apart`); fewer if few are live.
 
-        One draw of so many sets would be among nearly all channels, which matches nothing. So draw few among the
-        nearest first, and more among more channels only until there are enough.
+        One draw of all sets would be from nearly all channels, which matches nothing. So draw a few sets from the
+        nearest channels first, and more sets from more channels until there are enough.
         """
         if channels not in self._known:
             found: dict[Site, float] = {}
@@ -60,10 +46,10 @@ class MatchedSets:
             for count in range(1, CONTROLS + 1):
                 try:
                     drawn = matched_channels(self.points, site, self.background, count=count, seed=self.seed + count)
-                except SiteError:  # so many different sets there are not
+                except SiteError:  # no more different sets
                     break
                 found |= dict(zip(drawn.sites, drawn.apart, strict=True))
-                self.no_p[channels] = drawn.no_p  # of the largest draw
+                self.no_p[channels] = drawn.no_p  # that of the largest draw
                 if len(found) >= CONTROLS:
                     break
             self._known[channels] = dict(list(found.items())[:CONTROLS])
@@ -71,13 +57,13 @@ class MatchedSets:
 
 
 class Ablation(NamedTuple):
-    """Whether the step to the cheese is likelier than that to the corner, with channels set to their mean.
+    """Whether the step to the cheese is likelier than that to the corner after mean ablation.
 
     Attributes:
-        towards: bool (level,), with the channels of the push ablated.
-        controls: bool (control, level), with sets of others instead.
-        affected: on how many levels there are such channels; the policy is left as it is on the others.
-        apart: how far the controls are from the channels in mean activation, on average over these levels.
+        towards: bool (level,): with the channels of the push ablated.
+        controls: bool (control, level): with matched sets ablated.
+        affected: number of levels that have channels to ablate; the others stay as they are.
+        apart: mean distance of the controls from the channels.
         no_p: why the rank among the controls has no p, or an empty text.
     """
 
@@ -96,18 +82,12 @@ def ablate_push(
     controls: MatchedSets,
     reference: ActivationCache,
 ) -> Ablation:
-    """What ablating a push does; which channels these are depends on where the two ways lead.
+    """Ablate a push, whose channels depend on the directions of cheese and corner, and matched sets in its place.
 
-    Args:
-        points: of the policy.
-        levels: procgen states, the mouse on the decision square.
-        seen: what the policy does on them.
-        channels_of: the channels for a direction of the cheese and one of the corner.
-        controls: one set is drawn for each set of channels, and counts as one control on all levels.
-        reference: activations at `SITE` that give the means.
+    The mouse stands on the decision square; the first set of every push makes one control over all levels, and so on.
     """
-    before = _likelier(seen)
-    after = np.tile(before, (1 + CONTROLS, 1))
+    cheese_step, corner_step = seen.towards()
+    after = np.tile(cheese_step > corner_step, (1 + CONTROLS, 1))
     fewest, affected, apart, no_p = CONTROLS, 0, 0.0, ""
     for cheese, corner in np.unique(np.stack([seen.cheese, seen.corner], axis=1), axis=0).tolist():
         rows = np.flatnonzero((seen.cheese == cheese) & (seen.corner == corner))
@@ -123,22 +103,15 @@ def ablate_push(
     return Ablation(after[0], after[1 : 1 + fewest], affected, apart, no_p)
 
 
-def _likelier(seen: Decisions) -> NDArray[np.bool_]:
-    every = np.arange(len(seen.cheese))
-    likelier: NDArray[np.bool_] = seen.moves[every, seen.cheese] > seen.moves[every, seen.corner]
-    return likelier
-
-
 def _swept(
     points: HookPoints, levels: Sequence[bytes], patches: dict[str, Patch], cheese: int, corner: int
 ) -> NDArray[np.bool_]:
-    """Under every patch, whether one direction is likelier than another: bool (patch, level)."""
+    """Whether one direction is likelier than another under every patch: bool (patch, level)."""
     towards, away = (list(ACTIONS[Direction(direction)]) for direction in (cheese, corner))
 
     def more(output: Any) -> Tensor:
         probabilities: Tensor = output[0].probs
         return probabilities[:, towards].sum(dim=1) - probabilities[:, away].sum(dim=1)
 
-    inputs = torch.from_numpy(policy_input(observe(levels)))
-    result = sweep(points, inputs, patches=patches, metric={"more": more}, progress=False)
+    result = sweep(points, frames(levels), patches=patches, metric={"more": more}, progress=False)
     return np.asarray(result.values["more"]) > 0

@@ -1,7 +1,7 @@
-"""The sums of every channel on some levels, beside what they could tell: where the way to the cheese starts.
+"""The channel sums and moves of the policy on some levels, beside the first step to the cheese.
 
 readings = Readings.of(points, levels)
-readings.area(channel, Direction.UP)           # its AUC, over the mazes in which UP is legal
+readings.area(channel, Direction.UP)           # AUC of the sum, over the mazes in which UP is legal
 readings[readings.mazes.size == 15].cells(channel, Direction.UP)
 """
 
@@ -11,34 +11,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
-import torch
-from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from chanpatch import HookPoints, recording
-from chanpatch.statistics import Interval, auc, difference_interval
+from chanpatch import HookPoints
+from chanpatch.probes import LogisticProbe
+from chanpatch.statistics import Interval, auc, auc_difference_interval
+from maze.analysis.cells import Row, cells, intervals, minus
 from maze.analysis.exact import move_probabilities
-from maze.analysis.part import Cell, interval_cells
-from maze.analysis.tables import SITE
-from maze.environment.levels import observe, policy_input
-from maze.environment.paths import Direction, first_steps, legal_moves
+from maze.analysis.forwards import SITE, forward, legal_at_mouse
+from maze.analysis.selection import Selection
+from maze.environment.paths import Direction, first_steps
 from maze.environment.states import Mazes, read_mazes
 
-_RENDERED = 1024  # observations in memory at once
-_BATCH = 64  # observations in one forward
+RESAMPLES = 999
 
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What the policy makes of levels, and what is right there.
+    """The policy on some levels.
 
     Attributes:
-        mazes: of the levels.
-        sums: (level, channel), at `SITE`.
-        moves: (level, direction), the policy's probability of each.
-        legal: bool (level, direction), which moves lead to a free square.
-        first: bool (level, direction), with which moves a shortest way to the cheese starts: one in a tree.
+        mazes: the mazes.
+        sums: (level, channel): channel sums at `SITE`.
+        moves: (level, direction): the policy's probability of each move.
+        legal: bool (level, direction): legal moves.
+        first: bool (level, direction): first moves of shortest paths to the cheese; one per level in a tree.
     """
 
     mazes: Mazes
@@ -50,84 +47,59 @@ class Readings:
     @classmethod
     def of(cls, points: HookPoints, levels: Sequence[bytes]) -> Readings:
         mazes = read_mazes(levels)
-        legal = legal_moves(mazes)[np.arange(len(mazes)), :, mazes.mouse[:, 0], mazes.mouse[:, 1]]
-        tables = []
-        with (
-            recording(points, SITE, reduce="sum") as cache,
-            torch.no_grad(),
-            tqdm(total=len(levels), desc="readings", unit="level", delay=2, leave=False) as progress,
-        ):
-            for start in range(0, len(levels), _RENDERED):
-                frames = torch.from_numpy(policy_input(observe(levels[start : start + _RENDERED])))
-                for batch in frames.to(next(points.model.parameters()).device).split(_BATCH):
-                    tables.append(points.model(batch)[0].probs.cpu().numpy())
-                    progress.update(len(batch))
-        moves = move_probabilities(np.concatenate(tables))[:, : len(Direction)]
-        return cls(mazes, cache[SITE].cpu().double().numpy(), moves, legal, first_steps(mazes, mazes.cheese))
+        probabilities, cache = forward(points, levels)
+        moves = move_probabilities(probabilities)[:, : len(Direction)]
+        sums = cache[SITE].cpu().double().numpy()
+        return cls(mazes, sums, moves, legal_at_mouse(mazes), first_steps(mazes, mazes.cheese))
 
     def __len__(self) -> int:
         return len(self.mazes)
 
     def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Readings:
-        """The readings of some of the levels."""
         return Readings(self.mazes[rows], self.sums[rows], self.moves[rows], self.legal[rows], self.first[rows])
 
     def area(self, channel: int, direction: Direction) -> Interval | None:
-        """The AUC of a channel's sum for a direction, where that is legal; None with too few mazes of either kind."""
+        """The AUC of a channel's sum for a direction, over the mazes in which it is legal."""
         rows = self.legal[:, direction]
         return area(self.sums[rows, channel], self.first[rows, direction])
 
-    def walls(self, direction: Direction) -> Interval | None:
-        """The AUC that the walls around the mouse alone would have: the fewer legal moves, the likelier each is."""
+    def cells(self, channel: int, direction: Direction) -> Row:
+        """That AUC as cells, with the one of the number of walls around the mouse, and their difference."""
         rows = self.legal[:, direction]
-        return area(-self.legal[rows].sum(axis=1).astype(np.float64), self.first[rows, direction])
-
-    def beyond_walls(self, channel: int, direction: Direction) -> Interval | None:
-        """How much the AUC of a channel's sum is above that of the walls."""
-        told, walls = self.area(channel, direction), self.walls(direction)
-        return None if told is None or walls is None else difference_interval(told, walls)
-
-    def cells(self, channel: int, direction: Direction) -> dict[str, Cell]:
-        """The same as cells, with the number of mazes, in how many of them the way starts so, and what walls tell."""
-        rows = self.legal[:, direction]
-        counts: dict[str, Cell] = {"n": int(rows.sum()), "positives": int(self.first[rows, direction].sum())}
-        return (
-            counts
-            | optional_cells("auc", self.area(channel, direction))
-            | optional_cells("walls", self.walls(direction))
-            | optional_cells("beyond_walls", self.beyond_walls(channel, direction))
+        first = self.first[rows, direction]
+        found, walls = (
+            self.area(channel, direction),
+            area(-self.legal[rows].sum(axis=1).astype(np.float64), first),
         )
+        intervals = {"auc": found, "walls": walls, "beyond_walls": minus(found, walls)}
+        row: Row = {"n": int(rows.sum()), "positives": int(first.sum())}
+        for name, interval in intervals.items():
+            row |= cells(name, interval)
+        return row
 
 
 def area(sums: NDArray[np.float64], labels: NDArray[np.bool_]) -> Interval | None:
-    """The AUC of one channel's sums, (level,), for a label; None with too few mazes of either kind."""
+    """The AUC of one channel's sums, (level,), for a label; None with fewer than two mazes of either kind."""
     return None if min(labels.sum(), (~labels).sum()) < 2 else auc(sums, labels)
 
 
-def areas(sums: NDArray[np.float64], labels: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The AUC of every channel without intervals, NaN where one kind of maze is missing.
+def readout(
+    selection: Selection, direction: Direction, sums: NDArray[np.float64], labels: NDArray[np.bool_], *, seed: int
+) -> Row:
+    """The AUCs of a logistic probe of all live channels and of the direction's channel, and their paired difference.
 
-    Args:
-        sums: (level, channel).
-        labels: bool (level,).
+    The probe is fitted on the selection mazes in which the direction is legal, and scored on other mazes: sums (level,
+    channel), and whether the path starts in the direction, (level,).
     """
-    positives = int(labels.sum())
-    if not 0 < positives < len(labels):
-        return np.full(sums.shape[1], np.nan)
-    ranks: NDArray[np.float64] = scipy.stats.rankdata(sums, axis=0)[labels].sum(axis=0)
-    return (ranks - positives * (positives + 1) / 2) / (positives * (len(labels) - positives))
-
-
-def optional_cells(prefix: str, interval: Interval | None) -> dict[str, Cell]:
-    """Three cells as of `interval_cells`, empty where there is nothing to estimate."""
-    if interval is None:
-        return {prefix: None, f"{prefix}_low": None, f"{prefix}_high": None}
-    return interval_cells(prefix, interval)
-
-
-def rank_correlation(one: ArrayLike, other: ArrayLike) -> float:
-    """Spearman's rank correlation, NaN where either does not vary."""
-    ranks = scipy.stats.rankdata([one, other], axis=1)
-    if ranks.shape[1] < 2 or not np.ptp(ranks, axis=1).all():
-        return np.nan
-    return float(np.corrcoef(ranks)[0, 1])
+    live, rows, channel = list(selection.live), selection.legal[:, direction], selection.best[direction]
+    probe = LogisticProbe.fit(selection.sums[rows][:, live], selection.first[rows] == direction)
+    shares, one = probe.predict(sums[:, live]), sums[:, channel]
+    known = area(one, labels) is not None
+    more = auc_difference_interval(shares, one, labels, resamples=RESAMPLES, seed=seed) if known else None
+    return {
+        "channel": channel,
+        "live": len(live),
+        "n_fit": int(rows.sum()),
+        "n": len(labels),
+        **intervals(linear=area(shares, labels), one=area(one, labels), more=more),
+    }

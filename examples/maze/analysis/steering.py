@@ -1,157 +1,160 @@
-"""Steering vectors of single mazes at the end of block 2's first residual block, and the controls for them.
+"""Steering vectors of single mazes after block 2's first residual block, and their controls.
 
-A vector is the activation of one picture of a level minus that of another, the mouse on its first square. It is added
-in every state of the level.
+A vector is the difference of the activations on two pictures of a level, the mouse on its first square. It is added in
+every state of the level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
 from chanpatch import HookPoints, steer
 from chanpatch.controls import random_vectors
-from chanpatch.statistics import rank_among
+from maze.analysis.cells import Row, Table, Tables, cells, chosen
+from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import (
     DESTINATIONS,
-    activations,
+    Values,
     destinations,
-    draw_effects,
+    effect_rows,
     joined,
     level_batches,
     mean_intervals,
+    measured_on,
+    rank_text,
+    ranked_cells,
 )
 from maze.analysis.episodes import ORIGINAL
-from maze.analysis.off_distribution import METERED, absolute_z, mouse_anywhere
-from maze.analysis.part import Study, Table, Tables, interval_cells, shown
+from maze.analysis.exact import Chains
+from maze.analysis.forwards import activations
+from maze.analysis.off_distribution import METERED, absolute_z, background, mouse_anywhere
+from maze.analysis.part import Study
 from maze.analysis.tables import Intervention
 from maze.environment.states import Mazes, read_mazes, write_mazes
 
-BLOCK = "embedder.block2.res1"  # what comes out of it is what comes out of its resadd
+BLOCK = "embedder.block2.res1"  # its output is that of its resadd
+SIZE = 11
+MOST_LEVELS = 500
 OWN = "own vector"
 CONTROLS = ("another level's", "channels shuffled", "random of the same norm")
-RANDOM = 19  # vectors of the same norm that the own one is ranked among: as many as a p-value takes
-RANKED = 100  # levels that this is done on
-
-Values: TypeAlias = NDArray[np.float64]
+RANDOM = 19  # random vectors to rank the own one among: as many as a p-value takes
+RANKED = 100  # levels of that ranking
 
 
 def difference_vectors(points: HookPoints, levels: Sequence[bytes], with_it: Mazes, without_it: Mazes) -> Tensor:
-    """The activation of one picture of each level minus that of another: (level, channel, row, col)."""
-    return (
-        activations(points, write_mazes(with_it, levels), BLOCK)
-        - activations(points, write_mazes(without_it, levels), BLOCK)
-    )[BLOCK]
+    """The activation on one picture of each level minus that on another: (level, channel, row, col)."""
+    one, other = (activations(points, write_mazes(each, levels), BLOCK)[BLOCK] for each in (with_it, without_it))
+    return one - other
 
 
 def steered(points: HookPoints, vectors: Tensor, coefficient: float, *, seed: int) -> dict[str, Intervention]:
-    """Every level's own vector added, and the controls: vectors that lack what the own one says of the level.
-
-    Args:
-        points: of the policy.
-        vectors: (level, channel, row, col).
-        coefficient: of them all.
-        seed: of the controls.
-    """
+    """Every level's own vector added, and the controls, vectors without the own one's information on the level."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(vectors.shape[:2], generator=generator).argsort(dim=1)[:, :, None, None]
-    others = (
-        vectors.roll(1, dims=0),
-        vectors.gather(1, order.expand_as(vectors)),
-        random_vectors(vectors, count=1, seed=seed)[0] if vectors.any() else vectors,
-    )
-    chosen = {OWN: vectors, **dict(zip(CONTROLS, others, strict=True))}
-    return {name: added(points, each, coefficient) for name, each in chosen.items()}
+    others = (vectors.roll(1, dims=0), vectors.gather(1, order.expand_as(vectors)), _random(vectors, 1, seed)[0])
+    named = {OWN: vectors, **dict(zip(CONTROLS, others, strict=True))}
+    return {name: added(points, each, coefficient) for name, each in named.items()}
 
 
 def added(points: HookPoints, vectors: Tensor, coefficient: float) -> Intervention:
-    """To every level its vector added, times the coefficient."""
+    """Add its vector to every level, times the coefficient."""
     site = points.site(BLOCK)
     return lambda level: [steer(site, vectors[level], coefficient)]
 
 
-def against_controls(values: Mapping[str, Values], names: Sequence[str]) -> Table:
-    """How much more the own vector does than each control, over the same levels.
+def _random(vectors: Tensor, count: int, seed: int) -> Tensor:
+    return random_vectors(vectors, count=count, seed=seed) if vectors.any() else vectors.expand(count, *vectors.shape)
+
+
+def measured(
+    study: Study,
+    purpose: str,
+    levels: Sequence[bytes],
+    vectors: Tensor,
+    coefficient: float,
+    measure: str,
+    *,
+    others: Mapping[str, Intervention] | None = None,
+    unseen: Callable[[Chains], Any] | None = None,
+    unseen_name: str = "",
+) -> tuple[dict[str, Table], dict[str, Values], list[str]]:
+    """The tables of a part about a vector, every measure on every level, and the names of the interventions.
 
     Args:
-        values: by measure, (1 + intervention, level), the original first.
-        names: of the interventions, the own vector among them.
+        study: the study.
+        purpose: name of the part, for the seeds.
+        levels: the levels.
+        vectors: (level, channel, row, col).
+        coefficient: coefficient of the vectors.
+        measure: which of `DESTINATIONS` the random vectors are ranked by.
+        others: further interventions.
+        unseen: function from chains to the table of a policy without an intervention.
+        unseen_name: its name.
     """
+    interventions = steered(study.points, vectors, coefficient, seed=study.seed_for(f"{purpose} controls"))
+    interventions |= others or {}
+    batches = []
+    for chains, tables in level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=BLOCK):
+        more = [] if unseen is None else [unseen(chains)[None]]
+        batches.append(destinations(chains, np.concatenate([tables, *more])))
+    values = joined(batches)
+    names = [*interventions, *([unseen_name] if unseen else [])]
+    far, usual = far_from_usual(study, interventions, levels), background(SIZE, "as drawn")
+    effects = [
+        row | {"absolute_z": far.get(row["intervention"]), "absolute_z_against": usual}
+        for row in effect_rows(values, names)
+    ]
+    rank = ranked(study, levels, vectors, coefficient, measure, seed=study.seed_for(f"{purpose} random"))
+    return {"effects": effects, "against": against_controls(values, names), "ranked": [rank]}, values, names
+
+
+def against_controls(values: Mapping[str, Values], names: Sequence[str]) -> Table:
+    """The effect of the own vector minus that of each control, over the same levels; arguments as `effect_rows`."""
     rows: Table = []
-    for measure, of in values.items():
-        known = of[:, np.isfinite(of[0])]
-        if not known.shape[1]:
-            continue
+    for measure, known in measured_on(values):
         own = known[1 + names.index(OWN)]
         others = np.stack([known[1 + names.index(name)] for name in CONTROLS])
         for name, interval in zip(CONTROLS, mean_intervals(own - others), strict=True):
-            cells = interval_cells("own_minus_control", interval)
-            rows.append({"measure": measure, "control": name, "n": len(own), **cells})
+            row = {"measure": measure, "control": name, "n": len(own)}
+            rows.append(row | cells("own_minus_control", interval))
     return rows
 
 
 def ranked(
     study: Study, levels: Sequence[bytes], vectors: Tensor, coefficient: float, measure: str, *, seed: int
-) -> Table:
-    """Where the own vectors' effect ranks among those of `RANDOM` sets of random ones of the same norms: one row.
-
-    Args:
-        study: of the policy.
-        levels: of which the first `RANKED` are taken.
-        vectors: (level, channel, row, col).
-        coefficient: of them all.
-        measure: on which effect, as `DESTINATIONS` names it.
-        seed: of the random vectors.
-    """
+) -> Row:
+    """The rank of the own vectors' effect among `RANDOM` sets of random vectors of the same norms."""
     levels, own = levels[:RANKED], vectors[:RANKED]
-    drawn = random_vectors(own, count=RANDOM, seed=seed) if own.any() else own.expand(RANDOM, *own.shape)
-    sets = {OWN: own, **{f"random {number}": each for number, each in enumerate(drawn)}}
-    interventions = {name: added(study.points, each, coefficient) for name, each in sets.items()}
+    interventions = {
+        str(number): added(study.points, each, coefficient)
+        for number, each in enumerate([own, *_random(own, RANDOM, seed)])
+    }
     batches = level_batches(study.points, levels, {ORIGINAL: (), **interventions}, site=BLOCK)
     values = joined([destinations(*batch) for batch in batches])[measure]
     effect, *controls = mean_intervals(values[1:] - values[0])
-    others = [each.estimate for each in controls]
-    rank = rank_among(effect.estimate, others)
-    return [
-        {
-            "measure": measure,
-            "n": len(levels),
-            **interval_cells("effect", effect),
-            "rank": rank.rank,
-            "controls": rank.controls,
-            "rank_p": rank.p,
-            "controls_lowest": min(others),
-            "controls_highest": max(others),
-        }
-    ]
+    return {"measure": measure, "n": len(levels), **ranked_cells(effect, [each.estimate for each in controls])}
 
 
-def told_rank(row: Mapping[str, Any]) -> str:
-    """A row of `ranked` in words."""
+def ranking_text(tables: Tables) -> str:
+    """The rank of the own vector among random ones, and how far off distribution all vectors go, in words."""
+    (row,) = tables["ranked"]
+    rows = [row for row in chosen(tables["effects"], measure=row["measure"]) if row["intervention"] in (OWN, *CONTROLS)]
+    far = ", ".join(f"{row['absolute_z']:.1f} with {row['intervention']}" for row in rows)
     return (
-        f"On {row['n']} of the levels its effect, {shown(row, 'effect', '+.3f')}, ranks {row['rank']} of "
-        f"{row['controls'] + 1} (p = {row['rank_p']:.2g}) among random vectors of the same norm, which have "
-        f"{row['controls_lowest']:+.3f} to {row['controls_highest']:+.3f}."
+        f"Among random vectors of the same norm, on {row['n']} of the levels: {rank_text(row)}. Mean absolute z of the "
+        f"channel sums (0.8 is usual): {far}."
     )
 
 
 def far_from_usual(
     study: Study, interventions: Mapping[str, Intervention], levels: Sequence[bytes]
 ) -> dict[str, float]:
-    """How far each vector leads the sums of `BLOCK` from those of other levels of this size: the mean over channels.
-
-    Args:
-        study: of the policy.
-        interventions: at `BLOCK`.
-        levels: of one size; the mouse is put anywhere in the first `METERED` of them, since vectors are added in every
-            state.
-    """
+    """The mean absolute z over the channels of `BLOCK` under each vector, with the mouse anywhere in the levels."""
     some = mouse_anywhere(levels[:METERED], study.seed_for("metered mouse"))
     size = int(read_mazes(levels[:1]).size[0])
     usual = study.levels("metered usual", METERED, size=size, cheese="as drawn", mouse="anywhere")
@@ -159,15 +162,6 @@ def far_from_usual(
     return {name: float(np.nanmean(list(each.values()))) for name, each in channels.items()}
 
 
-def told_far(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The absolute z of some rows of the effects, in words."""
-    said = ", ".join(f"{row['absolute_z']:.1f} with {row['intervention']}" for row in rows)
-    return f"Mean distance of the channels' sums from usual ones, in standard deviations (0.8 is usual): {said}."
-
-
-def vector_figure(tables: Tables, title: str) -> Figure:
-    """Where the mouse gets to under every vector."""
-    drawn = Figure(figsize=(9, 5), layout="constrained")
-    draw_effects(drawn.subplots(), tables["effects"], DESTINATIONS)
-    drawn.suptitle(title)
-    return drawn
+vector_figure = chart(
+    Panel("effects", "measure", "effect", "change of the probability", "intervention", names=DESTINATIONS), size=(9, 5)
+)

@@ -1,8 +1,7 @@
-"""The policy as a table: its action probabilities in every state of a batch of levels, for many interventions at once.
+"""The policy as a table: its action probabilities in every state of a batch of levels, under many interventions.
 
-Everything before the hook point runs once per state and is recorded; only what comes after it runs again for each
-intervention. On the IMPALA policy at `embedder.relu3` that is one matrix in place of fifteen convolutions. A patch that
-sets a region there does not even need the whole matrix: what the region adds to `embedder.fc` is replaced.
+Everything before the hook point runs once per state; only the rest runs for each intervention. At `embedder.relu3` that
+is one matrix instead of fifteen convolutions. If a patch sets a region there, only the region's part is recomputed.
 """
 
 from __future__ import annotations
@@ -22,22 +21,20 @@ from chanpatch.patching import Set
 from chanpatch.registry import HookPoint
 from maze.analysis.episodes import ORIGINAL
 from maze.analysis.exact import Chains
+from maze.analysis.forwards import BATCH, LINEAR, SITE
 from maze.environment.levels import policy_input
 
-SITE = "embedder.relu3"
-LINEAR = "embedder.fc"  # from SITE to here the policy is linear
 TOLERANCE = 1e-5  # between probabilities computed here and those of the whole policy
 
 # Patches, or a function from the level of each row, int (batch,), to patches whose operands have one row for each.
 Intervention: TypeAlias = Sequence[Patch] | Callable[[NDArray[np.int64]], Sequence[Patch]]
 
 _RENDERED = 1024  # states in memory at once: their procgen bytes take 23 kB each
-_BATCH = 64  # observations in one forward, which is where one core is fastest
 _COMPARED = 4  # states on which every intervention is compared with the whole policy
 
 
 class SuffixError(ValueError):
-    """A policy that cannot be run from a hook point on, or a patch before that hook point."""
+    """The policy cannot be run from a hook point on, or a patch comes before that hook point."""
 
 
 def action_tables(
@@ -47,19 +44,16 @@ def action_tables(
     *,
     site: str = SITE,
 ) -> dict[str, NDArray[np.float32]]:
-    """The action probabilities in every state under every intervention.
+    """The action probabilities in every state under every intervention: (state, action=15) by name.
 
     Every intervention is compared with the whole patched policy on some states first.
 
     Args:
-        points: of the policy, in eval mode.
-        chains: of the levels.
-        interventions: by name, at `site` or after it; what they do may depend on the activation and the level alone.
-            Without any, the policy as it is, under `ORIGINAL`.
-        site: name of the hook point at which activations are recorded.
-
-    Returns:
-        (state, action=15) by name.
+        points: hook points of the policy, in eval mode.
+        chains: the levels.
+        interventions: interventions by name, at `site` or after it, that depend on the activation and the level alone;
+            by default the unpatched policy, under `ORIGINAL`.
+        site: the hook point at which activations are recorded.
 
     Raises:
         SuffixError: the policy cannot be run from `site` on, or a patch comes before it.
@@ -87,15 +81,9 @@ def action_tables(
 
 
 def suffix(points: HookPoints, site: str) -> nn.Module:
-    """The policy from a hook point on: it takes that activation, and shares the weights.
+    """The policy from the output of a module on, with shared weights and all names.
 
-    It is the policy's own code, in which whatever ran up to the hook point passes on what it gets. Every name
-    stays, so patches at the hook point and after it fit. This is right where the modules up to the hook point
-    are a chain, each fed by the one before alone; `action_tables` compares before it relies on it.
-
-    Args:
-        points: of the policy.
-        site: name of the output of a module.
+    Modules that ran before pass on their input. This is right if they form a chain; `action_tables` checks that.
     """
     ran = {point.module for point in _until(points, site) if point.side == "out"}
     outermost = [module for module in ran if not any(module.startswith(f"{other}.") for other in ran)]
@@ -108,7 +96,7 @@ def suffix(points: HookPoints, site: str) -> nn.Module:
 
 
 class _Rest:
-    """What follows a hook point, under any intervention."""
+    """The policy after a hook point, under any intervention."""
 
     def __init__(self, points: HookPoints, site: str) -> None:
         self.site, self._points = site, points
@@ -118,9 +106,9 @@ class _Rest:
 
     @torch.no_grad()
     def record(self, observations: Tensor) -> dict[str, Tensor]:
-        """What the rest of the policy starts from: activations by hook point, (batch, ...) each."""
+        """The activations that the rest of the policy starts from: (batch, ...) by hook point."""
         caches = [
-            run_with_cache(self._points, batch, sites=self._sites, stop=True) for batch in observations.split(_BATCH)
+            run_with_cache(self._points, batch, sites=self._sites, stop=True) for batch in observations.split(BATCH)
         ]
         recorded = {name: torch.cat([cache[name] for cache in caches]) for name in self._sites}
         # So that to flatten it takes no copy for each intervention.
@@ -130,27 +118,21 @@ class _Rest:
     def probabilities(
         self, intervention: Intervention, recorded: Mapping[str, Tensor], level: NDArray[np.int64]
     ) -> Tensor:
-        """Action probabilities (batch, action).
-
-        Args:
-            intervention: at the hook point or after it.
-            recorded: see `record`.
-            level: int (batch,), of every row.
-        """
+        """Action probabilities, (batch, action), for records of `record` and the level of every row."""
         if self.site == SITE:
             patches = _patches(intervention, level)
             if _only_sets_a_region(patches):
                 changes = (self._change(patch, recorded[SITE]) for patch in patches)
                 return _probabilities(self._policies[LINEAR], sum(changes, recorded[LINEAR]))
         policy, parts = self._policies[self.site], []
-        for first in range(0, len(level), _BATCH):
-            rows = slice(first, first + _BATCH)
+        for first in range(0, len(level), BATCH):
+            rows = slice(first, first + BATCH)
             with patched(policy, _patches(intervention, level[rows])):
                 parts.append(_probabilities(policy, recorded[self.site][rows]))
         return torch.cat(parts)
 
     def _change(self, patch: Patch, activation: Tensor) -> Tensor:
-        """What a patch that sets a region of `SITE` adds to `LINEAR`: (batch, feature)."""
+        """The change of `LINEAR` by a patch that sets a region of `SITE`: (batch, feature)."""
         if patch.site not in self._weights:
             self._weights[patch.site] = self._columns(patch.site, activation.shape)
         columns, weights = self._weights[patch.site]
@@ -158,7 +140,7 @@ class _Rest:
         return (patch.edit(region) - region).flatten(1) @ weights
 
     def _columns(self, site: Site, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Which inputs of `LINEAR` a region of `SITE` is, (1, channel, row, col), and the weights of these."""
+        """The inputs of `LINEAR` in a region of `SITE`, (1, channel, row, col), and their weights."""
         weight = self._points.model.get_submodule(LINEAR).weight
         numbered = torch.arange(shape[1:].numel(), dtype=weight.dtype, device=weight.device).view(1, *shape[1:])
         columns = run_with_cache(self._policies[SITE], numbered, sites=site, stop=True)[site].long()
@@ -166,9 +148,9 @@ class _Rest:
 
 
 def _only_sets_a_region(patches: Sequence[Patch]) -> bool:
-    """Whether there is no patch, or one that puts a value in place of a region of `SITE` in every row."""
+    """Whether there is at most one patch, and it sets a region of `SITE` in every row."""
     every = all(each.site.name == SITE and isinstance(each.edit, Set) and each.where is None for each in patches)
-    return every and len(patches) < 2  # of two, the later one may set what the earlier one did
+    return every and len(patches) < 2  # of two, the later one may overwrite the earlier one
 
 
 def _patches(intervention: Intervention, level: NDArray[np.int64]) -> Sequence[Patch]:
@@ -186,7 +168,7 @@ def _check_order(name: str, points: HookPoints, patches: Sequence[Patch], site: 
     for patch in patches:
         if points.bind(patch.site).name in before:
             raise SuffixError(
-                f"{name}: the patch at {patch.site!r} comes before '{site}', where the activations are recorded. "
+                f"{name}: the patch at {patch.site!r} comes before '{site}', the hook point of the record. "
                 "Give an earlier hook point: site=..."
             )
 
@@ -199,7 +181,7 @@ def _compare(
     level: NDArray[np.int64],
     expected: Tensor,
 ) -> None:
-    """Raise unless what is computed from the record is what the whole policy said, whatever the order of the rows."""
+    """Raise if probabilities from the record differ from the whole policy's or depend on the order of the rows."""
     backwards = {site: activation.flip(0) for site, activation in recorded.items()}
     try:
         given = rest.probabilities(intervention, recorded, level)
@@ -207,7 +189,7 @@ def _compare(
     except (RuntimeError, TypeError, ValueError) as error:
         raise SuffixError(f"{name}: the policy cannot be run from '{rest.site}' on: {error}") from error
     for apart, why in (
-        (given - expected, "differ from those of the whole policy: what runs up to there is no chain"),
+        (given - expected, "differ from those of the whole policy: the modules up to there do not form a chain"),
         (given - reordered, "depend on the order of the states: a patch depends on more than activation and level"),
     ):
         if not float(apart.abs().max()) <= TOLERANCE:

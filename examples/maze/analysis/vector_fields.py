@@ -1,4 +1,4 @@
-"""Vector fields: where a policy's moves lead from each square of one maze, and how much that differs between two."""
+"""Vector fields: the mean move of a policy from each square of one maze, and the difference of two policies."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from maze.analysis.part import Table
+from maze.analysis.cells import Table
 from maze.environment.paths import MOVES, Direction
 
 
 def vector_field(table: Table, policy: str, axes: Axes) -> Axes:
-    """A maze with one arrow in each square, almost a cell long for a move that is certain.
+    """A maze with one arrow in each square, almost a cell long for a certain move.
 
     Args:
-        table: one row per free square: `row`, `col`, `size` and the cheese's cell, and for each policy the probability
-            of each move, such as `original_left`; None on squares that the mouse cannot be on before the cheese.
-        policy: which of the policies in the table.
+        table: one row per free square: `row`, `col`, `size`, the cheese's cell, and for each policy the probability of
+            each move, such as `original_left`; None if the mouse cannot be there before the cheese.
+        policy: name of the policy.
         axes: to draw into.
     """
     reached = _reached(table, policy)
@@ -27,7 +27,7 @@ def vector_field(table: Table, policy: str, axes: Axes) -> Axes:
 
 
 def vector_field_difference(table: Table, policy: str, other: str, axes: Axes) -> Axes:
-    """The arrows of one policy minus those of another, half as long as theirs; arguments as of `vector_field`."""
+    """The arrows of one policy minus those of another, at half their length."""
     reached = _reached(table, policy)
     return _draw(table, reached, (_arrows(reached, policy) - _arrows(reached, other)) / 2, axes)
 
@@ -37,7 +37,7 @@ def _reached(table: Table, policy: str) -> Table:
 
 
 def _arrows(reached: Sequence[Mapping[str, Any]], policy: str) -> NDArray[np.float64]:
-    """The mean of where the moves lead from each square: (square, row and col)."""
+    """The mean of the moves from each square: (square, row and col)."""
     shares = np.array([[row[f"{policy}_{move.name.lower()}"] for move in Direction] for row in reached])
     arrows: NDArray[np.float64] = shares @ MOVES
     return arrows

@@ -49,5 +49,5 @@ PARTS: dict[str, Part] = {module.PART.name: module.PART for module in _MODULES}
 # Measured only when `--only` names them.
 EXTRA: dict[str, Part] = {sweep.PART.name: sweep.PART}
 
-# What is measured on every policy, so that what was taught can be told from what was not.
+# Measured on every policy.
 SIDE_BY_SIDE = ("search", "ranking", "sums", "decision", "ablation")

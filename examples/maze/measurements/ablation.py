@@ -1,4 +1,4 @@
-"""The post's causal experiment without sampling: channels ablated, and how often the mouse then finds the cheese."""
+"""The post's causal experiment without sampling: P(cheese) with channels ablated."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from chanpatch.patching import ActivationCache
+from chanpatch.plots import contingency
 from chanpatch.statistics import (
     PairedCounts,
     Rank,
@@ -18,34 +20,48 @@ from chanpatch.statistics import (
     rank_among,
     wilson_interval,
 )
-from maze.analysis.ablation_grid import PLACES, ablation_grid, is_channel, named
-from maze.analysis.effects import KINDS, ablation, activations, level_batches, mean_intervals
+from maze.analysis.cells import (
+    Agrees,
+    Row,
+    Table,
+    Tables,
+    above,
+    cells,
+    chosen,
+    intervals,
+    keyed,
+    rank_cells,
+    shown,
+    verdict,
+)
+from maze.analysis.drawing import Panel, draw, panels
+from maze.analysis.effects import KINDS, Values, ablation, level_batches, mean_intervals, rank_text, set_rows
 from maze.analysis.episodes import ORIGINAL
 from maze.analysis.exact import first_hits, walk
+from maze.analysis.forwards import SITE, activations
 from maze.analysis.off_distribution import METERED, absolute_z, background
-from maze.analysis.part import Agrees, Cell, Finding, Part, Study, Table, Tables, above, interval_cells, shown, verdict
-from maze.analysis.random_sets import random_sets, told_sets
+from maze.analysis.part import Finding, Part, Study
 from maze.analysis.selection import Selection
-from maze.analysis.tables import SITE
 from maze.environment.paths import Direction, top_right
 
 SIZE = 15
-ELSEWHERE = 50  # levels with the cheese in each of the other two places, or a quarter of n where that is more
-REFERENCE = 200  # levels that give the means and the donors
+PLACES = ("bottom right", "in distribution", "top left")  # of the cheese; the first is the post's
+ELSEWHERE = 50  # levels with the cheese in each of the other two places, or a quarter of n if that is more
+REFERENCE = 200  # levels for means and donors
 REFERENCE_PLACES = {"cheese": "in distribution", "mouse": "anywhere"}
 TOGETHER = 16  # channels that are ablated together
 OUTCOMES = ("both", "only_modified", "only_original", "neither")  # of the walks, in the order of `PairedCounts`
-NO_CORNER = dict.fromkeys(("corner_modified", "corner_modified_low", "corner_modified_high"))
 
-Values = NDArray[np.float64]
+_STYLES = [{"color": color} for color in ("black", "tab:orange", "tab:blue")]
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """Every ablation with the cheese in every place; the post's table of counts; the same channels across places."""
+    """Every ablation with the cheese in every place, the post's table of counts, and differences between places."""
+    selection = study.selection
     reference_levels = study.levels("ablation reference", REFERENCE, size=SIZE, **REFERENCE_PLACES)
     reference = activations(study.points, reference_levels, SITE)
-    groups = _groups(study.selection, study.seed_for("ablation others"))
-    roles = _roles(study.selection, groups)
+    groups = _groups(selection, study.seed_for("ablation others"))
+    roles = _roles(selection, groups)
     seed = study.seed_for("ablation donors")
     ablations = {
         f"{kind} {name}": ablation(study.points, kind, channels, reference, seed=seed)
@@ -54,36 +70,33 @@ def measure(study: Study) -> dict[str, Table]:
     }
     lowest = reference[study.points.site(SITE)].double().sum(dim=(2, 3)).amin(dim=0).numpy()
     far = _absolute_z(study, reference, seed)
-    labels = {f"channel {channel}": study.labels[channel].label for channel in study.selection.live}
+    labels = {f"channel {channel}": study.labels[channel].label for channel in selection.live}
     effects: Table = []
     changes: dict[str, Values] = {}
     for place in PLACES:
-        count = study.n if place == PLACES[0] else min(study.n, max(ELSEWHERE, study.n // 4))
-        levels = study.levels("ablation", count, size=SIZE, cheese=place)
         posts = place == PLACES[0]
-        found, corner, walked = _measured(study, levels, ablations, roles, _walking(study.selection) if posts else ())
+        count = study.n if posts else min(study.n, max(ELSEWHERE, study.n // 4))
+        levels = study.levels("ablation", count, size=SIZE, cheese=place)
+        found, corner, walked = _measured(study, levels, ablations, roles, _walking(selection) if posts else ())
         if posts:
-            top = study.selection.ranked[:TOGETHER]
-            sets = random_sets(study, levels, top, reference, seed=study.seed_for("ablation sets"))
-            walks = _walks(study.selection, walked, found, list(ablations))
+            top = selection.ranked[:TOGETHER]
+            sets = set_rows(study, levels, top, reference, seed=study.seed_for("ablation sets"))
+            walks = _walks(selection, walked, found, list(ablations))
         changes[place] = found[1:] - found[0]
         rows = _rows(place, found, corner, groups, roles, far, lowest)
         effects += [{**row, "label": labels.get(row["ablated"])} for row in rows]
-    effects.sort(
-        key=lambda row: row["role"] == "control"
-    )  # stable: what was chosen first, as tables are cut when shown
+    effects.sort(key=lambda row: row["role"] == "control")  # stable; the report cuts long tables
     across = _across(changes, list(ablations), roles)
     return {"effects": effects, "walks": walks, "across": across, **({"sets": sets} if sets else {})}
 
 
 def _reference() -> str:
-    """What gives the means and the donors, in words."""
-    places = ", ".join(f"{what} {where}" for what, where in REFERENCE_PLACES.items())
+    places = ", ".join(f"{name} {place}" for name, place in REFERENCE_PLACES.items())
     return f"{REFERENCE} levels of size {SIZE}, {places}"
 
 
 def _groups(selection: Selection, seed: int) -> dict[str, tuple[int, ...]]:
-    """What is ablated together, by name: every live channel alone, the most telling ones, as many others."""
+    """The channels of each ablation: every live channel alone, the best predictors, and as many others."""
     groups = {f"channel {channel}": (channel,) for channel in selection.live}
     top, rest = selection.ranked[:TOGETHER], selection.ranked[TOGETHER:]
     groups[f"top {len(top)}"] = top
@@ -94,8 +107,8 @@ def _groups(selection: Selection, seed: int) -> dict[str, tuple[int, ...]]:
 
 
 def _roles(selection: Selection, groups: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """What a group was chosen for; those without are controls."""
-    roles = {name: name for name, channels in groups.items() if not name.startswith("channel")}
+    """The reason for which a group was chosen; groups without one are controls."""
+    roles = {name: name for name in groups if not name.startswith("channel")}
     for direction in Direction:
         name = f"channel {selection.best[direction]}"
         roles[name] = f"{roles[name]}, {direction.name}" if name in roles else direction.name
@@ -103,7 +116,7 @@ def _roles(selection: Selection, groups: Mapping[str, Sequence[int]]) -> dict[st
 
 
 def _walking(selection: Selection) -> list[str]:
-    """The policies that are walked as the post's were: the original, and each direction's channel zeroed."""
+    """The policies to walk as the post did: the original, and each direction's channel zeroed."""
     return [ORIGINAL, *dict.fromkeys(f"zero channel {selection.best[direction]}" for direction in Direction)]
 
 
@@ -114,21 +127,20 @@ def _measured(
     roles: Mapping[str, str],
     walking: Sequence[str],
 ) -> tuple[Values, Values, dict[str, NDArray[np.bool_]]]:
-    """P(cheese) and P(corner before it) of the original and every ablation: (1 + ablation, level).
+    """P(cheese) and P(corner before it), (1 + ablation, level), and whether walks found the cheese, by policy.
 
-    The corner is left out for the controls (NaN). And, for the policies to be walked, whether an episode found the
-    cheese: bool (level,) by name.
+    The corner is NaN for controls.
     """
     interventions = {ORIGINAL: (), **ablations}
-    named = [name == ORIGINAL or name.split(" ", 1)[1] in roles for name in interventions]
+    wanted = [name == ORIGINAL or name.split(" ", 1)[1] in roles for name in interventions]
     rows = {name: list(interventions).index(name) for name in walking}
     found, corner, walked = [], [], {name: [] for name in walking}
     for chains, tables in level_batches(study.points, levels, interventions):
         found.append(first_hits(chains, tables, [chains.cheese])[:, chains.start, 0])
         passed = np.full(found[-1].shape, np.nan)
-        passed[named] = first_hits(chains, tables[named], [chains.at(top_right(chains.mazes))])[:, chains.start, 0]
+        passed[wanted] = first_hits(chains, tables[wanted], [chains.at(top_right(chains.mazes))])[:, chains.start, 0]
         corner.append(passed)
-        seed = study.seed_for(f"ablation draws {len(found)}")  # draws go by the index in the batch
+        seed = study.seed_for(f"ablation draws {len(found)}")  # draws depend on the index in the batch
         for name, row in rows.items():
             walked[name].append(walk(chains, tables[row], sampling_seed=seed)[0].found)
     episodes = {name: np.concatenate(each) for name, each in walked.items()}
@@ -136,32 +148,20 @@ def _measured(
 
 
 def _walks(selection: Selection, walked: Mapping[str, NDArray[np.bool_]], found: Values, names: Sequence[str]) -> Table:
-    """The post's table of each direction's channel, from episodes with common draws, beside the exact shares."""
+    """The post's table for each direction's channel, from walks with common draws, beside the exact probabilities."""
     rows: Table = []
     for direction in Direction:
         name = f"zero channel {selection.best[direction]}"
         counts = paired_counts(walked[name], walked[ORIGINAL])
         exact = mean_intervals(found[[0, 1 + names.index(name)]])
-        rows.append(
-            {
-                "direction": direction.name,
-                "channel": selection.best[direction],
-                "n": len(walked[name]),
-                **_counted(counts),
-                "mcnemar_p": mcnemar_exact(counts.only_first, counts.only_second),
-                **interval_cells("difference", paired_difference_interval(*counts)),
-                **interval_cells("exact_original", exact[0]),
-                **interval_cells("exact_modified", exact[1]),
-            }
-        )
+        row: Row = {"direction": direction.name, "channel": selection.best[direction], "n": len(walked[name])}
+        row |= dict(zip(OUTCOMES, counts, strict=True))
+        for outcome, count in zip(OUTCOMES, counts, strict=True):
+            row |= cells(f"{outcome}_share", wilson_interval(count, sum(counts)))
+        row |= {"mcnemar_p": mcnemar_exact(counts.only_first, counts.only_second)}
+        row |= cells("difference", paired_difference_interval(*counts))
+        rows.append(row | cells("exact_original", exact[0]) | cells("exact_modified", exact[1]))
     return rows
-
-
-def _counted(counts: PairedCounts) -> dict[str, Cell]:
-    """The four cells of the post's table: each count, and its share of the levels."""
-    cells = dict(zip(OUTCOMES, counts, strict=True))
-    shares = {f"{name}_share": wilson_interval(count, sum(counts)) for name, count in cells.items()}
-    return cells | {end: cell for name, share in shares.items() for end, cell in interval_cells(name, share).items()}
 
 
 def _rows(
@@ -175,25 +175,23 @@ def _rows(
 ) -> Table:
     """One row per ablation: its effect, and its rank among the same ablation of the other live channels.
 
-    A channel that is the same on all levels that tell what is usual is dead here: it is no control.
+    A channel that does not vary on the levels for `far` is not a control.
     """
 
-    def varies(channels: Sequence[int]) -> bool:
-        return far["zero"][channels[0]] is not None
+    def varies(name: str) -> bool:
+        return name.startswith("channel") and far["zero"][groups[name][0]] is not None
 
     effects = mean_intervals(found[1:] - found[0])
     original, *modified = mean_intervals(found)
-    first = mean_intervals(corner)  # of the corner; the controls have none
+    first = mean_intervals(corner)
     ablated = [(kind, name) for kind in KINDS for name in groups]
     rows: Table = []
-    for row, (kind, name) in enumerate(ablated):
+    for number, (kind, name) in enumerate(ablated):
         others = [
             effects[index].estimate
             for index, (other_kind, other) in enumerate(ablated)
-            if other_kind == kind and other != name and other.startswith("channel") and varies(groups[other])
+            if other_kind == kind and other != name and varies(other)
         ]
-        ranked = name.startswith("channel") and varies(groups[name]) and others
-        rank = rank_among(effects[row].estimate, others) if ranked else None
         distances = [far[kind][channel] for channel in groups[name] if far[kind][channel] is not None]
         rows.append(
             {
@@ -204,14 +202,9 @@ def _rows(
                 "role": roles.get(name, "control"),
                 "channels": " ".join(map(str, groups[name])),
                 "n": found.shape[1],
-                **interval_cells("original", original),
-                **interval_cells("modified", modified[row]),
-                **interval_cells("effect", effects[row]),
-                **interval_cells("corner_original", first[0]),
-                **(interval_cells("corner_modified", first[1 + row]) if name in roles else NO_CORNER),
-                "rank": rank and rank.rank,
-                "controls": rank and rank.controls,
-                "rank_p": rank.p if rank and name in roles else None,  # of what was chosen before only
+                **intervals(original=original, modified=modified[number], effect=effects[number]),
+                **intervals(corner_original=first[0], corner_modified=first[1 + number] if name in roles else None),
+                **rank_cells(effects[number].estimate, others, ranked=varies(name), p=name in roles),
                 "lowest_sum": lowest[groups[name][0]] if len(groups[name]) == 1 else None,
                 "absolute_z": float(np.mean(distances)) if len(distances) == len(groups[name]) else None,
                 "absolute_z_against": background(SIZE) if distances else None,
@@ -221,25 +214,23 @@ def _rows(
 
 
 def _across(changes: Mapping[str, Values], names: Sequence[str], roles: Mapping[str, str]) -> Table:
-    """How much larger an effect is in the post's place than in another, over mazes that both have."""
-    chosen = [row for row, name in enumerate(names) if name.split(" ", 1)[1] in roles]
+    """Effects in the post's place minus those in another, over the mazes that both have."""
+    numbers = [number for number, name in enumerate(names) if name.split(" ", 1)[1] in roles]
     rows: Table = []
     for place in PLACES[1:]:
         n = changes[place].shape[1]
-        intervals = mean_intervals(changes[PLACES[0]][chosen, :n] - changes[place][chosen])
-        for row, interval in zip(chosen, intervals, strict=True):
-            kind, name = names[row].split(" ", 1)
-            known = {"minus": place, "kind": kind, "ablated": name, "role": roles[name], "n": n}
-            rows.append({**known, **interval_cells("difference", interval)})
+        intervals = mean_intervals(changes[PLACES[0]][numbers, :n] - changes[place][numbers])
+        for number, interval in zip(numbers, intervals, strict=True):
+            kind, name = names[number].split(" ", 1)
+            row = {"minus": place, "kind": kind, "ablated": name, "role": roles[name], "n": n}
+            rows.append(row | cells("difference", interval))
     return rows
 
 
 def _absolute_z(study: Study, reference: ActivationCache, seed: int) -> dict[str, dict[int, float | None]]:
-    """Per kind and live channel, how far the ablated sum lies from usual ones, in standard deviations.
+    """How far off distribution each live channel is under each kind of ablation; None if it does not vary.
 
-    What is usual is told by other levels of the same kind than those of the donors, which would be near themselves.
-    None for the mean: its sum is the mean of the reference levels, so about 0 would say nothing of how unusual it is.
-    None for a channel that is the same on all of them, too.
+    None for mean ablation, which is near 0 by construction.
     """
     live = list(study.selection.live)
     levels = study.levels("ablation", min(study.n, METERED), size=SIZE, cheese=PLACES[0])
@@ -252,129 +243,137 @@ def _absolute_z(study: Study, reference: ActivationCache, seed: int) -> dict[str
     return distances
 
 
+def is_channel(row: Mapping[str, Any]) -> bool:
+    """Whether a row describes one channel alone."""
+    return str(row["ablated"]).startswith("channel")
+
+
+def figure(tables: Tables) -> Figure:
+    """The chosen channels by kind of ablation, the same zeroed by place of the cheese, the controls, and the walks."""
+    drawn, (kinds, places, others, mosaic) = panels(20, 6.4, 4)
+    effect = {"by": ("ablated", "role"), "prefix": "effect", "label": "change of P(cheese), points", "scale": 100}
+    main = {"role": lambda role: role != "control"}
+    at = {"cheese": PLACES[0]}
+    title = "cheese in the bottom right\n(one reference: too narrow for mean and resample)"
+    draw(kinds, tables, Panel("effects", series="kind", where=main | at, title=title, **effect))
+    draw(places, tables, Panel("effects", series="cheese", where=main | {"kind": KINDS[0]}, title="zeroed", **effect))
+    controls = at | {"kind": KINDS[0], "role": "control"}
+    draw(others, tables, Panel("effects", where=controls, title="other live channels, zeroed", **effect))
+    walks = keyed(tables["walks"], "direction")["UP"]
+    contingency(PairedCounts(*(walks[name] for name in OUTCOMES)), mosaic, names=("zeroed", ORIGINAL))
+    mosaic.set_title(f"channel {walks['channel']} zeroed, walks with common draws")
+    return drawn
+
+
 def finding(tables: Tables) -> Finding:
-    walks = {row["direction"]: row for row in tables["walks"]}["UP"]
+    walks = keyed(tables["walks"], "direction")["UP"]
     up = f"channel {walks['channel']}"
-    effects = {(row["cheese"], row["kind"], row["ablated"]): row for row in tables["effects"]}
+    effects = keyed(tables["effects"], "cheese", "kind", "ablated")
     zeroed, by_mean, resampled = (effects[PLACES[0], kind, up] for kind in KINDS)
-    elsewhere = [(place, effects[place, KINDS[0], up]) for place in PLACES[1:]]
-    across = [row for row in tables["across"] if (row["ablated"], row["kind"]) == (up, KINDS[0])]
+    across = chosen(tables["across"], ablated=up, kind=KINDS[0])
     counts = " / ".join(shown(walks, f"{name}_share", ".1%") for name in OUTCOMES)
     raised = raising_rank(tables["effects"], zeroed)
-    ranked = "" if raised is None else f", rank {raised.rank} of {raised.controls + 1} live channels by increase"
+    rank = "" if raised is None else f", rank {raised.rank} of {raised.controls + 1} live channels by increase"
     p = "" if raised is None or raised.p is None else f" (p = {raised.p:.2g})"
-    others = ", ".join(f"{shown(row, 'effect', '+.3f')} {_where(place)}" for place, row in elsewhere)
-    more = ", ".join(f"{shown(row, 'difference', '+.3f')} more than {_where(row['minus'])}" for row in across)
+    elsewhere = ", ".join(
+        f"{shown(effects[place, KINDS[0], up], 'effect', '+.3f')} with the cheese {place}" for place in PLACES[1:]
+    )
+    more = ", ".join(f"{shown(row, 'difference', '+.3f')} more than with it {row['minus']}" for row in across)
+    sets = "; ".join(f"{row['kind']} {rank_text(row)}" for row in tables.get("sets", ()))
     return Finding(
         f"Channel {walks['channel']} (UP) zeroed, n={zeroed['n']}: P(cheese) {shown(zeroed, 'original')} becomes "
-        f"{shown(zeroed, 'modified')}, effect {shown(zeroed, 'effect', '+.3f')}{ranked}{p}. Walks with common "
+        f"{shown(zeroed, 'modified')}, effect {shown(zeroed, 'effect', '+.3f')}{rank}{p}. Walks with common "
         f"draws, n={walks['n']}, both / only modified / only original / neither: {counts} "
         f"(McNemar p = {walks['mcnemar_p']:.2g}).",
         _agrees(zeroed, across),
-        f"{_far(zeroed, resampled)}{_beside_controls(raised)}{_largest(effects, zeroed)}"
-        f"{_never_zero(effects)}{_together(effects)}{told_sets(tables.get('sets', ()))}Mean ablation gives "
-        f"{by_mean['effect']:+.3f} and resampling {resampled['effect']:+.3f}. Both use one set of "
-        f"{by_mean['reference']}. Another set moves these effects by more than their intervals show, so neither "
-        f"decides anything. Zeroed with the cheese elsewhere the effect is {others}; on the same mazes that in "
-        f"the bottom right is {more}.",
-        "That only this channel matters: the other live channels, ablated one by one, are the controls. Nor that the "
-        "effect comes from the direction: zeroing may drive a channel to values that it never takes. The intervals of "
-        "mean and resample ablation hold one set of reference levels fixed, so they are too narrow.",
+        f"{_far(zeroed, resampled)}{_beside_controls(raised)}{_largest(effects, zeroed)}{_never_zero(effects)}"
+        + "".join(
+            f"{row['ablated'].capitalize()} zeroed together: {shown(row, 'effect', '+.3f')}. "
+            for row in chosen(tables["effects"], cheese=PLACES[0], kind=KINDS[0])
+            if not is_channel(row)
+        )
+        + (f"The top channels among random sets of as many live channels: {sets}. " if sets else "")
+        + f"Mean ablation gives {by_mean['effect']:+.3f} and resampling {resampled['effect']:+.3f}. Both use one set "
+        f"of {by_mean['reference']}; another set moves them by more than their intervals, so they decide "
+        f"nothing. Zeroing has the effect {elsewhere}; on the same mazes the effect in the bottom right is {more}.",
+        "It does not follow that only this channel matters, nor that the effect comes from the direction: zeroing may "
+        "move a channel off distribution. The intervals of mean and resample ablation are too narrow, as they hold one "
+        "reference set fixed.",
     )
 
 
-def raising_rank(effects: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> Rank | None:
-    """The rank of a channel's effect among those of the other live channels, the largest increase first.
-
-    The claim has a direction: without the channel the mouse finds the cheese more often. None without another channel.
-    """
-    same = [row for row in effects if all(row[name] == chosen[name] for name in ("cheese", "kind"))]
-    others = [row["effect"] for row in same if row["rank"] is not None and row["ablated"] != chosen["ablated"]]
-    if chosen["rank"] is None or not others:
+def raising_rank(effects: Sequence[Row], one: Row) -> Rank | None:
+    """The rank of a channel's effect among the other live channels, the largest increase first; None without any."""
+    same = chosen(effects, cheese=one["cheese"], kind=one["kind"])
+    others = [row["effect"] for row in same if row["rank"] is not None and row["ablated"] != one["ablated"]]
+    if one["rank"] is None or not others:
         return None
-    return rank_among(chosen["effect"], others, alternative="greater")
+    return rank_among(one["effect"], others, alternative="greater")
 
 
-def _agrees(zeroed: Mapping[str, Any], across: Sequence[Mapping[str, Any]]) -> Agrees:
-    """Whether zeroing helps as in the post and, if so, whether that is about the channel and about the place.
-
-    If the channel holds the mouse back from a cheese below, it helps whatever takes the channel's place, and more than
-    with the cheese elsewhere. The first stays open, as mean and resample ablation were measured with one reference.
-    """
+def _agrees(zeroed: Row, across: Sequence[Row]) -> Agrees:
+    """Whether zeroing helps, and helps more in the post's place; whether it is this channel is always left open."""
     helps = above(zeroed, "effect")
     return verdict(helps, *((None, *(above(row, "difference") for row in across)) if helps else ()))
+
+
+def _far(zeroed: Row, resampled: Row) -> str:
+    if zeroed["absolute_z"] is None or resampled["absolute_z"] is None:
+        return "How far off distribution it goes was not measured: the channel does not vary on other levels. "
+    return (
+        f"Its sum then lies {zeroed['absolute_z']:.1f} (zero) and {resampled['absolute_z']:.1f} (resample) standard "
+        f"deviations from those of {zeroed['absolute_z_against']}, on average (0.8 is usual). "
+    )
 
 
 def _beside_controls(raised: Rank | None) -> str:
     if raised is None:
         return "There is no other live channel to compare with. "
-    special = raised.p is not None and raised.p < 0.05
+    special = "so few others do" if raised.p is not None and raised.p < 0.05 else "so it is not special"
     return (
-        f"Of the {raised.controls} other live channels, zeroed one by one, {raised.rank - 1} raise P(cheese) "
-        "as much or more, so the verdict is about this channel's effect"
-        f"{', which few others have' if special else ' and not about its being special'}. "
+        f"Zeroed one by one, {raised.rank - 1} of the {raised.controls} other live channels raise P(cheese) as much "
+        f"or more, {special}. "
     )
 
 
-def _largest(effects: Mapping[tuple[Any, ...], Mapping[str, Any]], zeroed: Mapping[str, Any]) -> str:
-    """The channel that changes most when it is zeroed, picked because it does, so without a p-value."""
-    rows = [row for (place, kind, _), row in effects.items() if (place, kind) == (PLACES[0], KINDS[0])]
+def _largest(effects: Mapping[Any, Row], zeroed: Row) -> str:
+    """The channel with the largest effect, picked for it and therefore without a p-value."""
+    rows = chosen(list(effects.values()), cheese=PLACES[0], kind=KINDS[0])
     row = max(filter(is_channel, rows), key=lambda row: abs(row["effect"]))
     if row["ablated"] == zeroed["ablated"]:
-        return "No other channel changes more. "
-    told = [f"{effects[PLACES[0], kind, row['ablated']]['effect']:+.3f} ({kind})" for kind in KINDS[1:]]
-    told.insert(0, f"{shown(row, 'effect', '+.3f')} ({KINDS[0]})")
-    chosen = "did not choose" if row["role"] == "control" else f"chose for {row['role']}"
+        return "It has the largest effect. "
+    rule = "did not choose" if row["role"] == "control" else f"chose for {row['role']}"
     return (
-        f"The one that changes most is {named(row)}, which the rule {chosen}: {', '.join(told)}; named here for its "
-        "effect, so without a p-value. "
+        f"The largest effect is that of {row['ablated']} ({row['label'] or 'no label'}), which the rule {rule}: "
+        f"{shown(row, 'effect', '+.3f')} (zero), {_by_kind(effects, row, KINDS[1:])}. "
     )
 
 
-def _far(zeroed: Mapping[str, Any], resampled: Mapping[str, Any]) -> str:
-    """How unusual the ablated sum is: beside the effect, as what is unusual may break the policy."""
-    if zeroed["absolute_z"] is None or resampled["absolute_z"] is None:
-        return "How far its ablated sum is from what is usual was not measured: it does not vary on other levels. "
-    return (
-        f"Its sum then lies {zeroed['absolute_z']:.1f} (zero) and {resampled['absolute_z']:.1f} (resample) standard "
-        f"deviations from those of {zeroed['absolute_z_against']}, on average (0.8 is usual); by the mean that is "
-        "about 0 by construction, so it is left out. "
-    )
+def _by_kind(effects: Mapping[Any, Row], row: Row, kinds: Sequence[str]) -> str:
+    return ", ".join(f"{effects[PLACES[0], kind, row['ablated']]['effect']:+.3f} ({kind})" for kind in kinds)
 
 
-def _never_zero(effects: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> str:
-    """What zeroing does to channels that are never at zero by themselves, beside ablations that keep them usual."""
-    rows = [row for (place, kind, _), row in effects.items() if (place, kind) == (PLACES[0], KINDS[0])]
-    never = [row for row in filter(is_channel, rows) if row["lowest_sum"] > 0]
-    if not never:
-        return "Every live channel comes to 0 somewhere in the reference, so that zeroing is within what occurs. "
-    told = [
-        f"{row['ablated']} (at least {row['lowest_sum']:.2g}): "
-        + ", ".join(f"{effects[PLACES[0], kind, row['ablated']]['effect']:+.3f} ({kind})" for kind in KINDS)
-        for row in never
+def _never_zero(effects: Mapping[Any, Row]) -> str:
+    """The effects on channels that are never at zero by themselves, for which zeroing is unusual."""
+    rows = chosen(list(effects.values()), cheese=PLACES[0], kind=KINDS[0])
+    named = [
+        f"{row['ablated']} (at least {row['lowest_sum']:.2g}): {_by_kind(effects, row, KINDS)}"
+        for row in filter(is_channel, rows)
+        if row["lowest_sum"] > 0
     ]
-    return f"Channels whose sum is never 0 in the reference, so that zeroing is not usual: {'; '.join(told)}. "
-
-
-def _together(effects: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> str:
-    """What zeroing the groups does."""
-    rows = [row for (place, kind, _), row in effects.items() if (place, kind) == (PLACES[0], KINDS[0])]
-    told = [f"{row['ablated']} {shown(row, 'effect', '+.3f')}" for row in rows if not is_channel(row)]
-    return f"Zeroed together, n={rows[0]['n']}: {', '.join(told)}. " if told else ""
-
-
-def _where(place: str) -> str:
-    return place if place.startswith("in ") else f"in the {place}"
+    if not named:
+        return "Every live channel comes to 0 somewhere in the reference. "
+    return f"Channels whose sum is never 0 in the reference: {'; '.join(named)}. "
 
 
 PART = Part(
     name="ablation",
-    question="Does the mouse find the cheese in the bottom right more often without the channel that says UP?",
-    method="Size 15: P(cheese within 256 steps) of every level computed from the policy's table of states, not drawn. "
-    "Every live channel, the 16 most telling ones and 16 others ablated: zero, mean, or another level's activation. "
-    f"Means and donors are of {_reference()}.",
+    question="Does the mouse find the cheese in the bottom right more often without the UP channel?",
+    method="Size 15: P(cheese within 256 steps) on every level, computed from the policy's table of states. Every live "
+    "channel, the 16 best predictors and 16 others are ablated: to zero, to the mean, or to another level's "
+    f"activation. Means and donors are of {_reference()}.",
     post="Channel 121 zeroed, sampled, n=1000: both 36.6, only modified 15.7, only original 3.5, neither 42.2.",
     measure=measure,
-    figure=ablation_grid,
+    figure=figure,
     finding=finding,
 )

@@ -1,55 +1,50 @@
-"""On the decision square: where the mouse goes when a direction's channel is high, and what distance explains of it."""
+"""On the decision square: the mouse's choice when a direction's channel is high, in and out of distribution."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from chanpatch import ThresholdProbe
-from chanpatch.statistics import Interval, bootstrap_interval, difference_interval, wilson_interval
+from chanpatch.statistics import Interval, difference_interval, stratified_difference_interval, wilson_interval
+from maze.analysis.cells import Row, Table, Tables, above, below, cells, chosen, keyed, share_cells, shown, verdict
 from maze.analysis.decision_squares import (
     ACCEPTED,
+    BINS,
     EDGES,
     POSTS_THRESHOLD,
     PRECISION,
-    STRATA,
     TO_CHEESE,
     TO_CORNER,
     Decisions,
+    Probes,
     at_decision_squares,
-    cells,
     joined,
-    said,
-    share_cells,
     strata,
     tested_channel,
     threshold_rows,
     thresholds,
 )
-from maze.analysis.part import Finding, Part, Study, Table, Tables, above, below, verdict
+from maze.analysis.drawing import Panel, chart
+from maze.analysis.part import SPLITS, Finding, Part, Study
 from maze.environment.paths import Direction
 
 SIZE = 25
-SPLITS = ("in distribution", "out of distribution")
 DIRECTIONS = (Direction.UP, Direction.RIGHT)
-MOST_DRAWN = 20  # levels for each that is to be accepted
-ENOUGH = 200  # accepted levels where n cannot be had: they tell a share to 7 points or better
-FEWEST = 100  # that claims are judged by: 10 points or better
-FOUND = 0.9  # of mice whose channel is high, in distribution: more of them go to the cheese
+MOST_DRAWN = 20  # levels for each one that is to be accepted
+ENOUGH = 200  # accepted levels if n cannot be reached: their shares are known to 7 points
+FEWEST = 100  # levels that claims are judged by: their shares are known to 10 points
+FOUND = 0.9  # in distribution, more mice than this go to the cheese
 RESAMPLES = 1999
-UNMATCHED, BOTH = "nothing", "both"  # path lengths that in and out of distribution are matched on
-CHOSEN = "accepted_of_decision_squares"  # of those drawn until there were n
-GOALS = ("cheese", "corner", "neither")  # to which the direction leads
-
-Probes = dict[Direction, ThresholdProbe | None]
+UNMATCHED, BOTH = "nothing", "both"  # path lengths to match
+CHOSEN = "accepted_of_decision_squares"  # share of the decision squares drawn
+GOALS = ("cheese", "corner", "neither")  # at the end of the path in the direction
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """The thresholds, the 2x2 tables, where the mouse goes, and the difference between in and out, matched or not."""
+    """Thresholds, the post's 2x2 tables, choices, and the difference between in and out of distribution."""
     probes = thresholds(study, DIRECTIONS)
     squares: Table = []
     choices: Table = []
@@ -65,39 +60,35 @@ def measure(study: Study) -> dict[str, Table]:
                 choices.append(_choices(named, seen.rows(rows), direction, of))
             taken.setdefault(f"{direction.name} channel high", []).append(seen.rows(accepted))
         taken.setdefault("all", []).append(seen.rows(every))
-    matched = [
-        row for which, each in taken.items() for row in _matched(which, *each, study.seed_for("decision bootstrap"))
-    ]
-    limits = threshold_rows(study, probes)
-    return {"thresholds": limits, "squares": squares, "choices": choices, "matched": matched}
+    seed = study.seed_for("decision bootstrap")
+    matched = [row for which, each in taken.items() for row in _matched(which, *each, seed)]
+    return {"thresholds": threshold_rows(study, probes), "squares": squares, "choices": choices, "matched": matched}
 
 
 def _drawn(study: Study, split: str, probes: Probes) -> Decisions:
-    """Levels as they are drawn, until more would not help any channel; `MOST_DRAWN` times n at most."""
+    """Levels until more would not help any channel that has a threshold; at most `MOST_DRAWN` times n."""
     parts: list[Decisions] = []
+    known = [direction for direction in DIRECTIONS if probes[direction] is not None]
     for number in range(MOST_DRAWN):
         levels = study.levels(f"decision {split} {number}", size=SIZE, cheese=split, mouse="decision square")
         parts.append(at_decision_squares(study.points, levels))
         seen = joined(parts)
-        # A channel without threshold accepts nothing, and waiting would not help.
-        known = [direction for direction in DIRECTIONS if probes[direction] is not None]
         if not any(_helps(len(_accepted(study, seen, probes, each)[0]), len(seen.chosen), study.n) for each in known):
             break
     return seen
 
 
 def _helps(accepted: int, drawn: int, n: int) -> bool:
-    """Whether a channel gains by more levels: one of n, `ENOUGH` and `FEWEST` is not there yet, and may still be.
+    """Whether one of n, `ENOUGH` and `FEWEST` accepted levels is not reached yet, but may still be.
 
-    So a channel that accepts one level in 500 is not waited for. This goes by how many are accepted, never by what
-    the mouse does on them.
+    This depends on the number of accepted levels only, never on the choices.
     """
     at_best = wilson_interval(accepted, drawn).high * MOST_DRAWN * n
     return any(accepted < min(goal, n) <= at_best for goal in (n, ENOUGH, FEWEST))
 
 
 def _accepted(study: Study, seen: Decisions, probes: Probes, direction: Direction) -> tuple[NDArray[np.int64], int]:
-    """The first n levels on which the direction's channel is past its threshold, and how many were drawn for them."""
+    """The first n levels past the direction's threshold, and the number of levels drawn for them."""
     probe = probes[direction]
     if probe is None:
         return np.arange(0), len(seen.chosen)
@@ -106,68 +97,54 @@ def _accepted(study: Study, seen: Decisions, probes: Probes, direction: Directio
 
 
 def _squares(named: dict[str, Any], seen: Decisions, direction: Direction, drawn: int) -> Table:
-    """What the direction leads to, by whether the mouse goes there: one row per cell of the post's table."""
-    leads = _leads(seen, direction)
+    """One row per cell of the post's table: the goal in the direction, and whether the mouse goes there."""
+    leads = np.where(seen.cheese == direction, "cheese", np.where(seen.corner == direction, "corner", "neither"))
     goes = seen.chosen == direction
     rows: Table = []
     for goal in GOALS:
         for yes in (True, False):
             count = int(((leads == goal) & (goes == yes)).sum())
-            of = {"n": len(goes), "drawn": drawn, "leads_to": goal, "goes": yes, "count": count}
-            rows.append({**named, **of, **share_cells("share", count, len(goes))})
+            row = {"n": len(goes), "drawn": drawn, "leads_to": goal, "goes": yes, "count": count}
+            rows.append({**named, **row, **share_cells("share", count, len(goes))})
     return rows
 
 
-def _choices(named: dict[str, Any], seen: Decisions, direction: Direction, drawn: int) -> dict[str, Any]:
-    """How many were accepted, go in the direction, go to the cheese and to the corner."""
+def _choices(named: dict[str, Any], seen: Decisions, direction: Direction, drawn: int) -> Row:
+    """The shares of levels that are accepted, go in the direction, to the cheese, and to the corner."""
     n = len(seen.chosen)
-    shares = {
-        "goes": seen.chosen == direction,
-        "to_cheese": seen.took_cheese,
-        "to_corner": seen.chosen == seen.corner,
-        "leads_to_cheese": seen.cheese == direction,
-    }
-    counted = {name: share_cells(name, each.sum(), n) for name, each in shares.items()}
     row = {**named, "n": n, "drawn": drawn, **share_cells(CHOSEN, n, drawn)}
-    return row | {name: cell for three in counted.values() for name, cell in three.items()}
-
-
-def _leads(seen: Decisions, direction: Direction) -> NDArray[np.str_]:
-    """What the direction leads to: (level,), one of `GOALS`."""
-    return np.where(seen.cheese == direction, "cheese", np.where(seen.corner == direction, "corner", "neither"))
+    for name, each in (
+        ("goes", seen.chosen == direction),
+        ("to_cheese", seen.took_cheese),
+        ("to_corner", seen.chosen == seen.corner),
+        ("leads_to_cheese", seen.cheese == direction),
+    ):
+        row |= share_cells(name, each.sum(), n)
+    return row
 
 
 def _matched(which: str, inside: Decisions, outside: Decisions, seed: int) -> Table:
-    """How much more often the mouse goes to the cheese in distribution: raw, and within strata of the distances."""
-    bins = len(EDGES) + 1
+    """The share of mice that go to the cheese, in minus out of distribution: raw, and within strata of path lengths."""
+    both, first = joined([inside, outside]), np.arange(len(inside.chosen) + len(outside.chosen)) < len(inside.chosen)
     by = {
-        UNMATCHED: lambda seen: np.zeros(len(seen.chosen), dtype=np.int64),
-        TO_CHEESE: lambda seen: strata(seen) // bins,
-        TO_CORNER: lambda seen: strata(seen) % bins,
-        BOTH: strata,
+        UNMATCHED: np.zeros(len(first), dtype=np.int64),
+        TO_CHEESE: strata(both) // len(BINS),
+        TO_CORNER: strata(both) % len(BINS),
+        BOTH: strata(both),
     }
     rows: Table = []
     for name, stratum in by.items():
-        sample = np.concatenate(
-            [
-                np.stack([np.full(len(seen.chosen), side), stratum(seen), seen.took_cheese], axis=1)
-                for side, seen in ((1.0, inside), (0.0, outside))
-            ]
-        )
-        shared = np.intersect1d(stratum(inside), stratum(outside))
-        if name == UNMATCHED:
-            interval = _raw(inside, outside)
-        elif len(shared):
-            interval = bootstrap_interval(sample, stratified_difference, resamples=RESAMPLES, seed=seed)
-        else:
-            interval = None
+        shared = np.intersect1d(stratum[first], stratum[~first])
+        interval = _raw(inside, outside) if name == UNMATCHED else None
+        if name != UNMATCHED and len(shared):
+            interval = stratified_difference_interval(both.took_cheese, first, stratum, resamples=RESAMPLES, seed=seed)
         rows.append(
             {
                 "squares": which,
                 "matched_on": name,
                 "strata": len(shared),
-                "n_in": int(np.isin(stratum(inside), shared).sum()),
-                "n_out": int(np.isin(stratum(outside), shared).sum()),
+                "n_in": int(np.isin(stratum[first], shared).sum()),
+                "n_out": int(np.isin(stratum[~first], shared).sum()),
                 "of_in": len(inside.chosen),
                 "of_out": len(outside.chosen),
                 **cells("difference", interval),
@@ -177,129 +154,44 @@ def _matched(which: str, inside: Decisions, outside: Decisions, seed: int) -> Ta
 
 
 def _raw(inside: Decisions, outside: Decisions) -> Interval | None:
-    """The difference of the two shares, with Newcombe's interval; None where one side has no levels."""
     counts = [(int(seen.took_cheese.sum()), len(seen.chosen)) for seen in (inside, outside)]
     return difference_interval(*(wilson_interval(*each) for each in counts)) if all(n for _, n in counts) else None
 
 
-def stratified_difference(sample: NDArray[np.float64]) -> float:
-    """A share in distribution minus the share out of it, within strata: NaN where no stratum has both.
-
-    Strata are weighted as by Mantel and Haenszel: n_in * n_out / (n_in + n_out).
-
-    Args:
-        sample: (level, 3): 1 for in distribution and 0 for out of it, the number of the stratum, success.
-    """
-    inside, stratum = sample[:, 0].astype(np.int64), sample[:, 1].astype(np.int64)
-    place = inside * STRATA + stratum
-    n = np.bincount(place, minlength=2 * STRATA).reshape(2, STRATA)
-    share = np.bincount(place, sample[:, 2], minlength=2 * STRATA).reshape(2, STRATA) / np.maximum(n, 1)
-    weight = n.prod(axis=0) / np.maximum(n.sum(axis=0), 1)
-    return float((share[1] - share[0]) @ weight / weight.sum()) if weight.any() else np.nan
-
-
-def figure(tables: Tables) -> Figure:
-    """The post's table with intervals for each direction, and the difference between in and out, matched or not."""
-    drawn = Figure(figsize=(15, 5.2), layout="constrained")
-    panels = drawn.subplots(1, 3, width_ratios=(1, 1, 1.1))
-    for axes, threshold in zip(panels, tables["thresholds"], strict=False):
-        name, limit = threshold["direction"], threshold["threshold"]
-        past = "has no threshold" if limit is None else f"{threshold['accepts']} {limit:.1f}"
-        axes.set_title(f"{name}: sum of channel {threshold['channel']} {past}", fontsize=10)
-        _draw_squares(axes, [row for row in tables["squares"] if row["direction"] == name], name)
-    _draw_matched(panels[2], tables["matched"])
-    return drawn
-
-
-def _draw_squares(axes: Axes, rows: Table, direction: str) -> None:
-    """A shaded table: a column per kind of square, a row per cell of the post's table, each with its interval."""
-    kinds = [(which, split) for which in ("accepted", "all") for split in SPLITS]
-    leads = [(goal, goes) for goal in GOALS for goes in (True, False)]
-    of = {(row["squares"], row["split"], row["leads_to"], row["goes"]): row for row in rows}
-    shares = np.array([[of[kind + lead]["share"] or 0.0 for kind in kinds] for lead in leads])
-    axes.imshow(shares, cmap="Greys", vmin=0, vmax=1.3, aspect="auto")
-    for (height, place), share in np.ndenumerate(shares):
-        row = of[kinds[place] + leads[height]]
-        if row["share"] is not None:
-            told = f"{100 * share:.1f}\n({100 * row['share_low']:.1f} to {100 * row['share_high']:.1f})"
-            color = "white" if share > 0.6 else "black"
-            axes.text(place, height, told, ha="center", va="center", fontsize=8, color=color)
-    counts = [of[kind + leads[0]]["n"] for kind in kinds]
-    names = [
-        f"{'channel high' if which == 'accepted' else 'all squares'},\n{split.split()[0]}, n={n}"
-        for (which, split), n in zip(kinds, counts, strict=True)
-    ]
-    axes.set_xticks(range(len(kinds)), names, fontsize=8)
-    axes.set_yticks(
-        range(len(leads)),
-        [f"{goal} {direction},\n{'goes' if goes else 'does not'}" for goal, goes in leads],
-        fontsize=8,
-    )
-    axes.set_xlabel("percent of squares, 95% interval")
-    axes.tick_params(length=0)
-    axes.axvline(1.5, color="white", linewidth=3)
-
-
-def _draw_matched(axes: Axes, rows: Table) -> None:
-    names = list(dict.fromkeys(row["matched_on"] for row in rows))
-    beside = axes.get_yaxis_transform()  # x from 0 to 1 along the axes, y in data
-    for number, which in enumerate(dict.fromkeys(row["squares"] for row in rows)):
-        for row in (row for row in rows if row["squares"] == which and row["difference"] is not None):
-            height = len(names) - names.index(row["matched_on"]) + 0.24 * (1 - number)
-            if row["difference_low"] is not None:
-                axes.plot([100 * row["difference_low"], 100 * row["difference_high"]], [height] * 2, color="0.5")
-            axes.plot(100 * row["difference"], height, "os^"[number], color="black", markersize=5)
-            count = f"{row['n_in']}, {row['n_out']}"
-            axes.text(1.03, height, count, transform=beside, fontsize=8, va="center")
-        axes.plot([], [], "os^"[number], color="black", markersize=5, label=which)
-    axes.text(1.03, len(names) + 0.5, "n in, out", transform=beside, fontsize=8, va="center")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names), 0, -1), ["not matched" if name == UNMATCHED else name for name in names])
-    axes.set_ylim(0.5, len(names) + 0.6)
-    axes.set_xlabel("goes to the cheese: in minus out of distribution,\npercentage points, 95% interval")
-    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def finding(tables: Tables) -> Finding:
-    choices = {(row["direction"], row["squares"], row["split"]): row for row in tables["choices"]}
-    differences = {(row["squares"], row["matched_on"]): row for row in tables["matched"]}
-    told, held = [], []
+    choices = keyed(tables["choices"], "direction", "squares", "split")
+    differences = keyed(tables["matched"], "squares", "matched_on")
+    texts, claims = [], []
     for threshold in tables["thresholds"]:
         name = threshold["direction"]
         inside, outside = (choices[name, "accepted", split] for split in SPLITS)
         raw, both = (differences[f"{name} channel high", on] for on in (UNMATCHED, BOTH))
-        held += _claims(inside, outside, raw) if threshold["threshold"] is not None else []
+        claims += _claims(inside, outside, raw) if threshold["threshold"] is not None else []
         cells_in, cells_out = (_four(tables["squares"], name, split) for split in SPLITS)
-        told.append(
-            f"{_limit(threshold)}: on decision squares where it is so the mouse goes {name} in {said(inside, 'goes')} "
-            f"in distribution (n={inside['n']}, {said(inside, CHOSEN)} of the {inside['drawn']} decision squares "
-            f"drawn) and {said(outside, 'goes')} out of it (n={outside['n']}, {said(outside, CHOSEN)} of the "
-            f"{outside['drawn']} drawn), and takes the way to the cheese in {said(inside, 'to_cheese')} and "
-            f"{said(outside, 'to_cheese')}. "
-            f"Cheese {name} goes / corner {name} goes / cheese {name} not / corner {name} not: in {cells_in}, out "
-            f"{cells_out}. "
-            f"Difference {said(raw, 'difference', '+.2f')}; matched on both distances "
-            f"{said(both, 'difference', '+.2f')}."
+        texts.append(
+            f"{_limit(threshold)}. On such decision squares the mouse goes {name} in {shown(inside, 'goes', '.0%')} "
+            f"in distribution (n={inside['n']}, {shown(inside, CHOSEN, '.0%')} of the {inside['drawn']} decision "
+            f"squares drawn) and {shown(outside, 'goes', '.0%')} out of it (n={outside['n']}, "
+            f"{shown(outside, CHOSEN, '.0%')} of the {outside['drawn']} decision squares drawn). It goes to the cheese "
+            f"in {shown(inside, 'to_cheese', '.0%')} and {shown(outside, 'to_cheese', '.0%')}. Cheese {name} goes / "
+            f"corner {name} goes / cheese {name} not / corner {name} not: in {cells_in}, out {cells_out}. Difference "
+            f"{shown(raw, 'difference', '+.2f')}; matched on both distances {shown(both, 'difference', '+.2f')}."
             + ("" if _enough(inside, outside) else f" A side has fewer than {FEWEST}, so this is not judged.")
         )
     raw, both = (differences["all", on] for on in (UNMATCHED, BOTH))
     return Finding(
-        " ".join(told),
-        verdict(*held),
-        "On all decision squares, whatever the channels say, the mouse goes to the cheese more often in distribution "
-        f"by {said(raw, 'difference', '+.2f')}; matched on the lengths of both ways (n={both['n_in']} and "
-        f"{both['n_out']}) by {said(both, 'difference', '+.2f')}. {_explained(raw, both)}",
-        "That the channel's sum makes the mouse go there: a sum was looked at, nothing was changed. Nor that distance "
-        "is fully controlled: levels of one stratum still differ, and strata that only one side has are left out.",
+        " ".join(texts),
+        verdict(*claims),
+        f"On all decision squares, the share of mice that go to the cheese is higher in distribution by "
+        f"{shown(raw, 'difference', '+.2f')}; matched on the lengths of both paths (n={both['n_in']} and "
+        f"{both['n_out']}) by {shown(both, 'difference', '+.2f')}. {_explained(raw, both)}",
+        "It does not follow that the channel makes the mouse go there: nothing was changed. Nor is distance fully "
+        "controlled: levels of one stratum still differ, and strata that only one side has are left out.",
     )
 
 
-def _claims(inside: dict[str, Any], outside: dict[str, Any], raw: dict[str, Any]) -> list[bool | None]:
-    """In distribution the mouse goes to the cheese; outside it goes the same way, but mostly not to the cheese.
-
-    Each stays open where either side has too few levels.
-    """
+def _claims(inside: Row, outside: Row, raw: Row) -> list[bool | None]:
+    """In distribution the mouse goes to the cheese; outside it goes the same way, but mostly not to the cheese."""
     if not _enough(inside, outside):
         return [None] * 4
     return [
@@ -310,53 +202,55 @@ def _claims(inside: dict[str, Any], outside: dict[str, Any], raw: dict[str, Any]
     ]
 
 
-def _enough(inside: dict[str, Any], outside: dict[str, Any]) -> bool:
+def _enough(inside: Row, outside: Row) -> bool:
     return bool(min(inside["n"], outside["n"]) >= FEWEST)
 
 
 def _four(squares: Table, direction: str, split: str) -> str:
-    """The four cells of the post's table in its order, in percent; where neither is there is left out, as there."""
-    rows = [
-        row for row in squares if (row["direction"], row["split"], row["squares"]) == (direction, split, "accepted")
-    ]
-    share = {(row["leads_to"], row["goes"]): row["share"] for row in rows}
-    told = [share[goal, goes] for goes in (True, False) for goal in GOALS[:2]]
-    return " / ".join("none" if each is None else f"{100 * each:.1f}" for each in told)
+    """The four cells of the post's table in its order, in percent."""
+    share = keyed(chosen(squares, direction=direction, split=split, squares="accepted"), "leads_to", "goes")
+    four = [share[goal, goes]["share"] for goes in (True, False) for goal in GOALS[:2]]
+    return " / ".join("none" if each is None else f"{100 * each:.1f}" for each in four)
 
 
-def _limit(threshold: dict[str, Any]) -> str:
+def _limit(threshold: Row) -> str:
     name = threshold["direction"]
-    named = f"Channel {threshold['channel']} ({name})"
     if threshold["threshold"] is None:
-        return f"{named} has no threshold"
+        return f"Channel {threshold['channel']} ({name}) has no threshold"
     lower = f"; none has {PRECISION:g} on these mazes" if threshold["as_precise_as_asked"] is False else ""
     return (
-        f"{named} {threshold['accepts']} {threshold['threshold']:.1f} ({threshold['criterion']}{lower}; held out "
-        f"{said(threshold, 'precision')}, accepting {said(threshold, ACCEPTED)} of random squares where {name} is free)"
+        f"Channel {threshold['channel']} ({name}) {threshold['accepts']} {threshold['threshold']:.1f} "
+        f"({threshold['criterion']}{lower}; held out {shown(threshold, 'precision', '.0%')}, accepting "
+        f"{shown(threshold, ACCEPTED, '.0%')} of random squares with {name} free)"
     )
 
 
-def _explained(raw: dict[str, Any], both: dict[str, Any]) -> str:
+def _explained(raw: Row, both: Row) -> str:
     if raw["difference_low"] is None or both["difference_low"] is None:
         return "There are too few levels to say whether distance explains it."
     if raw["difference_low"] <= 0:
-        return "There is no difference beyond its interval to explain."
+        return "The interval of the difference contains 0."
     if both["difference_low"] > 0:
         return "So the distances of the decision square do not explain all of it."
-    return "So after matching nothing beyond its interval is left."
+    return "After matching, the interval contains 0."
 
+
+_SQUARES = Panel("squares", ("leads_to", "goes"), "share", "percent of squares", ("squares", "split"), scale=100)
 
 PART = Part(
     name="decision",
     question="On the decision square, does a high sum of a direction's channel send the mouse there, cheese or not?",
     method="Size 25, mouse on the decision square. Levels are drawn until n have a sum past the threshold chosen on "
-    f"other mazes for precision {PRECISION:g}, or {ENOUGH} where {MOST_DRAWN} n would not hold so many; the likeliest "
+    f"other mazes for precision {PRECISION:g}, or {ENOUGH} if {MOST_DRAWN} n would not hold n; the likeliest "
     f"legal move. On the post's own network: its channels, above {POSTS_THRESHOLD:g}. Differences are matched on path "
     f"lengths in bins at {', '.join(map(str, EDGES))} steps.",
     post="Channel 121 (UP) above 30, cheese UP goes / corner UP goes / cheese UP not / corner UP not: "
     "in 99.5 / 0.2 / 0 / 0.3, out 34.7 / 60.4 / 4.4 / 0.5; channel 73 (RIGHT): in 98 / 0 / 0 / 2, out 33 / 65 / 0 / 2 "
     "(n=1000 each).",
     measure=measure,
-    figure=figure,
+    figure=chart(
+        *(replace(_SQUARES, where={"direction": each.name}, title=f"mouse goes {each.name}") for each in DIRECTIONS),
+        Panel("matched", "matched_on", "difference", "to the cheese: in minus out, points", "squares", scale=100),
+    ),
     finding=finding,
 )

@@ -1,10 +1,9 @@
-"""Every channel of every convolution zeroed in turn: what each does for reaching the cheese, exactly."""
+"""Every channel of every convolution zeroed in turn: exact effects on reaching the cheese."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,17 +13,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from chanpatch import HookPoints, sweep, zero_ablate
-from chanpatch.statistics import benjamini_hochberg, rank_among, sign_flip_test
-from maze.analysis.effects import mean_intervals
+from chanpatch.statistics import benjamini_hochberg, sign_flip_test
+from maze.analysis.cells import Row, Table, Tables, cells, rank_cells, shown
+from maze.analysis.drawing import panels
+from maze.analysis.effects import Values, mean_intervals
 from maze.analysis.exact import Chains, first_hits
-from maze.analysis.part import Finding, Part, Study, Table, Tables, interval_cells, shown
+from maze.analysis.part import Finding, Part, Study
 from maze.environment.levels import policy_input
 from maze.policy.network import ACTION_COUNT, ACTIONS, NO_MOVE
 
-SIZE = 11  # the smallest at which the shipped policy finds that cheese about as often as not: room for both signs
-MOST_LEVELS = 40  # every state of each goes through the rest of the network once per channel
+SIZE = 11  # the smallest size at which the shipped policy finds that cheese about half of the time
+MOST_LEVELS = 40  # every state of each runs through the rest of the network once per channel
 LEVEL = 0.05  # of the corrected p
-LIVE = 1e-6  # how much a move's probability must change for a channel to do anything; rounding changes it by 1e-8
+LIVE = 1e-6  # smallest change of a move's probability that is not rounding
 _STATES = 256  # in one sweep
 _TABLES = 32  # interventions whose chains are computed at once
 
@@ -47,20 +48,11 @@ def measure(study: Study) -> dict[str, Table]:
 
 
 def _rows(
-    study: Study,
-    channels: Sequence[tuple[str, int]],
-    before: NDArray[np.float64],
-    effects: NDArray[np.float64],
-    live: NDArray[np.bool_],
+    study: Study, channels: Sequence[tuple[str, int]], before: Values, effects: Values, live: NDArray[np.bool_]
 ) -> Table:
-    """One row per channel: its effect, a p corrected for all live ones, its rank among those of its hook point.
+    """One row per channel, (hook point, channel): its effect, a p corrected for all live channels, and its rank.
 
-    Args:
-        study: for the seeds.
-        channels: (hook point, channel) of each.
-        before: P(cheese) of the policy itself, (level,).
-        effects: how much zeroing changes it, (channel, level).
-        live: which of them do anything at all.
+    `before` is P(cheese) of the policy, (level,), and `effects` its changes, (channel, level).
     """
     intervals = mean_intervals(effects)
     p = sign_flip_test(effects.T, seed=study.seed_for("sweep flips"))
@@ -72,22 +64,12 @@ def _rows(
             for other, (name, _) in enumerate(channels)
             if name == point and other != number and live[other]
         ]
-        rank = rank_among(effects[number].mean(), others) if live[number] and others else None
-        rows.append(
-            {
-                "hook_point": point,
-                "channel": channel,
-                "live": bool(live[number]),
-                "n": len(before),
-                "original": float(before.mean()),
-                **interval_cells("effect", intervals[number]),
-                "p": float(p[number]) if live[number] else None,
-                "p_bh": float(p_bh[number]) if live[number] else None,
-                "rank": rank and rank.rank,
-                "controls": rank
-                and rank.controls,  # without a p: the channel that is told of was picked for its effect
-            }
-        )
+        row: Row = {"hook_point": point, "channel": channel, "live": bool(live[number]), "n": len(before)}
+        row |= {"original": float(before.mean()), **cells("effect", intervals[number])}
+        row |= {name: float(each[number]) if live[number] else None for name, each in (("p", p), ("p_bh", p_bh))}
+        # Without a p of the rank: the finding picks a channel for its effect.
+        rank = rank_cells(effects[number].mean(), others, ranked=live[number])
+        rows.append(row | {"rank": rank["rank"], "controls": rank["controls"]})
     return rows
 
 
@@ -102,20 +84,19 @@ def _swept(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Action tables with each channel zeroed, (channel, state, action), and the policy's own, (state, action).
 
-    What is asked of the policy is the probability of each move; a table has all of it at one of the move's actions.
+    The metrics are the probabilities of moves; a table has each at one of the move's actions.
     """
     patches = [zero_ablate(points.site(name, channel=channel)) for name, channel in channels]
     metrics = {move.name: _probability(actions) for move, actions in ACTIONS.items()}
-    columns = {move.name: actions[0] for move, actions in ACTIONS.items()}
     tables = np.zeros((len(channels), len(chains), ACTION_COUNT), dtype=np.float32)
     plain = np.zeros((len(chains), ACTION_COUNT), dtype=np.float32)
     for first in tqdm(range(0, len(chains), _STATES), desc="sweep", unit="batch", delay=2, leave=False):
         here = slice(first, min(first + _STATES, len(chains)))
         observations = torch.from_numpy(policy_input(chains.observations(here)))
         result = sweep(points, observations, patches=patches, metric=metrics, progress=False)
-        for name, column in columns.items():
-            tables[:, here, column] = result.values[name]
-            plain[here, column] = result.baseline[name]
+        for move, actions in ACTIONS.items():
+            tables[:, here, actions[0]] = result.values[move.name]
+            plain[here, actions[0]] = result.baseline[move.name]
     for table in (tables, plain):
         table[..., NO_MOVE] = np.maximum(1 - table.sum(axis=-1), 0)
     return tables, plain
@@ -129,9 +110,8 @@ def _probability(actions: tuple[int, ...]):
 
 
 def figure(tables: Tables) -> Figure:
-    """Effects by hook point, in execution order; filled where they stand after correction."""
-    drawn = Figure(figsize=(12, 4.8), layout="constrained")
-    axes = drawn.subplots()
+    """Effects by hook point, in execution order."""
+    drawn, axes = panels(12, 4.8)
     counts = Counter(row["hook_point"] for row in tables["channels"])
     names = list(counts)
     for row in tables["channels"]:
@@ -141,12 +121,11 @@ def figure(tables: Tables) -> Figure:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(names)), [name.removeprefix("embedder.") for name in names], rotation=45, ha="right")
     axes.set_ylabel(f"change of P(cheese within 256 steps)\nn={tables['channels'][0]['n']} levels of side {SIZE}")
-    axes.set_title("One channel zeroed; a dot where the change stands after correction for all channels, else a cross")
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("One channel zeroed; a dot if the change is significant after correction for all channels")
     return drawn
 
 
-def _stands(row: Mapping[str, Any]) -> bool:
+def _stands(row: Row) -> bool:
     return row["p_bh"] is not None and row["p_bh"] < LEVEL
 
 
@@ -154,20 +133,19 @@ def finding(tables: Tables) -> Finding:
     rows = [row for row in tables["channels"] if row["live"]]
     if not rows:
         return Finding("No channel changes anything.", "not comparable", "Nothing.", "Anything.")
-    helps = [row for row in rows if _stands(row) and row["effect"] > 0]
-    hurts = [row for row in rows if _stands(row) and row["effect"] < 0]
+    helps, hurts = ([row for row in rows if _stands(row) and (row["effect"] > 0) == up] for up in (True, False))
     best = max(rows, key=lambda row: row["effect"])
     ranked = "" if best["rank"] is None else f", rank {best['rank']} of the {best['controls'] + 1} live ones there"
-    where = list(dict.fromkeys(row["hook_point"] for row in helps))
+    points = list(dict.fromkeys(row["hook_point"] for row in helps))
     return Finding(
-        f"Of {len(rows)} live channels, zeroing raises P(cheese), {best['original']:.3f}, for {len(helps)} and lowers "
-        f"it for {len(hurts)} after Benjamini-Hochberg correction at {LEVEL}. The largest gain: {best['hook_point']} "
-        f"channel {best['channel']}, {shown(best, 'effect', '+.3f')}{ranked}; n={best['n']}.",
+        f"Zeroing raises P(cheese), {best['original']:.3f}, for {len(helps)} and lowers it for {len(hurts)} of "
+        f"{len(rows)} live channels after Benjamini-Hochberg correction at {LEVEL}. The largest gain: "
+        f"{best['hook_point']} channel {best['channel']}, {shown(best, 'effect', '+.3f')}{ranked}; n={best['n']}.",
         "not comparable",
-        f"Channels that lower the chance of the cheese in the bottom right corner are at {len(where)} of "
-        f"{len({row['hook_point'] for row in rows})} hook points: {', '.join(where) or 'none'}.",
-        "That the channel with the largest gain would have it again: it is the best of many. Its interval is not "
-        "corrected for that choice; the p-values are.",
+        f"Channels that lower the chance of the cheese in the bottom right corner are at {len(points)} of "
+        f"{len({row['hook_point'] for row in rows})} hook points: {', '.join(points) or 'none'}.",
+        "It does not follow that the channel with the largest gain would have it again: it is the best of many, and "
+        "its interval is not corrected for that choice.",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias
 
-from maze.analysis.part import Tables, shown
+from maze.analysis.cells import Tables, shown
 
 # By policy, the one under study first, then by part: the tables in the files of the run.
 Measured: TypeAlias = Mapping[str, Mapping[str, Tables]]

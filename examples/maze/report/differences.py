@@ -1,8 +1,7 @@
-"""The headline figures of every policy, and how much each other policy's differ from the main one's.
+"""The headline figures of every policy, and the differences from the main policy's.
 
-Told from the tables alone, so that each difference has the interval that two figures with intervals allow. Levels are
-drawn by seed and purpose, the same ones on every policy, but the tables hold no levels, and the others may be measured
-on fewer: the figures are taken as independent of each other.
+They come from the tables alone. The levels are the same on every policy if n is, but the tables do not hold them, so
+the figures count as independent.
 """
 
 from __future__ import annotations
@@ -12,24 +11,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from chanpatch.statistics import Interval, difference_interval
-from maze.analysis.ablation_grid import PLACES
+from maze.analysis.cells import Table, Tables, above, cells, shown
 from maze.analysis.effects import KINDS
-from maze.analysis.part import Table, Tables, above, interval_cells, shown
-from maze.analysis.readings import optional_cells
-from maze.analysis.tables import SITE
+from maze.analysis.forwards import SITE
+from maze.measurements.ablation import PLACES
 from maze.policy.shipped import Measured
 
-# What it is called, of how many levels, the row it stands in, and the column there.
+# Name, number of levels, row, and the column in it.
 Headline: TypeAlias = tuple[str, int, Mapping[str, Any], str]
 
 _SPLITS = {"in distribution": "in", "out of distribution": "out of"}
 
 
 def differences(measured: Measured) -> Table:
-    """One row per part, figure and policy; of all but the first policy with the difference to the first.
-
-    A figure that only the first policy has is left out.
-    """
+    """One row per part, figure and policy, with the difference from the first policy."""
     main, *others = measured
     of = {policy: _figures(parts) for policy, parts in measured.items()}
     rows: Table = []
@@ -39,12 +34,12 @@ def differences(measured: Measured) -> Table:
             n, interval = of[policy][part, figure]
             minus = difference_interval(interval, interval_main) if policy != main else None
             known = {"part": part, "figure": figure, "policy": policy, "n": n, "n_main": n_main}
-            rows.append({**known, **interval_cells("value", interval), **optional_cells("difference", minus)})
+            rows.append({**known, **cells("value", interval), **cells("difference", minus)})
     return rows
 
 
 def side_by_side(rows: Table) -> tuple[str, Sequence[Mapping[str, str]]]:
-    """The same for a reader: what is told of it, and a table of one row per figure and one column per policy."""
+    """A text, and a table with one row per figure and one column per policy."""
     policies = list(dict.fromkeys(str(row["policy"]) for row in rows))
     by_figure: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
@@ -65,12 +60,11 @@ def _text(rows: Table, main: str) -> str:
     compared = [row for row in rows if row["difference"] is not None]
     beyond = sum(above(row, "difference") is not None for row in compared)
     return (
-        f"What each other policy has more or less than {main}, with the 95% interval of the difference of two "
-        "independent figures (Newcombe; Zou and Donner). The levels are drawn with one seed, so they are the same ones "
-        "on every policy where n is. A paired interval would be narrower, where a level that is hard for one policy is "
-        "hard for another, but needs equal n and the levels one by one. Channels are each policy's own choice, and so "
-        "are the decision squares on which one is high. "
-        f"{beyond} of {len(compared)} intervals leave out 0, not corrected for their number. File: differences.csv."
+        f"The difference of each other policy from {main}, with the 95% interval for two independent figures "
+        "(Newcombe; Zou and Donner). The levels are the same on every policy with the same n, so a paired interval "
+        "would be narrower. Channels are each policy's own choice, and so are the decision squares on which one is "
+        f"high. {beyond} of {len(compared)} intervals leave out 0, not corrected for their number. File: "
+        "differences.csv."
     )
 
 
@@ -97,7 +91,7 @@ def _ranking(tables: Tables) -> Iterator[Headline]:
     names = {"absolute": "the post's pair", "absolute_five_pairs": "five pairs"}
     for row in tables["agreement"]:
         if row["with"] == "auc_choice":
-            name = f"rank correlation over n channels: differences in {names[row['of']]}, and what they tell"
+            name = f"rank correlation over n channels: differences in {names[row['of']]}, and AUC"
             yield name, row["channels"], row, "spearman"
 
 

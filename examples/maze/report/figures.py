@@ -1,4 +1,4 @@
-"""Pictures of the study: trajectories on a maze, a table of counts, differences with their intervals."""
+"""Pictures of mazes with trajectories, and of an evaluation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from chanpatch.plots import contingency
-from maze.analysis.ablation import Comparison, ranked
-from maze.analysis.episodes import ORIGINAL
 from maze.environment.states import read_mazes
 from maze.environment.vector_env import MazeVectorEnv
 
@@ -22,33 +19,8 @@ if TYPE_CHECKING:
 _STYLES = (("tab:blue", "-", "o"), ("tab:orange", "--", "s"))
 
 
-def ablation_figure(
-    level: bytes, actions: Mapping[str, NDArray[np.int8]], comparisons: Sequence[Comparison], title: str
-) -> Figure:
-    """One level with what two policies did on it, the table of the channel under test, and all differences.
-
-    Args:
-        level: procgen state.
-        actions: int8 (step,) of each policy on that level, -1 after the end.
-        comparisons: the channel under test first.
-        title: of the figure.
-    """
-    figure = Figure(figsize=(15, 5.2), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=(1.1, 1, 1.1))
-    draw_trajectories(axes[0], level, {name: mouse_path(level, taken) for name, taken in actions.items()})
-    # Short names, as two of them stand side by side under the table; the title says which channel.
-    contingency(comparisons[0].counts, axes[1], names=("zeroed", ORIGINAL))
-    axes[1].set_title(f"channel {comparisons[0].channel} zeroed against the {ORIGINAL}: who finds the cheese")
-    draw_differences(axes[2], comparisons)
-    if rank := ranked(comparisons):
-        p = "" if rank.p is None else f", p = {rank.p:.2g}"
-        axes[2].set_title(f"channel {comparisons[0].channel}: rank {rank.rank} of {rank.controls + 1} by size{p}")
-    figure.suptitle(title)
-    return figure
-
-
 def mouse_path(level: bytes, actions: NDArray[np.int8]) -> NDArray[np.int64]:
-    """Cells of the mouse when these actions are taken in procgen: (step + 1, 2), the cheese's last if it gets there."""
+    """The mouse's cells under these actions in procgen: (step + 1, 2), the cheese last if it gets there."""
     envs = MazeVectorEnv([level], num_envs=1)
     envs.reset(seed=[0])
     cells = [envs.mouse_cells()[0]]
@@ -60,11 +32,11 @@ def mouse_path(level: bytes, actions: NDArray[np.int8]) -> NDArray[np.int64]:
 
 
 def draw_trajectories(axes: Axes, level: bytes, paths: Mapping[str, NDArray[np.int64]]) -> None:
-    """A maze with the ways that mice took through it."""
+    """A maze with the paths of mice."""
     maze = read_mazes([level])
     axes.imshow(maze.free[0], origin="lower", cmap="gray", vmin=-0.6, vmax=1.0)
     for number, ((name, cells), (color, line, marker)) in enumerate(zip(paths.items(), _STYLES, strict=False)):
-        shift = 0.16 * (number * 2 - 1)  # side by side where they overlap
+        shift = 0.16 * (number * 2 - 1)  # side by side if they overlap
         axes.plot(cells[:, 1] + shift, cells[:, 0] + shift, line, color=color, linewidth=1.8, alpha=0.8)
         end = f"{name}: {len(cells) - 1} steps"
         axes.plot(cells[-1, 1] + shift, cells[-1, 0] + shift, marker, color=color, markersize=9, label=end)
@@ -77,23 +49,8 @@ def draw_trajectories(axes: Axes, level: bytes, paths: Mapping[str, NDArray[np.i
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False)
 
 
-def draw_differences(axes: Axes, comparisons: Sequence[Comparison]) -> None:
-    """How much more often the cheese is found with each channel zeroed, with 95% intervals."""
-    for row, each in enumerate(reversed(comparisons)):
-        low, high = each.difference.low * 100, each.difference.high * 100
-        color, marker = ("0.4", "s") if each.control else ("tab:orange", "o")
-        axes.plot([low, high], [row, row], color=color, linewidth=2)
-        axes.plot(each.difference.estimate * 100, row, marker, color=color, markersize=8)
-    names = [f"channel {each.channel}" + (" (control)" if each.control else "") for each in reversed(comparisons)]
-    axes.set_yticks(range(len(names)), names)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_ylim(-0.7, len(names) - 0.3)
-    axes.set_xlabel("percentage points more levels with the cheese found\nthan by the original, 95% interval")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def evaluation_figure(scores: Sequence[Score], title: str) -> Figure:
-    """Sampled scores against the size of the maze: the cheese found, and the ways taken at the decision square."""
+    """Sampled scores against the size of the maze: the cheese found, and the choice at the decision square."""
     figure = Figure(figsize=(15, 5), layout="constrained")
     panels = {
         "found": "P(cheese within 256 steps)",

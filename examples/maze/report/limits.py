@@ -1,6 +1,6 @@
-"""How many levels a part takes where that is not the n of `--n`.
+"""The caps on the number of levels of each part.
 
-It imports nothing: `--help` answers before any package is there.
+This module imports nothing, so that `--help` works without any package.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LIMITS = {
 
 
 def limits() -> str:
-    """What n counts, and where it is capped, in two sentences."""
+    """The meaning of n and its caps, in two sentences."""
     capped = "; ".join(f"{part} {limit}" for part, limit in LIMITS.items())
     return (
         f"n is the number of levels of each measurement, but at most: {capped}. Whatever n is, channels are chosen on "

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page and the same as Markdown, told from the run's CSV files alone."""
+"""The report of a run, one self-contained HTML page and the same as Markdown, made from the run's CSV files alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from maze.analysis.part import Cell, Finding, Part, Table, Tables, read_table
+from maze.analysis.cells import Cell, Table, Tables, read_table
+from maze.analysis.part import Finding, Part
 from maze.policy.shipped import Measured, compared, described, introduction
 from maze.report.differences import differences, side_by_side
 from maze.report.limits import limits
@@ -22,16 +23,15 @@ from maze.results import Damaged, read_manifest, replace_table, replace_text, re
 
 Rows: TypeAlias = Sequence[Mapping[str, str]]
 
-_SHOWN_ROWS = 40  # of a table; the file has all
-_COLOURS = 128  # of a figure
-_OPEN_ROWS = 12  # tables up to so long are open from the start, and stand in the Markdown
+_SHOWN_ROWS = 40  # of a table in HTML; the file has all
+_OPEN_ROWS = 12  # tables up to this length are open from the start, and stand in the Markdown
+_COLORS = 128  # of a figure
 
 _TITLE = "Why a mouse trained with the cheese in the top right corner goes to the corner when it is elsewhere"
 _AGREES = "agrees with the reference"
 _REFERENCE = (
-    "The reference is what stands under 'the post': what it measured, or else what it claims, or else what the work it "
-    "builds on found. Ours is the first sentence of what the part says. A result is not comparable where the reference "
-    "says nothing of what would come out."
+    "The reference is the post: its measurements, or else its claims, or else the findings of the work it builds on. "
+    "The result is the first sentence of the part. It is not comparable if the reference does not predict it."
 )
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -39,8 +39,6 @@ h1 { line-height: 1.2; } h2 { margin-top: 3rem; border-top: 1px solid #ccc; padd
 img { max-width: 100%; height: auto; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #ddd; padding: 0.25rem 0.6rem; text-align: left; vertical-align: top; }
-.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
-.beside > div { background: #f5f5f2; padding: 0.6rem 1rem; border-radius: 4px; }
 summary { cursor: pointer; color: #444; } summary h3 { display: inline-block; margin: 0.6rem 0; }
 code { background: #f2f2ef; padding: 0 0.2rem; }
 """
@@ -59,20 +57,26 @@ class Result:
 
     @property
     def picture(self) -> Path:
-        """Where the part's figure is."""
         return self.folder / f"{self.part.name}.png"
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Yields the paragraphs of the part, each with its title."""
+        yield "Result", self.finding.ours
+        yield "The post", f"{self.part.post} The result {_AGREES}: {self.finding.agrees}."
+        yield "Interpretation", self.finding.follows
+        yield "Limitations", self.finding.does_not_follow
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report tells.
+    """The contents of a report.
 
     Attributes:
-        folder: of the run.
-        command: that made it.
-        known: of every policy, the main one first, what its parts were measured with.
-        results: by policy and part.
-        left_out: the parts on disk that were measured with something else, and what differs.
+        folder: folder of the run.
+        command: command that made it.
+        known: the facts that decide the numbers of every policy, the main one first.
+        results: results by policy and part.
+        left_out: parts on disk that were measured otherwise, and the difference.
     """
 
     folder: Path
@@ -101,24 +105,20 @@ class Contents:
 
     @cached_property
     def differences(self) -> Table:
-        """The headline figures of every policy and what the others' differ by; no rows for one policy."""
+        """The headline figures of every policy, and the others' differences from the main one's."""
         return differences(self.measured)
 
 
 def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Part], command: str) -> Path:
-    """Draw the figure of every part that a run's folder holds and write report.html and report.md.
+    """Draw the figures of the parts in a run's folder, write report.html and report.md, and return the first.
 
-    A part that is damaged, or was measured with anything else than is known now, such as older code, is left out and
-    named.
+    Parts that are damaged, or were measured with anything else than `known`, are left out and named.
 
     Args:
-        folder: of the run.
-        known: of every policy, the main one first, all that decides the numbers of its parts: a manifest.
-        parts: by name, in the order of the report.
-        command: that made the run.
-
-    Returns:
-        The HTML file.
+        folder: folder of the run.
+        known: the facts that decide the numbers of every policy, as in its manifests; the main policy first.
+        parts: parts by name, in the order of the report.
+        command: command that made the run.
     """
     results, left_out = {}, []
     for name, part in parts.items():
@@ -134,28 +134,22 @@ def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Ma
             if other := differing(manifest, wanted):
                 left_out.append(f"{subject}/{name} ({', '.join(other)})")
             else:
-                results[subject, name] = _read(part, subject, here, manifest)
+                tables = {Path(file).stem: read_table(here / file) for file in manifest["files"]}
+                results[subject, name] = Result(part, subject, here, manifest["seconds"], tables, part.finding(tables))
     for result in results.values():
         _draw(result)
     contents = Contents(folder, command, known, results, left_out)
     (folder / "differences.csv").unlink(missing_ok=True)
     if contents.differences:
         replace_table(folder / "differences.csv", contents.differences)
-    replace_text(folder / "report.html", "\n".join(_html(contents)) + "\n")
-    replace_text(folder / "report.md", "\n".join(_markdown(contents)) + "\n")
-    return folder / "report.html"
-
-
-def _draw(result: Result) -> None:
-    """Writes the part's figure, in so few colours that a report of all policies is a few MB."""
-    drawn = io.BytesIO()
-    result.part.figure(result.tables).savefig(drawn, dpi=90)
-    with replaced(result.picture) as partial:
-        Image.open(drawn).convert("RGB").quantize(_COLOURS).save(partial, optimize=True)
+    for page in (_Html(folder), _Markdown(folder)):
+        _write(contents, page)
+        replace_text(folder / page.name, "\n".join([*page.lines, *page.end]) + "\n")
+    return folder / _Html.name
 
 
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The names of what a manifest does not have as wanted, those within `versions` by their own names."""
+    """The names of the facts in which a manifest differs, those within `versions` by their own names."""
     names = []
     for name, value in wanted.items():
         other = found.get(name)
@@ -166,62 +160,173 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _read(part: Part, subject: str, folder: Path, manifest: Mapping[str, Any]) -> Result:
-    tables = {Path(name).stem: read_table(folder / name) for name in manifest["files"]}
-    return Result(part, subject, folder, manifest["seconds"], tables, part.finding(tables))
+def _draw(result: Result) -> None:
+    """Draw the part's figure in few colors, so that a report of all policies is a few MB."""
+    drawn = io.BytesIO()
+    result.part.figure(result.tables).savefig(drawn, dpi=90)
+    with replaced(result.picture) as partial:
+        Image.open(drawn).convert("RGB").quantize(_COLORS).save(partial, optimize=True)
 
 
-def _summary(contents: Contents) -> tuple[str, str, Rows]:
-    """Heading, text below it, and what came out of every part on the main policy, one row each."""
-    mains = [(name, contents.of(name)[0]) for name in contents.shown]
-    rows = [
-        {"part": name, "ours": main.finding.headline, "the post": main.part.post, _AGREES: main.finding.agrees}
-        for name, main in mains
-    ]
-    return "Summary", _REFERENCE, rows
+class _Markdown:
+    name = "report.md"
+    end: tuple[str, ...] = ()
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lines = folder, list[str]()
+
+    def heading(self, level: int, text: str, anchor: str = "") -> None:
+        self.lines.append(f"{'#' * level} {text}\n")
+
+    def text(self, text: str) -> None:
+        self.lines.append(f"{text}\n")
+
+    def items(self, named: Iterable[tuple[str, str]]) -> None:
+        if items := [f"- **{name}**: {text}" for name, text in named]:
+            self.lines += [*items, ""]
+
+    def table(self, rows: Rows, linked: bool = False) -> None:
+        if rows:
+            self.lines += [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
+            for row in rows:
+                values = (cell.replace("|", "\\|").replace("\n", " ") for cell in row.values())
+                self.lines.append(f"| {' | '.join(values)} |")
+            self.lines.append("")
+
+    def result(self, result: Result) -> None:
+        self.text(f"![{result.part.question}]({result.picture.relative_to(self.folder).as_posix()})")
+        for title, text in result.texts():
+            self.text(f"**{title}.** {text}")
+        for name, table in result.tables.items():
+            file = (result.folder / name).relative_to(self.folder).as_posix()
+            self.text(f"[{name}.csv]({file}.csv), {len(table)} rows" + ":" * (len(table) <= _OPEN_ROWS))
+            if len(table) <= _OPEN_ROWS:
+                self.table(_texts(table))
+
+    def folded(self, heading: str, text: str, result: Result) -> None:
+        self.heading(3, heading)
+        self.text(text)
+        self.result(result)
 
 
-def _beside(contents: Contents) -> Iterator[tuple[str, str, Rows]]:
-    """Yields the same for the parts that were measured on several policies, and the differences between these."""
-    rows = [
-        {"part": name, "policy": each.subject, "ours": each.finding.headline, _AGREES: each.finding.agrees}
-        for name in contents.shown
-        for each in contents.of(name)
-        if len(contents.of(name)) > 1
-    ]
-    if rows:
-        yield "The same parts on every policy", "By the same rules.", rows
-    if contents.differences:
-        yield "How the policies differ", *side_by_side(contents.differences)
+class _Html:
+    name = "report.html"
+    end = ("</body></html>",)
+
+    def __init__(self, folder: Path) -> None:
+        self.lines = [
+            "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+            f"<title>Why the mouse goes to the corner</title><style>{_STYLE}</style></head><body>",
+        ]
+
+    def heading(self, level: int, text: str, anchor: str = "") -> None:
+        named = f" id='part-{anchor}'" if anchor else ""
+        self.lines.append(f"<h{level}{named}>{html.escape(text)}</h{level}>")
+
+    def text(self, text: str) -> None:
+        marked = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(text))
+        self.lines.append(f"<p>{marked}</p>")
+
+    def items(self, named: Iterable[tuple[str, str]]) -> None:
+        items = [f"<li><b>{html.escape(name)}</b>: {html.escape(text)}</li>" for name, text in named]
+        self.lines += [f"<ul>{''.join(items)}</ul>"] if items else []
+
+    def table(self, rows: Rows, linked: bool = False) -> None:
+        """A table; the column `part` can link to the sections."""
+        if not rows:
+            return
+        self.lines.append("<div class='scroll'><table>")
+        self.lines.append("<tr>" + "".join(f"<th>{html.escape(column)}</th>" for column in rows[0]) + "</tr>")
+        for row in rows:
+            values = {column: html.escape(cell) for column, cell in row.items()}
+            if linked:
+                values["part"] = f"<a href='#part-{values['part']}'>{values['part']}</a>"
+            self.lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in values.values()) + "</tr>")
+        self.lines.append("</table></div>")
+
+    def result(self, result: Result) -> None:
+        picture = base64.b64encode(result.picture.read_bytes()).decode()
+        question = html.escape(result.part.question, quote=True)
+        self.lines.append(f"<img alt='{question}' src='data:image/png;base64,{picture}'>")
+        self.lines += [f"<p><b>{title}.</b> {html.escape(text)}</p>" for title, text in result.texts()]
+        for name, table in result.tables.items():
+            opened, hidden = " open" * (len(table) <= _OPEN_ROWS), len(table) - _SHOWN_ROWS
+            self.lines.append(f"<details{opened}><summary>{html.escape(name)}.csv, {len(table)} rows</summary>")
+            self.table(_texts(table[:_SHOWN_ROWS]))
+            self.lines.append(f"<p>{hidden} more rows in the file.</p></details>" if hidden > 0 else "</details>")
+
+    def folded(self, heading: str, text: str, result: Result) -> None:
+        self.lines.append(f"<details><summary><h3>{html.escape(heading)}</h3></summary>")
+        self.text(text)
+        self.result(result)
+        self.lines.append("</details>")
 
 
-def _times(contents: Contents) -> tuple[str, Rows]:
-    """Which part takes most of the time, and the seconds of all."""
+def _write(contents: Contents, page: _Markdown | _Html) -> None:
+    """Write the report in its order."""
+    measured = contents.measured
+    page.heading(1, _TITLE)
+    page.text(introduction(measured))
+    mains = [contents.of(name)[0] for name in contents.shown]
+    if mains:
+        page.heading(2, "Summary")
+        page.text(_REFERENCE)
+        page.table([{"part": each.part.name, **_compared(each, {"the post": each.part.post})} for each in mains], True)
+    if rows := compared(measured):
+        page.heading(2, "The policies")
+        page.table(rows)
+    page.items(described(measured))
+    for text in _header(contents):
+        page.text(text)
+    several = [each for name in contents.shown for each in contents.of(name) if len(contents.of(name)) > 1]
+    if several:
+        page.heading(2, "The same parts on every policy")
+        page.text("By the same rules.")
+        page.table([{"part": each.part.name, "policy": each.subject, **_compared(each, {})} for each in several], True)
+    if mains and contents.differences:
+        text, rows = side_by_side(contents.differences)
+        page.heading(2, "How the policies differ")
+        page.text(text)
+        page.table(rows, True)
+    for name in contents.shown:
+        main, *others = contents.of(name)
+        page.heading(2, f"{name}: {main.part.question}", name)
+        page.text(main.part.method)
+        page.result(main)
+        for other in others:
+            page.folded(f"The same on the {other.subject} policy", _facts(contents.known[other.subject]), other)
+    if mains:
+        page.heading(2, "Time")
+        _write_times(contents, page)
+
+
+def _compared(result: Result, more: Mapping[str, str]) -> dict[str, str]:
+    return {"result": result.finding.headline, **more, _AGREES: result.finding.agrees}
+
+
+def _write_times(contents: Contents, page: _Markdown | _Html) -> None:
+    """Write the part that takes most of the time, and the seconds of all."""
     seconds = {name: {each.subject: each.seconds for each in contents.of(name)} for name in contents.shown}
     totals = {name: sum(of.values()) for name, of in seconds.items()}
     longest, whole = max(totals, key=lambda name: totals[name]), sum(totals.values())
     share = totals[longest] / whole if whole else 0.0
-    rows = [
-        {"part": name, **{subject: f"{of[subject]:.0f}" if subject in of else "" for subject in contents.known}}
-        for name, of in seconds.items()
-    ]
-    told = f"Measuring took {whole / 60:.0f} minutes in all; most of it {longest}, {share:.0%}. Seconds by policy:"
-    return told, rows
+    page.text(f"Measuring took {whole / 60:.0f} minutes in all; most of it {longest}, {share:.0%}. Seconds by policy:")
+    page.table(
+        [
+            {"part": name, **{subject: f"{of[subject]:.0f}" if subject in of else "" for subject in contents.known}}
+            for name, of in seconds.items()
+        ],
+        True,
+    )
 
 
 def _header(contents: Contents) -> Iterator[str]:
-    """Yields what stands below the table of policies, one paragraph each."""
-    facts = _facts(next(iter(contents.known.values())))
-    yield f"{facts}. Made by `{contents.command}`. {limits()}"
-    yield (
-        "Figures of the post are of the published network and stand beside ours; all others are of these weights and "
-        "come from the CSV files of this run."
-    )
+    """Yields the paragraphs below the table of policies."""
+    yield f"{_facts(next(iter(contents.known.values())))}. Made by `{contents.command}`. {limits()}"
+    yield "The post's figures are of the published network; all others are of these weights, from this run's CSV files."
     if contents.left_out:
-        yield (
-            "Left out, since they are damaged or were measured with something else than now, which is named: "
-            f"{', '.join(contents.left_out)}."
-        )
+        yield f"Left out, as they are damaged or were measured otherwise (named): {', '.join(contents.left_out)}."
 
 
 def _facts(known: Mapping[str, Any]) -> str:
@@ -232,134 +337,6 @@ def _facts(known: Mapping[str, Any]) -> str:
     )
 
 
-def _html(contents: Contents) -> Iterator[str]:
-    escape, measured = html.escape, contents.measured
-    yield "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-    yield "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-    yield f"<title>Why the mouse goes to the corner</title><style>{_STYLE}</style></head><body>"
-    yield f"<h1>{_TITLE}</h1>"
-    yield f"<p>{escape(introduction(measured))}</p>"
-    if contents.shown:
-        yield from _html_summary(*_summary(contents))
-    if rows := compared(measured):
-        yield "<h2>The policies</h2>"
-        yield from _html_table(rows)
-    if told := [f"<li><b>{escape(name)}</b>: {escape(what)}</li>" for name, what in described(measured)]:
-        yield f"<ul>{''.join(told)}</ul>"
-    for text in _header(contents):
-        marked = re.sub("`(.+?)`", r"<code>\1</code>", escape(text))
-        yield f"<p>{marked}</p>"
-    if contents.shown:
-        yield from _html_parts(contents)
-    yield "</body></html>"
-
-
-def _html_parts(contents: Contents) -> Iterator[str]:
-    escape = html.escape
-    for heading, text, rows in _beside(contents):
-        yield from _html_summary(heading, text, rows)
-    for name in contents.shown:
-        main, *others = contents.of(name)
-        yield f"<section id='part-{name}'>"
-        yield f"<h2>{escape(name)}: {escape(main.part.question)}</h2><p>{escape(main.part.method)}</p>"
-        yield from _html_result(main)
-        for other in others:
-            yield f"<details><summary><h3>The same on the {escape(other.subject)} policy</h3></summary>"
-            yield f"<p>{escape(_facts(contents.known[other.subject]))}</p>"
-            yield from _html_result(other)
-            yield "</details>"
-        yield "</section>"
-    text, rows = _times(contents)
-    yield f"<h2>Time</h2><p>{escape(text)}</p>"
-    yield from _html_table(rows, linked=True)
-
-
-def _html_summary(heading: str, text: str, rows: Rows) -> Iterator[str]:
-    yield f"<h2>{heading}</h2><p>{html.escape(text)}</p>"
-    yield from _html_table(rows, linked=True)
-
-
-def _html_table(rows: Rows, *, linked: bool = False) -> Iterator[str]:
-    """A table; its column called part can link to the sections."""
-    if not rows:
-        return
-    yield "<div class='scroll'><table>"
-    yield "<tr>" + "".join(f"<th>{html.escape(column)}</th>" for column in rows[0]) + "</tr>"
-    for row in rows:
-        cells = {column: html.escape(cell) for column, cell in row.items()}
-        if linked:
-            cells["part"] = f"<a href='#part-{cells['part']}'>{cells['part']}</a>"
-        yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells.values()) + "</tr>"
-    yield "</table></div>"
-
-
-def _html_result(result: Result) -> Iterator[str]:
-    escape, finding = html.escape, result.finding
-    picture = base64.b64encode(result.picture.read_bytes()).decode()
-    yield f"<img alt='{escape(result.part.question, quote=True)}' src='data:image/png;base64,{picture}'>"
-    yield f"<div class='beside'><div><b>Ours.</b> {escape(finding.ours)}</div>"
-    yield f"<div><b>The post.</b> {escape(result.part.post)}<br><b>Ours {_AGREES}:</b> {finding.agrees}</div></div>"
-    yield f"<p><b>What follows.</b> {escape(finding.follows)}</p>"
-    yield f"<p><b>What does not.</b> {escape(finding.does_not_follow)}</p>"
-    for name, table in result.tables.items():
-        unfolded = " open" if len(table) <= _OPEN_ROWS else ""
-        yield f"<details{unfolded}><summary>{escape(name)}.csv, {len(table)} rows</summary>"
-        yield from _html_table(_texts(table[:_SHOWN_ROWS]))
-        yield _more(table) + "</details>"
-
-
-def _markdown(contents: Contents) -> Iterator[str]:
-    measured = contents.measured
-    yield f"# {_TITLE}\n\n{introduction(measured)}"
-    if contents.shown:
-        yield from _markdown_summary(*_summary(contents))
-    if rows := compared(measured):
-        yield "\n## The policies\n"
-        yield from _markdown_table(rows)
-    if told := [f"- **{name}**: {what}" for name, what in described(measured)]:
-        yield "\n" + "\n".join(told)
-    for text in _header(contents):
-        yield f"\n{text}"
-    if not contents.shown:
-        return
-    for heading, text, rows in _beside(contents):
-        yield from _markdown_summary(heading, text, rows)
-    for name in contents.shown:
-        main, *others = contents.of(name)
-        yield f"\n## {name}: {main.part.question}\n\n{main.part.method}"
-        yield from _markdown_result(main, contents.folder)
-        for other in others:
-            yield f"\n### The same on the {other.subject} policy\n\n{_facts(contents.known[other.subject])}"
-            yield from _markdown_result(other, contents.folder)
-    text, rows = _times(contents)
-    yield f"\n## Time\n\n{text}\n"
-    yield from _markdown_table(rows)
-
-
-def _markdown_summary(heading: str, text: str, rows: Rows) -> Iterator[str]:
-    yield f"\n## {heading}\n\n{text}\n"
-    yield from _markdown_table(rows)
-
-
-def _markdown_table(rows: Rows) -> Iterator[str]:
-    if rows:
-        yield f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}"
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()) + " |"
-
-
-def _markdown_result(result: Result, folder: Path) -> Iterator[str]:
-    finding = result.finding
-    yield f"\n![{result.part.question}]({result.picture.relative_to(folder).as_posix()})\n"
-    yield f"**Ours.** {finding.ours}\n\n**The post.** {result.part.post} **Ours {_AGREES}:** {finding.agrees}\n"
-    yield f"**What follows.** {finding.follows}\n\n**What does not.** {finding.does_not_follow}"
-    for name, table in result.tables.items():
-        file = (result.folder / name).relative_to(folder).as_posix()
-        yield f"\n[{name}.csv]({file}.csv), {len(table)} rows" + (":\n" if len(table) <= _OPEN_ROWS else "")
-        if len(table) <= _OPEN_ROWS:
-            yield from _markdown_table(_texts(table))
-
-
 def _texts(table: Table) -> Rows:
     return [{column: _text(cell) for column, cell in row.items()} for row in table]
 
@@ -368,8 +345,3 @@ def _text(cell: Cell) -> str:
     if cell is None:
         return ""
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-
-def _more(table: Table) -> str:
-    hidden = len(table) - _SHOWN_ROWS
-    return f"<p>{hidden} more rows in the file.</p>" if hidden > 0 else ""

@@ -1,14 +1,13 @@
-"""A run of the study: parts measured one after the other, kept on disk, and a report of what is there.
+"""A run of the study: parts measured one after the other, kept on disk, and a report of them.
 
     <out>/study-n200-seed0-a8d9d567/
         report.html, report.md, differences.csv
         imitation/sums/manifest.json, *.csv, sums.png      a policy, a part
         control/...
 
-A part is measured if its folder is not there, or if it was measured with other weights, another n or seed, or other
-versions or code. It is measured again if a file is missing or changed: the manifest holds a digest of each file. A part
-appears on disk whole or not at all. The report leaves out the parts that fail these checks and are not measured again
-because `--only` names others. One run at a time works in a folder.
+A part is measured unless its folder holds it with the same weights, n, seed, versions and code, and its files have the
+digests of their manifest. A part appears on disk whole or not at all. The report leaves out parts that fail these
+checks and that `--only` does not name. One run at a time works in a folder.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from maze.report.page import differing, write_report
 from maze.results import Damaged, check_folder, locked, read_manifest, replace_table, versions, write_manifest
 
 MOST_OTHERS = 300  # levels of each measurement of a policy that only stands beside the main one
-OTHERS = tuple(name for name in POLICIES if name != MAIN)  # shipped beside it where they exist
+OTHERS = tuple(name for name in POLICIES if name != MAIN)  # shipped beside it if they exist
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run of the study takes; `--help` of `maze_goal_misgen.py` says what each is.
+    """The settings of a run, explained by `study.py --help`.
 
     Raises:
-        UserError: a number outside what makes sense, a part that does not exist, a folder that cannot be written to.
+        UserError: a number is out of range, a part does not exist, or the folder cannot be written to.
     """
 
     only: tuple[str, ...]
@@ -67,7 +66,7 @@ class RunSettings:
 
 
 def run(settings: RunSettings) -> Path:
-    """Measure what is not there yet, write the report of all that is, and return the run's folder."""
+    """Measure the missing parts, write the report of all, and return the run's folder."""
     subjects = dict(_subjects(settings))
     sha = next(iter(subjects.values())).weights["sha256"]
     folder = settings.out / f"study-n{settings.n}-seed{settings.seed}-{sha[:8]}"
@@ -113,7 +112,7 @@ def _study(weights: Path, settings: RunSettings) -> Study:
 
 
 def _measured(part: Part, study: Study, known: Mapping[str, Any], folder: Path) -> str:
-    """Measure a part unless its folder holds the very same already; return what was done."""
+    """Measure a part unless its folder holds the same already; return a line for the user."""
     facts, again = {"part": part.name, **known}, ""
     if folder.exists():
         try:
@@ -146,6 +145,6 @@ def _known(study: Study) -> dict[str, Any]:
 
 
 def _command(settings: RunSettings) -> str:
-    """The command line that measures every part with these settings, whether or not this run was of some parts only."""
+    """The command that measures every part with these settings."""
     weights = f" --weights {settings.weights.name}" if settings.weights else ""
-    return f"python examples/maze_goal_misgen.py --n {settings.n} --seed {settings.seed}{weights}"
+    return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}"

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from chanpatch import HookPoints, hook_points
 from chanpatch.statistics import Interval, mean_interval, wilson_interval
+from maze.analysis.cells import Table, cells, column, read_table, shown
 from maze.analysis.episodes import ORIGINAL, STEPS
 from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
-from maze.analysis.part import Table, column, interval_cells, read_table, shown
 from maze.analysis.tables import action_tables
 from maze.command import UserError
 from maze.environment.levels import REGION, draw_levels, observe, policy_input
@@ -159,7 +159,7 @@ def differences(levels: Table, others: Table) -> Table:
             name = f"found {actions}"
             change = (column(levels, name) - column(others, name))[here].astype(np.float64)
             known = {"size": size, "cheese": cheese, "actions": actions, "n": len(here)}
-            rows.append({**known, **interval_cells("difference", mean_interval(change))})
+            rows.append({**known, **cells("difference", mean_interval(change))})
     return rows
 
 

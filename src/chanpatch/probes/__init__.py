@@ -11,6 +11,7 @@ independent of each other: give one input per level, or the intervals are too na
 
 from .labels import ChannelLabel, ChannelLabels, label_channels
 from .linear import LinearProbe, linear_probe
+from .logistic import LogisticProbe, ProbeScores
 from .sums import channel_sums
 from .threshold import ThresholdProbe, ThresholdScores, Transfer
 
@@ -18,6 +19,8 @@ __all__ = [
     "ChannelLabel",
     "ChannelLabels",
     "LinearProbe",
+    "LogisticProbe",
+    "ProbeScores",
     "ThresholdProbe",
     "ThresholdScores",
     "Transfer",

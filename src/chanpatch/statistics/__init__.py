@@ -4,6 +4,13 @@ Counts of a paired comparison are `both`, `only_first`, `only_second`, `neither`
 a sample has one row per input, level or pair; `clusters` labels the rows that are not independent of each other.
 """
 
+from .comparisons import (
+    auc_difference_interval,
+    aucs,
+    rank_correlation,
+    share_interval,
+    stratified_difference_interval,
+)
 from .corrections import benjamini_hochberg, equivalent, holm
 from .flips import MaxT, max_t_test, sign_flip_test
 from .interval import Interval
@@ -26,6 +33,8 @@ __all__ = [
     "PairedCounts",
     "Rank",
     "auc",
+    "auc_difference_interval",
+    "aucs",
     "benjamini_hochberg",
     "bootstrap_interval",
     "difference_interval",
@@ -37,7 +46,10 @@ __all__ = [
     "paired_counts",
     "paired_difference_interval",
     "rank_among",
+    "rank_correlation",
     "reweighted_precision",
+    "share_interval",
     "sign_flip_test",
+    "stratified_difference_interval",
     "wilson_interval",
 ]

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import MetricError, SiteError, SweepError
@@ -21,6 +20,7 @@ from ..patching.verbs import edit, patch_in
 from ..registry.points import HookPoints, traced
 from ..registry.sites import Positions, read, written
 from ..results import largest_first, progress_bar
+from ..statistics.comparisons import rank_correlation
 from .plan import Entry, Forward, entries_of
 from .result import Attribution
 
@@ -110,7 +110,9 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         for row in to_verify:
             exact[row] = run.exact(chosen[row])
             advance(1)
-    labels, correlation = tuple(entry.label for entry in entries), _rank_correlation(effect[drawn], exact[drawn])
+    labels = tuple(entry.label for entry in entries)
+    known = drawn.any() and np.isfinite([effect[drawn], exact[drawn]]).all()
+    correlation = rank_correlation(effect[drawn], exact[drawn]) if known else np.nan
     found = Attribution(
         labels, tuple(chosen), exact, drawn, correlation, int(drawn.sum()), run.input_count, steps, _effect=effect
     )
@@ -149,14 +151,6 @@ def _lines(
                 taken = written(taken, positions, torch.ones_like(read(taken, positions)))
         yield name, line
         waiting = others
-
-
-def _rank_correlation(estimates: NDArray[np.float64], exact: NDArray[np.float64]) -> float:
-    if len(exact) < 3 or np.ptp(estimates) == 0 or np.ptp(exact) == 0:
-        return float("nan")
-    import scipy.stats
-
-    return float(scipy.stats.spearmanr(estimates, exact).statistic)
 
 
 _Change: TypeAlias = tuple[Positions, Tensor]  # a region, and the difference that a patch makes there

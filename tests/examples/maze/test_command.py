@@ -12,7 +12,7 @@ from maze.command import UserError, exit_status
 from maze.environment.requirements import MissingRequirement
 
 EXAMPLES = Path(command.__file__).parents[1]
-COMMANDS = [EXAMPLES / name for name in ("maze_goal_misgen.py", "maze/evaluate.py", "maze/train.py")]
+COMMANDS = [EXAMPLES / name for name in ("maze_goal_misgen.py", "maze/study.py", "maze/evaluate.py", "maze/train.py")]
 
 
 def raising(error):

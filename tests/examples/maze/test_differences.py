@@ -3,7 +3,7 @@
 import pytest
 
 from chanpatch.statistics import difference_interval, wilson_interval
-from maze.analysis.part import interval_cells
+from maze.analysis.cells import cells
 from maze.report.differences import differences, side_by_side
 
 GOES = "channel for UP high, cheese in distribution: the mouse goes UP"
@@ -12,7 +12,7 @@ GOES = "channel for UP high, cheese in distribution: the mouse goes UP"
 def decision(goes, n):
     """A policy's tables of the decision square, on which it goes UP so often when the channel is high."""
     row = {"direction": "UP", "split": "in distribution", "squares": "accepted", "n": n}
-    shares = {**interval_cells("goes", wilson_interval(goes, n)), **dict.fromkeys(nothing("to_cheese"))}
+    shares = {**cells("goes", wilson_interval(goes, n)), **dict.fromkeys(nothing("to_cheese"))}
     return {"choices": [row | shares], "matched": []}
 
 
@@ -62,7 +62,7 @@ def test_a_figure_without_an_interval_is_left_out(policy):
 
 def test_the_area_of_a_direction_is_that_over_all_mazes():
     row = {"direction": "LEFT", "split": "out of distribution", "n": 300}
-    sums = {"goals": [row | interval_cells("cheese", wilson_interval(80, 100))], "transfer": [], "precise": []}
+    sums = {"goals": [row | cells("cheese", wilson_interval(80, 100))], "transfer": [], "precise": []}
     rows = differences({"imitation": {"sums": sums}, "control": {"sums": sums}})
     assert {each["figure"] for each in rows} == {"AUC of the channel for LEFT, cheese out of distribution"}
     assert [(each["n"], each["value"]) for each in rows] == [(300, 0.8)] * 2

@@ -8,7 +8,8 @@ from torch.distributions import Categorical
 from chanpatch import PatchedPolicy, edit, hook_points, patch_in, rollout, steer, zero_ablate
 from maze.analysis.episodes import ORIGINAL, padded
 from maze.analysis.exact import STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, neither, walk
-from maze.analysis.tables import SITE, TOLERANCE, SuffixError, action_tables, suffix
+from maze.analysis.forwards import SITE
+from maze.analysis.tables import TOLERANCE, SuffixError, action_tables, suffix
 from maze.environment.levels import draw_levels, observe, policy_input
 from maze.environment.paths import MOVES, Direction
 from maze.environment.requirements import procgen_mazes
@@ -331,7 +332,7 @@ def test_a_hook_point_inside_a_residual_block_is_refused(points, small):
         action_tables(points, Chains.of(small[:1]), site="embedder.block3.res1.conv2")
     assert str(error.value) == (
         "original: run from 'embedder.block3.res1.conv2' on, the policy's action probabilities differ from those of "
-        "the whole policy: what runs up to there is no chain."
+        "the whole policy: the modules up to there do not form a chain."
     )
 
 
@@ -340,8 +341,8 @@ def test_a_patch_before_the_record_is_refused(points, small):
     with pytest.raises(SuffixError) as error:
         action_tables(points, Chains.of(small[:1]), {"early": [patch]})
     assert str(error.value) == (
-        "early: the patch at Site('embedder.block2', channel=3) comes before 'embedder.relu3', where the "
-        "activations are recorded. Give an earlier hook point: site=..."
+        "early: the patch at Site('embedder.block2', channel=3) comes before 'embedder.relu3', the hook "
+        "point of the record. Give an earlier hook point: site=..."
     )
 
 

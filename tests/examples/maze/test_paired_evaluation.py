@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from maze.analysis.part import read_table
+from maze.analysis.cells import read_table
 from maze.policy.network import SHIPPED_WEIGHTS
 from maze.training.evaluation import DIFFERENCES, differences, run_against
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from maze.analysis.cells import read_table
 from maze.analysis.decision_squares import THRESHOLD_LEVELS
-from maze.analysis.part import LABEL_LEVELS, SELECTION_LEVELS, Finding, Part, Study, read_table
-from maze.analysis.random_sets import SET_LEVELS
-from maze.analysis.steering import RANKED
+from maze.analysis.effects import SET_LEVELS
+from maze.analysis.part import LABEL_LEVELS, SELECTION_LEVELS, Finding, Part, Study
+from maze.analysis.steering import MOST_LEVELS, RANKED
 from maze.command import UserError
-from maze.measurements import PARTS, ablation, cheese_vector, corner_vector, parity, retarget, search, sweep, top16
+from maze.measurements import PARTS, ablation, parity, retarget, search, sweep, top16
 from maze.policy.network import SHIPPED_WEIGHTS
 from maze.report import run as runs
 from maze.report.limits import LIMITS, limits
@@ -26,7 +27,7 @@ from maze.report.page import write_report
 from maze.report.run import MOST_OTHERS, RunSettings, run
 from maze.results import LOCK, write_manifest
 
-SCRIPT = Path(__file__).parents[3] / "examples" / "maze_goal_misgen.py"
+SCRIPT = Path(__file__).parents[3] / "examples" / "maze" / "study.py"
 MEASURED = []
 FACTS = ("weights", "weights_name", "width", "n", "seed", "versions")  # all that decides the numbers of a part
 
@@ -138,7 +139,7 @@ def test_a_part_that_is_not_whole_and_not_measured_again_is_left_out_of_the_repo
     run(settings(tmp_path, only=("squares",)))
     text = (folder / "report.md").read_text()
     named = ", ".join(f"policy/{old} ({fault})" for old, (_, fault) in zip(olds, DAMAGE, strict=True))
-    assert f"which is named: {named}." in text and "old0: What are squares?" not in text
+    assert f"(named): {named}." in text and "old0: What are squares?" not in text
 
 
 def test_a_second_run_into_a_folder_is_refused_while_the_first_one_works_in_it(parts, tmp_path, monkeypatch):
@@ -189,7 +190,7 @@ def test_the_shipped_policies_stand_side_by_side(parts, tmp_path):
     page = (run(settings(tmp_path, weights=None)) / "report.html").read_text()
     assert MEASURED[:2] == ["policy.safetensors", "control.safetensors"]
     assert "The same on the control policy" in page
-    assert "What remains without it stays open here: no sums, no ablation of the control policy." in page
+    assert "This run has no figures for the control without that loss" in page
 
 
 def test_the_policies_beside_the_main_one_are_measured_on_fewer_levels(parts, tmp_path):
@@ -220,7 +221,7 @@ def test_another_policy_is_studied_where_its_weights_are_there(parts, tmp_path, 
     monkeypatch.setattr(runs, "SHIPPED_WEIGHTS", weights)
     page = (run(settings(tmp_path / "out", weights=None)) / "report.html").read_text()
     assert MEASURED == ["policy.safetensors", "seed2.safetensors"]
-    assert "<li><b>seed2</b>: the run of the imitation policy with another seed" in page
+    assert "<li><b>seed2</b>: the training of the imitation policy with another seed" in page
 
 
 @pytest.fixture
@@ -247,7 +248,7 @@ def test_parts_measured_on_every_policy_stand_in_a_table_with_the_main_policy_fi
     text = (two_policies / "report.md").read_text()
     heading = "## The same parts on every policy\n\nBy the same rules.\n\n"
     assert text.split(heading)[1].split("\n\n")[0].splitlines() == [
-        "| part | policy | ours | agrees with the reference |",
+        "| part | policy | result | agrees with the reference |",
         "|---|---|---|---|",
         "| squares | imitation | the last square is 361 | yes |",
         "| squares | control | the last square is 36100 | yes |",
@@ -260,7 +261,7 @@ def test_parts_measured_on_every_policy_stand_in_a_table_with_the_main_policy_fi
 def test_the_results_of_the_other_policies_are_folded_under_their_heading(two_policies):
     page = (two_policies / "report.html").read_text()
     before, folded = page.split("<details><summary><h3>The same on the control policy</h3></summary>")
-    assert "<b>Ours.</b> the last square is 361<" in before and "<b>Ours.</b> the last square is 36100<" in folded
+    assert "<b>Result.</b> the last square is 361<" in before and "<b>Result.</b> the last square is 36100<" in folded
     assert page.count("<details") == page.count("</details>")
 
 
@@ -287,7 +288,7 @@ def test_every_number_of_the_report_is_read_from_the_tables(parts, tmp_path):
 
 def test_the_page_needs_no_other_file_and_escapes_what_it_shows(parts, tmp_path):
     page = (run(settings(tmp_path)) / "report.html").read_text()
-    assert "come from the CSV files of this run.</p>" in page
+    assert "from this run&#x27;s CSV files.</p>" in page
     assert "id='part-squares'" in page and "that n &lt; 20 &amp; more" in page
     assert not re.findall(r"(?:src|href)='(?!data:|#)", page)
 
@@ -333,9 +334,7 @@ def test_a_part_that_was_measured_with_anything_else_is_left_out_of_the_report_a
     run(settings(tmp_path, only=("squares",)))
     for name in ("report.html", "report.md"):
         text = (folder / name).read_text()
-        assert (
-            f"are damaged or were measured with something else than now, which is named: policy/old ({named})." in text
-        )
+        assert f"as they are damaged or were measured otherwise (named): policy/old ({named})." in text
         assert "the last square is 361" in text and "old: What are squares?" not in text
 
 
@@ -356,7 +355,7 @@ def test_the_report_says_how_long_each_part_took_and_which_took_most(parts, tmp_
     write_report(folder, as_measured(folder, "policy"), runs.PARTS, "make report")
     told = "## Time\n\nMeasuring took 2 minutes in all; most of it slow, 75%. Seconds by policy:\n\n"
     table = (folder / "report.md").read_text().split(told)[1]
-    assert table.splitlines() == ["| part | policy |", "|---|---|", "| slow | 90 |", "| squares | 30 |"]
+    assert table.splitlines() == ["| part | policy |", "|---|---|", "| slow | 90 |", "| squares | 30 |", ""]
 
 
 def test_short_tables_stand_in_the_markdown_and_long_ones_are_named(parts, tmp_path, monkeypatch):
@@ -384,8 +383,8 @@ def test_the_caps_that_are_told_are_those_of_the_parts():
     assert LIMITS["retarget"] == str(retarget.MOST_LEVELS)
     assert LIMITS["every part of a policy that stands beside the main one"] == str(MOST_OTHERS)
     assert LIMITS["sweep"] == str(sweep.MOST_LEVELS)
-    assert LIMITS["cheese-vector"] == f"{cheese_vector.MOST_LEVELS}, and {RANKED} for its rank"
-    assert LIMITS["corner-vector"] == f"{corner_vector.MOST_LEVELS}, and {RANKED} for its rank"
+    assert LIMITS["cheese-vector"] == f"{MOST_LEVELS}, and {RANKED} for its rank"
+    assert LIMITS["corner-vector"] == f"{MOST_LEVELS}, and {RANKED} for its rank"
     assert f"{SET_LEVELS} for random sets" in LIMITS["ablation"]
     assert LIMITS["search"] == f"background 500, pairs {search.PAIR_LEVELS}"
     assert f"at least {ablation.ELSEWHERE}," in LIMITS["ablation"]
@@ -410,16 +409,6 @@ def test_settings_outside_what_makes_sense_are_refused(changed, message, parts, 
     with pytest.raises(UserError) as caught:
         settings(tmp_path, **changed)
     assert str(caught.value) == message
-
-
-def test_an_option_of_the_rollouts_is_refused_for_other_parts(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--only", "sums", "--channel", "3"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
-        "error: --channel is for --only rollouts; the other parts choose by rules of their own."
-    )
 
 
 def test_purposes_get_seeds_of_their_own_that_depend_on_the_seed():

@@ -4,9 +4,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from chanpatch.statistics import auc
-from maze.analysis.linear import readout
+from maze.analysis.forwards import SITE
+from maze.analysis.readings import readout
 from maze.analysis.selection import Selection
-from maze.analysis.tables import SITE
 from maze.environment.paths import Direction
 
 LIVE = (0, 1, 3)

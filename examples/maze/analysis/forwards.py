@@ -1,0 +1,64 @@
+"""Run the policy on one observation of each level, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from chanpatch import HookPoints, channel_sums, recording
+from chanpatch.patching import ActivationCache
+from maze.environment.levels import observe, policy_input
+from maze.environment.paths import legal_moves
+from maze.environment.states import Mazes
+
+SITE = "embedder.relu3"
+LINEAR = "embedder.fc"  # the policy is linear from SITE to here
+BATCH = 64  # observations in one forward, which is fastest on one core
+
+_RENDERED = 1024  # observations in memory at once
+
+
+def frames(levels: Sequence[bytes]) -> Tensor:
+    """The policy's inputs, one observation of each level: (level, channel, row, col)."""
+    return torch.from_numpy(policy_input(observe(levels)))
+
+
+def forward(
+    points: HookPoints, levels: Sequence[bytes], sites: Any = SITE, reduce: str | None = "sum"
+) -> tuple[NDArray[np.float32], ActivationCache]:
+    """The action probabilities on every level, (level, action), and the record of the sites."""
+    probabilities = []
+    device = next(points.model.parameters()).device
+    with (
+        recording(points, sites, reduce=reduce) as cache,
+        torch.no_grad(),
+        tqdm(total=len(levels), desc="levels", unit="level", delay=2, leave=False) as progress,
+    ):
+        for start in range(0, len(levels), _RENDERED):
+            for batch in frames(levels[start : start + _RENDERED]).to(device).split(BATCH):
+                probabilities.append(points.model(batch)[0].probs.cpu().numpy())
+                progress.update(len(batch))
+    return np.concatenate(probabilities), cache
+
+
+def activations(points: HookPoints, levels: Sequence[bytes], site: str) -> ActivationCache:
+    """The activation at a hook point on every level: (level, channel, row, col)."""
+    return forward(points, levels, site, None)[1]
+
+
+def level_sums(points: HookPoints, name: str, levels: Sequence[bytes]) -> NDArray[np.float64]:
+    """The sum of every channel at a hook point on every level: (level, channel)."""
+    batches = (frames(levels[start : start + BATCH]) for start in range(0, len(levels), BATCH))
+    return channel_sums(points, batches, name)
+
+
+def legal_at_mouse(mazes: Mazes) -> NDArray[np.bool_]:
+    """Which moves lead from the mouse to a free square: (level, direction)."""
+    legal: NDArray[np.bool_] = legal_moves(mazes)[np.arange(len(mazes)), :, mazes.mouse[:, 0], mazes.mouse[:, 1]]
+    return legal

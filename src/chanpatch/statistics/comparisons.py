@@ -1,0 +1,196 @@
+"""Bootstrap comparisons of channels and groups: areas under the ROC curve, rank correlations, rates and shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import StatisticsError
+from .interval import Booleans, Floats, Interval, booleans, finite, two_groups
+from .resampling import bootstrap_interval
+
+
+def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
+    """Return `chanpatch.statistics.auc` of every channel without intervals, which is fast enough for a bootstrap.
+
+    Args:
+        scores: `(input, channel)`: finite numbers, such as the sums of `chanpatch.channel_sums`.
+        labels: One boolean (or 0 or 1) per input.
+
+    Returns:
+        `(channel,)`: within 0 and 1; NaN if all labels are equal.
+
+    Raises:
+        StatisticsError: If scores and labels do not match, or a score is not finite.
+
+    Example:
+        >>> aucs([[0.9, 1], [0.8, 1], [0.3, 1], [0.1, 1]], [True, True, False, False])
+        array([1. , 0.5])
+    """
+    score = finite("scores", scores, ("input", "channel"))
+    return _areas(score, two_groups(labels, len(score), fewest=0))
+
+
+def auc_difference_interval(
+    first: ArrayLike, second: ArrayLike, labels: ArrayLike, *, resamples: int = 9999, seed: int = 0
+) -> Interval:
+    """Return the AUC of one score minus that of another over the same inputs, and its 95% bootstrap interval.
+
+    Args:
+        first: One finite score per input, such as the output of a probe.
+        second: The score to compare it with, such as one channel's sum.
+        labels: One boolean (or 0 or 1) per input; at least two of each.
+        resamples: Number of resamples.
+        seed: Random seed.
+
+    Raises:
+        StatisticsError: If scores and labels do not match, a score is not finite, or a label is too rare.
+
+    Example:
+        >>> labels = np.arange(200) % 2 == 0
+        >>> noise = np.random.default_rng(0).normal(size=(2, 200))
+        >>> gain = auc_difference_interval(2 * labels + noise[0], noise[1], labels, resamples=199)
+        >>> gain.low > 0
+        True
+    """
+    scores = [finite(name, each, ("input",)) for name, each in (("first", first), ("second", second))]
+    if len(scores[0]) != len(scores[1]):
+        raise StatisticsError(f"first has {len(scores[0])} scores and second {len(scores[1])}: give one per input.")
+    sample = np.column_stack([two_groups(labels, len(scores[0]), fewest=2), *scores])
+
+    def difference(rows: Floats) -> float:
+        one, other = _areas(rows[:, 1:], rows[:, 0] > 0)
+        return float(one - other)
+
+    return bootstrap_interval(sample, difference, resamples=resamples, seed=seed)
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | None = None) -> float:
+    """Return Spearman's rank correlation of two samples; with strata, that of the ranks within each stratum.
+
+    Args:
+        first: One finite number per input.
+        second: The numbers to correlate them with.
+        strata: Label per input; None if all inputs form one stratum.
+
+    Returns:
+        A number from -1 to 1; NaN with fewer than three inputs, or if one sample does not vary within any stratum.
+
+    Raises:
+        StatisticsError: If lengths differ, or a number is not finite.
+
+    Example:
+        >>> rank_correlation([1, 2, 3, 4], [1, 4, 9, 16])
+        1.0
+    """
+    import scipy.stats
+
+    samples = [finite(name, each, ("input",)) for name, each in (("first", first), ("second", second))]
+    stratum = _numbered(np.zeros(len(samples[0])) if strata is None else strata)
+    if not len(samples[0]) == len(samples[1]) == len(stratum):
+        raise StatisticsError("first, second and strata have different lengths: give one of each per input.")
+    size, ranks = np.bincount(stratum), []
+    for sample in samples:
+        # Ranks over all inputs, one stratum after the other; subtracting the mean of a stratum removes its offset.
+        rank = scipy.stats.rankdata(np.unique(sample, return_inverse=True)[1] + stratum * len(sample))
+        ranks.append((rank - (np.bincount(stratum, rank) / size)[stratum]) / size[stratum])
+    scale = float(np.sqrt((ranks[0] @ ranks[0]) * (ranks[1] @ ranks[1])))
+    return float(ranks[0] @ ranks[1]) / scale if len(stratum) > 2 and scale > 0 else np.nan
+
+
+def stratified_difference_interval(
+    success: ArrayLike, first: ArrayLike, strata: ArrayLike, *, resamples: int = 9999, seed: int = 0
+) -> Interval:
+    """Return the success rate of one group minus that of another within strata, and its 95% bootstrap interval.
+
+    Use it to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata that only
+    one group has are left out; the others have Mantel and Haenszel's weights.
+
+    Args:
+        success: One boolean (or 0 or 1) per input.
+        first: Whether the input belongs to the first group.
+        strata: Label per input, such as a bin of a distance.
+        resamples: Number of resamples.
+        seed: Random seed.
+
+    Returns:
+        A difference within -1 and 1. All three numbers are NaN if no stratum has both groups.
+
+    Raises:
+        StatisticsError: If the arguments are not one boolean, one boolean and one label per input.
+
+    Example:
+        >>> interval = stratified_difference_interval([1, 0, 1, 0], [1, 1, 0, 0], ["near", "far", "near", "near"])
+        >>> interval.estimate
+        0.5
+
+    References:
+        Mantel and Haenszel, "Statistical aspects of the analysis of data from retrospective studies of disease" (1959).
+    """
+    one, other, stratum = booleans(success), booleans(first), _numbered(strata)
+    if one is None or other is None or one.ndim != 1 or not one.shape == other.shape == stratum.shape or not one.size:
+        raise StatisticsError("Give one boolean success, one boolean first and one stratum per input.")
+    count = int(stratum.max()) + 1
+
+    def difference(rows: Floats) -> float:
+        place = (rows[:, 1] * count + rows[:, 2]).astype(np.int64)
+        n = np.bincount(place, minlength=2 * count).reshape(2, count)
+        rate = np.bincount(place, rows[:, 0], minlength=2 * count).reshape(2, count) / np.maximum(n, 1)
+        weight = n.prod(axis=0) / np.maximum(n.sum(axis=0), 1)
+        return float((rate[1] - rate[0]) @ weight / weight.sum()) if weight.any() else np.nan
+
+    return bootstrap_interval(np.column_stack([one, other, stratum]), difference, resamples=resamples, seed=seed)
+
+
+def share_interval(
+    part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int = 0
+) -> Interval[Any]:
+    """Return the share of a total effect that a part of it makes up, and its 95% bootstrap interval.
+
+    The share is a ratio of means over the same inputs: of the effect of patching some channels, for example, and the
+    effect of patching all of them. It may lie below 0 or above 1.
+
+    Args:
+        part: `(input, ...)`: effect of the part on each input, such as a change of log odds.
+        total: `(input, ...)`: total effect on the same inputs.
+        clusters: As for `bootstrap_interval`.
+        resamples: Number of resamples.
+        seed: Random seed.
+
+    Returns:
+        Floats for samples with one axis, otherwise arrays of the other axes; NaN if the total is 0 on average.
+
+    Raises:
+        StatisticsError: If the shapes differ, a number is not finite, or there are no inputs.
+
+    Example:
+        >>> share_interval([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]).estimate
+        0.5
+    """
+    parts, totals = finite("part", part), finite("total", total)
+    if parts.shape != totals.shape:
+        raise StatisticsError(f"part has shape {parts.shape} and total {totals.shape}: give both for the same inputs.")
+
+    def share(rows: Floats) -> Floats:
+        summed = rows.sum(axis=0)
+        return np.asarray(summed[..., 0] / np.where(summed[..., 1] == 0, np.nan, summed[..., 1]))
+
+    sample = np.stack([parts, totals], axis=-1)
+    return bootstrap_interval(sample, share, clusters=clusters, resamples=resamples, seed=seed)
+
+
+def _areas(scores: Floats, positive: Booleans) -> Floats:
+    import scipy.stats
+
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    if not positives or not negatives:
+        return np.full(scores.shape[1], np.nan)
+    ranks: Floats = scipy.stats.rankdata(scores, axis=0)[positive].sum(axis=0)
+    return (ranks - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+def _numbered(labels: ArrayLike) -> Any:
+    """Return labels as whole numbers from 0."""
+    return np.unique(np.asarray(labels), return_inverse=True)[1]
