@@ -318,7 +318,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: off_distribution(POINTS, [], IMAGES, IMAGES),
             StatisticsError,
-            "patches is empty: give at least one, whose sites are measured.",
+            "patches is empty: pass at least one patch.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=1, seed=0, batch_size=0),
@@ -343,14 +343,14 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), IMAGES, count=29, seed=0),
             SiteError,
-            "Site('ramp', channel=1) has 28 other live channels (of 32, 3 are dead over the background), too few for "
-            "29 different controls of 1. Ask for fewer controls, or for those of a site with fewer channels.",
+            "Site('ramp', channel=1) has 28 other live channels (3 of 32 are dead over the background), too few for "
+            "29 different controls of size 1. Use a smaller count, or a site with fewer channels.",
         ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=range(16)), IMAGES, count=1, seed=0),
             SiteError,
-            "Site('ramp', channel=0:16) has 14 other live channels (of 32, 3 are dead over the background), too few "
-            "for 1 different controls of 16. Ask for fewer controls, or for those of a site with fewer channels.",
+            "Site('ramp', channel=0:16) has 14 other live channels (3 of 32 are dead over the background), too few "
+            "for 1 different controls of size 16. Use a smaller count, or a site with fewer channels.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=0, seed=0),
@@ -370,18 +370,18 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:0], IMAGES),
             StatisticsError,
-            "inputs holds no inputs: give at least one to run the patched model on.",
+            "inputs is empty: pass at least one input.",
         ),
         (
             lambda: random_vectors(torch.zeros(1, 3), count=2, seed=0),
             EditError,
-            "The torch.float32 vector with shape (1, 3) has no random vectors of its norm: it must have axes, be "
-            "floating point and finite, and not be zero. contrast(...).steering_vector(site) returns one.",
+            "vector must have at least one axis and be floating point, finite and nonzero; got torch.float32 with "
+            "shape (1, 3). contrast(...).steering_vector(site) returns one.",
         ),
         (
             lambda: random_vectors([3.0, 4.0], count=2, seed=0),  # type: ignore[arg-type]
             EditError,
-            "The vector is list; it takes a tensor with the axes of its region.",
+            "vector must be a tensor with the region's axes; got list.",
         ),
         (
             lambda: random_vectors(torch.ones(1, 3), count=0, seed=0),

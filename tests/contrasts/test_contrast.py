@@ -280,15 +280,15 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
     [
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED[:5], "conv1"),
-            "clean has 12 inputs and corrupted 5: give one of each per pair.",
+            "clean has 12 inputs and corrupted has 5. Pass one of each per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN[:0], CORRUPTED[:0], "conv1"),
-            "clean has 0 inputs and corrupted 0: give one of each per pair.",
+            "clean has 0 inputs and corrupted has 0. Pass one of each per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2]),
-            "clusters has shape (3,), but there are 12 pairs: give each a label.",
+            "clusters has shape (3,), but there are 12 pairs. Pass a label for each.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
@@ -309,7 +309,7 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
-            "Nothing can be compared at any of the 1 hook points. Of the first: reduce=('b c h w -> b c h', 'sum') "
+            "None of the 1 hook points can be compared. The first was skipped because: reduce=('b c h w -> b c h', 'sum') "
             "leaves (batch, channel, row) at Site('conv1'); it must leave the batch and one axis at most.",
         ),
     ],

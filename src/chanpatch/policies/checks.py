@@ -24,7 +24,7 @@ _ADVICE = {  # keyed by the library that the environments come from
     f"for that seed, and pass {_SINGLE}",
     "pettingzoo": "It has several agents. Write a gymnasium.Env for one agent that also runs the others, and pass "
     f"{_SINGLE}",
-    "gym": f"Convert an environment to gymnasium, such as with shimmy.GymV26CompatibilityV0, and pass {_SINGLE}",
+    "gym": f"Convert an environment to gymnasium, for example with shimmy.GymV26CompatibilityV0, and pass {_SINGLE}",
 }
 
 
@@ -123,7 +123,7 @@ def _shapes(space: Any) -> Any:
 
 
 def check_modes(policies: Mapping[str, Any]) -> None:
-    """Raise RolloutError if two policies differ in the mode of a module, such as dropout, that depends on it.
+    """Raise RolloutError if a module such as dropout is in training mode in one policy and in eval mode in another.
 
     The first policy is compared with each of the others, and each twin with its original policy.
     """

@@ -177,7 +177,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
-    """Raise an error if seeds or settings differ, or if an episode differs before its actions do."""
+    """Raise an error if seeds or settings differ, or if an episode differs before the actions do."""
     if first.seeds != other.seeds:
         raise RolloutError(f"{names} cannot be compared: they were rolled out with different seeds.")
     for name, value in first.settings.items():

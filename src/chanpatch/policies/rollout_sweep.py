@@ -53,8 +53,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 ) -> SweptRollouts:
     """Roll out a policy unpatched and with each label's patches, in the same episodes.
 
-    The result equals `paired_rollouts` with one PatchedPolicy per label, with fewer forward passes: every pair of label
-    and episode has its own row in the vector environment. A patch receives only the rows of its own label:
+    The result equals `paired_rollouts` with one PatchedPolicy per label, with fewer forward passes: each label has
+    its own row per episode in the vector environment. A patch receives only the rows of its own label:
     activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in one forward pass.
 
     Equality requires that the policy treats each row independently, and that patches use no randomness except
@@ -63,7 +63,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     Args:
         policy: Module or its HookPoints.
         patches: Mapping from each label to one or more patches, or a sequence of such entries, labeled by their sites.
-            Take the sites from a trace, which establishes the batch axis.
+            Take the sites from traced HookPoints, whose batch axis is known.
         controls: Control patches in the same format, among which the effects are ranked. P-values require at least 19.
         check_nan: Whether to raise an error if a patch introduces NaN.
         envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
@@ -91,7 +91,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     for what, each in (("patches", asked), ("controls", others)):
         if ORIGINAL in dict(each):
             raise RolloutError(
-                f"{what} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Rename it."
+                f"{what} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use another label."
             )
     refuse_shared_state([*asked, *others])
     refuse_environments_by_rows([patch for _, each in [*asked, *others] for patch in each], envs)

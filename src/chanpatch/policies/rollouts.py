@@ -40,7 +40,7 @@ def rollout(
     squashed, and policies without a distribution act deterministically. Actions from other policies are not clipped:
     for a Box space, wrap the environments in gymnasium's ClipAction.
 
-    Random number generators, buffers and attributes of the policy, including lists, are restored before new episodes
+    Random number generators and the policy's buffers and attributes, including lists, are restored before new episodes
     and at the end. To keep a log, append to a list that is not an attribute of the policy. If the policy is a function,
     the modules in its closure, its defaults and the globals that it uses are restored.
 
@@ -140,9 +140,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     check_modes(policies)
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
-        raise RolloutError(
-            f"outputs has the key {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}."
-        )
+        raise RolloutError(f"outputs has key {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}.")
     settings = Settings(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
     refuse_shared_state([(name, patches_inside(policy)) for name, policy in policies.items()])

@@ -18,8 +18,8 @@ from ..errors import UnsupportedModelError
 class Settings:
     """Module attributes that must be equal in a twin and its policy.
 
-    They are attributes of type bool, int, float, str or None, containers of at most 64 of these, and whether an
-    attribute is a function, in modules with parameters of their own or in a submodule. Attributes that torch itself
+    In modules that have parameters, directly or in submodules, attributes of type bool, int, float, str or None are
+    compared, containers of at most 64 of these, and whether an attribute is a function. Attributes that torch itself
     sets are ignored, and so are those that the twin's own calls change, as observed in the first call of each kind.
     """
 
