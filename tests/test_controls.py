@@ -128,13 +128,13 @@ def test_controls_tell_how_near_they_are_in_spreads_of_the_other_live_channels()
         assert (found.pool, found.live) == (6, 29 - len(target))
         assert [record["apart"] for record in found.to_records()] == list(found.apart)
     lines = repr(found).splitlines()
-    assert lines[0] == "3 controls, drawn among the 6 nearest of 27 other live channels"
+    assert lines[0] == "3 controls, drawn from the 6 nearest of 27 other live channels"
     assert lines[1].split() == ["site", "apart"] and len(lines) == 6
     assert lines[5] == f"No p-values: {found.no_p}"
     assert found.to_pandas()["site"].tolist() == list(map(repr, found))
 
 
-EDGE = "is at the edge of its pool: {} of 19 controls have a {} mean activation, but it needs 3"
+EDGE = "is at the edge of its pool: {} of 19 controls have a {} mean activation, but at least 3 are required"
 
 
 def ranked_by_mean(channels: int) -> HookPoints:
@@ -188,8 +188,8 @@ def test_controls_that_are_drawn_among_all_channels_say_that_they_are_not_matche
     found = matched_channels(POINTS, POINTS.site("ramp", channel=16), IMAGES, count=19, seed=0)
     assert (found.pool, found.live) == (28, 28)
     assert repr(found).startswith(
-        "19 controls, drawn among the 28 nearest of 28 other live channels: all of them, so they are not matched; a "
-        "smaller count draws nearer ones"
+        "19 controls, drawn from the 28 nearest of 28 other live channels, so they are not matched; use a smaller "
+        "count for closer controls"
     )
 
 
@@ -286,7 +286,7 @@ def test_the_distance_is_measured_on_every_model_and_leaves_it_as_it_was(model: 
 
 def test_the_distances_print_as_a_table() -> None:
     lines = repr(off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:8], IMAGES)).splitlines()
-    assert lines[0] == "32 channels: sums of 8 patched inputs against 40 background inputs"
+    assert lines[0] == "32 channels: sums over 8 patched inputs and 40 background inputs"
     assert lines[1].split() == ["site", "z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest"]
     assert len(lines) == 23 and lines[-1] == "... 12 more"
 

@@ -57,7 +57,7 @@ class LinearProbe(Records):
 def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> LinearProbe:
     """Measure by cross-validation how well logistic regression on all channels predicts a label.
 
-    Channels are scaled to unit variance on each fold's training inputs. Regularization is scikit-learn's default, C = 1.
+    Channels are scaled to unit variance on each fold's training inputs. Regularization is scikit-learn's default (C=1).
 
     Args:
         sums: Channel sums, `(input, channel)`.
