@@ -288,7 +288,7 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2]),
-            "clusters has shape (3,), but there are 12 pairs. Pass a label for each.",
+            "clusters has shape (3,), but there are 12 pairs. Pass one per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),

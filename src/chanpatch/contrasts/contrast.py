@@ -42,10 +42,10 @@ def contrast(
         clean: Clean input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such tensors.
         corrupted: Corrupted input of each pair, in the same format.
         sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, without duplicates.
-        reduce: Reduction of each channel, as in `recording`. It must leave the batch and at most one other axis. The
-            layers of a recurrent state are compared separately, unless an einops pair combines them.
-        background: At least two inputs over which the usual variation of each channel is measured, in the same format
-            as `clean` or as an iterable of batches.
+        reduce: Reduction as in `recording` that leaves the batch and at most one other axis. Layers of a recurrent
+            state are compared separately, unless an einops pair combines them.
+        background: At least two inputs for measuring each channel's usual variation, in the same format as `clean` or
+            as an iterable of batches.
         absolute: Whether to rank by the mean absolute difference, if the feature can have either sign. P-values and
             intervals are then omitted, because noise alone makes an absolute difference positive.
         clusters: One label per pair. Pairs with the same label, such as rotations of one maze, are not independent.
@@ -137,7 +137,5 @@ def _checked_pairs(clean: Any, corrupted: Any, clusters: ArrayLike | None) -> ND
         raise ContrastError(f"clean has {lengths[0]} inputs and corrupted has {lengths[1]}. Pass one of each per pair.")
     labels = np.arange(lengths[0]) if clusters is None else np.asarray(clusters)
     if labels.shape != (lengths[0],):
-        raise ContrastError(
-            f"clusters has shape {labels.shape}, but there are {lengths[0]} pairs. Pass a label for each."
-        )
+        raise ContrastError(f"clusters has shape {labels.shape}, but there are {lengths[0]} pairs. Pass one per pair.")
     return labels

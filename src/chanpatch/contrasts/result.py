@@ -20,7 +20,7 @@ from ..results import Effects, columns, interval_notes, shown_effect, shown_p
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Contrast(Effects):
-    """Difference between the clean and the corrupted input for each channel; one row per channel, in execution order.
+    """Differences between clean and corrupted inputs: one row per channel, in execution order.
 
     All numbers refer to the channel's reduced activation (by default, its sum), in double precision. The table and the
     figure show the largest effects first; `top` selects them.
@@ -31,7 +31,7 @@ class Contrast(Effects):
         absolute: Mean absolute value of clean minus corrupted.
         std: Standard deviation over the background inputs, or NaN without background.
         low: Lower end of the effect's 95% interval over pairs or clusters of pairs. The intervals are simultaneous over
-            all channels, and an interval excludes 0 exactly if its `p` is at most 0.05. NaN if it is withheld.
+            all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if it is withheld.
         high: Upper end of that interval.
         p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for all channels by
             `chanpatch.statistics.max_t_test`, so it is valid for the channel of `top(1)`. NaN if there is no p-value.
@@ -103,7 +103,7 @@ class Contrast(Effects):
         return torch.from_numpy(means[0] - means[1]).to(point.dtype).unsqueeze(axis)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel, with its site, all numbers, and the reason if there is no p-value."""
+        """Return one record per channel, with its site, all numbers, and `no_p`."""
         numbers = {name.lstrip("_"): getattr(self, name) for name in self._by_row[1:]}
         return columns(site=map(repr, self.sites), **numbers, no_p=[self.no_p] * len(self))
 

@@ -43,7 +43,7 @@ def _by_layer(points: HookPoints, site: Site, reduce: Reduce) -> list[Site]:
 
 
 def distinct(sites: list[Site], samples: list[dict[Site, Floats]]) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites without duplicates of earlier activations, and the reason why each duplicate was skipped."""
+    """Return the sites with distinct activations, and the reason why each duplicate was skipped."""
     first: dict[tuple[bytes, ...], Site] = {}
     repeated = {}
     for site in sites:

@@ -95,7 +95,7 @@ def patches_inside(policy: Any) -> list[Patch]:
 
 
 def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
-    """Raise an error for patch functions that use the environments and `context.rows`, not `context.environments`."""
+    """Raise an error if a patch function indexes the environments by `context.rows`, not `context.environments`."""
     for patch in patches:
         for function in filter(callable, (patch.edit, patch.where)):
             known = _referred_to([function, *getattr(function, "__dict__", {}).values(), type(function).__call__])
@@ -109,7 +109,7 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
 
 
 def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:
-    """Return a deepcopy memo: weights are shared, tensors computed in a forward pass (non-leaf) are cloned."""
+    """Return a deepcopy memo that shares weights and clones non-leaf tensors, which a forward pass computed."""
     tensors = [item for item in kept if isinstance(item, Tensor)]
     clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
     weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]

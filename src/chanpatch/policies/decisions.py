@@ -23,7 +23,7 @@ Masks: TypeAlias = Callable[["VectorEnv[Any, Any, Any]", dict[str, Any]], Any]
 
 
 class Decision(NamedTuple):
-    """A distribution over actions or the actions themselves, and optionally a function that fits actions to a Box."""
+    """A distribution over actions or the actions themselves, and optionally a function that maps actions to a Box."""
 
     choice: Distribution | Tensor
     fitted: Callable[[NDArray[Any], Any], NDArray[Any]] | None = None
@@ -82,7 +82,7 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
 
 
 def _output_of_sb3(policy: Any, observations: Any) -> Any:
-    """Return the distribution of a policy without `get_distribution`, or the raw actions that `predict` starts from."""
+    """Return the distribution of a policy without `get_distribution`, or the actions that `predict` postprocesses."""
     actor = getattr(policy, "actor", policy)
     if not hasattr(actor, "get_action_dist_params"):
         return Decision(policy._predict(observations, deterministic=True), fit(squashed=policy.squash_output))

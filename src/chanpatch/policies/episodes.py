@@ -64,7 +64,7 @@ def play(
 ) -> list[Rollout]:
     """Play all episodes `times` times with the same draws, and return one rollout per repetition.
 
-    `around` maps int64 `(row,)`, the repetition that each row belongs to, to a context for the forward pass.
+    `around` takes the repetition of each row, int64 `(row,)`, and returns a context for the forward pass.
     `label` is the policy's name.
     """
     check_envs(envs)

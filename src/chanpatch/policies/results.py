@@ -97,8 +97,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
         """Return the effects with 95% intervals over episodes, which are treated as independent.
 
-        The intervals are simultaneous over all policies, so they remain valid after selection by `top`. Intervals over
-        six to nine episodes are marked, and over fewer withheld, as in `chanpatch.statistics.mean_interval`.
+        The intervals are simultaneous over all policies, so they remain valid after selection by `top`. As in
+        `chanpatch.statistics.mean_interval`, they are marked for six to nine episodes and withheld for fewer.
         """
         whole = self._whole or self
         if not whole.labels:
@@ -233,7 +233,7 @@ class SweptRollouts(PairedRollouts):
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label, as in `PairedRollouts`, with the controls last.
 
-        With controls, each record also has `control` (whether it is one), `rank`, `p`, and the reason `no_p` for no p.
+        With controls, each record also has `control` (True for controls), `rank`, `p`, and `no_p`, the reason for no p.
         """
         records = super().comparisons()
         if self.controls is None:

@@ -53,24 +53,25 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 ) -> SweptRollouts:
     """Roll out a policy unpatched and with each label's patches, in the same episodes.
 
-    The result equals `paired_rollouts` with one PatchedPolicy per label, with fewer forward passes: each label has
-    its own row per episode in the vector environment. A patch receives only the rows of its own label:
-    activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in one forward pass.
+    The result equals `paired_rollouts` with one PatchedPolicy per label, but takes fewer forward passes: each
+    combination of label and episode has its own row in the vector environment. A patch receives only the rows of its
+    own label: activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in one
+    forward pass.
 
     Equality requires that the policy treats each row independently, and that patches use no randomness except
     `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has one.
 
     Args:
         policy: Module or its HookPoints.
-        patches: Mapping from each label to one or more patches, or a sequence of such entries, labeled by their sites.
-            Take the sites from traced HookPoints, whose batch axis is known.
+        patches: One or more patches per label, as a mapping from labels or as a sequence, labeled by site. Take the
+            sites from traced HookPoints, whose batch axis is known.
         controls: Control patches in the same format, among which the effects are ranked. P-values require at least 19.
         check_nan: Whether to raise an error if a patch introduces NaN.
         envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
 
     Returns:
-        One rollout per label, after the unpatched policy's, labeled `"original"`. `comparisons()` returns the
-        differences in mean return from the original, with intervals and ranks.
+        The rollout of the unpatched policy, labeled `"original"`, then one rollout per label. `comparisons()` returns
+        the differences in mean return from the original, with intervals and ranks.
 
     Raises:
         BatchAxisError: If the batch axis of a site is unknown.

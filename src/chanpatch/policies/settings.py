@@ -18,9 +18,9 @@ from ..errors import UnsupportedModelError
 class Settings:
     """Module attributes that must be equal in a twin and its policy.
 
-    In modules that have parameters, directly or in submodules, attributes of type bool, int, float, str or None are
-    compared, containers of at most 64 of these, and whether an attribute is a function. Attributes that torch itself
-    sets are ignored, and so are those that the twin's own calls change, as observed in the first call of each kind.
+    The comparison covers bool, int, float, str and None attributes, containers of at most 64 of these, and whether an
+    attribute is a function. It skips modules without parameters, attributes that torch itself sets, and attributes that
+    the twin's own calls change, which are observed in the first call of each kind.
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:

@@ -18,7 +18,7 @@ def is_sb3_policy(policy: object) -> bool:
 
 
 def fit_of_distribution(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
-    """Return the function that fits actions to a Box, or None if the output is not a Stable-Baselines3 distribution."""
+    """Return the function that maps actions to a Box, or None if the output is not a Stable-Baselines3 distribution."""
     while isinstance(output, (tuple, list)) and output:  # (distribution, value)
         output = output[0]
     return fit(squashed=is_squashed(output)) if _is_a(output, "distributions", "Distribution") else None

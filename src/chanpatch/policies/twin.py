@@ -35,7 +35,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
     The twin is a copy of the module tree that shares the original's parameters and buffers, but has its own flags, such
     as `training`. All methods and submodules of the twin are patched; the original never is.
     `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. A root call is a call from outside to
-    a method of the twin or of one of its submodules. It raises an error if one of its patches does not run.
+    a method of the twin or of a submodule. It raises an error if a patch inside the called module does not run.
 
     Args:
         policy: Any module, or its HookPoints, in which case every site is checked against the trace.
@@ -47,7 +47,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
         HookPointError, SiteError: If sites do not exist; one error lists all of them.
         UnsupportedModelError: If the policy cannot be copied, ignores hooks, or changes its weights in `train()` or
             `eval()`; in a call, if a parameter, buffer or submodule was replaced or a setting (an attribute that is a
-            flag, number or string) changed in only one of the two.
+            flag, number or string) was changed in only the policy or only the twin.
         UnreachedError, NaNError: At the end of a call, if a patch did not run or introduced NaN.
 
     Example:
@@ -249,7 +249,7 @@ def _kind(call: RootCall) -> object:
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
-    """Return the indices of the patches within each module that contains any."""
+    """Return, for each module that contains patched modules, the indices of their patches."""
     modules = dict(twin.named_modules(remove_duplicate=False))
     patched = [modules.get(resolve(modules, patch.site).module) for patch in patches]
     inside: dict[nn.Module, set[int]] = {}

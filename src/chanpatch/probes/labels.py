@@ -32,7 +32,7 @@ class ChannelLabel:
         candidate: Label chosen on the first half, or None for a dead channel.
         auc: Probability that the sum is larger for an input with the candidate label than for one without, on the
             held-out half, with its 95% interval; None for a dead channel.
-        p: Permutation p-value of the AUC on the held-out half, one-sided; NaN for a dead channel.
+        p: One-sided permutation p-value for the AUC on the held-out half; NaN for a dead channel.
         adjusted_p: `p` corrected for the number of channels: the fraction of permutations in which any channel's
             standardized AUC is at least as large.
         note: Reason why there is no label, or an empty string.

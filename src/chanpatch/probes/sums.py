@@ -26,7 +26,7 @@ def channel_sums(
     reduce: Reduce = "sum",
     batch_size: int = 64,
 ) -> NDArray[np.float64]:
-    """Sum each channel over its positions, for every input: `(input, channel)`.
+    """Compute the sum of each channel over its positions for every input, `(input, channel)`.
 
     The model runs without gradients or side effects, and only up to the site. The sums are in double precision.
 

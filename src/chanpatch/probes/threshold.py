@@ -116,8 +116,8 @@ class ThresholdProbe(Records):
         """Choose the threshold that accepts the most inputs while reaching the required precision with 95% confidence.
 
         The lower confidence limit of the precision on the fitting half is at least `min_precision`: 29 accepted
-        positives and no negatives suffice for 0.9, 299 for 0.99. The side of the positives is accepted.
-        `held_out.precision` estimates the precision of the threshold, and `held_out.acceptance` its cost.
+        positives and no negatives suffice for 0.9, 299 for 0.99. Sums above the threshold are accepted if positives
+        have larger sums, otherwise sums below it. `held_out` has the precision of the threshold and its acceptance.
 
         Args:
             sums, labels, seed: Same as in `fit`.
@@ -156,7 +156,7 @@ class ThresholdProbe(Records):
         )
 
     def predict(self, sums: ArrayLike) -> NDArray[np.bool_]:
-        """Return whether each sum lies on the accepted side, as a bool array of the same shape.
+        """Return whether each sum is accepted, as a bool array of the same shape.
 
         Raises:
             ProbeError: If a sum is not finite.
