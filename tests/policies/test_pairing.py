@@ -161,14 +161,14 @@ def test_the_error_names_the_policies_the_episode_and_the_likely_reason():
 
 @pytest.mark.parametrize(
     ("changed", "shown"),
-    [({"sampling_seed": 1}, "sampling_seed=0 and sampling_seed=1"), ({"max_steps": 3}, "max_steps=9 and max_steps=3"),
-     ({"greedy": True}, "greedy=False and greedy=True")],
+    [({"sampling_seed": 1}, "sampling_seed is 0 and 1"), ({"max_steps": 3}, "max_steps is 9 and 3"),
+     ({"greedy": True}, "greedy is False and True")],
 )  # fmt: skip
 def test_rollouts_with_other_settings_are_not_compared(changed, shown):
     one, other = (rollout(fair, games(), SEEDS, **{"max_steps": 9, **each}) for each in ({}, changed))
     with pytest.raises(RolloutError) as caught:
         PairedRollouts({"one": one, "other": other})
-    assert str(caught.value) == f"'one' and 'other' were rolled out with {shown}."
+    assert str(caught.value) == f"'one' and 'other' cannot be compared: {shown}."
 
 
 def test_controls_are_compared_with_the_original_too():

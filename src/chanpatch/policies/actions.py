@@ -117,7 +117,7 @@ def _fitting(
             f"The policy's {type(distribution).__name__} {wrong}, but the environment expects {space}. Pass a "
             "function that calls the policy and returns a distribution over those actions."
         )
-    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # Discrete spaces may not start at 0
+    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # Discrete(2, start=1)
 
 
 def _check_shape(subject: str, actions: NDArray[Any], rows: int, space: Space[Any]) -> None:

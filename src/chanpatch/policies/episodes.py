@@ -91,7 +91,7 @@ class _Log:
 
     def __init__(self, seeds: Iterable[int], settings: Settings, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
-            raise RolloutError(f"seeds must be a sequence, one seed per episode, such as range(100); got {seeds!r}.")
+            raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
         if not checked:
             raise RolloutError("seeds is empty: pass one seed per episode.")

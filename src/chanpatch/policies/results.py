@@ -182,7 +182,7 @@ def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
         raise RolloutError(f"{names} cannot be compared: they were rolled out with different seeds.")
     for name, value in first.settings.items():
         if other.settings[name] != value:
-            raise RolloutError(f"{names} were rolled out with {name}={value} and {name}={other.settings[name]}.")
+            raise RolloutError(f"{names} cannot be compared: {name} is {value} and {other.settings[name]}.")
     ends = [[*zip(each.lengths, each.terminated, each.truncated, strict=True)] for each in (first, other)]
     for episode, seed in enumerate(first.seeds):
         taken, others = first.actions[episode], other.actions[episode]

@@ -43,7 +43,7 @@ class Settings:
     def end(self, kind: object, *, runs_modules: bool) -> None:
         """In the first call of each kind, record which settings it changes, and raise an error if others differ."""
         if self._before is None and runs_modules and not self._known_calls[kind]:
-            del self._known_calls[kind]  # use the next call
+            del self._known_calls[kind]  # learn from the next call
         elif self._before is not None:
             self._known_calls[kind] = runs_modules
             if runs_modules:
