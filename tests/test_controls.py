@@ -128,13 +128,13 @@ def test_controls_tell_how_near_they_are_in_spreads_of_the_other_live_channels()
         assert (found.pool, found.live) == (6, 29 - len(target))
         assert [record["apart"] for record in found.to_records()] == list(found.apart)
     lines = repr(found).splitlines()
-    assert lines[0] == "3 controls, drawn among the 6 nearest of 27 other live channels"
+    assert lines[0] == "3 controls, drawn from the 6 nearest of 27 other live channels"
     assert lines[1].split() == ["site", "apart"] and len(lines) == 6
     assert lines[5] == f"No p-values: {found.no_p}"
     assert found.to_pandas()["site"].tolist() == list(map(repr, found))
 
 
-EDGE = "is at the edge of its pool: {} of 19 controls have a {} mean activation, but it needs 3"
+EDGE = "is at the edge of its pool: {} of 19 controls have a {} mean activation, but at least 3 are required"
 
 
 def ranked_by_mean(channels: int) -> HookPoints:
@@ -188,8 +188,8 @@ def test_controls_that_are_drawn_among_all_channels_say_that_they_are_not_matche
     found = matched_channels(POINTS, POINTS.site("ramp", channel=16), IMAGES, count=19, seed=0)
     assert (found.pool, found.live) == (28, 28)
     assert repr(found).startswith(
-        "19 controls, drawn among the 28 nearest of 28 other live channels: all of them, so they are not matched; a "
-        "smaller count draws nearer ones"
+        "19 controls, drawn from the 28 nearest of 28 other live channels, so they are not matched; use a smaller "
+        "count for closer controls"
     )
 
 
@@ -286,7 +286,7 @@ def test_the_distance_is_measured_on_every_model_and_leaves_it_as_it_was(model: 
 
 def test_the_distances_print_as_a_table() -> None:
     lines = repr(off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:8], IMAGES)).splitlines()
-    assert lines[0] == "32 channels: sums of 8 patched inputs against 40 background inputs"
+    assert lines[0] == "32 channels: sums over 8 patched inputs and 40 background inputs"
     assert lines[1].split() == ["site", "z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest"]
     assert len(lines) == 23 and lines[-1] == "... 12 more"
 
@@ -318,7 +318,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: off_distribution(POINTS, [], IMAGES, IMAGES),
             StatisticsError,
-            "patches is empty: give at least one, whose sites are measured.",
+            "patches is empty: pass at least one patch.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=1, seed=0, batch_size=0),
@@ -343,14 +343,14 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), IMAGES, count=29, seed=0),
             SiteError,
-            "Site('ramp', channel=1) has 28 other live channels (of 32, 3 are dead over the background), too few for "
-            "29 different controls of 1. Ask for fewer controls, or for those of a site with fewer channels.",
+            "Site('ramp', channel=1) has 28 other live channels (3 of 32 are dead over the background), too few for "
+            "29 different controls of size 1. Use a smaller count, or a site with fewer channels.",
         ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=range(16)), IMAGES, count=1, seed=0),
             SiteError,
-            "Site('ramp', channel=0:16) has 14 other live channels (of 32, 3 are dead over the background), too few "
-            "for 1 different controls of 16. Ask for fewer controls, or for those of a site with fewer channels.",
+            "Site('ramp', channel=0:16) has 14 other live channels (3 of 32 are dead over the background), too few "
+            "for 1 different controls of size 16. Use a smaller count, or a site with fewer channels.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=0, seed=0),
@@ -370,18 +370,18 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:0], IMAGES),
             StatisticsError,
-            "inputs holds no inputs: give at least one to run the patched model on.",
+            "inputs is empty: pass at least one input.",
         ),
         (
             lambda: random_vectors(torch.zeros(1, 3), count=2, seed=0),
             EditError,
-            "The torch.float32 vector with shape (1, 3) has no random vectors of its norm: it must have axes, be "
-            "floating point and finite, and not be zero. contrast(...).steering_vector(site) returns one.",
+            "vector must have at least one axis and be floating point, finite and nonzero; got torch.float32 with "
+            "shape (1, 3). contrast(...).steering_vector(site) returns one.",
         ),
         (
             lambda: random_vectors([3.0, 4.0], count=2, seed=0),  # type: ignore[arg-type]
             EditError,
-            "The vector is list; it takes a tensor with the axes of its region.",
+            "vector must be a tensor with the region's axes; got list.",
         ),
         (
             lambda: random_vectors(torch.ones(1, 3), count=0, seed=0),

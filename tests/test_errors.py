@@ -484,7 +484,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnreachedError,
         call_twin_the_other_way,
         "The patch at 'left' never ran in __call__(). The model did not reach 'left', or reached it through forward(), "
-        "which runs no hooks, or it was compiled. If it need not run there: allow_unreached=['left'].",
+        "which runs no hooks, or it was compiled. If it does not have to run there, set allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
         errors.HookPointError,
@@ -599,22 +599,22 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an adapter that was merged on one side": (
         errors.UnsupportedModelError,
         call_twin_of_merged,
-        "'merged' is True in the policy, but False in its twin, which shares its weights but not its settings. If "
-        "weights were changed with it, as by merging an adapter, make a new twin: PatchedPolicy(policy, patches). If "
-        "not, set it on both.",
+        "'merged' is True in the policy but False in its twin, which shares its weights but not its settings. If the "
+        "weights changed too, as when merging an adapter, create a new twin: PatchedPolicy(policy, patches). If not, "
+        "set it on both.",
     ),
     "a module that merges in train": (
         errors.UnsupportedModelError,
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
-        "The policy (Merging) writes its parameters in train(). A twin shares them, but not the flag that says how "
-        "they are, so one of the two would be wrong. Merge for good before you make the twin, or use patched().",
+        "The policy (Merging) changes its parameters in train(). A twin shares its parameters but not its flags, so "
+        "one of the two would be wrong. Make the change permanent before creating a twin, or use patched().",
     ),
     "no policy": (
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
-        "NoForward has no forward. Give rollout() or action_distribution() the function that gives its logits or "
-        "distribution, such as lambda observations: agent.actor(observations); give rollout_sweep() a module whose "
-        "forward does that.",
+        "NoForward has no forward(). Pass rollout() or action_distribution() a function that returns its logits or "
+        "distribution, such as lambda observations: agent.actor(observations). Pass rollout_sweep() a module whose "
+        "forward() does that.",
     ),
     "no distribution": (
         errors.DistributionError,

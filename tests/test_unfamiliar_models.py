@@ -570,7 +570,7 @@ def test_a_method_that_was_compiled_inside_a_model_is_patched_or_an_error(vector
     with patched(model, zero_ablate(Site("fc"))):
         assert not model(vector).any()
     assert model(vector).any()
-    with pytest.raises(UnsupportedModelError, match=r"keeps the function .*Compiling\._step .*policy itself"):
+    with pytest.raises(UnsupportedModelError, match=r"stores the function .*Compiling\._step .*policy itself"):
         PatchedPolicy(model, zero_ablate(Site("fc")))
 
 
@@ -584,7 +584,7 @@ def test_a_function_that_holds_the_model_itself_is_refused_in_a_twin(vector):
         def act(self, vector):
             return self.step(vector)
 
-    with pytest.raises(UnsupportedModelError, match="Held keeps the function .* refers to the policy itself"):
+    with pytest.raises(UnsupportedModelError, match="Held stores the function .* refers to the policy itself"):
         PatchedPolicy(Held(), zero_ablate(Site("fc")))
 
 
@@ -705,7 +705,7 @@ def test_functional_call_runs_other_weights_through_the_patch(net, vector, patch
     other.load_state_dict(doubled)
     with patched(net, patch):
         torch.testing.assert_close(functional_call(net, doubled, (vector,)), by_hand(other, vector))
-    with pytest.raises(UnsupportedModelError, match="was replaced since the twin was made"):
+    with pytest.raises(UnsupportedModelError, match="was replaced in the policy or its twin"):
         functional_call(PatchedPolicy(net, patch), doubled, (vector,))
 
 

@@ -1,4 +1,4 @@
-"""Controls for a patch: other channels, random sets of them, random vectors, and how far off distribution it goes.
+"""Controls for a patch: other channels, random sets or vectors, and how far it pushes activations off-distribution.
 
 others = matched_channels(points, site, observations, count=19, seed=0)
 sweep(points, inputs, patches=zero_ablate(site), controls=others.patches(zero_ablate), metric=metric)
@@ -38,28 +38,28 @@ __all__ = [
     "random_vectors",
 ]
 
-_NEAR = 2  # the nearest channels to draw from, per control: few enough to be near
-_EACH_SIDE = 0.15  # share of the controls with a larger mean, and with a smaller one, that a p-value needs
+_NEAR = 2  # nearest channels per control to draw from; few, so that they stay close
+_EACH_SIDE = 0.15  # a p-value requires this fraction of controls with larger means, and with smaller means
 
 
 class _ControlPatches(list[Patch]):
-    """Patches of controls, with the reason why a rank among their effects has no p-value, or an empty string."""
+    """Control patches, with the reason why ranks among their effects have no p-value, or an empty string."""
 
     no_p = ""
 
 
 @dataclass(frozen=True, repr=False)
 class MatchedChannels(Records, Sequence[Site]):
-    """Controls for a site, in the order of the draw: a sequence of their sites.
+    """Control sites for a site, in the order in which they were drawn.
 
     Attributes:
         sites: One site per control.
-        apart: One number per control: the mean absolute distance between the mean activations of its channels and of
-            the site's channels, in standard deviations over the other live channels; NaN if these do not differ.
-        pool: Number of nearest channels that were drawn from.
-        live: Number of other live channels. If the pool is all of them, the controls are not matched.
-        no_p: Reason why a rank among the controls has no p-value, or an empty string. If nearly all controls have
-            smaller means than the site, an effect that only grows with the activation would rank first.
+        apart: Mean absolute difference between the mean activations of each control's channels and the site's
+            channels, in standard deviations over the other live channels; NaN if those are all equal.
+        pool: Number of nearest channels from which controls were drawn.
+        live: Number of other live channels. If `pool` equals `live`, the controls are not matched.
+        no_p: Reason why ranks among the controls have no p-values, or an empty string. If nearly all controls have
+            smaller means than the site, an effect that merely grows with the activation would rank first.
     """
 
     sites: tuple[Site, ...]
@@ -75,29 +75,29 @@ class MatchedChannels(Records, Sequence[Site]):
         return len(self.sites)
 
     def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
-        """Return the patch of each control, for `controls=` of a sweep, which then omits p-values if there is `no_p`.
+        """Return one patch per control, to pass to a sweep as `controls=`. The sweep omits p-values if `no_p` is set.
 
         Args:
-            verb: Function that makes a patch of a site, such as `zero_ablate`.
+            verb: Function that maps a site to a patch, such as `zero_ablate`.
         """
         patches = _ControlPatches(map(verb, self.sites))
         patches.no_p = self.no_p
         return patches
 
     def rank(self, effect: float, effects: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
-        """Return the rank of the site's effect among those of the controls, without a p-value if there is `no_p`.
+        """Rank the site's effect among the control effects, without a p-value if `no_p` is set.
 
-        Arguments and errors are as for `chanpatch.statistics.rank_among`.
+        Arguments and errors are the same as in `chanpatch.statistics.rank_among`.
         """
         return without_p(rank_among(effect, effects, alternative=alternative), self.no_p)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per control: site, apart."""
+        """Return one record per control, with site and apart."""
         return columns(site=map(repr, self.sites), apart=self.apart)
 
     def _title(self) -> str:
-        unmatched = ": all of them, so they are not matched; a smaller count draws nearer ones"
-        title = f"{len(self)} controls, drawn among the {self.pool} nearest of {self.live} other live channels"
+        unmatched = ", so they are not matched; use a smaller count for closer controls"
+        title = f"{len(self)} controls, drawn from the {self.pool} nearest of {self.live} other live channels"
         return title + unmatched * (self.pool == self.live)
 
     def _notes(self) -> list[str]:
@@ -113,26 +113,26 @@ def matched_channels(
     seed: int = 0,
     batch_size: int = 64,
 ) -> MatchedChannels:
-    """Return other live channels of the same hook point with about the same mean activation, as controls.
+    """Draw control sites with about the same mean activation from the other live channels of a hook point.
 
-    Each control has as many channels as the site and none of the site's. For every channel of the site, one is drawn
-    from the `2 * count` channels nearest in mean activation, so a large `count` among few channels matches nothing. No
-    two controls are equal; controls of several channels may share some. A dead channel, which does not vary over the
-    background, is never a control, because patching it shows nothing.
+    Each control has as many channels as the site, all different from the site's. For each channel of the site, one is
+    drawn from the `2 * count` channels nearest in mean activation, so if `count` is large relative to the number of
+    channels, the match is poor. All controls are different, but controls with several channels may overlap. Dead
+    channels, which do not vary over the background, are never controls, because patching them is uninformative.
 
     Args:
-        points_or_model: The model, which is traced with the background, or its HookPoints.
-        site: The channel or channels to find controls for. Other indices, such as rows, hold for the controls too.
-        background: At least two inputs for the means, `(input, ...)`, as for `chanpatch.channel_sums`.
-        count: Number of controls. A p-value needs 19 or more, 15% of them with larger and 15% with smaller means than
-            the site's.
-        seed: Random seed of the draw.
-        batch_size: As for `chanpatch.channel_sums`.
+        points_or_model: Model, which is traced with the background, or its HookPoints.
+        site: Channel or channels to find controls for. Other indices, such as rows, also apply to the controls.
+        background: At least two inputs to compute the means, `(input, ...)`, as in `chanpatch.channel_sums`.
+        count: Number of controls. A p-value requires at least 19 controls, with at least 15% having larger means than
+            the site and at least 15% smaller.
+        seed: Random seed.
+        batch_size: Same as in `chanpatch.channel_sums`.
 
     Raises:
-        HookPointError, SiteError: If the site does not exist or has no channels, or too few others are live.
-        StatisticsError: If `count` is below 1, the background has fewer than two inputs, or one of them gives an
-            activation that is not finite.
+        HookPointError, SiteError: If the site does not exist or has no channels, or if too few other channels are live.
+        StatisticsError: If `count` is below 1, the background has fewer than two inputs, or a background activation is
+            not finite.
 
     Example:
         >>> from chanpatch import hook_points
@@ -150,14 +150,14 @@ def matched_channels(
     elsewhere = {name: index for name, index in bound.indices if name != axis}
     region = points.bind(Site(bound.name, **elsewhere))
     mean, live = _channel_means(points, region, axis, background, batch_size)
-    # A bound site has its indices written out.
+    # A bound site has explicit indices.
     target = cast("tuple[int, ...]", dict(bound.indices).get(axis, tuple(range(len(mean)))))
     others = np.setdiff1d(np.flatnonzero(live), target)
     if math.comb(len(others), len(target)) < count:
         raise SiteError(
-            f"{bound!r} has {len(others)} other live {axis}s (of {len(mean)}, {int((~live).sum())} are dead over the "
-            f"background), too few for {count} different controls of {len(target)}. Ask for fewer controls, or for "
-            f"those of a site with fewer {axis}s."
+            f"{bound!r} has {len(others)} other live {axis}s ({int((~live).sum())} of {len(mean)} are dead over the "
+            f"background), too few for {count} different controls of size {len(target)}. Use a smaller count, or a "
+            f"site with fewer {axis}s."
         )
     generator = np.random.default_rng(whole("seed", seed))
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -175,13 +175,13 @@ def matched_channels(
 
 
 def _no_p(site: Site, own: float, controls: Floats) -> str:
-    """Return why a rank among controls with these mean activations has no p-value, or an empty string."""
+    """Return why ranks among controls with these mean activations have no p-values, or an empty string."""
     least = math.ceil(_EACH_SIDE * len(controls))
     for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
         if count < least:
             return (
                 f"{site!r} is at the edge of its pool: {count} of {len(controls)} controls have a {side} mean "
-                f"activation, but it needs {least}"
+                f"activation, but at least {least} are required"
             )
     return ""
 
@@ -189,7 +189,7 @@ def _no_p(site: Site, own: float, controls: Floats) -> str:
 def _drawn(
     mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw one control: for each channel in turn, one of the nearest that are not taken yet."""
+    """Draw one control: for each channel in turn, one of the nearest unused channels."""
     free, drawn = others, []
     for channel in target:
         nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]
@@ -201,23 +201,23 @@ def _drawn(
 def random_sets(
     channels: Sequence[int], size: int, *, count: int, seed: int = 0, other_than: Iterable[Sequence[int]] = ()
 ) -> list[tuple[int, ...]]:
-    """Return different random sets of channels of equal size, as controls for a patch of many channels together.
+    """Draw distinct random sets of channels of equal size, as controls for a patch of several channels.
 
-    Sets may overlap with each other and with the tested one. `matched_channels` returns sets of other channels with
-    about the same mean activation.
+    Sets may overlap with each other and with the tested set. `matched_channels` draws sets of other channels with about
+    the same mean activation.
 
     Args:
-        channels: Channels to draw from: the live ones, since patching a dead channel shows nothing.
+        channels: Channels to draw from. Pass live channels only, because patching dead channels is uninformative.
         size: Number of channels in each set.
-        count: Number of sets; with 19 or more, `chanpatch.statistics.rank_among` returns a p-value.
-        seed: Random seed of the draw.
-        other_than: Sets that are not controls, such as the tested one.
+        count: Number of sets. P-values from `chanpatch.statistics.rank_among` require at least 19.
+        seed: Random seed.
+        other_than: Sets to exclude, such as the tested set.
 
     Returns:
-        At most `count` sets, each in ascending order: fewer if there are hardly more different ones.
+        At most `count` sets, each in ascending order; fewer if not enough distinct sets were found.
 
     Raises:
-        StatisticsError: If `count` is below 1, or `size` is not 1 to the number of channels.
+        StatisticsError: If `count` is below 1, or `size` is not between 1 and the number of channels.
 
     Example:
         >>> len(random_sets(range(32), 16, count=19, other_than=[range(16)]))
@@ -233,16 +233,16 @@ def random_sets(
 
 
 def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
-    """Return vectors of the same norm in uniformly random directions, as controls for a steering vector.
+    """Draw vectors of the same norm in uniformly random directions, as controls for a steering vector.
 
     Args:
-        vector: Floating-point tensor with the axes of its region, such as `(batch, channel, row, col)`, as for `steer`.
+        vector: Floating-point tensor with the region's axes, such as `(batch, channel, row, col)`, as in `steer`.
         count: Number of controls.
-        seed: Random seed of the draw.
+        seed: Random seed.
 
     Returns:
-        A tensor `(control, *vector.shape)` in the vector's dtype and on its device. Every row (entry of the first
-        axis) of each control has the norm of the vector's row.
+        A tensor `(control, *vector.shape)` with the vector's dtype and device. Each row (entry along the first axis) of
+        a control has the same norm as the corresponding row of the vector.
 
     Raises:
         EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.
@@ -255,11 +255,11 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
     """
     whole("count", count, least=1)
     if not isinstance(vector, Tensor):
-        raise EditError(f"The vector is {type(vector).__name__}; it takes a tensor with the axes of its region.")
+        raise EditError(f"vector must be a tensor with the region's axes; got {type(vector).__name__}.")
     if not (vector.dim() and vector.is_floating_point() and vector.isfinite().all() and vector.any()):
         raise EditError(
-            f"The {vector.dtype} vector with shape {tuple(vector.shape)} has no random vectors of its norm: it must "
-            "have axes, be floating point and finite, and not be zero. contrast(...).steering_vector(site) returns one."
+            "vector must have at least one axis and be floating point, finite and nonzero; got "
+            f"{vector.dtype} with shape {tuple(vector.shape)}. contrast(...).steering_vector(site) returns one."
         )
     rows = vector.detach().cpu().double().reshape(len(vector), -1)
     generator = torch.Generator().manual_seed(seed)
@@ -270,19 +270,19 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class OffDistribution(Records):
-    """How far off distribution patches go: one row per channel, in the order of the sites.
+    """How far patches push activations off-distribution: one row per channel, in the order of the sites.
 
-    Each number describes the channel's sum over the positions of its patched region. The table has the farthest first.
+    All numbers refer to the channel's sum over its patched region. The table lists the largest `absolute_z` first.
 
     Attributes:
         sites: The channel of each row, as a site.
         patched: Mean sum over the patched inputs.
-        mean, std, lowest, highest: Mean, standard deviation, smallest and largest sum over the unpatched background.
-        z: Mean distance of the patched inputs from the background's mean, in standard deviations; NaN for a channel
-            that does not vary over the background.
-        absolute_z: Mean absolute distance: 0.8 if a patched sum is distributed as a normal background.
-        outside: Share of the patched inputs with a sum below `lowest` or above `highest`.
-        inputs, background: Number of patched and of background inputs.
+        mean, std, lowest, highest: Mean, standard deviation, minimum and maximum sum over the unpatched background.
+        z: Mean z-score of the patched sums relative to the background; NaN for a channel that does not vary over the
+            background.
+        absolute_z: Mean absolute z-score; 0.8 if the patched sums have the background's distribution and it is normal.
+        outside: Fraction of patched inputs whose sum is below `lowest` or above `highest`.
+        inputs, background: Number of patched inputs and number of background inputs.
     """
 
     sites: tuple[Site, ...]
@@ -301,16 +301,16 @@ class OffDistribution(Records):
         return len(self.sites)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel: site, and every number."""
+        """Return one record per channel, with its site and all numbers."""
         names = ("z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest")
         return columns(site=map(repr, self.sites), **{name: getattr(self, name) for name in names})
 
     def _lines(self) -> list[dict[str, Any]]:
         records = self.to_records()
-        return [records[row] for row in largest_first(self.absolute_z)]  # NaN, of channels that never vary, comes last
+        return [records[row] for row in largest_first(self.absolute_z)]  # NaN (constant channels) comes last
 
     def _title(self) -> str:
-        return f"{len(self)} channels: sums of {self.inputs} patched inputs against {self.background} background inputs"
+        return f"{len(self)} channels: sums over {self.inputs} patched inputs and {self.background} background inputs"
 
 
 def off_distribution(
@@ -321,23 +321,23 @@ def off_distribution(
     *,
     batch_size: int = 64,
 ) -> OffDistribution:
-    """Return how far off distribution patches go, compared with background inputs, channel by channel.
+    """Measure how far patches push activations off-distribution, channel by channel, compared with background inputs.
 
     Off-distribution activations, such as zero in a channel that is never near 0, say little about the channel's normal
-    role. Report this beside the effect of the patch.
+    role. Report this alongside the effect of the patch.
 
     Args:
-        points_or_model: The model, which is traced with the inputs, or its HookPoints.
-        patches: One or more patches, all applied together.
-        inputs: Inputs of the patched model, in one forward: a tensor, a tuple of its arguments or a dict of its
-            keywords.
-        background: As for `matched_channels`; the model runs on them unpatched.
-        batch_size: As for `matched_channels`, for the background.
+        points_or_model: Model, which is traced with the inputs, or its HookPoints.
+        patches: One or more patches, applied together.
+        inputs: Inputs for one forward pass of the patched model: a tensor, a tuple of positional arguments, or a dict
+            of keyword arguments.
+        background: Same as in `matched_channels`. The model runs on it unpatched.
+        batch_size: Same as in `matched_channels`, for the background.
 
     Raises:
         HookPointError, SiteError: If a site does not exist or has no channels.
-        StatisticsError: If there are no patches or no inputs, fewer than two inputs in the background, or one of them
-            gives an activation that is not finite.
+        StatisticsError: If there are no patches or no inputs, the background has fewer than two inputs, or an
+            activation is not finite.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -352,12 +352,12 @@ def off_distribution(
     points = traced(points_or_model, inputs)
     chosen = (patches,) if isinstance(patches, Patch) else tuple(patches)
     if not chosen:
-        raise StatisticsError("patches is empty: give at least one, whose sites are measured.")
+        raise StatisticsError("patches is empty: pass at least one patch.")
     sites = sites_of(points, [patch.site for patch in chosen])
     parts = tuple(part for site in sites for part in site.split(channel_axis(site, "Controls", SiteError)))
     count = input_count(inputs)
     if not count:
-        raise StatisticsError("inputs holds no inputs: give at least one to run the patched model on.")
+        raise StatisticsError("inputs is empty: pass at least one input.")
     with undisturbed(points.model) as run:
         with patched(points, chosen):
             samples = gathered(run, points, ("inputs", inputs), sites, "sum", count, StatisticsError)
@@ -382,7 +382,7 @@ def off_distribution(
 def _channel_means(
     points: HookPoints, region: Site, axis: str, background: Any, batch_size: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return the mean activation of every channel of a site, and whether it varies anywhere over the background."""
+    """Return the mean activation of each channel of a site, and whether the channel varies over the background."""
     point = points[region.name]
     in_front = (point.batch_axis or 0, point.axes.index(axis))
 

@@ -210,7 +210,7 @@ def test_a_search_leaves_out_what_cannot_be_reduced_and_says_why() -> None:
     result = contrast(points, *attention.inputs(8), *attention.inputs(8))
     assert set(result.skipped) == {".out"}
     assert "Name them" in result.skipped[".out"]
-    assert "Left out: " in repr(result)
+    assert "Skipped " in repr(result)
 
 
 def test_signed_differences_of_enough_pairs_have_p_values_and_absolute_ones_none() -> None:
@@ -259,11 +259,11 @@ def test_the_plot_shows_the_largest_effects_and_names_their_unit_and_number() ->
     assert dots == result.top(20).effect().tolist()
     assert axes.get_xlabel().replace("\n", " ") == result.effect_label
     assert result.effect_label == (
-        "difference of clean and corrupted, n = 12 pairs (in standard deviations over 50 background inputs)"
+        "difference between clean and corrupted, n = 12 pairs (in standard deviations over 50 background inputs)"
     )
     pyplot.close(axes.figure)
     without = contrast(POINTS, CLEAN, CORRUPTED, "conv1", absolute=True)
-    assert without.effect_label == "absolute difference of clean and corrupted, n = 12 pairs"
+    assert without.effect_label == "absolute difference between clean and corrupted, n = 12 pairs"
 
 
 def test_the_batch_may_stand_on_another_axis_inside_the_model(model: Model) -> None:
@@ -280,15 +280,15 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
     [
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED[:5], "conv1"),
-            "clean has 12 inputs and corrupted 5: give one of each per pair.",
+            "clean has 12 inputs and corrupted has 5. Pass one of each per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN[:0], CORRUPTED[:0], "conv1"),
-            "clean has 0 inputs and corrupted 0: give one of each per pair.",
+            "clean has 0 inputs and corrupted has 0. Pass one of each per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2]),
-            "clusters has shape (3,), but there are 12 pairs: give each a label.",
+            "clusters has shape (3,), but there are 12 pairs. Pass one per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
@@ -309,8 +309,9 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
-            "Nothing can be compared at any of the 1 hook points. Of the first: reduce=('b c h w -> b c h', 'sum') "
-            "leaves (batch, channel, row) at Site('conv1'); it must leave the batch and one axis at most.",
+            "None of the 1 hook points can be compared. The first was skipped because: "
+            "reduce=('b c h w -> b c h', 'sum') leaves (batch, channel, row) at Site('conv1'); it must leave the batch "
+            "and one axis at most.",
         ),
     ],
 )

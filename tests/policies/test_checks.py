@@ -54,31 +54,30 @@ SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
         (
             lambda: DummyVecEnv([lambda: gymnasium.make("CartPole-v1")]),
             "DummyVecEnv",
-            "Build one from the function that makes an environment: gymnasium.vector.SyncVectorEnv([make_environment] "
-            "* 4).",
+            "Build one from the function that creates an environment: "
+            "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
         ),
         (
             lambda: pytest.importorskip("gym3").Env(None, None, 1),
             "Env",
-            "gym3 cannot reset one environment by a seed. Write a gymnasium.Env whose reset(seed=...) makes the level "
-            f"of that seed, and give {SINGLE}",
+            "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
+            f"for that seed, and pass {SINGLE}",
         ),
         (
             pettingzoo_env,
             "ParallelEnv",
-            "It has several agents. Write a gymnasium.Env for one agent, which plays the others too, and give "
-            f"{SINGLE}",
+            f"It has several agents. Write a gymnasium.Env for one agent that also runs the others, and pass {SINGLE}",
         ),
         (
             gym_env,
             "Env",
-            f"Convert an environment to gymnasium, as shimmy.GymV26CompatibilityV0 does, and give {SINGLE}",
+            f"Convert an environment to gymnasium, for example with shimmy.GymV26CompatibilityV0, and pass {SINGLE}",
         ),
-        (lambda: gymnasium.make("CartPole-v1").unwrapped, "CartPoleEnv", f"For a single environment: {SINGLE}"),
+        (lambda: gymnasium.make("CartPole-v1").unwrapped, "CartPoleEnv", f"For one environment, pass {SINGLE}"),
     ],
 )
 def test_environments_of_another_kind_get_advice_of_their_own(envs, name, advice):
-    assert refusal(uniform, envs()) == (f"envs is a {name}, but a rollout takes a gymnasium.vector.VectorEnv. {advice}")
+    assert refusal(uniform, envs()) == f"envs must be a gymnasium.vector.VectorEnv; got {name}. {advice}"
 
 
 def test_a_gymnasium_without_autoreset_modes_is_too_old(cart_poles, monkeypatch):
@@ -87,7 +86,7 @@ def test_a_gymnasium_without_autoreset_modes_is_too_old(cart_poles, monkeypatch)
     with pytest.raises(MissingPackageError) as caught:
         rollout(uniform, cart_poles, [0], max_steps=3)
     assert str(caught.value) == (
-        "gymnasium 1.0.0 is installed, but rollouts need 1.1 or later: pip install --upgrade gymnasium"
+        "gymnasium 1.0.0 is installed, but rollouts require 1.1 or later: pip install --upgrade gymnasium"
     )
 
 
@@ -116,8 +115,8 @@ class Sampled(gymnasium.Env):
 )
 def test_observations_that_are_not_numbers_are_refused(space, name):
     assert refusal(uniform, SyncVectorEnv([lambda: Sampled(space)] * 2)) == (
-        f"{name}, which gives no array of numbers. Leave it out, as gymnasium.wrappers.FilterObservation(environment, "
-        "names) does, or encode it in a wrapper."
+        f"{name} space, which does not produce numeric arrays. Remove it with "
+        "gymnasium.wrappers.FilterObservation(environment, names), or encode it in a wrapper."
     )
 
 
@@ -133,9 +132,9 @@ def test_images_whose_channels_come_last_are_refused_by_a_convolution():
     envs = SyncVectorEnv([lambda: Sampled(spaces.Box(0, 1, (12, 10, 3)))] * 2)
     policy = nn.Sequential(nn.Conv2d(3, 2, 10), nn.Flatten(), nn.Linear(6, 2))
     message = refusal(policy, envs, outputs="logits")
-    assert message.startswith("The policy refused images whose channels come last (Given groups=1")
+    assert message.startswith("The policy failed on channels-last images (Given groups=1")
     assert message.endswith(
-        "Its convolution takes (row, channel, height, width): give lambda observations: "
+        "Its convolution expects (batch, channel, height, width): pass lambda observations: "
         "policy(observations.permute(0, 3, 1, 2))."
     )
     turned = lambda seen: policy(seen.permute(0, 3, 1, 2))  # noqa: E731
@@ -146,7 +145,7 @@ def test_images_whose_channels_come_last_are_refused_by_a_convolution():
 def test_a_model_that_holds_its_policy_is_not_the_policy(cart_poles, algorithm):
     model = algorithm("MlpPolicy", "CartPole-v1", device="cpu")
     assert refusal(model, cart_poles) == (
-        f"Expected a module, its HookPoints or a function of observations, not {algorithm.__name__}. It holds one: "
+        f"policy must be a module, HookPoints or a function of observations; got {algorithm.__name__}. It holds one: "
         "pass .policy."
     )
 
@@ -184,9 +183,9 @@ def initial_state(rows: int) -> Any:
 def test_a_policy_with_other_arguments_is_not_called_without_them(cart_poles, settings, taken, given):
     policy = Recurrent()
     assert refusal(policy, cart_poles, **settings) == (
-        f"Recurrent takes {taken}, but a rollout calls it with {given}. A recurrent policy needs initial_state=. Other "
-        "arguments need a function, such as this one for sb3-contrib's RecurrentPPO: lambda seen, state: "
-        "policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+        f"Recurrent expects {taken}, but a rollout passes {given}. For a recurrent policy, set initial_state=. For "
+        "other arguments, wrap the policy in a function, such as this one for sb3-contrib's RecurrentPPO: lambda seen, "
+        "state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
     )
     wrapped = lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))  # noqa: E731
     assert len(rollout(wrapped, cart_poles, [0, 1], max_steps=3, initial_state=initial_state)) == 2
@@ -303,5 +302,5 @@ def test_modes_that_change_nothing_and_modes_mixed_alike_on_both_sides_are_compa
 def test_a_sweep_refuses_every_kind_in_training_mode(cart_poles, kind):
     policy = network(DEPENDING[kind]())
     patches = {"identity": edit(hook_points(policy, torch.randn(2, 4)).site("1"), torch.clone)}
-    with pytest.raises(RolloutError, match="in training mode would treat"):
+    with pytest.raises(RolloutError, match="in training mode would let the labels affect each other"):
         rollout_sweep(policy, cart_poles, range(4), patches, **MODES)

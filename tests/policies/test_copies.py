@@ -66,7 +66,7 @@ HELD = {
 def test_a_function_that_refers_to_the_policy_is_refused_wherever_it_is_kept(holding):
     policy = Plain()
     policy.b.ops = holding(lambda x: policy.b(policy.a(x).relu()))
-    with pytest.raises(UnsupportedModelError, match="Plain keeps the function .* refers to the policy itself"):
+    with pytest.raises(UnsupportedModelError, match="Plain stores the function .* refers to the policy itself"):
         PatchedPolicy(policy, ON_A)
 
 
@@ -88,9 +88,9 @@ def test_a_function_whose_calls_would_go_unpatched_without_an_unreached_patch_is
     with pytest.raises(UnsupportedModelError) as caught:
         PatchedPolicy(Again(), ON_A)
     assert str(caught.value) == (
-        "Again keeps the function Again.__init__.<locals>.<lambda> (in an attribute or as a hook), which refers to the "
-        "policy itself, or to a container in it. From a twin it would reach the unpatched original. Make it a method, "
-        "or use patched()."
+        "Again stores the function Again.__init__.<locals>.<lambda> (in an attribute or as a hook), which refers to "
+        "the policy itself or to a container in it. In a twin, it would still refer to the unpatched original. Make it "
+        "a method, or use patched()."
     )
 
 
@@ -115,7 +115,7 @@ def test_a_forward_that_reaches_the_original_by_a_global_name_leaves_its_patch_u
 def test_a_hook_that_refers_to_the_policy_is_refused(register):
     policy = Plain()
     getattr(policy.a, register)(lambda *args: policy.keep(*args))
-    with pytest.raises(UnsupportedModelError, match="keeps the function .* as a hook"):
+    with pytest.raises(UnsupportedModelError, match="stores the function .* as a hook"):
         PatchedPolicy(policy, ON_A)
 
 
@@ -123,14 +123,14 @@ def test_a_hook_that_fills_a_dict_of_the_policy_is_refused():
     policy = Reading()
     feats = policy.feats
     policy.a.register_forward_hook(lambda module, args, output: feats.__setitem__("a", output))
-    with pytest.raises(UnsupportedModelError, match="refers to the policy itself, or to a container in it"):
+    with pytest.raises(UnsupportedModelError, match="refers to the policy itself or to a container in it"):
         PatchedPolicy(policy, ON_A)
 
 
 def test_a_hook_that_reaches_the_policy_by_a_global_name_is_refused(monkeypatch):
     monkeypatch.setitem(globals(), "GLOBAL", policy := Reading())
     policy.a.register_forward_hook(lambda module, args, output: GLOBAL.feats.__setitem__("a", output))
-    with pytest.raises(UnsupportedModelError, match="Reading keeps the function"):
+    with pytest.raises(UnsupportedModelError, match="Reading stores the function"):
         PatchedPolicy(policy, ON_A)
 
 
@@ -174,7 +174,7 @@ def test_a_policy_that_is_patched_and_whose_twin_is_patched_too_has_twins(x):
 def test_a_hook_on_a_twin_that_holds_the_twin_is_refused_in_a_twin_of_it():
     twin = PatchedPolicy(Plain(), ON_A)
     twin.a.register_forward_hook(lambda module, args, output: twin.feats.__setitem__("a", output))
-    with pytest.raises(UnsupportedModelError, match="PatchedPlain keeps the function"):
+    with pytest.raises(UnsupportedModelError, match="PatchedPlain stores the function"):
         PatchedPolicy(twin, zero_ablate(Site("b")))
 
 
@@ -234,9 +234,9 @@ def test_a_buffer_that_the_policy_itself_replaces_is_a_clear_error_of_the_next_c
     twin = PatchedPolicy(policy, ON_A)
     twin(x) if method == "__call__" else twin.reset()
     for _ in range(2):
-        with pytest.raises(UnsupportedModelError, match="'h' of the policy, or of its twin, was replaced") as caught:
+        with pytest.raises(UnsupportedModelError, match="'h' was replaced in the policy or its twin") as caught:
             twin(x) if method == "__call__" else twin.reset()
-    assert "If a method of the policy replaces it, write into it with copy_()" in str(caught.value)
+    assert "If a method of the policy replaces it, update it in place with copy_()" in str(caught.value)
 
 
 def test_a_buffer_that_the_forward_writes_into_is_shared(x):
@@ -258,10 +258,10 @@ def test_other_weights_by_functional_call_are_refused_by_name(x):
     with pytest.raises(UnsupportedModelError) as caught:
         torch.func.functional_call(PatchedPolicy(policy, ON_A), other, (x,))
     assert str(caught.value) == (
-        "'a.weight' of the policy, or of its twin, was replaced since the twin was made, so the two no longer share "
-        "all weights. Make a new twin: PatchedPolicy(policy, patches). If a method of the policy replaces it, write "
-        "into it with copy_(), or make it a plain attribute. If torch.func.functional_call does, give that the policy, "
-        "inside patched()."
+        "'a.weight' was replaced in the policy or its twin after the twin was created, so they no longer share all "
+        "weights. Create a new twin: PatchedPolicy(policy, patches). If a method of the policy replaces it, update it "
+        "in place with copy_(), or make it a plain attribute. With torch.func.functional_call, use the policy inside "
+        "patched()."
     )
 
 
@@ -291,7 +291,7 @@ def test_a_module_that_copies_its_own_parameters_can_have_no_twin(x):
         def __deepcopy__(self, memo):
             return Copying(self.in_features, self.out_features)
 
-    with pytest.raises(UnsupportedModelError, match="copies its parameters by itself .* Use patched"):
+    with pytest.raises(UnsupportedModelError, match="copies its own parameters .* Use patched"):
         PatchedPolicy(nn.Sequential(Copying(4, 4)), zero_ablate(Site("0")))
 
 
@@ -322,8 +322,9 @@ def test_a_weak_reference_to_a_module_of_the_policy_is_refused(refer):
     with pytest.raises(UnsupportedModelError) as caught:
         PatchedPolicy(Weakly(refer), ON_A)
     assert str(caught.value) == (
-        "Weakly keeps a weak reference (in an attribute or as a hook), which refers to the policy itself, or to a "
-        "container in it. From a twin it would reach the unpatched original. Make it a method, or use patched()."
+        "Weakly stores a weak reference (in an attribute or as a hook), which refers to the policy itself or to a "
+        "container in it. In a twin, it would still refer to the unpatched original. Make it a method, or use "
+        "patched()."
     )
 
 
@@ -331,7 +332,7 @@ def test_a_function_that_refers_to_the_policy_weakly_is_refused():
     policy = Plain()
     reference = weakref.ref(policy.a)
     policy.again = lambda x: reference()(x)  # type: ignore[misc]
-    with pytest.raises(UnsupportedModelError, match="Plain keeps the function .* refers to the policy itself"):
+    with pytest.raises(UnsupportedModelError, match="Plain stores the function .* refers to the policy itself"):
         PatchedPolicy(policy, ON_A)
 
 
@@ -373,5 +374,5 @@ def test_a_forward_that_was_replaced_by_a_function_that_holds_the_policy_is_refu
         return policy.a._old_forward(*args, **kwargs)  # type: ignore[operator]
 
     policy.a.forward = functools.update_wrapper(new_forward, before)  # type: ignore[method-assign]
-    with pytest.raises(UnsupportedModelError, match="Plain keeps the function .*forward .*Make it a method"):
+    with pytest.raises(UnsupportedModelError, match="Plain stores the function .*forward .*Make it a method"):
         PatchedPolicy(policy, ON_A)

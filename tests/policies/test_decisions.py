@@ -20,8 +20,8 @@ from chanpatch.metrics import entropy
 from chanpatch.policies import action_distribution, rollout_sweep
 
 BARE = (
-    "{} returned a torch.float32 tensor of shape ({}, 2). A tensor may hold logits, values or actions. Name its "
-    'meaning: outputs="logits", outputs="values" (the action with the highest is taken) or outputs="actions".'
+    "{} returned a torch.float32 tensor of shape ({}, 2), which may contain logits, values or actions. Specify "
+    'outputs="logits", outputs="values" (selects the action with the highest value) or outputs="actions".'
 )
 
 
@@ -154,7 +154,7 @@ def test_actions_are_taken_as_they_are():
         assert done.returns.tolist() == [2 * action.sum().item()] * 3
         assert done.actions[0].dtype == space.dtype
         for wrong in (torch.full(action.shape, torch.nan), action[None]):
-            with pytest.raises(RolloutError, match="The policy gives .*actions.* but"):
+            with pytest.raises(RolloutError, match="The policy .*actions.* but"):
                 rollout(lambda seen, wrong=wrong: wrong.expand(len(seen), *wrong.shape), envs, [0, 1], max_steps=2,
                         outputs="actions")  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_actions_are_taken_as_they_are():
 def test_actions_that_the_environments_do_not_have_are_refused(cart_poles, action, shown):
     with pytest.raises(RolloutError) as caught:
         rollout(lambda _: action, cart_poles, [0, 1], max_steps=2, outputs="actions")
-    assert str(caught.value) == f"The policy gives the actions {shown}, but the environment takes Discrete(2)."
+    assert str(caught.value) == f"The policy returned actions {shown}, but the environment expects Discrete(2)."
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
@@ -219,7 +219,7 @@ def test_a_policy_that_takes_masks_is_not_played_without_them(allowing):
     with pytest.raises(RolloutError) as caught:
         rollout(Masked(), allowing, [0], max_steps=2)
     assert str(caught.value) == (
-        "Masked takes action_masks; without them it chooses actions that are not allowed. Give the rollout "
+        "Masked expects action_masks; without them it may choose actions that are not allowed. Pass "
         'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
     )
     rollout(Masked(), allowing, range(7), max_steps=9, masks=MASKS["infos"])
@@ -228,7 +228,7 @@ def test_a_policy_that_takes_masks_is_not_played_without_them(allowing):
 
 def test_a_maskable_policy_of_sb3_contrib_takes_only_allowed_actions(allowing):
     policy = MaskablePPO("MlpPolicy", Allowing(), seed=0).policy
-    with pytest.raises(RolloutError, match="MaskableActorCriticPolicy takes action_masks"):
+    with pytest.raises(RolloutError, match="MaskableActorCriticPolicy expects action_masks"):
         rollout(policy, allowing, range(7), max_steps=9)
     Allowing.invalid = 0
     done = rollout(policy, allowing, range(7), max_steps=9, masks=MASKS["a method of the environments"])
@@ -244,23 +244,23 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "an unknown kind": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="q"),
         DistributionError,
-        'outputs is \'q\', but it names the meaning of tensors: "logits", "values" or "actions".',
+        'outputs must be "logits", "values" or "actions"; got \'q\'.',
     ),
     "kinds of policies that are not there": (
         lambda envs: paired_rollouts({"a": nn.Linear(3, 4)}, envs, [0], max_steps=2, outputs={"b": "logits"}),
         RolloutError,
-        "outputs names 'b', but the policies are 'a'.",
+        "outputs has key 'b', but the policies are 'a'.",
     ),
     "values that are a distribution": (
         returning(lambda rows: Categorical(logits=torch.zeros(rows, 4)), outputs="values"),
         DistributionError,
-        "function returned Categorical, which holds a distribution, but outputs='values' is for tensors. Leave outputs "
-        "out; for several policies, give it by name.",
+        "function returned Categorical, which contains a distribution, but outputs='values' only applies to tensors. "
+        "Omit outputs, or for several policies pass a dict that omits this one.",
     ),
     "logits that are whole numbers": (
         returning(lambda rows: torch.zeros(rows, 4, dtype=torch.int64), outputs="logits"),
         DistributionError,
-        "function returned a torch.int64 tensor of shape (2, 4), but outputs='logits' needs a float tensor (row, "
+        "function returned a torch.int64 tensor of shape (2, 4), but outputs='logits' requires a float tensor (row, "
         "action).",
     ),
     "a tuple of other tensors": (
@@ -273,34 +273,34 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "masks of other actions": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones((3, 5))),
         RolloutError,
-        "masks gives the shape (2, 5) for the running episodes, but the policy has logits or values of shape (2, 4). "
-        "Give one bool per environment and action.",
+        "masks returned shape (2, 5) for the running episodes, but the policy's logits or values have shape (2, 4). "
+        "Return one bool per environment and action.",
     ),
     "masks of fewer environments": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones(4)),
         RolloutError,
-        "masks gives the shape (4,) for 3 environments: give a row to each.",
+        "masks returned shape (4,) for 3 environments. Return a row for each.",
     ),
     "masks that allow nothing": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.zeros((3, 4))),
         RolloutError,
-        "masks leaves an environment without any action: True means that an action is allowed.",
+        "masks allows no action in at least one environment. Return True for allowed actions.",
     ),
     "masks of continuous actions": (
         returning(lambda rows: Normal(torch.zeros(rows, 4), 1.0), masks=lambda envs, infos: np.ones((3, 4))),
         RolloutError,
-        "masks leave out actions of a Categorical, but function gives a Normal. Give the function that gives its "
-        "logits, or its values.",
+        "masks only apply to a Categorical, but function returned a Normal. Pass a function that returns logits or "
+        "values.",
     ),
     "masks of actions": (
         returning(torch.zeros, outputs="actions", masks=lambda envs, infos: np.ones((3, 4))),
         RolloutError,
-        'masks leave out actions of a distribution, and outputs="actions" gives none.',
+        'masks cannot be applied with outputs="actions". Return logits or values instead.',
     ),
     "a distribution of actions": (
         lambda envs: action_distribution(nn.Linear(3, 4), torch.zeros(2, 3), outputs="actions"),
         DistributionError,
-        "Linear gives actions, which have no distribution. Give the function that gives their logits or values "
+        "Linear returns actions, not a distribution. Pass a function that returns their logits or values "
         'instead, such as policy.q_net with outputs="values".',
     ),
 }

@@ -188,8 +188,8 @@ def test_a_function_that_reads_the_environments_by_episode_is_refused(points, si
         else:
             rollout(PatchedPolicy(points, patch), envs, SEEDS, max_steps=9)
     assert str(caught.value) == (
-        "A function of Patch(Site('1'), Set, where=...) reads the environments by context.rows, the numbers of the "
-        "episodes. Use context.environments, which has the sub-environment of each row."
+        "A function in Patch(Site('1'), Set, where=...) indexes the environments with context.rows, which contains "
+        "episode numbers. Use context.environments, which contains the sub-environment of each row."
     )
 
 

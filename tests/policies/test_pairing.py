@@ -90,7 +90,7 @@ ENVIRONMENTS = {
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_the_same_policy_twice_is_an_error_if_the_seed_does_not_decide_the_episode(name):
-    with pytest.raises(RolloutError, match="the seed does not decide the episode"):
+    with pytest.raises(RolloutError, match="The seed does not determine the episode"):
         paired_rollouts({"one": fair, "same": fair}, ENVIRONMENTS[name](), SEEDS, max_steps=9)
 
 
@@ -144,7 +144,7 @@ def test_another_policy_is_compared_up_to_its_first_other_action():
 
     pairs = paired_rollouts({"fair": fair, "right": rightwards}, games(), SEEDS, max_steps=9)
     assert not same(pairs["fair"], pairs["right"])
-    with pytest.raises(RolloutError, match="at its start"):
+    with pytest.raises(RolloutError, match="at step 0"):
         paired_rollouts({"fair": fair, "right": rightwards}, games("level"), SEEDS, max_steps=9)
 
 
@@ -152,24 +152,23 @@ def test_the_error_names_the_policies_the_episode_and_the_likely_reason():
     with pytest.raises(RolloutError) as caught:
         paired_rollouts({"one": fair, "same": fair}, games("level"), [7, 3], max_steps=9)
     assert str(caught.value) == (
-        "'one' and 'same' cannot be compared: episode 0 (seed 7) was another one for each at its start, before their "
-        "actions differed. So the seed does not decide the episode: the environment ignores it or draws from "
-        "elsewhere, or a wrapper carries something from one episode to the next. EpisodicLifeEnv carries lives; "
-        "NormalizeObservation, NormalizeReward and VecNormalize carry running statistics. Remove that wrapper, or "
-        "freeze its statistics (update_running_mean = False)."
+        "'one' and 'same' cannot be compared: episode 0 (seed 7) differs at step 0, before their actions do. The seed "
+        "does not determine the episode: the environment ignores it or has another source of randomness, or a wrapper "
+        "carries state across episodes (EpisodicLifeEnv: lives; NormalizeObservation, NormalizeReward, VecNormalize: "
+        "running statistics). Remove that wrapper, or freeze its statistics (update_running_mean = False)."
     )
 
 
 @pytest.mark.parametrize(
     ("changed", "shown"),
-    [({"sampling_seed": 1}, "sampling_seed=0 and sampling_seed=1"), ({"max_steps": 3}, "max_steps=9 and max_steps=3"),
-     ({"greedy": True}, "greedy=False and greedy=True")],
+    [({"sampling_seed": 1}, "sampling_seed is 0 and 1"), ({"max_steps": 3}, "max_steps is 9 and 3"),
+     ({"greedy": True}, "greedy is False and True")],
 )  # fmt: skip
 def test_rollouts_with_other_settings_are_not_compared(changed, shown):
     one, other = (rollout(fair, games(), SEEDS, **{"max_steps": 9, **each}) for each in ({}, changed))
     with pytest.raises(RolloutError) as caught:
         PairedRollouts({"one": one, "other": other})
-    assert str(caught.value) == f"'one' and 'other' were rolled out with {shown}."
+    assert str(caught.value) == f"'one' and 'other' cannot be compared: {shown}."
 
 
 def test_controls_are_compared_with_the_original_too():

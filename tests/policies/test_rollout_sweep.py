@@ -318,8 +318,8 @@ def refused(error, policy, patches):
 
 def test_a_site_whose_batch_axis_is_not_proved_is_refused(policy):
     assert refused(BatchAxisError, policy, {"ablated": zero_ablate(Site("layers.1"))}) == (
-        "rollout_sweep keeps the patch at Site('layers.1') to rows of its own. Take the site from points.site(...) of "
-        "hook_points(model, *inputs), which proves the batch axis."
+        "rollout_sweep cannot restrict the patch at Site('layers.1') to its own rows. Take the site from "
+        "points.site(...) of hook_points(model, *inputs), which proves the batch axis."
     )
 
 
@@ -334,7 +334,9 @@ def test_a_site_without_rows_in_the_trace_is_refused(policy):
 
     points = hook_points(Tabled(), torch.zeros(2, 4))
     message = refused(BatchAxisError, points, {"ablated": zero_ablate(points.site("table"))})
-    assert message.startswith("rollout_sweep keeps the patch at Site('table') to rows of its own. The trace could not")
+    assert message.startswith(
+        "rollout_sweep cannot restrict the patch at Site('table') to its own rows. The trace could"
+    )
 
 
 @pytest.mark.parametrize("patches", [{}, []])
@@ -358,7 +360,7 @@ def test_patches_without_labels_are_labelled_by_their_sites(points, one):
 
 def test_the_label_of_the_policy_without_patches_is_refused(points):
     assert refused(RolloutError, points, {"original": zero_ablate(points.site("layers.1"))}) == (
-        "patches has the label 'original', which is the policy without patches. Rename it."
+        "patches has the label 'original', which is reserved for the unpatched policy. Use another label."
     )
 
 
@@ -422,8 +424,8 @@ def test_a_policy_that_treats_the_rows_of_all_labels_together_is_refused(module,
     points = hook_points(policy, torch.zeros(2, 4))
     patches = {"ablated": zero_ablate(points.site("1", feature=0))}
     assert refused(RolloutError, points, patches) == (
-        f"'0' ({name}) in training mode would treat the rows of all labels together. Call eval() on the policy, or "
-        "roll out a PatchedPolicy for each label with paired_rollouts."
+        f"'0' ({name}) in training mode would let the labels affect each other. Call eval() on the policy, or use "
+        "paired_rollouts with one PatchedPolicy per label."
     )
     policy.eval()
     found, expected = (

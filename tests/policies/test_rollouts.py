@@ -530,7 +530,7 @@ def test_policies_are_compared_with_the_first_episode_by_episode():
 
 def test_rollouts_over_other_episodes_are_not_compared():
     one, other = (rollout(POLICIES["fair"], cart_poles(4), seeds, max_steps=9) for seeds in (range(4), range(1, 5)))
-    with pytest.raises(RolloutError, match="their seeds differ"):
+    with pytest.raises(RolloutError, match="cannot be compared: they were rolled out with different seeds"):
         PairedRollouts({"one": one, "other": other}).comparisons()
 
 
@@ -573,15 +573,15 @@ def refused(error, **changed):
 def test_a_distribution_without_a_known_inverse_cdf_is_refused():
     policy = lambda x: Independent(Beta(torch.ones(len(x), 1), torch.ones(len(x), 1)), 1)  # noqa: E731
     assert refused(DistributionError, policy=policy) == (
-        "A rollout cannot draw actions from Beta: paired draws need the inverse CDF, which is known for "
-        "Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Give the "
-        "rollout a function that calls the policy and returns one of these."
+        "A rollout cannot sample actions from Beta: paired sampling requires the inverse CDF, which is available for "
+        "Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Pass a function "
+        "that calls the policy and returns one of these."
     )
 
 
 def test_a_single_environment_is_refused():
     assert refused(RolloutError, envs=gymnasium.make("CartPole-v1").unwrapped) == (
-        "envs is a CartPoleEnv, but a rollout takes a gymnasium.vector.VectorEnv. For a single environment: "
+        "envs must be a gymnasium.vector.VectorEnv; got CartPoleEnv. For one environment, pass "
         "gymnasium.vector.SyncVectorEnv([lambda: environment])."
     )
 
@@ -595,7 +595,7 @@ def test_environments_that_take_only_one_seed_are_refused():
 
 def test_actions_that_do_not_fit_the_environments_are_refused():
     assert refused(RolloutError, policy=lambda x: Normal(torch.zeros(len(x), 3), 1.0)) == (
-        "The policy's distribution gives actions of shape (2, 3) for 2 rows, but Discrete(2) takes shape (2,)."
+        "The policy's distribution produces actions of shape (2, 3) for 2 rows, but Discrete(2) expects shape (2,)."
     )
 
 
@@ -609,33 +609,33 @@ def stateful(state):
     [
         (
             torch.zeros(2, 8),
-            "initial_state is a Tensor, but it takes a function from the number of rows to the state, such as "
-            "lambda rows: torch.zeros(1, rows, 64).",
+            "initial_state must be a function that maps a number of rows to their state, such as lambda rows: "
+            "torch.zeros(1, rows, 64); got Tensor.",
         ),
         (
             lambda rows: (torch.zeros(rows, 2), torch.zeros(1, 2, 8)),
-            "state[1] has shape (1, 2, 8) in initial_state(2) and (1, 2, 8) in initial_state(3). Exactly one axis of "
-            "each tensor is the batch, as long as the number of rows.",
+            "state[1] has shape (1, 2, 8) in initial_state(2) and (1, 2, 8) in initial_state(3). Each tensor must "
+            "have exactly one batch axis, whose length is the number of rows.",
         ),
         (
             lambda rows: {"h": torch.zeros(rows, rows)},
-            'state["h"] has shape (2, 2) in initial_state(2) and (3, 3) in initial_state(3). Exactly one axis of '
-            "each tensor is the batch, as long as the number of rows.",
+            'state["h"] has shape (2, 2) in initial_state(2) and (3, 3) in initial_state(3). Each tensor must '
+            "have exactly one batch axis, whose length is the number of rows.",
         ),
         (
             lambda rows: torch.zeros(2 * rows, 8),
-            "state has shape (4, 8) in initial_state(2) and (6, 8) in initial_state(3). Exactly one axis of "
-            "each tensor is the batch, as long as the number of rows.",
+            "state has shape (4, 8) in initial_state(2) and (6, 8) in initial_state(3). Each tensor must "
+            "have exactly one batch axis, whose length is the number of rows.",
         ),
         (
             lambda rows: [torch.zeros(8)] * rows,
-            "initial_state(2) holds 2 tensors and initial_state(3) holds 3. A state holds the same tensors for any "
-            "number of rows, and one at least.",
+            "initial_state(2) contains 2 tensors and initial_state(3) contains 3. A state must contain the same "
+            "tensors for any number of rows, and at least one.",
         ),
         (
             lambda rows: None,
-            "initial_state(2) holds 0 tensors and initial_state(3) holds 0. A state holds the same tensors for any "
-            "number of rows, and one at least.",
+            "initial_state(2) contains 0 tensors and initial_state(3) contains 0. A state must contain the same "
+            "tensors for any number of rows, and at least one.",
         ),
     ],
 )
@@ -648,7 +648,8 @@ def test_a_new_state_of_another_shape_is_refused():
     policy = stateful(lambda rows: (torch.zeros(rows, 1, 8), torch.zeros(1, rows, 8)))
     initial_state = lambda rows: (torch.zeros(1, rows, 8), torch.zeros(1, rows, 8))  # noqa: E731
     assert refused(RolloutError, policy=policy, initial_state=initial_state) == (
-        "state[0] has shape (1, 2, 8) where the policy is called, but (2, 1, 8) in the new state that it returns."
+        "state[0] has shape (1, 2, 8) when passed to the policy, but (2, 1, 8) in the state that it returns. Return a "
+        "state of the same shape."
     )
 
 
@@ -656,15 +657,16 @@ def test_a_new_state_with_other_tensors_is_refused():
     policy = stateful(lambda rows: {"h": torch.zeros(rows, 8)})
     initial_state = lambda rows: {"h": torch.zeros(rows, 8), "c": torch.zeros(rows, 8)}  # noqa: E731
     assert refused(RolloutError, policy=policy, initial_state=initial_state) == (
-        'state["c"] has shape (2, 8) where the policy is called, but none in the new state that it returns.'
+        'state["c"] has shape (2, 8) when passed to the policy, but none in the state that it returns. Return a '
+        "state of the same shape."
     )
 
 
 def test_a_recurrent_policy_that_returns_no_pair_is_refused():
     initial_state = lambda rows: torch.zeros(rows, 8)  # noqa: E731
     message = (
-        "With an initial_state a policy takes (observations, state) and returns (output, new state), but it returned "
-        "{}. Give the rollout a function that picks them out."
+        "With initial_state, the policy must return (output, new state); got {}. Pass a function that accepts "
+        "(observations, state) and returns that pair."
     )
     alone, many = lambda x, state: torch.zeros(len(x), 2), lambda x, state: (x, x, state)  # noqa: E731
     assert refused(RolloutError, policy=alone, initial_state=initial_state) == message.format("Tensor")
@@ -696,10 +698,10 @@ def test_a_policy_that_refuses_bytes_is_told_to_convert_them(layer):
     envs = environments(IMAGE, gymnasium.spaces.Discrete(2))
     policy = nn.Sequential(nn.Unflatten(1, (3, 1)), layer) if isinstance(layer, nn.Conv1d) else layer
     message = refused(RolloutError, policy=policy, envs=envs)
-    assert message.startswith("The policy refused observations of torch.uint8 (")
+    assert message.startswith("The policy failed on observations of dtype torch.uint8 (")
     assert message.endswith(
-        "). A rollout hands them on as the environments give them: convert them as in training, in the policy or in a "
-        "function around it, such as lambda observations: policy(observations.float() / 255)."
+        "). A rollout does not preprocess observations. Convert them as in training, in the policy or in a wrapper "
+        "function such as lambda observations: policy(observations.float() / 255)."
     )
 
 
@@ -717,11 +719,11 @@ def test_a_mistake_of_dtypes_that_is_not_about_the_observations_stays_as_it_is()
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"seeds": []}, "seeds is empty: name one seed per episode."),
+        ({"seeds": []}, "seeds is empty: pass one seed per episode."),
         ({"seeds": [3, -4]}, "A seed is -4, but it must be a whole number, at least 0."),
         ({"seeds": [0.5]}, "A seed is 0.5, but it must be a whole number, at least 0."),
         ({"sampling_seed": -1}, "sampling_seed is -1, but it must be a whole number, at least 0."),
-        ({"max_steps": 0}, "max_steps is 0, but an episode has at least one step."),
+        ({"max_steps": 0}, "max_steps must be at least 1; got 0."),
     ],
 )
 def test_a_wrong_number_is_refused_by_name(changed, message):
@@ -731,7 +733,7 @@ def test_a_wrong_number_is_refused_by_name(changed, message):
 def test_no_policy_at_all_is_refused():
     with pytest.raises(RolloutError) as caught:
         paired_rollouts({}, cart_poles(2), SEEDS, max_steps=5)
-    assert str(caught.value) == "policies is empty: name at least one policy."
+    assert str(caught.value) == "policies is empty: pass at least one policy."
 
 
 def test_a_missing_gymnasium_is_named_with_the_line_that_installs_it(monkeypatch):
@@ -777,11 +779,14 @@ def acting(envs, distribution):
 @pytest.mark.parametrize(
     ("distribution", "message"),
     [
-        (lambda rows: torch.zeros(rows), r"Categorical has batch shape \(\) for 2 rows.*logits \(row, action\)"),
+        (
+            lambda rows: torch.zeros(rows),
+            r"Categorical has batch shape \(\) for 2 rows.*logits of shape \(row, action\)",
+        ),
         (lambda rows: torch.zeros(1, 2), r"batch shape \(1,\) for 2 rows"),
-        (lambda rows: torch.zeros(rows, 1), r"Categorical has 1 actions, but the environment takes Discrete\(2\)"),
+        (lambda rows: torch.zeros(rows, 1), r"Categorical has 1 actions, but the environment expects Discrete\(2\)"),
         (lambda rows: torch.zeros(rows, 3), "has 3 actions"),
-        (lambda rows: Normal(torch.zeros(rows), 1.0), "Normal gives fractions"),
+        (lambda rows: Normal(torch.zeros(rows), 1.0), "Normal is continuous"),
     ],
 )
 def test_a_distribution_for_other_rows_or_over_other_actions_is_refused(distribution, message):
@@ -808,7 +813,7 @@ def test_of_several_actions_some_may_have_fewer_choices_if_the_others_logits_are
     envs = SyncVectorEnv([lambda: Buttons(gymnasium.spaces.MultiDiscrete([2, 3]))] * 2)
     padded = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 0.0, 0.0]])
     assert acting(envs, lambda rows: padded.expand(rows, 2, 3)).actions[0].shape == (3, 2)
-    with pytest.raises(RolloutError, match=r"has 3 actions, but the environment takes MultiDiscrete\(\[2 3\]\)"):
+    with pytest.raises(RolloutError, match=r"has 3 actions, but the environment expects MultiDiscrete\(\[2 3\]\)"):
         acting(envs, lambda rows: torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 0.0]]).expand(rows, 2, 3))
     with pytest.raises(RolloutError, match="has 2 actions"):
         acting(envs, lambda rows: torch.zeros(rows, 2, 2))
@@ -817,13 +822,13 @@ def test_of_several_actions_some_may_have_fewer_choices_if_the_others_logits_are
 def test_a_normal_presses_no_buttons():
     envs = SyncVectorEnv([lambda: Buttons(gymnasium.spaces.MultiBinary(2))] * 2)
     assert acting(envs, lambda rows: Bernoulli(logits=torch.zeros(rows, 2))).actions[0].shape == (3, 2)
-    with pytest.raises(RolloutError, match="Normal gives fractions"):
+    with pytest.raises(RolloutError, match="Normal is continuous"):
         acting(envs, lambda rows: Normal(torch.zeros(rows, 2), 1.0))
 
 
 def test_policies_without_names_and_seeds_that_are_a_number_are_refused():
     policy = CategoricalPolicy()
-    with pytest.raises(TypeError, match="it takes policies by name"):
+    with pytest.raises(TypeError, match="policies must map names to policies"):
         paired_rollouts([policy, policy], cart_poles(2), range(2), max_steps=3)
-    with pytest.raises(RolloutError, match=r"seeds is 5: name one seed per episode, as in range\(100\)"):
+    with pytest.raises(RolloutError, match=r"seeds must list one seed per episode, such as range\(100\); got 5"):
         rollout(policy, cart_poles(2), 5, max_steps=3)

@@ -101,7 +101,7 @@ def test_a_setting_changed_on_one_side_is_an_error_that_names_it(name, side, cal
     attribute, change = CHANGES[name]
     change((policy if side == "policy" else twin)[0][0])
     for _ in range(2 if called or side == "policy" else 1):
-        with pytest.raises(UnsupportedModelError, match=f"'0.0.{attribute}' is .* in the policy, but .* in its twin"):
+        with pytest.raises(UnsupportedModelError, match=f"'0.0.{attribute}' is .* in the policy but .* in its twin"):
             twin(x)
 
 
@@ -114,8 +114,8 @@ def test_a_flag_of_the_class_that_an_instance_sets_is_compared(side, x):
         twin(x)
     on_policy = side == "policy"
     assert str(caught.value) == (
-        f"'0.0.merged' is {on_policy} in the policy, but {not on_policy} in its twin, which shares its weights but not "
-        "its settings. If weights were changed with it, as by merging an adapter, make a new twin: "
+        f"'0.0.merged' is {on_policy} in the policy but {not on_policy} in its twin, which shares its weights but not "
+        "its settings. If the weights changed too, as when merging an adapter, create a new twin: "
         "PatchedPolicy(policy, patches). If not, set it on both."
     )
 
@@ -125,7 +125,7 @@ def test_a_method_of_the_twin_itself_that_merges_is_not_taken_for_a_forward(x):
     twin = PatchedPolicy(policy, edit(Site(".out"), same))
     twin.merge()
     for _ in range(2):
-        with pytest.raises(UnsupportedModelError, match=r"'merged_adapters' is \[\] in the policy, but \['one'\]"):
+        with pytest.raises(UnsupportedModelError, match=r"'merged_adapters' is \[\] in the policy but \['one'\]"):
             twin(x)
     twin.unmerge()
     assert torch.equal(twin(x), policy(x))
@@ -221,7 +221,7 @@ def test_what_the_twins_own_calls_change_is_not_compared(x):
         assert torch.equal(run(x), policy(x))
         assert twin.shape() == 3
     policy.out_features = 5
-    with pytest.raises(UnsupportedModelError, match="'out_features' is 5 in the policy, but 3 in its twin"):
+    with pytest.raises(UnsupportedModelError, match="'out_features' is 5 in the policy but 3 in its twin"):
         twin(x)
 
 
@@ -292,7 +292,7 @@ def test_a_module_whose_train_or_eval_writes_weights_has_no_twin(layer, evaluate
     if evaluated:
         policy.eval()
     before = {name: item.clone() for name, item in policy.state_dict().items()}
-    with pytest.raises(UnsupportedModelError, match=r"'0.0' \(\w+\) writes its parameters in (train|eval)\(\)"):
+    with pytest.raises(UnsupportedModelError, match=r"'0.0' \(\w+\) changes its parameters in (train|eval)\(\)"):
         PatchedPolicy(policy, edit(Site("1"), same))
     assert all(torch.equal(item, before[name]) for name, item in policy.state_dict().items())
 

@@ -126,7 +126,7 @@ def test_q_values_are_values_and_a_policy_without_a_distribution_has_none():
     assert done.to_records() == rollout(policy.q_net, outputs="values", **settings).to_records()
     assert done.to_records() == rollout(policy, outputs="actions", **settings).to_records()
     assert done.to_records() != rollout(policy.q_net, outputs="logits", **settings).to_records()
-    with pytest.raises(DistributionError, match="DQNPolicy gives actions, which have no distribution"):
+    with pytest.raises(DistributionError, match="DQNPolicy returns actions, not a distribution"):
         action_distribution(policy, torch.zeros(2, 4))
 
 
@@ -146,9 +146,9 @@ def test_a_policy_that_sb3_trained_on_images_with_channels_first_does_not_see_th
     with pytest.raises(RolloutError) as caught:
         rollout(policy, SyncVectorEnv([Image] * 2), SEEDS, max_steps=2)
     assert str(caught.value) == (
-        f"{type(policy).__name__} was built for observations of shape (3, 40, 36), but the environments give "
-        "(40, 36, 3). Stable-Baselines3 moves the channels of images first, and may stack frames, in training: wrap "
-        "each environment so that it does the same."
+        f"{type(policy).__name__} was built for observations of shape (3, 40, 36), but the environments return "
+        "(40, 36, 3). In training, Stable-Baselines3 moves image channels first and may stack frames: wrap each "
+        "environment to do the same."
     )
     turned = lambda: gymnasium.wrappers.TransformObservation(  # noqa: E731
         Image(), lambda image: image.transpose(2, 0, 1), gymnasium.spaces.Box(0, 255, (3, 40, 36), np.uint8)

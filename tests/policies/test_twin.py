@@ -271,7 +271,7 @@ def test_a_patch_that_a_root_call_did_not_reach_is_an_error_of_that_call(on_acto
         on_actor.value(vector)
     assert str(caught.value) == (
         "The patch at 'actor' never ran in value(). The model did not reach 'actor', or reached it through forward(), "
-        "which runs no hooks. If it need not run there: allow_unreached=['actor']."
+        "which runs no hooks. If it does not have to run there, set allow_unreached=['actor']."
     )
 
 
@@ -415,7 +415,7 @@ def test_a_parameter_or_buffer_that_was_replaced_on_one_side_is_a_clear_error(
 ):
     twin(vector)
     change(policy if side == "policy" else twin)
-    with pytest.raises(UnsupportedModelError, match="was replaced since the twin was made") as caught:
+    with pytest.raises(UnsupportedModelError, match="was replaced in the policy or its twin") as caught:
         twin(vector)
     assert named in str(caught.value)
 
@@ -425,7 +425,7 @@ def test_a_parameter_of_one_number_that_was_replaced_by_an_equal_or_another_numb
     policy = nn.Linear(1, 1)
     twin = PatchedPolicy(policy, zero_ablate(Site(".out")))
     twin.bias = nn.Parameter(policy.bias.detach() + difference)
-    with pytest.raises(UnsupportedModelError, match="'bias' of the policy, or of its twin, was replaced"):
+    with pytest.raises(UnsupportedModelError, match="'bias' was replaced in the policy or its twin"):
         twin(torch.zeros(1, 1))
 
 
@@ -434,7 +434,7 @@ def test_a_weight_of_an_lstm_that_was_replaced_on_one_side_is_a_clear_error(side
     policy, sequence = nn.Sequential(nn.LSTM(6, 4)), torch.randn(5, 2, 6)
     twin = PatchedPolicy(policy, edit(Site("0.out[1][0]"), torch.zeros_like))
     (policy if side == "policy" else twin)[0].weight_ih_l0 = nn.Parameter(torch.ones(16, 6))
-    with pytest.raises(UnsupportedModelError, match="'0.weight_ih_l0' of the policy, or of its twin, was replaced"):
+    with pytest.raises(UnsupportedModelError, match="'0.weight_ih_l0' was replaced in the policy or its twin"):
         twin(sequence)
 
 
@@ -478,7 +478,7 @@ def test_another_structure_on_one_side_is_a_clear_error(policy, twin, vector, ch
     twin(vector)
     change(policy if side == "policy" else twin)
     for call in (twin, twin.greedy, twin.body):
-        with pytest.raises(UnsupportedModelError, match=r"was replaced since the twin was made.*Make a new twin"):
+        with pytest.raises(UnsupportedModelError, match=r"was replaced in the policy or its twin.*Create a new twin"):
             call(vector)
 
 
@@ -611,7 +611,7 @@ def test_a_policy_with_computed_weights_has_a_twin(norm, vector):
 @pytest.mark.parametrize("thing", [threading.Lock, lambda: iter(i for i in "ab"), lambda: memoryview(b"ab")])
 def test_a_policy_that_cannot_be_copied_is_a_clear_error(policy, thing):
     policy.held = thing()
-    with pytest.raises(UnsupportedModelError, match="Policy cannot be copied, so it can have no twin"):
+    with pytest.raises(UnsupportedModelError, match="Policy cannot be copied, so it cannot have a twin"):
         PatchedPolicy(policy, zero_ablate(Site("actor")))
 
 
@@ -1065,7 +1065,7 @@ def test_what_holds_no_action_distribution_is_described(output, described):
 
 
 def test_a_policy_without_forward_is_told_what_to_pass(vector):
-    with pytest.raises(DistributionError, match="Agent has no forward. Give rollout"):
+    with pytest.raises(DistributionError, match=r"Agent has no forward\(\). Pass rollout"):
         action_distribution(Agent(), vector)
 
 
@@ -1184,8 +1184,8 @@ def test_a_twin_is_not_recorded_without_its_patches(record, policy, vector):
     with pytest.raises(UnsupportedModelError) as caught:
         record(twin, vector)
     assert str(caught.value) == (
-        "torch.export and torch.fx record a twin without its patches, or freeze them. Record the policy instead. What "
-        "torch.export records inside patched(policy, patches) keeps the patches for good."
+        "torch.export and torch.fx would drop a twin's patches or freeze them. Export the policy instead: inside "
+        "patched(policy, patches), torch.export keeps the patches."
     )
     assert twin(vector) is not None
 

@@ -149,7 +149,7 @@ def test_labels_print_as_a_table_with_the_labelled_channels_first_and_as_records
     assert [each.channel for each in labelled.best("UP")] == [0, 6, 12, 18]
     frame = labelled.to_pandas()
     assert frame["label"].tolist()[:4] == ["UP", "DOWN or LEFT", "no label", "no label"]
-    assert frame["note"].tolist()[2] == "not above the permuted labels"
+    assert frame["note"].tolist()[2] == "not significant under label permutation"
 
 
 REFUSED = {
@@ -159,25 +159,25 @@ REFUSED = {
     ),
     "one name": (
         lambda: label_channels(SUMS[:, None], LABELS[:, None], names=["UP"], seed=0),
-        "names is ('UP',): give two to ten different names, one per label.",
+        "names must contain two to ten different names, one per label; got ('UP',).",
     ),
     "a label without a name": (
         lambda: label_channels(SUMS[:, None], np.arange(20) % 5, names=NAMES, seed=0),
-        "labels holds 4, but the 4 names have the numbers 0 to 3.",
+        "labels contains 4, but the 4 names have indices 0 to 3.",
     ),
     "labels of another number of inputs": (
         lambda: label_channels(SUMS[:, None], np.arange(19) % 4, names=NAMES, seed=0),
-        "labels is int64 of shape (19,): for 20 inputs and 4 names give (20,) whole numbers of at least 0, "
-        "or (20, 4) booleans.",
+        "labels has dtype int64 and shape (19,). For 20 inputs and 4 names, pass nonnegative integers of shape (20,) "
+        "or booleans of shape (20, 4).",
     ),
     "a label that is too rare": (
         lambda: label_channels(SUMS[:, None], np.minimum(np.arange(20), 3), names=NAMES, seed=0),
-        "Label 'UP' is on 1 of 20 inputs, but four with and four without it are needed, half of them to choose by and "
-        "half to score. Leave it out, or give more inputs.",
+        "1 of 20 inputs have label 'UP', but at least four with it and four without it are required, half to choose "
+        "labels and half to score them. Omit the label, or pass more inputs.",
     ),
     "a level in percent": (
         lambda: label_channels(SUMS[:, None], np.arange(20) % 4, names=NAMES, seed=0, level=5),
-        "level is 5, but it must lie between 0 and 1, such as 0.05.",
+        "level must be between 0 and 1, such as 0.05; got 5.",
     ),
 }
 

@@ -203,7 +203,7 @@ REFUSED = {
     ),
     "no inputs": (
         lambda: channel_sums(plain(), torch.zeros(0, 3, 8, 8), "relu1"),
-        "inputs is empty: give at least one input.",
+        "inputs is empty: pass at least one input.",
     ),
     "a site without channels": (
         lambda: channel_sums(

@@ -105,9 +105,9 @@ def test_a_precision_that_no_threshold_has_is_refused_with_the_best_one():
     with pytest.raises(errors.ProbeError) as caught:
         ThresholdProbe.fit_precision(sums, labels, min_precision=0.99, seed=0)
     assert str(caught.value) == (
-        "No threshold has precision 0.99 with 95% confidence. The best lower limit is 0.423, at sums above 0.5: there "
-        f"10 of {accepted} accepted inputs of the fitting half are positives. Lower min_precision, give more inputs, "
-        "or take another channel."
+        "No threshold reaches precision 0.99 with 95% confidence. The best lower limit is 0.423, for sums above 0.5, "
+        f"with 10 positives among {accepted} accepted inputs in the fitting half. Lower min_precision, pass more "
+        "inputs, or use another channel."
     )
 
 
@@ -203,11 +203,11 @@ REFUSED = {
     ),
     "a channel that does not vary": (
         lambda: ThresholdProbe.fit(np.full(20, 3.0), LABELS),
-        "All 10 sums of the fitting half are 3: a channel that does not vary has no threshold.",
+        "All 10 sums in the fitting half are 3. Use a channel that varies, or pass more inputs.",
     ),
     "a precision in percent": (
         lambda: ThresholdProbe.fit_precision(SUMS, LABELS, min_precision=99),
-        "min_precision is 99, but a precision lies between 0 and 1, such as 0.9.",
+        "min_precision must be between 0 and 1, such as 0.9; got 99.",
     ),
 }
 

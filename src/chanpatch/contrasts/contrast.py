@@ -1,4 +1,4 @@
-"""Pairs of inputs, compared channel by channel."""
+"""Compare pairs of inputs, channel by channel."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def contrast(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Contrast:
-    """Return how much each channel differs between clean and corrupted inputs.
+    """Measure how much each channel differs between clean and corrupted inputs.
 
     Args:
-        points_or_model: The model, which is traced with clean inputs, or its HookPoints.
-        clean: One input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such.
-        corrupted: The other input of each pair.
-        sites: Sites or patterns, as in `recording`; `"all"` searches all outputs and taps, the same activations once.
-        reduce: Reduction of each channel, as in `recording`; it leaves the batch and at most one axis. Layers
-            of a recurrent state are compared each by itself, unless an einops pair joins them.
-        background: Inputs that tell how much a channel varies anyway: as `clean`, or any iterable of batches of it.
-            Two at least.
-        absolute: Rank by the mean absolute difference, for pairs in which the feature may point either way. It has
-            neither p-values nor intervals, because noise alone makes it positive.
-        clusters: A label per pair; pairs of one label, such as rotations of one maze, are not independent.
-        seed: Random seed of the sign flips.
-        batch_size: Inputs in one forward.
+        points_or_model: Model, which is traced with clean inputs, or its HookPoints.
+        clean: Clean input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such tensors.
+        corrupted: Corrupted input of each pair, in the same format.
+        sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, without duplicates.
+        reduce: Reduction as in `recording` that leaves the batch and at most one other axis. Layers of a recurrent
+            state are compared separately, unless an einops pair combines them.
+        background: At least two inputs for measuring each channel's usual variation, in the same format as `clean` or
+            as an iterable of batches.
+        absolute: Whether to rank by the mean absolute difference, if the feature can have either sign. P-values and
+            intervals are then omitted, because noise alone makes an absolute difference positive.
+        clusters: One label per pair. Pairs with the same label, such as rotations of one maze, are not independent.
+        seed: Random seed for the sign flips.
+        batch_size: Number of inputs per forward pass.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist or cannot be reduced so; all faults at once.
-        ContrastError: If there are no pairs, the two sides have other numbers of inputs, clusters do not fit, the
-            background is too small, or an activation is not finite.
+        HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all of them.
+        ContrastError: If there are no pairs, clean and corrupted differ in length, clusters do not match the pairs,
+            the background is too small, or an activation is not finite.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ def contrast(
         (2, 8)
 
     References:
-        Turner et al. 2023, "Steering language models with activation engineering", for differences of paired inputs;
+        Turner et al. 2023, "Steering language models with activation engineering", for paired differences;
         Westfall and Young 1993, "Resampling-based multiple testing", for the p-values and intervals.
     """
     points = traced(points_or_model, first_batch(clean, batch_size)[0])
@@ -75,7 +75,7 @@ def contrast(
     chosen, skipped = searched(points, sites, reduce)
     with undisturbed(points.model) as run:
         one = gathered(run, points, ("clean", clean), chosen, reduce, batch_size, ContrastError)
-        run.put_back()  # both sides begin with the same state, and draw the same
+        run.put_back()  # both sides use the same initial state and random draws
         other = gathered(run, points, ("corrupted", corrupted), chosen, reduce, batch_size, ContrastError)
         run.put_back()
         count, spread = spread_over(run, points, background, chosen, reduce, batch_size)
@@ -119,14 +119,14 @@ def contrast(
 
 def _no_p(absolute: bool, independent: int) -> str:
     if absolute:
-        return "noise alone makes a mean absolute difference positive; take signed differences."
+        return "noise alone makes a mean absolute difference positive; use signed differences."
     if independent < FEWEST:
-        return f"{independent} independent pairs are too few for a sign-flip test; it needs {FEWEST}."
+        return f"{independent} independent pairs are too few for a sign-flip test: at least {FEWEST} are required."
     return ""
 
 
 def _effect_label(absolute: bool, pairs: int, background: int) -> str:
-    label = f"{'absolute ' * absolute}difference of clean and corrupted, n = {pairs} pairs"
+    label = f"{'absolute ' * absolute}difference between clean and corrupted, n = {pairs} pairs"
     return label + f" (in standard deviations over {background} background inputs)" * bool(background)
 
 
@@ -134,8 +134,8 @@ def _checked_pairs(clean: Any, corrupted: Any, clusters: ArrayLike | None) -> ND
     """Return one cluster label per pair."""
     lengths = [input_count(inputs) for inputs in (clean, corrupted)]
     if lengths[0] != lengths[1] or not lengths[0]:
-        raise ContrastError(f"clean has {lengths[0]} inputs and corrupted {lengths[1]}: give one of each per pair.")
+        raise ContrastError(f"clean has {lengths[0]} inputs and corrupted has {lengths[1]}. Pass one of each per pair.")
     labels = np.arange(lengths[0]) if clusters is None else np.asarray(clusters)
     if labels.shape != (lengths[0],):
-        raise ContrastError(f"clusters has shape {labels.shape}, but there are {lengths[0]} pairs: give each a label.")
+        raise ContrastError(f"clusters has shape {labels.shape}, but there are {lengths[0]} pairs. Pass one per pair.")
     return labels

@@ -1,4 +1,4 @@
-"""The result of a contrast: one row per channel."""
+"""Result of a contrast: one row per channel."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from ..results import Effects, columns, interval_notes, shown_effect, shown_p
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Contrast(Effects):
-    """How much each channel differs between the two inputs of a pair; one row per channel, in execution order.
+    """Differences between clean and corrupted inputs: one row per channel, in execution order.
 
-    All numbers are of the channel's reduced activation (its sum unless another reduction was asked for), in double
-    precision. The table and the figure show the largest effects first; `top` returns them.
+    All numbers refer to the channel's reduced activation (by default, its sum), in double precision. The table and the
+    figure show the largest effects first; `top` selects them.
 
     Attributes:
         sites: The channel of each row, as a site: `[zero_ablate(site) for site in result.top(16).sites]`.
         difference: Mean of clean minus corrupted.
-        absolute: Mean of its absolute value.
-        std: Standard deviation over the background inputs; NaN without any.
-        low: Lower end of the effect's 95% interval over pairs, or over clusters of pairs. The intervals hold for all
-            channels together, and one excludes 0 exactly if its `p` is at most 0.05. NaN if it is withheld.
+        absolute: Mean absolute value of clean minus corrupted.
+        std: Standard deviation over the background inputs, or NaN without background.
+        low: Lower end of the effect's 95% interval over pairs or clusters of pairs. The intervals are simultaneous over
+            all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if it is withheld.
         high: Upper end of that interval.
-        p: Two-sided sign-flip p-value that the mean difference is zero, corrected for all channels of the contrast by
-            `chanpatch.statistics.max_t_test`: it holds for the channel of `top(1)` too. NaN if there is no p-value.
+        p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for all channels by
+            `chanpatch.statistics.max_t_test`, so it is valid for the channel of `top(1)`. NaN if there is no p-value.
         note: `"few"` if the interval is over fewer than ten pairs, the reason if it is withheld, otherwise empty.
-        no_p: Why there are no p-values, or an empty string.
+        no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
         clusters: Number of independent clusters of pairs.
         background: Number of background inputs.
-        skipped: Hook points that were left out of a search, with the reason.
-        effect_label: Meaning and unit of the effect and the number of pairs: the axis label of a figure.
+        skipped: Hook points that were excluded from a search, with the reason.
+        effect_label: Axis label for figures: meaning and unit of the effect, and number of pairs.
     """
 
     sites: tuple[Site, ...]
@@ -68,21 +68,21 @@ class Contrast(Effects):
         return len(self.sites)
 
     def effect(self) -> Floats:
-        """Return the mean difference, or the mean absolute difference if that was asked for, of each row.
+        """Return each channel's mean difference, or its mean absolute difference if `absolute` was set.
 
-        With a background it is divided by `std`; NaN for a channel that does not vary over the background by more than
-        rounding.
+        With a background, it is divided by `std`. It is NaN for channels whose variation over the background is within
+        rounding error.
         """
         return self._effect
 
     def steering_vector(self, site: str | Site) -> Tensor:
-        """Return the mean difference of whole activations, clean minus corrupted, at a site.
+        """Return the mean of clean minus corrupted activations at a site, as a vector for `steer`.
 
         Args:
-            site: Any site of the model, in the contrast or not.
+            site: Any site of the model. It does not have to be part of the contrast.
 
         Returns:
-            A tensor with the region's axes, its batch axis of length 1, for `steer`.
+            A tensor with the region's axes, whose batch axis has length 1.
 
         References:
             Turner et al. 2023, "Steering language models with activation engineering", for one pair; Rimsky et al.
@@ -91,7 +91,7 @@ class Contrast(Effects):
         bound = site_of(self._points, site)
         point = self._points[bound.name]
         if point.batch_axis is None:
-            raise SiteError(f"{bound!r} has no batch axis that is proved, so there is no mean over the pairs.")
+            raise SiteError(f"{bound!r} has no known batch axis, so a mean over pairs cannot be computed.")
         axis = point.batch_axis
         means = []
         with undisturbed(self._points.model) as run:
@@ -103,7 +103,7 @@ class Contrast(Effects):
         return torch.from_numpy(means[0] - means[1]).to(point.dtype).unsqueeze(axis)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel: site, every number, and why there is no p."""
+        """Return one record per channel, with its site, all numbers, and `no_p`."""
         numbers = {name.lstrip("_"): getattr(self, name) for name in self._by_row[1:]}
         return columns(site=map(repr, self.sites), **numbers, no_p=[self.no_p] * len(self))
 
@@ -126,4 +126,4 @@ class Contrast(Effects):
     def _notes(self) -> list[str]:
         notes = [f"No p-values: {self.no_p}"] * bool(self.no_p)
         notes += interval_notes(self.note) if not self.no_p else []
-        return notes + [f"Left out: {len(self.skipped)} hook points (see .skipped)"] * bool(self.skipped)
+        return notes + [f"Skipped {len(self.skipped)} hook points (see .skipped)"] * bool(self.skipped)

@@ -1,4 +1,4 @@
-"""The sites of a contrast and their reduced activations."""
+"""Find the sites of a contrast and reduce their activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..registry.sites import Site
 
 
 def searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites to compare, in execution order, and why a search left out hook points."""
+    """Return the sites to compare, in execution order, and the hook points that a search skipped, with reasons."""
     order, is_search = [*points], isinstance(sites, str) and sites == "all"
     outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
     found: list[Site] = []
@@ -31,19 +31,19 @@ def searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site]
                 raise
             skipped[site.name] = str(fault)
     if not found:
-        why = f" Of the first: {next(iter(skipped.values()))}" if skipped else ""
-        raise ContrastError(f"Nothing can be compared at any of the {len(points)} hook points.{why}")
+        why = f" The first was skipped because: {next(iter(skipped.values()))}" if skipped else ""
+        raise ContrastError(f"None of the {len(points)} hook points can be compared.{why}")
     return found, skipped
 
 
 def _by_layer(points: HookPoints, site: Site, reduce: Reduce) -> list[Site]:
-    """Return a site per layer and direction of a recurrent state: feature 2 of one is not feature 2 of another."""
+    """Return one site per layer and direction of a recurrent state, because their features are unrelated."""
     split = isinstance(reduce, str) and "layer" in points[site.name].axes
     return [points.bind(part) for part in site.split("layer")] if split else [site]
 
 
 def distinct(sites: list[Site], samples: list[dict[Site, Floats]]) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites with activations of their own, and why the others, which would be tested again, are left out."""
+    """Return the sites with distinct activations, and the reason why each duplicate was skipped."""
     first: dict[tuple[bytes, ...], Site] = {}
     repeated = {}
     for site in sites:
@@ -57,14 +57,14 @@ def _check_reducible(site: Site, reduce: Reduce) -> None:
     point = site.point
     assert point is not None  # sites_of binds sites to their points
     if not point.dtype.is_floating_point:
-        raise SiteError(f"{site!r} is {point.dtype}: there is nothing to subtract.")
+        raise SiteError(f"{site!r} has dtype {point.dtype}, which does not support subtraction.")
     if point.batch_axis is None:
-        raise SiteError(f"{site!r} has no batch axis that is proved, so its rows cannot be paired.")
+        raise SiteError(f"{site!r} has no known batch axis, so its rows cannot be paired.")
     check_leaves_channels(site, reduce)
 
 
 def channels_of(site: Site, count: int, reduce: Reduce) -> Sequence[Site]:
-    """Return a site per channel of a site; the site itself if it has none."""
+    """Return one site per channel of the given site, or the site itself if it has no channels."""
     point = site.point
     assert point is not None  # sites_of binds sites to their points
     kept = [axis for axis in reduced_axes(site, point.axes, reduce) if axis != "batch"]
@@ -74,9 +74,9 @@ def channels_of(site: Site, count: int, reduce: Reduce) -> Sequence[Site]:
 def spread_over(
     run: undisturbed, points: HookPoints, background: Any, sites: Sequence[Site], reduce: Reduce, batch_size: int
 ) -> tuple[int, dict[Site, Floats]]:
-    """Return the number of background inputs and, per site, `(2, channel)`: what a channel varies by, and the unit.
+    """Return the number of background inputs and, per site, `(2, channel)`: standard deviations, and effect units.
 
-    The unit is NaN where a channel varies by no more than rounding.
+    A unit is the standard deviation, or NaN if the channel's variation is within rounding error.
     """
     if background is None:
         return 0, {}

@@ -1,4 +1,4 @@
-"""Actions drawn from the output of a policy; each draw depends on the episode alone."""
+"""Sample actions from a policy's output; each draw depends only on its episode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
-    """Return one generator per episode; repeated seeds get different ones."""
+    """Return one random generator per episode; episodes with the same seed get different generators."""
     whole("sampling_seed", sampling_seed, error=RolloutError)
     keys = zip(seeds, repetitions(seeds), strict=True)
     sources = [np.random.SeedSequence(sampling_seed, spawn_key=key) for key in keys]
@@ -31,7 +31,7 @@ def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Gen
 
 
 def repetitions(seeds: Sequence[int]) -> list[int]:
-    """Return how often each seed came before in the list."""
+    """Return, for each seed, how many times it occurs earlier in the list."""
     times: Counter[int] = Counter()
     found = []
     for seed in seeds:
@@ -43,9 +43,9 @@ def repetitions(seeds: Sequence[int]) -> list[int]:
 def chosen_actions(
     decision: Decision, streams: Sequence[np.random.Generator] | None, rows: int, envs: VectorEnv[Any, Any, Any]
 ) -> NDArray[Any]:
-    """Return one action per row, as the environments take them.
+    """Return one action per row, in the format that the environments expect.
 
-    The next draw of each row's generator selects the action of a distribution; without generators it is the mode.
+    Actions are sampled from a distribution with each row's generator; without generators, the mode is used.
     """
     choice, space = decision.choice, envs.single_action_space
     if isinstance(choice, Tensor):
@@ -54,10 +54,10 @@ def chosen_actions(
     if distribution.batch_shape[:1] != (rows,):
         raise RolloutError(
             f"The policy's {type(distribution).__name__} has batch shape {tuple(distribution.batch_shape)} for {rows} "
-            "rows. A policy returns one distribution per row: logits (row, action), not (action,)."
+            "rows. A policy must return one distribution per row: logits of shape (row, action), not (action,)."
         )
     if streams is None:
-        # torch's mode of a Bernoulli is NaN at one half.
+        # torch's Bernoulli.mode is NaN at probability 0.5.
         mode = distribution.probs >= 0.5 if isinstance(distribution, Bernoulli) else distribution.mode
         actions = mode.cpu().numpy()
     else:
@@ -68,16 +68,16 @@ def chosen_actions(
 
 
 def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli | Normal, bool]:
-    """Return the distribution that is drawn from, and whether a tanh of the draw is the action."""
+    """Return the distribution to sample from, and whether the action is the tanh of the sample."""
     squashed = False
     while isinstance(distribution, Independent) or _is_tanh(distribution):
         squashed |= _is_tanh(distribution)
         distribution = distribution.base_dist  # type: ignore[attr-defined]
     if not isinstance(distribution, (Categorical, Bernoulli, Normal)):
         raise DistributionError(
-            f"A rollout cannot draw actions from {type(distribution).__name__}: paired draws need the "
-            "inverse CDF, which is known for Categorical, Bernoulli and Normal, alone or inside Independent, and for "
-            "the tanh of a Normal. Give the rollout a function that calls the policy and returns one of these."
+            f"A rollout cannot sample actions from {type(distribution).__name__}: paired sampling requires the "
+            "inverse CDF, which is available for Categorical, Bernoulli and Normal, alone or inside Independent, and "
+            "for the tanh of a Normal. Pass a function that calls the policy and returns one of these."
         )
     return distribution, squashed
 
@@ -93,15 +93,15 @@ def _in_box(decision: Decision, actions: NDArray[Any], space: Space[Any]) -> NDA
 
 
 def _given(actions: NDArray[Any], rows: int, space: Space[Any]) -> NDArray[Any]:
-    """Return actions that the policy chose itself in the dtype of an action space, if they fit."""
+    """Cast actions that the policy chose itself to the dtype of the action space, and check that they are valid."""
     _check_shape("The policy", actions, rows, space)
-    with np.errstate(invalid="ignore"):  # NaN, which is an error below
+    with np.errstate(invalid="ignore"):  # NaN raises an error below
         fitting = actions.astype(space.dtype)
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
     whole = actions.dtype.kind in "iub" and (fitting == actions).all()
     if not (np.isfinite(actions).all() if is_box else whole and all(map(space.contains, fitting))):
         raise RolloutError(
-            f"The policy gives the actions {actions.tolist()} ({actions.dtype}), but the environment takes {space}."
+            f"The policy returned actions {actions.tolist()} ({actions.dtype}), but the environment expects {space}."
         )
     return fitting
 
@@ -109,34 +109,34 @@ def _given(actions: NDArray[Any], rows: int, space: Space[Any]) -> NDArray[Any]:
 def _fitting(
     actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, rows: int, space: Space[Any]
 ) -> NDArray[Any]:
-    """Return the actions in the dtype of an action space, counted from its start, if they fit."""
+    """Cast actions to the dtype of the action space, offset them by its start, and check that they are valid."""
     _check_shape("The policy's distribution", actions, rows, space)
     wrong = _wrong_actions(actions, distribution, space)
     if wrong:
         raise RolloutError(
-            f"The policy's {type(distribution).__name__} {wrong}, but the environment takes {space}. Give the rollout "
-            "a function that calls the policy and returns a distribution over those actions."
+            f"The policy's {type(distribution).__name__} {wrong}, but the environment expects {space}. Pass a "
+            "function that calls the policy and returns a distribution over those actions."
         )
-    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # a Discrete need not start at 0
+    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # Discrete(2, start=1)
 
 
 def _check_shape(subject: str, actions: NDArray[Any], rows: int, space: Space[Any]) -> None:
     if space.shape is None or actions.shape != (rows, *space.shape):
         raise RolloutError(
-            f"{subject} gives actions of shape {actions.shape} for {rows} rows, but {space} "
-            f"takes {'no single array' if space.shape is None else f'shape {(rows, *space.shape)}'}."
+            f"{subject} produces actions of shape {actions.shape} for {rows} rows, but {space} "
+            f"{'has no single array shape' if space.shape is None else f'expects shape {(rows, *space.shape)}'}."
         )
 
 
 def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
-    """Return why a distribution does not fit a discrete space; an empty text if it fits."""
+    """Return why a distribution does not match a discrete space, or an empty string if it does."""
     spaces = imported("gymnasium.spaces")
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return ""
     if isinstance(distribution, Normal):
-        return "gives fractions"
+        return "is continuous"
     has = distribution.probs.shape[-1] if isinstance(distribution, Categorical) else 2
-    if isinstance(space, spaces.MultiDiscrete):  # some may have fewer choices, whose logits are padded
+    if isinstance(space, spaces.MultiDiscrete):  # dimensions with fewer choices may have padded logits
         fits = has >= space.nvec.max() and (actions < space.nvec).all()
     else:
         fits = has == (space.n if isinstance(space, spaces.Discrete) else 2)
@@ -144,10 +144,10 @@ def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli 
 
 
 def _inverse_cdf(distribution: Categorical | Bernoulli | Normal, uniform: Tensor) -> Tensor:
-    """Return the values at which the cumulative distribution reaches the draws, which lie in [0, 1)."""
+    """Apply the inverse CDF of a distribution to uniform draws in [0, 1)."""
     if isinstance(distribution, Categorical):
         cumulative = distribution.probs.cpu().double().cumsum(-1)
-        reached = uniform * cumulative[..., -1]  # the last one is 1 up to rounding
+        reached = uniform * cumulative[..., -1]  # the last value is 1 up to rounding
         return torch.searchsorted(cumulative, reached.unsqueeze(-1), right=True).squeeze(-1)
     if isinstance(distribution, Bernoulli):
         return uniform >= 1 - distribution.probs.cpu().double()

@@ -1,4 +1,4 @@
-"""Refuse policies and environments that a rollout cannot play, or cannot compare, with advice."""
+"""Reject policies and environments that rollouts do not support, and say how to adapt them."""
 
 from __future__ import annotations
 
@@ -17,54 +17,52 @@ from .copies import STATE, held_modules
 from .stable_baselines import is_sb3_policy
 
 _SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
-_ADVICE = {  # by the library that the environments come from
-    "stable_baselines3": "Build one from the function that makes an environment: "
+_ADVICE = {  # keyed by the library that the environments come from
+    "stable_baselines3": "Build one from the function that creates an environment: "
     "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
-    "gym3": "gym3 cannot reset one environment by a seed. Write a gymnasium.Env whose reset(seed=...) makes the level "
-    f"of that seed, and give {_SINGLE}",
-    "pettingzoo": "It has several agents. Write a gymnasium.Env for one agent, which plays the others too, and give "
+    "gym3": "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
+    f"for that seed, and pass {_SINGLE}",
+    "pettingzoo": "It has several agents. Write a gymnasium.Env for one agent that also runs the others, and pass "
     f"{_SINGLE}",
-    "gym": f"Convert an environment to gymnasium, as shimmy.GymV26CompatibilityV0 does, and give {_SINGLE}",
+    "gym": f"Convert an environment to gymnasium, for example with shimmy.GymV26CompatibilityV0, and pass {_SINGLE}",
 }
 
 
 def check_envs(envs: Any) -> None:
-    """Raise for anything but a vector environment of gymnasium, 1.1 or later, whose observations are numbers."""
+    """Raise an error unless `envs` is a vector environment from gymnasium 1.1 or later with numeric observations."""
     vector = imported("gymnasium.vector")
     if not hasattr(vector, "AutoresetMode"):
         version = imported("gymnasium").__version__
         raise MissingPackageError(
-            f"gymnasium {version} is installed, but rollouts need 1.1 or later: pip install --upgrade gymnasium"
+            f"gymnasium {version} is installed, but rollouts require 1.1 or later: pip install --upgrade gymnasium"
         )
     if not isinstance(envs, vector.VectorEnv):
         libraries = [kind.__module__.partition(".")[0] for kind in type(envs).__mro__]
-        advice = next((_ADVICE[name] for name in libraries if name in _ADVICE), f"For a single environment: {_SINGLE}")
-        raise RolloutError(
-            f"envs is a {type(envs).__name__}, but a rollout takes a gymnasium.vector.VectorEnv. {advice}"
-        )
+        advice = next((_ADVICE[name] for name in libraries if name in _ADVICE), f"For one environment, pass {_SINGLE}")
+        raise RolloutError(f"envs must be a gymnasium.vector.VectorEnv; got {type(envs).__name__}. {advice}")
     if getattr(envs, "single_observation_space", None) is None:
         raise RolloutError(
-            f"{type(envs).__name__} has no single_observation_space. Set the spaces in its __init__, as "
-            "gymnasium.vector.VectorEnv describes."
+            f"{type(envs).__name__} has no single_observation_space. Set its spaces in __init__, as described "
+            "in the documentation of gymnasium.vector.VectorEnv."
         )
     _check_numbers(envs.single_observation_space)
 
 
 def _check_numbers(space: Any, name: str = "observations") -> None:
-    """Raise for a space, or a part of it, whose samples in a vector environment are not one array of numbers."""
+    """Raise an error if a space, or part of it, does not produce numeric arrays in a vector environment."""
     spaces = imported("gymnasium.spaces")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
             _check_numbers(part, f"{name}[{key!r}]")
     elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
         raise RolloutError(
-            f"{name} is a {type(space).__name__}, which gives no array of numbers. Leave it out, as "
-            "gymnasium.wrappers.FilterObservation(environment, names) does, or encode it in a wrapper."
+            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove it with "
+            "gymnasium.wrappers.FilterObservation(environment, names), or encode it in a wrapper."
         )
 
 
 def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
-    """Return the method of a model, or of its twin, that was traced; the model itself if that is its call."""
+    """Return the traced method of a model or its twin, or the model itself if `__call__` was traced."""
     method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
     return model if method == "__call__" else getattr(model, method)
 
@@ -73,12 +71,14 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
     """Return the function or module that a rollout calls.
 
     Raises:
-        RolloutError: If it is not callable, needs other arguments or masks, or was built for other observations.
+        RolloutError: If it is not callable, requires other arguments or masks, or expects other observations.
     """
     if isinstance(policy, HookPoints):
         policy = method_of(policy.model, policy)
     if not callable(policy):
-        raise RolloutError(f"Expected a module, its HookPoints or a function of observations, not {no_module(policy)}")
+        raise RolloutError(
+            f"policy must be a module, HookPoints or a function of observations; got {no_module(policy)}"
+        )
     owner = getattr(policy, "__self__", policy)
     if is_sb3_policy(owner):
         _check_observations(owner, envs)
@@ -91,29 +91,29 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
     name = type(owner).__name__
     if "action_masks" in signature.parameters and not masked:
         raise RolloutError(
-            f"{name} takes action_masks; without them it chooses actions that are not allowed. Give the rollout "
+            f"{name} expects action_masks; without them it may choose actions that are not allowed. Pass "
             'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
         )
     try:
         signature.bind(*[None] * (2 if stateful else 1))
     except TypeError:
         raise RolloutError(
-            f"{name} takes ({', '.join(signature.parameters)}), but a rollout calls it with "
-            f"{'(observations, state)' if stateful else '(observations)'}. A recurrent policy needs initial_state=. "
-            "Other arguments need a function, such as this one for sb3-contrib's RecurrentPPO: "
+            f"{name} expects ({', '.join(signature.parameters)}), but a rollout passes "
+            f"{'(observations, state)' if stateful else '(observations)'}. For a recurrent policy, set initial_state=. "
+            "For other arguments, wrap the policy in a function, such as this one for sb3-contrib's RecurrentPPO: "
             "lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
         ) from None
     return policy
 
 
 def _check_observations(policy: Any, envs: Any) -> None:
-    """Raise if a policy of Stable-Baselines3 was built for observations of other shapes."""
+    """Raise an error if a Stable-Baselines3 policy was built for observations of different shapes."""
     built, given = _shapes(policy.observation_space), _shapes(envs.single_observation_space)
     if built != given:
         raise RolloutError(
-            f"{type(policy).__name__} was built for observations of shape {built}, but the environments give {given}. "
-            "Stable-Baselines3 moves the channels of images first, and may stack frames, in training: wrap each "
-            "environment so that it does the same."
+            f"{type(policy).__name__} was built for observations of shape {built}, but the environments return "
+            f"{given}. In training, Stable-Baselines3 moves image channels first and may stack frames: wrap each "
+            "environment to do the same."
         )
 
 
@@ -123,9 +123,9 @@ def _shapes(space: Any) -> Any:
 
 
 def check_modes(policies: Mapping[str, Any]) -> None:
-    """Raise RolloutError if a module that computes otherwise in training is in training mode on one side only.
+    """Raise RolloutError if a module such as dropout is in training mode in one policy and in eval mode in another.
 
-    The sides are the first policy and each of the others, and each twin and the policy that it was made from.
+    The first policy is compared with each of the others, and each twin with its original policy.
     """
     held = {f"'{label}'": nn.ModuleList(held_modules(policy)) for label, policy in policies.items()}
     first, *others = held.items()
@@ -156,5 +156,5 @@ def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: n
 
 
 def _module(name: str, modules: Mapping[str, nn.Module]) -> str:
-    inside = name.partition(".")[2]  # after the place in the list
+    inside = name.partition(".")[2]  # drop the index in the ModuleList
     return f"{repr(inside) if inside else 'the module'} ({type(modules[name]).__name__})"

@@ -1,4 +1,4 @@
-"""Checksums of observations, by which two rollouts are compared."""
+"""Checksums of observations, used to check that two rollouts are paired."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def checksums(observations: Any, count: int) -> NDArray[np.uint64]:
-    """Return a checksum of each sub-environment's observation: arrays, dicts and tuples of them, texts, objects."""
+    """Return a checksum of each sub-environment's observation: an array, dict, tuple, string or other object."""
     if not isinstance(observations, np.ndarray):
         if isinstance(observations, Mapping):
             return _of_parts([*observations.values()], count)
@@ -45,5 +45,5 @@ def _of_object(each: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _weights(words: int) -> NDArray[np.uint64]:
-    """Return odd numbers drawn at random: every change of one word, and nearly every other one, changes the sum."""
+    """Return random odd weights, so that any change to one word, and nearly any other change, alters the sum."""
     return np.random.Philox(0).random_raw(words) | np.uint64(1)

@@ -1,4 +1,4 @@
-"""Copies of policies that share the weights, and the modules that functions refer to."""
+"""Copy policies with shared weights, and find the modules that functions refer to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..engine.hooks import drop_hooks, is_ours
 from ..errors import RolloutError, UnsupportedModelError
 from ..patching.patch import Patch
 
-STATE = "_chanpatch"  # the attribute in which a twin keeps its patches
+STATE = "_chanpatch"  # the attribute that stores a twin's patches
 
 
 def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
-    """Return a copy of a module tree, without our hooks, that shares the parameters and buffers.
+    """Copy a module tree without chanpatch's hooks; the copy shares the parameters and buffers.
 
-    `plain` is the same tree without patches; the policy itself if it has none.
+    `plain` is the same tree without patches, or the policy itself if it has no patches.
     """
     kept = [*_reachable([policy], _kept_by)]
     _refuse_functions_that_refer_to(policy, kept)
@@ -32,36 +32,36 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
         twin = copy.deepcopy(plain, _memo(policy, kept))
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(plain).__name__} cannot be copied, so it can have no twin ({type(error).__name__}: {error}). "
-            "Keep objects that cannot be copied (environments, files, locks) out of the module, or use patched()."
+            f"{type(plain).__name__} cannot be copied, so it cannot have a twin ({type(error).__name__}: {error}). "
+            "Remove objects that cannot be copied (environments, files, locks) from the module, or use patched()."
         ) from error
     drop_hooks(twin)
     if any(own is not weight for own, weight in zip(twin.parameters(), policy.parameters(), strict=True)):
         raise UnsupportedModelError(
-            f"A module in {type(plain).__name__} copies its parameters by itself (TorchRL's TensorDictParams does), so "
-            "a twin would not share the weights. Use patched()."
+            f"A module in {type(plain).__name__} copies its own parameters (as TorchRL's TensorDictParams does), so a "
+            "twin would not share the weights. Use patched()."
         )
     return twin
 
 
 def refuse_writing_modes(policy: nn.Module) -> None:
-    """Raise for a module whose own `train` or `eval` writes its parameters, as to merge an adapter into them.
+    """Raise an error if a module's own `train` or `eval` changes its parameters, as when it merges an adapter.
 
-    It is tried on a copy with other parameters, so an override that only sets flags passes.
+    The methods are tested on a copy with other parameters, so overrides that only set flags are accepted.
     """
     for name, module in policy.named_modules():
         modes = {each: getattr(type(module), each) for each in ("train", "eval")}
         own = [each for each, mode in modes.items() if not str(getattr(mode, "__module__", "")).startswith("torch.")]
         if own and next(module.parameters(), None) is not None and _writes_weights(module):
             raise UnsupportedModelError(
-                f"{repr(name) if name else 'The policy'} ({type(module).__name__}) writes its parameters in "
-                f"{' and '.join(f'{each}()' for each in own)}. A twin shares them, but not the flag that says how they "
-                "are, so one of the two would be wrong. Merge for good before you make the twin, or use patched()."
+                f"{repr(name) if name else 'The policy'} ({type(module).__name__}) changes its parameters in "
+                f"{' and '.join(f'{each}()' for each in own)}. A twin shares its parameters but not its flags, so "
+                "one of the two would be wrong. Make the change permanent before creating a twin, or use patched()."
             )
 
 
 def _writes_weights(module: nn.Module) -> bool:
-    """Return whether `train` or `eval` changes parameters of a copy; False if it has no copy or fails there."""
+    """Return whether `train` or `eval` changes the parameters of a copy; False if copying or either call fails."""
     with suppress(Exception):
         kept = [*_reachable([module], _kept_by)]
         trials = {
@@ -77,11 +77,11 @@ def _writes_weights(module: nn.Module) -> bool:
     return False
 
 
-_TRIAL = 2  # adding, subtracting, multiplying or dividing such parameters changes them
+_TRIAL = 2  # adding, subtracting, multiplying or dividing parameters with this value changes them
 
 
 def held_modules(policy: Any) -> list[nn.Module]:
-    """Return the modules that a policy is or refers to: in closures, defaults, attributes, or by names of globals."""
+    """Return the policy if it is a module, else the modules in its closure, defaults, attributes and globals."""
     if isinstance(policy, nn.Module):
         return [policy]
     held = _referred_to([policy, *getattr(policy, "__dict__", {}).values()])
@@ -89,13 +89,13 @@ def held_modules(policy: Any) -> list[nn.Module]:
 
 
 def patches_inside(policy: Any) -> list[Patch]:
-    """Return the patches of the twins that a policy is or refers to."""
+    """Return the patches of every twin in a policy, or in the modules that it refers to."""
     modules = {module: None for held in held_modules(policy) for module in held.modules()}
     return [patch for module in modules if STATE in vars(module) for patch in vars(module)[STATE].patches]
 
 
 def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
-    """Raise for a function that refers to the environments, and asks for `context.rows` but not for `environments`."""
+    """Raise an error if a patch function indexes the environments by `context.rows`, not `context.environments`."""
     for patch in patches:
         for function in filter(callable, (patch.edit, patch.where)):
             known = _referred_to([function, *getattr(function, "__dict__", {}).values(), type(function).__call__])
@@ -103,13 +103,13 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
             reads = any(each is envs or each is envs.unwrapped for each in known)
             if reads and "rows" in names and "environments" not in names:
                 raise RolloutError(
-                    f"A function of {patch!r} reads the environments by context.rows, the numbers of the episodes. Use "
-                    "context.environments, which has the sub-environment of each row."
+                    f"A function in {patch!r} indexes the environments with context.rows, which contains episode "
+                    "numbers. Use context.environments, which contains the sub-environment of each row."
                 )
 
 
 def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:
-    """Return the copies of tensors by id: weights are shared, results of forwards (with a graph) are cloned."""
+    """Return a deepcopy memo that shares weights and clones non-leaf tensors, which a forward pass computed."""
     tensors = [item for item in kept if isinstance(item, Tensor)]
     clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
     weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
@@ -117,10 +117,10 @@ def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:
 
 
 def _refuse_functions_that_refer_to(policy: nn.Module, kept: list[Any]) -> None:
-    """Raise if a function, hook or weak reference that a policy keeps refers to the policy.
+    """Raise an error if a function, hook or weak reference stored on a policy refers back to the policy.
 
-    The copy's function would run the modules of the original, or fill a container that only the original reads.
-    UnreachedError detects it only if no other call reaches the patch.
+    In a copy, the function would run the original's modules, or fill a container that only the original reads.
+    UnreachedError detects this only if no other call reaches the patch.
     """
     own = {id(item) for item in kept if isinstance(item, (nn.Module, list, set, deque, dict))}
     for item in kept:
@@ -129,14 +129,14 @@ def _refuse_functions_that_refer_to(policy: nn.Module, kept: list[Any]) -> None:
         if refers and any(id(each) in own for each in _referred_to([item])):
             kept_one = "a weak reference" if is_weak else f"the function {item.__qualname__}"
             raise UnsupportedModelError(
-                f"{type(policy).__name__} keeps {kept_one} (in an attribute or as a hook), which refers to the policy "
-                "itself, or to a container in it. From a twin it would reach the unpatched original. Make it a method, "
-                "or use patched()."
+                f"{type(policy).__name__} stores {kept_one} (in an attribute or as a hook), which refers to the policy "
+                "itself or to a container in it. In a twin, it would still refer to the unpatched original. Make it a "
+                "method, or use patched()."
             )
 
 
 def _referred_to(roots: Iterable[Any]) -> list[Any]:
-    """Return the objects that functions and weak references refer to: in closures, defaults, or names of globals."""
+    """Return the objects that functions (in closures, defaults and globals) and weak references refer to."""
     held = [*_reachable(roots, _held_by)]
     functions = [item for item in held if isinstance(item, types.FunctionType)]
     return held + [each.__globals__.get(name) for each in functions for name in each.__code__.co_names]
@@ -155,7 +155,7 @@ def _kept_by(item: Any) -> Iterable[Any]:
     if isinstance(item, (type, types.ModuleType, types.FunctionType)) or is_ours(item):
         return ()
     own = getattr(item, "__dict__", {})
-    run = [part for name, part in own.items() if name != STATE and "state_dict" not in name]  # its hooks run in no call
+    run = [part for name, part in own.items() if name != STATE and "state_dict" not in name]  # never run in a call
     return _inside(item) or run
 
 

@@ -1,4 +1,4 @@
-"""Read the decision of any kind of policy: a distribution over actions, or actions."""
+"""Read a policy's decision: a distribution over actions, or the actions themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Masks: TypeAlias = Callable[["VectorEnv[Any, Any, Any]", dict[str, Any]], Any]
 
 
 class Decision(NamedTuple):
-    """A distribution over actions, or the actions; and a function of actions and a Box that fits them to it, if any."""
+    """A distribution over actions or the actions themselves, and optionally a function that maps actions to a Box."""
 
     choice: Distribution | Tensor
     fitted: Callable[[NDArray[Any], Any], NDArray[Any]] | None = None
@@ -32,40 +32,38 @@ class Decision(NamedTuple):
 def action_distribution(
     policy: Callable[..., Any], observations: Any, *, outputs: Outputs | None = None
 ) -> Distribution:
-    """Return a policy's distribution over actions, for a batch of observations.
+    """Return a policy's distribution over actions for a batch of observations.
 
-    The policy may return a distribution, a tuple that holds one, or a dict or object that has `logits` or a
-    distribution. It may also be a policy of Stable-Baselines3, or have a `get_distribution` method as those do.
+    The policy may return a distribution, a tuple that contains a distribution, or a dict or object with `logits` or a
+    distribution. Stable-Baselines3 policies, and others with a `get_distribution` method, are also supported.
 
     Args:
         policy: Module or function of observations.
-        observations: Inputs of the policy.
+        observations: Input to the policy.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`, or
-            `"values"` of the actions, which put all probability on the highest. Rollouts also take `"actions"`.
+            `"values"`, which select the action with the highest value. Rollouts also accept `"actions"`.
 
     Raises:
-        DistributionError: If the output holds no distribution, or is a tensor and `outputs` is missing.
+        DistributionError: If the output contains no distribution, or is a tensor and `outputs` is None.
     """
     check_outputs(outputs)
     choice = decision_in(output_of(policy, observations, outputs), type(policy).__name__, outputs).choice
     if isinstance(choice, Tensor):
         raise DistributionError(
-            f"{type(policy).__name__} gives actions, which have no distribution. Give the function that gives their "
-            'logits or values instead, such as policy.q_net with outputs="values".'
+            f"{type(policy).__name__} returns actions, not a distribution. Pass a function that returns their logits "
+            'or values instead, such as policy.q_net with outputs="values".'
         )
     return choice
 
 
 def check_outputs(outputs: Any) -> None:
-    """Raise DistributionError for anything but the name of a kind of outputs, or None."""
+    """Raise DistributionError unless `outputs` is None or one of the accepted strings."""
     if outputs is not None and outputs not in get_args(Outputs):
-        raise DistributionError(
-            f'outputs is {outputs!r}, but it names the meaning of tensors: "logits", "values" or "actions".'
-        )
+        raise DistributionError(f'outputs must be "logits", "values" or "actions"; got {outputs!r}.')
 
 
 def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | None = None) -> Any:
-    """Return the output of a policy; of one of Stable-Baselines3, its distribution or its decision."""
+    """Return the output of a policy, or the distribution or decision of a Stable-Baselines3 policy."""
     own = getattr(policy, "get_distribution", None)
     try:
         if callable(own):
@@ -77,14 +75,14 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
         if 'missing the required "forward"' not in str(error):
             raise
         raise DistributionError(
-            f"{type(policy).__name__} has no forward. Give rollout() or action_distribution() the function that "
-            "gives its logits or distribution, such as lambda observations: agent.actor(observations); give "
-            "rollout_sweep() a module whose forward does that."
+            f"{type(policy).__name__} has no forward(). Pass rollout() or action_distribution() a function that "
+            "returns its logits or distribution, such as lambda observations: agent.actor(observations). Pass "
+            "rollout_sweep() a module whose forward() does that."
         ) from error
 
 
 def _output_of_sb3(policy: Any, observations: Any) -> Any:
-    """Return the distribution of a policy without `get_distribution`, or the actions that its `predict` begins with."""
+    """Return the distribution of a policy without `get_distribution`, or the actions that `predict` postprocesses."""
     actor = getattr(policy, "actor", policy)
     if not hasattr(actor, "get_action_dist_params"):
         return Decision(policy._predict(observations, deterministic=True), fit(squashed=policy.squash_output))
@@ -93,17 +91,17 @@ def _output_of_sb3(policy: Any, observations: Any) -> Any:
 
 
 def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None = None) -> Decision:
-    """Return the decision that an output holds; `subject` is the policy's name in messages.
+    """Return the decision in a policy's output; `subject` is the policy's name in error messages.
 
-    `masks` is `(row, action)`, True for the actions that are allowed.
+    `masks` has axes `(row, action)` and is True for allowed actions.
     """
     if isinstance(output, Decision):
         decision = output
-    elif (found := distribution_in(output)) is not None:  # a ValueError about NaN goes on: see PatchedPolicy
+    elif (found := distribution_in(output)) is not None:  # PatchedPolicy handles ValueError due to NaN
         if outputs in ("values", "actions"):
             raise DistributionError(
-                f"{subject} returned {described(output)}, which holds a distribution, but outputs={outputs!r} is for "
-                "tensors. Leave outputs out; for several policies, give it by name."
+                f"{subject} returned {described(output)}, which contains a distribution, but outputs={outputs!r} only "
+                "applies to tensors. Omit outputs, or for several policies pass a dict that omits this one."
             )
         decision = Decision(found, fit_of_distribution(output))
     else:
@@ -112,8 +110,8 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
         return decision
     if not isinstance(decision.choice, Categorical):
         raise RolloutError(
-            f"masks leave out actions of a Categorical, but {subject} gives a {type(decision.choice).__name__}. Give "
-            "the function that gives its logits, or its values."
+            f"masks only apply to a Categorical, but {subject} returned a {type(decision.choice).__name__}. Pass a "
+            "function that returns logits or values."
         )
     return Decision(Categorical(logits=_masked(decision.choice.logits, masks)))
 
@@ -127,17 +125,17 @@ def _of_tensor(
         raise no_distribution(output, f"{subject} returned", f"Pass a function that selects it{example}.")
     if outputs is None:
         raise DistributionError(
-            f"{subject} returned {described(output)}. A tensor may hold logits, values or actions. Name its meaning: "
-            'outputs="logits", outputs="values" (the action with the highest is taken) or outputs="actions".'
+            f"{subject} returned {described(output)}, which may contain logits, values or actions. Specify "
+            'outputs="logits", outputs="values" (selects the action with the highest value) or outputs="actions".'
         )
     if outputs == "actions":
         if masks is not None:
-            raise RolloutError('masks leave out actions of a distribution, and outputs="actions" gives none.')
+            raise RolloutError('masks cannot be applied with outputs="actions". Return logits or values instead.')
         return tensor
     found = categorical(tensor)
     if found is None:
         raise DistributionError(
-            f"{subject} returned {described(output)}, but outputs={outputs!r} needs a float tensor (row, action)."
+            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor (row, action)."
         )
     allowed = tensor if masks is None else _masked(tensor, masks)
     if outputs == "values":
@@ -148,19 +146,21 @@ def _of_tensor(
 def _masked(logits: Tensor, masks: NDArray[np.bool_]) -> Tensor:
     if masks.shape != logits.shape:
         raise RolloutError(
-            f"masks gives the shape {masks.shape} for the running episodes, but the policy has logits or values of "
-            f"shape {tuple(logits.shape)}. Give one bool per environment and action."
+            f"masks returned shape {masks.shape} for the running episodes, but the policy's logits or values have "
+            f"shape {tuple(logits.shape)}. Return one bool per environment and action."
         )
     if not masks.any(axis=-1).all():
-        raise RolloutError("masks leaves an environment without any action: True means that an action is allowed.")
+        raise RolloutError("masks allows no action in at least one environment. Return True for allowed actions.")
     return logits.masked_fill(~torch.from_numpy(masks).to(logits.device), -torch.inf)
 
 
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
-    """Return the masks of all sub-environments, bool `(environment, action)`; None without masks."""
+    """Return the bool mask `(environment, action)` of all sub-environments, or None if there are no masks."""
     if masks is None:
         return None
     found = np.array(masks(envs, infos), dtype=np.bool_)
     if found.shape[:1] != (envs.num_envs,):
-        raise RolloutError(f"masks gives the shape {found.shape} for {envs.num_envs} environments: give a row to each.")
+        raise RolloutError(
+            f"masks returned shape {found.shape} for {envs.num_envs} environments. Return a row for each."
+        )
     return found

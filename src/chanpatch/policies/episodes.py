@@ -1,4 +1,4 @@
-"""Episodes played side by side in a vector environment, wave after wave."""
+"""Play episodes in parallel in a vector environment, one batch (wave) at a time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CHANNELS_REFUSED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) ch
 
 
 class Settings(NamedTuple):
-    """The arguments of `rollout`."""
+    """Arguments of `rollout`."""
 
     max_steps: int
     sampling_seed: int
@@ -62,9 +62,9 @@ def play(
     times: int = 1,
     around: Around = lambda _: nullcontext(),
 ) -> list[Rollout]:
-    """Play all episodes `times` times, with the same draws; return one rollout per time.
+    """Play all episodes `times` times with the same draws, and return one rollout per repetition.
 
-    `around` returns a context for each forward. It takes int64 `(row,)`: which of the times each row belongs to.
+    `around` takes the repetition of each row, int64 `(row,)`, and returns a context for the forward pass.
     `label` is the policy's name.
     """
     check_envs(envs)
@@ -74,27 +74,27 @@ def play(
     refuse_environments_by_rows(patches_inside(policy), envs)
     log = _Log(seeds, settings, times, label)
     if settings.max_steps < 1:
-        raise RolloutError(f"max_steps is {settings.max_steps}, but an episode has at least one step.")
+        raise RolloutError(f"max_steps must be at least 1; got {settings.max_steps}.")
     waves = range(0, log.plays, envs.num_envs)
     held = nn.ModuleList(held_modules(policy))
     with undisturbed(held) as run, progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance:
         actor = _Actor(policy, settings)
         for start in waves:
-            run.snapshot.put_back()  # an episode must not depend on the last one
+            run.snapshot.put_back()  # an episode must not depend on earlier ones
             wave = np.arange(start, min(start + envs.num_envs, log.plays))
             _play_wave(actor, envs, wave, log, advance, settings, around)
     return log.rollouts()
 
 
 class _Log:
-    """The record of all plays, time after time, and the stream of draws of each play."""
+    """Results and random generators of all plays, ordered by repetition and then episode."""
 
     def __init__(self, seeds: Iterable[int], settings: Settings, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
-            raise RolloutError(f"seeds is {seeds!r}: name one seed per episode, as in range(100).")
+            raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
         if not checked:
-            raise RolloutError("seeds is empty: name one seed per episode.")
+            raise RolloutError("seeds is empty: pass one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)
         self.seeds = tuple(checked * times)
         self._settings = settings
@@ -108,13 +108,13 @@ class _Log:
         self.returns = np.zeros(self.plays)
         self.terminated = np.zeros(self.plays, dtype=np.bool_)
         self.truncated = np.zeros(self.plays, dtype=np.bool_)
-        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # plays and their actions, step by step
-        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # plays and their checksums
+        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # plays and their actions at each step
+        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # plays and their checksums at each step
 
     def add(
         self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
     ) -> None:
-        """Add a step of some plays; `seen` are checksums of the observations after it."""
+        """Add one step of the given plays; `seen` contains checksums of the observations after the step."""
         self.returns[plays] += rewards
         self.taken.append((plays, actions))
         self.checked.append((plays, seen ^ rewards.view(np.uint64)))
@@ -129,7 +129,7 @@ class _Log:
 
 
 def _of_plays(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
-    """Return an array `(step, ...)` for each play, from the plays and values of each step."""
+    """Return one array `(step, ...)` per play, given the plays and values at each step."""
     plays, values = map(np.concatenate, zip(*steps, strict=True))
     order = np.argsort(plays, kind="stable")
     return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
@@ -144,12 +144,12 @@ def _play_wave(
     settings: Settings,
     around: Around,
 ) -> None:
-    """Play the episodes of one wave side by side, until the last one is over; report each step to the progress bar."""
+    """Play the episodes of one wave in parallel until all have finished, and advance the progress bar."""
     observations, infos = _reset(envs, [log.seeds[number] for number in np.resize(wave, envs.num_envs)])
     disabled = imported("gymnasium.vector").AutoresetMode.DISABLED
     resets_itself = envs.metadata.get("autoreset_mode") is not disabled
     actor.begin(len(wave))
-    running = np.arange(len(wave))  # sub-environments whose episode goes on; others fill up the last wave
+    running = np.arange(len(wave))  # sub-environments with a running episode; in the last wave, some have none
     actions: NDArray[Any] | None = None
     allowed = allowed_actions(settings.masks, envs, infos)
     log.checked.append((wave, _seen(observations, allowed, envs.num_envs)[running]))
@@ -163,13 +163,13 @@ def _play_wave(
         chosen = chosen_actions(decision, streams, len(running), envs)
         if actions is None:
             actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
-        if allowed is not None:  # a sub-environment that is done takes an allowed action; else it repeats its last one
+        if allowed is not None:  # finished sub-environments take an allowed action, not their last one
             actions[:] = allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
         actions[running] = chosen
         observations, rewards, terminated, truncated, infos = envs.step(actions)
         over, allowed = terminated | truncated, allowed_actions(settings.masks, envs, infos)
         seen = _seen(observations, allowed, envs.num_envs)
-        seen[over] = 0  # some environments show the next episode already
+        seen[over] = 0  # some environments already return the next episode's observation
         log.add(plays, chosen, np.asarray(rewards[running], np.float64), seen[running])
         if over.any():
             log.terminated[plays], log.truncated[plays] = terminated[running], truncated[running]
@@ -192,7 +192,7 @@ def _seen(observations: Any, allowed: Any, num_envs: int) -> NDArray[np.uint64]:
 
 
 def _of_environments(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
-    """Return the infos of some sub-environments: rows of each array or list that has one entry for each."""
+    """Return the infos of the given sub-environments, from arrays and lists with one entry per sub-environment."""
     if isinstance(infos, Mapping):
         return {name: _of_environments(part, num_envs, chosen) for name, part in infos.items()}
     if isinstance(infos, (list, tuple)) and len(infos) == num_envs:
@@ -212,7 +212,7 @@ def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> tuple[Any, dict[
 
 
 class _Actor:
-    """A policy, and its recurrent state for each running episode."""
+    """A policy and the recurrent state of each running episode."""
 
     def __init__(self, policy: Any, settings: Settings) -> None:
         initial_state = settings.initial_state
@@ -230,11 +230,11 @@ class _Actor:
                 self._state = replace(self._state, path, self._placed(tensor))
 
     def keep(self, running: NDArray[np.bool_]) -> None:
-        """Drop the rows of the episodes that are over."""
+        """Drop the rows of finished episodes."""
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(running))
 
     def decision(self, observations: Any, rows: NDArray[np.int64], allowed: NDArray[np.bool_] | None) -> Decision:
-        """Return the decision for some rows of the observations, and update the state."""
+        """Return the decision for the given rows of the observations, and update the recurrent state."""
         seen = self._tensors(observations, rows)
         try:
             if self._initial_state is None:
@@ -251,21 +251,21 @@ class _Actor:
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
             got = f"{len(returned)} items" if isinstance(returned, (tuple, list)) else type(returned).__name__
             raise RolloutError(
-                f"With an initial_state a policy takes (observations, state) and returns (output, new state), but it "
-                f"returned {got}. Give the rollout a function that picks them out."
+                f"With initial_state, the policy must return (output, new state); got {got}. Pass a function that "
+                "accepts (observations, state) and returns that pair."
             )
         shapes, before = ({path: tuple(leaf.shape) for path, leaf in leaves(s)} for s in (returned[1], self._state))
         for path in dict.fromkeys([*before, *shapes]):
             if shapes.get(path) != before.get(path):
                 raise RolloutError(
-                    f"state{path_text(path)} has shape {before.get(path, 'none')} where the policy is called, but "
-                    f"{shapes.get(path, 'none')} in the new state that it returns."
+                    f"state{path_text(path)} has shape {before.get(path, 'none')} when passed to the policy, but "
+                    f"{shapes.get(path, 'none')} in the state that it returns. Return a state of the same shape."
                 )
         self._state = returned[1]
         return returned[0]
 
     def _tensors(self, observations: Any, rows: NDArray[np.int64]) -> Any:
-        """Return rows of an array, or of a dict or tuple of arrays, as tensors."""
+        """Return the given rows of an array, or of each array in a dict or tuple, as tensors."""
         if isinstance(observations, Mapping):
             return {name: self._tensors(part, rows) for name, part in observations.items()}
         if isinstance(observations, tuple):
@@ -273,50 +273,50 @@ class _Actor:
         return self._placed(torch.as_tensor(observations[rows]))
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """Return a tensor on the policy's device, and in its dtype if it has floating point."""
+        """Move a tensor to the policy's device and, if it is floating point, to its dtype."""
         if self._like is None:
             return tensor
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _explain(self, error: RuntimeError, observations: Any) -> None:
-        """Raise an error with advice if torch rejected the dtype of the observations, or channels that come last."""
+        """Raise an error with advice if torch rejected the observations' dtype or channels-last layout."""
         if isinstance(error, ChanpatchError):
             return
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
         if others and _DTYPE_REFUSED.search(str(error)):
             raise RolloutError(
-                f"The policy refused observations of {', '.join(sorted(others))} ({error}). A rollout hands them on "
-                "as the environments give them: convert them as in training, in the policy or in a function around "
-                "it, such as lambda observations: policy(observations.float() / 255)."
+                f"The policy failed on observations of dtype {', '.join(sorted(others))} ({error}). A rollout does "
+                "not preprocess observations. Convert them as in training, in the policy or in a wrapper function "
+                "such as lambda observations: policy(observations.float() / 255)."
             ) from error
         found = _CHANNELS_REFUSED.search(str(error))
         if found and found[1] == found[2]:
             raise RolloutError(
-                f"The policy refused images whose channels come last ({error}). Its convolution takes (row, channel, "
-                "height, width): give lambda observations: policy(observations.permute(0, 3, 1, 2))."
+                f"The policy failed on channels-last images ({error}). Its convolution expects (batch, channel, "
+                "height, width): pass lambda observations: policy(observations.permute(0, 3, 1, 2))."
             ) from error
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Return a tree with some rows of each tensor."""
+    """Return a tree that keeps only the given rows of each tensor."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree
 
 
 def state_batch_axes(initial_state: InitialState) -> BatchAxes:
-    """Return the batch axis of each tensor of a state: the axis as long as the number of rows."""
+    """Return the batch axis of each tensor in a recurrent state: the axis whose length is the number of rows."""
     if not callable(initial_state):
         raise RolloutError(
-            f"initial_state is a {type(initial_state).__name__}, but it takes a function from the number of rows to "
-            "the state, such as lambda rows: torch.zeros(1, rows, 64)."
+            "initial_state must be a function that maps a number of rows to their state, such as lambda rows: "
+            f"torch.zeros(1, rows, 64); got {type(initial_state).__name__}."
         )
     two, three = (dict(leaves(initial_state(rows))) for rows in (2, 3))
     if not two or two.keys() != three.keys():
         raise RolloutError(
-            f"initial_state(2) holds {len(two)} tensors and initial_state(3) holds {len(three)}. A state holds the "
-            "same tensors for any number of rows, and one at least."
+            f"initial_state(2) contains {len(two)} tensors and initial_state(3) contains {len(three)}. A state must "
+            "contain the same tensors for any number of rows, and at least one."
         )
     axes = {}
     for path in two:
@@ -325,8 +325,8 @@ def state_batch_axes(initial_state: InitialState) -> BatchAxes:
         if [*grown.values()] != [(2, 3)]:
             raise RolloutError(
                 f"state{path_text(path)} has shape {tuple(two[path].shape)} in initial_state(2) and "
-                f"{tuple(three[path].shape)} in initial_state(3). Exactly one axis of each tensor is the batch, as "
-                "long as the number of rows."
+                f"{tuple(three[path].shape)} in initial_state(3). Each tensor must have exactly one batch axis, "
+                "whose length is the number of rows."
             )
         axes[path] = next(iter(grown))
     return axes

@@ -1,4 +1,4 @@
-"""Results of rollouts."""
+"""Results from rollouts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Rollout(Records):
-    """Results of one policy: one episode per seed, in the order of the seeds.
+    """Results from one policy: one episode per seed, in the order of the seeds.
 
     Attributes:
         seeds: Seed of each episode.
-        returns: Sum of the rewards.
-        lengths: Number of steps.
-        terminated: Whether the environment ended the episode.
-        truncated: Whether it was cut, by the environment or at `max_steps`.
+        returns: Sum of rewards in each episode.
+        lengths: Number of steps in each episode.
+        terminated: Whether each episode reached a terminal state.
+        truncated: Whether each episode was cut off, by the environment or at `max_steps`.
         actions: One array of actions `(step, ...)` per episode.
-        seen: Checksums `(1 + step,)` per episode: of the first observation, then of each step's reward and observation.
+        seen: One array `(1 + step,)` per episode, with checksums of the first observation, then of each step's reward
+            and observation.
         settings: `max_steps`, `sampling_seed` and `greedy`.
     """
 
@@ -58,14 +59,14 @@ class Rollout(Records):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PairedRollouts(Effects, Mapping[str, Rollout]):
-    """Rollouts of several policies over the same episodes, by name. The others are compared with the first.
+    """Rollouts of several policies over the same episodes, by name. All others are compared with the first.
 
     Raises:
-        RolloutError: If the seeds or settings differ, or if an episode of two policies differs before their actions do.
+        RolloutError: If seeds or settings differ, or if an episode differs between policies before their actions do.
     """
 
     rollouts: Mapping[str, Rollout]
-    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # the rollouts that `top` took these from
+    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # all rollouts, if these are a selection by `top`
 
     def __post_init__(self) -> None:
         self._check_pairs(self.rollouts)
@@ -81,23 +82,23 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of the policies that are compared with the first."""
+        """Names of all policies except the first."""
         return tuple(self)[1:]
 
     def differences(self) -> NDArray[np.float64]:
-        """Return each episode's return minus that of the first policy: `(policy, episode)`."""
+        """Return each policy's return minus the first policy's in the same episode: `(policy, episode)`."""
         return self._differences([self[label] for label in self.labels])
 
     def effect(self) -> NDArray[np.float64]:
-        """Return the mean difference over the episodes: `(policy,)`, in the unit of the return."""
+        """Return each policy's mean return minus the first policy's: `(policy,)`."""
         found: NDArray[np.float64] = self.differences().mean(axis=1)
         return found
 
     def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
-        """Return the effects with 95% intervals over the episodes, which count as independent.
+        """Return the effects with 95% intervals over episodes, which are treated as independent.
 
-        They hold for all policies together, so also for those of `top`. Intervals over six to nine episodes are
-        marked, and with fewer they are withheld, as by `chanpatch.statistics.mean_interval`.
+        The intervals are simultaneous over all policies, so they remain valid after selection by `top`. As in
+        `chanpatch.statistics.mean_interval`, they are marked for six to nine episodes and withheld for fewer.
         """
         whole = self._whole or self
         if not whole.labels:
@@ -106,10 +107,10 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return picked(every, [whole.labels.index(label) for label in self.labels])
 
     def comparisons(self) -> list[dict[str, Any]]:
-        """Return one record per policy but the first.
+        """Return one record per policy except the first.
 
-        It has the policy's `label`, the `effect` with its 95% interval (`low`, `high`, `note`), the mean return of the
-        policy (`patched`) and of the first (`original`), and the number of episodes `n`.
+        Each has the policy's `label`, the `effect` with its 95% interval (`low`, `high`, `note`), the mean returns of
+        the policy (`patched`) and of the first policy (`original`), and the number of episodes `n`.
         """
         return self._compared({label: self[label] for label in self.labels}, self.interval())
 
@@ -119,7 +120,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     @property
     def effect_label(self) -> str:
-        """Axis label of a figure."""
+        """Axis label for figures."""
         return f"difference in mean return, n = {len(self._original)} episodes"
 
     def _effects(self) -> list[dict[str, Any]]:
@@ -176,42 +177,41 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
-    """Raise if two rollouts have other seeds or settings, or if an episode differs before the actions do."""
+    """Raise an error if seeds or settings differ, or if an episode differs before the actions do."""
     if first.seeds != other.seeds:
-        raise RolloutError(f"{names} were not rolled out over the same episodes: their seeds differ.")
+        raise RolloutError(f"{names} cannot be compared: they were rolled out with different seeds.")
     for name, value in first.settings.items():
         if other.settings[name] != value:
-            raise RolloutError(f"{names} were rolled out with {name}={value} and {name}={other.settings[name]}.")
+            raise RolloutError(f"{names} cannot be compared: {name} is {value} and {other.settings[name]}.")
     ends = [[*zip(each.lengths, each.terminated, each.truncated, strict=True)] for each in (first, other)]
     for episode, seed in enumerate(first.seeds):
         taken, others = first.actions[episode], other.actions[episode]
         shorter = min(len(taken), len(others))
         apart = (taken[:shorter] != others[:shorter]).reshape(shorter, -1).any(axis=1)
-        steps = int(apart.argmax()) if apart.any() else shorter  # in which both did the same
+        steps = int(apart.argmax()) if apart.any() else shorter  # before the first action that differs
         unlike = first.seen[episode][: steps + 1] != other.seen[episode][: steps + 1]
         if unlike.any() or (not apart.any() and ends[0][episode] != ends[1][episode]):
             when = int(unlike.argmax()) if unlike.any() else steps
-            after = f"after the same {when} actions" if when else "at its start"
             raise RolloutError(
-                f"{names} cannot be compared: episode {episode} (seed {seed}) was another one for each {after}, before "
-                "their actions differed. So the seed does not decide the episode: the environment ignores it or draws "
-                "from elsewhere, or a wrapper carries something from one episode to the next. EpisodicLifeEnv carries "
-                "lives; NormalizeObservation, NormalizeReward and VecNormalize carry running statistics. Remove that "
-                "wrapper, or freeze its statistics (update_running_mean = False)."
+                f"{names} cannot be compared: episode {episode} (seed {seed}) differs at step {when}, before their "
+                "actions do. The seed does not determine the episode: the environment ignores it or has another source "
+                "of randomness, or a wrapper carries state across episodes (EpisodicLifeEnv: lives; "
+                "NormalizeObservation, NormalizeReward, VecNormalize: running statistics). Remove that wrapper, or "
+                "freeze its statistics (update_running_mean = False)."
             )
 
 
-ORIGINAL = "original"  # the name of the policy without patches in a sweep
+ORIGINAL = "original"  # the label of the unpatched policy in a sweep
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SweptRollouts(PairedRollouts):
-    """Rollouts of one policy without patches, `"original"`, and with the patches of each label.
+    """Rollouts of the unpatched policy, labeled `"original"`, and of the policy with each label's patches.
 
     Attributes:
-        rollouts: Rollouts by label, the one without patches first.
-        controls: Rollouts with the control patches by label, or None. They are not among the rollouts.
-        no_p: Why ranks among the controls have no p-values, if the controls came with a reason.
+        rollouts: Rollouts by label, the unpatched policy first.
+        controls: Rollouts with the control patches, by label, or None. They are not included in `rollouts`.
+        no_p: Reason why ranks among the controls have no p-values, or an empty string.
     """
 
     controls: Mapping[str, Rollout] | None = None
@@ -222,18 +222,18 @@ class SweptRollouts(PairedRollouts):
         self._check_pairs(self.controls or {})
 
     def ranks(self, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
-        """Return the rank of each effect among those of the controls, as `chanpatch.statistics.rank_among` does.
+        """Rank each effect among the control effects, as `chanpatch.statistics.rank_among` does.
 
-        A p-value needs at least 19 controls, and a patch that was not picked for its effect. The rank is None for an
-        effect that is not finite, and for all if there are no controls or one of their effects is not finite.
+        A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if
+        its effect is not finite. All ranks are None if there are no controls, or if a control effect is not finite.
         """
         controls = self._differences([*(self.controls or {}).values()]).mean(axis=1)
         return ranks_among(self.effect(), controls, alternative, self.no_p)
 
     def comparisons(self) -> list[dict[str, Any]]:
-        """Return one record per label, as for `PairedRollouts`, those of the controls last.
+        """Return one record per label, as in `PairedRollouts`, with the controls last.
 
-        If there are controls, a record also has `control`, its `rank` among them, `p`, and `no_p`: why there is no p.
+        With controls, each record also has `control` (True for controls), `rank`, `p`, and `no_p`, the reason for no p.
         """
         records = super().comparisons()
         if self.controls is None:

@@ -1,4 +1,4 @@
-"""Many interventions in one vector environment, each in its own rows."""
+"""Run many interventions in one vector environment, each in its own rows."""
 
 from __future__ import annotations
 
@@ -51,33 +51,32 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     check_nan: bool = True,
     progress: bool | None = None,
 ) -> SweptRollouts:
-    """Roll out a policy without patches and with the patches of each label, in the same episodes.
+    """Roll out a policy unpatched and with each label's patches, in the same episodes.
 
-    The result is that of `paired_rollouts` with one PatchedPolicy per label, in fewer forwards: each label and episode
-    has a row of its own in the vector environment. A patch gets only the rows of its own label: activations, inputs,
-    and the numbers of the episodes in `context.rows`. Give the vector environment as many sub-environments as fit into
-    a forward.
+    The result equals `paired_rollouts` with one PatchedPolicy per label, but takes fewer forward passes: each
+    combination of label and episode has its own row in the vector environment. A patch receives only the rows of its
+    own label: activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in one
+    forward pass.
 
-    The two are equal if the policy treats each row independently, and patches draw as `resample_ablate` and
-    `context.uniform` do.
-    Wrap a policy without a forward in a small module that has one.
+    Equality requires that the policy treats each row independently, and that patches use no randomness except
+    `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has one.
 
     Args:
-        policy: A module, or its HookPoints.
-        patches: A mapping of labels to patches, each one patch or several; or a sequence of them, labeled by their
-            sites. The sites come from a trace, which proves the batch axis.
-        controls: Control patches to rank the others among, in the same form. With 19 or more there are p-values.
-        check_nan: Whether NaN that a patch introduces is an error.
-        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: As for `rollout`.
+        policy: Module or its HookPoints.
+        patches: One or more patches per label, as a mapping from labels or as a sequence, labeled by site. Take the
+            sites from traced HookPoints, whose batch axis is known.
+        controls: Control patches in the same format, among which the effects are ranked. P-values require at least 19.
+        check_nan: Whether to raise an error if a patch introduces NaN.
+        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
 
     Returns:
-        One rollout per label, after `"original"`, that of the policy without patches. `comparisons()` has the
-        differences in mean return from the original, with intervals and ranks.
+        The rollout of the unpatched policy, labeled `"original"`, then one rollout per label. `comparisons()` returns
+        the differences in mean return from the original, with intervals and ranks.
 
     Raises:
-        BatchAxisError: If the batch axis of a site is not known.
-        ChanpatchError: As for `rollout` and PatchedPolicy; if there are no patches; or if the policy has batch norm or
-            dropout in training mode.
+        BatchAxisError: If the batch axis of a site is unknown.
+        ChanpatchError: For the same reasons as `rollout` and PatchedPolicy; if there are no patches; or if the policy
+            has batch norm or dropout in training mode.
 
     Example:
         >>> import gymnasium, torch
@@ -92,14 +91,16 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     others = [] if controls is None else labelled_patches(controls, "controls", RolloutError)
     for what, each in (("patches", asked), ("controls", others)):
         if ORIGINAL in dict(each):
-            raise RolloutError(f"{what} has the label '{ORIGINAL}', which is the policy without patches. Rename it.")
+            raise RolloutError(
+                f"{what} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use another label."
+            )
     refuse_shared_state([*asked, *others])
     refuse_environments_by_rows([patch for _, each in [*asked, *others] for patch in each], envs)
     together = training_modules(model_of(policy))
     if together:
         raise RolloutError(
-            f"{', '.join(together)} in training mode would treat the rows of all labels together. Call eval() on the "
-            "policy, or roll out a PatchedPolicy for each label with paired_rollouts."
+            f"{', '.join(together)} in training mode would let the labels affect each other. Call eval() on the "
+            "policy, or use paired_rollouts with one PatchedPolicy per label."
         )
     state_axes = {} if initial_state is None else state_batch_axes(initial_state)
     interventions = _Interventions(policy, [*asked, *others], state_axes, check_nan=check_nan)
@@ -114,9 +115,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 
 
 class _Interventions:
-    """A policy with the patches of every intervention inside, each applied to its own rows.
+    """A policy that applies each intervention's patches only to that intervention's rows.
 
-    Interventions are numbered from 1; 0 is the policy without patches.
+    Interventions are numbered from 1; 0 is the unpatched policy.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class _Interventions:
     ) -> None:
         self._labels = (ORIGINAL, *(label for label, _ in patches))
         self._state_axes = state_axes
-        self._cuts: dict[int, slice] = {}  # the rows of each intervention in this forward
+        self._cuts: dict[int, slice] = {}  # the rows of each intervention in this forward pass
         self._firings: list[list[Firing]] = [[]]
         points: dict[str, HookPoint] = {}
         for _, each in patches:
@@ -143,7 +144,7 @@ class _Interventions:
 
     @contextmanager
     def forward(self, interventions: NDArray[np.int64]) -> Iterator[None]:
-        """Assign the rows of a forward to interventions, and look for NaN at its end."""
+        """Assign the rows of a forward pass to interventions, and check for NaN when it ends."""
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
         self._cuts = {number: slice(*cut) for number, *cut in zip(numbers, starts, ends, strict=True)}
@@ -157,7 +158,7 @@ class _Interventions:
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
         """Return the activation at a hook point with the rows of each intervention patched."""
         axis: Any = point.batch_axis
-        context.rows  # noqa: B018  # raises for a forward with other rows
+        context.rows  # noqa: B018  # raises an error if the rows do not match
         parts = activation.split_with_sizes([cut.stop - cut.start for cut in self._cuts.values()], axis)
         new = []
         for (number, cut), part in zip(self._cuts.items(), parts, strict=True):
@@ -173,7 +174,7 @@ class _Interventions:
         return activation if all(map(operator.is_, new, parts)) else torch.cat(new, axis)
 
     def _inputs(self, inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
-        """Return some rows of the policy's inputs: of the observations, and of a recurrent policy's state."""
+        """Return the given rows of the observations and, for a recurrent policy, of the state."""
         observations, *state = inputs
         axes = {path: 0 for path, _ in leaves(observations)}
         return (rows_of(observations, axes, rows), *(rows_of(each, self._state_axes, rows) for each in state))
@@ -186,5 +187,5 @@ class _Interventions:
 
 def _point_with_rows(site: Site) -> HookPoint:
     if site.point is None or site.point.batch_axis is None:
-        raise BatchAxisError(f"rollout_sweep keeps the patch at {site!r} to rows of its own. {no_batch(site)}")
+        raise BatchAxisError(f"rollout_sweep cannot restrict the patch at {site!r} to its own rows. {no_batch(site)}")
     return site.point

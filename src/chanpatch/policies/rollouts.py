@@ -1,4 +1,4 @@
-"""Rollouts of one policy, and of several policies in the same episodes."""
+"""Roll out one policy, or several policies in the same episodes."""
 
 from __future__ import annotations
 
@@ -32,50 +32,49 @@ def rollout(
 ) -> Rollout:
     """Play one episode per seed.
 
-    The policy is called once per step, on the rows of the episodes that are still running. Patches get the step, the
-    episodes and their sub-environments in their `context`. If the policy treats each row independently, the result
-    depends neither on the number of environments nor on the other seeds. A repeated seed gives the same level with
-    other draws.
+    The policy is called once per step on a batch of all running episodes. Patches receive the step, the episodes and
+    their sub-environments in `context`. If the policy treats each row independently, the result does not depend on the
+    number of environments or on the other seeds. Episodes with the same seed share a level but use different draws.
 
-    Policies of Stable-Baselines3 act as their own `predict` does: actions in a Box are clipped, or scaled if they are
-    squashed, and policies without a distribution take their deterministic action. Actions of other policies are not
-    clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
+    Stable-Baselines3 policies act as in their own `predict`: actions in a Box are clipped, or rescaled if they are
+    squashed, and policies without a distribution act deterministically. Actions from other policies are not clipped:
+    for a Box space, wrap the environments in gymnasium's ClipAction.
 
-    Random number generators, buffers and attributes of the policy, including lists, are restored at the end and before
-    new episodes. To keep a log, append to a list that is not an attribute of the policy. If the policy is a function,
-    the modules in its closure, its defaults and the globals that it names are restored.
+    Random number generators and the policy's buffers and attributes, including lists, are restored before new episodes
+    and at the end. To keep a log, append to a list that is not an attribute of the policy. If the policy is a function,
+    the modules in its closure, its defaults and the globals that it uses are restored.
 
-    A recurrent policy is called as `policy(observations, state)` and returns `(output, new state)`. Each episode begins
-    with its own state. Wrap a policy with other arguments, such as sb3-contrib's RecurrentPPO:
-    `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that keeps its
-    state on itself, one row per environment, works in one environment only: rows leave the forward as episodes end.
+    A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
+    starts from its own initial state. Wrap a policy with other arguments, such as sb3-contrib's RecurrentPPO:
+    `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that stores its
+    state internally works only in a single environment, because the batch shrinks as episodes end.
 
     Args:
-        policy: Module, its HookPoints or a function of observations, whose output holds an action distribution (see
-            `chanpatch.policies.action_distribution`) or is a tensor. Observations are moved to the module's device, and
-            to its dtype if they have floating point.
-        envs: Vector environment whose `reset` takes one seed per sub-environment; any autoreset mode.
-        seeds: One seed per episode, not negative, with which the episode is reset.
-        max_steps: Number of steps at which an episode is cut.
-        sampling_seed: Random seed of the draws behind the actions.
-        greedy: Whether to take the mode of each distribution instead of a draw.
+        policy: Module, HookPoints or function of observations. The output must be a tensor or contain an action
+            distribution (see `chanpatch.policies.action_distribution`). Observations are moved to the module's device
+            and, if they are floating point, to its dtype.
+        envs: Vector environment whose `reset` accepts one seed per sub-environment, in any autoreset mode.
+        seeds: Nonnegative seeds for resetting the environment, one per episode.
+        max_steps: Maximum number of steps per episode.
+        sampling_seed: Random seed for sampling actions.
+        greedy: Whether to use the mode of each distribution instead of sampling.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`;
-            `"values"` of the actions, of which the highest is taken; or `"actions"`, which are taken as they are. A
-            policy that samples its actions is paired only if it returns their distribution.
-        masks: Function of the environments and the infos of their last step, called before each step. It returns a bool
-            for each environment and action, True if the action is allowed:
+            `"values"`, which selects the action with the highest value; or `"actions"`, which are used unchanged. To
+            pair a policy that samples its own actions, make it return the distribution.
+        masks: Function of the environments and the infos from their last step, called before each step. It returns a
+            bool array `(environment, action)` that is True for allowed actions:
             `lambda envs, infos: np.stack(envs.call("action_masks"))` or `lambda envs, infos: infos["action_mask"]`.
-        initial_state: For a recurrent policy, a function from a number of rows to their first state: a tensor, or
-            tensors in tuples and dicts, such as `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for
-            an LSTM. The batch axis of each tensor is the one as long as the number of rows.
-        progress: Whether to show a progress bar; by default on a terminal, after two seconds.
+        initial_state: For a recurrent policy, a function that maps a number of rows to their initial state: a tensor,
+            or tensors in tuples and dicts, such as `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))`
+            for an LSTM. Each tensor must have exactly one batch axis, whose length is the number of rows.
+        progress: Whether to show a progress bar. By default, it appears in a terminal after two seconds.
 
     Raises:
-        DistributionError: If the policy returns no distribution, or one without a known inverse CDF; or a tensor, and
-            `outputs` is missing.
-        MissingPackageError: If gymnasium is not installed, or older than 1.1.
-        RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions do not fit; or if a
-            module that computes otherwise in training is in training mode in a twin but not in its policy.
+        DistributionError: If the policy returns a tensor and `outputs` is None, a distribution whose inverse CDF is
+            not available, or neither a tensor nor a distribution.
+        MissingPackageError: If gymnasium is not installed or is older than 1.1.
+        RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid; or if a
+            module that depends on training mode, such as dropout, has different modes in a twin and in its policy.
 
     Example:
         >>> import gymnasium, torch
@@ -107,19 +106,19 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     initial_state: InitialState | None = None,
     progress: bool | None = None,
 ) -> PairedRollouts:
-    """Roll out several policies, one after the other, in the same episodes and with the same draws of actions.
+    """Roll out several policies, one after another, in the same episodes and with the same random draws.
 
     Args:
-        policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The
+        policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. All
             others are compared with the first.
-        outputs: Meaning of tensors, as for `rollout`: one for all policies, or a mapping by name.
-        envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, progress: As for `rollout`, for every
-            policy.
+        outputs: Meaning of tensors, as in `rollout`: one for all policies, or a mapping by name.
+        envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, progress: Same as in `rollout`, for all
+            policies.
 
     Raises:
-        ChanpatchError: As for `rollout`; if there is no policy; if a module that computes otherwise in training is in
-            training mode in one of the policies only; if two policies share a callable object as edit or `where`; or if
-            an episode of two policies differs before their actions do, as the seed does not decide it.
+        ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module that depends on
+            training mode, such as dropout, has different modes in two policies; if two policies share a callable object
+            as edit or `where`; or if an episode differs between policies before their actions do.
 
     Example:
         >>> import gymnasium, torch
@@ -132,16 +131,16 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         PairedCounts(both=2, only_first=4, only_second=1, neither=2)
     """
     if not policies:
-        raise RolloutError("policies is empty: name at least one policy.")
+        raise RolloutError("policies is empty: pass at least one policy.")
     if not isinstance(policies, Mapping):
         raise TypeError(
-            f"policies is of type {type(policies).__name__}; it takes policies by name, as in "
-            '{"original": policy, "patched": twin}.'
+            'policies must map names to policies, as in {"original": policy, "patched": twin}; '
+            f"got {type(policies).__name__}."
         )
     check_modes(policies)
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
-        raise RolloutError(f"outputs names {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}.")
+        raise RolloutError(f"outputs has key {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}.")
     settings = Settings(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
     refuse_shared_state([(name, patches_inside(policy)) for name, policy in policies.items()])

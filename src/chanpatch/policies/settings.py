@@ -1,4 +1,4 @@
-"""Settings of modules, which a policy and its twin do not share: flags, numbers, names, and containers of these."""
+"""Check that a policy and its twin have the same settings: flags, numbers, strings, and containers of these."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..errors import UnsupportedModelError
 
 
 class Settings:
-    """The attributes of a twin's modules that must be equal to those of the policy.
+    """Module attributes that must be equal in a twin and its policy.
 
-    These are attributes of type bool, int, float, str or None, containers of at most 64 of these, and whether a
-    function is set, of modules that have parameters in or below them. Left out are attributes that torch itself sets,
-    and those that the twin's own calls change: the first call of each kind shows which.
+    The comparison covers bool, int, float, str and None attributes, containers of at most 64 of these, and whether an
+    attribute is a function. It skips modules without parameters, attributes that torch itself sets, and attributes that
+    the twin's own calls change, which are observed in the first call of each kind.
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:
@@ -30,20 +30,20 @@ class Settings:
             if next(other.parameters(), None) is not None
         ]
         self._changing: set[tuple[str, str]] = set()  # module and attribute
-        self._known_calls: dict[object, bool] = {}  # whether they run modules
-        self._before: dict[tuple[str, str], Any] | None = None  # the twin's, at the begin of a call that is not known
+        self._known_calls: dict[object, bool] = {}  # whether each kind of call runs modules
+        self._before: dict[tuple[str, str], Any] | None = None  # the twin's, before the first call of a kind
         self._plan()
 
     def begin(self, kind: object) -> None:
-        """Raise if a setting differs; for the first call of its kind, `end` does."""
+        """Raise an error if a setting differs; in the first call of each kind, `end` checks instead."""
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind):
             self.check()
 
     def end(self, kind: object, *, runs_modules: bool) -> None:
-        """Learn which settings a call changes, if it is the first of its kind, and raise if another one differs."""
+        """In the first call of each kind, record which settings it changes, and raise an error if others differ."""
         if self._before is None and runs_modules and not self._known_calls[kind]:
-            del self._known_calls[kind]  # learn from the next one
+            del self._known_calls[kind]  # learn from the next call
         elif self._before is not None:
             self._known_calls[kind] = runs_modules
             if runs_modules:
@@ -53,7 +53,7 @@ class Settings:
                 self._compare()
 
     def check(self) -> None:
-        """Raise if a setting differs, unless no call was made yet."""
+        """Raise an error if a setting differs, unless no call has run yet."""
         if not any(self._known_calls.values()):
             return
         held, sizes, planned = self._planned
@@ -68,26 +68,26 @@ class Settings:
         for name, module, other, kind in self._modules:
             for attribute in sorted((module.keys() | other.keys()) - _TORCHS_OWN):
                 place, default = (name, attribute), getattr(kind, attribute, _OTHER)
-                if isinstance(default, FunctionType):  # a method, which an instance may replace
+                if isinstance(default, FunctionType):  # a method, which an instance may override
                     default = _OTHER
                 own, given = (held.get(attribute, default) for held in (module, other))
                 if place not in self._changing and _plain(own) != _plain(given):
                     raise UnsupportedModelError(
-                        f"'{'.'.join(filter(None, place))}' is {_shown(given)} in the policy, but {_shown(own)} in its "
-                        "twin, which shares its weights but not its settings. If weights were changed with it, as by "
-                        "merging an adapter, make a new twin: PatchedPolicy(policy, patches). If not, set it on both."
+                        f"'{'.'.join(filter(None, place))}' is {_shown(given)} in the policy but {_shown(own)} in its "
+                        "twin, which shares its weights but not its settings. If the weights changed too, as when "
+                        "merging an adapter, create a new twin: PatchedPolicy(policy, patches). If not, set it on both."
                     )
         self._plan()
 
     def _plan(self) -> None:
-        """Prepare the comparison of the settings that there are now."""
+        """Prepare a fast comparison of the current settings."""
         planned: list[tuple[Any, Any, Callable[[Any], Any]]] = []
         for name, module, other, _ in self._modules:
             names = [each for each in module.keys() & other.keys() - _TORCHS_OWN if (name, each) not in self._changing]
             if settings := [each for each in names if _plain(module[each]) not in (FunctionType, _OTHER)]:
                 planned.append((module, other, operator.itemgetter(*settings)))
         held = [each for _, module, other, _ in self._modules for each in (module, other)]
-        self._planned = held, [*map(len, held)], planned  # at last, so that an interrupt leaves none out
+        self._planned = held, [*map(len, held)], planned  # last, so an interrupt cannot leave it incomplete
 
     def _of_twin(self) -> dict[tuple[str, str], Any]:
         return {
@@ -99,13 +99,13 @@ class Settings:
 
 
 _TORCHS_OWN = {*vars(nn.Module), *vars(nn.Module()), "_is_torch_compile", "_ddp_params_and_buffers_to_ignore"}
-_TORCHS_OWN.remove("forward")  # which an instance may replace
-_OTHER = type  # stands for a value that is not a setting; a deep copy of it is itself
+_TORCHS_OWN.remove("forward")  # which an instance may override
+_OTHER = type  # marks a value that is not a setting; deepcopy returns the same object
 _MOST = 64
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Return a setting as it is, `FunctionType` for a function, and `_OTHER` for any other value."""
+    """Return a setting unchanged, `FunctionType` for a function, or `_OTHER` for any other value."""
     if not depth and isinstance(value, (FunctionType, MethodType)):
         return FunctionType
     if value is None or isinstance(value, (bool, int, float, str)):

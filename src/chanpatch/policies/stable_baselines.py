@@ -1,4 +1,4 @@
-"""Know the policies and distributions of Stable-Baselines3, and do with actions as its `predict` does."""
+"""Detect Stable-Baselines3 policies and distributions, and clip or rescale actions as `predict` does."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..metrics.outputs import is_squashed
 
 
 def is_sb3_policy(policy: object) -> bool:
-    """Return whether a policy is one of Stable-Baselines3, which need not be installed."""
+    """Return whether a policy is from Stable-Baselines3, which does not have to be installed."""
     return _is_a(policy, "policies", "BasePolicy")
 
 
 def fit_of_distribution(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
-    """Return the function that fits actions to a Box, if a distribution of Stable-Baselines3 gave them."""
+    """Return the function that maps actions to a Box, or None if the output is not a Stable-Baselines3 distribution."""
     while isinstance(output, (tuple, list)) and output:  # (distribution, value)
         output = output[0]
     return fit(squashed=is_squashed(output)) if _is_a(output, "distributions", "Distribution") else None
 
 
 def fit(*, squashed: bool) -> Callable[[NDArray[Any], Any], NDArray[Any]]:
-    """Return the function of actions and a Box that scales actions in [-1, 1] to the Box, or clips others to it."""
+    """Return a function of actions and a Box that rescales squashed actions from [-1, 1], or clips other actions."""
     return _unscaled if squashed else _clipped
 
 

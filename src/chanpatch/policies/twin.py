@@ -1,4 +1,4 @@
-"""Patches that travel with a policy: a twin that shares its weights and has the patches inside."""
+"""A patched twin of a policy, which shares the policy's weights."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from .decisions import Outputs, action_distribution
 from .settings import Settings
 
 
-class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can be registered as one of its kind
-    """A twin of a policy, with patches inside.
+class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be registered as subclasses
+    """A twin of a policy that always runs with the given patches.
 
-    The twin is a copy of the module tree that shares the parameters and buffers of the original. Its flags, such as
-    `training`, are its own. Every method and every submodule of the twin is patched, the original never is.
-    `isinstance(twin, type(policy))` holds, and `state_dict` keys are equal. A root call is a call of a method of the
-    twin or of one of its submodules from outside. A patch that did not run in it is an error.
+    The twin is a copy of the module tree that shares the original's parameters and buffers, but has its own flags, such
+    as `training`. All methods and submodules of the twin are patched; the original never is.
+    `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. A root call is a call from outside to
+    a method of the twin or of a submodule. It raises an error if a patch inside the called module does not run.
 
     Args:
-        policy: The policy, any module; or its HookPoints, so that every site is checked against the trace.
-        patches: One or more, applied in the order given. A twin of a twin has the patches of both.
-        allow_unreached: Names of hook points whose patches need not run in every root call.
-        check_nan: Whether NaN that a patch introduces is an error.
+        policy: Any module, or its HookPoints, in which case every site is checked against the trace.
+        patches: One or more patches, applied in the order given. A twin of a twin has the patches of both.
+        allow_unreached: Names of hook points whose patches do not have to run in every root call.
+        check_nan: Whether to raise an error if a patch introduces NaN.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist; all faults at once.
-        UnsupportedModelError: If the policy cannot be copied, ignores hooks, or writes its weights in `train()` or
-            `eval()`; in a call, if a parameter, buffer or submodule was replaced, or a setting (an attribute that is a
-            flag, a whole number or a text) changed, on one side.
-        UnreachedError, NaNError: In a call, at its end.
+        HookPointError, SiteError: If sites do not exist; one error lists all of them.
+        UnsupportedModelError: If the policy cannot be copied, ignores hooks, or changes its weights in `train()` or
+            `eval()`; in a call, if a parameter, buffer or submodule was replaced or a setting (an attribute that is a
+            flag, number or string) was changed in only the policy or only the twin.
+        UnreachedError, NaNError: At the end of a call, if a patch did not run or introduced NaN.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         allow_unreached: Iterable[str] = (),
         check_nan: bool = True,
     ) -> Any:
-        """Return the twin, an instance of a subclass of the policy's own class."""
+        """Create the twin, an instance of a subclass of the policy's class."""
         allowed = {allow_unreached} if isinstance(allow_unreached, str) else set(allow_unreached)
         each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
         given = original = model_of(policy)
@@ -81,28 +81,28 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         state = _TwinState(twin, original, each, allowed, check_nan=check_nan)
         if isinstance(policy, HookPoints):
             state.method, state.calls = policy.method, policy.calls
-        kind: Any = type(original)  # not the copy's own: a torch.fx.GraphModule makes a class for every instance
+        kind: Any = type(original)  # not the copy's: torch.fx.GraphModule creates a class for every instance
         twin.__class__ = _twin_class(kind, frozenset(name for name in _OFFERED if hasattr(original, name)))
         vars(twin)[STATE] = state
         return twin
 
     @property
     def patches(self) -> tuple[Patch, ...]:
-        """The patches, in the order of application."""
+        """Patches, in the order in which they are applied."""
         return _state(self).patches
 
     @property
     def ledger(self) -> Ledger:
-        """The firings, rows and elements of each patch so far, by method."""
+        """Number of firings, rows and elements of each patch so far, by method."""
         ledger: Ledger = _state(self).result
         return ledger
 
     def disable(self) -> Disabled:
-        """Return a context in which the twin runs without its patches."""
+        """Return a context manager in which the twin runs without its patches."""
         return Disabled(_state(self))
 
     def distribution(self, observations: Any, *, outputs: Outputs | None = None) -> Distribution:
-        """Return the patched distribution over actions; see `action_distribution`."""
+        """Return the twin's distribution over actions, as `action_distribution` does."""
         return action_distribution(self, observations, outputs=outputs)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -110,14 +110,14 @@ class PatchedPolicy(ABC):  # noqa: B024  # abstract so that every twin class can
         build = functools.partial(PatchedPolicy, allow_unreached=state.allow_unreached, check_nan=state.check_nan)
         return build, (_copied(self), state.patches)  # type: ignore[arg-type]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # the policy's class may have its own
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # the policy's class may define its own
         build, parts = self.__reduce_ex__(4)
         memo[id(self)] = twin = build(*copy.deepcopy(parts, memo))
         return twin
 
 
 class Disabled(Held):
-    """A context in which a twin runs without its patches; such contexts may close in any order."""
+    """Context in which a twin runs without its patches. Such contexts may close in any order."""
 
     def __init__(self, state: _TwinState) -> None:
         self._state = state
@@ -139,7 +139,7 @@ _OFFERED = ("patches", "ledger", "disable", "distribution")
 
 
 def _copied(policy: nn.Module) -> nn.Module:
-    """Return a copy of a policy that shares its weights; the copy of a twin has no patches."""
+    """Return a copy of a policy that shares its weights. A copy of a twin has no patches."""
     if STATE not in vars(policy):
         return copied(policy, policy)
     kind = type(_state(policy).original)
@@ -149,7 +149,7 @@ def _copied(policy: nn.Module) -> nn.Module:
 
 
 class _TwinState(Patching):
-    """The session of a twin, always attached, and the policy that the twin was made from."""
+    """The session of a twin, which is always attached, and the original policy."""
 
     confined = False
 
@@ -183,36 +183,36 @@ class _TwinState(Patching):
         self.attach(scopes=[module for module in inside if module is not twin])
 
     def call_method(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a method of the twin as a root call, unless it is part of one."""
+        """Run a method of the twin as a root call, unless it is called within one."""
         if name in self._running_methods or self.in_method or not self.enabled:
             return self.run(name, method, args, kwargs)
         with observed(self._modules, on_inputs=lambda *_: self._running_methods.add(name)):
             return self.run(name, method, args, kwargs)
 
     def on_error(self, error: Exception) -> None:
-        """Raise NaNError if a distribution refused NaN that a patch introduced."""
+        """Raise NaNError if the error came from NaN that a patch introduced."""
         raise_nan(self.firings, error)
 
     def on_begin(self, call: RootCall) -> None:
-        """Raise if a parameter, buffer or submodule was replaced, or a setting changed, on one side."""
+        """Raise an error if the twin and the policy no longer have the same weights, submodules and settings."""
         self.forget()
-        if _symbolic_trace._is_fx_tracing_flag or _is_exporting():  # torch's function of the flag logs a warning
+        if _symbolic_trace._is_fx_tracing_flag or _is_exporting():  # torch's own accessor logs a warning
             raise UnsupportedModelError(
-                "torch.export and torch.fx record a twin without its patches, or freeze them. Record the policy "
-                "instead. A program that torch.export records inside patched(policy, patches) keeps the patches."
+                "torch.export and torch.fx would drop a twin's patches or freeze them. Export the policy instead: "
+                "inside patched(policy, patches), torch.export keeps the patches."
             )
-        # A loop over the items is five times as slow. Comparing dicts compares by identity first, and only tensors of
-        # one element can be equal without being the same.
+        # A loop over the items is five times slower. Dict comparison checks identity first, and only one-element
+        # tensors can be equal without being the same object.
         try:
             shared = self._held == self._expected
-        except RuntimeError:  # two tensors of more elements are neither equal nor unequal
+        except RuntimeError:  # comparing larger tensors gives more than one bool
             shared = False
         if not shared or any([held.get(key) is not expected.get(key) for held, expected, key in self._numbers]):
             raise UnsupportedModelError(
-                f"'{self._replaced()}' of the policy, or of its twin, was replaced since the twin was made, so the two "
-                "no longer share all weights. Make a new twin: PatchedPolicy(policy, patches). If a method of the "
-                "policy replaces it, write into it with copy_(), or make it a plain attribute. If "
-                "torch.func.functional_call does, give that the policy, inside patched()."
+                f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so they no "
+                "longer share all weights. Create a new twin: PatchedPolicy(policy, patches). If a method of the "
+                "policy replaces it, update it in place with copy_(), or make it a plain attribute. With "
+                "torch.func.functional_call, use the policy inside patched()."
             )
         self.settings.begin(_kind(call))
 
@@ -226,7 +226,7 @@ class _TwinState(Patching):
         )
 
     def on_end(self, call: RootCall) -> None:
-        """Raise if a patch did not run that should have run in this call."""
+        """Raise an error if a patch introduced NaN, or did not run although this call should reach it."""
         if self.check_nan:
             raise_nan(self.firings)
         runs_modules = call.station is not None or call.method in self._running_methods
@@ -239,8 +239,8 @@ class _TwinState(Patching):
         elif runs_modules:
             names = self.unreached()
         if names:
-            advice = f" If it need not run there: allow_unreached={names!r}."
-            compiled = call.method == "__call__"  # a method is only checked once its modules were seen to run
+            advice = f" If it does not have to run there, set allow_unreached={names!r}."
+            compiled = call.method == "__call__"  # a method is checked only if it is known to run modules
             check_reached(f"The patch at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice)
 
 
@@ -249,7 +249,7 @@ def _kind(call: RootCall) -> object:
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
-    """Return the numbers of the patches in each module that has some."""
+    """Return, for each module that contains patched modules, the indices of their patches."""
     modules = dict(twin.named_modules(remove_duplicate=False))
     patched = [modules.get(resolve(modules, patch.site).module) for patch in patches]
     inside: dict[nn.Module, set[int]] = {}
@@ -266,21 +266,21 @@ def _state(twin: Any) -> _TwinState:
     return state
 
 
-_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDictionary()  # an entry goes with its twins
+_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDictionary()  # dropped with the last twin
 
 
 def _twin_class(kind: Any, taken: frozenset[str]) -> type:
-    """Return the subclass of a policy's class in which every method begins a root call; the taken names stay."""
+    """Return a subclass of a policy's class whose methods start root calls; names in `taken` are not overridden."""
     if (known := _classes.get((kind, taken))) is not None:
         return known
     members: dict[str, Any] = {name: vars(PatchedPolicy)[name] for name in _OFFERED if name not in taken}
-    for owner in reversed(kind.__mro__[:-1]):  # but object
+    for owner in reversed(kind.__mro__[:-1]):  # except object
         for name, member in vars(owner).items():
             written_by_user = owner is not nn.Module and not (name.startswith("__") and name != "__call__")
             if name == "__call__" or (written_by_user and isinstance(member, types.FunctionType)):
                 members[name] = _rooted(name, member)
             elif name in members and name not in _OFFERED:
-                del members[name]  # overridden by something else than a method
+                del members[name]  # overridden by something other than a method
     members |= {name: vars(PatchedPolicy)[name] for name in ("__reduce_ex__", "__deepcopy__")}
     members["__module__"] = kind.__module__
     twin_class = type(f"Patched{kind.__name__}", (kind,), members)

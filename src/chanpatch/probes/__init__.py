@@ -1,12 +1,12 @@
-"""How the sum of each channel relates to a label, in the data it was fitted on and under shift.
+"""How the sum of each channel relates to a label, in distribution and under distribution shift.
 
     sums = channel_sums(points, observations, "embedder.relu3")      # (input, channel)
     label_channels(sums, directions, names=("UP", "DOWN", "LEFT", "RIGHT"), seed=0)
     probe = ThresholdProbe.fit(sums[:, 121], directions == 0)
     probe.transfer(shifted_sums[:, 121], shifted_directions == 0)
 
-A threshold or a label is chosen on one half of the inputs and scored on the other. Inputs count as
-independent of each other: give one input per level, or the intervals are too narrow.
+A threshold or a label is chosen on one half of the inputs and scored on the other. Inputs are treated as
+independent: use one input per level, or the intervals are too narrow.
 """
 
 from .labels import ChannelLabel, ChannelLabels, label_channels

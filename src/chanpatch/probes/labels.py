@@ -1,4 +1,4 @@
-"""The label, or union of labels, that each channel's sum predicts."""
+"""Find the label, or union of labels, that each channel's sum predicts."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ..statistics.means import Rows
 from ..statistics.ranking import auc
 from ..statistics.resampling import halves
 
-PERMUTATIONS = 9_999  # at least
+PERMUTATIONS = 9_999  # minimum
 
 
 @dataclass(frozen=True)
 class ChannelLabel:
-    """The label of one channel.
+    """Label of one channel.
 
     Attributes:
-        channel: Number of the channel.
-        label: Such as `"UP"` or `"DOWN or LEFT"`; None if the held-out half does not confirm the candidate.
-        candidate: Label chosen on the first half; None for a dead channel.
-        auc: Probability that the sum is larger for an input with the candidate than for one without, on the held-out
-            half, with its 95% interval; None for a dead channel.
-        p: Share of permutations of the held-out labels with an AUC at least as large; NaN for a dead channel.
-        adjusted_p: `p` corrected for the number of channels: the share of permutations in which any channel's AUC
-            stands out as much.
-        note: Why there is no label, or an empty string.
+        channel: Index of the channel.
+        label: Label such as `"UP"` or `"DOWN or LEFT"`, or None if the held-out half does not confirm the candidate.
+        candidate: Label chosen on the first half, or None for a dead channel.
+        auc: Probability that the sum is larger for an input with the candidate label than for one without, on the
+            held-out half, with its 95% interval; None for a dead channel.
+        p: One-sided permutation p-value for the AUC on the held-out half; NaN for a dead channel.
+        adjusted_p: `p` corrected for the number of channels: the fraction of permutations in which any channel's
+            standardized AUC is at least as large.
+        note: Reason why there is no label, or an empty string.
     """
 
     channel: int
@@ -49,13 +49,13 @@ class ChannelLabel:
 
 @dataclass(frozen=True, repr=False)
 class ChannelLabels(Records, Sequence[ChannelLabel]):
-    """The label of each channel, by channel number. The table has the labeled channels first.
+    """Labels of all channels, by channel index. The table lists labeled channels first.
 
     Attributes:
         channels: One entry per channel.
-        chosen_on: Number of inputs that chose the candidates.
-        scored_on: Number of other inputs that scored them.
-        level: Largest adjusted p-value of a label.
+        chosen_on: Number of inputs on which the candidates were chosen.
+        scored_on: Number of held-out inputs on which they were scored.
+        level: Largest adjusted p-value at which a channel is labeled.
     """
 
     channels: tuple[ChannelLabel, ...]
@@ -70,11 +70,11 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         return len(self.channels)
 
     def best(self, label: str) -> list[ChannelLabel]:
-        """Return the channels with a label, the largest AUC first."""
+        """Return the channels with the given label, in descending order of AUC."""
         return [each for each in self._ranked() if each.label == label]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per channel: channel, label, candidate, auc, low, high, p, adjusted p, note."""
+        """Return one dict per channel, with channel, label, candidate, auc, low, high, p, adjusted p and note."""
         return [
             {
                 **{"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate},
@@ -100,7 +100,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         )
 
     def _ranked(self) -> list[ChannelLabel]:
-        """Return the labeled channels, then the others, both by falling AUC."""
+        """Return the labeled channels, then the others, each in descending order of AUC."""
         return sorted(self, key=lambda each: (each.label is None, -each.auc.estimate if each.auc else 1.0))
 
 
@@ -113,25 +113,25 @@ def label_channels(
     penalty: float = 0.02,
     level: float = 0.05,
 ) -> ChannelLabels:
-    """Return the label, or the union of labels, that each channel's sum predicts best.
+    """Find the label, or the union of labels, that each channel's sum predicts best.
 
-    One half of the inputs chooses each channel's candidate: the union of labels with the largest area under the curve
-    (AUC), less `penalty` for every label after the first. The other half compares the candidate's AUC with those of
-    permuted labels. The candidate becomes the channel's label if that p-value, corrected for the number of channels, is
-    at most `level`. Channels that do not vary within one of the halves are dead and get no label.
+    Each channel's candidate is chosen on one half of the inputs: the union of labels with the largest area under the
+    ROC curve (AUC), minus `penalty` for every label after the first. On the other half, the candidate's AUC is compared
+    with its AUCs under permuted labels. The candidate becomes the channel's label if the p-value, corrected for the
+    number of channels, is at most `level`. Channels that are constant on either half are dead and get no label.
 
     Args:
-        sums: `(input, channel)`.
-        labels: The number of each input's name: `(input,)`; or booleans, or 0 and 1: `(input, label)`. Each half gets
-            half of the inputs with each label, which are four at least.
-        names: One name per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; at most ten.
-        seed: Random seed of the halves and of the permutations.
-        penalty: Penalty in units of the AUC.
-        level: Largest adjusted p-value of a label, between 0 and 1. At least 9,999 permutations are drawn, more if an
-            adjusted p-value could not reach the level otherwise.
+        sums: Channel sums, `(input, channel)`.
+        labels: Index of each input's label, `(input,)`; or booleans or 0 and 1, `(input, label)`. At least four inputs
+            must have each label and at least four must not; both are split evenly between the halves.
+        names: One name per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; two to ten.
+        seed: Random seed for the halves and the permutations.
+        penalty: Penalty per additional label, in units of AUC.
+        level: Largest adjusted p-value at which a channel is labeled, between 0 and 1. At least 9,999 permutations are
+            drawn, and more if an adjusted p-value could not reach the level otherwise.
 
     Raises:
-        ProbeError: If sums, labels and names do not fit, or a label is too rare.
+        ProbeError: If sums, labels and names are invalid or do not match, or a label is too rare.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -144,17 +144,17 @@ def label_channels(
 
     References:
         Mann and Whitney, "On a test of whether one of two random variables is stochastically larger than the other"
-        (1947), for the area; Phipson and Smyth, "Permutation p-values should never be zero" (2010), for the p-value;
+        (1947), for the AUC; Phipson and Smyth, "Permutation p-values should never be zero" (2010), for the p-value;
         Westfall and Young, "Resampling-based multiple testing" (1993), for the correction.
     """
     array = finite("sums", sums, ("input", "channel"), ProbeError)
     if not 0 < level < 1:
-        raise ProbeError(f"level is {level!r}, but it must lie between 0 and 1, such as 0.05.")
+        raise ProbeError(f"level must be between 0 and 1, such as 0.05; got {level!r}.")
     indicators = _indicators(labels, names, len(array))
     first, second = halves(indicators, seed)
     unions = list(_unions(indicators, (first, second)))
     if not unions:
-        raise ProbeError("No label divides both halves of the inputs: give more inputs.")
+        raise ProbeError("No label has two positives and two negatives in each half of the inputs. Pass more inputs.")
     members = np.stack([indicators[:, list(union)].any(axis=1) for union in unions])  # (union, input)
     alive = np.flatnonzero((np.ptp(array[first], axis=0) > 0) & (np.ptp(array[second], axis=0) > 0))
     permutations = max(PERMUTATIONS, math.ceil(1 / level) - 1)
@@ -171,40 +171,38 @@ def label_channels(
             continue
         candidate = " or ".join(names[label] for label in unions[chosen[channel]])
         area = auc(array[second, channel], members[chosen[channel], second])
-        label, note = (candidate, "") if corrected <= level else (None, "not above the permuted labels")
+        label, note = (candidate, "") if corrected <= level else (None, "not significant under label permutation")
         channels.append(ChannelLabel(channel, label, candidate, area, each, corrected, note))
     return ChannelLabels(tuple(channels), len(first), len(second), level)
 
 
 def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
-    """Return which input has which label: `(input, label)`."""
+    """Return whether each input has each label, `(input, label)`."""
     array = np.asarray(labels)
     if not 2 <= len(names) <= 10 or len(set(names)) < len(names):
-        raise ProbeError(f"names is {tuple(names)}: give two to ten different names, one per label.")
+        raise ProbeError(f"names must contain two to ten different names, one per label; got {tuple(names)}.")
     if array.shape == (inputs,) and np.issubdtype(array.dtype, np.integer):
         if array.min() < 0 or array.max() >= len(names):
             wrong = array[(array < 0) | (array >= len(names))][0]
-            raise ProbeError(
-                f"labels holds {wrong}, but the {len(names)} names have the numbers 0 to {len(names) - 1}."
-            )
+            raise ProbeError(f"labels contains {wrong}, but the {len(names)} names have indices 0 to {len(names) - 1}.")
         array = array[:, None] == np.arange(len(names))
     indicators = booleans(array)
     if array.shape != (inputs, len(names)) or indicators is None:
         raise ProbeError(
-            f"labels is {array.dtype} of shape {array.shape}: for {inputs} inputs and {len(names)} names give "
-            f"({inputs},) whole numbers of at least 0, or ({inputs}, {len(names)}) booleans."
+            f"labels has dtype {array.dtype} and shape {array.shape}. For {inputs} inputs and {len(names)} names, pass "
+            f"nonnegative integers of shape ({inputs},) or booleans of shape ({inputs}, {len(names)})."
         )
     for name, count in zip(names, indicators.sum(axis=0).tolist(), strict=True):
         if min(count, inputs - count) < 4:
             raise ProbeError(
-                f"Label '{name}' is on {count} of {inputs} inputs, but four with and four without it are needed, half "
-                "of them to choose by and half to score. Leave it out, or give more inputs."
+                f"{count} of {inputs} inputs have label '{name}', but at least four with it and four without it are "
+                "required, half to choose labels and half to score them. Omit the label, or pass more inputs."
             )
     return indicators
 
 
 def _unions(indicators: Booleans, parts: tuple[Rows, Rows]) -> Iterator[tuple[int, ...]]:
-    """Yield the unions of labels with at least two inputs inside and two outside in each half, small ones first."""
+    """Yield the unions of labels with at least two positives and two negatives in each half, smallest unions first."""
     labels = range(indicators.shape[1])
     for size in range(1, len(labels) + 1):
         for union in itertools.combinations(labels, size):
@@ -214,7 +212,7 @@ def _unions(indicators: Booleans, parts: tuple[Rows, Rows]) -> Iterator[tuple[in
 
 
 def _areas(sums: Floats, members: Booleans) -> Floats:
-    """Return the area under the curve of every union, `(union, channel)`."""
+    """Return the AUC of every channel for every union of labels, `(union, channel)`."""
     import scipy.stats
 
     positives = members.sum(axis=1, keepdims=True)
@@ -224,9 +222,9 @@ def _areas(sums: Floats, members: Booleans) -> Floats:
 
 
 def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int) -> tuple[Floats, Floats]:
-    """Return the p-value of each channel's labels, `(channel, input)`, against permuted labels, and the corrected one.
+    """Return each channel's permutation p-value for its labels, `(channel, input)`, and the corrected p-value.
 
-    The correction compares a channel's AUC, in standard deviations over permutations, with the largest of all channels.
+    The correction compares each channel's AUC, standardized over permutations, with the maximum over all channels.
     """
     import scipy.stats
 
@@ -235,7 +233,7 @@ def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int
     spread = np.sqrt(positives * (inputs - positives) / (inputs - 1)) * ranks.std(axis=0)
     own = (members.T * ranks).sum(axis=0)
     kinds, kind = np.unique(members, axis=0, return_inverse=True)
-    generator = np.random.default_rng((seed, 1))  # other draws than those of the halves
+    generator = np.random.default_rng((seed, 1))  # independent of the draws for the halves
     reached, largest = np.zeros(sums.shape[1]), np.full(permutations, -np.inf)
     for start in range(0, permutations, 1000):
         some = slice(start, min(start + 1000, permutations))
@@ -243,7 +241,7 @@ def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int
         for number, union in enumerate(kinds):
             channels = np.flatnonzero(kind.reshape(-1) == number)
             permuted = union[order].astype(np.float64) @ ranks[:, channels]
-            reached[channels] += (permuted >= own[channels]).sum(axis=0)  # ranks are halves: no rounding
+            reached[channels] += (permuted >= own[channels]).sum(axis=0)  # exact: ranks are multiples of 0.5
             apart = (permuted - positives[channels] * (inputs + 1) / 2) / spread[channels]
             largest[some] = np.maximum(largest[some], apart.max(axis=1))
     apart = (own - positives * (inputs + 1) / 2) / spread

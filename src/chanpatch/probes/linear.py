@@ -1,4 +1,4 @@
-"""All channels together against one label."""
+"""Predict one label from all channels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..statistics.ranking import auc
 
 @dataclass(frozen=True, repr=False)
 class LinearProbe(Records):
-    """How well a weighted sum of the channels predicts a label, on inputs that it was not fitted on.
+    """Cross-validated scores of a linear probe on all channels.
 
-    The 95% intervals are those of one fixed rule: they ignore that each fold has its own fit.
+    The 95% intervals treat the predictions as coming from one fixed classifier and ignore that each fold is refitted.
 
     Attributes:
-        accuracy: Share of inputs whose label is predicted.
-        auc: Probability that a positive scores above a negative.
-        base_rate: Share of the more frequent label: the accuracy of always predicting it.
-        gain: Accuracy minus base rate, over the same inputs.
-        p: Two-sided exact McNemar p-value that the gain is zero.
+        accuracy: Fraction of inputs whose label is predicted correctly.
+        auc: Probability that a random positive scores higher than a random negative.
+        base_rate: Fraction of inputs with the more frequent label, the accuracy of always predicting it.
+        gain: Accuracy minus base rate on the same inputs.
+        p: Two-sided exact McNemar p-value for the null hypothesis of zero gain.
         n: Number of inputs.
         folds: Number of folds.
     """
@@ -39,7 +39,7 @@ class LinearProbe(Records):
     folds: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity: quantity, estimate, low, high, p, n."""
+        """Return one dict per quantity, with quantity, estimate, low, high, p and n."""
         accuracy, gain, area = self.accuracy, self.gain, self.auc
         return columns(
             quantity=("accuracy", "base rate", "gain", "AUC"),
@@ -55,19 +55,19 @@ class LinearProbe(Records):
 
 
 def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> LinearProbe:
-    """Return how well a logistic regression on all channels predicts a label, by cross-validation.
+    """Measure by cross-validation how well logistic regression on all channels predicts a label.
 
-    Channels are scaled to unit variance on the inputs of each fit. The regularization is scikit-learn's default, C = 1.
+    Channels are scaled to unit variance on each fold's training inputs. Regularization is scikit-learn's default (C=1).
 
     Args:
-        sums: `(input, channel)`.
-        labels: `(input,)`: booleans, or 0 and 1; either on at least as many inputs as there are folds.
+        sums: Channel sums, `(input, channel)`.
+        labels: Booleans or 0 and 1, `(input,)`. Each class needs at least one input per fold.
         folds: Number of folds, at least 2.
-        seed: Random seed of the folds.
+        seed: Random seed for the split into folds.
 
     Raises:
         MissingPackageError: If scikit-learn is not installed.
-        ProbeError: If sums and labels do not fit, or a label is too rare.
+        ProbeError: If sums and labels are invalid or do not match, or a label is too rare.
 
     Example:
         >>> import numpy as np

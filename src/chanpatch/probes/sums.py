@@ -1,4 +1,4 @@
-"""Channel sums of many inputs, reduced inside the hook."""
+"""Compute channel sums for many inputs, reduced inside the hook."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def channel_sums(
     reduce: Reduce = "sum",
     batch_size: int = 64,
 ) -> NDArray[np.float64]:
-    """Return the sum of each channel over its positions, for every input: `(input, channel)`.
+    """Compute the sum of each channel over its positions for every input, `(input, channel)`.
 
-    The model runs without gradients and side effects, and only up to the site. The sums are in double precision.
+    The model runs without gradients or side effects, and only up to the site. The sums are in double precision.
 
     Args:
-        points_or_model: The model, which is traced with the first batch, or its HookPoints.
-        inputs: All inputs, `(input, ...)`: a tensor, a tuple of the model's arguments or a dict of its keywords; or
-            any other iterable of batches of that kind.
-        site: A hook point or a region of one, with a channel or a feature axis.
-        reduce: Reduction over the positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean), or
-            an einops pair that leaves the batch and at most one other axis.
-        batch_size: Number of inputs in one forward; the batches of an iterable stay as they are.
+        points_or_model: Model, which is traced with the first batch, or its HookPoints.
+        inputs: All inputs, `(input, ...)`: a tensor, a tuple of positional arguments, a dict of keyword arguments, or
+            any other iterable of such batches.
+        site: Site with a channel or feature axis.
+        reduce: Reduction over positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean), or an
+            einops pair that leaves the batch and at most one other axis.
+        batch_size: Number of inputs per forward pass. The batches of an iterable are not split.
 
     Raises:
-        HookPointError, SiteError: If the site does not exist, its axes have no names, or it cannot be reduced so.
-        ProbeError: If the site has no channels or no proved batch axis, there are no inputs, or the batch is not the
-            first axis of the inputs.
+        HookPointError, SiteError: If the site does not exist, its axes have no names, or it cannot be reduced.
+        ProbeError: If the site has no channels or its batch axis is unknown, there are no inputs, or the batch is not
+            the first axis of the inputs.
 
     Example:
         >>> import torch
@@ -64,5 +64,5 @@ def channel_sums(
             parts.append(rows(cache, bound))
             advance(1)
     if not parts:
-        raise ProbeError("inputs is empty: give at least one input.")
+        raise ProbeError("inputs is empty: pass at least one input.")
     return np.concatenate(parts)

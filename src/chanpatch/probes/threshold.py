@@ -1,4 +1,4 @@
-"""One channel's sum against one label: a threshold, its scores, and how it transfers under distribution shift."""
+"""Predict a label by a threshold on one channel's sum, and measure transfer under distribution shift."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _SIDES = ("fit", "shifted", "drop")
 
 @dataclass(frozen=True)
 class ThresholdScores:
-    """How well a threshold separates positives from negatives; every interval is a 95% interval.
+    """Scores of a threshold classifier, each with a 95% interval.
 
     Attributes:
-        auc: Probability that a positive lies further on the accepted side than a negative.
-        precision: Share of positives among the accepted inputs; NaN, within 0 and 1, if none was accepted.
-        recall: Share of the positives that is accepted: the true-positive rate.
-        false_positive_rate: Share of the negatives that is accepted.
-        acceptance: Share of all inputs that is accepted.
-        base_rate: Share of positives, which is also the precision of accepting everything.
+        auc: Probability that a random positive lies further toward the accepted side than a random negative.
+        precision: Fraction of accepted inputs that are positive; NaN with interval 0 to 1 if no input was accepted.
+        recall: Fraction of positives that are accepted (true-positive rate).
+        false_positive_rate: Fraction of negatives that are accepted.
+        acceptance: Fraction of all inputs that are accepted.
+        base_rate: Fraction of all inputs that are positive, the precision of accepting everything.
         n: Number of inputs.
     """
 
@@ -54,7 +54,7 @@ class ThresholdScores:
     n: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity: quantity, estimate, low, high, n."""
+        """Return one dict per quantity, with quantity, estimate, low, high and n."""
         return [
             {"quantity": name, **interval_columns(getattr(self, field), "estimate", "low", "high"), "n": self.n}
             for field, name in _NAMES.items()
@@ -66,10 +66,10 @@ class ThresholdProbe(Records):
     """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other.
 
     Attributes:
-        threshold: Number halfway between two sums of the fitting half.
-        direction: Accepted side: `"above"` means sums greater than the threshold.
+        threshold: Threshold, halfway between two sums in the fitting half.
+        direction: Accepted side of the threshold; `"above"` accepts sums greater than it.
         criterion: Criterion by which the threshold was chosen.
-        fitted_on: Number of inputs of the fitting half.
+        fitted_on: Number of inputs in the fitting half.
         held_out: Scores on the other half.
 
     Example:
@@ -88,15 +88,15 @@ class ThresholdProbe(Records):
 
     @classmethod
     def fit(cls, sums: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> ThresholdProbe:
-        """Return the threshold and the side with the largest true-positive minus false-positive rate.
+        """Choose the threshold and side that maximize true-positive rate minus false-positive rate.
 
         Args:
-            sums: One channel's sums: `(input,)`.
-            labels: Booleans, or 0 and 1: `(input,)`. At least four of each; each half gets half of both.
-            seed: Random seed of the halves.
+            sums: One channel's sums, `(input,)`.
+            labels: Booleans or 0 and 1, `(input,)`. At least four of each, which are split evenly between the halves.
+            seed: Random seed for the split into halves.
 
         Raises:
-            ProbeError: If sums and labels do not fit, a label is too rare, or the channel does not vary.
+            ProbeError: If sums and labels are invalid or do not match, a label is too rare, or the sums do not vary.
 
         References:
             Youden, "Index for rating diagnostic tests" (1950).
@@ -113,18 +113,18 @@ class ThresholdProbe(Records):
     def fit_precision(  # noqa: D417  # the other arguments are those of fit
         cls, sums: ArrayLike, labels: ArrayLike, *, min_precision: float = 0.9, seed: int = 0
     ) -> ThresholdProbe:
-        """Return the threshold that accepts most inputs and has the required precision with 95% confidence.
+        """Choose the threshold that accepts the most inputs while reaching the required precision with 95% confidence.
 
         The lower confidence limit of the precision on the fitting half is at least `min_precision`: 29 accepted
-        positives and no negatives suffice for 0.9, 299 for 0.99. The accepted side is that of the positives.
-        `held_out.precision` estimates the precision of the choice, `held_out.acceptance` its cost.
+        positives and no negatives suffice for 0.9, 299 for 0.99. Sums above the threshold are accepted if positives
+        have larger sums, otherwise sums below it. `held_out` has the precision of the threshold and its acceptance.
 
         Args:
-            sums, labels, seed: As for `fit`.
-            min_precision: Least share of positives among all inputs that the threshold would accept.
+            sums, labels, seed: Same as in `fit`.
+            min_precision: Minimum fraction of accepted inputs that must be positive.
 
         Raises:
-            ProbeError: As for `fit`, and if no threshold is that precise with 95% confidence.
+            ProbeError: For the same reasons as `fit`, or if no threshold reaches that precision with 95% confidence.
 
         References:
             Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial"
@@ -133,7 +133,7 @@ class ThresholdProbe(Records):
         import scipy.stats
 
         if not 0 < min_precision <= 1:
-            raise ProbeError(f"min_precision is {min_precision!r}, but a precision lies between 0 and 1, such as 0.9.")
+            raise ProbeError(f"min_precision must be between 0 and 1, such as 0.9; got {min_precision!r}.")
         (fitted, positive), held_out = _halved(sums, labels, seed)
         thresholds, hits, alarms = _candidates(fitted, positive)
         direction: Direction = "above" if auc(fitted, positive).estimate >= 0.5 else "below"
@@ -144,10 +144,10 @@ class ThresholdProbe(Records):
         if not precise.size:
             best = int(np.argmax(limit))
             raise ProbeError(
-                f"No threshold has precision {min_precision:g} with 95% confidence. The best lower limit is "
-                f"{limit[best]:.3g}, at sums {direction} {thresholds[best]:.4g}: there {hits[best]} of "
-                f"{hits[best] + alarms[best]} accepted inputs of the fitting half are positives. Lower min_precision, "
-                "give more inputs, or take another channel."
+                f"No threshold reaches precision {min_precision:g} with 95% confidence. The best lower limit is "
+                f"{limit[best]:.3g}, for sums {direction} {thresholds[best]:.4g}, with {hits[best]} positives among "
+                f"{hits[best] + alarms[best]} accepted inputs in the fitting half. Lower min_precision, pass more "
+                "inputs, or use another channel."
             )
         threshold = float(thresholds[precise[0] if direction == "above" else precise[-1]])
         scores = _scores(*held_out, threshold, direction)
@@ -156,7 +156,7 @@ class ThresholdProbe(Records):
         )
 
     def predict(self, sums: ArrayLike) -> NDArray[np.bool_]:
-        """Return whether each sum lies on the accepted side, in the shape of the sums.
+        """Return whether each sum is accepted, as a bool array of the same shape.
 
         Raises:
             ProbeError: If a sum is not finite.
@@ -164,21 +164,21 @@ class ThresholdProbe(Records):
         return _accepted(finite("sums", sums, error=ProbeError), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:
-        """Return the scores of the same threshold on shifted data, beside those on the held-out half.
+        """Score the threshold on shifted data, alongside its scores on the held-out half.
 
         Args:
-            sums: Sums of the same channel for other inputs: `(input,)`.
-            labels: Booleans, or 0 and 1: `(input,)`. At least two of each.
+            sums: Sums of the same channel for shifted inputs, `(input,)`.
+            labels: Booleans or 0 and 1, `(input,)`. At least two of each.
 
         Raises:
-            ProbeError: If sums and labels do not fit, or a label is too rare.
+            ProbeError: If sums and labels are invalid or do not match, or a label is too rare.
         """
         array = finite("sums", sums, ("input",), ProbeError)
         positive = two_groups(labels, len(array), 2, ProbeError)
         return Transfer(self.held_out, _scores(array, positive, self.threshold, self.direction))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity of the held-out half: quantity, estimate, low, high, n."""
+        """Return one dict per quantity on the held-out half, with quantity, estimate, low, high and n."""
         return self.held_out.to_records()
 
     def _title(self) -> str:
@@ -190,10 +190,10 @@ class ThresholdProbe(Records):
 
 @dataclass(frozen=True, repr=False)
 class Transfer(Records):
-    """A threshold on shifted data, beside the held-out half of the data it was fitted on.
+    """Scores of a threshold on shifted data, alongside its scores on the held-out half.
 
-    The precision depends on the share of positives; the rates and the AUC do not. So precisions are compared at the
-    base rate of the fitting data.
+    Precision depends on the base rate; recall, false-positive rate and AUC do not. Precisions are therefore compared at
+    the base rate of the held-out half.
 
     Attributes:
         fit: Scores on the held-out half.
@@ -205,18 +205,18 @@ class Transfer(Records):
 
     @property
     def reweighted_precision(self) -> Interval:
-        """The precision that the rates on the shifted data give at the base rate of the fitting data."""
+        """Precision on the shifted data, reweighted to the base rate of the held-out half."""
         return reweighted_precision(self.shifted.recall, self.shifted.false_positive_rate, self.fit.base_rate.estimate)
 
     @property
     def drops(self) -> dict[str, Interval]:
-        """Fit minus shifted, with an interval: of auc, recall, false_positive_rate and reweighted_precision."""
+        """Fit minus shifted, with intervals, for auc, recall, false_positive_rate and reweighted_precision."""
         names = ("auc", "recall", "false_positive_rate")
         drops = {name: difference_interval(getattr(self.fit, name), getattr(self.shifted, name)) for name in names}
         return {**drops, "reweighted_precision": difference_interval(self.fit.precision, self.reweighted_precision)}
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity: in the fit, on the shifted data, and the drop, each with its interval."""
+        """Return one dict per quantity, with fit, shifted and drop, each with its interval."""
         drops, names = self.drops, {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
         rows = [(names[each], getattr(self.fit, each), getattr(self.shifted, each), drops.get(each)) for each in names]
         reweighted = self.fit.precision, self.reweighted_precision, drops["reweighted_precision"]
@@ -235,31 +235,31 @@ class Transfer(Records):
         ]
 
     def _title(self) -> str:
-        return f"A threshold on {self.shifted.n} shifted inputs, against {self.fit.n} held-out inputs of its fit"
+        return f"Threshold on {self.shifted.n} shifted inputs, compared with {self.fit.n} held-out inputs"
 
 
 def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats, Booleans], tuple[Floats, Booleans]]:
-    """Return checked sums and labels of two halves: to fit on, and to score on."""
+    """Check sums and labels, and split them into a half to fit on and a half to score on."""
     array = finite("sums", sums, ("input",), ProbeError)
     positive = two_groups(labels, len(array), 4, ProbeError)
     fitting, scoring = halves(positive, seed)
     if np.ptp(array[fitting]) == 0:
         raise ProbeError(
-            f"All {len(fitting)} sums of the fitting half are {array[fitting[0]]:g}: a channel that does not vary has "
-            "no threshold."
+            f"All {len(fitting)} sums in the fitting half are {array[fitting[0]]:g}. Use a channel that varies, or "
+            "pass more inputs."
         )
     return (array[fitting], positive[fitting]), (array[scoring], positive[scoring])
 
 
 def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
-    """Return every threshold that divides the sums, ascending, and how many positives and negatives lie above each."""
+    """Return all thresholds between sums, ascending, and the numbers of positives and negatives above each."""
     order = np.argsort(sums, kind="stable")
     ascending, positive = sums[order], labels[order]
-    last = np.flatnonzero(np.diff(ascending))  # the last of each run of equal sums
+    last = np.flatnonzero(np.diff(ascending))  # end of each run of equal sums
     under, over = ascending[last], ascending[last + 1]
     halfway = under + (over - under) / 2
     hits, alarms = (each.sum() - each.cumsum()[last] for each in (positive, ~positive))
-    return np.where(halfway < over, halfway, under), hits, alarms  # rounding could reach the upper sum
+    return np.where(halfway < over, halfway, under), hits, alarms  # halfway may round up to the upper sum
 
 
 def _accepted(sums: Floats, threshold: float, direction: Direction) -> Booleans:
