@@ -1,4 +1,4 @@
-"""Wing 1, the hook-point registry: every place where an activation can be read or written.
+"""Hook-point registry: every place in a model where an activation can be read or written.
 
 points = hook_points(model, observations)
 points.site("embedder.relu3", channel=55)
