@@ -43,7 +43,7 @@ class ContextSession(Session):
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         refuse_unhookable(self.modules)
-        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules on the path from the root to the listeners
+        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules on the path to the listeners
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Attach the listeners, and store the modules on the path from the root to them."""
@@ -230,8 +230,8 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
     """Raise UnreachedError if there are any names; they replace the `{}` in `fault`."""
     listed = ", ".join(f"'{name}'" for name in names)
     if listed:
-        bypass = f"a direct .forward() call{' or a compiled model' * compiled}"
-        raise UnreachedError(f"{fault.format(listed)}. Either it was not called, or {bypass} bypassed hooks.{advice}")
+        reasons = f"Either the model did not call {listed}, or it bypassed hooks with a direct call of .forward()"
+        raise UnreachedError(f"{fault.format(listed)}. {reasons}{' or compiled code' * compiled}.{advice}")
 
 
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:

@@ -270,7 +270,7 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
     """Return the region at these positions; raise UnsupportedModelError for a part of a sparse or masked tensor."""
     if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
-            f"Cannot select part of a {layout} tensor. Use the whole hook point, or make the tensor dense in the model: "
+            f"Cannot select part of a {layout} tensor. Use the whole hook point, or make it dense in the model: "
             f"tensor.{'to_tensor(0.0)' if layout == 'masked' else 'to_dense()'}."
         )
     for axis, chosen in positions.items():

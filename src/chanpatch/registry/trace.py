@@ -255,6 +255,6 @@ def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
     first = next((tensor for _, tensor in leaves(inputs) if tensor.dim() and not tensor.is_nested), None)
     if first is not None and not len(first):
         raise BatchAxisError(
-            f"The example inputs have no rows: the first tensor has shape {tuple(first.shape)}. Pass at least two rows, "
-            "so that the batch axis can be identified."
+            f"The example inputs have no rows: the first tensor has shape {tuple(first.shape)}. Pass at least 2 rows to "
+            "identify the batch axis."
         )
