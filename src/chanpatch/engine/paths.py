@@ -158,7 +158,7 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
     """Return the attributes that store the parameters a distribution was built with.
 
-    Of `probs` and `logits`, only the one that was passed rebuilds it exactly. The constructor stores that one first.
+    If it was built with `probs`, only `probs` rebuilds it exactly; same for `logits`. That one is stored first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]
@@ -179,7 +179,7 @@ def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distri
     """Rebuild a distribution through its constructor, with one parameter replaced."""
     kind: Any = type(distribution)
     if kind.__module__.split(".")[:2] != ["torch", "distributions"]:
-        raise UnsupportedModelError(f"{kind.__name__} is not a class of torch.distributions, so it cannot be rebuilt.")
+        raise UnsupportedModelError(f"{kind.__name__} is not a torch.distributions class, so it cannot be rebuilt.")
     derived = set().union(*_ALTERNATIVES) - set(_parameters(distribution))
     derived |= set().union(*(each for each in _ALTERNATIVES if changed in each))
     kept = {name: getattr(distribution, attribute) for name, attribute in _constructor(kind).items()

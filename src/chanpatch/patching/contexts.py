@@ -162,8 +162,7 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
-            kind = type(patch).__name__
-            raise TypeError(f"Expected a Patch, such as zero_ablate(Site('conv1', channel=5)); got {kind}.")
+            raise TypeError(f"Expected a Patch, such as zero_ablate(Site('conv1')); got {type(patch).__name__}.")
     _refuse_shared_edits(each)
     if points_or_model is None:
         return each
@@ -228,10 +227,10 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
     """Raise UnreachedError if there are any names; they replace the `{}` in `fault`."""
-    listed = ", ".join(f"'{name}'" for name in names)
-    if listed:
-        reasons = f"Either the model did not call {listed}, or it bypassed hooks with a direct call of .forward()"
-        raise UnreachedError(f"{fault.format(listed)}. {reasons}{' or compiled code' * compiled}.{advice}")
+    if listed := ", ".join(f"'{name}'" for name in names):
+        causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
+        causes += f"hooks){', or it was compiled' * compiled}"
+        raise UnreachedError(f"{fault.format(listed)}. Possible causes: {causes}.{advice}")
 
 
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:

@@ -318,7 +318,7 @@ def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: S
         advice = f": {noun}.view({view}) {verb} along {axes[number]}"
     raise EditError(
         f"{subject}: the {noun} has shape {tuple(operand.shape)}, but the region has axes {shown_axes(axes, lengths)}. "
-        f"Use the same number of axes, with length 1 along each axis to broadcast{advice}."
+        f"Each axis of the {noun} must have the region's length or length 1{advice}."
     )
 
 

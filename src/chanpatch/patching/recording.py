@@ -68,7 +68,7 @@ def recording(
         >>> cache["0"].shape
         torch.Size([2, 8])
     """
-    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # iterators would be exhausted on re-entry
+    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # iterators have only one pass
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     options: dict[str, Any] = {"before": before, "detach": detach, "device": device, "allow_unreached": allowed}
     return Opened(lambda: Recorder(points_or_model, chosen, reduce, **options))
@@ -225,14 +225,12 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
         return tuple(named.get(token, token.strip("()")) for token in remain)
     if reduce not in _BUILT_IN:
         raise SiteError(
-            "reduce must be 'sum', 'mean', 'max', 'norm' or an einops pair such as ('b c h w -> b c', 'sum'); "
-            f"got {reduce!r}."
+            f"reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got {reduce!r}."
         )
     if any(re.fullmatch(r"axis\d+", axis) for axis in axes):
         raise SiteError(
-            f"reduce={reduce!r} keeps the axes batch, channel and feature, but {site!r} has unnamed axes: "
-            f"({', '.join(axes)}). Name all axes with hook_points(..., axes={{'{site.name}': (...)}}), or pass an "
-            "einops pair."
+            f"reduce={reduce!r} keeps batch, channel and feature, but {site!r} has unnamed axes: ({', '.join(axes)}). "
+            f"Name them with hook_points(..., axes={{'{site.name}': (...)}}), or pass an einops pair."
         )
     return tuple(axis for axis in axes if axis in _KEPT)
 

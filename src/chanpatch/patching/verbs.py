@@ -61,7 +61,7 @@ def mean_ablate(
     axes = site.point.axes
     over = (over,) if isinstance(over, str) else tuple(over)
     if not over:
-        raise SiteError(f"mean_ablate at {site!r}: over is empty. Name at least one of its axes ({', '.join(axes)}).")
+        raise SiteError(f"mean_ablate at {site!r}: over is empty. Pass at least one of the axes ({', '.join(axes)}).")
     if unknown := [axis for axis in over if axis not in axes]:
         raise SiteError(f"mean_ablate at {site!r}: over contains {unknown}, but the axes are ({', '.join(axes)}).")
     if not region.is_floating_point():

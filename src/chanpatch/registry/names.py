@@ -48,7 +48,7 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
         )
     raise HookPointError(
         f"{unknown_name(name, known, known)} "
-        f"({len(known)} modules; hook_points(model, *inputs) lists all hook points, including taps.)"
+        "To list all hook points, including taps, print hook_points(model, *inputs)."
     )
 
 

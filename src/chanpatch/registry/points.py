@@ -131,7 +131,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         module = modules.get(name, name)
         fired = [point.name for point in self._points.values() if modules.get(point.module, point.module) == module]
         if fired:
-            return f"'{name}' refers to more than one hook point: {', '.join(fired)}. Use one of these names."
+            return f"'{name}' does not identify a hook point. Use one of these names: {', '.join(fired)}."
         if is_pattern(name):
             return f"'{name}' is a pattern, but a single hook point is expected. Use a name in points.select('{name}')."
         return f"{unknown_name(name, modules, self._names())} {self._advice()}"
@@ -184,7 +184,7 @@ def hook_points(
     axes: Mapping[str, tuple[str, ...]] | None = None,
     **example_keywords: Any,
 ) -> HookPoints:
-    """List every place where an activation of the model can be read or written, in execution order.
+    """List all places in a model at which activations can be read or written, in execution order.
 
     The model runs twice under `torch.no_grad`; the second run has one more row, to identify the batch axis. Random
     number generators, buffers, attributes and training flags are restored.
@@ -255,7 +255,7 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return a site's hook point, traced or not, given the model's modules; raise HookPointError if there is none."""
+    """Return a site's hook point, traced or not, given the model's modules; raise HookPointError if unknown."""
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point

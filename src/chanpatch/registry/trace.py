@@ -105,7 +105,7 @@ class Trace:
         if tensor.is_nested:
             raise UnsupportedModelError(
                 f"Hook point '{self.name(fired)}' is a nested tensor, which has no regular shape. Pass padded inputs. "
-                "If a TransformerEncoder creates it from those, build the encoder with enable_nested_tensor=False."
+                "If a TransformerEncoder creates nested tensors, build it with enable_nested_tensor=False."
             )
         self.fired.append(fired)
         if module is not None:
@@ -255,6 +255,6 @@ def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
     first = next((tensor for _, tensor in leaves(inputs) if tensor.dim() and not tensor.is_nested), None)
     if first is not None and not len(first):
         raise BatchAxisError(
-            f"The example inputs have no rows: the first tensor has shape {tuple(first.shape)}. Pass at least 2 rows to "
-            "identify the batch axis."
+            f"The example inputs have no rows: the first tensor has shape {tuple(first.shape)}. Pass at least 2 rows, "
+            "which are needed to identify the batch axis."
         )
