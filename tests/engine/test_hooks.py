@@ -84,8 +84,8 @@ def test_a_hook_that_replaces_the_tensor_that_was_just_patched_is_an_error_that_
     with pytest.raises(UnsupportedModelError) as caught, patched(points, zero_ablate(points.site("relu", feature=1))):
         net(vectors)
     assert str(caught.value) == (
-        "A forward hook of 'relu' replaced the tensor that was just patched there, or wrote into it. Remove that hook "
-        "while the patch is in place, or patch the input of the next module: doubled."
+        "A forward hook (doubled) replaced or modified the tensor that was just patched at 'relu'. Remove the hook "
+        "while the patch is active, or patch the input of the next module instead."
     )
 
 
@@ -132,7 +132,9 @@ def test_a_pre_hook_of_the_model_itself_that_comes_too_late_is_an_error_in_one_c
     points = hook_points(net, vectors)
     with patched(points, zero_ablate(points.site(".in[0]", feature=1))):
         net.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-        with pytest.raises(UnsupportedModelError, match="A pre-hook was registered on this Net after its input was"):
+        with pytest.raises(
+            UnsupportedModelError, match="A pre-hook was registered on this Net after the context was opened"
+        ):
             net(vectors)
         found = net(vectors)
     by_hand = vectors + 1

@@ -270,8 +270,8 @@ def test_a_patch_that_a_root_call_did_not_reach_is_an_error_of_that_call(on_acto
     with pytest.raises(UnreachedError) as caught:
         on_actor.value(vector)
     assert str(caught.value) == (
-        "The patch at 'actor' never ran in value(). The model did not reach 'actor', or reached it through forward(), "
-        "which runs no hooks. If it need not run there: allow_unreached=['actor']."
+        "The patch at 'actor' never ran in value(). Possible causes: the module was not called, or its .forward() was "
+        "called directly (bypassing hooks). If it need not run there: allow_unreached=['actor']."
     )
 
 
@@ -715,9 +715,7 @@ def test_one_twin_in_two_threads_at_once_is_refused(points, vector, entry):
 
 
 def test_a_part_of_a_twin_is_not_pickled_without_its_patches(twin):
-    with pytest.raises(
-        ConcurrencyError, match="cannot be pickled while it is patched.*pickle a PatchedPolicy as a whole"
-    ):
+    with pytest.raises(ConcurrencyError, match="cannot be pickled while it is patched.*pickle an entire PatchedPolicy"):
         pickle.dumps(twin.body)
 
 
