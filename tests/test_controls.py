@@ -417,7 +417,9 @@ def test_controls_of_neither_a_model_nor_its_hook_points_are_refused() -> None:
 
 def test_a_site_without_channels_has_no_controls() -> None:
     points = hook_points(ATTENTION.module, *ATTENTION.inputs(2), axes={"embed": ("batch", "row", "position")})
-    with pytest.raises(SiteError, match=r"Site\('embed'\) has axes \(batch, row, position\). Controls need the batch"):
+    with pytest.raises(
+        SiteError, match=r"Site\('embed'\) has axes \(batch, row, position\). Controls need a batch axis"
+    ):
         matched_channels(points, "embed", ATTENTION.inputs(9), count=1, seed=0)
     with pytest.raises(SiteError, match="Name them, hook_points"):
         off_distribution(UNNAMED, zero_ablate(UNNAMED.site(".out")), ATTENTION.inputs(9), ATTENTION.inputs(9))

@@ -484,7 +484,7 @@ def test_a_compiled_model_is_refused(net, vector, verb):
     compiled = torch.compile(net, backend="eager")
     compiled(vector)
     what = "1" if verb is recording else zero_ablate(Site("1"))
-    with pytest.raises(UnsupportedModelError, match="compiled by torch.compile"):
+    with pytest.raises(UnsupportedModelError, match="compiled with torch.compile"):
         with verb(compiled, what):
             pass
 

@@ -153,7 +153,7 @@ def test_another_method_is_traced_on_request():
 
 
 def test_what_is_no_module_is_a_type_error():
-    with pytest.raises(TypeError, match="takes a torch.nn.Module, not function"):
+    with pytest.raises(TypeError, match="expects a torch.nn.Module, not function"):
         hook_points(lambda x: x, torch.randn(2))
 
 
@@ -166,7 +166,7 @@ def test_a_model_whose_own_name_is_a_tap_is_told():
         def forward(self, vector):
             return tap("fc", self.fc(vector))
 
-    with pytest.raises(HookPointError, match="has the name of a module"):
+    with pytest.raises(HookPointError, match="has the same name as a module"):
         hook_points(Clash(), torch.randn(2, 6))
 
 
@@ -472,7 +472,7 @@ def test_a_batch_that_only_a_later_module_knows_is_refused_until_axes_names_it()
     points = hook_points(LateEncoder().eval(), sequence)
     assert set(batch_axes(points).values()) == {None}
     assert "Batch axis unknown for" in repr(points)
-    with pytest.raises(BatchAxisError, match=r"Name it where the inputs have it: hook_points\(\.\.\., axes="):
+    with pytest.raises(BatchAxisError, match=r"Name the axes of the model's input: hook_points\(\.\.\., axes="):
         resample_ablate(points.site("head"), torch.zeros(7, 3, 2), seed=0)
 
 

@@ -116,7 +116,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self._aliases.get(name, name)
 
     def _unknown(self, name: str) -> str:
-        doubled = [f"{p.side}{path_text(p.path)} of '{p.module}'" for p in self._doubled if p.name == name]
+        doubled = [f"'{p.module}' (.{p.side}{path_text(p.path)})" for p in self._doubled if p.name == name]
         if doubled:
             return (
                 f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Rename a submodule, or an "
