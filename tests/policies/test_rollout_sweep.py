@@ -393,7 +393,7 @@ def test_an_edit_that_writes_in_place_is_refused(points):
 def test_what_an_edit_returns_is_checked_against_its_own_rows(points):
     message = refused(EditError, points, {"other": edit(points.site("layers.1"), lambda region: region[:, :2])})
     assert message.startswith(
-        "'other': Patch(Site('layers.1'), <lambda>) returned shape (3, 2), but the region has shape (3, 16)"
+        "'other': Patch(Site('layers.1'), <lambda>) returned a tensor of shape (3, 2), but the region has shape (3, 16)"
     )
 
 

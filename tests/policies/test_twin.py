@@ -315,7 +315,7 @@ def test_a_submodule_called_after_one_that_was_interrupted_is_checked_anew(polic
 def test_nan_that_a_patch_brings_in_is_told_at_the_end_of_the_root_call(points, vector):
     twin = PatchedPolicy(points, edit(points.site("body", feature=0), Scale(float("nan"))))
     for method in (twin, twin.greedy, twin.body):
-        with pytest.raises(NaNError, match="brought NaN"):
+        with pytest.raises(NaNError, match="introduced NaN"):
             method(vector)
 
 
@@ -325,7 +325,7 @@ def test_nan_is_named_before_the_error_it_leads_to(points):
             return Categorical(logits=self(vector)).sample()
 
     twin = PatchedPolicy(Sampling(), edit(Site("actor"), Scale(float("nan"))))
-    with pytest.raises(NaNError, match="brought NaN"):
+    with pytest.raises(NaNError, match="introduced NaN"):
         twin.act(torch.randn(3, 6))
 
 
@@ -635,7 +635,7 @@ def test_a_compiled_policy_has_no_twin(policy, compiled):
         with pytest.raises(UnsupportedModelError, match="compiled in place"):
             PatchedPolicy(policy, zero_ablate(Site("actor")))
     else:
-        with pytest.raises(UnsupportedModelError, match="compiled by torch.compile"):
+        with pytest.raises(UnsupportedModelError, match="compiled with torch.compile"):
             PatchedPolicy(compiled(policy), zero_ablate(Site("actor")))
 
 

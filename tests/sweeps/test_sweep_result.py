@@ -80,7 +80,7 @@ def test_labels_and_rows_are_in_the_order_given(points: HookPoints) -> None:
 
 def test_two_patches_with_one_label_are_an_error(points: HookPoints) -> None:
     site = points.site("1", feature=3)
-    with pytest.raises(errors.SweepError, match="Two of the patches are at 1, feature=3.*Give a mapping"):
+    with pytest.raises(errors.SweepError, match="Two of the patches have the same site, 1, feature=3,.*Pass a dict"):
         swept(points, patches=[zero_ablate(site), edit(site, Scale(2.0))])
 
 
@@ -275,19 +275,19 @@ def test_nan_is_an_error_that_names_the_label(points: HookPoints) -> None:
     patches: dict[str, Any] = {f"fine {number}": patch for number, patch in enumerate(zeroed(points))}
     patches["broken"] = edit(points.site("1", feature=2), lambda activation: activation / 0 * 0)
     for strategy in ("auto", "loop"):
-        with pytest.raises(errors.NaNError, match="'broken': Patch.*brought NaN"):
+        with pytest.raises(errors.NaNError, match="'broken': Patch.*introduced NaN"):
             swept(points, patches=dict(reversed(patches.items())), strategy=strategy)
 
 
 def test_nan_that_a_later_patch_brings_is_an_error_too(points: HookPoints) -> None:
     broken = edit(points.site("2"), lambda activation: activation / 0 * 0)
-    with pytest.raises(errors.NaNError, match="Site\\('2'\\).*brought NaN"):
+    with pytest.raises(errors.NaNError, match="Site\\('2'\\).*introduced NaN"):
         swept(points, patches={number: [patch, broken] for number, patch in enumerate(zeroed(points))})
 
 
 def test_an_edit_that_fails_is_named(points: HookPoints) -> None:
     patches = {**dict(enumerate(zeroed(points))), "short": edit(points.site("1"), lambda activation: activation[:1])}
-    with pytest.raises(errors.EditError, match="'short': Patch.*returned shape"):
+    with pytest.raises(errors.EditError, match="'short': Patch.*returned a tensor of shape"):
         swept(points, patches=patches)
 
 
