@@ -21,7 +21,7 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Run the callbacks at every tap and every call of these modules, but not at calls of their copies."""
+    """Run the callbacks at every tap and at every call of these modules, but not of their copies."""
     known = set(modules)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -53,10 +53,10 @@ _tap_sessions: dict[str, list[weakref.ref[Any]]] = {}  # weak, so that a patched
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
-    """Make a tensor inside a `forward` method a hook point, and return the tensor, patched if a patch is open.
+    """Turn a tensor inside a `forward` method into a hook point, and return the tensor or its patched version.
 
     Args:
-        name: Name of the hook point. If the tap runs several times per forward pass, they are `name#0`, `name#1`, ...
+        name: Name of the hook point, or `name#0`, `name#1`, ... if the tap runs more than once per forward pass.
         tensor: Any tensor in the forward pass.
 
     Raises:

@@ -1,6 +1,6 @@
 """Mutable containers (dicts, lists, dataclasses) that a module receives and its caller keeps using.
 
-A patched input is in a copy of its container, so the caller would miss later writes by the module; these are detected.
+A patched input is in a copy of its container, so its caller would not see later writes by the module. We detect these.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _written_into(before: Any, after: Any, shared: Container[int], users: Contai
 
 
 def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (original, copy) for each container in a module's arguments that patching copied."""
+    """Yield (original, copy) for each container in a module's arguments that a patch copied."""
     if before is after or isinstance(before, Tensor):
         return
     if _is_mutable(before):

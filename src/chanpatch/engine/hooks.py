@@ -1,8 +1,8 @@
 """Torch hooks: one `Station` per module runs the listeners of all open sessions.
 
-Recordings of unpatched values come first, then patches in the order they were entered, then other recordings. Outputs
-are patched before any other hook of the module runs, inputs after all pre-hooks. Recording happens last, so a record is
-the tensor that flows on.
+Listeners run in this order: recordings of unpatched values, patches in the order they were entered, other recordings.
+Outputs are patched before any other hook of the module runs, inputs after all pre-hooks. The other recordings run after
+all hooks, so they see the tensor that flows on.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Station:
         return bool(self.listeners or self.scopes)
 
     def is_inside_itself(self) -> bool:
-        """Return whether the current call of the module is nested inside another call of it that is still running."""
+        """Return whether the module is being called recursively; interrupted calls do not count."""
         calls, frame = 0, sys._getframe()
         while frame is not None and calls < 2:
             calls += frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module_id
@@ -307,7 +307,7 @@ def _is_of_another(station: Station | None, hook: object) -> bool:
 
 
 def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
-    """Remove the hooks from a module for which `ours` is true."""
+    """Remove from a module the hooks for which `ours` returns true."""
     # The pre-hook is removed last: it identifies the station, so an interrupted removal can be repeated.
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = vars(module).get(name, {})
@@ -385,7 +385,7 @@ def refuse_checkpoint(name: str) -> None:
 
 
 def read_only(name: str) -> str:
-    """Return the error message for a patch of a tensor inside a distribution."""
+    """Return the error message for patching a tensor inside a distribution."""
     return (
         f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
         "that computes it, or call tap('name', tensor) in the model's forward()."

@@ -35,7 +35,7 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return a list with the first batch (or nothing), and the inputs, which still include that batch."""
+    """Return the first batch in a list (empty if there are no inputs), and inputs that still include that batch."""
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
     rest = iter(inputs)
@@ -44,7 +44,7 @@ def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[lis
 
 
 def input_count(inputs: Inputs) -> int:
-    """Return the number of inputs, which is the length of the first tensor that has axes."""
+    """Return the number of inputs: the length of the first tensor that has axes."""
     return next((len(tensor) for _, tensor in with_rows(inputs)), 0)
 
 

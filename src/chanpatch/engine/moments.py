@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Published:
-    """Rows of a forward pass and, in a rollout, their episodes; created at every step, so it must be cheap.
+    """Rows of a forward pass and, in a rollout, their episodes. One is created per step, so it must be cheap.
 
     Attributes:
         rows: Index of each row, int64 `(row,)`; None for 0, 1, 2, ...

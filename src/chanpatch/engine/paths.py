@@ -158,7 +158,7 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
     """Return the attributes that store the parameters a distribution was built with.
 
-    If it was built with `probs`, only `probs` rebuilds it exactly; same for `logits`. That one is stored first.
+    Only the parameter that was passed, `probs` or `logits`, rebuilds it exactly. The constructor stores it first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]

@@ -1,7 +1,7 @@
 """Sessions: groups of listeners that are attached together, and the root call in which they run.
 
-A root call is one call of the model, or of the chosen method. Module calls are counted, and checks are made, per root
-call.
+A root call is one call of the model, or of the chosen method. Module calls are counted per root call, and each root
+call is checked when it ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHANGES = threading.RLock()  # held while hooks are added or removed
 
 
 class StopForward(BaseException):
-    """Stops a forward pass that chanpatch started; `except Exception` does not catch it."""
+    """Raised to stop a forward pass that chanpatch started; `except Exception` does not catch it."""
 
 
 class Listener:
@@ -143,7 +143,7 @@ class Session:
                     yield
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach all listeners, or none if that fails; the outermost call of one of the scopes is a root call."""
+        """Attach all listeners, or none if that fails; outermost calls of the modules in `scopes` are root calls."""
         try:
             with _CHANGES:
                 self._attach(scopes)
@@ -315,7 +315,7 @@ class Session:
             raise failure
 
     def check_owner(self) -> None:
-        """Raise if the current forward pass is not in the session's thread and asyncio task."""
+        """Raise unless the current forward pass runs in the session's thread and asyncio task."""
         if self._is_elsewhere():
             where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(

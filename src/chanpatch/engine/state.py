@@ -144,7 +144,7 @@ class undisturbed:
 class Snapshot:
     """State of the given modules when `note` was called.
 
-    Only the names of parameters are saved, because libraries that shard or offload a model replace the parameters.
+    Parameters are saved by name only, because libraries that shard or offload a model replace them.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

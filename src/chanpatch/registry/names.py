@@ -99,7 +99,7 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
     Names consist of parts separated by dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding
     part. `*` matches any text within a part, `**` any number of parts, `?` one character. A pattern without `#k`
-    matches all calls; without `.in` or `.out`, all outputs. The beginning of a path matches all tensors under it.
+    matches all calls, one without `.in` or `.out` all outputs. The beginning of a path matches all tensors under it.
 
     Args:
         pattern: Pattern, such as `"h.*"`, `"h.*.in[0]"`, `"**.relu?"`.
@@ -138,7 +138,7 @@ def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
     """Compile a pattern, whose module part ends at `end`, to a regular expression for spellings.
 
-    `numbers` is an additional regular expression for `?`, a format string that receives the number of `?` in a row.
+    `numbers` is a template for an alternative to consecutive `?`; their number is filled in.
     """
 
     def regex(text: str, any_text: str) -> str:

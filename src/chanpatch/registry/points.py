@@ -69,7 +69,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
         Args:
             pattern: Pattern, such as `"embedder.block*.res?"`. `*` matches any text without a dot, `**` any number of
-                dotted parts, `?` one character. A pattern that ends in a module name matches that module's outputs in
+                dot-separated parts, `?` one character. A pattern that ends in a module name matches that module's outputs in
                 every call: `"h.*"` matches `h.0`, or `h.0.out[0]` and so on if the module returns several tensors.
                 `"h.*.in[0]"` and `"h.*.out[1]"` match one input or one output, `"**.in"` matches all inputs.
 
@@ -195,14 +195,14 @@ def hook_points(
             along the axis named "batch" (by `axes`, or by a module such as a sequence-first LSTM). An input with
             unnamed axes grows along its first axis if that is as long as the batch.
         method: Name of the method to trace, if not `__call__`. Its inputs are named `.in[0]`, ...
-        axes: Axis names by pattern (see `HookPoints.select`), for axes whose names no module type determines:
+        axes: Axis names by pattern (see `HookPoints.select`), for axes that no module type names:
             `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate them.
         example_keywords: Keyword arguments for the model.
 
     Raises:
         UnsupportedModelError: If the model is compiled, scripted or lazy, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
-        HookPointError: If `axes` names a hook point that did not fire, or a tap has the name of another hook point.
+        HookPointError: If `axes` names a hook point that did not fire, or two hook points have one name.
         SiteError: If `axes` has the wrong number of names for a hook point, or repeats a name.
 
     Example:

@@ -1,4 +1,4 @@
-"""Sites: regions of hook points as plain data, and functions that read and write them, but never in place."""
+"""Sites: regions of hook points as plain data, and functions that read and write them without in-place writes."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def unusual_layout(tensor: Tensor) -> str:
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at these positions; raise UnsupportedModelError for a part of a sparse or masked tensor."""
+    """Return the region at these positions; raise UnsupportedModelError for part of a sparse or masked tensor."""
     if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
             f"Cannot select part of a {layout} tensor. Use the whole hook point, or make it dense in the model: "

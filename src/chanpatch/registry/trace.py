@@ -23,7 +23,7 @@ from .sites import HookPoint
 
 
 class _Fired(NamedTuple):
-    """One input or output tensor of one call, or one tap."""
+    """One input or output tensor of a module call, or the tensor of a tap."""
 
     module: str
     side: Literal["in", "out", "tap"]
@@ -37,7 +37,7 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 
 
 class Trace:
-    """All tensors at hook points in one run of a model, with axis names; names in `given` override inferred ones.
+    """The tensors at all hook points in one run of a model, with axis names; `given` names override inferred ones.
 
     `totals` maps the id of each parameter to its sum, to be compared with the sum during the run.
     """
@@ -182,7 +182,7 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
 
 
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> dict[str, int]:
-    """Return the batch axis of each hook point for which a second run with one more row identifies it."""
+    """Return each hook point's batch axis, if a second run with one more row identifies it."""
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
     certain: list[int] = []  # lengths of axes named "batch"
@@ -205,7 +205,7 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return each hook point's axis, if a single one grew by one from `rows` and has no name other than batch."""
+    """Return each hook point's only axis that grew from `rows` to `rows + 1`, if its name is unknown or batch."""
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
