@@ -20,9 +20,9 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    Keys may also be names, for the whole hook point or its only site in the cache, or patterns such as `"h.*"` that
-    match exactly one site. The operators +, -, * and / accept a number or a cache with the same sites, as in
-    `clean - corrupted`. Small integer dtypes become int64.
+    A name also works as a key, for the whole hook point or its only site in the cache, and so does a pattern such as
+    `"h.*"` that matches exactly one site. The operators +, -, * and / accept a number or a cache with the same sites,
+    as in `clean - corrupted`. Small integer dtypes become int64.
 
     Args:
         activations: Activation at each site, with the axes of its region, or those left by a reduction.

@@ -78,7 +78,7 @@ class ContextSession(Session):
 
 
 class Exit:
-    """Descriptor for `__exit__`, which `with` looks up before it enters a context, unlike a direct `__enter__()`."""
+    """Descriptor for `__exit__`: `with` looks it up before entering the context; calling `__enter__()` does not."""
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -226,7 +226,7 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError if there are any names; they replace the `{}` in `fault`."""
+    """Raise UnreachedError if `names` is not empty; the names replace the `{}` in `fault`."""
     if listed := ", ".join(f"'{name}'" for name in names):
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
         causes += f"hooks){', or it was compiled' * compiled}"

@@ -130,8 +130,8 @@ class Project:
     """Remove the component along a direction (directional ablation).
 
     Args:
-        direction: Tensor. The direction extends over its axes longer than 1; the component is removed at every position
-            along the other axes. For example, `direction.view(1, -1, 1, 1)` is a direction in channel space.
+        direction: Tensor whose axes longer than 1 contain the direction: `direction.view(1, -1, 1, 1)` is a direction
+            in channel space. The component is removed at every position along the other axes.
 
     Raises:
         EditError: If the direction is zero.
@@ -163,9 +163,9 @@ class Project:
 class Resample:
     """Replace each row with a row from a reference set, drawn at random with replacement.
 
-    The draw depends only on the seed, the module's call index and the row's index. In a rollout, it depends on the
-    sampling seed, the episode's seed, the number of earlier episodes with that seed and, with `per="step"`, the step
-    instead of the row's index.
+    The draw depends only on the seed, the module's call index and the row's index. In a rollout, the row's index is
+    replaced by the sampling seed, the episode's seed, the number of earlier episodes with that seed and, with
+    `per="step"`, the step.
 
     Args:
         reference: Tensor with the axes of the region; the rows along its batch axis are the reference set.

@@ -26,7 +26,7 @@ from .patch import Mask, Patch, edit_name
 
 
 class Located:
-    """A site located in its hook point's tensors, once per tensor type, shape, dtype, device and layout.
+    """A site's location in its hook point's tensors, computed once per tensor type, shape, dtype, device and layout.
 
     `axes` and `batch_axis` describe the tensor; `positions` are the selected positions, by axis number.
     """
@@ -41,7 +41,7 @@ class Located:
         self._known: tuple[Any, ...] | None = None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
-        """Locate the site in a tensor; raise if the tensor does not match the trace, or the site the tensor."""
+        """Locate the site in a tensor; raise if the tensor does not match the trace or lacks the site."""
         known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return

@@ -47,8 +47,8 @@ def recording(
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
             pair such as `("b c h w -> b c", "sum")`. Only the result is kept.
         before: Whether to record activations before patches are applied.
-        detach: Whether to detach records from the graph. If False, `torch.autograd.grad(output, cache[site])` is the
-            gradient at the site, because the forward pass continues from the record, unless the record is reduced.
+        detach: Whether to detach records from the graph. If False, the forward pass continues from each record that is
+            not reduced, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
         device: Device of the records; None keeps each on its original device.
         allow_unreached: Names of hook points that need not run.
 

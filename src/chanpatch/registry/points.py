@@ -69,8 +69,8 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
         Args:
             pattern: Pattern, such as `"embedder.block*.res?"`. `*` matches any text without a dot, `**` any number of
-                dot-separated parts, `?` one character. A pattern that ends in a module name matches that module's outputs in
-                every call: `"h.*"` matches `h.0`, or `h.0.out[0]` and so on if the module returns several tensors.
+                dot-separated parts, `?` one character. A pattern that ends in a module name matches that module's
+                outputs in every call: `"h.*"` matches `h.0`, or `h.0.out[0]` and so on if there are several outputs.
                 `"h.*.in[0]"` and `"h.*.out[1]"` match one input or one output, `"**.in"` matches all inputs.
 
         Raises:
@@ -202,7 +202,7 @@ def hook_points(
     Raises:
         UnsupportedModelError: If the model is compiled, scripted or lazy, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
-        HookPointError: If `axes` names a hook point that did not fire, or two hook points have one name.
+        HookPointError: If `axes` names a hook point that did not fire, or a tap's name is already in use.
         SiteError: If `axes` has the wrong number of names for a hook point, or repeats a name.
 
     Example:
