@@ -30,8 +30,8 @@ class Patch:
         site: Site to patch.
         edit: Callable that receives the region and returns a new tensor with the same shape, dtype and device. It may
             have a keyword-only parameter `context`, which receives a `chanpatch.patching.Context`.
-        where: Elements to replace: None for all, a bool tensor with as many axes as the region, each with the region's
-            length or length 1, or a function of the context that returns such a tensor, True (all) or False (none).
+        where: Elements to replace; None for all. Either a bool tensor with as many axes as the region (each with the
+            region's length or length 1), or a function of the context that returns such a tensor, True or False.
 
     Raises:
         TypeError: If `site` is not a Site.
