@@ -53,9 +53,9 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
-    (["--help"], "Inspect files of patches that chanpatch.save() wrote."),
-    (["--help"], "print the contents of a file of patches"),
-    (["show", "--help"], "Showing a file runs no code from it."),
+    (["--help"], "Inspect patch files written by chanpatch.save()."),
+    (["--help"], "print the contents of a patch file"),
+    (["show", "--help"], "No code from the file is executed."),
 ])  # fmt: skip
 def test_help_says_what_there_is(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -295,8 +295,8 @@ ATTENTION = build("attention")
 UNNAMED = hook_points(ATTENTION.module, *ATTENTION.inputs(2))
 LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
 BATCH_ON_AXIS_1 = (
-    "The model takes its batch on axis 1 of its first input, but inputs stand on axis 0. Wrap the model in a module "
-    "that takes the batch first."
+    "The batch axis of the model's first input is axis 1, but inputs are split into batches along axis 0. Wrap the "
+    "model in a module whose inputs have the batch axis first."
 )
 WITH_NAN = IMAGES.clone()
 WITH_NAN[9, 0, 0, 0] = torch.nan
@@ -323,22 +323,22 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=1, seed=0, batch_size=0),
             StatisticsError,
-            "batch_size is 0, but a batch has at least one input.",
+            "batch_size must be at least 1; got 0.",
         ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), WITH_NAN, count=1, seed=0, batch_size=4),
             StatisticsError,
-            "background[9] leads to a number that is not finite at Site('ramp'): leave that input out, or that site.",
+            "background[9] produces a non-finite activation at Site('ramp'). Leave out either that input or that site.",
         ),
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES, WITH_NAN, batch_size=4),
             StatisticsError,
-            "background[9] leads to a number that is not finite at Site('ramp'): leave that input out, or that site.",
+            "background[9] produces a non-finite activation at Site('ramp'). Leave out either that input or that site.",
         ),
         (
             lambda: off_distribution(POINTS, steer(POINTS.site("ramp"), torch.zeros(1, 1, 1, 1)), WITH_NAN, IMAGES),
             StatisticsError,
-            "inputs[9] leads to a number that is not finite at Site('ramp'): leave that input out, or that site.",
+            "inputs[9] produces a non-finite activation at Site('ramp'). Leave out either that input or that site.",
         ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), IMAGES, count=29, seed=0),
@@ -360,12 +360,12 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES[:1], count=1, seed=0),
             StatisticsError,
-            "background has 1 inputs: give at least two, to measure how much activations vary.",
+            "background has 1 inputs, but at least 2 are needed to measure how much activations vary.",
         ),
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES, []),
             StatisticsError,
-            "background has 0 inputs: give at least two, to measure how much activations vary.",
+            "background has 0 inputs, but at least 2 are needed to measure how much activations vary.",
         ),
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:0], IMAGES),
@@ -417,9 +417,11 @@ def test_controls_of_neither_a_model_nor_its_hook_points_are_refused() -> None:
 
 def test_a_site_without_channels_has_no_controls() -> None:
     points = hook_points(ATTENTION.module, *ATTENTION.inputs(2), axes={"embed": ("batch", "row", "position")})
-    with pytest.raises(SiteError, match=r"Site\('embed'\) has axes \(batch, row, position\). Controls need the batch"):
+    with pytest.raises(
+        SiteError, match=r"Site\('embed'\) has axes \(batch, row, position\). Controls need a batch axis"
+    ):
         matched_channels(points, "embed", ATTENTION.inputs(9), count=1, seed=0)
-    with pytest.raises(SiteError, match="Name them, hook_points"):
+    with pytest.raises(SiteError, match="Name them with hook_points"):
         off_distribution(UNNAMED, zero_ablate(UNNAMED.site(".out")), ATTENTION.inputs(9), ATTENTION.inputs(9))
 
 

@@ -53,7 +53,6 @@ class Branching(nn.Module):
         return self.left(vector) if vector.sum() > 0 else self.right(vector)
 
 
-MODULES = len([*CNN.module.modules()])
 BRANCHING = Branching()
 BRANCHING_POINTS = hook_points(BRANCHING, torch.ones(2, 2))
 
@@ -144,8 +143,6 @@ class NoForward(nn.Module):
     pass
 
 
-FC = "Did you mean 'fc'? (3 modules; hook_points(model, *inputs) lists every hook point, taps included.)"
-
 MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "unknown name": (
         errors.HookPointError,
@@ -160,32 +157,34 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a module that was not called": (
         errors.HookPointError,
         lambda: BRANCHING_POINTS.site("right"),
-        "Hook point 'right' never fired: the traced forward did not call that module. (Hook points that fired: .in[0], "
-        "left.in[0], left, .out.) To trace another path, pass its inputs or its method to hook_points().",
+        "Hook point 'right' never fired: the traced forward pass did not call that module. (Hook points that fired: "
+        ".in[0], left.in[0], left, .out.) To trace another path through the model, call hook_points() with other "
+        "inputs or another method.",
     ),
     "a module that was called twice": (
         errors.HookPointError,
         lambda: SHARED_POINTS.site("relu"),
-        "'relu' is 4 hook points: relu#0.in[0], relu#0, relu#1.in[0], relu#1. Name one of them.",
+        "'relu' does not identify a hook point. Use one of these names: relu#0.in[0], relu#0, relu#1.in[0], relu#1.",
     ),
     "a pattern without matches": (
         errors.HookPointError,
         lambda: POINTS.select("block*"),
-        "No hook point matches 'block*'. `*` ends at a dot, `**` does not. (12 hook points; print the "
-        "HookPoints to list them.)",
+        "No hook point matches 'block*'. `*` stops at a dot, `**` does not. (12 hook points; print the HookPoints to "
+        "list them.)",
     ),
     "unknown name in a bare model": (
         errors.HookPointError,
         lambda: recording(nn.ModuleDict({"fc": nn.Linear(2, 2), "head": nn.Linear(2, 2)}), "fcc").__enter__(),
-        f"No hook point named 'fcc'. {FC}",
+        "No hook point named 'fcc'. Did you mean 'fc'? To list all hook points, including taps, print "
+        "hook_points(model, *inputs).",
     ),
     "several faults": (
         errors.HookPointError,
         lambda: run(POINTS, zero_ablate(Site("conv_1")), zero_ablate(Site("conv1", channel=8))),
-        "2 faults:\n"
+        "2 errors:\n"
         "- No hook point named 'conv_1'. Did you mean 'conv1'? (12 hook points; print the HookPoints to list them.)\n"
-        "- Site('conv1', channel=8): channel 8 is out of range; hook point 'conv1' has axes (batch, channel, row, col) "
-        "and 8 channels (0 to 7).",
+        "- Site('conv1', channel=8): channel 8 is out of range; hook point 'conv1' has axes (batch, channel, row, "
+        "col) and 8 channels (0 to 7).",
     ),
     "index out of range": (
         errors.SiteError,
@@ -202,30 +201,31 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an index named twice": (
         errors.SiteError,
         lambda: POINTS.site("conv1", channel=[7, -1]),
-        "Site('conv1', channel=[7, -1]): channel 7 is named twice; hook point 'conv1' has axes (batch, channel, row, "
+        "Site('conv1', channel=[7, -1]): channel 7 is listed twice; hook point 'conv1' has axes (batch, channel, row, "
         "col) and 8 channels (0 to 7).",
     ),
     "an empty index": (
         errors.SiteError,
         lambda: Site("conv1", channel=[]),
-        "Site('conv1', channel=[]) selects nothing. Leave channel out to mean all of it.",
+        "Site('conv1', channel=[]) selects nothing. Omit channel to select all of it.",
     ),
     "no index": (
         errors.SiteError,
         lambda: Site("conv1", channel=1.5),
-        "Site('conv1', channel=1.5): an index is an int, a slice, a sequence of ints or a boolean mask.",
+        "Site('conv1', channel=1.5): an index must be an int, a slice, a sequence of ints or a boolean mask.",
     ),
     "an axis without a known length": (
         errors.SiteError,
         lambda: Site("conv1").split("channel"),
-        "Site('conv1') cannot be split along 'channel': the length of that axis is not known. Name its indices, or "
-        "take the site from points.site(...) of a traced model.",
+        "Site('conv1') cannot be split along 'channel': the length of that axis is unknown. Pass its indices, or "
+        "create the site from a traced model with points.site(...).",
     ),
     "an operand that would broadcast": (
         errors.EditError,
         lambda: run(CNN.module, steer(Site("conv1"), torch.zeros(8))),
         "Add at Site('conv1'): the vector has shape (8,), but the region has axes (batch, channel, row, col) = (4, 8, "
-        "8, 8). Give every axis, with length 1 where the vector repeats: vector.view(1, 8, 1, 1) adds along channel.",
+        "8, 8). Each axis of the vector must have the region's length or length 1: vector.view(1, 8, 1, 1) adds along "
+        "channel.",
     ),
     "an operand of another dtype": (
         errors.EditError,
@@ -242,134 +242,135 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mask that would broadcast": (
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(4, dtype=torch.bool)),
-        "where at Site('fc'): the mask has shape (4,), but the region has axes (batch, feature) = (any, 4). Give every "
-        "axis, with length 1 where the mask repeats: mask.view(1, 4) selects along feature.",
+        "where at Site('fc'): the mask has shape (4,), but the region has axes (batch, feature) = (any, 4). Each axis "
+        "of the mask must have the region's length or length 1: mask.view(1, 4) selects along feature.",
     ),
     "a mask that is none": (
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(1, 4)),
-        "where at Site('fc') is a torch.float32 tensor; it takes a bool tensor, such as column < 12, or a function "
-        "that returns one.",
+        "where at Site('fc') must be a bool tensor (such as column < 12) or a function that returns one; got a "
+        "torch.float32 tensor.",
     ),
     "an edit that returns None": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), print_nothing)),
-        "Patch(Site('fc'), print_nothing) returned NoneType. An edit returns a tensor: the new activation, or the one "
-        "it got to change nothing.",
+        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: a new activation, or its "
+        "input to leave the activation unchanged.",
     ),
     "an edit that returns another shape": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), first_rows)),
-        "Patch(Site('fc'), first_rows) returned shape (1, 4), but the region has shape (4, 4) (axes batch, feature).",
+        "Patch(Site('fc'), first_rows) returned a tensor of shape (1, 4), but the region has shape (4, 4) (axes "
+        "batch, feature).",
     ),
     "an edit that returns another dtype": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), doubled)),
-        "Patch(Site('fc'), doubled) returned dtype torch.float64, but the region has dtype torch.float32.",
+        "Patch(Site('fc'), doubled) returned a tensor of dtype torch.float64, but the region has dtype torch.float32.",
     ),
     "an edit that writes in place": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), emptied)),
-        "Patch(Site('fc'), emptied) wrote into its region in place. Return a new tensor: activation * 0 instead of "
-        "activation.mul_(0).",
+        "Patch(Site('fc'), emptied) modified its region in place. Return a new tensor, such as activation * 0 instead "
+        "of activation.mul_(0).",
     ),
     "an edit that brings NaN in": (
         errors.NaNError,
         lambda: run(POINTS, edit(POINTS.site("fc"), divided)),
-        "Patch(Site('fc'), divided) brought NaN into a region that had none. Check its operands (a mean over no rows, "
-        "0/0); patched() and PatchedPolicy take check_nan=False where NaN is meant.",
+        "Patch(Site('fc'), divided) introduced NaN into a region that had none. Check its operands for 0/0 or a mean "
+        "over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy.",
     ),
     "an edit that is none": (
         errors.EditError,
         lambda: edit(POINTS.site("fc"), 0.0),  # type: ignore[arg-type]
-        "The edit at Site('fc') is float, which cannot be called. Use Set(value) to put a value there, or a function "
-        "activation -> activation.",
+        "The edit at Site('fc') must be callable; got float. Use Set(value) to set the activation to a value, or a "
+        "function that maps the activation to a new one.",
     ),
     "bounds that are crossed": (
         errors.EditError,
         lambda: Clamp(low=1.0, high=0.0),
-        "Clamp(low=1.0, high=0.0): the lower bound is above the upper one.",
+        "Clamp(low=1.0, high=0.0): low must not be above high.",
     ),
     "an operand that is none": (
         errors.EditError,
         lambda: Set([1.0]),  # type: ignore[arg-type]
-        "Set: the value is of type list; it takes a real number (int or float) or a tensor.",
+        "Set: the value must be a real number (int or float) or a tensor; got list.",
     ),
     "a bound that is no number": (
         errors.EditError,
         lambda: Clamp(low="a"),  # type: ignore[arg-type]
-        "Clamp: the lower bound is 'a'; it takes a real number (int or float) or None.",
+        "Clamp: the lower bound must be a real number (int or float) or None; got 'a'.",
     ),
     "a fraction in an integer region": (
         errors.EditError,
         lambda: Patch(hook_points(nn.Identity(), torch.arange(2)).site(".out"), Set(2.7)),
-        "Set at Site('.out'): the value is 2.7, which the region, torch.int64, cannot hold. Give a whole number "
-        "from -9223372036854775808 to 9223372036854775807.",
+        "Set at Site('.out'): the value must be an integer from -9223372036854775808 to 9223372036854775807, because "
+        "the region's dtype is torch.int64; got 2.7.",
     ),
     "a direction of zeros": (
         errors.EditError,
         lambda: Project(torch.zeros(1, 4)),
-        "Project: the direction is zero everywhere.",
+        "Project: the direction is zero. Pass a tensor with at least one nonzero element.",
     ),
     "a direction that is none": (
         errors.EditError,
         lambda: Project(3.0),  # type: ignore[arg-type]
-        "Project: the direction is 3.0; it takes a tensor.",
+        "Project: the direction must be a tensor; got 3.0.",
     ),
     "a seed that is none": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(2, 4), seed=0.7),  # type: ignore[arg-type]
-        "Resample: the seed is 0.7; it takes a whole number.",
+        "Resample: the seed must be an integer; got 0.7.",
     ),
     "a draw per something else": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(2, 4), per="wave"),  # type: ignore[arg-type]
-        "Resample: per is 'wave'; it takes 'episode' or 'step'.",
+        "Resample: per must be 'episode' or 'step'; got 'wave'.",
     ),
     "no rows to draw from": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(0, 4), seed=0),
-        "Resample: the reference has shape (0, 4), and so no rows on axis 0.",
+        "Resample: the reference has no rows along axis 0: its shape is (0, 4).",
     ),
     "rows drawn along another axis": (
         errors.EditError,
         lambda: Patch(POINTS.site("fc"), Resample(torch.zeros(1, 4), seed=0, batch_axis=1)),
-        "Resample at Site('fc') has batch_axis=1, but the batch is axis 0 of (batch, feature). Resample(reference, "
-        "seed, batch_axis=0) draws rows.",
+        "Resample at Site('fc') has batch_axis=1, but the batch is axis 0 of (batch, feature). Use "
+        "Resample(reference, seed, batch_axis=0).",
     ),
     "a mean over nothing": (
         errors.SiteError,
         lambda: mean_ablate(POINTS.site("fc"), torch.zeros(3, 4), over=()),
-        "mean_ablate at Site('fc') over no axis. Name one or more of (batch, feature): over='batch'.",
+        "mean_ablate at Site('fc'): over is empty. Pass at least one of the axes (batch, feature).",
     ),
     "a reduced cache": (
         errors.EditError,
         lambda: patch_in(
             POINTS.site("relu1", row=1), run_with_cache(POINTS, *CNN.inputs(2), sites="relu1", reduce="sum")[1]
         ),
-        "The cache holds Site('relu1') with shape (2, 8), of which Site('relu1', row=1) cannot be taken: that has axes "
-        "(batch, channel, row, col). Record without reduce.",
+        "The cache contains Site('relu1') with shape (2, 8), but Site('relu1', row=1) needs axes (batch, channel, "
+        "row, col). Record the hook point without reduce.",
     ),
     "an activation that is none": (
         errors.EditError,
         lambda: steer(POINTS.site("fc"), [1.0]),  # type: ignore[arg-type]
-        "The activation for Site('fc') is a list; it is a tensor with the region's axes, or an ActivationCache.",
+        "The activation for Site('fc') must be a tensor with the region's axes or an ActivationCache; got list.",
     ),
     "a cache times a tensor": (
         TypeError,
         lambda: cache() * torch.ones(4),
-        "An ActivationCache is combined with another one or a number, not Tensor, which would broadcast to every site. "
-        "Take the activation itself: cache[site] * tensor.",
+        "An ActivationCache can be combined only with another cache or a number, not Tensor, which would broadcast to "
+        "every site. Use the activation at one site: cache[site] * tensor.",
     ),
     "no sites": (
         errors.SiteError,
         lambda: recording(POINTS, []),
-        "There are no sites to record: sites is empty. Name one or more, as in sites=['conv1'].",
+        "There are no sites to record: sites is empty. Pass at least one, as in sites=['conv1'].",
     ),
     "a record that need not run and is none": (
         ValueError,
         lambda: recording(POINTS, ["fc", "conv1"], allow_unreached="fcc"),
-        "allow_unreached names ['fcc'], where nothing is recorded. Did you mean 'fc'?",
+        "allow_unreached contains ['fcc'], but nothing is recorded there. Did you mean 'fc'?",
     ),
     "an axis to split along that is not there": (
         errors.SiteError,
@@ -380,220 +381,222 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a batch to split along": (
         errors.SiteError,
         lambda: POINTS.site("conv1").split("batch"),
-        "Site('conv1') cannot be split along 'batch': the batch is as long as each forward's. Name its indices, or "
-        "choose rows with where=.",
+        "Site('conv1') cannot be split along 'batch': the batch size varies between forward passes. Pass the indices, "
+        "or select rows with where=.",
     ),
     "a slice that ends nowhere": (
         errors.SiteError,
         lambda: POINTS.site("conv1", channel=slice(0.5, 2)),
-        "Site('conv1', channel=slice(0.5, 2, None)): the ends of a slice are whole numbers.",
+        "Site('conv1', channel=slice(0.5, 2, None)): slice bounds must be integers.",
     ),
     "another dtype than the traced one": (
         errors.TraceMismatchError,
         lambda: run_in_bfloat16(POINTS),
-        "Hook point 'fc' is torch.bfloat16 in this forward, but torch.float32 in the trace. Call hook_points() on the "
-        "model as it is run: in the same dtype, inside the same torch.autocast.",
+        "Hook point 'fc' is torch.bfloat16 in this forward pass, but torch.float32 in the trace. Call hook_points() "
+        "with the same dtype and torch.autocast as in this forward pass.",
     ),
     "inputs without rows": (
         errors.BatchAxisError,
         lambda: hook_points(nn.Linear(2, 2), torch.zeros(0, 2)),
-        "The example inputs have no rows: the first tensor has shape (0, 2). Trace with two rows or more, which proves "
-        "the batch axis.",
+        "The example inputs have no rows: the first tensor has shape (0, 2). Pass at least 2 rows, which are needed "
+        "to identify the batch axis.",
     ),
     "parameters that do not exist yet": (
         errors.UnsupportedModelError,
         lambda: hook_points(nn.Sequential(nn.LazyLinear(2)), torch.zeros(2, 2)),
-        "'0.weight' has no shape before the model's first call. Call the model once, then trace it.",
+        "'0.weight' is lazy: it has no shape until the model is called. Call the model once before tracing it.",
     ),
     "a nested input": (
         errors.UnsupportedModelError,
         lambda: hook_points(nn.Identity(), torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged)),
-        "The tensor at '.in[0]' is a nested one, which has no shape. Give padded inputs; where a TransformerEncoder "
-        "makes it of them, build that with enable_nested_tensor=False.",
+        "Hook point '.in[0]' is a nested tensor, which has no regular shape. Pass padded inputs. If a "
+        "TransformerEncoder creates nested tensors, build it with enable_nested_tensor=False.",
     ),
     "a tap with a hook point's name": (
         errors.HookPointError,
         lambda: tapped("fc.in[0]"),
-        "tap('fc.in[0]', ...) has the name of another hook point. Give the tap a name of its own.",
+        "tap('fc.in[0]', ...) has the same name as another hook point. Rename the tap.",
     ),
     "a mapping that cannot be rebuilt": (
         errors.UnsupportedModelError,
         lambda: replace(MappingProxyType({"a": torch.zeros(2)}), (Item("a"),), torch.zeros(2)),
-        "mappingproxy cannot be copied with [\"a\"] replaced (cannot pickle 'mappingproxy' object). Have the module "
-        "return a dict.",
+        "Cannot copy a mappingproxy to replace [\"a\"] (cannot pickle 'mappingproxy' object). Have the module return "
+        "a dict instead.",
     ),
     "a distribution that cannot be rebuilt": (
         errors.UnsupportedModelError,
         lambda: replace(Halved(torch.tensor([0.0, 4.0])), (Attr("logits"),), torch.zeros(2)),
-        "Halved is not one of torch's distributions, so it cannot be rebuilt.",
+        "Halved is not a torch.distributions class, so it cannot be rebuilt.",
     ),
     "a region of a sparse tensor": (
         errors.UnsupportedModelError,
         lambda: read(torch.eye(2).to_sparse(), {0: slice(0, 1)}),
-        "A sparse_coo tensor has no regions. Use the whole hook point, or make the tensor dense in the model: "
+        "Cannot select part of a sparse_coo tensor. Use the whole hook point, or make it dense in the model: "
         "tensor.to_dense().",
     ),
     "a mean over an axis that is not there": (
         errors.SiteError,
         lambda: mean_ablate(POINTS.site("fc"), torch.zeros(3, 4), over=("channel",)),
-        "mean_ablate over ['channel'] at Site('fc'): its axes are (batch, feature).",
+        "mean_ablate at Site('fc'): over contains ['channel'], but the axes are (batch, feature).",
     ),
     "a cache without the site": (
         errors.EditError,
         lambda: patch_in(POINTS.site("fc"), cache()),
-        "The cache holds neither Site('fc') nor its whole hook point. It holds Site('relu1').",
+        "The cache contains neither Site('fc') nor its whole hook point. It contains Site('relu1').",
     ),
     "a key that the cache lacks": (
         errors.HookPointError,
         lambda: cache()["fc"],
-        "The cache has no 'fc'. It holds Site('relu1').",
+        "The cache does not contain 'fc'. It contains Site('relu1').",
     ),
     "caches of different sites": (
         errors.SiteError,
         lambda: cache() - run_with_cache(POINTS, *CNN.inputs(2), sites="fc", stop=True),
-        "Caches of different sites cannot be combined: Site('fc'), Site('relu1') is in one of them only.",
+        "Caches with different sites cannot be combined. These sites are not in both: Site('fc'), Site('relu1').",
     ),
     "a reduction that cannot tell its axes": (
         errors.SiteError,
         lambda: recording(
             hook_points(build("attention").module, torch.zeros(2, 5, 6)), ".out", reduce="sum"
         ).__enter__(),
-        "reduce='sum' at Site('.out') keeps batch, channel and feature, but the axes (batch, axis1) have no such "
-        "names. Name them, hook_points(..., axes={'.out': (...)}), or give an einops pair.",
+        "reduce='sum' keeps batch, channel and feature, but Site('.out') has unnamed axes: (batch, axis1). Name them "
+        "with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
     ),
     "rows without a batch axis": (
         errors.BatchAxisError,
         lambda: resample_ablate(hook_points(nn.Linear(2, 2), torch.zeros(2)).site(".out"), torch.zeros(3, 2), seed=0),
-        "resample_ablate at Site('.out') needs rows. The trace could not prove which axis of '.out' is the batch: no "
-        "single axis grew when the model was run with one row more. Name it where the inputs have it: hook_points(..., "
+        "resample_ablate at Site('.out') needs rows. The trace could not identify the batch axis of '.out': no single "
+        "axis grew when the model was run with one more row. Name the axes of the model's input: hook_points(..., "
         "axes={'.in[0]': (...)}).",
     ),
     "a patch that never ran": (
         errors.UnreachedError,
         run_branching_the_other_way,
-        "The patch at 'left' never ran inside patched(). The model did not reach 'left', or reached it through "
-        "forward(), which runs no hooks, or it was compiled.",
+        "The patch at 'left' never ran inside patched(). Possible causes: the module was not called, its .forward() "
+        "was called directly (bypassing hooks), or it was compiled.",
     ),
     "a record that never ran": (
         errors.UnreachedError,
         record_the_other_way,
-        "Nothing was recorded at 'left'. The model did not reach 'left', or reached it through forward(), which runs "
-        "no hooks, or it was compiled.",
+        "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
+        "directly (bypassing hooks), or it was compiled.",
     ),
     "a twin's patch that never ran": (
         errors.UnreachedError,
         call_twin_the_other_way,
-        "The patch at 'left' never ran in __call__(). The model did not reach 'left', or reached it through forward(), "
-        "which runs no hooks, or it was compiled. If it does not have to run there, set allow_unreached=['left'].",
+        "The patch at 'left' never ran in __call__(). Possible causes: the module was not called, its .forward() was "
+        "called directly (bypassing hooks), or it was compiled. If it does not have to run there, set "
+        "allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
         errors.HookPointError,
         tapped,
-        "tap('fc', ...) has the name of a module. Give the tap a name of its own.",
+        "tap('fc', ...) has the same name as a module. Rename the tap.",
     ),
     "no axis names that fit": (
         errors.SiteError,
         lambda: hook_points(CNN.module, *CNN.inputs(1), axes={"fc": ("batch",)}),
-        "axes={'fc': ('batch',)}: hook point 'fc' has 2 axes; give each one name of its own.",
+        "axes={'fc': ('batch',)}: hook point 'fc' has 2 axes. Pass one name per axis, without repeats.",
     ),
     "no forward while the context was open": (
         errors.UnreachedError,
         open_and_close,
-        "The patch at 'fc' never ran inside patched(). The model did not reach 'fc', or reached it through forward(), "
-        f"which runs no hooks, or it was compiled. {type(CNN.module).__name__}.__call__() was not called while the "
-        "context was open.",
+        "The patch at 'fc' never ran inside patched(). Possible causes: the module was not called, its .forward() was "
+        "called directly (bypassing hooks), or it was compiled. "
+        f"{type(CNN.module).__name__}.__call__() was not called while the context was open.",
     ),
     "no forward while it was recorded": (
         errors.UnreachedError,
         lambda: recording(BRANCHING_POINTS, "left")(print_nothing)(torch.zeros(1)),
-        "Nothing was recorded at 'left'. The model did not reach 'left', or reached it through forward(), which runs "
-        "no hooks, or it was compiled. Branching.__call__() was not called while the context was open.",
+        "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
+        "directly (bypassing hooks), or it was compiled. Branching.__call__() was not called while the context was "
+        "open.",
     ),
     "a context that was closed twice": (
         RuntimeError,
         lambda: patched(POINTS, zero_ablate(POINTS.site("fc"))).__exit__(None, None, None),
-        "This context is not open: it was closed before, or never entered. Use `with`.",
+        "This context is not open: it was already closed, or never entered. Use `with`.",
     ),
     "an index without its axis": (
         errors.SiteError,
         lambda: POINTS.site("1", 2),
-        "Site('1', 2): an index needs the name of its axis, as in channel=2.",
+        "Site('1', 2): indices must be passed by axis name, as in channel=2.",
     ),
     "an index without its axis, and without a trace": (
         errors.SiteError,
         lambda: Site("1", [2, 3], row=1),
-        "Site('1', [2, 3]): an index needs the name of its axis, as in channel=2.",
+        "Site('1', [2, 3]): indices must be passed by axis name, as in channel=2.",
     ),
     "a weight": (
         errors.HookPointError,
         lambda: POINTS.site("fc.weight"),
-        "'fc.weight' is a weight, not a hook point. In the forward, tap('name', weight) makes it one. (12 hook points; "
-        "print the HookPoints to list them.)",
+        "'fc.weight' is a weight, not a hook point. To make it one, call tap('name', weight) in forward(). (12 hook "
+        "points; print the HookPoints to list them.)",
     ),
     "a weight, without a trace": (
         errors.HookPointError,
         lambda: run(CNN.module, zero_ablate(Site("fc.bias"))),
-        f"'fc.bias' is a weight, not a hook point. In the forward, tap('name', weight) makes it one. ({MODULES} "
-        "modules; hook_points(model, *inputs) lists every hook point, taps included.)",
+        "'fc.bias' is a weight, not a hook point. To make it one, call tap('name', weight) in forward(). To list all "
+        "hook points, including taps, print hook_points(model, *inputs).",
     ),
     "a buffer": (
         errors.HookPointError,
         lambda: recording(nn.BatchNorm1d(2), ".running_mean"),
-        "'.running_mean' is a weight, not a hook point. In the forward, tap('name', weight) makes it one. (1 modules; "
-        "hook_points(model, *inputs) lists every hook point, taps included.)",
+        "'.running_mean' is a weight, not a hook point. To make it one, call tap('name', weight) in forward(). To "
+        "list all hook points, including taps, print hook_points(model, *inputs).",
     ),
     "one of several calls, without a trace": (
         errors.HookPointError,
         run_shared_without_a_trace,
-        "'relu' names no call, but 'relu' was called more than once in one root call. Name the call, as in 'relu#0', "
-        "or trace the model with hook_points().",
+        "'relu' has no call index, but 'relu' was called more than once in one model call. Add the call index, as in "
+        "'relu#0', or trace the model with hook_points().",
     ),
     "an algorithm that holds the policy": (
         TypeError,
         lambda: hook_points(Algorithm(), *CNN.inputs(2)),  # type: ignore[arg-type]
-        "hook_points takes a torch.nn.Module, not Algorithm. It holds one: pass .policy.",
+        "hook_points expects a torch.nn.Module, not Algorithm. Pass its module .policy instead.",
     ),
     "an algorithm that holds the policy, in a context": (
         TypeError,
         lambda: PatchedPolicy(Algorithm(), zero_ablate(Site("fc"))),  # type: ignore[arg-type]
-        "Expected HookPoints or a torch.nn.Module, not Algorithm. It holds one: pass .policy.",
+        "Expected HookPoints or a torch.nn.Module, not Algorithm. Pass its module .policy instead.",
     ),
     "an edit that names its context otherwise": (
         errors.EditError,
         lambda: edit(POINTS.site("fc"), lambda activation, ctx: activation),
-        "<lambda> takes `ctx`. An edit takes the activation and, by keyword only and under this name, the context: def "
-        "function(activation, *, context).",
+        "<lambda> has a parameter `ctx`. An edit accepts the activation and, optionally, a keyword-only `context`: "
+        "def function(activation, *, context).",
     ),
     "an edit that names its context otherwise, with a default": (
         errors.EditError,
         lambda: edit(POINTS.site("fc"), lambda activation, *, ctx=None: activation),
-        "<lambda> takes `ctx`. An edit takes the activation and, by keyword only and under this name, the context: def "
-        "function(activation, *, context).",
+        "<lambda> has a parameter `ctx`. An edit accepts the activation and, optionally, a keyword-only `context`: "
+        "def function(activation, *, context).",
     ),
     "an edit with the hook of another library": (
         errors.EditError,
         lambda: edit(POINTS.site("fc"), lambda activation, hook: activation),
-        "<lambda> takes `hook`. An edit takes the activation and, by keyword only and under this name, the context: "
+        "<lambda> has a parameter `hook`. An edit accepts the activation and, optionally, a keyword-only `context`: "
         "def function(activation, *, context).",
     ),
     "a sparse tensor that is set": (
         errors.UnsupportedModelError,
         lambda: run_identity(torch.eye(2).to_sparse(), zero_ablate(Site(".out"))),
-        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which takes only a function of your own and no `where`: "
-        "edit(site, function). Or make the tensor dense in the model.",
+        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which supports only custom functions without `where`. "
+        "Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a masked tensor that is edited in part": (
         errors.UnsupportedModelError,
         lambda: run_identity(
             masked_tensor(torch.eye(2), torch.eye(2) > 0), edit(Site(".out"), abs, where=torch.eye(2) > 0)
         ),
-        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which takes only a function of your own and no "
-        "`where`: edit(site, function). Or make the tensor dense in the model.",
+        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which supports only custom functions without "
+        "`where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a region of a masked tensor": (
         errors.UnsupportedModelError,
         lambda: read(masked_tensor(torch.eye(2), torch.eye(2) > 0), {0: slice(0, 1)}),
-        "A masked tensor has no regions. Use the whole hook point, or make the tensor dense in the model: "
+        "Cannot select part of a masked tensor. Use the whole hook point, or make it dense in the model: "
         "tensor.to_tensor(0.0).",
     ),
     "an adapter that was merged on one side": (
@@ -676,6 +679,6 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
     with pytest.raises(errors.TraceMismatchError) as caught, patched(points, zero_ablate(points.site("0.out[0]"))):
         model(-torch.ones(2, 2))
     assert str(caught.value) == (
-        "There is no tensor at hook point '0.out[0]' in this forward, but NoneType in Tensor. Trace inputs like these "
-        "with hook_points() and use the names it lists."
+        "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() with "
+        "inputs like these, and use the names that it lists."
     )

@@ -260,8 +260,8 @@ def test_a_patched_model_is_not_pickled_as_its_copy_would_run_without_the_patche
             stored(model.module)
         model.module(*inputs)
     assert str(caught.value) == (
-        "A module cannot be pickled while it is patched or recorded: its copy would run without the patches. Save its "
-        "state_dict(), close the context first, or pickle a PatchedPolicy as a whole."
+        "A module cannot be pickled while it is patched or recorded, because the copy would run without the patches. "
+        "Close the context first, save the state_dict(), or pickle an entire PatchedPolicy."
     )
     assert same(stored(model.module)(*inputs), plain)
 
@@ -432,7 +432,7 @@ def test_a_single_index_on_any_axis_reads_and_writes_that_slice(model: Model) ->
 def test_an_operand_with_fewer_axes_than_the_region_is_refused_when_the_patch_is_made(model: Model) -> None:
     points = hook_points(model.module, *model.inputs(2))
     site = points.site(model.site)
-    with pytest.raises(EditError, match="Give every axis"):
+    with pytest.raises(EditError, match="must have the region's length or length 1"):
         steer(site, torch.ones(points[model.site].shape[-1]))
 
 
@@ -440,7 +440,7 @@ def test_an_operand_with_the_wrong_batch_is_refused_in_the_forward(model: Model)
     points = hook_points(model.module, *model.inputs(2))
     shape = points[model.site].shape
     patch = steer(points.site(model.site), torch.ones(3, *shape))
-    with pytest.raises(EditError, match="Give every axis"), patched(points, patch):
+    with pytest.raises(EditError, match="must have the region's length or length 1"), patched(points, patch):
         model.module(*model.inputs(2))
 
 
@@ -469,7 +469,7 @@ def test_nan_masks_no_exception_of_the_users_own_but_is_noted_in_it(plain_cnn: M
         raise raised
     assert caught.value is raised
     if hasattr(raised, "__notes__"):
-        assert "brought NaN into a region that had none" in raised.__notes__[0]
+        assert "introduced NaN into a region that had none" in raised.__notes__[0]
 
 
 def test_allow_unreached_names_exceptions(model: Model) -> None:

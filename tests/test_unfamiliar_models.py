@@ -289,7 +289,7 @@ def test_a_patch_that_did_not_run_is_an_error(unfamiliar):
 
 def test_an_operand_with_fewer_axes_than_the_region_is_refused_when_the_patch_is_made(unfamiliar):
     site = unfamiliar.points.site(unfamiliar.case.site)
-    with pytest.raises(EditError, match="Give every axis"):
+    with pytest.raises(EditError, match="must have the region's length or length 1"):
         steer(site, torch.ones(unfamiliar.points[site.name].shape[-1]))
 
 
@@ -343,7 +343,7 @@ def test_one_step_of_a_recurrent_policy_is_patched_and_the_others_follow_from_it
 def test_a_longer_rollout_than_the_traced_one_is_refused():
     policy = RecurrentPolicy()
     points = hook_points(policy, torch.randn(2, 3, 6))
-    with pytest.raises(TraceMismatchError, match="called 4 times in one root call, but 3 times in the traced one"):
+    with pytest.raises(TraceMismatchError, match="called 4 times in this model call, but 3 times in the traced one"):
         with patched(points, zero_ablate(points.site("cell#0"))):
             policy(torch.randn(2, 5, 6))
 
@@ -484,7 +484,7 @@ def test_a_compiled_model_is_refused(net, vector, verb):
     compiled = torch.compile(net, backend="eager")
     compiled(vector)
     what = "1" if verb is recording else zero_ablate(Site("1"))
-    with pytest.raises(UnsupportedModelError, match="compiled by torch.compile"):
+    with pytest.raises(UnsupportedModelError, match="compiled with torch.compile"):
         with verb(compiled, what):
             pass
 
@@ -765,8 +765,8 @@ def checkpointed(request):
 
 
 CHECKPOINT = (
-    "'relu' is patched inside torch.utils.checkpoint, whose backward pass runs the module again outside of the patched "
-    "call, so gradients could be wrong. Switch checkpointing off while the model is patched, or run it under "
+    "'relu' is patched inside torch.utils.checkpoint, whose backward pass reruns the module outside the patched call, "
+    "so gradients could be wrong. Disable checkpointing while the model is patched, or run the model under "
     "torch.no_grad()."
 )
 DOUBLED = edit(Site("relu"), lambda activation: activation * 2)

@@ -1,4 +1,4 @@
-"""Activation patching on any torch module: hook points, contrasts, channel-sum probes, ablation and patch policies."""
+"""Activation patching for any torch.nn.Module: hook points, contrasts, channel-sum probes and patched policies."""
 
 import importlib
 from typing import Any
@@ -68,7 +68,7 @@ _PUBLIC_MODULES = (
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public module when it is first asked for."""
+    """Import a public submodule on first access."""
     if name in _PUBLIC_MODULES:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module 'chanpatch' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: show the contents of a file of saved patches.
+"""Command line: print the contents of a patch file.
 
 python -m chanpatch show channel_55.safetensors
 """
@@ -14,23 +14,23 @@ from .saving.files import contents
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command, with the arguments of the process if None."""
+    """Run a command; `arguments` defaults to those of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m chanpatch",
-        description="Inspect files of patches that chanpatch.save() wrote.",
-        epilog="In Python, chanpatch.load(file, points) returns the patches, checked against the hook points of a "
-        "model, and `with patched(points, patches):` runs it with them.",
+        description="Inspect patch files written by chanpatch.save().",
+        epilog="In Python, patches = chanpatch.load(file, points) loads the patches and checks them against the hook "
+        "points of a model; run the model inside `with patched(points, patches):` to apply them.",
     )
     parser.add_argument("--version", action="version", version=f"chanpatch {version('chanpatch')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     show = commands.add_parser(
         "show",
-        help="print the contents of a file of patches",
-        description="Print each patch of a file: site, edit, patched elements (where), hook point; then the receipt, "
-        "SHA-256 digests of one run with the patches, which chanpatch.saving.verify(file, points, inputs) repeats. "
-        "Showing a file runs no code from it.",
+        help="print the contents of a patch file",
+        description="Print each patch in a file (site, edit, mask, hook point), then the receipt: SHA-256 digests of "
+        "one run with the patches, to compare with a new run by chanpatch.saving.verify(file, points, inputs). "
+        "No code from the file is executed.",
     )
-    show.add_argument("file", help="such as channel_55.safetensors")
+    show.add_argument("file", help="patch file, such as channel_55.safetensors")
     chosen = parser.parse_args(arguments)
     try:
         print(contents(chosen.file))

@@ -1,6 +1,6 @@
-"""All errors of chanpatch: each is a ChanpatchError, and the built-in error that fits, such as ValueError.
+"""Exceptions raised by chanpatch. Each is a ChanpatchError and also a built-in exception, such as ValueError.
 
-A message says the fault in the user's own value, the expected value, and a remedy.
+Each message states what is wrong with the user's value, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -10,93 +10,93 @@ from collections.abc import Iterable, Sequence
 
 
 class ChanpatchError(Exception):
-    """The base of every error that chanpatch raises."""
+    """Base class for all chanpatch errors."""
 
 
 class HookPointError(ChanpatchError, KeyError):
-    """A name that the model does not have, or a module that the traced forward never called."""
+    """Raised for a name that the model does not have, or a module that the traced forward pass did not call."""
 
     __str__ = Exception.__str__  # KeyError would print the message as a quoted literal
 
 
 class SiteError(ChanpatchError, ValueError):
-    """An axis or an index that the hook point does not have."""
+    """Raised for an axis or an index that the hook point does not have."""
 
 
 class EditError(ChanpatchError, ValueError):
-    """An edit whose operands or result do not fit the region."""
+    """Raised when an edit's operands or result do not match the region."""
 
 
 class NaNError(EditError):
-    """An edit that brought NaN into a region that had none."""
+    """Raised when an edit introduces NaN into a region that had none."""
 
 
 class BatchAxisError(ChanpatchError, ValueError):
-    """Something row-wise was asked of a hook point whose batch axis is not proved."""
+    """Raised when an operation needs rows, but the batch axis of the hook point is unknown."""
 
 
 class TraceMismatchError(ChanpatchError, RuntimeError):
-    """A forward that differs from the traced one in more than the batch."""
+    """Raised when a forward pass differs from the traced one in anything but the batch."""
 
 
 class UnreachedError(ChanpatchError, RuntimeError):
-    """A patch or a record whose site never ran."""
+    """Raised when the site of a patch or a recording was never reached."""
 
 
 class ConcurrencyError(ChanpatchError, RuntimeError):
-    """A context used from a thread other than its own, or a copy of a module that is being patched."""
+    """Raised when a context is used from another thread, or when a copy of a module that is being patched runs."""
 
 
 class UnsupportedModelError(ChanpatchError, TypeError):
-    """A model whose hooks would be ignored, or that cannot be copied."""
+    """Raised for a model that would ignore hooks, or that cannot be copied."""
 
 
 class DistributionError(ChanpatchError, TypeError):
-    """An output without an action distribution, or a distribution that cannot be sampled by inverse CDF."""
+    """Raised for an output without an action distribution, or one that does not support inverse-CDF sampling."""
 
 
 class MetricError(ChanpatchError, ValueError):
-    """A metric, or an action given to one, that does not fit the output."""
+    """Raised when a metric, or an action passed to one, does not match the model's output."""
 
 
 class SweepError(ChanpatchError, ValueError):
-    """Patches that cannot be swept, or not by the strategy that was asked for."""
+    """Raised when patches cannot be swept, or cannot be swept with the requested strategy."""
 
 
 class RolloutError(ChanpatchError, ValueError):
-    """Seeds, environments or policies that cannot be rolled out."""
+    """Raised when a rollout cannot run with the given seeds, environments or policies."""
 
 
 class StatisticsError(ChanpatchError, ValueError):
-    """Counts or scores of which the statistic does not exist."""
+    """Raised when a statistic is undefined for the given counts or scores."""
 
 
 class ContrastError(ChanpatchError, ValueError):
-    """Inputs that do not make pairs, or clusters and backgrounds that do not fit them."""
+    """Raised for inputs that do not form pairs, or clusters or background inputs that do not match them."""
 
 
 class ProbeError(ChanpatchError, ValueError):
-    """Sums or labels that no probe can be fitted to."""
+    """Raised when a probe cannot be fitted to the given sums or labels."""
 
 
 class InterventionError(ChanpatchError, ValueError):
-    """Patches that hold functions, or a file of them that is damaged, does not fit the model, or does not repeat."""
+    """Raised for patches that contain functions, and for a patch file that is damaged or does not match the model."""
 
 
 class MissingPackageError(ChanpatchError, ImportError):
-    """An optional package that is not installed."""
+    """Raised when an optional package is not installed."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the closest known name, or nothing."""
+    """Return `" Did you mean 'x'?"` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def in_one(faults: Sequence[object]) -> str:
-    """Return one message with all faults."""
+    """Combine all errors into one message."""
     return "\n".join(
-        [f"{len(faults)} faults:", *(f"- {each}" for each in faults)] if len(faults) > 1 else map(str, faults)
+        [f"{len(faults)} errors:", *(f"- {each}" for each in faults)] if len(faults) > 1 else map(str, faults)
     )
 
 

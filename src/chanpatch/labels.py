@@ -1,4 +1,4 @@
-"""Labels of patches, for sweeps: a mapping gives them, otherwise they are made of the sites."""
+"""Labels of swept patches: the keys of a mapping, or names derived from the sites."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | I
 def labelled_patches(
     patches: Patches | Patch, what: str, fault: type[ChanpatchError]
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
-    """Return each label with its patches; without a mapping, the labels are made of the sites.
+    """Return (label, patches) pairs; without a mapping, labels are derived from the sites.
 
-    If there are no patches, or two have the same label, this raises the error, which calls them `what`.
+    Raises `fault` if there are no patches or two have the same label; its message refers to the patches as `what`.
     """
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]
@@ -29,38 +29,38 @@ def labelled_patches(
         listed = [checked_patches(None, each) for each in (patches if isinstance(patches, Iterable) else [patches])]
         named = [(" + ".join(_label(patch.site) for patch in each), each) for each in listed]
     if not named:
-        raise fault(f"There are no {what}: the mapping or the sequence is empty.")
+        raise fault(f"There are no {what}: the mapping or sequence is empty.")
     for label, times in Counter(label for label, _ in named).items():
         if times > 1:
             raise fault(
-                f"Two of the {what} are at {label}, which makes one label for both. Give a mapping of labels to "
-                "patches."
+                f"Two of the {what} have the same site, {label}, and therefore the same label. Pass a dict that maps "
+                "labels to patches."
             )
     return named
 
 
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
-    """Raise if a callable object is an edit or a `where` under two labels: they would share its state."""
+    """Raise if two labels share a stateful callable as an edit or a `where`."""
     known: dict[int, Any] = {}
     for label, patches in named:
         for function in [function for patch in patches for function in (patch.edit, patch.where)]:
             if callable(function) and may_hold_state(function) and known.setdefault(id(function), label) != label:
                 raise EditError(
-                    f"{edit_name(function)} is under two labels, {known[id(function)]!r} and {label!r}, so each would "
-                    "continue with the other's state. Give each an object of its own, or use a plain function."
+                    f"{edit_name(function)} is used under two labels, {known[id(function)]!r} and {label!r}, which "
+                    "would share its state. Use a separate object for each label, or a plain function."
                 )
 
 
 @contextmanager
 def labelled(label: object) -> Iterator[None]:
-    """Add the label to an error that is raised in the context."""
+    """Add the label to errors raised inside the context."""
     try:
         yield
     except (EditError, UnreachedError) as fault:
         raise type(fault)(f"{label!r}: {fault}") from fault
     except Exception as fault:
         if hasattr(fault, "add_note"):  # Python 3.11 and later
-            fault.add_note(f"This is of the patch {label!r} in a sweep.")
+            fault.add_note(f"Raised by the patch {label!r} in a sweep.")
         raise
 
 

@@ -200,7 +200,7 @@ def test_a_number_that_is_not_finite_is_refused_with_its_input(side: str) -> Non
     with pytest.raises(ContrastError) as caught:
         contrast(POINTS, inputs["clean"], inputs["corrupted"], "conv1", background=inputs["background"], batch_size=4)
     assert str(caught.value) == (
-        f"{side}[9] leads to a number that is not finite at Site('conv1'): leave that input out, or that site."
+        f"{side}[9] produces a non-finite activation at Site('conv1'). Leave out either that input or that site."
     )
 
 
@@ -292,26 +292,26 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
-            "background has 0 inputs: give at least two, to measure how much activations vary.",
+            "background has 0 inputs, but at least 2 are needed to measure how much activations vary.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=CLEAN[:1]),
-            "background has 1 inputs: give at least two, to measure how much activations vary.",
+            "background has 1 inputs, but at least 2 are needed to measure how much activations vary.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", batch_size=0),
-            "batch_size is 0, but a batch has at least one input.",
+            "batch_size must be at least 1; got 0.",
         ),
         (
             lambda: contrast(LSTM, torch.randn(70, 10, 3), torch.randn(70, 10, 3), ".out[0]"),
-            "The model takes its batch on axis 1 of its first input, but inputs stand on axis 0. Wrap the model in a "
-            "module that takes the batch first.",
+            "The batch axis of the model's first input is axis 1, but inputs are split into batches along axis 0. Wrap "
+            "the model in a module whose inputs have the batch axis first.",
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
             "None of the 1 hook points can be compared. The first was skipped because: "
-            "reduce=('b c h w -> b c h', 'sum') leaves (batch, channel, row) at Site('conv1'); it must leave the batch "
-            "and one axis at most.",
+            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'); it must leave batch "
+            "and at most one more.",
         ),
     ],
 )
@@ -325,8 +325,8 @@ def test_a_reduction_that_leaves_too_much_is_refused() -> None:
     with pytest.raises(SiteError) as caught:
         contrast(POINTS, CLEAN, CORRUPTED, "conv1", reduce=("b c h w -> b c h", "sum"))
     assert str(caught.value) == (
-        "reduce=('b c h w -> b c h', 'sum') leaves (batch, channel, row) at Site('conv1'); it must leave the batch and "
-        "one axis at most."
+        "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'); it must leave batch "
+        "and at most one more."
     )
 
 

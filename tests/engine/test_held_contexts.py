@@ -12,8 +12,8 @@ from chanpatch import PatchedPolicy, Site, hook_points, patched, recording, stee
 from chanpatch.errors import ConcurrencyError
 
 FREED = (
-    "A context of {} was freed while it was open, and is closed now. Use `with`, or keep the context in a variable: "
-    "context = patched(model, patches); context.__enter__()."
+    "A context for {} was garbage-collected while it was open, and is now closed. Use `with`, or keep the context in a "
+    "variable: context = patched(model, patches); context.__enter__()."
 )
 
 

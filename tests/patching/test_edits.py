@@ -179,7 +179,7 @@ NOT_OPERANDS = {
 
 @pytest.mark.parametrize("name", NOT_OPERANDS)
 def test_what_is_no_operand_is_refused_when_the_edit_is_built(name):
-    with pytest.raises(EditError, match="it takes|no rows"):
+    with pytest.raises(EditError, match="must be|no rows"):
         NOT_OPERANDS[name]()
 
 
@@ -190,7 +190,7 @@ def test_numbers_of_numpy_are_operands():
 
 
 def test_a_direction_of_zeros_is_refused():
-    with pytest.raises(EditError, match="no direction"):
+    with pytest.raises(EditError, match="the direction is zero"):
         Project(torch.zeros(1, 3, 1, 1))
 
 
@@ -204,32 +204,33 @@ def test_a_direction_is_projected_out_one_per_entry_of_a_vmap():
     assert found.tolist() == [[[0.0, 4.0]], [[3.0, 0.0]]]
 
 
-FLOATS = "Give a number from -3.4028234663852886e+38 to 3.4028234663852886e+38."
+FLOATS = "a number from -3.4028234663852886e+38 to 3.4028234663852886e+38"
 TOO_LARGE = {
-    "below zero": (torch.uint8, Set(-1), "Set", "value is -1", "Give a whole number from 0 to 255."),
-    "above 255": (torch.uint8, Add(256, 1), "Add", "vector is 256", "Give a whole number from 0 to 255."),
-    "factor": (torch.int8, Scale(200), "Scale", "factor is 200", "Give a whole number from -128 to 127."),
-    "bound": (torch.uint8, Clamp(low=-1), "Clamp", "low is -1", "Give a whole number from 0 to 255."),
-    "flag": (torch.bool, Set(2), "Set", "value is 2", "Give a whole number from 0 to 1."),
-    "infinite": (torch.int64, Set(-np.inf), "Set", "value is -inf",
-                 "Give a whole number from -9223372036854775808 to 9223372036854775807."),
-    "float": (torch.float32, Set(1e300), "Set", "value is 1e+300", FLOATS),
-    "integer": (torch.float16, Set(70_000), "Set", "value is 70000", "Give a number from -65504.0 to 65504.0."),
-    "complex": (torch.complex64, Set(1e300), "Set", "value is 1e+300", FLOATS),
-    "coefficient": (torch.float32, Add(torch.ones(1, 1), 1e300), "Add", "coefficient is 1e+300", FLOATS),
-    "product": (torch.float32, Add(2.0, 2e38), "Add", "vector times its coefficient is 4e+38", FLOATS),
-    "scaled": (torch.float32, Scale(1e300), "Scale", "factor is 1e+300", FLOATS),
-    "clamped": (torch.float32, Clamp(low=1e300), "Clamp", "low is 1e+300", FLOATS),
+    "below zero": (torch.uint8, Set(-1), "Set", "value", "-1", "an integer from 0 to 255"),
+    "above 255": (torch.uint8, Add(256, 1), "Add", "vector", "256", "an integer from 0 to 255"),
+    "factor": (torch.int8, Scale(200), "Scale", "factor", "200", "an integer from -128 to 127"),
+    "bound": (torch.uint8, Clamp(low=-1), "Clamp", "low", "-1", "an integer from 0 to 255"),
+    "flag": (torch.bool, Set(2), "Set", "value", "2", "an integer from 0 to 1"),
+    "infinite": (torch.int64, Set(-np.inf), "Set", "value", "-inf",
+                 "an integer from -9223372036854775808 to 9223372036854775807"),
+    "float": (torch.float32, Set(1e300), "Set", "value", "1e+300", FLOATS),
+    "integer": (torch.float16, Set(70_000), "Set", "value", "70000", "a number from -65504.0 to 65504.0"),
+    "complex": (torch.complex64, Set(1e300), "Set", "value", "1e+300", FLOATS),
+    "coefficient": (torch.float32, Add(torch.ones(1, 1), 1e300), "Add", "coefficient", "1e+300", FLOATS),
+    "product": (torch.float32, Add(2.0, 2e38), "Add", "vector times its coefficient", "4e+38", FLOATS),
+    "scaled": (torch.float32, Scale(1e300), "Scale", "factor", "1e+300", FLOATS),
+    "clamped": (torch.float32, Clamp(low=1e300), "Clamp", "low", "1e+300", FLOATS),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_a_number_that_the_region_cannot_hold_is_refused_with_its_range(name):
-    dtype, edit, verb, fault, advice = TOO_LARGE[name]
+    dtype, edit, verb, operand, number, expected = TOO_LARGE[name]
     model, inputs = torch.nn.Identity(), torch.ones(2, 3).to(dtype)
     with pytest.raises(EditError) as caught:
         Patch(hook_points(model, inputs).site(".out"), edit)
-    message = f"{verb} at Site('.out'): the {fault}, which the region, {dtype}, cannot hold. {advice}"
+    reason = f"because the region's dtype is {dtype}; got {number}."
+    message = f"{verb} at Site('.out'): the {operand} must be {expected}, {reason}"
     assert str(caught.value) == message
     with pytest.raises(EditError) as caught, patched(model, Patch(Site(".out"), edit)):
         model(inputs)
@@ -251,7 +252,7 @@ def test_a_quantized_region_which_would_saturate_is_refused():
     with pytest.raises(EditError) as caught, patched(model, Patch(Site(".out"), Set(1000.0))):
         model(quantized)
     assert str(caught.value) == (
-        "Set at Site('.out'): the region is quantized, torch.quint8. Dequantize it in the model, or patch before it."
+        "Set at Site('.out'): the region is quantized (torch.quint8). Dequantize it, or patch an earlier site."
     )
 
 
@@ -271,7 +272,7 @@ def test_a_whole_number_that_wraps_around_is_an_error(name):
     dtype, edit = WRAPPED[name]
     with pytest.raises(EditError) as caught:
         edit(torch.full((2, 3), 100, dtype=dtype))
-    assert str(caught.value) == f"{type(edit).__name__}: the result does not fit {dtype}."
+    assert str(caught.value) == f"{type(edit).__name__}: the result overflows {dtype}."
 
 
 @pytest.mark.parametrize(("edit", "expected"), [(Add(155, 1), 255), (Add(1, -100), 0), (Scale(2), 200)], ids=str)

@@ -17,8 +17,8 @@ def model() -> nn.Module:
 
 def message(name: str) -> str:
     return (
-        f"'{name}' was replaced, or lost its hooks, while the model was patched or recorded. Change the model before "
-        "the context opens."
+        f"'{name}' was replaced, or lost its hooks, while the model was patched or recorded. Modify the model before "
+        "you open the context."
     )
 
 

@@ -145,8 +145,8 @@ def test_images_whose_channels_come_last_are_refused_by_a_convolution():
 def test_a_model_that_holds_its_policy_is_not_the_policy(cart_poles, algorithm):
     model = algorithm("MlpPolicy", "CartPole-v1", device="cpu")
     assert refusal(model, cart_poles) == (
-        f"policy must be a module, HookPoints or a function of observations; got {algorithm.__name__}. It holds one: "
-        "pass .policy."
+        f"policy must be a module, HookPoints or a function of observations; got {algorithm.__name__}. Pass its module "
+        ".policy instead."
     )
 
 

@@ -164,7 +164,7 @@ def test_outside_a_rollout_a_row_is_its_own_environment_and_has_no_seed(points, 
     with pytest.raises(RolloutError) as caught, patched(points, edit(site, note)):
         points.model(torch.zeros(3, 4))
     assert seen == [([0, 1, 2], None, None, 0)]
-    assert str(caught.value) == "The patch at Site('1') asks for seeds, which exist only in a rollout."
+    assert str(caught.value) == "The patch at Site('1') uses context.seeds, which requires a rollout."
 
 
 @pytest.mark.parametrize("way", ["twin", "sweep", "object"])
@@ -306,13 +306,13 @@ def test_a_callable_object_as_edit_under_two_labels_is_refused(points, site):
         for control in (False, True):
             one, two = ({label: patches[label]} for label in patches)
             given = {"patches": one, "controls": two} if control else {"patches": patches}
-            with pytest.raises(EditError, match="is under two labels, 'one' and 'two'"):
+            with pytest.raises(EditError, match="is used under two labels, 'one' and 'two'"):
                 rollout_sweep(points, walks(), SEEDS, max_steps=9, **given)
     with pytest.raises(EditError) as caught:
         rollout_sweep(points, walks(), SEEDS, dict.fromkeys(["one", "two"], edit(site, previous)), max_steps=9)
     assert str(caught.value) == (
-        "Previous is under two labels, 'one' and 'two', so each would continue with the other's state. Give each an "
-        "object of its own, or use a plain function."
+        "Previous is used under two labels, 'one' and 'two', which would share its state. Use a separate object for "
+        "each label, or a plain function."
     )
 
 
@@ -327,7 +327,7 @@ def test_a_callable_object_as_where_under_two_labels_is_refused_in_sweeps_too(po
         lambda: rollout_sweep(points, walks(), SEEDS, patches, max_steps=9),
         lambda: sweep(points, torch.zeros(2, 4), patches=patches, metric=lambda output: output[:, 0]),
     ):
-        with pytest.raises(EditError, match="Mask is under two labels"):
+        with pytest.raises(EditError, match="Mask is used under two labels"):
             call()
 
 
@@ -335,7 +335,7 @@ def test_twins_that_share_a_callable_object_are_not_compared(points, site):
     twins = {
         label: PatchedPolicy(points, edit(site, shared)) for label, shared in dict.fromkeys("ab", Previous()).items()
     }
-    with pytest.raises(EditError, match="Previous is under two labels, 'a' and 'b'"):
+    with pytest.raises(EditError, match="Previous is used under two labels, 'a' and 'b'"):
         paired_rollouts(twins, walks(), SEEDS, max_steps=9)
 
 
@@ -344,10 +344,10 @@ def test_a_callable_object_as_edit_at_two_sites_is_refused(points, site):
     with pytest.raises(EditError) as caught:
         PatchedPolicy(points, [edit(points.site("0"), previous), edit(site, previous)])
     assert str(caught.value) == (
-        "Previous is the edit at Site('0') and at Site('1'), so its state would advance once for each. Give each patch "
-        "an object of its own, or use a plain function."
+        "Previous is the edit at both Site('0') and Site('1'), which would share its state. Use a separate object for "
+        "each patch, or a plain function."
     )
-    with pytest.raises(EditError, match="its state would advance once for each"):
+    with pytest.raises(EditError, match="which would share its state"):
         patched(points, [edit(site, previous)] * 2)
 
 

@@ -318,8 +318,8 @@ def refused(error, policy, patches):
 
 def test_a_site_whose_batch_axis_is_not_proved_is_refused(policy):
     assert refused(BatchAxisError, policy, {"ablated": zero_ablate(Site("layers.1"))}) == (
-        "rollout_sweep cannot restrict the patch at Site('layers.1') to its own rows. Take the site from "
-        "points.site(...) of hook_points(model, *inputs), which proves the batch axis."
+        "rollout_sweep cannot restrict the patch at Site('layers.1') to its own rows. Create the site with "
+        "hook_points(model, *inputs).site(...), which identifies the batch axis."
     )
 
 
@@ -341,7 +341,7 @@ def test_a_site_without_rows_in_the_trace_is_refused(policy):
 
 @pytest.mark.parametrize("patches", [{}, []])
 def test_no_patches_are_refused(points, patches):
-    assert refused(RolloutError, points, patches) == "There are no patches: the mapping or the sequence is empty."
+    assert refused(RolloutError, points, patches) == "There are no patches: the mapping or sequence is empty."
 
 
 @pytest.mark.parametrize("one", [True, False])
@@ -382,20 +382,20 @@ def test_the_patch_that_brought_nan_is_named(points):
     }
     message = refused(NaNError, points, patches)
     assert message.startswith(
-        "'broken': Patch(Site('layers.1', feature=3), Scale) brought NaN into a region that had none."
+        "'broken': Patch(Site('layers.1', feature=3), Scale) introduced NaN into a region that had none."
     )
 
 
 def test_an_edit_that_writes_in_place_is_refused(points):
     message = refused(EditError, points, {"in place": edit(points.site("layers.1"), lambda region: region.zero_())})
-    assert message.endswith("wrote into its region in place. Return a new tensor: activation * 0 instead of "
+    assert message.endswith("modified its region in place. Return a new tensor, such as activation * 0 instead of "
                             "activation.mul_(0).")  # fmt: skip
 
 
 def test_what_an_edit_returns_is_checked_against_its_own_rows(points):
     message = refused(EditError, points, {"other": edit(points.site("layers.1"), lambda region: region[:, :2])})
     assert message.startswith(
-        "'other': Patch(Site('layers.1'), <lambda>) returned shape (3, 2), but the region has shape (3, 16)"
+        "'other': Patch(Site('layers.1'), <lambda>) returned a tensor of shape (3, 2), but the region has shape (3, 16)"
     )
 
 
@@ -407,7 +407,7 @@ def test_an_edit_that_raises_is_named_by_its_label(points):
     with pytest.raises(ValueError, match="nothing to see") as caught:
         rollout_sweep(points, drifting(4), SEEDS, {"fine": zero_ablate(site), "x": edit(site, broken)}, max_steps=20)
     if sys.version_info >= (3, 11):  # exceptions have notes
-        assert caught.value.__notes__ == ["This is of the patch 'x' in a sweep."]
+        assert caught.value.__notes__ == ["Raised by the patch 'x' in a sweep."]
 
 
 def test_nan_is_let_through_where_it_is_meant(points):

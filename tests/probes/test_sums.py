@@ -95,11 +95,14 @@ def test_an_einops_pair_reduces_as_it_says(cnn):
 def test_reductions_that_are_none_are_refused(cnn):
     points, images, _ = cnn
     for reduce, message in (
-        ("median", "reduce='median': it is 'sum', 'mean', 'max', 'norm' or an einops pair ('b c h w -> b c', 'sum')."),
+        (
+            "median",
+            "reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got 'median'.",
+        ),
         (
             ("b c h w -> b c h", "sum"),
-            "reduce=('b c h w -> b c h', 'sum') leaves (batch, channel, row) at Site('relu1'); it must leave the batch "
-            "and one axis at most.",
+            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('relu1'); it must leave "
+            "batch and at most one more.",
         ),
     ):
         with pytest.raises(errors.SiteError) as caught:
@@ -176,7 +179,7 @@ def test_an_input_that_the_trace_shows_to_have_no_batch_is_not_cut_where_it_is_a
 
 def test_a_site_that_names_rows_is_refused_since_each_batch_has_rows_of_its_own(plain_cnn):
     points = hook_points(plain_cnn.module, *plain_cnn.inputs(2))
-    with pytest.raises(errors.ProbeError, match="names rows.*leave batch= out"):
+    with pytest.raises(errors.ProbeError, match="selects rows.*omit batch="):
         channel_sums(points, *plain_cnn.inputs(6), points.site("relu1", batch=[0, 2]))
 
 
@@ -188,18 +191,18 @@ def plain():
 REFUSED = {
     "a batch on another axis": (
         lambda: channel_sums(hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3)), torch.randn(70, 10, 3), ".out[0]"),
-        "The model takes its batch on axis 1 of its first input, but inputs stand on axis 0. Wrap the model in a "
-        "module that takes the batch first.",
+        "The batch axis of the model's first input is axis 1, but inputs are split into batches along axis 0. Wrap the "
+        "model in a module whose inputs have the batch axis first.",
     ),
     "several layers": (
         lambda: channel_sums(
             hook_points(nn.LSTM(3, 4, 2, batch_first=True), torch.randn(9, 7, 3)), torch.randn(9, 7, 3), ".out[1][0]"
         ),
-        "Site('.out[1][0]') has 2 layers, each with features of its own: name one, as in layer=0.",
+        "Site('.out[1][0]') has 2 layers, each with its own features. Select one, as in layer=0.",
     ),
     "an empty batch": (
         lambda: channel_sums(plain(), torch.zeros(2, 3, 8, 8), "relu1", batch_size=0),
-        "batch_size is 0, but a batch has at least one input.",
+        "batch_size must be at least 1; got 0.",
     ),
     "no inputs": (
         lambda: channel_sums(plain(), torch.zeros(0, 3, 8, 8), "relu1"),
@@ -209,13 +212,13 @@ REFUSED = {
         lambda: channel_sums(
             hook_points(nn.Identity(), torch.zeros(2, 3), axes={".out": ("batch", "row")}), torch.zeros(2, 3), ".out"
         ),
-        "Site('.out') has axes (batch, row). Channel sums need the batch and one axis named channel or feature; "
-        "hook_points(..., axes={...}) names axes.",
+        "Site('.out') has axes (batch, row). Channel sums need a batch axis and exactly one axis named channel or "
+        "feature; name axes with hook_points(..., axes={...}).",
     ),
     "a site whose batch axis is not proved": (
         lambda: channel_sums(hook_points(nn.Linear(3, 2), torch.zeros(3)), torch.zeros(2, 3), ".out"),
-        "Site('.out') has axes (feature), and its batch axis is not proved. Channel sums need the batch and one axis "
-        "named channel or feature; hook_points(..., axes={...}) names axes.",
+        "Site('.out') has axes (feature), and its batch axis is unknown. Channel sums need a batch axis and exactly "
+        "one axis named channel or feature; name axes with hook_points(..., axes={...}).",
     ),
 }
 
@@ -242,6 +245,6 @@ def test_sums_of_neither_a_model_nor_its_hook_points_are_refused():
 
 def test_a_model_without_any_batch_cannot_be_traced():
     with pytest.raises(
-        errors.BatchAxisError, match="There are no inputs to trace the model with. Give one batch at least."
+        errors.BatchAxisError, match="There are no inputs to trace the model with. Pass at least one batch."
     ):
         channel_sums(nn.Linear(2, 2), [], "")

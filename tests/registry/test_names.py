@@ -113,69 +113,69 @@ def test_a_star_takes_no_input_of_the_model_itself() -> None:
 MESSAGES: dict[str, tuple[Any, str]] = {
     "blocks": (
         lambda: POINTS.select("h.?"),
-        "'h.?' leaves out h.10.out[0], h.11.out[0]: '?' is one character. Write 'h.*' to select these too, or name the "
-        "hook points in a list.",
+        "'h.?' does not match h.10.out[0], h.11.out[0], because '?' matches one character. Use 'h.*' to include them, "
+        "or pass a list of names.",
     ),
     "calls": (
         lambda: POINTS.select("pattern#?"),
-        "'pattern#?' leaves out pattern#10, pattern#11: '?' is one character. Write 'pattern#*' to select these too, "
-        "or name the hook points in a list.",
+        "'pattern#?' does not match pattern#10, pattern#11, because '?' matches one character. Use 'pattern#*' to "
+        "include them, or pass a list of names.",
     ),
     "many": (
         lambda: run_with_cache(POINTS, INPUT, sites=["ln_f", "h.?.mlp.**#0"]),
-        "'h.?.mlp.**#0' leaves out h.10.mlp.up#0, h.10.mlp.act#0, h.10.mlp#0, h.11.mlp.up#0, h.11.mlp.act#0, "
-        "h.11.mlp#0: '?' is one character. Write 'h.*.mlp.**#0' to select these too, or name the hook points in a "
-        "list.",
+        "'h.?.mlp.**#0' does not match h.10.mlp.up#0, h.10.mlp.act#0, h.10.mlp#0, h.11.mlp.up#0, h.11.mlp.act#0, "
+        "h.11.mlp#0, because '?' matches one character. Use 'h.*.mlp.**#0' to include them, or pass a list of names.",
     ),
     "more": (
         lambda: hook_points(MODEL, INPUT, axes={"h.?.**": ("batch", "feature")}),
-        "'h.?.**' leaves out h.10.attn.out, h.10.attn.out[0], h.10.attn.out[1], h.10.mlp.up#0, h.10.mlp.act#0, "
-        "h.10.mlp#0, ... (20 in all): '?' is one character. Write 'h.*.**' to select these too, or name the hook "
-        "points in a list.",
+        "'h.?.**' does not match h.10.attn.out, h.10.attn.out[0], h.10.attn.out[1], h.10.mlp.up#0, h.10.mlp.act#0, "
+        "h.10.mlp#0, ... (20 in all), because '?' matches one character. Use 'h.*.**' to include them, or pass a list "
+        "of names.",
     ),
     "a misspelt part": (
         lambda: POINTS.select("h.*.attm.out[0]"),
-        "No hook point matches 'h.*.attm.out[0]'. Did you mean 'h.9.attn.out[0]'? `*` ends at a dot, `**` does not. "
+        "No hook point matches 'h.*.attm.out[0]'. Did you mean 'h.9.attn.out[0]'? `*` stops at a dot, `**` does not. "
         "(258 hook points; print the HookPoints to list them.)",
     ),
     "a star for several parts": (
         lambda: POINTS.select("*.act"),
-        "No hook point matches '*.act'. '**.act' matches 24: `*` ends at a dot, `**` does not. (258 hook points; print "
-        "the HookPoints to list them.)",
+        "No hook point matches '*.act'. '**.act' would match 24: `*` stops at a dot, `**` does not. (258 hook points; "
+        "print the HookPoints to list them.)",
     ),
     "a call of a module that is called once": (
         lambda: POINTS.select("h.*#0"),
-        "No hook point matches 'h.*#0'. 'h.*' matches 12: a module that is called once has no call number. (258 hook "
-        "points; print the HookPoints to list them.)",
+        "No hook point matches 'h.*#0'. 'h.*' would match 12: a module that is called once has no call index. (258 "
+        "hook points; print the HookPoints to list them.)",
     ),
     "a star for several parts in axes": (
         lambda: hook_points(MODEL, INPUT, axes={"*.act": ("batch", "feature")}),
-        "axes={'*.act': ...}: no hook point matches. '**.act' matches 24: `*` ends at a dot, `**` does not.",
+        "axes={'*.act': ...}: no hook point matches this pattern. '**.act' would match 24: `*` stops at a dot, `**` "
+        "does not.",
     ),
     "a misspelt part in axes": (
         lambda: hook_points(MODEL, INPUT, axes={"h.*.attm": ("batch", "feature")}),
-        "axes={'h.*.attm': ...}: no hook point matches. Did you mean 'h.9.attn.out'?",
+        "axes={'h.*.attm': ...}: no hook point matches this pattern. Did you mean 'h.9.attn.out'?",
     ),
     "a pattern as the name of one": (
         lambda: POINTS.site("h.*", feature=0),
-        "'h.*' is a pattern, and one hook point is expected. Take those of points.select('h.*').",
+        "'h.*' is a pattern, but a single hook point is expected. Use a name in points.select('h.*').",
     ),
     "a pattern for a bare model": (
         lambda: recording(MODEL, "h.*").__enter__(),
-        "'h.*' is a pattern, and a bare model has no list of hook points to match. Give its hook points: "
-        "hook_points(model, *inputs).",
+        "'h.*' is a pattern, but a model without a trace has no list of hook points to match. Pass hook_points(model, "
+        "*inputs) instead of the model.",
     ),
     "a pattern of several where one is expected": (
         lambda: channel_sums(POINTS, INPUT, "h.1?"),
-        "There are 2 sites, but one is expected: Site('h.10.out[0]'), Site('h.11.out[0]').",
+        "Expected one site, but got 2: Site('h.10.out[0]'), Site('h.11.out[0]').",
     ),
     "a pattern of several in a cache": (
         lambda: run_with_cache(POINTS, INPUT, sites="h.1?", stop=True)["h.*"],
-        "The cache has 2 sites of 'h.*'. It holds Site('h.10.out[0]'), Site('h.11.out[0]').",
+        "The cache has 2 sites at 'h.*'. It contains Site('h.10.out[0]'), Site('h.11.out[0]').",
     ),
     "a pattern of none in a cache": (
         lambda: run_with_cache(POINTS, INPUT, sites="h.1?", stop=True)["h.1*.out[1]"],
-        "The cache has no 'h.1*.out[1]'. Did you mean 'h.11.out[0]'? It holds Site('h.10.out[0]'), "
+        "The cache does not contain 'h.1*.out[1]'. Did you mean 'h.11.out[0]'? It contains Site('h.10.out[0]'), "
         "Site('h.11.out[0]').",
     ),
 }  # fmt: skip

@@ -127,7 +127,7 @@ def test_a_site_that_does_not_exist_is_refused_when_it_is_made(points, name, ind
 
 
 def test_the_name_of_a_module_with_several_hook_points_lists_them(blocks):
-    with pytest.raises(HookPointError, match="'relu' is 6 hook points: relu#0.in"):
+    with pytest.raises(HookPointError, match="'relu' does not identify a hook point.*: relu#0.in"):
         blocks["relu"]
 
 
@@ -169,7 +169,7 @@ def test_the_table_says_where_no_batch_is_proved_and_what_was_not_called():
             return self.fc(vector).sum(0)
 
     lines = repr(hook_points(Silent(), torch.randn(2, 6))).splitlines()
-    assert lines[-2:] == ["Batch axis not proved for 1 of them: .out", "Not called: never"]
+    assert lines[-2:] == ["Batch axis unknown for 1 of them: .out", "Not called: never"]
 
 
 def test_the_html_table_has_a_row_per_hook_point_and_escapes_names(blocks):
@@ -216,7 +216,7 @@ def test_all_faults_of_several_sites_are_named_at_once(points):
     with pytest.raises((SiteError, HookPointError)) as caught:
         bound(points, [Site("conv3"), Site("conv1", channel=8), Site("fc", head=1), Site("fc")])
     lines = str(caught.value).splitlines()
-    assert lines[0] == "3 faults:"
+    assert lines[0] == "3 errors:"
     assert [line.startswith("- ") for line in lines[1:]] == [True] * 3
 
 
@@ -230,7 +230,7 @@ def test_the_html_table_says_what_was_not_called_and_where_the_batch_is_not_prov
             return torch.ones(3)
 
     page = hook_points(Silent(), torch.randn(2, 6))._repr_html_()
-    assert page.endswith("<p>Batch axis not proved for 1 of them: .out</p><p>Not called: never</p>")
+    assert page.endswith("<p>Batch axis unknown for 1 of them: .out</p><p>Not called: never</p>")
 
 
 class Projected(NamedTuple):
@@ -253,6 +253,6 @@ def test_a_name_that_two_hook_points_have_is_neither_of_them_and_the_error_says_
     model = nn.Sequential(Clashing())
     points = hook_points(model, torch.randn(3, 4))
     assert "0.out.proj" not in points and "0.out.proj.in[0]" in points
-    with pytest.raises(HookPointError, match=r"2 hook points: out of '0\.out\.proj', out\.proj of '0'\. Give"):
+    with pytest.raises(HookPointError, match=r"2 hook points: '0\.out\.proj' \(\.out\), '0' \(\.out\.proj\)\. Rename"):
         points.site("0.out.proj")
-    assert "Left out, as several have that name: 0.out.proj" in repr(points)
+    assert "Omitted because of ambiguous names: 0.out.proj" in repr(points)

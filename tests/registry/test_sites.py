@@ -163,7 +163,7 @@ def test_split_of_an_axis_of_unknown_length_is_refused(axis):
 
 def test_the_batch_cannot_be_split_even_when_traced(plain_cnn):
     points = hook_points(plain_cnn.module, *plain_cnn.inputs(2))
-    with pytest.raises(SiteError, match="the batch is as long as each forward's"):
+    with pytest.raises(SiteError, match="the batch size varies between forward passes"):
         points.site("conv1").split("batch")
 
 
@@ -173,7 +173,7 @@ def test_the_batch_cannot_be_split_even_when_traced(plain_cnn):
     ids=str,
 )
 def test_what_is_no_index_is_refused_at_once(index):
-    with pytest.raises(SiteError, match="an index is|selects nothing"):
+    with pytest.raises(SiteError, match="an index must be|selects nothing"):
         Site("conv", channel=index)
 
 
@@ -183,7 +183,7 @@ def test_a_mask_that_selects_nothing_is_refused_at_once():
 
 
 def test_a_name_that_is_no_text_is_refused():
-    with pytest.raises(SiteError, match="takes a hook point's name, not int"):
+    with pytest.raises(SiteError, match="expects the name of a hook point, not int"):
         Site(3)
 
 
@@ -194,10 +194,10 @@ def test_a_name_that_is_no_text_is_refused():
         ({"channel": -9}, "channel -9 is out of range"),
         ({"channel": [0, 9, 10]}, "channel 9, 10 is out of range"),
         ({"channel": range(100)}, "channel 8, 9, 10, 11, 12, 13, 14, 15 and 84 more is out of range"),
-        ({"channel": [*range(8), *[0] * 100_000]}, "channel 0 is named twice"),
-        ({"channel": [7, -1]}, "channel 7 is named twice"),
+        ({"channel": [*range(8), *[0] * 100_000]}, "channel 0 is listed twice"),
+        ({"channel": [7, -1]}, "channel 7 is listed twice"),
         ({"channel": slice(8, None)}, "channel=8: selects nothing"),
-        ({"channel": [True] * 7}, "the mask over channel has 7 flags"),
+        ({"channel": [True] * 7}, "the mask over channel has length 7"),
         ({"chanel": 5}, r"there is no axis 'chanel' \(did you mean 'channel'\?\)"),
         ({"head": 5}, "there is no axis 'head'"),
     ],
@@ -210,7 +210,7 @@ def test_what_a_hook_point_does_not_have_is_refused_when_positions_are_known(ind
 def test_all_faults_of_a_site_are_named_at_once():
     with pytest.raises(SiteError) as caught:
         Site("conv", channel=64, row=[7, -1], head=0).positions(AXES, LENGTHS)
-    assert all(fault in str(caught.value) for fault in ("channel 64", "row 7 is named twice", "no axis 'head'"))
+    assert all(fault in str(caught.value) for fault in ("channel 64", "row 7 is listed twice", "no axis 'head'"))
 
 
 def test_a_slice_that_runs_on_is_found_as_a_slice_so_that_it_is_read_without_a_copy():

@@ -153,7 +153,7 @@ def test_another_method_is_traced_on_request():
 
 
 def test_what_is_no_module_is_a_type_error():
-    with pytest.raises(TypeError, match="takes a torch.nn.Module, not function"):
+    with pytest.raises(TypeError, match="expects a torch.nn.Module, not function"):
         hook_points(lambda x: x, torch.randn(2))
 
 
@@ -166,7 +166,7 @@ def test_a_model_whose_own_name_is_a_tap_is_told():
         def forward(self, vector):
             return tap("fc", self.fc(vector))
 
-    with pytest.raises(HookPointError, match="has the name of a module"):
+    with pytest.raises(HookPointError, match="has the same name as a module"):
         hook_points(Clash(), torch.randn(2, 6))
 
 
@@ -313,13 +313,15 @@ def test_names_that_axes_gives_stand_before_those_of_the_module_type():
 
 
 def test_a_glob_that_matches_nothing_is_refused():
-    with pytest.raises(HookPointError, match=r"axes=\{'fcc': ...\}: no hook point matches. Did you mean 'fc'\?"):
+    with pytest.raises(
+        HookPointError, match=r"axes=\{'fcc': ...\}: no hook point matches this pattern. Did you mean 'fc'\?"
+    ):
         hook_points(Folded(), torch.randn(2, 5, 6), axes={"fcc": ("a", "b")})
 
 
 @pytest.mark.parametrize("names", [("batch",), ("batch", "a", "b"), ("a", "a")])
 def test_a_wrong_number_of_names_or_one_twice_is_refused(names):
-    with pytest.raises(SiteError, match="has 2 axes; give each one name of its own"):
+    with pytest.raises(SiteError, match="has 2 axes. Pass one name per axis"):
         hook_points(Folded(), torch.randn(2, 5, 6), axes={"fc": names})
 
 
@@ -469,8 +471,8 @@ def test_a_batch_that_only_a_later_module_knows_is_refused_until_axes_names_it()
     sequence = torch.randn(7, 3, 5)
     points = hook_points(LateEncoder().eval(), sequence)
     assert set(batch_axes(points).values()) == {None}
-    assert "Batch axis not proved for" in repr(points)
-    with pytest.raises(BatchAxisError, match=r"Name it where the inputs have it: hook_points\(\.\.\., axes="):
+    assert "Batch axis unknown for" in repr(points)
+    with pytest.raises(BatchAxisError, match=r"Name the axes of the model's input: hook_points\(\.\.\., axes="):
         resample_ablate(points.site("head"), torch.zeros(7, 3, 2), seed=0)
 
 
@@ -629,5 +631,5 @@ def test_a_container_that_refuses_one_row_more_leaves_the_batch_axis_unproved():
 
 
 def test_numpy_arrays_are_given_as_tensors_where_the_model_takes_none():
-    with pytest.raises(TypeError, match=r"Linear took no NumPy array\. Give torch\.as_tensor\(array\)"):
+    with pytest.raises(TypeError, match=r"Linear accepts no NumPy arrays\. Pass torch\.as_tensor\(array\)"):
         hook_points(nn.Linear(4, 2), np.zeros((3, 4), np.float32))

@@ -357,7 +357,7 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
                 zero_ablate(Site("fc"), where=lambda context: context.rows < 2),
             ],
         ),
-        "3 faults:\n"
+        "3 errors:\n"
         "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, and a file holds data only. "
         "Write it with Set, Add, Scale, Clamp, Project, Resample of chanpatch.patching; several patches of one site "
         "apply in order.\n"
@@ -392,7 +392,7 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "what is no patch": (
         TypeError,
         lambda file: save(file, [Site("fc")]),  # type: ignore[list-item]
-        "Expected a Patch, not Site: zero_ablate(Site('conv1', channel=5)).",
+        "Expected a Patch, such as zero_ablate(Site('conv1')); got Site.",
     ),
     "inputs without a model": (
         InterventionError,
@@ -645,7 +645,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "an operand that is text": (
         record(operands={"value": "0"}),
-        "is damaged: EditError: Set: the value is '0'; it takes a real number (int or float) or a tensor.",
+        "is damaged: EditError: Set: the value must be a real number (int or float) or a tensor; got '0'.",
     ),
     "a number that is none": (
         record(operands={"value": {"float": "__import__('os')"}}),
@@ -657,17 +657,16 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "a where that is a number": (
         record(where=1),
-        "is damaged: EditError: where at Site('fc') is int; it takes a bool tensor, such as column < 12, or a "
-        "function that returns one.",
+        "is damaged: EditError: where at Site('fc') must be a bool tensor (such as column < 12) or a "
+        "function that returns one; got int.",
     ),
     "an index that is none": (
         record(site={"name": "fc", "indices": {"feature": {"slice": ["\x1b[2J"]}}}),
-        "is damaged: SiteError: Site('fc', feature=slice(None, '\\x1b[2J', None)): the ends of a slice are "
-        "whole numbers.",
+        "is damaged: SiteError: Site('fc', feature=slice(None, '\\x1b[2J', None)): slice bounds must be integers.",
     ),
     "an axis that commands a terminal": (
         record(site={"name": "fc", "indices": {"\x1b[2J": []}}),
-        "is damaged: SiteError: Site('fc', \\x1b[2J=[]) selects nothing. Leave \\x1b[2J out to mean all of it.",
+        "is damaged: SiteError: Site('fc', \\x1b[2J=[]) selects nothing. Omit \\x1b[2J to select all of it.",
     ),
     "a receipt of another kind": (
         record() | {"receipt": {"weights": "0"}},
@@ -734,7 +733,7 @@ def test_a_model_that_differs_is_one_error_with_all_faults(file: Path) -> None:
     save(file, [zero_ablate(site) for site in sites])
     other = hook_points(Renamed().double(), images.double())
     assert refused(InterventionError, lambda: load(file, other)) == (
-        f"'{file}' does not fit this model. 3 faults:\n"
+        f"'{file}' does not fit this model. 3 errors:\n"
         "- No hook point named 'relu1'. Did you mean 'relu2'? (12 hook points; print the "
         "HookPoints to list them.)\n"
         "- Hook point 'relu2' is GELU (batch, channel=16, row=8, col=8) float64 in this model, but ReLU (batch, "
@@ -758,7 +757,7 @@ def test_a_model_without_inputs_to_trace_it_with_is_refused(file: Path) -> None:
     model: Any = nn.Sequential(nn.Linear(2, 3))
     save(file, zero_ablate(Site("0")))
     for call in (lambda: save(file, zero_ablate(Site("0")), model), lambda: load(file, model)):
-        with pytest.raises(TypeError, match="There are no inputs to trace the Sequential with. Give its hook points"):
+        with pytest.raises(TypeError, match="There are no inputs to trace the Sequential with. Pass hook_points"):
             call()
 
 
@@ -767,11 +766,11 @@ def test_a_site_without_a_trace_is_checked_too(file: Path) -> None:
     save(file, [zero_ablate(Site("relu1", channel=8)), Patch(Site("fc"), Set(torch.zeros(1, 5)))])
     message = refused(InterventionError, lambda: load(file, points))
     assert message == (
-        f"'{file}' does not fit this model. 2 faults:\n"
+        f"'{file}' does not fit this model. 2 errors:\n"
         "- Site('relu1', channel=8): channel 8 is out of range; hook point 'relu1' has axes (batch, channel, row, col) "
         "and 8 channels (0 to 7).\n"
-        "- Set at Site('fc'): the value has shape (1, 5), but the region has axes (batch, feature) = (any, 4). Give "
-        "every axis, with length 1 where the value repeats.\n"
+        "- Set at Site('fc'): the value has shape (1, 5), but the region has axes (batch, feature) = (any, 4). Each "
+        "axis of the value must have the region's length or length 1.\n"
         "Without points, load(file) returns the patches unchecked."
     )
 

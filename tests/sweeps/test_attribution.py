@@ -407,7 +407,7 @@ def attributed(patches: Any, metric: Metric = METRIC, **options: Any) -> Callabl
 
 
 FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no patches": (attributed([]), SweepError, "There are no patches: the mapping or the sequence is empty."),
+    "no patches": (attributed([]), SweepError, "There are no patches: the mapping or sequence is empty."),
     "several sites": (
         attributed({"both": [zero_ablate(WHOLE), zero_ablate(WHOLE)]}),
         SweepError,
@@ -417,7 +417,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one label twice": (
         attributed([zero_ablate(WHOLE), steer(WHOLE, torch.ones(1, 6, dtype=torch.float64))]),
         SweepError,
-        "Two of the patches are at 1, which makes one label for both. Give a mapping of labels to patches.",
+        "Two of the patches have the same site, 1, and therefore the same label. Pass a dict that maps labels to "
+        "patches.",
     ),
     "no hook point": (
         attributed([zero_ablate(Site("5"))]),
@@ -442,7 +443,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a function that makes patches": (
         attributed(zero_ablate),
         TypeError,
-        "Expected a Patch, not function: zero_ablate(Site('conv1', channel=5)).",
+        "Expected a Patch, such as zero_ablate(Site('conv1')); got function.",
     ),
     "several metrics": (
         attributed([zero_ablate(WHOLE)], {"difference": METRIC}),  # type: ignore[arg-type]

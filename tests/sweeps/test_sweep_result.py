@@ -80,7 +80,7 @@ def test_labels_and_rows_are_in_the_order_given(points: HookPoints) -> None:
 
 def test_two_patches_with_one_label_are_an_error(points: HookPoints) -> None:
     site = points.site("1", feature=3)
-    with pytest.raises(errors.SweepError, match="Two of the patches are at 1, feature=3.*Give a mapping"):
+    with pytest.raises(errors.SweepError, match="Two of the patches have the same site, 1, feature=3,.*Pass a dict"):
         swept(points, patches=[zero_ablate(site), edit(site, Scale(2.0))])
 
 
@@ -92,14 +92,14 @@ def test_no_patches_are_an_error(points: HookPoints) -> None:
 
 
 def test_what_is_no_patch_is_an_error(points: HookPoints) -> None:
-    with pytest.raises(TypeError, match="Expected a Patch, not Site"):
+    with pytest.raises(TypeError, match="Expected a Patch, such as .*; got Site"):
         swept(points, patches={"site": [points.site("1")]})
-    with pytest.raises(TypeError, match="Expected a Patch, not Site"):
+    with pytest.raises(TypeError, match="Expected a Patch, such as .*; got Site"):
         swept(points, patches=points.site("1").split("feature"))
 
 
 def test_all_unknown_sites_are_named_at_once(points: HookPoints) -> None:
-    with pytest.raises(errors.HookPointError, match="(?s)2 faults.*conv1.*conv2"):
+    with pytest.raises(errors.HookPointError, match="(?s)2 errors.*conv1.*conv2"):
         swept(points, patches=[zero_ablate(Site("conv1")), zero_ablate(Site("conv2"))])
 
 
@@ -275,19 +275,19 @@ def test_nan_is_an_error_that_names_the_label(points: HookPoints) -> None:
     patches: dict[str, Any] = {f"fine {number}": patch for number, patch in enumerate(zeroed(points))}
     patches["broken"] = edit(points.site("1", feature=2), lambda activation: activation / 0 * 0)
     for strategy in ("auto", "loop"):
-        with pytest.raises(errors.NaNError, match="'broken': Patch.*brought NaN"):
+        with pytest.raises(errors.NaNError, match="'broken': Patch.*introduced NaN"):
             swept(points, patches=dict(reversed(patches.items())), strategy=strategy)
 
 
 def test_nan_that_a_later_patch_brings_is_an_error_too(points: HookPoints) -> None:
     broken = edit(points.site("2"), lambda activation: activation / 0 * 0)
-    with pytest.raises(errors.NaNError, match="Site\\('2'\\).*brought NaN"):
+    with pytest.raises(errors.NaNError, match="Site\\('2'\\).*introduced NaN"):
         swept(points, patches={number: [patch, broken] for number, patch in enumerate(zeroed(points))})
 
 
 def test_an_edit_that_fails_is_named(points: HookPoints) -> None:
     patches = {**dict(enumerate(zeroed(points))), "short": edit(points.site("1"), lambda activation: activation[:1])}
-    with pytest.raises(errors.EditError, match="'short': Patch.*returned shape"):
+    with pytest.raises(errors.EditError, match="'short': Patch.*returned a tensor of shape"):
         swept(points, patches=patches)
 
 
@@ -300,7 +300,7 @@ def test_an_error_of_the_users_own_is_raised_as_it_is_and_names_the_patch(points
     patches = {**dict(enumerate(zeroed(points))), "broken": edit(points.site("1"), broken), "last": zeroed(points)[0]}
     with pytest.raises(ValueError, match="nothing to see") as caught:
         swept(points, patches=patches, strategy=strategy)
-    assert caught.value.__notes__ == ["This is of the patch 'broken' in a sweep."]
+    assert caught.value.__notes__ == ["Raised by the patch 'broken' in a sweep."]
 
 
 def test_a_patch_that_never_ran_is_an_error(points: HookPoints) -> None:
@@ -488,7 +488,7 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a function that makes patches": (
         {"patches": zero_ablate},
         TypeError,
-        "Expected a Patch, not function: zero_ablate(Site('conv1', channel=5)).",
+        "Expected a Patch, such as zero_ablate(Site('conv1')); got function.",
     ),
     "a metric of actions": (
         {"metric": {"logits": lambda output: output[0]}},

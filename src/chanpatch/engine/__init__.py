@@ -1,1 +1,1 @@
-"""One forward: hooks, root calls, tensors in nested outputs, regions, and state that is restored afterwards."""
+"""One forward pass: hooks, root calls, tensors in nested outputs, and state that is restored afterwards."""

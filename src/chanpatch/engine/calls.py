@@ -1,4 +1,4 @@
-"""Other ways into a forward: observers of calls, taps, and wrapped methods."""
+"""Other entry points into a forward pass: call observers, taps and wrapped methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Call back at every call of these modules, but not of copies that a forward makes, and at every tap."""
+    """Run the callbacks at every tap and at every call of these modules, but not of their copies."""
     known = set(modules)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -53,14 +53,14 @@ _tap_sessions: dict[str, list[weakref.ref[Any]]] = {}  # weak, so that a patched
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor, and make this place in a `forward` a hook point.
+    """Turn a tensor inside a `forward` method into a hook point, and return the tensor or its patched version.
 
     Args:
-        name: Name of the hook point. If the tap runs more than once in a forward, its calls are `name#0`, `name#1`, ...
-        tensor: Any tensor of the forward. While a context is open, the patched tensor is returned.
+        name: Name of the hook point, or `name#0`, `name#1`, ... if the tap runs more than once per forward pass.
+        tensor: Any tensor in the forward pass.
 
     Raises:
-        HookPointError, TraceMismatchError, SiteError, EditError: While a context is open, as at other hook points.
+        HookPointError, TraceMismatchError, SiteError, EditError: As at other hook points, while a context is open.
 
     Example:
         >>> import torch
@@ -84,13 +84,13 @@ def tap(name: str, tensor: Tensor) -> Tensor:
 
 
 def hear_tap(name: str, session: Any) -> None:
-    """Let a session hear of a tap while it is open."""
+    """Subscribe a session to a tap."""
     if session not in _hearing(name):
         _tap_sessions.setdefault(name, []).append(weakref.ref(session))
 
 
 def forget_taps(session: Any) -> None:
-    """Let a session hear of no tap any more."""
+    """Unsubscribe a session from all taps."""
     for name in list(_tap_sessions):
         _tap_sessions[name] = [each for each in _tap_sessions[name] if each() not in (None, session)]
         if not _tap_sessions[name]:
@@ -103,7 +103,7 @@ def _hearing(name: str) -> list[Any]:
 
 @contextmanager
 def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Call `around(method, *args, **kwargs)` in place of a method of this module; wrappers may close in any order."""
+    """Replace a module's method with `around(method, *args, **kwargs)`; such contexts may close in any order."""
     found = vars(module).get(name)
     wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
 
@@ -113,7 +113,7 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
         if not wrapper.around and vars(module).get(name) is wrapper:
             if wrapper.own is None:
                 del vars(module)[name]
-            else:  # a function that the user had put there
+            else:  # a function that the user had assigned
                 vars(module)[name] = wrapper.own
 
     with finally_twice(end):
@@ -123,12 +123,12 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
 
 
 class _MethodWrapper:
-    """An instance attribute in place of a method; a copy of the module has the plain method again."""
+    """Instance attribute that shadows a method; copies of the module get the original method back."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()
         self._module, self._name, self._method = module, name, getattr(module, name)
-        functools.update_wrapper(self, self._method)  # some models look at the arguments that a layer takes
+        functools.update_wrapper(self, self._method)  # some models inspect the signatures of their layers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._method

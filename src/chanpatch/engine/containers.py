@@ -1,6 +1,6 @@
-"""Dicts, lists and dataclasses that a module takes and its caller goes on to use.
+"""Mutable containers (dicts, lists, dataclasses) that a module receives and its caller keeps using.
 
-A patched input is a copy of its container, so the caller would miss later writes of the module. They are written back.
+A patched input is in a copy of its container, so its caller would not see later writes by the module. We detect these.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .paths import Attr, Item, _children, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return a patched output; containers that were also arguments are patched in place instead of copied.
+    """Return a patched output; containers that were also arguments are modified in place instead of copied.
 
     Args:
-        before: The output.
-        after: The patched output.
-        given: The module's arguments.
-        users: Ids of the user's own tensors and containers. Such a container is copied if such a tensor in it was
-            replaced, because the user may pass it again.
+        before: Output before patching.
+        after: Output after patching.
+        given: Arguments of the module.
+        users: Ids of the user's own tensors and containers. A user's container is copied if a user's tensor in it was
+            replaced, because the user may pass the container again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -48,7 +48,7 @@ def _written_into(before: Any, after: Any, shared: Container[int], users: Contai
 
 
 def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each container in the arguments of a module that was copied to be patched, with its copy."""
+    """Yield (original, copy) for each container in a module's arguments that a patch copied."""
     if before is after or isinstance(before, Tensor):
         return
     if _is_mutable(before):
@@ -58,7 +58,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Return (args, kwargs) with the copy of a container in place of each argument that it is."""
+    """Return (args, kwargs) with each argument that is a copied container replaced by its copy."""
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
@@ -66,13 +66,13 @@ def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
 
 
 def contents(container: Any) -> list[Any]:
-    """Return the entries of a container, and its attributes."""
+    """Return the entries and attributes of a container."""
     attributes = () if is_tensordict(container) else getattr(container, "__dict__", {}).values()
     return [*(child for _, child in _children(container)), *attributes]
 
 
 def holds(container: Any, before: list[Any]) -> bool:
-    """Return whether a container still has these contents: nothing was written into it."""
+    """Return whether a container still has exactly these contents."""
     now = contents(container)
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
@@ -92,7 +92,7 @@ def _is_mutable(tree: Any) -> bool:
         return isinstance(tree, dict) or not type(tree).__dataclass_params__.frozen  # type: ignore[attr-defined]
     if isinstance(tree, (dict, list)):
         return True
-    # A lazy stack of TensorDicts creates its items at each access, so changes in it cannot be found.
+    # A lazy stack of TensorDicts creates its items on each access, so changes to it cannot be detected.
     items_stay = isinstance(tree, MutableMapping) and all(map(operator.is_, tree.values(), tree.values()))
     return items_stay and not getattr(tree, "is_locked", False)
 

@@ -1,8 +1,8 @@
-"""The torch hooks at the places that sessions listen to: a `Station` per module, and the cases that hooks cannot serve.
+"""Torch hooks: one `Station` per module runs the listeners of all open sessions.
 
-A station serves every open session: records of the unpatched value, then patches in order of entry, then records.
-Patches are written to an output before any other hook of the module runs, and to an input after all pre-hooks. Records
-are taken last, so that a record is the tensor that flows on.
+Listeners run in this order: recordings of unpatched values, patches in the order they were entered, other recordings.
+Outputs are patched before any other hook of the module runs, inputs after all pre-hooks. The other recordings run after
+all hooks, so they see the tensor that flows on.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .containers import containers, contents, copied_containers, holds, with_cop
 from .paths import Path, get
 
 Stage: TypeAlias = Literal["before", "patch", "after"]
-STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # the order in which listeners at one place run
+STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # execution order of the listeners at one place
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a tensor: all that the name of a hook point says.
+    """Location of a tensor, as encoded in a hook point's name.
 
     Attributes:
         name: Name of the hook point.
-        module: Name of the module, or of the tap.
+        module: Name of the module or tap.
         side: `"in"`, `"out"` or `"tap"`.
-        path: Place of the tensor in a nested input or output.
+        path: Path to the tensor inside a nested input or output.
         call: Index of the call, if the module is called more than once.
     """
 
@@ -46,33 +46,33 @@ class Place:
 
 
 class Station:
-    """The hooks of one module, and the listeners there.
+    """The hooks of one module, and the listeners attached to it.
 
-    A listener has a session, a place and a stage. A session has `begin` and `end` for root calls, and `enter_call` and
-    `leave_call` for all calls.
+    A listener has a session, a place and a stage. Sessions have the callbacks `begin` and `end` for root calls, and
+    `enter_call` and `leave_call` for all calls.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.listeners: list[Any] = []
-        self.scopes: list[Any] = []  # sessions for which a call of the module may be a root call
+        self.scopes: list[Any] = []  # sessions for which a call of this module may be a root call
         self.module_id = id(module)
         self._module = weakref.ref(module)
         self._on_inputs: list[Any] = []
-        self._on_output: list[Any] = []  # before any other hook of the module
-        self._at_last: list[Any] = []  # records of the output, after all other hooks
+        self._on_output: list[Any] = []  # run before any other hook of the module
+        self._at_last: list[Any] = []  # record the output after all other hooks
         self._counting: list[Any] = []
-        self._errors_before: list[BaseException | None] = []  # in flight when each call under way was entered
-        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # tensors and versions, in the call under way
+        self._errors_before: list[BaseException | None] = []  # exceptions in flight when each current call began
+        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # with versions, in the current call
         self._copies: list[weakref.ref[nn.Module]] = []
-        self._copied: dict[int, tuple[Any, list[Any]]] = {}  # containers of the calls under way, and their contents
+        self._copied: dict[int, tuple[Any, list[Any]]] = {}  # containers in the current calls, and their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
         module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True, prepend=True)
-        self._hooks = 1  # of the output
+        self._hooks = 1  # number of forward hooks
         self._calls: list[tuple[Any, int]] = []
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
-        """Return the module's station, which the module itself holds by its hooks, so that both are freed together."""
+        """Return the module's station, or None; only the module's hooks reference it, so both are freed together."""
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _Hook) and hook.station.module_id == id(module):
                 return hook.station
@@ -80,17 +80,17 @@ class Station:
 
     @functools.cached_property
     def inside(self) -> frozenset[int]:
-        """The ids of the modules inside."""
+        """Ids of the module and all its submodules."""
         module = self._module()
         return frozenset() if module is None else frozenset(map(id, module.modules()))
 
     @property
     def is_open(self) -> bool:
-        """Whether anybody listens."""
+        """Whether any session is attached."""
         return bool(self.listeners or self.scopes)
 
     def is_inside_itself(self) -> bool:
-        """Return whether the module is called inside a call of itself, and not after one that was cut short."""
+        """Return whether the module is being called recursively; interrupted calls do not count."""
         calls, frame = 0, sys._getframe()
         while frame is not None and calls < 2:
             calls += frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module_id
@@ -98,7 +98,7 @@ class Station:
         return calls > 1
 
     def plan(self) -> None:
-        """Order the listeners by stage, then by entry."""
+        """Sort the listeners by stage, then by order of entry."""
         ordered = self.listeners
         if len(ordered) > 1:
             ordered = sorted(ordered, key=lambda listener: STAGES.index(listener.stage))
@@ -109,8 +109,8 @@ class Station:
         self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
     def remove(self, session: Any) -> None:
-        """Forget a session, and leave the module, and copies of it, if it was the last one."""
-        self._copied.clear()  # of calls that an interrupt cut short
+        """Detach a session; after the last one, remove the hooks from the module and its copies."""
+        self._copied.clear()  # interrupted calls may have left entries
         self._errors_before.clear()
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
@@ -120,23 +120,23 @@ class Station:
                 drop(module, lambda hook: isinstance(hook, _Hook) and hook.station is self)
 
     def note_copy(self, memo: dict[int, Any]) -> None:
-        """Remember the copy that is being made of the module, or of a copy, to take the hooks off it too."""
+        """Register a copy that is being made of the module or of a copy, so that its hooks are removed too."""
         originals = [self.module_id, *(id(copy()) for copy in self._copies)]
         self._copies += [weakref.ref(memo[original]) for original in originals if original in memo]
 
     def has_hooks(self, module: nn.Module) -> bool:
-        """Return whether the module still has the hooks of the station."""
+        """Return whether the module still has this station's hooks."""
         ours = [hook for hook in module._forward_hooks.values() if isinstance(hook, _Hook) and hook.station is self]
         return len(ours) == self._hooks
 
     def order(self) -> None:
-        """Run the hook of inputs after all other pre-hooks, in calls from now on."""
+        """Move our pre-hook after all other pre-hooks, starting with the next call."""
         hooks: Any = getattr(self._module(), "_forward_pre_hooks", {})
         for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.station is self]:
             hooks.move_to_end(key)
 
     def _order_output(self, module: nn.Module) -> None:
-        """Run patches of the output before all other hooks, and records after them."""
+        """Run output patches before all other hooks, and recordings after them."""
         hooks: Any = module._forward_hooks
         if not any(isinstance(hook, _Hook) and hook.station is self and hook.is_last for hook in hooks.values()):
             module.register_forward_hook(_Hook(self, self._leave_last), with_kwargs=True, always_call=True)
@@ -163,8 +163,8 @@ class Station:
         if late:
             self.order()
             raise UnsupportedModelError(
-                f"A pre-hook was registered on this {type(module).__name__} after its input was patched or recorded, "
-                "so it would see the patched input. Register it before the context opens, or call the model again."
+                f"A pre-hook was registered on this {type(module).__name__} after the context was opened, so it would "
+                "see the patched input. Register the hook before you open the context, or call the model again."
             )
         given: Any = (args, kwargs)
         changed = given
@@ -191,8 +191,8 @@ class Station:
             copy, before = self._copied.pop(id(container), (None, []))
             if copy is container and not holds(container, before):
                 raise UnsupportedModelError(
-                    f"This {type(module).__name__} writes into the {type(container).__name__} that it is given while "
-                    "an entry of it is patched, which is done in a copy: its caller would miss the rest. Patch the "
+                    f"This {type(module).__name__} writes to its input {type(container).__name__} while an entry of it "
+                    "is patched. The patch is applied to a copy, so the caller would not see the writes. Patch the "
                     "module that computes the entry, or a module inside this one."
                 )
         if self._hooks == 1:
@@ -208,14 +208,14 @@ class Station:
         failed, patched, self._just_patched = self._has_failed(), self._just_patched, []
         if patched and not failed:
             self._refuse_replaced(module, patched, output)
-        for session, call in self._calls:  # hooks of others may have called other modules
+        for session, call in self._calls:  # other hooks may have called other modules
             session.call = call
         changed = output if failed else self._heard(self._at_last, output)
         self._end(failed=failed)
         return None if changed is output else changed
 
     def _heard(self, listeners: list[Any], output: Any) -> Any:
-        """Return the output that the listeners leave; if one raises, the call has failed."""
+        """Pass the output through the listeners; if one raises, mark the call as failed."""
         try:
             for listener in listeners:
                 output = listener(output)
@@ -225,7 +225,7 @@ class Station:
         return output
 
     def _has_failed(self) -> bool:
-        """Return whether torch calls a hook on the way out of an exception that this call of the module raised."""
+        """Return whether the current call of the module is exiting with an exception."""
         error = sys.exc_info()[1]
         return error is not None and bool(self._errors_before) and error is not self._errors_before[-1]
 
@@ -236,14 +236,14 @@ class Station:
             session.end(self, failed=failed)
 
     def _patched_in(self, output: Any) -> list[tuple[Place, Tensor, int | None]]:
-        """Return the tensors in an output that are patched, with their places and versions."""
+        """Return the place, tensor and version of each patched tensor in an output."""
         places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
         return [
             (place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None
         ]
 
     def _refuse_replaced(self, module: nn.Module, patched: list[tuple[Place, Tensor, int | None]], output: Any) -> None:
-        """Raise if a hook of the user's replaced a tensor that was just patched, or wrote into it."""
+        """Raise if another hook replaced or modified a tensor that was just patched."""
         for place, tensor, version in patched:
             with suppress(LookupError, AttributeError, TypeError):
                 if get(output, place.path) is tensor and _version(tensor) == version:
@@ -251,27 +251,27 @@ class Station:
             others = [hook for hook in module._forward_hooks.values() if not is_ours(hook)]
             names = ", ".join(str(getattr(hook, "__qualname__", hook)) for hook in others)
             raise UnsupportedModelError(
-                f"A forward hook of '{place.name}' replaced the tensor that was just patched there, or wrote into it. "
-                f"Remove that hook while the patch is in place, or patch the input of the next module: {names}."
+                f"A forward hook ({names}) replaced or modified the tensor that was just patched at '{place.name}'. "
+                "Remove the hook while the patch is active, or patch the input of the next module instead."
             )
 
     def _refuse_copy(self, module: nn.Module) -> None:
         if self.is_open:
             raise ConcurrencyError(
-                f"This {type(module).__name__} is a copy (deepcopy or a DataParallel replica) of a module that is "
-                "being patched or recorded, and was made meanwhile. Use the module that was patched, on one device."
+                f"This {type(module).__name__} is a copy (deepcopy or DataParallel replica) that was made while the "
+                "original module was being patched or recorded. Use the original module, on one device."
             )
 
 
 def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version  # torch counts no writes in inference mode
+    return None if tensor.is_inference() else tensor._version  # torch does not count writes in inference mode
 
 
-_CALL = nn.Module._call_impl.__code__  # the frame that runs a module's hooks and its forward
+_CALL = nn.Module._call_impl.__code__  # the code that runs a module's hooks and its `forward`
 
 
 class _Hook:
-    """The function that torch calls; copies of the module share it, and are refused while the module is patched."""
+    """Hook registered with torch; copies of the module share it, and raise if called while the module is patched."""
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
         self.station, self._run, self.is_last = station, run, run == station._leave_last
@@ -286,18 +286,18 @@ class _Hook:
 
     def __reduce__(self) -> NoReturn:
         raise ConcurrencyError(
-            "A module cannot be pickled while it is patched or recorded: its copy would run without the patches. Save "
-            "its state_dict(), close the context first, or pickle a PatchedPolicy as a whole."
+            "A module cannot be pickled while it is patched or recorded, because the copy would run without the "
+            "patches. Close the context first, save the state_dict(), or pickle an entire PatchedPolicy."
         )
 
 
 def is_ours(hook: object) -> bool:
-    """Return whether a hook is chanpatch's own."""
+    """Return whether a hook belongs to chanpatch."""
     return isinstance(hook, _Hook)
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Take chanpatch's own hooks off a model that was copied while they were on; a twin inside it keeps its own."""
+    """Remove chanpatch's hooks from a model that was copied while they were active; twins inside it keep theirs."""
     for module in model.modules():
         drop(module, functools.partial(_is_of_another, Station.of(module)))
 
@@ -307,8 +307,8 @@ def _is_of_another(station: Station | None, hook: object) -> bool:
 
 
 def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
-    """Take hooks off a module."""
-    # The pre-hook goes last: a station is found by it, so an interrupted removal can be repeated.
+    """Remove from a module the hooks for which `ours` returns true."""
+    # The pre-hook is removed last: it identifies the station, so an interrupted removal can be repeated.
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = vars(module).get(name, {})
         for key in [key for key, hook in hooks.items() if ours(hook)]:
@@ -319,7 +319,7 @@ def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
 
 @contextmanager
 def finally_twice(end: Callable[[], object]) -> Iterator[None]:
-    """Call `end` at the end, twice, so that it is done even if an interrupt cuts it short once."""
+    """Call `end` twice on exit, so that cleanup completes even if an interrupt stops the first call."""
     try:
         try:
             yield
@@ -331,7 +331,7 @@ def finally_twice(end: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Run compiled code eagerly, since it ignores hooks that are added later; contexts may close in any order."""
+    """Run compiled code eagerly, because it ignores hooks added later; such contexts may close in any order."""
     token = object()
 
     def end() -> None:
@@ -346,47 +346,47 @@ def compiled_code_runs_eagerly() -> Iterator[None]:
 
 
 _eager: list[object] = []
-_stance: list[Any] = []  # the one in force, if any
+_stance: list[Any] = []  # the active one, if any
 
 
 def _settle_stance() -> None:
     if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        # Without dynamo, nothing was compiled. An interrupt cannot come between setting it and noting it.
+        # Nothing is compiled unless dynamo is imported. No interrupt can separate setting the stance from storing it.
         _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
     elif _stance and not _eager:
         _stance[0].__exit__(None, None, None)
         _stance.clear()
 
 
-is_compiling = torch.compiler.is_dynamo_compiling  # looked up once: asked at every hook
+is_compiling = torch.compiler.is_dynamo_compiling  # looked up once, because every hook calls it
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function; a model that is being compiled calls it as it is, instead of tracing into it."""
+    """Return the function, excluded from tracing if a model is being compiled."""
     if is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function
 
 
 def refuse_checkpoint(name: str) -> None:
-    """Raise inside `torch.utils.checkpoint`: its backward pass runs modules again, outside of their root call."""
+    """Raise inside `torch.utils.checkpoint`, whose backward pass reruns modules outside their root call."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
-    frame = None if torch.is_grad_enabled() else sys._getframe()  # its re-entrant form switches gradients off
+    frame = None if torch.is_grad_enabled() else sys._getframe()  # its reentrant variant disables gradients
     while frame is not None and not inside:
         inside = frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint"
         frame = frame.f_back
     if inside:
         raise UnsupportedModelError(
-            f"'{name}' is patched inside torch.utils.checkpoint, whose backward pass runs the module again outside of "
-            "the patched call, so gradients could be wrong. Switch checkpointing off while the model is patched, or "
-            "run it under torch.no_grad()."
+            f"'{name}' is patched inside torch.utils.checkpoint, whose backward pass reruns the module outside the "
+            "patched call, so gradients could be wrong. Disable checkpointing while the model is patched, or run the "
+            "model under torch.no_grad()."
         )
 
 
 def read_only(name: str) -> str:
-    """Return why a tensor inside a distribution is not patched."""
+    """Return the error message for patching a tensor inside a distribution."""
     return (
         f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
-        "that computes it, or name it in the forward: tap('name', tensor)."
+        "that computes it, or call tap('name', tensor) in the model's forward()."
     )

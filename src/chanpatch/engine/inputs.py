@@ -1,4 +1,4 @@
-"""Inputs of a model: batches of single forwards, and copies."""
+"""Model inputs: splitting them into batches, and copying them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 def batches(
     inputs: Inputs | Iterable[Inputs], batch_size: int, shared: Mapping[Path, int] | None = None
 ) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """Yield the arguments and the keywords of each forward.
+    """Yield the positional and keyword arguments of each forward pass.
 
     Args:
-        inputs: A tensor or a TensorDict, a tuple of arguments, or a mapping of keywords, cut along the first axis of
-            every tensor. Any other iterable yields batches of these kinds, which are not cut.
-        batch_size: Number of inputs in one forward.
-        shared: Lengths, by path in the arguments or the keywords, of tensors that all inputs share; these are not cut.
+        inputs: Tensor or TensorDict, tuple of positional arguments, or mapping of keyword arguments; split along the
+            first axis of every tensor. Any other iterable must yield batches of these types, which are not split.
+        batch_size: Number of inputs per forward pass.
+        shared: Lengths of tensors that all inputs share, by path in the arguments; these are not split.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
@@ -35,7 +35,7 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return a list of the first batch, if there is one, and all inputs, because iterators yield a batch only once."""
+    """Return the first batch in a list (empty if there are no inputs), and inputs that still include that batch."""
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
     rest = iter(inputs)
@@ -44,12 +44,12 @@ def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[lis
 
 
 def input_count(inputs: Inputs) -> int:
-    """Return the length of the first axis of the first tensor that has axes."""
+    """Return the number of inputs: the length of the first tensor that has axes."""
     return next((len(tensor) for _, tensor in with_rows(inputs)), 0)
 
 
 def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[Any]:
-    """Cut every tensor with one entry per input; anything else goes into every forward."""
+    """Split every tensor that has one entry per input; everything else is passed to every forward pass."""
     count = input_count(inputs)
     single = isinstance(inputs, Tensor) or is_tensordict(inputs)
     for start in range(0, count, batch_size):
@@ -61,7 +61,7 @@ def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[A
 
 
 def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return copies of a model's arguments and keywords, which it may write into."""
+    """Copy a model's positional and keyword arguments, so that the model may modify them."""
     copies: Any = (inputs, dict(keywords))
     for path, tensor in [*leaves(copies)]:
         copies = replace(copies, path, tensor.clone())
@@ -71,8 +71,8 @@ def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple
 
 
 def _copied(argument: Any, memo: dict[int, Any]) -> Any:
-    """Copy an argument, such as a cache of keys, without the tensors in the memo."""
-    if not isinstance(argument, nn.Module):  # it may be a part of the model
-        with suppress(Exception):  # locks, generators and tensors inside a graph cannot be copied
+    """Copy an argument, such as a key-value cache, except for the tensors in the memo."""
+    if not isinstance(argument, nn.Module):  # it may be part of the model
+        with suppress(Exception):  # locks, generators and tensors in an autograd graph cannot be copied
             return copy.deepcopy(argument, memo)
     return argument

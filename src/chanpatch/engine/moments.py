@@ -1,4 +1,4 @@
-"""The root call under way, and the forward in which a patch runs, as edits and `where` functions see it."""
+"""The current root call and forward pass, as seen by edits and `where` functions."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Published:
-    """The rows of a forward and, in a rollout, their episodes; one is made per step, so it is made of cheap parts.
+    """Rows of a forward pass and, in a rollout, their episodes. One is created per step, so it must be cheap.
 
     Attributes:
-        rows: int64 `(row,)`, the number of each row; None for 0, 1, 2, ...
+        rows: Index of each row, int64 `(row,)`; None for 0, 1, 2, ...
         step: Step of the rollout, or None.
         label: Name of the policy, or label of the patches.
-        environments: int64 `(row,)`, the sub-environment of each row; None outside a rollout.
-        sampling_seed: Random seed of the draws.
-        seeds: Seed of each episode of the rollout, by its number; None outside a rollout.
-        repetitions: Number of earlier episodes with the same seed, for each episode.
-        infos: Function from sub-environments to their infos.
+        environments: Sub-environment of each row, int64 `(row,)`; None outside a rollout.
+        sampling_seed: Random seed for sampling.
+        seeds: Seed of each episode in the rollout; None outside a rollout.
+        repetitions: For each episode, the number of earlier episodes with the same seed.
+        infos: Function that maps sub-environments to their infos.
         forwards: Index of the last root call in this step, by session.
     """
 
@@ -42,14 +42,14 @@ class Published:
     forwards: dict[int, int] = field(default_factory=dict)
 
     def next_forward(self, session: object) -> int:
-        """Return the number of earlier root calls of a session in this step, and count one more; 0 outside a step."""
+        """Return how many root calls a session has already made in this step, and count one more; 0 outside a step."""
         if self.step is None:
             return 0
         self.forwards[id(session)] = self.forwards.get(id(session), -1) + 1
         return self.forwards[id(session)]
 
     def cut(self, rows: slice, label: Any) -> Published:
-        """Return the same for some rows, under another label."""
+        """Return a copy that keeps only the given rows, with another label."""
         numbers, environments = (None if each is None else each[rows] for each in (self.rows, self.environments))
         return replace(self, label=label, rows=numbers, environments=environments)
 
@@ -63,7 +63,7 @@ published = _Current()
 
 @contextmanager
 def forward_context(*, rows: Any = None, **others: Any) -> Iterator[None]:
-    """Publish the rows of a forward, and facts about their episodes, to the patches that ask."""
+    """Make the rows of a forward pass, and information about their episodes, available to patches."""
     before = published.now
     published.now = Published(None if rows is None else np.asarray(rows), **others)
     try:
@@ -74,15 +74,15 @@ def forward_context(*, rows: Any = None, **others: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Moment:
-    """The forward in which a patch runs; a Session returns it from `moment()`.
+    """The forward pass in which a patch runs, as returned by `Session.moment()`.
 
     Attributes:
         inputs: Inputs of the root call.
         call: Index of the module's call within the root call.
-        forward: Index of the root call, within a step of a rollout or within a method of a twin.
-        published: Rows of the forward, and their episodes.
+        forward: Index of the root call within a step of a rollout or within a method of a twin.
+        published: Rows of the forward pass, and their episodes.
         running: Method of the root call, or None.
-        masks: Masks that callable objects returned in this root call, by object and `call`.
+        masks: Masks returned by stateful `where` callables in this root call, by object id and `call`.
     """
 
     inputs: tuple[Any, ...] = ()
@@ -95,17 +95,17 @@ class Moment:
 
 @dataclass(slots=True)
 class RootCall:
-    """One root call, within which the calls of modules are counted."""
+    """One root call; module calls are counted within it."""
 
-    station: Station | None  # of the module that was called; None for a method
+    station: Station | None  # station of the module that was called; None for a method
     method: str  # "__call__" for a module's call
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    is_forward_of_method: bool = False  # one of the forwards that a method such as `generate` runs
-    forward: int = 0  # its index in the step of a rollout, or among those forwards
-    forwards: int = 0  # of a method, so far
-    depth: int = 0  # of calls of the module inside itself
-    counts: dict[object, int] = field(default_factory=dict)  # calls so far, by station or tap
-    under_way: dict[object, list[int]] = field(default_factory=dict)  # their indices, while they run
-    given: list[Any] = field(default_factory=list)  # tensors and containers among the arguments
+    is_forward_of_method: bool = False  # a forward pass run by a method such as `generate`
+    forward: int = 0  # index within a step of a rollout, or among those forward passes
+    forwards: int = 0  # number of forward passes run by the method so far
+    depth: int = 0  # recursion depth, if the module calls itself
+    counts: dict[object, int] = field(default_factory=dict)  # number of calls so far, by station or tap
+    under_way: dict[object, list[int]] = field(default_factory=dict)  # indices of the running calls
+    given: list[Any] = field(default_factory=list)  # tensors and containers in the arguments
     masks: dict[tuple[int, int], Any] = field(default_factory=dict)  # as in Moment

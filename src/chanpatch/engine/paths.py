@@ -1,6 +1,6 @@
-"""Tensors in nested outputs: tuples, lists, dicts, dataclasses and distributions.
+"""Access to tensors in nested outputs: tuples, lists, dicts, dataclasses and distributions.
 
-A path leads to one tensor: `[0]`, `["h"]`, `.logits`.
+A path identifies one tensor: `[0]`, `["h"]`, `.logits`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import UnsupportedModelError
 
 
 class Item(NamedTuple):
-    """One step into a tuple, a list or a dict."""
+    """One step of a path, into a tuple, list or dict."""
 
     key: Any
 
@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
 
 class Attr(NamedTuple):
-    """One step into a named tuple, a dataclass or a distribution."""
+    """One step of a path, into a named tuple, dataclass or distribution."""
 
     name: str
 
@@ -42,7 +42,7 @@ Path = tuple["Item | Attr", ...]
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield every tensor inside an output with its path, in the order of the output."""
+    """Yield (path, tensor) for every tensor in an output, in order."""
     if isinstance(tree, Tensor):
         yield path, tree
         return
@@ -51,7 +51,7 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def with_rows(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield every tensor that has axes, and every TensorDict that has a batch size as a whole, with their paths."""
+    """Yield (path, value) for every tensor that has axes and every TensorDict (as a whole) that has a batch size."""
     if (isinstance(tree, Tensor) and tree.dim()) or (is_tensordict(tree) and tree.batch_size):
         yield path, tree
     elif not isinstance(tree, Tensor):
@@ -60,12 +60,12 @@ def with_rows(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def is_tensordict(tree: Any) -> bool:
-    """Return whether this is a TensorDict or a tensorclass."""
+    """Return whether an object is a TensorDict or a tensorclass."""
     return isinstance(getattr(tree, "batch_size", None), torch.Size)
 
 
 def shallow_copy(container: Any) -> Any:
-    """Return another container with the same contents."""
+    """Return a new container with the same contents."""
     # copy.copy() of a TensorDict may share its internal containers.
     return container.clone(recurse=False) if is_tensordict(container) else copy.copy(container)
 
@@ -74,16 +74,16 @@ def get(tree: Any, path: Path) -> Any:
     """Return the value at a path; raise LookupError, AttributeError or TypeError if the path does not exist."""
     for step in path:
         if isinstance(tree, Tensor):
-            raise TypeError(f"There is nothing at {step} inside a tensor.")
+            raise TypeError(f"A tensor has no entry {step}.")
         tree = tree[step.key] if isinstance(step, Item) else getattr(tree, step.name)
     return tree
 
 
 def replace(tree: Any, path: Path, leaf: Any) -> Any:
-    """Return the output with one leaf replaced, in copies of the containers around it.
+    """Return the output with one leaf replaced; the containers around it are copied.
 
     Raises:
-        UnsupportedModelError: If such a container cannot be copied.
+        UnsupportedModelError: If one of these containers cannot be copied.
     """
     if not path:
         return leaf
@@ -93,14 +93,14 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         return _with(tree, step.name, child)
     if isinstance(tree, tuple):
         kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
-        # The results of torch.max and the like need their own constructor; that of other tuples may take anything.
+        # Results of functions like torch.max need their own constructor; other tuples' may have any signature.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     try:
         changed = shallow_copy(tree)
         changed[step.key] = child
-    except TypeError as fault:  # a read-only view, as of types.MappingProxyType
+    except TypeError as fault:  # a read-only view, such as types.MappingProxyType
         raise UnsupportedModelError(
-            f"{type(tree).__name__} cannot be copied with {step} replaced ({fault}). Have the module return a dict."
+            f"Cannot copy a {type(tree).__name__} to replace {step} ({fault}). Have the module return a dict instead."
         ) from fault
     return changed
 
@@ -120,7 +120,7 @@ def _children(tree: Any) -> Iterable[tuple[Item | Attr, Any]]:
 
 
 def field_names(tree: Any) -> tuple[str, ...]:
-    """Return the names of the fields of a dataclass's instance, and none for anything else."""
+    """Return the field names of a dataclass instance, or an empty tuple for any other object."""
     is_instance = dataclasses.is_dataclass(tree) and not isinstance(tree, type)
     return tuple(field.name for field in dataclasses.fields(tree)) if is_instance else ()
 
@@ -136,7 +136,7 @@ def _with(instance: Any, name: str, child: Any) -> Any:
         and hasattr(instance, "__post_init__")
         and all(each.init for each in dataclasses.fields(instance))
     ):
-        with suppress(TypeError, ValueError):  # an __init__ of its own, or one that takes an InitVar
+        with suppress(TypeError, ValueError):  # a custom __init__, or one with an InitVar
             return dataclasses.replace(instance, **{name: child})
     changed = shallow_copy(instance)
     (setattr if tensorclass else object.__setattr__)(changed, name, child)  # frozen dataclasses forbid setattr
@@ -145,7 +145,7 @@ def _with(instance: Any, name: str, child: Any) -> Any:
 
 @cache
 def _constructor(kind: Any) -> dict[str, str]:
-    """Return the constructor's arguments, each with its attribute."""
+    """Map each constructor argument to the attribute that stores it."""
     names = [*inspect.signature(kind.__init__).parameters][1:]
     return {
         name: {"base_distribution": "base_dist", "validate_args": "_validate_args"}.get(name, name) for name in names
@@ -156,9 +156,9 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 
 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
-    """Return the attributes of a distribution that hold the parameters it was built with.
+    """Return the attributes that store the parameters a distribution was built with.
 
-    Only the given one of `probs` and `logits` rebuilds it exactly. The constructor stores that one first.
+    Only the parameter that was passed, `probs` or `logits`, rebuilds it exactly. The constructor stores it first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]
@@ -169,17 +169,17 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
 
 
 def _stored(distribution: Distribution) -> list[str]:
-    """Return the names of the attributes of a distribution, those of a wrapped one first, oldest first."""
+    """Return a distribution's attribute names, oldest first, after those of the distribution it wraps."""
     held = vars(distribution)
     wrapped = held.get("_categorical", held.get("base_dist"))
     return [*([] if wrapped is None else _stored(wrapped)), *held]
 
 
 def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
-    """Return the distribution with one parameter replaced, built by its constructor."""
+    """Rebuild a distribution through its constructor, with one parameter replaced."""
     kind: Any = type(distribution)
     if kind.__module__.split(".")[:2] != ["torch", "distributions"]:
-        raise UnsupportedModelError(f"{kind.__name__} is not one of torch's distributions, so it cannot be rebuilt.")
+        raise UnsupportedModelError(f"{kind.__name__} is not a torch.distributions class, so it cannot be rebuilt.")
     derived = set().union(*_ALTERNATIVES) - set(_parameters(distribution))
     derived |= set().union(*(each for each in _ALTERNATIVES if changed in each))
     kept = {name: getattr(distribution, attribute) for name, attribute in _constructor(kind).items()

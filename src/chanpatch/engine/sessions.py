@@ -1,7 +1,7 @@
-"""Listeners that come and go together, and the root call they are in.
+"""Sessions: groups of listeners that are attached together, and the root call in which they run.
 
-A root call is one call of the model, or of the method that was named. Calls of modules are counted, and checks are
-made, per root call.
+A root call is one call of the model, or of the chosen method. Module calls are counted per root call, and each root
+call is checked when it ends.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _CHANGES = threading.RLock()  # held while hooks are added or removed
 
 
 class StopForward(BaseException):
-    """Ends a forward that chanpatch itself started; no `except Exception` on the way catches it."""
+    """Raised to stop a forward pass that chanpatch started; `except Exception` does not catch it."""
 
 
 class Listener:
-    """One place that a session listens to; `act` returns the tensor to put there, or the same one."""
+    """Callback of a session at one place; `act` returns a new tensor, or its input to change nothing."""
 
     __slots__ = ("_path", "act", "place", "session", "stage")
 
@@ -39,13 +39,13 @@ class Listener:
         self._path = _argument_path(place.path) if place.side == "in" else place.path
 
     def __call__(self, tree: Any) -> Any:
-        """Return the inputs or the output that the listener leaves."""
+        """Apply the listener to a module's inputs or output."""
         if not self.session.enabled:
             return tree
         try:
             return self._act(tree) if self.session.is_call(self.place) else tree
         except BaseException as error:
-            if not isinstance(error, (StopForward, KeyboardInterrupt)):  # which is not of the listener
+            if not isinstance(error, (StopForward, KeyboardInterrupt)):  # not an error in the listener
                 self.session.failure = self.session.failure or error
             raise
 
@@ -60,13 +60,13 @@ class Listener:
                 leaf = None
         if not isinstance(leaf, Tensor):
             raise TraceMismatchError(
-                f"There is no tensor at hook point '{self.place.name}' in this forward, but {type(leaf).__name__} in "
-                f"{type(tree).__name__}. Trace inputs like these with hook_points() and use the names it lists."
+                f"Hook point '{self.place.name}' is not a tensor in this forward pass: found {type(leaf).__name__} in "
+                f"{type(tree).__name__}. Call hook_points() with inputs like these, and use the names that it lists."
             )
         if leaf.is_nested:
             raise UnsupportedModelError(
-                f"The tensor at hook point '{self.place.name}' is a nested one, which has no shape. Where a "
-                "TransformerEncoder makes it of padded inputs, build that with enable_nested_tensor=False."
+                f"Hook point '{self.place.name}' is a nested tensor, which has no regular shape. If a "
+                "TransformerEncoder creates it from padded inputs, build the encoder with enable_nested_tensor=False."
             )
         new = self.act(leaf, self.session)
         if not self._path or new is leaf:
@@ -77,35 +77,35 @@ class Listener:
 
 
 def _argument_path(path: Path) -> Path:
-    """Lead from (args, kwargs) to one input: integers are positions, strings are keywords."""
+    """Return the path from (args, kwargs) to one input: integers are positions, strings are keywords."""
     positional = isinstance(path[0], Item) and isinstance(path[0].key, int)
     return (Item(0 if positional else 1), *path)
 
 
 class Session:
-    """Listeners that come and go together, and the root call they are in.
+    """A group of listeners that are attached together, and the root call in which they run.
 
     Args:
         root: The model.
-        method: The method whose call is a root call; `"__call__"` is the forward.
-        calls: How often each module was called in the traced root call, by name; None without a trace.
+        method: Method whose calls are root calls; `"__call__"` is a call of the model itself.
+        calls: Number of calls of each module in the traced root call, by name; None without a trace.
     """
 
-    confined = False  # to the thread that opened it; otherwise to the thread of the root call under way
+    confined = False  # whether to the thread that opened it; if not, to the thread of the current root call
 
     def __init__(self, root: nn.Module, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
         self.root, self.method, self.calls = root, method, calls
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.enabled = True
-        self.had_gradients = False  # whether gradients were enabled at the begin of the root call
-        self.disabled_by: set[object] = set()  # contexts that are open
-        self.call = 0  # index of the module call under way
+        self.had_gradients = False  # whether gradients were enabled when the root call began
+        self.disabled_by: set[object] = set()  # open contexts that disable it
+        self.call = 0  # index of the current module call
         self.listeners: list[Listener] = []
         self._hears_taps = False
         self._in_containers = False  # whether it listens to tensors inside containers that modules return
-        self.root_call: RootCall | None = None  # the one under way
+        self.root_call: RootCall | None = None  # the current one
         self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until it is
-        self.failure: BaseException | None = None  # of a listener, in case that the model's own `except` catches it
+        self.failure: BaseException | None = None  # error from a listener, in case the model's own `except` catches it
         self.dropped: AbstractContextManager[None] | None = None  # a context that was freed while it was open
         self._touched: dict[nn.Module, None] = {}
         self._with_inputs: list[Station] = []
@@ -113,23 +113,23 @@ class Session:
         self._task: Any = None  # the asyncio task that opened it
 
     def on_begin(self, call: RootCall) -> None:
-        """Prepare for a root call; may refuse it."""
+        """Prepare for a root call; may raise to prevent it."""
 
     def on_end(self, call: RootCall) -> None:
-        """Check a root call that raised nothing."""
+        """Check a root call that completed without an error."""
 
     def on_error(self, error: Exception) -> None:
-        """Add to an exception of a method; may raise another in its place."""
+        """Annotate an exception from a method, or raise another in its place."""
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
-        """Listen to a place, from the next time that the session is attached."""
+        """Add a listener at a place; it takes effect when the session is next attached."""
         self.listeners.append(Listener(self, place, stage, act))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Listen while the context is open; each call of the method is a root call.
+        """Attach the listeners while the context is open; each call of the method is a root call.
 
-        All is undone even if an interrupt comes right before the end: a generator that is freed runs its `finally`.
+        Cleanup runs even if an interrupt arrives just before the exit, because a freed generator runs its `finally`.
         """
         if self.confined:
             self._thread, self._task = threading.get_ident(), _current_task()
@@ -143,7 +143,7 @@ class Session:
                     yield
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Start to listen, all or nothing; the outermost call of one of the scopes is a root call."""
+        """Attach all listeners, or none if that fails; outermost calls of the modules in `scopes` are root calls."""
         try:
             with _CHANGES:
                 self._attach(scopes)
@@ -156,7 +156,7 @@ class Session:
             if listener.place.side == "tap":
                 self._hears_taps = True
                 hear_tap(listener.place.module, self)
-                scopes = [*scopes, *self.root.modules()]  # a tap may run in a call of any module by itself
+                scopes = [*scopes, *self.root.modules()]  # a tap may run when any module is called directly
             else:
                 station = self._station(self.modules[listener.place.module])
                 station.listeners.append(listener)
@@ -168,7 +168,7 @@ class Session:
             self._station(module).plan()
 
     def detach(self) -> None:
-        """Stop to listen; the hooks of others stay as they are."""
+        """Detach all listeners; other hooks stay in place."""
         try:
             self._leave_modules()
         except BaseException:  # an interrupt
@@ -188,7 +188,7 @@ class Session:
         self._with_inputs.clear()
 
     def let_go(self) -> None:
-        """Free the tensors of the listeners, which reference cycles would keep until the garbage collector runs."""
+        """Free the listeners' tensors now; reference cycles would keep them until the garbage collector runs."""
         self.listeners.clear()
 
     def _station(self, module: nn.Module) -> Station:
@@ -197,21 +197,21 @@ class Session:
 
     @property
     def running(self) -> str | None:
-        """The method of the root call under way."""
+        """Method of the current root call, or None."""
         return None if self.root_call is None else self.root_call.method
 
     @property
     def in_method(self) -> bool:
-        """Whether a root call of a method is under way; the calls inside it are part of it."""
+        """Whether the current root call is a method call; calls inside it belong to it."""
         return self.root_call is not None and self.root_call.station is None
 
     @property
     def in_call(self) -> bool:
-        """Whether a call of the model itself is under way; its forward is part of it."""
+        """Whether the current root call is a call of the model itself; its forward pass belongs to it."""
         return self.in_method and self.root_call.method == "__call__"  # type: ignore[union-attr]
 
     def moment(self) -> Moment:
-        """Return the forward under way, as edits see it."""
+        """Return the current forward pass, as seen by edits."""
         call = self.root_call
         if call is None:
             return Moment(call=self.call, published=published.now)
@@ -219,19 +219,19 @@ class Session:
         return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a root call with a module's call, unless that is part of the one under way."""
+        """Begin a root call when a module is called, unless the call belongs to the current root call."""
         if not self.enabled or self.in_method:
             return
         running = self.root_call
         home = None if running is None else running.station
-        # Torch runs no hook on the way out of an interrupt, so the root call under way may be over.
+        # Torch runs no hooks when an interrupt ends a call, so the current root call may already be over.
         if running is not None and home is station and station.is_inside_itself():
             running.depth += 1  # the model calls itself
         elif home is None or home is station or station.module_id not in home.inside:
             self._begin(RootCall(station, "__call__", args, kwargs))
 
     def end(self, station: Station, *, failed: bool) -> None:
-        """End the root call that a module's call began."""
+        """End the root call that this module's call began."""
         running = self.root_call
         if not self.enabled or running is None or running.station is not station:
             return
@@ -244,15 +244,15 @@ class Session:
         return self.run(self.method, function, args, kwargs)
 
     def run(self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the model, as a root call or as a part of one, and return its output."""
+        """Call a method of the model, as a root call or as part of the current one, and return its output."""
         if not self.enabled:
             return function(*args, **kwargs)
         outer = self.root_call
         if outer is not None and outer.station is None:
             self.check_owner()
             if not method == self.method == "__call__" or outer.method == "__call__" or outer.is_forward_of_method:
-                return function(*args, **kwargs)  # a forward inside a forward is a part of it
-            self.root_call = RootCall(None, outer.method, args, kwargs, True, outer.forwards)  # a token of `generate`
+                return function(*args, **kwargs)  # a nested forward pass belongs to the outer one
+            self.root_call = RootCall(None, outer.method, args, kwargs, True, outer.forwards)  # one token of `generate`
             outer.forwards += 1
             try:
                 return function(*args, **kwargs)
@@ -272,7 +272,7 @@ class Session:
             self._end(call, failed=failed)
 
     def stop(self, token: object) -> NoReturn:
-        """End the forward under way; the root calls of every session at the model are over."""
+        """Stop the current forward pass, and end the root calls of all sessions of the model."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
             if session.root_call is not None and session.root_call.station is station:
@@ -285,10 +285,10 @@ class Session:
             dropped, self.dropped = self.dropped, None
             dropped.__exit__(None, None, None)
             raise ConcurrencyError(
-                f"A context of {type(self.root).__name__} was freed while it was open, and is closed now. Use `with`, "
-                "or keep the context in a variable: context = patched(model, patches); context.__enter__()."
+                f"A context for {type(self.root).__name__} was garbage-collected while it was open, and is now closed. "
+                "Use `with`, or keep the context in a variable: context = patched(model, patches); context.__enter__()."
             )
-        self.on_begin(call)  # may refuse: then no call has begun
+        self.on_begin(call)  # if it raises, no call has begun
         self.failure, self.no_call = None, ""
         for station in self._with_inputs:
             station.order()
@@ -309,32 +309,32 @@ class Session:
                 self._thread = None
 
     def raise_failure(self) -> None:
-        """Raise the error of an edit, a `where` or a reduction that the model caught."""
+        """Re-raise an error from an edit, a `where` or a reduction if the model caught it."""
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
 
     def check_owner(self) -> None:
-        """Raise if the forward under way is in another thread or asyncio task than the session."""
+        """Raise unless the current forward pass runs in the session's thread and asyncio task."""
         if self._is_elsewhere():
             where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(
                 f"{type(self.root).__name__} is patched or recorded in another {where}. Open the context in the "
-                f"{where} that runs the model, or give each {where} a PatchedPolicy of its own."
+                f"{where} that runs the model, or use a separate PatchedPolicy for each {where}."
             )
 
     def _is_elsewhere(self) -> bool:
         if self._thread != threading.get_ident():
             return self._thread is not None
-        # A task that has ended, such as that of an earlier notebook cell, left its contexts to the ones after it.
+        # A finished task, such as that of an earlier notebook cell, passes its contexts on to later tasks.
         return self._task is not None and _current_task() is not self._task and not self._task.done()
 
     def in_this_thread(self) -> bool:
-        """Return whether a root call is under way, in this thread."""
+        """Return whether a root call is running in this thread."""
         return self.enabled and self.root_call is not None and not self._is_elsewhere()
 
     def enter_call(self, counted: object) -> None:
-        """Count a call of a module or a tap; its listeners read the index in `call`."""
+        """Count a call of a module or tap, and store its index in `call` for the listeners."""
         if not self.enabled:
             return
         self.check_owner()
@@ -347,32 +347,32 @@ class Session:
             running.under_way.setdefault(counted, []).append(self.call)
 
     def leave_call(self, counted: object) -> None:
-        """Let `call` be the index of the call that ends; calls of one module inside each other end in reverse."""
+        """Set `call` to the index of the call that is ending; nested calls of a module end in reverse order."""
         if not self.enabled or self._is_elsewhere():
-            return  # a call from elsewhere was refused when it was entered
+            return  # a call from elsewhere was already rejected
         under_way = None if self.root_call is None else self.root_call.under_way.get(counted)
         self.call = under_way.pop() if under_way else 0
 
     def is_call(self, place: Place) -> bool:
-        """Return whether the call under way is the one that a place means."""
+        """Return whether the current call is the one that a place refers to."""
         if self.root_call is None:
             if place.call is not None:
                 raise HookPointError(
-                    f"'{place.name}' names a call index, but {type(self.root).__name__} was not entered by "
-                    f"'{self.method}', so its calls cannot be counted. Trace the method that you use: "
+                    f"'{place.name}' has a call index, but {type(self.root).__name__} was not called through "
+                    f"'{self.method}', so calls cannot be counted. Trace the method that you call: "
                     'hook_points(model, *inputs, method="name").'
                 )
             return True
         if self.calls is not None and self.call >= self.calls.get(place.module, sys.maxsize):
             known = self.calls[place.module]
             raise TraceMismatchError(
-                f"Hook point '{place.name}': '{place.module}' was called {self.call + 1} times in one root call, but "
-                f"{known} time{'s' * (known != 1)} in the traced one. Trace inputs like these with hook_points()."
+                f"Hook point '{place.name}': '{place.module}' was called {self.call + 1} times in this model call, but "
+                f"{known} time{'s' * (known != 1)} in the traced one. Call hook_points() with inputs like these."
             )
         if place.call is None and self.call > 0:
             raise HookPointError(
-                f"'{place.name}' names no call, but '{place.module}' was called more than once in one root call. "
-                f"Name the call, as in '{place.module}#0', or trace the model with hook_points()."
+                f"'{place.name}' has no call index, but '{place.module}' was called more than once in one model call. "
+                f"Add the call index, as in '{place.module}#0', or trace the model with hook_points()."
             )
         return place.call is None or place.call == self.call
 
@@ -385,7 +385,7 @@ def _current_task() -> Any:
 
 @contextmanager
 def disabled(sessions: Iterable[Session]) -> Iterator[None]:
-    """Run without the listeners of some sessions; such contexts may close in any order."""
+    """Disable the listeners of the given sessions; such contexts may close in any order."""
     token = object()
 
     def end() -> None:

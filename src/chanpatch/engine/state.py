@@ -1,7 +1,7 @@
 """Run the model without side effects.
 
 Random number generators, buffers, training flags, hooks and attributes of modules are restored. So are the contents of
-plain containers, arrays, tensors, dataclasses and generators in attributes, but not those of other objects.
+plain containers, arrays, tensors, dataclasses and generators in attributes. Other objects are not restored.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """Return the modules in training mode whose output is random, or depends on the batch or on earlier calls."""
+    """List the modules in training mode whose output is random, or depends on the batch or on earlier calls."""
     named = model.named_modules()
     return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
 
 
 def depends_on_training(module: nn.Module) -> bool:
-    """Return whether a module computes otherwise in training mode: by its kind, or if its own code reads the flag."""
+    """Return whether a module behaves differently in training mode: by its type, or if its code reads the flag."""
     kind = type(module)
     if inspect.unwrap(kind.train) is not nn.Module.train:
         return True
@@ -54,10 +54,10 @@ def depends_on_training(module: nn.Module) -> bool:
 
 
 class undisturbed:
-    """A context for forwards that chanpatch starts on its own: without gradients, and without side effects.
+    """Context for forward passes that chanpatch starts, without gradients or side effects.
 
-    It may be entered again, but not inside itself. Only one thread at a time is inside, since random number generators
-    are shared. On exit it raises UnsupportedModelError if a forward built a submodule or a parameter.
+    It can be reused, but not nested. Only one thread at a time can be inside, because random number generators are
+    shared. On exit it raises UnsupportedModelError if a forward pass created a submodule or a parameter.
     """
 
     _is_locked = _is_noted = False
@@ -68,7 +68,7 @@ class undisturbed:
         self.snapshot = Snapshot(model.modules())
 
     def __enter__(self) -> undisturbed:
-        self._is_locked, self._is_noted = True, False  # first: an interrupt may come right after the lock is taken
+        self._is_locked, self._is_noted = True, False  # set before the lock is taken, in case of an interrupt
         try:
             _ONE_AT_A_TIME.acquire()
             self._note()
@@ -92,10 +92,10 @@ class undisturbed:
             if kind is None:
                 raise
         finally:
-            self._leave()  # nothing is left to do, unless an interrupt cut the first one short
+            self._leave()  # a no-op, unless an interrupt stopped the first call
 
     def __del__(self) -> None:
-        if self._is_locked:  # an interrupt came before the exit began
+        if self._is_locked:  # an interrupt arrived before `__exit__` began
             self.snapshot.keep_hooks()
             self._leave()
 
@@ -112,12 +112,12 @@ class undisturbed:
         self._unlock()
 
     def _unlock(self) -> None:
-        with suppress(RuntimeError):  # the interrupt came before the lock was taken, or after it was released
+        with suppress(RuntimeError):  # an interrupt arrived before the lock was taken, or after it was released
             _ONE_AT_A_TIME.release()
         self._is_locked = False
 
     def put_back(self) -> None:
-        """Restore everything to its state at the entry."""
+        """Restore the state saved on entry."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
@@ -127,13 +127,13 @@ class undisturbed:
         self.snapshot.put_back()
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Yield the results of several forwards; the model is restored after each, but not the random generators."""
+        """Yield the results of several forward passes; restore the model (not the random generators) after each."""
         for each in forwards:
             self.snapshot.put_back()
             yield each
 
     def kept(self, output: Any) -> Any:
-        """Return an output whose tensors do not change when the model's state is restored."""
+        """Clone those tensors in an output that would change when the model's state is restored."""
         restored = {storage(tensor) for tensor in self.snapshot.tensors()} - {0}
         for path, tensor in [*leaves(output)] if restored else ():
             if storage(tensor) in restored:
@@ -142,9 +142,9 @@ class undisturbed:
 
 
 class Snapshot:
-    """The state of some modules at the time of `note`.
+    """State of the given modules when `note` was called.
 
-    It holds only the names of parameters: libraries that shard or offload a model exchange parameters in a forward.
+    Parameters are saved by name only, because libraries that shard or offload a model replace them.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -154,7 +154,7 @@ class Snapshot:
         self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, with their contents
 
     def note(self) -> Snapshot:
-        """Take the present state; if nothing differs from the last one, little is copied again."""
+        """Save the current state; if nothing has changed since the last call, most of it is not copied again."""
         if not self._noted or self.changed() or not all(itertools.starmap(_same, self._held)):
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
@@ -166,12 +166,12 @@ class Snapshot:
         return self
 
     def changed(self) -> bool:
-        """Return whether an attribute, a buffer, a submodule or a hook was set, replaced or removed."""
+        """Return whether an attribute, buffer, submodule or hook was set, replaced or removed."""
         keys, values = itertools.chain(*self._dicts), itertools.chain(*map(dict.values, self._dicts))
         return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
     def put_back(self) -> None:
-        """Restore everything but the generators; raise UnsupportedModelError if a module or a parameter was built."""
+        """Restore all but the generators; raise UnsupportedModelError if a submodule or parameter was created."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:
@@ -180,24 +180,24 @@ class Snapshot:
         if self.changed():
             for each, noted in zip(self._dicts, self._noted, strict=True):
                 _put_back(each, noted)
-            self._note_bound()  # a wrapped method stays for long
+            self._note_bound()  # a method may stay wrapped for a long time
         for held, content in self._held:
             if not _same(held, content):
                 _refill(held, content)
         if built:
             raise UnsupportedModelError(
-                f"{built[0]} is built in the forward, so it is not registered yet, and would be another one in each "
-                "forward. Run the model once before you give it to chanpatch."
+                f"{built[0]} was created by this forward pass, so each forward pass that chanpatch runs would create "
+                "it again. Run the model once before you pass it to chanpatch."
             )
 
     def keep_hooks(self) -> None:
-        """Leave hooks as they are now: contexts that ended since took theirs off."""
+        """Keep the current hooks on restore, because contexts closed since `note` have removed theirs."""
         hooks = {id(own[name]) for _, own in self._owns for name in ("_forward_hooks", "_forward_pre_hooks")}
-        pairs = zip(self._dicts, self._noted, strict=False)  # nothing may be noted yet
+        pairs = zip(self._dicts, self._noted, strict=False)  # `note` may not have run yet
         self._noted = [dict(each) if id(each) in hooks else noted for each, noted in pairs]
 
     def put_back_generators(self) -> None:
-        """Restore the generators that the model holds."""
+        """Restore the random generators stored in the model."""
         for generator, state in zip(self._generators, self._states, strict=True):
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state
@@ -205,7 +205,7 @@ class Snapshot:
                 getattr(generator, "setstate" if isinstance(generator, random.Random) else "set_state")(state)
 
     def generator_states(self) -> list[str]:
-        """Return the present states of the generators that the model holds, for comparison."""
+        """Return the current states of the random generators stored in the model, for comparison."""
         states = [_state(each) for each in self._generators]
         return [str(state.tolist()) if isinstance(state, Tensor) else repr(state) for state in states]
 
@@ -236,7 +236,7 @@ def _parts(own: dict[str, Any]) -> set[str]:
 
 
 def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
-    """Restore one dict, except for our hooks and for methods of a module, which may be wrapped."""
+    """Restore one dict, except for chanpatch's hooks and for methods of a module, which may be wrapped."""
     stays = callable if "_modules" in each else is_ours
     kept = {key: value for key, value in each.items() if stays(value)}
     wanted = {key: value for key, value in noted.items() if key in each or not stays(value)} | kept
@@ -245,7 +245,7 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
 
 
 def _reachable(dicts: Iterable[dict[str, Any]]) -> list[Any]:
-    """Return the objects that a forward may write into: in attributes, and in containers and dataclasses there."""
+    """Return the objects in attributes that a forward pass may modify, including those inside other containers."""
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
@@ -263,7 +263,7 @@ def _reachable(dicts: Iterable[dict[str, Any]]) -> list[Any]:
 
 def _may_be_written(tensor: Any) -> bool:
     if not isinstance(tensor, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False  # a tensor that a transform left when it ended cannot be read
+        return False  # a tensor left over from a finished transform cannot be read
     weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
     return not (weight or tensor.is_meta or tensor.is_nested)
 
@@ -273,7 +273,7 @@ def _content(held: Any) -> Any:
 
 
 def _same(held: Any, content: Any) -> bool:
-    """Return whether a container holds the same objects in the same order, or an array or tensor the same numbers."""
+    """Return whether a container has the same objects in the same order, or an array or tensor the same values."""
     if isinstance(held, Tensor):
         dense = [each if each.layout == torch.strided else each.to_dense() for each in (held, content)]
         return torch.equal(*dense)
@@ -288,7 +288,7 @@ def _same(held: Any, content: Any) -> bool:
 
 def _refill(held: Any, content: Any) -> None:
     if isinstance(held, Tensor):
-        with torch.inference_mode(held.is_inference()), torch.no_grad():  # others may not write into such a tensor
+        with torch.inference_mode(held.is_inference()), torch.no_grad():  # needed to modify inference tensors
             if held.shape != content.shape:
                 held.resize_(content.shape)
             held.copy_(content)
@@ -300,8 +300,8 @@ def _refill(held: Any, content: Any) -> None:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage; 0 if that is not known."""
+    """Return the address of a tensor's storage, or 0 if it is unknown."""
     if tensor.layout == torch.strided and not tensor.is_meta:
-        with suppress(RuntimeError):  # a tensor made of others has no storage of its own
+        with suppress(RuntimeError):  # a wrapper around other tensors has no storage
             return tensor.untyped_storage().data_ptr()
     return 0

@@ -1,4 +1,4 @@
-"""Reading and writing sites: edits, patches, the contexts that apply them, and recordings."""
+"""Read and write sites: edits, patches, the contexts that apply them, and recordings."""
 
 from .cache import ActivationCache
 from .contexts import patched

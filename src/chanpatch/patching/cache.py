@@ -1,4 +1,4 @@
-"""The activations of recorded sites."""
+"""Cache of recorded activations."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    A name is also a key: of the whole hook point, or of its only site in the cache. So is a pattern, such as `"h.*"`,
-    if one site matches. Add, subtract, multiply and divide a cache by a number, or by a cache of the same sites:
-    `clean - corrupted`. Small integers become int64.
+    A name also works as a key, for the whole hook point or its only site in the cache, and so does a pattern such as
+    `"h.*"` that matches exactly one site. The operators +, -, * and / accept a number or a cache with the same sites,
+    as in `clean - corrupted`. Small integer dtypes become int64.
 
     Args:
-        activations: Activation of each site, with the axes of its region, or those that a reduction left.
+        activations: Activation at each site, with the axes of its region, or those left by a reduction.
         axes: Axis names of each activation.
-        batch_axes: Number of the batch axis of each activation, or None if it is not known.
+        batch_axes: Index of the batch axis of each activation, or None if unknown.
     """
 
     _most = None
-    _is_mean = False  # whether its one row stands for all rows of another cache
+    _is_mean = False  # whether its single row may broadcast over the rows of another cache
 
     def __init__(
         self, activations: Mapping[Site, Tensor], axes: Mapping[Site, Axes], batch_axes: Mapping[Site, int | None]
@@ -57,7 +57,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return self._axes[self._site(key)]
 
     def batch_axis(self, key: Site | str) -> int | None:
-        """Return the number of the batch axis of an activation, or None."""
+        """Return the index of an activation's batch axis, or None if unknown."""
         return self._batch_axes[self._site(key)]
 
     def _site(self, key: Site | str | HookPoint) -> Site:
@@ -69,15 +69,15 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             traced = {site.name: (site.point.module, site.point.aliases) if site.point else () for site in self}
             names = selected(key, {each: spellings(each, *known) for each, known in traced.items()})
         held = [s for s in self if s.name in names or (s.point and name in s.point.aliases)]
-        if isinstance(key, Site):  # the same region, written in another way, such as channel=-1
+        if isinstance(key, Site):  # the same region with another spelling, such as channel=-1
             held = [site for site in held if site.point is not None and normalized(key, site.point) == site]
-        elif len({site.name for site in held}) == 1:  # a name alone means the whole hook point, if it is here
+        elif len({site.name for site in held}) == 1:  # a name alone means the whole hook point, if cached
             held = [site for site in held if not site.indices] or held
         if len(held) != 1:
-            holds = ", ".join(map(repr, self)) or "nothing yet"
+            held_sites = ", ".join(map(repr, self)) or "nothing yet"
             hint = "" if held else did_you_mean(name, [site.name for site in self])
-            what = f"{len(held)} sites of '{name}'" if len(held) > 1 else f"no {key!r}"
-            raise HookPointError(f"The cache has {what}.{hint} It holds {holds}.")
+            fault = f"has {len(held)} sites at '{name}'" if held else f"does not contain {key!r}"
+            raise HookPointError(f"The cache {fault}.{hint} It contains {held_sites}.")
         return held[0]
 
     def _like(self, change: Callable[[Tensor, Site], Tensor]) -> ActivationCache:
@@ -91,12 +91,12 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             return self._like(lambda activation, site: operation(_widened(activation), other))
         if not isinstance(other, ActivationCache):
             raise TypeError(
-                f"An ActivationCache is combined with another one or a number, not {type(other).__name__}, which would "
-                "broadcast to every site. Take the activation itself: cache[site] * tensor."
+                f"An ActivationCache can be combined only with another cache or a number, not {type(other).__name__}, "
+                "which would broadcast to every site. Use the activation at one site: cache[site] * tensor."
             )
         if set(self) != set(other):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
-            raise SiteError(f"Caches of different sites cannot be combined: {apart} is in one of them only.")
+            raise SiteError(f"Caches with different sites cannot be combined. These sites are not in both: {apart}.")
         repeats = self._is_mean or other._is_mean
         for site, activation in self.items():
             lengths, others, rows = tuple(activation.shape), tuple(other[site].shape), self._batch_axes[site]
@@ -104,8 +104,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             pairs = enumerate(itertools.zip_longest(lengths, others, fillvalue=-1))
             if any(m != n and (axis in fixed or -1 in (m, n) or 1 not in (m, n)) for axis, (m, n) in pairs):
                 raise SiteError(
-                    f"{site!r} has shape {lengths} in one cache and {others} in the other. Only cache.mean() repeats "
-                    "along the batch."
+                    f"{site!r} has shape {lengths} in one cache and {others} in the other. Along the batch, only the "
+                    "result of cache.mean() is broadcast."
                 )
         combined = self._like(lambda activation, site: operation(_widened(activation), _widened(other[site])))
         combined._is_mean = self._is_mean and other._is_mean
@@ -119,23 +119,23 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     def __neg__(self) -> ActivationCache:
         return self._like(lambda activation, site: -_widened(activation))
 
-    __array_ufunc__ = None  # NumPy's numbers leave the operation to the cache
+    __array_ufunc__ = None  # NumPy scalars defer to the cache's operators
 
     def mean(self) -> ActivationCache:
-        """Return the means over the batch; the batch axis keeps length 1.
+        """Average each activation over the batch; the batch axis keeps length 1.
 
         Raises:
-            BatchAxisError: If the batch axis of an activation is not known.
+            BatchAxisError: If the batch axis of an activation is unknown.
         """
         for site, axis in self._batch_axes.items():
             if axis is None:
-                raise BatchAxisError(f"The mean over the batch at {site!r}: {no_batch(site)}")
+                raise BatchAxisError(f"Cannot average {site!r} over the batch. {no_batch(site)}")
         means = self._like(lambda activation, site: activation.mean(dim=self._batch_axes[site], keepdim=True))
         means._is_mean = True
         return means
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
-        """Return the cache on another device or in another dtype; arguments as for `Tensor.to`."""
+        """Return a copy of the cache on another device or in another dtype; arguments as for `Tensor.to`."""
         return self._like(lambda activation, site: activation.to(*args, **kwargs))
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -162,17 +162,17 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return f"ActivationCache of {len(self)} sites"
 
     def _append(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
-        """Add the record of one forward; forwards are joined along the batch."""
+        """Append the record from one forward pass; the records are concatenated along the batch."""
         if site in self._parts and batch_axis is None:
             raise BatchAxisError(
-                f"{site!r} was recorded in a second forward, and the two cannot be joined. {no_batch(site)} "
-                "Or open one recording per forward."
+                f"{site!r} was recorded in two forward passes, which cannot be concatenated. {no_batch(site)} "
+                "Alternatively, open one recording per forward pass."
             )
         self._parts.setdefault(site, []).append(activation)
         self._axes[site], self._batch_axes[site] = axes, batch_axis
 
 
 def _widened(activation: Tensor) -> Tensor:
-    """Return small integers as int64, which do not wrap around."""
+    """Convert small integer dtypes to int64, so that arithmetic does not wrap around."""
     small = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
     return activation.long() if activation.dtype in small else activation

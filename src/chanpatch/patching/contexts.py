@@ -1,4 +1,4 @@
-"""Contexts in which a model runs with patches or is recorded."""
+"""Contexts that patch or record a model."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ Patches: TypeAlias = Patch | Iterable[Patch]
 
 
 class ContextSession(Session):
-    """A session that patches or records a model; refuses one that ignores hooks."""
+    """Session that patches or records a model; raises if the model would ignore hooks."""
 
     confined = True
-    result: Any  # value of the context, for the user
+    result: Any  # the value that the context yields
 
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         refuse_unhookable(self.modules)
-        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules from the root to the listeners
+        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules on the path to the listeners
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Start to listen, and note which modules are on the way from the root to the listeners."""
+        """Attach the listeners, and store the modules on the path from the root to them."""
         names = dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap")
         ways = [itertools.accumulate(name.split("."), "{}.{}".format) for name in names if name]
         self._way = []
@@ -56,12 +56,12 @@ class ContextSession(Session):
         super().attach(scopes)
 
     def on_begin(self, call: RootCall) -> None:
-        """Raise if a module on the way to a listener was replaced."""
+        """Raise if a module on the path to a listener was replaced."""
         if any([held.get(part) is not module for _, module, held, part in self._way]):
             self.check_way()
 
     def check_way(self) -> None:
-        """Raise if a module on the way to a listener was replaced, or one with a listener lost its hooks."""
+        """Raise if a module on the path to a listener was replaced, or a module with a listener lost its hooks."""
         lost = [name for name, module, held, part in self._way if held.get(part) is not module]
         for listener in () if lost else self.listeners:
             module = self.modules.get(listener.place.module)
@@ -69,16 +69,16 @@ class ContextSession(Session):
                 lost.append(listener.place.module)
         if lost:
             raise UnsupportedModelError(
-                f"'{lost[0]}' was replaced, or lost its hooks, while the model was patched or recorded. Change the "
-                "model before the context opens."
+                f"'{lost[0]}' was replaced, or lost its hooks, while the model was patched or recorded. Modify the "
+                "model before you open the context."
             )
 
     def finish(self, error: Exception | None) -> None:
-        """Raise if the context failed; an error in flight may get a note or be replaced."""
+        """Raise if the context failed; may annotate or replace an exception in flight."""
 
 
 class Exit:
-    """The `__exit__` of a context. `with` binds it before it enters the context; a call of `__enter__` does not."""
+    """Descriptor for `__exit__`: `with` looks it up before entering the context; calling `__enter__()` does not."""
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -91,27 +91,27 @@ class Exit:
 
 
 class Held(ContextDecorator):
-    """A context that must be held while it is open, by `with` or in a variable.
+    """A context that must be kept alive while it is open, by `with` or in a variable.
 
-    If it was entered by a call of `__enter__` and freed while open, the next root call of each session raises.
+    If it was entered by calling `__enter__` and freed while open, the next root call of each session raises.
     """
 
     is_held = False
-    _open: tuple[tuple[Any, AbstractContextManager[None]], ...] = ()  # sessions that are open, and their contexts
+    _open: tuple[tuple[Any, AbstractContextManager[None]], ...] = ()  # open sessions, and their contexts
 
     def hold(self, session: Any, context: AbstractContextManager[None]) -> None:
-        """Enter the context of a session."""
+        """Enter the context of a session, and keep a reference to both."""
         self._open = (*self._open, (session, context))
         context.__enter__()
 
     def last(self) -> tuple[Any, AbstractContextManager[None]]:
-        """Return the session that was entered last, and its context."""
+        """Return the most recently entered session and its context."""
         if not self._open:
-            raise RuntimeError("This context is not open: it was closed before, or never entered. Use `with`.")
+            raise RuntimeError("This context is not open: it was already closed, or never entered. Use `with`.")
         return self._open[-1]
 
     def forget(self, context: AbstractContextManager[None]) -> None:
-        """Hold a context no longer."""
+        """Drop the reference to a context."""
         self._open = tuple(each for each in self._open if each[1] is not context)
 
     def __del__(self) -> None:
@@ -120,7 +120,7 @@ class Held(ContextDecorator):
 
 
 class Opened(Held, Generic[Result]):
-    """A context, and a decorator, in which a session is open; `session` returns a new one for each entry."""
+    """Context manager and decorator that opens a session; `session` creates a new one for each entry."""
 
     def __init__(self, session: Callable[[], ContextSession]) -> None:
         self._new = session
@@ -152,17 +152,17 @@ class Opened(Held, Generic[Result]):
             if error is None or isinstance(error, Exception):
                 session.finish(error)
         finally:
-            context.__exit__(None, None, None)  # again, in case that an interrupt came before the first one
+            context.__exit__(None, None, None)  # again, in case an interrupt prevented the first one
             self.forget(context)
             session.let_go()
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Return patches whose sites are bound to the trace, or checked by name; without a model, only check types."""
+    """Bind the sites of patches to the trace, or check their names; without a model, only check types."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
-            raise TypeError(f"Expected a Patch, not {type(patch).__name__}: zero_ablate(Site('conv1', channel=5)).")
+            raise TypeError(f"Expected a Patch, such as zero_ablate(Site('conv1')); got {type(patch).__name__}.")
     _refuse_shared_edits(each)
     if points_or_model is None:
         return each
@@ -172,21 +172,21 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
 
 
 def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
-    """Raise if a callable object is the edit of two patches: its state would advance once for each."""
+    """Raise if two patches share a stateful callable as their edit."""
     known: dict[int, Patch] = {}
     for patch in patches:
         if not may_hold_state(patch.edit):
             continue
         if first := known.get(id(patch.edit)):
             raise EditError(
-                f"{edit_name(patch.edit)} is the edit at {first.site!r} and at {patch.site!r}, so its state would "
-                "advance once for each. Give each patch an object of its own, or use a plain function."
+                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, which would share its "
+                "state. Use a separate object for each patch, or a plain function."
             )
         known[id(patch.edit)] = patch
 
 
 class Patching(ContextSession):
-    """A session that applies patches; `firings` has one entry per patch, `result` is the ledger."""
+    """Session that applies patches; `firings` has one entry per patch, and `result` is the ledger."""
 
     def __init__(
         self, points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
@@ -204,46 +204,46 @@ class Patching(ContextSession):
         self.result = Ledger(self.firings)
 
     def forget(self) -> None:
-        """Start a new root call: no patch is reached, and no NaN found."""
+        """Reset for a new root call: mark all patches as not yet reached, and clear any NaN found."""
         for firing in self.firings:
             firing.forget()
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """Return the hook points whose patches did not run, among some patches (by number) or all."""
+        """Return the hook points whose patches did not run; `among` restricts this to patches by index."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
 
 
 def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
-    """Return the names in `allow_unreached`; raise ValueError if one is not known."""
+    """Return the names in `allow_unreached`; raise ValueError if one is unknown."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):
         hint = did_you_mean(min(unknown), known)
-        raise ValueError(f"allow_unreached names {sorted(unknown)}, where {nothing}.{hint}")
+        raise ValueError(f"allow_unreached contains {sorted(unknown)}, but {nothing} there.{hint}")
     return allowed
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError if there are names; they fill the `{}` in `fault`."""
-    listed = ", ".join(f"'{name}'" for name in names)
-    if listed:
-        reasons = f"The model did not reach {listed}, or reached it through forward(), which runs no hooks"
-        raise UnreachedError(f"{fault.format(listed)}. {reasons}{', or it was compiled' * compiled}.{advice}")
+    """Raise UnreachedError if `names` is not empty; the names replace the `{}` in `fault`."""
+    if listed := ", ".join(f"'{name}'" for name in names):
+        causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
+        causes += f"hooks){', or it was compiled' * compiled}"
+        raise UnreachedError(f"{fault.format(listed)}. Possible causes: {causes}.{advice}")
 
 
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call.
 
-    A cause, the exception in flight, is replaced if a distribution raised it; any other gets a note.
+    `cause` is an exception in flight: it is replaced if a distribution raised it, and otherwise gets a note.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     for firing in firings:
         firing.nan = None
     ours = isinstance(cause, ChanpatchError) and not isinstance(cause, DistributionError)
     if ours or any(torch._C._functorch.is_functorch_wrapped_tensor(flag) for _, flag in found):
-        return  # flags cannot be read inside a transform
+        return  # values cannot be read inside a transform
     if not found or not torch.stack([flag.to(found[0][1].device) for _, flag in found]).any():
         return
     error = nan_error(next(patch for patch, flag in found if flag))
@@ -254,10 +254,10 @@ def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None
 
 
 def nan_error(patch: Patch) -> NaNError:
-    """Return the error of a patch that introduced NaN."""
+    """Return the error for a patch that introduced NaN."""
     return NaNError(
-        f"{patch!r} brought NaN into a region that had none. Check its operands (a mean over no rows, 0/0); patched() "
-        "and PatchedPolicy take check_nan=False where NaN is meant."
+        f"{patch!r} introduced NaN into a region that had none. Check its operands for 0/0 or a mean over zero rows. "
+        "If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
     )
 
 
@@ -270,23 +270,23 @@ def _of_a_distribution(error: Exception) -> bool:
 def patched(
     points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
 ) -> Opened[Ledger]:
-    """Patch the model while the context is open; `@patched(model, patch)` patches it in each call of a function.
+    """Patch a model while the context is open; `@patched(model, patch)` patches it during each call of a function.
 
     Args:
-        points_or_model: Model, or its HookPoints, which check every site against the trace.
-        patches: One or more patches, in order of application. Contexts nest, outer patches first.
+        points_or_model: Model, or its HookPoints; with HookPoints, every site is checked against the trace.
+        patches: One or more patches, in order of application. In nested contexts, outer patches run first.
         allow_unreached: Names of hook points whose patches need not run.
         check_nan: Whether to raise if a patch introduces NaN.
 
     Yields:
-        The ledger, which counts the firings of each patch.
+        Ledger that counts the firings of each patch.
 
     Raises:
         HookPointError, SiteError: If a site does not exist.
-        ValueError: If there is no patch at a name in `allow_unreached`.
-        UnsupportedModelError: If the model ignores hooks.
-        EditError, NaNError, ConcurrencyError: In the forward.
-        UnreachedError: At exit, if a patch never ran.
+        ValueError: If `allow_unreached` contains a name without a patch.
+        UnsupportedModelError: If the model would ignore hooks.
+        EditError, NaNError, ConcurrencyError: During a forward pass.
+        UnreachedError: On exit, if a patch never ran.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -298,13 +298,13 @@ def patched(
         site          edit  firings  rows  elements
         Site('.out')  Set   1        4     12
     """
-    chosen = tuple(patches) if isinstance(patches, Iterable) else patches  # an iterator has one pass only
+    chosen = tuple(patches) if isinstance(patches, Iterable) else patches  # iterators would be exhausted on re-entry
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     return Opened(lambda: _Patched(points_or_model, chosen, allow_unreached=allowed, check_nan=check_nan))
 
 
 class _Patched(Patching):
-    """The patches of one context."""
+    """Session of one `patched` context."""
 
     def on_end(self, call: RootCall) -> None:
         raise_nan(self.firings)

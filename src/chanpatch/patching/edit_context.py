@@ -1,4 +1,4 @@
-"""The forward in which a patch runs, as its edit and its `where` function see it."""
+"""The forward pass in which a patch runs, as seen by its edit and its `where` function."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ..registry.sites import Positions, Site, no_batch
 
 
 class Context:
-    """The current forward, as an edit or a `where` function sees it.
+    """Information about the current forward pass, for an edit or a `where` function.
 
-    Values per row have the order of the region's rows. Outside a rollout, `seeds` and `infos` raise RolloutError.
+    Per-row values follow the order of the region's rows. Outside a rollout, `seeds` and `infos` raise RolloutError.
 
     Attributes:
-        inputs: Inputs of the root call; for a policy, the observations.
+        inputs: Inputs of the model call; for a policy, the observations.
         step: Step of the rollout; None outside a rollout.
-        call: Index of the module's call within the root call.
-        forward: Index of the root call: within the step, if a policy calls the model several times; within a method of
-            a twin, such as `generate`, that runs several forwards; otherwise 0.
-        label: Name of the policy in paired_rollouts, label of the patch in rollout_sweep; otherwise None.
+        call: Index of the module's call within the model call.
+        forward: Index of the model call within a step of a rollout, or within a method of a patched policy, such as
+            `generate`, that runs several forward passes; otherwise 0.
+        label: Name of the policy in paired_rollouts, or label of the patch in rollout_sweep; otherwise None.
     """
 
     def __init__(self, moment: Moment | Session, site: Site, axis: int | None, leaf: Tensor, kept: Positions) -> None:
@@ -41,12 +41,12 @@ class Context:
 
     @property
     def rows(self) -> Tensor:
-        """Number of each row, int64 `(row,)`: its episode in a rollout, otherwise 0, 1, 2, ..."""
+        """Index of each row, int64 `(row,)`: its episode in a rollout, otherwise 0, 1, 2, ..."""
         return self._of_rows(self.moment.published.rows)
 
     @property
     def environments(self) -> Tensor:
-        """Index of each row's sub-environment, int64 `(row,)`; outside a rollout, the row itself."""
+        """Index of each row's sub-environment, int64 `(row,)`; outside a rollout, the same as `rows`."""
         own = self.moment.published.environments
         return self.rows if own is None else self._of_rows(own)
 
@@ -57,15 +57,14 @@ class Context:
 
     @property
     def infos(self) -> Any:
-        """Infos of the last step, or of the reset, as the environments gave them, cut to the rows."""
+        """Infos that the environments returned at the last step or reset, for the region's rows only."""
         return self._in_rollout("infos")(self.environments.numpy())
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
-        """Return random numbers between 0 and 1, `(row, *shape)`, in the region's dtype and on its device.
+        """Draw random numbers in [0, 1), `(row, *shape)`, with the region's dtype and device.
 
-        They depend on the site, the call and the row, so a site gets the same numbers each time it asks. In a rollout,
-        instead of the row, they depend on the sampling seed, the step, the episode's seed and how often that came
-        before in the list.
+        They depend only on the site, the call and the row, so repeated draws are equal. In a rollout, the row is
+        replaced by the sampling seed, the step, the episode's seed and the number of earlier episodes with that seed.
         """
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
         drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)
@@ -73,14 +72,14 @@ class Context:
         return torch.from_numpy(drawn).to(leaf.device, dtype)
 
     def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
-        """Return the key of each row's draws in a rollout; nothing outside a rollout."""
+        """Return the random key of each row in a rollout; an empty list outside a rollout."""
         if (published := self.moment.published).seeds is None:
             return []
         own = published.sampling_seed, self.step if each_step else None, self.call
         return [(*own, published.seeds[row], published.repetitions[row]) for row in self.rows.tolist()]
 
     def mask_of(self, where: Callable[[Context], Any]) -> Any:
-        """Return the mask of a `where`; one that may hold state is called once per root call and call index."""
+        """Return the mask from a `where` function; a stateful one runs only once per root call and call index."""
         if not may_hold_state(where):
             return where(self)
         masks, key = self.moment.masks, (id(where), self.call)
@@ -91,24 +90,24 @@ class Context:
     def _in_rollout(self, name: str) -> Any:
         found = getattr(self.moment.published, name)
         if found is None:
-            raise RolloutError(f"The patch at {self._region[0]!r} asks for {name}, which exist only in a rollout.")
+            raise RolloutError(f"The patch at {self._region[0]!r} uses context.{name}, which requires a rollout.")
         return found
 
     def _of_rows(self, numbers: NDArray[np.int64] | None) -> Tensor:
-        """Return the entries of the region's rows; None for 0, 1, 2, ..."""
+        """Select the entries for the region's rows; `numbers` defaults to 0, 1, 2, ..."""
         site, axis, leaf, positions = self._region
         if axis is None:
-            raise BatchAxisError(f"The patch at {site!r} asks for rows. {no_batch(site)}")
+            raise BatchAxisError(f"The patch at {site!r} needs rows. {no_batch(site)}")
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:
-            raise TraceMismatchError(f"The patch at {site!r} sees {batch} rows, but {len(each)} are in this forward.")
+            raise TraceMismatchError(f"{site!r} has {batch} rows, but this forward pass has {len(each)}.")
         chosen = positions.get(axis, slice(None))
         return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
 
 
 def may_hold_state(function: Any) -> bool:
-    """Return whether a callable is an object of a user's class, or a method of one, and not a function or a module."""
+    """Return whether a callable is an instance of a user's class or a method of one, and not a function or module."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)
@@ -119,7 +118,7 @@ def may_hold_state(function: Any) -> bool:
 
 
 def uniform(keys: Sequence[tuple[Any, ...]], shape: Sequence[int] = ()) -> NDArray[np.float64]:
-    """Return random numbers in [0, 1) that depend on each key alone: `(key, *shape)`."""
+    """Draw random numbers in [0, 1), `(key, *shape)`, each row determined by its key alone."""
     drawn = np.empty((len(keys), *shape))
     for row, key in enumerate(keys):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()

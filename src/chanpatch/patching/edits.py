@@ -1,7 +1,7 @@
 """Edits: pure functions of a region's activation.
 
-The edits below are plain data. An operand is a real number, or a tensor with one length per axis of the region, each
-equal to the region's or 1: `(1, channel, 1, 1)` at `(batch, channel, row, col)`. Any other operand raises EditError.
+The edits below are plain data. An operand is a real number, or a tensor with as many axes as the region, each with the
+region's length or length 1: `(1, channel, 1, 1)` at `(batch, channel, row, col)`. Other operands raise EditError.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Per: TypeAlias = Literal["episode", "step"]
 
 @dataclass(frozen=True, eq=False)
 class Set:
-    """Sets the activation to a value.
+    """Set the activation to a value.
 
     Args:
         value: Real number or tensor.
@@ -51,11 +51,11 @@ class Set:
 
 @dataclass(frozen=True, eq=False)
 class Add:
-    """Adds a vector, times a coefficient.
+    """Add a vector times a coefficient to the activation.
 
     Args:
         vector: Real number or tensor.
-        coefficient: Factor of the vector; negative to steer away from it.
+        coefficient: Multiplier for the vector; negative to steer away from it.
 
     Example:
         >>> Add(torch.tensor([[1.0, 2.0]]), -2.0)(torch.zeros(1, 2))
@@ -75,7 +75,7 @@ class Add:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Multiplies the activation by a factor.
+    """Multiply the activation by a factor.
 
     Args:
         factor: Real number or tensor.
@@ -96,14 +96,14 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Clamp:
-    """Limits every element to a range.
+    """Clamp every element to a range.
 
     Args:
         low: Lower bound, or None.
         high: Upper bound, or None.
 
     Raises:
-        EditError: If both are None, or if `low` is above `high`.
+        EditError: If both bounds are None, or `low` is above `high`.
 
     Example:
         >>> Clamp(low=0.0)(torch.tensor([-1.0, 1.0]))
@@ -115,11 +115,11 @@ class Clamp:
 
     def __post_init__(self) -> None:
         if self.low is None and self.high is None:
-            raise EditError("Clamp needs a lower bound, an upper bound, or both: Clamp(low=0.0).")
+            raise EditError("Clamp needs a lower bound, an upper bound or both, as in Clamp(low=0.0).")
         _check(self, "lower bound", self.low, Real, type(None))
         _check(self, "upper bound", self.high, Real, type(None))
         if self.low is not None and self.high is not None and self.low > self.high:
-            raise EditError(f"Clamp(low={self.low}, high={self.high}): the lower bound is above the upper one.")
+            raise EditError(f"Clamp(low={self.low}, high={self.high}): low must not be above high.")
 
     def __call__(self, activation: Tensor) -> Tensor:
         return activation.clamp(self.low, self.high)
@@ -127,11 +127,11 @@ class Clamp:
 
 @dataclass(frozen=True, eq=False)
 class Project:
-    """Removes the component along a direction (directional ablation).
+    """Remove the component along a direction (directional ablation).
 
     Args:
-        direction: Tensor. Its axes longer than 1 span the space of the component, which is removed at every position
-            of the others: `direction.view(1, -1, 1, 1)` is a direction in channel space.
+        direction: Tensor whose axes longer than 1 contain the direction: `direction.view(1, -1, 1, 1)` is a direction
+            in channel space. The component is removed at every position along the other axes.
 
     Raises:
         EditError: If the direction is zero.
@@ -149,11 +149,11 @@ class Project:
     def __post_init__(self) -> None:
         _check(self, "direction", self.direction, Tensor)
         if not (self.direction.is_meta or inside_vmap(self.direction) or self.direction.any()):
-            raise EditError("Project: the direction is zero everywhere.")
+            raise EditError("Project: the direction is zero. Pass a tensor with at least one nonzero element.")
 
     def __call__(self, activation: Tensor) -> Tensor:
         along = tuple(axis for axis, length in enumerate(self.direction.shape) if length > 1)
-        scaled = self.direction / self.direction.abs().amax()  # otherwise the squares may overflow half precision
+        scaled = self.direction / self.direction.abs().amax()  # its squares could overflow half precision
         unit = scaled / scaled.square().sum().sqrt()
         component = (activation * unit).sum(dim=along, keepdim=True) if along else activation * unit
         return activation - component * unit
@@ -161,17 +161,17 @@ class Project:
 
 @dataclass(frozen=True, eq=False)
 class Resample:
-    """Replaces each row by a row of a reference set, drawn at random with replacement.
+    """Replace each row with a row from a reference set, drawn at random with replacement.
 
-    The draw depends only on the seed, the module's call index and the number of the row. In a rollout, instead of the
-    row, it depends on the sampling seed, the episode's seed and how often that came before in the list, and with
-    `per="step"` also on the step.
+    The draw depends only on the seed, the module's call index and the row's index. In a rollout, the row's index is
+    replaced by the sampling seed, the episode's seed, the number of earlier episodes with that seed and, with
+    `per="step"`, the step.
 
     Args:
-        reference: Tensor with the axes of the region; the rows on its batch axis are the reference set.
-        seed: Random seed, a whole number.
-        batch_axis: Number of the batch axis.
-        per: Whether a rollout draws once per episode, or in every step.
+        reference: Tensor with the axes of the region; the rows along its batch axis are the reference set.
+        seed: Random seed, an integer.
+        batch_axis: Index of the batch axis.
+        per: Whether a rollout draws once per `"episode"` or at every `"step"`.
 
     Raises:
         EditError: If the reference has no rows, or `per` is neither `"episode"` nor `"step"`.
@@ -187,9 +187,9 @@ class Resample:
         _check(self, "seed", self.seed, Integral)
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
-            raise EditError(f"Resample: the reference has shape {shape}, and so no rows on axis {self.batch_axis}.")
+            raise EditError(f"Resample: the reference has no rows along axis {self.batch_axis}: its shape is {shape}.")
         if self.per not in get_args(Per):
-            raise EditError(f"Resample: per is {self.per!r}; it takes 'episode' or 'step'.")
+            raise EditError(f"Resample: per must be 'episode' or 'step'; got {self.per!r}.")
 
     def __call__(self, activation: Tensor, *, context: Context) -> Tensor:
         count = self.reference.shape[self.batch_axis]
@@ -201,30 +201,30 @@ class Resample:
         return self.reference.index_select(self.batch_axis, donors.to(self.reference.device))
 
 
-_EXPECTED = {Real: "a real number (int or float)", Integral: "a whole number", Tensor: "a tensor", type(None): "None"}
+_EXPECTED = {Real: "a real number (int or float)", Integral: "an integer", Tensor: "a tensor", type(None): "None"}
 
 
 def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
-    """Raise if an operand is of none of these kinds."""
-    if not isinstance(operand, kinds) or isinstance(operand, Fraction):  # torch does not take fractions
+    """Raise EditError if an operand has none of these types."""
+    if not isinstance(operand, kinds) or isinstance(operand, Fraction):  # torch does not accept fractions
         short = isinstance(operand, (str, complex, int, float))
-        shown = repr(operand) if short else f"of type {type(operand).__name__}"
+        shown = repr(operand) if short else type(operand).__name__
         expected = " or ".join(_EXPECTED[kind] for kind in kinds)
-        raise EditError(f"{type(edit).__name__}: the {name} is {shown}; it takes {expected}.")
+        raise EditError(f"{type(edit).__name__}: the {name} must be {expected}; got {shown}.")
 
 
 def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: Tensor, operand: Any) -> Tensor:
-    """Return the result of arithmetic; raise if an integer result wrapped around."""
+    """Apply arithmetic to a region and an operand; raise if an integer result wrapped around."""
     result = arithmetic(region, operand)
     if not (result.is_floating_point() or result.is_complex() or result.dtype == torch.bool):
         exact = arithmetic(region.float(), operand.float() if isinstance(operand, Tensor) else operand)
         if ((exact - result).abs() > torch.iinfo(result.dtype).max / 2).any():
-            raise EditError(f"{type(edit).__name__}: the result does not fit {result.dtype}.")
+            raise EditError(f"{type(edit).__name__}: the result overflows {result.dtype}.")
     return result
 
 
 def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
-    """Return each row's donor outside a rollout, by position among `count`."""
+    """Draw each row's donor outside a rollout, as an index below `count`."""
     numbers = rows.cpu().numpy().astype(np.uint64)
     draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]
@@ -232,7 +232,7 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
-    """Return the lengths of a traced region; None for the batch."""
+    """Return the axis lengths of a traced region; None for the batch."""
     chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
     return [
         None if number == point.batch_axis else chosen.get(axis, point.length(axis))
@@ -246,19 +246,19 @@ _VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Clamp: "limits", Projec
 def check_operands(
     edit: Edit, site: Site, axes: Axes, lengths: Sequence[int | None], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise if an operand of one of chanpatch's edits would broadcast or overflow, or has another dtype or device."""
+    """Raise if an operand of a built-in edit has the wrong shape, dtype or device, or would overflow."""
     verb = next((verb for kind, verb in _VERBS.items() if isinstance(edit, kind)), None)
     if verb is None:
         return
     subject = f"{type(edit).__name__} at {site!r}"
     if str(dtype).startswith(("torch.quint", "torch.qint")):
-        raise EditError(f"{subject}: the region is quantized, {dtype}. Dequantize it in the model, or patch before it.")
+        raise EditError(f"{subject}: the region is quantized ({dtype}). Dequantize it, or patch an earlier site.")
     if isinstance(edit, Resample):
         number = axes.index("batch") if "batch" in axes else edit.batch_axis
         if number != edit.batch_axis:
             raise EditError(
                 f"{subject} has batch_axis={edit.batch_axis}, but the batch is axis {number} of ({', '.join(axes)}). "
-                f"Resample(reference, seed, batch_axis={number}) draws rows."
+                f"Use Resample(reference, seed, batch_axis={number})."
             )
         lengths = [*lengths[:number], None, *lengths[number + 1 :]]  # any number of rows
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}  # type: ignore[arg-type]
@@ -277,39 +277,39 @@ def check_operands(
 
 
 def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
-    """Raise if a region of this dtype cannot hold the number; a region of floats also holds infinities and NaN."""
+    """Raise if a dtype cannot represent a number; floating-point dtypes also represent infinities and NaN."""
     inexact = dtype.is_floating_point or dtype.is_complex
     limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
     low, high = (0, 1) if dtype == torch.bool else (limits.min, limits.max)
     inside = low <= number <= high and (inexact or number == int(number))
     if not inside and (not inexact or -math.inf < number < math.inf):
-        expected = f"a {'' if inexact else 'whole '}number from {low} to {high}"
-        raise EditError(f"{subject} is {number}, which the region, {dtype}, cannot hold. Give {expected}.")
+        expected = f"{'a number' if inexact else 'an integer'} from {low} to {high}"
+        raise EditError(f"{subject} must be {expected}, because the region's dtype is {dtype}; got {number}.")
 
 
 def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:
-    """Raise if a `where` is not a bool tensor, or does not fit the region."""
+    """Raise if a `where` is not a bool tensor or does not match the region."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
-            f"where at {site!r} is {got}; it takes a bool tensor, such as column < 12, or a function that returns one."
+            f"where at {site!r} must be a bool tensor (such as column < 12) or a function that returns one; got {got}."
         )
     if lengths is not None:
         check_shape(f"where at {site!r}", "mask", mask, axes, lengths, "selects")
 
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
-    """Return whether a tensor has these lengths, None for any; with `or_one`, each may also be 1."""
+    """Return whether a tensor has these axis lengths (None for any); with `or_one`, each may also be 1."""
     pairs = zip(operand.shape, lengths, strict=False)
     return operand.dim() == len(lengths) and all(want in (None, n) or (or_one and n == 1) for n, want in pairs)
 
 
 def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
-    """Raise unless the operand has one length per axis of the region, each equal or 1."""
+    """Raise unless the operand has as many axes as the region, each with the region's length or length 1."""
     if fits(operand, lengths, or_one=True):
         return
     rows = axes.index("batch") if "batch" in axes else 0
-    # A vector as long as the batch is probably a mask of rows, but not an operand per row.
+    # A vector with the length of the batch is probably meant to select rows if it is a mask, but not otherwise.
     tried = [*[rows] * (noun == "mask"), *(number for number in range(len(axes)) if number != rows)]
     number = next((number for number in tried if lengths[number] == operand.numel()), None)
     advice = ""
@@ -318,10 +318,10 @@ def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: S
         advice = f": {noun}.view({view}) {verb} along {axes[number]}"
     raise EditError(
         f"{subject}: the {noun} has shape {tuple(operand.shape)}, but the region has axes {shown_axes(axes, lengths)}. "
-        f"Give every axis, with length 1 where the {noun} repeats{advice}."
+        f"Each axis of the {noun} must have the region's length or length 1{advice}."
     )
 
 
 def shown_axes(axes: Axes, lengths: Sequence[int | None]) -> str:
-    """Return axis names and lengths for a message."""
+    """Format axis names and lengths for an error message."""
     return f"({', '.join(axes)}) = ({', '.join('any' if length is None else str(length) for length in lengths)})"

@@ -1,4 +1,4 @@
-"""A patch at the tensor of its hook point, without a hook or a session: `Firing(patch, point)(activation, moment)`."""
+"""Apply a patch to a hook point's tensor, without a hook or a session: `Firing(patch, point)(tensor, moment)`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .patch import Mask, Patch, edit_name
 
 
 class Located:
-    """A site in the tensors of its hook point, located and checked once per kind of tensor.
+    """A site's location in its hook point's tensors, computed once per tensor type, shape, dtype, device and layout.
 
-    `axes` and `batch_axis` are those of the tensor, `positions` are the selected positions by axis number.
+    `axes` and `batch_axis` describe the tensor; `positions` are the selected positions, by axis number.
     """
 
     wants_names = False  # whether every axis needs a name, and the batch axis must be known
@@ -41,12 +41,12 @@ class Located:
         self._known: tuple[Any, ...] | None = None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
-        """Locate the site in a tensor; raise if the tensor differs from the traced one or the site does not fit."""
+        """Locate the site in a tensor; raise if the tensor does not match the trace or lacks the site."""
         known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
         self._known = None
-        # The positions are kept, so they must also work outside inference mode.
+        # The positions are cached, so they must also work outside inference mode.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if isinstance(self._point, HookPoint):
                 self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
@@ -62,7 +62,7 @@ class Located:
             self._known = known  # tensors made inside a transform, or for a subclass, are not reused
 
     def _bare_axes(self, point: Place, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
-        """Return the axis names from the module's type or, if they are not enough, from a trace."""
+        """Return the axis names and batch axis from the module's type or, if they are not enough, from a trace."""
         names: Sequence[str | None] = (None,) * leaf.dim()
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
@@ -77,16 +77,16 @@ class Located:
         return axes, axes.index("batch") if "batch" in axes else None
 
     def _check(self, leaf: Tensor) -> None:
-        """Raise if the patch or the record does not fit the region."""
+        """Raise if the patch or the recording does not match the region."""
 
 
 class Firing(Located):
-    """One patch at one hook point; without a trace, `module` gives the axis names.
+    """One patch at one hook point; without a trace, axis names are inferred from `module`.
 
     Attributes:
-        reached: Whether it ran since `forget`.
-        nan: Bool tensor: whether it introduced NaN since `forget`; None if none was found.
-        counts: Firings, rows (None without a batch axis) and elements, by the method of the root call.
+        reached: Whether the patch ran since `forget`.
+        nan: Bool tensor that is true if the patch introduced NaN since `forget`; may be None otherwise.
+        counts: Number of firings, rows (None without a batch axis) and elements, by method of the root call.
     """
 
     def __init__(self, patch: Patch, point: Place, module: nn.Module | None = None, *, check_nan: bool = True) -> None:
@@ -105,7 +105,7 @@ class Firing(Located):
         self._filled: Tensor | None = None  # mask of the region, if a number fills it
 
     def __call__(self, leaf: Tensor, moment: Moment | Session) -> Tensor:
-        """Return the tensor with its region patched; the same object if the edit changed nothing."""
+        """Return the tensor with its region patched, or the same object if the edit changed nothing."""
         self.locate(leaf, moment)
         if self._constant is not None:
             self._count(moment, None)
@@ -130,7 +130,7 @@ class Firing(Located):
         return patched
 
     def forget(self) -> None:
-        """Start a new root call: not reached, and no NaN."""
+        """Reset for a new root call: mark the patch as not yet reached, and clear any NaN found."""
         self.reached, self.nan = False, None
 
     def _count(self, moment: Moment | Session, mask: Tensor | None) -> None:
@@ -144,7 +144,7 @@ class Firing(Located):
     def _look_for_nan(self, before: Tensor, after: Tensor) -> None:
         if not (after.is_floating_point() or after.is_complex()) or after.is_meta or unusual_layout(after):
             return
-        # Only a CPU looks first, because reading from another device waits for it.
+        # Only on the CPU is the value read immediately, because reading from another device would synchronize.
         if inside_vmap(after) or not after.is_cpu or after.isnan().any():
             found = (after.isnan() & ~before.isnan()).any()
             self.nan = found if self.nan is None else self.nan | found
@@ -154,8 +154,8 @@ class Firing(Located):
         ours = type(self._edit).__module__ == Set.__module__
         if (ours or self.patch.where is not None) and (layout := unusual_layout(leaf)):
             raise UnsupportedModelError(
-                f"{self.patch!r} is at a {layout} tensor, which takes only a function of your own and no `where`: "
-                "edit(site, function). Or make the tensor dense in the model."
+                f"{self.patch!r} is at a {layout} tensor, which supports only custom functions without `where`. Use "
+                "edit(site, function), or make the tensor dense in the model."
             )
         self._kind = region.shape, region.dtype, region.device
         self._size = _touched(region.shape, self.batch_axis)
@@ -165,21 +165,21 @@ class Firing(Located):
         self._constant = self._filled = None
         number = isinstance(self._sets, Real)
         fits = number or (self._sets is not None and self._sets.shape == region.shape)
-        # Whole activations are left out: their strides may differ.
+        # Whole activations are excluded, because their strides may differ.
         if fits and self.positions and not self._check_nan and self.patch.where is None:
             self._constant = self._edit(region)
-            if number and leaf.numel() <= 2**10 and leaf.is_floating_point():  # the faster way on small tensors
+            if number and leaf.numel() <= 2**10 and leaf.is_floating_point():  # faster for small tensors
                 mask = torch.zeros_like(leaf, dtype=torch.bool)
                 self._filled = written(mask, self.positions, torch.ones_like(region, dtype=torch.bool))
 
     def _edited(self, region: Tensor, context: Context | None) -> Tensor:
-        counted = not region.is_inference()  # if writes are not counted, a copy shows whether the edit wrote in place
+        counted = not region.is_inference()  # if torch does not count writes, a copy reveals in-place edits
         given, version = (region, region._version) if counted else (region.clone(), 0)
         new = self._edit(given, context=context) if self._takes_context else self._edit(given)
         if given._version != version if counted else not torch.isclose(given, region, 0, 0, equal_nan=True).all():
             raise EditError(
-                f"{self.patch!r} wrote into its region in place. Return a new tensor: "
-                "activation * 0 instead of activation.mul_(0)."
+                f"{self.patch!r} modified its region in place. Return a new tensor, such as activation * 0 instead of "
+                "activation.mul_(0)."
             )
         return region if new is given else new
 
@@ -193,19 +193,19 @@ class Firing(Located):
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
             raise EditError(
-                f"{self.patch!r} returned {type(new).__name__}. An edit returns a tensor: the new activation, "
-                "or the one it got to change nothing."
+                f"{self.patch!r} returned {type(new).__name__}. An edit must return a tensor: a new activation, or its "
+                "input to leave the activation unchanged."
             )
         if (new.shape, new.dtype, new.device) != self._kind:
             what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
             got, expected = getattr(new, what), getattr(region, what)
             if what == "shape":
                 got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
-            raise EditError(f"{self.patch!r} returned {what} {got}, but the region has {what} {expected}.")
+            raise EditError(f"{self.patch!r} returned a tensor of {what} {got}, but the region has {what} {expected}.")
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Return the number of rows (None without a batch axis) and of elements in the region, or in the mask."""
+    """Count the rows (None without a batch axis) and elements in the region, or in the mask if there is one."""
     rows: Any = None if batch_axis is None else region[batch_axis]
     if mask is None:
         return rows, region.numel()
@@ -217,7 +217,7 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 
 
 class Ledger(Records):
-    """Firings, rows and elements written, by patch and method."""
+    """Number of firings, rows and elements written, by patch and method."""
 
     _most = None
 
@@ -227,7 +227,7 @@ class Ledger(Records):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and method: method, site, edit, firings, rows, elements.
 
-        A patch that never fired has a record of zeros. `rows` is None if the batch axis is not proved.
+        For a patch that never fired, the counts are 0. `rows` is None if the batch axis is unknown.
         """
         return [
             {
@@ -257,12 +257,12 @@ def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
     lengths = [None if axis == "batch" else point.length(axis) for axis in point.axes]
     if not fits(leaf, lengths):
         raise TraceMismatchError(
-            f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward, but axes "
-            f"{shown_axes(point.axes, lengths)} in the trace. Trace inputs like these with hook_points(); for inputs "
-            f"of many lengths, use a site that has no trace: Site('{point.name}')."
+            f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward pass, but axes "
+            f"{shown_axes(point.axes, lengths)} in the trace. Call hook_points() with inputs like these. For inputs "
+            f"of varying length, use a site without a trace: Site('{point.name}')."
         )
     if leaf.dtype != point.dtype:
         raise TraceMismatchError(
-            f"Hook point '{point.name}' is {leaf.dtype} in this forward, but {point.dtype} in the trace. Call "
-            "hook_points() on the model as it is run: in the same dtype, inside the same torch.autocast."
+            f"Hook point '{point.name}' is {leaf.dtype} in this forward pass, but {point.dtype} in the trace. Call "
+            "hook_points() with the same dtype and torch.autocast as in this forward pass."
         )

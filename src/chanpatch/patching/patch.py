@@ -18,7 +18,7 @@ Mask: TypeAlias = "Tensor | Callable[..., Tensor | bool]"
 
 
 def edit_name(edit: Any) -> str:
-    """Return the name of an edit, for a table."""
+    """Return the name of an edit, for display."""
     return type(edit).__name__ if is_dataclass(edit) else getattr(edit, "__name__", type(edit).__name__)
 
 
@@ -27,15 +27,15 @@ class Patch:
     """A site, an edit, and the elements that the edit replaces.
 
     Args:
-        site: The site.
-        edit: Callable that gets the region and returns a new tensor of the same shape, dtype and device. It may take a
-            `chanpatch.patching.Context` in a keyword-only parameter `context`.
-        where: Elements to replace: a bool tensor with one length per axis of the region, each equal or 1, or a function
-            of the context that returns one, or True (all) or False (none); None for all.
+        site: Site to patch.
+        edit: Callable that receives the region and returns a new tensor with the same shape, dtype and device. It may
+            have a keyword-only parameter `context`, which receives a `chanpatch.patching.Context`.
+        where: Elements to replace; None for all. Either a bool tensor with as many axes as the region (each with the
+            region's length or length 1), or a function of the context that returns such a tensor, True or False.
 
     Raises:
         TypeError: If `site` is not a Site.
-        EditError: If the edit cannot be called, or an operand or `where` does not fit.
+        EditError: If the edit is not callable, or an operand or `where` does not match the region.
         UnsupportedModelError: If the site is inside a distribution, which can only be recorded.
     """
 
@@ -46,11 +46,11 @@ class Patch:
 
     def __post_init__(self) -> None:
         if not isinstance(self.site, Site):
-            raise TypeError(f"A patch needs a Site, not {type(self.site).__name__}: Site('conv1', channel=5).")
+            raise TypeError(f"A Patch needs a Site, such as Site('conv1', channel=5); got {type(self.site).__name__}.")
         if not callable(self.edit):
             raise EditError(
-                f"The edit at {self.site!r} is {type(self.edit).__name__}, which cannot be called. "
-                "Use Set(value) to put a value there, or a function activation -> activation."
+                f"The edit at {self.site!r} must be callable; got {type(self.edit).__name__}. Use Set(value) to set "
+                "the activation to a value, or a function that maps the activation to a new one."
             )
         point = self.site.point
         axes, lengths = ((), None) if point is None else (point.axes, region_lengths(self.site, point))
@@ -64,7 +64,7 @@ class Patch:
 
     @property
     def runs_only_ours(self) -> bool:
-        """Whether it runs only code of chanpatch."""
+        """Whether the patch runs only chanpatch's own code."""
         return type(self.edit).__module__ == Set.__module__ and not callable(self.where)
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class Patch:
 
 
 def _takes_context(edit: Edit) -> bool:
-    """Return whether an edit has a keyword-only parameter `context`; raise if it takes more than an edit is given."""
+    """Return whether an edit has a keyword-only parameter `context`; raise if it requires any other parameter."""
     if type(edit).__module__ == Set.__module__:
         return isinstance(edit, Resample)
     try:
@@ -84,7 +84,7 @@ def _takes_context(edit: Edit) -> bool:
         required = each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
         if (required or each.name == "ctx") and each not in contexts:
             raise EditError(
-                f"{edit_name(edit)} takes `{each.name}`. An edit takes the activation and, by keyword only and under "
-                "this name, the context: def function(activation, *, context)."
+                f"{edit_name(edit)} has a parameter `{each.name}`. An edit accepts the activation and, optionally, a "
+                "keyword-only `context`: def function(activation, *, context)."
             )
     return bool(contexts)

@@ -1,4 +1,4 @@
-"""Recording sites, and reducing the records inside the hook if only sums are needed."""
+"""Record sites; reductions run inside the hook, so only the reduced activations are kept."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ def recording(
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
 ) -> Opened[ActivationCache]:
-    """Record sites while the context is open; forwards are joined along the batch.
+    """Record sites while the context is open; forward passes are concatenated along the batch.
 
-    As a decorator, it records each call of the function into a cache of its own.
+    As a decorator, it records each call of the function into a separate cache.
 
     Args:
-        points_or_model: Model, or its HookPoints, which check every site against the trace.
-        sites: Names, sites or hook points; HookPoints for all of theirs. With HookPoints also patterns, as in
-            `HookPoints.select`: `"h.*"`.
-        reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes but batch, channel and feature, or an einops
-            pair `("b c h w -> b c", "sum")`. Only the result is kept.
-        before: Whether to record activations before the patches.
-        detach: Whether to cut records from the graph. If False, `torch.autograd.grad(output, cache[site])` is the
-            gradient at the site, because the forward continues from the record; a reduced record is a branch.
-        device: Device of the records; None leaves each on its own.
+        points_or_model: Model, or its HookPoints; with HookPoints, every site is checked against the trace.
+        sites: Names, sites or hook points, or HookPoints to record all of them. With HookPoints, also patterns such as
+            `"h.*"` (see `HookPoints.select`).
+        reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
+            pair such as `("b c h w -> b c", "sum")`. Only the result is kept.
+        before: Whether to record activations before patches are applied.
+        detach: Whether to detach records from the graph. If False, the forward pass continues from each record that is
+            not reduced, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
+        device: Device of the records; None keeps each on its original device.
         allow_unreached: Names of hook points that need not run.
 
     Yields:
-        The cache, which fills as the model runs.
+        Cache that fills as the model runs.
 
     Raises:
-        HookPointError, SiteError: If there are no sites, or one does not exist or cannot be reduced.
+        HookPointError, SiteError: If there are no sites, or a site does not exist or cannot be reduced.
         ValueError: If a name in `allow_unreached` is not recorded.
-        UnsupportedModelError: If the model ignores hooks.
-        UnreachedError: At exit, if a site was never reached.
+        UnsupportedModelError: If the model would ignore hooks.
+        UnreachedError: On exit, if a site was never reached.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -68,7 +68,7 @@ def recording(
         >>> cache["0"].shape
         torch.Size([2, 8])
     """
-    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # an iterator has one pass only
+    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # iterators have only one pass
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     options: dict[str, Any] = {"before": before, "detach": detach, "device": device, "allow_unreached": allowed}
     return Opened(lambda: Recorder(points_or_model, chosen, reduce, **options))
@@ -84,18 +84,18 @@ def run_with_cache(  # noqa: D417
     detach: bool = True,
     **keywords: Any,
 ) -> Any:
-    """Run the model once and return its output and the recorded sites.
+    """Run the model once; return its output and a cache of the recorded sites.
 
     Args:
-        points_or_model: Model, or its HookPoints, whose method is run.
-        inputs: Inputs of the model.
+        points_or_model: Model, or its HookPoints, whose traced method is run.
+        inputs: Positional arguments for the model.
         sites, reduce, device, detach: As in recording.
-        stop: Whether to return the cache alone and end the forward once every site is recorded. The forward runs on if
-            it replaces its own parameters for a while, or has no trace and a site names no call (`relu`, not `relu#0`).
-        keywords: Keyword inputs of the model.
+        stop: Whether to stop the forward pass once every site is recorded, and return only the cache. The forward pass
+            still completes if it temporarily replaces parameters, or if a site has neither a trace nor a call index.
+        keywords: Keyword arguments for the model.
 
     Returns:
-        `(output, cache)`, or the cache if `stop`.
+        `(output, cache)`, or only the cache if `stop`.
 
     Raises:
         HookPointError, SiteError, UnreachedError: As in recording.
@@ -112,7 +112,7 @@ def run_with_cache(  # noqa: D417
 
 
 class Recorder(ContextSession):
-    """A session that records sites; `double` reduces in double precision."""
+    """Session that records sites; with `double`, reductions use double precision."""
 
     def __init__(
         self,
@@ -136,12 +136,12 @@ class Recorder(ContextSession):
         self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:
             point = resolve(self.modules, site)
-            # Without a trace, the rest of the forward may call the module again, which is an error.
+            # Without a trace, the rest of the forward pass may call the module again, which must raise an error.
             self.stops &= isinstance(point, HookPoint) or point.call is not None
             self.listen(point, "before" if before else "after", _Record(self, site, point))
 
     def run_once(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-        """Run the model and return its output, or None if it ended early."""
+        """Run the model and return its output, or None if it was stopped early."""
         output, gradients = None, torch.is_grad_enabled()
         with self.attached():
             try:
@@ -149,13 +149,13 @@ class Recorder(ContextSession):
             except StopForward as ended:
                 if ended.args != (self,):
                     raise
-                torch.set_grad_enabled(gradients)  # the forward may have changed it for a while
+                torch.set_grad_enabled(gradients)  # the forward pass may have changed it temporarily
         self.finish(None)
         self.let_go()
         return output
 
     def on_begin(self, call: RootCall) -> None:
-        """Wait for every site again."""
+        """Mark all sites as not yet recorded."""
         self.missing = set(self._sites)
 
     def finish(self, error: Exception | None) -> None:
@@ -166,7 +166,7 @@ class Recorder(ContextSession):
 
 
 class _Record(Located):
-    """The listener that records one site."""
+    """Listener that records one site."""
 
     def __init__(self, recorder: Recorder, site: Site, point: Place) -> None:
         super().__init__(site, point, recorder.modules.get(point.module))
@@ -178,11 +178,11 @@ class _Record(Located):
 
     def __call__(self, leaf: Tensor, session: Session) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
-            return leaf  # torch.utils.checkpoint repeats the forward in the backward pass: it is recorded already
+            return leaf  # torch.utils.checkpoint reruns modules in the backward pass; they were already recorded
         if inside_vmap(leaf):
             raise UnsupportedModelError(
-                f"{self.site!r} cannot be recorded inside torch.vmap, which its record would have to leave. Call the "
-                "model outside of vmap, on a batch of inputs."
+                f"{self.site!r} cannot be recorded inside torch.vmap, because the record would outlive it. Call the "
+                "model outside vmap, on a batch of inputs."
             )
         recorder = self._recorder
         self.locate(leaf, session)
@@ -190,8 +190,8 @@ class _Record(Located):
         if not recorder.keeps_graph:
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce, double=recorder.double)
-        in_forward = value is region and recorder.keeps_graph  # the forward continues from the record, a graph node
-        copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())  # index lists copy
+        in_forward = value is region and recorder.keeps_graph  # continue from the record, a graph node
+        copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())  # index lists already copy
         if in_forward or (not copied and (value is region or value._is_view())):
             value = value.clone()
         if recorder.device is not None:
@@ -214,7 +214,7 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes that a reduction leaves; raise SiteError if it does not exist or the axes have no names."""
+    """Return the axes that a reduction leaves; raise SiteError if it is unknown or needs axis names."""
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):
@@ -225,36 +225,36 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
         return tuple(named.get(token, token.strip("()")) for token in remain)
     if reduce not in _BUILT_IN:
         raise SiteError(
-            f"reduce={reduce!r}: it is 'sum', 'mean', 'max', 'norm' or an einops pair ('b c h w -> b c', 'sum')."
+            f"reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got {reduce!r}."
         )
     if any(re.fullmatch(r"axis\d+", axis) for axis in axes):
         raise SiteError(
-            f"reduce={reduce!r} at {site!r} keeps batch, channel and feature, but the axes ({', '.join(axes)}) have no "
-            f"such names. Name them, hook_points(..., axes={{'{site.name}': (...)}}), or give an einops pair."
+            f"reduce={reduce!r} keeps batch, channel and feature, but {site!r} has unnamed axes: ({', '.join(axes)}). "
+            f"Name them with hook_points(..., axes={{'{site.name}': (...)}}), or pass an einops pair."
         )
     return tuple(axis for axis in axes if axis in _KEPT)
 
 
 def _expanded(side: str, rest: int) -> list[str]:
-    """Return the tokens of one side of a pattern; an ellipsis becomes `rest` tokens."""
+    """Return the tokens on one side of a pattern; an ellipsis expands to `rest` tokens."""
     dots = [f"...{number}" for number in range(rest)]
     return [each for token in _TOKEN.findall(side) for each in (dots if token == "..." else [token])]
 
 
 def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, double: bool = False) -> Tensor:
-    """Return a reduced region; raise SiteError if the reduction does not apply to it."""
+    """Reduce a region; raise SiteError if the reduction does not apply to it."""
     if double:
         if region.is_complex():
             raise SiteError(
-                f"{site!r} is {region.dtype}, and a double holds half of a complex number only. Give "
-                "torch.view_as_real of it a name in the forward, tap('name', ...), and take that."
+                f"{site!r} is {region.dtype}, which cannot be converted to real double precision. Call "
+                "tap('name', torch.view_as_real(tensor)) in the model's forward(), and use the site 'name'."
             )
         region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # Apple GPUs lack doubles
     kept = reduced_axes(site, axes, reduce)
     if reduce is None or kept == axes:
-        return region.abs() if reduce == "norm" else region  # a number is its own sum, mean and maximum
+        return region.abs() if reduce == "norm" else region  # one element is its own sum, mean and maximum
     if region.dtype in (torch.float16, torch.bfloat16):
-        region = region.float()  # a sum soon overflows half precision
+        region = region.float()  # sums easily overflow half precision
     try:
         if isinstance(reduce, tuple):
             return einops.reduce(region, *reduce)
@@ -262,6 +262,6 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, do
         return _BUILT_IN[reduce](region, dim=over)  # type: ignore[no-any-return]
     except (einops.EinopsError, RuntimeError, TypeError) as fault:
         raise SiteError(
-            f"reduce={reduce!r} does not apply at {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "
+            f"reduce={reduce!r} cannot be applied at {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "
             f"{str(fault).strip()}"
         ) from fault

@@ -1,4 +1,4 @@
-"""Functions that make the usual patches: ablation, activation patching, steering."""
+"""Functions that create common patches: ablation, activation patching and steering."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
 def mean_ablate(
     site: Site, reference: Source, *, over: str | Sequence[str] = ("batch",), where: Mask | None = None
 ) -> Patch:
-    """Return a patch that sets the region to its mean over a reference set; the site comes from `HookPoints.site`.
+    """Return a patch that sets the region to its mean over a reference set; the site must be traced.
 
     Args:
         site, where: As in Patch.
         reference: ActivationCache, or tensor with the axes of the region or of its hook point; any number of rows.
-            Intervals of the effect hold it fixed.
+            Confidence intervals for the effect treat the reference as fixed.
         over: Axis or axes to average over.
 
     Raises:
-        SiteError: If the site has no such axis, or `over` is empty.
-        EditError: If the reference does not have the region's axes, or is not of floats.
+        SiteError: If the site has no trace, `over` is empty, or an axis does not exist.
+        EditError: If the reference does not have the region's axes, or is not floating-point.
 
     Example:
         >>> from chanpatch import hook_points
@@ -56,33 +56,33 @@ def mean_ablate(
     region = _region(site, reference)
     if site.point is None:
         raise SiteError(
-            f"mean_ablate at {site!r} needs axis names. Take the site from hook_points(model, *inputs).site(...)."
+            f"mean_ablate at {site!r} needs axis names. Create the site with hook_points(model, *inputs).site(...)."
         )
     axes = site.point.axes
     over = (over,) if isinstance(over, str) else tuple(over)
     if not over:
-        raise SiteError(f"mean_ablate at {site!r} over no axis. Name one or more of ({', '.join(axes)}): over='batch'.")
+        raise SiteError(f"mean_ablate at {site!r}: over is empty. Pass at least one of the axes ({', '.join(axes)}).")
     if unknown := [axis for axis in over if axis not in axes]:
-        raise SiteError(f"mean_ablate over {unknown} at {site!r}: its axes are ({', '.join(axes)}).")
+        raise SiteError(f"mean_ablate at {site!r}: over contains {unknown}, but the axes are ({', '.join(axes)}).")
     if not region.is_floating_point():
-        raise EditError(f"mean_ablate at {site!r}: the reference is {region.dtype}, which has no mean.")
+        raise EditError(f"mean_ablate at {site!r}: the reference must be floating-point; got {region.dtype}.")
     return Patch(site, Set(region.mean(dim=[axes.index(axis) for axis in over], keepdim=True)), where)
 
 
 def resample_ablate(
     site: Site, reference: Source, *, seed: int = 0, per: Per = "episode", where: Mask | None = None
 ) -> Patch:
-    """Return a patch that replaces each row by a random row of a reference set, as Resample does.
+    """Return a patch that replaces each row with a random row from a reference set (see Resample).
 
     Args:
         site, where: As in Patch.
         reference: As in mean_ablate.
-        seed: Random seed, a whole number.
-        per: Whether a rollout draws once per `"episode"`, or in every `"step"`.
+        seed: Random seed, an integer.
+        per: Whether a rollout draws once per `"episode"` or at every `"step"`.
 
     Raises:
-        BatchAxisError: If the hook point's batch axis is not proved.
-        EditError: If the reference does not have the region's axes, or the seed or `per` does not fit.
+        BatchAxisError: If the hook point's batch axis is unknown.
+        EditError: If the reference does not have the region's axes, or `seed` or `per` is invalid.
 
     Example:
         >>> from chanpatch import hook_points
@@ -100,12 +100,12 @@ def resample_ablate(
 
 
 def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -> Patch:
-    """Return a patch that replaces the region by its activation in another run (activation patching).
+    """Return a patch that replaces the region with its activation from another run (activation patching).
 
     Args:
         site, where: As in Patch.
-        source: ActivationCache, tensor with the axes of the region or of its hook point, or number. Its batch is as
-            long as in the patched run, or 1.
+        source: ActivationCache, number, or tensor with the axes of the region or of its hook point. The batch must have
+            the same length as in the patched run, or length 1.
 
     Example:
         >>> patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]])).edit.value
@@ -122,8 +122,8 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
 
     Args:
         site, where: As in Patch.
-        vector: As `source` in patch_in; every axis may also have length 1.
-        coefficient: Factor of the vector.
+        vector: Same as `source` in patch_in, but any axis may have length 1.
+        coefficient: Multiplier for the vector.
 
     Example:
         >>> steer(Site(".out"), torch.tensor([[1.0, 0.0]]), coefficient=-2.0).edit(torch.zeros(1, 2))
@@ -136,10 +136,10 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
 
 
 def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
-    """Return a patch that applies your own function.
+    """Return a patch that applies a custom function.
 
     Args:
-        site, function, where: As `site`, `edit` and `where` in Patch.
+        site, function, where: Same as `site`, `edit` and `where` in Patch.
 
     Example:
         >>> halve = edit(Site("fc", feature=3), lambda activation: activation / 2)
@@ -148,7 +148,7 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
 
 
 def _region(site: Site, source: Any) -> Any:
-    """Return the region's activation from a tensor or a cache, of the site or of its whole hook point."""
+    """Return the region's activation from a tensor or cache that covers the site or its whole hook point."""
     point, whole = site.point, Site(site.name)
     if isinstance(source, torch.Tensor):
         covers = point is not None and fits(source, [point.length(axis) for axis in point.axes])
@@ -157,18 +157,18 @@ def _region(site: Site, source: Any) -> Any:
         return read(source, site.positions(point.axes, source.shape))
     if not isinstance(source, Mapping):
         raise EditError(
-            f"The activation for {site!r} is a {type(source).__name__}; it is a tensor with the region's axes, or an "
-            "ActivationCache."
+            f"The activation for {site!r} must be a tensor with the region's axes or an ActivationCache; got "
+            f"{type(source).__name__}."
         )
     if site in source:
         return source[site]
     if point is None or whole not in source:
         raise EditError(
-            f"The cache holds neither {site!r} nor its whole hook point. It holds {', '.join(map(repr, source))}."
+            f"The cache contains neither {site!r} nor its whole hook point. It contains {', '.join(map(repr, source))}."
         )
     if source[whole].dim() != len(point.axes):
         raise EditError(
-            f"The cache holds {whole!r} with shape {tuple(source[whole].shape)}, of which {site!r} cannot be taken: "
-            f"that has axes ({', '.join(point.axes)}). Record without reduce."
+            f"The cache contains {whole!r} with shape {tuple(source[whole].shape)}, but {site!r} needs axes "
+            f"({', '.join(point.axes)}). Record the hook point without reduce."
         )
     return read(source[whole], site.positions(point.axes, source[whole].shape))

@@ -1,4 +1,4 @@
-"""Wing 1, the hook-point registry: every place where an activation can be read or written.
+"""Hook-point registry: all places in a model at which activations can be read or written.
 
 points = hook_points(model, observations)
 points.site("embedder.relu3", channel=55)

@@ -1,7 +1,7 @@
-"""Axis names, from the type of a module, never from the number of axes alone.
+"""Infer axis names from a module's type, never from the number of axes alone.
 
-Convolutions, pooling, linear, recurrent, attention and embedding modules name their axes. Elementwise modules and
-functions pass on the names of their input. The registry calls other axes `axis0`, `axis1`, ...
+Convolution, pooling, linear, recurrent, attention and embedding modules have known axis names. Elementwise modules and
+functions propagate the names of their input. All other axes are named `axis0`, `axis1`, ...
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncode
 
 
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
-    """Return the axis names of a tensor that a module takes or returns; None for an axis without a name.
+    """Return the axis names of one of a module's input or output tensors; None for an unnamed axis.
 
     `inputs` are the axis names of the module's first input, if known.
     """
@@ -62,7 +62,7 @@ def _spatial_names(module: nn.Module, space: Names, ndim: int, inputs: Names | N
 
 
 def _recurrent_names(module: nn.RNNBase, path: Path, ndim: int) -> Names | None:
-    if not all(isinstance(step, Item) for step in path):  # a PackedSequence has no axis of its own for the batch
+    if not all(isinstance(step, Item) for step in path):  # a PackedSequence has no separate batch axis
         return None
     first = "position" if path in ((Item(0),), (Item("input"),)) else "layer"
     if ndim == 2:
@@ -101,27 +101,27 @@ _ELEMENTWISE_FUNCTIONS = frozenset(_FUNCTIONS.split())
 
 
 class NamePropagation(TorchFunctionMode):
-    """While active, elementwise torch functions pass the axis names of their operands on to their result."""
+    """While active, elementwise torch functions propagate the axis names of their operands to their result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._named: dict[int, tuple[Names, Tensor]] = {}  # by id, so each tensor has to stay alive
+        self._named: dict[int, tuple[Names, Tensor]] = {}  # by id, so each tensor must stay alive
 
     def names(self, tensor: Tensor) -> Names:
-        """Return the names of a tensor's axes, None for those that are not known."""
+        """Return a tensor's axis names; None for unknown ones."""
         known, _ = self._named.get(id(tensor), ((), tensor))
         return known if len(known) == tensor.dim() else (None,) * tensor.dim()
 
     def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Fill in unknown names; the first name stays."""
+        """Fill in unknown axis names; known names are kept."""
         self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
 
     def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Override the known names."""
+        """Override the known axis names."""
         self._named[id(tensor)] = tuple(names), tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function and name its result after its operands of the same shape."""
+        """Run the function, and copy axis names to its result from operands of the same shape."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
             for _, operand in leaves((args, kwargs)):

@@ -1,6 +1,6 @@
-"""The grammar of a hook point's name: `module`, `#call`, `.in` or `.out`, and a path; or the name of a tap.
+"""Grammar of hook-point names: `module`, `#call`, `.in` or `.out`, and a path; or the name of a tap.
 
-Names are written, parsed and matched by patterns here and nowhere else.
+This is the only module that writes, parses and matches names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STEP = re.compile(r"""\[(\d+|"[^"]*"|'[^']*')\]|\.([A-Za-z_]\w*)""")
 
 
 def written_name(module: str, side: str, path: Path, call: int | None) -> str:
-    """Return the name of a hook point, or of a tap; `call` is None if the module is called once."""
+    """Return the name of a hook point; `call` is None if the module or tap is called once."""
     base = module if call is None else f"{module}#{call}"
     if side == "tap" or (side == "out" and module and not path):
         return base
@@ -29,44 +29,44 @@ def written_name(module: str, side: str, path: Path, call: int | None) -> str:
 
 
 def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
-    """Return the hook point with this name in a model with these modules.
+    """Parse a hook point's name, given the modules of the model.
 
     Raises:
-        HookPointError: If there is no such module, or the name does not follow the grammar.
+        HookPointError: If the module does not exist or the name is malformed.
     """
     for match in reversed([*_SIDE.finditer(name)]):  # a module may itself be called "out": the longest name wins
         base, path = name[: match.start()], parsed_path(name[match.end() :])
         module, _, call = (base, "", "") if base in known else base.partition("#")
         side: Literal["in", "out"] = "in" if match[1] == "in" else "out"
-        is_tensor = path if side == "in" else match[1] or module  # the inputs together are not one, nor is ""
+        is_tensor = path if side == "in" else match[1] or module  # all inputs together are not one tensor
         if module in known and path is not None and is_tensor and (call.isdigit() or not call):
             return Place(name, module, side, path, int(call) if call else None)
     if is_pattern(name):
         raise HookPointError(
-            f"'{name}' is a pattern, and a bare model has no list of hook points to match. Give its hook points: "
-            "hook_points(model, *inputs)."
+            f"'{name}' is a pattern, but a model without a trace has no list of hook points to match. Pass "
+            "hook_points(model, *inputs) instead of the model."
         )
     raise HookPointError(
         f"{unknown_name(name, known, known)} "
-        f"({len(known)} modules; hook_points(model, *inputs) lists every hook point, taps included.)"
+        "To list all hook points, including taps, print hook_points(model, *inputs)."
     )
 
 
 def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
-    """Return the reason why there is no such hook point: it is a weight, or it is not among the known names."""
+    """Explain why a hook point does not exist: its name is unknown, or is the name of a weight."""
     module, _, weight = name.rpartition(".")
     if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
-        return f"'{name}' is a weight, not a hook point. In the forward, tap('name', weight) makes it one."
+        return f"'{name}' is a weight, not a hook point. To make it one, call tap('name', weight) in forward()."
     return f"No hook point named '{name}'.{did_you_mean(name, known)}"
 
 
 def path_text(path: Path) -> str:
-    """Return a path as it stands in a name, such as `[1]["h"].logits`."""
+    """Format a path as it appears in a name, such as `[1]["h"].logits`."""
     return "".join(map(str, path))
 
 
 def parsed_path(text: str) -> Path | None:
-    """Return the path that `path_text` wrote as this text, or None."""
+    """Parse a path formatted by `path_text`; return None if the text is not a path."""
     steps: list[Item | Attr] = []
     end = 0
     for match in _STEP.finditer(text):
@@ -78,14 +78,14 @@ def parsed_path(text: str) -> Path | None:
 
 
 def is_pattern(name: str) -> bool:
-    """Return whether a string has a wildcard."""
+    """Return whether a string contains a wildcard."""
     return "*" in name or "?" in name
 
 
 def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ()) -> list[str]:
     """Return a hook point's name and aliases with a line break after the module, for `selected`.
 
-    Without the module's name, it is guessed from the hook point's.
+    If `module` is None, it is inferred from the hook point's name.
     """
     if module is None:
         module = re.sub(r"(?s)(#\d+)?(\.(in|out)(\[.*)?)?$", "", name, count=1)
@@ -95,18 +95,18 @@ def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ())
 
 
 def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the hook points that a pattern selects, in the order given.
+    """Return the hook points that match a pattern, in the order given.
 
-    A name has parts, which end at dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the part before.
-    `*` is any text within a part, `**` any number of parts, `?` one character. A pattern without `#k` selects every
-    call, one without `.in` or `.out` all outputs, and the beginning of a path all tensors inside.
+    Names consist of parts separated by dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding
+    part. `*` matches any text within a part, `**` any number of parts, `?` one character. A pattern without `#k`
+    matches all calls, one without `.in` or `.out` all outputs. The beginning of a path matches all tensors under it.
 
     Args:
-        pattern: Such as `"h.*"`, `"h.*.in[0]"`, `"**.relu?"`.
-        names: For each hook point, the result of `spellings`.
+        pattern: Pattern, such as `"h.*"`, `"h.*.in[0]"`, `"**.relu?"`.
+        names: Result of `spellings` for each hook point.
 
     Raises:
-        HookPointError: If `?` leaves out the longer numbers of a list, such as h.10 with `h.?`.
+        HookPointError: If `?` would miss multi-digit indices of a list, such as h.10 with `h.?`.
     """
     if pattern in names:
         return [pattern]
@@ -117,8 +117,8 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
         if chosen and left_out:
             shown = ", ".join(left_out[:6]) + (f", ... ({len(left_out)} in all)" if len(left_out) > 6 else "")
             raise HookPointError(
-                f"'{pattern}' leaves out {shown}: '?' is one character. Write '{re.sub(r'[?]+', '*', pattern)}' to "
-                "select these too, or name the hook points in a list."
+                f"'{pattern}' does not match {shown}, because '?' matches one character. Use "
+                f"'{re.sub(r'[?]+', '*', pattern)}' to include them, or pass a list of names."
             )
         if chosen:
             return [*chosen]
@@ -126,19 +126,19 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
-    """Return advice on a pattern that selects nothing: one like it that selects something, if there is one."""
+    """Suggest a similar pattern that matches something, for a pattern that matches nothing."""
     like = {
-        re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call number.",
-        re.sub(r"^\*\.", "**.", pattern): "`*` ends at a dot, `**` does not.",
+        re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call index.",
+        re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot, `**` does not.",
     }
     found = ((each, why, len(selected(each, names))) for each, why in like.items())
-    return next((f" '{each}' matches {count}: {why}" for each, why, count in found if count), "")
+    return next((f" '{each}' would match {count}: {why}" for each, why, count in found if count), "")
 
 
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
-    """Return a regular expression for spellings, of a pattern whose module ends at `end`.
+    """Compile a pattern, whose module part ends at `end`, to a regular expression for spellings.
 
-    `numbers` is an alternative to `?`, with the count of `?` to fill in.
+    `numbers` is a template for an alternative to consecutive `?`; their number is filled in.
     """
 
     def regex(text: str, any_text: str) -> str:

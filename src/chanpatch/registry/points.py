@@ -1,4 +1,4 @@
-"""The hook points of a traced model, and sites that are checked against them."""
+"""Hook points of a traced model, and sites that are checked against them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .trace import traced_run
 
 
 class HookPoints(Records, Mapping[str, HookPoint]):
-    """The hook points of a model by name, in execution order; `chanpatch.hook_points` returns them.
+    """Hook points of a model by name, in execution order, as returned by `chanpatch.hook_points`.
 
     Attributes:
-        model: The model that was traced.
-        method: The method that was run, `"__call__"` for the forward.
-        calls: How often each module and tap was called, by name.
-        not_called: Names of the modules that the traced forward never called.
-        steady: Whether the traced forward left the parameters unchanged; if not, forwards always run to the end.
+        model: The traced model.
+        method: Name of the traced method; `"__call__"` is a call of the model itself.
+        calls: Number of calls of each module and tap, by name.
+        not_called: Names of the modules that the traced forward pass did not call.
+        steady: Whether the traced forward pass left the parameters unchanged; if not, no forward pass is stopped early.
     """
 
     _most = None
@@ -49,7 +49,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         listed = [*points]
         counts = Counter(point.name for point in listed)
         self._points = {point.name: point for point in listed if counts[point.name] == 1}
-        self._doubled = [point for point in listed if counts[point.name] > 1]  # several have this name
+        self._doubled = [point for point in listed if counts[point.name] > 1]  # their names are ambiguous
         self._aliases = {alias: point.name for point in self._points.values() for alias in point.aliases}
 
     def __getitem__(self, name: str) -> HookPoint:
@@ -68,72 +68,72 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         """Return the hook points whose name or alias matches a pattern.
 
         Args:
-            pattern: Such as `"embedder.block*.res?"`. `*` is any text without a dot, `**` any number of parts between
-                dots, `?` one character. A pattern that ends in a module takes its outputs in every call: `"h.*"` is
-                `h.0`, or `h.0.out[0]` and so on if the module returns several tensors. `"h.*.in[0]"` and
-                `"h.*.out[1]"` take an input or a part of the output, `"**.in"` all inputs.
+            pattern: Pattern, such as `"embedder.block*.res?"`. `*` matches any text without a dot, `**` any number of
+                dot-separated parts, `?` one character. A pattern that ends in a module name matches that module's
+                outputs in every call: `"h.*"` matches `h.0`, or `h.0.out[0]` and so on if there are several outputs.
+                `"h.*.in[0]"` and `"h.*.out[1]"` match one input or one output, `"**.in"` matches all inputs.
 
         Raises:
-            HookPointError: If no name matches, or `?` leaves out the longer numbers of a list (h.10 with `"h.?"`).
+            HookPointError: If no name matches, or `?` would miss multi-digit indices (such as h.10 with `"h.?"`).
         """
         points = {p.name: spellings(p.name, p.module, p.aliases) for p in self._points.values()}
         chosen = [self._points[name] for name in selected(pattern, points)]
         if not chosen:
-            dots = " `*` ends at a dot, `**` does not." if "*" in pattern else ""
+            dots = " `*` stops at a dot, `**` does not." if "*" in pattern else ""
             hint = alternative(pattern, points) or did_you_mean(pattern, self._names()) + dots
             raise HookPointError(f"No hook point matches '{pattern}'.{hint} {self._advice()}")
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
         return HookPoints(self.model, chosen, **facts)
 
     def site(self, name: str, /, *_unnamed: Any, **indices: Index) -> Site:
-        """Return a region of a hook point, checked against the trace.
+        """Return a site, checked against the trace.
 
         Args:
-            name: The hook point.
-            indices: One entry per restricted axis, as in `channel=[55, 121]` or `row=slice(2, 5)`.
+            name: Name of the hook point.
+            indices: Index for each axis to restrict, such as `channel=[55, 121]` or `row=slice(2, 5)`.
 
         Raises:
-            HookPointError: If there is no such hook point.
-            SiteError: If an axis or an index does not exist; all faults at once.
+            HookPointError: If the hook point does not exist.
+            SiteError: If an axis or an index does not exist; all errors are reported together.
         """
         return self.bind(Site(name, *_unnamed, **indices))
 
     def bind(self, site: Site) -> Site:
-        """Return the same site bound to its hook point; raise like `site`."""
+        """Return the site bound to its hook point; raises the same errors as `site`."""
         point = self[site.name]
         return site if site.point == point else normalized(site, point)
 
     def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-        """Return the output of the traced method on copies of these arguments."""
+        """Run the traced method on copies of these arguments, and return its output."""
         args, kwargs = copied_inputs(inputs, keywords)
         return getattr(self.model, self.method)(*args, **kwargs)
 
     def _rewritten(self, name: str) -> str:
-        """Return a name as the registry writes it: `fc.out` is `fc`."""
+        """Return the registry's spelling of a name: `fc` for `fc.out`."""
         with suppress(HookPointError):
             point = parsed_name(dict(self.model.named_modules(remove_duplicate=False)), name)
             name = written_name(point.module, point.side, point.path, point.call)
         return self._aliases.get(name, name)
 
     def _unknown(self, name: str) -> str:
-        doubled = [f"{p.side}{path_text(p.path)} of '{p.module}'" for p in self._doubled if p.name == name]
+        doubled = [f"'{p.module}' (.{p.side}{path_text(p.path)})" for p in self._doubled if p.name == name]
         if doubled:
             return (
-                f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Give a submodule, or a "
-                "part of the output of a module, another name."
+                f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Rename a submodule, or an "
+                "entry in the output of a module."
             )
         modules = dict(self.model.named_modules(remove_duplicate=False))
         if name in self.not_called:
             return (
-                f"Hook point '{name}' never fired: the traced forward did not call that module. "
-                f"{self._advice()} To trace another path, pass its inputs or its method to hook_points()."
+                f"Hook point '{name}' never fired: the traced forward pass did not call that module. {self._advice()} "
+                "To trace another path through the model, call hook_points() with other inputs or another method."
             )
         module = modules.get(name, name)
         fired = [point.name for point in self._points.values() if modules.get(point.module, point.module) == module]
         if fired:
-            return f"'{name}' is {len(fired)} hook points: {', '.join(fired)}. Name one of them."
+            return f"'{name}' does not identify a hook point. Use one of these names: {', '.join(fired)}."
         if is_pattern(name):
-            return f"'{name}' is a pattern, and one hook point is expected. Take those of points.select('{name}')."
+            return f"'{name}' is a pattern, but a single hook point is expected. Use a name in points.select('{name}')."
         return f"{unknown_name(name, modules, self._names())} {self._advice()}"
 
     def _names(self) -> list[str]:
@@ -167,9 +167,9 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
         shown = unproved if len(unproved) <= 6 else [*unproved[:6], "..."]
         named = {
-            f"Batch axis not proved for {len(unproved)} of them": shown,
+            f"Batch axis unknown for {len(unproved)} of them": shown,
             "Not called": self.not_called,
-            "Left out, as several have that name": dict.fromkeys(point.name for point in self._doubled),
+            "Omitted because of ambiguous names": dict.fromkeys(point.name for point in self._doubled),
         }
         return [f"{note}: {', '.join(names)}" for note, names in named.items() if names]
 
@@ -184,26 +184,26 @@ def hook_points(
     axes: Mapping[str, tuple[str, ...]] | None = None,
     **example_keywords: Any,
 ) -> HookPoints:
-    """Return every place where an activation of the model can be read or written, in execution order.
+    """List all places in a model at which activations can be read or written, in execution order.
 
-    The model runs under `torch.no_grad`, and again with one more row, which proves the batch axis. Random number
-    generators, buffers, attributes and training flags are restored.
+    The model runs twice under `torch.no_grad`; the second run has one more row, to identify the batch axis. Random
+    number generators, buffers, attributes and training flags are restored.
 
     Args:
         model: Any module.
-        example_inputs: Inputs with at least one row; the model gets copies. In the second run an input grows along the
-            axis named "batch", by `axes` or by a module such as a sequence-first LSTM. An input with unnamed axes grows
-            along its first axis instead, if that is as long as the batch.
-        method: The method to run, if not the forward. Its inputs are `.in[0]`, ...
-        axes: Axis names by patterns as in `HookPoints.select`, for axes that no module type names:
-            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions pass them on.
-        example_keywords: Keyword inputs.
+        example_inputs: Inputs with at least one row; the model receives copies. In the second run, each input grows
+            along the axis named "batch" (by `axes`, or by a module such as a sequence-first LSTM). An input with
+            unnamed axes grows along its first axis if that is as long as the batch.
+        method: Name of the method to trace, if not `__call__`. Its inputs are named `.in[0]`, ...
+        axes: Axis names by pattern (see `HookPoints.select`), for axes that no module type names:
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate them.
+        example_keywords: Keyword arguments for the model.
 
     Raises:
-        UnsupportedModelError: If the model is compiled, scripted or lazy, or handles nested tensors.
+        UnsupportedModelError: If the model is compiled, scripted or lazy, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
-        HookPointError: If `axes` names a hook point that did not fire, or a tap has the name of another hook point.
-        SiteError: If `axes` gives another number of names than the hook point has axes, or one name twice.
+        HookPointError: If `axes` names a hook point that did not fire, or a tap's name is already in use.
+        SiteError: If `axes` has the wrong number of names for a hook point, or repeats a name.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -212,7 +212,7 @@ def hook_points(
         (('batch', 'channel', 'row', 'col'), (8, 7, 7))
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"hook_points takes a torch.nn.Module, not {no_module(model)}")
+        raise TypeError(f"hook_points expects a torch.nn.Module, not {no_module(model)}")
     refuse_unhookable(dict(model.named_modules()))
     return HookPoints(model, method=method, **traced_run(model, method, example_inputs, example_keywords, axes or {}))
 
@@ -220,25 +220,25 @@ def hook_points(
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return given hook points, or those of a model, traced with its inputs or with the first batch of them."""
+    """Return the given hook points, or trace a model with its inputs or the first batch of them."""
     if isinstance(points_or_model, HookPoints):
         return points_or_model
     model = model_of(points_or_model)
     if inputs is None:
         what = type(model).__name__
-        raise TypeError(f"There are no inputs to trace the {what} with. Give its hook points: hook_points(model, ...).")
+        raise TypeError(f"There are no inputs to trace the {what} with. Pass hook_points(model, ...) instead.")
     each = [inputs] if isinstance(inputs, (Tensor, tuple, Mapping)) else inputs
     for arguments, named in batches(each, 1):
         return hook_points(model, *arguments, **named, **keywords)
-    raise BatchAxisError("There are no inputs to trace the model with. Give one batch at least.")
+    raise BatchAxisError("There are no inputs to trace the model with. Pass at least one batch.")
 
 
 def names_by_trace(
     model: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, tuple[Axes, int | None]]:
-    """Return axes and batch axis by hook point, from one trace with these inputs; empty if that trace fails.
+    """Return the axis names and batch axis of each hook point, from a trace with these inputs; empty if it fails.
 
-    The trace may run in the middle of a forward that has listeners: they do not hear of it.
+    The trace may run in the middle of a forward pass that has listeners; they are disabled during the trace.
     """
     if model not in _names:
         stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
@@ -255,7 +255,7 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return the hook point of a site, traced or not, in a model with these modules; raise HookPointError if none."""
+    """Return a site's hook point, traced or not, given the model's modules; raise HookPointError if unknown."""
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
@@ -265,7 +265,7 @@ def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
 def sites_of(
     points_or_model: HookPoints | nn.Module, sites: str | Site | HookPoint | Iterable[str | Site | HookPoint]
 ) -> tuple[Site, ...]:
-    """Return checked sites from names, patterns, hook points or sites, in the order given, without duplicates."""
+    """Convert names, patterns, hook points or sites to checked sites, in the order given, without duplicates."""
     named: list[Site] = []
     for item in [sites] if isinstance(sites, (str, Site, HookPoint)) else sites:
         if isinstance(points_or_model, HookPoints) and isinstance(item, str) and is_pattern(item):
@@ -274,24 +274,24 @@ def sites_of(
             named.append(Site(item.name).at(item) if isinstance(item, HookPoint) else
                          item if isinstance(item, Site) else Site(item))  # fmt: skip
     if not named:
-        raise SiteError("There are no sites to record: sites is empty. Name one or more, as in sites=['conv1'].")
+        raise SiteError("There are no sites to record: sites is empty. Pass at least one, as in sites=['conv1'].")
     return tuple(dict.fromkeys(bound(points_or_model, named)))
 
 
 def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
-    """Return one site from a name, a pattern, a hook point or a site.
+    """Convert a name, pattern, hook point or site to one checked site.
 
     Raises:
-        HookPointError, SiteError: If it does not exist, or there are several.
+        HookPointError, SiteError: If the site does not exist, or there is more than one.
     """
     found = sites_of(points, site)
     if len(found) > 1:
-        raise SiteError(f"There are {len(found)} sites, but one is expected: {', '.join(map(repr, found))}.")
+        raise SiteError(f"Expected one site, but got {len(found)}: {', '.join(map(repr, found))}.")
     return found[0]
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Return sites checked against a trace, or their names against a model; raise all faults at once."""
+    """Check sites against a trace, or their names against a model; report all errors together."""
     found, faults = [], []
     model = model_of(points_or_model)
     modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
@@ -310,7 +310,7 @@ def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> lis
 
 
 def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
-    """Return the model, or raise TypeError."""
+    """Return the model; raise TypeError if the argument is neither HookPoints nor a module."""
     model = points_or_model.model if isinstance(points_or_model, HookPoints) else points_or_model
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected HookPoints or a torch.nn.Module, not {no_module(points_or_model)}")
@@ -318,13 +318,13 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
 
 
 def no_module(given: object) -> str:
-    """Return the type of an object that is not a module, and the name of a module that it holds, for a message."""
+    """Describe an object that is not a module, for an error message: its type, and an attribute that is a module."""
     held = [name for name, item in getattr(given, "__dict__", {}).items() if isinstance(item, nn.Module)]
-    return f"{type(given).__name__}.{f' It holds one: pass .{held[0]}.' if held else ''}"
+    return f"{type(given).__name__}.{f' Pass its module .{held[0]} instead.' if held else ''}"
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the model, its method, and the number of calls of each module, if traced."""
+    """Return the model, the name of the method, and, if traced, the number of calls of each module."""
     model = model_of(points_or_model)
     if isinstance(points_or_model, HookPoints):
         return model, points_or_model.method, points_or_model.calls
@@ -332,27 +332,27 @@ def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, di
 
 
 def refuse_unhookable(modules: Mapping[str, nn.Module]) -> None:
-    """Raise if the calls of one of a model's modules ignore hooks."""
+    """Raise if any of a model's modules would ignore hooks."""
     for name, module in modules.items():
         if "_orig_mod" in module._modules:
             why = (
-                "is compiled by torch.compile, which ignores hooks that are added after its first call. Pass the "
-                "original module (compiled._orig_mod), or compile the PatchedPolicy made of it."
+                "is compiled with torch.compile, so it ignores hooks added after its first call. Pass the original "
+                "module (compiled._orig_mod), or create a PatchedPolicy from the original module and compile that."
             )
         elif module._compiled_call_impl is not None or hasattr(
             vars(module).get("forward"), "_torchdynamo_orig_callable"
         ):
             why = (
-                "was compiled in place, so hooks that are added now are ignored. Work on a copy that is not compiled, "
-                "or compile the PatchedPolicy made of it."
+                "was compiled in place, so it ignores hooks added now. Use an uncompiled copy, or create a "
+                "PatchedPolicy from an uncompiled copy and compile that."
             )
         elif isinstance(module, torch.jit.ScriptModule):
-            why = "is a TorchScript module, which runs its submodules without their hooks. Pass the original Python "
+            why = "is a TorchScript module, which runs its submodules without hooks. Pass the original Python "
             why += "module."
         elif isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             why = (
                 f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. Pass the "
-                "module inside (.module) and run it on one device."
+                "wrapped module (.module), and run it on one device."
             )
         else:
             continue

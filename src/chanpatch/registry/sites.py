@@ -1,4 +1,4 @@
-"""A region of a hook point as plain data, and how it is read and written; nothing is written in place."""
+"""Sites: regions of hook points as plain data, and functions that read and write them without in-place writes."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ Selection: TypeAlias = "tuple[int, ...] | Span | Flags"
 
 @dataclass(frozen=True, init=False, repr=False)
 class Site:
-    """A hook point and a region of it: a place that can be read or written.
+    """A region of the activation at a hook point, which can be read or written.
 
-    Indices are Python's, negative ones included. An axis without an index is selected as a whole. A region keeps all
-    axes of its hook point. Index lists on several axes select their product.
+    Indices work as in Python and may be negative. An axis without an index is selected in full. A region keeps all axes
+    of its hook point. Several index lists select their Cartesian product.
 
     Args:
-        name: The hook point's name.
-        indices: Per axis an int, a slice, a sequence of ints, or a boolean mask over the axis.
+        name: Name of the hook point.
+        indices: For each axis to restrict, an int, a slice, a sequence of ints, or a boolean mask over the axis.
 
     Raises:
-        SiteError: If an index is of another type, or selects nothing.
+        SiteError: If an index has another type or selects nothing.
 
     Example:
         >>> Site("embedder.relu3", channel=[55, 121], row=slice(2, 5))
@@ -66,9 +66,9 @@ class Site:
 
     def __init__(self, name: str, /, *unnamed: Any, **indices: Any) -> None:
         if not isinstance(name, str):
-            raise SiteError(f"Site takes a hook point's name, not {type(name).__name__}.")
+            raise SiteError(f"Site expects the name of a hook point, not {type(name).__name__}.")
         if unnamed:
-            raise SiteError(f"Site({name!r}, {unnamed[0]!r}): an index needs the name of its axis, as in channel=2.")
+            raise SiteError(f"Site({name!r}, {unnamed[0]!r}): indices must be passed by axis name, as in channel=2.")
         selections = {axis: _selection(name, axis, index) for axis, index in indices.items()}
         vars(self).update(name=name, indices=tuple(sorted(selections.items())), point=None)  # a frozen dataclass
 
@@ -76,7 +76,7 @@ class Site:
         """Return one site per index of an axis, in order.
 
         Raises:
-            SiteError: If the axis does not exist, or its length is not known.
+            SiteError: If the axis does not exist or its length is unknown.
         """
         chosen, point = dict(self.indices).get(axis), self.point
         if isinstance(chosen, Flags):
@@ -86,26 +86,26 @@ class Site:
         if isinstance(chosen, tuple):
             return tuple(Site(self.name, **{**dict(self.indices), axis: index}).at(point) for index in chosen)
         if point is None:
-            why = "the length of that axis is not known. Name its indices, or take the site from points.site(...) of a "
-            why += "traced model."
+            why = "the length of that axis is unknown. Pass its indices, or create the site from a traced model with "
+            why += "points.site(...)."
         elif axis in point.axes:
-            why = "the batch is as long as each forward's. Name its indices, or choose rows with where=."
+            why = "the batch size varies between forward passes. Pass the indices, or select rows with where=."
         else:
             why = f"there is no such axis.{did_you_mean(axis, point.axes)} "
             why += f"Hook point '{self.name}' has axes ({', '.join(point.axes)})."
         raise SiteError(f"{self!r} cannot be split along '{axis}': {why}")
 
     def at(self, point: HookPoint | None) -> Site:
-        """Return the same site bound to a traced hook point, unchecked."""
+        """Return the same site bound to a traced hook point, without checking it."""
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
-        """Return the positions to select, by axis number, on a tensor with these axes.
+        """Return the selected positions, by axis number, in a tensor with these axes.
 
         Raises:
-            SiteError: If axes or indices do not exist there; all faults at once.
+            SiteError: If axes or indices do not exist in it; all errors are reported together.
         """
         found: dict[int, slice | list[int]] = {}
         faults = []
@@ -143,13 +143,13 @@ def _selection(name: str, axis: str, index: Any) -> Selection:
         try:
             return Span(*(None if part is None else operator.index(part) for part in parts))
         except TypeError as fault:
-            raise SiteError(f"Site({name!r}, {axis}={index!r}): the ends of a slice are whole numbers.") from fault
+            raise SiteError(f"Site({name!r}, {axis}={index!r}): slice bounds must be integers.") from fault
     if isinstance(index, (Tensor, np.ndarray)):
         index = index.tolist()
     values = [index] if _is_whole(index) else index
     if isinstance(values, Sequence) and not isinstance(values, str):
         if not values:
-            raise SiteError(f"Site({name!r}, {axis}=[]) selects nothing. Leave {axis} out to mean all of it.")
+            raise SiteError(f"Site({name!r}, {axis}=[]) selects nothing. Omit {axis} to select all of it.")
         if all(map(_is_whole, values)):
             return tuple(map(int, values))
         if all(isinstance(value, (bool, np.bool_)) for value in values):
@@ -157,7 +157,7 @@ def _selection(name: str, axis: str, index: Any) -> Selection:
                 return Flags(tuple(map(bool, values)))
             raise SiteError(f"Site({name!r}, {axis}=...): the mask over {axis} selects nothing.")
     raise SiteError(
-        f"Site({name!r}, {axis}={index!r}): an index is an int, a slice, a sequence of ints or a boolean mask."
+        f"Site({name!r}, {axis}={index!r}): an index must be an int, a slice, a sequence of ints or a boolean mask."
     )
 
 
@@ -168,7 +168,7 @@ def _is_whole(index: Any) -> bool:
 def _positions(selection: Selection, length: int, axis: str) -> list[int]:
     if isinstance(selection, Flags):
         if len(selection.values) != length:
-            raise ValueError(f"the mask over {axis} has {len(selection.values)} flags")
+            raise ValueError(f"the mask over {axis} has length {len(selection.values)}")
         return [position for position, chosen in enumerate(selection.values) if chosen]
     if isinstance(selection, Span):
         chosen = [*range(length)[selection.start : selection.stop : selection.step]]
@@ -182,7 +182,7 @@ def _positions(selection: Selection, length: int, axis: str) -> list[int]:
     chosen = [position % length for position in selection]
     if len(set(chosen)) < len(chosen):
         twice = next(position for position, times in Counter(chosen).items() if times > 1)
-        raise ValueError(f"{axis} {twice} is named twice")
+        raise ValueError(f"{axis} {twice} is listed twice")
     return chosen
 
 
@@ -201,19 +201,19 @@ def _shown(selection: Selection) -> str:
 
 @dataclass(frozen=True)
 class HookPoint(Place):
-    """One tensor of one traced forward.
+    """One tensor in a traced forward pass.
 
     Attributes:
-        name: `module`, `module.out<path>` if the module returns more than one tensor, `module.in<path>` for an input.
-            `module#k` is its call number k, if there are several. `.out` is the output of the model itself. A tap has
-            the name it was given.
+        name: `module`, `module.out<path>` if the module returns more than one tensor, or `module.in<path>` for an
+            input. `module#k` is call k of a module that is called more than once. `.out` is the output of the model
+            itself. A tap keeps the name passed to `tap`.
         axes: Axis names, such as `(batch, channel, row, col)`.
-        shape: Lengths of all axes but the batch axis.
-        batch_axis: Number of the batch axis, which grew when the model was run with one more row; None if none did.
+        shape: Lengths of all axes except the batch axis.
+        batch_axis: Index of the batch axis, found by running the model with one more row; None if unknown.
         dtype, device: Dtype and device of the tensor.
-        module_type: Class name of the module; `tap` for a tap.
-        parameters: Number of parameters of the module, submodules included.
-        aliases: Other names of the same hook point, if modules are shared.
+        module_type: Class name of the module, or `tap`.
+        parameters: Number of parameters in the module, including its submodules.
+        aliases: Other names of the same hook point, if the module is shared.
         read_only: Whether the tensor is inside a distribution, so it can be recorded but not patched.
     """
 
@@ -236,8 +236,8 @@ class HookPoint(Place):
 
 
 def normalized(site: Site, point: HookPoint) -> Site:
-    """Check a site against the trace, write its indices out, and bind it to the hook point."""
-    batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # as long as each forward's
+    """Check a site against the trace, list its indices explicitly, and bind it to the hook point."""
+    batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # varies in length
     lengths = [point.length(axis) or 0 for axis in point.axes]
     written = {axis: index for axis, index in site.indices if axis == batch}
     checked = Site(site.name, **{axis: index for axis, index in site.indices if axis != batch})
@@ -250,27 +250,27 @@ def normalized(site: Site, point: HookPoint) -> Site:
 
 
 def no_batch(site: Site) -> str:
-    """Return the part of an error message that says why a site has no rows."""
+    """Explain why a site has no rows, for an error message."""
     if site.point is None:
-        return "Take the site from points.site(...) of hook_points(model, *inputs), which proves the batch axis."
+        return "Create the site with hook_points(model, *inputs).site(...), which identifies the batch axis."
     return (
-        f"The trace could not prove which axis of '{site.name}' is the batch: no single axis grew when the model "
-        "was run with one row more. Name it where the inputs have it: hook_points(..., axes={'.in[0]': (...)})."
+        f"The trace could not identify the batch axis of '{site.name}': no single axis grew when the model was run "
+        "with one more row. Name the axes of the model's input: hook_points(..., axes={'.in[0]': (...)})."
     )
 
 
 def unusual_layout(tensor: Tensor) -> str:
-    """Return "masked", "sparse_coo" or such, or nothing for a dense tensor."""
+    """Return the layout of a masked or sparse tensor, such as "sparse_coo"; an empty string for a dense tensor."""
     if isinstance(tensor, torch.masked.MaskedTensor):
         return "masked"
     return "" if tensor.layout == torch.strided else str(tensor.layout).removeprefix("torch.")
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at these positions; raise UnsupportedModelError for a part of a sparse or masked tensor."""
+    """Return the region at these positions; raise UnsupportedModelError for part of a sparse or masked tensor."""
     if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
-            f"A {layout} tensor has no regions. Use the whole hook point, or make the tensor dense in the model: "
+            f"Cannot select part of a {layout} tensor. Use the whole hook point, or make it dense in the model: "
             f"tensor.{'to_tensor(0.0)' if layout == 'masked' else 'to_dense()'}."
         )
     for axis, chosen in positions.items():
@@ -284,18 +284,18 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
 def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     """Return a copy of the tensor with the region replaced; gradients flow to both.
 
-    It shares no memory with its arguments, so later in-place writes do not reach them.
+    The copy shares no memory with the arguments, so later in-place writes do not affect them.
     """
     if not positions:
         return region.clone()
     (axis, chosen), *others = positions.items()
     if others:
         region = written(read(tensor, {axis: chosen}), dict(others), region)
-    if isinstance(chosen, slice) and not tensor.is_complex():  # slice_scatter has no gradients of complex numbers
+    if isinstance(chosen, slice) and not tensor.is_complex():  # slice_scatter lacks complex gradients
         return torch.slice_scatter(tensor, region, axis, chosen.start, chosen.stop)
     numbers = torch.arange(tensor.shape[axis])[chosen] if isinstance(chosen, slice) else torch.as_tensor(chosen)
     index = numbers.to(tensor.device)
-    # vmap has no rule for writing in place here.
+    # vmap does not support the in-place write below.
     if inside_vmap(region) or inside_vmap(tensor):
         return tensor.index_copy(axis, index, region)
-    return tensor.clone().index_copy_(axis, index, region)  # a clone keeps the strides, and so the last bits downstream
+    return tensor.clone().index_copy_(axis, index, region)  # a clone keeps the strides, for bit-identical results

@@ -1,4 +1,4 @@
-"""Find the hook points of a model: one run lists them, a second one proves the batch axis."""
+"""Find the hook points of a model: one run lists them, and a second one identifies the batch axis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .sites import HookPoint
 
 
 class _Fired(NamedTuple):
-    """One tensor that one call took or returned."""
+    """One input or output tensor of a module call, or the tensor of a tap."""
 
     module: str
     side: Literal["in", "out", "tap"]
@@ -37,18 +37,18 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 
 
 class Trace:
-    """All tensors that fire while a model runs, with axis names; `given` names override others.
+    """The tensors at all hook points in one run of a model, with axis names; `given` names override inferred ones.
 
-    `totals` holds the sum of each parameter, by id, to compare with those during the run.
+    `totals` maps the id of each parameter to its sum, to be compared with the sum during the run.
     """
 
     def __init__(
         self, model: nn.Module, given: Mapping[_Place, tuple[str, ...]] = {}, totals: Mapping[int, Any] = {}
     ) -> None:
         self.model, self._given, self._totals = model, given, totals
-        self.steady = True  # whether all parameters compared are unchanged
+        self.steady = True  # whether all parameters compared so far are unchanged
         self.fired: list[_Fired] = []
-        self.inputs: list[_Fired] = []  # of the traced method, which are hook points only of a forward
+        self.inputs: list[_Fired] = []  # inputs of the traced method; hook points only for `__call__`
         self.calls: Counter[str] = Counter()
         self.known = NamePropagation()
         self.module_names: dict[nn.Module, list[str]] = {}
@@ -57,7 +57,7 @@ class Trace:
         self._stack: list[tuple[nn.Module, int, Names | None]] = []
 
     def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Trace:
-        """Run the model once, on copies of its inputs, without side effects."""
+        """Run the model once on copies of its inputs, without side effects."""
         with undisturbed(self.model):
             args, kwargs = copied_inputs(inputs, keywords)
             self.inputs = [_Fired("", "in", tuple(path), 0, tensor) for (_, *path), tensor in leaves((args, kwargs))]
@@ -68,12 +68,12 @@ class Trace:
         return self
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return a hook point's name, or its alias under another name of the module."""
+        """Return a hook point's name, or an alias based on another name of its module."""
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
     def aliases(self, fired: _Fired) -> tuple[str, ...]:
-        """Return the other names of a hook point, which a shared module has."""
+        """Return the other names of a hook point, if its module is shared."""
         names = () if fired.side == "tap" else self.module_names[self.model.get_submodule(fired.module)][1:]
         return tuple(self.name(fired, other) for other in names)
 
@@ -89,7 +89,7 @@ class Trace:
         self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
 
     def _on_output(self, module: nn.Module, output: Any) -> None:
-        while self._stack[-1][0] is not module:  # a call that raised, and was caught, gave no output
+        while self._stack[-1][0] is not module:  # a call whose exception was caught has no output
             self._stack.pop()
         _, call, inputs = self._stack.pop()
         for path, tensor in leaves(output):
@@ -104,8 +104,8 @@ class Trace:
         tensor = fired.tensor
         if tensor.is_nested:
             raise UnsupportedModelError(
-                f"The tensor at '{self.name(fired)}' is a nested one, which has no shape. Give padded inputs; where a "
-                "TransformerEncoder makes it of them, build that with enable_nested_tensor=False."
+                f"Hook point '{self.name(fired)}' is a nested tensor, which has no regular shape. Pass padded inputs. "
+                "If a TransformerEncoder creates nested tensors, build it with enable_nested_tensor=False."
             )
         self.fired.append(fired)
         if module is not None:
@@ -120,16 +120,16 @@ class Trace:
 def traced_run(
     model: nn.Module, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], axes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the attributes of HookPoints: points, calls, not_called, steady."""
+    """Trace a model, and return the attributes of HookPoints: points, calls, not_called, steady."""
     _refuse_untraceable(model, (inputs, keywords))
     try:
         trace = Trace(model, totals={id(weight): _total(weight) for weight in model.parameters()})
         steady = trace.run(method, inputs, keywords).steady
     except TypeError as fault:
         if any(isinstance(each, np.ndarray) for each in (*inputs, *keywords.values())):
-            raise TypeError(f"{type(model).__name__} took no NumPy array. Give torch.as_tensor(array).") from fault
+            raise TypeError(f"{type(model).__name__} accepts no NumPy arrays. Pass torch.as_tensor(array).") from fault
         raise
-    if axes:  # run again with the names known from the start, so that later modules and functions pass them on
+    if axes:  # run again with these names known from the start, so that they propagate downstream
         trace = Trace(model, _names_by_place(trace, axes)).run(method, inputs, keywords)
     _refuse_ambiguous_taps(trace)
     proved = _proved_batches(method, inputs, keywords, trace)
@@ -142,12 +142,12 @@ def traced_run(
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter; None if there is no sum. A forward that changes it must not be ended early."""
+    """Return the sum of a parameter, or None; a forward pass that changes it must not be stopped early."""
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
-    with suppress(RuntimeError):  # some dtypes know no sum, and inside a vmap no number can be read
+    with suppress(RuntimeError):  # some dtypes have no sum, and vmap allows no reading of values
         total = weight.detach().sum(dtype=torch.complex128 if weight.is_complex() else torch.float64)
-        return str(total.item())  # by text, NaN equals itself
+        return str(total.item())  # as text, so that NaN equals itself
     return None
 
 
@@ -156,11 +156,11 @@ def _refuse_ambiguous_taps(trace: Trace) -> None:
     for fired in trace.fired:
         if fired.side == "tap" and (names[trace.name(fired)] > 1 or fired.module in modules):
             what = "a module" if fired.module in modules else "another hook point"
-            raise HookPointError(f"tap('{fired.module}', ...) has the name of {what}. Give the tap a name of its own.")
+            raise HookPointError(f"tap('{fired.module}', ...) has the same name as {what}. Rename the tap.")
 
 
 def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
-    """Return the user's axis names for each place that the patterns match."""
+    """Return the user's axis names for each place that matches a pattern."""
     given: dict[_Place, tuple[str, ...]] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
@@ -170,19 +170,19 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
         chosen = [fired for name in selected(pattern, known) for fired in fired_by_name[name]]
         if not chosen:
             hint = alternative(pattern, known) or did_you_mean(pattern, known)
-            raise HookPointError(f"axes={{'{pattern}': ...}}: no hook point matches.{hint}")
+            raise HookPointError(f"axes={{'{pattern}': ...}}: no hook point matches this pattern.{hint}")
         for fired in chosen:
             if len(names) != fired.tensor.dim() or len(set(names)) < len(names):
                 raise SiteError(
                     f"axes={{'{pattern}': {tuple(names)}}}: hook point '{trace.name(fired)}' has "
-                    f"{fired.tensor.dim()} axes; give each one name of its own."
+                    f"{fired.tensor.dim()} axes. Pass one name per axis, without repeats."
                 )
             given[fired[:4]] = tuple(names)
     return given
 
 
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> dict[str, int]:
-    """Return the batch axis of each hook point for which a second run with one more row proves it."""
+    """Return each hook point's batch axis, if a second run with one more row identifies it."""
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
     certain: list[int] = []  # lengths of axes named "batch"
@@ -195,7 +195,7 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
         certain += [tensor.shape[axis]] if "batch" in names else []
         growing += [(path, tensor, axis)] if "batch" in names or None in names else []
     rows = next(iter([*certain, *(len(tensor) for _, tensor, _ in growing)]), 0)
-    with suppress(Exception):  # a model, or a container, may be made for one batch size only
+    with suppress(Exception):  # a model or container may support only one batch size
         for path, tensor, axis in growing:
             if tensor.shape[axis] == rows:
                 grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
@@ -205,15 +205,15 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return the one axis of each hook point that grew from `rows` by one, unless it has another name than batch."""
+    """Return each hook point's only axis that grew from `rows` to `rows + 1`, if its name is unknown or batch."""
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
         names, after = trace.known.names(fired.tensor), shapes.get(name, before)
         changed = [number for number, lengths in enumerate(zip(before, after, strict=False)) if len({*lengths}) > 1]
         if "batch" in names and changed and names.index("batch") not in changed:
-            return {}  # as a sequence-first encoder behind a Linear, which lets any axis grow
-        # One more of some of the rows, as an expert is given them, does not prove which rows they are.
+            return {}  # another axis grew, as with a sequence-first encoder after a Linear, which accepts any length
+        # If a tensor has only some of the rows, as in a mixture of experts, one more does not identify them.
         grew = [(before[number], after[number]) for number in changed] == [(rows, rows + 1)]
         if grew and len(before) == len(after) and names[changed[0]] in (None, "batch"):
             found[name] = changed[0]
@@ -250,11 +250,11 @@ def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedModelError(
-                f"'{name}' has no shape before the model's first call. Call the model once, then trace it."
+                f"'{name}' is lazy: it has no shape until the model is called. Call the model once before tracing it."
             )
     first = next((tensor for _, tensor in leaves(inputs) if tensor.dim() and not tensor.is_nested), None)
     if first is not None and not len(first):
         raise BatchAxisError(
-            f"The example inputs have no rows: the first tensor has shape {tuple(first.shape)}. Trace with two rows or "
-            "more, which proves the batch axis."
+            f"The example inputs have no rows: the first tensor has shape {tuple(first.shape)}. Pass at least 2 rows, "
+            "which are needed to identify the batch axis."
         )
