@@ -228,7 +228,7 @@ def figure(channel: int, mazes: Sequence[Any], probe: Any, rollouts: Any, rows: 
     drawn = Figure(figsize=(15, 5), layout="constrained")
     left, middle, right = drawn.subplots(1, 3, width_ratios=(1.2, 1, 1))
     labels = np.concatenate([np.where(each["cheese"], "UP", "elsewhere") for each in mazes])
-    split = np.repeat(["in distribution", "out"], [len(each["cheese"]) for each in mazes])
+    split = np.repeat(["in distribution", "out of distribution"], [len(each["cheese"]) for each in mazes])
     both = np.concatenate([each["sums"][:, channel] for each in mazes])
     strip(both, labels, split, probe.threshold, left)
     left.set(xlabel="first step to the cheese", ylabel=f"sum of channel {channel}")
@@ -236,7 +236,7 @@ def figure(channel: int, mazes: Sequence[Any], probe: Any, rollouts: Any, rows: 
     shown = int(np.argmax(rollouts[zeroed].terminated & ~rollouts[original].terminated))
     paths = {name: mouse_path(levels[shown], rollouts[name].actions[shown]) for name in (original, zeroed)}
     draw_trajectories(middle, levels[shown], paths)
-    effect_ranking(rows, right, label="difference in the share of levels with the cheese found")
+    effect_ranking(rows, right, label="difference in the fraction of levels with the cheese found")
     return drawn
 
 
