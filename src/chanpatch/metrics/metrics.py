@@ -22,7 +22,7 @@ from .outputs import Actions, Choice, described, distribution_of, is_categorical
 
 
 def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
-    """Return the metric `logit of correct - logit of incorrect`, the log odds between the two.
+    """Return a metric: the logit of `correct` minus the logit of `incorrect`, which is their log odds.
 
     The logit of a set of actions is the log-sum-exp of their logits, so the difference between two sets is the log
     ratio of their probabilities.
@@ -51,7 +51,7 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
 
 
 def log_probability(actions: Actions) -> Metric:
-    """Return the metric `log probability of an action`, or of any action in a set, in nats.
+    """Return a metric: the log probability of an action, or of a set of actions combined, in nats.
 
     Arguments and errors are the same as for `logit_difference`.
 
@@ -68,7 +68,7 @@ def log_probability(actions: Actions) -> Metric:
 
 
 def action_probability(actions: Actions) -> Metric:
-    """Return the metric `probability of an action`, or of any action in a set, from 0 to 1.
+    """Return a metric: the probability of an action, or of a set of actions combined, from 0 to 1.
 
     Arguments and errors are the same as for `logit_difference`.
 
@@ -88,7 +88,8 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
     """Return the Kullback-Leibler divergence `KL(baseline || output)` between action distributions, in nats.
 
     It is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, and infinite if the output
-    gives zero probability to a possible action of the baseline. It is summed over the dimensions of continuous actions.
+    gives zero probability to an action that the baseline may take. It is summed over the dimensions of continuous
+    actions.
 
     Args:
         output: Output of the patched model.

@@ -93,7 +93,7 @@ def save(
 
     Raises:
         InterventionError: If a patch contains a function or a tensor that safetensors cannot store (all are reported),
-            inputs are given without points, the file is not regular, or the run is not reproduced bit for bit.
+            inputs are given without points, `file` is not a regular file, or the run is not reproduced bit for bit.
         HookPointError, SiteError: If a site does not exist in `points`.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
@@ -221,7 +221,7 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 
 @contextmanager
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a new hidden file next to `path`, and remove it at the end. Old ones left by killed processes go too."""
+    """Write a new hidden file next to `path`, and remove it at the end. Also remove those left by killed processes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # such as a file that another thread removed
             if time.time() - left.lstat().st_mtime > 60:

@@ -81,7 +81,7 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
 
 
 def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
-    """Return, per channel, the reason why its mean has no interval, or an empty string."""
+    """Return, per channel, the reason that its mean has no interval, or an empty string."""
     many = int(cluster.max()) + 1
     why = np.full(rows.shape[1:], too_few(many), dtype="<U100")
     if many < FEWEST:

@@ -22,7 +22,7 @@ class PairedCounts(NamedTuple):
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return a proportion and its Wilson score interval, which lies within 0 and 1 and has a width even at 0 or 1.
+    """Return a proportion and its Wilson score interval, within 0 and 1 and with nonzero width even at 0 or 1.
 
     Args:
         successes: Number of successful trials, 0 to `n`.
@@ -96,8 +96,9 @@ def paired_difference_interval(
 ) -> Interval:
     """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
 
-    It combines the Wilson intervals for the two proportions with the correlation between paired outcomes, so it has a
-    width even if all pairs agree. With six to nine pairs, its note is `"few"`; with fewer, it is withheld. The counts
+    It combines the Wilson intervals for the two proportions with the correlation between paired outcomes, so its width
+    is nonzero even if all pairs agree. With
+    six to nine pairs, its note is `"few"`; with fewer, it is withheld. The counts
     come from `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
@@ -205,7 +206,8 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 
 
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
-    """Return the lower end for above / below: the ratio for which the interval of `above - ratio * below` ends at 0."""
+    """Return the lower end for above / below: the ratio for which the interval for `above - ratio * below` ends at
+    0."""
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
     root = math.sqrt(max(squared, 0.0))  # 0 up to rounding if both intervals have zero width

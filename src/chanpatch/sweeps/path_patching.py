@@ -80,7 +80,7 @@ def path_patch(
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
-    whole = [points.site(site.name) for site in receiving]  # their regions may not change even if other parts do
+    whole = [points.site(site.name) for site in receiving]  # the rest may change even if a region does not
     ends = [*receiving, *whole]
     with recording(points, [sending, *held, *ends]) as cache:
         baseline = clean_run()

@@ -31,7 +31,7 @@ class _Call:
     """One module call in the remembered forward pass."""
 
     module: nn.Module
-    output: Any  # of its forward(), before any hook
+    output: Any  # returned by forward(), before any hook
     versions: list[tuple[Tensor, int]]  # the output's tensors, with their versions after the call
     left: Snapshot | None  # the state of the module after the call
     known: bool  # whether the output may replace the call
@@ -56,7 +56,7 @@ class Prefix:
         self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
         self.calls: list[_Call] = []  # in the order in which they finished
-        self._sizes: dict[int, int] = {}  # bytes of the largest tensor after each number of calls
+        self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of finished calls
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
         self.finished = self._skipped = 0  # numbers of calls in the current forward pass

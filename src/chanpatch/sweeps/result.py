@@ -31,7 +31,7 @@ class Swept:
         point: The hook point.
         patches: Number of entries that begin there, including controls.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: Why this strategy was used, and faster ones were not.
+        why: Why this strategy was used and faster ones were not.
     """
 
     point: str
@@ -89,8 +89,8 @@ class SweepResult(Effects):
         """Return the effects with 95% confidence intervals, which treat the inputs as independent.
 
         The intervals hold jointly for all patches of the sweep, so they are also valid for patches selected by `top`.
-        They combine `mean_interval`, which marks six to nine inputs and withholds intervals over fewer, with
-        `max_t_test` (both in `chanpatch.statistics`). `seed` is the random seed for its sign flips.
+        They combine `mean_interval`, which marks intervals over six to nine inputs and withholds those over fewer, with
+        `max_t_test` (both in `chanpatch.statistics`), for which `seed` is the random seed.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
