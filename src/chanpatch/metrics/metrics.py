@@ -88,8 +88,7 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
     """Return the Kullback-Leibler divergence `KL(baseline || output)` between action distributions, in nats.
 
     It is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, and infinite if the output
-    gives zero probability to an action that the baseline may take. It is summed over the dimensions of continuous
-    actions.
+    excludes an action that the baseline may take. It is summed over the dimensions of continuous actions.
 
     Args:
         output: Output of the patched model.

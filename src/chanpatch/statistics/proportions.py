@@ -96,9 +96,8 @@ def paired_difference_interval(
 ) -> Interval:
     """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
 
-    It combines the Wilson intervals for the two proportions with the correlation between paired outcomes, so its width
-    is nonzero even if all pairs agree. With
-    six to nine pairs, its note is `"few"`; with fewer, it is withheld. The counts
+    It combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its width is
+    nonzero even if all pairs agree. With six to nine pairs, its note is `"few"`; with fewer, it is withheld. The counts
     come from `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
@@ -206,8 +205,7 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 
 
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
-    """Return the lower end for above / below: the ratio for which the interval for `above - ratio * below` ends at
-    0."""
+    """Return the lower end for above / below: the ratio for which the interval of `above - ratio * below` ends at 0."""
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
     root = math.sqrt(max(squared, 0.0))  # 0 up to rounding if both intervals have zero width
