@@ -73,7 +73,7 @@ def path_patch(
     points = traced(points_or_model, clean)
     counts = [input_count(inputs) for inputs in (clean, corrupted)]
     if counts[0] != counts[1]:
-        raise ContrastError(f"clean has {counts[0]} inputs, but corrupted has {counts[1]}. They must form pairs.")
+        raise ContrastError(f"clean has {counts[0]} inputs and corrupted has {counts[1]}. Pass one of each per pair.")
     (sending, *others), receiving = _sites(points, sender, "sender"), _sites(points, receivers, "receiver")
     if others:
         raise SiteError(f"path_patch() needs exactly one sender; got {1 + len(others)}. Call it once per sender.")
