@@ -355,7 +355,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=0, seed=0),
             StatisticsError,
-            "count is 0, but it must be a whole number, at least 1.",
+            "count must be a whole number, at least 1; got 0.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES[:1], count=1, seed=0),
@@ -386,7 +386,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: random_vectors(torch.ones(1, 3), count=0, seed=0),
             StatisticsError,
-            "count is 0, but it must be a whole number, at least 1.",
+            "count must be a whole number, at least 1; got 0.",
         ),
     ],
 )

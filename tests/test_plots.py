@@ -205,48 +205,48 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     [
         (
             lambda: strip(SUMS, LABELS[:2]),
-            "sums has shape (6,), labels (2,) and split (2,): give one of each per input.",
+            "sums, labels and split must have equal lengths; got shapes (6,), (2,) and (2,).",
         ),
         (
             lambda: strip([1.0, math.inf], ["UP", "UP"]),
-            "sums[1] is not finite: leave that input out.",
+            "sums[1] is not finite. Remove that input.",
         ),
         (
             lambda: strip(np.zeros(7), np.zeros(7), np.arange(7)),
-            "split has 7 parts, but there are only 6 different markers.",
+            "split must have at most 6 parts, one per marker; got 7.",
         ),
         (
             lambda: strip(SUMS, LABELS, threshold=ThresholdProbe.fit(SUMS.repeat(2), np.equal(LABELS, "UP").repeat(2))),  # type: ignore[arg-type]
-            "threshold is a ThresholdProbe: give a number, such as probe.threshold.",
+            "threshold must be a number, such as probe.threshold; got ThresholdProbe.",
         ),
         (
             lambda: effect_ranking([record("a", math.nan)]),
-            "None of the 1 effects is a number: there is nothing to draw.",
+            "None of the 1 effects is finite, so there is nothing to plot.",
         ),
         (
             lambda: contingency(PairedCounts(0, 0, 0, 0)),
-            "There are no pairs: all four counts are 0.",
+            "All four counts are 0, so there are no pairs to plot.",
         ),
         (
             lambda: contingency(PairedCounts(3, -1, 2, 2)),
-            "PairedCounts(both=3, only_first=-1, only_second=2, neither=2) has a negative count.",
+            "counts must not be negative; got PairedCounts(both=3, only_first=-1, only_second=2, neither=2).",
         ),
         (
             lambda: channel_map(torch.full((3, 4, 4), 255), torch.zeros(2, 2)),
-            "observation is torch.int64 from 255 to 255: give fractions from 0 to 1, or bytes (torch.uint8).",
+            "observation must be torch.uint8 or floats from 0 to 1; got torch.int64 from 255 to 255.",
         ),
         (
             lambda: channel_map(torch.linspace(0, 255, 16).view(1, 4, 4), torch.zeros(2, 2)),
-            "observation is torch.float32 from 0 to 255: give fractions from 0 to 1, or bytes (torch.uint8).",
+            "observation must be torch.uint8 or floats from 0 to 1; got torch.float32 from 0 to 255.",
         ),
         (
             lambda: channel_map(torch.zeros(3, 8, 8), ActivationCache({}, {}, {})),  # type: ignore[arg-type]
-            "activation has type ActivationCache: give a tensor (row, col), such as cache['relu3'][0, 55].",
+            "activation must be a tensor (row, col), such as cache['relu3'][0, 55]; got ActivationCache.",
         ),
         (
             lambda: channel_map(torch.zeros(64, 64, 3), torch.zeros(8, 8)),
-            "observation has shape (64, 64, 3) and activation (8, 8): give one of each, (channel, row, col) with 1 or "
-            "3 channels, and (row, col), finite and no larger.",
+            "observation must be (channel, row, col) with 1 or 3 channels, and activation (row, col), finite and no "
+            "larger; got shapes (64, 64, 3) and (8, 8).",
         ),
     ],
 )

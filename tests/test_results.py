@@ -81,7 +81,7 @@ def test_top_ranks_by_absolute_effect_and_nan_comes_last():
     assert FEW.top(9).names == ("b", "<d>", "a", "c")
     with pytest.raises(StatisticsError) as caught:
         FEW.top(-1)
-    assert str(caught.value) == "top(-1): the count must be 0 or more."
+    assert str(caught.value) == "The count in top() must be at least 0; got -1."
 
 
 def test_a_result_with_effects_draws_them():

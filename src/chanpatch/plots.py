@@ -1,10 +1,10 @@
-"""Figures of results. Each function draws into the given `Axes`, or into new ones, and returns them.
+"""Figures for results. Each function draws on the given `Axes`, or on new ones, and returns them.
 
     contrast(points, clean, corrupted, background=observations).plot()
     contingency(paired_counts(patched_success, original_success), names=("patched", "original"))
 
-They need matplotlib: `pip install "chanpatch[plot]"`. All figures are readable in black and white. The functions change
-no matplotlib settings, and do not show or save figures.
+Plotting requires matplotlib: `pip install "chanpatch[plot]"`. All figures are readable in black and white. The
+functions do not change matplotlib settings, show figures or save figures.
 """
 
 from __future__ import annotations
@@ -38,20 +38,19 @@ def strip(
     threshold: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    r"""Return a strip plot of one channel's sums: one column of marks per label and part of the split.
+    r"""Draw a strip plot of one channel's sums: one column of markers per label and part of the split.
 
     Args:
         sums: `(input,)`: sums of one channel, such as `channel_sums(...)[:, 55]`.
         labels: `(input,)`: label of each input, such as the direction of the next step.
-        split: `(input,)`: part of the data that each input belongs to, such as "in distribution"; at most six parts,
+        split: `(input,)`: part of the data that each input belongs to, such as "in distribution". At most six parts,
             each with its own marker.
-        threshold: Number to draw as a dashed line, such as `probe.threshold`.
-        ax: Axes to draw into; new axes if None.
+        threshold: Value to mark with a dashed line, such as `probe.threshold`.
+        ax: Axes to draw on; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If lengths differ, a sum is not finite, there are too many parts, or the threshold is not a
-            number.
+        StatisticsError: If lengths differ, a sum is not finite, there are over six parts, or threshold is not a number.
 
     Example:
         >>> ax = strip([1.0, 5.0, 2.0], ["LEFT", "UP", "LEFT"], threshold=3.0)
@@ -62,13 +61,14 @@ def strip(
     part = np.zeros(len(label), dtype=np.int64) if split is None else np.asarray(split)
     if not values.shape == label.shape == part.shape:
         raise StatisticsError(
-            f"sums has shape {values.shape}, labels {label.shape} and split {part.shape}: give one of each per input."
+            f"sums, labels and split must have equal lengths; got shapes {values.shape}, {label.shape} and "
+            f"{part.shape}."
         )
     names, parts = np.unique(label), np.unique(part)
     if len(parts) > len(_MARKERS):
-        raise StatisticsError(f"split has {len(parts)} parts, but there are only {len(_MARKERS)} different markers.")
+        raise StatisticsError(f"split must have at most {len(_MARKERS)} parts, one per marker; got {len(parts)}.")
     if not isinstance(threshold, (Real, type(None))):
-        raise StatisticsError(f"threshold is a {type(threshold).__name__}: give a number, such as probe.threshold.")
+        raise StatisticsError(f"threshold must be a number, such as probe.threshold; got {type(threshold).__name__}.")
     ax = ax or _new_axes(1.5 + 1.1 * len(names), 4)
     width = 0.8 / len(parts)
     for number, (each, marker) in enumerate(zip(parts, _MARKERS, strict=False)):
@@ -88,27 +88,27 @@ def strip(
 
 
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
-    """Return a ranking of effects, largest absolute effect on top: a dot per effect, on its 95% interval if it has one.
+    """Plot effects with the largest absolute effect on top: a dot per effect, and its 95% interval if it has one.
 
     Only the 20 largest are drawn; the title counts the others. Controls are drawn as squares below the other effects.
-    p-values are written beside the effects that have one. `.plot()` of a result draws this figure.
+    P-values are written next to the effects that have them. The `.plot()` method of a result draws this figure.
 
     Args:
         records: One record per effect: `effect`, a `label` or a `site`, and optionally `low`, `high` and `note` of its
             interval, a p-value `p` and a bool `control`.
-        ax: Axes to draw into; new axes if None.
+        ax: Axes to draw on; new axes if None.
         label: Label of the effect axis.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If none of the effects is a number.
+        StatisticsError: If no effect is finite.
     """
     groups = [[each for each in records if bool(each.get("control")) is control] for control in (False, True)]
     ranked = [[group[row] for row in largest_first([each["effect"] for each in group])] for group in groups]
     shown = [[each for each in group if _is_number(each["effect"])][:ROWS] for group in ranked]
     drawn = [*shown[0], *shown[1]]
     if not drawn:
-        raise StatisticsError(f"None of the {len(records)} effects is a number: there is nothing to draw.")
+        raise StatisticsError(f"None of the {len(records)} effects is finite, so there is nothing to plot.")
     places = np.arange(len(drawn)) + np.repeat([0, 1], [len(each) for each in shown])  # a gap before the controls
     ax = ax or _new_axes(7, 1.2 + 0.25 * (places[-1] + 1))
     for record, place in zip(drawn, places, strict=True):
@@ -141,14 +141,14 @@ def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:
 
 
 def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[str, str] = ("first", "second")) -> Axes:
-    """Return a mosaic plot of a paired comparison: four rectangles whose areas are the shares of the pairs.
+    """Draw a mosaic plot of a paired comparison: four rectangles whose areas are fractions of the pairs.
 
-    Pairs with different outcomes are hatched.
+    Rectangles for pairs with different outcomes are hatched.
 
     Args:
         counts: Counts from `chanpatch.statistics.paired_counts`.
-        ax: Axes to draw into; new axes if None.
-        names: Names of the first and the second, such as `("patched", "original")`.
+        ax: Axes to draw on; new axes if None.
+        names: Names of the first and second condition, such as `("patched", "original")`.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
@@ -161,9 +161,9 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
     """
     n, (first, second) = sum(counts), names
     if min(counts) < 0:
-        raise StatisticsError(f"{counts} has a negative count.")
+        raise StatisticsError(f"counts must not be negative; got {counts}.")
     if not n:
-        raise StatisticsError("There are no pairs: all four counts are 0.")
+        raise StatisticsError("All four counts are 0, so there are no pairs to plot.")
     ax = ax or _new_axes(7, 4.5)
     won = counts.both + counts.only_first
     width = won / n
@@ -173,16 +173,16 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
     _draw_column(ax, width, 1 - width, n, failed, beside=1.03)
     titles = [f"{first} {how}\n{count} of {n} pairs" for how, count in (("succeeded", won), ("failed", n - won))]
     ax.set_xticks([width / 2, (1 + width) / 2], titles)
-    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=f"gray: {second} succeeded; hatched: they differ; n = {n} pairs")
+    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=f"gray: {second} succeeded; hatched: discordant; n = {n} pairs")
     return ax
 
 
 def _draw_column(
     ax: Axes, left: float, width: float, n: int, cells: Sequence[tuple[str, int, str]], *, beside: float
 ) -> None:
-    """Draw the cell in which the second succeeded and, on top, the cell in which it failed: name, count, hatch.
+    """Draw two cells (name, count, hatch): the second condition succeeded in the lower one, failed in the upper one.
 
-    Small cells have their texts at `beside`, in the margin.
+    Texts for small cells are placed in the margin, at `beside`.
     """
     total = sum(count for _, count, _ in cells)
     bottom = 0.0
@@ -194,7 +194,7 @@ def _draw_column(
         if width > 0.25 and height > 0.12:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
             ax.text(left + width / 2, middle, text, ha="center", va="center", bbox=box)
-        else:  # the centers of a column's cells are half its height apart, so there is room for texts in the margin
+        else:  # the centers of a column's cells are half its height apart, so both texts fit in the margin
             ax.annotate(text, (edge, middle), (beside, middle), ha="left" if edge else "right", va="center",
                         annotation_clip=False,
                         arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
@@ -202,19 +202,19 @@ def _draw_column(
 
 
 def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
-    """Return one channel's activation map over the observation that caused it, each cell over its pixels.
+    """Draw one channel's activation map over the observation that caused it, each cell over its pixels.
 
-    Contours enclose activations beyond half of the largest absolute value: solid if positive, dashed if negative.
+    Contours enclose activations above half of the largest absolute value: solid if positive, dashed if negative.
 
     Args:
-        observation: `(channel, row, col)` with one or three channels; fractions from 0 to 1, or bytes (uint8).
-        activation: `(row, col)`: activation of one channel, such as `cache["relu3"][0, 55]`, at most as large as the
+        observation: `(channel, row, col)` with one or three channels; floats from 0 to 1, or uint8.
+        activation: `(row, col)`: activation of one channel, such as `cache["relu3"][0, 55]`, no larger than the
             observation.
-        ax: Axes to draw into; new axes if None.
+        ax: Axes to draw on; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If the axes or the numbers differ from these.
+        StatisticsError: If the axes or the values are not as described.
 
     Example:
         >>> import torch
@@ -225,19 +225,19 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
     numbers = observation.float() if observation.is_floating_point() else observation  # numpy has no bfloat16
     if not isinstance(activation, Tensor):
         raise StatisticsError(
-            f"activation has type {type(activation).__name__}: give a tensor (row, col), such as cache['relu3'][0, 55]."
+            f"activation must be a tensor (row, col), such as cache['relu3'][0, 55]; got {type(activation).__name__}."
         )
     pixels, cells = numbers.detach().cpu().numpy(), activation.detach().cpu().double().numpy()
     fits = pixels.ndim == 3 and pixels.shape[0] in (1, 3) and cells.ndim == 2 and cells.size
     if not fits or (np.array(cells.shape) > pixels.shape[1:]).any() or not np.isfinite(cells).all():
         raise StatisticsError(
-            f"observation has shape {pixels.shape} and activation {cells.shape}: give one of each, (channel, row, col) "
-            "with 1 or 3 channels, and (row, col), finite and no larger."
+            "observation must be (channel, row, col) with 1 or 3 channels, and activation (row, col), finite and no "
+            f"larger; got shapes {pixels.shape} and {cells.shape}."
         )
     if pixels.dtype != np.uint8 and not (observation.is_floating_point() and pixels.min() >= 0 and pixels.max() <= 1):
         raise StatisticsError(
-            f"observation is {observation.dtype} from {pixels.min():g} to {pixels.max():g}: give fractions from 0 to "
-            "1, or bytes (torch.uint8)."
+            f"observation must be torch.uint8 or floats from 0 to 1; got {observation.dtype} from {pixels.min():g} to "
+            f"{pixels.max():g}."
         )
     ax = ax or _new_axes(5.5, 4.5)
     gray = pixels.mean(axis=0) / (255 if pixels.dtype == np.uint8 else 1)
@@ -269,7 +269,7 @@ def _new_axes(width: float, height: float) -> Axes:
 
 
 def _spread(count: int, width: float) -> NDArray[np.float64]:
-    """Return offsets that spread marks evenly over a width, with neighbors in the data far apart."""
+    """Return offsets that spread markers evenly over a width, with consecutive inputs far apart."""
     golden = (5**0.5 - 1) / 2
     return (np.arange(1, count + 1) * golden % 1 - 0.5) * width
 

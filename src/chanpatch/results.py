@@ -1,4 +1,4 @@
-"""The base of every result: one table, one HTML table, one way to rank effects."""
+"""Base classes for results: a text table, an HTML table, and effects that can be ranked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .errors import MissingPackageError, StatisticsError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROWS = 20  # rows of a table or a figure
+ROWS = 20  # maximum rows in a table or figure
 
 
 class Records:
@@ -68,10 +68,10 @@ class Records:
 
 
 class Effects(Records):
-    """A result with one effect per row, in the order given; `top` ranks them.
+    """A result with one effect per row, in the given order; `top` ranks them.
 
-    A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` names its fields with one entry per
-    row.
+    A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` names its fields that have one entry
+    per row.
     """
 
     _by_row: ClassVar[tuple[str, ...]]
@@ -80,14 +80,14 @@ class Effects(Records):
 
         @property
         def effect_label(self) -> str:
-            """Kind and unit of the effects, and number of inputs: the axis label of a figure."""
+            """Axis label in figures: kind and unit of the effects, and number of inputs."""
 
     def effect(self) -> NDArray[np.float64]:
         """Return the effect of each row."""
         raise NotImplementedError
 
     def top(self, count: int) -> Self:
-        """Return the rows with the largest absolute effects, the largest first; NaN counts as the smallest.
+        """Return the rows with the largest absolute effects, largest first; NaN comes last.
 
         Raises:
             StatisticsError: If the count is negative.
@@ -95,7 +95,7 @@ class Effects(Records):
         return self._top(count, self.effect())
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the largest effects into the axes, or into new ones; see `chanpatch.plots.effect_ranking`."""
+        """Plot the largest effects, on new axes if `ax` is None; see `chanpatch.plots.effect_ranking`."""
         axes: Axes = imported("chanpatch.plots").effect_ranking(self._effects(), ax, label=self.effect_label)
         return axes
 
@@ -105,28 +105,28 @@ class Effects(Records):
 
     def _top(self, count: int, effect: NDArray[np.float64]) -> Self:
         if count < 0:
-            raise StatisticsError(f"top({count}): the count must be 0 or more.")
+            raise StatisticsError(f"The count in top() must be at least 0; got {count}.")
         return self._rows(largest_first(effect)[:count])
 
     def _rows(self, rows: NDArray[np.int64]) -> Self:
-        """Return a result of some rows, by number."""
+        """Return a result that keeps only the given rows."""
         picked = {name: _picked(getattr(self, name), rows) for name in self._by_row}
         return replace(self, **picked)  # type: ignore[type-var]  # a subclass is a dataclass
 
 
 def largest_first(values: ArrayLike) -> NDArray[np.int64]:
-    """Return the order in which absolute values fall; NaN comes last."""
+    """Return the indices that sort values by decreasing absolute value; NaN comes last."""
     return np.argsort(-np.abs(np.asarray(values, dtype=np.float64)), kind="stable")
 
 
 def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return records from columns of equal length; numbers of arrays become Python's."""
+    """Return records from columns of equal length; numbers in arrays become Python numbers."""
     listed = [each.tolist() if isinstance(each, np.ndarray) else each for each in values.values()]
     return [dict(zip(values, row, strict=True)) for row in zip(*listed, strict=True)]
 
 
 def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the effect of a record and its interval as a table shows them."""
+    """Return the effect and interval of a record, formatted for a table."""
     interval = "-"
     if not np.isnan(record["low"]):
         interval = f"{record['low']:+.3g} to {record['high']:+.3g}" + " (few)" * (record["note"] == "few")
@@ -134,16 +134,16 @@ def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown_p(p: float) -> str:
-    """Return a p-value as a table shows it; below 0.001 the number of resamples would decide the digits."""
+    """Format a p-value for a table; below 0.001, the digits would depend on the number of resamples."""
     if np.isnan(p):
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def interval_notes(notes: Iterable[str]) -> list[str]:
-    """Return lines below a table that explain marked and withheld intervals, from the notes of its rows."""
+    """Return notes that explain the marked and withheld intervals in a table, given the notes of its rows."""
     found = sorted({*map(str, notes)} - {""})
-    lines = ["few: a t interval of fewer than ten independent rows."] * ("few" in found)
+    lines = ["few: a t interval over fewer than ten independent rows."] * ("few" in found)
     return lines + [f"No interval (-): {reason}." for reason in found if reason != "few"]
 
 
@@ -154,14 +154,14 @@ def _picked(values: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def more(hidden: int) -> list[str]:
-    """Return the line that stands for rows that a table does not show."""
+    """Return a line with the number of rows that a table does not show."""
     return [f"... {hidden} more"] if hidden else []
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a header and one line per record; the columns are the keys of the first record.
 
-    Fractions are shown with four significant digits, NaN as "-", None as an empty cell.
+    Floats are shown with four significant digits, NaN as "-", None as an empty cell.
     """
     rows = _cells(records)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -169,7 +169,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the text of a header and of each record, or nothing without records."""
+    """Return the cell texts of a header and of each record; empty without records."""
     return [[*records[0]], *([_cell(value) for value in record.values()] for record in records)] if records else []
 
 
@@ -182,9 +182,9 @@ def _cell(value: Any) -> str:
 
 
 def imported(name: str, *, package: str | None = None) -> Any:
-    """Return a module by name; raise MissingPackageError if its package is not installed.
+    """Import a module by name; raise MissingPackageError if its package is not installed.
 
-    `package` is pip's name of the package, if that is not the first part of the module's name.
+    `package` is the package name for pip, if it differs from the first part of the module name.
     """
     try:
         return importlib.import_module(name)
@@ -195,10 +195,10 @@ def imported(name: str, *, package: str | None = None) -> Any:
 
 @contextmanager
 def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a progress bar over `total` units, None if their number is not known.
+    """Yield a function that advances a progress bar over `total` units (None if their number is unknown).
 
-    If `progress` is None, the bar shows on a terminal, after two seconds, if tqdm is installed. If it is True and tqdm
-    is not installed, MissingPackageError is raised.
+    If `progress` is None, the bar appears on a terminal after two seconds if tqdm is installed. If `progress` is True
+    and tqdm is not installed, MissingPackageError is raised.
     """
     if progress is False or (progress is None and find_spec("tqdm") is None):
         yield lambda count: None

@@ -237,7 +237,7 @@ def test_several_metrics_are_not_measured_as_one() -> None:
     with pytest.raises(MetricError) as caught:
         measured({"entropy": entropy}, LOGITS, OTHER)  # type: ignore[arg-type]
     assert str(caught.value) == (
-        "The metric is of type dict: give a function of the model's output. Only sweep() takes several, by name."
+        "The metric must be a function of the model's output; got dict. Only sweep() accepts a dict of several metrics."
     )
 
 
@@ -255,8 +255,8 @@ def test_what_is_not_one_number_per_input_is_no_metric() -> None:
     with pytest.raises(MetricError) as caught:
         measured(lambda output: output, LOGITS, OTHER)
     assert str(caught.value) == (
-        "The metric returned a torch.float32 tensor of shape (5, 4). A metric returns one number per input, (batch,), "
-        "or one number."
+        "The metric returned a torch.float32 tensor of shape (5, 4). A metric must return one number per input, "
+        "(batch,), or a single number."
     )
     assert measured(lambda output: output.mean(), LOGITS, OTHER).shape == (1,)
 
@@ -301,153 +301,151 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an action that the output does not have": (
         lambda: logit_difference(0, [1, 4])(LOGITS),
         MetricError,
-        "incorrect has action 4, but the output has 4 (0 to 3).",
+        "incorrect has action 4, but the output has actions 0 to 3.",
     ),
     "a negative action": (
         lambda: action_probability(-1),
         MetricError,
-        "actions is -1; give at least one action; actions count from 0.",
+        "actions is -1. Pass at least one action; actions are numbered from 0.",
     ),
     "no action": (
         lambda: action_probability([]),
         MetricError,
-        "actions is []; give at least one action; actions count from 0.",
+        "actions is []. Pass at least one action; actions are numbered from 0.",
     ),
     "a padded label": (
         lambda: log_probability(torch.tensor([1, -100])),
         MetricError,
-        "actions is a torch.int64 tensor of shape (2,); give at least one action; actions count from 0.",
+        "actions is a torch.int64 tensor of shape (2,). Pass at least one action; actions are numbered from 0.",
     ),
     "an action named twice": (
         lambda: action_probability([1, 1]),
         MetricError,
-        "actions is [1, 1], which counts an action twice. Name each action once.",
+        "actions is [1, 1], which contains an action twice. List each action once.",
     ),
     "no number": (
         lambda: action_probability("left"),
         MetricError,
-        "actions is 'left'; it takes an action (an int), a sequence of actions that count as one, or an int64 tensor "
-        "(batch,) with an action per input.",
+        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor "
+        "(batch,) with one action per input; got 'left'.",
     ),
     "a mask": (
         lambda: action_probability(torch.tensor([True, False])),
         MetricError,
-        "actions is a torch.bool tensor of shape (2,); it takes an action (an int), a sequence of actions that count "
-        "as one, or an int64 tensor (batch,) with an action per input.",
+        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor "
+        "(batch,) with one action per input; got a torch.bool tensor of shape (2,).",
     ),
     "a matrix of actions": (
         lambda: action_probability(torch.zeros(5, 2, dtype=torch.int64)),
         MetricError,
-        "actions is a torch.int64 tensor of shape (5, 2); it takes an action (an int), a sequence of actions that "
-        "count as one, or an int64 tensor (batch,) with an action per input.",
+        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor "
+        "(batch,) with one action per input; got a torch.int64 tensor of shape (5, 2).",
     ),
     "actions of fewer inputs": (
         lambda: logit_difference(torch.tensor([1]), 0)(LOGITS),
         MetricError,
-        "correct has an action for each of 1 inputs, but the output has 5. Give one action per input, or a list "
-        "for a set of actions that count as one.",
+        "correct has one action for each of 1 inputs, but the output has 5 inputs. Pass one action per input, or a "
+        "list of actions to treat as a single action.",
     ),
     "a baseline of other inputs": (
         lambda: kl_divergence(LOGITS, baseline=LOGITS[:1]),
         MetricError,
-        "The output has shape (5, 4) and the baseline (1, 4): compare outputs for the same inputs.",
+        "The output has shape (5, 4) and the baseline (1, 4). Compare outputs for the same inputs.",
     ),
     "a continuous baseline of other inputs": (
         lambda: kl_divergence(Normal(LOGITS, PROBS), baseline=Normal(LOGITS[:1], PROBS[:1])),
         MetricError,
-        "The output has shape (5, 4) and the baseline (1, 4): compare outputs for the same inputs.",
+        "The output has shape (5, 4) and the baseline (1, 4). Compare outputs for the same inputs.",
     ),
     "logits of a sequence": (
         lambda: entropy(LOGITS.view(1, 5, 4)),
         MetricError,
-        "The output has logits of shape (1, 5, 4), but a metric needs (batch, action). at_position(metric, -1) takes "
-        "the last position.",
+        "The output has logits of shape (1, 5, 4), but this metric needs (batch, action). Use at_position(metric, -1) "
+        "for the last position.",
     ),
     "logits of one input": (
         lambda: entropy(LOGITS[0]),
         MetricError,
-        "The output has logits of shape (4,), but a metric needs (batch, action). Reshape them to these two axes.",
+        "The output has logits of shape (4,), but this metric needs (batch, action). Reshape them to (batch, action).",
     ),
     "no distribution": (
         lambda: entropy({"state": LOGITS}),
         DistributionError,
-        "The output is a dict of 'state', which holds no action distribution: expected logits (batch, action), a "
-        "torch.distributions object, a tuple that holds one, (logits, value), or a dict with 'logits'. Give a metric "
-        "that selects it.",
+        "The output is a dict of 'state', which contains no action distribution. Expected logits (batch, action), a "
+        "torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. Use a metric that "
+        "selects one of these.",
     ),
     "a tuple with more than logits and a value": (
         lambda: kl_divergence((LOGITS, LOGITS[:, 0], LOGITS[:, 0]), baseline=LOGITS),
         MetricError,
-        "The output is (Tensor, Tensor, Tensor). A metric takes tuples that hold one distribution, and pairs "
-        "(logits, value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0]).",
+        "The output is (Tensor, Tensor, Tensor). A metric accepts tuples with one distribution, and pairs (logits, "
+        "value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0]).",
     ),
     "logits that are NaN": (
         lambda: action_flip(LOGITS, baseline=LOGITS / 0 * 0),
         DistributionError,
-        "The output is a torch.float32 tensor of shape (5, 4) with NaN among its logits, which give no distribution. "
-        "Look at which activation has it first: recording(...), or a patch with numbers too large for the layers "
-        "after it.",
+        "The output is a torch.float32 tensor of shape (5, 4) with NaN logits, which define no distribution. Find the "
+        "first activation with NaN by recording(...). A patch may have set values too large for the layers after it.",
     ),
     "logits of continuous actions": (
         lambda: total_variation(Normal(LOGITS, PROBS), baseline=Normal(LOGITS, PROBS)),
         DistributionError,
-        "The output's distribution is Normal, which is not over a set of actions and has no logits. For continuous "
-        "actions use kl_divergence or entropy.",
+        "The output's distribution is Normal, which has no logits because it is not over a discrete set of actions. "
+        "For continuous actions, use kl_divergence or entropy.",
     ),
     "an entropy without a formula": (
         lambda: entropy(TransformedDistribution(Normal(LOGITS, PROBS), TanhTransform())),
         DistributionError,
-        "The entropy of a TransformedDistribution has no formula in torch.distributions. Estimate it from samples.",
+        "torch.distributions has no formula for the entropy of TransformedDistribution. Estimate it from samples.",
     ),
     "a divergence of two kinds": (
         lambda: kl_divergence(Normal(LOGITS[:, 0], PROBS[:, 0]), baseline=Categorical(logits=LOGITS)),
         DistributionError,
-        "The divergence from the baseline's of a Normal has no formula in torch.distributions. Estimate it from "
-        "samples.",
+        "torch.distributions has no formula for the KL divergence of Normal. Estimate it from samples.",
     ),
     "two values": (
         lambda: value((LOGITS, LOGITS[:, 0], LOGITS[:, 1])),
         MetricError,
-        "The output, (Tensor, Tensor, Tensor), holds 2 tensors (batch,) or (batch, 1) that could be the value. Give a "
-        "metric that selects it: lambda output: output[1].",
+        "The output, (Tensor, Tensor, Tensor), contains 2 tensors (batch,) or (batch, 1) that could be the value, but "
+        "there must be exactly one. Use a metric that selects it: lambda output: output[1].",
     ),
     "no value": (
         lambda: value(LOGITS),
         MetricError,
-        "The output, a torch.float32 tensor of shape (5, 4), holds 0 tensors (batch,) or (batch, 1) that could be the "
-        "value. Give a metric that selects it: lambda output: output[1].",
+        "The output, a torch.float32 tensor of shape (5, 4), contains 0 tensors (batch,) or (batch, 1) that could be "
+        "the value, but there must be exactly one. Use a metric that selects it: lambda output: output[1].",
     ),
     "a position of logits without positions": (
         lambda: at_position(entropy, -1)(LOGITS),
         MetricError,
-        "The output has logits of shape (5, 4), but at_position needs axes (batch, position, action).",
+        "The logits in the output have shape (5, 4), but must have axes (batch, position, action).",
     ),
     "a position outside": (
         lambda: at_position(entropy, 5)(LOGITS.view(1, 5, 4)),
         MetricError,
-        "position is 5, but the output has 5 (0 to 4).",
+        "position is 5, but positions in the output are 0 to 4.",
     ),
     "positions of fewer inputs": (
         lambda: at_position(entropy, torch.tensor([1, 2]))(LOGITS.view(1, 5, 4)),
         MetricError,
-        "There are 2 positions, but 1 inputs. Give one position per input.",
+        "position has 2 entries for 1 inputs. Pass one position per input.",
     ),
     "no position": (
         lambda: at_position(entropy, "last"),  # type: ignore[arg-type]
         MetricError,
-        "position is 'last'; it takes an int, or an int64 tensor (batch,).",
+        "position must be an int or an int64 tensor (batch,); got 'last'.",
     ),
     "an effect that is none": (
         lambda: normalized_effect(logit_difference(0, 1), torch.eye(2), torch.zeros(3, 2)),
         MetricError,
-        "The metric is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize by. "
+        "The mean metric is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize by. "
         "Choose other inputs or another metric.",
     ),
     "an effect of a metric that compares": (
         lambda: normalized_effect(kl_divergence, LOGITS, OTHER),
         MetricError,
-        "normalized_effect takes a metric of one output, but this one compares with a baseline. Use it as it is: it "
-        "is 0 if the output equals the baseline.",
+        "normalized_effect() needs a metric of one output, but this one compares with a baseline. Use it directly: it "
+        "is already 0 if the output equals the baseline.",
     ),
 }
 
@@ -464,5 +462,5 @@ def test_logits_that_are_nan_are_refused_after_torch_compile_has_turned_validati
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Distribution, "_validate_args", False)
-    with pytest.raises(DistributionError, match="NaN among its logits"):
+    with pytest.raises(DistributionError, match="NaN logits"):
         action_flip(LOGITS, baseline=LOGITS * torch.nan)

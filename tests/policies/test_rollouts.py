@@ -502,7 +502,7 @@ def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_
     ]
     assert filled[4][2:4] == ["+0", "-"]  # the same draws behind the actions
     assert repr(pairs).splitlines()[-2:] == [
-        "few: a t interval of fewer than ten independent rows.",
+        "few: a t interval over fewer than ten independent rows.",
         "No interval (-): fewer than 6 of the 8 rows differ from 0.",
     ]
 
@@ -720,9 +720,9 @@ def test_a_mistake_of_dtypes_that_is_not_about_the_observations_stays_as_it_is()
     ("changed", "message"),
     [
         ({"seeds": []}, "seeds is empty: pass one seed per episode."),
-        ({"seeds": [3, -4]}, "A seed is -4, but it must be a whole number, at least 0."),
-        ({"seeds": [0.5]}, "A seed is 0.5, but it must be a whole number, at least 0."),
-        ({"sampling_seed": -1}, "sampling_seed is -1, but it must be a whole number, at least 0."),
+        ({"seeds": [3, -4]}, "A seed must be a whole number, at least 0; got -4."),
+        ({"seeds": [0.5]}, "A seed must be a whole number, at least 0; got 0.5."),
+        ({"sampling_seed": -1}, "sampling_seed must be a whole number, at least 0; got -1."),
         ({"max_steps": 0}, "max_steps must be at least 1; got 0."),
     ],
 )

@@ -1058,7 +1058,7 @@ def test_the_distribution_of_a_twin_is_patched(policy, twin, vector):
     ids=["two tensors", "three tensors", "dict", "two in a dict", "two in a tuple", "empty", "none", "text"],
 )
 def test_what_holds_no_action_distribution_is_described(output, described):
-    with pytest.raises(DistributionError, match=f"returned {described}, which holds no action distribution"):
+    with pytest.raises(DistributionError, match=f"returned {described}, which contains no action distribution"):
         action_distribution(lambda observations: output, None)
 
 

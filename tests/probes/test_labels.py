@@ -155,7 +155,7 @@ def test_labels_print_as_a_table_with_the_labelled_channels_first_and_as_records
 REFUSED = {
     "sums of one channel": (
         lambda: label_channels(SUMS, LABELS, names=NAMES, seed=0),
-        "sums has shape (20,), but its axes must be (input, channel), none of length 0.",
+        "sums must have nonempty axes (input, channel); got shape (20,).",
     ),
     "one name": (
         lambda: label_channels(SUMS[:, None], LABELS[:, None], names=["UP"], seed=0),

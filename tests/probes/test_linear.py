@@ -72,11 +72,11 @@ def test_a_missing_scikit_learn_is_named_with_the_line_that_installs_it(monkeypa
 REFUSED = {
     "a sum that is not finite": (
         lambda: linear_probe(np.where(np.eye(20, 2), math.inf, 0), LABELS),
-        "sums[0, 0] is not finite: leave that input out.",
+        "sums[0, 0] is not finite. Remove that input.",
     ),
     "one fold": (
         lambda: linear_probe(SUMS[:, None], LABELS, folds=1),
-        "folds is 1, but it must be a whole number, at least 2.",
+        "folds must be a whole number, at least 2; got 1.",
     ),
 }
 

@@ -183,23 +183,23 @@ def test_labels_may_be_zeros_and_ones_of_any_dtype(dtype):
 REFUSED = {
     "a sum to predict from that is not finite": (
         lambda: ThresholdProbe.fit(SUMS, LABELS).predict([[1.0, math.nan]]),
-        "sums[0, 1] is not finite: leave that input out.",
+        "sums[0, 1] is not finite. Remove that input.",
     ),
     "sums of many channels": (
         lambda: ThresholdProbe.fit(np.zeros((20, 2)), LABELS),
-        "sums has shape (20, 2), but its axes must be (input), none of length 0.",
+        "sums must have nonempty axes (input); got shape (20, 2).",
     ),
     "labels that are no booleans": (
         lambda: ThresholdProbe.fit(SUMS, LABELS.astype(int) + 1),
-        "labels is int64 of shape (20,): give one boolean for each of the 20 inputs, such as directions == 0.",
+        "labels must have one boolean for each of the 20 inputs, such as directions == 0; got int64 of shape (20,).",
     ),
     "too few of a label": (
         lambda: ThresholdProbe.fit(SUMS, SUMS < 3),
-        "There are 3 positives and 17 negatives, but at least 4 of each are needed.",
+        "labels must have at least 4 positives and 4 negatives; got 3 and 17.",
     ),
     "too few of a label under shift": (
         lambda: ThresholdProbe.fit(SUMS, LABELS).transfer(SUMS, SUMS < 1),
-        "There are 1 positives and 19 negatives, but at least 2 of each are needed.",
+        "labels must have at least 2 positives and 2 negatives; got 1 and 19.",
     ),
     "a channel that does not vary": (
         lambda: ThresholdProbe.fit(np.full(20, 3.0), LABELS),
@@ -223,4 +223,4 @@ def test_what_no_threshold_can_be_fitted_to_is_refused_by_name(name):
 def test_a_negative_seed_is_refused():
     with pytest.raises(errors.StatisticsError) as caught:
         ThresholdProbe.fit(SUMS, LABELS, seed=-1)
-    assert str(caught.value) == "seed is -1, but it must be a whole number, at least 0."
+    assert str(caught.value) == "seed must be a whole number, at least 0; got -1."

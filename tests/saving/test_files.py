@@ -358,36 +358,36 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
             ],
         ),
         "3 errors:\n"
-        "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, and a file holds data only. "
-        "Write it with Set, Add, Scale, Clamp, Project, Resample of chanpatch.patching; several patches of one site "
-        "apply in order.\n"
-        "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, and a file holds data only. "
-        "Write it with Set, Add, Scale, Clamp, Project, Resample of chanpatch.patching; several patches of one site "
-        "apply in order.\n"
-        "- Patch 4, Patch(Site('fc'), Set, where=...), cannot be saved: its where is a function, and a file holds data "
-        "only. Give the mask that it returns: a bool tensor.",
+        "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, but a file can only hold "
+        "data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several patches at "
+        "one site apply in order.\n"
+        "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, but a file can only hold "
+        "data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several patches at "
+        "one site apply in order.\n"
+        "- Patch 4, Patch(Site('fc'), Set, where=...), cannot be saved: its where is a function, but a file can only "
+        "hold data. Pass the mask that it returns: a bool tensor.",
     ),
     "a dtype that safetensors has not": (
         InterventionError,
         lambda file: save(file, Patch(Site("fc"), Add(torch.zeros(1, 4, dtype=torch.complex128)))),
-        "Patch 1, Patch(Site('fc'), Add), cannot be saved: its vector is torch.complex128, which a safetensors file "
-        "cannot hold.",
+        "Patch 1, Patch(Site('fc'), Add), cannot be saved: its vector has dtype torch.complex128, which "
+        "safetensors cannot store.",
     ),
     "a sparse operand": (
         InterventionError,
         lambda file: save(file, Patch(Site("fc"), Set(torch.eye(4).to_sparse()))),
-        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value is torch.sparse_coo. Make it dense: "
-        "value.to_dense().",
+        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value has layout torch.sparse_coo. Make it "
+        "dense: value.to_dense().",
     ),
     "an operand without numbers": (
         InterventionError,
         lambda file: save(file, Patch(Site("fc"), Set(torch.empty(1, 4, device="meta")))),
-        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value is on the meta device, so it has no numbers.",
+        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value is on the meta device, so it has no values.",
     ),
     "no patches": (
         InterventionError,
         lambda file: save(file, []),
-        "There are no patches to save. Give one or more.",
+        "There are no patches to save. Pass at least one.",
     ),
     "what is no patch": (
         TypeError,
@@ -397,12 +397,12 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "inputs without a model": (
         InterventionError,
         lambda file: save(file, zero_ablate(Site("fc")), inputs=torch.zeros(1)),
-        "A receipt of inputs needs the model: save(file, patches, points, inputs=inputs).",
+        "A receipt for inputs requires the model: save(file, patches, points, inputs=inputs).",
     ),
     "a folder that is not there": (
         FileNotFoundError,
         lambda file: save(Path("no", "folder", "x.safetensors"), zero_ablate(Site("fc"))),
-        f"There is no folder '{Path('no', 'folder')}' to save 'x.safetensors' in.",
+        f"Cannot save 'x.safetensors': the folder '{Path('no', 'folder')}' does not exist.",
     ),
     "a site that the model has not": (
         HookPointError,
@@ -517,8 +517,7 @@ def test_a_saved_file_has_the_permissions_of_any_new_file(file: Path) -> None:
 def test_a_path_that_is_something_else_is_one_error(other: Any) -> None:
     for call in (lambda: save(other, "x.safetensors"), lambda: load(other), lambda: contents(other)):  # type: ignore[arg-type]
         assert refused(TypeError, call) == (
-            "The path of a file comes first, as in save(file, patches) or load(file, points), not "
-            f"{type(other).__name__}."
+            f"The first argument must be a path, as in save(file, patches) or load(file); got {type(other).__name__}."
         )
 
 
@@ -538,7 +537,7 @@ def test_a_folder_a_pipe_and_a_device_are_refused_at_once(kind: str, file: Path)
         file = Path("/dev/zero")
     for call in (load, contents, lambda file: save(file, zero_ablate(Site("fc")))):
         assert refused(InterventionError, lambda call=call: call(file)) == (  # type: ignore[misc]
-            f"'{file}' is a folder, a pipe or a device. Give the path of a regular file."
+            f"'{file}' is a folder, a pipe or a device. Pass the path of a regular file."
         )
 
 
@@ -550,7 +549,7 @@ def test_a_site_of_a_million_indices_loads_within_a_few_seconds(file: Path) -> N
     began = time.process_time()
     (patch,) = load(file, points)
     repr(contents(file))
-    with pytest.raises(InterventionError, match="does not fit this model"):
+    with pytest.raises(InterventionError, match="does not match this model"):
         load(file, hook_points(nn.ReLU(), torch.zeros(1, 2)))
     assert time.process_time() - began < 6
     assert patch.site.indices == (("axis1", tuple(indices)),)
@@ -615,18 +614,18 @@ DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy it a
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
         record() | {"format": 3},
-        f"has format 3, but chanpatch {VERSION} reads formats 1 and 2. A later chanpatch may read it.",
+        f"has format 3, but chanpatch {VERSION} reads formats 1 and 2. A newer version may read it.",
     ),
     "a format that is true": (
         record() | {"format": True},
-        f"has format True, but chanpatch {VERSION} reads formats 1 and 2. A later chanpatch may read it.",
+        f"has format True, but chanpatch {VERSION} reads formats 1 and 2. A newer version may read it.",
     ),
     "no checksum": (record() | {"sha256": None}, DAMAGED),
     "another checksum": (record() | {"sha256": "0" * 64}, DAMAGED),
     "a format before checksums, with one": (record() | {"format": 1, "sha256": "0" * 64}, DAMAGED),
     "a name of another function": (
         record(edit="os.system", operands={"command": "mkdir ran"}),
-        "has the edit 'os.system', but this chanpatch knows Set, Add, Scale, Clamp, Project, Resample.",
+        "has the edit 'os.system', but this version only supports Set, Add, Scale, Clamp, Project, Resample.",
     ),
     "no json": (
         "{",
@@ -635,7 +634,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     "json of another kind": ([1], "is damaged: TypeError: list indices must be integers or slices, not str"),
     "a format that is no number": (
         record() | {"format": "1"},
-        f"has format '1', but chanpatch {VERSION} reads formats 1 and 2. A later chanpatch may read it.",
+        f"has format '1', but chanpatch {VERSION} reads formats 1 and 2. A newer version may read it.",
     ),
     "no patches": ({"format": 2}, "is damaged: KeyError: 'patches'"),
     "an edit that is a list": (record(edit=["Set"]), "is damaged: TypeError: unhashable type: 'list'"),
@@ -701,7 +700,7 @@ def test_json_nested_without_end_is_one_error(file: Path) -> None:
 def test_a_safetensors_file_of_weights_holds_no_patches(file: Path) -> None:
     save_file({"weight": torch.zeros(2)}, file)
     assert refused(InterventionError, lambda: load(file)) == (
-        f"'{file}' holds no patches: chanpatch.save() did not write it."
+        f"'{file}' contains no patches: it was not written by chanpatch.save()."
     )
 
 
@@ -733,14 +732,14 @@ def test_a_model_that_differs_is_one_error_with_all_faults(file: Path) -> None:
     save(file, [zero_ablate(site) for site in sites])
     other = hook_points(Renamed().double(), images.double())
     assert refused(InterventionError, lambda: load(file, other)) == (
-        f"'{file}' does not fit this model. 3 errors:\n"
+        f"'{file}' does not match this model. 3 errors:\n"
         "- No hook point named 'relu1'. Did you mean 'relu2'? (12 hook points; print the "
         "HookPoints to list them.)\n"
         "- Hook point 'relu2' is GELU (batch, channel=16, row=8, col=8) float64 in this model, but ReLU (batch, "
         "channel=8, row=8, col=8) float32 in the file.\n"
         "- Hook point 'fc' is Linear (batch, feature=4) float64 in this model, but Linear (batch, feature=4) float32 "
         "in the file.\n"
-        "Without points, load(file) returns the patches unchecked."
+        "To load the patches without checks, call load(file) without points."
     )
     assert [repr(patch.site) for patch in load(file)] == [
         "Site('relu1', channel=[1, 2])", "Site('relu1')", "Site('relu2', channel=3)", "Site('fc')",
@@ -766,12 +765,12 @@ def test_a_site_without_a_trace_is_checked_too(file: Path) -> None:
     save(file, [zero_ablate(Site("relu1", channel=8)), Patch(Site("fc"), Set(torch.zeros(1, 5)))])
     message = refused(InterventionError, lambda: load(file, points))
     assert message == (
-        f"'{file}' does not fit this model. 2 errors:\n"
+        f"'{file}' does not match this model. 2 errors:\n"
         "- Site('relu1', channel=8): channel 8 is out of range; hook point 'relu1' has axes (batch, channel, row, col) "
         "and 8 channels (0 to 7).\n"
         "- Set at Site('fc'): the value has shape (1, 5), but the region has axes (batch, feature) = (any, 4). Each "
         "axis of the value must have the region's length or length 1.\n"
-        "Without points, load(file) returns the patches unchecked."
+        "To load the patches without checks, call load(file) without points."
     )
 
 
@@ -826,7 +825,7 @@ def test_a_file_of_format_1_loads_in_silence_and_its_contents_say_that_it_has_no
         load(FORMAT_1)
     assert not warned and contents(FORMAT_1).checksum is None
     assert repr(contents(FORMAT_1)).splitlines()[6:8] == [
-        "No checksum: format 1 has none, so a damaged number would load. Compare the file with a copy.",
+        "No checksum in format 1: corrupted numbers would go unnoticed. Compare the file with a copy.",
         "Receipt:",
     ]
 
@@ -835,9 +834,9 @@ def test_a_file_of_format_1_is_compared_with_the_model_like_any_other() -> None:
     points, images = of_format_1()
     points.model[1] = nn.GELU()
     assert refused(InterventionError, lambda: load(FORMAT_1, hook_points(points.model, images))) == (
-        f"'{FORMAT_1}' does not fit this model. Hook point '1' is GELU (batch, channel=3, row=2, col=2) float32 in "
+        f"'{FORMAT_1}' does not match this model. Hook point '1' is GELU (batch, channel=3, row=2, col=2) float32 in "
         "this model, but ReLU (batch, channel=3, row=2, col=2) float32 in the file.\n"
-        "Without points, load(file) returns the patches unchecked."
+        "To load the patches without checks, call load(file) without points."
     )
 
 
@@ -1003,8 +1002,8 @@ def test_a_forward_that_does_not_repeat_gets_no_receipt_and_the_older_file_stays
     save(file, patch)
     before = file.read_bytes()
     assert refused(InterventionError, lambda: save(file, patch, points, inputs=vectors)) == (
-        "The patches were not saved: two runs of the forward gave different outputs, so a receipt would be useless. "
-        "Make the forward repeat, as with torch.use_deterministic_algorithms(True), or save without inputs."
+        "The patches were not saved: two forward passes gave different outputs, so a receipt could not be verified. "
+        "Make the model deterministic, such as by torch.use_deterministic_algorithms(True), or save without inputs."
     )
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
@@ -1031,8 +1030,8 @@ def test_an_output_without_a_tensor_gets_no_receipt(file: Path) -> None:
     assert refused(
         InterventionError, lambda: save(file, zero_ablate(points.site("fc")), points, inputs=torch.randn(4, 6))
     ) == (
-        "The model returned NoneType without a tensor, so there is no output to compare. Save without inputs, or trace "
-        "a method that returns one: hook_points(..., method=...)."
+        "The model returned NoneType without any tensor, so there is no output to compare. Save without inputs, or "
+        "trace a method that returns a tensor: hook_points(..., method=...)."
     )
 
 
@@ -1043,17 +1042,17 @@ def test_verify_names_what_is_not_the_same(file: Path) -> None:
     told = f"In the file: {here}. Here: {here}."
 
     assert refused(InterventionError, lambda: verify(file, points, images[:2])) == (
-        f"'{file}' does not repeat here. Different: inputs, output. The same: hook points, weights. {told}"
+        f"The run in '{file}' was not reproduced. Different: inputs, output. Same: hook points, weights. {told}"
     )
     torch.manual_seed(1)
     other = hook_points(PlainCNN().eval(), images)
     assert refused(InterventionError, lambda: verify(file, other, images)) == (
-        f"'{file}' does not repeat here. Different: weights, output. The same: hook points, inputs. {told}"
+        f"The run in '{file}' was not reproduced. Different: weights, output. Same: hook points, inputs. {told}"
     )
     points.model.fc.register_forward_hook(lambda module, inputs, output: output.nextafter(output + 1))
     assert refused(InterventionError, lambda: verify(file, points, images)) == (
-        f"'{file}' does not repeat here. Different: output. The same: hook points, weights, inputs. So the "
-        f"model's code or the environment differs. {told}"
+        f"The run in '{file}' was not reproduced. Different: output. Same: hook points, weights, inputs. So the "
+        f"model's code or the environment must differ. {told}"
     )
 
 
@@ -1062,7 +1061,7 @@ def test_one_bit_of_one_weight_is_not_the_same(file: Path) -> None:
     save(file, zero_ablate(points.site("fc")), points, inputs=images)  # the output is zero whatever the weights
     with torch.no_grad():
         points.model.conv1.bias[0] = points.model.conv1.bias[0].nextafter(torch.tensor(9.0))
-    assert "Different: weights. The same: hook points, inputs, output." in refused(
+    assert "Different: weights. Same: hook points, inputs, output." in refused(
         InterventionError, lambda: verify(file, points, images)
     )
 
@@ -1071,7 +1070,7 @@ def test_verify_without_a_receipt_says_how_to_get_one(file: Path) -> None:
     points, (images,) = traced(build("plain_cnn"))
     save(file, zero_ablate(points.site("fc")))
     assert refused(InterventionError, lambda: verify(file, points, images)) == (
-        f"'{file}' holds no receipt, so there is no output to compare with. Save the patches with inputs: save(file, "
+        f"'{file}' has no receipt, so there is no output to compare with. Save the patches with inputs: save(file, "
         "patches, points, inputs=inputs)."
     )
 

@@ -39,8 +39,8 @@ def test_the_difference_of_two_areas_is_paired_over_the_same_inputs() -> None:
 @pytest.mark.parametrize(
     ("first", "labels", "message"),
     [
-        (np.zeros(59), LABELS, "first has 59 scores and second 60: give one per input."),
-        (np.zeros(60), np.zeros(60), "There are 0 positives and 60 negatives, but at least 2 of each are needed."),
+        (np.zeros(59), LABELS, "first and second must have equal lengths; got 59 and 60."),
+        (np.zeros(60), np.zeros(60), "labels must have at least 2 positives and 2 negatives; got 0 and 60."),
     ],
 )
 def test_scores_that_cannot_be_compared_are_refused(first, labels, message) -> None:
@@ -69,7 +69,7 @@ def test_two_inputs_or_a_constant_have_no_rank_correlation(first, second) -> Non
 def test_samples_of_different_lengths_have_no_rank_correlation() -> None:
     with pytest.raises(StatisticsError) as error:
         rank_correlation([1, 2, 3], [1, 2])
-    assert str(error.value) == "first, second and strata have different lengths: give one of each per input."
+    assert str(error.value) == "first, second and strata must have equal lengths, one entry per input."
 
 
 def test_the_difference_within_strata_has_mantel_and_haenszels_weights() -> None:
@@ -94,7 +94,7 @@ def test_groups_without_a_common_stratum_have_no_difference() -> None:
 def test_a_stratified_difference_of_other_things_than_booleans_is_refused() -> None:
     with pytest.raises(StatisticsError) as error:
         stratified_difference_interval([1, 2], [1, 0], [0, 0])
-    assert str(error.value) == "Give one boolean success, one boolean first and one stratum per input."
+    assert str(error.value) == ("success and first must have one boolean, and strata one label, per input.")
 
 
 def test_a_share_is_the_ratio_of_the_means_with_a_bootstrap_interval_for_every_channel() -> None:
@@ -112,4 +112,4 @@ def test_a_share_of_nothing_is_not_a_number_and_one_of_other_inputs_is_refused()
     assert np.isnan(share_interval([1.0, 2.0], [1.0, -1.0], resamples=9).estimate)
     with pytest.raises(StatisticsError) as error:
         share_interval([1.0], [1.0, 2.0])
-    assert str(error.value) == "part has shape (1,) and total (2,): give both for the same inputs."
+    assert str(error.value) == "part and total must have the same shape; got (1,) and (2,)."

@@ -191,37 +191,37 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
     [
         (
             lambda: bootstrap_interval(np.zeros((0, 3)), np.mean),
-            "sample has shape (0, 3): give at least one row, on the first axis.",
+            "sample must have at least one row on its first axis; got shape (0, 3).",
         ),
         (
             lambda: max_t_test(1.0),
-            "differences has shape (): give at least one row, on the first axis.",
+            "differences must have at least one row on its first axis; got shape ().",
         ),
         (
             lambda: mean_interval([1.0, 2.0], clusters=[1]),
-            "clusters has shape (1,), but there are 2 rows: give one label per row.",
+            "clusters must have one label for each of the 2 rows; got shape (1,).",
         ),
         (
             lambda: bootstrap_interval([1.0], np.mean, resamples=0),
-            "resamples is 0, but it must be a whole number, at least 1.",
+            "resamples must be a whole number, at least 1; got 0.",
         ),
-        (lambda: bootstrap_interval([1.0], np.mean, seed=-1), "seed is -1, but it must be a whole number, at least 0."),
+        (lambda: bootstrap_interval([1.0], np.mean, seed=-1), "seed must be a whole number, at least 0; got -1."),
         (
             lambda: mean_interval([1.0], confidence=95),
-            "confidence is 95, but it must lie between 0 and 1, such as 0.95.",
+            "confidence must lie between 0 and 1, such as 0.95; got 95.",
         ),
-        (lambda: holm([0.5, 1.2]), "1.2 is not a p-value: it must lie between 0 and 1."),
+        (lambda: holm([0.5, 1.2]), "p-values must lie between 0 and 1; got 1.2."),
         (
             lambda: equivalent(wilson_interval(1, 2), margin=0),
-            "margin is 0, but it must be above 0.",
+            "margin must be positive; got 0.",
         ),
         (
             lambda: difference_interval(wilson_interval(1, 2), wilson_interval(1, 2, confidence=0.9)),
-            "The intervals have confidence 0.95 and 0.9: make both with the same.",
+            "Both intervals must have the same confidence; got 0.95 and 0.9.",
         ),
         (
             lambda: reweighted_precision(wilson_interval(1, 2), wilson_interval(1, 2), base_rate=1),
-            "base_rate is 1, but it must lie between 0 and 1.",
+            "base_rate must lie between 0 and 1; got 1.",
         ),
     ],
 )

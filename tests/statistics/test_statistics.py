@@ -237,51 +237,51 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: wilson_interval(1, 0), "n is 0, but it must be a whole number, at least 1."),
-        (lambda: wilson_interval(5, 4), "successes is 5, but there were only n = 4 trials."),
-        (lambda: wilson_interval(-1, 4), "successes is -1, but it must be a whole number, at least 0."),
-        (lambda: wilson_interval(0.5, 4), "successes is 0.5, but it must be a whole number, at least 0."),
+        (lambda: wilson_interval(1, 0), "n must be a whole number, at least 1; got 0."),
+        (lambda: wilson_interval(5, 4), "successes must be at most n = 4; got 5."),
+        (lambda: wilson_interval(-1, 4), "successes must be a whole number, at least 0; got -1."),
+        (lambda: wilson_interval(0.5, 4), "successes must be a whole number, at least 0; got 0.5."),
         (
             lambda: wilson_interval(1, 4, confidence=95),
-            "confidence is 95, but it must lie between 0 and 1, such as 0.95.",
+            "confidence must lie between 0 and 1, such as 0.95; got 95.",
         ),
         (
             lambda: paired_counts(np.array([0.5, 1.0]), np.array([True])),
-            "first is float64 of shape (2,) and second is bool of shape (1,): "
-            "give one boolean per pair, such as returns > 0.",
+            "first and second must have one boolean per pair, such as returns > 0; got float64 of shape (2,) and bool "
+            "of shape (1,).",
         ),
-        (lambda: mcnemar_exact(3, -2), "only_second is -2, but it must be a whole number, at least 0."),
+        (lambda: mcnemar_exact(3, -2), "only_second must be a whole number, at least 0; got -2."),
         (
             lambda: paired_difference_interval(0, 0, 0, 0),
-            "All four counts are 0: a difference of proportions needs at least one pair.",
+            "All four counts are 0, but a difference of proportions needs at least one pair.",
         ),
         (
             lambda: auc([1.0, 2.0, 3.0], [True, False]),
-            "labels is bool of shape (2,): give one boolean for each of the 3 inputs, such as directions == 0.",
+            "labels must have one boolean for each of the 3 inputs, such as directions == 0; got bool of shape (2,).",
         ),
         (
             lambda: auc([1.0, math.nan, 2.0, 3.0], [True, False, True, False]),
-            "scores[1] is not finite: leave that input out.",
+            "scores[1] is not finite. Remove that input.",
         ),
         (
             lambda: auc([1.0, 2.0, 3.0, 4.0], [1, 2, 1, 2]),
-            "labels is int64 of shape (4,): give one boolean for each of the 4 inputs, such as directions == 0.",
+            "labels must have one boolean for each of the 4 inputs, such as directions == 0; got int64 of shape (4,).",
         ),
         (
             lambda: auc([1.0, 2.0, 3.0], [True, True, False]),
-            "There are 2 positives and 1 negatives, but at least 2 of each are needed.",
+            "labels must have at least 2 positives and 2 negatives; got 2 and 1.",
         ),
         (
             lambda: rank_among(0.5, []),
-            "controls has shape (0,): give the effect of at least one control, (control,).",
+            "controls must have shape (control,) with at least one control; got shape (0,).",
         ),
         (
             lambda: rank_among(0.5, [0.1, math.nan]),
-            "An effect that is not finite has no rank: leave that control out.",
+            "An effect is not finite, so it cannot be ranked. Remove that control.",
         ),
         (
             lambda: rank_among(0.5, [0.1], alternative="larger"),
-            "alternative is 'larger', but it must be one of 'two-sided', 'greater', 'less'.",
+            "alternative must be one of 'two-sided', 'greater', 'less'; got 'larger'.",
         ),
     ],
 )

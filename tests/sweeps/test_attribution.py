@@ -262,16 +262,15 @@ def test_rows_are_in_the_order_given_and_turn_into_records() -> None:
 def test_an_attribution_prints_as_a_table_with_its_receipt() -> None:
     result = attribution(POINTS, INPUTS, patches=map(zero_ablate, split("0", "1", "2", "3")), metric=METRIC, verify=6)
     lines = repr(result).splitlines()
-    assert lines[0] == "22 patches estimated by the gradient of the clean run, 8 inputs"
+    assert lines[0] == "22 patches, effects estimated from the clean run's gradient, 8 inputs"
     assert lines[1].split() == ["label", "effect", "exact", "drawn"]
     assert lines[2].startswith(result.top(1).labels[0])
     assert lines[-2:] == [
         "... 2 more",
-        f"Rank correlation with the exact effects: {result.rank_correlation:.2f} (Spearman, over 6 patches drawn at "
-        "random)",
+        f"Spearman rank correlation with the exact effects of 6 random patches: {result.rank_correlation:.2f}",
     ]
     steps = attribution(POINTS, INPUTS, patches=[zero_ablate(WHOLE)], metric=METRIC, steps=3, verify=0)
-    assert repr(steps).splitlines()[0] == "1 patch estimated by gradients at 3 steps, 8 inputs"
+    assert repr(steps).splitlines()[0] == "1 patch, effects estimated from gradients at 3 steps, 8 inputs"
     assert len(repr(steps).splitlines()) == 3
 
 
@@ -319,7 +318,7 @@ def sure(inputs: Tensor) -> HookPoints:
     return hook_points(module, inputs)
 
 
-INSTEAD = "Take more steps (steps=20), a metric of logits (logit_difference), or sweep() the patches."
+INSTEAD = "Use more steps (steps=20), a metric based on logits (logit_difference), or sweep()."
 
 
 def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
@@ -329,9 +328,9 @@ def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
     with pytest.warns(RuntimeWarning) as caught:
         result = attribution(points, inputs, patches=patches, metric=action_probability(0))
     assert [str(warning.message) for warning in caught] == [
-        "The estimates are about zero at '1', but verified patches there change the metric by up to 1. The metric is "
-        "flat at the clean activations (a probability near 0 or 1, a divergence from the clean output), or something "
-        f"in between has no gradient (.detach(), argmax, rounding). {INSTEAD}"
+        "The estimates are about zero at '1', but verified patches there change the metric by up to 1. Either the "
+        "metric is flat at the clean activations (a probability near 0 or 1, a divergence from the clean output), or "
+        f"an operation in between blocks gradients (.detach(), argmax, rounding). {INSTEAD}"
     ]
     assert caught[0].filename == __file__
     assert np.abs(result.exact).max() > 0.9
@@ -344,7 +343,7 @@ def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
 
 def test_a_divergence_from_the_clean_run_needs_steps() -> None:
     patch = zero_ablate(POINTS.site("1", feature=2))
-    with pytest.warns(RuntimeWarning, match="The estimates are about zero at '1', .* Take more steps"):
+    with pytest.warns(RuntimeWarning, match="The estimates are about zero at '1', .* Use more steps"):
         flat = attribution(POINTS, INPUTS, patches=[patch], metric=kl_divergence)
     assert flat.effect()[0] == pytest.approx(0, abs=1e-9)
     steps = attribution(POINTS, INPUTS, patches=[patch], metric=kl_divergence, steps=50)
@@ -385,8 +384,8 @@ def test_estimates_in_another_order_than_the_exact_effects_are_warned_about() ->
         result = attribution(points, inputs, patches=patches, metric=metric)
     assert result.rank_correlation < 0.5
     assert [str(warning.message) for warning in caught] == [
-        f"The estimates rank the patches unlike the exact effects: the rank correlation is "
-        f"{result.rank_correlation:.2f} over 12 patches drawn at random. {INSTEAD}"
+        f"The estimates rank the patches differently from the exact effects: the rank correlation is "
+        f"{result.rank_correlation:.2f} over 12 random patches. {INSTEAD}"
     ]
 
 
@@ -411,8 +410,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "several sites": (
         attributed({"both": [zero_ablate(WHOLE), zero_ablate(WHOLE)]}),
         SweepError,
-        "'both' has 2 patches, but an attribution estimates the effects of single patches: give each a label of its "
-        "own, or sweep() several patches together.",
+        "'both' has 2 patches, but attribution() estimates the effect of one patch per label. Give each patch its own "
+        "label, or use sweep() to apply several together.",
     ),
     "one label twice": (
         attributed([zero_ablate(WHOLE), steer(WHOLE, torch.ones(1, 6, dtype=torch.float64))]),
@@ -433,12 +432,12 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no steps": (
         attributed([zero_ablate(WHOLE)], steps=0),
         SweepError,
-        "steps=0 and verify=16: take one step at least and verify none at least, in whole numbers.",
+        "steps must be an int, at least 1, and verify an int, at least 0; got 0 and 16.",
     ),
     "a part of a step": (
         attributed([zero_ablate(WHOLE)], steps=2.5),
         SweepError,
-        "steps=2.5 and verify=16: take one step at least and verify none at least, in whole numbers.",
+        "steps must be an int, at least 1, and verify an int, at least 0; got 2.5 and 16.",
     ),
     "a function that makes patches": (
         attributed(zero_ablate),
@@ -448,25 +447,26 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "several metrics": (
         attributed([zero_ablate(WHOLE)], {"difference": METRIC}),  # type: ignore[arg-type]
         MetricError,
-        "The metric is of type dict: give a function of the model's output. Only sweep() takes several, by name.",
+        "The metric must be a function of the model's output; got dict. Only sweep() accepts a dict of several "
+        "metrics.",
     ),
     "a count below zero": (
         lambda: attributed([zero_ablate(WHOLE)])().top(-1),
         StatisticsError,
-        "top(-1): the count must be 0 or more.",
+        "The count in top() must be at least 0; got -1.",
     ),
     "a metric without a gradient": (
         attributed([zero_ablate(WHOLE)], action_flip),
         MetricError,
-        "The metric has no gradient: it counts (action_flip), or leaves the graph (.detach(), .item(), numpy). Take "
-        "one that has a gradient, or sweep() the patches.",
+        "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), .item(), "
+        "numpy). Use a differentiable metric, or sweep().",
     ),
     "tokens": (
         lambda: attribution(
             TOKENS, torch.tensor([1, 2]), patches=[edit(TOKENS.site(".in[0]"), torch.clone)], metric=METRIC
         ),
         SiteError,
-        "'.in[0]' is torch.int64, which has no gradient. Patch where it is embedded.",
+        "'.in[0]' has dtype torch.int64, which has no gradient. Patch its embedding instead.",
     ),
 }
 
@@ -573,7 +573,7 @@ def test_an_input_that_is_written_into_in_place_is_warned_about_and_leaves_exact
     model, vectors = WritesInPlace(), torch.randn(5, 4)
     points = hook_points(model, vectors)
     patches = [zero_ablate(site) for name in ("relu.in[0]", "layer") for site in points.site(name).split("feature")]
-    with pytest.warns(RuntimeWarning, match=r"writes in place into its input.*the estimates are off"):
+    with pytest.warns(RuntimeWarning, match=r"modifies its input in place.*the estimates are wrong"):
         result = attribution(points, vectors, patches=patches, metric=logit_difference(0, 1), verify=len(patches))
     expected = sweep(points, vectors, patches=patches, metric=logit_difference(0, 1), strategy="loop")
     found = dict(zip(result.labels, result.exact, strict=True))
@@ -600,6 +600,5 @@ def test_a_site_inside_no_grad_is_refused_by_name() -> None:
     with pytest.raises(SiteError) as caught:
         attribution(points, vectors, patches=zero_ablate(points.site("frozen")), metric=logit_difference(0, 1))
     assert str(caught.value) == (
-        "'frozen' is computed under torch.no_grad(), through which no gradient flows. sweep() its patches, or patch "
-        "a later hook point."
+        "'frozen' is computed under torch.no_grad(), so it has no gradient. Use sweep(), or patch a later hook point."
     )

@@ -205,22 +205,23 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "two senders": (
         lambda: effect(["first", "second"], "head.in[0]"),
         SiteError,
-        "There are 2 senders, but a path begins at one. Take the paths of each in turn.",
+        "path_patch() needs exactly one sender; got 2. Call it once per sender.",
     ),
     "no sender": (
         lambda: effect([], "head.in[0]"),
         SiteError,
-        "There is no sender: name a hook point, such as 'head.in[0]'.",
+        "No sender was given. Name a hook point, such as 'head.in[0]'.",
     ),
     "no receiver": (
         lambda: effect("first", []),
         SiteError,
-        "There is no receiver: name a hook point, such as 'head.in[0]'.",
+        "No receiver was given. Name a hook point, such as 'head.in[0]'.",
     ),
     "several metrics": (
         lambda: path_patch(POINTS, CLEAN, CORRUPTED, "first", "head.in[0]", metric={"first": first_logit}),  # type: ignore[arg-type]
         MetricError,
-        "The metric is of type dict: give a function of the model's output. Only sweep() takes several, by name.",
+        "The metric must be a function of the model's output; got dict. Only sweep() accepts a dict of several "
+        "metrics.",
     ),
 }
 
@@ -251,8 +252,8 @@ def test_a_receiver_that_comes_before_the_sender_is_refused() -> None:
     with pytest.raises(SiteError) as caught:
         effect("second", "first.in[0]")
     assert str(caught.value) == (
-        "The receiver Site('first.in[0]') does not come after the sender Site('second') in the forward, so that no "
-        "path leads there. Print the HookPoints: they are listed in execution order."
+        "The receiver Site('first.in[0]') does not come after the sender Site('second') in the forward pass, so no "
+        "path leads there. Print the HookPoints to see them in execution order."
     )
     with pytest.raises(SiteError, match="does not come after the sender"):
         effect("second", ["head.in[0]", "second"])
@@ -261,7 +262,7 @@ def test_a_receiver_that_comes_before_the_sender_is_refused() -> None:
 def test_unpaired_inputs_and_unknown_names_are_refused() -> None:
     with pytest.raises(ContrastError) as caught:
         path_patch(POINTS, CLEAN, CORRUPTED[:3], "first", "head.in[0]", metric=first_logit)
-    assert str(caught.value) == "clean has 5 inputs and corrupted 3: give one of each per pair."
+    assert str(caught.value) == "clean has 5 inputs and corrupted has 3. Pass one of each per pair."
     for names in (("frist", "head.in[0]"), ("first", "haed.in[0]")):
         with pytest.raises(HookPointError, match="Did you mean"):
             effect(*names)
@@ -356,8 +357,8 @@ def test_the_whole_models_output_is_no_receiver_unless_it_is_said_what_is_frozen
     with pytest.raises(SiteError) as caught:
         effect("first", ".out")
     assert str(caught.value) == (
-        "The receiver Site('.out') is the output of the whole model, the end of every path. Name the module that "
-        "computes it, or its input, such as 'head.in[0]'; or the hook points to freeze in frozen=[...]."
+        "The receiver Site('.out') is the model's final output, where every path ends. Use the module that computes "
+        "it or that module's input (such as 'head.in[0]'), or list the hook points to freeze in frozen=[...]."
     )
     torch.testing.assert_close(effect("first", ".out", frozen=()), by_hand(to_second=True, to_head=True))
 
@@ -547,8 +548,8 @@ def test_a_path_that_only_held_modules_carry_is_refused() -> None:
     with pytest.raises(SiteError) as caught:
         path_patch(points, CLEAN, CORRUPTED, "0", "3.in[0]", metric=first_logit)
     assert str(caught.value) == (
-        "Every path from Site('0') to the receivers leads through the sites that are held at their clean activations: "
-        "'1'. Name the sites to hold in frozen=[...]; frozen=() holds none."
+        "All paths from Site('0') to the receivers pass through frozen sites: '1'. Choose the sites to freeze with "
+        "frozen=[...], or freeze nothing with frozen=()."
     )
     assert path_patch(points, CLEAN, CORRUPTED, "0", "3.in[0]", metric=first_logit, frozen=()).any()
     assert not path_patch(points, CLEAN, CORRUPTED, "0", "3.in[0]", metric=first_logit, frozen="1").any()

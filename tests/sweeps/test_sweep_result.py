@@ -87,7 +87,7 @@ def test_two_patches_with_one_label_are_an_error(points: HookPoints) -> None:
 def test_no_patches_are_an_error(points: HookPoints) -> None:
     with pytest.raises(errors.SweepError, match="There are no patches"):
         swept(points, patches=[])
-    with pytest.raises(errors.SweepError, match="hold 'nothing' without a patch"):
+    with pytest.raises(errors.SweepError, match="The label 'nothing' in patches has no patch"):
         swept(points, patches={"nothing": []})
 
 
@@ -132,7 +132,9 @@ def test_several_metrics_are_measured_in_one_sweep(points: HookPoints) -> None:
 
 def test_with_several_metrics_one_has_to_be_named(points: HookPoints) -> None:
     result = swept(points, metric={"first": first, "second": lambda output: output[:, 1]})
-    with pytest.raises(errors.MetricError, match="There are several metrics: 'first', 'second'. Name one of them."):
+    with pytest.raises(
+        errors.MetricError, match="The sweep has several metrics: 'first', 'second'. Pass the name of one."
+    ):
         result.effect()
     with pytest.raises(errors.MetricError, match="There is no metric 'third'"):
         result.effect("third")
@@ -152,13 +154,13 @@ def test_a_metric_may_be_one_number_for_all_inputs(points: HookPoints) -> None:
     [
         (
             lambda output: output,
-            "returned a torch.float32 tensor of shape \\(12, 4\\). A metric returns one number",
+            "returned a torch.float32 tensor of shape \\(12, 4\\). A metric must return one number",
         ),
-        (lambda output: "much", "returned str. A metric returns one number per input"),
-        (lambda output: output[:0, 0], "returned no number. Give inputs with at least one row"),
-        (lambda output: output[:, 0] * 1j, "returned a torch.complex64 tensor .* Take .real or .abs\\(\\) of it."),
-        ({}, "There is no metric"),
-        ({"first": 0}, "The metric 'first' is of type int: give a function"),
+        (lambda output: "much", "returned str. A metric must return one number per input"),
+        (lambda output: output[:0, 0], "returned no numbers. Pass inputs with at least one row"),
+        (lambda output: output[:, 0] * 1j, "returned a torch.complex64 tensor .* Use .real or .abs\\(\\)."),
+        ({}, "metric is an empty mapping"),
+        ({"first": 0}, "The metric 'first' must be a function of the model's output; got int"),
     ],
 )
 def test_a_metric_that_is_none_is_an_error(points: HookPoints, metric: Any, message: str) -> None:
@@ -209,7 +211,7 @@ def test_rows_of_top_keep_the_intervals_that_hold_for_all_patches_of_the_sweep(p
 
 @pytest.mark.parametrize("verb", [mean_ablate, resample_ablate])
 def test_a_sweep_says_that_one_reference_is_held_fixed(points: HookPoints, verb: Any) -> None:
-    note = "Intervals hold the reference of a mean or resample ablation fixed: they leave out its sampling error."
+    note = "Intervals treat the reference of a mean or resample ablation as fixed and ignore its sampling error."
     cache = run_with_cache(points, *vectors(20), sites=["1"], stop=True)
     ablated = sweep(points, *vectors(ROWS), patches=verb(points.site("1", feature=0), cache), metric=first)
     assert note in repr(ablated).splitlines()
@@ -234,7 +236,7 @@ def test_effects_are_ranked_among_those_of_controls(points: HookPoints) -> None:
 def test_with_few_controls_there_is_a_rank_and_no_p(points: HookPoints) -> None:
     result = swept(points, controls=zeroed(points, "0"))
     assert result.to_records()[0]["p"] is None
-    assert "at least 19 controls" in result.to_records()[0]["no_p"]
+    assert "fewer than 19 controls" in result.to_records()[0]["no_p"]
     assert "No p-values: fewer than 19 controls" in repr(result)
 
 
@@ -268,7 +270,7 @@ def test_the_table_says_how_many_rows_it_does_not_show(points: HookPoints) -> No
     lines = repr(swept(points, patches=dict(enumerate(zeroed(points) * 4)))).splitlines()
     assert lines[0] == "32 patches, first over 12 inputs"
     assert "... 12 more" in lines
-    assert lines[-1] == "By vmap at '1': 2 of 32 patches agree with the loop"
+    assert lines[-1] == "vmap at '1': checked 2 of 32 patches against the loop, all agree"
 
 
 def test_nan_is_an_error_that_names_the_label(points: HookPoints) -> None:
@@ -363,13 +365,13 @@ def test_an_interrupt_keeps_what_is_done(points: HookPoints) -> None:
         return output[:, 0]
 
     inputs = vectors(ROWS)
-    with pytest.raises(KeyboardInterrupt, match="5 of 8 patches are done") as stopped:
+    with pytest.raises(KeyboardInterrupt, match="5 of 8 patches finished") as stopped:
         sweep(points, *inputs, patches=zeroed(points), metric=interrupted)
     assert isinstance(stopped.value, SweepInterrupted)
     partial, whole = stopped.value.partial, sweep(points, *inputs, patches=zeroed(points), metric=first)
     assert whole.complete
     assert not partial.complete
-    assert repr(partial).startswith("INTERRUPTED, not all patches were run. 5 patches")
+    assert repr(partial).startswith("INTERRUPTED before all patches were run. 5 patches")
     rows = [whole.labels.index(label) for label in partial.labels]
     np.testing.assert_array_equal(partial.values["interrupted"], whole.values["first"][rows])
 
@@ -443,7 +445,7 @@ def test_nan_is_let_through_where_it_is_meant(points: HookPoints, strategy: Any)
 
 def test_the_table_says_that_the_metric_is_nan_without_any_patch(points: HookPoints) -> None:
     result = swept(points, metric=lambda output: output[:, 0].index_fill(0, torch.tensor([1, 2]), float("nan")))
-    assert "metric is NaN without any patch, for 2 of 12 inputs." in str(result).splitlines()
+    assert "metric is NaN on the unpatched output for 2 of 12 inputs." in str(result).splitlines()
     assert "without any patch" not in str(swept(points))
 
 
@@ -473,17 +475,17 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a fraction of a byte": (
         {"max_bytes": 1e6},
         errors.SweepError,
-        "max_bytes is 1000000.0; it is a positive number of bytes, such as 2**28.",
+        "max_bytes must be a positive number of bytes, such as 2**28; got 1000000.0.",
     ),
     "no bound": (
         {"max_bytes": None},
         errors.SweepError,
-        "max_bytes is None; it is a positive number of bytes, such as 2**28.",
+        "max_bytes must be a positive number of bytes, such as 2**28; got None.",
     ),
     "no bytes": (
         {"max_bytes": 0},
         errors.SweepError,
-        "max_bytes is 0; it is a positive number of bytes, such as 2**28.",
+        "max_bytes must be a positive number of bytes, such as 2**28; got 0.",
     ),
     "a function that makes patches": (
         {"patches": zero_ablate},
@@ -493,8 +495,8 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a metric of actions": (
         {"metric": {"logits": lambda output: output[0]}},
         errors.MetricError,
-        "The metric 'logits' returned 4 numbers for 12 inputs. A metric returns one number per input, (batch,), or "
-        "one number.",
+        "The metric 'logits' returned 4 numbers for 12 inputs. A metric must return one number per input, (batch,), or "
+        "a single number.",
     ),
 }
 
@@ -510,7 +512,7 @@ def test_what_cannot_be_swept_is_refused(points: HookPoints, fault: str) -> None
 def test_a_count_of_rows_below_zero_is_an_error(points: HookPoints) -> None:
     with pytest.raises(errors.StatisticsError) as caught:
         swept(points).top(-1)
-    assert str(caught.value) == "top(-1): the count must be 0 or more."
+    assert str(caught.value) == "The count in top() must be at least 0; got -1."
     assert len(swept(points).top(0)) == 0
 
 
@@ -527,8 +529,8 @@ def test_a_metric_that_writes_into_what_others_are_given_is_refused(metric: Any,
     with pytest.raises(errors.MetricError) as caught:
         swept(points, metric={"first": first, "writing": metric})
     assert str(caught.value) == (
-        "The metric 'writing' wrote into the output or the baseline in place, which other metrics and patches get "
+        "The metric 'writing' modified the output or the baseline in place, but other metrics and patches use them "
         "too. Return new tensors: output - baseline instead of output.sub_(baseline)."
     )
-    with pytest.raises(errors.MetricError, match="The metric wrote into the output or the baseline in place"):
+    with pytest.raises(errors.MetricError, match="The metric modified the output or the baseline in place"):
         path_patch(points, *(vectors(ROWS)[0], -vectors(ROWS)[0]), "0", "2.in[0]", metric=metric)

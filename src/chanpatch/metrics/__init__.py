@@ -4,8 +4,8 @@
     logit_difference(3, 5)(logits)                  # (batch,)
     kl_divergence(patched_logits, baseline=logits)  # (batch,)
 
-Any function of an output that returns a tensor `(batch,)` is a metric. One with a keyword-only `baseline` compares: it
-gets the unpatched output too.
+Any function of an output that returns a tensor `(batch,)` is a metric. A metric with a keyword-only parameter
+`baseline` also receives the unpatched output.
 """
 
 from .measured import Metric

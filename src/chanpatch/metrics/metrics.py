@@ -1,9 +1,9 @@
 """Metrics of policies and classifiers: functions of an output that return `(batch,)`.
 
-They take logits `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` with a value `(batch,)` or
-`(batch, 1)`, tuples that hold one distribution, dicts and objects that hold one, and Stable-Baselines3's distributions.
-Logits of sequences, `(batch, position, action)`, need `at_position`: with padding, the last position is not that of the
-last token. All but `action_flip` are differentiable.
+They accept logits `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` with a value `(batch,)` or
+`(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that contain one distribution. Sequence
+logits, `(batch, position, action)`, need `at_position`: with padding, the last position is not the last token. All
+metrics except `action_flip` are differentiable.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .outputs import Actions, Choice, described, distribution_of, is_categorical
 
 
 def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
-    """Return the metric `logit of correct minus logit of incorrect`: the log odds between the two.
+    """Return a metric: the logit of `correct` minus the logit of `incorrect`, which is their log odds.
 
-    The logit of a set of actions is the log of the sum of their exponentials, so the difference between two sets is the
-    log of the ratio of their probabilities.
+    The logit of a set of actions is the log-sum-exp of their logits, so the difference between two sets is the log
+    ratio of their probabilities.
 
     Args:
-        correct: Action, sequence of actions that count as one, or int64 tensor `(batch,)` with an action per input.
-        incorrect: As for `correct`.
+        correct: Action, sequence of actions to treat as one, or int64 tensor `(batch,)` with one action per input.
+        incorrect: Action or actions in the same form.
 
     Raises:
-        MetricError: If the actions are not valid; in the call, if the output lacks them or has sequences.
+        MetricError: If the actions are invalid; in a call, if the output lacks an action or its logits are sequences.
 
     Example:
         >>> logit_difference(0, 2)(torch.tensor([[3.0, 0.0, 1.0]]))
@@ -43,7 +43,7 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
     """
     of_correct, of_incorrect = Choice("correct", correct), Choice("incorrect", incorrect)
 
-    def logit_difference(output: Any) -> Tensor:  # its name is the metric's name in results
+    def logit_difference(output: Any) -> Tensor:  # results show this name
         logits = _log_probabilities(output)
         return of_correct(logits) - of_incorrect(logits)
 
@@ -51,9 +51,9 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
 
 
 def log_probability(actions: Actions) -> Metric:
-    """Return the metric `log probability of an action, or of a set of actions together`, in nats.
+    """Return a metric: the log probability of an action, or of a set of actions combined, in nats.
 
-    The actions and the errors are as for `logit_difference`.
+    Arguments and errors are the same as for `logit_difference`.
 
     Example:
         >>> log_probability([0, 1])(torch.zeros(1, 4)).exp()
@@ -68,9 +68,9 @@ def log_probability(actions: Actions) -> Metric:
 
 
 def action_probability(actions: Actions) -> Metric:
-    """Return the metric `probability of an action, or of a set of actions together`, between 0 and 1.
+    """Return a metric: the probability of an action, or of a set of actions combined, from 0 to 1.
 
-    The actions and the errors are as for `logit_difference`.
+    Arguments and errors are the same as for `logit_difference`.
 
     Example:
         >>> action_probability([0, 1, 2])(torch.zeros(1, 4))
@@ -85,18 +85,18 @@ def action_probability(actions: Actions) -> Metric:
 
 
 def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
-    """Return the Kullback-Leibler divergence of the output's distribution from the baseline's, in nats.
+    """Return the Kullback-Leibler divergence `KL(baseline || output)` between action distributions, in nats.
 
-    It is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, infinite if the output
-    excludes an action that the baseline may take. The dimensions of a continuous action are summed.
+    It is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, and infinite if the output
+    excludes an action that the baseline may take. It is summed over the dimensions of continuous actions.
 
     Args:
         output: Output of the patched model.
         baseline: Output of the unpatched model on the same inputs.
 
     Raises:
-        DistributionError: If there is no distribution, or no formula for the divergence between the two kinds.
-        MetricError: If the shapes differ, or the logits are of sequences.
+        DistributionError: If there is no distribution, or torch has no formula for the divergence.
+        MetricError: If the shapes differ, or the logits are sequences.
 
     Example:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -107,17 +107,17 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
         ours, theirs = _compared(output, baseline)
         return _expected(theirs.exp(), theirs - ours)
     _check_same_shape(found.batch_shape + found.event_shape, reference.batch_shape + reference.event_shape)
-    return _summed(found, "divergence from the baseline's", lambda: kl.kl_divergence(reference, found))
+    return _summed(found, "KL divergence", lambda: kl.kl_divergence(reference, found))
 
 
 def total_variation(output: Any, *, baseline: Any) -> Tensor:
-    """Return half the sum of the absolute differences in probability: 0 if equal, 1 if disjoint.
+    """Return the total variation distance between action distributions: 0 if equal, 1 if disjoint.
 
-    The arguments are as for `kl_divergence`.
+    This is half the sum of the absolute differences in probability. Arguments are the same as for `kl_divergence`.
 
     Raises:
-        DistributionError: If one of them has no logits.
-        MetricError: As for `kl_divergence`.
+        DistributionError: If either output has no logits.
+        MetricError: Same as for `kl_divergence`.
 
     Example:
         >>> total_variation(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -128,10 +128,10 @@ def total_variation(output: Any, *, baseline: Any) -> Tensor:
 
 
 def action_flip(output: Any, *, baseline: Any) -> Tensor:
-    """Return 1 if the most probable action differs from the baseline's, else 0. Its mean is the flip rate.
+    """Return 1 if the most probable action differs from the baseline's, else 0. The mean is the flip rate.
 
-    Among equally probable actions the first one counts. The gradient is zero everywhere. Arguments and errors are as
-    for `total_variation`.
+    Ties go to the first action. This metric is not differentiable. Arguments and errors are the same as for
+    `total_variation`.
 
     Example:
         >>> action_flip(torch.eye(2), baseline=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -145,8 +145,8 @@ def entropy(output: Any) -> Tensor:
     """Return the entropy of the output's distribution in nats, summed over the dimensions of a continuous action.
 
     Raises:
-        DistributionError: If there is no distribution, or no formula for its entropy.
-        MetricError: If the logits are of sequences.
+        DistributionError: If there is no distribution, or torch has no formula for its entropy.
+        MetricError: If the logits are sequences.
 
     Example:
         >>> entropy(torch.zeros(1, 2))
@@ -162,8 +162,8 @@ def entropy(output: Any) -> Tensor:
 def value(output: Any) -> Tensor:
     """Return the value estimate of a policy.
 
-    It is the entry `value` or `values` of a dict or an object; in a tuple, the only tensor `(batch,)` or `(batch, 1)`
-    beside the distribution (or beside the first entry, the logits); or the output itself if it has such a shape.
+    The value is the entry `value` or `values` of a dict or an object, or the output itself if it is a tensor `(batch,)`
+    or `(batch, 1)`. In a tuple, it is the only such tensor besides the distribution or the logits (the first entry).
 
     Raises:
         MetricError: If no tensor, or more than one, could be the value.
@@ -175,22 +175,22 @@ def value(output: Any) -> Tensor:
     candidates = value_candidates(output)
     if len(candidates) != 1:
         raise MetricError(
-            f"The output, {described(output)}, holds {len(candidates)} tensors (batch,) or (batch, 1) that could be "
-            "the value. Give a metric that selects it: lambda output: output[1]."
+            f"The output, {described(output)}, contains {len(candidates)} tensors (batch,) or (batch, 1) that could be "
+            "the value, but there must be exactly one. Use a metric that selects it: lambda output: output[1]."
         )
     return candidates[0].reshape(-1)
 
 
 def at_position(metric: Metric, position: int | Tensor) -> Metric:
-    """Return a metric of logits `(batch, position, action)` that takes one position of each sequence.
+    """Return a metric for sequence logits `(batch, position, action)`, computed at one position of each sequence.
 
     Args:
-        metric: Metric of logits `(batch, action)`. One that compares gets the baseline at the same position.
-        position: Position in every sequence, -1 for the last; or an int64 tensor `(batch,)` with one position each,
-            such as `lengths - 1` for padded sequences.
+        metric: Metric of logits `(batch, action)`. A baseline is read at the same position.
+        position: Position in every sequence, such as -1 for the last, or an int64 tensor `(batch,)` with one position
+            per input, such as `lengths - 1` for padded sequences.
 
     Raises:
-        MetricError: If the position is not valid; in the call, if the logits lack such an axis or position.
+        MetricError: If the position is invalid; in a call, if the logits have no such axis or position.
 
     Example:
         >>> logits = torch.zeros(2, 5, 4)
@@ -200,22 +200,22 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
     """
     numbers = position.tolist() if isinstance(position, Tensor) else [position]
     if not numbers or not all(type(number) is int for number in numbers):
-        raise MetricError(f"position is {shown(position)}; it takes an int, or an int64 tensor (batch,).")
+        raise MetricError(f"position must be an int or an int64 tensor (batch,); got {shown(position)}.")
 
     def selected(output: Any) -> Tensor:
         logits = logits_of(output)
         if logits.dim() != 3:
             raise MetricError(
-                f"The output has logits of shape {tuple(logits.shape)}, but at_position needs axes (batch, "
-                "position, action)."
+                f"The logits in the output have shape {tuple(logits.shape)}, but must have axes (batch, position, "
+                "action)."
             )
         inputs, length, _ = logits.shape
         if not -length <= min(numbers) <= max(numbers) < length:
-            raise MetricError(f"position is {shown(position)}, but the output has {length} (0 to {length - 1}).")
+            raise MetricError(f"position is {shown(position)}, but positions in the output are 0 to {length - 1}.")
         if isinstance(position, int):
             return logits[:, position]
         if len(numbers) != inputs:
-            raise MetricError(f"There are {len(numbers)} positions, but {inputs} inputs. Give one position per input.")
+            raise MetricError(f"position has {len(numbers)} entries for {inputs} inputs. Pass one position per input.")
         return logits[torch.arange(inputs, device=logits.device), position.to(logits.device)]
 
     @functools.wraps(metric)  # keeps the signature, which shows whether the metric compares
@@ -228,16 +228,16 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """Return a metric rescaled so that its mean is 0 on the corrupted run and 1 on the clean run.
 
-    It is `(metric - corrupted) / (clean - corrupted)`, with the means of the metric over these runs. Its mean over a
-    patched corrupted run is the share of the effect that the patch restores.
+    It is `(metric - corrupted) / (clean - corrupted)`, with the metric's means over these two runs. On a patched
+    corrupted run, its mean is the fraction of the effect that the patch restores.
 
     Args:
-        metric: Metric of one output; not one that compares.
+        metric: Metric without a parameter `baseline`.
         clean: Output of the model on the clean inputs.
         corrupted: Output of the model on the corrupted inputs.
 
     Raises:
-        MetricError: If the two means agree, or the metric compares.
+        MetricError: If the two means are equal, or the metric has a parameter `baseline`.
 
     Example:
         >>> clean, corrupted = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
@@ -250,13 +250,13 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """
     if compares(metric):
         raise MetricError(
-            "normalized_effect takes a metric of one output, but this one compares with a baseline. Use it as it is: "
-            "it is 0 if the output equals the baseline."
+            "normalized_effect() needs a metric of one output, but this one compares with a baseline. Use it "
+            "directly: it is already 0 if the output equals the baseline."
         )
     one, zero = metric(clean).detach().mean(), metric(corrupted).detach().mean()
     if torch.isclose(one, zero, atol=0.0):
         raise MetricError(
-            f"The metric is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
+            f"The mean metric is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
             "difference to normalize by. Choose other inputs or another metric."
         )
 
@@ -270,10 +270,10 @@ def _log_probabilities(output: Any) -> Tensor:
     """Return the normalized logits, `(batch, action)`."""
     logits = logits_of(output)
     if logits.dim() != 2:
-        last = "at_position(metric, -1) takes the last position."
-        advice = last if logits.dim() == 3 else "Reshape them to these two axes."
+        last = "Use at_position(metric, -1) for the last position."
+        advice = last if logits.dim() == 3 else "Reshape them to (batch, action)."
         raise MetricError(
-            f"The output has logits of shape {tuple(logits.shape)}, but a metric needs (batch, action). {advice}"
+            f"The output has logits of shape {tuple(logits.shape)}, but this metric needs (batch, action). {advice}"
         )
     return logits
 
@@ -287,12 +287,12 @@ def _compared(output: Any, baseline: Any) -> tuple[Tensor, Tensor]:
 def _check_same_shape(ours: Sequence[int], theirs: Sequence[int]) -> None:
     if tuple(ours) != tuple(theirs):
         raise MetricError(
-            f"The output has shape {tuple(ours)} and the baseline {tuple(theirs)}: compare outputs for the same inputs."
+            f"The output has shape {tuple(ours)} and the baseline {tuple(theirs)}. Compare outputs for the same inputs."
         )
 
 
 def _expected(probabilities: Tensor, quantity: Tensor) -> Tensor:
-    """Return an expectation; impossible actions add 0, even if their quantity is infinite."""
+    """Return an expectation; actions with probability 0 add 0, even if their quantity is infinite."""
     return (torch.where(probabilities > 0, quantity, 0.0) * probabilities).sum(-1)
 
 
@@ -302,6 +302,6 @@ def _summed(found: Distribution, what: str, compute: Callable[[], Tensor]) -> Te
         result = compute()
     except NotImplementedError:
         raise DistributionError(
-            f"The {what} of a {type(found).__name__} has no formula in torch.distributions. Estimate it from samples."
+            f"torch.distributions has no formula for the {what} of {type(found).__name__}. Estimate it from samples."
         ) from None
     return result.flatten(1).sum(-1) if result.dim() > 1 else result

@@ -1,4 +1,4 @@
-"""Find the distribution, the logits and the value in the output of any kind of policy."""
+"""Find the distribution, logits and value in the output of any kind of policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return the distribution that an output is, holds or names the logits of, or None."""
+    """Return the distribution that an output is or contains, or that its named logits define; otherwise None."""
     if isinstance(output, Distribution):
         return output
     if isinstance(output, Mapping):
@@ -33,12 +33,12 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return the distribution under the name of one, or of logits."""
+    """Return a named entry as a distribution, if it is one or is logits; otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
 def tensor_in(output: Any) -> Tensor | None:
-    """Return an output that is a tensor, or the first tensor of a pair `(logits, value)`; None if it is neither."""
+    """Return an output that is a tensor, or the first tensor of a pair `(logits, value)`; otherwise None."""
     if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(item, Tensor) for item in output):
         first, value = output
         is_value = value.is_floating_point() and value.shape in (first.shape[:1], (*first.shape[:1], 1))
@@ -47,50 +47,50 @@ def tensor_in(output: Any) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution that logits give; None if the tensor cannot hold logits."""
+    """Return the distribution defined by logits; None if the tensor cannot be logits."""
     if not logits.is_floating_point() or not logits.dim():
         return None
-    # Numbers cannot be read inside vmap, so they cannot be validated; without rows there is nothing to read.
-    # Set it: the first torch.compile of a process turns torch's default off.
+    # Values inside vmap and empty tensors cannot be validated. The argument is explicit because the first torch.compile
+    # in a process disables validation by default.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
 
 
 def is_squashed(output: Any) -> bool:
-    """Return whether Stable-Baselines3 applies a tanh after the distribution that it names."""
+    """Return whether Stable-Baselines3 applies a tanh after the output's distribution."""
     return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
 
 
 def no_distribution(output: Any, subject: str, advice: str) -> DistributionError:
     """Return the error for an output without a distribution."""
     return DistributionError(
-        f"{subject} {described(output)}, which holds no action distribution: expected logits (batch, action), a "
-        f"torch.distributions object, a tuple that holds one, (logits, value), or a dict with 'logits'. {advice}"
+        f"{subject} {described(output)}, which contains no action distribution. Expected logits (batch, action), a "
+        f"torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. {advice}"
     )
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution that an output holds or gives the logits of; raise an error without one."""
+    """Return the distribution that an output contains or defines by logits; raise an error if there is none."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
             found = categorical(logits)
     except ValueError as fault:
         raise DistributionError(
-            f"The output is {described(output)} with NaN among its logits, which give no distribution. Look at which "
-            "activation has it first: recording(...), or a patch with numbers too large for the layers after it."
+            f"The output is {described(output)} with NaN logits, which define no distribution. Find the first "
+            "activation with NaN by recording(...). A patch may have set values too large for the layers after it."
         ) from fault
     if found is None and isinstance(output, (tuple, list)):
         raise MetricError(
-            f"The output is {described(output)}. A metric takes tuples that hold one distribution, and pairs "
-            "(logits, value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0])."
+            f"The output is {described(output)}. A metric accepts tuples with one distribution, and pairs (logits, "
+            "value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0])."
         )
     if found is None:
-        raise no_distribution(output, "The output is", "Give a metric that selects it.")
+        raise no_distribution(output, "The output is", "Use a metric that selects one of these.")
     return found
 
 
 def is_categorical(found: Distribution) -> bool:
-    """Return whether a distribution is over a set of actions, with logits."""
+    """Return whether a distribution is over a discrete set of actions and has logits."""
     return isinstance(found, (Categorical, OneHotCategorical))
 
 
@@ -99,18 +99,18 @@ def logits_of(output: Any) -> Tensor:
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
-            f"The output's distribution is {type(found).__name__}, which is not over a set of actions and has no "
-            "logits. For continuous actions use kl_divergence or entropy."
+            f"The output's distribution is {type(found).__name__}, which has no logits because it is not over a "
+            "discrete set of actions. For continuous actions, use kl_divergence or entropy."
         )
     logits: Tensor = found.logits  # type: ignore[attr-defined]
     return logits
 
 
 class Choice:
-    """Actions that count as one, as `correct` in `logit_difference`: the log of the sum of their exponentials.
+    """Actions treated as a single action, with the log-sum-exp of their logits, as in `logit_difference`.
 
     Raises:
-        MetricError: If the actions are not valid; in the call, if the logits lack them. `name` is that of the argument.
+        MetricError: If the actions are invalid; in a call, if the logits lack them. `name` appears in the message.
     """
 
     def __init__(self, name: str, actions: Actions) -> None:
@@ -121,27 +121,27 @@ class Choice:
             numbers = [_number(action) for action in each]
         except TypeError:
             raise MetricError(
-                f"{name} is {shown(actions)}; it takes an action (an int), a sequence of actions that count as one, "
-                "or an int64 tensor (batch,) with an action per input."
+                f"{name} must be an action (an int), a sequence of actions to treat as a single action, or an int64 "
+                f"tensor (batch,) with one action per input; got {shown(actions)}."
             ) from None
         if not numbers or min(numbers) < 0:
-            raise MetricError(f"{name} is {shown(actions)}; give at least one action; actions count from 0.")
+            raise MetricError(f"{name} is {shown(actions)}. Pass at least one action; actions are numbered from 0.")
         if not self.per_input and len(set(numbers)) < len(numbers):
-            raise MetricError(f"{name} is {actions}, which counts an action twice. Name each action once.")
+            raise MetricError(f"{name} is {actions}, which contains an action twice. List each action once.")
         self._numbers, self._highest = torch.tensor(numbers), max(numbers)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Return `(batch,)` from `(batch, action)`."""
+        """Return the logit of the actions, `(batch,)`, from logits `(batch, action)`."""
         count = logits.shape[-1]
         if self._highest >= count:
-            raise MetricError(f"{self.name} has action {self._highest}, but the output has {count} (0 to {count - 1}).")
+            raise MetricError(f"{self.name} has action {self._highest}, but the output has actions 0 to {count - 1}.")
         numbers = self._numbers.to(logits.device)
         if not self.per_input:
             return logits.index_select(-1, numbers).logsumexp(-1)
         if len(numbers) != len(logits):
             raise MetricError(
-                f"{self.name} has an action for each of {len(numbers)} inputs, but the output has {len(logits)}. "
-                "Give one action per input, or a list for a set of actions that count as one."
+                f"{self.name} has one action for each of {len(numbers)} inputs, but the output has {len(logits)} "
+                "inputs. Pass one action per input, or a list of actions to treat as a single action."
             )
         return logits.gather(-1, numbers.unsqueeze(-1)).squeeze(-1)
 
@@ -153,7 +153,7 @@ def _number(action: Any) -> int:
 
 
 def value_candidates(output: Any) -> list[Tensor]:
-    """Return the tensors of an output, `(batch,)` or `(batch, 1)`, that could be its value."""
+    """Return the tensors in an output, `(batch,)` or `(batch, 1)`, that could be its value."""
     names = ("value", "values")
     entries = output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in names}
     found: Sequence[Any] = [output] if isinstance(output, Tensor) else [entries.get(name) for name in names]
@@ -164,7 +164,7 @@ def value_candidates(output: Any) -> list[Tensor]:
 
 
 def described(output: Any) -> str:
-    """Return a short description of an output, for messages."""
+    """Describe an output briefly, for error messages."""
     if isinstance(output, Tensor):
         return f"a {output.dtype} tensor of shape {tuple(output.shape)}"
     if isinstance(output, Mapping):
@@ -175,5 +175,5 @@ def described(output: Any) -> str:
 
 
 def shown(argument: Any) -> str:
-    """Return an argument as it was written, or a description of a tensor with axes."""
+    """Return the repr of an argument, or a description if it is a tensor with axes."""
     return described(argument) if isinstance(argument, Tensor) and argument.dim() else repr(argument)

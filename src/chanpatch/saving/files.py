@@ -26,14 +26,14 @@ from .receipts import Receipt, receipt_of
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Contents(Records):
-    """The contents of a file of patches.
+    """The contents of a patch file.
 
     Attributes:
-        patches: Patches in order of application.
-        hook_points: Module type, axes, shape and dtype of each patch's hook point; None if its site was not traced.
-        chanpatch: Version that saved the file.
-        receipt: Receipt of a run with the patches; None if they were saved without inputs.
-        checksum: SHA-256 of operands and metadata, compared on reading; None for a file of format 1, which has none.
+        patches: Patches in the order in which they are applied.
+        hook_points: Module type, axes, shape and dtype of each patch's hook point; None if the site was not traced.
+        chanpatch: Version of chanpatch that saved the file.
+        receipt: Receipt for a run with the patches; None if they were saved without inputs.
+        checksum: SHA-256 of operands and metadata, checked on reading; None for format 1, which has no checksum.
     """
 
     patches: tuple[Patch, ...]
@@ -66,7 +66,7 @@ class Contents(Records):
     def _notes(self) -> list[str]:
         notes = [f"Checksum: {self.checksum}"]
         if self.checksum is None:
-            notes = ["No checksum: format 1 has none, so a damaged number would load. Compare the file with a copy."]
+            notes = ["No checksum in format 1: corrupted numbers would go unnoticed. Compare the file with a copy."]
         if self.receipt is None:
             return [*notes, "No receipt: saved without inputs."]
         return [*notes, "Receipt:", *(f"  {name}  {text}" for name, text in asdict(self.receipt).items())]
@@ -81,19 +81,19 @@ def save(
 ) -> None:
     """Save patches as data in one safetensors file.
 
-    The file is renamed into place when it is complete, so an older file of that name survives a failure. With inputs
-    the file holds a receipt, for which the model runs twice: with these patches, and with those read back from the
-    file. Operands are saved without their autograd graph.
+    The file is renamed into place once it is complete, so a failure leaves an existing file unchanged. With `inputs`,
+    the file contains a receipt, for which the model runs twice: with these patches, and with the patches read back from
+    the file. Operands are saved without their autograd graph.
 
     Args:
-        file: Path of the file; `.safetensors` is the usual ending.
-        patches: One or more patches, in order of application, with edits of `chanpatch.patching`, masks as `where`.
+        file: Path of the file, usually ending in `.safetensors`.
+        patches: One or more patches, in order. Edits must be from `chanpatch.patching`; `where` cannot be a function.
         points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs.
-        inputs: Model inputs for the receipt: a tensor, a tuple of arguments, or a mapping of keywords.
+        inputs: Model inputs for the receipt: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        InterventionError: If a patch holds a function or a tensor that safetensors cannot store (all faults at once),
-            inputs come without points, the file is not a regular one, or the forward does not repeat bit for bit.
+        InterventionError: If a patch contains a function or a tensor that safetensors cannot store (all are reported),
+            inputs are given without points, `file` is not a regular file, or the run is not reproduced bit for bit.
         HookPointError, SiteError: If a site does not exist in `points`.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
@@ -113,33 +113,33 @@ def save(
     points = None if points_or_model is None else traced(points_or_model, inputs)
     chosen = checked_patches(points, patches)
     if not chosen:
-        raise InterventionError("There are no patches to save. Give one or more.")
+        raise InterventionError("There are no patches to save. Pass at least one.")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no folder '{path.parent}' to save '{path.name}' in.")
+        raise FileNotFoundError(f"Cannot save '{path.name}': the folder '{path.parent}' does not exist.")
     if inputs is not None and points is None:
-        raise InterventionError("A receipt of inputs needs the model: save(file, patches, points, inputs=inputs).")
+        raise InterventionError("A receipt for inputs requires the model: save(file, patches, points, inputs=inputs).")
     receipt = None if inputs is None or points is None else receipt_of(points, chosen, inputs)
     with _partial(path, encoded(chosen, receipt)) as partial:
         if points and inputs is not None and receipt_of(points, load(partial, points), inputs) != receipt:
             raise InterventionError(
-                "The patches were not saved: two runs of the forward gave different outputs, so a receipt would be "
-                "useless. Make the forward repeat, as with torch.use_deterministic_algorithms(True), or save without "
-                "inputs."
+                "The patches were not saved: two forward passes gave different outputs, so a receipt could not be "
+                "verified. Make the model deterministic, such as by torch.use_deterministic_algorithms(True), or save "
+                "without inputs."
             )
         os.replace(partial, path)
 
 
 def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list[Patch]:
-    """Return the patches of a file, in order of application. Loading never runs code from the file.
+    """Load patches from a file, in the order in which they are applied. Loading never runs code from the file.
 
     Args:
-        file: Path of a file that `save` wrote.
-        points: Hook points to check the patches against: same names, axes, shapes, dtypes and module types. Operands
-            go to the devices of their hook points; without points they stay on the CPU.
+        file: Path of a file written by `save`.
+        points: Hook points to check the patches against: names, axes, shapes, dtypes and module types must match.
+            Operands go to the devices of their hook points; without points, they stay on the CPU.
 
     Raises:
-        InterventionError: If the file is damaged, was not written by `save`, has another format than 1 and 2, or does
-            not fit the points (all faults at once). Format 1 has no checksum, as `contents` prints.
+        InterventionError: If the file is damaged, was not written by `save`, has a format other than 1 and 2, or does
+            not match the points (all mismatches are reported). Format 1 has no checksum to detect damage.
         OSError: If the file cannot be read.
         MissingPackageError: If safetensors is not installed.
     """
@@ -161,29 +161,29 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
             faults[printable(str(fault))] = None
     if faults:
         raise InterventionError(
-            f"'{file}' does not fit this model. {in_one(list(faults))}\n"
-            "Without points, load(file) returns the patches unchecked."
+            f"'{file}' does not match this model. {in_one(list(faults))}\n"
+            "To load the patches without checks, call load(file) without points."
         )
     return patches
 
 
 def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module, inputs: Inputs) -> Receipt:
-    """Return the receipt of a file, after checking that its run repeats bit for bit.
+    """Verify that the run recorded in a file is reproduced bit for bit, and return its receipt.
 
     Args:
-        file: Path of a file that `save` wrote with inputs.
+        file: Path of a file written by `save` with inputs.
         points_or_model: Hook points of the model, or the model, which is traced with the inputs.
         inputs: The inputs that the file was saved with.
 
     Raises:
-        InterventionError: If hook points, weights, inputs or the patched output differ, or the file holds no receipt;
-            otherwise as for `load`.
+        InterventionError: If hook points, weights, inputs or the patched output differ, or the file has no receipt;
+            also as for `load`.
     """
     points = traced(points_or_model, inputs)
     saved, patches = contents(file).receipt, load(file, points)
     if saved is None:
         raise InterventionError(
-            f"'{file}' holds no receipt, so there is no output to compare with. Save the patches with inputs: "
+            f"'{file}' has no receipt, so there is no output to compare with. Save the patches with inputs: "
             "save(file, patches, points, inputs=inputs)."
         )
     here = receipt_of(points, patches, inputs)
@@ -191,18 +191,18 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
         return saved
     changed = [name for name in ("weights", "inputs", "output") if getattr(here, name) != getattr(saved, name)]
     same = [name for name in ("hook points", "weights", "inputs", "output") if name not in changed]
-    cause = " So the model's code or the environment differs." if changed == ["output"] else ""
+    cause = " So the model's code or the environment must differ." if changed == ["output"] else ""
     raise InterventionError(
-        f"'{file}' does not repeat here. Different: {', '.join(changed)}. The same: {', '.join(same)}.{cause} "
+        f"The run in '{file}' was not reproduced. Different: {', '.join(changed)}. Same: {', '.join(same)}.{cause} "
         f"In the file: {printable(saved.environment)}. Here: {here.environment}."
     )
 
 
 def contents(file: str | os.PathLike[str]) -> Contents:
-    """Return the contents of a file: its patches with operands on the CPU, their hook points, and the receipt.
+    """Return the contents of a file: patches with operands on the CPU, their hook points, and the receipt.
 
     Raises:
-        InterventionError: As for `load` without points.
+        InterventionError: Same as for `load` without hook points.
 
     Example:
         >>> import tempfile
@@ -221,14 +221,14 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 
 @contextmanager
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a new hidden file beside `path`, and remove it at the end. Those that killed processes left go first."""
+    """Write a new hidden file next to `path`, and remove it at the end. Also remove those left by killed processes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
-        with suppress(OSError):  # such as another thread's, which is gone by now
+        with suppress(OSError):  # such as a file that another thread removed
             if time.time() - left.lstat().st_mtime > 60:
                 left.unlink()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as stream:  # exclusive: neither an existing file nor a link is written to
+        with partial.open("xb") as stream:  # exclusive: does not write to an existing file or link
             stream.write(content)
         yield partial
     finally:

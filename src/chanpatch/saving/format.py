@@ -1,14 +1,14 @@
-"""The file format: safetensors, with operands and masks as tensors and the rest as JSON in the metadata.
+"""The file format: safetensors, with operands and masks as tensors and everything else as JSON in the metadata.
 
     metadata["chanpatch"] = {"format": 2, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null,
               "sha256": checksum of the other entries and the tensors}
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest};
-              `per` of Resample is "step" or left out, as in files written before it had a choice
+              `per` of Resample is "step" or omitted, as in older files that predate the option
 
-`encoded` writes it and `decoded` reads it. Reading runs no code from the file. Format 1, which is still read, has no
-checksum; a hook point is a dict, and the record of a tensor has the "shape" to which the stored tensor expands.
+`encoded` writes this format and `decoded` reads it. Reading never runs code from the file. Format 1 can still be read:
+it has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from ..registry.sites import Flags, HookPoint, Site, Span
 from ..results import imported
 from .receipts import Receipt, digest
 
-_FORMATS = (1, 2)  # the last one is written
-_KEY = "chanpatch"  # the only entry in the metadata: with several, equal patches would not always make equal files
+_FORMATS = (1, 2)  # the last is used for writing
+_KEY = "chanpatch"  # the only metadata entry: with several, equal patches would not always give identical files
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
 def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
-    """Return the bytes of a file; raise InterventionError, which names all patches that are not data."""
+    """Return the bytes of a file; raise InterventionError, naming all patches that cannot be saved."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     records, faults = [], []
     for number, patch in enumerate(patches, start=1):
@@ -67,9 +67,9 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
 def decoded(
     file: str | os.PathLike[str], points: Mapping[str, HookPoint] | None
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
-    """Return the patches of a file, the traces of their hook points, the version that wrote it, receipt and checksum.
+    """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum.
 
-    Operands go to the devices of their hook points, and to the CPU if they have none. Errors are those of `load`.
+    Operands go to the devices of their hook points, or to the CPU if these are unknown. Errors are those of `load`.
     """
     safetensors, path = imported("safetensors"), regular(file)
     path.open("rb").close()  # let Python raise for unreadable files
@@ -77,12 +77,12 @@ def decoded(
         with safetensors.safe_open(path, framework="pt") as archive:
             text = (archive.metadata() or {}).get(_KEY)
             if text is None:
-                raise InterventionError("holds no patches: chanpatch.save() did not write it.")
+                raise InterventionError("contains no patches: it was not written by chanpatch.save().")
             metadata = json.loads(text)
             if metadata["format"] not in _FORMATS or type(metadata["format"]) is not int:
                 raise InterventionError(
                     f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads formats 1 and 2. "
-                    "A later chanpatch may read it."
+                    "A newer version may read it."
                 )
             stored: dict[str, Tensor] = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
             checksum = metadata.pop("sha256", None)
@@ -92,7 +92,7 @@ def decoded(
                     "patches again."
                 )
 
-            @cache  # a tensor that several patches share is one tensor again
+            @cache  # patches that shared a tensor share it again
             def tensor(key: str, order: tuple[int, ...], shape: tuple[int, ...] | None, device: torch.device) -> Tensor:
                 dense = stored[key].permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
                 return dense if shape is None else dense.expand(shape)
@@ -115,23 +115,23 @@ def decoded(
 
 
 def regular(file: str | os.PathLike[str]) -> Path:
-    """Return the path of a file that is regular or does not exist: a pipe would block, a device be replaced."""
+    """Return the path of a regular or new file; reject pipes, which would block, and devices and folders."""
     if not isinstance(file, (str, os.PathLike)):
         kind = type(file).__name__
-        raise TypeError(f"The path of a file comes first, as in save(file, patches) or load(file, points), not {kind}.")
+        raise TypeError(f"The first argument must be a path, as in save(file, patches) or load(file); got {kind}.")
     path = Path(file)
     if path.exists() and not path.is_file():
-        raise InterventionError(f"'{file}' is a folder, a pipe or a device. Give the path of a regular file.")
+        raise InterventionError(f"'{file}' is a folder, a pipe or a device. Pass the path of a regular file.")
     return path
 
 
 def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return SHA-256 over the metadata without its checksum, and the digest of the tensors."""
+    """Return the SHA-256 of the metadata (without its checksum) and the digest of the tensors."""
     return hashlib.sha256(f"{json.dumps(metadata)}\n{digest(tensors)}".encode()).hexdigest()
 
 
 def trace_of(point: HookPoint) -> str:
-    """Return the text that a file holds of a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
+    """Return the text stored for a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
     return _trace(point.module_type, point.axes, map(point.length, point.axes), str(point.dtype).removeprefix("torch."))
 
 
@@ -141,7 +141,7 @@ def _trace(module_type: str, axes: Iterable[str], lengths: Iterable[int | None],
 
 
 def _trace_text(saved: Any) -> str | None:
-    """Return the text of a saved hook point. In format 1 it has all lengths but that of the batch, if there is one."""
+    """Return the text for a saved hook point. Format 1 stores the length of every axis except a batch axis."""
     if not isinstance(saved, dict):
         return None if saved is None else str(saved)
     axes, lengths = saved["axes"], [*saved["shape"]]
@@ -151,7 +151,7 @@ def _trace_text(saved: Any) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escape control characters: a file may come from anybody, and a terminal obeys them."""
+    """Escape control characters, since terminals obey them and the file may be untrusted."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 
@@ -159,12 +159,12 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
     edit: Any = patch.edit
     if type(edit) not in _EDITS.values():
         raise InterventionError(
-            f"its edit {edit_name(edit)} is code, and a file holds data only. Write it with {', '.join(_EDITS)} of "
-            "chanpatch.patching; several patches of one site apply in order."
+            f"its edit {edit_name(edit)} is code, but a file can only hold data. Express it with {', '.join(_EDITS)} "
+            "from chanpatch.patching; several patches at one site apply in order."
         )
     if patch.where is not None and not isinstance(patch.where, Tensor):
         raise InterventionError(
-            "its where is a function, and a file holds data only. Give the mask that it returns: a bool tensor."
+            "its where is a function, but a file can only hold data. Pass the mask that it returns: a bool tensor."
         )
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}
     if operands.get("per") == "episode":
@@ -194,17 +194,17 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
 
     kind, indices = record["edit"], record["site"]["indices"]
     if kind not in _EDITS:
-        raise InterventionError(f"has the edit {kind!r}, but this chanpatch knows {', '.join(_EDITS)}.")
+        raise InterventionError(f"has the edit {kind!r}, but this version only supports {', '.join(_EDITS)}.")
     chosen = {axis: slice(*each["slice"]) if isinstance(each, dict) else each for axis, each in indices.items()}
     edit = _EDITS[kind](**{name: operand(given) for name, given in record["operands"].items()})
     return Patch(Site(record["site"]["name"], **chosen), edit, operand(record["where"]))
 
 
 def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) -> Any:
-    """Return the JSON of an operand; a tensor is added to the tensors of the file, once for all its patches."""
+    """Return an operand as JSON; a tensor is added to the file's tensors, once for all patches that use it."""
     if isinstance(operand, Tensor):
         _refuse_unstorable(operand, name)
-        # Means and sums over a channels-last tensor have other last bits than over a contiguous one.
+        # Keep the memory order: sums over channels-last and contiguous tensors round differently.
         strides = operand.stride()
         order = sorted(range(operand.dim()), key=lambda axis: -strides[axis])
         if id(operand) not in tensors:
@@ -215,15 +215,15 @@ def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) ->
         return operand
     with suppress(TypeError):
         return operator.index(operand)
-    return {"float": repr(float(operand))}  # as text: JSON has no NaN and no infinity
+    return {"float": repr(float(operand))}  # as text: JSON has no NaN or infinity
 
 
 def _refuse_unstorable(tensor: Tensor, name: str) -> None:
     if tensor.is_meta:
-        raise InterventionError(f"its {name} is on the meta device, so it has no numbers.")
+        raise InterventionError(f"its {name} is on the meta device, so it has no values.")
     if tensor.layout != torch.strided:
-        raise InterventionError(f"its {name} is {tensor.layout}. Make it dense: {name}.to_dense().")
+        raise InterventionError(f"its {name} has layout {tensor.layout}. Make it dense: {name}.to_dense().")
     try:
         imported("safetensors.torch").save({name: torch.empty(0, dtype=tensor.dtype)})
     except (KeyError, RuntimeError) as fault:  # RuntimeError for quantized dtypes
-        raise InterventionError(f"its {name} is {tensor.dtype}, which a safetensors file cannot hold.") from fault
+        raise InterventionError(f"its {name} has dtype {tensor.dtype}, which safetensors cannot store.") from fault

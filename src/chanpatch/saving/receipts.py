@@ -1,4 +1,4 @@
-"""Receipts: digests of a run with patches, to check that another run is equal bit for bit."""
+"""Receipts: digests of a run with patches, to check that another run reproduces it bit for bit."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ..registry.points import HookPoints
 
 @dataclass(frozen=True)
 class Receipt:
-    """Digests of a run with patches. Two receipts are equal if the runs were equal bit for bit.
+    """Digests of a run with patches. Two receipts are equal if the runs were identical bit for bit.
 
     Attributes:
-        weights, inputs, output: SHA-256 over name, dtype, shape and bytes of every tensor in the model's `state_dict`,
-            in the inputs, and in the patched output.
-        environment: Version of torch, devices, threads and training mode, which explain different last bits. Not
-            compared.
+        weights, inputs, output: SHA-256 of the name, dtype, shape and bytes of every tensor in the model's
+            `state_dict`, in the inputs, and in the patched output.
+        environment: Version of torch, devices, threads and training mode, which can explain differences in the last
+            bits. It is not compared.
     """
 
     weights: str
@@ -41,7 +41,7 @@ class Receipt:
 
 
 def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
-    """Return the receipt of a run with patches from random seed 0; raise InterventionError if it gives no tensor."""
+    """Return the receipt for a run with patches and random seed 0; raise InterventionError if it returns no tensor."""
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
     with undisturbed(model) as run, patched(points, patches, check_nan=False):
@@ -49,8 +49,8 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
         output = run.kept(points.run(args, keywords))
         if next(leaves(output), None) is None:
             raise InterventionError(
-                f"The model returned {type(output).__name__} without a tensor, so there is no output to compare. Save "
-                "without inputs, or trace a method that returns one: hook_points(..., method=...)."
+                f"The model returned {type(output).__name__} without any tensor, so there is no output to compare. "
+                "Save without inputs, or trace a method that returns a tensor: hook_points(..., method=...)."
             )
     return Receipt(digest(model.state_dict()), digest((args, keywords)), digest(output), _environment(points))
 
@@ -66,12 +66,12 @@ def _seed(model: nn.Module) -> None:
 
 
 def digest(tree: Any) -> str:
-    """Return SHA-256 over name, dtype, shape and bytes of every tensor in a tree, sorted by name."""
+    """Return the SHA-256 of the name, dtype, shape and bytes of every tensor in a tree, sorted by name."""
     found = hashlib.sha256()
     for name, tensor in sorted(((path_text(path), leaf) for path, leaf in leaves(tree)), key=lambda pair: pair[0]):
         dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
         found.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
-        if not dense.is_meta:  # the numbers of offloaded weights are elsewhere
+        if not dense.is_meta:  # offloaded weights are stored elsewhere
             flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -1,7 +1,7 @@
 """Intervals and tests for proportions, differences, rankings and samples, built on scipy.
 
-Counts of a paired comparison are `both`, `only_first`, `only_second`, `neither`, after who succeeded. The first axis of
-a sample has one row per input, level or pair; `clusters` labels the rows that are not independent of each other.
+A paired comparison counts pairs by who succeeded: `both`, `only_first`, `only_second` or `neither`. The first
+axis of a sample has one row per input, level or pair; rows with the same label in `clusters` are not independent.
 """
 
 from .comparisons import (

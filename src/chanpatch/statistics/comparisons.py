@@ -1,4 +1,4 @@
-"""Bootstrap comparisons of channels and groups: areas under the ROC curve, rank correlations, rates and shares."""
+"""Bootstrap comparisons of channels and groups: areas under the ROC curve, rank correlations, rates, fractions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .resampling import bootstrap_interval
 
 
 def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
-    """Return `chanpatch.statistics.auc` of every channel without intervals, which is fast enough for a bootstrap.
+    """Return `chanpatch.statistics.auc` for each channel, without intervals; fast enough for a bootstrap.
 
     Args:
         scores: `(input, channel)`: finite numbers, such as the sums of `chanpatch.channel_sums`.
@@ -23,7 +23,7 @@ def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
         `(channel,)`: within 0 and 1; NaN if all labels are equal.
 
     Raises:
-        StatisticsError: If scores and labels do not match, or a score is not finite.
+        StatisticsError: If there is not one label per input, or a score is not finite.
 
     Example:
         >>> aucs([[0.9, 1], [0.8, 1], [0.3, 1], [0.1, 1]], [True, True, False, False])
@@ -36,17 +36,17 @@ def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
 def auc_difference_interval(
     first: ArrayLike, second: ArrayLike, labels: ArrayLike, *, resamples: int = 9999, seed: int = 0
 ) -> Interval:
-    """Return the AUC of one score minus that of another over the same inputs, and its 95% bootstrap interval.
+    """Return the difference in AUC between two scores on the same inputs, first minus second, and its 95% interval.
 
     Args:
         first: One finite score per input, such as the output of a probe.
-        second: The score to compare it with, such as one channel's sum.
-        labels: One boolean (or 0 or 1) per input; at least two of each.
+        second: One finite score per input to compare with, such as a channel's sum.
+        labels: One boolean (or 0 or 1) per input, with at least two of each.
         resamples: Number of resamples.
         seed: Random seed.
 
     Raises:
-        StatisticsError: If scores and labels do not match, a score is not finite, or a label is too rare.
+        StatisticsError: If lengths differ, a score is not finite, or a label occurs fewer than twice.
 
     Example:
         >>> labels = np.arange(200) % 2 == 0
@@ -57,7 +57,7 @@ def auc_difference_interval(
     """
     scores = [finite(name, each, ("input",)) for name, each in (("first", first), ("second", second))]
     if len(scores[0]) != len(scores[1]):
-        raise StatisticsError(f"first has {len(scores[0])} scores and second {len(scores[1])}: give one per input.")
+        raise StatisticsError(f"first and second must have equal lengths; got {len(scores[0])} and {len(scores[1])}.")
     sample = np.column_stack([two_groups(labels, len(scores[0]), fewest=2), *scores])
 
     def difference(rows: Floats) -> float:
@@ -68,11 +68,11 @@ def auc_difference_interval(
 
 
 def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | None = None) -> float:
-    """Return Spearman's rank correlation of two samples; with strata, that of the ranks within each stratum.
+    """Return the Spearman rank correlation between two samples, with ranks within each stratum if strata are given.
 
     Args:
         first: One finite number per input.
-        second: The numbers to correlate them with.
+        second: One finite number per input to correlate with the first.
         strata: Label per input; None if all inputs form one stratum.
 
     Returns:
@@ -90,10 +90,10 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
     samples = [finite(name, each, ("input",)) for name, each in (("first", first), ("second", second))]
     stratum = _numbered(np.zeros(len(samples[0])) if strata is None else strata)
     if not len(samples[0]) == len(samples[1]) == len(stratum):
-        raise StatisticsError("first, second and strata have different lengths: give one of each per input.")
+        raise StatisticsError("first, second and strata must have equal lengths, one entry per input.")
     size, ranks = np.bincount(stratum), []
     for sample in samples:
-        # Ranks over all inputs, one stratum after the other; subtracting the mean of a stratum removes its offset.
+        # Ranks over all inputs, one stratum after the other; subtracting a stratum's mean removes its offset.
         rank = scipy.stats.rankdata(np.unique(sample, return_inverse=True)[1] + stratum * len(sample))
         ranks.append((rank - (np.bincount(stratum, rank) / size)[stratum]) / size[stratum])
     scale = float(np.sqrt((ranks[0] @ ranks[0]) * (ranks[1] @ ranks[1])))
@@ -103,10 +103,10 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
 def stratified_difference_interval(
     success: ArrayLike, first: ArrayLike, strata: ArrayLike, *, resamples: int = 9999, seed: int = 0
 ) -> Interval:
-    """Return the success rate of one group minus that of another within strata, and its 95% bootstrap interval.
+    """Return the difference in success rate between two groups within strata, and its 95% bootstrap interval.
 
-    Use it to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata that only
-    one group has are left out; the others have Mantel and Haenszel's weights.
+    Use it to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata with only
+    one group are left out; the others have Mantel-Haenszel weights.
 
     Args:
         success: One boolean (or 0 or 1) per input.
@@ -116,10 +116,10 @@ def stratified_difference_interval(
         seed: Random seed.
 
     Returns:
-        A difference within -1 and 1. All three numbers are NaN if no stratum has both groups.
+        First group minus second group, within -1 and 1. All three numbers are NaN if no stratum has both groups.
 
     Raises:
-        StatisticsError: If the arguments are not one boolean, one boolean and one label per input.
+        StatisticsError: If lengths differ, or `success` or `first` is not boolean.
 
     Example:
         >>> interval = stratified_difference_interval([1, 0, 1, 0], [1, 1, 0, 0], ["near", "far", "near", "near"])
@@ -131,7 +131,7 @@ def stratified_difference_interval(
     """
     one, other, stratum = booleans(success), booleans(first), _numbered(strata)
     if one is None or other is None or one.ndim != 1 or not one.shape == other.shape == stratum.shape or not one.size:
-        raise StatisticsError("Give one boolean success, one boolean first and one stratum per input.")
+        raise StatisticsError("success and first must have one boolean, and strata one label, per input.")
     count = int(stratum.max()) + 1
 
     def difference(rows: Floats) -> float:
@@ -147,20 +147,20 @@ def stratified_difference_interval(
 def share_interval(
     part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int = 0
 ) -> Interval[Any]:
-    """Return the share of a total effect that a part of it makes up, and its 95% bootstrap interval.
+    """Return the fraction of a total effect that a part accounts for, and its 95% bootstrap interval.
 
-    The share is a ratio of means over the same inputs: of the effect of patching some channels, for example, and the
+    The fraction is a ratio of means over the same inputs, such as the effect of patching some channels divided by the
     effect of patching all of them. It may lie below 0 or above 1.
 
     Args:
         part: `(input, ...)`: effect of the part on each input, such as a change of log odds.
         total: `(input, ...)`: total effect on the same inputs.
-        clusters: As for `bootstrap_interval`.
+        clusters: Same as for `bootstrap_interval`.
         resamples: Number of resamples.
         seed: Random seed.
 
     Returns:
-        Floats for samples with one axis, otherwise arrays of the other axes; NaN if the total is 0 on average.
+        Floats if the samples have one axis, otherwise arrays with the other axes; NaN if the mean total is 0.
 
     Raises:
         StatisticsError: If the shapes differ, a number is not finite, or there are no inputs.
@@ -171,7 +171,7 @@ def share_interval(
     """
     parts, totals = finite("part", part), finite("total", total)
     if parts.shape != totals.shape:
-        raise StatisticsError(f"part has shape {parts.shape} and total {totals.shape}: give both for the same inputs.")
+        raise StatisticsError(f"part and total must have the same shape; got {parts.shape} and {totals.shape}.")
 
     def share(rows: Floats) -> Floats:
         summed = rows.sum(axis=0)
@@ -192,5 +192,5 @@ def _areas(scores: Floats, positive: Booleans) -> Floats:
 
 
 def _numbered(labels: ArrayLike) -> Any:
-    """Return labels as whole numbers from 0."""
+    """Return labels as consecutive whole numbers, starting at 0."""
     return np.unique(np.asarray(labels), return_inverse=True)[1]

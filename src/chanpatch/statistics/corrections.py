@@ -12,10 +12,10 @@ from .interval import Interval
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Return p-values adjusted to control the family-wise error rate (Holm-Bonferroni), in the same shape.
+    """Adjust p-values to control the family-wise error rate (Holm-Bonferroni); the shape is kept.
 
     Args:
-        p_values: One p-value per test, in any shape. NaN entries stay NaN and do not count as tests.
+        p_values: P-values of any shape, one per test. NaN entries stay NaN and do not count as tests.
 
     Raises:
         StatisticsError: If a p-value is not between 0 and 1.
@@ -36,9 +36,9 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Return p-values adjusted to control the false discovery rate, for independent or positively dependent tests.
+    """Adjust p-values to control the false discovery rate, for independent or positively dependent tests.
 
-    Arguments, result and errors are as for `holm`.
+    Arguments, result and errors are the same as for `holm`.
 
     Example:
         >>> benjamini_hochberg([0.01, 0.04, 0.03, float("nan")])
@@ -56,17 +56,17 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def equivalent(difference: Interval[Any], margin: float) -> Any:
-    """Return whether a difference is too small to matter: its whole interval lies between -margin and margin.
+    """Return whether a difference is negligible: its whole interval lies between -margin and margin.
 
-    A difference that is not significant need not be equivalent. This is the two one-sided tests procedure at level
-    `(1 - confidence) / 2`: 0.025 for an interval of 95%, the usual 0.05 for one of 90%. NaN is never equivalent.
+    A nonsignificant difference is not necessarily negligible. This is the two one-sided tests procedure (TOST) at level
+    `(1 - confidence) / 2`: 0.025 for a 95% interval, the usual 0.05 for a 90% interval. The result for NaN is False.
 
     Args:
-        difference: Difference with its interval, or arrays of them.
-        margin: Largest difference that would not matter, in the same unit, chosen before seeing the data.
+        difference: Difference and its interval, or arrays of these.
+        margin: Largest negligible difference, in the same unit, chosen before seeing the data.
 
     Raises:
-        StatisticsError: If the margin is not above 0.
+        StatisticsError: If the margin is not positive.
 
     Example:
         >>> equivalent(Interval(0.01, -0.02, 0.04, confidence=0.9), margin=0.05)
@@ -76,15 +76,15 @@ def equivalent(difference: Interval[Any], margin: float) -> Any:
         Schuirmann, "A comparison of the two one-sided tests procedure and the power approach" (1987).
     """
     if not margin > 0:
-        raise StatisticsError(f"margin is {margin!r}, but it must be above 0.")
+        raise StatisticsError(f"margin must be positive; got {margin!r}.")
     return (-margin < difference.low) & (difference.high < margin)
 
 
 def _checked(p_values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Return a copy of the p-values, and a mask of those that are not NaN."""
+    """Return a copy of the p-values, and a mask of the entries that are not NaN."""
     p = np.array(p_values, dtype=np.float64)
     tested = ~np.isnan(p)
     outside = p[tested & ~((p >= 0) & (p <= 1))]
     if outside.size:
-        raise StatisticsError(f"{float(outside[0])} is not a p-value: it must lie between 0 and 1.")
+        raise StatisticsError(f"p-values must lie between 0 and 1; got {float(outside[0])}.")
     return p, tested

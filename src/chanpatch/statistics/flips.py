@@ -1,4 +1,4 @@
-"""Sign-flip tests of paired differences, for each channel alone and for all channels together."""
+"""Sign-flip tests for paired differences, for each channel separately and for all channels jointly."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 from .interval import FEWEST, Floats, Interval, normal_quantile, whole
 from .means import cluster_numbers, mean, mean_interval, noted, rows_of, totals, withheld
 
-_BLOCK = 256  # number of channels whose flips are in memory at once
-FLIPS = 9_999  # with the observed pattern that is 10,000
+_BLOCK = 256  # number of channels to flip at a time, to limit memory
+FLIPS = 9_999  # 10,000 with the observed pattern
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class MaxT:
 
     Attributes:
         p: P-value per channel, corrected for all channels tested.
-        interval: Simultaneous interval of each mean. If it is not withheld, it excludes 0 exactly if `p` is at most
-            `1 - confidence`.
+        interval: Simultaneous interval for each mean. Unless it is withheld, it excludes 0 if and only if `p` is at
+            most `1 - confidence`.
     """
 
     p: Any
@@ -38,27 +38,27 @@ def max_t_test(
     resamples: int = FLIPS,
     seed: int = 0,
 ) -> MaxT:
-    """Return p-values and intervals of mean differences that hold for all channels together, also for the largest.
+    """Return p-values and intervals for mean differences that hold jointly for all channels, even for the largest.
 
-    The signs of whole pairs are flipped, and the largest absolute t statistic of all channels is noted. A corrected
-    p-value is the share of flips whose largest t reaches the channel's own. The intervals reach as many standard
-    errors as the largest t exceeds in `1 - confidence` of the flips. If no channel differs, a wrong claim about any of
-    them has at most that probability, as the test is exact for differences that are symmetric around zero.
+    Each flip changes the signs of whole pairs and records the largest absolute t statistic over channels. A channel's
+    corrected p-value is the fraction of flips whose largest t reaches the channel's own. The half-width of the
+    intervals, in standard errors, is the `confidence` quantile of the largest t. The test is exact for differences
+    symmetric around zero: if no channel differs, any false claim has probability at most `1 - confidence`.
 
     Args:
         differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
-        clusters: Label per pair; pairs with one label flip together. None if all pairs are independent.
-        confidence: Nominal coverage of all intervals together, between 0 and 1.
-        resamples: Number of sign patterns to draw if not all are used, as for `sign_flip_test`.
+        clusters: Label per pair; pairs with the same label flip together. None if all pairs are independent.
+        confidence: Nominal joint coverage of all intervals, between 0 and 1.
+        resamples: Number of sign patterns to draw if they are not all used, as for `sign_flip_test`.
         seed: Random seed.
 
     Returns:
-        Floats for differences with one axis, otherwise arrays of the other axes. The p-values are NaN for a channel
-        with a NaN or an infinity, and for all with fewer than six pairs or clusters. Intervals are withheld as by
-        `mean_interval`.
+        Floats if `differences` has one axis, otherwise arrays with the other axes. P-values are NaN for channels that
+        contain NaN or infinity, and for all channels if there are fewer than six pairs or clusters. Intervals are
+        withheld as in `mean_interval`.
 
     Raises:
-        StatisticsError: If there are no pairs, or another argument is not valid.
+        StatisticsError: If there are no pairs, or another argument is invalid.
 
     Example:
         >>> differences = np.random.default_rng(0).normal(loc=[0, 2], size=(12, 2))
@@ -68,9 +68,9 @@ def max_t_test(
 
     References:
         Westfall and Young, "Resampling-based multiple testing" (1993), section 2.3; Nichols and Holmes,
-        "Nonparametric permutation tests for functional neuroimaging" (2002), for the largest statistic.
+        "Nonparametric permutation tests for functional neuroimaging" (2002), for the maximum statistic.
     """
-    normal_quantile(confidence)  # checks it
+    normal_quantile(confidence)  # raises if invalid
     rows = rows_of("differences", differences)
     cluster = cluster_numbers(clusters, len(rows))
     many, known = int(cluster.max()) + 1, np.isfinite(rows).all(axis=0)
@@ -80,7 +80,7 @@ def max_t_test(
         return MaxT(nothing[()], noted(estimate, nothing, nothing, confidence, note))
     sums = totals(np.where(known, rows, 0.0), cluster).reshape(many, -1)
     unit = np.sqrt((sums**2).sum(axis=0))
-    shares = sums / np.where(unit > 0, unit, 1.0)  # flips leave the unit, and t grows with the sum of the shares
+    shares = sums / np.where(unit > 0, unit, 1.0)  # flips keep the unit, and t increases with the sum
     observed = np.abs(shares.sum(axis=0))
     patterns, exact = _patterns(many, resamples)
     largest = np.zeros(patterns)
@@ -99,10 +99,9 @@ def max_t_test(
 
 
 def ranked_interval(differences: Floats, *, seed: int) -> Interval[Floats]:
-    """Return intervals of mean differences, `(row, channel)`, which may be ranked: none excludes 0 by selection.
+    """Return intervals for mean differences `(row, channel)` that stay valid if channels are selected by rank.
 
-    An interval contains the one that holds for all channels together and the one for the channel alone, which allows
-    for skewness.
+    Each interval contains the channel's simultaneous interval and its own interval, which is corrected for skewness.
     """
     one, every = mean_interval(differences), max_t_test(differences, seed=seed).interval
     low, high = np.minimum(one.low, every.low), np.maximum(one.high, every.high)
@@ -112,26 +111,26 @@ def ranked_interval(differences: Floats, *, seed: int) -> Interval[Floats]:
 def sign_flip_test(
     differences: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = FLIPS, seed: int = 0
 ) -> Any:
-    """Return two-sided p-values for the null that paired differences are symmetric around zero, for every channel.
+    """Return two-sided p-values for the null that paired differences are symmetric around zero, per channel.
 
-    The p-value is the share of sign patterns whose mean is at least as far from zero as the observed mean. All patterns
-    are used if at most twice `resamples` exist; otherwise `resamples` are drawn and the observed one is added. For
-    skewed differences with mean zero the test is approximate, and better with more pairs. The p-values are not
-    corrected for the number of channels: `max_t_test` corrects them.
+    The p-value is the fraction of sign patterns whose mean is at least as far from zero as the observed mean. All
+    patterns are used if there are at most `2 * resamples`; otherwise, `resamples` patterns are drawn and the observed
+    one is added. For skewed differences with mean zero, the test is approximate and improves with more pairs. The
+    p-values are not corrected for the number of channels; use `max_t_test` for that.
 
     Args:
         differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
-        clusters: Label per pair; pairs with one label flip together. None if all pairs are independent.
-        resamples: Number of sign patterns to draw if not all are used.
+        clusters: Label per pair; pairs with the same label flip together. None if all pairs are independent.
+        resamples: Number of sign patterns to draw if they are not all used.
         seed: Random seed.
 
     Returns:
-        A float for differences with one axis, otherwise an array of the other axes; NaN for a channel with a NaN or an
-        infinity. The smallest p-value is `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
+        A float if `differences` has one axis, otherwise an array with the other axes; NaN for channels that contain NaN
+        or infinity. The smallest p-value is `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
         `1 / (resamples + 1)` if patterns are drawn.
 
     Raises:
-        StatisticsError: If there are no pairs, or another argument is not valid.
+        StatisticsError: If there are no pairs, or another argument is invalid.
 
     Example:
         >>> float(sign_flip_test([0.2, 0.9, 0.4, 0.3, 0.8, 0.1], seed=0))
@@ -139,7 +138,7 @@ def sign_flip_test(
 
     References:
         Fisher, "The design of experiments" (1935), section 21; Winkler et al., "Permutation inference for the
-        general linear model" (2014), sign-flipping, and (2015) for flips of whole blocks.
+        general linear model" (2014), for sign flipping, and (2015) for flipping whole blocks.
     """
     rows = rows_of("differences", differences)
     cluster = cluster_numbers(clusters, len(rows))
@@ -156,16 +155,16 @@ def sign_flip_test(
 
 
 def _patterns(many: int, resamples: int) -> tuple[int, bool]:
-    """Return how many sign patterns to use, and whether these are all; each pattern represents its mirror image too."""
+    """Return the number of sign patterns to use, and whether these are all of them, up to mirror images."""
     drawn = whole("resamples", resamples, least=1)
     exact = many - 1 <= np.log2(drawn)
     return 2 ** (many - 1) if exact else drawn, bool(exact)
 
 
 def _flipped(sums: Floats, patterns: int, seed: int | None) -> Iterator[tuple[slice, slice, Floats]]:
-    """Yield some patterns, a block of channels, and the absolute totals of the flipped sums, `(pattern, channel)`.
+    """Yield a slice of patterns, a block of channels, and absolute totals of the flipped sums, `(pattern, channel)`.
 
-    The patterns are drawn by the seed, or all in order without one.
+    With a seed, the patterns are drawn at random; without one, they are all used in order.
     """
     many, channels = sums.shape
     generator = None if seed is None else np.random.default_rng(whole("seed", seed))

@@ -1,4 +1,4 @@
-"""Confidence intervals of means, one channel at a time or all channels at once, and when none can be given."""
+"""Confidence intervals for means, per channel, and reasons to withhold them."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ Rows = NDArray[np.int64]
 
 
 def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confidence: float = 0.95) -> Interval[Any]:
-    """Return the mean of a sample and its interval, for every channel separately.
+    """Return the mean of a sample and its confidence interval, for each channel separately.
 
-    From ten independent rows on, the interval contains Student's t interval and the t interval that Hall's
-    transformation corrects for skewness, so that it covers means of symmetric and of skewed samples. Six to nine rows
-    give a t interval, whose note is `"few"`. The interval is withheld if fewer than six rows or clusters are
-    independent, fewer than six of them differ from 0, or most of them are equal. Its ends are then NaN, and its note is
-    the reason.
+    With at least ten independent rows, the interval contains both Student's t interval and a t interval corrected for
+    skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is a t
+    interval and its note is `"few"`. It is withheld if fewer than six rows or clusters are independent, fewer than six
+    differ from 0, or most are equal. Its ends are then NaN, and its note gives the reason.
 
     Args:
         sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
             such as channel, are kept.
-        clusters: Label per row; rows with one label, such as rotations of one maze, are not independent. None if all
-            rows are.
+        clusters: Label per row; rows with the same label, such as rotations of one maze, are not independent. None if
+            all rows are independent.
         confidence: Nominal coverage, between 0 and 1.
 
     Returns:
-        Floats and a text for a sample with one axis, otherwise arrays of the other axes.
+        Floats and a string if `sample` has one axis, otherwise arrays with the other axes.
 
     Raises:
-        StatisticsError: If there are no rows, or another argument is not valid.
+        StatisticsError: If there are no rows, or another argument is invalid.
 
     Example:
         >>> interval = mean_interval([0.2, 0.9, 0.4, 0.3, 0.8, 0.1, 0.5])
@@ -47,12 +46,12 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
     """
     import scipy.stats
 
-    normal_quantile(confidence)  # checks it
+    normal_quantile(confidence)  # raises if invalid
     rows = rows_of("sample", sample)
     cluster = cluster_numbers(clusters, len(rows))
     estimate, many = mean(rows), int(cluster.max()) + 1
     with np.errstate(invalid="ignore", divide="ignore"):
-        # Relative to the mean, so that clusters of several sizes count by their rows.
+        # Relative to the mean, so that clusters of different sizes are weighted by their rows.
         influence = totals(rows - estimate, cluster) * (many / len(rows))
         error = np.sqrt((influence**2).sum(axis=0) / (many * max(many - 1, 1)))
         t = float(scipy.stats.t.ppf((1 + confidence) / 2, many - 1)) if many > 1 else math.nan
@@ -67,8 +66,8 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
 def mean(rows: Floats) -> Floats:
     """Return the mean over the rows."""
-    # Relative to one of the rows: the mean of equal rows is then exact.
-    with np.errstate(invalid="ignore"):  # of channels with an infinity
+    # Relative to the first row, so that the mean of equal rows is exact.
+    with np.errstate(invalid="ignore"):  # for channels that contain infinity
         average: Floats = rows[0] + np.mean(rows - rows[0], axis=0)
     return average
 
@@ -82,7 +81,7 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
 
 
 def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
-    """Return per channel why its mean has no interval, or an empty text."""
+    """Return, per channel, the reason that its mean has no interval, or an empty string."""
     many = int(cluster.max()) + 1
     why = np.full(rows.shape[1:], too_few(many), dtype="<U100")
     if many < FEWEST:
@@ -97,7 +96,7 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
 
 
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
-    """Return an interval; its ends become NaN if its note is a reason to withhold it."""
+    """Return an interval, with NaN ends if its note is a reason to withhold it."""
     shown = np.isin(note, ("", "few"))
     return Interval(
         estimate[()], np.where(shown, low, np.nan)[()], np.where(shown, high, np.nan)[()], confidence, note[()]
@@ -105,7 +104,7 @@ def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: 
 
 
 def totals(rows: Floats, cluster: Rows) -> Floats:
-    """Return the sum of each cluster: `(cluster, ...)`."""
+    """Return the sum over the rows of each cluster: `(cluster, ...)`."""
     if len(rows) == cluster.max() + 1:
         return rows[np.argsort(cluster)]
     sums = np.zeros((int(cluster.max()) + 1, *rows.shape[1:]))
@@ -114,7 +113,7 @@ def totals(rows: Floats, cluster: Rows) -> Floats:
 
 
 def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
-    """Return how many clusters have a marked row, per channel."""
+    """Return, per channel, the number of clusters that contain a marked row."""
     count: Rows = (totals(marked.astype(np.float64), cluster) > 0).sum(axis=0)
     return count
 
@@ -123,16 +122,16 @@ def rows_of(name: str, sample: ArrayLike) -> Floats:
     """Return a sample as an array; raise StatisticsError if it has no rows."""
     rows = np.asarray(sample, dtype=np.float64)
     if rows.ndim == 0 or not rows.size:
-        raise StatisticsError(f"{name} has shape {rows.shape}: give at least one row, on the first axis.")
+        raise StatisticsError(f"{name} must have at least one row on its first axis; got shape {rows.shape}.")
     return rows
 
 
 def cluster_numbers(clusters: ArrayLike | None, rows: int) -> Rows:
-    """Return the number of each row's cluster; every row is a cluster without labels."""
+    """Return the cluster number of each row; without labels, each row is its own cluster."""
     if clusters is None:
         return np.arange(rows)
     labels = np.asarray(clusters)
     if labels.shape != (rows,):
-        raise StatisticsError(f"clusters has shape {labels.shape}, but there are {rows} rows: give one label per row.")
+        raise StatisticsError(f"clusters must have one label for each of the {rows} rows; got shape {labels.shape}.")
     numbers: Rows = np.unique(labels, return_inverse=True)[1]
     return numbers

@@ -13,7 +13,7 @@ from .interval import FEWEST, Interval, booleans, too_few, whole, wilson
 
 
 class PairedCounts(NamedTuple):
-    """Counts of a paired comparison; pass them on as `paired_difference_interval(*counts)`."""
+    """Counts from a paired comparison; unpack them as in `paired_difference_interval(*counts)`."""
 
     both: int
     only_first: int
@@ -22,15 +22,15 @@ class PairedCounts(NamedTuple):
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return a proportion and its Wilson score interval, within 0 and 1, with a width even at 0 and at 1.
+    """Return a proportion and its Wilson score interval, within 0 and 1 and with nonzero width even at 0 or 1.
 
     Args:
-        successes: Number of trials that succeeded, 0 to `n`.
+        successes: Number of successful trials, 0 to `n`.
         n: Number of trials, at least 1.
         confidence: Nominal coverage, between 0 and 1.
 
     Raises:
-        StatisticsError: If a count or the confidence is not valid.
+        StatisticsError: If a count or the confidence is invalid.
 
     Example:
         >>> interval = wilson_interval(9, 10)
@@ -42,17 +42,17 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     """
     successes, n = whole("successes", successes), whole("n", n, least=1)
     if successes > n:
-        raise StatisticsError(f"successes is {successes}, but there were only n = {n} trials.")
+        raise StatisticsError(f"successes must be at most n = {n}; got {successes}.")
     return wilson(successes / n, n, confidence)
 
 
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
-    """Return the numbers of pairs in which both succeeded, only the first, only the second, and neither.
+    """Count the pairs in which both succeeded, only the first, only the second, and neither.
 
     Each argument has one boolean (or 0 or 1) per pair.
 
     Raises:
-        StatisticsError: If the two are not booleans, one per pair.
+        StatisticsError: If the arguments are not booleans, one per pair.
 
     Example:
         >>> paired_counts([True, True, False], [True, False, False])
@@ -63,19 +63,19 @@ def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
     if one is None or other is None or one.ndim != 1 or one.shape != other.shape:
         kinds = [f"{array.dtype} of shape {array.shape}" for array in arrays]
         raise StatisticsError(
-            f"first is {kinds[0]} and second is {kinds[1]}: give one boolean per pair, such as returns > 0."
+            f"first and second must have one boolean per pair, such as returns > 0; got {kinds[0]} and {kinds[1]}."
         )
     cells = one & other, one & ~other, ~one & other, ~one & ~other
     return PairedCounts(*(int(cell.sum()) for cell in cells))
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Return the two-sided exact p-value that two paired proportions are equal; 1 if no pair differs.
+    """Return the two-sided exact p-value for the null that two paired proportions are equal; 1 if no pair differs.
 
-    The arguments are counts of `paired_counts`.
+    The arguments are counts from `paired_counts`.
 
     Raises:
-        StatisticsError: If a count is not valid.
+        StatisticsError: If a count is invalid.
 
     Example:
         >>> round(mcnemar_exact(1, 9), 4)
@@ -96,12 +96,12 @@ def paired_difference_interval(
 ) -> Interval:
     """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
 
-    It combines the Wilson intervals of the two proportions with the correlation of the pairs, so the interval has a
-    width even if all pairs agree. With six to nine pairs its note is `"few"`; with fewer it is withheld. The counts are
-    those of `paired_counts`, and `confidence` is the nominal coverage.
+    It combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its width is
+    nonzero even if all pairs agree. With six to nine pairs, its note is `"few"`; with fewer, it is withheld. The counts
+    come from `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
-        StatisticsError: If a count or the confidence is not valid, or all counts are 0.
+        StatisticsError: If a count or the confidence is invalid, or all counts are 0.
 
     Example:
         >>> interval = paired_difference_interval(both=14, only_first=5, only_second=0, neither=22)
@@ -116,7 +116,7 @@ def paired_difference_interval(
     counts = PairedCounts(*(whole(name, number) for name, number in given.items()))
     n = sum(counts)
     if n == 0:
-        raise StatisticsError("All four counts are 0: a difference of proportions needs at least one pair.")
+        raise StatisticsError("All four counts are 0, but a difference of proportions needs at least one pair.")
     first = wilson_interval(counts.both + counts.only_first, n, confidence)
     second = wilson_interval(counts.both + counts.only_second, n, confidence)
     low, high = _combined(first, second, _corrected_phi(counts))
@@ -126,13 +126,13 @@ def paired_difference_interval(
 
 
 def difference_interval(first: Interval, second: Interval) -> Interval:
-    """Return the difference of two independent estimates, first minus second, and its interval.
+    """Return the difference between two independent estimates, first minus second, and its interval.
 
-    It needs only the two intervals, so it works for proportions, areas under a curve, or any two estimates in one
-    unit. For two Wilson intervals the result is Newcombe's interval.
+    It needs only the two intervals, so it works for proportions, areas under the ROC curve, or any two estimates in the
+    same unit. For two Wilson intervals, the result is Newcombe's interval.
 
     Raises:
-        StatisticsError: If the two confidences differ.
+        StatisticsError: If the confidence levels differ.
 
     Example:
         >>> interval = difference_interval(wilson_interval(56, 70), wilson_interval(48, 80))
@@ -146,7 +146,7 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
     """
     _check_one_confidence(first, second)
     low, high = _combined(first, second, correlation=0.0)
-    # A reason to withhold one of the two is longer than "few".
+    # Keep a reason to withhold an interval, which is longer than "few".
     note = max(first.note, second.note, key=len)
     return Interval(first.estimate - second.estimate, low, high, first.confidence, note)
 
@@ -154,17 +154,17 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
 def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
     """Return the precision at another base rate, by Bayes' rule, and its interval within 0 and 1.
 
-    Precision grows with the share of positives in the data, so precisions on two data sets are comparable only at
-    one base rate. The interval treats the base rate as known. If nothing was accepted, the precision is NaN and its
-    interval 0 to 1.
+    Precision increases with the fraction of positives in the data, so precisions on two data sets are comparable only
+    at the same base rate. The interval treats the base rate as known. If nothing was accepted, the precision is NaN and
+    its interval is 0 to 1.
 
     Args:
-        true_positive_rate: Share of the positives that is accepted.
-        false_positive_rate: Share of the negatives that is accepted.
-        base_rate: Share of positives to reweight to, between 0 and 1.
+        true_positive_rate: Fraction of positives that are accepted.
+        false_positive_rate: Fraction of negatives that are accepted.
+        base_rate: Fraction of positives to reweight to, between 0 and 1.
 
     Raises:
-        StatisticsError: If the confidences differ, or the base rate is not between 0 and 1.
+        StatisticsError: If the confidence levels differ, or the base rate is not between 0 and 1.
 
     Example:
         >>> interval = reweighted_precision(wilson_interval(45, 50), wilson_interval(5, 50), base_rate=0.25)
@@ -177,7 +177,7 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
     """
     _check_one_confidence(true_positive_rate, false_positive_rate)
     if not 0 < base_rate < 1:
-        raise StatisticsError(f"base_rate is {base_rate!r}, but it must lie between 0 and 1.")
+        raise StatisticsError(f"base_rate must lie between 0 and 1; got {base_rate!r}.")
     hit, alarm = true_positive_rate, false_positive_rate
     lowest = _lowest_ratio(hit.estimate, hit.low, alarm.estimate, alarm.high)
     lowest_inverse = _lowest_ratio(alarm.estimate, alarm.low, hit.estimate, hit.high)
@@ -192,7 +192,7 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
 
 
 def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
-    """Return the ends of the interval of a difference: the distances add like the sides of a triangle."""
+    """Return the interval ends for a difference; the distances to them combine by the law of cosines."""
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
@@ -205,22 +205,22 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 
 
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
-    """Return the lower end of above / below: the ratio at which `above - ratio * below` has an interval end at 0."""
+    """Return the lower end for above / below: the ratio for which the interval of `above - ratio * below` ends at 0."""
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
-    root = math.sqrt(max(squared, 0.0))  # 0, up to rounding, if neither interval has a width
+    root = math.sqrt(max(squared, 0.0))  # 0 up to rounding if both intervals have zero width
     return numerator / (above * below + root) if numerator else 0.0
 
 
 def _check_one_confidence(first: Interval, second: Interval) -> None:
     if first.confidence != second.confidence:
         raise StatisticsError(
-            f"The intervals have confidence {first.confidence} and {second.confidence}: make both with the same."
+            f"Both intervals must have the same confidence; got {first.confidence} and {second.confidence}."
         )
 
 
 def _corrected_phi(counts: PairedCounts) -> float:
-    """Return the correlation of paired outcomes, with a continuity correction if positive; 0 if it is undefined."""
+    """Return the correlation between paired outcomes, with a continuity correction if positive; 0 if undefined."""
     both, only_first, only_second, neither = counts
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if margins == 0:

@@ -13,23 +13,23 @@ from numpy.typing import ArrayLike
 from ..errors import StatisticsError
 from .interval import FEWEST, Interval, finite, mostly_equal, normal_quantile, too_few, two_groups, wilson
 
-FEWEST_CONTROLS = 19  # with fewer, even the first rank has a p above 0.05
+FEWEST_CONTROLS = 19  # with fewer, even rank 1 has p above 0.05
 
 
 def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Return the probability that a positive scores above a negative, and its interval within 0 and 1.
+    """Return the area under the ROC curve (the probability that a positive outscores a negative) and its interval.
 
-    Ties count one half. At 0.5 the scores carry no information about the labels; below 0.5 positives have the lower
-    scores. The groups may differ in variance. With six to nine examples of a label the note of the interval is `"few"`;
-    with fewer it is withheld.
+    Ties count as one half. Below 0.5, positives have the lower scores. The interval lies within 0 and 1, and the two
+    groups may differ in variance. With six to nine inputs of either label, its note is `"few"`; with fewer, it is
+    withheld.
 
     Args:
         scores: One finite number per input.
-        labels: One boolean (or 0 or 1) per input; at least two of each.
+        labels: One boolean (or 0 or 1) per input, with at least two of each.
         confidence: Nominal coverage, between 0 and 1.
 
     Raises:
-        StatisticsError: If scores and labels do not match, a score is not finite, or a label is too rare.
+        StatisticsError: If there is not one label per score, a score is not finite, or a label occurs fewer than twice.
 
     Example:
         >>> scores = np.arange(24)
@@ -50,7 +50,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     label = two_groups(labels, len(score), fewest=2)
     positive, negative = score[label], score[~label]
     rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
-    # The share of the other group that an example beats: its rank among all minus its rank in its own group.
+    # The fraction of the other group that an input beats: its rank among all inputs minus its rank in its own group.
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
     beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
     area = float(beaten.mean())
@@ -61,10 +61,10 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     if fewest < FEWEST:
         return Interval(area, math.nan, math.nan, confidence, note)
     if mostly_equal(beaten) or mostly_equal(beaten_by):
-        # Separated, or tied: the variance is not known. Disjoint pairs are independent trials of one event.
+        # The groups are separated or tied, so the variance is unknown. Disjoint pairs are independent trials instead.
         return replace(wilson(area, fewest, confidence), note=note)
     variance = beaten.var(ddof=1) / positive.size + beaten_by.var(ddof=1) / negative.size
-    normal_quantile(confidence)  # checks it
+    normal_quantile(confidence)  # raises if invalid
     t = scipy.stats.t.ppf((1 + confidence) / 2, fewest - 1)
     margin = t * math.sqrt(variance) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + np.array([-margin, margin]))
@@ -77,13 +77,13 @@ SIDES = ("two-sided", "greater", "less")
 
 @dataclass(frozen=True)
 class Rank:
-    """Rank of an effect among the effects of controls; the largest, or the lowest for `"less"`, has rank 1.
+    """Rank of an effect among the effects of controls. Rank 1 is the largest effect, or the lowest for `"less"`.
 
     Attributes:
-        rank: 1 plus the number of controls whose effect is at least as large: 1 to `controls + 1`.
+        rank: 1 plus the number of controls that rank at least as high: 1 to `controls + 1`.
         controls: Number of controls.
-        p: `rank / (controls + 1)`; None with fewer than 19 controls.
-        no_p: Reason why there is no p; empty otherwise.
+        p: `rank / (controls + 1)`, or None if there is a reason in `no_p`, such as fewer than 19 controls.
+        no_p: Reason why there is no p-value; empty if there is one.
     """
 
     rank: int
@@ -97,19 +97,20 @@ class Rank:
 
 
 def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
-    """Return the rank of an effect among those of controls, and its p-value.
+    """Rank an effect among the effects of controls, and compute the p-value of the rank.
 
-    The p-value is the probability that one of `controls + 1` exchangeable effects, picked at random, ranks as high. It
-    is meaningless for a channel that was picked for its large effect, and for controls that cannot be exchanged with
-    it. Channels that encode the opposite are not controls of a directed claim: leave them out, or ask for one side.
+    The p-value is the probability that a random one of `controls + 1` exchangeable effects ranks at least as high. It
+    is meaningless if the channel was selected for its large effect or the controls are not exchangeable with it.
+    For a directional claim, leave out channels that encode the opposite, or use a one-sided alternative.
 
     Args:
-        effect: Effect of the patch in question, a finite number.
-        controls: `(control,)`: effects of the controls in the same unit; a tie counts against the effect.
-        alternative: `"two-sided"` ranks absolute values, `"greater"` has the largest effect first, `"less"` the lowest.
+        effect: Effect of the patch to rank, a finite number.
+        controls: `(control,)`: effects of the controls in the same unit. Ties count against the effect.
+        alternative: Rank 1 is the largest absolute value (`"two-sided"`), the largest (`"greater"`) or lowest
+            (`"less"`).
 
     Raises:
-        StatisticsError: If there is no control, an effect is not finite, or the alternative is not one of these.
+        StatisticsError: If there are no controls, an effect is not finite, or the alternative is unknown.
 
     Example:
         >>> print(rank_among(-0.6, np.linspace(-0.3, 0.3, 19)))
@@ -123,12 +124,12 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
     others = np.asarray(controls, dtype=np.float64)
     if others.ndim != 1 or not others.size:
         raise StatisticsError(
-            f"controls has shape {others.shape}: give the effect of at least one control, (control,)."
+            f"controls must have shape (control,) with at least one control; got shape {others.shape}."
         )
     if not (math.isfinite(effect) and np.isfinite(others).all()):
-        raise StatisticsError("An effect that is not finite has no rank: leave that control out.")
+        raise StatisticsError("An effect is not finite, so it cannot be ranked. Remove that control.")
     if alternative not in SIDES:
-        raise StatisticsError(f"alternative is {alternative!r}, but it must be one of {', '.join(map(repr, SIDES))}.")
+        raise StatisticsError(f"alternative must be one of {', '.join(map(repr, SIDES))}; got {alternative!r}.")
     every = np.append(others, effect)
     directed = {"two-sided": np.abs(every), "greater": every, "less": -every}[alternative]
     rank = int((directed >= directed[-1]).sum())
@@ -138,14 +139,14 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
 
 
 def without_p(rank: Rank, no_p: str) -> Rank:
-    """Return a rank without its p-value if there is a reason for that."""
+    """Return a rank, without its p-value if there is a reason to omit it."""
     return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
 
 
 def ranks_among(
     effects: ArrayLike, controls: ArrayLike, alternative: Alternative = "two-sided", no_p: str = ""
 ) -> list[Rank | None]:
-    """Return the rank of each effect; None if the effect or a control is not finite, or there are no controls."""
+    """Return the rank of each effect; None if it or any control is not finite, or if there are no controls."""
     each, others = np.asarray(effects, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     ranked = np.isfinite(each) & bool(others.size) & np.isfinite(others).all()
     return [
@@ -157,7 +158,7 @@ def ranks_among(
 def ranked_records(
     records: Iterable[dict[str, Any]], ranks: Iterable[Rank | None], controls: Iterable[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return records of effects with their ranks, then those of the controls, which have none."""
+    """Return records of effects with their ranks, followed by records of the controls, without ranks."""
     none = {"rank": None, "p": None, "no_p": "no rank among the controls"}
     ranked = [
         {**record, "control": False, **(none if rank is None else {"rank": rank.rank, "p": rank.p, "no_p": rank.no_p})}

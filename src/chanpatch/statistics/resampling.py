@@ -1,4 +1,4 @@
-"""Bootstrap intervals of any statistic over rows or clusters of rows, and random halves."""
+"""Bootstrap intervals for any statistic over rows or clusters of rows, and random halves."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def bootstrap_interval(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Interval[Any]:
-    """Return any statistic of a sample and its bootstrap interval; `mean_interval` is better for means.
+    """Return any statistic of a sample and its bootstrap interval; for means, `mean_interval` is better.
 
-    The interval is bias-corrected and accelerated (BCa), at the expanded level that makes the bootstrap interval of a
-    normal mean as wide as Student's t interval. With six to nine rows its note is `"few"`. It is withheld, with NaN
-    ends and the reason in the note, if fewer rows or clusters are independent or all resamples give the same number.
+    The interval is bias-corrected and accelerated (BCa). Its level is expanded so that, for normal means, it is as wide
+    as Student's t interval. With six to nine rows, its note is `"few"`. It is withheld if fewer rows or clusters are
+    independent or all resamples give the same number: its ends are NaN, and its note gives the reason.
 
     Args:
         sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
             such as channel, are kept.
-        statistic: Function that reduces the first axis of `(row, ...)`; the order of the rows must not matter. It is
-            called once per resample.
-        clusters: Label per row; rows with one label, such as rotations of one maze, are drawn together. None if all
-            rows are independent.
+        statistic: Function that reduces the first axis of `(row, ...)`, regardless of row order. It is called once per
+            resample.
+        clusters: Label per row; rows with the same label, such as rotations of one maze, are drawn together. None if
+            all rows are independent.
         confidence: Nominal coverage, between 0 and 1.
         resamples: Number of resamples.
         seed: Random seed.
 
     Returns:
-        Floats for a statistic that is one number, otherwise arrays of its shape.
+        Floats if the statistic is a single number, otherwise arrays of its shape.
 
     Raises:
-        StatisticsError: If there are no rows, or another argument is not valid.
+        StatisticsError: If there are no rows, or another argument is invalid.
 
     Example:
         >>> differences = np.random.default_rng(0).normal(loc=[0, 1], size=(40, 2))
@@ -61,7 +61,7 @@ def bootstrap_interval(
 
     rows = rows_of("sample", sample)
     cluster = cluster_numbers(clusters, len(rows))
-    normal_quantile(confidence)  # checks it
+    normal_quantile(confidence)  # raises if invalid
     generator = np.random.default_rng(whole("seed", seed))
     many, resamples = int(cluster.max()) + 1, whole("resamples", resamples, least=1)
     estimate = np.asarray(statistic(rows), dtype=np.float64)
@@ -80,7 +80,7 @@ def bootstrap_interval(
 
 
 def halves(labels: NDArray[Any], seed: int) -> tuple[Rows, Rows]:
-    """Return the rows of two random halves, stratified by the labels: `(input,)` or `(input, label)`."""
+    """Return the rows of two random halves, stratified by labels `(input,)` or `(input, label)`."""
     generator = np.random.default_rng(whole("seed", seed))
     kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     order = generator.permutation(len(labels))
@@ -99,18 +99,18 @@ def _accelerated(estimate: Floats, resampled: Floats, jackknife: Floats, z: floa
     acceleration = (influence**3).sum(axis=0) / np.where(spread > 0, spread, 1.0)
     ends = []
     for side in (-z, z):
-        stretch = np.maximum(1 - acceleration * (bias + side), 0.01)  # the formula is for small accelerations
+        stretch = np.maximum(1 - acceleration * (bias + side), 0.01)  # the formula assumes small accelerations
         ends.append(_quantile(resampled, ndtr(bias + (bias + side) / stretch)))
     return np.stack(ends)
 
 
 def _replicated(rows: Floats, statistic: Statistic, times: Rows) -> Floats:
-    """Return the statistic of resamples, each given by how often it repeats every row: `(resample, ...)`."""
+    """Return the statistic of each resample, `(resample, ...)`; `times` is how often it repeats each row."""
     return np.stack([np.asarray(statistic(np.repeat(rows, each, axis=0)), dtype=np.float64) for each in times])
 
 
 def _quantile(sample: Floats, level: Floats) -> Floats:
-    """Return the interpolated quantile of each channel, at one level per channel."""
+    """Return an interpolated quantile for each channel, at one level per channel."""
     ordered = np.sort(np.moveaxis(sample, 0, -1), axis=-1)
     position = level * (len(sample) - 1)
     under = np.clip(np.floor(position).astype(np.int64), 0, len(sample) - 2)[..., None]

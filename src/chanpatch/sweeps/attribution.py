@@ -1,4 +1,4 @@
-"""Gradient estimates of the effects of many patches, and real forwards that verify some of them."""
+"""Gradient estimates of the effects of many patches, some of them verified by real forward passes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .plan import Entry, Forward, entries_of
 from .result import Attribution
 
 
-@torch.inference_mode(mode=False)  # in which no gradient could be taken
+@torch.inference_mode(mode=False)  # inference mode disables gradients
 def attribution(  # noqa: D417  # the arguments of sweep are documented there
     points_or_model: HookPoints | nn.Module,
     *inputs: Any,
@@ -37,34 +37,34 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
     progress: bool | None = None,
     **keywords: Any,
 ) -> Attribution:
-    """Return estimates of how much each of many patches, alone, changes a metric.
+    """Estimate from gradients how much each of many patches changes a metric.
 
-    The estimate is the change that the patch makes to its region times the gradient of the metric there, summed over
-    the region. All patches together take three forwards, one backward, and memory for one region each. The estimate is
-    exact if the metric is linear in the activation.
+    The estimate is the change that a patch makes to its region times the metric's gradient there, summed over the
+    region. For all patches together, this takes three forward passes, one backward pass, and memory for one region per
+    patch. The estimate is exact if the metric is linear in the activation.
 
-    With `steps` above 1 the gradient is a mean over the straight line between the clean and the patched activation
-    (integrated gradients), taken in the middle of each of that many equal parts. Patches of one hook point whose
-    regions do not overlap move along the line together, with a forward and a backward per step. With many steps their
-    estimates add up to the exact effect of all of them.
+    With `steps` above 1, the gradient is averaged along the straight line from the clean to the patched activation
+    (integrated gradients, midpoint rule). Patches at one hook point whose regions do not overlap move along the line
+    together, with one forward and one backward pass per step. With many steps, their estimates add up to their exact
+    joint effect.
 
     Args:
-        points_or_model, inputs, keywords, progress: As for `sweep`.
-        patches: A mapping of labels to patches, or a sequence of patches, labeled by their sites.
+        points_or_model, inputs, keywords, progress: Same as for `sweep`.
+        patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites.
         metric: A differentiable function of the output, as for `sweep`.
-        steps: Number of points of the line at which the gradient is taken; 1 takes it at the clean activation.
-        verify: Number of the largest estimates, and of patches drawn at random, to verify by real forwards.
-        seed: Random seed of the draw.
+        steps: Number of points on the line at which the gradient is computed; 1 uses the clean activation.
+        verify: Number of patches with the largest estimates, and number of random patches, to verify by forward passes.
+        seed: Random seed.
 
     Raises:
-        SweepError: If there are no patches, two have one label, or one label has several.
-        HookPointError, SiteError: If a site does not exist, or is not of a floating dtype; all faults at once.
+        SweepError: If there are no patches, two share a label, or one label has several patches.
+        HookPointError, SiteError: If a site does not exist or its dtype is not floating-point.
         MetricError: If the metric has no gradient, or does not return `(batch,)`.
 
     Warns:
-        RuntimeWarning: If a module writes in place into a patched activation that is read elsewhere too, or if the
-            verified effects show that the estimates are poor: about zero at a hook point where patches have effects,
-            or ranked differently in the random sample.
+        RuntimeWarning: If a module modifies in place a patched activation that is also read elsewhere, or if the
+            verified effects show that the estimates are poor: about zero at a hook point where patches have effects, or
+            ranked differently in the random sample.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -74,7 +74,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         >>> points = hook_points(model, x)
         >>> patches = map(zero_ablate, points.site("1").split("feature"))
         >>> result = attribution(points, x, patches=patches, metric=logit_difference(0, 1))
-        >>> bool(abs(result.effect() - result.exact).max() < 1e-6)  # linear from there on
+        >>> bool(abs(result.effect() - result.exact).max() < 1e-6)  # the model is linear after "1"
         True
 
     References:
@@ -84,7 +84,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
     """
     if type(steps) is not int or type(verify) is not int or steps < 1 or verify < 0:
         raise SweepError(
-            f"steps={steps!r} and verify={verify!r}: take one step at least and verify none at least, in whole numbers."
+            f"steps must be an int, at least 1, and verify an int, at least 0; got {steps!r} and {verify!r}."
         )
     points = traced(points_or_model, inputs, keywords)
     entries = entries_of(points, patches, "patches")
@@ -106,7 +106,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
                 positions, difference = changes[row]
                 effect[row] = float((difference * read(gradient, positions)).double().sum()) / run.input_count
         to_verify = {*largest_first(effect)[:verify], *np.flatnonzero(drawn)}
-        advance(verified - len(to_verify))  # some of those drawn are among the largest
+        advance(verified - len(to_verify))  # drawn patches may also be among the largest
         for row in to_verify:
             exact[row] = run.exact(chosen[row])
             advance(1)
@@ -117,26 +117,26 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         labels, tuple(chosen), exact, drawn, correlation, int(drawn.sum()), run.input_count, steps, _effect=effect
     )
     if fault := _poor_estimates(found, run):
-        warnings.warn(fault, RuntimeWarning, stacklevel=3)  # at the caller, past the decorator
+        warnings.warn(fault, RuntimeWarning, stacklevel=3)  # blames the caller, not the decorator
     return found
 
 
 def _only_patch(entry: Entry, points: HookPoints) -> Patch:
     if len(entry.patches) > 1:
         raise SweepError(
-            f"{entry.label!r} has {len(entry.patches)} patches, but an attribution estimates the effects of single "
-            "patches: give each a label of its own, or sweep() several patches together."
+            f"{entry.label!r} has {len(entry.patches)} patches, but attribution() estimates the effect of one patch "
+            "per label. Give each patch its own label, or use sweep() to apply several together."
         )
     point = points[entry.patches[0].site.name]
     if not point.dtype.is_floating_point:
-        raise SiteError(f"'{point.name}' is {point.dtype}, which has no gradient. Patch where it is embedded.")
+        raise SiteError(f"'{point.name}' has dtype {point.dtype}, which has no gradient. Patch its embedding instead.")
     return entry.patches[0]
 
 
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Yield hook points, each with numbers of patches there whose regions do not overlap."""
+    """Yield a hook point and the indices of patches there whose regions do not overlap, until all patches are used."""
     waiting = list(range(len(patches)))
     while waiting:
         name = patches[waiting[0]].site.name
@@ -153,20 +153,20 @@ def _lines(
         waiting = others
 
 
-_Change: TypeAlias = tuple[Positions, Tensor]  # a region, and the difference that a patch makes there
-_INSTEAD = "Take more steps (steps=20), a metric of logits (logit_difference), or sweep() the patches."
-_FEWEST_RANKED = 10  # patches in the random sample; with fewer, the rank correlation is often low by chance
+_Change: TypeAlias = tuple[Positions, Tensor]  # a region, and the change that a patch makes there
+_INSTEAD = "Use more steps (steps=20), a metric based on logits (logit_difference), or sweep()."
+_FEWEST_RANKED = 10  # random patches; with fewer, the rank correlation is often low by chance
 
 
 def _poor_estimates(found: Attribution, run: _Runs) -> str:
-    """Return why the estimates are of another model or unlike the exact effects; an empty text if they are not."""
+    """Return a warning if the exact effects show that the estimates are wrong; otherwise an empty string."""
     names = sorted({patch.site.name for patch in found.patches})
     if run.shares_memory:
         return (
-            "The model gives another output when an activation is replaced by its equal: a module writes in place into "
-            f"its input, which is read elsewhere too. One of {', '.join(map(repr, names))} is such an input, and the "
-            "estimates are off; the exact effects are not. Patch the output of the module, or build it without "
-            "inplace=True."
+            "Replacing an activation with an equal copy changes the model's output: a module modifies its input in "
+            f"place, and that input is also read elsewhere. One of {', '.join(map(repr, names))} is such an input, so "
+            "the estimates are wrong; the exact effects are correct. Patch the module's output, or build the module "
+            "with inplace=False."
         )
     missed = {}
     for name in names:
@@ -177,21 +177,21 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
     if missed:
         return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
-            f"metric by up to {max(missed.values()):.2g}. The metric is flat at the clean activations (a probability "
-            "near 0 or 1, a divergence from the clean output), or something in between has no gradient (.detach(), "
-            f"argmax, rounding). {_INSTEAD}"
+            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations (a "
+            "probability near 0 or 1, a divergence from the clean output), or an operation in between blocks "
+            f"gradients (.detach(), argmax, rounding). {_INSTEAD}"
         )
     changed = np.abs(found.exact[found.drawn]).max(initial=0) > run.rounding
     if changed and found.sample >= _FEWEST_RANKED and found.rank_correlation < 0.5:
         return (
-            "The estimates rank the patches unlike the exact effects: the rank correlation is "
-            f"{found.rank_correlation:.2f} over {found.sample} patches drawn at random. {_INSTEAD}"
+            "The estimates rank the patches differently from the exact effects: the rank correlation is "
+            f"{found.rank_correlation:.2f} over {found.sample} random patches. {_INSTEAD}"
         )
     return ""
 
 
 class _Runs(Forward):
-    """The forwards of an attribution, with a metric."""
+    """The forward passes for an attribution, and its metric."""
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, ...], keywords: dict[str, Any], metric: Metric) -> None:
         super().__init__(points, inputs, keywords)
@@ -201,11 +201,11 @@ class _Runs(Forward):
             self._clean = measured(metric, self._baseline, self._baseline)
         self._scale = float(self._clean.nan_to_num().abs().max())
         self.input_count = len(self._clean)
-        self.rounding = 1e-6 * self._scale  # a smaller change in the metric may be due to rounding
-        self.shares_memory = False  # whether a module writes in place into a patched activation that is read elsewhere
+        self.rounding = 1e-6 * self._scale  # smaller changes in the metric may be rounding errors
+        self.shares_memory = False  # whether a patched activation is read elsewhere and modified in place
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the clean activations at hook points, and the gradients of the metric there."""
+        """Return the clean activations at hook points and the metric's gradients there."""
         watched = [edit(self.points.site(name), _differentiable) for name in names]
         with (
             self.running(),
@@ -213,13 +213,13 @@ class _Runs(Forward):
             patched(self.points, watched),
             recording(self.points, names, detach=False) as cache,
         ):
-            values = self._measured()  # with each activation replaced by its equal
+            values = self._measured()  # with each activation replaced by an equal copy
             clean = {name: cache[name] for name in names}
             for name, activation in clean.items():
                 if not activation.requires_grad:
                     raise SiteError(
-                        f"'{name}' is computed under torch.no_grad(), through which no gradient flows. sweep() its "
-                        "patches, or patch a later hook point."
+                        f"'{name}' is computed under torch.no_grad(), so it has no gradient. Use sweep(), or patch a "
+                        "later hook point."
                     )
             precision = 1e-2 if values.dtype in (torch.float16, torch.bfloat16) else 1e-4
             same = torch.allclose(values.detach(), self._clean, precision, precision * self._scale, equal_nan=True)
@@ -227,7 +227,7 @@ class _Runs(Forward):
             return {name: activation.detach() for name, activation in clean.items()}, _gradients(values, clean)
 
     def changes(self, patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> list[_Change]:
-        """Return the region of each patch, and the change that it makes there in the clean run."""
+        """Return each patch's region and the change that it makes there in the clean run."""
         changes: list[_Change] = []
         with self.undisturbed as run:
             for patch in patches:
@@ -244,7 +244,7 @@ class _Runs(Forward):
     def mean_gradient(
         self, name: str, clean: Tensor, changes: Sequence[_Change], steps: int, advance: Callable[[int], object]
     ) -> Tensor:
-        """Return the mean of the metric's gradient along the line from the clean activation to the changed one."""
+        """Return the metric's gradient, averaged along the line from the clean to the patched activation."""
         moved, total = torch.zeros_like(clean), torch.zeros_like(clean)
         for positions, difference in changes:
             moved = written(moved, positions, difference)
@@ -268,11 +268,11 @@ def _differentiable(activation: Tensor) -> Tensor:
 
 
 def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of the sum at each activation; zero if nothing depends on it."""
+    """Return the gradient of the summed values at each activation; zero if the values do not depend on it."""
     if not values.requires_grad:
         raise MetricError(
-            "The metric has no gradient: it counts (action_flip), or leaves the graph (.detach(), .item(), numpy). "
-            "Take one that has a gradient, or sweep() the patches."
+            "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), "
+            ".item(), numpy). Use a differentiable metric, or sweep()."
         )
     found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, materialize_grads=True)
     return dict(zip(activations, found, strict=True))

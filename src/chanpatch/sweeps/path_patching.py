@@ -1,4 +1,4 @@
-"""Path patching: the effect of one component on the output through others, and by no other path."""
+"""Path patching: the effect that one component has on the output through the direct path to chosen receivers."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ def path_patch(
     metric: Metric,
     frozen: str | Site | HookPoint | Iterable[str | Site | HookPoint] | None = None,
 ) -> Tensor:
-    """Return the effect of the direct path from a sender to receivers on a metric.
+    """Measure the effect of a sender on a metric through its direct path to receivers.
 
     The sender gets its activation from the corrupted run. Frozen modules between it and the receivers keep their clean
-    activations, so only the direct path changes the receivers. Their activations are then patched into a clean run,
-    and reach the output by every path.
+    activations, so only the direct path changes the receivers. The receivers' activations are then patched into a clean
+    run, where they affect the output along every path.
 
     Args:
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
-        clean: Inputs: a tensor `(batch, ...)`, or a tuple or dict of such, as the model takes them.
-        corrupted: The other input of each pair.
-        sender: The hook point where the path begins.
-        receivers: The hook points where it ends, such as the inputs of a module. A path to one through another counts.
-        metric: As for `sweep`; one metric.
-        frozen: Hook points to freeze, if they lie between the sender and the last receiver. By default, the outputs of
-            all modules with weights that call no other module (Linear, Conv2d, Embedding, LSTM, MultiheadAttention),
-            except norms. `()` freezes nothing: every path from the sender to the receivers counts. Never frozen are the
-            sender, the module whose input it is and the modules around it, and the receivers' own calls.
+        clean: Clean inputs: a tensor `(batch, ...)`, a tuple of positional arguments, or a dict of keyword arguments.
+        corrupted: Corrupted inputs in the same form, one for each clean input.
+        sender: Hook point where the path begins.
+        receivers: Hook points where the path ends, such as a module's inputs. It may pass through other receivers.
+        metric: A single metric, as for `sweep`.
+        frozen: Hook points to freeze if they lie between the sender and the last receiver. The default is the outputs
+            of modules with weights that contain no other such module (Linear, Conv2d, Embedding, LSTM,
+            MultiheadAttention), except norms. `()` freezes nothing, so every path from the sender to the receivers
+            counts. The sender, the modules around it, and the receivers' own calls are never frozen.
 
     Returns:
-        `(batch,)`, the metric with the path patched minus the metric of the clean run.
+        `(batch,)`: the metric with the path patched minus the metric of the clean run.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist, or a receiver does not come after the sender, or the
-            sites frozen by default cut every path from the sender to the receivers.
-        ContrastError: If the two sides have different numbers of inputs.
+        HookPointError, SiteError: If a site does not exist, a receiver does not come after the sender, or the sites
+            frozen by default block every path from the sender to the receivers.
+        ContrastError: If `clean` and `corrupted` have different numbers of inputs.
         MetricError: If the metric does not return `(batch,)`.
 
     Example:
@@ -73,16 +73,14 @@ def path_patch(
     points = traced(points_or_model, clean)
     counts = [input_count(inputs) for inputs in (clean, corrupted)]
     if counts[0] != counts[1]:
-        raise ContrastError(f"clean has {counts[0]} inputs and corrupted {counts[1]}: give one of each per pair.")
+        raise ContrastError(f"clean has {counts[0]} inputs and corrupted has {counts[1]}. Pass one of each per pair.")
     (sending, *others), receiving = _sites(points, sender, "sender"), _sites(points, receivers, "receiver")
     if others:
-        raise SiteError(
-            f"There are {1 + len(others)} senders, but a path begins at one. Take the paths of each in turn."
-        )
+        raise SiteError(f"path_patch() needs exactly one sender; got {1 + len(others)}. Call it once per sender.")
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
-    whole = [points.site(site.name) for site in receiving]  # a region may get nothing where the rest does
+    whole = [points.site(site.name) for site in receiving]  # the rest may change even if a region does not
     ends = [*receiving, *whole]
     with recording(points, [sending, *held, *ends]) as cache:
         baseline = clean_run()
@@ -96,21 +94,21 @@ def path_patch(
     def moves(found: ActivationCache) -> bool:
         return any(not torch.equal(found[site], cache[site]) for site in whole)
 
-    # The clean activations are patched in too, which is not a no-op if a module writes into them in place.
+    # Patching in the clean activations is not a no-op if a module modifies them in place, so this runs patched too.
     before = _measured(clean_run, receiving, cache, metric, baseline)
     received = arriving(held)
     unmoved = not moves(received) and not torch.equal(source[sending], cache[sending])
     if frozen is None and unmoved and moves(arriving([])):
         names = ", ".join(f"'{site.name}'" for site in held[:6]) + ", ..." * (len(held) > 6)
         raise SiteError(
-            f"Every path from {sending!r} to the receivers leads through the sites that are held at their clean "
-            f"activations: {names}. Name the sites to hold in frozen=[...]; frozen=() holds none."
+            f"All paths from {sending!r} to the receivers pass through frozen sites: {names}. Choose the sites to "
+            "freeze with frozen=[...], or freeze nothing with frozen=()."
         )
     return _measured(clean_run, receiving, received, metric, baseline) - before
 
 
 def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, metric: Metric, baseline: Any) -> Tensor:
-    """Return the metric of a forward into which a cache is patched."""
+    """Return the metric of a forward pass with the cached activations patched in."""
     with forward.running() as run:
         with patched(forward.points, [patch_in(site, cache) for site in sites]):
             output = run.kept(forward.output())
@@ -123,17 +121,18 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
     before = [site for site in receivers if order[site.name] <= order[sender.name]]
     if before:
         raise SiteError(
-            f"The receiver {before[0]!r} does not come after the sender {sender!r} in the forward, so that no path "
-            "leads there. Print the HookPoints: they are listed in execution order."
+            f"The receiver {before[0]!r} does not come after the sender {sender!r} in the forward pass, so no path "
+            "leads there. Print the HookPoints to see them in execution order."
         )
     whole = [site for site in receivers if not points[site.name].module]
     if whole and frozen is None:
         raise SiteError(
-            f"The receiver {whole[0]!r} is the output of the whole model, the end of every path. Name the module that "
-            "computes it, or its input, such as 'head.in[0]'; or the hook points to freeze in frozen=[...]."
+            f"The receiver {whole[0]!r} is the model's final output, where every path ends. Use the module that "
+            "computes it or that module's input (such as 'head.in[0]'), or list the hook points to freeze in "
+            "frozen=[...]."
         )
     start, ends = points[sender.name], [points[site.name] for site in receivers]
-    # The calls around the sender began before it; its own is one of them if the sender is an input.
+    # Calls that contain the sender began before it. This includes the sender's own call only if the sender is an input.
     exempt = {(each.module, each.call) for each in points.values()
               if each.side == "in" and order[each.name] <= order[start.name]}  # fmt: skip
     exempt -= {(start.module, start.call)} if start.side == "out" else set()
@@ -151,12 +150,12 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
 def _sites(points: HookPoints, named: Any, needed: str = "") -> tuple[Site, ...]:
     each = [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
     if needed and not each:
-        raise SiteError(f"There is no {needed}: name a hook point, such as 'head.in[0]'.")
+        raise SiteError(f"No {needed} was given. Name a hook point, such as 'head.in[0]'.")
     return sites_of(points, each) if each else ()
 
 
 def _with_weights(points: HookPoints) -> list[HookPoint]:
-    """Return the outputs of modules with weights that call no other such module and are not norms."""
+    """Return the outputs of modules that have weights, contain no other module with weights, and are not norms."""
     # A parametrization computes weights, not activations.
     weighted = [p for p in points.values() if p.parameters and "parametrizations" not in p.module.split(".")]
     modules = {point.module for point in weighted}

@@ -1,4 +1,4 @@
-"""The plan of a sweep: labeled patches, the forward, its clean run, and groups of patches that share a prefix."""
+"""Plan a sweep: label the patches, run the model once unpatched, and group patches that share a prefix."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..registry.points import HookPoints
 from ..registry.sites import HookPoint, Site
 from .prefix import Prefix, fresh
 
-_LIVE = 6  # activations alive at a time in a forward: a module's input and output, a residual, temporary copies
-_FEWEST_ALIKE = 3  # entries with equal later patches that make a group of their own
-_FEWEST_TO_CUT = 8  # inputs; with fewer, a forward of one input saves nothing
+_LIVE = 6  # activations in memory at once in a forward pass: a module's input and output, a residual, temporary copies
+_FEWEST_ALIKE = 3  # entries with equal later patches needed for a separate group
+_FEWEST_TO_CUT = 8  # inputs; with fewer, a forward pass on one input saves no time
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
@@ -41,22 +41,22 @@ class Entry(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Entries whose earliest patch is at one hook point."""
+    """Entries whose earliest patch is at the same hook point."""
 
     point: HookPoint
     entries: tuple[Entry, ...]
     later: tuple[Patch, ...] | None  # the patches at other hook points; None if they differ between entries
     skippable: int  # number of module calls that finish before the hook point
-    bytes_each: int  # approximate memory that one more entry takes in a forward of many
+    bytes_each: int  # approximate memory per entry in a batched forward pass
     on_cpu: bool
 
     def first(self, entry: Entry) -> list[Patch]:
-        """Return the patches of an entry at the hook point of the group."""
+        """Return an entry's patches at the group's hook point."""
         return [patch for patch in entry.patches if patch.site.name == self.point.name]
 
 
 class Forward:
-    """The traced method on copies of the same inputs, without side effects."""
+    """Run the traced method on copies of the same inputs, without side effects."""
 
     def __init__(
         self,
@@ -68,10 +68,10 @@ class Forward:
         row: int | None = None,
     ) -> None:
         self.points, self.inputs, self.check_nan = points, (inputs, dict(keywords)), check_nan
-        self.row = row  # which row of the batch the inputs are; None if they are the whole batch
+        self.row = row  # the batch row in `inputs`; None for the whole batch
         self.undisturbed = undisturbed(points.model)
         self.prefix = Prefix(points.model, self.undisturbed.snapshot)
-        self.rebound: list[tuple[dict[str, Any], str]] = []  # attributes that the last call set
+        self.rebound: list[tuple[dict[str, Any], str]] = []  # attributes set by the last call
 
     def __call__(self) -> Any:
         """Return the model's output."""
@@ -88,7 +88,7 @@ class Forward:
 
     @contextmanager
     def running(self, skip: int = 0) -> Iterator[undisturbed]:
-        """Prepare for one forward, of which the first `skip` module calls do not run; restore the model at the end."""
+        """Prepare one forward pass that skips the first `skip` module calls; restore the model at the end."""
         with (
             self.undisturbed as run,
             nullcontext() if self.row is None else forward_context(rows=[self.row], step=published.now.step),
@@ -98,18 +98,18 @@ class Forward:
             yield run
 
     def output(self) -> Any:
-        """Return the model's output, inside `running`."""
+        """Return the model's output. Call this inside `running`."""
         return fresh(self.points.run(*self.inputs))  # a model may return the same dict each time
 
     def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
-        """Return the activation at a site, where the forward ends."""
+        """Run the model up to a site and return the activation there."""
         args, kwargs = copied_inputs(*self.inputs)
         with self.running(skip):
             cache: ActivationCache = run_with_cache(self.points, *args, sites=site, stop=True, **kwargs)
             return cache
 
     def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
-        """Apply patches to the activation at their hook point; return it, and NaN flags of patches that have one."""
+        """Apply patches to the activation at their hook point; return it and the NaN flags of the patches checked."""
         args, kwargs = self.inputs
         inputs, flags, masks = (*args, *kwargs.values()), [], dict[tuple[int, int], Any]()
         for patch in patches:
@@ -121,7 +121,7 @@ class Forward:
         return activation, flags
 
     def ends(self) -> list[Forward]:
-        """Return the same forward of the first row, and of the last; nothing if that saves no time."""
+        """Return this forward pass on the first row alone and on the last row alone; empty if that saves no time."""
         count = input_count(self.inputs)
         if count < _FEWEST_TO_CUT or published.now.rows is not None:
             return []
@@ -132,7 +132,7 @@ class Forward:
 
 @contextmanager
 def _usual_attention() -> Iterator[None]:
-    """Disable torch's fused attention: vmap has no rule for it, and the modules it calls depend on hooks."""
+    """Disable torch's fused attention: vmap does not support it, and hooks change which modules it calls."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -142,11 +142,11 @@ def _usual_attention() -> Iterator[None]:
 
 
 def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
-    """Return an entry for each label, numbered from `start`; errors call the patches `what`."""
+    """Return one entry per label, numbered from `start`; error messages refer to the patches as `what`."""
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
-            raise SweepError(f"The {what} hold {label!r} without a patch. The unpatched output is the baseline.")
+            raise SweepError(f"The label {label!r} in {what} has no patch. Leave it out: the baseline is unpatched.")
     refuse_shared_state(named)
     checked = iter(checked_patches(points, [patch for _, each in named for patch in each]))
     return [
@@ -154,13 +154,13 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     ]
 
 
-_Seen: TypeAlias = tuple[int, bool, int]  # of a clean activation: bytes, whether on a CPU, number of calls before
+_Seen: TypeAlias = tuple[int, bool, int]  # a clean activation: bytes, whether on a CPU, number of calls before it
 
 
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
     """Run the model once, unpatched; return its output and the groups, in execution order.
 
-    The prefix may keep outputs of up to max_bytes.
+    The prefix stores up to max_bytes of module outputs.
     """
     points, prefix = forward.points, forward.prefix
     session = ContextSession(points)
@@ -183,8 +183,8 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
     for name, entry in first_at.items():
         if name not in seen:
             raise UnreachedError(
-                f"{entry.label!r}: the patch at '{name}' never ran in the sweep. '{name}' is not on the path that was "
-                "called, or was called by its forward(), which runs no hooks."
+                f"{entry.label!r}: the patch at '{name}' never ran in the sweep. Either '{name}' was not called, or it "
+                "was called through .forward() directly, which bypasses hooks."
             )
     groups = [*_groups(forward, entries, seen)]
     del prefix.calls[max(group.skippable for group in groups) :]
@@ -192,7 +192,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
 
 
 def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen]) -> Iterator[Group]:
-    """Divide entries by the hook point at which they begin, then by their later patches."""
+    """Group entries by the hook point of their first patch, then by their later patches."""
     order = {name: number for number, name in enumerate(seen)}
     begun: dict[str, dict[Any, tuple[tuple[Patch, ...], list[Entry]]]] = {name: {} for name in seen}
     for entry in entries:
@@ -214,7 +214,7 @@ def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen
 
 
 def _key(operand: Any) -> Any:
-    """Return a key; two edits or masks with equal keys surely do the same."""
+    """Return a key that is equal for two edits or masks only if they are equivalent."""
     if isinstance(operand, Tensor):
         return operand.data_ptr(), operand.shape, operand.stride(), operand.dtype
     if type(operand).__module__ == Set.__module__:

@@ -1,4 +1,4 @@
-"""The prefix: module calls before the patches, which run once and are then answered from memory."""
+"""The prefix: module calls before the patches. They run once, and later forward passes reuse their outputs."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from ..engine.state import Snapshot, storage
 
 
 class StrategyError(Exception):
-    """A fast strategy does not work for this model or these patches."""
+    """Raised if a fast strategy does not work for this model or these patches."""
 
 
 @dataclass
 class _Call:
-    """One call of one module in the remembered forward."""
+    """One module call in the remembered forward pass."""
 
     module: nn.Module
-    output: Any  # of its forward, before any hook
-    versions: list[tuple[Tensor, int]]  # the tensors in the output, with their versions after the call
+    output: Any  # returned by forward(), before any hook
+    versions: list[tuple[Tensor, int]]  # the output's tensors, with their versions after the call
     left: Snapshot | None  # the state of the module after the call
     known: bool  # whether the output may replace the call
-    copied: bool = False  # whether a later module writes into the output, so each forward needs a copy
+    copied: bool = False  # whether each forward pass needs a copy, since a later module modifies it in place
 
     @property
     def unwritten(self) -> bool:
@@ -43,11 +43,11 @@ class _Call:
 
 
 class Prefix:
-    """The calls of one forward, each with its output, for later forwards to skip.
+    """The module calls of one forward pass and their outputs, so that later forward passes can skip them.
 
-    A call is remembered as a whole if nobody listens inside it, it draws no random numbers, and its output shares no
-    memory with its arguments. Other calls run in each forward. Hooks of the module itself still run, around the
-    remembered forward. The caller restores the model.
+    The output of a call is remembered if no module inside it has hooks, it draws no random numbers, and its output
+    shares no memory with its arguments. Other calls run in every forward pass. The module's own hooks still run, with
+    the remembered output. The caller restores the model.
     """
 
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
@@ -56,20 +56,20 @@ class Prefix:
         self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
         self.calls: list[_Call] = []  # in the order in which they finished
-        self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of calls before it
+        self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of finished calls
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
-        self.finished = self._skipped = 0  # number of calls of the current forward
+        self.finished = self._skipped = 0  # numbers of calls in the current forward pass
 
     def largest_after(self, number: int) -> int:
-        """Return the bytes of the largest tensor that was computed after this number of calls."""
+        """Return the bytes of the largest tensor computed after this number of calls."""
         return max((size for position, size in self._sizes.items() if position >= number), default=0)
 
     @contextmanager
     def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
-        """Remember the one forward that runs inside. The hooks present now count as listeners.
+        """Remember the calls of the forward pass that runs inside this context, given the hooks present at entry.
 
-        A call is not remembered if one of the taps runs in it, or if the outputs would exceed max_bytes.
+        A call is not remembered if one of the taps runs in it, or if the stored outputs would exceed max_bytes.
         """
         self._taps, self._free_bytes = taps, max_bytes
         modules = [*self._model.modules()]
@@ -83,15 +83,15 @@ class Prefix:
 
     @contextmanager
     def skipped(self, number: int) -> Iterator[None]:
-        """Answer the first `number` calls from memory, in the one forward that runs inside."""
+        """Reuse the outputs of the first `number` calls in the forward pass that runs inside this context."""
         self.finished, self._inside, self._skipped = 0, False, number
         for call in self.calls[:number]:
             if call.known and call.left:
-                call.left.put_back()  # later modules may read attributes that a skipped one sets
+                call.left.put_back()  # later modules may read attributes that a skipped module sets
         with _wrapped({call.module for call in self.calls[:number]}, self._replay):
             yield
         if not all(call.unwritten for call in self.calls[:number] if call.known):
-            raise StrategyError("a forward wrote into the output of an earlier module")
+            raise StrategyError("a forward pass modified an earlier module's output in place")
 
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._inside or not self._quiet[module]:
@@ -103,7 +103,7 @@ class Prefix:
         output = self._run(forward, *args, **kwargs)
         returned = [tensor for _, tensor in leaves(output)]
         size = sum(tensor.nbytes for tensor in returned)
-        # A skipped draw would change later draws, and inference tensors have no version to reveal writes in place.
+        # Skipping a draw would change later draws. Inference tensors have no version counter to reveal in-place writes.
         known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
         if known and not any(tensor.is_inference() or storage(tensor) in given for tensor in returned):
             self._free_bytes -= size
@@ -133,13 +133,13 @@ class Prefix:
             self.finished += 1
 
     def _keep_apart(self, written: Collection[int]) -> None:
-        """Keep copies of the outputs with a storage that a module is about to write into."""
+        """Copy the outputs that a module is about to modify in place."""
         for call in self.calls:
             if call.known and any(storage(tensor) in written for tensor, _ in call.versions):
                 call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
 
     def _random_state(self) -> tuple[Any, ...]:
-        """Return the state of the random generators that a model may use."""
+        """Return the state of all random generators that the model may use."""
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
         others = pickle.dumps((random.getstate(), np.random.get_state()))
         return *(state.numpy().tobytes() for state in states), others, *self._snapshot.generator_states()
@@ -152,7 +152,7 @@ class Prefix:
 
 
 class _Sizes(TorchFunctionMode):
-    """Report the bytes of each tensor that a function of torch computes, other than views of its arguments."""
+    """Report the bytes of each tensor that a torch function computes, except views of its arguments."""
 
     def __init__(self, report: Callable[[int], None]) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class _Sizes(TorchFunctionMode):
 
 
 def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return the bytes of the attention scores, which vmap on a CPU computes and a fused kernel does not."""
+    """Return the bytes of the attention scores, which vmap on a CPU materializes and a fused kernel does not."""
     named = {**dict(zip(_OF_ATTENTION, args, strict=False)), **kwargs}
     if function == "scaled_dot_product_attention" and named["query"].is_cpu:
         keys: int = named["key"].shape[-2]
@@ -184,7 +184,7 @@ _OF_ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
 def fresh(tree: Any) -> Any:
-    """Return the output in new containers; their contents are the same."""
+    """Return the output in new containers with the same contents."""
     if type(tree) is list:
         return [*map(fresh, tree)]
     if isinstance(tree, tuple):
@@ -193,7 +193,7 @@ def fresh(tree: Any) -> Any:
             return tree
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     if is_tensordict(tree):
-        return shallow_copy(tree)  # those inside it are copied too
+        return shallow_copy(tree)  # nested ones are copied too
     if isinstance(tree, MutableMapping):
         copied: Any = shallow_copy(tree)
         for key, value in tree.items():
@@ -214,7 +214,7 @@ def _copy(output: Any) -> Any:
 
 @contextmanager
 def _wrapped(modules: Iterable[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
-    """Call `around(module, forward, ...)` in place of the forward of these modules."""
+    """Call `around(module, forward, ...)` instead of each module's forward."""
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(wrapped_method(module, "forward", partial(around, module)))

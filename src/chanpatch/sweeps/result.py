@@ -1,4 +1,4 @@
-"""The results of a sweep and of an attribution."""
+"""Results of sweeps and attributions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Swept:
-    """How the patches that begin at one hook point were run.
+    """How the entries whose patches begin at one hook point were run.
 
     Attributes:
         point: The hook point.
-        patches: Number of entries that begin there, controls included.
+        patches: Number of entries that begin there, including controls.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: The reason for it, and the reasons against faster strategies.
+        why: Why this strategy was used and faster ones were not.
     """
 
     point: str
@@ -42,19 +42,19 @@ class Swept:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class SweepResult(Effects):
-    """The effects of patches on one metric or several: one row per label, in the order given.
+    """Effects of patches on one or more metrics: one row per label, in the given order.
 
-    Methods take the name of a metric. It is needed only if there are several.
+    If there are several metrics, pass the name of one to the methods.
 
     Attributes:
         labels: Label of each row.
-        patches: Patches of each row, in the order of application.
-        values: The metrics under the patches, by name: `(patch, input)`. A metric of the whole batch has one column.
-        baseline: The metrics without any patch, by name: `(input,)`.
-        controls: The control patches of the same sweep, or None.
+        patches: Patches of each row, in the order in which they are applied.
+        values: Metrics of the patched outputs, by name: `(patch, input)`. A metric of the whole batch has one column.
+        baseline: Metrics of the unpatched output, by name: `(input,)`.
+        controls: Results for the control patches of the same sweep, or None.
         groups: How the finished rows were run, by the hook point at which their patches begin.
-        complete: Whether every patch was run; False only in the partial result of an interrupted sweep.
-        no_p: Why ranks among the controls have no p-values, if the controls came with a reason.
+        complete: Whether all patches were run; False only in the partial result of an interrupted sweep.
+        no_p: Why ranks among the controls have no p-values, if the controls specify a reason.
     """
 
     labels: tuple[Any, ...]
@@ -65,32 +65,32 @@ class SweepResult(Effects):
     groups: tuple[Swept, ...]
     complete: bool = True
     no_p: str = ""
-    _whole: SweepResult | None = None  # the result that `top` took the rows from
+    _whole: SweepResult | None = None  # the result from which `top` selected rows
     _by_row = ("labels", "patches", "values")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def differences(self, metric: str | None = None) -> Floats:
-        """Return the metric under each patch minus the metric without: `(patch, input)`.
+        """Return the metric with each patch minus the metric without it: `(patch, input)`.
 
         Raises:
-            MetricError: If there is no such metric, or there are several and none is named.
+            MetricError: If no metric has this name, or there are several and no name is given.
         """
         name = self._named(metric)
         return self.values[name] - self.baseline[name]
 
     def effect(self, metric: str | None = None) -> Floats:
-        """Return the mean difference over the inputs: `(patch,)`, in the metric's unit."""
+        """Return the mean difference over the inputs, in the metric's unit: `(patch,)`."""
         found: Floats = self.differences(metric).mean(axis=1)
         return found
 
     def interval(self, metric: str | None = None, *, seed: int = 0) -> Interval[Floats]:
-        """Return the effects with 95% intervals over the inputs, which count as independent.
+        """Return the effects with 95% confidence intervals, which treat the inputs as independent.
 
-        They hold for all patches of the sweep together, so also for those of `top`. Intervals over six to nine inputs
-        are marked, and with fewer they are withheld, as by `chanpatch.statistics.mean_interval`. `seed` is the random
-        seed of the sign flips in `chanpatch.statistics.max_t_test`.
+        The intervals hold jointly for all patches of the sweep, so they are also valid for patches selected by `top`.
+        They combine `mean_interval`, which marks intervals over six to nine inputs and withholds those over fewer, with
+        `max_t_test` (both in `chanpatch.statistics`), for which `seed` is the random seed.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
@@ -98,17 +98,17 @@ class SweepResult(Effects):
         return picked(every, [row[label] for label in self.labels])
 
     def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
-        """Return the rank of each effect among those of the controls, as `chanpatch.statistics.rank_among` does.
+        """Return the rank of each effect among those of the controls, using `chanpatch.statistics.rank_among`.
 
-        A p-value needs 19 controls or more, and a patch that was not picked for its effect. A rank is None if the
-        effect is not finite; all are None if there are no controls or one of their effects is not finite.
+        A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if its
+        effect is not finite. All ranks are None if there are no controls or a control's effect is not finite.
         """
         controls = self.controls
         effects = np.zeros(0) if controls is None else controls.effect(metric)
         return ranks_among(self.effect(metric), effects, alternative, self.no_p)
 
     def top(self, count: int, metric: str | None = None) -> SweepResult:
-        """Return the `count` rows with the largest absolute effects, the largest first.
+        """Return the `count` rows with the largest absolute effects, largest first.
 
         Raises:
             StatisticsError: If the count is negative.
@@ -116,22 +116,22 @@ class SweepResult(Effects):
         return self._top(count, self.effect(metric))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per patch and metric, the controls last.
+        """Return one record per patch and metric, with the controls last.
 
-        It has: label, metric, effect, `low`, `high` and `note` of its interval, the mean metric with (`patched`) and
-        without the patch (`baseline`); and with controls: control, rank among them, p, no_p (why there is no p).
+        The fields are label, metric, effect, its interval (`low`, `high`, `note`), and the mean metric with the patch
+        (`patched`) and without it (`baseline`). Controls add control, rank, p and no_p (why p is missing).
         """
         if self.controls is None:
             return self._records()
         return ranked_records(self._records(), self._ranks(), self.controls._records())
 
     def plot(self, metric: str | None = None, ax: Axes | None = None) -> Axes:  # type: ignore[override]
-        """Draw the largest effects with their intervals, into new axes if `ax` is None."""
+        """Plot the largest effects with their intervals, on new axes if `ax` is None."""
         return super(SweepResult, self._only(self._named(metric))).plot(ax)
 
     @property
     def effect_label(self) -> str:
-        """Axis label of a figure."""
+        """Label of the effect axis in figures."""
         inputs = " and ".join(f"{name}, {len(values)} inputs" for name, values in self.baseline.items())
         return f"mean change ({inputs})"
 
@@ -152,11 +152,11 @@ class SweepResult(Effects):
     def _title(self) -> str:
         inputs = " and ".join(f"{name} over {len(values)} inputs" for name, values in self.baseline.items())
         title = f"{len(self)} patch{'es' * (len(self) != 1)}, {inputs}"
-        return title if self.complete else f"INTERRUPTED, not all patches were run. {title}"
+        return title if self.complete else f"INTERRUPTED before all patches were run. {title}"
 
     def _notes(self) -> list[str]:
         notes = [
-            f"{name} is NaN without any patch, for {nan} of {len(before)} inputs."
+            f"{name} is NaN on the unpatched output for {nan} of {len(before)} inputs."
             for name, before in self.baseline.items()
             if (nan := int(np.isnan(before).sum()))
         ]
@@ -165,21 +165,21 @@ class SweepResult(Effects):
             notes += sorted({f"No p-values: {rank.no_p}" for rank in self._ranks() if rank and rank.no_p})
         if any(_has_one_reference(patch) for patches in self.patches for patch in patches):
             notes.append(
-                "Intervals hold the reference of a mean or resample ablation fixed: they leave out its sampling error."
+                "Intervals treat the reference of a mean or resample ablation as fixed and ignore its sampling error."
             )
         for strategy in dict.fromkeys(group.strategy for group in self.groups):
             those = [group for group in self.groups if group.strategy == strategy]
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)
-            notes.append(f"By {strategy} at {points}: {those[0].why}" + (" (see .groups)" if len(those) > 1 else ""))
+            notes.append(f"{strategy} at {points}: {those[0].why}" + (" (see .groups)" if len(those) > 1 else ""))
         return notes
 
     def _ranks(self) -> list[Rank | None]:
-        """Return the ranks for every metric, those of one patch together."""
+        """Return the ranks for every metric, grouped by patch."""
         each = [self.ranks(name) for name in self.values]
         return [rank for ranks in zip(*each, strict=True) for rank in ranks]
 
     def _records(self) -> list[dict[str, Any]]:
-        # An interrupt may have left no row, and so no interval.
+        # An interrupted sweep may have no rows, and so no intervals.
         effects = {name: (self.effect(name), self.interval(name)) for name in self.values if len(self)}
         return [
             {
@@ -199,10 +199,10 @@ class SweepResult(Effects):
     def _named(self, metric: str | None) -> str:
         names = ", ".join(map(repr, self.values))
         if metric is None and len(self.values) > 1:
-            raise MetricError(f"There are several metrics: {names}. Name one of them.")
+            raise MetricError(f"The sweep has several metrics: {names}. Pass the name of one.")
         name = next(iter(self.values)) if metric is None else metric
         if name not in self.values:
-            raise MetricError(f"There is no metric {name!r}. The sweep has {names}.")
+            raise MetricError(f"There is no metric {name!r}. The metrics are: {names}.")
         return name
 
     def _only(self, name: str) -> SweepResult:
@@ -215,7 +215,7 @@ class SweepResult(Effects):
 
 
 def _has_one_reference(patch: Patch) -> bool:
-    """Return whether a patch writes activations that were averaged or drawn over one set of reference inputs."""
+    """Return whether a patch writes activations averaged over, or drawn from, one set of reference inputs."""
     edit, point = patch.edit, patch.site.point
     if isinstance(edit, Resample):
         return True
@@ -227,18 +227,18 @@ def _has_one_reference(patch: Patch) -> bool:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Attribution(Effects):
-    """The estimated effect of each patch on a metric, in the order given, and the exact effects of some.
+    """Estimated effects of patches on a metric, in the given order, with exact effects for some of them.
 
     Attributes:
         labels: Label of each patch.
-        patches: One patch per row.
-        exact: Effects measured by real forwards; NaN for patches that were not run.
-        drawn: Which rows are in the random sample.
-        rank_correlation: Spearman correlation of estimates and exact effects over the random sample. NaN if fewer than
-            three patches were drawn, or all have equal effects.
+        patches: Patch of each row.
+        exact: Effects measured by real forward passes; NaN for patches that were not run.
+        drawn: Whether each row is in the random sample.
+        rank_correlation: Spearman correlation between estimates and exact effects in the random sample. NaN if
+            undefined or if the sample has fewer than three patches.
         sample: Number of patches in the random sample.
         inputs: Number of inputs.
-        steps: Number of points between clean and patched at which the gradient was taken.
+        steps: Number of points between the clean and the patched activation at which the gradient was computed.
     """
 
     labels: tuple[Any, ...]
@@ -256,16 +256,16 @@ class Attribution(Effects):
         return len(self.labels)
 
     def effect(self) -> Floats:
-        """Return the estimates of the mean change in the metric over the inputs: `(patch,)`."""
+        """Return the estimated mean change in the metric over the inputs: `(patch,)`."""
         return self._effect
 
     @property
     def effect_label(self) -> str:
-        """Axis label of a figure."""
+        """Label of the effect axis in figures."""
         return f"estimated mean change, {self.inputs} inputs"
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per patch: label, effect (the estimate), exact (None if it was not run), drawn."""
+        """Return one record per patch: label, effect (the estimate), exact (None if it was not measured), drawn."""
         exact = [None if np.isnan(each) else each for each in self.exact.tolist()]
         return columns(label=self.labels, effect=self._effect, exact=exact, drawn=self.drawn)
 
@@ -273,28 +273,29 @@ class Attribution(Effects):
         return self.top(len(self)).to_records()
 
     def _title(self) -> str:
-        how = "the gradient of the clean run" if self.steps == 1 else f"gradients at {self.steps} steps"
-        return f"{len(self)} patch{'es' * (len(self) != 1)} estimated by {how}, {self.inputs} inputs"
+        how = "the clean run's gradient" if self.steps == 1 else f"gradients at {self.steps} steps"
+        return f"{len(self)} patch{'es' * (len(self) != 1)}, effects estimated from {how}, {self.inputs} inputs"
 
     def _notes(self) -> list[str]:
         if not self.sample:
             return []
         return [
-            f"Rank correlation with the exact effects: {self.rank_correlation:.2f} (Spearman, over {self.sample} "
-            "patches drawn at random)"
+            f"Spearman rank correlation with the exact effects of {self.sample} random patches: "
+            f"{self.rank_correlation:.2f}"
         ]
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """A KeyboardInterrupt (Ctrl-C) in the middle of a sweep.
+    """A KeyboardInterrupt (Ctrl-C) during a sweep.
 
     Attributes:
-        partial: The result of the patches that were done.
+        partial: The result for the finished patches.
     """
 
     def __init__(self, partial: SweepResult, asked_for: int) -> None:
         super().__init__(
-            f"{len(partial)} of {asked_for} patches are done. Their result is the `partial` of this exception: "
-            "`except SweepInterrupted as stopped: stopped.partial`, or `sys.last_value.partial` at a prompt."
+            f"{len(partial)} of {asked_for} patches finished. Their result is the attribute `partial` of this "
+            "exception: `except SweepInterrupted as stopped: stopped.partial`, or `sys.last_value.partial` at a "
+            "prompt."
         )
         self.partial = partial

@@ -1,7 +1,7 @@
-"""Three ways to run the same patches: the plain loop, the loop without the prefix, and many patches at a time.
+"""Three ways to run the same patches: the plain loop, a loop that skips the prefix, and many patches at a time.
 
-A group of patches is run in a fast way only if that gives the numbers of the plain loop. The generators keep no context
-open between outputs, because the plain loop may run then.
+A fast strategy runs a group of patches only if it gives the same numbers as the plain loop. The generators keep no
+context open between outputs, because the plain loop may run in between.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from .result import Swept
 
 Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
 _Fast: TypeAlias = Literal["vmap", "resume"]
-_Alone: TypeAlias = tuple[Entry, Forward, Any]  # the output of the loop on one input; None if that failed
-_COMPARED = 2  # patches of each group that the plain loop runs too
-_MASK = 1e4  # larger numbers, such as the -1e8 of a forbidden action, do not set the scale of rounding
-_CPU_BYTES = 3 * 2**24  # a CPU is slower with more at a time, which its caches do not hold
-_FEWEST = 8  # patches at a time from which a CPU gains: it saves overhead and loses fused attention
+_Alone: TypeAlias = tuple[Entry, Forward, Any]  # the loop's output on one input; None if the loop failed
+_COMPARED = 2  # patches per group that the plain loop also runs
+_MASK = 1e4  # larger values, such as -1e8 for a forbidden action, do not set the scale for rounding errors
+_CPU_BYTES = 3 * 2**24  # on a CPU, larger chunks exceed the caches and are slower
+_FEWEST = 8  # patches per chunk needed for a speed-up on a CPU, where vmap saves overhead but loses fused attention
 
 
 @dataclass
 class Execution:
-    """Run groups of patches, each by the fastest strategy that gives the numbers of the loop."""
+    """Run groups of patches, each with the fastest strategy that gives the same numbers as the loop."""
 
     forward: Forward
     baseline: Any  # the output of the clean run
-    strategy: Strategy  # that the user asked for
-    max_bytes: int  # for one forward of many patches
+    strategy: Strategy  # requested by the user
+    max_bytes: int  # for one batched forward pass
     metrics: Metrics
     advance: Callable[[int], object]  # moves the progress bar
-    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # the metrics of finished entries, by number
+    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # metrics of finished entries, by number
     done: list[Swept] = field(default_factory=list)  # how the finished groups were run
 
     def __post_init__(self) -> None:
@@ -64,58 +64,58 @@ class Execution:
         order = [group.entries[0], *group.entries[-1:], *group.entries[1:-1]][: len(group.entries)]
         is_small = self.strategy == "auto" and len(order) <= _COMPARED
         strategies, reasons = self._candidates(group, is_small=is_small)
-        # Two entries run by the plain loop, one on the first input and one on the last. This comes before the fast
-        # strategy, whose numbers then differ if it reads anything that a forward left behind.
+        # The plain loop runs two entries, one on the first input and one on the last. It runs before the fast strategy,
+        # so that the comparison fails if the fast strategy reads state left behind by a forward pass.
         pairs = zip((order * 2)[:2], self._ends if strategies else (), strict=False)
         alone = [(entry, end, _output_or_none(end, entry)) for entry, end in pairs]
         if is_small and not reasons and not (alone and all(output is not None for *_, output in alone)):
-            strategies, reasons = [], [f"{len(order)} patches are too few to gain anything"]
+            strategies, reasons = [], [f"too few patches ({len(order)}) for a speed-up"]
         for strategy in strategies:
             failed, why = self._try(strategy, group, order, alone)
             reasons.append(why)
             if failed is None:
                 self.done.append(Swept(name, len(order), strategy, "; ".join(reasons)))
                 return
-            order.sort(key=lambda entry: entry is not failed)  # if the loop fails there too, it raises at once
+            order.sort(key=lambda entry: entry is not failed)  # the failing entry first: it may fail in the loop too
         if self.strategy not in ("auto", "loop"):
-            loop(self.forward, order[0])  # if the loop fails too, that is the error
+            loop(self.forward, order[0])  # if the loop fails too, it raises its own error
             raise SweepError(
-                f"strategy='{self.strategy}' is not possible at '{name}': {'; '.join(reasons)}. Leave "
-                "strategy='auto' to fall back on the loop."
+                f"strategy='{self.strategy}' does not work at '{name}': {'; '.join(reasons)}. Use strategy='auto', "
+                "which falls back to the loop."
             )
         for entry in order:
             self._measure(entry, loop(self.forward, entry))
-        self.done.append(Swept(name, len(order), "loop", "; ".join(reasons) or "asked for"))
+        self.done.append(Swept(name, len(order), "loop", "; ".join(reasons) or "requested"))
 
     def _measure(self, entry: Entry, output: Any) -> None:
-        """Keep the metrics of an entry, in place of those of a strategy that failed."""
+        """Store the metrics of an entry, replacing those from a failed strategy."""
         measured = self.metrics(output)
         self.advance(entry.number not in self.rows)
         self.rows[entry.number] = measured
 
     def _candidates(self, group: Group, *, is_small: bool) -> tuple[list[_Fast], list[str]]:
-        """Return the fast strategies to try, and the reasons against the others."""
+        """Return the fast strategies to try, and why the others are ruled out."""
         if self.strategy == "loop":
             return [], []
         if self._random:
-            return [], [f"{', '.join(self._random)} in training mode (model.eval() ends it)"]
+            return [], [f"{', '.join(self._random)} in training mode (call model.eval())"]
         if is_small:
             return (["resume"] if group.skippable else []), []
         if self.strategy == "resume":
             return ["resume"], []
         resume: list[_Fast] = ["resume"] if self.strategy == "auto" else []
         if self._opaque:
-            return resume, [f"vmap: the output holds a {self._opaque}, in which tensors cannot be found"]
+            return resume, [f"vmap: the output contains a {self._opaque}, in which tensors cannot be found"]
         if group.later is None:
-            return resume, ["vmap: the patches at later hook points differ"]
+            return resume, ["vmap: the entries have different patches at later hook points"]
         if resume and group.on_cpu and _FEWEST * group.bytes_each > _CPU_BYTES:
-            return resume, ["vmap: activations so large gain nothing by it on a CPU"]
+            return resume, ["vmap: no speed-up on a CPU for activations this large"]
         return ["vmap", *resume], []
 
     def _try(
         self, strategy: _Fast, group: Group, order: Sequence[Entry], alone: Sequence[_Alone]
     ) -> tuple[Entry | None, str]:
-        """Run the entries by a fast strategy; return the entry at which it failed, if any, and why."""
+        """Run the entries with a fast strategy; return the entry at which it failed, if any, and an explanation."""
         if strategy == "vmap":
             outputs = vmapped(self.forward, group, order, self.baseline, self.max_bytes)
         else:
@@ -128,33 +128,33 @@ class Execution:
             except StrategyError as fault:
                 return entry, f"{strategy}: {fault}"
             self._measure(entry, output)
-        return None, f"{min(_COMPARED, len(order))} of {len(order)} patches agree with the loop"
+        return None, f"checked {min(_COMPARED, len(order))} of {len(order)} patches against the loop, all agree"
 
     def _compare(self, entry: Entry, output: Any, alone: Sequence[_Alone]) -> None:
-        """Raise unless the plain loop gives the same output, up to rounding.
+        """Raise StrategyError unless the plain loop gives the same output, up to rounding.
 
-        If the outputs of one input differ, the loop runs the whole batch: the model or the patch may depend on it.
+        If the outputs for a single input differ, compare the whole batch: the model or the patch may mix inputs.
         """
         if alone and not any(_difference(expected, output, end.row) for _, end, expected in alone):
             return
         expected = loop(self.forward, entry)
-        if self._opaque or next(leaves(self.baseline), None) is None:  # then the metrics have to agree too
+        if self._opaque or next(leaves(self.baseline), None) is None:  # some tensors cannot be compared
             expected, output = (expected, self.metrics(expected)), (output, self.metrics(output))
         difference = _difference(expected, output)
         if difference:
-            raise StrategyError(f"not the numbers of the loop at {entry.label!r} ({difference})")
+            raise StrategyError(f"the results differ from the loop's at {entry.label!r} ({difference})")
 
 
 def _output_or_none(forward: Forward, entry: Entry) -> Any:
-    with suppress(Exception):  # then the whole batch is compared
+    with suppress(Exception):  # the whole batch is compared instead
         return loop(forward, entry)
 
 
 def _difference(expected: Any, output: Any, row: int | None = None) -> str:
-    """Return where an output, or a row of it, differs beyond rounding; an empty text if it does not."""
+    """Describe the first difference beyond rounding in an output, or in one row of it; "" if there is none."""
     one, other = [*leaves(expected)], [*leaves(output)]
     if not one or [path for path, _ in one] != [path for path, _ in other]:
-        return "other tensors"
+        return "different tensors"
     for (path, wanted), (_, got) in zip(one, other, strict=True):
         part = got if row is None or not got.dim() else got[row : row + 1]
         alike = part.shape == wanted.shape and part.dtype == wanted.dtype
@@ -164,18 +164,18 @@ def _difference(expected: Any, output: Any, row: int | None = None) -> str:
 
 
 def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
-    """Return whether a part of a whole output is as wanted, up to rounding; the whole sets the scale."""
+    """Return whether part of a whole output equals the wanted tensor, up to rounding; the whole sets the scale."""
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(part, wanted)
-    half = wanted.dtype in (torch.float16, torch.bfloat16)  # whose rounding may be as large as the effect of a patch
-    tolerance = 0.0 if half else 100 * torch.finfo(wanted.dtype).eps  # the sums of a long layer lose some digits
+    half = wanted.dtype in (torch.float16, torch.bfloat16)  # rounding may be as large as a patch's effect
+    tolerance = 0.0 if half else 100 * torch.finfo(wanted.dtype).eps  # long sums lose some digits
     usual = [each[each < _MASK] for each in (whole.abs(), wanted.abs())]
     scale = max((float(each.max()) for each in usual if each.numel()), default=0.0)
     return torch.allclose(part, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _opaque(tree: Any) -> str:
-    """Return the type of an object in an output that may hide tensors; "" without one."""
+    """Return the type name of an object in an output that may hide tensors; "" if there is none."""
     children = [child for _, child in _children(tree)]
     if isinstance(tree, TransformedDistribution) or not (children or isinstance(tree, _PLAIN)):
         return type(tree).__name__
@@ -186,17 +186,17 @@ _PLAIN = (Tensor, str, bytes, int, float, complex, type(None), tuple, list, Mapp
 
 
 def loop(forward: Forward, entry: Entry, *, skip: int = 0) -> Any:
-    """Return the output under an entry's patches: one step of the plain loop, unless module calls are skipped."""
+    """Return the output with an entry's patches applied: one step of the plain loop, which may skip module calls."""
     with (
         labelled(entry.label),
-        forward.running(skip) as run,  # hooks that are added before this would cost a new snapshot each time
+        forward.running(skip) as run,  # adding hooks before this would cost a new snapshot each time
         patched(forward.points, entry.patches, check_nan=forward.check_nan),
     ):
         return run.kept(forward.output())
 
 
 def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterator[Any]:
-    """Yield the output under each entry, with the prefix answered from memory."""
+    """Yield the output for each entry, reusing the outputs of the prefix."""
     for entry in entries:
         with _refused(but=EditError):
             output = loop(forward, entry, skip=group.skippable)
@@ -204,13 +204,13 @@ def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterato
 
 
 def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: Any, max_bytes: int) -> Iterator[Any]:
-    """Yield the output under each entry; the suffix runs for as many entries at a time as fit into `max_bytes`."""
+    """Yield the output for each entry; the suffix runs for as many entries at once as fit in `max_bytes`."""
     paths = [path for path, _ in leaves(baseline)]
     with _refused():
         site = Site(group.point.name)
         clean = forward.until(site, skip=group.skippable)[site]
     room = min(max_bytes, _CPU_BYTES) if group.on_cpu else max_bytes
-    size = max(1, room // max(1, group.bytes_each))  # inputs without rows take no memory
+    size = max(1, room // max(1, group.bytes_each))  # activations with zero rows take no memory
     for start in range(0, len(entries), size):
         chosen = entries[start : start + size]
         stack = _edited(forward, group, clean, chosen)
@@ -224,7 +224,7 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
 
 @contextmanager
 def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
-    """Turn an error into a StrategyError."""
+    """Convert errors to StrategyError, except those of type `but`."""
     try:
         yield
     except (but, StrategyError):
@@ -234,7 +234,7 @@ def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
 
 
 def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
-    """Return the activations `(entry, *activation)` after each entry's patches at the group's hook point."""
+    """Apply each entry's patches at the group's hook point; return the activations `(entry, *activation)`."""
     stack = clean.new_empty((len(entries), *clean.shape))
     flags: list[_Flag] = []
     with forward.undisturbed as run:
@@ -244,11 +244,11 @@ def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Ent
                 activation, found = forward.fire(patches, clean)
             flags += [(flag, entry, patch) for patch, flag in found]
             if activation is clean:
-                raise StrategyError(f"{entry.label!r} returns the same tensor, which may be written into later")
+                raise StrategyError(f"{entry.label!r} returns its input tensor, which may later be modified in place")
             row.copy_(activation)
             if not all(patch.runs_only_ours for patch in patches):
                 if run.snapshot.changed():
-                    raise StrategyError(f"{entry.label!r} leaves something on the model for the rest of its forward")
+                    raise StrategyError(f"{entry.label!r} changes the model's state during the forward pass")
                 run.put_back()
     _raise_nan(flags)
     return stack
@@ -258,7 +258,7 @@ _Flag: TypeAlias = tuple[Tensor, Entry, Patch]  # whether the patch introduced N
 
 
 def _raise_nan(flags: Sequence[_Flag]) -> None:
-    """Raise for the first patch that introduced NaN; a device is read once."""
+    """Raise an error for the first patch that introduced NaN, with a single read from the device."""
     if flags and torch.stack([flag for flag, *_ in flags]).any():
         entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
         with labelled(entry.label):
@@ -268,7 +268,7 @@ def _raise_nan(flags: Sequence[_Flag]) -> None:
 def _suffixes(
     forward: Forward, group: Group, entries: Sequence[Entry], stack: Tensor, paths: Sequence[Path]
 ) -> list[Tensor]:
-    """Return the tensors of the output at these paths, `(entry, ...)` each, under a stack of activations."""
+    """Return the output tensors at these paths, `(entry, ...)` each, for a stack of activations."""
     session = Patching(forward.points, group.later or (), check_nan=forward.check_nan)
     waiting: list[Tensor] = []
 
@@ -281,7 +281,7 @@ def _suffixes(
         waiting.append(activation)
         output = [*leaves(forward.output())]
         if [path for path, _ in output] != paths:
-            raise StrategyError("the output has tensors in other places than the unpatched one")
+            raise StrategyError("the patched output has tensors in different places than the unpatched output")
         flags = [firing.nan for firing in session.firings if firing.nan is not None]
         return [leaf for _, leaf in output], flags
 
@@ -301,10 +301,10 @@ def _suffixes(
 
 @contextmanager
 def _vmap_compatible(device: torch.device) -> Iterator[None]:
-    """Disable validation of distributions and fused attention, for which vmap has no rule; refuse its slow loops."""
+    """Disable distribution validation and fused attention, which vmap does not support; reject its slow fallback."""
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
-    on_cpu = device.type == "cpu"  # the kernels of other devices have rules
+    on_cpu = device.type == "cpu"  # vmap supports the kernels of other devices
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             warnings.filterwarnings("error", message="There is a performance drop")

@@ -1,19 +1,19 @@
-"""Public entry point: the effect of each of many patches on a metric.
+"""Public entry point: measure the effect of each of many patches on a metric.
 
-The path of a sweep, file by file:
+How a sweep runs, file by file:
 
 - `sweep`: `sweep()` checks its arguments and collects the numbers into a `SweepResult` (`result`).
 - `plan`: `entries_of` makes one `Entry` per label. A `Forward` runs the model on copies of the same inputs, and
-  restores the model (`engine.state`). `clean_run` runs it once, unpatched. Entries whose patches begin at one hook
-  point form a `Group`.
-- `prefix`: a `Prefix` remembers the module calls of the clean run. Later forwards skip those before a group.
+  restores the model (`engine.state`). `clean_run` runs it once, unpatched. Entries whose patches begin at the same
+  hook point form a `Group`.
+- `prefix`: a `Prefix` remembers the module calls of the clean run. Later forward passes skip the calls before a group.
 - `strategies`: an `Execution` runs each group. It tries the fast strategies, compares two patches of the group with the
   plain loop, and falls back to the loop. `loop` runs the model inside `patched`. `resumed` is a loop that skips the
   prefix. `vmapped` applies each entry's patches to the clean activation, then runs the suffix under `torch.vmap` for a
   chunk of entries.
-- `metrics.measured`: `Metrics` measures each output.
+- `metrics.measured`: `Metrics` computes the metrics of each output.
 
-`attribution` estimates the same effects by gradients, and `path_patching` splits one by path; both run a `Forward`.
+`attribution` estimates the same effects from gradients; `path_patching` isolates one path. Both run a `Forward`.
 """
 
 from __future__ import annotations
@@ -50,35 +50,36 @@ def sweep(
     progress: bool | None = None,
     **keywords: Any,
 ) -> SweepResult:
-    """Return the effect of each of many patches on a metric, on the same inputs.
+    """Measure the effect of each of many patches on a metric, on the same inputs.
 
-    The numbers are those of a loop of forwards inside `patched`. Each forward runs without gradients, and restores
-    random number generators, buffers, attributes and training flags. Your own hooks run in every forward. In a forward
-    of many patches they get tensors of a `torch.vmap`. If they keep those, use `strategy="resume"` or `"loop"`.
+    The numbers equal those of a loop that runs the model inside `patched` for each patch. Each forward pass runs
+    without gradients, and restores random number generators, buffers, attributes and training flags. Your own hooks run
+    in every forward pass. Hooks that store tensors need `strategy="resume"` or `"loop"`, because `"vmap"` passes them
+    `torch.vmap` tensors.
 
     Args:
         points_or_model: The model, which is traced with the inputs, or its HookPoints.
-        inputs: Inputs of the model; each forward gets copies.
-        patches: A mapping of labels to patches, each one patch or several that are applied together; or a sequence of
-            them, labeled by their sites.
-        metric: A function of the model's output that returns one number per input, `(batch,)`, or one number; or
-            several by name. A keyword-only parameter `baseline` gets the unpatched output.
-        controls: Patches to rank the others among, in the same form, such as `matched_channels(...).patches(verb)`.
+        inputs: Positional inputs of the model; each forward pass gets copies.
+        patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites. Each
+            entry is one patch or several that are applied together.
+        metric: A function of the model's output, or a dict of such functions. It returns one number per input,
+            `(batch,)`, or a single number. A keyword-only parameter `baseline` receives the unpatched output.
+        controls: Control patches in the same form, to rank the others among: `matched_channels(...).patches(verb)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
-            runs the modules after it for many patches at a time. `"auto"` takes, at each hook point, the fastest one
-            that gives the numbers of the loop for two of its patches; it loops if dropout or batch norm is training.
-        max_bytes: Approximate memory for the activations of one forward of many patches, and again for the remembered
-            outputs of modules before the patches. One patch at a time always runs.
-        check_nan: Whether NaN that a patch introduces is an error.
-        progress: Whether to show a progress bar; by default on a terminal, after two seconds, if tqdm is installed.
+            runs the modules after it for many patches at a time. `"auto"` uses, at each hook point, the fastest one
+            that matches the loop on two of its patches; it loops if dropout or batch norm is in training mode.
+        max_bytes: Approximate memory limit for the activations of one batched forward pass and, separately, for the
+            stored outputs of modules before the patches. A single patch always runs, even above the limit.
+        check_nan: Whether to raise NaNError if a patch introduces NaN.
+        progress: Whether to show a progress bar. None shows it on a terminal after two seconds if tqdm is installed.
         keywords: Keyword inputs of the model.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist; all faults at once.
-        SweepError: If there are no patches, two have one label, or `max_bytes` or the strategy is not possible.
-        MetricError: If a metric returns something else.
-        EditError, NaNError, UnreachedError, UnsupportedModelError: As for `patched`.
-        SweepInterrupted: On Ctrl-C, with the result of the finished patches.
+        HookPointError, SiteError: If a site does not exist; all such sites are reported at once.
+        SweepError: If there are no patches, two share a label, `max_bytes` is invalid, or the strategy does not work.
+        MetricError: If a metric does not return one number per input or a single number.
+        EditError, NaNError, UnreachedError, UnsupportedModelError: Same as for `patched`.
+        SweepInterrupted: On Ctrl-C; it contains the result for the finished patches.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -94,9 +95,9 @@ def sweep(
         'vmap'
     """
     if strategy not in ("auto", "vmap", "resume", "loop"):
-        raise SweepError(f"strategy is {strategy!r}; it is 'auto', 'vmap', 'resume' or 'loop'.")
+        raise SweepError(f"strategy must be 'auto', 'vmap', 'resume' or 'loop'; got {strategy!r}.")
     if type(max_bytes) is not int or max_bytes < 1:
-        raise SweepError(f"max_bytes is {max_bytes!r}; it is a positive number of bytes, such as 2**28.")
+        raise SweepError(f"max_bytes must be a positive number of bytes, such as 2**28; got {max_bytes!r}.")
     with torch.inference_mode(False):
         points = traced(points_or_model, inputs, keywords)
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
@@ -118,7 +119,7 @@ def sweep(
 
 
 def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
-    """Raise if a metric reads an attribute that each forward sets: it is restored before the metric is called."""
+    """Raise MetricError if a metric reads an attribute that forward passes set and that is then restored."""
     if not forward.rebound:
         return
     with forward.undisturbed:  # restores the attributes
@@ -132,16 +133,16 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
     if not again or not all(torch.allclose(again[name], before[name], equal_nan=True) for name in before):
         names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
         raise MetricError(
-            f"A metric reads more than the output: one of {names}, which each forward sets on its module and "
-            "sweep() restores before it calls the metric. Let the model return the tensor that the metric needs."
+            f"A metric reads more than the output: each forward pass sets {names}, and sweep() restores these "
+            "attributes before it calls the metric. Make the model return the tensor that the metric needs."
         )
 
 
 def _count(points: HookPoints, output: Any) -> int | None:
-    """Return the number of rows in an output; None if its batch axis is not known."""
+    """Return the number of rows in an output; None if its batch axis is unknown."""
     for point in points.values():
         if not point.module and point.side == "out" and point.batch_axis is not None:
-            with suppress(LookupError, AttributeError, TypeError):  # another output than in the trace
+            with suppress(LookupError, AttributeError, TypeError):  # the output differs from the traced one
                 return int(get(output, point.path).shape[point.batch_axis])
     return None
 
