@@ -15,7 +15,7 @@ _PER_STEP = ("actions", "seen")  # fields with one array per episode, stored end
 
 
 def kept(file: Path, play: Callable[[], Rollout]) -> Rollout:
-    """Return the rollout in a file; play it and write the file if there is none, or if it is damaged."""
+    """Return the rollout in a file; play it and write the file if the file is missing or damaged."""
     arrays = read_arrays(file) if file.exists() else None
     if arrays is None:
         rollout = play()

@@ -1,6 +1,6 @@
 """Exceptions raised by chanpatch. Each is a ChanpatchError and also a built-in exception, such as ValueError.
 
-Each message states what is wrong with the user's value, what was expected, and how to fix it.
+Each message names the wrong value, the expected value, and a fix.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution that an output contains or defines by logits; raise an error if there is none."""
+    """Return the distribution that an output contains or defines by logits; raise an error otherwise."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:

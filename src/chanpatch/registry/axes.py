@@ -89,15 +89,14 @@ def _passed_on(module: nn.Module, inputs: Names) -> Names | None:
     return inputs if isinstance(module, _ELEMENTWISE) else None
 
 
-_FUNCTIONS = """
-    add sub rsub radd mul rmul div truediv rtruediv true_divide neg pos pow abs sqrt rsqrt square exp log relu relu6
-    gelu silu mish elu selu celu leaky_relu rrelu softplus softsign sigmoid logsigmoid tanh hardtanh hardswish
-    hardsigmoid softmax log_softmax dropout alpha_dropout feature_dropout layer_norm rms_norm group_norm batch_norm
-    instance_norm normalize clamp clip minimum maximum where masked_fill lerp sign erf sin cos clone contiguous
-    detach to type float half double bfloat16 cuda cpu requires_grad iadd isub imul itruediv
-"""
+_ARITHMETIC = """add sub rsub radd mul rmul div truediv rtruediv true_divide iadd isub imul itruediv neg pos pow abs
+    sqrt rsqrt square exp log sign erf sin cos clamp clip minimum maximum lerp"""
+_ACTIVATIONS = """relu relu6 gelu silu mish elu selu celu leaky_relu rrelu softplus softsign sigmoid logsigmoid tanh
+    hardtanh hardswish hardsigmoid softmax log_softmax"""
+_LAYERS = """dropout alpha_dropout feature_dropout layer_norm rms_norm group_norm batch_norm instance_norm normalize"""
+_COPIES = """where masked_fill clone contiguous detach to type float half double bfloat16 cuda cpu requires_grad"""
 
-_ELEMENTWISE_FUNCTIONS = frozenset(_FUNCTIONS.split())
+_ELEMENTWISE_FUNCTIONS = frozenset(f"{_ARITHMETIC} {_ACTIVATIONS} {_LAYERS} {_COPIES}".split())
 
 
 class NamePropagation(TorchFunctionMode):

@@ -92,8 +92,8 @@ def save(
         inputs: Model inputs for the receipt: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        InterventionError: If a patch contains a function or a tensor that safetensors cannot store (all are reported),
-            inputs are given without points, `file` is not a regular file, or the run is not reproduced bit for bit.
+        InterventionError: If a patch contains a function or a tensor that safetensors cannot store (all are reported).
+            Also if inputs come without points, `file` is not a regular file, or the run is not reproduced bit for bit.
         HookPointError, SiteError: If a site does not exist in `points`.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.

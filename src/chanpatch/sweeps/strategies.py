@@ -151,7 +151,7 @@ def _output_or_none(forward: Forward, entry: Entry) -> Any:
 
 
 def _difference(expected: Any, output: Any, row: int | None = None) -> str:
-    """Describe the first difference beyond rounding in an output, or in one row of it; "" if there is none."""
+    """Describe the first difference beyond rounding in an output, or in one row of it; "" if they agree."""
     one, other = [*leaves(expected)], [*leaves(output)]
     if not one or [path for path, _ in one] != [path for path, _ in other]:
         return "different tensors"
@@ -175,7 +175,7 @@ def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
 
 
 def _opaque(tree: Any) -> str:
-    """Return the type name of an object in an output that may hide tensors; "" if there is none."""
+    """Return the type name of an object in an output that may hide tensors, or ""."""
     children = [child for _, child in _children(tree)]
     if isinstance(tree, TransformedDistribution) or not (children or isinstance(tree, _PLAIN)):
         return type(tree).__name__
