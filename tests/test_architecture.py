@@ -17,7 +17,7 @@ import chanpatch
 SOURCE = Path(chanpatch.__file__).parent
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-WALKS = dict(re.findall(r"^## (Walk: .*)\n([\s\S]*?)(?=^## |\Z)", PAGE, re.MULTILINE))
+WALKS = dict(re.findall(r"^## (Walkthrough: .*)\n([\s\S]*?)(?=^## |\Z)", PAGE, re.MULTILINE))
 
 
 def blocks(section: str, language: str) -> list[str]:

@@ -393,7 +393,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.TraceMismatchError,
         lambda: run_in_bfloat16(POINTS),
         "Hook point 'fc' is torch.bfloat16 in this forward pass, but torch.float32 in the trace. Call hook_points() "
-        "with the same dtype and torch.autocast as in this forward pass.",
+        "with the same dtype and torch.autocast settings as in this forward pass.",
     ),
     "inputs without rows": (
         errors.BatchAxisError,

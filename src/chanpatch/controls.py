@@ -92,7 +92,7 @@ class MatchedChannels(Records, Sequence[Site]):
         return without_p(rank_among(effect, effects, alternative=alternative), self.no_p)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per control, with site and apart."""
+        """Return one record per control, with the fields `site` and `apart`."""
         return columns(site=map(repr, self.sites), apart=self.apart)
 
     def _title(self) -> str:

@@ -270,7 +270,7 @@ def test_the_table_says_how_many_rows_it_does_not_show(points: HookPoints) -> No
     lines = repr(swept(points, patches=dict(enumerate(zeroed(points) * 4)))).splitlines()
     assert lines[0] == "32 patches, first over 12 inputs"
     assert "... 12 more" in lines
-    assert lines[-1] == "vmap at '1': checked 2 of 32 patches against the loop, all agree"
+    assert lines[-1] == "vmap at '1': the 2 patches checked (of 32) agree with the loop"
 
 
 def test_nan_is_an_error_that_names_the_label(points: HookPoints) -> None:

@@ -61,7 +61,7 @@ def compares(metric: Metric) -> bool:
 
 
 class Metrics:
-    """One or more metrics by name. `baseline` contains those of the unpatched output, each float64 `(input,)`.
+    """One or more metrics by name. `baseline` contains their values for the unpatched output, float64 `(input,)`.
 
     `inputs` is the number of inputs, or None if it is unknown.
     """

@@ -96,7 +96,7 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
     Raises:
         DistributionError: If there is no distribution, or torch has no formula for the divergence.
-        MetricError: If the shapes differ, or the logits are sequences.
+        MetricError: If the shapes differ, or the logits have a sequence axis.
 
     Example:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))

@@ -56,12 +56,12 @@ class ContextSession(Session):
         super().attach(scopes)
 
     def on_begin(self, call: RootCall) -> None:
-        """Raise if a module on the path to a listener was replaced."""
+        """Raise if a module with a listener, or a module around it, was replaced."""
         if any([held.get(part) is not module for _, module, held, part in self._way]):
             self.check_way()
 
     def check_way(self) -> None:
-        """Raise if a module on the path to a listener was replaced, or a module with a listener lost its hooks."""
+        """Raise if a module with a listener, or one around it, was replaced, or if it lost its hooks."""
         lost = [name for name, module, held, part in self._way if held.get(part) is not module]
         for listener in () if lost else self.listeners:
             module = self.modules.get(listener.place.module)

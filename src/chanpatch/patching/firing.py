@@ -62,7 +62,7 @@ class Located:
             self._known = known  # tensors made inside a transform, or for a subclass, are not reused
 
     def _bare_axes(self, point: Place, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
-        """Return the axis names and batch axis from the module's type or, if they are not enough, from a trace."""
+        """Return the axis names and batch axis implied by the module's type or, failing that, found by a trace."""
         names: Sequence[str | None] = (None,) * leaf.dim()
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
@@ -264,5 +264,5 @@ def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
     if leaf.dtype != point.dtype:
         raise TraceMismatchError(
             f"Hook point '{point.name}' is {leaf.dtype} in this forward pass, but {point.dtype} in the trace. Call "
-            "hook_points() with the same dtype and torch.autocast as in this forward pass."
+            "hook_points() with the same dtype and torch.autocast settings as in this forward pass."
         )

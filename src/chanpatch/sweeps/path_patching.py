@@ -41,12 +41,12 @@ def path_patch(
         clean: Clean inputs: a tensor `(batch, ...)`, a tuple of positional arguments, or a dict of keyword arguments.
         corrupted: Corrupted inputs in the same form, one for each clean input.
         sender: Hook point where the path begins.
-        receivers: Hook points where the path ends, such as a module's inputs. It may pass through other receivers.
+        receivers: Hook points where the path ends, such as inputs of modules. A path may pass through other receivers.
         metric: A single metric, as for `sweep`.
         frozen: Hook points to freeze if they lie between the sender and the last receiver. The default is the outputs
-            of modules with weights that contain no other such module (Linear, Conv2d, Embedding, LSTM,
+            of modules that have weights and contain no other such module (Linear, Conv2d, Embedding, LSTM,
             MultiheadAttention), except norms. `()` freezes nothing, so every path from the sender to the receivers
-            counts. The sender, the modules around it, and the receivers' own calls are never frozen.
+            counts. The sender, the modules that contain it, and the calls of the receiver modules are never frozen.
 
     Returns:
         `(batch,)`: the metric with the path patched minus the metric of the clean run.

@@ -169,7 +169,7 @@ class _Sizes(TorchFunctionMode):
 
 
 def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return the bytes of the attention scores, which vmap on a CPU materializes and a fused kernel does not."""
+    """Return the size in bytes of the attention scores, which vmap materializes on a CPU; a fused kernel does not."""
     named = {**dict(zip(_OF_ATTENTION, args, strict=False)), **kwargs}
     if function == "scaled_dot_product_attention" and named["query"].is_cpu:
         keys: int = named["key"].shape[-2]

@@ -128,7 +128,7 @@ class Execution:
             except StrategyError as fault:
                 return entry, f"{strategy}: {fault}"
             self._measure(entry, output)
-        return None, f"checked {min(_COMPARED, len(order))} of {len(order)} patches against the loop, all agree"
+        return None, f"the {min(_COMPARED, len(order))} patches checked (of {len(order)}) agree with the loop"
 
     def _compare(self, entry: Entry, output: Any, alone: Sequence[_Alone]) -> None:
         """Raise StrategyError unless the plain loop gives the same output, up to rounding.
