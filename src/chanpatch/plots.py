@@ -1,4 +1,4 @@
-"""Figures for results. Each function draws on the given `Axes`, or on new ones, and returns them.
+"""Figures for results. Each function returns the `Axes` that it draws on, either given or new.
 
     contrast(points, clean, corrupted, background=observations).plot()
     contingency(paired_counts(patched_success, original_success), names=("patched", "original"))
@@ -90,7 +90,7 @@ def strip(
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
     """Plot effects with the largest absolute effect on top: a dot per effect, and its 95% interval if it has one.
 
-    Only the 20 largest are drawn; the title counts the others. Controls are drawn as squares below the other effects.
+    Only the 20 largest are drawn; the title counts the rest. Controls are drawn as squares below the other effects.
     P-values are written next to the effects that have them. The `.plot()` method of a result draws this figure.
 
     Args:
@@ -180,7 +180,7 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
 def _draw_column(
     ax: Axes, left: float, width: float, n: int, cells: Sequence[tuple[str, int, str]], *, beside: float
 ) -> None:
-    """Draw two cells (name, count, hatch): the second condition succeeded in the lower one, failed in the upper one.
+    """Draw two cells (name, count, hatch): the second condition succeeded in the lower and failed in the upper cell.
 
     Texts for small cells are placed in the margin, at `beside`.
     """
@@ -202,7 +202,7 @@ def _draw_column(
 
 
 def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
-    """Draw one channel's activation map over the observation that caused it, each cell over its pixels.
+    """Draw one channel's activation map over the observation that caused it, with each cell over the matching pixels.
 
     Contours enclose activations above half of the largest absolute value: solid if positive, dashed if negative.
 

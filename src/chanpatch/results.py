@@ -169,7 +169,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cell texts of a header and of each record; empty without records."""
+    """Return the cell texts of the header and of each record; empty if there are no records."""
     return [[*records[0]], *([_cell(value) for value in record.values()] for record in records)] if records else []
 
 
@@ -195,7 +195,7 @@ def imported(name: str, *, package: str | None = None) -> Any:
 
 @contextmanager
 def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a progress bar over `total` units (None if their number is unknown).
+    """Yield a function that advances a progress bar over `total` units (None if the total is unknown).
 
     If `progress` is None, the bar appears on a terminal after two seconds if tqdm is installed. If `progress` is True
     and tqdm is not installed, MissingPackageError is raised.

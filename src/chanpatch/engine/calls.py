@@ -21,7 +21,7 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Run the callbacks at every tap and at every call of these modules, but not of their copies."""
+    """Run the callbacks at every tap and at every call of these modules, but not at calls of their copies."""
     known = set(modules)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def _hearing(name: str) -> list[Any]:
 
 @contextmanager
 def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's method with `around(method, *args, **kwargs)`; such contexts may close in any order."""
+    """Replace a module's method with `around(method, *args, **kwargs)`; overlapping contexts may close in any order."""
     found = vars(module).get(name)
     wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
 

@@ -1,6 +1,6 @@
 """Mutable containers (dicts, lists, dataclasses) that a module receives and its caller keeps using.
 
-A patched input is in a copy of its container, so its caller would not see later writes by the module. We detect these.
+A patched input is in a copied container, so the caller would miss later writes by the module. We detect such writes.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Return (args, kwargs) with each argument that is a copied container replaced by its copy."""
+    """Return (args, kwargs), replacing each argument that is a copied container with its copy."""
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}

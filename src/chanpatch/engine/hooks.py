@@ -1,8 +1,8 @@
 """Torch hooks: one `Station` per module runs the listeners of all open sessions.
 
 Listeners run in this order: recordings of unpatched values, patches in the order they were entered, other recordings.
-Outputs are patched before any other hook of the module runs, inputs after all pre-hooks. The other recordings run after
-all hooks, so they see the tensor that flows on.
+Outputs are patched before any other hook of the module runs, and inputs after all pre-hooks have run. The other
+recordings run after all hooks, so they see the final tensor.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Station:
         self._at_last: list[Any] = []  # record the output after all other hooks
         self._counting: list[Any] = []
         self._errors_before: list[BaseException | None] = []  # exceptions in flight when each current call began
-        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # with versions, in the current call
+        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # in the current call, with tensor versions
         self._copies: list[weakref.ref[nn.Module]] = []
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # containers in the current calls, and their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
@@ -72,7 +72,7 @@ class Station:
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
-        """Return the module's station, or None; only the module's hooks reference it, so both are freed together."""
+        """Return the module's station, or None. Only the module's hooks reference it, so it is freed with them."""
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _Hook) and hook.station.module_id == id(module):
                 return hook.station
@@ -109,7 +109,7 @@ class Station:
         self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
     def remove(self, session: Any) -> None:
-        """Detach a session; after the last one, remove the hooks from the module and its copies."""
+        """Detach a session; if it was the last one, remove the hooks from the module and its copies."""
         self._copied.clear()  # interrupted calls may have left entries
         self._errors_before.clear()
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
@@ -120,7 +120,7 @@ class Station:
                 drop(module, lambda hook: isinstance(hook, _Hook) and hook.station is self)
 
     def note_copy(self, memo: dict[int, Any]) -> None:
-        """Register a copy that is being made of the module or of a copy, so that its hooks are removed too."""
+        """Register a new copy of the module or of an earlier copy, so that the new copy's hooks are removed too."""
         originals = [self.module_id, *(id(copy()) for copy in self._copies)]
         self._copies += [weakref.ref(memo[original]) for original in originals if original in memo]
 
@@ -136,7 +136,7 @@ class Station:
             hooks.move_to_end(key)
 
     def _order_output(self, module: nn.Module) -> None:
-        """Run output patches before all other hooks, and recordings after them."""
+        """Run output patches before all other hooks, and output recordings after all other hooks."""
         hooks: Any = module._forward_hooks
         if not any(isinstance(hook, _Hook) and hook.station is self and hook.is_last for hook in hooks.values()):
             module.register_forward_hook(_Hook(self, self._leave_last), with_kwargs=True, always_call=True)
@@ -271,7 +271,7 @@ _CALL = nn.Module._call_impl.__code__  # the code that runs a module's hooks and
 
 
 class _Hook:
-    """Hook registered with torch; copies of the module share it, and raise if called while the module is patched."""
+    """Hook registered with torch; copies of the module share it and raise if called while it is patched."""
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
         self.station, self._run, self.is_last = station, run, run == station._leave_last
@@ -297,7 +297,7 @@ def is_ours(hook: object) -> bool:
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Remove chanpatch's hooks from a model that was copied while they were active; twins inside it keep theirs."""
+    """Remove chanpatch's hooks from a model copied while they were active; twins inside the model keep their hooks."""
     for module in model.modules():
         drop(module, functools.partial(_is_of_another, Station.of(module)))
 
@@ -331,7 +331,7 @@ def finally_twice(end: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Run compiled code eagerly, because it ignores hooks added later; such contexts may close in any order."""
+    """Run compiled code eagerly, because it ignores hooks added later; overlapping contexts may close in any order."""
     token = object()
 
     def end() -> None:
@@ -372,7 +372,7 @@ def refuse_checkpoint(name: str) -> None:
     """Raise inside `torch.utils.checkpoint`, whose backward pass reruns modules outside their root call."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
-    frame = None if torch.is_grad_enabled() else sys._getframe()  # its reentrant variant disables gradients
+    frame = None if torch.is_grad_enabled() else sys._getframe()  # reentrant checkpointing disables gradients
     while frame is not None and not inside:
         inside = frame.f_code.co_name == "forward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint"
         frame = frame.f_back

@@ -24,7 +24,7 @@ def batches(
         inputs: Tensor or TensorDict, tuple of positional arguments, or mapping of keyword arguments; split along the
             first axis of every tensor. Any other iterable must yield batches of these types, which are not split.
         batch_size: Number of inputs per forward pass.
-        shared: Lengths of tensors that all inputs share, by path in the arguments; these are not split.
+        shared: Lengths of tensors that all inputs share, by path in the arguments; these tensors are not split.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
@@ -49,7 +49,7 @@ def input_count(inputs: Inputs) -> int:
 
 
 def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[Any]:
-    """Split every tensor that has one entry per input; everything else is passed to every forward pass."""
+    """Split every tensor that has one entry per input; pass everything else to every forward pass."""
     count = input_count(inputs)
     single = isinstance(inputs, Tensor) or is_tensordict(inputs)
     for start in range(0, count, batch_size):
@@ -72,7 +72,7 @@ def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple
 
 def _copied(argument: Any, memo: dict[int, Any]) -> Any:
     """Copy an argument, such as a key-value cache, except for the tensors in the memo."""
-    if not isinstance(argument, nn.Module):  # it may be part of the model
+    if not isinstance(argument, nn.Module):  # a module may be part of the model
         with suppress(Exception):  # locks, generators and tensors in an autograd graph cannot be copied
             return copy.deepcopy(argument, memo)
     return argument

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Published:
-    """Rows of a forward pass and, in a rollout, their episodes. One is created per step, so it must be cheap.
+    """Rows of a forward pass and, in a rollout, their episodes. An instance is created per step, so it must be cheap.
 
     Attributes:
         rows: Index of each row, int64 `(row,)`; None for 0, 1, 2, ...
@@ -42,7 +42,7 @@ class Published:
     forwards: dict[int, int] = field(default_factory=dict)
 
     def next_forward(self, session: object) -> int:
-        """Return how many root calls a session has already made in this step, and count one more; 0 outside a step."""
+        """Return the number of earlier root calls of a session in this step, and count one more; 0 outside a step."""
         if self.step is None:
             return 0
         self.forwards[id(session)] = self.forwards.get(id(session), -1) + 1
@@ -102,7 +102,7 @@ class RootCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_forward_of_method: bool = False  # a forward pass run by a method such as `generate`
-    forward: int = 0  # index within a step of a rollout, or among those forward passes
+    forward: int = 0  # index within a step of a rollout, or among the method's forward passes
     forwards: int = 0  # number of forward passes run by the method so far
     depth: int = 0  # recursion depth, if the module calls itself
     counts: dict[object, int] = field(default_factory=dict)  # number of calls so far, by station or tap

@@ -93,7 +93,7 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         return _with(tree, step.name, child)
     if isinstance(tree, tuple):
         kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
-        # Results of functions like torch.max need their own constructor; other tuples' may have any signature.
+        # Results of functions like torch.max need their type's constructor. Other constructors may have any signature.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     try:
         changed = shallow_copy(tree)
@@ -158,7 +158,7 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
     """Return the attributes that store the parameters a distribution was built with.
 
-    Only the parameter that was passed, `probs` or `logits`, rebuilds it exactly. The constructor stores it first.
+    Only the parameter that was passed (`probs` or `logits`) rebuilds the distribution exactly. It is stored first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]
@@ -169,7 +169,7 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
 
 
 def _stored(distribution: Distribution) -> list[str]:
-    """Return a distribution's attribute names, oldest first, after those of the distribution it wraps."""
+    """Return a distribution's attribute names, oldest first, after the names in the distribution that it wraps."""
     held = vars(distribution)
     wrapped = held.get("_categorical", held.get("base_dist"))
     return [*([] if wrapped is None else _stored(wrapped)), *held]

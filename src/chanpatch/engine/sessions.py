@@ -91,26 +91,26 @@ class Session:
         calls: Number of calls of each module in the traced root call, by name; None without a trace.
     """
 
-    confined = False  # whether to the thread that opened it; if not, to the thread of the current root call
+    confined = False  # if True, to the thread that opened the session; otherwise, to the thread of the root call
 
     def __init__(self, root: nn.Module, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
         self.root, self.method, self.calls = root, method, calls
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.enabled = True
         self.had_gradients = False  # whether gradients were enabled when the root call began
-        self.disabled_by: set[object] = set()  # open contexts that disable it
+        self.disabled_by: set[object] = set()  # open contexts that disable the session
         self.call = 0  # index of the current module call
         self.listeners: list[Listener] = []
         self._hears_taps = False
-        self._in_containers = False  # whether it listens to tensors inside containers that modules return
-        self.root_call: RootCall | None = None  # the current one
-        self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until it is
-        self.failure: BaseException | None = None  # error from a listener, in case the model's own `except` catches it
+        self._in_containers = False  # whether any listener is at a tensor inside a container that a module returns
+        self.root_call: RootCall | None = None  # the current root call
+        self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until called
+        self.failure: BaseException | None = None  # error from a listener, in case an `except` in the model catches it
         self.dropped: AbstractContextManager[None] | None = None  # a context that was freed while it was open
         self._touched: dict[nn.Module, None] = {}
         self._with_inputs: list[Station] = []
         self._thread: int | None = None
-        self._task: Any = None  # the asyncio task that opened it
+        self._task: Any = None  # the asyncio task that opened the session
 
     def on_begin(self, call: RootCall) -> None:
         """Prepare for a root call; may raise to prevent it."""
@@ -119,7 +119,7 @@ class Session:
         """Check a root call that completed without an error."""
 
     def on_error(self, error: Exception) -> None:
-        """Annotate an exception from a method, or raise another in its place."""
+        """Annotate an exception from a method, or raise a different exception."""
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
         """Add a listener at a place; it takes effect when the session is next attached."""
@@ -202,12 +202,12 @@ class Session:
 
     @property
     def in_method(self) -> bool:
-        """Whether the current root call is a method call; calls inside it belong to it."""
+        """Whether the current root call is a method call, which includes all module calls inside the method."""
         return self.root_call is not None and self.root_call.station is None
 
     @property
     def in_call(self) -> bool:
-        """Whether the current root call is a call of the model itself; its forward pass belongs to it."""
+        """Whether the current root call is a call of the model itself, which includes the model's forward pass."""
         return self.in_method and self.root_call.method == "__call__"  # type: ignore[union-attr]
 
     def moment(self) -> Moment:
@@ -385,7 +385,7 @@ def _current_task() -> Any:
 
 @contextmanager
 def disabled(sessions: Iterable[Session]) -> Iterator[None]:
-    """Disable the listeners of the given sessions; such contexts may close in any order."""
+    """Disable the listeners of the given sessions; overlapping contexts may close in any order."""
     token = object()
 
     def end() -> None:

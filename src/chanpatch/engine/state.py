@@ -38,7 +38,7 @@ def training_modules(model: nn.Module) -> list[str]:
 
 
 def depends_on_training(module: nn.Module) -> bool:
-    """Return whether a module behaves differently in training mode: by its type, or if its code reads the flag."""
+    """Return whether a module behaves differently in training mode, judging by its type or its use of the flag."""
     kind = type(module)
     if inspect.unwrap(kind.train) is not nn.Module.train:
         return True
@@ -191,7 +191,7 @@ class Snapshot:
             )
 
     def keep_hooks(self) -> None:
-        """Keep the current hooks on restore, because contexts closed since `note` have removed theirs."""
+        """Keep the current hooks on restore, because contexts closed since `note` have removed their hooks."""
         hooks = {id(own[name]) for _, own in self._owns for name in ("_forward_hooks", "_forward_pre_hooks")}
         pairs = zip(self._dicts, self._noted, strict=False)  # `note` may not have run yet
         self._noted = [dict(each) if id(each) in hooks else noted for each, noted in pairs]
@@ -273,7 +273,7 @@ def _content(held: Any) -> Any:
 
 
 def _same(held: Any, content: Any) -> bool:
-    """Return whether a container has the same objects in the same order, or an array or tensor the same values."""
+    """Return whether a container has the same objects in the same order, or an array or tensor has the same values."""
     if isinstance(held, Tensor):
         dense = [each if each.layout == torch.strided else each.to_dense() for each in (held, content)]
         return torch.equal(*dense)

@@ -22,7 +22,7 @@ def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric
     """Compute a metric of an output: `(batch,)` or `(1,)`. A keyword-only `baseline` receives the unpatched output.
 
     Raises:
-        MetricError: If the metric is not callable, returns anything else, or modifies its arguments in place. Messages
+        MetricError: If the metric is not callable, returns any other shape or type, or modifies its arguments. Messages
             begin with `name`.
     """
     if not callable(metric):

@@ -228,8 +228,8 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """Return a metric rescaled so that its mean is 0 on the corrupted run and 1 on the clean run.
 
-    It is `(metric - corrupted) / (clean - corrupted)`, with the metric's means over these two runs. On a patched
-    corrupted run, its mean is the fraction of the effect that the patch restores.
+    The value is `(metric - corrupted) / (clean - corrupted)`; `clean` and `corrupted` are the metric's means over these
+    runs. On a patched corrupted run, the mean value is the fraction of the effect that the patch restores.
 
     Args:
         metric: Metric without a parameter `baseline`.

@@ -17,7 +17,7 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return the distribution that an output is or contains, or that its named logits define; otherwise None."""
+    """Return the distribution in an output (the output itself, an entry, or one defined by named logits), or None."""
     if isinstance(output, Distribution):
         return output
     if isinstance(output, Mapping):
@@ -33,7 +33,7 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return a named entry as a distribution, if it is one or is logits; otherwise None."""
+    """Return a named entry as a distribution, if the entry is a distribution or logits; otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
@@ -110,7 +110,7 @@ class Choice:
     """Actions treated as a single action, with the log-sum-exp of their logits, as in `logit_difference`.
 
     Raises:
-        MetricError: If the actions are invalid; in a call, if the logits lack them. `name` appears in the message.
+        MetricError: If the actions are invalid; in a call, if the logits lack an action. `name` appears in the message.
     """
 
     def __init__(self, name: str, actions: Actions) -> None:

@@ -20,12 +20,12 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    A name also works as a key, for the whole hook point or its only site in the cache, and so does a pattern such as
-    `"h.*"` that matches exactly one site. The operators +, -, * and / accept a number or a cache with the same sites,
+    A key may also be a name, for the whole hook point or its only site in the cache, or a pattern such as `"h.*"` that
+    matches exactly one site. The operators +, -, * and / accept a number or a cache with the same sites,
     as in `clean - corrupted`. Small integer dtypes become int64.
 
     Args:
-        activations: Activation at each site, with the axes of its region, or those left by a reduction.
+        activations: Activation at each site, with the axes of its region, or the axes left by a reduction.
         axes: Axis names of each activation.
         batch_axes: Index of the batch axis of each activation, or None if unknown.
     """
@@ -135,7 +135,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return means
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
-        """Return a copy of the cache on another device or in another dtype; arguments as for `Tensor.to`."""
+        """Return a copy of the cache on another device or in another dtype; takes the same arguments as `Tensor.to`."""
         return self._like(lambda activation, site: activation.to(*args, **kwargs))
 
     def to_records(self) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ class ContextSession(Session):
             self.check_way()
 
     def check_way(self) -> None:
-        """Raise if a module with a listener, or one around it, was replaced, or if it lost its hooks."""
+        """Raise if a module with a listener lost its hooks, or if this module or one around it was replaced."""
         lost = [name for name, module, held, part in self._way if held.get(part) is not module]
         for listener in () if lost else self.listeners:
             module = self.modules.get(listener.place.module)
@@ -78,7 +78,7 @@ class ContextSession(Session):
 
 
 class Exit:
-    """Descriptor for `__exit__`: `with` looks it up before entering the context; calling `__enter__()` does not."""
+    """Descriptor for `__exit__`: `with` looks up `__exit__` before entering; a direct call of `__enter__` does not."""
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -91,7 +91,7 @@ class Exit:
 
 
 class Held(ContextDecorator):
-    """A context that must be kept alive while it is open, by `with` or in a variable.
+    """A context that must be kept alive while it is open, by `with` or by a variable.
 
     If it was entered by calling `__enter__` and freed while open, the next root call of each session raises.
     """
@@ -152,13 +152,13 @@ class Opened(Held, Generic[Result]):
             if error is None or isinstance(error, Exception):
                 session.finish(error)
         finally:
-            context.__exit__(None, None, None)  # again, in case an interrupt prevented the first one
+            context.__exit__(None, None, None)  # again, in case an interrupt stopped the first call
             self.forget(context)
             session.let_go()
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Bind the sites of patches to the trace, or check their names; without a model, only check types."""
+    """Bind the sites of patches to the trace, or check the sites' names; without a model, only check types."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
@@ -209,7 +209,7 @@ class Patching(ContextSession):
             firing.forget()
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """Return the hook points whose patches did not run; `among` restricts this to patches by index."""
+        """Return the hook points whose patches did not run; `among` restricts them to patches with these indices."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]

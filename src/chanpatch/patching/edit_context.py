@@ -63,7 +63,7 @@ class Context:
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """Draw random numbers in [0, 1), `(row, *shape)`, with the region's dtype and device.
 
-        They depend only on the site, the call and the row, so repeated draws are equal. In a rollout, the row is
+        The numbers depend only on the site, the call and the row, so repeated draws are equal. In a rollout, the row is
         replaced by the sampling seed, the step, the episode's seed and the number of earlier episodes with that seed.
         """
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
@@ -107,7 +107,7 @@ class Context:
 
 
 def may_hold_state(function: Any) -> bool:
-    """Return whether a callable is an instance of a user's class or a method of one, and not a function or module."""
+    """Return whether a callable is an instance of a user's class or a method of such an instance (not a module)."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)

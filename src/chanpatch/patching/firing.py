@@ -85,7 +85,7 @@ class Firing(Located):
 
     Attributes:
         reached: Whether the patch ran since `forget`.
-        nan: Bool tensor that is true if the patch introduced NaN since `forget`; may be None otherwise.
+        nan: Bool tensor that is true if the patch introduced NaN since `forget`; may be None if it did not.
         counts: Number of firings, rows (None without a batch axis) and elements, by method of the root call.
     """
 

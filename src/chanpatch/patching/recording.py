@@ -36,20 +36,20 @@ def recording(
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
 ) -> Opened[ActivationCache]:
-    """Record sites while the context is open; forward passes are concatenated along the batch.
+    """Record sites while the context is open; records of several forward passes are concatenated along the batch.
 
     As a decorator, it records each call of the function into a separate cache.
 
     Args:
         points_or_model: Model, or its HookPoints; with HookPoints, every site is checked against the trace.
-        sites: Names, sites or hook points, or HookPoints to record all of them. With HookPoints, also patterns such as
-            `"h.*"` (see `HookPoints.select`).
+        sites: Names, sites or hook points, or HookPoints to record all of them. With HookPoints, names may be
+            patterns such as `"h.*"` (see `HookPoints.select`).
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
             pair such as `("b c h w -> b c", "sum")`. Only the result is kept.
         before: Whether to record activations before patches are applied.
         detach: Whether to detach records from the graph. If False, the forward pass continues from each record that is
             not reduced, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
-        device: Device of the records; None keeps each on its original device.
+        device: Device of the records; None keeps each record on its original device.
         allow_unreached: Names of hook points that need not run.
 
     Yields:
@@ -149,7 +149,7 @@ class Recorder(ContextSession):
             except StopForward as ended:
                 if ended.args != (self,):
                     raise
-                torch.set_grad_enabled(gradients)  # the forward pass may have changed it temporarily
+                torch.set_grad_enabled(gradients)  # the forward pass may have changed the mode temporarily
         self.finish(None)
         self.let_go()
         return output
@@ -214,7 +214,7 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes that a reduction leaves; raise SiteError if it is unknown or needs axis names."""
+    """Return the axes that a reduction leaves; raise SiteError if the reduction is unknown or needs axis names."""
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):

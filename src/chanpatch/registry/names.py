@@ -98,8 +98,8 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
     """Return the hook points that match a pattern, in the order given.
 
     Names consist of parts separated by dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding
-    part. `*` matches any text within a part, `**` any number of parts, `?` one character. A pattern without `#k`
-    matches all calls, one without `.in` or `.out` all outputs. The beginning of a path matches all tensors under it.
+    part. `*` matches any text within a part, `**` any number of parts, `?` one character. Without `#k`, a pattern
+    matches all calls; without `.in` or `.out`, all outputs. The beginning of a path matches all tensors under it.
 
     Args:
         pattern: Pattern, such as `"h.*"`, `"h.*.in[0]"`, `"**.relu?"`.
@@ -138,7 +138,7 @@ def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
     """Compile a pattern, whose module part ends at `end`, to a regular expression for spellings.
 
-    `numbers` is a template for an alternative to consecutive `?`; their number is filled in.
+    `numbers` is a template for an alternative to consecutive `?`; the number of `?` is filled in.
     """
 
     def regex(text: str, any_text: str) -> str:

@@ -49,7 +49,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         listed = [*points]
         counts = Counter(point.name for point in listed)
         self._points = {point.name: point for point in listed if counts[point.name] == 1}
-        self._doubled = [point for point in listed if counts[point.name] > 1]  # their names are ambiguous
+        self._doubled = [point for point in listed if counts[point.name] > 1]  # points whose names are ambiguous
         self._aliases = {alias: point.name for point in self._points.values() for alias in point.aliases}
 
     def __getitem__(self, name: str) -> HookPoint:
@@ -193,10 +193,10 @@ def hook_points(
         model: Any module.
         example_inputs: Inputs with at least one row; the model receives copies. In the second run, each input grows
             along the axis named "batch" (by `axes`, or by a module such as a sequence-first LSTM). An input with
-            unnamed axes grows along its first axis if that is as long as the batch.
+            unnamed axes grows along its first axis if that axis is as long as the batch.
         method: Name of the method to trace, if not `__call__`. Its inputs are named `.in[0]`, ...
-        axes: Axis names by pattern (see `HookPoints.select`), for axes that no module type names:
-            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate them.
+        axes: Axis names by pattern (see `HookPoints.select`), for axes that are not named by module type:
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate names.
         example_keywords: Keyword arguments for the model.
 
     Raises:
@@ -220,7 +220,7 @@ def hook_points(
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return the given hook points, or trace a model with its inputs or the first batch of them."""
+    """Return the given hook points, or trace a model with its inputs (for an iterable, its first batch)."""
     if isinstance(points_or_model, HookPoints):
         return points_or_model
     model = model_of(points_or_model)
@@ -236,7 +236,7 @@ def traced(
 def names_by_trace(
     model: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, tuple[Axes, int | None]]:
-    """Return the axis names and batch axis of each hook point, from a trace with these inputs; empty if it fails.
+    """Return the axis names and batch axis of each hook point, from a trace with these inputs; empty if tracing fails.
 
     The trace may run in the middle of a forward pass that has listeners; they are disabled during the trace.
     """

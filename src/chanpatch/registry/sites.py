@@ -1,4 +1,4 @@
-"""Sites: regions of hook points as plain data, and functions that read and write them without in-place writes."""
+"""Sites: regions of hook points as plain data, and functions that read and replace regions without in-place writes."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Site:
         """Return the selected positions, by axis number, in a tensor with these axes.
 
         Raises:
-            SiteError: If axes or indices do not exist in it; all errors are reported together.
+            SiteError: If axes or indices do not exist in the tensor; all errors are reported together.
         """
         found: dict[int, slice | list[int]] = {}
         faults = []
@@ -282,9 +282,9 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
 
 
 def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
-    """Return a copy of the tensor with the region replaced; gradients flow to both.
+    """Return a copy of the tensor with the region replaced; gradients flow to the tensor and to the new region.
 
-    The copy shares no memory with the arguments, so later in-place writes do not affect them.
+    The copy shares no memory with the arguments, so later in-place writes to the copy do not affect the arguments.
     """
     if not positions:
         return region.clone()

@@ -142,7 +142,7 @@ def traced_run(
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter, or None; a forward pass that changes it must not be stopped early."""
+    """Return the sum of a parameter, or None; a forward pass that changes the sum must not be stopped early."""
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
     with suppress(RuntimeError):  # some dtypes have no sum, and vmap allows no reading of values
@@ -205,7 +205,7 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return each hook point's only axis that grew from `rows` to `rows + 1`, if its name is unknown or batch."""
+    """Return each hook point's only axis that grew from `rows` to `rows + 1`, if its name is "batch" or unknown."""
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
@@ -213,7 +213,7 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> di
         changed = [number for number, lengths in enumerate(zip(before, after, strict=False)) if len({*lengths}) > 1]
         if "batch" in names and changed and names.index("batch") not in changed:
             return {}  # another axis grew, as with a sequence-first encoder after a Linear, which accepts any length
-        # If a tensor has only some of the rows, as in a mixture of experts, one more does not identify them.
+        # If a tensor has only some of the rows, as in a mixture of experts, an extra row does not identify the axis.
         grew = [(before[number], after[number]) for number in changed] == [(rows, rows + 1)]
         if grew and len(before) == len(after) and names[changed[0]] in (None, "batch"):
             found[name] = changed[0]

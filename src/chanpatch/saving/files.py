@@ -138,7 +138,7 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
             Operands go to the devices of their hook points; without points, they stay on the CPU.
 
     Raises:
-        InterventionError: If the file is damaged, was not written by `save`, has a format other than 1 and 2, or does
+        InterventionError: If the file is damaged, was not written by `save`, has a format other than 1 or 2, or does
             not match the points (all mismatches are reported). Format 1 has no checksum to detect damage.
         OSError: If the file cannot be read.
         MissingPackageError: If safetensors is not installed.
@@ -176,8 +176,8 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
         inputs: The inputs that the file was saved with.
 
     Raises:
-        InterventionError: If hook points, weights, inputs or the patched output differ, or the file has no receipt;
-            also as for `load`.
+        InterventionError: If hook points, weights, inputs or the patched output differ, or the file has no receipt.
+            Also in the cases listed for `load`.
     """
     points = traced(points_or_model, inputs)
     saved, patches = contents(file).receipt, load(file, points)
@@ -221,7 +221,7 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 
 @contextmanager
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a new hidden file next to `path`, and remove it at the end. Also remove those left by killed processes."""
+    """Write a new hidden file next to `path`, and remove it at the end. Also remove files left by killed processes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # such as a file that another thread removed
             if time.time() - left.lstat().st_mtime > 60:

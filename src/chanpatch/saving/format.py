@@ -5,7 +5,7 @@
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest};
-              `per` of Resample is "step" or omitted, as in older files that predate the option
+              `per` of Resample is "step" or omitted, as in files that predate the option
 
 `encoded` writes this format and `decoded` reads it. Reading never runs code from the file. Format 1 can still be read:
 it has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
@@ -36,8 +36,8 @@ from ..registry.sites import Flags, HookPoint, Site, Span
 from ..results import imported
 from .receipts import Receipt, digest
 
-_FORMATS = (1, 2)  # the last is used for writing
-_KEY = "chanpatch"  # the only metadata entry: with several, equal patches would not always give identical files
+_FORMATS = (1, 2)  # the last format is used for writing
+_KEY = "chanpatch"  # the only metadata entry: with several entries, equal patches would not always give identical files
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
@@ -69,7 +69,7 @@ def decoded(
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
     """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum.
 
-    Operands go to the devices of their hook points, or to the CPU if these are unknown. Errors are those of `load`.
+    Operands go to the devices of their hook points, or to the CPU if a device is unknown. Errors are as for `load`.
     """
     safetensors, path = imported("safetensors"), regular(file)
     path.open("rb").close()  # let Python raise for unreadable files
@@ -151,7 +151,7 @@ def _trace_text(saved: Any) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, since terminals obey them and the file may be untrusted."""
+    """Escape control characters, since terminals interpret them and the file may be untrusted."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 

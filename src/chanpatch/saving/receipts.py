@@ -31,7 +31,7 @@ class Receipt:
         weights, inputs, output: SHA-256 of the name, dtype, shape and bytes of every tensor in the model's
             `state_dict`, in the inputs, and in the patched output.
         environment: Version of torch, devices, threads and training mode, which can explain differences in the last
-            bits. It is not compared.
+            bits. The environment is not compared.
     """
 
     weights: str
@@ -41,7 +41,7 @@ class Receipt:
 
 
 def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
-    """Return the receipt for a run with patches and random seed 0; raise InterventionError if it returns no tensor."""
+    """Return the receipt for a run with patches and random seed 0; raise InterventionError if no tensor is returned."""
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
     with undisturbed(model) as run, patched(points, patches, check_nan=False):

@@ -1,4 +1,4 @@
-"""Sweep many patches: measure how each changes a metric, estimate this from gradients, or isolate one path.
+"""Sweep many patches: measure how each changes a metric, estimate these changes from gradients, or isolate one path.
 
 sites = points.site("embedder.relu3").split("channel")
 result = sweep(points, observations, patches=[zero_ablate(site) for site in sites], metric=logit_difference(0, 1))

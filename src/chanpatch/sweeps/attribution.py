@@ -1,4 +1,4 @@
-"""Gradient estimates of the effects of many patches, some of them verified by real forward passes."""
+"""Gradient estimates of the effects of many patches, some of which are verified by real forward passes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
     References:
         Nanda 2023, "Attribution patching: activation patching at industrial scale"; Syed, Rager and Conmy 2023,
         "Attribution patching outperforms automated circuit discovery"; Sundararajan, Taly and Yan 2017, "Axiomatic
-        attribution for deep networks", for the integrated version.
+        attribution for deep networks", for integrated gradients.
     """
     if type(steps) is not int or type(verify) is not int or steps < 1 or verify < 0:
         raise SweepError(
@@ -117,7 +117,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         labels, tuple(chosen), exact, drawn, correlation, int(drawn.sum()), run.input_count, steps, _effect=effect
     )
     if fault := _poor_estimates(found, run):
-        warnings.warn(fault, RuntimeWarning, stacklevel=3)  # blames the caller, not the decorator
+        warnings.warn(fault, RuntimeWarning, stacklevel=3)  # the warning points to the caller, not to the decorator
     return found
 
 

@@ -80,7 +80,7 @@ def path_patch(
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
-    whole = [points.site(site.name) for site in receiving]  # the rest may change even if a region does not
+    whole = [points.site(site.name) for site in receiving]  # other elements may change even if a region does not
     ends = [*receiving, *whole]
     with recording(points, [sending, *held, *ends]) as cache:
         baseline = clean_run()
@@ -94,7 +94,7 @@ def path_patch(
     def moves(found: ActivationCache) -> bool:
         return any(not torch.equal(found[site], cache[site]) for site in whole)
 
-    # Patching in the clean activations is not a no-op if a module modifies them in place, so this runs patched too.
+    # Patching in clean activations is not a no-op if a module modifies them in place, so the baseline is patched too.
     before = _measured(clean_run, receiving, cache, metric, baseline)
     received = arriving(held)
     unmoved = not moves(received) and not torch.equal(source[sending], cache[sending])
@@ -132,7 +132,7 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
             "frozen=[...]."
         )
     start, ends = points[sender.name], [points[site.name] for site in receivers]
-    # Calls that contain the sender began before it. This includes the sender's own call only if the sender is an input.
+    # Calls that contain the sender began before it. They include its module's call only if the sender is an input.
     exempt = {(each.module, each.call) for each in points.values()
               if each.side == "in" and order[each.name] <= order[start.name]}  # fmt: skip
     exempt -= {(start.module, start.call)} if start.side == "out" else set()

@@ -27,8 +27,8 @@ from ..registry.sites import HookPoint, Site
 from .prefix import Prefix, fresh
 
 _LIVE = 6  # activations in memory at once in a forward pass: a module's input and output, a residual, temporary copies
-_FEWEST_ALIKE = 3  # entries with equal later patches needed for a separate group
-_FEWEST_TO_CUT = 8  # inputs; with fewer, a forward pass on one input saves no time
+_FEWEST_ALIKE = 3  # minimum number of entries with equal later patches in a separate group
+_FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on one input saves no time
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
@@ -109,7 +109,7 @@ class Forward:
             return cache
 
     def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
-        """Apply patches to the activation at their hook point; return it and the NaN flags of the patches checked."""
+        """Apply patches to the activation at their hook point; return the result and NaN flags of checked patches."""
         args, kwargs = self.inputs
         inputs, flags, masks = (*args, *kwargs.values()), [], dict[tuple[int, int], Any]()
         for patch in patches:
@@ -121,7 +121,7 @@ class Forward:
         return activation, flags
 
     def ends(self) -> list[Forward]:
-        """Return this forward pass on the first row alone and on the last row alone; empty if that saves no time."""
+        """Return this forward pass on the first row alone and on the last row alone; empty if this saves no time."""
         count = input_count(self.inputs)
         if count < _FEWEST_TO_CUT or published.now.rows is not None:
             return []
@@ -154,7 +154,7 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     ]
 
 
-_Seen: TypeAlias = tuple[int, bool, int]  # a clean activation: bytes, whether on a CPU, number of calls before it
+_Seen: TypeAlias = tuple[int, bool, int]  # clean activation: size in bytes, whether on a CPU, number of calls before it
 
 
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:

@@ -46,8 +46,8 @@ class Prefix:
     """The module calls of one forward pass and their outputs, so that later forward passes can skip them.
 
     The output of a call is remembered if no module inside it has hooks, it draws no random numbers, and its output
-    shares no memory with its arguments. Other calls run in every forward pass. The module's own hooks still run, with
-    the remembered output. The caller restores the model.
+    shares no memory with its arguments. Other calls run in every forward pass. Hooks on a skipped module still run,
+    with the remembered output. The caller restores the model.
     """
 
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
@@ -56,20 +56,20 @@ class Prefix:
         self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
         self.calls: list[_Call] = []  # in the order in which they finished
-        self._sizes: dict[int, int] = {}  # bytes of the largest tensor, by the number of finished calls
+        self._sizes: dict[int, int] = {}  # size in bytes of the largest tensor, by the number of finished calls
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
         self.finished = self._skipped = 0  # numbers of calls in the current forward pass
 
     def largest_after(self, number: int) -> int:
-        """Return the bytes of the largest tensor computed after this number of calls."""
+        """Return the size in bytes of the largest tensor computed after this number of calls."""
         return max((size for position, size in self._sizes.items() if position >= number), default=0)
 
     @contextmanager
     def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
         """Remember the calls of the forward pass that runs inside this context, given the hooks present at entry.
 
-        A call is not remembered if one of the taps runs in it, or if the stored outputs would exceed max_bytes.
+        A call is not remembered if one of the taps runs during it, or if the stored outputs would exceed max_bytes.
         """
         self._taps, self._free_bytes = taps, max_bytes
         modules = [*self._model.modules()]
@@ -152,7 +152,7 @@ class Prefix:
 
 
 class _Sizes(TorchFunctionMode):
-    """Report the bytes of each tensor that a torch function computes, except views of its arguments."""
+    """Report the size in bytes of each tensor that a torch function computes, except views of its arguments."""
 
     def __init__(self, report: Callable[[int], None]) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def fresh(tree: Any) -> Any:
             return tree
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     if is_tensordict(tree):
-        return shallow_copy(tree)  # nested ones are copied too
+        return shallow_copy(tree)  # copies nested TensorDicts too
     if isinstance(tree, MutableMapping):
         copied: Any = shallow_copy(tree)
         for key, value in tree.items():

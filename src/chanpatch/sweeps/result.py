@@ -25,13 +25,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Swept:
-    """How the entries whose patches begin at one hook point were run.
+    """Strategy used for the entries whose patches begin at one hook point.
 
     Attributes:
         point: The hook point.
         patches: Number of entries that begin there, including controls.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: Why this strategy was used and faster ones were not.
+        why: Reason why this strategy was used and faster strategies were not.
     """
 
     point: str
@@ -52,9 +52,9 @@ class SweepResult(Effects):
         values: Metrics of the patched outputs, by name: `(patch, input)`. A metric of the whole batch has one column.
         baseline: Metrics of the unpatched output, by name: `(input,)`.
         controls: Results for the control patches of the same sweep, or None.
-        groups: How the finished rows were run, by the hook point at which their patches begin.
+        groups: Strategies used for the finished rows, by the hook point at which their patches begin.
         complete: Whether all patches were run; False only in the partial result of an interrupted sweep.
-        no_p: Why ranks among the controls have no p-values, if the controls specify a reason.
+        no_p: Reason why ranks among the controls have no p-values, if the controls specify one.
     """
 
     labels: tuple[Any, ...]
@@ -90,7 +90,7 @@ class SweepResult(Effects):
 
         The intervals hold jointly for all patches of the sweep, so they are also valid for patches selected by `top`.
         They combine `mean_interval`, which marks intervals over six to nine inputs and withholds those over fewer, with
-        `max_t_test` (both in `chanpatch.statistics`), for which `seed` is the random seed.
+        `max_t_test` (both in `chanpatch.statistics`). `seed` is the random seed for `max_t_test`.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
@@ -98,7 +98,7 @@ class SweepResult(Effects):
         return picked(every, [row[label] for label in self.labels])
 
     def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
-        """Return the rank of each effect among those of the controls, using `chanpatch.statistics.rank_among`.
+        """Return the rank of each effect among the effects of the controls, using `chanpatch.statistics.rank_among`.
 
         A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if its
         effect is not finite. All ranks are None if there are no controls or a control's effect is not finite.
@@ -227,7 +227,7 @@ def _has_one_reference(patch: Patch) -> bool:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Attribution(Effects):
-    """Estimated effects of patches on a metric, in the given order, with exact effects for some of them.
+    """Estimated effects of patches on a metric, in the given order, with exact effects for some patches.
 
     Attributes:
         labels: Label of each patch.

@@ -1,4 +1,4 @@
-"""Three ways to run the same patches: the plain loop, a loop that skips the prefix, and many patches at a time.
+"""Three ways to run the same patches: the plain loop, a loop that skips the prefix, and `torch.vmap` over many patches.
 
 A fast strategy runs a group of patches only if it gives the same numbers as the plain loop. The generators keep no
 context open between outputs, because the plain loop may run in between.
@@ -78,7 +78,7 @@ class Execution:
                 return
             order.sort(key=lambda entry: entry is not failed)  # the failing entry first: it may fail in the loop too
         if self.strategy not in ("auto", "loop"):
-            loop(self.forward, order[0])  # if the loop fails too, it raises its own error
+            loop(self.forward, order[0])  # if the loop fails too, its error is raised instead
             raise SweepError(
                 f"strategy='{self.strategy}' does not work at '{name}': {'; '.join(reasons)}. Use strategy='auto', "
                 "which falls back to the loop."
@@ -88,13 +88,13 @@ class Execution:
         self.done.append(Swept(name, len(order), "loop", "; ".join(reasons) or "requested"))
 
     def _measure(self, entry: Entry, output: Any) -> None:
-        """Store the metrics of an entry, replacing those from a failed strategy."""
+        """Store the metrics of an entry, replacing any values from a failed strategy."""
         measured = self.metrics(output)
         self.advance(entry.number not in self.rows)
         self.rows[entry.number] = measured
 
     def _candidates(self, group: Group, *, is_small: bool) -> tuple[list[_Fast], list[str]]:
-        """Return the fast strategies to try, and why the others are ruled out."""
+        """Return the fast strategies to try, and the reasons why other strategies are ruled out."""
         if self.strategy == "loop":
             return [], []
         if self._random:
@@ -151,7 +151,7 @@ def _output_or_none(forward: Forward, entry: Entry) -> Any:
 
 
 def _difference(expected: Any, output: Any, row: int | None = None) -> str:
-    """Describe the first difference beyond rounding in an output, or in one row of it; "" if they agree."""
+    """Describe the first difference beyond rounding in an output, or in one row of it; "" if the outputs agree."""
     one, other = [*leaves(expected)], [*leaves(output)]
     if not one or [path for path, _ in one] != [path for path, _ in other]:
         return "different tensors"
@@ -164,7 +164,7 @@ def _difference(expected: Any, output: Any, row: int | None = None) -> str:
 
 
 def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
-    """Return whether part of a whole output equals the wanted tensor, up to rounding; the whole sets the scale."""
+    """Return whether part of an output equals the expected tensor, up to rounding at the scale of the whole output."""
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(part, wanted)
     half = wanted.dtype in (torch.float16, torch.bfloat16)  # rounding may be as large as a patch's effect
@@ -186,7 +186,7 @@ _PLAIN = (Tensor, str, bytes, int, float, complex, type(None), tuple, list, Mapp
 
 
 def loop(forward: Forward, entry: Entry, *, skip: int = 0) -> Any:
-    """Return the output with an entry's patches applied: one step of the plain loop, which may skip module calls."""
+    """Return the output with an entry's patches applied, as in one step of the plain loop; may skip module calls."""
     with (
         labelled(entry.label),
         forward.running(skip) as run,  # adding hooks before this would cost a new snapshot each time
@@ -224,7 +224,7 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
 
 @contextmanager
 def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
-    """Convert errors to StrategyError, except those of type `but`."""
+    """Convert errors to StrategyError, except errors of type `but`."""
     try:
         yield
     except (but, StrategyError):
@@ -301,7 +301,7 @@ def _suffixes(
 
 @contextmanager
 def _vmap_compatible(device: torch.device) -> Iterator[None]:
-    """Disable distribution validation and fused attention, which vmap does not support; reject its slow fallback."""
+    """Disable distribution validation and fused attention, which vmap does not support; reject vmap's slow fallback."""
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     on_cpu = device.type == "cpu"  # vmap supports the kernels of other devices

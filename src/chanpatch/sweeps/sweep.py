@@ -64,10 +64,10 @@ def sweep(
             entry is one patch or several that are applied together.
         metric: A function of the model's output, or a dict of such functions. It returns one number per input,
             `(batch,)`, or a single number. A keyword-only parameter `baseline` receives the unpatched output.
-        controls: Control patches in the same form, to rank the others among: `matched_channels(...).patches(verb)`.
+        controls: Control patches in the same form, to rank effects against: `matched_channels(...).patches(verb)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
-            runs the modules after it for many patches at a time. `"auto"` uses, at each hook point, the fastest one
-            that matches the loop on two of its patches; it loops if dropout or batch norm is in training mode.
+            runs the modules after a patch for many patches at a time. `"auto"` uses, at each hook point, the fastest
+            strategy that matches the loop on two patches, or the loop if dropout or batch norm is in training mode.
         max_bytes: Approximate memory limit for the activations of one batched forward pass and, separately, for the
             stored outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
@@ -79,7 +79,7 @@ def sweep(
         SweepError: If there are no patches, two share a label, `max_bytes` is invalid, or the strategy does not work.
         MetricError: If a metric does not return one number per input or a single number.
         EditError, NaNError, UnreachedError, UnsupportedModelError: Same as for `patched`.
-        SweepInterrupted: On Ctrl-C; it contains the result for the finished patches.
+        SweepInterrupted: On Ctrl-C; the exception contains the result for the finished patches.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
