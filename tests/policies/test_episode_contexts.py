@@ -301,8 +301,14 @@ class Previous:
 
 def test_a_callable_object_as_edit_under_two_labels_is_refused(points, site):
     previous = Previous()
-    for kept in (previous, previous.method, functools.partial(previous)):
-        patches = {"one": edit(site, kept), "two": edit(site, kept)}
+    ways = [
+        (previous, previous),
+        (previous.method, previous.method),
+        (functools.partial(previous), functools.partial(previous)),
+        (previous, functools.partial(previous.method)),
+    ]
+    for one, two in ways:
+        patches = {"one": edit(site, one), "two": edit(site, two)}
         for control in (False, True):
             one, two = ({label: patches[label]} for label in patches)
             given = {"patches": one, "controls": two} if control else {"patches": patches}
@@ -347,8 +353,25 @@ def test_a_callable_object_as_edit_at_two_sites_is_refused(points, site):
         "Previous is the edit at both Site('0') and Site('1'), which would share its state. Use a separate object for "
         "each patch, or a plain function."
     )
-    with pytest.raises(EditError, match="which would share its state"):
-        patched(points, [edit(site, previous)] * 2)
+    for one, two in ((previous, previous), (previous.method, previous.method), (previous, previous.__call__)):
+        with pytest.raises(EditError, match="which would share its state"):
+            patched(points, [edit(site, one), edit(site, two)])
+
+
+def test_two_methods_of_one_object_may_be_edits_of_one_label(points, site):
+    class Replay:
+        """Records one activation, and puts its negative in place of another."""
+
+        def record(self, activation):
+            self.last = activation
+            return activation
+
+        def replay(self, activation):
+            return -self.last
+
+    replay = Replay()
+    twin = PatchedPolicy(points, [edit(points.site("0"), replay.record), edit(site, replay.replay)])
+    assert torch.equal(twin(torch.ones(2, 4)), points.model[2](-points.model[0](torch.ones(2, 4))))
 
 
 def test_functions_modules_and_edits_of_chanpatch_may_be_shared(points, site):
@@ -373,7 +396,15 @@ def test_objects_of_their_own_under_two_labels_equal_twins(points, site):
     assert same(swept["a"], twin) and same(swept["b"], twin) and not same(swept["original"], twin)
 
 
-def test_a_callable_object_as_where_of_several_patches_is_called_once_per_root_call(points, site):
+WHERE = {
+    "object": lambda where: where,
+    "method": lambda where: where.__call__,
+    "partial": lambda where: functools.partial(where.selected, True),
+}
+
+
+@pytest.mark.parametrize("kind", WHERE)
+def test_a_callable_object_as_where_of_several_patches_is_called_once_per_root_call(points, kind):
     class Alternating:
         """Selects every other forward."""
 
@@ -384,9 +415,12 @@ def test_a_callable_object_as_where_of_several_patches_is_called_once_per_root_c
             self.calls += 1
             return self.calls % 2 == 0
 
+        def selected(self, even, context):
+            return self(context) is even
+
     for way in ("twin", "sweep"):
         where = Alternating()
-        patches = [zero_ablate(points.site("0"), where=where), zero_ablate(points.site("2"), where=where)]
+        patches = [zero_ablate(points.site(name), where=WHERE[kind](where)) for name in ("0", "2")]
         if way == "twin":
             twin = PatchedPolicy(points, patches)
             for calls in (1, 2, 3):
