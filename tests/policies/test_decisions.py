@@ -183,6 +183,36 @@ def test_masks_leave_only_the_allowed_actions(allowing, masks, outputs):
         assert Allowing.invalid == 0
 
 
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_no_mask_is_asked_for_when_the_last_episodes_end(num_envs):
+    class Ending(Allowing):
+        """Its last info has no mask, and all episodes are of one length."""
+
+        def step(self, action: Any) -> Any:
+            observation, reward, _, _, info = super().step(action)
+            over = self.steps == 4
+            return observation, reward, over, False, {} if over else info
+
+    Allowing.invalid = 0
+    done = rollout(
+        nn.Linear(3, 4),
+        SyncVectorEnv([Ending] * num_envs),
+        range(5),
+        max_steps=9,
+        outputs="logits",
+        masks=MASKS["infos"],
+    )
+    assert done.lengths.tolist() == [4] * 5 and Allowing.invalid == 0
+
+
+def test_masks_of_zeros_and_ones_are_bools_of_any_dtype(allowing):
+    policy = nn.Linear(3, 4)
+    asked = {kind: lambda envs, infos, kind=kind: infos["action_mask"].astype(kind) for kind in (bool, int, float)}
+    settings = {"max_steps": 9, "outputs": "logits"}
+    found = [rollout(policy, allowing, range(4), masks=each, **settings).returns.tolist() for each in asked.values()]
+    assert found[0] == found[1] == found[2] and Allowing.invalid == 0
+
+
 def test_under_masks_the_best_of_the_allowed_values_is_taken(allowing):
     done = rollout(
         lambda seen: torch.arange(4.0).expand(len(seen), 4), allowing, range(3), max_steps=4, outputs="values",
@@ -285,6 +315,22 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.zeros((3, 4))),
         RolloutError,
         "masks allows no action in at least one environment. Return True for allowed actions.",
+    ),
+    "masks that are added to logits": (
+        returning(
+            lambda rows: torch.zeros(rows, 4),
+            outputs="logits",
+            masks=lambda envs, infos: np.array([[0, -np.inf, 0, -np.inf]] * 3, np.float32),
+        ),
+        RolloutError,
+        "masks must return bools, or 0 and 1; got -inf (float32). 1 means that an action is allowed. If the numbers "
+        "are added to logits (0 or -inf), return: numbers == 0.",
+    ),
+    "masks of whole numbers that are the allowed actions": (
+        returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: [[0, 2, 1, 3]] * 3),
+        RolloutError,
+        "masks must return bools, or 0 and 1; got 2 (int64). 1 means that an action is allowed. If the numbers are "
+        "added to logits (0 or -inf), return: numbers == 0.",
     ),
     "masks of continuous actions": (
         returning(lambda rows: Normal(torch.zeros(rows, 4), 1.0), masks=lambda envs, infos: np.ones((3, 4))),

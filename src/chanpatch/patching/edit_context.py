@@ -123,7 +123,10 @@ def call_key(function: Any) -> tuple[object, ...]:
     """Return a key that two callables share if they call the same method of one object with the same arguments."""
     if isinstance(function, functools.partial):
         given = [*function.args, *itertools.chain(*sorted(function.keywords.items()))]
-        return (*call_key(function.func), *(each if isinstance(each, (int, float, str)) else id(each) for each in given))
+        return (
+            *call_key(function.func),
+            *(each if isinstance(each, (int, float, str)) else id(each) for each in given),
+        )
     method = function if isinstance(function, types.MethodType) else getattr(function, "__call__", function)  # noqa: B004
     return id(getattr(method, "__self__", method)), id(getattr(method, "__func__", method))
 

@@ -158,9 +158,15 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
     """Return the bool mask `(environment, action)` of all sub-environments, or None if there are no masks."""
     if masks is None:
         return None
-    found = np.array(masks(envs, infos), dtype=np.bool_)
+    found = np.array(masks(envs, infos))
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(
             f"masks returned shape {found.shape} for {envs.num_envs} environments. Return a row for each."
         )
-    return found
+    others = found[~np.isin(found, (0, 1))]
+    if others.size:
+        raise RolloutError(
+            f"masks must return bools, or 0 and 1; got {others[0]} ({found.dtype}). 1 means that an action is allowed. "
+            "If the numbers are added to logits (0 or -inf), return: numbers == 0."
+        )
+    return found.astype(np.bool_)

@@ -167,7 +167,8 @@ def _play_wave(
             actions[:] = allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
         actions[running] = chosen
         observations, rewards, terminated, truncated, infos = envs.step(actions)
-        over, allowed = terminated | truncated, allowed_actions(settings.masks, envs, infos)
+        over = terminated | truncated
+        allowed = None if over[running].all() else allowed_actions(settings.masks, envs, infos)  # they may lack a mask
         seen = _seen(observations, allowed, envs.num_envs)
         seen[over] = 0  # some environments already return the next episode's observation
         log.add(plays, chosen, np.asarray(rewards[running], np.float64), seen[running])
