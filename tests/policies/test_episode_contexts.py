@@ -12,7 +12,7 @@ from policies import same
 from torch import nn
 
 import chanpatch.policies
-from chanpatch import PatchedPolicy, edit, hook_points, patched, resample_ablate, sweep, zero_ablate
+from chanpatch import PatchedPolicy, Site, edit, hook_points, patched, resample_ablate, sweep, zero_ablate
 from chanpatch.errors import EditError, RolloutError
 from chanpatch.patching import Patch, Scale
 
@@ -278,6 +278,21 @@ def test_outside_a_rollout_uniform_numbers_depend_on_the_row(points, site):
     with patched(points, edit(site, noise)):
         whole, again, part = (points.model(torch.zeros(rows, 4)) for rows in (5, 5, 3))
     assert torch.equal(whole, again) and torch.allclose(part, whole[:3]) and len(whole[:, 0].unique()) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_uniform_numbers_stay_below_one_in_every_dtype(dtype):
+    drawn = []
+
+    def draw(activation, *, context):
+        drawn.append(context.uniform((20_000,)))
+        return activation
+
+    model = nn.Linear(1, 1).to(dtype)
+    with patched(model, edit(Site(".out"), draw)):
+        model(torch.zeros(5, 1, dtype=dtype))
+    assert drawn[0].dtype == dtype and drawn[0].min() >= 0 and 0.99 < drawn[0].max() < 1
+    assert abs(drawn[0].double().mean() - 0.5) < 0.01
 
 
 # --- state ---

@@ -70,7 +70,8 @@ class Context:
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
         drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)
         dtype = leaf.dtype if (leaf := self._region[2]).is_floating_point() else torch.get_default_dtype()
-        return torch.from_numpy(drawn).to(leaf.device, dtype)
+        below_one = 1 - torch.finfo(dtype).eps / 2  # half precision would round some draws up to 1
+        return torch.from_numpy(drawn).to(leaf.device, dtype).clamp_(max=below_one)
 
     def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
         """Return the random key of each row in a rollout; an empty list outside a rollout."""
