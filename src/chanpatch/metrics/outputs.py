@@ -47,9 +47,14 @@ def tensor_in(output: Any) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution defined by logits; None if the tensor cannot be logits."""
+    """Return the distribution defined by logits; None if the tensor cannot be logits. One column raises an error."""
     if not logits.is_floating_point() or not logits.dim():
         return None
+    if logits.shape[-1] == 1:
+        raise DistributionError(
+            f"A tensor of shape {tuple(logits.shape)} has a single action, whose probability is always 1. If it holds "
+            "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...)."
+        )
     # Values inside vmap and empty tensors cannot be validated. The argument is explicit because the first torch.compile
     # in a process disables validation by default.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
