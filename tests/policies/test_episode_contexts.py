@@ -167,30 +167,73 @@ def test_outside_a_rollout_a_row_is_its_own_environment_and_has_no_seed(points, 
     assert str(caught.value) == "The patch at Site('1') uses context.seeds, which requires a rollout."
 
 
-@pytest.mark.parametrize("way", ["twin", "sweep", "object"])
-def test_a_function_that_reads_the_environments_by_episode_is_refused(points, site, way):
+class Near:
+    """Selects the rows by the places of the environments that it holds."""
+
+    def __init__(self, envs):
+        self.envs = envs
+
+    def __call__(self, context):
+        return torch.tensor(self.envs.get_attr("place"))[context.rows].view(-1, 1) > 0
+
+
+def near(envs):
+    return lambda context: torch.tensor(envs.get_attr("place"))[context.rows].view(-1, 1) > 0
+
+
+def near_members(members):
+    return lambda context: torch.tensor([members[row % 5].place > 0 for row in context.rows.tolist()]).view(-1, 1)
+
+
+BY_ROWS = {
+    "function": near,
+    "object": Near,
+    "method": lambda envs: Near(envs).__call__,
+    "list of environments": lambda envs: near_members(envs.envs),
+    "list of bare environments": lambda envs: near_members([each.unwrapped for each in envs.envs]),
+}
+
+
+@pytest.mark.parametrize("way", ["twin", "sweep"])
+@pytest.mark.parametrize("kind", BY_ROWS)
+def test_a_function_that_reads_the_environments_by_episode_is_refused(points, site, way, kind):
     envs = walks()
-
-    class Near:
-        def __init__(self):
-            self.envs = envs
-
-        def __call__(self, context):
-            return torch.tensor(self.envs.get_attr("place"))[context.rows].view(-1, 1) > 0
-
-    def near(context):
-        return torch.tensor(envs.get_attr("place"))[context.rows].view(-1, 1) > 0
-
-    patch = zero_ablate(site, where=Near() if way == "object" else near)
+    patch = zero_ablate(site, where=BY_ROWS[kind](envs))
     with pytest.raises(RolloutError) as caught:
         if way == "sweep":
             rollout_sweep(points, envs, SEEDS, {"near": patch}, max_steps=9)
         else:
             rollout(PatchedPolicy(points, patch), envs, SEEDS, max_steps=9)
     assert str(caught.value) == (
-        "A function in Patch(Site('1'), Set, where=...) indexes the environments with context.rows, which contains "
-        "episode numbers. Use context.environments, which contains the sub-environment of each row."
+        "A function in Patch(Site('1'), Set, where=...) reads the environments and context.rows, which contains "
+        "episode numbers. To index the environments, use context.environments, which contains the sub-environment of "
+        "each row. If the function does not index them, read them outside of it."
     )
+
+
+class Table:
+    """Selects the rows by a table of episodes, and holds environments of which only the spaces are read."""
+
+    def __init__(self, envs):
+        self.envs, self.table = envs, torch.arange(8) % 2 == 0
+
+    def __call__(self, context):
+        return (self.table[context.rows] & bool(self.envs.single_action_space.n == 2)).view(-1, 1)
+
+
+def by_table(envs):
+    table = torch.arange(8) % 2 == 0
+    return lambda context: (table[context.rows] & bool(envs.num_envs == 5 and envs.single_action_space.n == 2)).view(
+        -1, 1
+    )
+
+
+@pytest.mark.parametrize("kind", [Table, by_table])
+def test_a_function_may_read_the_number_and_the_spaces_of_the_environments_beside_rows(points, site, kind):
+    envs = walks()
+    swept = rollout_sweep(points, envs, SEEDS, {"even": zero_ablate(site, where=kind(envs))}, max_steps=9)
+    even = zero_ablate(site, where=lambda context: (context.rows % 2 == 0).view(-1, 1))
+    assert same(swept["even"], rollout(PatchedPolicy(points, even), envs, SEEDS, max_steps=9))
 
 
 # --- random draws ---
