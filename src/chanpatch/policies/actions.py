@@ -89,7 +89,9 @@ def _is_tanh(distribution: Distribution) -> bool:
 
 def _in_box(decision: Decision, actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
-    return decision.fitted(actions, space) if is_box and decision.fitted else actions
+    if decision.fitted is None or not is_box or actions.size != len(actions) * space.low.size:  # type: ignore[attr-defined]
+        return actions
+    return decision.fitted(actions.reshape(-1, *space.low.shape), space)  # type: ignore[attr-defined]
 
 
 def _given(actions: NDArray[Any], rows: int, space: Space[Any]) -> NDArray[Any]:
