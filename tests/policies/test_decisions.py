@@ -11,11 +11,12 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
 from torch import nn
 from torch.distributions import Categorical, Normal
 
 from chanpatch import HookPoints, PatchedPolicy, edit, hook_points, paired_rollouts, rollout, zero_ablate
-from chanpatch.errors import DistributionError, RolloutError
+from chanpatch.errors import DistributionError, NaNError, RolloutError
 from chanpatch.metrics import entropy
 from chanpatch.policies import action_distribution, rollout_sweep
 
@@ -254,6 +255,100 @@ def test_a_policy_that_takes_masks_is_not_played_without_them(allowing):
     )
     rollout(Masked(), allowing, range(7), max_steps=9, masks=MASKS["infos"])
     assert Allowing.invalid == 0
+
+
+class Around(nn.Module):
+    """Holds a policy, and asks it for its distribution."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, seen: Any) -> Any:
+        return self.policy.get_distribution(seen)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda policy: lambda seen: policy.get_distribution(seen),
+    lambda policy: policy.get_distribution,
+    Around,
+])  # fmt: skip
+def test_a_policy_that_takes_masks_is_not_played_without_them_through_a_function_or_a_module(allowing, wrap):
+    policy = wrap(MaskablePPO("MlpPolicy", Allowing(), seed=0).policy)
+    with pytest.raises(RolloutError, match="MaskableActorCriticPolicy expects action_masks"):
+        rollout(policy, allowing, range(4), max_steps=9)
+    Allowing.invalid = 0
+    rollout(policy, allowing, range(4), max_steps=9, masks=MASKS["infos"])
+    assert Allowing.invalid == 0
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), torch.zeros(2, 1)])
+def test_of_a_pair_of_actions_and_values_the_actions_are_taken(cart_poles, value):
+    settings: Any = {"max_steps": 20, "outputs": "actions"}
+    for rows in (2, 1):  # the actions may have an axis of their own, as in a Box
+        envs = gymnasium.make_vec("CartPole-v1", num_envs=rows, vectorization_mode="sync")
+        pair = lambda seen: (torch.ones(len(seen), dtype=torch.int64), value[: len(seen)])  # noqa: E731
+        alone = lambda seen: torch.ones(len(seen), dtype=torch.int64)  # noqa: E731
+        assert (
+            rollout(pair, envs, [4, 5], **settings).to_records()
+            == rollout(alone, envs, [4, 5], **settings).to_records()
+        )
+
+
+class Parts(gymnasium.Env):
+    """Takes actions of two parts, with two and three choices."""
+
+    observation_space, action_space = spaces.Box(-9, 9, (3,)), spaces.MultiDiscrete([2, 3])
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self.np_random.normal(size=3).astype(np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return self.np_random.normal(size=3).astype(np.float32), float(action @ [1, 10]), False, False, {}
+
+
+def test_a_list_of_categoricals_chooses_the_parts_of_an_action():
+    envs = SyncVectorEnv([Parts] * 2)
+    policy = PPO("MlpPolicy", Parts(), seed=0, device="cpu").policy
+    done = rollout(policy, envs, range(9), max_steps=9)
+    listed = rollout(lambda seen: policy.get_distribution(seen).distribution, envs, range(9), max_steps=9)
+    assert done.to_records() == listed.to_records()
+    assert {tuple(action) for action in np.concatenate(done.actions)} == {(a, b) for a in range(2) for b in range(3)}
+    greedy = rollout(policy, envs, [4], max_steps=1, greedy=True).actions[0][0]
+    observation, _ = Parts().reset(seed=4)
+    assert greedy.tolist() == policy.predict(observation, deterministic=True)[0].tolist()
+
+
+@pytest.mark.parametrize("outputs", ["logits", "values"])
+def test_nan_that_a_policy_returns_is_an_error_that_names_it(network, points, cart_poles, outputs):
+    with torch.no_grad():
+        network[2].bias[0] = torch.nan
+    with pytest.raises(DistributionError) as caught:
+        rollout(network, cart_poles, [0, 1], max_steps=2, outputs=outputs)
+    assert str(caught.value) == (
+        "Sequential returned a torch.float32 tensor of shape (2, 2) with NaN, so there is no distribution over "
+        "actions. Find the first activation with NaN: recording(...)."
+    )
+
+
+def test_nan_of_a_distribution_that_is_not_validated_is_an_error(cart_poles):
+    unchecked = lambda seen: Categorical(logits=torch.full((len(seen), 2), torch.nan), validate_args=False)  # noqa: E731
+    for greedy in (False, True):
+        with pytest.raises(DistributionError) as caught:
+            rollout(unchecked, cart_poles, [0, 1], max_steps=2, greedy=greedy)
+        assert str(caught.value) == (
+            "The policy's Categorical contains NaN, so no action can be sampled. Find the first activation with NaN: "
+            "recording(...)."
+        )
+
+
+def test_nan_that_a_patch_brings_in_is_the_patchs_error(points, cart_poles):
+    patch = edit(points.site("1"), lambda activation: activation * torch.nan)
+    with pytest.raises(NaNError, match="NaN"):
+        rollout(PatchedPolicy(points, patch), cart_poles, [0, 1], max_steps=2, outputs="logits")
+    with pytest.raises(NaNError, match="NaN"):
+        rollout_sweep(points, cart_poles, [0, 1], {"nan": patch}, max_steps=2, outputs="logits")
 
 
 def test_a_maskable_policy_of_sb3_contrib_takes_only_allowed_actions(allowing):

@@ -722,8 +722,10 @@ def test_a_mistake_of_dtypes_that_is_not_about_the_observations_stays_as_it_is()
         ({"seeds": []}, "seeds is empty: pass one seed per episode."),
         ({"seeds": [3, -4]}, "A seed must be a whole number, at least 0; got -4."),
         ({"seeds": [0.5]}, "A seed must be a whole number, at least 0; got 0.5."),
+        ({"seeds": [3, 2**64]}, "A seed must be less than 2**63, to fit into int64; got 18446744073709551616."),
         ({"sampling_seed": -1}, "sampling_seed must be a whole number, at least 0; got -1."),
-        ({"max_steps": 0}, "max_steps must be at least 1; got 0."),
+        ({"max_steps": 0}, "max_steps must be a whole number, at least 1; got 0."),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, at least 1; got 2.5."),
     ],
 )
 def test_a_wrong_number_is_refused_by_name(changed, message):
@@ -784,7 +786,10 @@ def acting(envs, distribution):
             r"Categorical has batch shape \(\) for 2 rows.*logits of shape \(row, action\)",
         ),
         (lambda rows: torch.zeros(1, 2), r"batch shape \(1,\) for 2 rows"),
-        (lambda rows: torch.zeros(rows, 1), r"Categorical has 1 actions, but the environment expects Discrete\(2\)"),
+        (
+            lambda rows: Categorical(logits=torch.zeros(rows, 1)),
+            r"Categorical has 1 actions, but the environment expects Discrete\(2\)",
+        ),
         (lambda rows: torch.zeros(rows, 3), "has 3 actions"),
         (lambda rows: Normal(torch.zeros(rows), 1.0), "Normal is continuous"),
     ],

@@ -37,12 +37,12 @@ def _named(found: Any) -> Distribution | None:
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
-def tensor_in(output: Any) -> Tensor | None:
-    """Return an output that is a tensor, or the first tensor of a pair `(logits, value)`; otherwise None."""
+def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
+    """Return an output that is a tensor, or the first tensor of a pair `(tensor, value)`; otherwise None."""
     if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(item, Tensor) for item in output):
         first, value = output
         is_value = value.is_floating_point() and value.shape in (first.shape[:1], (*first.shape[:1], 1))
-        return first if first.dim() > 1 and is_value else None
+        return first if first.dim() >= least_axes and is_value else None
     return output if isinstance(output, Tensor) else None
 
 

@@ -56,6 +56,11 @@ def chosen_actions(
             f"The policy's {type(distribution).__name__} has batch shape {tuple(distribution.batch_shape)} for {rows} "
             "rows. A policy must return one distribution per row: logits of shape (row, action), not (action,)."
         )
+    if (distribution.loc if isinstance(distribution, Normal) else distribution.probs).isnan().any():
+        raise DistributionError(
+            f"The policy's {type(distribution).__name__} contains NaN, so no action can be sampled. Find the first "
+            "activation with NaN: recording(...)."
+        )
     if streams is None:
         # torch's Bernoulli.mode is NaN at probability 0.5.
         mode = distribution.probs >= 0.5 if isinstance(distribution, Bernoulli) else distribution.mode

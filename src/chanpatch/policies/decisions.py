@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
+from torch.nn.functional import pad
 
-from ..errors import DistributionError, RolloutError
+from ..errors import ChanpatchError, DistributionError, RolloutError
 from ..metrics.outputs import categorical, described, distribution_in, no_distribution, tensor_in
 from .stable_baselines import fit, fit_of_distribution, is_sb3_policy
 
@@ -34,8 +35,8 @@ def action_distribution(
 ) -> Distribution:
     """Return a policy's distribution over actions for a batch of observations.
 
-    The policy may return a distribution, a tuple that contains a distribution, or a dict or object with `logits` or a
-    distribution. Stable-Baselines3 policies, and others with a `get_distribution` method, are also supported.
+    The policy may return a distribution, a tuple that contains a distribution, a list of Categoricals for the parts of
+    a MultiDiscrete action, or a dict or object with `logits` or a distribution. Stable-Baselines3 policies, and others with a `get_distribution` method, are also supported.
 
     Args:
         policy: Module or function of observations.
@@ -95,9 +96,21 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
 
     `masks` has axes `(row, action)` and is True for allowed actions.
     """
+    try:
+        return _decision_in(output, subject, outputs, masks)
+    except ValueError as fault:
+        if isinstance(fault, ChanpatchError):
+            raise
+        raise DistributionError(
+            f"{subject} returned {described(output)} with NaN, so there is no distribution over actions. Find the first "
+            "activation with NaN: recording(...)."
+        ) from fault
+
+
+def _decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None) -> Decision:
     if isinstance(output, Decision):
         decision = output
-    elif (found := distribution_in(output)) is not None:  # PatchedPolicy handles ValueError due to NaN
+    elif (found := _joined(output) or distribution_in(output)) is not None:
         if outputs in ("values", "actions"):
             raise DistributionError(
                 f"{subject} returned {described(output)}, which contains a distribution, but outputs={outputs!r} only "
@@ -116,10 +129,24 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
     return Decision(Categorical(logits=_masked(decision.choice.logits, masks)))
 
 
+def _joined(output: Any) -> Categorical | None:
+    """Return the distributions for the parts of a MultiDiscrete action as one `(row, part, choice)`, else None."""
+    parts = getattr(output, "distribution", output)
+    if (
+        not isinstance(parts, (list, tuple))
+        or len(parts) < 2
+        or not all(isinstance(each, Categorical) for each in parts)
+    ):
+        return None
+    most = max(each.logits.shape[-1] for each in parts)
+    padded = [pad(each.logits, (0, most - each.logits.shape[-1]), value=-torch.inf) for each in parts]
+    return Categorical(logits=torch.stack(padded, 1))
+
+
 def _of_tensor(
     output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None
 ) -> Distribution | Tensor:
-    tensor = output if outputs == "actions" else tensor_in(output)
+    tensor = tensor_in(output, 1 if outputs == "actions" else 2)
     if not isinstance(tensor, Tensor):
         example = ": lambda observations: policy(observations)[0]" if isinstance(output, (tuple, list)) else ""
         raise no_distribution(output, f"{subject} returned", f"Pass a function that selects it{example}.")

@@ -73,8 +73,7 @@ def play(
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
     refuse_environments_by_rows(patches_inside(policy), envs)
     log = _Log(seeds, settings, times, label)
-    if settings.max_steps < 1:
-        raise RolloutError(f"max_steps must be at least 1; got {settings.max_steps}.")
+    whole("max_steps", settings.max_steps, 1, RolloutError)
     waves = range(0, log.plays, envs.num_envs)
     held = nn.ModuleList(held_modules(policy))
     with undisturbed(held) as run, progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance:
@@ -93,6 +92,8 @@ class _Log:
         if not isinstance(seeds, Iterable):
             raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
+        if max(checked, default=0) >= 2**63:
+            raise RolloutError(f"A seed must be less than 2**63, to fit into int64; got {max(checked)}.")
         if not checked:
             raise RolloutError("seeds is empty: pass one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)
@@ -117,13 +118,14 @@ class _Log:
         """Add one step of the given plays; `seen` contains checksums of the observations after the step."""
         self.returns[plays] += rewards
         self.taken.append((plays, actions))
-        self.checked.append((plays, seen ^ rewards.view(np.uint64)))
+        self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
 
     def rollouts(self) -> list[Rollout]:
         self.actions, self.seen = _of_plays(self.taken), _of_plays(self.checked)
         self.lengths = np.array([*map(len, self.actions)])
         columns = ("seeds", "returns", "lengths", "terminated", "truncated", "actions", "seen")
         shared = {name: getattr(self._settings, name) for name in ("max_steps", "sampling_seed", "greedy")}
+        shared["masked"] = self._settings.masks is not None
         cuts = [slice(start, start + self.episodes) for start in range(0, self.plays, self.episodes)]
         return [Rollout(**{name: getattr(self, name)[cut] for name in columns}, settings=shared) for cut in cuts]
 
