@@ -705,6 +705,24 @@ def test_a_policy_that_refuses_bytes_is_told_to_convert_them(layer):
     )
 
 
+def test_a_state_that_the_policy_keeps_for_more_rows_than_still_run_gets_advice():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head, self.hidden = nn.GRUCell(4, 8), nn.Linear(8, 2), None
+
+        def forward(self, observations):
+            self.hidden = self.cell(observations, self.hidden)
+            return self.head(self.hidden)
+
+    message = refused(RolloutError, policy=Keeping(), max_steps=99, envs=cart_poles(3), outputs="logits")
+    assert message == (
+        "The policy failed when the number of running episodes fell from 3 to 2 (Input batch size 2 doesn't match "
+        "hidden0 batch size 3). If it stores a recurrent state with one row per environment, return the state and set "
+        "initial_state=, or use a single environment."
+    )
+
+
 def test_an_error_of_the_policys_own_stays_as_it_is():
     envs = environments(IMAGE, gymnasium.spaces.Discrete(2))
     policy = lambda x: nn.Linear(4, 2)(x / 255)  # noqa: E731

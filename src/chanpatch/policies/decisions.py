@@ -35,8 +35,9 @@ def action_distribution(
 ) -> Distribution:
     """Return a policy's distribution over actions for a batch of observations.
 
-    The policy may return a distribution, a tuple that contains a distribution, a list of Categoricals for the parts of
-    a MultiDiscrete action, or a dict or object with `logits` or a distribution. Stable-Baselines3 policies, and others with a `get_distribution` method, are also supported.
+    The policy may return a distribution, a tuple that contains one, or a dict or object with `logits` or a
+    distribution; or a list of Categoricals, for the parts of a MultiDiscrete action, which are padded to
+    `(row, part, choice)`. Stable-Baselines3 policies, and others with a `get_distribution` method, are also supported.
 
     Args:
         policy: Module or function of observations.
@@ -102,8 +103,8 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
         if isinstance(fault, ChanpatchError):
             raise
         raise DistributionError(
-            f"{subject} returned {described(output)} with NaN, so there is no distribution over actions. Find the first "
-            "activation with NaN: recording(...)."
+            f"{subject} returned {described(output)} with NaN, so there is no distribution over actions. Find the "
+            "first activation with NaN: recording(...)."
         ) from fault
 
 

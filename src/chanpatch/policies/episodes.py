@@ -227,6 +227,7 @@ class _Actor:
         self._like = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
 
     def begin(self, rows: int) -> None:
+        self._rows_before = rows
         if self._initial_state is not None:
             self._state = self._initial_state(rows)
             for path, tensor in leaves(self._state):
@@ -234,6 +235,7 @@ class _Actor:
 
     def keep(self, running: NDArray[np.bool_]) -> None:
         """Drop the rows of finished episodes."""
+        self._rows_before = len(running)
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(running))
 
     def decision(self, observations: Any, rows: NDArray[np.int64], allowed: NDArray[np.bool_] | None) -> Decision:
@@ -245,7 +247,7 @@ class _Actor:
             else:
                 output = self._with_state(seen)
         except RuntimeError as error:
-            self._explain(error, seen)
+            self._explain(error, seen, len(rows))
             raise
         return decision_in(output, self._name, self._outputs, allowed)
 
@@ -281,8 +283,8 @@ class _Actor:
             return tensor
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def _explain(self, error: RuntimeError, observations: Any) -> None:
-        """Raise an error with advice if torch rejected the observations' dtype or channels-last layout."""
+    def _explain(self, error: RuntimeError, observations: Any, rows: int) -> None:
+        """Raise an error with advice if torch rejected the observations' dtype, layout or number of rows."""
         if isinstance(error, ChanpatchError):
             return
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
@@ -298,6 +300,12 @@ class _Actor:
             raise RolloutError(
                 f"The policy failed on channels-last images ({error}). Its convolution expects (batch, channel, "
                 "height, width): pass lambda observations: policy(observations.permute(0, 3, 1, 2))."
+            ) from error
+        if rows < self._rows_before and {str(rows), str(self._rows_before)} <= {*re.findall(r"\d+", str(error))}:
+            raise RolloutError(
+                f"The policy failed when the number of running episodes fell from {self._rows_before} to {rows} "
+                f"({error}). If it stores a recurrent state with one row per environment, return the state and set "
+                "initial_state=, or use a single environment."
             ) from error
 
 

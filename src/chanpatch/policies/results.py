@@ -195,8 +195,8 @@ def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
             masks = "masks are random, or " if first.settings.get("masked") else ""
             raise RolloutError(
                 f"{names} cannot be compared: episode {episode} (seed {seed}) differs at step {when}, before their "
-                f"actions do. The seed does not determine the episode: {masks}the environment ignores it or has another source "
-                "of randomness, or a wrapper carries state across episodes (EpisodicLifeEnv: lives; "
+                f"actions do. The seed does not determine the episode: {masks}the environment ignores it or has "
+                "another source of randomness, or a wrapper carries state across episodes (EpisodicLifeEnv: lives; "
                 "NormalizeObservation, NormalizeReward, VecNormalize: running statistics). Remove that wrapper, or "
                 "freeze its statistics (update_running_mean = False)."
             )
