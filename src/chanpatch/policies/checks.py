@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -111,8 +112,9 @@ def _masking(policy: Any) -> str:
     """Return the class of a module that expects action masks, among those that a policy is or refers to, or ""."""
     for module in (module for held in held_modules(policy) for module in held.modules()):
         own = getattr(module, "get_distribution", None)
-        if callable(own) and "action_masks" in inspect.signature(own).parameters:
-            return type(module).__name__
+        with suppress(TypeError, ValueError):  # some builtins have no signature
+            if callable(own) and "action_masks" in inspect.signature(own).parameters:
+                return type(module).__name__
     return ""
 
 
