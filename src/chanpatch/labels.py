@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from .errors import ChanpatchError, EditError, UnreachedError
 from .patching.contexts import checked_patches
-from .patching.edit_context import may_hold_state
+from .patching.edit_context import state_of
 from .patching.patch import Patch, edit_name
 from .registry.sites import Site
 
@@ -44,9 +44,10 @@ def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
     known: dict[int, Any] = {}
     for label, patches in named:
         for function in [function for patch in patches for function in (patch.edit, patch.where)]:
-            if callable(function) and may_hold_state(function) and known.setdefault(id(function), label) != label:
+            owner = state_of(function) if callable(function) else None
+            if owner is not None and known.setdefault(id(owner), label) != label:
                 raise EditError(
-                    f"{edit_name(function)} is used under two labels, {known[id(function)]!r} and {label!r}, which "
+                    f"{edit_name(function)} is used under two labels, {known[id(owner)]!r} and {label!r}, which "
                     "would share its state. Use a separate object for each label, or a plain function."
                 )
 

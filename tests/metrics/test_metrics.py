@@ -368,6 +368,18 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         MetricError,
         "The output has logits of shape (4,), but this metric needs (batch, action). Reshape them to (batch, action).",
     ),
+    "one column": (
+        lambda: kl_divergence(LOGITS[:, :1], baseline=LOGITS[:, :1]),
+        DistributionError,
+        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If it holds the logit of the "
+        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+    ),
+    "one column of named logits": (
+        lambda: entropy({"logits": LOGITS[:, :1]}),
+        DistributionError,
+        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If it holds the logit of the "
+        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+    ),
     "no distribution": (
         lambda: entropy({"state": LOGITS}),
         DistributionError,

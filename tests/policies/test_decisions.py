@@ -11,11 +11,12 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
 from torch import nn
 from torch.distributions import Categorical, Normal
 
 from chanpatch import HookPoints, PatchedPolicy, edit, hook_points, paired_rollouts, rollout, zero_ablate
-from chanpatch.errors import DistributionError, RolloutError
+from chanpatch.errors import DistributionError, NaNError, RolloutError
 from chanpatch.metrics import entropy
 from chanpatch.policies import action_distribution, rollout_sweep
 
@@ -183,6 +184,36 @@ def test_masks_leave_only_the_allowed_actions(allowing, masks, outputs):
         assert Allowing.invalid == 0
 
 
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_no_mask_is_asked_for_when_the_last_episodes_end(num_envs):
+    class Ending(Allowing):
+        """Its last info has no mask, and all episodes are of one length."""
+
+        def step(self, action: Any) -> Any:
+            observation, reward, _, _, info = super().step(action)
+            over = self.steps == 4
+            return observation, reward, over, False, {} if over else info
+
+    Allowing.invalid = 0
+    done = rollout(
+        nn.Linear(3, 4),
+        SyncVectorEnv([Ending] * num_envs),
+        range(5),
+        max_steps=9,
+        outputs="logits",
+        masks=MASKS["infos"],
+    )
+    assert done.lengths.tolist() == [4] * 5 and Allowing.invalid == 0
+
+
+def test_masks_of_zeros_and_ones_are_bools_of_any_dtype(allowing):
+    policy = nn.Linear(3, 4)
+    asked = {kind: lambda envs, infos, kind=kind: infos["action_mask"].astype(kind) for kind in (bool, int, float)}
+    settings = {"max_steps": 9, "outputs": "logits"}
+    found = [rollout(policy, allowing, range(4), masks=each, **settings).returns.tolist() for each in asked.values()]
+    assert found[0] == found[1] == found[2] and Allowing.invalid == 0
+
+
 def test_under_masks_the_best_of_the_allowed_values_is_taken(allowing):
     done = rollout(
         lambda seen: torch.arange(4.0).expand(len(seen), 4), allowing, range(3), max_steps=4, outputs="values",
@@ -226,6 +257,100 @@ def test_a_policy_that_takes_masks_is_not_played_without_them(allowing):
     assert Allowing.invalid == 0
 
 
+class Around(nn.Module):
+    """Holds a policy, and asks it for its distribution."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, seen: Any) -> Any:
+        return self.policy.get_distribution(seen)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda policy: lambda seen: policy.get_distribution(seen),
+    lambda policy: policy.get_distribution,
+    Around,
+])  # fmt: skip
+def test_a_policy_that_takes_masks_is_not_played_without_them_through_a_function_or_a_module(allowing, wrap):
+    policy = wrap(MaskablePPO("MlpPolicy", Allowing(), seed=0).policy)
+    with pytest.raises(RolloutError, match="MaskableActorCriticPolicy expects action_masks"):
+        rollout(policy, allowing, range(4), max_steps=9)
+    Allowing.invalid = 0
+    rollout(policy, allowing, range(4), max_steps=9, masks=MASKS["infos"])
+    assert Allowing.invalid == 0
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), torch.zeros(2, 1)])
+def test_of_a_pair_of_actions_and_values_the_actions_are_taken(cart_poles, value):
+    settings: Any = {"max_steps": 20, "outputs": "actions"}
+    for rows in (2, 1):  # the actions may have an axis of their own, as in a Box
+        envs = gymnasium.make_vec("CartPole-v1", num_envs=rows, vectorization_mode="sync")
+        pair = lambda seen: (torch.ones(len(seen), dtype=torch.int64), value[: len(seen)])  # noqa: E731
+        alone = lambda seen: torch.ones(len(seen), dtype=torch.int64)  # noqa: E731
+        assert (
+            rollout(pair, envs, [4, 5], **settings).to_records()
+            == rollout(alone, envs, [4, 5], **settings).to_records()
+        )
+
+
+class Parts(gymnasium.Env):
+    """Takes actions of two parts, with two and three choices."""
+
+    observation_space, action_space = spaces.Box(-9, 9, (3,)), spaces.MultiDiscrete([2, 3])
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        return self.np_random.normal(size=3).astype(np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        return self.np_random.normal(size=3).astype(np.float32), float(action @ [1, 10]), False, False, {}
+
+
+def test_a_list_of_categoricals_chooses_the_parts_of_an_action():
+    envs = SyncVectorEnv([Parts] * 2)
+    policy = PPO("MlpPolicy", Parts(), seed=0, device="cpu").policy
+    done = rollout(policy, envs, range(9), max_steps=9)
+    listed = rollout(lambda seen: policy.get_distribution(seen).distribution, envs, range(9), max_steps=9)
+    assert done.to_records() == listed.to_records()
+    assert {tuple(action) for action in np.concatenate(done.actions)} == {(a, b) for a in range(2) for b in range(3)}
+    greedy = rollout(policy, envs, [4], max_steps=1, greedy=True).actions[0][0]
+    observation, _ = Parts().reset(seed=4)
+    assert greedy.tolist() == policy.predict(observation, deterministic=True)[0].tolist()
+
+
+@pytest.mark.parametrize("outputs", ["logits", "values"])
+def test_nan_that_a_policy_returns_is_an_error_that_names_it(network, points, cart_poles, outputs):
+    with torch.no_grad():
+        network[2].bias[0] = torch.nan
+    with pytest.raises(DistributionError) as caught:
+        rollout(network, cart_poles, [0, 1], max_steps=2, outputs=outputs)
+    assert str(caught.value) == (
+        "Sequential returned a torch.float32 tensor of shape (2, 2) with NaN, so there is no distribution over "
+        "actions. Find the first activation with NaN: recording(...)."
+    )
+
+
+def test_nan_of_a_distribution_that_is_not_validated_is_an_error(cart_poles):
+    unchecked = lambda seen: Categorical(logits=torch.full((len(seen), 2), torch.nan), validate_args=False)  # noqa: E731
+    for greedy in (False, True):
+        with pytest.raises(DistributionError) as caught:
+            rollout(unchecked, cart_poles, [0, 1], max_steps=2, greedy=greedy)
+        assert str(caught.value) == (
+            "The policy's Categorical contains NaN, so no action can be sampled. Find the first activation with NaN: "
+            "recording(...)."
+        )
+
+
+def test_nan_that_a_patch_brings_in_is_the_patchs_error(points, cart_poles):
+    patch = edit(points.site("1"), lambda activation: activation * torch.nan)
+    with pytest.raises(NaNError, match="NaN"):
+        rollout(PatchedPolicy(points, patch), cart_poles, [0, 1], max_steps=2, outputs="logits")
+    with pytest.raises(NaNError, match="NaN"):
+        rollout_sweep(points, cart_poles, [0, 1], {"nan": patch}, max_steps=2, outputs="logits")
+
+
 def test_a_maskable_policy_of_sb3_contrib_takes_only_allowed_actions(allowing):
     policy = MaskablePPO("MlpPolicy", Allowing(), seed=0).policy
     with pytest.raises(RolloutError, match="MaskableActorCriticPolicy expects action_masks"):
@@ -263,6 +388,18 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         "function returned a torch.int64 tensor of shape (2, 4), but outputs='logits' requires a float tensor (row, "
         "action).",
     ),
+    "the logit of one of two actions": (
+        returning(lambda rows: torch.zeros(rows, 1), outputs="logits"),
+        DistributionError,
+        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If it holds the logit of the "
+        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+    ),
+    "the value of one action, with a value": (
+        returning(lambda rows: (torch.zeros(rows, 1), torch.zeros(rows)), outputs="values"),
+        DistributionError,
+        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If it holds the logit of the "
+        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+    ),
     "a tuple of other tensors": (
         returning(lambda rows: (torch.zeros(rows, 4), torch.zeros(rows), torch.zeros(rows)), outputs="logits"),
         DistributionError,
@@ -285,6 +422,22 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.zeros((3, 4))),
         RolloutError,
         "masks allows no action in at least one environment. Return True for allowed actions.",
+    ),
+    "masks that are added to logits": (
+        returning(
+            lambda rows: torch.zeros(rows, 4),
+            outputs="logits",
+            masks=lambda envs, infos: np.array([[0, -np.inf, 0, -np.inf]] * 3, np.float32),
+        ),
+        RolloutError,
+        "masks must return bools, or 0 and 1; got -inf (float32). 1 means that an action is allowed. If the numbers "
+        "are added to logits (0 or -inf), return: numbers == 0.",
+    ),
+    "masks of whole numbers that are the allowed actions": (
+        returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: [[0, 2, 1, 3]] * 3),
+        RolloutError,
+        "masks must return bools, or 0 and 1; got 2 (int64). 1 means that an action is allowed. If the numbers are "
+        "added to logits (0 or -inf), return: numbers == 0.",
     ),
     "masks of continuous actions": (
         returning(lambda rows: Normal(torch.zeros(rows, 4), 1.0), masks=lambda envs, infos: np.ones((3, 4))),

@@ -12,7 +12,7 @@ from policies import same
 from torch import nn
 
 import chanpatch.policies
-from chanpatch import PatchedPolicy, edit, hook_points, patched, resample_ablate, sweep, zero_ablate
+from chanpatch import PatchedPolicy, Site, edit, hook_points, patched, resample_ablate, sweep, zero_ablate
 from chanpatch.errors import EditError, RolloutError
 from chanpatch.patching import Patch, Scale
 
@@ -167,30 +167,73 @@ def test_outside_a_rollout_a_row_is_its_own_environment_and_has_no_seed(points, 
     assert str(caught.value) == "The patch at Site('1') uses context.seeds, which requires a rollout."
 
 
-@pytest.mark.parametrize("way", ["twin", "sweep", "object"])
-def test_a_function_that_reads_the_environments_by_episode_is_refused(points, site, way):
+class Near:
+    """Selects the rows by the places of the environments that it holds."""
+
+    def __init__(self, envs):
+        self.envs = envs
+
+    def __call__(self, context):
+        return torch.tensor(self.envs.get_attr("place"))[context.rows].view(-1, 1) > 0
+
+
+def near(envs):
+    return lambda context: torch.tensor(envs.get_attr("place"))[context.rows].view(-1, 1) > 0
+
+
+def near_members(members):
+    return lambda context: torch.tensor([members[row % 5].place > 0 for row in context.rows.tolist()]).view(-1, 1)
+
+
+BY_ROWS = {
+    "function": near,
+    "object": Near,
+    "method": lambda envs: Near(envs).__call__,
+    "list of environments": lambda envs: near_members(envs.envs),
+    "list of bare environments": lambda envs: near_members([each.unwrapped for each in envs.envs]),
+}
+
+
+@pytest.mark.parametrize("way", ["twin", "sweep"])
+@pytest.mark.parametrize("kind", BY_ROWS)
+def test_a_function_that_reads_the_environments_by_episode_is_refused(points, site, way, kind):
     envs = walks()
-
-    class Near:
-        def __init__(self):
-            self.envs = envs
-
-        def __call__(self, context):
-            return torch.tensor(self.envs.get_attr("place"))[context.rows].view(-1, 1) > 0
-
-    def near(context):
-        return torch.tensor(envs.get_attr("place"))[context.rows].view(-1, 1) > 0
-
-    patch = zero_ablate(site, where=Near() if way == "object" else near)
+    patch = zero_ablate(site, where=BY_ROWS[kind](envs))
     with pytest.raises(RolloutError) as caught:
         if way == "sweep":
             rollout_sweep(points, envs, SEEDS, {"near": patch}, max_steps=9)
         else:
             rollout(PatchedPolicy(points, patch), envs, SEEDS, max_steps=9)
     assert str(caught.value) == (
-        "A function in Patch(Site('1'), Set, where=...) indexes the environments with context.rows, which contains "
-        "episode numbers. Use context.environments, which contains the sub-environment of each row."
+        "A function in Patch(Site('1'), Set, where=...) reads the environments and context.rows, which contains "
+        "episode numbers. To index the environments, use context.environments, which contains the sub-environment of "
+        "each row. If the function does not index them, read them outside of it."
     )
+
+
+class Table:
+    """Selects the rows by a table of episodes, and holds environments of which only the spaces are read."""
+
+    def __init__(self, envs):
+        self.envs, self.table = envs, torch.arange(8) % 2 == 0
+
+    def __call__(self, context):
+        return (self.table[context.rows] & bool(self.envs.single_action_space.n == 2)).view(-1, 1)
+
+
+def by_table(envs):
+    table = torch.arange(8) % 2 == 0
+    return lambda context: (table[context.rows] & bool(envs.num_envs == 5 and envs.single_action_space.n == 2)).view(
+        -1, 1
+    )
+
+
+@pytest.mark.parametrize("kind", [Table, by_table])
+def test_a_function_may_read_the_number_and_the_spaces_of_the_environments_beside_rows(points, site, kind):
+    envs = walks()
+    swept = rollout_sweep(points, envs, SEEDS, {"even": zero_ablate(site, where=kind(envs))}, max_steps=9)
+    even = zero_ablate(site, where=lambda context: (context.rows % 2 == 0).view(-1, 1))
+    assert same(swept["even"], rollout(PatchedPolicy(points, even), envs, SEEDS, max_steps=9))
 
 
 # --- random draws ---
@@ -280,6 +323,21 @@ def test_outside_a_rollout_uniform_numbers_depend_on_the_row(points, site):
     assert torch.equal(whole, again) and torch.allclose(part, whole[:3]) and len(whole[:, 0].unique()) == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_uniform_numbers_stay_below_one_in_every_dtype(dtype):
+    drawn = []
+
+    def draw(activation, *, context):
+        drawn.append(context.uniform((20_000,)))
+        return activation
+
+    model = nn.Linear(1, 1).to(dtype)
+    with patched(model, edit(Site(".out"), draw)):
+        model(torch.zeros(5, 1, dtype=dtype))
+    assert drawn[0].dtype == dtype and drawn[0].min() >= 0 and 0.99 < drawn[0].max() < 1
+    assert abs(drawn[0].double().mean() - 0.5) < 0.01
+
+
 # --- state ---
 
 
@@ -301,8 +359,14 @@ class Previous:
 
 def test_a_callable_object_as_edit_under_two_labels_is_refused(points, site):
     previous = Previous()
-    for kept in (previous, previous.method, functools.partial(previous)):
-        patches = {"one": edit(site, kept), "two": edit(site, kept)}
+    ways = [
+        (previous, previous),
+        (previous.method, previous.method),
+        (functools.partial(previous), functools.partial(previous)),
+        (previous, functools.partial(previous.method)),
+    ]
+    for one, two in ways:
+        patches = {"one": edit(site, one), "two": edit(site, two)}
         for control in (False, True):
             one, two = ({label: patches[label]} for label in patches)
             given = {"patches": one, "controls": two} if control else {"patches": patches}
@@ -347,8 +411,25 @@ def test_a_callable_object_as_edit_at_two_sites_is_refused(points, site):
         "Previous is the edit at both Site('0') and Site('1'), which would share its state. Use a separate object for "
         "each patch, or a plain function."
     )
-    with pytest.raises(EditError, match="which would share its state"):
-        patched(points, [edit(site, previous)] * 2)
+    for one, two in ((previous, previous), (previous.method, previous.method), (previous, previous.__call__)):
+        with pytest.raises(EditError, match="which would share its state"):
+            patched(points, [edit(site, one), edit(site, two)])
+
+
+def test_two_methods_of_one_object_may_be_edits_of_one_label(points, site):
+    class Replay:
+        """Records one activation, and puts its negative in place of another."""
+
+        def record(self, activation):
+            self.last = activation
+            return activation
+
+        def replay(self, activation):
+            return -self.last
+
+    replay = Replay()
+    twin = PatchedPolicy(points, [edit(points.site("0"), replay.record), edit(site, replay.replay)])
+    assert torch.equal(twin(torch.ones(2, 4)), points.model[2](-points.model[0](torch.ones(2, 4))))
 
 
 def test_functions_modules_and_edits_of_chanpatch_may_be_shared(points, site):
@@ -373,7 +454,15 @@ def test_objects_of_their_own_under_two_labels_equal_twins(points, site):
     assert same(swept["a"], twin) and same(swept["b"], twin) and not same(swept["original"], twin)
 
 
-def test_a_callable_object_as_where_of_several_patches_is_called_once_per_root_call(points, site):
+WHERE = {
+    "object": lambda where: where,
+    "method": lambda where: where.__call__,
+    "partial": lambda where: functools.partial(where.selected, True),
+}
+
+
+@pytest.mark.parametrize("kind", WHERE)
+def test_a_callable_object_as_where_of_several_patches_is_called_once_per_root_call(points, kind):
     class Alternating:
         """Selects every other forward."""
 
@@ -384,9 +473,12 @@ def test_a_callable_object_as_where_of_several_patches_is_called_once_per_root_c
             self.calls += 1
             return self.calls % 2 == 0
 
+        def selected(self, even, context):
+            return self(context) is even
+
     for way in ("twin", "sweep"):
         where = Alternating()
-        patches = [zero_ablate(points.site("0"), where=where), zero_ablate(points.site("2"), where=where)]
+        patches = [zero_ablate(points.site(name), where=WHERE[kind](where)) for name in ("0", "2")]
         if way == "twin":
             twin = PatchedPolicy(points, patches)
             for calls in (1, 2, 3):

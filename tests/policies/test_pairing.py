@@ -126,8 +126,24 @@ def test_masks_without_a_seed_are_an_error():
         allowed[:, 0] |= ~allowed.any(axis=1)
         return allowed
 
-    with pytest.raises(RolloutError, match="cannot be compared"):
+    with pytest.raises(RolloutError, match="does not determine the episode: masks are random, or the environment"):
         paired_rollouts({"one": fair, "same": fair}, games(), SEEDS, max_steps=9, masks=masks)
+
+
+def test_zeros_of_either_sign_are_equal():
+    class Signed(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Discrete(2)
+        sign = 1.0
+
+        def reset(self, *, seed=None, options=None):
+            Signed.sign *= -1
+            return np.array([0.0, 0.5], np.float32) * [self.sign, 1], {}
+
+        def step(self, action):
+            return np.array([0.0, 0.5], np.float32) * [self.sign, 1], 0.0 * self.sign, False, False, {}
+
+    pairs = paired_rollouts({"one": fair, "same": fair}, SyncVectorEnv([Signed]), [1, 2, 3], max_steps=4)
+    assert same(pairs["one"], pairs["same"])
 
 
 @pytest.mark.parametrize("wrapper", [NormalizeObservation, NormalizeReward])

@@ -12,7 +12,7 @@ from policies import SEEDS, Drifting, Recurrent, same
 from torch import nn
 
 import chanpatch
-from chanpatch import PatchedPolicy, Site, edit, hook_points, resample_ablate, zero_ablate
+from chanpatch import PatchedPolicy, Site, edit, hook_points, patched, recording, resample_ablate, zero_ablate
 from chanpatch.engine.moments import published
 from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingPackageError, NaNError, RolloutError
 from chanpatch.patching import Add, Patch, Scale, run_with_cache
@@ -442,3 +442,17 @@ def test_without_a_bar_tqdm_is_not_needed(points, monkeypatch):
         assert rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=3, progress=progress)["ablated"]
     with pytest.raises(MissingPackageError):
         rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=3, progress=True)
+
+
+def test_a_sweep_inside_an_open_context_on_the_policy_is_refused(policy, points):
+    inside = {
+        "patched": patched(points, zero_ablate(points.site("layers.1"))),
+        "recorded": recording(points, "layers.1"),
+    }
+    for context in inside.values():
+        with pytest.raises(RolloutError) as caught, context:
+            rollout_sweep(points, drifting(4), SEEDS, zero_ablate(points.site("layers.1")), max_steps=2)
+        assert str(caught.value) == (
+            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
+            "Close the context. To apply its patches under every label, pass PatchedPolicy(policy, patches)."
+        )

@@ -705,6 +705,24 @@ def test_a_policy_that_refuses_bytes_is_told_to_convert_them(layer):
     )
 
 
+def test_a_state_that_the_policy_keeps_for_more_rows_than_still_run_gets_advice():
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head, self.hidden = nn.GRUCell(4, 8), nn.Linear(8, 2), None
+
+        def forward(self, observations):
+            self.hidden = self.cell(observations, self.hidden)
+            return self.head(self.hidden)
+
+    message = refused(RolloutError, policy=Keeping(), max_steps=99, envs=cart_poles(3), outputs="logits")
+    assert message == (
+        "The policy failed when the number of running episodes fell from 3 to 2 (Input batch size 2 doesn't match "
+        "hidden0 batch size 3). If it stores a recurrent state with one row per environment, return the state and set "
+        "initial_state=, or use a single environment."
+    )
+
+
 def test_an_error_of_the_policys_own_stays_as_it_is():
     envs = environments(IMAGE, gymnasium.spaces.Discrete(2))
     policy = lambda x: nn.Linear(4, 2)(x / 255)  # noqa: E731
@@ -722,8 +740,10 @@ def test_a_mistake_of_dtypes_that_is_not_about_the_observations_stays_as_it_is()
         ({"seeds": []}, "seeds is empty: pass one seed per episode."),
         ({"seeds": [3, -4]}, "A seed must be a whole number, at least 0; got -4."),
         ({"seeds": [0.5]}, "A seed must be a whole number, at least 0; got 0.5."),
+        ({"seeds": [3, 2**64]}, "A seed must be less than 2**63, to fit into int64; got 18446744073709551616."),
         ({"sampling_seed": -1}, "sampling_seed must be a whole number, at least 0; got -1."),
-        ({"max_steps": 0}, "max_steps must be at least 1; got 0."),
+        ({"max_steps": 0}, "max_steps must be a whole number, at least 1; got 0."),
+        ({"max_steps": 2.5}, "max_steps must be a whole number, at least 1; got 2.5."),
     ],
 )
 def test_a_wrong_number_is_refused_by_name(changed, message):
@@ -784,7 +804,10 @@ def acting(envs, distribution):
             r"Categorical has batch shape \(\) for 2 rows.*logits of shape \(row, action\)",
         ),
         (lambda rows: torch.zeros(1, 2), r"batch shape \(1,\) for 2 rows"),
-        (lambda rows: torch.zeros(rows, 1), r"Categorical has 1 actions, but the environment expects Discrete\(2\)"),
+        (
+            lambda rows: Categorical(logits=torch.zeros(rows, 1)),
+            r"Categorical has 1 actions, but the environment expects Discrete\(2\)",
+        ),
         (lambda rows: torch.zeros(rows, 3), "has 3 actions"),
         (lambda rows: Normal(torch.zeros(rows), 1.0), "Normal is continuous"),
     ],

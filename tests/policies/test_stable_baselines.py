@@ -100,6 +100,42 @@ def test_actions_are_fitted_also_if_a_function_asks_the_policy_for_its_distribut
     assert all(pairs[name].to_records() == pairs["policy"].to_records() for name in pairs)
 
 
+class Moving(gymnasium.Env):
+    """Takes actions of two axes."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-9, 9, (3,)), gymnasium.spaces.Box(-0.01, 2.0, (2, 2))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.normal(size=3).astype(np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return self.np_random.normal(size=3).astype(np.float32), float(action.sum()), False, False, {}
+
+
+gymnasium.register("Moving-v0", Moving)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, SAC, TD3])
+def test_actions_of_two_axes_are_those_that_predict_gives(algorithm):
+    policy = algorithm("MlpPolicy", Moving(), seed=1, device="cpu").policy
+    policy.set_training_mode(False)
+    done = rollout(policy, SyncVectorEnv([Moving] * 2), SEEDS, max_steps=4, greedy=True)
+    for seed, actions in zip(SEEDS, done.actions, strict=True):
+        np.testing.assert_allclose(actions, predicted(policy, "Moving-v0", seed, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_policy_with_actions_of_another_size_is_refused():
+    policy = PPO("MlpPolicy", "Pendulum-v1", seed=1, device="cpu").policy
+    with pytest.raises(RolloutError) as caught:
+        rollout(policy, SyncVectorEnv([Moving] * 2), SEEDS, max_steps=4)
+    assert str(caught.value) == (
+        "The policy's distribution produces actions of shape (2, 1) for 2 rows, but Box(-0.01, 2.0, "
+        "(2, 2), float32) expects shape (2, 2, 2)."
+    )
+
+
 def test_actions_of_other_policies_are_not_clipped():
     for far in (Normal(torch.full((2, 1), 5.0), 0.1), Independent(Normal(torch.full((2, 1), 5.0), 0.1), 1)):
         done = rollout(lambda _, far=far: far, envs_of("Pendulum-v1"), [0, 1], max_steps=2)

@@ -82,7 +82,7 @@ class Moment:
         forward: Index of the root call within a step of a rollout or within a method of a twin.
         published: Rows of the forward pass, and their episodes.
         running: Method of the root call, or None.
-        masks: Masks returned by stateful `where` callables in this root call, by object id and `call`.
+        masks: Masks returned by stateful `where` callables in this root call, by `call_key` and `call`.
     """
 
     inputs: tuple[Any, ...] = ()
@@ -90,7 +90,7 @@ class Moment:
     forward: int = 0
     published: Published = field(default_factory=Published)
     running: str | None = None
-    masks: dict[tuple[int, int], Any] = field(default_factory=dict)
+    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -108,4 +108,4 @@ class RootCall:
     counts: dict[object, int] = field(default_factory=dict)  # number of calls so far, by station or tap
     under_way: dict[object, list[int]] = field(default_factory=dict)  # indices of the running calls
     given: list[Any] = field(default_factory=list)  # tensors and containers in the arguments
-    masks: dict[tuple[int, int], Any] = field(default_factory=dict)  # as in Moment
+    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # as in Moment

@@ -37,19 +37,24 @@ def _named(found: Any) -> Distribution | None:
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
-def tensor_in(output: Any) -> Tensor | None:
-    """Return an output that is a tensor, or the first tensor of a pair `(logits, value)`; otherwise None."""
+def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
+    """Return an output that is a tensor, or the first tensor of a pair `(tensor, value)`; otherwise None."""
     if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(item, Tensor) for item in output):
         first, value = output
         is_value = value.is_floating_point() and value.shape in (first.shape[:1], (*first.shape[:1], 1))
-        return first if first.dim() > 1 and is_value else None
+        return first if first.dim() >= least_axes and is_value else None
     return output if isinstance(output, Tensor) else None
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution defined by logits; None if the tensor cannot be logits."""
+    """Return the distribution defined by logits; None if the tensor cannot be logits. One column raises an error."""
     if not logits.is_floating_point() or not logits.dim():
         return None
+    if logits.shape[-1] == 1:
+        raise DistributionError(
+            f"A tensor of shape {tuple(logits.shape)} has a single action, whose probability is always 1. If it holds "
+            "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...)."
+        )
     # Values inside vmap and empty tensors cannot be validated. The argument is explicit because the first torch.compile
     # in a process disables validation by default.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))

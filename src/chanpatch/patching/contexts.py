@@ -25,7 +25,7 @@ from ..errors import (
     did_you_mean,
 )
 from ..registry.points import HookPoints, bound, refuse_unhookable, resolve, root_of
-from .edit_context import may_hold_state
+from .edit_context import call_key, state_of
 from .firing import Firing, Ledger
 from .patch import Patch, edit_name
 
@@ -172,17 +172,17 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
 
 
 def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
-    """Raise if two patches share a stateful callable as their edit."""
-    known: dict[int, Patch] = {}
+    """Raise if two patches share a stateful callable, or the same method of one, as their edit."""
+    known: dict[object, Patch] = {}
     for patch in patches:
-        if not may_hold_state(patch.edit):
+        if state_of(patch.edit) is None:
             continue
-        if first := known.get(id(patch.edit)):
+        if first := known.get(key := call_key(patch.edit)):
             raise EditError(
                 f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, which would share its "
                 "state. Use a separate object for each patch, or a plain function."
             )
-        known[id(patch.edit)] = patch
+        known[key] = patch
 
 
 class Patching(ContextSession):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +70,8 @@ class Context:
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
         drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)
         dtype = leaf.dtype if (leaf := self._region[2]).is_floating_point() else torch.get_default_dtype()
-        return torch.from_numpy(drawn).to(leaf.device, dtype)
+        below_one = 1 - torch.finfo(dtype).eps / 2  # half precision would round some draws up to 1
+        return torch.from_numpy(drawn).to(leaf.device, dtype).clamp_(max=below_one)
 
     def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
         """Return the random key of each row in a rollout; an empty list outside a rollout."""
@@ -80,9 +82,9 @@ class Context:
 
     def mask_of(self, where: Callable[[Context], Any]) -> Any:
         """Return the mask from a `where` function; a stateful one runs only once per root call and call index."""
-        if not may_hold_state(where):
+        if state_of(where) is None:
             return where(self)
-        masks, key = self.moment.masks, (id(where), self.call)
+        masks, key = self.moment.masks, (*call_key(where), self.call)
         if key not in masks:
             masks[key] = where(self)
         return masks[key]
@@ -106,15 +108,28 @@ class Context:
         return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
 
 
-def may_hold_state(function: Any) -> bool:
-    """Return whether a callable is an instance of a user's class or a method of such an instance (not a module)."""
+def state_of(function: Any) -> Any:
+    """Return the user's object behind a callable: an instance, or the owner of a method; None for functions, modules."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)
     own_call = any(isinstance(vars(kind).get("__call__"), types.FunctionType) for kind in type(owner).__mro__)
     is_method = isinstance(function, types.MethodType) and not isinstance(owner, type)
     of_a_library = type(owner).__module__.partition(".")[0] in ("chanpatch", "torch")
-    return (own_call or is_method) and not of_a_library and not isinstance(owner, nn.Module)
+    may = (own_call or is_method) and not of_a_library and not isinstance(owner, nn.Module)
+    return owner if may else None
+
+
+def call_key(function: Any) -> tuple[object, ...]:
+    """Return a key that two callables share if they call the same method of one object with the same arguments."""
+    if isinstance(function, functools.partial):
+        given = [*function.args, *itertools.chain(*sorted(function.keywords.items()))]
+        return (
+            *call_key(function.func),
+            *(each if isinstance(each, (int, float, str)) else id(each) for each in given),
+        )
+    method = function if isinstance(function, types.MethodType) else getattr(function, "__call__", function)  # noqa: B004
+    return id(getattr(method, "__self__", method)), id(getattr(method, "__func__", method))
 
 
 def uniform(keys: Sequence[tuple[Any, ...]], shape: Sequence[int] = ()) -> NDArray[np.float64]:

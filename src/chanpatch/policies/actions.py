@@ -56,6 +56,11 @@ def chosen_actions(
             f"The policy's {type(distribution).__name__} has batch shape {tuple(distribution.batch_shape)} for {rows} "
             "rows. A policy must return one distribution per row: logits of shape (row, action), not (action,)."
         )
+    if (distribution.loc if isinstance(distribution, Normal) else distribution.probs).isnan().any():
+        raise DistributionError(
+            f"The policy's {type(distribution).__name__} contains NaN, so no action can be sampled. Find the first "
+            "activation with NaN: recording(...)."
+        )
     if streams is None:
         # torch's Bernoulli.mode is NaN at probability 0.5.
         mode = distribution.probs >= 0.5 if isinstance(distribution, Bernoulli) else distribution.mode
@@ -89,7 +94,9 @@ def _is_tanh(distribution: Distribution) -> bool:
 
 def _in_box(decision: Decision, actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
-    return decision.fitted(actions, space) if is_box and decision.fitted else actions
+    if decision.fitted is None or not is_box or actions.size != len(actions) * space.low.size:  # type: ignore[attr-defined]
+        return actions
+    return decision.fitted(actions.reshape(-1, *space.low.shape), space)  # type: ignore[attr-defined]
 
 
 def _given(actions: NDArray[Any], rows: int, space: Space[Any]) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,10 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
     except (TypeError, ValueError):  # some builtins have no signature
         return policy
     name = type(owner).__name__
-    if "action_masks" in signature.parameters and not masked:
+    masking = name if "action_masks" in signature.parameters else _masking(policy)
+    if masking and not masked:
         raise RolloutError(
-            f"{name} expects action_masks; without them it may choose actions that are not allowed. Pass "
+            f"{masking} expects action_masks; without them it may choose actions that are not allowed. Pass "
             'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
         )
     try:
@@ -104,6 +106,16 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
             "lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
         ) from None
     return policy
+
+
+def _masking(policy: Any) -> str:
+    """Return the class of a module that expects action masks, among those that a policy is or refers to, or ""."""
+    for module in (module for held in held_modules(policy) for module in held.modules()):
+        own = getattr(module, "get_distribution", None)
+        with suppress(TypeError, ValueError):  # some builtins have no signature
+            if callable(own) and "action_masks" in inspect.signature(own).parameters:
+                return type(module).__name__
+    return ""
 
 
 def _check_observations(policy: Any, envs: Any) -> None:

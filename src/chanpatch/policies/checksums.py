@@ -23,6 +23,8 @@ def checksums(observations: Any, count: int) -> NDArray[np.uint64]:
         observations = observations.numpy(force=True) if isinstance(observations, Tensor) else np.array(observations)
     if observations.dtype.kind in "OSU":
         return np.array([_of_object(each) for each in observations], np.uint64)
+    if observations.dtype.kind in "fc":
+        observations = observations + 0.0  # -0.0 equals 0.0
     data = np.ascontiguousarray(observations).reshape(count, -1)
     if rest := data.shape[1] * data.itemsize % 8:
         data = np.concatenate([data.view(np.uint8), np.zeros((count, 8 - rest), np.uint8)], axis=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dis
 import functools
+import itertools
 import types
 import weakref
 from collections import deque
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from ..engine.hooks import drop_hooks, is_ours
 from ..errors import RolloutError, UnsupportedModelError
+from ..patching.edit_context import state_of
 from ..patching.patch import Patch
 
 STATE = "_chanpatch"  # the attribute that stores a twin's patches
@@ -95,17 +98,50 @@ def patches_inside(policy: Any) -> list[Patch]:
 
 
 def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
-    """Raise an error if a patch function indexes the environments by `context.rows`, not `context.environments`."""
+    """Raise an error if a patch function reads the environments and `context.rows`, but not `context.environments`.
+
+    It may read their number, spec and spaces. A list of sub-environments counts as the environments.
+    """
+    inside = {id(each) for one in getattr(envs.unwrapped, "envs", ()) for each in (one, one.unwrapped)}
     for patch in patches:
         for function in filter(callable, (patch.edit, patch.where)):
-            known = _referred_to([function, *getattr(function, "__dict__", {}).values(), type(function).__call__])
-            names = {name for each in known if isinstance(each, types.FunctionType) for name in each.__code__.co_names}
-            reads = any(each is envs or each is envs.unwrapped for each in known)
-            if reads and "rows" in names and "environments" not in names:
+            owner = function if (holder := state_of(function)) is None else holder
+            own = getattr(owner, "__dict__", {})
+            known = _referred_to([function, *own.values(), type(owner).__call__])
+            functions = [each for each in known if isinstance(each, types.FunctionType)]
+            names = {name for each in functions for name in each.__code__.co_names}
+            if "rows" not in names or "environments" in names:
+                continue
+            steps = [step for each in functions for step in itertools.pairwise(dis.get_instructions(each))]
+            read = {one.argval for one, after in steps if "LOAD" in one.opname and after.argval not in _OF_SPACES}
+            variables = [*own.items(), *itertools.chain(*map(_variables, functions))]
+            spared = {id(each) for name, each in variables if name not in read}
+            read_ones = [each for each in known if id(each) not in spared]
+            read_ones += [each for name, each in variables if name in read]
+            lists = [
+                each for each in read_ones if isinstance(each, (list, tuple)) and inside.intersection(map(id, each))
+            ]
+            if lists or any(each is envs or each is envs.unwrapped for each in read_ones):
                 raise RolloutError(
-                    f"A function in {patch!r} indexes the environments with context.rows, which contains episode "
-                    "numbers. Use context.environments, which contains the sub-environment of each row."
+                    f"A function in {patch!r} reads the environments and context.rows, which contains episode numbers. "
+                    "To index the environments, use context.environments, which contains the sub-environment of each "
+                    "row. If the function does not index them, read them outside of it."
                 )
+
+
+_OF_SPACES = {
+    "num_envs",
+    "spec",
+    *(f"{one}{kind}_space" for one in ("", "single_") for kind in ("action", "observation")),
+}
+
+
+def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables that a function takes from around it, and the globals that it names."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):
+            yield name, cell.cell_contents
+    yield from ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
 
 
 def _memo(policy: nn.Module, kept: list[Any]) -> dict[int, Any]:

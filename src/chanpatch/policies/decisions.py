@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
+from torch.nn.functional import pad
 
-from ..errors import DistributionError, RolloutError
+from ..errors import ChanpatchError, DistributionError, RolloutError
 from ..metrics.outputs import categorical, described, distribution_in, no_distribution, tensor_in
 from .stable_baselines import fit, fit_of_distribution, is_sb3_policy
 
@@ -34,8 +35,9 @@ def action_distribution(
 ) -> Distribution:
     """Return a policy's distribution over actions for a batch of observations.
 
-    The policy may return a distribution, a tuple that contains a distribution, or a dict or object with `logits` or a
-    distribution. Stable-Baselines3 policies, and others with a `get_distribution` method, are also supported.
+    The policy may return a distribution, a tuple that contains one, or a dict or object with `logits` or a
+    distribution; or a list of Categoricals, for the parts of a MultiDiscrete action, which are padded to
+    `(row, part, choice)`. Stable-Baselines3 policies, and others with a `get_distribution` method, are also supported.
 
     Args:
         policy: Module or function of observations.
@@ -95,9 +97,21 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
 
     `masks` has axes `(row, action)` and is True for allowed actions.
     """
+    try:
+        return _decision_in(output, subject, outputs, masks)
+    except ValueError as fault:
+        if isinstance(fault, ChanpatchError):
+            raise
+        raise DistributionError(
+            f"{subject} returned {described(output)} with NaN, so there is no distribution over actions. Find the "
+            "first activation with NaN: recording(...)."
+        ) from fault
+
+
+def _decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None) -> Decision:
     if isinstance(output, Decision):
         decision = output
-    elif (found := distribution_in(output)) is not None:  # PatchedPolicy handles ValueError due to NaN
+    elif (found := _joined(output) or distribution_in(output)) is not None:
         if outputs in ("values", "actions"):
             raise DistributionError(
                 f"{subject} returned {described(output)}, which contains a distribution, but outputs={outputs!r} only "
@@ -116,10 +130,24 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
     return Decision(Categorical(logits=_masked(decision.choice.logits, masks)))
 
 
+def _joined(output: Any) -> Categorical | None:
+    """Return the distributions for the parts of a MultiDiscrete action as one `(row, part, choice)`, else None."""
+    parts = getattr(output, "distribution", output)
+    if (
+        not isinstance(parts, (list, tuple))
+        or len(parts) < 2
+        or not all(isinstance(each, Categorical) for each in parts)
+    ):
+        return None
+    most = max(each.logits.shape[-1] for each in parts)
+    padded = [pad(each.logits, (0, most - each.logits.shape[-1]), value=-torch.inf) for each in parts]
+    return Categorical(logits=torch.stack(padded, 1))
+
+
 def _of_tensor(
     output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None
 ) -> Distribution | Tensor:
-    tensor = output if outputs == "actions" else tensor_in(output)
+    tensor = tensor_in(output, 1 if outputs == "actions" else 2)
     if not isinstance(tensor, Tensor):
         example = ": lambda observations: policy(observations)[0]" if isinstance(output, (tuple, list)) else ""
         raise no_distribution(output, f"{subject} returned", f"Pass a function that selects it{example}.")
@@ -158,9 +186,15 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
     """Return the bool mask `(environment, action)` of all sub-environments, or None if there are no masks."""
     if masks is None:
         return None
-    found = np.array(masks(envs, infos), dtype=np.bool_)
+    found = np.array(masks(envs, infos))
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(
             f"masks returned shape {found.shape} for {envs.num_envs} environments. Return a row for each."
         )
-    return found
+    others = found[~np.isin(found, (0, 1))]
+    if others.size:
+        raise RolloutError(
+            f"masks must return bools, or 0 and 1; got {others[0]} ({found.dtype}). 1 means that an action is allowed. "
+            "If the numbers are added to logits (0 or -inf), return: numbers == 0."
+        )
+    return found.astype(np.bool_)

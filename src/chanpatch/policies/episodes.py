@@ -73,8 +73,7 @@ def play(
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
     refuse_environments_by_rows(patches_inside(policy), envs)
     log = _Log(seeds, settings, times, label)
-    if settings.max_steps < 1:
-        raise RolloutError(f"max_steps must be at least 1; got {settings.max_steps}.")
+    whole("max_steps", settings.max_steps, 1, RolloutError)
     waves = range(0, log.plays, envs.num_envs)
     held = nn.ModuleList(held_modules(policy))
     with undisturbed(held) as run, progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance:
@@ -93,6 +92,8 @@ class _Log:
         if not isinstance(seeds, Iterable):
             raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
+        if max(checked, default=0) >= 2**63:
+            raise RolloutError(f"A seed must be less than 2**63, to fit into int64; got {max(checked)}.")
         if not checked:
             raise RolloutError("seeds is empty: pass one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)
@@ -117,13 +118,14 @@ class _Log:
         """Add one step of the given plays; `seen` contains checksums of the observations after the step."""
         self.returns[plays] += rewards
         self.taken.append((plays, actions))
-        self.checked.append((plays, seen ^ rewards.view(np.uint64)))
+        self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
 
     def rollouts(self) -> list[Rollout]:
         self.actions, self.seen = _of_plays(self.taken), _of_plays(self.checked)
         self.lengths = np.array([*map(len, self.actions)])
         columns = ("seeds", "returns", "lengths", "terminated", "truncated", "actions", "seen")
         shared = {name: getattr(self._settings, name) for name in ("max_steps", "sampling_seed", "greedy")}
+        shared["masked"] = self._settings.masks is not None
         cuts = [slice(start, start + self.episodes) for start in range(0, self.plays, self.episodes)]
         return [Rollout(**{name: getattr(self, name)[cut] for name in columns}, settings=shared) for cut in cuts]
 
@@ -167,7 +169,8 @@ def _play_wave(
             actions[:] = allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
         actions[running] = chosen
         observations, rewards, terminated, truncated, infos = envs.step(actions)
-        over, allowed = terminated | truncated, allowed_actions(settings.masks, envs, infos)
+        over = terminated | truncated
+        allowed = None if over[running].all() else allowed_actions(settings.masks, envs, infos)  # they may lack a mask
         seen = _seen(observations, allowed, envs.num_envs)
         seen[over] = 0  # some environments already return the next episode's observation
         log.add(plays, chosen, np.asarray(rewards[running], np.float64), seen[running])
@@ -224,6 +227,7 @@ class _Actor:
         self._like = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
 
     def begin(self, rows: int) -> None:
+        self._rows_before = rows
         if self._initial_state is not None:
             self._state = self._initial_state(rows)
             for path, tensor in leaves(self._state):
@@ -231,6 +235,7 @@ class _Actor:
 
     def keep(self, running: NDArray[np.bool_]) -> None:
         """Drop the rows of finished episodes."""
+        self._rows_before = len(running)
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(running))
 
     def decision(self, observations: Any, rows: NDArray[np.int64], allowed: NDArray[np.bool_] | None) -> Decision:
@@ -242,7 +247,7 @@ class _Actor:
             else:
                 output = self._with_state(seen)
         except RuntimeError as error:
-            self._explain(error, seen)
+            self._explain(error, seen, len(rows))
             raise
         return decision_in(output, self._name, self._outputs, allowed)
 
@@ -278,8 +283,8 @@ class _Actor:
             return tensor
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def _explain(self, error: RuntimeError, observations: Any) -> None:
-        """Raise an error with advice if torch rejected the observations' dtype or channels-last layout."""
+    def _explain(self, error: RuntimeError, observations: Any, rows: int) -> None:
+        """Raise an error with advice if torch rejected the observations' dtype, layout or number of rows."""
         if isinstance(error, ChanpatchError):
             return
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
@@ -295,6 +300,12 @@ class _Actor:
             raise RolloutError(
                 f"The policy failed on channels-last images ({error}). Its convolution expects (batch, channel, "
                 "height, width): pass lambda observations: policy(observations.permute(0, 3, 1, 2))."
+            ) from error
+        if rows < self._rows_before and {str(rows), str(self._rows_before)} <= {*re.findall(r"\d+", str(error))}:
+            raise RolloutError(
+                f"The policy failed when the number of running episodes fell from {self._rows_before} to {rows} "
+                f"({error}). If it stores a recurrent state with one row per environment, return the state and set "
+                "initial_state=, or use a single environment."
             ) from error
 
 

@@ -30,7 +30,7 @@ class Rollout(Records):
         actions: One array of actions `(step, ...)` per episode.
         seen: One array `(1 + step,)` per episode, with checksums of the first observation, then of each step's reward
             and observation.
-        settings: `max_steps`, `sampling_seed` and `greedy`.
+        settings: `max_steps`, `sampling_seed`, `greedy`, and whether actions were `masked`.
     """
 
     seeds: tuple[int, ...]
@@ -192,10 +192,11 @@ def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
         unlike = first.seen[episode][: steps + 1] != other.seen[episode][: steps + 1]
         if unlike.any() or (not apart.any() and ends[0][episode] != ends[1][episode]):
             when = int(unlike.argmax()) if unlike.any() else steps
+            masks = "masks are random, or " if first.settings.get("masked") else ""
             raise RolloutError(
                 f"{names} cannot be compared: episode {episode} (seed {seed}) differs at step {when}, before their "
-                "actions do. The seed does not determine the episode: the environment ignores it or has another source "
-                "of randomness, or a wrapper carries state across episodes (EpisodicLifeEnv: lives; "
+                f"actions do. The seed does not determine the episode: {masks}the environment ignores it or has "
+                "another source of randomness, or a wrapper carries state across episodes (EpisodicLifeEnv: lives; "
                 "NormalizeObservation, NormalizeReward, VecNormalize: running statistics). Remove that wrapper, or "
                 "freeze its statistics (update_running_mean = False)."
             )

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..engine.hooks import Station
 from ..engine.paths import leaves
 from ..engine.state import training_modules
 from ..errors import BatchAxisError, RolloutError
@@ -75,8 +76,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 
     Raises:
         BatchAxisError: If the batch axis of a site is unknown.
-        ChanpatchError: For the same reasons as `rollout` and PatchedPolicy; if there are no patches; or if the policy
-            has batch norm or dropout in training mode.
+        ChanpatchError: For the same reasons as `rollout` and PatchedPolicy; if there are no patches; if the policy
+            has batch norm or dropout in training mode; or if it is patched or recorded by an open context.
 
     Example:
         >>> import gymnasium, torch
@@ -101,6 +102,12 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         raise RolloutError(
             f"{', '.join(together)} in training mode would let the labels affect each other. Call eval() on the "
             "policy, or use paired_rollouts with one PatchedPolicy per label."
+        )
+    stations = [station for module in model_of(policy).modules() if (station := Station.of(module))]
+    if any(listener.session.confined for station in stations for listener in station.listeners):
+        raise RolloutError(
+            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
+            "Close the context. To apply its patches under every label, pass PatchedPolicy(policy, patches)."
         )
     state_axes = {} if initial_state is None else state_batch_axes(initial_state)
     interventions = _Interventions(policy, [*asked, *others], state_axes, check_nan=check_nan)

@@ -111,7 +111,7 @@ class Forward:
     def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
         """Apply patches to the activation at their hook point; return the result and NaN flags of checked patches."""
         args, kwargs = self.inputs
-        inputs, flags, masks = (*args, *kwargs.values()), [], dict[tuple[int, int], Any]()
+        inputs, flags, masks = (*args, *kwargs.values()), [], dict[tuple[object, ...], Any]()
         for patch in patches:
             point = self.points[patch.site.name]
             firing = Firing(patch, point, check_nan=self.check_nan)
