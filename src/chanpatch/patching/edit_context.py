@@ -109,7 +109,7 @@ class Context:
 
 
 def state_of(function: Any) -> Any:
-    """Return the user's object behind a callable: an instance, or the owner of a method; None for functions, modules."""
+    """Return the user's object behind a callable: an instance, or a method's owner; None for functions and modules."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)
