@@ -207,7 +207,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an empty index": (
         errors.SiteError,
         lambda: Site("conv1", channel=[]),
-        "Site('conv1', channel=[]) selects nothing. Omit channel to select all of it.",
+        "Site('conv1', channel=[]) selects nothing. Omit channel to select the whole axis.",
     ),
     "no index": (
         errors.SiteError,

@@ -73,7 +73,7 @@ class Moments:
         return spread
 
     def varies(self, precision: float = 0.0) -> NDArray[np.bool_]:
-        """Return which channels vary, relative to their mean, by more than rounding error and `precision`."""
+        """Return which channels vary by more than both rounding error and `precision`, relative to their mean."""
         beyond: NDArray[np.bool_] = self.std > max(ROUNDING, precision) * np.abs(self.mean)
         return beyond
 

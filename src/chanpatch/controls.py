@@ -272,7 +272,7 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 class OffDistribution(Records):
     """How far patches push activations off-distribution: one row per channel, in the order of the sites.
 
-    All numbers refer to the channel's sum over its patched region. The table lists the largest `absolute_z` first.
+    All values are for the channel's sum over its patched region. The table lists the largest `absolute_z` first.
 
     Attributes:
         sites: The channel of each row, as a site.
@@ -280,7 +280,7 @@ class OffDistribution(Records):
         mean, std, lowest, highest: Mean, standard deviation, minimum and maximum sum over the unpatched background.
         z: Mean z-score of the patched sums relative to the background; NaN for a channel that does not vary over the
             background.
-        absolute_z: Mean absolute z-score; 0.8 if the patched sums have the background's distribution and it is normal.
+        absolute_z: Mean absolute z-score; about 0.8 if the patched sums follow the background's, normal, distribution.
         outside: Fraction of patched inputs whose sum is below `lowest` or above `highest`.
         inputs, background: Number of patched inputs and number of background inputs.
     """

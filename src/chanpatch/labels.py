@@ -21,7 +21,7 @@ def labelled_patches(
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
     """Return (label, patches) pairs; without a mapping, labels are derived from the sites.
 
-    Raises `fault` if there are no patches or two patches share a label; its message refers to the patches as `what`.
+    `fault` is the exception class if there are no patches, or two share a label. `what` names the patches in messages.
     """
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]

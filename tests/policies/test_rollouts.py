@@ -700,8 +700,8 @@ def test_a_policy_that_refuses_bytes_is_told_to_convert_them(layer):
     message = refused(RolloutError, policy=policy, envs=envs)
     assert message.startswith("The policy failed on observations of dtype torch.uint8 (")
     assert message.endswith(
-        "). A rollout does not preprocess observations. Convert them as in training, in the policy or in a wrapper "
-        "function such as lambda observations: policy(observations.float() / 255)."
+        "). A rollout does not preprocess observations. Convert them the same way as in training, in the policy or "
+        "in a wrapper function such as lambda observations: policy(observations.float() / 255)."
     )
 
 

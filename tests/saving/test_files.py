@@ -665,7 +665,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "an axis that commands a terminal": (
         record(site={"name": "fc", "indices": {"\x1b[2J": []}}),
-        "is damaged: SiteError: Site('fc', \\x1b[2J=[]) selects nothing. Omit \\x1b[2J to select all of it.",
+        "is damaged: SiteError: Site('fc', \\x1b[2J=[]) selects nothing. Omit \\x1b[2J to select the whole axis.",
     ),
     "a receipt of another kind": (
         record() | {"receipt": {"weights": "0"}},

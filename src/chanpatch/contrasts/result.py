@@ -22,20 +22,20 @@ from ..results import Effects, columns, interval_notes, shown_effect, shown_p
 class Contrast(Effects):
     """Differences between clean and corrupted inputs: one row per channel, in execution order.
 
-    All numbers refer to the channel's reduced activation (by default, its sum), in double precision. The table and the
+    All values are for the channel's reduced activation (by default, its sum), in double precision. The table and the
     figure show the largest effects first; `top` selects them.
 
     Attributes:
         sites: The channel of each row, as a site: `[zero_ablate(site) for site in result.top(16).sites]`.
         difference: Mean of clean minus corrupted.
         absolute: Mean absolute value of clean minus corrupted.
-        std: Standard deviation over the background inputs, or NaN without background.
+        std: Standard deviation over the background inputs, or NaN if there is no background.
         low: Lower end of the effect's 95% interval over pairs or clusters of pairs. The intervals are simultaneous over
-            all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if it is withheld.
+            all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if withheld.
         high: Upper end of that interval.
-        p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for all channels by
-            `chanpatch.statistics.max_t_test`, so it is valid for the channel of `top(1)`. NaN if there is no p-value.
-        note: `"few"` if the interval is over fewer than ten pairs, the reason if it is withheld, otherwise empty.
+        p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the
+            number of channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if there is no p-value.
+        note: `"few"` if the interval is based on fewer than ten pairs, the reason if it is withheld, otherwise empty.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
         clusters: Number of independent clusters of pairs.

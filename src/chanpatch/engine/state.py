@@ -273,7 +273,7 @@ def _content(held: Any) -> Any:
 
 
 def _same(held: Any, content: Any) -> bool:
-    """Return whether a container has the same objects in the same order, or an array or tensor has the same values."""
+    """Return whether two containers hold the same objects in order, or two arrays or tensors the same values."""
     if isinstance(held, Tensor):
         dense = [each if each.layout == torch.strided else each.to_dense() for each in (held, content)]
         return torch.equal(*dense)

@@ -20,9 +20,9 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    A key may also be a name, for the whole hook point or its only site in the cache, or a pattern such as `"h.*"` that
-    matches exactly one site. The operators +, -, * and / accept a number or a cache with the same sites,
-    as in `clean - corrupted`. Small integer dtypes become int64.
+    A key may also be a name, which stands for the whole hook point or for its only site in the cache. It may be a
+    pattern such as `"h.*"`, if exactly one site matches. The operators +, -, * and / accept a number or a cache with
+    the same sites, as in `clean - corrupted`. Small integer dtypes become int64.
 
     Args:
         activations: Activation at each site, with the axes of its region, or the axes left by a reduction.

@@ -69,8 +69,8 @@ class ContextSession(Session):
                 lost.append(listener.place.module)
         if lost:
             raise UnsupportedModelError(
-                f"'{lost[0]}' was replaced, or lost its hooks, while the model was patched or recorded. Modify the "
-                "model before you open the context."
+                f"'{lost[0]}' was replaced, or lost its hooks, while a patching or recording context was open. Modify "
+                "the model before you open the context."
             )
 
     def finish(self, error: Exception | None) -> None:

@@ -130,7 +130,7 @@ class Project:
     """Remove the component along a direction (directional ablation).
 
     Args:
-        direction: Tensor whose axes longer than 1 contain the direction: `direction.view(1, -1, 1, 1)` is a direction
+        direction: Tensor with the direction along its axes longer than 1: `direction.view(1, -1, 1, 1)` is a direction
             in channel space. The component is removed at every position along the other axes.
 
     Raises:

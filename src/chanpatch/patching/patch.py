@@ -64,7 +64,7 @@ class Patch:
 
     @property
     def runs_only_ours(self) -> bool:
-        """Whether the patch runs no code other than chanpatch's."""
+        """Whether the patch runs only chanpatch's own code."""
         return type(self.edit).__module__ == Set.__module__ and not callable(self.where)
 
     def __repr__(self) -> str:

@@ -226,7 +226,7 @@ class _TwinState(Patching):
         )
 
     def on_end(self, call: RootCall) -> None:
-        """Raise an error if a patch introduced NaN, or did not run although this call should reach it."""
+        """Raise an error if a patch introduced NaN, or did not run even though this call should have reached it."""
         if self.check_nan:
             raise_nan(self.firings)
         runs_modules = call.station is not None or call.method in self._running_methods

@@ -139,9 +139,9 @@ class LogisticProbe:
     def coefficient_interval(
         self, sums: ArrayLike, labels: ArrayLike, *, penalty: float = 1.0, resamples: int = 999, seed: int = 0
     ) -> Interval[Floats]:
-        """Return the coefficients with their 95% bootstrap intervals, `(channel,)`; arguments as for `fit`.
+        """Return the coefficients with their 95% bootstrap intervals, `(channel,)`. Arguments as for `fit`.
 
-        The inputs are those of the fit. Their scale stays fixed in the resamples.
+        Pass the inputs used for the fit. The scaling from that fit is reused for every resample.
         """
         array, positive = _checked(sums, labels)
         sample = np.column_stack([self._scaled(array), positive])

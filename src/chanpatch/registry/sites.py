@@ -149,7 +149,7 @@ def _selection(name: str, axis: str, index: Any) -> Selection:
     values = [index] if _is_whole(index) else index
     if isinstance(values, Sequence) and not isinstance(values, str):
         if not values:
-            raise SiteError(f"Site({name!r}, {axis}=[]) selects nothing. Omit {axis} to select all of it.")
+            raise SiteError(f"Site({name!r}, {axis}=[]) selects nothing. Omit {axis} to select the whole axis.")
         if all(map(_is_whole, values)):
             return tuple(map(int, values))
         if all(isinstance(value, (bool, np.bool_)) for value in values):

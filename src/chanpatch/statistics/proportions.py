@@ -220,7 +220,7 @@ def _check_one_confidence(first: Interval, second: Interval) -> None:
 
 
 def _corrected_phi(counts: PairedCounts) -> float:
-    """Return the correlation between paired outcomes, with a continuity correction if positive; 0 if undefined."""
+    """Return the correlation between paired outcomes, continuity-corrected if it is positive, 0 if it is undefined."""
     both, only_first, only_second, neither = counts
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if margins == 0:
