@@ -291,6 +291,10 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
             "clusters has shape (3,), but there are 12 pairs. Pass one per pair.",
         ),
         (
+            lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[*"aabbccddeef", None]),
+            "clusters[11] must be a label; got None. Label every row, or leave that row out.",
+        ),
+        (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
             "background has 0 inputs, but at least 2 are needed to measure how much activations vary.",
         ),

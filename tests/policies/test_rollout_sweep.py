@@ -456,3 +456,11 @@ def test_a_sweep_inside_an_open_context_on_the_policy_is_refused(policy, points)
             "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
             "Close the context. To apply its patches under every label, pass PatchedPolicy(policy, patches)."
         )
+
+
+def test_episodes_of_one_seed_are_a_cluster_of_a_sweep_too(points):
+    site = points.site("layers.0")
+    patches, controls = {"no unit": zero_ablate(site)}, [zero_ablate(part) for part in site.split("feature")[:2]]
+    swept = rollout_sweep(points, drifting(5), [*range(5)] * 2, patches, controls=controls, max_steps=20)
+    assert {record["note"] for record in swept.comparisons()} == {"5 independent clusters, fewer than 6"}
+    assert repr(swept).startswith("1 patch, mean return over the same 10 episodes (5 seeds)\n")

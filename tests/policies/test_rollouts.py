@@ -528,6 +528,21 @@ def test_policies_are_compared_with_the_first_episode_by_episode():
     }
 
 
+def test_episodes_of_one_seed_are_a_cluster():
+    seeds = [*range(7)] * 3
+    pairs = paired_rollouts(POLICIES, cart_poles(7), seeds, max_steps=99)
+    expected = ranked_interval(pairs.differences().reshape(2, 3, 7).mean(axis=1).T, seed=0)
+    assert pairs.interval().low[0] == pytest.approx(expected.low[0])
+    assert pairs.interval().high[0] == pytest.approx(expected.high[0]) and pairs.interval().note[0] == "few"
+    assert repr(pairs).startswith("3 policies over the same 21 episodes (7 seeds)\n")
+
+
+def test_fewer_than_six_seeds_have_no_interval_however_often_they_are_repeated():
+    pairs = paired_rollouts(POLICIES, cart_poles(5), [*range(5)] * 8, max_steps=99)
+    assert np.isnan([pairs.interval().low, pairs.interval().high]).all()
+    assert repr(pairs).splitlines()[-1] == "No interval (-): 5 independent clusters, fewer than 6."
+
+
 def test_rollouts_over_other_episodes_are_not_compared():
     one, other = (rollout(POLICIES["fair"], cart_poles(4), seeds, max_steps=9) for seeds in (range(4), range(1, 5)))
     with pytest.raises(RolloutError, match="cannot be compared: they were rolled out with different seeds"):

@@ -115,3 +115,11 @@ def test_a_cluster_of_zeros_counts_as_one():
     labels = np.repeat(np.arange(12), 3)
     sample = np.where(labels < 7, 0.0, random().normal(size=36))
     assert mean_interval(sample, clusters=labels).note == "fewer than 6 of the 12 clusters differ from 0"
+
+
+def test_labels_of_several_types_are_clusters():
+    sample = random().normal(size=14)
+    labels = [("a", 1), 2, "b", 3.5, "c", True, "e"]
+    mixed = np.empty(14, dtype=object)
+    mixed[:] = labels * 2
+    assert mean_interval(sample, clusters=mixed) == mean_interval(sample, clusters=np.arange(14) % 7)

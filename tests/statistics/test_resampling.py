@@ -19,6 +19,7 @@ from chanpatch.statistics import (
     max_t_test,
     mean_interval,
     reweighted_precision,
+    sign_flip_test,
     wilson_interval,
 )
 
@@ -200,6 +201,14 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
         (
             lambda: mean_interval([1.0, 2.0], clusters=[1]),
             "clusters must have one label for each of the 2 rows; got shape (1,).",
+        ),
+        (
+            lambda: max_t_test([1.0, 2.0], clusters=["a", None]),
+            "clusters[1] must be a label; got None. Label every row, or leave that row out.",
+        ),
+        (
+            lambda: sign_flip_test([1.0, 2.0], clusters=[math.nan, 1.0]),
+            "clusters[0] must be a label; got nan. Label every row, or leave that row out.",
         ),
         (
             lambda: bootstrap_interval([1.0], np.mean, resamples=0),
