@@ -182,7 +182,7 @@ def test_an_interval_excludes_zero_exactly_if_its_corrected_p_is_at_most_the_lev
 def test_intervals_of_few_pairs_are_marked_and_withheld_ones_say_why() -> None:
     lines = repr(contrast(POINTS, CLEAN[:8], CORRUPTED[:8], "conv1")).splitlines()
     assert lines[2].split("  ")[-4].endswith("(few)") or "(few)" in lines[2]
-    assert "few: a t interval over fewer than ten independent rows." in lines
+    assert "few: an interval over fewer than ten independent rows." in lines
     clean = torch.rand(12, 4) * (torch.arange(4) < 3)
     clean[:7, 2] = 0
     points = hook_points(nn.Identity(), clean[:2], axes={".out": ("batch", "feature")})

@@ -502,7 +502,7 @@ def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_
     ]
     assert filled[4][2:4] == ["+0", "-"]  # the same draws behind the actions
     assert repr(pairs).splitlines()[-2:] == [
-        "few: a t interval over fewer than ten independent rows.",
+        "few: an interval over fewer than ten independent rows.",
         "No interval (-): fewer than 6 of the 8 rows differ from 0.",
     ]
 

@@ -142,9 +142,9 @@ def test_a_precision_that_no_threshold_has_is_refused_with_the_best_one():
     with pytest.raises(errors.ProbeError) as caught:
         ThresholdProbe.fit_precision(sums, labels, min_precision=0.99, seed=0)
     assert str(caught.value) == (
-        "No threshold reaches precision 0.99 with 95% confidence. The strongest evidence is for sums above 0.5, with 10 "
-        f"positives among {accepted} accepted inputs in the fitting half. Lower min_precision, pass more inputs, or use "
-        "another channel."
+        "No threshold reaches precision 0.99 with 95% confidence. The strongest evidence is for sums above 0.5, with "
+        f"10 positives among {accepted} accepted inputs in the fitting half. Lower min_precision, pass more inputs, or "
+        "use another channel."
     )
 
 
@@ -194,7 +194,7 @@ def test_the_tables_of_a_probe_and_of_a_transfer_name_every_quantity():
         ": chosen for true- minus false-positive rate on 20 inputs, scored on 20 others"
     )
     assert lines[1:4] == [
-        "quantity                     estimate  low     high    n",
+        "quantity                     estimate  low     high    n   note",
         "AUC                          1         0.7225  1       20",
         "recall (true-positive rate)  1         0.7225  1       20",
     ]
@@ -205,7 +205,24 @@ def test_the_tables_of_a_probe_and_of_a_transfer_name_every_quantity():
     assert frame.loc["AUC", "drop"] == 0 and math.isnan(
         frame.loc["raw precision (confounded by the base rate)", "drop"]
     )
-    assert probe.to_pandas().columns.tolist() == ["quantity", "estimate", "low", "high", "n"]
+    assert probe.to_pandas().columns.tolist() == ["quantity", "estimate", "low", "high", "n", "note"]
+
+
+def test_a_probe_and_a_transfer_give_the_reason_of_an_interval_that_is_withheld_and_mark_few():
+    probe = ThresholdProbe.fit(*shifted_sums(8, 8, distance=5.0))
+    reason = "4 independent inputs with one label, fewer than 6"
+    assert probe.to_records()[0]["note"] == reason and probe.to_records()[1]["note"] == ""
+    assert repr(probe).splitlines()[-1] == f"No interval (-): {reason}."
+    transfer = ThresholdProbe.fit(*shifted_sums(16, 16, distance=5.0)).transfer(*shifted_sums(4, 4, distance=5.0))
+    record = transfer.to_records()[0]
+    assert (record["fit note"], record["shifted note"], record["drop note"]) == ("few", reason, reason)
+    assert repr(transfer).splitlines()[2] == (
+        "AUC                                          1.000 (0.676 to 1.000, few)  1.000 (-)               0.000 (-)"
+    )
+    assert repr(transfer).splitlines()[-2:] == [
+        "few: an interval over fewer than ten independent rows.",
+        f"No interval (-): {reason}.",
+    ]
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float32, torch.int64])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ProbeError
-from ..results import Records
+from ..results import Records, interval_notes
 from ..statistics.interval import Booleans, Floats, Interval, finite, interval_columns, two_groups
 from ..statistics.means import Rows
 from ..statistics.proportions import difference_interval, reweighted_precision, wilson_interval
@@ -55,10 +55,11 @@ class ThresholdScores:
     n: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with quantity, estimate, low, high and n."""
+        """Return one dict per quantity, with quantity, estimate, low, high, n and note."""
+        found = {name: getattr(self, field) for field, name in _NAMES.items()}
         return [
-            {"quantity": name, **interval_columns(getattr(self, field), "estimate", "low", "high"), "n": self.n}
-            for field, name in _NAMES.items()
+            {"quantity": name, **interval_columns(each, "estimate", "low", "high"), "n": self.n, "note": each.note}
+            for name, each in found.items()
         ]
 
 
@@ -146,8 +147,8 @@ class ThresholdProbe(Records):
             best = int(np.argmin(p))
             raise ProbeError(
                 f"No threshold reaches precision {min_precision:g} with 95% confidence. The strongest evidence is for "
-                f"sums {direction} {thresholds[best]:.4g}, with {hits[best]} positives among {hits[best] + alarms[best]} "
-                "accepted inputs in the fitting half. Lower min_precision, pass more inputs, or use another channel."
+                f"sums {direction} {thresholds[best]:.4g}, with {hits[best]} positives among "
+                f"{hits[best] + alarms[best]} accepted inputs in the fitting half. Lower min_precision, pass more inputs, or use another channel."
             )
         threshold = float(thresholds[precise][-1])
         scores = _scores(*held_out, threshold, direction)
@@ -178,8 +179,17 @@ class ThresholdProbe(Records):
         return Transfer(self.held_out, _scores(array, positive, self.threshold, self.direction))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity on the held-out half, with quantity, estimate, low, high and n."""
+        """Return one dict per quantity on the held-out half, with quantity, estimate, low, high, n and note."""
         return self.held_out.to_records()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = self.to_records()
+        for line in lines:
+            line["note"] = line["note"] if line["note"] == "few" else ""
+        return lines
+
+    def _notes(self) -> list[str]:
+        return interval_notes(each["note"] for each in self.to_records())
 
     def _title(self) -> str:
         return (
@@ -216,7 +226,7 @@ class Transfer(Records):
         return {**drops, "reweighted_precision": difference_interval(self.fit.precision, self.reweighted_precision)}
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with fit, shifted and drop, each with its interval."""
+        """Return one dict per quantity, with fit, shifted and drop, each with its interval and note."""
         drops, names = self.drops, {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
         rows = [(names[each], getattr(self.fit, each), getattr(self.shifted, each), drops.get(each)) for each in names]
         reweighted = self.fit.precision, self.reweighted_precision, drops["reweighted_precision"]
@@ -226,6 +236,7 @@ class Transfer(Records):
             records.append({"quantity": name})
             for side, each in zip(_SIDES, intervals, strict=True):
                 records[-1] |= interval_columns(each, side, f"{side} low", f"{side} high")
+                records[-1] |= {f"{side} note": "" if each is None else each.note}
         return records
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -233,6 +244,9 @@ class Transfer(Records):
             {"quantity": each["quantity"], **{side: _shown(each, side) for side in _SIDES}}
             for each in self.to_records()
         ]
+
+    def _notes(self) -> list[str]:
+        return interval_notes(each[f"{side} note"] for each in self.to_records() for side in _SIDES)
 
     def _title(self) -> str:
         return f"Threshold on {self.shifted.n} shifted inputs, compared with {self.fit.n} held-out inputs"
@@ -308,4 +322,5 @@ def _shown(record: Mapping[str, Any], name: str) -> str:
     if record[name] is None:
         return ""
     low, high = record[f"{name} low"], record[f"{name} high"]
-    return f"{record[name]:.3f} ({'-' if math.isnan(low) else f'{low:.3f} to {high:.3f}'})"
+    few = ", few" * (record[f"{name} note"] == "few")
+    return f"{record[name]:.3f} ({'-' if math.isnan(low) else f'{low:.3f} to {high:.3f}{few}'})"
