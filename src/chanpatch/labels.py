@@ -40,7 +40,7 @@ def labelled_patches(
 
 
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
-    """Return why ranks among control patches have no p-values: the reason that a matched site carries, if any."""
+    """Return why ranks among these control patches have no p-values, as stored in their sites, or an empty string."""
     return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
 
 

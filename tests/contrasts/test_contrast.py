@@ -342,3 +342,12 @@ def test_a_model_is_traced_with_the_clean_inputs():
 def test_what_is_neither_a_model_nor_its_hook_points_is_refused():
     with pytest.raises(TypeError, match=r"^Expected HookPoints or a torch\.nn\.Module, not list\.$"):
         contrast([], torch.zeros(3, 4), torch.zeros(3, 4))
+
+
+def test_differences_at_the_level_of_rounding_have_neither_a_small_p_nor_an_interval():
+    corrupted = 1 + torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
+    clean = corrupted * (1 + torch.tensor([2e-7, 0.0, 1e-3]))
+    points = hook_points(nn.Identity(), clean, axes={".out": ("batch", "feature")})
+    result = contrast(points, clean, corrupted, ".out")
+    assert result.p[:2].tolist() == [1, 1] and result.p[2] < 0.001
+    assert result.note.tolist() == ["fewer than 6 of the 12 rows differ from 0"] * 2 + [""]

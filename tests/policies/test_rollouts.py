@@ -1,6 +1,7 @@
 import random
 import sys
 import time
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -541,6 +542,12 @@ def test_fewer_than_six_seeds_have_no_interval_however_often_they_are_repeated()
     pairs = paired_rollouts(POLICIES, cart_poles(5), [*range(5)] * 8, max_steps=99)
     assert np.isnan([pairs.interval().low, pairs.interval().high]).all()
     assert repr(pairs).splitlines()[-1] == "No interval (-): 5 independent clusters, fewer than 6."
+
+
+def test_returns_that_differ_by_rounding_alone_have_no_interval():
+    first = rollout(POLICIES["fair"], cart_poles(4), range(8), max_steps=99)
+    pairs = PairedRollouts({"fair": first, "same": replace(first, returns=first.returns * (1 + 3e-16))})
+    assert pairs.effect()[0] > 0 and pairs.interval().note[0] == "fewer than 6 of the 8 rows differ from 0"
 
 
 def test_rollouts_over_other_episodes_are_not_compared():

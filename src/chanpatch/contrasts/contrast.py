@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import nn
 
-from ..channels import gathered
+from ..channels import gathered, rounding
 from ..engine.inputs import Inputs, first_batch, input_count
 from ..engine.state import undisturbed
 from ..errors import ContrastError
@@ -18,7 +18,7 @@ from ..registry.points import HookPoints, traced
 from ..registry.sites import HookPoint, Site
 from ..statistics.flips import max_t_test
 from ..statistics.interval import FEWEST
-from ..statistics.means import Rows, cluster_numbers
+from ..statistics.means import Rows, cluster_numbers, snapped
 from .result import Contrast
 from .search import channels_of, distinct, searched, spread_over
 
@@ -93,7 +93,8 @@ def contrast(
     no_p = _no_p(absolute, independent)
     p, low, high, note = *np.full((3, len(channels)), np.nan), np.full(len(channels), no_p)
     if not no_p:
-        found = max_t_test(differences, clusters=labels, seed=seed)
+        size = np.concatenate([np.maximum(np.abs(one[site]), np.abs(other[site])) for site in chosen], axis=1)
+        found = max_t_test(snapped(differences, size, rounding(chosen)), clusters=labels, seed=seed)
         p, note = found.p, found.interval.note
         low, high = found.interval.low / scale, found.interval.high / scale
     return Contrast(

@@ -14,7 +14,10 @@ from ..errors import RolloutError
 from ..results import Effects, Records, columns, interval_notes, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
+from ..statistics.means import snapped
 from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
+
+_ROUNDING = 1e-12  # relative error of a sum of rewards
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -161,7 +164,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return f"{episodes} episodes" + f" ({seeds} seeds)" * (seeds < episodes)
 
     def _interval(self, differences: NDArray[np.float64], seed: int) -> Interval[NDArray[np.float64]]:
-        return ranked_interval(differences.T, clusters=self._original.seeds, seed=seed)
+        rows = snapped(differences.T, self._original.returns[:, None], _ROUNDING)
+        return ranked_interval(rows, clusters=self._original.seeds, seed=seed)
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
         first = self._original

@@ -148,7 +148,8 @@ class ThresholdProbe(Records):
             raise ProbeError(
                 f"No threshold reaches precision {min_precision:g} with 95% confidence. The strongest evidence is for "
                 f"sums {direction} {thresholds[best]:.4g}, with {hits[best]} positives among "
-                f"{hits[best] + alarms[best]} accepted inputs in the fitting half. Lower min_precision, pass more inputs, or use another channel."
+                f"{hits[best] + alarms[best]} accepted inputs in the fitting half. Lower min_precision, pass more "
+                "inputs, or use another channel."
             )
         threshold = float(thresholds[precise][-1])
         scores = _scores(*held_out, threshold, direction)

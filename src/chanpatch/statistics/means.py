@@ -80,6 +80,20 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
     return np.where(np.abs(bend) < 1e-9, shifted, bent)
 
 
+def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
+    """Remove rounding error from the differences `(row, ...)` between numbers of this size.
+
+    A difference is set to 0, or to the channel's median, if it is that close relative to the size of its own row or of
+    the median row.
+    """
+    size = np.where(np.isfinite(size), np.abs(size), 0.0)
+    slack = rounding * np.maximum(size, np.median(size, axis=0))
+    middle = np.sort(differences, axis=0)[len(differences) // 2]
+    with np.errstate(invalid="ignore"):  # of infinities
+        snapped = np.where(np.abs(differences - middle) <= slack, middle, differences)
+    return np.where(np.abs(snapped) <= slack, 0.0, snapped)
+
+
 def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
     """Return, per channel, the reason that its mean has no interval, or an empty string."""
     many = int(cluster.max()) + 1
@@ -87,6 +101,7 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
     why = np.full(rows.shape[1:], too_few(many, kind), dtype="<U100")
     if many < FEWEST:
         return why
+    rows = snapped(rows, rows, 8 * float(np.finfo(np.float64).eps))
     nonzero = _clusters_with(rows != 0, cluster)
     off = _clusters_with(rows != np.sort(rows, axis=0)[len(rows) // 2], cluster)
     why[few_others(off, many)] = f"most of the {many} {kind} are equal"

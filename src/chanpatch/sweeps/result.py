@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..channels import rounding
 from ..errors import MetricError
 from ..patching.edits import Resample, Set
 from ..patching.patch import Patch
 from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
+from ..statistics.means import snapped
 from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
 
 if TYPE_CHECKING:
@@ -90,11 +92,14 @@ class SweepResult(Effects):
 
         The intervals hold jointly for all patches of the sweep, so they are also valid for patches selected by `top`.
         They combine `mean_interval`, which marks intervals over six to nine inputs and withholds those over fewer, with
-        `max_t_test` (both in `chanpatch.statistics`). `seed` is the random seed for `max_t_test`.
+        `max_t_test` (both in `chanpatch.statistics`). `seed` is the random seed for `max_t_test`. Differences within
+        rounding error count as equal.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
-        every = ranked_interval(whole.differences(metric).T, seed=seed)
+        same = rounding(patch.site for patches in whole.patches for patch in patches)
+        size = self.baseline[self._named(metric)][:, None]
+        every = ranked_interval(snapped(whole.differences(metric).T, size, same), seed=seed)
         return picked(every, [row[label] for label in self.labels])
 
     def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
