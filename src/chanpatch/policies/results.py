@@ -164,8 +164,11 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return f"{episodes} episodes" + f" ({seeds} seeds)" * (seeds < episodes)
 
     def _interval(self, differences: NDArray[np.float64], seed: int) -> Interval[NDArray[np.float64]]:
-        rows = snapped(differences.T, self._original.returns[:, None], _ROUNDING)
-        return ranked_interval(rows, clusters=self._original.seeds, seed=seed)
+        return ranked_interval(self._snapped(differences), clusters=self._original.seeds, seed=seed)
+
+    def _snapped(self, differences: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return differences without rounding error: `(episode, policy)`."""
+        return snapped(differences.T, self._original.returns[:, None], _ROUNDING)
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
         first = self._original
@@ -240,8 +243,9 @@ class SweptRollouts(PairedRollouts):
         A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if
         its effect is not finite. All ranks are None if there are no controls, or if a control effect is not finite.
         """
-        controls = self._differences([*(self.controls or {}).values()]).mean(axis=1)
-        return ranks_among(self.effect(), controls, alternative, self.no_p)
+        controls = self._differences([*(self.controls or {}).values()])
+        effects, others = (self._snapped(each).mean(axis=0) for each in (self.differences(), controls))
+        return ranks_among(effects, others, alternative, self.no_p)
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label, as in `PairedRollouts`, with the controls last.

@@ -97,9 +97,7 @@ class SweepResult(Effects):
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
-        same = rounding(patch.site for patches in whole.patches for patch in patches)
-        size = self.baseline[self._named(metric)][:, None]
-        every = ranked_interval(snapped(whole.differences(metric).T, size, same), seed=seed)
+        every = ranked_interval(whole._snapped(metric), seed=seed)
         return picked(every, [row[label] for label in self.labels])
 
     def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
@@ -108,9 +106,8 @@ class SweepResult(Effects):
         A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if its
         effect is not finite. All ranks are None if there are no controls or a control's effect is not finite.
         """
-        controls = self.controls
-        effects = np.zeros(0) if controls is None else controls.effect(metric)
-        return ranks_among(self.effect(metric), effects, alternative, self.no_p)
+        effects = np.zeros(0) if self.controls is None else self.controls._snapped(metric).mean(axis=0)
+        return ranks_among(self._snapped(metric).mean(axis=0), effects, alternative, self.no_p)
 
     def top(self, count: int, metric: str | None = None) -> SweepResult:
         """Return the `count` rows with the largest absolute effects, largest first.
@@ -177,6 +174,11 @@ class SweepResult(Effects):
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)
             notes.append(f"{strategy} at {points}: {those[0].why}" + (" (see .groups)" if len(those) > 1 else ""))
         return notes
+
+    def _snapped(self, metric: str | None) -> Floats:
+        """Return the differences without rounding error: `(input, patch)`."""
+        same = rounding(patch.site for patches in self.patches for patch in patches)
+        return snapped(self.differences(metric).T, self.baseline[self._named(metric)][:, None], same)
 
     def _ranks(self) -> list[Rank | None]:
         """Return the ranks for every metric, grouped by patch."""
