@@ -1,6 +1,7 @@
 """The bootstrap and corrections for many tests: published numbers, scipy and statsmodels."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -245,3 +246,11 @@ def test_a_reweighted_precision_of_intervals_without_width_has_none():
     interval = reweighted_precision(*sure, base_rate=0.3)
     assert interval.low == pytest.approx(interval.estimate) == pytest.approx(interval.high)
     assert interval.estimate == pytest.approx(0.3 * 0.618 / (0.3 * 0.618 + 0.7 * 0.745))
+
+
+def test_a_bootstrap_of_many_rows_takes_little_memory():
+    tracemalloc.start()
+    bootstrap_interval(random().normal(size=4000), np.mean, resamples=99)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
