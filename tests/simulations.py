@@ -386,6 +386,19 @@ def precise(generator: Generator, trials: int, inputs: int, least: float, found:
     return counted
 
 
+def claimed(generator: Generator, trials: int, inputs: int, rate: float) -> list[bool]:
+    """Whether `fit_precision` finds a precision of 0.9 in a channel that is less precise at every threshold."""
+    counted = []
+    for seed in range(trials):
+        try:
+            ThresholdProbe.fit_precision(generator.normal(size=inputs), generator.random(inputs) < rate, seed=seed)
+        except ProbeError:
+            counted.append(False)
+        else:
+            counted.append(True)
+    return counted
+
+
 def labelled(generator: Generator, trials: int) -> list[bool]:
     """Whether any of 20 channels without information gets a label."""
     names, directions = ("UP", "DOWN", "LEFT"), np.arange(60) % 3
@@ -406,6 +419,14 @@ def probes() -> Iterator[Case]:
 
                 row = f"`fit_precision(min_precision={least})` {kind}"
                 yield Case(row, f"n = {inputs}", simulate, 1000, None if found else TEST)
+    for rate in (0.88, 0.895, 0.899):
+        for inputs in (200, 1000, 4000):
+
+            def without(generator: Generator, trials: int, inputs: int = inputs, rate: float = rate) -> Any:
+                return claimed(generator, trials, inputs, rate)
+
+            row = f"`fit_precision(min_precision=0.9)` misses it: {rate:.1%} positives, sums of noise"
+            yield Case(row, f"n = {inputs}", without, 1000, TEST)
 
 
 def labels() -> Iterator[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from chanpatch import (
     HookPoints,
     Site,
+    edit,
     hook_points,
     mean_ablate,
     patch_in,
@@ -166,6 +168,28 @@ def test_at_the_edge_of_its_pool_an_effect_has_a_rank_and_no_p_and_the_reason_is
     ]
     assert f"No p-values: {found.no_p}" in repr(result) and f"No p-values: {found.no_p}" in repr(found)
     assert result.top(1).to_records()[0]["no_p"] == found.no_p
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda found: [zero_ablate(control) for control in found],
+        lambda found: found.patches(zero_ablate)[:],
+        lambda found: tuple(found.patches(zero_ablate)),
+        lambda found: iter(found.patches(zero_ablate)),
+        lambda found: {f"control {number}": patch for number, patch in enumerate(found.patches(zero_ablate))},
+        lambda found: {repr(control): [edit(control, torch.zeros_like)] for control in found},
+        lambda found: [zero_ablate(site) for site in pickle.loads(pickle.dumps(found.sites))],
+    ],
+)
+def test_controls_at_an_edge_have_no_p_in_any_form(form: Any) -> None:
+    points = ranked_by_mean(60)
+    background = torch.linspace(60, 1, 60) * torch.linspace(0.5, 1.5, 9).unsqueeze(1)
+    found = matched_channels(points, points.site(".out", feature=0), background, count=19)
+    patch = zero_ablate(points.site(".out", feature=0))
+    for other in (points, hook_points(nn.Identity(), torch.zeros(3, 60), axes={".out": ("batch", "feature")})):
+        result = sweep(other, background, patches=patch, controls=form(found), metric=lambda output: output.sum(dim=1))
+        assert result.no_p == found.no_p and result.to_records()[0]["p"] is None
 
 
 def test_amid_its_pool_an_effect_has_a_p_which_may_be_one_sided() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,13 @@ Floats = NDArray[np.float64]
 Fault = type[ChanpatchError]  # the error class of the caller's subpackage
 
 ROUNDING = 1e-6  # relative difference to expect between two runs in single precision
+
+
+def rounding(sites: Iterable[Site]) -> float:
+    """Return the relative difference between two runs that rounding can cause, for the least precise dtype at sites."""
+    dtypes = {site.point.dtype for site in sites if site.point is not None}
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=ROUNDING / 8)
+    return eps if eps > ROUNDING else 8 * eps  # ROUNDING, rounded to a power of two, in single precision
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,6 @@ _NEAR = 2  # nearest channels per control to draw from; few, so that they stay c
 _EACH_SIDE = 0.15  # a p-value requires this fraction of controls with larger means, and with smaller means
 
 
-class _ControlPatches(list[Patch]):
-    """Control patches, with the reason why ranks among their effects have no p-value, or an empty string."""
-
-    no_p = ""
-
-
 @dataclass(frozen=True, repr=False)
 class MatchedChannels(Records, Sequence[Site]):
     """Control sites for a site, in the order in which they were drawn.
@@ -77,12 +71,12 @@ class MatchedChannels(Records, Sequence[Site]):
     def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
         """Return one patch per control, to pass to a sweep as `controls=`. The sweep omits p-values if `no_p` is set.
 
+        The sites carry the reason, so this also holds for any other list or dict of patches at them.
+
         Args:
             verb: Function that maps a site to a patch, such as `zero_ablate`.
         """
-        patches = _ControlPatches(map(verb, self.sites))
-        patches.no_p = self.no_p
-        return patches
+        return [*map(verb, self.sites)]
 
     def rank(self, effect: float, effects: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
         """Rank the site's effect among the control effects, without a p-value if `no_p` is set.
@@ -165,12 +159,16 @@ def matched_channels(
         drawn = _drawn(mean, target, others, _NEAR * count, generator)
         found.setdefault(tuple(sorted(drawn)), drawn)
     unit = np.std(mean[others]) or np.nan
+    no_p = _no_p(bound, float(mean[list(target)].mean()), np.array([mean[list(drawn)].mean() for drawn in found]))
+    sites = tuple(points.bind(Site(bound.name, **elsewhere, **{axis: channels})) for channels in found)
+    for each in sites:
+        vars(each).update(no_p=no_p)  # a sweep finds it there
     return MatchedChannels(
-        tuple(points.bind(Site(bound.name, **elsewhere, **{axis: channels})) for channels in found),
+        sites,
         tuple(float(np.abs(mean[list(drawn)] - mean[list(target)]).mean() / unit) for drawn in found.values()),
         pool=min(_NEAR * count, len(others)),
         live=len(others),
-        no_p=_no_p(bound, float(mean[list(target)].mean()), np.array([mean[list(drawn)].mean() for drawn in found])),
+        no_p=no_p,
     )
 
 

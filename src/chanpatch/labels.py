@@ -39,6 +39,11 @@ def labelled_patches(
     return named
 
 
+def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
+    """Return why ranks among these control patches have no p-values, as stored in their sites, or an empty string."""
+    return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
+
+
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
     """Raise if two labels share a stateful callable as an edit or a `where`."""
     known: dict[int, Any] = {}

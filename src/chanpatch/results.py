@@ -143,7 +143,7 @@ def shown_p(p: float) -> str:
 def interval_notes(notes: Iterable[str]) -> list[str]:
     """Return notes that explain the marked and withheld intervals in a table, given the notes of its rows."""
     found = sorted({*map(str, notes)} - {""})
-    lines = ["few: a t interval over fewer than ten independent rows."] * ("few" in found)
+    lines = ["few: an interval over fewer than ten independent rows."] * ("few" in found)
     return lines + [f"No interval (-): {reason}." for reason in found if reason != "few"]
 
 

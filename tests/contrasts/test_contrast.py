@@ -182,7 +182,7 @@ def test_an_interval_excludes_zero_exactly_if_its_corrected_p_is_at_most_the_lev
 def test_intervals_of_few_pairs_are_marked_and_withheld_ones_say_why() -> None:
     lines = repr(contrast(POINTS, CLEAN[:8], CORRUPTED[:8], "conv1")).splitlines()
     assert lines[2].split("  ")[-4].endswith("(few)") or "(few)" in lines[2]
-    assert "few: a t interval over fewer than ten independent rows." in lines
+    assert "few: an interval over fewer than ten independent rows." in lines
     clean = torch.rand(12, 4) * (torch.arange(4) < 3)
     clean[:7, 2] = 0
     points = hook_points(nn.Identity(), clean[:2], axes={".out": ("batch", "feature")})
@@ -291,6 +291,10 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
             "clusters has shape (3,), but there are 12 pairs. Pass one per pair.",
         ),
         (
+            lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[*"aabbccddeef", None]),
+            "clusters[11] must be a label; got None. Label every row, or leave that row out.",
+        ),
+        (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
             "background has 0 inputs, but at least 2 are needed to measure how much activations vary.",
         ),
@@ -338,3 +342,12 @@ def test_a_model_is_traced_with_the_clean_inputs():
 def test_what_is_neither_a_model_nor_its_hook_points_is_refused():
     with pytest.raises(TypeError, match=r"^Expected HookPoints or a torch\.nn\.Module, not list\.$"):
         contrast([], torch.zeros(3, 4), torch.zeros(3, 4))
+
+
+def test_differences_at_the_level_of_rounding_have_neither_a_small_p_nor_an_interval():
+    corrupted = 1 + torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
+    clean = corrupted * (1 + torch.tensor([2e-7, 0.0, 1e-3]))
+    points = hook_points(nn.Identity(), clean, axes={".out": ("batch", "feature")})
+    result = contrast(points, clean, corrupted, ".out")
+    assert result.p[:2].tolist() == [1, 1] and result.p[2] < 0.001
+    assert result.note.tolist() == ["fewer than 6 of the 12 rows differ from 0"] * 2 + [""]

@@ -70,8 +70,8 @@ def test_a_stratum_is_a_pair_of_bins_of_the_two_path_lengths():
 
 
 def test_the_threshold_says_which_precision_it_could_reach():
-    high = np.arange(1600) >= 800
-    mixed = high & (np.arange(1600) % 4 > 0)  # 600 of the 800 high sums
+    high = np.arange(2000) >= 1000
+    mixed = high & (np.arange(2000) % 4 > 0)  # 750 of the 1000 high sums
     assert precise_threshold(high * 9.0, high, seed=0).criterion == "95% confidence in a precision of at least 0.99"
     probe = precise_threshold(high * 9.0, mixed, seed=0)
     assert (probe.threshold, float(probe.criterion.split()[-1]) < 0.99) == (4.5, True)

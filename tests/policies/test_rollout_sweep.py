@@ -13,6 +13,7 @@ from torch import nn
 
 import chanpatch
 from chanpatch import PatchedPolicy, Site, edit, hook_points, patched, recording, resample_ablate, zero_ablate
+from chanpatch.controls import matched_channels
 from chanpatch.engine.moments import published
 from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingPackageError, NaNError, RolloutError
 from chanpatch.patching import Add, Patch, Scale, run_with_cache
@@ -456,3 +457,21 @@ def test_a_sweep_inside_an_open_context_on_the_policy_is_refused(policy, points)
             "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
             "Close the context. To apply its patches under every label, pass PatchedPolicy(policy, patches)."
         )
+
+
+def test_episodes_of_one_seed_are_a_cluster_of_a_sweep_too(points):
+    site = points.site("layers.0")
+    patches, controls = {"no unit": zero_ablate(site)}, [zero_ablate(part) for part in site.split("feature")[:2]]
+    swept = rollout_sweep(points, drifting(5), [*range(5)] * 2, patches, controls=controls, max_steps=20)
+    assert {record["note"] for record in swept.comparisons()} == {"5 independent clusters, fewer than 6"}
+    assert repr(swept).startswith("1 patch, mean return over the same 10 episodes (5 seeds)\n")
+
+
+def test_controls_at_an_edge_have_no_p_in_a_rollout_sweep_either(policy, points):
+    with torch.no_grad():
+        policy.layers[0].bias[5] = 9.0  # the largest mean
+    site = points.site("layers.1", feature=5)
+    others = matched_channels(points, site, torch.randn(32, 4), count=5)
+    controls = {repr(control): [zero_ablate(control)] for control in others}
+    swept = rollout_sweep(points, drifting(5), range(5), zero_ablate(site), controls=controls, max_steps=5)
+    assert "is at the edge of its pool" in swept.no_p and swept.no_p == others.no_p

@@ -1,6 +1,7 @@
 import random
 import sys
 import time
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -502,7 +503,7 @@ def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_
     ]
     assert filled[4][2:4] == ["+0", "-"]  # the same draws behind the actions
     assert repr(pairs).splitlines()[-2:] == [
-        "few: a t interval over fewer than ten independent rows.",
+        "few: an interval over fewer than ten independent rows.",
         "No interval (-): fewer than 6 of the 8 rows differ from 0.",
     ]
 
@@ -526,6 +527,27 @@ def test_policies_are_compared_with_the_first_episode_by_episode():
         "original": pairs["fair"].returns.mean(),
         "n": 8,
     }
+
+
+def test_episodes_of_one_seed_are_a_cluster():
+    seeds = [*range(7)] * 3
+    pairs = paired_rollouts(POLICIES, cart_poles(7), seeds, max_steps=99)
+    expected = ranked_interval(pairs.differences().reshape(2, 3, 7).mean(axis=1).T, seed=0)
+    assert pairs.interval().low[0] == pytest.approx(expected.low[0])
+    assert pairs.interval().high[0] == pytest.approx(expected.high[0]) and pairs.interval().note[0] == "few"
+    assert repr(pairs).startswith("3 policies over the same 21 episodes (7 seeds)\n")
+
+
+def test_fewer_than_six_seeds_have_no_interval_however_often_they_are_repeated():
+    pairs = paired_rollouts(POLICIES, cart_poles(5), [*range(5)] * 8, max_steps=99)
+    assert np.isnan([pairs.interval().low, pairs.interval().high]).all()
+    assert repr(pairs).splitlines()[-1] == "No interval (-): 5 independent clusters, fewer than 6."
+
+
+def test_returns_that_differ_by_rounding_alone_have_no_interval():
+    first = rollout(POLICIES["fair"], cart_poles(4), range(8), max_steps=99)
+    pairs = PairedRollouts({"fair": first, "same": replace(first, returns=first.returns * (1 + 3e-16))})
+    assert pairs.effect()[0] > 0 and pairs.interval().note[0] == "fewer than 6 of the 8 rows differ from 0"
 
 
 def test_rollouts_over_other_episodes_are_not_compared():

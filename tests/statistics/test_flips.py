@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -133,3 +134,32 @@ def test_a_ranked_interval_is_as_wide_as_the_simultaneous_one_and_the_one_of_the
     )  # fmt: skip
     np.testing.assert_array_equal(found.low, np.minimum(one.low, every.low))
     np.testing.assert_array_equal(found.high, np.maximum(one.high, every.high))
+
+
+def test_an_infinite_interval_is_withheld_with_the_reason():
+    balanced = np.column_stack([random(seed).permutation(np.repeat([1.0, -1.0], 4)) for seed in range(20)])
+    for interval in (max_t_test(balanced).interval, ranked_interval(balanced, seed=0)):
+        assert np.isnan([interval.low, interval.high]).all()
+        assert set(interval.note.tolist()) == {"the rows are too few or too equal in size to bound the mean"}
+    huge = mean_interval(np.arange(12) * 1e200)
+    assert math.isnan(huge.low) and huge.note == "the rows are too few or too equal in size to bound the mean"
+
+
+def test_repeated_rows_of_one_cluster_do_not_narrow_a_ranked_interval():
+    differences, labels = random().normal(1, size=(12, 3)), np.repeat(np.arange(12), 5)
+    found = ranked_interval(np.repeat(differences, 5, axis=0), clusters=labels, seed=0)
+    expected = ranked_interval(differences, seed=0)
+    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high])
+
+
+def test_flips_of_very_many_rows_take_bounded_memory():
+    differences = random().normal(size=(30_000, 2))
+    tracemalloc.start()
+    interval = ranked_interval(differences, seed=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**27
+    alone = mean_interval(differences)
+    assert (alone.high <= interval.high).all() and (
+        interval.high < alone.estimate + 1.4 * (alone.high - alone.estimate)
+    ).all()

@@ -85,6 +85,7 @@ def test_clusters_of_several_sizes_have_the_robust_standard_error():
         (np.r_[np.zeros(25), np.arange(1.0, 6)], "fewer than 6 of the 30 rows differ from 0"),
         (np.full(10, 0.1), "most of the 10 rows are equal"),
         (np.r_[np.ones(25), np.arange(5.0)], "most of the 30 rows are equal"),
+        (0.3 + 5.6e-17 * (np.arange(12) % 2), "most of the 12 rows are equal"),
         (np.r_[np.ones(6), -np.ones(4)], "most of the 10 rows are equal"),
         ([1.0, 2, 3, 4, 5, 6, math.inf], "a row is not finite"),
         ([1.0, 2, 3, 4, 5, 6, math.nan], "a row is not finite"),
@@ -115,3 +116,11 @@ def test_a_cluster_of_zeros_counts_as_one():
     labels = np.repeat(np.arange(12), 3)
     sample = np.where(labels < 7, 0.0, random().normal(size=36))
     assert mean_interval(sample, clusters=labels).note == "fewer than 6 of the 12 clusters differ from 0"
+
+
+def test_labels_of_several_types_are_clusters():
+    sample = random().normal(size=14)
+    labels = [("a", 1), 2, "b", 3.5, "c", True, "e"]
+    mixed = np.empty(14, dtype=object)
+    mixed[:] = labels * 2
+    assert mean_interval(sample, clusters=mixed) == mean_interval(sample, clusters=np.arange(14) % 7)

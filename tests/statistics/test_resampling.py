@@ -1,6 +1,7 @@
 """The bootstrap and corrections for many tests: published numbers, scipy and statsmodels."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from chanpatch.statistics import (
     max_t_test,
     mean_interval,
     reweighted_precision,
+    sign_flip_test,
     wilson_interval,
 )
 
@@ -202,6 +204,14 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
             "clusters must have one label for each of the 2 rows; got shape (1,).",
         ),
         (
+            lambda: max_t_test([1.0, 2.0], clusters=["a", None]),
+            "clusters[1] must be a label; got None. Label every row, or leave that row out.",
+        ),
+        (
+            lambda: sign_flip_test([1.0, 2.0], clusters=[math.nan, 1.0]),
+            "clusters[0] must be a label; got nan. Label every row, or leave that row out.",
+        ),
+        (
             lambda: bootstrap_interval([1.0], np.mean, resamples=0),
             "resamples must be a whole number, at least 1; got 0.",
         ),
@@ -236,3 +246,11 @@ def test_a_reweighted_precision_of_intervals_without_width_has_none():
     interval = reweighted_precision(*sure, base_rate=0.3)
     assert interval.low == pytest.approx(interval.estimate) == pytest.approx(interval.high)
     assert interval.estimate == pytest.approx(0.3 * 0.618 / (0.3 * 0.618 + 0.7 * 0.745))
+
+
+def test_a_bootstrap_of_many_rows_takes_little_memory():
+    tracemalloc.start()
+    bootstrap_interval(random().normal(size=4000), np.mean, resamples=99)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24

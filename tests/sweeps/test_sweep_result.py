@@ -534,3 +534,30 @@ def test_a_metric_that_writes_into_what_others_are_given_is_refused(metric: Any,
     )
     with pytest.raises(errors.MetricError, match="The metric modified the output or the baseline in place"):
         path_patch(points, *(vectors(ROWS)[0], -vectors(ROWS)[0]), "0", "2.in[0]", metric=metric)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shift", "note"),
+    [
+        (torch.float32, 0.0, "fewer than 6 of the 12 rows differ from 0"),
+        (torch.float32, 0.3, "most of the 12 rows are equal"),
+        (torch.float32, None, ""),
+        (torch.float64, 0.0, ""),
+    ],
+)
+def test_differences_at_the_level_of_rounding_count_as_equal(dtype: Any, shift: float | None, note: str) -> None:
+    inputs = torch.linspace(1, 2, 12, dtype=dtype).unsqueeze(1)
+    points = hook_points(nn.Identity(), inputs, axes={".out": ("batch", "feature")})
+    noise = 3e-7 * torch.rand(12, 1, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    patch = edit(points.site(".out"), lambda x: x + noise * (1e4 if shift is None else 1) + (shift or 0.0))
+    result = sweep(points, inputs, patches={"noise": patch}, metric=lambda output: output[:, 0])
+    assert result.interval().note.tolist() == [note] and result.effect()[0] > 0
+
+
+def test_an_effect_at_the_level_of_rounding_does_not_rank_before_controls_without_effect() -> None:
+    inputs = torch.linspace(1, 2, 12).unsqueeze(1) * torch.ones(20)
+    points = hook_points(nn.Identity(), inputs, axes={".out": ("batch", "feature")})
+    first, *others = points.site(".out").split("feature")
+    patch, controls = edit(first, lambda x: x * (1 + 2e-7)), [edit(site, torch.clone) for site in others]
+    result = sweep(points, inputs, patches=patch, controls=controls, metric=lambda output: output[:, 0])
+    assert result.effect()[0] > 0 and result.to_records()[0]["p"] == 1

@@ -81,7 +81,11 @@ def _transferred(fit: Callable[..., ThresholdProbe | None], inside: Sums, outsid
         return [known | cells("fit", None) | cells("shifted", None) | cells("drop", None)]
     known = {"threshold": probe.threshold, "criterion": probe.criterion, "n_fit": probe.held_out.n}
     return [
-        {**known, "n_shifted": len(outside[0]), **{name.replace(" ", "_"): cell for name, cell in record.items()}}
+        {
+            **known,
+            "n_shifted": len(outside[0]),
+            **{name.replace(" ", "_"): cell for name, cell in record.items() if not name.endswith(" note")},
+        }
         for record in records
         if record["quantity"] != "AUC"  # `_goals` has that of all mazes
     ]

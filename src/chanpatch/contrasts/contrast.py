@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import nn
 
-from ..channels import gathered
+from ..channels import gathered, rounding
 from ..engine.inputs import Inputs, first_batch, input_count
 from ..engine.state import undisturbed
 from ..errors import ContrastError
@@ -18,6 +18,7 @@ from ..registry.points import HookPoints, traced
 from ..registry.sites import HookPoint, Site
 from ..statistics.flips import max_t_test
 from ..statistics.interval import FEWEST
+from ..statistics.means import Rows, cluster_numbers, snapped
 from .result import Contrast
 from .search import channels_of, distinct, searched, spread_over
 
@@ -92,7 +93,8 @@ def contrast(
     no_p = _no_p(absolute, independent)
     p, low, high, note = *np.full((3, len(channels)), np.nan), np.full(len(channels), no_p)
     if not no_p:
-        found = max_t_test(differences, clusters=labels, seed=seed)
+        size = np.concatenate([np.maximum(np.abs(one[site]), np.abs(other[site])) for site in chosen], axis=1)
+        found = max_t_test(snapped(differences, size, rounding(chosen)), clusters=labels, seed=seed)
         p, note = found.p, found.interval.note
         low, high = found.interval.low / scale, found.interval.high / scale
     return Contrast(
@@ -130,12 +132,12 @@ def _effect_label(absolute: bool, pairs: int, background: int) -> str:
     return label + f" (in standard deviations over {background} background inputs)" * bool(background)
 
 
-def _checked_pairs(clean: Any, corrupted: Any, clusters: ArrayLike | None) -> NDArray[Any]:
-    """Return one cluster label per pair."""
+def _checked_pairs(clean: Any, corrupted: Any, clusters: ArrayLike | None) -> Rows:
+    """Return the number of each pair's cluster."""
     lengths = [input_count(inputs) for inputs in (clean, corrupted)]
     if lengths[0] != lengths[1] or not lengths[0]:
         raise ContrastError(f"clean has {lengths[0]} inputs and corrupted has {lengths[1]}. Pass one of each per pair.")
     labels = np.arange(lengths[0]) if clusters is None else np.asarray(clusters)
     if labels.shape != (lengths[0],):
         raise ContrastError(f"clusters has shape {labels.shape}, but there are {lengths[0]} pairs. Pass one per pair.")
-    return labels
+    return cluster_numbers(labels, lengths[0], ContrastError)

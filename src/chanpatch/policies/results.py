@@ -14,7 +14,10 @@ from ..errors import RolloutError
 from ..results import Effects, Records, columns, interval_notes, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
+from ..statistics.means import snapped
 from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
+
+_ROUNDING = 1e-12  # relative error of a sum of rewards
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -95,15 +98,15 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return found
 
     def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
-        """Return the effects with 95% intervals over episodes, which are treated as independent.
+        """Return the effects with 95% intervals over episodes; episodes with the same seed form a cluster.
 
         The intervals are simultaneous over all policies, so they remain valid after selection by `top`. As in
-        `chanpatch.statistics.mean_interval`, they are marked for six to nine episodes and withheld for fewer.
+        `chanpatch.statistics.mean_interval`, they are marked for six to nine seeds and withheld for fewer.
         """
         whole = self._whole or self
         if not whole.labels:
             return Interval(np.zeros(0), np.zeros(0), np.zeros(0), 0.95, np.zeros(0, dtype=np.str_))
-        every = ranked_interval(whole.differences().T, seed=seed)
+        every = whole._interval(whole.differences(), seed)
         return picked(every, [whole.labels.index(label) for label in self.labels])
 
     def comparisons(self) -> list[dict[str, Any]]:
@@ -121,7 +124,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     @property
     def effect_label(self) -> str:
         """Axis label for figures."""
-        return f"difference in mean return, n = {len(self._original)} episodes"
+        return f"difference in mean return, n = {self._episodes}"
 
     def _effects(self) -> list[dict[str, Any]]:
         return self.comparisons()
@@ -146,7 +149,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         ]
 
     def _title(self) -> str:
-        return f"{len(self)} policies over the same {len(self._original)} episodes"
+        return f"{len(self)} policies over the same {self._episodes}"
 
     def _notes(self) -> list[str]:
         return interval_notes(self.interval().note)
@@ -154,6 +157,18 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     @property
     def _original(self) -> Rollout:
         return next(iter(self.rollouts.values()))
+
+    @property
+    def _episodes(self) -> str:
+        episodes, seeds = len(self._original), len({*self._original.seeds})
+        return f"{episodes} episodes" + f" ({seeds} seeds)" * (seeds < episodes)
+
+    def _interval(self, differences: NDArray[np.float64], seed: int) -> Interval[NDArray[np.float64]]:
+        return ranked_interval(self._snapped(differences), clusters=self._original.seeds, seed=seed)
+
+    def _snapped(self, differences: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return differences without rounding error: `(episode, policy)`."""
+        return snapped(differences.T, self._original.returns[:, None], _ROUNDING)
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
         first = self._original
@@ -228,8 +243,9 @@ class SweptRollouts(PairedRollouts):
         A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if
         its effect is not finite. All ranks are None if there are no controls, or if a control effect is not finite.
         """
-        controls = self._differences([*(self.controls or {}).values()]).mean(axis=1)
-        return ranks_among(self.effect(), controls, alternative, self.no_p)
+        controls = self._differences([*(self.controls or {}).values()])
+        effects, others = (self._snapped(each).mean(axis=0) for each in (self.differences(), controls))
+        return ranks_among(effects, others, alternative, self.no_p)
 
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label, as in `PairedRollouts`, with the controls last.
@@ -239,7 +255,7 @@ class SweptRollouts(PairedRollouts):
         records = super().comparisons()
         if self.controls is None:
             return records
-        interval = ranked_interval(self._differences([*self.controls.values()]).T, seed=0)
+        interval = self._interval(self._differences([*self.controls.values()]), seed=0)
         return ranked_records(records, self.ranks(), self._compared(self.controls, interval))
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -252,7 +268,7 @@ class SweptRollouts(PairedRollouts):
 
     def _title(self) -> str:
         patches = f"{len(self.labels)} patch{'es' * (len(self.labels) != 1)}"
-        return f"{patches}, mean return over the same {len(self._original)} episodes"
+        return f"{patches}, mean return over the same {self._episodes}"
 
     def _notes(self) -> list[str]:
         notes = super()._notes()

@@ -18,7 +18,7 @@ from ..engine.hooks import Station
 from ..engine.paths import leaves
 from ..engine.state import training_modules
 from ..errors import BatchAxisError, RolloutError
-from ..labels import Patches, labelled, labelled_patches, refuse_shared_state
+from ..labels import Patches, labelled, labelled_patches, no_p_among, refuse_shared_state
 from ..patching.contexts import checked_patches, raise_nan
 from ..patching.edit_context import Context
 from ..patching.firing import Firing
@@ -118,7 +118,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     )
     rollouts = dict(zip((ORIGINAL, *dict(asked)), played, strict=False))
     ranked = dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None
-    return SweptRollouts(rollouts, ranked, getattr(controls, "no_p", ""))
+    return SweptRollouts(rollouts, ranked, no_p_among(dict(others).values()))
 
 
 class _Interventions:

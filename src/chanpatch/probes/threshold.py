@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ProbeError
-from ..results import Records
+from ..results import Records, interval_notes
 from ..statistics.interval import Booleans, Floats, Interval, finite, interval_columns, two_groups
 from ..statistics.means import Rows
 from ..statistics.proportions import difference_interval, reweighted_precision, wilson_interval
@@ -29,6 +29,7 @@ _NAMES = {
     "base_rate": "base rate",
 }
 _SIDES = ("fit", "shifted", "drop")
+_LEVEL = 0.05  # probability that `fit_precision` misses its minimum
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ class ThresholdScores:
     n: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with quantity, estimate, low, high and n."""
+        """Return one dict per quantity, with quantity, estimate, low, high, n and note."""
+        found = {name: getattr(self, field) for field, name in _NAMES.items()}
         return [
-            {"quantity": name, **interval_columns(getattr(self, field), "estimate", "low", "high"), "n": self.n}
-            for field, name in _NAMES.items()
+            {"quantity": name, **interval_columns(each, "estimate", "low", "high"), "n": self.n, "note": each.note}
+            for name, each in found.items()
         ]
 
 
@@ -115,8 +117,8 @@ class ThresholdProbe(Records):
     ) -> ThresholdProbe:
         """Choose the threshold that accepts the most inputs while reaching the required precision with 95% confidence.
 
-        The lower confidence limit of the precision on the fitting half is at least `min_precision`: 29 accepted
-        positives and no negatives suffice for 0.9, 299 for 0.99. Sums above the threshold are accepted if positives
+        Thresholds are tested one after another, and the 95% confidence holds for the whole search: the precision on new
+        inputs is below `min_precision` with at most 5% probability. Sums above the threshold are accepted if positives
         have larger sums, otherwise sums below it. `held_out` has the precision of the threshold and its acceptance.
 
         Args:
@@ -127,29 +129,29 @@ class ThresholdProbe(Records):
             ProbeError: For the same reasons as `fit`, or if no threshold reaches that precision with 95% confidence.
 
         References:
-            Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial"
-            (1934), for the limit.
+            Angelopoulos et al., "Learn then test: calibrating predictive algorithms to achieve risk control" (2021),
+            for the tests of thresholds; Wiens and Dmitrienko, "The fallback procedure for evaluating a single family
+            of hypotheses" (2005), for their levels.
         """
-        import scipy.stats
-
         if not 0 < min_precision <= 1:
             raise ProbeError(f"min_precision must be between 0 and 1, such as 0.9; got {min_precision!r}.")
         (fitted, positive), held_out = _halved(sums, labels, seed)
         thresholds, hits, alarms = _candidates(fitted, positive)
         direction: Direction = "above" if auc(fitted, positive).estimate >= 0.5 else "below"
-        if direction == "below":
+        if direction == "above":  # the strictest first
+            thresholds, hits, alarms = thresholds[::-1], hits[::-1], alarms[::-1]
+        else:
             hits, alarms = positive.sum() - hits, (~positive).sum() - alarms
-        limit = np.where(hits > 0, scipy.stats.beta.ppf(0.05, np.maximum(hits, 1), alarms + 1), 0.0)
-        precise = np.flatnonzero(limit >= min_precision)
-        if not precise.size:
-            best = int(np.argmax(limit))
+        p, precise = _precise(hits, alarms, min_precision)
+        if not precise.any():
+            best = int(np.argmin(p))
             raise ProbeError(
-                f"No threshold reaches precision {min_precision:g} with 95% confidence. The best lower limit is "
-                f"{limit[best]:.3g}, for sums {direction} {thresholds[best]:.4g}, with {hits[best]} positives among "
+                f"No threshold reaches precision {min_precision:g} with 95% confidence. The strongest evidence is for "
+                f"sums {direction} {thresholds[best]:.4g}, with {hits[best]} positives among "
                 f"{hits[best] + alarms[best]} accepted inputs in the fitting half. Lower min_precision, pass more "
                 "inputs, or use another channel."
             )
-        threshold = float(thresholds[precise[0] if direction == "above" else precise[-1]])
+        threshold = float(thresholds[precise][-1])
         scores = _scores(*held_out, threshold, direction)
         return cls(
             threshold, direction, f"95% confidence in a precision of at least {min_precision:g}", len(fitted), scores
@@ -178,8 +180,17 @@ class ThresholdProbe(Records):
         return Transfer(self.held_out, _scores(array, positive, self.threshold, self.direction))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity on the held-out half, with quantity, estimate, low, high and n."""
+        """Return one dict per quantity on the held-out half, with quantity, estimate, low, high, n and note."""
         return self.held_out.to_records()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = self.to_records()
+        for line in lines:
+            line["note"] = line["note"] if line["note"] == "few" else ""
+        return lines
+
+    def _notes(self) -> list[str]:
+        return interval_notes(each["note"] for each in self.to_records())
 
     def _title(self) -> str:
         return (
@@ -216,7 +227,7 @@ class Transfer(Records):
         return {**drops, "reweighted_precision": difference_interval(self.fit.precision, self.reweighted_precision)}
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with fit, shifted and drop, each with its interval."""
+        """Return one dict per quantity, with fit, shifted and drop, each with its interval and note."""
         drops, names = self.drops, {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
         rows = [(names[each], getattr(self.fit, each), getattr(self.shifted, each), drops.get(each)) for each in names]
         reweighted = self.fit.precision, self.reweighted_precision, drops["reweighted_precision"]
@@ -226,6 +237,7 @@ class Transfer(Records):
             records.append({"quantity": name})
             for side, each in zip(_SIDES, intervals, strict=True):
                 records[-1] |= interval_columns(each, side, f"{side} low", f"{side} high")
+                records[-1] |= {f"{side} note": "" if each is None else each.note}
         return records
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -233,6 +245,9 @@ class Transfer(Records):
             {"quantity": each["quantity"], **{side: _shown(each, side) for side in _SIDES}}
             for each in self.to_records()
         ]
+
+    def _notes(self) -> list[str]:
+        return interval_notes(each[f"{side} note"] for each in self.to_records() for side in _SIDES)
 
     def _title(self) -> str:
         return f"Threshold on {self.shifted.n} shifted inputs, compared with {self.fit.n} held-out inputs"
@@ -262,6 +277,30 @@ def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
     return np.where(halfway < over, halfway, under), hits, alarms  # halfway may round up to the upper sum
 
 
+def _precise(hits: Rows, alarms: Rows, least: float) -> tuple[Floats, Booleans]:
+    """Test the precision at each threshold, strictest first; return p-values and which thresholds pass.
+
+    The tests start at the smallest number of accepted inputs that could pass, at twice that number, and so on. Each
+    start receives half of the remaining level. If a threshold passes, its level is added to that of the next threshold.
+    """
+    import scipy.stats
+
+    accepted = hits + alarms
+    p = scipy.stats.binom.sf(hits - 1, accepted, least)
+    levels, precise = np.zeros(len(p)), np.zeros(len(p), dtype=np.bool_)
+    level = _LEVEL / 4  # half of the level for one of two sides
+    count = math.ceil(math.log(level) / math.log(least)) if least < 1 else math.inf
+    while (start := int(np.searchsorted(accepted, count))) < len(p):
+        levels[start] += level
+        level, count = level / 2, count * 2
+    left = 0.0
+    for row, (each, new) in enumerate(zip(p, levels, strict=True)):
+        left += new
+        precise[row] = each <= left
+        left *= precise[row]
+    return p, precise
+
+
 def _accepted(sums: Floats, threshold: float, direction: Direction) -> Booleans:
     return sums > threshold if direction == "above" else sums <= threshold
 
@@ -284,4 +323,5 @@ def _shown(record: Mapping[str, Any], name: str) -> str:
     if record[name] is None:
         return ""
     low, high = record[f"{name} low"], record[f"{name} high"]
-    return f"{record[name]:.3f} ({'-' if math.isnan(low) else f'{low:.3f} to {high:.3f}'})"
+    few = ", few" * (record[f"{name} note"] == "few")
+    return f"{record[name]:.3f} ({'-' if math.isnan(low) else f'{low:.3f} to {high:.3f}{few}'})"

@@ -63,6 +63,7 @@ class Site:
     name: str
     indices: tuple[tuple[str, Selection], ...]
     point: HookPoint | None = field(default=None, compare=False)
+    no_p: str = field(default="", compare=False)  # of a matched control: why ranks among the controls have no p-value
 
     def __init__(self, name: str, /, *unnamed: Any, **indices: Any) -> None:
         if not isinstance(name, str):
@@ -246,7 +247,9 @@ def normalized(site: Site, point: HookPoint) -> Site:
         chosen = every[positions] if isinstance(positions, slice) else tuple(positions)
         if chosen != every:
             written[point.axes[number]] = chosen
-    return Site(point.name, **written).at(point)
+    same = Site(point.name, **written).at(point)
+    vars(same).update(no_p=site.no_p)
+    return same
 
 
 def no_batch(site: Site) -> str:

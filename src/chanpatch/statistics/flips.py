@@ -13,6 +13,7 @@ from .interval import FEWEST, Floats, Interval, normal_quantile, whole
 from .means import cluster_numbers, mean, mean_interval, noted, rows_of, totals, withheld
 
 _BLOCK = 256  # number of channels to flip at a time, to limit memory
+_SIGNS = 2**22  # number of signs to draw at a time, to limit memory to 32 MB
 FLIPS = 9_999  # 10,000 with the observed pattern
 
 
@@ -98,14 +99,17 @@ def max_t_test(
     return MaxT(np.where(known, (reached / len(largest)).reshape(known.shape), np.nan)[()], interval)
 
 
-def ranked_interval(differences: Floats, *, seed: int) -> Interval[Floats]:
+def ranked_interval(differences: Floats, *, clusters: ArrayLike | None = None, seed: int) -> Interval[Floats]:
     """Return intervals for mean differences `(row, channel)` that stay valid if channels are selected by rank.
 
     Each interval contains the channel's simultaneous interval and its own interval, which is corrected for skewness.
+    With more than 3,000 rows, fewer sign patterns are drawn, to limit the time.
     """
-    one, every = mean_interval(differences), max_t_test(differences, seed=seed).interval
+    flips = min(FLIPS, max(999, 2**25 // len(differences)))
+    one = mean_interval(differences, clusters=clusters)
+    every = max_t_test(differences, clusters=clusters, resamples=flips, seed=seed).interval
     low, high = np.minimum(one.low, every.low), np.maximum(one.high, every.high)
-    return Interval(one.estimate, low, high, one.confidence, one.note)
+    return Interval(one.estimate, low, high, one.confidence, np.where(np.isnan(one.low), one.note, every.note))
 
 
 def sign_flip_test(
@@ -168,8 +172,9 @@ def _flipped(sums: Floats, patterns: int, seed: int | None) -> Iterator[tuple[sl
     """
     many, channels = sums.shape
     generator = None if seed is None else np.random.default_rng(whole("seed", seed))
-    for start in range(0, patterns, 10_000):
-        numbers = np.arange(start, min(start + 10_000, patterns))
+    step = max(min(10_000, _SIGNS // many), 1)
+    for start in range(0, patterns, step):
+        numbers = np.arange(start, min(start + step, patterns))
         if generator is None:
             signs = 1.0 - 2.0 * ((numbers[:, None] >> np.arange(many)) & 1)
         else:

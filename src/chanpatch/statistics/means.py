@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import StatisticsError
+from ..errors import ChanpatchError, StatisticsError
 from .interval import FEW, FEWEST, Floats, Interval, few_others, normal_quantile, too_few
 
 Rows = NDArray[np.int64]
@@ -50,7 +50,7 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
     rows = rows_of("sample", sample)
     cluster = cluster_numbers(clusters, len(rows))
     estimate, many = mean(rows), int(cluster.max()) + 1
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         # Relative to the mean, so that clusters of different sizes are weighted by their rows.
         influence = totals(rows - estimate, cluster) * (many / len(rows))
         error = np.sqrt((influence**2).sum(axis=0) / (many * max(many - 1, 1)))
@@ -80,15 +80,30 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
     return np.where(np.abs(bend) < 1e-9, shifted, bent)
 
 
+def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
+    """Remove rounding error from the differences `(row, ...)` between numbers of this size.
+
+    A difference is set to 0, or to the channel's median, if it is that close relative to the size of its own row or of
+    the median row.
+    """
+    size = np.where(np.isfinite(size), np.abs(size), 0.0)
+    slack = rounding * np.maximum(size, np.median(size, axis=0))
+    middle = np.sort(differences, axis=0)[len(differences) // 2]
+    with np.errstate(invalid="ignore"):  # of infinities
+        snapped = np.where(np.abs(differences - middle) <= slack, middle, differences)
+    return np.where(np.abs(snapped) <= slack, 0.0, snapped)
+
+
 def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
     """Return, per channel, the reason that its mean has no interval, or an empty string."""
     many = int(cluster.max()) + 1
-    why = np.full(rows.shape[1:], too_few(many), dtype="<U100")
+    kind = "rows" if many == len(rows) else "clusters"
+    why = np.full(rows.shape[1:], too_few(many, kind), dtype="<U100")
     if many < FEWEST:
         return why
+    rows = snapped(rows, rows, 8 * float(np.finfo(np.float64).eps))
     nonzero = _clusters_with(rows != 0, cluster)
     off = _clusters_with(rows != np.sort(rows, axis=0)[len(rows) // 2], cluster)
-    kind = "rows" if many == len(rows) else "clusters"
     why[few_others(off, many)] = f"most of the {many} {kind} are equal"
     why[nonzero < FEWEST] = f"fewer than {FEWEST} of the {many} {kind} differ from 0"
     why[~np.isfinite(rows).all(axis=0)] = "a row is not finite"
@@ -96,8 +111,10 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
 
 
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
-    """Return an interval, with NaN ends if its note is a reason to withhold it."""
-    shown = np.isin(note, ("", "few"))
+    """Return an interval, with NaN ends if its note is a reason to withhold it or an end is infinite."""
+    allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
+    note = np.where(allowed & ~bounded, "the rows are too few or too equal in size to bound the mean", note)
+    shown = allowed & bounded
     return Interval(
         estimate[()], np.where(shown, low, np.nan)[()], np.where(shown, high, np.nan)[()], confidence, note[()]
     )
@@ -126,12 +143,18 @@ def rows_of(name: str, sample: ArrayLike) -> Floats:
     return rows
 
 
-def cluster_numbers(clusters: ArrayLike | None, rows: int) -> Rows:
+def cluster_numbers(clusters: ArrayLike | None, rows: int, error: type[ChanpatchError] = StatisticsError) -> Rows:
     """Return the cluster number of each row; without labels, each row is its own cluster."""
     if clusters is None:
         return np.arange(rows)
     labels = np.asarray(clusters)
     if labels.shape != (rows,):
-        raise StatisticsError(f"clusters must have one label for each of the {rows} rows; got shape {labels.shape}.")
+        raise error(f"clusters must have one label for each of the {rows} rows; got shape {labels.shape}.")
+    for row, label in enumerate(labels.tolist()):
+        if label is None or label != label:  # NaN
+            raise error(f"clusters[{row}] must be a label; got {label}. Label every row, or leave that row out.")
+    known: dict[Any, int] = {}
+    if labels.dtype == object:  # labels of several types cannot be sorted
+        return np.array([known.setdefault(label, len(known)) for label in labels.tolist()])
     numbers: Rows = np.unique(labels, return_inverse=True)[1]
     return numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,10 @@ def bootstrap_interval(
     low, high = np.full((2, *estimate.shape), np.nan)
     note = np.full(estimate.shape, too_few(many), dtype="<U100")
     if many >= FEWEST:
-        drawn = generator.multinomial(many, np.full(many, 1 / many), size=resamples)
-        resampled = _replicated(rows, statistic, drawn[:, cluster])
-        jackknife = _replicated(rows, statistic, (1 - np.eye(many, dtype=np.int64))[:, cluster])
+        even = np.full(many, 1 / many)
+        drawn = (generator.multinomial(many, even) for _ in range(resamples))  # one at a time, to limit memory
+        resampled = _replicated(rows, statistic, (each[cluster] for each in drawn))
+        jackknife = _replicated(rows, statistic, ((cluster != each).astype(np.int64) for each in range(many)))
         z = (many / (many - 1)) ** 0.5 * scipy.stats.t.ppf((1 + confidence) / 2, many - 1)
         known = np.isfinite(estimate) & np.isfinite(resampled).all(axis=0) & np.isfinite(jackknife).all(axis=0)
         low, high = _accelerated(estimate, np.where(known, resampled, 0.0), np.where(known, jackknife, 0.0), float(z))
@@ -104,7 +105,7 @@ def _accelerated(estimate: Floats, resampled: Floats, jackknife: Floats, z: floa
     return np.stack(ends)
 
 
-def _replicated(rows: Floats, statistic: Statistic, times: Rows) -> Floats:
+def _replicated(rows: Floats, statistic: Statistic, times: Iterable[Rows]) -> Floats:
     """Return the statistic of each resample, `(resample, ...)`; `times` is how often it repeats each row."""
     return np.stack([np.asarray(statistic(np.repeat(rows, each, axis=0)), dtype=np.float64) for each in times])
 

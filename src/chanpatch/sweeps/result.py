@@ -9,12 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..channels import rounding
 from ..errors import MetricError
 from ..patching.edits import Resample, Set
 from ..patching.patch import Patch
 from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
+from ..statistics.means import snapped
 from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
 
 if TYPE_CHECKING:
@@ -90,11 +92,12 @@ class SweepResult(Effects):
 
         The intervals hold jointly for all patches of the sweep, so they are also valid for patches selected by `top`.
         They combine `mean_interval`, which marks intervals over six to nine inputs and withholds those over fewer, with
-        `max_t_test` (both in `chanpatch.statistics`). `seed` is the random seed for `max_t_test`.
+        `max_t_test` (both in `chanpatch.statistics`). `seed` is the random seed for `max_t_test`. Differences within
+        rounding error count as equal.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
-        every = ranked_interval(whole.differences(metric).T, seed=seed)
+        every = ranked_interval(whole._snapped(metric), seed=seed)
         return picked(every, [row[label] for label in self.labels])
 
     def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
@@ -103,9 +106,8 @@ class SweepResult(Effects):
         A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if its
         effect is not finite. All ranks are None if there are no controls or a control's effect is not finite.
         """
-        controls = self.controls
-        effects = np.zeros(0) if controls is None else controls.effect(metric)
-        return ranks_among(self.effect(metric), effects, alternative, self.no_p)
+        effects = np.zeros(0) if self.controls is None else self.controls._snapped(metric).mean(axis=0)
+        return ranks_among(self._snapped(metric).mean(axis=0), effects, alternative, self.no_p)
 
     def top(self, count: int, metric: str | None = None) -> SweepResult:
         """Return the `count` rows with the largest absolute effects, largest first.
@@ -172,6 +174,11 @@ class SweepResult(Effects):
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)
             notes.append(f"{strategy} at {points}: {those[0].why}" + (" (see .groups)" if len(those) > 1 else ""))
         return notes
+
+    def _snapped(self, metric: str | None) -> Floats:
+        """Return the differences without rounding error: `(input, patch)`."""
+        same = rounding(patch.site for patches in self.patches for patch in patches)
+        return snapped(self.differences(metric).T, self.baseline[self._named(metric)][:, None], same)
 
     def _ranks(self) -> list[Rank | None]:
         """Return the ranks for every metric, grouped by patch."""

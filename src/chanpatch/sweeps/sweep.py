@@ -29,7 +29,7 @@ from torch import nn
 
 from ..engine.paths import get
 from ..errors import MetricError, SweepError
-from ..labels import Patches
+from ..labels import Patches, no_p_among
 from ..metrics.measured import Metric, Metrics
 from ..registry.points import HookPoints, traced
 from ..results import progress_bar
@@ -103,7 +103,7 @@ def sweep(
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(points, patches, "patches")
         others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
-        no_p = getattr(controls, "no_p", "")
+        no_p = no_p_among(entry.patches for entry in others)
         output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
         metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
