@@ -34,7 +34,7 @@ class Contrast(Effects):
             all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if withheld.
         high: Upper end of that interval.
         p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the
-            number of channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if there is no p-value.
+            number of channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN without a p-value.
         note: `"few"` if the interval is based on fewer than ten pairs, the reason if it is withheld, otherwise empty.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.

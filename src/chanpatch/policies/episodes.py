@@ -292,8 +292,8 @@ class _Actor:
         if others and _DTYPE_REFUSED.search(str(error)):
             raise RolloutError(
                 f"The policy failed on observations of dtype {', '.join(sorted(others))} ({error}). A rollout does "
-                "not preprocess observations. Convert them the same way as in training, in the policy or in a wrapper function "
-                "such as lambda observations: policy(observations.float() / 255)."
+                "not preprocess observations. Convert them the same way as in training, in the policy or in a "
+                "wrapper function such as lambda observations: policy(observations.float() / 255)."
             ) from error
         found = _CHANNELS_REFUSED.search(str(error))
         if found and found[1] == found[2]:
