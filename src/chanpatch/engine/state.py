@@ -11,6 +11,7 @@ import itertools
 import operator
 import random
 import threading
+import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -62,10 +63,10 @@ class undisturbed:
 
     _is_locked = _is_noted = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *more: Any) -> None:
         tensors = itertools.chain(model.parameters(), model.buffers())
         self._cuda = list({tensor.device for tensor in tensors if tensor.is_cuda})
-        self.snapshot = Snapshot(model.modules())
+        self.snapshot = Snapshot(model.modules(), *more)
 
     def __enter__(self) -> undisturbed:
         self._is_locked, self._is_noted = True, False  # set before the lock is taken, in case of an interrupt
@@ -142,14 +143,20 @@ class undisturbed:
 
 
 class Snapshot:
-    """State of the given modules when `note` was called.
+    """State of the given modules, and of the attributes of other objects, when `note` was called.
+
+    Objects whose ids are in `apart` are not restored.
 
     Parameters are saved by name only, because libraries that shard or offload a model replace them.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], attributes: Iterable[dict[Any, Any]] = (), apart: Iterable[int] = ()
+    ) -> None:
         self._owns = [(type(module).__name__, vars(module)) for module in modules]
         self._dicts = [own for _, own in self._owns] + [own[name] for _, own in self._owns for name in _REGISTRIES]
+        self._dicts += attributes
+        self._apart = {*apart}
         self._noted: list[dict[Any, Any]] = []
         self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, with their contents
 
@@ -159,9 +166,9 @@ class Snapshot:
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
             self._note_bound()
-            found = _reachable(self._dicts)
-            self._generators: list[Any] = [each for each in found if isinstance(each, _GENERATORS)]
-            self._held = [(each, _content(each)) for each in found if not isinstance(each, _GENERATORS)]
+            found = _reachable(self._dicts, self._apart)
+            self._generators: list[Any] = [each for each in found if isinstance(each, GENERATORS)]
+            self._held = [(each, _content(each)) for each in found if not isinstance(each, GENERATORS)]
         self._states = [_state(each) for each in self._generators]
         return self
 
@@ -222,7 +229,7 @@ class Snapshot:
 _REGISTRIES = ("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
 _PLAIN = (bool, int, float, str, bytes, type(None), nn.Module)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def _state(generator: Any) -> Any:
@@ -244,15 +251,17 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
         _refill(each, wanted)
 
 
-def _reachable(dicts: Iterable[dict[str, Any]]) -> list[Any]:
+def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
     """Return the objects in attributes that a forward pass may modify, including those inside other containers."""
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
         value = waiting.pop()
-        if isinstance(value, _PLAIN) or id(value) in found:
+        if isinstance(value, _PLAIN) or id(value) in found or id(value) in apart:
             continue
-        if isinstance(value, (list, dict, set, deque, np.ndarray, *_GENERATORS)) or _may_be_written(value):
+        if isinstance(value, (list, dict, set, deque, np.ndarray, types.CellType, *GENERATORS)) or _may_be_written(
+            value
+        ):
             found[id(value)] = value
         if isinstance(value, (list, tuple, deque, dict)):
             waiting += value.values() if isinstance(value, dict) else value
@@ -269,6 +278,8 @@ def _may_be_written(tensor: Any) -> bool:
 
 
 def _content(held: Any) -> Any:
+    if isinstance(held, types.CellType):  # a variable of a closure
+        return [held.cell_contents]
     return held.detach().clone() if isinstance(held, Tensor) else held.copy()
 
 
@@ -279,6 +290,8 @@ def _same(held: Any, content: Any) -> bool:
         return torch.equal(*dense)
     if isinstance(held, np.ndarray):
         return np.array_equal(held, content)
+    if isinstance(held, types.CellType):
+        return _content(held)[0] is content[0]
     if isinstance(held, set):
         return bool(held == content)
     if len(held) != len(content) or not all(map(operator.is_, held, content)):
@@ -294,6 +307,8 @@ def _refill(held: Any, content: Any) -> None:
             held.copy_(content)
     elif isinstance(held, np.ndarray):
         held[...] = content
+    elif isinstance(held, types.CellType):
+        (held.cell_contents,) = content
     else:
         held.clear()
         held.update(content) if isinstance(held, (dict, set)) else held.extend(content)

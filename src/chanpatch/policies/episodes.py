@@ -24,7 +24,7 @@ from ..statistics.interval import whole
 from .actions import chosen_actions, draw_streams, repetitions
 from .checks import check_envs, checked_policy
 from .checksums import checksums
-from .copies import held_modules, patches_inside, refuse_environments_by_rows
+from .copies import held_state, patches_inside, refuse_environments_by_rows
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
 from .results import Rollout
 
@@ -75,8 +75,10 @@ def play(
     log = _Log(seeds, settings, times, label)
     whole("max_steps", settings.max_steps, 1, RolloutError)
     waves = range(0, log.plays, envs.num_envs)
-    held = nn.ModuleList(held_modules(policy))
-    with undisturbed(held) as run, progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance:
+    with (
+        undisturbed(*held_state(policy, envs)) as run,
+        progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance,
+    ):
         actor = _Actor(policy, settings)
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on earlier ones
