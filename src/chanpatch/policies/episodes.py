@@ -27,6 +27,7 @@ from .checksums import checksums
 from .copies import held_state, patches_inside, refuse_environments_by_rows
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
 from .results import Rollout
+from .stable_baselines import as_in_predict
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -75,10 +76,9 @@ def play(
     log = _Log(seeds, settings, times, label)
     whole("max_steps", settings.max_steps, 1, RolloutError)
     waves = range(0, log.plays, envs.num_envs)
-    with (
-        undisturbed(*held_state(policy, envs)) as run,
-        progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance,
-    ):
+    held, *state = held_state(policy, envs)
+    bar = progress_bar(settings.progress, len(waves) * settings.max_steps, "step")
+    with as_in_predict(held), undisturbed(held, *state) as run, bar as advance:
         actor = _Actor(policy, settings)
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on earlier ones

@@ -30,6 +30,7 @@ from .copies import refuse_environments_by_rows
 from .decisions import Masks, Outputs
 from .episodes import BatchAxes, InitialState, Settings, play, rows_of, state_batch_axes
 from .results import ORIGINAL, SweptRollouts
+from .stable_baselines import as_in_predict
 from .twin import PatchedPolicy
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
             )
     refuse_shared_state([*asked, *others])
     refuse_environments_by_rows([patch for _, each in [*asked, *others] for patch in each], envs)
-    together = training_modules(model_of(policy))
+    with as_in_predict(model_of(policy)):
+        together = training_modules(model_of(policy))
     if together:
         raise RolloutError(
             f"{', '.join(together)} in training mode would let the labels affect each other. Call eval() on the "
