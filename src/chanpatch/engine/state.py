@@ -127,6 +127,10 @@ class undisturbed:
         self.snapshot.put_back_generators()
         self.snapshot.put_back()
 
+    def random_states(self) -> list[object]:
+        """Return the present states of all random number generators, for comparison."""
+        return [*random_states(self._cuda), *self.snapshot.generator_states()]
+
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
         """Yield the results of several forward passes; restore the model (not the random generators) after each."""
         for each in forwards:
@@ -140,6 +144,14 @@ class undisturbed:
             if storage(tensor) in restored:
                 output = replace(output, path, tensor.clone())
         return output
+
+
+def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
+    """Return the present states of the global random number generators, for comparison."""
+    _, words, *place = np.random.get_state(legacy=True)
+    on_cuda = [torch.cuda.get_rng_state(device) for device in cuda]
+    tensors = [each.numpy().tobytes() for each in (torch.get_rng_state(), *on_cuda)]
+    return [random.getstate(), np.asarray(words).tobytes(), place, *tensors]
 
 
 class Snapshot:
@@ -213,8 +225,7 @@ class Snapshot:
 
     def generator_states(self) -> list[str]:
         """Return the current states of the random generators stored in the model, for comparison."""
-        states = [_state(each) for each in self._generators]
-        return [str(state.tolist()) if isinstance(state, Tensor) else repr(state) for state in states]
+        return [*map(generator_state, self._generators)]
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors and arrays that are restored in place."""
@@ -236,6 +247,12 @@ def _state(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def generator_state(generator: Any) -> str:
+    """Return the present state of a generator, for comparison."""
+    state = _state(generator)
+    return str(state.tolist()) if isinstance(state, Tensor) else repr(state)
 
 
 def _parts(own: dict[str, Any]) -> set[str]:

@@ -113,6 +113,11 @@ def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]],
     return modules, [*(vars(item) for item in plain if id(item) not in known), dict(enumerate(written))], apart
 
 
+def generators_of(functions: Iterable[Any]) -> list[Any]:
+    """Return the random number generators that functions reach."""
+    return [item for item in _reachable(functions, _parts_that_act) if isinstance(item, GENERATORS)]
+
+
 def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
     """Raise an error if a patch function reads the environments and `context.rows`, but not `context.environments`.
 
