@@ -186,7 +186,7 @@ def test_twins_inside_plain_objects_do_not_share_a_callable_object():
     agents = {name: Agent() for name in "ab"}
     for agent in agents.values():
         agent.net = edited(shared)
-    with pytest.raises(EditError, match="Edit is under two labels, 'a' and 'b'"):
+    with pytest.raises(EditError, match="Edit is used under two labels, 'a' and 'b'"):
         paired_rollouts(agents, walks(2), range(4), **SETTINGS)
 
 
@@ -200,7 +200,7 @@ def test_a_twin_inside_a_plain_object_does_not_read_the_environments_by_episode(
             where=lambda context: len(envs.envs) > context.rows.view(-1, 1),
         ),
     )
-    with pytest.raises(RolloutError, match="reads the environments by context.rows"):
+    with pytest.raises(RolloutError, match="indexes the environments with context.rows"):
         rollout(agent, envs, range(4), **SETTINGS)
 
 
