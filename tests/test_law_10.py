@@ -46,31 +46,31 @@ def test_other_draws_are_other_trajectories(case):
     assert not same(case.rollout(case.policy), case.rollout(case.policy, sampling_seed=1))
 
 
-class AroundTheLogits:
-    """A policy of normal actions, whose noise tells the draws; keeps the centre of each action of each episode."""
+def around_the_logits(policy: Any, centres: list[list[Tensor]]) -> Callable[..., Any]:
+    """Return a policy of normal actions, which appends the center of each action to a list for its episode."""
 
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
-        self.centres: list[list[Tensor]] = [[] for _ in SEEDS]
-
-    def __call__(self, *inputs: Any) -> Any:
-        centre, state = logits(self.policy, *inputs)
+    def act(*inputs: Any) -> Any:
+        centre, state = logits(policy, *inputs)
         for episode, row in zip(published.now.rows.tolist(), centre, strict=True):
-            self.centres[episode].append(row)
+            centres[episode].append(row)
         distribution = Independent(Normal(centre, torch.ones_like(centre)), 1)
         return distribution if state is None else (distribution, state)
+
+    return act
 
 
 def test_the_same_draw_is_behind_each_action_even_after_the_trajectories_have_parted(case):
     shape, width = case.inputs(1)[0].shape[1:], logits(case.policy, *case.inputs(2))[0].shape[1]
     envs = SyncVectorEnv([lambda: Drifting(tuple(shape), width, continuous=True)] * 3)
-    acting = {"one": AroundTheLogits(case.policy), "ablated": AroundTheLogits(case.ablated())}
+    centres: dict[str, list[list[Tensor]]] = {name: [[] for _ in SEEDS] for name in ("one", "ablated")}
+    policies = {"one": case.policy, "ablated": case.ablated()}
+    acting = {name: around_the_logits(policy, centres[name]) for name, policy in policies.items()}
     pairs = paired_rollouts(acting, envs, SEEDS, max_steps=20, initial_state=case.initial_state)
-    for name, policy in acting.items():
-        for seed, actions, centres in zip(SEEDS, pairs[name].actions, policy.centres, strict=True):
+    for name in acting:
+        for seed, actions, means in zip(SEEDS, pairs[name].actions, centres[name], strict=True):
             source = np.random.SeedSequence(0, spawn_key=(seed, 0))
             draws = np.random.Generator(np.random.Philox(source)).random(actions.shape)
-            np.testing.assert_allclose(actions - torch.stack(centres).numpy(), norm.ppf(draws), atol=1e-4)
+            np.testing.assert_allclose(actions - torch.stack(means).numpy(), norm.ppf(draws), atol=1e-4)
     for one, ablated in zip(pairs["one"].actions, pairs["ablated"].actions, strict=True):
         assert not np.array_equal(one[0], ablated[0])
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
 from stable_baselines3 import DQN, PPO, SAC, TD3
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 from chanpatch import PatchedPolicy, edit, hook_points, paired_rollouts, rollout
 from chanpatch.errors import DistributionError, RolloutError
-from chanpatch.policies import action_distribution
+from chanpatch.policies import action_distribution, rollout_sweep
 
 SEEDS = [4, 9, 1]
 SQUASHED = {"use_sde": True, "policy_kwargs": {"squash_output": True}}
@@ -73,6 +74,41 @@ def test_a_twin_with_an_identity_edit_acts_as_its_policy(kind):
     pairs = paired_rollouts({"policy": policy, "twin": twin}, envs_of(environment), SEEDS, max_steps=12)
     assert twin.ledger.to_records()
     assert pairs["policy"].to_records() == pairs["twin"].to_records()
+
+
+class Dropping(BaseFeaturesExtractor):
+    """A features extractor with dropout, which acts in training mode."""
+
+    def __init__(self, space):
+        super().__init__(space, 32)
+        self.layers = nn.Sequential(nn.Linear(space.shape[0], 32), nn.Dropout(0.7))
+
+    def forward(self, observations):
+        return 5 * self.layers(observations)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
+def test_a_policy_in_training_mode_acts_as_predict_does_and_keeps_its_flags(algorithm):
+    environment = "Pendulum-v1" if algorithm is SAC else "CartPole-v1"
+    model = algorithm("MlpPolicy", environment, seed=1, policy_kwargs={"features_extractor_class": Dropping})
+    policy = model.policy
+    site = next(name for name, module in policy.named_modules() if isinstance(module, nn.Dropout))
+    method = "get_distribution" if algorithm is PPO else "__call__"
+    policy.set_training_mode(False)
+    points = hook_points(policy, torch.zeros(2, *policy.observation_space.shape), method=method)
+    policy.set_training_mode(True)
+    twin = PatchedPolicy(points, edit(points.site(site), torch.clone))
+    flags = [module.training for module in policy.modules()]
+    acting = {"policy": policy, "twin": twin}
+    if algorithm is PPO:
+        acting["function"] = lambda seen: model.policy.get_distribution(seen)
+    pairs = paired_rollouts(acting, envs_of(environment), SEEDS, max_steps=30, greedy=True)
+    swept = rollout_sweep(points, envs_of(environment, 5), SEEDS, {"twin": twin.patches}, max_steps=30, greedy=True)
+    assert flags == [module.training for module in policy.modules()]
+    for name, done in {**pairs, "swept": swept["twin"]}.items():
+        for seed, actions in zip(SEEDS, done.actions, strict=True):
+            np.testing.assert_allclose(actions, predicted(policy, environment, seed, 30), atol=1e-5, err_msg=name)
+        policy.set_training_mode(True)
 
 
 @pytest.mark.parametrize("name", ["PPO", "squashed PPO", "SAC", "SAC with gSDE"])

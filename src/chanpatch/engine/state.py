@@ -11,6 +11,7 @@ import itertools
 import operator
 import random
 import threading
+import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -62,10 +63,10 @@ class undisturbed:
 
     _is_locked = _is_noted = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *more: Any) -> None:
         tensors = itertools.chain(model.parameters(), model.buffers())
         self._cuda = list({tensor.device for tensor in tensors if tensor.is_cuda})
-        self.snapshot = Snapshot(model.modules())
+        self.snapshot = Snapshot(model.modules(), *more)
 
     def __enter__(self) -> undisturbed:
         self._is_locked, self._is_noted = True, False  # set before the lock is taken, in case of an interrupt
@@ -126,6 +127,10 @@ class undisturbed:
         self.snapshot.put_back_generators()
         self.snapshot.put_back()
 
+    def random_states(self) -> list[object]:
+        """Return the present states of all random number generators, for comparison."""
+        return [*random_states(self._cuda), *self.snapshot.generator_states()]
+
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
         """Yield the results of several forward passes; restore the model (not the random generators) after each."""
         for each in forwards:
@@ -141,15 +146,29 @@ class undisturbed:
         return output
 
 
+def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
+    """Return the present states of the global random number generators, for comparison."""
+    _, words, *place = np.random.get_state(legacy=True)
+    on_cuda = [torch.cuda.get_rng_state(device) for device in cuda]
+    tensors = [each.numpy().tobytes() for each in (torch.get_rng_state(), *on_cuda)]
+    return [random.getstate(), np.asarray(words).tobytes(), place, *tensors]
+
+
 class Snapshot:
-    """State of the given modules when `note` was called.
+    """State of the given modules, and of the attributes of other objects, when `note` was called.
+
+    Objects whose ids are in `apart` are not restored.
 
     Parameters are saved by name only, because libraries that shard or offload a model replace them.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], attributes: Iterable[dict[Any, Any]] = (), apart: Iterable[int] = ()
+    ) -> None:
         self._owns = [(type(module).__name__, vars(module)) for module in modules]
         self._dicts = [own for _, own in self._owns] + [own[name] for _, own in self._owns for name in _REGISTRIES]
+        self._dicts += attributes
+        self._apart = {*apart}
         self._noted: list[dict[Any, Any]] = []
         self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, with their contents
 
@@ -159,9 +178,9 @@ class Snapshot:
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
             self._note_bound()
-            found = _reachable(self._dicts)
-            self._generators: list[Any] = [each for each in found if isinstance(each, _GENERATORS)]
-            self._held = [(each, _content(each)) for each in found if not isinstance(each, _GENERATORS)]
+            found = _reachable(self._dicts, self._apart)
+            self._generators: list[Any] = [each for each in found if isinstance(each, GENERATORS)]
+            self._held = [(each, _content(each)) for each in found if not isinstance(each, GENERATORS)]
         self._states = [_state(each) for each in self._generators]
         return self
 
@@ -206,8 +225,7 @@ class Snapshot:
 
     def generator_states(self) -> list[str]:
         """Return the current states of the random generators stored in the model, for comparison."""
-        states = [_state(each) for each in self._generators]
-        return [str(state.tolist()) if isinstance(state, Tensor) else repr(state) for state in states]
+        return [*map(generator_state, self._generators)]
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors and arrays that are restored in place."""
@@ -222,13 +240,19 @@ class Snapshot:
 _REGISTRIES = ("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
 _PLAIN = (bool, int, float, str, bytes, type(None), nn.Module)
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
 def _state(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
     return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
+
+
+def generator_state(generator: Any) -> str:
+    """Return the present state of a generator, for comparison."""
+    state = _state(generator)
+    return str(state.tolist()) if isinstance(state, Tensor) else repr(state)
 
 
 def _parts(own: dict[str, Any]) -> set[str]:
@@ -244,15 +268,17 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
         _refill(each, wanted)
 
 
-def _reachable(dicts: Iterable[dict[str, Any]]) -> list[Any]:
+def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
     """Return the objects in attributes that a forward pass may modify, including those inside other containers."""
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
         value = waiting.pop()
-        if isinstance(value, _PLAIN) or id(value) in found:
+        if isinstance(value, _PLAIN) or id(value) in found or id(value) in apart:
             continue
-        if isinstance(value, (list, dict, set, deque, np.ndarray, *_GENERATORS)) or _may_be_written(value):
+        if isinstance(value, (list, dict, set, deque, np.ndarray, types.CellType, *GENERATORS)) or _may_be_written(
+            value
+        ):
             found[id(value)] = value
         if isinstance(value, (list, tuple, deque, dict)):
             waiting += value.values() if isinstance(value, dict) else value
@@ -269,6 +295,8 @@ def _may_be_written(tensor: Any) -> bool:
 
 
 def _content(held: Any) -> Any:
+    if isinstance(held, types.CellType):  # a variable of a closure
+        return [held.cell_contents]
     return held.detach().clone() if isinstance(held, Tensor) else held.copy()
 
 
@@ -279,6 +307,8 @@ def _same(held: Any, content: Any) -> bool:
         return torch.equal(*dense)
     if isinstance(held, np.ndarray):
         return np.array_equal(held, content)
+    if isinstance(held, types.CellType):
+        return _content(held)[0] is content[0]
     if isinstance(held, set):
         return bool(held == content)
     if len(held) != len(content) or not all(map(operator.is_, held, content)):
@@ -294,6 +324,8 @@ def _refill(held: Any, content: Any) -> None:
             held.copy_(content)
     elif isinstance(held, np.ndarray):
         held[...] = content
+    elif isinstance(held, types.CellType):
+        (held.cell_contents,) = content
     else:
         held.clear()
         held.update(content) if isinstance(held, (dict, set)) else held.extend(content)

@@ -87,6 +87,14 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
     return distribution, squashed
 
 
+def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
+    """Return the actions, or the parameters of the distribution that they are drawn from."""
+    if isinstance(choice, Tensor):
+        return [choice]
+    distribution, _ = _untransformed(choice)
+    return [distribution.loc, distribution.scale] if isinstance(distribution, Normal) else [distribution.logits]
+
+
 def _is_tanh(distribution: Distribution) -> bool:
     transforms = getattr(distribution, "transforms", ())
     return [type(transform) for transform in transforms] == [TanhTransform]

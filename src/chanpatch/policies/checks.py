@@ -15,7 +15,7 @@ from ..errors import MissingPackageError, RolloutError
 from ..registry.points import HookPoints, no_module
 from ..results import imported
 from .copies import STATE, held_modules
-from .stable_baselines import is_sb3_policy
+from .stable_baselines import as_in_predict, is_sb3_policy
 
 _SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
 _ADVICE = {  # keyed by the library that the environments come from
@@ -151,6 +151,11 @@ def check_modes(policies: Mapping[str, Any]) -> None:
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
+    with as_in_predict(one), as_in_predict(other):
+        _compare_modes(label, one, other_label, other)
+
+
+def _compare_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
     ours, theirs = (
         {name: each for name, each in side.named_modules() if depends_on_training(each)} for side in (one, other)
     )

@@ -1,4 +1,4 @@
-"""Copy policies with shared weights, and find the modules that functions refer to."""
+"""Copy policies with shared weights, and find the modules and objects that a policy reaches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import dis
 import functools
 import itertools
+import sys
 import types
 import weakref
 from collections import deque
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.hooks import drop_hooks, is_ours
+from ..engine.state import GENERATORS
 from ..errors import RolloutError, UnsupportedModelError
 from ..patching.edit_context import state_of
 from ..patching.patch import Patch
@@ -84,17 +86,36 @@ _TRIAL = 2  # adding, subtracting, multiplying or dividing parameters with this 
 
 
 def held_modules(policy: Any) -> list[nn.Module]:
-    """Return the policy if it is a module, else the modules in its closure, defaults, attributes and globals."""
-    if isinstance(policy, nn.Module):
-        return [policy]
-    held = _referred_to([policy, *getattr(policy, "__dict__", {}).values()])
-    return [item for item in held if isinstance(item, nn.Module)]
+    """Return the modules that a policy is or reaches, apart from its own submodules."""
+    return [item for item in _reachable([policy], _parts_that_act) if isinstance(item, nn.Module)]
 
 
 def patches_inside(policy: Any) -> list[Patch]:
-    """Return the patches of every twin in a policy, or in the modules that it refers to."""
+    """Return the patches of the twins that a policy is or reaches."""
     modules = {module: None for held in held_modules(policy) for module in held.modules()}
     return [patch for module in modules if STATE in vars(module) for patch in vars(module)[STATE].patches]
+
+
+def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]], list[int]]:
+    """Return the modules and attributes that a rollout restores, with generators and nonlocal variables.
+
+    The policy and the functions of its patches reach them. Last come the ids of objects that the environments reach,
+    which are not restored.
+    """
+    functions = [function for patch in patches_inside(policy) for function in (patch.edit, patch.where)]
+    held = [*_reachable([policy, *functions], _parts_that_act)]
+    modules = nn.ModuleList(item for item in held if isinstance(item, nn.Module))
+    written: list[Any] = [item for item in held if isinstance(item, GENERATORS)]
+    written += [cell for item in held if isinstance(item, types.FunctionType) for cell in _written_by(item)]
+    plain = [item for item in held if _is_plain(item) and vars(item)]
+    apart = [id(item) for item in _reachable([envs], _parts_of_environments)] if plain or written else []
+    known = {*apart}
+    return modules, [*(vars(item) for item in plain if id(item) not in known), dict(enumerate(written))], apart
+
+
+def generators_of(functions: Iterable[Any]) -> list[Any]:
+    """Return the random number generators that functions reach."""
+    return [item for item in _reachable(functions, _parts_that_act) if isinstance(item, GENERATORS)]
 
 
 def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
@@ -175,7 +196,19 @@ def _referred_to(roots: Iterable[Any]) -> list[Any]:
     """Return the objects that functions (in closures, defaults and globals) and weak references refer to."""
     held = [*_reachable(roots, _held_by)]
     functions = [item for item in held if isinstance(item, types.FunctionType)]
-    return held + [each.__globals__.get(name) for each in functions for name in each.__code__.co_names]
+    return held + [item for each in functions for item in _globals_of(each)]
+
+
+def _globals_of(function: types.FunctionType) -> list[Any]:
+    return [function.__globals__.get(name) for name in _global_names(function.__code__)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _global_names(code: types.CodeType) -> list[str]:
+    """Return the names that some code, or a function or comprehension in it, loads as globals; no attributes."""
+    own = [each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inside = [_global_names(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return [*dict.fromkeys(itertools.chain(own, *inside))]
 
 
 def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> Iterator[Any]:
@@ -193,6 +226,54 @@ def _kept_by(item: Any) -> Iterable[Any]:
     own = getattr(item, "__dict__", {})
     run = [part for name, part in own.items() if name != STATE and "state_dict" not in name]  # never run in a call
     return _inside(item) or run
+
+
+def _parts_that_act(item: Any) -> Iterable[Any]:
+    """Return the objects that an object may use when it acts: of functions and modules, those that they refer to."""
+    if isinstance(item, types.FunctionType):
+        return () if _of_a_library(item.__module__) else [*_held_by(item), *_globals_of(item)]
+    if isinstance(item, nn.Module):
+        owns = [vars(module).items() for module in item.modules()]
+        return [part for own in owns for name, part in own if name not in _TORCHS_OWN and name != STATE]
+    if _is_plain(item) or type(item).__module__.startswith("chanpatch."):
+        return [*getattr(item, "__dict__", {}).values(), type(item).__call__]
+    return _held_by(item)
+
+
+def _written_by(function: types.FunctionType) -> Iterable[types.CellType]:
+    """Return the variables that a function declares nonlocal and sets."""
+    names = {each.argval for each in dis.get_instructions(function) if each.opname == "STORE_DEREF"}
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return [cell for name, cell in cells if name in names and cell != types.CellType()]
+
+
+def _parts_of_environments(item: Any) -> Iterable[Any]:
+    is_code = isinstance(item, (type, types.ModuleType, types.FunctionType, nn.Module))
+    return () if is_code else [*_inside(item), *getattr(item, "__dict__", {}).values()]
+
+
+def _is_plain(item: Any) -> bool:
+    """Return whether an object may keep state in attributes: no module, environment, or object of torch or Python."""
+    if isinstance(item, types.FunctionType):
+        return not _of_a_library(item.__module__)
+    apart = [getattr(sys.modules.get(module), name, ()) for module, name in _APART]
+    known = isinstance(item, (nn.Module, type, types.ModuleType, *apart)) or _of_a_library(type(item).__module__)
+    return isinstance(item, types.SimpleNamespace) or (hasattr(item, "__dict__") and not known)
+
+
+def _of_a_library(module: Any) -> bool:
+    return str(module).partition(".")[0] in _LIBRARIES
+
+
+_LIBRARIES = {"chanpatch", "gymnasium", "numpy", "torch", *sys.stdlib_module_names}
+_TORCHS_OWN = vars(nn.Module()).keys()
+_APART = (  # environments, and the memory of an algorithm, which may be large
+    ("gym", "Env"),
+    ("gymnasium", "Env"),
+    ("gymnasium.vector", "VectorEnv"),
+    ("stable_baselines3.common.vec_env", "VecEnv"),
+    ("stable_baselines3.common.buffers", "BaseBuffer"),
+)
 
 
 def _held_by(item: Any) -> Iterable[Any]:

@@ -24,10 +24,14 @@ Masks: TypeAlias = Callable[["VectorEnv[Any, Any, Any]", dict[str, Any]], Any]
 
 
 class Decision(NamedTuple):
-    """A distribution over actions or the actions themselves, and optionally a function that maps actions to a Box."""
+    """A distribution over actions or the actions themselves, and optionally a function that maps actions to a Box.
+
+    If the policy returned action values, `values` contains them.
+    """
 
     choice: Distribution | Tensor
     fitted: Callable[[NDArray[Any], Any], NDArray[Any]] | None = None
+    values: Tensor | None = None
 
 
 def action_distribution(
@@ -119,7 +123,8 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDAr
             )
         decision = Decision(found, fit_of_distribution(output))
     else:
-        return Decision(_of_tensor(output, subject, outputs, masks))
+        choice = _of_tensor(output, subject, outputs, masks)
+        return Decision(choice, values=tensor_in(output) if outputs == "values" else None)
     if masks is None:
         return decision
     if not isinstance(decision.choice, Categorical):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import re
@@ -24,9 +25,11 @@ from ..statistics.interval import whole
 from .actions import chosen_actions, draw_streams, repetitions
 from .checks import check_envs, checked_policy
 from .checksums import checksums
-from .copies import held_modules, patches_inside, refuse_environments_by_rows
+from .copies import held_state, patches_inside, refuse_environments_by_rows
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
 from .results import Rollout
+from .row_checks import check_rows
+from .stable_baselines import as_in_predict
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -75,13 +78,15 @@ def play(
     log = _Log(seeds, settings, times, label)
     whole("max_steps", settings.max_steps, 1, RolloutError)
     waves = range(0, log.plays, envs.num_envs)
-    held = nn.ModuleList(held_modules(policy))
-    with undisturbed(held) as run, progress_bar(settings.progress, len(waves) * settings.max_steps, "step") as advance:
+    held, *state = held_state(policy, envs)
+    bar = progress_bar(settings.progress, len(waves) * settings.max_steps, "step")
+    with as_in_predict(held), undisturbed(held, *state) as run, bar as advance:
         actor = _Actor(policy, settings)
+        checks = functools.partial(check_rows, run, undisturbed(held, *state)) if times > 1 else None
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on earlier ones
             wave = np.arange(start, min(start + envs.num_envs, log.plays))
-            _play_wave(actor, envs, wave, log, advance, settings, around)
+            _play_wave(actor, envs, wave, log, advance, settings, around, checks)
     return log.rollouts()
 
 
@@ -145,6 +150,7 @@ def _play_wave(
     advance: Callable[[int], object],
     settings: Settings,
     around: Around,
+    checks: Callable[..., None] | None,
 ) -> None:
     """Play the episodes of one wave in parallel until all have finished, and advance the progress bar."""
     observations, infos = _reset(envs, [log.seeds[number] for number in np.resize(wave, envs.num_envs)])
@@ -158,9 +164,16 @@ def _play_wave(
     for step in range(settings.max_steps):
         plays = wave[running]
         infos_of = functools.partial(_of_environments, infos, envs.num_envs)
-        known = {"step": step, "environments": running, "infos": infos_of, **log.published}
-        with forward_context(rows=plays % log.episodes, **known), around(plays // log.episodes):
-            decision = actor.decision(observations, running, None if allowed is None else allowed[running])
+        known = {"step": step, "infos": infos_of, **log.published}
+        decide = functools.partial(_decision, observations, allowed, around, log.episodes, known)
+        decision = decide(actor, plays, running)
+        own = int((plays < log.episodes).sum())  # rows of the first time, which come first
+        if checks and not step and own and (own < len(plays) or not plays[0]):
+            mixed = own < len(plays)
+            some = slice(
+                min(own, max(2, own // 2)) if mixed else own
+            )  # all labels see the same at first: leave rows out
+            checks(decision, functools.partial(decide, copy.copy(actor), plays[some], running[some], first=True), mixed)
         streams = None if settings.greedy else [log.streams[number] for number in plays]
         chosen = chosen_actions(decision, streams, len(running), envs)
         if actions is None:
@@ -187,6 +200,25 @@ def _play_wave(
                     allowed[over] = allowed_actions(settings.masks, envs, infos_of_reset)[over]
         advance(1)
     log.truncated[wave[running]] = True
+
+
+def _decision(
+    observations: Any,
+    allowed: NDArray[np.bool_] | None,
+    around: Around,
+    episodes: int,
+    known: dict[str, Any],
+    actor: _Actor,
+    plays: NDArray[np.int64],
+    running: NDArray[np.int64],
+    *,
+    first: bool = False,
+) -> Decision:
+    """Return the decision for the given plays, each in its sub-environment; with `first`, begin their episodes."""
+    if first:
+        actor.begin(len(plays))
+    with forward_context(rows=plays % episodes, environments=running, **known), around(plays // episodes):
+        return actor.decision(observations, running, None if allowed is None else allowed[running])
 
 
 def _seen(observations: Any, allowed: Any, num_envs: int) -> NDArray[np.uint64]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..engine.hooks import Station
 from ..engine.paths import leaves
-from ..engine.state import training_modules
+from ..engine.state import generator_state, random_states, training_modules
 from ..errors import BatchAxisError, RolloutError
 from ..labels import Patches, labelled, labelled_patches, no_p_among, refuse_shared_state
 from ..patching.contexts import checked_patches, raise_nan
@@ -26,10 +26,11 @@ from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
 from .checks import method_of
-from .copies import refuse_environments_by_rows
+from .copies import generators_of, refuse_environments_by_rows
 from .decisions import Masks, Outputs
 from .episodes import BatchAxes, InitialState, Settings, play, rows_of, state_batch_axes
 from .results import ORIGINAL, SweptRollouts
+from .stable_baselines import as_in_predict
 from .twin import PatchedPolicy
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         BatchAxisError: If the batch axis of a site is unknown.
         ChanpatchError: For the same reasons as `rollout` and PatchedPolicy; if there are no patches; if the policy
             has batch norm or dropout in training mode; or if it is patched or recorded by an open context.
+        RolloutError: If the output for a row depends on other rows, or on random numbers that the policy or a patch
+            draws from a generator.
 
     Example:
         >>> import gymnasium, torch
@@ -97,7 +100,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
             )
     refuse_shared_state([*asked, *others])
     refuse_environments_by_rows([patch for _, each in [*asked, *others] for patch in each], envs)
-    together = training_modules(model_of(policy))
+    with as_in_predict(model_of(policy)):
+        together = training_modules(model_of(policy))
     if together:
         raise RolloutError(
             f"{', '.join(together)} in training mode would let the labels affect each other. Call eval() on the "
@@ -147,6 +151,10 @@ class _Interventions:
         shared = [
             Patch(Site(name).at(point), functools.partial(self._patched, point)) for name, point in points.items()
         ]
+        self._generators = generators_of(
+            [function for _, each in patches for p in each for function in (p.edit, p.where)]
+        )
+        self._cuda = list({weight.device for weight in model_of(policy).parameters() if weight.is_cuda})
         self.twin: Any = PatchedPolicy(policy, shared, check_nan=False)
 
     @contextmanager
@@ -166,6 +174,8 @@ class _Interventions:
         """Return the activation at a hook point with the rows of each intervention patched."""
         axis: Any = point.batch_axis
         context.rows  # noqa: B018  # raises an error if the rows do not match
+        checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
+        states = self._random_states() if checked else None
         parts = activation.split_with_sizes([cut.stop - cut.start for cut in self._cuts.values()], axis)
         new = []
         for (number, cut), part in zip(self._cuts.items(), parts, strict=True):
@@ -178,7 +188,16 @@ class _Interventions:
                 for firing in firings:
                     part = firing(part, moment)
             new.append(part)
+        if states and states != self._random_states():
+            raise RolloutError(
+                f"A patch at '{point.name}' draws random numbers from a generator. In a sweep each label would get "
+                "other numbers, so equal patches would differ. Draw with context.uniform(shape), which depends on the "
+                "episode and the step."
+            )
         return activation if all(map(operator.is_, new, parts)) else torch.cat(new, axis)
+
+    def _random_states(self) -> list[object]:
+        return [*random_states(self._cuda), *map(generator_state, self._generators)]
 
     def _inputs(self, inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
         """Return the given rows of the observations and, for a recurrent policy, of the state."""

@@ -41,8 +41,8 @@ def rollout(
     for a Box space, wrap the environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before new episodes
-    and at the end. To keep a log, append to a list that is not an attribute of the policy. If the policy is a function,
-    the modules in its closure, its defaults and the globals that it uses are restored.
+    and at the end. So are the attributes of your own objects, and the nonlocal variables, that the policy or its
+    patches use, but not environments. To keep a log, append to a list in a closure or a global.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
     starts from its own initial state. Wrap a policy with other arguments, such as sb3-contrib's RecurrentPPO:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from ..metrics.outputs import is_squashed
 
@@ -15,6 +17,20 @@ from ..metrics.outputs import is_squashed
 def is_sb3_policy(policy: object) -> bool:
     """Return whether a policy is from Stable-Baselines3, which does not have to be installed."""
     return _is_a(policy, "policies", "BasePolicy")
+
+
+@contextmanager
+def as_in_predict(model: nn.Module) -> Iterator[None]:
+    """Put the policies of Stable-Baselines3 in a model in eval mode, as `predict` does; restore their flags at exit."""
+    policies = [each for each in model.modules() if is_sb3_policy(each)]
+    flags = [(module, module.training) for policy in policies for module in policy.modules()]
+    try:
+        for policy in policies:
+            policy.set_training_mode(False)  # type: ignore[operator]
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
 
 
 def fit_of_distribution(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
