@@ -30,7 +30,7 @@ def test_show_says_whether_a_file_has_a_checksum(
         file = tmp_path / "patches.safetensors"
         save(file, zero_ablate(Site("relu1")))
     main(["show", str(file)])
-    said = "Checksum: " if has_checksum else "No checksum: format 1 has none, so a damaged number would load."
+    said = "Checksum: " if has_checksum else "No checksum in format 1: corrupted numbers would go unnoticed."
     assert f"\n{said}" in capsys.readouterr().out
 
 

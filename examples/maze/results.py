@@ -15,6 +15,7 @@ import platform
 import re
 import socket
 import sys
+import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -66,7 +67,7 @@ def locked(folder: Path) -> Iterator[None]:
                 f"with --out. If that is not a run of the study, delete '{lock}'."
             )
         # Moved, not deleted: only one of several runs that find the dead lock can move it.
-        taken = lock.with_name(f"{LOCK}.{os.getpid()}")
+        taken = lock.with_name(f"{LOCK}.{os.getpid()}.{threading.get_ident()}")
         with suppress(FileNotFoundError):
             os.rename(lock, taken)
             if taken.read_text(errors="replace").strip() != owner:

@@ -432,7 +432,7 @@ def test_what_an_edit_leaves_on_the_model_for_the_rest_of_its_forward_is_there_i
     found = sweep(points, vectors, patches=patches, metric=lambda output: output[:, 0])
     expected = 2 * model(vectors)[:, 0].mean().item()
     assert found.effect()[2] == pytest.approx(expected, rel=1e-4)
-    assert found.groups[0].strategy == "resume" and "2 leaves something on the model" in found.groups[0].why
+    assert found.groups[0].strategy == "resume" and "2 changes the model's state" in found.groups[0].why
 
 
 class CallingCopies(nn.Module):

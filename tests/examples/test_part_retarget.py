@@ -84,7 +84,8 @@ def test_only_the_channels_of_the_level_are_set_and_only_at_its_cell():
 
 
 def test_the_magnitude_whose_interval_has_the_highest_low_end_is_the_one_that_is_used(tables):
-    best = max(tables["magnitudes"], key=lambda row: row["effect_low"])
+    lows = [-np.inf if row["effect_low"] is None else row["effect_low"] for row in tables["magnitudes"]]
+    best = tables["magnitudes"][int(np.argmax(lows))]
     assert [str(row["multiple"]) for row in tables["against"]] == [best["intervention"]] * 2
 
 
