@@ -93,7 +93,7 @@ def test_controls_stand_below_the_effects_as_squares() -> None:
     (dot,), (square,) = ([line for line in ax.lines if line.get_marker() == marker] for marker in ("o", "s"))
     assert square.get_ydata()[0] - dot.get_ydata()[0] == 2  # one place is left free
     assert square.get_markerfacecolor() == "white"
-    assert ax.get_title(loc="left") == "1 effects; 1 controls; lines: 95% intervals"
+    assert ax.get_title(loc="left") == "1 effect; 1 control; lines: 95% intervals"
 
 
 def test_p_values_are_written_beside_the_effects_that_have_one() -> None:
@@ -108,7 +108,7 @@ def test_an_effect_without_an_interval_or_a_label_is_drawn_with_its_site() -> No
     ax = effect_ranking([bare])
     assert [text.get_text() for text in ax.get_yticklabels()] == ["Site('conv1', channel=3)"]
     assert float(ax.lines[0].get_xdata()[0]) == 0.4
-    assert not ax.collections and ax.get_title(loc="left") == "1 effects"
+    assert not ax.collections and ax.get_title(loc="left") == "1 effect"
 
 
 def test_a_withheld_interval_has_no_bar_and_intervals_of_few_inputs_are_marked() -> None:

@@ -136,8 +136,9 @@ def _write_p(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[np.in
 
 
 def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:
-    hidden = len(group) - len(shown)
-    return f"{len(shown)} of {len(group)} {name}, {hidden} hidden" if hidden else f"{len(shown)} {name}"
+    if hidden := len(group) - len(shown):
+        return f"{len(shown)} of {len(group)} {name}, {hidden} hidden"
+    return f"{len(shown)} {name.removesuffix('s') if len(shown) == 1 else name}"
 
 
 def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[str, str] = ("first", "second")) -> Axes:
