@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -236,6 +237,7 @@ def heal() -> None:
 
 def interrupted(scenario: Callable[[Case], None], step: int, record: Callable[[str, object], None]) -> list[str]:
     """Interrupt at every so manieth bytecode, and return all faults by the place of the interrupt."""
+    gc.collect()  # contexts of other tests that were freed while open close with their models
     places, found = bytecodes(scenario)[::step], []
     for code, offset in places:
         case = Case(SCENARIOS[scenario])
