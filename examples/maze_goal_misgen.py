@@ -34,15 +34,15 @@ try:
     from chanpatch.plots import effect_ranking, strip
     from chanpatch.policies import PairedRollouts
     from chanpatch.statistics import auc, mcnemar_exact, paired_counts, paired_difference_interval
-    from maze.environment.levels import draw_levels, observe, policy_input
     from maze.environment.moved_walls import pairs_with_a_moved_wall
-    from maze.environment.paths import Direction, first_steps, legal_moves, top_right
-    from maze.environment.states import read_mazes, write_mazes
     from maze.environment.vector_env import MazeVectorEnv
+    from maze.levels import draw_levels, observe, policy_input
+    from maze.paths import Direction, first_steps, legal_moves, top_right
     from maze.policy.network import load_policy
     from maze.report.figures import draw_trajectories, mouse_path
     from maze.results import check_folder, replace_table, replaced, settings_key, versions
     from maze.rollouts import kept
+    from maze.states import read_mazes, write_mazes
 except ImportError as error:
     missing: ImportError | None = error  # --help works without them
 else:

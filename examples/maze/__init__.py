@@ -2,7 +2,8 @@
 
 | room | contents |
 |---|---|
-| `environment/` | procgen's levels as arrays, paths in them, pairs of levels, and `MazeVectorEnv` |
+| `states.py`, `levels.py`, `paths.py` | procgen's levels as arrays, and paths in them |
+| `environment/` | procgen itself, pairs of levels, and `MazeVectorEnv` |
 | `policy/` | the IMPALA network from a weights file, and the shipped policies |
 | `weights/` | the weights, with a model card |
 | `training/` | imitation, reward, and the evaluation of a policy |

@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from maze.environment.levels import draw_levels
 from maze.environment.requirements import policy_models
-from maze.environment.states import CHEESE, FREE, read_mazes, write_mazes
+from maze.levels import draw_levels
+from maze.states import CHEESE, FREE, read_mazes, write_mazes
 
 TARGET = 50
 

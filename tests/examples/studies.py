@@ -13,8 +13,8 @@ from maze.analysis.forwards import SITE
 from maze.analysis.labels import LabelledChannel
 from maze.analysis.part import Study
 from maze.analysis.selection import Selection
-from maze.environment.levels import draw_levels, observe, policy_input
-from maze.environment.paths import Direction
+from maze.levels import draw_levels, observe, policy_input
+from maze.paths import Direction
 from maze.policy.network import load_policy
 
 BEST = {Direction.LEFT: 8, Direction.DOWN: 24, Direction.UP: 7, Direction.RIGHT: 30}

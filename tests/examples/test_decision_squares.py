@@ -21,11 +21,11 @@ from maze.analysis.decision_squares import (
 from maze.analysis.forwards import SITE
 from maze.analysis.part import Study
 from maze.analysis.selection import Selection
-from maze.environment.levels import draw_levels, observe, policy_input
-from maze.environment.paths import Direction, first_steps, legal_moves
-from maze.environment.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.levels import draw_levels, observe, policy_input
 from maze.measurements.decision import _limit
+from maze.paths import Direction, first_steps, legal_moves
 from maze.policy.network import ACTIONS, load_policy, new_policy
+from maze.states import mazes_from_pictures, read_mazes, write_mazes
 
 FORK = """
     .....

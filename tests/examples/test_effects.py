@@ -9,7 +9,7 @@ from maze.analysis.effects import destinations, effect_rows, joined, level_batch
 from maze.analysis.episodes import ORIGINAL
 from maze.analysis.exact import Chains, cheese_and_corner, decisions
 from maze.analysis.forwards import SITE, activations
-from maze.environment.levels import draw_levels
+from maze.levels import draw_levels
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from studies import shipped_points, small_study
 from chanpatch.statistics import auc
 from maze.analysis import labels
 from maze.analysis.labels import at_partings, is_reading, labelled_channels
-from maze.environment.levels import draw_levels
-from maze.environment.paths import Direction, first_steps, legal_moves
-from maze.environment.states import read_mazes
+from maze.levels import draw_levels
+from maze.paths import Direction, first_steps, legal_moves
+from maze.states import read_mazes
 
 TOLD = {0: [Direction.UP], 1: [Direction.LEFT, Direction.DOWN]}  # channels that tell the way
 WALLS = 2  # a channel that tells only whether UP is free

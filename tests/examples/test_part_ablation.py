@@ -14,11 +14,11 @@ from maze.analysis.exact import Chains
 from maze.analysis.forwards import SITE, activations, level_sums
 from maze.analysis.labels import LabelledChannel
 from maze.analysis.tables import action_tables
-from maze.environment.levels import draw_levels, observe, policy_input
-from maze.environment.paths import Direction
-from maze.environment.states import read_mazes
+from maze.levels import draw_levels, observe, policy_input
 from maze.measurements import ablation as part
+from maze.paths import Direction
 from maze.policy.network import ACTIONS
+from maze.states import read_mazes
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "maze_study"
 RANKED = (7, 8, 24, 30, 23, 16)

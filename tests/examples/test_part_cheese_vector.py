@@ -20,9 +20,9 @@ from maze.analysis.steering import (
     steered,
 )
 from maze.analysis.tables import action_tables
-from maze.environment.levels import observe, policy_input
-from maze.environment.states import read_mazes, write_mazes
+from maze.levels import observe, policy_input
 from maze.measurements import cheese_vector as part
+from maze.states import read_mazes, write_mazes
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,10 +9,10 @@ from maze.analysis.cells import shown
 from maze.analysis.exact import Chains
 from maze.analysis.steering import BLOCK, CONTROLS, OWN, added, difference_vectors
 from maze.analysis.tables import action_tables
-from maze.environment.levels import draw_levels, observe, policy_input
-from maze.environment.paths import distances, top_right
-from maze.environment.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.levels import draw_levels, observe, policy_input
 from maze.measurements import corner_vector as part
+from maze.paths import distances, top_right
+from maze.states import mazes_from_pictures, read_mazes, write_mazes
 
 THROUGH_THE_CORNER = """
     C....

@@ -6,8 +6,8 @@ from studies import from_files, shipped_points
 
 from maze.analysis.decision_squares import DISTANCES, Decisions, at_decision_squares
 from maze.analysis.part import Study
-from maze.environment.paths import Direction
 from maze.measurements import decision as part
+from maze.paths import Direction
 
 GOES = {"UP": [0, 0, 1, 0], "RIGHT": [0, 0, 0, 1]}
 

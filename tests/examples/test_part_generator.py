@@ -3,8 +3,8 @@ import copy
 import pytest
 from studies import small_study
 
-from maze.environment.states import mazes_from_pictures, read_mazes
 from maze.measurements import generator as part
+from maze.states import mazes_from_pictures, read_mazes
 
 TREE = """
     ..C

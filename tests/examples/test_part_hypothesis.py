@@ -14,10 +14,10 @@ from maze.analysis.labels import LabelledChannel
 from maze.analysis.part import Study
 from maze.analysis.push_ablation import Ablation, MatchedSets, ablate_push
 from maze.analysis.selection import Selection
-from maze.environment.levels import observe, policy_input
-from maze.environment.paths import Direction
+from maze.levels import observe, policy_input
 from maze.measurements import hypothesis as part
 from maze.measurements.hypothesis import BASE, OWN, PUSH, Pushes, towards_cheese
+from maze.paths import Direction
 
 
 @pytest.fixture(scope="module")

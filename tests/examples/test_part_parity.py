@@ -8,9 +8,9 @@ from studies import small_study
 from chanpatch.statistics import auc, rank_correlation
 from maze.analysis.cells import read_table
 from maze.analysis.readings import Readings
-from maze.environment.paths import Direction
-from maze.environment.states import read_mazes
 from maze.measurements import parity as part
+from maze.paths import Direction
+from maze.states import read_mazes
 
 LIVE = (3, 10, 13, 16, 27, 31)
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from studies import small_study
 
-from maze.environment.paths import MOVES, Direction
-from maze.environment.states import WALL, mazes_from_pictures, read_mazes
 from maze.measurements import random_mazes as part
+from maze.paths import MOVES, Direction
+from maze.states import WALL, mazes_from_pictures, read_mazes
 
 BLOCKED = """
     .#C

@@ -9,10 +9,10 @@ from studies import from_files, shipped_points, small_study
 from chanpatch.statistics import Interval
 from maze.analysis.forwards import SITE
 from maze.analysis.labels import LabelledChannel
-from maze.environment.levels import draw_levels, observe, policy_input
 from maze.environment.pairs import contrastive_pairs, rotations
-from maze.environment.states import write_mazes
+from maze.levels import draw_levels, observe, policy_input
 from maze.measurements import ranking as part
+from maze.states import write_mazes
 
 KNOWN, UNKNOWN = Interval(0.8, 0.75, 0.85, 0.95), Interval(0.5, 0.4, 0.6, 0.95)
 

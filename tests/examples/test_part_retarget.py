@@ -12,9 +12,9 @@ from maze.analysis.forwards import activations
 from maze.analysis.off_distribution import mouse_anywhere
 from maze.analysis.steering import BLOCK
 from maze.analysis.tables import action_tables
-from maze.environment.levels import draw_levels
-from maze.environment.states import mazes_from_pictures, read_mazes, write_mazes
+from maze.levels import draw_levels
 from maze.measurements import retarget as part
+from maze.states import mazes_from_pictures, read_mazes, write_mazes
 
 BLOCKED = """
     ..C

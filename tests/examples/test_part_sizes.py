@@ -6,9 +6,9 @@ from studies import small_study
 
 from chanpatch.statistics import auc
 from maze.analysis.readings import Readings
-from maze.environment.paths import Direction, first_steps, legal_moves
-from maze.environment.states import read_mazes
 from maze.measurements import sizes as part
+from maze.paths import Direction, first_steps, legal_moves
+from maze.states import read_mazes
 
 
 @pytest.fixture(scope="module")

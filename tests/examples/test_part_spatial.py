@@ -7,10 +7,10 @@ from studies import shipped_points, small_study
 
 from chanpatch import run_with_cache
 from maze.analysis.forwards import SITE, level_sums
-from maze.environment.levels import observe, policy_input
-from maze.environment.paths import Direction
-from maze.environment.states import FREE, read_mazes, write_mazes
+from maze.levels import observe, policy_input
 from maze.measurements import spatial as part
+from maze.paths import Direction
+from maze.states import FREE, read_mazes, write_mazes
 
 
 @pytest.fixture(scope="module")

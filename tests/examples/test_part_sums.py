@@ -10,10 +10,10 @@ from maze.analysis.decision_squares import precise_threshold
 from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.part import POOL, open_to
 from maze.analysis.selection import select_channels
-from maze.environment.paths import Direction, first_steps, legal_moves, top_right
-from maze.environment.states import read_mazes
 from maze.measurements import PARTS
 from maze.measurements import sums as part
+from maze.paths import Direction, first_steps, legal_moves, top_right
+from maze.states import read_mazes
 
 
 def study_of(n):

@@ -8,7 +8,7 @@ from studies import from_files, shipped_points, small_study
 from chanpatch import patched, zero_ablate
 from chanpatch.statistics import benjamini_hochberg, rank_among
 from maze.analysis.exact import Chains, first_hits
-from maze.environment.levels import policy_input
+from maze.levels import policy_input
 from maze.measurements import sweep as part
 
 # The last convolution of all, whose suffix is short; 21 channels have ranks.

@@ -8,10 +8,10 @@ from maze.analysis.channels import pair_sums
 from maze.analysis.exact import Chains
 from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.tables import action_tables
-from maze.environment.paths import Direction
-from maze.environment.states import read_mazes
 from maze.measurements import top16 as part
+from maze.paths import Direction
 from maze.policy.network import ACTIONS
+from maze.states import read_mazes
 
 RANKED = tuple(range(32))
 

@@ -6,10 +6,10 @@ from studies import shipped_points
 from maze.analysis.cells import cells
 from maze.analysis.forwards import SITE
 from maze.analysis.readings import Readings, area
-from maze.environment.levels import draw_levels, observe, policy_input
-from maze.environment.paths import Direction
-from maze.environment.states import read_mazes
+from maze.levels import draw_levels, observe, policy_input
+from maze.paths import Direction
 from maze.policy.network import ACTIONS
+from maze.states import read_mazes
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from chanpatch.statistics import auc
 from maze.analysis.forwards import SITE
 from maze.analysis.readings import readout
 from maze.analysis.selection import Selection
-from maze.environment.paths import Direction
+from maze.paths import Direction
 
 LIVE = (0, 1, 3)
 

@@ -18,8 +18,8 @@ from chanpatch import edit, hook_points, paired_rollouts, rollout, zero_ablate
 from chanpatch.errors import RolloutError
 from chanpatch.policies import PairedRollouts, SweptRollouts, rollout_sweep
 from chanpatch.policies.checksums import checksums
-from maze.environment.levels import draw_levels
 from maze.environment.vector_env import MazeVectorEnv
+from maze.levels import draw_levels
 
 SEEDS = range(6)
 CARELESS = np.random.default_rng(0)  # draws that no seed decides

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from chanpatch import HookPoints, Site
 from maze.analysis.forwards import level_sums
-from maze.environment.levels import draw_levels
 from maze.environment.pairs import contrastive_pairs, rotations
-from maze.environment.states import Mazes, write_mazes
+from maze.levels import draw_levels
+from maze.states import Mazes, write_mazes
 
 
 def channel_of(site: Site) -> int:

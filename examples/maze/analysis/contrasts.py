@@ -15,8 +15,8 @@ from maze.analysis.cells import Table, intervals
 from maze.analysis.forwards import frames
 from maze.analysis.part import Study
 from maze.environment.moved_walls import pairs_with_a_moved_wall
-from maze.environment.paths import Direction
-from maze.environment.states import Mazes, write_mazes
+from maze.paths import Direction
+from maze.states import Mazes, write_mazes
 
 
 def moved_walls(study: Study, levels: Sequence[bytes], purpose: str) -> tuple[list[bytes], tuple[Mazes, Mazes]]:

@@ -18,9 +18,9 @@ from chanpatch.errors import ProbeError
 from maze.analysis.cells import Table, cells
 from maze.analysis.forwards import SITE, forward, legal_at_mouse, level_sums
 from maze.analysis.part import SPLITS, Study, open_to
-from maze.environment.paths import Direction, distances, first_steps, top_right
-from maze.environment.states import Mazes, read_mazes
+from maze.paths import Direction, distances, first_steps, top_right
 from maze.policy.network import ACTIONS, is_posts
+from maze.states import Mazes, read_mazes
 
 TO_CHEESE = "square to cheese, path"
 TO_CORNER = "square to corner, path"

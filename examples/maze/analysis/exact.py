@@ -26,8 +26,8 @@ from torch.distributions import Categorical
 
 from chanpatch import rollout
 from maze.analysis.episodes import STEPS, Episodes, padded
-from maze.environment.levels import observe
-from maze.environment.paths import (
+from maze.levels import observe
+from maze.paths import (
     MOVES,
     Direction,
     decision_squares,
@@ -36,8 +36,8 @@ from maze.environment.paths import (
     legal_moves,
     top_right,
 )
-from maze.environment.states import CHEESE, WALL, Mazes, read_mazes, write_mazes
 from maze.policy.network import ACTION_COUNT, ACTIONS
+from maze.states import CHEESE, WALL, Mazes, read_mazes, write_mazes
 
 STAY = len(Direction)  # the fifth move: none
 NEAR_TIE = 1e-5  # a draw this close to the boundary between two actions may fall on its other side in procgen

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from chanpatch import HookPoints, channel_sums, recording
 from chanpatch.patching import ActivationCache
-from maze.environment.levels import observe, policy_input
-from maze.environment.paths import legal_moves
-from maze.environment.states import Mazes
+from maze.levels import observe, policy_input
+from maze.paths import legal_moves
+from maze.states import Mazes
 
 SITE = "embedder.relu3"
 LINEAR = "embedder.fc"  # the policy is linear from SITE to here

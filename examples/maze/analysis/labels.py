@@ -17,9 +17,9 @@ from chanpatch import HookPoints, label_channels
 from chanpatch.statistics import Interval, auc
 from maze.analysis.forwards import level_sums
 from maze.analysis.selection import Selection
-from maze.environment.levels import random_squares
-from maze.environment.paths import Direction, first_steps, legal_moves
-from maze.environment.states import FREE, read_mazes, write_mazes
+from maze.levels import random_squares
+from maze.paths import Direction, first_steps, legal_moves
+from maze.states import FREE, read_mazes, write_mazes
 
 WAYS = 3  # legal moves from a square on which labels are chosen
 OPPOSITE = ({Direction.LEFT, Direction.RIGHT}, {Direction.DOWN, Direction.UP})

@@ -15,8 +15,8 @@ from chanpatch.controls import off_distribution
 from maze.analysis.channels import channel_of
 from maze.analysis.forwards import frames
 from maze.analysis.tables import Intervention
-from maze.environment.levels import random_squares
-from maze.environment.states import FREE, read_mazes, write_mazes
+from maze.levels import random_squares
+from maze.states import FREE, read_mazes, write_mazes
 
 METERED = 200  # patched levels, and other levels to compare them with
 

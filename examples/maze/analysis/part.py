@@ -22,9 +22,9 @@ from maze.analysis.cells import Agrees, Table, Tables
 from maze.analysis.forwards import SITE, legal_at_mouse
 from maze.analysis.labels import LabelledChannel, labelled_channels
 from maze.analysis.selection import Selection, select_channels
-from maze.environment.levels import draw_levels
-from maze.environment.paths import Direction, first_steps, top_right
-from maze.environment.states import read_mazes
+from maze.levels import draw_levels
+from maze.paths import Direction, first_steps, top_right
+from maze.states import read_mazes
 
 SPLITS = ("in distribution", "out of distribution")  # places of the cheese: in the top right 5x5, or elsewhere
 POOL = 3  # levels to draw for each one in which a given direction is open

@@ -16,7 +16,7 @@ from chanpatch.errors import SiteError
 from chanpatch.patching import ActivationCache
 from maze.analysis.decision_squares import Decisions
 from maze.analysis.forwards import SITE, frames
-from maze.environment.paths import Direction
+from maze.paths import Direction
 from maze.policy.network import ACTIONS
 
 CONTROLS = 19  # sets: as many as a p-value takes

@@ -20,8 +20,8 @@ from maze.analysis.cells import Row, cells, intervals, minus
 from maze.analysis.exact import move_probabilities
 from maze.analysis.forwards import SITE, forward, legal_at_mouse
 from maze.analysis.selection import Selection
-from maze.environment.paths import Direction, first_steps
-from maze.environment.states import Mazes, read_mazes
+from maze.paths import Direction, first_steps
+from maze.states import Mazes, read_mazes
 
 RESAMPLES = 999
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from chanpatch import HookPoints
 from chanpatch.statistics import aucs
 from maze.analysis.forwards import legal_at_mouse, level_sums
-from maze.environment.paths import Direction, first_steps
-from maze.environment.states import read_mazes
+from maze.paths import Direction, first_steps
+from maze.states import read_mazes
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ from maze.analysis.forwards import activations
 from maze.analysis.off_distribution import METERED, absolute_z, background, mouse_anywhere
 from maze.analysis.part import Study
 from maze.analysis.tables import Intervention
-from maze.environment.states import Mazes, read_mazes, write_mazes
+from maze.states import Mazes, read_mazes, write_mazes
 
 BLOCK = "embedder.block2.res1"  # its output is that of its resadd
 SIZE = 11

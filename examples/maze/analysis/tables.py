@@ -22,7 +22,7 @@ from chanpatch.registry import HookPoint
 from maze.analysis.episodes import ORIGINAL
 from maze.analysis.exact import Chains
 from maze.analysis.forwards import BATCH, LINEAR, SITE
-from maze.environment.levels import policy_input
+from maze.levels import policy_input
 
 TOLERANCE = 1e-5  # between probabilities computed here and those of the whole policy
 

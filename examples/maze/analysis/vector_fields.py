@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from maze.analysis.cells import Table
-from maze.environment.paths import MOVES, Direction
+from maze.paths import MOVES, Direction
 
 
 def vector_field(table: Table, policy: str, axes: Axes) -> Axes:

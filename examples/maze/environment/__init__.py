@@ -1,1 +1,1 @@
-"""procgen levels as data, and as an environment."""
+"""Procgen, pairs of levels, and levels as an environment."""

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from maze.environment.paths import MOVES, Direction, direction_field, distances, legal_moves, shortest_paths
-from maze.environment.states import FREE, WALL, Mazes, read_mazes
+from maze.paths import MOVES, Direction, direction_field, distances, legal_moves, shortest_paths
+from maze.states import FREE, WALL, Mazes, read_mazes
 
 
 def pairs_with_a_moved_wall(

@@ -15,7 +15,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from maze.environment.states import Mazes, mazes_from_pictures
+from maze.states import Mazes, mazes_from_pictures
 
 # One picture per pair; the first maze has a wall at x, the second at o.
 _PAIRS = """

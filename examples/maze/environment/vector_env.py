@@ -12,10 +12,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from maze.environment.levels import policy_input
 from maze.environment.requirements import procgen_mazes
-from maze.environment.states import read_mazes
+from maze.levels import policy_input
 from maze.policy.network import ACTION_COUNT
+from maze.states import read_mazes
 
 
 class LevelIndexError(IndexError):
@@ -34,7 +34,7 @@ class MazeVectorEnv(VectorEnv):
         ValueError: no levels, or no sub-environments.
 
     Example:
-        >>> from maze.environment.levels import draw_levels
+        >>> from maze.levels import draw_levels
         >>> envs = MazeVectorEnv(draw_levels(4, size=5, seed=0), num_envs=2)
         >>> observation, info = envs.reset(seed=[3, 0])
         >>> observation.shape

@@ -42,7 +42,7 @@ from maze.analysis.forwards import SITE, activations
 from maze.analysis.off_distribution import METERED, absolute_z, background
 from maze.analysis.part import Finding, Part, Study
 from maze.analysis.selection import Selection
-from maze.environment.paths import Direction, top_right
+from maze.paths import Direction, top_right
 
 SIZE = 15
 PLACES = ("bottom right", "in distribution", "top left")  # of the cheese; the first is the post's

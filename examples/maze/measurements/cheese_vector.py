@@ -22,7 +22,7 @@ from maze.analysis.steering import (
     vector_figure,
 )
 from maze.analysis.tables import action_tables
-from maze.environment.states import read_mazes
+from maze.states import read_mazes
 
 COEFFICIENT = -1.0
 UNSEEN = "cheese not shown"  # the same levels without the cheese in the picture

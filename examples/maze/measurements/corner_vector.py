@@ -21,8 +21,8 @@ from maze.analysis.steering import (
     ranking_text,
     vector_figure,
 )
-from maze.environment.paths import distances, shortest_paths, top_right
-from maze.environment.states import WALL, Mazes, read_mazes
+from maze.paths import distances, shortest_paths, top_right
+from maze.states import WALL, Mazes, read_mazes
 
 # The corner is at the same place in every level, so another level's vector points there, too.
 TRANSFER, *JUDGES = CONTROLS

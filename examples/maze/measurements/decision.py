@@ -29,7 +29,7 @@ from maze.analysis.decision_squares import (
 )
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.part import SPLITS, Finding, Part, Study
-from maze.environment.paths import Direction
+from maze.paths import Direction
 
 SIZE = 25
 DIRECTIONS = (Direction.UP, Direction.RIGHT)

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from maze.analysis.cells import Table, Tables, chosen, column, share_cells, shown
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.part import Finding, Part, Study
-from maze.environment.paths import START, Direction, distances, legal_moves
-from maze.environment.states import WORLD, Mazes, read_mazes
+from maze.paths import START, Direction, distances, legal_moves
+from maze.states import WORLD, Mazes, read_mazes
 
 SIZES = range(3, WORLD + 1, 2)
 SHOWN = 15  # the size whose frequencies are drawn

@@ -27,7 +27,7 @@ from maze.analysis.labels import LabelledChannel, directions_of, is_reading
 from maze.analysis.part import SPLITS, Finding, Part, Study
 from maze.analysis.push_ablation import Ablation, MatchedSets, ablate_push
 from maze.analysis.selection import Selection
-from maze.environment.paths import Direction
+from maze.paths import Direction
 
 SIZE = 25
 BASE, PUSH, FITTED, CARRIED, OWN = (

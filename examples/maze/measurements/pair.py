@@ -11,10 +11,10 @@ from maze.analysis.contrasts import contrast_rows, draw_contrast, moved_walls, p
 from maze.analysis.drawing import panels
 from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.part import Finding, Part, Study
-from maze.environment.levels import draw_levels
 from maze.environment.pairs import contrastive_pairs, rotations
-from maze.environment.paths import Direction, first_steps
-from maze.environment.states import write_mazes
+from maze.levels import draw_levels
+from maze.paths import Direction, first_steps
+from maze.states import write_mazes
 
 AUTOMATIC_LEVELS = 64  # at least 32 of them allow a pair
 BACKGROUND_LEVELS = 200

@@ -12,9 +12,9 @@ from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import Values
 from maze.analysis.part import SPLITS, TOO_FEW, Finding, Part, Study
 from maze.analysis.readings import Readings, area
-from maze.environment.levels import random_squares
-from maze.environment.paths import Direction, direction_field, legal_moves
-from maze.environment.states import read_mazes, write_mazes
+from maze.levels import random_squares
+from maze.paths import Direction, direction_field, legal_moves
+from maze.states import read_mazes, write_mazes
 
 SIZE = 25
 CHOICE_LEVELS = 500  # per class, to choose its channels on

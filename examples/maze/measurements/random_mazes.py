@@ -15,9 +15,9 @@ from maze.analysis.cells import Row, Table, Tables, above, below, cells, chosen,
 from maze.analysis.drawing import Panel, draw, panels
 from maze.analysis.part import SPLITS, Finding, Part, Study
 from maze.analysis.readings import Readings
-from maze.environment.levels import random_squares
-from maze.environment.paths import Direction, distances
-from maze.environment.states import CHEESE, FREE, WALL, Mazes, read_mazes, write_mazes
+from maze.levels import random_squares
+from maze.paths import Direction, distances
+from maze.states import CHEESE, FREE, WALL, Mazes, read_mazes, write_mazes
 
 SIZE = 25
 SHARES = (0.0, 0.1, 0.25, 0.5)  # of the squares that are made free or a wall at random, with equal chances

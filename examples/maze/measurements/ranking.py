@@ -13,9 +13,9 @@ from maze.analysis.drawing import Panel, chart
 from maze.analysis.forwards import SITE, frames
 from maze.analysis.labels import WAYS, is_reading
 from maze.analysis.part import Finding, Part, Study
-from maze.environment.levels import draw_levels
 from maze.environment.pairs import contrastive_pairs, rotations
-from maze.environment.states import Mazes, write_mazes
+from maze.levels import draw_levels
+from maze.states import Mazes, write_mazes
 
 TOP = 16
 READ = 10  # channels that the post gives a reading of

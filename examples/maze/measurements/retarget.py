@@ -20,9 +20,9 @@ from maze.analysis.off_distribution import METERED, absolute_z, mouse_anywhere
 from maze.analysis.part import Finding, Part, Study
 from maze.analysis.steering import BLOCK, difference_vectors
 from maze.analysis.tables import Intervention
-from maze.environment.levels import random_squares
-from maze.environment.paths import START, distances
-from maze.environment.states import WORLD, Mazes, read_mazes, write_mazes
+from maze.levels import random_squares
+from maze.paths import START, distances
+from maze.states import WORLD, Mazes, read_mazes, write_mazes
 
 SIZE = 11
 MOST_LEVELS = 400

@@ -16,7 +16,7 @@ from maze.analysis.drawing import Panel, draw, panels
 from maze.analysis.forwards import LINEAR, SITE, forward
 from maze.analysis.part import POOL, SPLITS, TOO_FEW, Finding, Part, Study, open_to
 from maze.analysis.readings import area
-from maze.environment.paths import Direction
+from maze.paths import Direction
 
 SIZE = 25
 CHOICE_LEVELS = 300  # to choose the channel of every hook point on

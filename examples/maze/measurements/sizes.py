@@ -8,8 +8,8 @@ from maze.analysis.cells import Table, Tables, above, below, cells, chosen, colu
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.part import SPLITS, TOO_FEW, Finding, Part, Study
 from maze.analysis.readings import Readings
-from maze.environment.paths import Direction
-from maze.environment.states import WORLD
+from maze.paths import Direction
+from maze.states import WORLD
 
 SIZES = range(7, WORLD + 1, 2)
 DRAWN = range(3, WORLD + 1, 2)  # the sizes that procgen draws, all equally often

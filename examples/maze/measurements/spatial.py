@@ -13,9 +13,9 @@ from maze.analysis.drawing import Panel, draw, panels
 from maze.analysis.effects import Values
 from maze.analysis.forwards import SITE, activations
 from maze.analysis.part import SPLITS, Finding, Part, Study
-from maze.environment.levels import observe
-from maze.environment.paths import Direction
-from maze.environment.states import FREE, WORLD, read_mazes
+from maze.levels import observe
+from maze.paths import Direction
+from maze.states import FREE, WORLD, read_mazes
 
 SIZE = WORLD  # so the maze fills the observation
 DISTANCES = (1, 2, 3)  # from the mouse, in cells of the map

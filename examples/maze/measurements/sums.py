@@ -19,7 +19,7 @@ from maze.analysis.drawing import panels
 from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.part import POOL, SPLITS, TOO_FEW, Finding, Part, Study, open_to, towards_corner
 from maze.analysis.readings import area, readout
-from maze.environment.paths import Direction
+from maze.paths import Direction
 
 SIZE = 25
 SURE = 0.9  # "almost surely": the interval of a precision is above this

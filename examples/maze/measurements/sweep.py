@@ -19,7 +19,7 @@ from maze.analysis.drawing import panels
 from maze.analysis.effects import Values, mean_intervals
 from maze.analysis.exact import Chains, first_hits
 from maze.analysis.part import Finding, Part, Study
-from maze.environment.levels import policy_input
+from maze.levels import policy_input
 from maze.policy.network import ACTION_COUNT, ACTIONS, NO_MOVE
 
 SIZE = 11  # the smallest size at which the shipped policy finds that cheese about half of the time

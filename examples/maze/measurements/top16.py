@@ -32,8 +32,8 @@ from maze.analysis.off_distribution import METERED, absolute_z, background, mous
 from maze.analysis.part import SPLITS, Finding, Part, Study
 from maze.analysis.tables import action_tables
 from maze.analysis.vector_fields import vector_field, vector_field_difference
-from maze.environment.paths import Direction, decision_squares
-from maze.environment.states import read_mazes
+from maze.paths import Direction, decision_squares
+from maze.states import read_mazes
 
 SIZE = 15
 TOGETHER = 16

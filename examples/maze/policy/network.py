@@ -19,8 +19,8 @@ from safetensors.torch import load as load_safetensors
 from torch import nn
 
 from maze.command import UserError
-from maze.environment.paths import Direction
 from maze.environment.requirements import policy_models
+from maze.paths import Direction
 
 SHIPPED_WEIGHTS = Path(__file__).parents[1] / "weights" / "policy.safetensors"
 POSTS_NAME, POSTS_WIDTH = "model_rand_region_5.pth", 4  # the network of the post

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from maze.environment.states import read_mazes
 from maze.environment.vector_env import MazeVectorEnv
+from maze.states import read_mazes
 
 if TYPE_CHECKING:
     from maze.training.evaluation import Score

@@ -25,7 +25,7 @@ import torch
 from chanpatch import hook_points
 from maze.analysis.part import Part, Study
 from maze.command import UserError
-from maze.environment.levels import draw_levels, observe, policy_input
+from maze.levels import draw_levels, observe, policy_input
 from maze.measurements import EXTRA, PARTS, SIDE_BY_SIDE
 from maze.policy.network import SHIPPED_WEIGHTS, load_policy
 from maze.policy.shipped import MAIN, POLICIES

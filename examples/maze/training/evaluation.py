@@ -20,7 +20,7 @@ from maze.analysis.episodes import ORIGINAL, STEPS
 from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
 from maze.analysis.tables import action_tables
 from maze.command import UserError
-from maze.environment.levels import REGION, draw_levels, observe, policy_input
+from maze.levels import REGION, draw_levels, observe, policy_input
 from maze.policy.network import load_policy
 from maze.report.figures import evaluation_figure
 from maze.results import (

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chanpatch import recording
-from maze.environment.paths import Direction
-from maze.environment.states import WORLD
+from maze.paths import Direction
 from maze.policy.network import ACTIONS
+from maze.states import WORLD
 from maze.training.trainer import Settings, Trainer, Update, direction_log_probabilities
 from maze.training.training_data import NO_DIRECTION, Chunks, Examples, TrainingMazes, batches, sampled
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maze.command import UserError
-from maze.environment.paths import Direction
+from maze.paths import Direction
 from maze.policy.network import ACTIONS
 from maze.training.training_data import TrainingMazes
 

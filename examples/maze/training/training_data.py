@@ -17,10 +17,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from maze.environment.levels import cheese_squares, draw_levels, observe, random_squares
-from maze.environment.paths import START, direction_field, distances
 from maze.environment.requirements import procgen_mazes
-from maze.environment.states import FREE, WORLD, Mazes, read_mazes, write_mazes
+from maze.levels import cheese_squares, draw_levels, observe, random_squares
+from maze.paths import START, direction_field, distances
+from maze.states import FREE, WORLD, Mazes, read_mazes, write_mazes
 
 LEVELS = 64  # levels of a chunk: one set_state shows them all
 CHEESES = 2  # cheese squares of each level

@@ -2,7 +2,8 @@ import doctest
 
 import pytest
 
-from maze.environment import levels, pairs, paths, requirements, states, vector_env
+from maze import levels, paths, states
+from maze.environment import pairs, requirements, vector_env
 from maze.policy import network
 from maze.training import evaluation
 

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from maze.environment.levels import draw_levels, observe, policy_input
-from maze.environment.paths import MOVES, Direction, shortest_paths
-from maze.environment.states import StateError, read_mazes
 from maze.environment.vector_env import LevelIndexError, MazeVectorEnv
+from maze.levels import draw_levels, observe, policy_input
+from maze.paths import MOVES, Direction, shortest_paths
 from maze.policy.network import ACTIONS, NO_MOVE
+from maze.states import StateError, read_mazes
 
 
 @pytest.fixture(scope="module")

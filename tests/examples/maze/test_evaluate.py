@@ -14,7 +14,7 @@ from chanpatch import hook_points
 from maze import evaluate
 from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
 from maze.analysis.tables import action_tables
-from maze.environment.levels import draw_levels, observe, policy_input
+from maze.levels import draw_levels, observe, policy_input
 from maze.policy.network import load_policy
 from maze.training.evaluation import MEASURES, Score, markdown, measure, rate_interval, scores
 

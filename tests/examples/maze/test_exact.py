@@ -10,12 +10,12 @@ from maze.analysis.episodes import ORIGINAL, padded
 from maze.analysis.exact import STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, neither, walk
 from maze.analysis.forwards import SITE
 from maze.analysis.tables import TOLERANCE, SuffixError, action_tables, suffix
-from maze.environment.levels import draw_levels, observe, policy_input
-from maze.environment.paths import MOVES, Direction
 from maze.environment.requirements import procgen_mazes
-from maze.environment.states import CHEESE, WALL, mazes_from_pictures, read_mazes, write_mazes
 from maze.environment.vector_env import MazeVectorEnv
+from maze.levels import draw_levels, observe, policy_input
+from maze.paths import MOVES, Direction
 from maze.policy.network import ACTION_COUNT, ACTIONS, load_policy
+from maze.states import CHEESE, WALL, mazes_from_pictures, read_mazes, write_mazes
 
 CORRIDOR = """
     ...

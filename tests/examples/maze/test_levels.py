@@ -5,7 +5,8 @@ import pytest
 import torch
 from procgen_tools.maze import EnvState, on_distribution
 
-from maze.environment.levels import (
+from maze.environment.requirements import procgen_mazes
+from maze.levels import (
     CHEESE_PLACES,
     LevelError,
     cheese_squares,
@@ -14,9 +15,8 @@ from maze.environment.levels import (
     policy_input,
     random_squares,
 )
-from maze.environment.paths import decision_squares
-from maze.environment.requirements import procgen_mazes
-from maze.environment.states import FREE, StateError, read_mazes
+from maze.paths import decision_squares
+from maze.states import FREE, StateError, read_mazes
 
 
 @pytest.fixture(scope="module")

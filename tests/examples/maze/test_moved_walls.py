@@ -1,10 +1,10 @@
 import numpy as np
 from procgen_tools.maze import EnvState, on_distribution
 
-from maze.environment.levels import draw_levels
 from maze.environment.moved_walls import pairs_with_a_moved_wall
-from maze.environment.paths import Direction, distances, first_steps
-from maze.environment.states import write_mazes
+from maze.levels import draw_levels
+from maze.paths import Direction, distances, first_steps
+from maze.states import write_mazes
 
 LEVELS = draw_levels(24, size=9, seed=7, cheese="in distribution")
 CLEAN, CORRUPTED, KEPT = pairs_with_a_moved_wall(LEVELS, clean=Direction.UP, corrupted=Direction.RIGHT, seed=1)

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from procgen_tools.maze import EnvState, on_distribution
 
-from maze.environment.levels import draw_levels, observe
 from maze.environment.pairs import contrastive_pairs, rotated, rotations
-from maze.environment.paths import Direction, first_steps
-from maze.environment.states import FREE, WALL, mazes_from_pictures, read_mazes, write_mazes
+from maze.levels import draw_levels, observe
+from maze.paths import Direction, first_steps
+from maze.states import FREE, WALL, mazes_from_pictures, read_mazes, write_mazes
 
 
 def moved_wall(pair):

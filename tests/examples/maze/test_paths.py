@@ -3,8 +3,9 @@ from collections import deque
 import numpy as np
 import pytest
 
-from maze.environment.levels import draw_levels
-from maze.environment.paths import (
+from maze.environment.requirements import procgen_mazes
+from maze.levels import draw_levels
+from maze.paths import (
     MOVES,
     Direction,
     NoPath,
@@ -16,9 +17,8 @@ from maze.environment.paths import (
     shortest_paths,
     top_right,
 )
-from maze.environment.requirements import procgen_mazes
-from maze.environment.states import WALL, mazes_from_pictures, read_mazes, write_mazes
 from maze.policy.network import ACTIONS
+from maze.states import WALL, mazes_from_pictures, read_mazes, write_mazes
 
 RING = """
     ..C

@@ -9,9 +9,9 @@ from procgen_tools import models
 from safetensors.torch import load_file, save_file
 
 from chanpatch import PatchedPolicy, edit, hook_points
-from maze.environment.levels import draw_levels, observe, policy_input
-from maze.environment.paths import Direction
 from maze.environment.requirements import policy_models
+from maze.levels import draw_levels, observe, policy_input
+from maze.paths import Direction
 from maze.policy.network import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, WeightsError, load_policy
 
 

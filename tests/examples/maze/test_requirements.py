@@ -49,7 +49,7 @@ def test_a_python_without_procgen_wheels_is_named(monkeypatch):
 
 def test_the_whole_layer_is_imported_and_used_without_a_word_on_the_terminal():
     program = (
-        "from maze.environment import levels, pairs, paths, requirements, states, vector_env;"
+        "from maze import levels, paths, states; from maze.environment import pairs, requirements, vector_env;"
         "from maze.policy import network; import sys;"
         "assert not {'procgen', 'procgen_tools'} & set(sys.modules), 'imported before it is needed';"
         "levels.observe(levels.draw_levels(1, seed=0)); network.load_policy()"

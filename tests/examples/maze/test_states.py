@@ -6,10 +6,10 @@ import procgen_tools.maze
 import pytest
 from procgen_tools.maze import EnvState
 
-from maze.environment.levels import draw_levels, observe
-from maze.environment.paths import decision_squares
 from maze.environment.requirements import procgen_mazes
-from maze.environment.states import CHEESE, FREE, WALL, StateError, mazes_from_pictures, read_mazes, write_mazes
+from maze.levels import draw_levels, observe
+from maze.paths import decision_squares
+from maze.states import CHEESE, FREE, WALL, StateError, mazes_from_pictures, read_mazes, write_mazes
 
 LOOP = """
     ...#C

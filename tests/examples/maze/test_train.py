@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from maze.environment.levels import observe, policy_input
-from maze.environment.paths import MOVES, Direction
-from maze.environment.states import FREE, read_mazes, write_mazes
+from maze.levels import observe, policy_input
+from maze.paths import MOVES, Direction
 from maze.policy.network import ACTIONS, NO_MOVE, load_policy, new_policy
+from maze.states import FREE, read_mazes, write_mazes
 from maze.train import main
 from maze.training import imitation, ppo
 from maze.training.imitation import Imitation

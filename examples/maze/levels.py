@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from maze.command import UserError
-from maze.environment.paths import decision_squares
 from maze.environment.requirements import procgen_mazes
-from maze.environment.states import CHEESE, FREE, WORLD, Mazes, read_mazes, write_mazes
+from maze.paths import decision_squares
+from maze.states import CHEESE, FREE, WORLD, Mazes, read_mazes, write_mazes
 
 REGION = 5  # side of the top right square of the inner maze that held the cheese during training
 CHEESE_PLACES = ("as drawn", "in distribution", "out of distribution", "top left", "top right", "bottom right")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from maze.environment.states import Mazes
+from maze.states import Mazes
 
 
 class Direction(IntEnum):
@@ -74,7 +74,7 @@ def first_steps(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
     """The moves that shorten the mouse's path to the target: bool (batch, direction), see `direction_field`.
 
     Example:
-        >>> from maze.environment.states import mazes_from_pictures
+        >>> from maze.states import mazes_from_pictures
         >>> mazes = mazes_from_pictures('..C .#. M#.')
         >>> [move.name for move in Direction if first_steps(mazes, mazes.cheese)[0, move]]
         ['UP']
