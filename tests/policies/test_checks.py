@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import gym3
 import gymnasium
 import pytest
 import torch
@@ -58,7 +59,7 @@ SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
             "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
         ),
         (
-            lambda: pytest.importorskip("gym3").Env(None, None, 1),
+            lambda: gym3.Env(None, None, 1),
             "Env",
             "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
             f"for that seed, and pass {SINGLE}",
