@@ -174,7 +174,7 @@ class Snapshot:
 
     def note(self) -> Snapshot:
         """Save the current state; if nothing has changed since the last call, most of it is not copied again."""
-        if not self._noted or self.changed() or not all(itertools.starmap(_same, self._held)):
+        if not self._noted or self.changed() or self.rewritten():
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
             self._note_bound()
@@ -209,6 +209,10 @@ class Snapshot:
                 "it again. Run the model once before you pass it to chanpatch."
             )
 
+    def rewritten(self) -> list[Any]:
+        """Return the containers, arrays and tensors whose contents have changed since `note`."""
+        return [held for held, content in self._held if not _same(held, content)]
+
     def keep_hooks(self) -> None:
         """Keep the current hooks on restore, because contexts closed since `note` have removed their hooks."""
         hooks = {id(own[name]) for _, own in self._owns for name in ("_forward_hooks", "_forward_pre_hooks")}
@@ -239,8 +243,28 @@ class Snapshot:
 
 _REGISTRIES = ("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 _OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers"}
+CONTAINERS = (list, dict, set, deque, np.ndarray)
 _PLAIN = (bool, int, float, str, bytes, type(None), nn.Module)
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+class GlobalVariable:
+    """A global variable, used like a closure's cell."""
+
+    def __init__(self, variables: dict[str, Any], name: str) -> None:
+        self._variables, self._name = variables, name
+
+    @property
+    def cell_contents(self) -> Any:
+        """Value of the variable."""
+        return self._variables[self._name]
+
+    @cell_contents.setter
+    def cell_contents(self, value: Any) -> None:
+        self._variables[self._name] = value
+
+
+_VARIABLES = (types.CellType, GlobalVariable)
 
 
 def _state(generator: Any) -> Any:
@@ -276,9 +300,7 @@ def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
         value = waiting.pop()
         if isinstance(value, _PLAIN) or id(value) in found or id(value) in apart:
             continue
-        if isinstance(value, (list, dict, set, deque, np.ndarray, types.CellType, *GENERATORS)) or _may_be_written(
-            value
-        ):
+        if isinstance(value, (*CONTAINERS, *_VARIABLES, *GENERATORS)) or may_be_written(value):
             found[id(value)] = value
         if isinstance(value, (list, tuple, deque, dict)):
             waiting += value.values() if isinstance(value, dict) else value
@@ -287,7 +309,8 @@ def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
     return [*found.values()]
 
 
-def _may_be_written(tensor: Any) -> bool:
+def may_be_written(tensor: Any) -> bool:
+    """Return whether an object is a tensor that a forward pass may write into: no parameter, for example."""
     if not isinstance(tensor, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False  # a tensor left over from a finished transform cannot be read
     weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
@@ -295,7 +318,7 @@ def _may_be_written(tensor: Any) -> bool:
 
 
 def _content(held: Any) -> Any:
-    if isinstance(held, types.CellType):  # a variable of a closure
+    if isinstance(held, _VARIABLES):
         return [held.cell_contents]
     return held.detach().clone() if isinstance(held, Tensor) else held.copy()
 
@@ -307,7 +330,7 @@ def _same(held: Any, content: Any) -> bool:
         return torch.equal(*dense)
     if isinstance(held, np.ndarray):
         return np.array_equal(held, content)
-    if isinstance(held, types.CellType):
+    if isinstance(held, _VARIABLES):
         return _content(held)[0] is content[0]
     if isinstance(held, set):
         return bool(held == content)
@@ -324,7 +347,7 @@ def _refill(held: Any, content: Any) -> None:
             held.copy_(content)
     elif isinstance(held, np.ndarray):
         held[...] = content
-    elif isinstance(held, types.CellType):
+    elif isinstance(held, _VARIABLES):
         (held.cell_contents,) = content
     else:
         held.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dis
 import functools
+import io
 import itertools
 import sys
 import types
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.hooks import drop_hooks, is_ours
-from ..engine.state import GENERATORS
+from ..engine.state import CONTAINERS, GENERATORS, GlobalVariable, may_be_written
 from ..errors import RolloutError, UnsupportedModelError
 from ..patching.edit_context import state_of
 from ..patching.patch import Patch
@@ -96,21 +97,37 @@ def patches_inside(policy: Any) -> list[Patch]:
     return [patch for module in modules if STATE in vars(module) for patch in vars(module)[STATE].patches]
 
 
+def functions_of(patches: Iterable[Patch]) -> list[Any]:
+    """Return the edits of patches and their `where` functions."""
+    return [function for patch in patches for function in (patch.edit, patch.where)]
+
+
 def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]], list[int]]:
     """Return the modules and attributes that a rollout restores, with generators and nonlocal variables.
 
     The policy and the functions of its patches reach them. Last come the ids of objects that the environments reach,
     which are not restored.
     """
-    functions = [function for patch in patches_inside(policy) for function in (patch.edit, patch.where)]
-    held = [*_reachable([policy, *functions], _parts_that_act)]
+    held = [*_reachable([policy, *functions_of(patches_inside(policy))], _parts_that_act)]
     modules = nn.ModuleList(item for item in held if isinstance(item, nn.Module))
     written: list[Any] = [item for item in held if isinstance(item, GENERATORS)]
     written += [cell for item in held if isinstance(item, types.FunctionType) for cell in _written_by(item)]
     plain = [item for item in held if _is_plain(item) and vars(item)]
-    apart = [id(item) for item in _reachable([envs], _parts_of_environments)] if plain or written else []
+    apart = [id(item) for item in parts_of_environments(envs)] if plain or written else []
     known = {*apart}
     return modules, [*(vars(item) for item in plain if id(item) not in known), dict(enumerate(written))], apart
+
+
+def containers_in(roots: Iterable[Any]) -> list[Any]:
+    """Return the lists, dicts, sets, arrays, tensors and iterators that policies or functions reach."""
+    kinds = (*CONTAINERS, Iterator)
+    found = [item for item in _reachable(roots, _parts_that_act) if isinstance(item, kinds) or may_be_written(item)]
+    return [item for item in found if not isinstance(item, io.IOBase)]  # a file that is written is a log
+
+
+def parts_of_environments(envs: Any) -> Iterator[Any]:
+    """Yield the objects that environments reach."""
+    return _reachable([envs], _parts_of_environments)
 
 
 def generators_of(functions: Iterable[Any]) -> list[Any]:
@@ -240,11 +257,16 @@ def _parts_that_act(item: Any) -> Iterable[Any]:
     return _held_by(item)
 
 
-def _written_by(function: types.FunctionType) -> Iterable[types.CellType]:
-    """Return the variables that a function declares nonlocal and sets."""
-    names = {each.argval for each in dis.get_instructions(function) if each.opname == "STORE_DEREF"}
+def _written_by(function: types.FunctionType) -> list[types.CellType | GlobalVariable]:
+    """Return the variables that a function declares nonlocal or global, and sets."""
+    names = {kind: {each.argval for each in dis.get_instructions(function) if each.opname == kind} for kind in _STORES}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return [cell for name, cell in cells if name in names and cell != types.CellType()]
+    nonlocals = [cell for name, cell in cells if name in names["STORE_DEREF"] and cell != types.CellType()]
+    known = names["STORE_GLOBAL"] & function.__globals__.keys()
+    return [*nonlocals, *(GlobalVariable(function.__globals__, name) for name in sorted(known))]
+
+
+_STORES = ("STORE_DEREF", "STORE_GLOBAL")
 
 
 def _parts_of_environments(item: Any) -> Iterable[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..engine.hooks import Station
 from ..engine.paths import leaves
-from ..engine.state import generator_state, random_states, training_modules
+from ..engine.state import Snapshot, generator_state, random_states, training_modules
 from ..errors import BatchAxisError, RolloutError
 from ..labels import Patches, labelled, labelled_patches, no_p_among, refuse_shared_state
 from ..patching.contexts import checked_patches, raise_nan
@@ -26,10 +26,11 @@ from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
 from .checks import method_of
-from .copies import generators_of, refuse_environments_by_rows
+from .copies import functions_of, generators_of, refuse_environments_by_rows
 from .decisions import Masks, Outputs
 from .episodes import BatchAxes, InitialState, Settings, play, rows_of, state_batch_axes
-from .results import ORIGINAL, SweptRollouts
+from .repeats import SharedState
+from .results import ORIGINAL, Rollout, SweptRollouts
 from .stable_baselines import as_in_predict
 from .twin import PatchedPolicy
 
@@ -80,7 +81,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         ChanpatchError: For the same reasons as `rollout` and PatchedPolicy; if there are no patches; if the policy
             has batch norm or dropout in training mode; or if it is patched or recorded by an open context.
         RolloutError: If the output for a row depends on other rows, or on random numbers that the policy or a patch
-            draws from a generator.
+            draws from a generator; or if labels share a module, a list or another container that changes their
+            episodes.
 
     Example:
         >>> import gymnasium, torch
@@ -117,9 +119,10 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     interventions = _Interventions(policy, [*asked, *others], state_axes, check_nan=check_nan)
     settings = Settings(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
     times = 1 + len(asked) + len(others)
-    played = play(
-        method_of(interventions.twin, policy), envs, seeds, settings, times=times, around=interventions.forward
-    )
+    twin = method_of(interventions.twin, policy)
+    run = functools.partial(play, twin, envs, seeds, settings, times=times, around=interventions.forward)
+    shared = SharedState({ORIGINAL: [policy], **{label: functions_of(each) for label, each in [*asked, *others]}}, envs)
+    played = shared.checked("of the sweep", run, interventions.reversed(run))
     rollouts = dict(zip((ORIGINAL, *dict(asked)), played, strict=False))
     ranked = dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None
     return SweptRollouts(rollouts, ranked, no_p_among(dict(others).values()))
@@ -142,6 +145,7 @@ class _Interventions:
         self._labels = (ORIGINAL, *(label for label, _ in patches))
         self._state_axes = state_axes
         self._cuts: dict[int, slice] = {}  # the rows of each intervention in this forward pass
+        self._is_reversed = False  # whether the last intervention is patched first
         self._firings: list[list[Firing]] = [[]]
         points: dict[str, HookPoint] = {}
         for _, each in patches:
@@ -151,9 +155,10 @@ class _Interventions:
         shared = [
             Patch(Site(name).at(point), functools.partial(self._patched, point)) for name, point in points.items()
         ]
-        self._generators = generators_of(
-            [function for _, each in patches for p in each for function in (p.edit, p.where)]
-        )
+        functions = [function for _, each in patches for function in functions_of(each)]
+        self._generators = generators_of(functions)
+        shared_ones = {each for each in functions if isinstance(each, nn.Module) and functions.count(each) > 1}
+        self._modules = Snapshot(module for each in shared_ones for module in each.modules())
         self._cuda = list({weight.device for weight in model_of(policy).parameters() if weight.is_cuda})
         self.twin: Any = PatchedPolicy(policy, shared, check_nan=False)
 
@@ -170,15 +175,25 @@ class _Interventions:
             raise
         self._raise_nan()
 
+    def reversed(self, run: Callable[[], list[Rollout]]) -> Callable[[], list[Rollout]]:
+        """Return a function that calls `run` while each forward pass applies the interventions in reverse order."""
+
+        def again() -> list[Rollout]:
+            self._is_reversed = True
+            return run()
+
+        return again
+
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
         """Return the activation at a hook point with the rows of each intervention patched."""
         axis: Any = point.batch_axis
         context.rows  # noqa: B018  # raises an error if the rows do not match
         checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
         states = self._random_states() if checked else None
+        self._modules.note()
         parts = activation.split_with_sizes([cut.stop - cut.start for cut in self._cuts.values()], axis)
-        new = []
-        for (number, cut), part in zip(self._cuts.items(), parts, strict=True):
+        new = dict(zip(self._cuts, parts, strict=True))
+        for number, cut in [*self._cuts.items()][:: -1 if self._is_reversed else 1]:
             firings = [firing for firing in self._firings[number] if firing.site.name == point.name]
             if firings:
                 published = context.moment.published.cut(cut, self._labels[number])
@@ -186,15 +201,19 @@ class _Interventions:
                 moment = replace(context.moment, inputs=inputs, published=published)
             with labelled(self._labels[number]):
                 for firing in firings:
-                    part = firing(part, moment)
-            new.append(part)
+                    new[number] = firing(new[number], moment)
         if states and states != self._random_states():
             raise RolloutError(
                 f"A patch at '{point.name}' draws random numbers from a generator. In a sweep each label would get "
                 "other numbers, so equal patches would differ. Draw with context.uniform(shape), which depends on the "
                 "episode and the step."
             )
-        return activation if all(map(operator.is_, new, parts)) else torch.cat(new, axis)
+        if self._modules.changed() or self._modules.rewritten():
+            raise RolloutError(
+                f"A module that several labels use as edit at '{point.name}' changes its own buffers or attributes, so "
+                "the labels would affect each other. Use a separate module for each label."
+            )
+        return activation if all(map(operator.is_, new.values(), parts)) else torch.cat([*new.values()], axis)
 
     def _random_states(self) -> list[object]:
         return [*random_states(self._cuda), *map(generator_state, self._generators)]

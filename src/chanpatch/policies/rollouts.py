@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RolloutError
 from ..labels import refuse_shared_state
 from .checks import check_modes
-from .copies import patches_inside
+from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
 from .episodes import InitialState, Settings, play
+from .repeats import SharedState
 from .results import PairedRollouts, Rollout
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ def rollout(
     for a Box space, wrap the environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before new episodes
-    and at the end. So are the attributes of your own objects, and the nonlocal variables, that the policy or its
-    patches use, but not environments. To keep a log, append to a list in a closure or a global.
+    and at the end. So are the attributes of your own objects, and nonlocal and global variables, that the policy or its
+    patches use, but not environments. To keep a log, append to a list in a closure or a global. If several policies
+    share such a list, paired_rollouts plays their episodes twice, to check that the list does not change the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
     starts from its own initial state. Wrap a policy with other arguments, such as sb3-contrib's RecurrentPPO:
@@ -118,7 +121,8 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     Raises:
         ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module that depends on
             training mode, such as dropout, has different modes in two policies; if two policies share a callable object
-            as edit or `where`; or if an episode differs between policies before their actions do.
+            as edit or `where`; if an episode differs between policies before their actions do; or if policies share a
+            list or other container that changes their episodes.
 
     Example:
         >>> import gymnasium, torch
@@ -143,10 +147,12 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         raise RolloutError(f"outputs has key {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}.")
     settings = Settings(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
-    refuse_shared_state([(name, patches_inside(policy)) for name, policy in policies.items()])
-    return PairedRollouts(
-        {
-            name: play(policy, envs, seeds, settings._replace(outputs=each.get(name)), label=name)[0]
-            for name, policy in policies.items()
-        }
-    )
+    patches = {name: patches_inside(policy) for name, policy in policies.items()}
+    refuse_shared_state(patches.items())
+    shared = SharedState({name: [policy, *functions_of(patches[name])] for name, policy in policies.items()}, envs)
+    rollouts = {}
+    for name, policy in policies.items():
+        own = settings._replace(outputs=each.get(name))
+        run = functools.partial(play, policy, envs, seeds, own, label=name)
+        (rollouts[name],) = shared.checked(f"of {name!r}", run, run)
+    return PairedRollouts(rollouts)
