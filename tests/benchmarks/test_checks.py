@@ -6,7 +6,6 @@ from unittest.mock import patch
 import gymnasium
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from chanpatch import rollout

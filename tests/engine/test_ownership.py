@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from stable_baselines3 import PPO
 from torch import nn
 
-from chanpatch import Site, hook_points, patched, zero_ablate
+from chanpatch import PatchedPolicy, Site, hook_points, patched, zero_ablate
 from chanpatch.errors import ConcurrencyError
 
 X = torch.ones(2, 3)
@@ -147,3 +148,25 @@ def test_a_forked_child_is_patched_as_its_parent(model: nn.Module) -> None:
         child.start()
         assert receiver.poll(30) and receiver.recv() is False
         child.join()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_a_module_in_distributed_data_parallel_is_patched_and_not_pickled(model: nn.Module, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        points = hook_points(parallel, X)
+        hidden = model[0](X).detach()
+        hidden[:, 2] = 0
+        ablation = zero_ablate(points.site("module.0", feature=2))
+        with patched(points, ablation):
+            with pytest.raises(ConcurrencyError, match="cannot be pickled while it is patched"):
+                pickle.dumps(parallel)
+            out = parallel(X)
+            out.sum().backward()
+        assert torch.equal(out, model[1](hidden))
+        assert model[0].weight.grad.abs().sum(1).tolist()[2] == 0 < model[0].weight.grad.abs().sum()
+        assert torch.equal(PatchedPolicy(points, ablation)(X), out)
+        assert torch.equal(parallel(X), model(X))
+    finally:
+        torch.distributed.destroy_process_group()
