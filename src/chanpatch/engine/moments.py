@@ -41,13 +41,6 @@ class Published:
     infos: Callable[[NDArray[np.int64]], Any] | None = None
     forwards: dict[int, int] = field(default_factory=dict)
 
-    def next_forward(self, session: object) -> int:
-        """Return the number of earlier root calls of a session in this step, and count one more; 0 outside a step."""
-        if self.step is None:
-            return 0
-        self.forwards[id(session)] = self.forwards.get(id(session), -1) + 1
-        return self.forwards[id(session)]
-
     def cut(self, rows: slice, label: Any) -> Published:
         """Return a copy that keeps only the given rows, with another label."""
         numbers, environments = (None if each is None else each[rows] for each in (self.rows, self.environments))

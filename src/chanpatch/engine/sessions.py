@@ -1,7 +1,6 @@
 """Sessions: groups of listeners that are attached together, and the root call in which they run.
 
-A root call is one call of the model, or of the chosen method. Module calls are counted per root call, and each root
-call is checked when it ends.
+A root call is one call of the model or of the chosen method. It counts module calls, and is checked when it ends.
 """
 
 from __future__ import annotations
@@ -129,7 +128,7 @@ class Session:
     def attached(self) -> Iterator[None]:
         """Attach the listeners while the context is open; each call of the method is a root call.
 
-        Cleanup runs even if an interrupt arrives just before the exit, because a freed generator runs its `finally`.
+        An interrupt just before the exit does not prevent cleanup, because a freed generator runs its `finally`.
         """
         if self.confined:
             self._thread, self._task = threading.get_ident(), _current_task()
@@ -208,21 +207,21 @@ class Session:
     @property
     def in_call(self) -> bool:
         """Whether the current root call is a call of the model itself, which includes the model's forward pass."""
-        return self.in_method and self.root_call.method == "__call__"  # type: ignore[union-attr]
+        call = self.root_call
+        return call is not None and call.station is None and call.method == "__call__"
 
     def moment(self) -> Moment:
         """Return the current forward pass, as seen by edits."""
-        call = self.root_call
-        if call is None:
+        if (call := self.root_call) is None:
             return Moment(call=self.call, published=published.now)
         inputs = (*call.args, *call.kwargs.values())
         return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a root call when a module is called, unless the call belongs to the current root call."""
-        if not self.enabled or self.in_method:
-            return
         running = self.root_call
+        if not self.enabled or (running is not None and running.station is None):
+            return
         home = None if running is None else running.station
         # Torch runs no hooks when an interrupt ends a call, so the current root call may already be over.
         if running is not None and home is station and station.is_inside_itself():
@@ -293,7 +292,8 @@ class Session:
         for station in self._with_inputs:
             station.order()
         self._thread, self.root_call, self.had_gradients = threading.get_ident(), call, torch.is_grad_enabled()
-        call.forward = published.now.next_forward(self)
+        if (now := published.now).step is not None:
+            call.forward = now.forwards[id(self)] = now.forwards.get(id(self), -1) + 1
         if self._in_containers:
             given = call.args, call.kwargs
             call.given = [*containers(given), *(tensor for _, tensor in leaves(given))]
@@ -310,13 +310,13 @@ class Session:
 
     def raise_failure(self) -> None:
         """Re-raise an error from an edit, a `where` or a reduction if the model caught it."""
-        failure, self.failure = self.failure, None
-        if failure is not None:
+        if self.failure is not None:
+            failure, self.failure = self.failure, None
             raise failure
 
     def check_owner(self) -> None:
         """Raise unless the current forward pass runs in the session's thread and asyncio task."""
-        if self._is_elsewhere():
+        if (self._thread != threading.get_ident() or self._task is not None) and self._is_elsewhere():
             where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(
                 f"{type(self.root).__name__} is patched or recorded in another {where}. Open the context in the "
@@ -348,7 +348,7 @@ class Session:
 
     def leave_call(self, counted: object) -> None:
         """Set `call` to the index of the call that is ending; nested calls of a module end in reverse order."""
-        if not self.enabled or self._is_elsewhere():
+        if not self.enabled or ((self._thread != threading.get_ident() or self._task) and self._is_elsewhere()):
             return  # a call from elsewhere was already rejected
         under_way = None if self.root_call is None else self.root_call.under_way.get(counted)
         self.call = under_way.pop() if under_way else 0

@@ -163,7 +163,8 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
     for patch in each:
         if not isinstance(patch, Patch):
             raise TypeError(f"Expected a Patch, such as zero_ablate(Site('conv1')); got {type(patch).__name__}.")
-    _refuse_shared_edits(each)
+    if len(each) > 1:
+        _refuse_shared_edits(each)
     if points_or_model is None:
         return each
     sites = bound(points_or_model, [patch.site for patch in each])

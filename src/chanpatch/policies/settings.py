@@ -56,9 +56,11 @@ class Settings:
         """Raise an error if a setting differs, unless no call has run yet."""
         if not any(self._known_calls.values()):
             return
-        held, sizes, planned = self._planned
         try:
-            if [*map(len, held)] == sizes and all([values(own) == values(other) for own, other, values in planned]):
+            for own, other, sizes, values in self._planned:
+                if (len(own), len(other)) != sizes or values(own) != values(other):
+                    break
+            else:
                 return
         except (KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
             pass
@@ -81,13 +83,13 @@ class Settings:
 
     def _plan(self) -> None:
         """Prepare a fast comparison of the current settings."""
-        planned: list[tuple[Any, Any, Callable[[Any], Any]]] = []
+        planned: list[tuple[Any, Any, tuple[int, int], Callable[[Any], Any]]] = []
         for name, module, other, _ in self._modules:
             names = [each for each in module.keys() & other.keys() - _TORCHS_OWN if (name, each) not in self._changing]
-            if settings := [each for each in names if _plain(module[each]) not in (FunctionType, _OTHER)]:
-                planned.append((module, other, operator.itemgetter(*settings)))
-        held = [each for _, module, other, _ in self._modules for each in (module, other)]
-        self._planned = held, [*map(len, held)], planned  # last, so an interrupt cannot leave it incomplete
+            settings = [each for each in names if _plain(module[each]) not in (FunctionType, _OTHER)]
+            values = operator.itemgetter(*settings) if settings else type
+            planned.append((module, other, (len(module), len(other)), values))
+        self._planned = planned  # last, so an interrupt cannot leave it incomplete
 
     def _of_twin(self) -> dict[tuple[str, str], Any]:
         return {

@@ -207,7 +207,9 @@ class _TwinState(Patching):
             shared = self._held == self._expected
         except RuntimeError:  # comparing larger tensors gives more than one bool
             shared = False
-        if not shared or any([held.get(key) is not expected.get(key) for held, expected, key in self._numbers]):
+        for held, expected, key in self._numbers:
+            shared &= held.get(key) is expected.get(key)
+        if not shared:
             raise UnsupportedModelError(
                 f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so they no "
                 "longer share all weights. Create a new twin: PatchedPolicy(policy, patches). If a method of the "
@@ -231,7 +233,10 @@ class _TwinState(Patching):
             raise_nan(self.firings)
         runs_modules = call.station is not None or call.method in self._running_methods
         self.settings.end(_kind(call), runs_modules=runs_modules)
-        if all([firing.reached for firing in self.firings]):
+        for firing in self.firings:
+            if not firing.reached:
+                break
+        else:
             return
         names: list[str] = []
         if call.station is not None:
