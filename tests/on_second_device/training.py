@@ -11,12 +11,10 @@ from maze.training import ppo
 from maze.training.training_run import FACTS, WEIGHTS
 
 
-@pytest.mark.parametrize(
-    ("asked", "found", "chosen"), [(None, True, "cuda"), (None, False, "cpu"), ("cpu", True, "cpu")]
-)
-def test_a_gpu_is_used_where_there_is_one_unless_the_cpu_is_asked_for(asked, found, chosen, monkeypatch):
+@pytest.mark.parametrize(("found", "chosen"), [(True, "cuda"), (False, "cpu")])
+def test_a_gpu_is_used_where_there_is_one(found, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
-    assert train._device(asked) == torch.device(chosen)
+    assert train._device() == torch.device(chosen)
 
 
 @pytest.mark.parametrize(
@@ -30,10 +28,10 @@ def test_the_command_trains_the_same_weights_there(given, monkeypatch, tmp_path)
     monkeypatch.setattr(ppo, "STEPS", 6)
     facts = {}
     for device in (torch.device("cpu"), DEVICE):
-        monkeypatch.setattr(train, "_device", lambda _, device=device: device)
+        monkeypatch.setattr(train, "_device", lambda device=device: device)
         folder = tmp_path / device.type
         with second_device():
-            assert train.main([*given, "--out", str(folder), "--save-minutes", "0"]) == 0
+            assert train.main([*given, "--out", str(folder)]) == 0
         facts[device] = json.loads((folder / FACTS).read_text())
         assert facts[device]["device"] == str(device)
         assert (folder / WEIGHTS).exists()

@@ -1,18 +1,17 @@
 """Training by imitation: the policy learns the first step of the shortest path to the cheese.
 
-Policies that see first steps only learn slowly, so two auxiliary maps are read from block 2 at the beginning: the
+A policy that sees only first steps learns slowly. Two auxiliary maps, read from block 2, help at the beginning: the
 direction to take from every free square, and the mouse's cell. The first map teaches directions, so claims about
-directions in a network need a control trained without it.
+directions in a network need a control trained without this map.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,43 +26,30 @@ from maze.states import WORLD
 from maze.training.trainer import Settings, Trainer, Update, direction_log_probabilities
 from maze.training.training_data import NO_DIRECTION, Chunks, Examples, TrainingMazes, batches, sampled
 
-READ_FROM = "embedder.block2"  # the hook point of the auxiliary maps: (batch, channel, row=16, col=16)
-CHANNELS = 32  # of this hook point at width 1
-AUXILIARY_END = 0.7  # share of the run after which the auxiliary losses have weight 0
+READ_FROM = "embedder.block2"  # the hook point for the auxiliary maps: (batch, channel, row=16, col=16)
+CHANNELS = 32  # at this hook point, at width 1
+AUXILIARY = {"field": (len(Direction), 1.0), "cell": (1, 0.3)}  # number of maps, and initial weight of the loss
+AUXILIARY_END = 0.7  # fraction of the run after which the auxiliary losses have weight 0
 VALUE_WEIGHT = 0.02
 REWARD, DISCOUNT = 10.0, 0.99  # the value head learns REWARD * DISCOUNT ** distance
 WEIGHT_DECAY = 1e-4
 
 PATIENCE = 256  # steps after which the policy's walk on a level is given up
-EXPERT_END = 0.3  # share of the run after which all steps of the walks are the policy's own
+EXPERT_END = 0.3  # fraction of the run after which the policy chooses all steps of its walks
 
-_DRAWS = 2  # the walks' draws among those of a seed
+_DRAWS = 2  # the draws for the walks, among those that share a seed
 
 
 def auxiliary_maps(channels: int, maps: int) -> nn.Module:
-    """From the activation, (batch, channel, row=16, col=16), to maps of the world, (batch, map, row=25, col=25)."""
-    # Twice as fine first: a cell is smaller than a pixel of the activation.
+    """A module from the activation, (batch, channel, row=16, col=16), to the world, (batch, map, row=25, col=25)."""
+    # The shuffle doubles the resolution first, since a cell is smaller than a pixel of the activation.
     return nn.Sequential(
         nn.Conv2d(channels, 4 * maps, 1), nn.PixelShuffle(2), nn.Upsample((WORLD, WORLD), mode="bilinear")
     )
 
 
-class Auxiliary(NamedTuple):
-    """An auxiliary loss."""
-
-    maps: int
-    weight: float  # at the beginning
-    loss: Callable[[Tensor, Tensor], Tensor]  # from maps (batch, map, row, col) and the target
-
-
-AUXILIARY = {
-    "field": Auxiliary(len(Direction), 1.0, partial(F.cross_entropy, ignore_index=NO_DIRECTION)),
-    "cell": Auxiliary(1, 0.3, lambda maps, cell: F.cross_entropy(maps.flatten(1), cell)),
-}
-
-
 class Imitation(Trainer):
-    """Imitation of shortest paths, with worker processes that draw the data."""
+    """Imitation of shortest paths, with worker processes that generate the data."""
 
     largest_norm = 1.0
 
@@ -74,7 +60,7 @@ class Imitation(Trainer):
             torch.manual_seed(settings.seed)
             parts = [part for part in AUXILIARY if part in (settings.auxiliary or "")]
             channels = CHANNELS * settings.width
-            self.maps = nn.ModuleDict({part: auxiliary_maps(channels, AUXILIARY[part].maps) for part in parts})
+            self.maps = nn.ModuleDict({part: auxiliary_maps(channels, AUXILIARY[part][0]) for part in parts})
         self.maps.to(device)
         parameters = [*self.policy.parameters(), *self.maps.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=WEIGHT_DECAY)
@@ -85,17 +71,21 @@ class Imitation(Trainer):
         self._stream: Iterator[Examples] | None = None
 
     def update(self, number: int, progress: float) -> Update:
-        """Take one step of the optimizer on one batch."""
         started = time.perf_counter()
-        examples = self._next_examples(number)
+        drawn = self.settings.batch - self.walked
+        if self._stream is None:
+            chunks = Chunks(self.settings.seed, self.settings.large)
+            self._stream = batches(chunks, drawn, first=number * drawn, workers=self.workers)
+        examples = next(self._stream)
+        if self.mazes:
+            examples += self.mazes.examples()
         waited = time.perf_counter() - started
-        self.set_rate(0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         direction, losses = self._losses(examples, max(0.0, 1 - progress / AUXILIARY_END))
         right = direction.argmax(dim=1) == torch.from_numpy(examples.step).to(self.device)
-        drawn = len(right) - self.walked
         measures = {name: loss for name, (_, loss) in losses.items()} | {"right": right[:drawn]}
         walk = self._walk_actions(direction[drawn:], examples.step[drawn:], number, progress)
-        self.descend(torch.stack([weight * loss for weight, loss in losses.values()]).sum())
+        loss = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
+        self.descend(loss, 0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
         if self.mazes:
             started = time.perf_counter()
             self.mazes.step(walk)  # while a GPU still computes the gradient
@@ -104,21 +94,11 @@ class Imitation(Trainer):
         return Update(len(examples), waited, {name: each.detach().float().mean() for name, each in measures.items()})
 
     def state(self) -> dict[str, Any]:
-        """A snapshot, with the auxiliary maps."""
         return {**super().state(), "maps": self.maps.state_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a snapshot."""
         super().restore(state)
         self.maps.load_state_dict(state["maps"])
-
-    def _next_examples(self, number: int) -> Examples:
-        size = self.settings.batch - self.walked
-        if self._stream is None:
-            chunks = Chunks(self.settings.seed, self.settings.large)
-            self._stream = batches(chunks, size, first=number * size, workers=self.workers)
-        drawn = next(self._stream)
-        return drawn + self.mazes.examples() if self.mazes else drawn
 
     def _losses(self, examples: Examples, auxiliary: float) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
         """Log-probabilities of the directions (batch, direction), and every loss with its weight.
@@ -131,8 +111,10 @@ class Imitation(Trainer):
             logits, value = self.forward(on_device["frames"])
         losses = {}
         for part, maps in parts.items():
-            _, weight, loss = AUXILIARY[part]
-            losses[part] = (auxiliary * weight, loss(maps(cache[READ_FROM].float()), on_device[part].long()))
+            world, target = maps(cache[READ_FROM].float()), on_device[part].long()
+            given = world if part == "field" else world.flatten(1)
+            loss = F.cross_entropy(given, target, ignore_index=NO_DIRECTION)
+            losses[part] = (auxiliary * AUXILIARY[part][1], loss)
         direction = direction_log_probabilities(logits)
         losses["step"] = (1.0, F.nll_loss(direction, on_device["step"]))
         losses["value"] = (VALUE_WEIGHT, F.mse_loss(value, REWARD * DISCOUNT ** on_device["distance"]))
@@ -143,7 +125,7 @@ class Imitation(Trainer):
     ) -> NDArray[np.int64]:
         """The next actions of the walks, sampled from the policy: (walk,).
 
-        At first the right step often replaces them (DAgger's beta): an untrained policy would never leave the start.
+        At first the right step often replaces them (DAgger's beta), because an untrained policy never leaves the start.
         """
         rng = np.random.default_rng((self.settings.seed, _DRAWS, number))
         draws, expert = rng.random(len(steps)), rng.random(len(steps)) < 1 - progress / EXPERT_END

@@ -1,10 +1,10 @@
-"""The common part of both algorithms: their settings, the forward of the policy, and the step of the optimizer."""
+"""The common part of both training algorithms: settings, the forward pass of the policy, and the optimizer step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from maze.training.training_data import TrainingMazes
 
 
 class TrainingError(UserError):
-    """Settings outside their range, or a run that cannot continue."""
+    """A setting is out of range, or a run cannot continue."""
 
 
 _RANGES = {
@@ -24,7 +24,6 @@ _RANGES = {
     "seed": (0, 2**31 - 1),
     "large": (0, 8),
     "observations": (1, 10**12),
-    "minutes": (0.01, 10**6),
     "batch": (2, 65536),
     "rate": (1e-7, 1),
     "dagger": (0, 0.9),
@@ -36,11 +35,10 @@ _RANGES = {
 class Settings:
     """All settings that determine the result of a run; `train.py --help` explains them.
 
-    Options of the other algorithm are None, and so is `observations` or `minutes`. `start` is the sha256 of the initial
-    weights.
+    Options of the other algorithm are None. `start` is the sha256 of the initial weights.
 
     Raises:
-        TrainingError: a number outside its range.
+        TrainingError: A number is out of range.
     """
 
     algorithm: str
@@ -48,8 +46,7 @@ class Settings:
     start: str | None
     seed: int
     large: float
-    observations: int | None
-    minutes: float | None
+    observations: int
     batch: int
     rate: float
     bfloat16: bool
@@ -60,23 +57,22 @@ class Settings:
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
             given = getattr(self, name)
-            if given is not None and not low <= given <= high:  # not: rejects NaN too
-                raise TrainingError(f"--{name} is {given}, but it is {low} to {high}.")
+            if given is not None and not low <= given <= high:  # written so that NaN is rejected too
+                raise TrainingError(f"--{name} must be {low} to {high}; got {given}.")
         if self.dagger and not round(self.dagger * self.batch):
             raise TrainingError(f"--dagger {self.dagger} of --batch {self.batch} is less than one observation.")
 
 
-@dataclass
-class Update:
+class Update(NamedTuple):
     """The result of one update."""
 
     observations: int
-    waited: float  # seconds of waiting for data
-    measures: dict[str, Tensor]  # losses and the like, each a scalar
+    waited: float  # seconds spent waiting for data
+    measures: dict[str, Tensor]  # scalars, such as losses
 
 
 class Trainer:
-    """An algorithm with its policy, its mazes and its optimizer."""
+    """An algorithm with its policy, mazes and optimizer."""
 
     optimizer: torch.optim.Optimizer
     mazes: TrainingMazes | None
@@ -87,44 +83,37 @@ class Trainer:
         self.settings, self.device = settings, device
 
     def update(self, number: int, progress: float) -> Update:
-        """Run the update with this number; `progress`, in [0, 1), is the share of the budget that is spent."""
+        """Run the update with this number; `progress` is the fraction of the budget already spent, in [0, 1)."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """A snapshot without the policy's weights; data and draws follow from the number of the update."""
+        """Everything but the weights of the policy; data and random draws follow from the number of the update."""
         return {"optimizer": self.optimizer.state_dict(), "mazes": self.mazes.state() if self.mazes else None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Restore a snapshot."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.mazes:
             self.mazes.restore(state["mazes"])
 
     def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (batch, action) and values (batch,), both float32, from uint8 images."""
+        # The values of `levels.policy_input`; the permuted memory layout makes convolutions fast.
+        given = frames.permute(0, 3, 1, 2).float() / 255
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.settings.bfloat16):
-            actions, value = self.policy(network_input(frames))
-        # Normalized again, as bfloat16 probabilities do not quite sum to 1.
+            actions, value = self.policy(given)
+        # Normalized again, because bfloat16 probabilities do not quite sum to 1.
         return torch.log_softmax(actions.logits.float(), dim=1), value.float()
 
-    def descend(self, loss: Tensor) -> None:
-        """Take a step of the optimizer on the clipped gradient."""
+    def descend(self, loss: Tensor, rate: float) -> None:
+        """Take an optimizer step on the clipped gradient, at `rate` times the initial learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate * rate
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.largest_norm)
         self.optimizer.step()
 
-    def set_rate(self, share: float) -> None:
-        """Set the learning rate to a share of the initial one."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate * share
-
 
 def direction_log_probabilities(logits: Tensor) -> Tensor:
     """Log of the summed probability of each direction's actions, (batch, direction), from normalized logits."""
     return torch.stack([logits[:, list(ACTIONS[move])].logsumexp(dim=1) for move in Direction], dim=1)
-
-
-def network_input(frames: Tensor) -> Tensor:
-    """The result of `levels.policy_input`, in the memory layout in which convolutions are fast."""
-    return frames.permute(0, 3, 1, 2).float() / 255

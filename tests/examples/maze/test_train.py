@@ -19,15 +19,15 @@ from maze.paths import MOVES, Direction
 from maze.policy.network import ACTIONS, NO_MOVE, load_policy, new_policy
 from maze.states import FREE, read_mazes, write_mazes
 from maze.train import main
-from maze.training import imitation, ppo
+from maze.training import imitation, ppo, training_run
 from maze.training.imitation import Imitation
 from maze.training.ppo import PPO, Experience, advantages, ppo_losses
 from maze.training.trainer import (
     Settings,
+    Trainer,
     TrainingError,
     Update,
     direction_log_probabilities,
-    network_input,
 )
 from maze.training.training_data import (
     CHUNK,
@@ -45,8 +45,7 @@ from maze.training.training_run import (
     FACTS,
     LOG,
     WEIGHTS,
-    read_checkpoint,
-    run,
+    TrainingRun,
 )
 
 SCRIPT = Path(imitation.__file__).parents[1] / "train.py"
@@ -62,7 +61,6 @@ def settings(**changed):
         seed=0,
         large=0.0,
         observations=1000,
-        minutes=None,
         batch=16,
         rate=1e-3,
         bfloat16=False,
@@ -242,10 +240,12 @@ def test_sampled_actions_have_their_probabilities():
     assert sampled(probabilities[:1], np.array([np.nextafter(1, 0)])).tolist() == [3]
 
 
-def test_the_networks_input_is_the_policys_in_channels_last(chunk):
-    given = network_input(torch.from_numpy(chunk.frames[:4]))
-    assert given.is_contiguous(memory_format=torch.channels_last)
-    np.testing.assert_array_equal(given.numpy(), policy_input(chunk.frames[:4]))
+def test_a_trainer_gives_the_policy_its_own_input_in_channels_last(chunk):
+    trainer, given = Trainer(untrained(), settings(), device=CPU), []
+    trainer.policy.register_forward_pre_hook(lambda policy, inputs: given.extend(inputs))
+    trainer.forward(torch.from_numpy(chunk.frames[:4]))
+    assert given[0].is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(given[0].numpy(), policy_input(chunk.frames[:4]))
 
 
 def test_a_directions_probability_is_that_of_its_actions():
@@ -314,7 +314,7 @@ def test_advantages_are_the_sums_of_discounted_surprises():
                 expected[step, maze] += (0.9 * 0.8) ** (later - step) * surprise
                 if ended[later, maze]:
                     break
-    experience = Experience(None, None, None, values, rewards, ended, after, None)
+    experience = Experience(None, None, None, values, rewards, ended, after)
     np.testing.assert_allclose(advantages(experience, 0.9, 0.8), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -346,7 +346,7 @@ def test_ppo_goes_on_from_its_state_as_if_it_had_not_stopped(monkeypatch, tmp_pa
     assert torch.equal(*map(weights, (through, resumed)))
 
 
-RUN = ["--observations", "560", "--batch", "8", "--dagger", "0.25", "--workers", "0", "--save-minutes", "0"]
+RUN = ["--observations", "560", "--batch", "8", "--dagger", "0.25", "--workers", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -357,8 +357,14 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(uninterrupted, tmp_path):
-    command = [sys.executable, str(SCRIPT), *RUN, "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    program = (
+        "from maze import train; from maze.training import training_run;"
+        f"training_run.SAVE_SECONDS = 0; train.main({[*RUN, '--out', str(tmp_path)]})"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, cwd=SCRIPT.parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         while not (tmp_path / CHECKPOINT).exists():
             assert process.poll() is None
             time.sleep(0.005)
@@ -400,22 +406,40 @@ def test_ppo_starts_from_weights_and_leaves_others(uninterrupted, tmp_path, monk
 def test_a_run_with_other_settings_is_refused(uninterrupted, capsys):
     assert main([*RUN, "--out", str(uninterrupted), "--seed", "1", "--rate", "0.1"]) == 2
     assert capsys.readouterr().err == (
-        f"error: '{uninterrupted}' holds a run with other settings: rate was 0.001 and is 0.1, seed was 0 and is 1. "
-        "Name another folder with --out, or start over with --no-resume.\n"
+        f"error: '{uninterrupted}' contains a run with other settings: rate was 0.001 and is 0.1, seed was 0 and is 1. "
+        "Name another folder with --out, or delete this folder to start over.\n"
     )
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     (tmp_path / CHECKPOINT).write_bytes(b"no checkpoint")
-    with pytest.raises(TrainingError, match="is damaged or not a checkpoint; --no-resume starts over."):
-        read_checkpoint(tmp_path, settings())
+    with pytest.raises(TrainingError) as error:
+        TrainingRun(Counting(), tmp_path)
+    assert str(error.value) == (
+        f"'{tmp_path / CHECKPOINT}' is damaged or not a checkpoint. To start over, delete this file."
+    )
+
+
+def test_a_run_from_before_budgets_in_minutes_were_removed_is_refused_or_resumed(tmp_path):
+    for minutes, budget in ((6.0, None), (None, 1000)):
+        run = TrainingRun(Counting(), tmp_path)
+        assert run.train()
+        checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+        checkpoint["settings"] |= {"minutes": minutes, "observations": budget}
+        torch.save(checkpoint, tmp_path / CHECKPOINT)
+        if minutes is None:
+            assert TrainingRun(Counting(), tmp_path).position["observations"] == 1000
+        else:
+            with pytest.raises(TrainingError, match="minutes was 6.0 and is None, observations was None and is 1000"):
+                TrainingRun(Counting(), tmp_path)
+            (tmp_path / CHECKPOINT).unlink()
 
 
 class Counting:
     """A trainer that counts, and in its fifth update does something else as well."""
 
     def __init__(self, fifth=lambda: None, measure=1.0):
-        self.policy = nn.Linear(1, 1)
+        self.policy, self.settings = nn.Linear(1, 1), settings()
         self.fifth, self.measure, self.numbers = fifth, measure, []
 
     def update(self, number, progress):
@@ -434,11 +458,11 @@ class Counting:
 def test_ctrl_c_ends_after_the_update_with_a_checkpoint_from_which_the_run_goes_on(tmp_path):
     stopping = Counting(fifth=lambda: os.kill(os.getpid(), signal.SIGINT))
     handler = signal.getsignal(signal.SIGINT)
-    assert not run(stopping, settings(), tmp_path, None, save_seconds=1000)
+    assert not TrainingRun(stopping, tmp_path).train()
     assert stopping.numbers == [0, 1, 2, 3, 4]
     assert signal.getsignal(signal.SIGINT) is handler
     going_on = Counting()
-    assert run(going_on, settings(), tmp_path, read_checkpoint(tmp_path, settings()), save_seconds=1000)
+    assert TrainingRun(going_on, tmp_path).train()
     assert going_on.numbers == [5, 6, 7, 8, 9]
 
 
@@ -448,23 +472,28 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run(Counting(fifth=twice), settings(), tmp_path, None, save_seconds=1000)
+        TrainingRun(Counting(fifth=twice), tmp_path).train()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
-    with pytest.raises(TrainingError, match="loss became infinite or NaN by update 1"):
-        run(Counting(measure=float("nan")), settings(), tmp_path, None, save_seconds=0)
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_run, "SAVE_SECONDS", 0)
+    with pytest.raises(TrainingError) as error:
+        TrainingRun(Counting(measure=float("nan")), tmp_path).train()
+    assert str(error.value) == (
+        "loss became infinite or NaN by update 1. The last checkpoint is from before that update; a lower --rate may "
+        "help."
+    )
     assert not (tmp_path / CHECKPOINT).exists()
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--seed", "-1"], "--seed is -1, but it is 0 to 2147483647."),
-        (["--width", "0"], "--width is 0, but it is 1 to 16."),
-        (["--dagger", "1"], "--dagger is 1.0, but it is 0 to 0.9."),
+        (["--seed", "-1"], "--seed must be 0 to 2147483647; got -1."),
+        (["--width", "0"], "--width must be 1 to 16; got 0."),
+        (["--dagger", "1"], "--dagger must be 0 to 0.9; got 1.0."),
         (["--dagger", "0.001"], "--dagger 0.001 of --batch 128 is less than one observation."),
-        (["--minutes", "nan"], "--minutes is nan, but it is 0.01 to 1000000."),
+        (["--rate", "nan"], "--rate must be 1e-07 to 1; got nan."),
         (["--algorithm", "ppo", "--dagger", "0.5"], "--dagger has no effect with --algorithm ppo."),
         (["--environments", "8"], "--environments has no effect with --algorithm imitation."),
         (["--start", "nowhere.pth"], "The weights 'nowhere.pth' cannot be read: No such file or directory."),
@@ -477,7 +506,14 @@ def test_wrong_arguments_give_one_line(given, message, capsys, tmp_path):
 
 def test_weights_of_another_width_are_refused(uninterrupted, capsys, tmp_path):
     assert main(["--start", str(uninterrupted / WEIGHTS), "--width", "4", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: --width is 4, but --start has width 1.\n"
+    assert capsys.readouterr().err == "error: --width is 4, but the weights in --start have width 1.\n"
+
+
+@pytest.mark.parametrize("removed", ["--minutes=2", "--save-minutes=1", "--no-resume", "--device=cpu"])
+def test_a_removed_option_is_an_error_of_the_command_line(removed, capsys):
+    with pytest.raises(SystemExit):
+        main([removed])
+    assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {removed}\n")
 
 
 def test_help_teaches_with_examples():

@@ -28,7 +28,7 @@ def test_the_command_takes_the_gpu_and_the_weights_run_on_a_cpu(
     given: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(ppo, "STEPS", 6)
-    assert train.main([*given, "--out", str(tmp_path), "--save-minutes", "0"]) == 0
+    assert train.main([*given, "--out", str(tmp_path)]) == 0
     facts = json.loads((tmp_path / FACTS).read_text())
     assert facts["device"].startswith("cuda") and facts["settings"]["bfloat16"]
     assert all(math.isfinite(json.loads(line)["value"]) for line in (tmp_path / LOG).read_text().splitlines())
