@@ -1,33 +1,33 @@
-"""Evaluate how often a maze policy finds the cheese, and its direction at squares that separate cheese and corner.
+"""Evaluate how often a maze policy finds the cheese, and its choice at squares that separate cheese and corner.
 
 Every number is exact for its levels. A policy without memory is a Markov chain on a level, so the probability of
-reaching the cheese within 256 steps is computed and not sampled. The 95% intervals are over the choice of levels.
+reaching the cheese within 256 steps is computed, not estimated. The 95% intervals are over the choice of levels.
 
 | measure | meaning |
 |---|---|
 | found | the mouse reaches the cheese within 256 steps |
-| corner | it passes the top right corner before |
-| neither | it reaches neither within 256 steps |
-| decision | its first goal, from the square at which the paths to cheese and corner separate |
+| corner | the mouse passes the top right corner first |
+| neither | the mouse reaches neither within 256 steps |
+| decision | the mouse's first goal, from the square at which the paths to cheese and corner separate |
 
-Each is computed for sampled and for greedy actions (always the likeliest one). The same mazes serve all places of the
-cheese:
+Each is computed for sampled and for greedy actions (always the likeliest one), on the same mazes for all places:
 
-| place | square |
+| place | square of the cheese |
 |---|---|
-| in distribution | a random square of the top right 5x5, as in training |
+| in distribution | a random square in the top right 5x5, as in training |
 | out of distribution | a random square anywhere else |
-| as drawn | procgen's own: any free square |
+| as drawn | procgen's own choice: any free square |
 | top left, top right, bottom right | that corner; the mouse starts in the fourth |
 
-The folder of the results is named after the settings and holds summary.json, table.csv, table.md, levels.csv and
-evaluation.png. After an interruption, the same command continues.
+The results folder, named after the settings, contains summary.json, table.csv, table.md, levels.csv and evaluation.png.
+After an interruption, the same command continues.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ PLACES = ("in distribution", "out of distribution", "as drawn", "top left", "top
 
 
 def arguments() -> argparse.ArgumentParser:
-    """Return the command line's parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,15 +57,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Evaluate; return the exit status."""
     from maze.command import exit_status
 
-    given = vars(arguments().parse_args())
-    return exit_status(lambda: evaluate(**given))
+    return exit_status(partial(evaluate, **vars(arguments().parse_args())))
 
 
 def evaluate(against: Path | None, weights: Path | None, **given: Any) -> None:
-    """Evaluate one policy, or compare two."""
     from maze.results import check_folder
     from maze.training.evaluation import run, run_against  # here, so that --help answers at once
 

@@ -2,7 +2,7 @@
 
 | `cheese=` | its square |
 |---|---|
-| `"as drawn"` | procgen's own: any free square |
+| `"as drawn"` | procgen's own choice: any free square |
 | `"in distribution"` | a random free square of the top right 5x5, as in training |
 | `"out of distribution"` | a random free square anywhere else |
 | `"top left"`, `"top right"`, `"bottom right"` | that corner, free in every procgen maze |
@@ -13,7 +13,7 @@
 | `"anywhere"` | a random free square |
 | `"decision square"` | see `paths.decision_squares`; levels without one are skipped |
 
-The cheese is never on the start square and the mouse never on the cheese.
+The cheese is never on the start square, and the mouse is never on the cheese.
 """
 
 from __future__ import annotations
@@ -33,29 +33,23 @@ REGION = 5  # side of the top right square of the inner maze that held the chees
 CHEESE_PLACES = ("as drawn", "in distribution", "out of distribution", "top left", "top right", "bottom right")
 MOUSE_PLACES = ("start", "anywhere", "decision square")
 
-_BATCH = 64  # sub-environments at once: enough to hide the cost of a call, few enough to stay in cache
-
-
-class LevelError(UserError):
-    """Levels that cannot exist, such as cheese outside the top right 5x5 of a 5x5 maze."""
+_BATCH = 64  # sub-environments: enough to hide the cost of a call, few enough to stay in the cache
 
 
 def draw_levels(
     count: int, *, seed: int, size: int | None = None, cheese: str = "as drawn", mouse: str = "start"
 ) -> list[bytes]:
-    """States of `count` procgen levels, for `observe`, `states.read_mazes` and `vector_env.MazeVectorEnv`.
-
-    The first k levels are the same for every count of at least k. Global random generators are not used.
+    """Draw the states of procgen levels. With the same seed, a smaller count gives the first of these levels.
 
     Args:
-        count: number of levels.
-        seed: random seed, 0 to 2**31 - 1.
-        size: side of the inner maze, odd, 3 to 25; None draws all sides equally often, as procgen does.
-        cheese: one of `CHEESE_PLACES`.
-        mouse: one of `MOUSE_PLACES`; it faces left, as in a fresh level.
+        count: Number of levels.
+        seed: Random seed, 0 to 2**31 - 1.
+        size: Side of the inner maze, odd, 3 to 25; None draws all sides equally often, as procgen does.
+        cheese: One of `CHEESE_PLACES`.
+        mouse: One of `MOUSE_PLACES`; the mouse faces left, as in a fresh level.
 
     Raises:
-        LevelError: an invalid seed, size or place, or a combination that no level has.
+        UserError: The seed, size or place is invalid, or no level has this combination.
     """
     _check_request(seed, size, cheese, mouse)
     rng = np.random.default_rng(seed)
@@ -70,7 +64,7 @@ def draw_levels(
 
 
 def cheese_squares(mazes: Mazes, place: str) -> NDArray[np.bool_]:
-    """The possible squares of the cheese: bool (batch, row, col), False on the start square."""
+    """The squares where the cheese may be: bool (batch, row, col)."""
     side = mazes.grid.shape[-1]
     row, col = np.arange(side)[:, None], np.arange(side)
     last = mazes.size[:, None, None] - 1
@@ -87,53 +81,43 @@ def cheese_squares(mazes: Mazes, place: str) -> NDArray[np.bool_]:
 
 
 def random_squares(candidates: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
-    """A uniformly random square of each maze, (batch, 2), from candidates, bool (batch, row, col).
+    """Draw a random square in each maze, (batch, 2), from candidates, bool (batch, row, col).
 
-    One number is drawn per maze, so the squares of the first mazes do not depend on the size of the batch.
-
-    Raises:
-        LevelError: a maze without candidates.
+    One number is drawn per maze, so the squares in the first mazes do not depend on the size of the batch.
     """
     batch, rows, cols = candidates.shape
     flat = candidates.reshape(batch, rows * cols)
     counts = flat.sum(axis=1)
     if not counts.all():
-        raise LevelError(f"Maze {int(np.argmin(counts))} of {batch} has no square to choose from.")
+        raise UserError(f"Maze {int(np.argmin(counts))} of {batch} has no candidate square.")
     nth = (rng.random(batch) * counts).astype(np.int64)
     chosen = np.argmax(flat.cumsum(axis=1) > nth[:, None], axis=1)
     return np.stack(np.divmod(chosen, cols), axis=1)
 
 
 def observe(states: Sequence[bytes]) -> NDArray[np.uint8]:
-    """Images of `states`: uint8 (batch, row=64, col=64, channel=3), the top row first.
-
-    Raises:
-        StateError: bytes that are not a hard maze state; procgen itself would end the process.
-    """
+    """Render states as images: uint8 (batch, row=64, col=64, channel=3), the top row first."""
     frames = np.empty((len(states), 64, 64, 3), dtype=np.uint8)
     width = min(_BATCH, max(len(states), 1))
     environment = procgen_mazes(width)
-    with tqdm(total=len(states), desc="observations", unit="state", delay=2, leave=False) as progress:
-        for first in range(0, len(states), width):
-            batch = list(states[first : first + width])
-            read_mazes(batch)
-            # A short last batch is filled up: procgen sets all sub-environments at once.
-            environment.set_state(batch + batch[:1] * (width - len(batch)))
-            frames[first : first + width] = environment.observe()[1]["rgb"][: len(batch)]
-            progress.update(len(batch))
+    for first in tqdm(range(0, len(states), width), desc="observations", unit="batch", delay=2, leave=False):
+        batch = list(states[first : first + width])
+        read_mazes(batch)  # raises on bytes with which procgen would end the process
+        # A short last batch is filled up, because procgen sets all sub-environments at once.
+        environment.set_state(batch + batch[:1] * (width - len(batch)))
+        frames[first : first + width] = environment.observe()[1]["rgb"][: len(batch)]
     return frames
 
 
 def policy_input(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Observations as the policy takes them: float32 (batch, channel=3, row=64, col=64) in [0, 1]."""
+    """Convert images into the policy's input: float32 (batch, channel=3, row=64, col=64) in [0, 1]."""
     return np.ascontiguousarray(frames.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
 def _arranged(states: list[bytes], rng: np.random.Generator, size: int | None, cheese: str, mouse: str) -> list[bytes]:
-    """The usable `states`, with cheese and mouse in their places."""
+    """Put the cheese and the mouse in their places, in those states that allow it."""
     mazes = read_mazes(states)
-    squares = cheese_squares(mazes, cheese)
-    # The smallest mazes have no square outside the top right 5x5.
+    squares = cheese_squares(mazes, cheese)  # the smallest mazes have none outside the top right 5x5
     usable = squares.any(axis=(1, 2)) & (True if size is None else mazes.size == size)
     kept, mazes = np.nonzero(usable)[0], mazes[usable]
     mazes = mazes.moved(cheese=random_squares(squares[usable], rng))
@@ -148,12 +132,12 @@ def _arranged(states: list[bytes], rng: np.random.Generator, size: int | None, c
 def _check_request(seed: int, size: int | None, cheese: str, mouse: str) -> None:
     for name, place, places in [("cheese", cheese, CHEESE_PLACES), ("mouse", mouse, MOUSE_PLACES)]:
         if place not in places:
-            raise LevelError(f"{name}={place!r} is not one of {', '.join(map(repr, places))}.")
+            raise UserError(f"{name} must be one of {', '.join(map(repr, places))}; got {place!r}.")
     if not 0 <= seed < 2**31:
-        raise LevelError(f"seed={seed}: procgen takes seeds of 0 to {2**31 - 1}.")
+        raise UserError(f"seed must be 0 to {2**31 - 1}; got {seed}.")
     if size is not None and (size % 2 == 0 or not 3 <= size <= WORLD):
-        raise LevelError(f"size={size}: procgen's hard mazes have odd sides of 3 to {WORLD}.")
+        raise UserError(f"size must be odd and 3 to {WORLD}, as in procgen's hard mazes; got {size}.")
     if size is not None and cheese == "out of distribution" and size <= REGION:
-        raise LevelError(f"size={size}: the top right {REGION}x{REGION} is the whole maze, so no cheese is outside.")
+        raise UserError(f"Mazes with size={size} have no square outside the top right {REGION}x{REGION}.")
     if mouse == "decision square" and cheese == "top right":
-        raise LevelError("With the cheese in the top right corner, a maze has no decision square.")
+        raise UserError("With the cheese in the top right corner, a maze has no decision square.")

@@ -1,7 +1,7 @@
-"""Distances, first steps, paths and decision squares of a batch of mazes.
+"""Distances, first steps, paths and decision squares in a batch of mazes.
 
-procgen's mazes are trees, with one path between any two free squares. These functions also hold for edited mazes with
-loops or islands. Targets are one cell per maze, (batch, 2), or one for all, (2,).
+procgen's mazes are trees, with one path between any two free squares. These functions also support edited mazes with
+loops or islands. Targets are one cell per maze, (batch, 2), or one cell for all mazes, (2,).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from maze.states import Mazes
 
 
 class Direction(IntEnum):
-    """The four moves, in the order of every axis called direction."""
+    """The four moves, in the order of all axes named direction."""
 
     LEFT = 0
     DOWN = 1
@@ -28,10 +28,6 @@ MOVES = np.array([(0, -1), (-1, 0), (1, 0), (0, 1)])  # (direction, row and col)
 START = (0, 0)  # the mouse's first cell in procgen: the bottom left one, free in every maze
 
 
-class NoPath(ValueError):
-    """The mouse cannot reach the target."""
-
-
 def top_right(mazes: Mazes) -> NDArray[np.int64]:
     """The top right cell of every maze: (batch, 2)."""
     return np.stack([mazes.size - 1, mazes.size - 1], axis=1)
@@ -39,7 +35,7 @@ def top_right(mazes: Mazes) -> NDArray[np.int64]:
 
 def distances(mazes: Mazes, targets: ArrayLike) -> NDArray[np.float32]:
     """Steps from every cell to the target: (batch, row, col); infinite in walls and in cells without a path."""
-    # A breadth-first search in all mazes at once. With walls all around, a step off the edge needs no check.
+    # A breadth-first search in all mazes at once. The padding is a wall, so no step leaves the grid.
     free = np.pad(mazes.free, ((0, 0), (1, 1), (1, 1)))
     found = np.full(free.shape, np.inf, dtype=np.float32)
     flat_free, flat_found = free.reshape(-1), found.reshape(-1)
@@ -51,45 +47,34 @@ def distances(mazes: Mazes, targets: ArrayLike) -> NDArray[np.float32]:
         flat_found[front] = distance
         distance += 1
         around = (front[:, None] + MOVES @ (free.shape[2], 1)).reshape(-1)
-        # In a loop, a square can be reached from two sides at once.
-        front = np.unique(around[flat_free[around] & np.isinf(flat_found[around])])
+        front = np.unique(around[flat_free[around] & np.isinf(flat_found[around])])  # a loop may lead to a square twice
     return found[:, 1:-1, 1:-1]
 
 
 def legal_moves(mazes: Mazes) -> NDArray[np.bool_]:
-    """The moves from one free cell to another: bool (batch, direction, row, col)."""
+    """The moves between free cells: bool (batch, direction, row, col)."""
     return _neighbors(mazes.free, beyond=False) & mazes.free[:, None]
 
 
 def direction_field(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
     """The moves that shorten the path to the target: bool (batch, direction, row, col).
 
-    In a tree, exactly one move is True at every free square but the target; with loops there may be more. All are False
-    at the target, in walls and in cells without a path.
+    No move does at the target, in walls and in cells without a path. At all other cells of a tree, exactly one does.
     """
     return _downhill(distances(mazes, targets))
 
 
 def first_steps(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
-    """The moves that shorten the mouse's path to the target: bool (batch, direction), see `direction_field`.
-
-    Example:
-        >>> from maze.states import mazes_from_pictures
-        >>> mazes = mazes_from_pictures('..C .#. M#.')
-        >>> [move.name for move in Direction if first_steps(mazes, mazes.cheese)[0, move]]
-        ['UP']
-    """
+    """The moves that shorten the mouse's path to the target: bool (batch, direction)."""
     row, col = mazes.mouse.T
     return direction_field(mazes, targets)[np.arange(len(mazes)), :, row, col]
 
 
 def shortest_paths(mazes: Mazes, targets: ArrayLike) -> list[NDArray[np.int64]]:
-    """The shortest path of every maze from the mouse to the target: cells (step, 2), both ends included.
+    """The shortest path from the mouse to the target in every maze: cells (step, 2), including both ends.
 
-    If several are equally short, it takes the first move in the order of `Direction` at every square.
-
-    Raises:
-        NoPath: a target cannot be reached.
+    If several paths are equally short, the first move in the order of `Direction` is taken at every square. Raises
+    `ValueError` if a target cannot be reached.
     """
     every = np.arange(len(mazes))
     distance = distances(mazes, targets)
@@ -97,13 +82,13 @@ def shortest_paths(mazes: Mazes, targets: ArrayLike) -> list[NDArray[np.int64]]:
     if np.isinf(lengths).any():
         i = int(np.argmax(np.isinf(lengths)))
         (row, col), target = mazes.mouse[i], np.broadcast_to(targets, (len(mazes), 2))[i]
-        raise NoPath(f"Maze {i}: there is no path from the mouse at ({row}, {col}) to ({target[0]}, {target[1]}).")
+        raise ValueError(f"Maze {i}: there is no path from the mouse at ({row}, {col}) to ({target[0]}, {target[1]}).")
     field = _downhill(distance)
     cells = [mazes.mouse]
     for _ in range(int(lengths.max(initial=0))):
         row, col = cells[-1].T
         moves = field[every, :, row, col]
-        # A finished path has no move and stays; it is cut to its length below.
+        # A finished path stays at its end, and is cut to its length below.
         cells.append(cells[-1] + np.where(moves.any(axis=1)[:, None], MOVES[moves.argmax(axis=1)], 0))
     walked = np.stack(cells, axis=1)
     return [path[: int(length) + 1] for path, length in zip(walked, lengths, strict=True)]
@@ -112,12 +97,12 @@ def shortest_paths(mazes: Mazes, targets: ArrayLike) -> list[NDArray[np.int64]]:
 def decision_squares(mazes: Mazes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The square at which the paths from `START` to the cheese and to the top right corner separate.
 
-    It has the smallest sum of distances to the start, the cheese and the corner; of several, the lowest, leftmost.
-    If it is the cheese or the corner itself, one goal lies on the path to the other.
+    This square has the smallest sum of distances to the start, the cheese and the corner; ties go to the lowest,
+    leftmost square.
 
     Returns:
-        Cells (batch, 2), and bool (batch,): whether the paths separate. If they do not, the cell is that of the nearer
-        goal (meaningless if a goal cannot be reached).
+        Cells (batch, 2), and bool (batch,): whether the paths separate, so that neither goal is on the path to the
+        other. If they do not, the cell is that of the nearer goal.
     """
     corner, cheese = top_right(mazes), mazes.cheese
     total = distances(mazes, START) + distances(mazes, cheese) + distances(mazes, corner)
@@ -128,7 +113,6 @@ def decision_squares(mazes: Mazes) -> tuple[NDArray[np.int64], NDArray[np.bool_]
 
 
 def _downhill(distance: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """The moves to a smaller distance: bool (batch, direction, row, col)."""
     here = distance[:, None]
     return np.isfinite(here) & (_neighbors(distance, beyond=np.inf) < here)
 

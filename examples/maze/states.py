@@ -1,8 +1,7 @@
 """procgen maze states as arrays: read from the state bytes, edited as a batch, written back.
 
 A state is the bytes that procgen's `get_state` returns, about 23 kB. Only the grid, the side of the inner maze and the
-mouse are read and written. Textures, background, clock and random generators stay, so an edited level looks and runs
-like the original.
+mouse are read and written. Everything else is kept, so an edited level looks and runs like the original.
 
 Layout, little-endian; both generator strings, and a third one before the grid, vary in length:
 
@@ -15,8 +14,8 @@ Layout, little-endian; both generator strings, and a third one before the grid, 
     end - 2516          int, 625 ints            number of cells, then the grid, row by row from the bottom
     end - 12, -8, -4    int, int, int            side of the inner maze, side of the world, end mark
 
-The side is read from the walls. procgen uses the stored side only to generate a level, and `set_grid` and
-`venv_from_grid` of procgen-tools replace the grid but leave the stored side of the previous level.
+The side of a maze is determined from its walls. procgen uses the stored side only to generate a level, and
+`set_grid` and `venv_from_grid` in procgen-tools replace the grid without updating the stored side.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CHEESE, WALL, FREE = 2, 51, 100
-WORLD = 25  # side of procgen's world in hard mode; the inner maze lies in its middle
+WORLD = 25  # side of procgen's world in hard mode; the inner maze is in the middle
 
 _END_MARK = struct.unpack("<i", b"\xfe\xca\xfe\xca")[0]
 _CELLS = WORLD * WORLD
@@ -39,7 +39,7 @@ _PICTURE = {"#": WALL, ".": FREE, "M": FREE, "C": CHEESE}
 
 
 class StateError(ValueError):
-    """Bytes that are not a hard maze state, or a maze that procgen could not hold."""
+    """The bytes are not a hard maze state, or procgen could not generate the maze."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +47,14 @@ class Mazes:
     """A batch of mazes. Cells are (row, col) of the inner maze, row 0 at the bottom.
 
     Attributes:
-        grid: int32 (batch, row, col) of `CHEESE`, `WALL` and `FREE`; `grid[i, 0, 0]` is the bottom left cell
-            of inner maze i. As large as the largest maze of the batch; walls surround a smaller one.
+        grid: int32 (batch, row, col), `CHEESE`, `WALL` and `FREE`; `grid[i, 0, 0]` is the bottom left cell. The grid is
+            as large as the largest maze in the batch; smaller mazes are surrounded by walls.
         size: int (batch,), side of each inner maze, odd, 3 to 25.
         mouse: int (batch, 2), the mouse's cell.
-        facing_right: bool (batch,), the mouse's visible direction: its last horizontal move, even against a wall.
-            It faces left in a fresh level.
+        facing_right: bool (batch,), the mouse's last horizontal move, even into a wall. It faces left in a fresh level.
 
     Raises:
-        StateError: a maze that procgen could not hold; all faults of the first bad maze are named.
+        StateError: procgen could not generate a maze. The message names all faults of the first bad maze.
     """
 
     grid: NDArray[np.int32]
@@ -64,34 +63,42 @@ class Mazes:
     facing_right: NDArray[np.bool_]
 
     def __post_init__(self) -> None:
-        batch, side = len(self.size), self.grid.shape[-1]
-        expected = {"grid": (batch, side, side), "size": (batch,), "mouse": (batch, 2), "facing_right": (batch,)}
-        for name, shape in expected.items():
-            if getattr(self, name).shape != shape:
-                raise StateError(f"Mazes: {name} has shape {getattr(self, name).shape}, expected {shape}.")
-        self._check_contents()
+        side, size = self.grid.shape[-1], self.size[:, None]
+        from_middle = np.abs(2 * np.arange(side) - (size - 1)) + 1
+        spanned = np.where(self.free, np.maximum(from_middle[:, :, None], from_middle[:, None, :]), 0).max(axis=(1, 2))
+        other_codes = ~np.isin(self.grid, [CHEESE, WALL, FREE]).all(axis=(1, 2))
+        inside = np.clip(self.mouse, 0, size - 1)
+        under_mouse = self.grid[(np.arange(len(self)), *np.minimum(inside, side - 1).T)]
+        faults = {
+            "its side is not odd and 3 to 25": (self.size % 2 == 0) | (self.size < 3) | (self.size > min(side, WORLD)),
+            "its grid contains other codes than 2 (cheese), 51 (wall) and 100 (free)": other_codes,
+            "its free cells do not span a square with its side": spanned != self.size,
+            "it has more than one cheese": (self.grid == CHEESE).sum(axis=(1, 2)) > 1,
+            "its mouse is outside or in a wall": (self.mouse != inside).any(axis=1) | (under_mouse == WALL),
+            "its mouse is on the cheese": under_mouse == CHEESE,
+        }
+        for i in np.flatnonzero(np.any(list(faults.values()), axis=0)):
+            named = "; ".join(fault for fault, rows in faults.items() if rows[i])
+            raise StateError(
+                f"Maze {i} cannot be a procgen maze: {named}. (side {self.size[i]}, mouse at {_cell(self.mouse[i])})"
+            )
 
     def __len__(self) -> int:
         return len(self.size)
 
     def __getitem__(self, rows: slice | Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Mazes:
-        """The mazes at `rows` (a slice, a list of indices or a mask), repeats included."""
         if not isinstance(rows, slice) and np.ndim(rows) != 1:
             raise TypeError(f"Mazes[{rows!r}]: index with a slice, a list of indices or a mask; one maze is [[i]].")
         return Mazes(self.grid[rows], self.size[rows], self.mouse[rows], self.facing_right[rows])
 
     @property
     def free(self) -> NDArray[np.bool_]:
-        """The cells that the mouse can enter, the cheese's included: (batch, row, col)."""
+        """The cells that the mouse can enter, including the cheese: (batch, row, col)."""
         return self.grid != WALL
 
     @property
     def cheese(self) -> NDArray[np.int64]:
-        """The cheese's cell: (batch, 2).
-
-        Raises:
-            StateError: a maze has no cheese.
-        """
+        """The cheese's cell: (batch, 2). Raises StateError if a maze has no cheese."""
         for i in np.flatnonzero(~(self.grid == CHEESE).any(axis=(1, 2))):
             raise StateError(f"Maze {i} of {len(self)} has no cheese.")
         return np.argwhere(self.grid == CHEESE)[:, 1:]
@@ -103,80 +110,43 @@ class Mazes:
         mouse: ArrayLike | None = None,
         facing_right: ArrayLike | None = None,
     ) -> Mazes:
-        """Copies with the cheese or the mouse elsewhere, each one per maze or one for all; None keeps it."""
-        grid = self.grid
+        """Return copies with the given values, each one per maze or one for all; None keeps the present ones."""
+        changes: dict[str, NDArray[Any]] = {}
         if cheese is not None:
-            cells = self._cells("cheese", cheese)
-            at = (np.arange(len(self)), *cells.T)
-            for i in np.flatnonzero(~self.free[at]):
-                raise StateError(f"Maze {i}: the cheese cannot be put at {_cell(cells[i])}, which is a wall.")
-            grid = self.without_cheese().grid
-            grid[at] = CHEESE
-        return Mazes(
-            grid,
-            self.size,
-            self.mouse if mouse is None else self._cells("mouse", mouse),
-            self.facing_right if facing_right is None else np.broadcast_to(facing_right, len(self)).astype(bool),
-        )
+            cells = self._cells(cheese)
+            grid, every = self.without_cheese().grid, np.arange(len(self))
+            inside = ((cells >= 0) & (cells < self.size[:, None])).all(axis=1)
+            for i in np.flatnonzero(~inside | ~self.free[(every, *(cells * inside[:, None]).T)]):
+                raise StateError(f"Maze {i}: the cheese cannot be put at {_cell(cells[i])}, which is not a free cell.")
+            grid[(every, *cells.T)] = CHEESE
+            changes["grid"] = grid
+        if mouse is not None:
+            changes["mouse"] = self._cells(mouse)
+        if facing_right is not None:
+            changes["facing_right"] = np.broadcast_to(facing_right, len(self)).astype(bool)
+        return replace(self, **changes)
 
     def without_cheese(self) -> Mazes:
-        """Copies with a free cell in place of the cheese."""
+        """Return copies with a free cell in place of the cheese."""
         return replace(self, grid=np.where(self.grid == CHEESE, np.int32(FREE), self.grid))
 
     def picture(self, index: int) -> str:
-        """One maze as `mazes_from_pictures` reads it, top row first."""
+        """Draw one maze as `mazes_from_pictures` reads it, top row first."""
         side = self.size[index]
         grid = self.grid[index, :side, :side]
         cells = np.select([grid == CHEESE, grid == FREE], ["C", "."], "#")
         cells[tuple(self.mouse[index])] = "M"
         return "\n".join("".join(row) for row in cells[::-1])
 
-    def _cells(self, name: str, cells: ArrayLike) -> NDArray[np.int64]:
-        """`cells` as (batch, 2), inside their mazes."""
-        given = np.asarray(cells)
-        if given.shape not in [(2,), (len(self), 2)] or given.dtype.kind not in "iu":
-            raise StateError(
-                f"{name}: expected integer cells of shape ({len(self)}, 2) or (2,), got {given.dtype} {given.shape}."
-            )
-        every = np.broadcast_to(given, (len(self), 2)).astype(np.int64)
-        for i in np.flatnonzero(((every < 0) | (every >= self.size[:, None])).any(axis=1)):
-            last = self.size[i] - 1
-            raise StateError(
-                f"Maze {i}: the {name}'s cell {_cell(every[i])} is outside; rows and columns are 0 to {last}."
-            )
-        return every
-
-    def _check_contents(self) -> None:
-        side, size = self.grid.shape[-1], self.size[:, None]
-        cells = np.arange(side)
-        outside = (cells >= size)[:, :, None] | (cells >= size)[:, None, :]
-        border = (cells == 0) | (cells == size - 1)
-        edge = (border[:, :, None] | border[:, None, :]) & ~outside
-        other_codes = ~np.isin(self.grid, [CHEESE, WALL, FREE]).all(axis=(1, 2))
-        # Clipped, so that one pass finds every kind of fault.
-        under_mouse = self.grid[(np.arange(len(self)), *np.clip(self.mouse, 0, side - 1).T)]
-        faults = {
-            "its side is not odd and 3 to 25": (self.size % 2 == 0) | (self.size < 3) | (self.size > min(side, WORLD)),
-            "its grid holds other codes than 2 (cheese), 51 (wall) and 100 (free)": other_codes,
-            "it is not walled in": (outside & self.free).any(axis=(1, 2)),
-            "its outer rows and columns are all wall, so its side is smaller": ~(self.free & edge).any(axis=(1, 2)),
-            "it has more than one cheese": (self.grid == CHEESE).sum(axis=(1, 2)) > 1,
-            "its mouse is outside": ((self.mouse < 0) | (self.mouse >= size)).any(axis=1),
-            "its mouse is in a wall": under_mouse == WALL,
-            "its mouse is on the cheese": under_mouse == CHEESE,
-        }
-        for i in np.flatnonzero(np.any(list(faults.values()), axis=0)):
-            named = "; ".join(fault for fault, rows in faults.items() if rows[i])
-            raise StateError(
-                f"Maze {i} cannot be a procgen maze: {named}. (side {self.size[i]}, mouse at {_cell(self.mouse[i])})"
-            )
+    def _cells(self, cells: ArrayLike) -> NDArray[np.int64]:
+        return np.broadcast_to(cells, (len(self), 2)).astype(np.int64, casting="same_kind")
 
 
 def read_mazes(states: Sequence[bytes]) -> Mazes:
-    """The mazes in `states`. The side of each one is the side of its walls.
+    """Return the mazes in `states`. The side of each maze is determined from its walls.
 
     Raises:
-        StateError: bytes that are not a hard maze state, or a mouse that is not in its maze.
+        StateError: The bytes are not a hard maze state, or a mouse is not in its maze.
     """
     mice = [struct.unpack_from("<ff52xi", state, _mouse_offset(i, state)) for i, state in enumerate(states)]
     x_y_mirrored = np.array(mice, dtype=np.float64).reshape(-1, 3)
@@ -190,19 +160,19 @@ def read_mazes(states: Sequence[bytes]) -> Mazes:
 
 
 def write_mazes(mazes: Mazes, states: Sequence[bytes] | bytes) -> list[bytes]:
-    """Copies of `states` with their mazes replaced, for procgen's `set_state`: maze i is written into state i.
+    """Return copies of `states` with maze i written into state i, for procgen's `set_state`.
 
-    One state serves all mazes, too. The stored side is written only if the side of the walls changes.
+    A single state serves all mazes. The stored side is written only if the side of the walls changes.
 
     Raises:
-        StateError: bytes that are not a hard maze state, or another number of states than of mazes.
+        StateError: The bytes are not a hard maze state, or the numbers of states and mazes differ.
     """
     if isinstance(states, bytes):
         states = [states] * len(mazes)
     if len(mazes) != len(states):
         raise StateError(
-            f"{len(mazes)} mazes cannot be written into {len(states)} states; "
-            "give one per maze, or the bytes of a single one."
+            f"{len(mazes)} mazes cannot be written into {len(states)} states. "
+            "Pass one state per maze, or the bytes of a single state."
         )
     margin = (WORLD - mazes.size) // 2
     world = _squares(mazes.grid, -margin, WORLD).astype("<i4")
@@ -222,19 +192,7 @@ def write_mazes(mazes: Mazes, states: Sequence[bytes] | bytes) -> list[bytes]:
 
 
 def mazes_from_pictures(*pictures: str) -> Mazes:
-    """Mazes from drawings, a line or word per row, the top row first: `#` wall, `.` free, `M` mouse, `C` cheese.
-
-    Raises:
-        StateError: a picture that is not a square of these marks with one mouse.
-
-    Example:
-        >>> mazes_from_pictures('''
-        ...     ..C
-        ...     .#.
-        ...     M#.
-        ... ''').cheese.tolist()
-        [[2, 2]]
-    """
+    """Read mazes from drawings, a line or word per row, top row first: `#` wall, `.` free, `M` mouse, `C` cheese."""
     rows = [picture.split()[::-1] for picture in pictures]
     size = np.array([len(lines) for lines in rows], dtype=np.int64)
     side = int(size.max(initial=3))
@@ -253,40 +211,39 @@ def mazes_from_pictures(*pictures: str) -> Mazes:
 
 
 def _squares(grid: NDArray[np.int32], first: NDArray[np.int64], side: int) -> NDArray[np.int32]:
-    """Squares of `side` from each grid, their lowest left cells at (first, first); cells off the grid are walls."""
+    """Cut a square out of each grid, with its bottom left cell at (first, first); cells off the grid are walls."""
     walled = np.pad(grid, ((0, 0), (0, 1), (0, 1)), constant_values=WALL)
     at = np.clip(first[:, None] + np.arange(side), -1, grid.shape[1])
     return walled[np.arange(len(grid))[:, None, None], at[:, :, None], at[:, None, :]]
 
 
 def _world(state: bytes) -> NDArray[np.int32]:
-    """The grid of the whole world: (row, col)."""
     return np.frombuffer(state, "<i4", _CELLS, len(state) - _GRID_FROM_END).reshape(WORLD, WORLD)
 
 
 def _sides(world: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The side of the smallest square in the middle of each world that holds all free cells."""
+    """The side of the smallest square in the middle of each world that contains all free cells."""
     return 2 * np.where(world == WALL, 1, _RING).max(axis=(1, 2), initial=1) + 1
 
 
 def _check_mice(world: NDArray[np.int32], y_x: NDArray[np.float64], mirrored: NDArray[np.float64]) -> None:
-    """Check that each mouse stands in the middle of a cell of its maze and faces left or right."""
+    """Check that each mouse is in the middle of a free cell and faces left or right."""
     inside = np.isin(y_x, np.arange(WORLD) + 0.5).all(axis=1)
     row, col = np.where(inside[:, None], y_x, 0.0).astype(np.int64).T
     free = inside & (world[np.arange(len(world)), row, col] != WALL)
     if not free.all():
         i = int(np.argmin(free))
         raise StateError(
-            f"State {i}: its mouse is at x {y_x[i, 1]:g}, y {y_x[i, 0]:g} of the world, which is not a free cell of "
-            "its maze. procgen-tools' set_grid leaves the mouse of the previous level there if the new grid has no "
-            "mouse; give it a grid with a mouse."
+            f"State {i}: its mouse is at x {y_x[i, 1]:g}, y {y_x[i, 0]:g} in the world, which is not a free cell of "
+            "the maze. If the new grid has no mouse, procgen-tools' set_grid leaves the mouse where it was in the "
+            "previous level: pass a grid with a mouse."
         )
     for i in np.flatnonzero(~np.isin(mirrored, (0, 1))):
-        raise StateError(f"State {i}: its mouse's mirror flag is {mirrored[i]:.0f}; expected 0 or 1.")
+        raise StateError(f"State {i}: the mirror flag of its mouse must be 0 or 1; got {mirrored[i]:.0f}.")
 
 
 def _mouse_offset(index: int, state: bytes) -> int:
-    """The offset of the mouse's x in a state, after a check of everything that an edit relies on."""
+    """Check the layout of a state and return the offset of the mouse's x."""
     try:
         maze_side, world_side, end_mark = struct.unpack_from("<iii", state, len(state) - 12)
         (grid_cells,) = struct.unpack_from("<i", state, len(state) - _GRID_FROM_END - 4)
@@ -295,7 +252,7 @@ def _mouse_offset(index: int, state: bytes) -> int:
         mouse_at = 164 + first + second
         cells, entities = struct.unpack_from("<ii", state, mouse_at - 8)
     except struct.error:
-        raise StateError(f"State {index} is not a procgen maze state: its {len(state)} bytes end too early.") from None
+        raise StateError(f"State {index} is not a procgen maze state: its {len(state)} bytes are too few.") from None
     found = (end_mark, world_side, grid_cells, cells, entities)
     if found != (_END_MARK, WORLD, _CELLS, _CELLS, 1) or maze_side % 2 == 0 or not 3 <= maze_side <= WORLD:
         raise StateError(

@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 EXAMPLES = """examples:
   python examples/maze/train.py                                 imitation with the defaults
-  python examples/maze/train.py --observations 20000 --out results/trial    a trial of two minutes
+  python examples/maze/train.py --observations 20000 --out results/trial    a short trial
   python examples/maze/train.py --bfloat16                      faster on processors with that format
   python examples/maze/train.py --auxiliary cell                the control: no field of directions
   python examples/maze/train.py --algorithm ppo --start results/train/imitation-width1-seed0/policy.safetensors
@@ -37,29 +38,48 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # options of one algorithm
 }
 
 
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """Return an argparse type: a number in a range."""
+
+    def parsed(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:  # written so that NaN is rejected too
+            raise argparse.ArgumentTypeError(f"must be {low} to {high}; got {text}")
+        return value
+
+    parsed.__name__ = kind.__name__  # argparse prints this name if the text is not a number
+    return parsed
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--algorithm", choices=list(DEFAULTS), default="imitation", help="(default: %(default)s)")
-    add("--width", type=int, help="1 gives 32 channels at relu3, 4 gives 128 (default: that of --start, or 1)")
-    add("--start", type=Path, help="initial weights, .safetensors or .pth (default: random)")
-    add("--seed", type=int, default=0, help="random seed for weights, levels and draws (default: %(default)s)")
-    sides = "draw sides with probability proportional to side ** POWER, 0 for all equally (default: %(default)g)"
-    add("--large", type=float, default=1.0, metavar="POWER", help=sides)
-    add("--observations", type=int, default=2_500_000, help="length of the run (default: %(default)s)")
-    add("--batch", type=int, help="observations in a batch (default: 128; for ppo 1024 in a minibatch)")
-    add("--rate", type=float, help="initial learning rate (default: 0.001; for ppo 0.0001)")
+    width = "1 gives 32 channels at relu3, 4 gives 128 (default: that of --start, or 1)"
+    add("--width", type=number(int, 1, 16), help=width)
+    add("--start", type=Path, metavar="WEIGHTS", help="initial weights, .safetensors or .pth (default: random)")
+    seed = "random seed for weights, levels and draws (default: %(default)s)"
+    add("--seed", type=number(int, 0, 2**31 - 1), default=0, help=seed)
+    large = "draw sides with probability proportional to side ** POWER, 0 for all equally (default: %(default)g)"
+    add("--large", type=number(float, 0, 8), default=1.0, metavar="POWER", help=large)
+    budget = "length of the run (default: %(default)s)"
+    add("--observations", type=number(int, 1, 10**12), default=2_500_000, metavar="N", help=budget)
+    batch = "observations in a batch (default: 128; for ppo 1024 in a minibatch)"
+    add("--batch", type=number(int, 2, 65536), metavar="N", help=batch)
+    add("--rate", type=number(float, 1e-7, 1), help="initial learning rate (default: 0.001; for ppo 0.0001)")
     losses = 'imitation: auxiliary losses, "field,cell", "field", "cell" or "none" (default: field,cell)'
     add("--auxiliary", choices=["field,cell", "field", "cell", "none"], metavar="LOSSES", help=losses)
     walks = "imitation: fraction of the observations from the policy's own walks (default: 0.25)"
-    add("--dagger", type=float, metavar="FRACTION", help=walks)
-    add("--environments", type=int, help="ppo: number of simultaneous mazes (default: 64)")
-    add("--out", type=Path, help="folder for the run (default: results/train/ and the main settings)")
+    add("--dagger", type=number(float, 0, 0.9), metavar="FRACTION", help=walks)
+    mazes = "ppo: number of simultaneous mazes (default: 64)"
+    add("--environments", type=number(int, 1, 4096), metavar="N", help=mazes)
+    add("--out", type=Path, metavar="FOLDER", help="(default: results/train/ and the main settings)")
     half = "compute convolutions and products in bfloat16 (default: with cuda)"
     add("--bfloat16", action=argparse.BooleanOptionalAction, help=half)
-    add("--workers", type=int, help="processes that generate data; 0 for none (default: 1, with cuda 2-12)")
+    processes = "processes that generate data (default: 1, with cuda 2-12)"
+    add("--workers", type=number(int, 0, 64), metavar="N", help=processes)
     return parser
 
 
@@ -111,21 +131,21 @@ def _device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _settings(options: argparse.Namespace, facts: dict[str, Any], device: str) -> Any:
+def _settings(options: argparse.Namespace, facts: dict[str, Any], device: str) -> argparse.Namespace:
     """The options that determine the result, with the algorithm's defaults; random weights have no facts."""
-    from dataclasses import fields
+    from maze.command import UserError
 
-    from maze.training.trainer import Settings, TrainingError
-
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    own = DEFAULTS[options.algorithm]
-    for name in given.keys() & {name for each in DEFAULTS.values() for name in each} - own.keys():
-        raise TrainingError(f"--{name} has no effect with --algorithm {options.algorithm}.")
+    given = {name: value for name, value in vars(options).items() if name not in ("out", "workers")}
+    for algorithm, own in DEFAULTS.items():
+        for name in own.keys() - DEFAULTS[options.algorithm].keys():
+            if given[name] is not None:
+                raise UserError(f"--{name} only applies to --algorithm {algorithm}.")
     width = facts.get("width", 1)
     if facts and options.width not in (None, width):
-        raise TrainingError(f"--width is {options.width}, but the weights in --start have width {width}.")
-    chosen = {"width": width, "bfloat16": device == "cuda", **own, **given, "start": facts.get("sha256")}
-    return Settings(**{field.name: chosen.get(field.name) for field in fields(Settings)})
+        raise UserError(f"--width is {options.width}, but the weights in --start have width {width}.")
+    defaults = {"width": width, "bfloat16": device == "cuda", **DEFAULTS[options.algorithm]}
+    chosen = {name: defaults.get(name) if value is None else value for name, value in given.items()}
+    return argparse.Namespace(**chosen | {"start": facts.get("sha256")})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Contrastive pairs made from real levels: one wall is moved, which changes the first step to the cheese.
+"""Contrastive pairs made from procgen levels: one wall is moved, which changes the first step to the cheese.
 
-In a tree, closing a square on the mouse's path cuts the cheese off. Opening a wall between the separated squares and
-the branch of another step joins them again. Both mazes are trees, as procgen's are, and differ in these two squares
-only. The squares next to the mouse stay as they are, so both moves stay legal.
+In a tree, closing a square on the mouse's path cuts off the cheese. Opening a wall between the separated squares and
+the branch after another first step reconnects them. Both mazes are trees, like procgen's, and differ only in these two
+squares. The squares next to the mouse do not change, so both first steps remain legal.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from maze.states import FREE, WALL, Mazes, read_mazes
 def pairs_with_a_moved_wall(
     levels: Sequence[bytes], *, clean: Direction, corrupted: Direction, seed: int
 ) -> tuple[Mazes, Mazes, NDArray[np.int64]]:
-    """A pair from every level that allows one, with a random square for the mouse and a random wall.
+    """Make a pair from every level that allows one, with a random square for the mouse and a random wall.
 
-    The path to the cheese starts with the step `clean` in the first maze of each pair, and with `corrupted` in the
-    second. Returns the first mazes, the second mazes, and int (pair,): the index of each pair's level.
+    The path to the cheese starts with the step `clean` in the first maze and with `corrupted` in the second. Returns
+    the first mazes, the second mazes, and int (pair,): the index of each pair's level.
     """
     rng = np.random.default_rng(seed)
     mazes = read_mazes(levels)
@@ -40,7 +40,7 @@ def pairs_with_a_moved_wall(
 
 
 def _pair(maze: Mazes, clean: Direction, corrupted: Direction, rng: np.random.Generator) -> tuple[Mazes, Mazes] | None:
-    """A pair from one maze, or None if none of its squares allows one."""
+    """Make a pair from one maze, or return None if no square in the maze allows a pair."""
     squares = direction_field(maze, maze.cheese)[0, clean] & legal_moves(maze)[0, corrupted] & (maze.grid[0] == FREE)
     for square in rng.permutation(np.argwhere(squares)):
         placed = maze.moved(mouse=square[None])
@@ -54,18 +54,18 @@ def _pair(maze: Mazes, clean: Direction, corrupted: Direction, rng: np.random.Ge
 
 
 def _may_be_wall(cells: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The squares that procgen makes free or walls: those with one odd coordinate."""
+    """Whether procgen makes these squares free or walls: they have one odd coordinate."""
     return cells.sum(axis=1) % 2 == 1
 
 
 def _openings(closed: Mazes, square: NDArray[np.int64], step: Direction) -> NDArray[np.int64]:
-    """Walls between the separated squares and the branch that a step from the square enters: (wall, 2)."""
+    """The walls between the separated squares and the branch that a step from the square enters: (wall, 2)."""
     separated = closed.free[0] & np.isinf(distances(closed, square[None])[0])
     branching = _with(closed.moved(mouse=square + MOVES[step]), square, WALL)
     branch = np.isfinite(distances(branching, branching.mouse)[0])
     walls = np.argwhere(closed.grid[0] == WALL)
     walls = walls[_may_be_wall(walls) & (walls < closed.size[0]).all(axis=1)]
-    # A wall with one odd coordinate has its two free neighbors along the axis of that coordinate.
+    # The two free neighbors of such a wall are along the axis of the odd coordinate.
     one, other = tuple((walls - walls % 2).T), tuple((walls + walls % 2).T)
     return walls[(separated[one] & branch[other]) | (separated[other] & branch[one])]
 

@@ -1,12 +1,11 @@
 """Contrastive pairs: two mazes that differ by one moved wall, which decides the first step to the cheese.
 
-The first pair is modeled on the post's. The cheese is at the end of a dead end that is open either to its left or
-below. The wall blocks nothing else: both mazes have the same paths from the mouse to all other squares, corners
-included. So the activations differ by the path to the cheese and not by the path to the top right corner. The cheese
-stays in the top right 5x5 in all four rotations.
+The first pair is modeled on the post's. The cheese is at the end of a dead end with an opening either on the left or
+below. All other squares have the same path from the mouse in both mazes, so the activations differ by the path to the
+cheese and not by the path to the top right corner. The cheese stays in the top right 5x5 in all four rotations.
 
-The others were made by `moved_walls.py` from procgen's levels. In them the wall also changes other paths, and three of
-the rotations take the cheese out of the top right 5x5.
+The other pairs were made with `moved_walls.py` from procgen levels. The wall also changes other paths, and three
+rotations move the cheese out of the top right 5x5.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ _PAIRS = """
 
 
 def contrastive_pairs() -> list[Mazes]:
-    """Five pairs of other sizes and shapes; the path to the cheese starts UP in the first maze, RIGHT in the second."""
+    """Return five pairs; the path to the cheese starts with UP in the first maze and with RIGHT in the second."""
     columns = zip_longest(*(line.split() for line in _PAIRS.split("\n")[1:-1]), fillvalue="")
     pictures = [" ".join(rows) for rows in columns][::-1]
     marks = [str.maketrans("xo", "#."), str.maketrans("xo", ".#")]
@@ -46,10 +45,7 @@ def contrastive_pairs() -> list[Mazes]:
 
 
 def rotations(pair: Mazes) -> list[Mazes]:
-    """A pair in its four rotations, each a quarter turn clockwise from the one before.
-
-    The first steps are UP / RIGHT, RIGHT / DOWN, DOWN / LEFT and LEFT / UP.
-    """
+    """Return four rotations, with the first steps UP / RIGHT, RIGHT / DOWN, DOWN / LEFT and LEFT / UP."""
     turned = [pair]
     while len(turned) < 4:
         turned.append(rotated(turned[-1]))
@@ -57,6 +53,6 @@ def rotations(pair: Mazes) -> list[Mazes]:
 
 
 def rotated(mazes: Mazes) -> Mazes:
-    """Mazes of one size, a quarter turn clockwise; the mouse faces as before."""
+    """Rotate mazes of one size a quarter turn clockwise; the mouse's facing does not change."""
     mouse = np.stack([mazes.size - 1 - mazes.mouse[:, 1], mazes.mouse[:, 0]], axis=1)
     return Mazes(np.rot90(mazes.grid, axes=(1, 2)), mazes.size, mouse, mazes.facing_right)

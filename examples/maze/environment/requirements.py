@@ -1,4 +1,4 @@
-"""Imports of procgen's maze and of the policy class of procgen-tools, here only and on first use."""
+"""The only imports of procgen and procgen-tools, on first use."""
 
 from __future__ import annotations
 
@@ -10,37 +10,27 @@ from typing import Any
 
 
 class MissingRequirement(ImportError):
-    """procgen or procgen-tools cannot be imported; the message holds the command that installs it."""
+    """procgen or procgen-tools cannot be imported; the message contains the command that installs the package."""
 
 
 def procgen_mazes(count: int, *, seed: int = 0) -> Any:
-    """A `procgen.ProcgenGym3Env` of `count` hard mazes on fresh levels; seed and count determine their sequence.
-
-    Raises:
-        MissingRequirement: procgen cannot be imported.
-    """
+    """Return a `procgen.ProcgenGym3Env` with `count` hard mazes; seed and count determine the sequence of levels."""
     environment = _imported("procgen").ProcgenGym3Env(
         num=count, env_name="maze", distribution_mode="hard", num_levels=0, start_level=0, rand_seed=seed
     )
-    # cffi looks a C function up under a lock on first use. If the garbage collector used `libenv_close` first, inside
-    # another look-up, the process would deadlock.
+    # cffi looks up a C function under a lock on first use. The process would deadlock if the garbage collector used
+    # `libenv_close` for the first time during another look-up.
     _ = environment._c_lib.libenv_close
     return environment
 
 
 def policy_models() -> Any:
-    """The module `procgen_tools.models`, which holds the policy's classes and their width, `scale`.
-
-    Raises:
-        MissingRequirement: procgen-tools, or one of its imports, cannot be imported.
-    """
+    """Return the module `procgen_tools.models`, which contains the policy's classes and their width, `scale`."""
     return _imported("procgen_tools.models")
 
 
 def _imported(name: str) -> Any:
-    """The module `name`, imported without procgen's and gym's noise."""
-    if (known := sys.modules.get(name)) is not None:
-        return known
+    """Import a module without the messages of procgen and gym."""
     with suppress(ImportError):
         from gym_notices import notices
 

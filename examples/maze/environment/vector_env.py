@@ -18,20 +18,19 @@ from maze.policy.network import ACTION_COUNT
 from maze.states import read_mazes
 
 
-class LevelIndexError(IndexError):
-    """A seed that is not the index of a level."""
-
-
 class MazeVectorEnv(VectorEnv):
-    """procgen mazes that start on given levels, as `levels.draw_levels` returns them; a seed is the index of a level.
+    """procgen mazes that start on given levels, such as those from `levels.draw_levels`.
+
+    A seed is the index of a level; an int starts consecutive levels, None random ones. The info of `reset` contains
+    `level`, int (batch,). `policy.network.ACTIONS` lists the actions that move the mouse.
 
     An episode ends with reward 10 at the cheese (terminated) or after 500 steps (truncated). procgen then starts
-    another level, one of its own, within the same step, and the observation already shows it. The last observation
-    of an episode does not exist, so the info holds no `final_obs`.
+    another level, one of its own, within the same step, and the observation already shows that level. procgen does not
+    show the last observation of an episode, so the info has no `final_obs`.
 
     Raises:
-        StateError: a level that is not a hard maze state.
-        ValueError: no levels, or no sub-environments.
+        StateError: A level is not a hard maze state.
+        ValueError: There are no levels, no sub-environments, or actions outside 0 to 14.
 
     Example:
         >>> from maze.levels import draw_levels
@@ -45,8 +44,8 @@ class MazeVectorEnv(VectorEnv):
 
     def __init__(self, levels: Sequence[bytes], num_envs: int) -> None:
         if num_envs < 1 or not levels:
-            raise ValueError(f"Expected at least one level and one sub-environment, got {len(levels)} and {num_envs}.")
-        read_mazes(levels)  # procgen ends the process on anything else
+            raise ValueError(f"Expected at least one level and one sub-environment; got {len(levels)} and {num_envs}.")
+        read_mazes(levels)  # procgen would end the process if it were given anything but hard mazes
         self.levels = list(levels)
         self.num_envs = num_envs
         self.single_observation_space = Box(0.0, 1.0, (3, 64, 64), np.float32)
@@ -58,13 +57,6 @@ class MazeVectorEnv(VectorEnv):
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start every sub-environment on the level with the index of its seed; the info holds `level`, int (batch,).
-
-        An int starts consecutive levels, None random ones. Options are ignored.
-
-        Raises:
-            LevelIndexError: an index without a level, or another number of indices than of sub-environments.
-        """
         level = self._level_indices(seed)
         self._procgen.set_state([self.levels[index] for index in level])
         return self._observed()[1], {"level": level}
@@ -72,15 +64,9 @@ class MazeVectorEnv(VectorEnv):
     def step(
         self, actions: ArrayLike
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Take one action in every sub-environment; `policy.network.ACTIONS` gives their directions.
-
-        Raises:
-            ValueError: actions of another shape or outside 0 to 14.
-        """
         taken = np.asarray(actions)
-        integers = taken.shape == (self.num_envs,) and taken.dtype.kind in "iu"
-        if not integers or taken.min() < 0 or taken.max() >= ACTION_COUNT:
-            raise ValueError(f"Expected {self.num_envs} actions, each 0 to {ACTION_COUNT - 1}, got {taken.tolist()}.")
+        if not self.action_space.contains(taken):
+            raise ValueError(f"Expected {self.num_envs} actions, each 0 to {ACTION_COUNT - 1}; got {taken.tolist()}.")
         self._procgen.act(taken)
         reward, observation, ended = self._observed()
         at_cheese = ended.copy()
@@ -89,11 +75,10 @@ class MazeVectorEnv(VectorEnv):
         return observation, reward, at_cheese, ended & ~at_cheese, {}
 
     def mouse_cells(self) -> NDArray[np.int64]:
-        """The mice's cells: (batch, 2). After the end of an episode they are on the following level."""
+        """The mice's cells: (batch, 2). After the end of an episode they are on the next level."""
         return read_mazes(self._procgen.get_state()).mouse
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Free procgen's environments."""
         self._procgen.close()
 
     def _observed(self) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.bool_]]:
@@ -105,11 +90,11 @@ class MazeVectorEnv(VectorEnv):
         if seed is None:
             return self.np_random.integers(count, size=self.num_envs)
         if isinstance(seed, (int, np.integer)):
-            super().reset(seed=int(seed))  # makes a following reset without a seed reproducible
+            super().reset(seed=int(seed))  # makes the next reset without a seed reproducible
             seed = range(int(seed), int(seed) + self.num_envs)
         level = np.array([operator.index(index) for index in seed], dtype=np.int64)
         if len(level) != self.num_envs:
-            raise LevelIndexError(f"Got {len(level)} seeds for {self.num_envs} sub-environments; give one for each.")
+            raise IndexError(f"Expected {self.num_envs} seeds, one per sub-environment; got {len(level)}.")
         for unknown in level[(level < 0) | (level >= count)]:
-            raise LevelIndexError(f"No level has index {unknown}; a seed is the index of a level, 0 to {count - 1}.")
+            raise IndexError(f"A seed is the index of a level and must be 0 to {count - 1}; got {unknown}.")
         return level

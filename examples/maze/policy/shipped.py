@@ -1,4 +1,4 @@
-"""The shipped policies that a run compares, and the part of the report on how they differ in training."""
+"""The shipped policies, and the part of the report on how their training differs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import TypeAlias
 
 from maze.analysis.cells import Tables, shown
 
-# By policy, the one under study first, then by part: the tables in the files of the run.
+# Tables by policy, the one under study first, and by part.
 Measured: TypeAlias = Mapping[str, Mapping[str, Tables]]
 
 MAIN, CONTROL, REWARD = "imitation", "control", "reward"
 _SEED = (
-    "the training of the imitation policy with another seed, directions taught too, on fewer observations; it shows "
-    "how much depends on the seed, as far as a shorter run can show"
+    "the training of the imitation policy with another seed, directions taught too, on fewer observations; a shorter "
+    "run, so it shows only roughly how much depends on the seed"
 )
-POLICIES = {  # the main one first; the others are studied if their weights exist
+POLICIES = {
     MAIN: "imitation of shortest paths; auxiliary losses taught its middle layers the field of directions and the "
     "mouse's cell",
     CONTROL: "imitation without the field of directions but with the mouse's cell, on as many observations, though in "
-    "two stages; it shows how much remains without that loss",
+    "two stages; it shows how much remains without the field of directions",
     REWARD: "trained by reward (PPO) from the imitation policy, so its start was taught directions; it shows the "
-    "effect of reward, not how much remains without that loss",
+    "effect of reward",
     "seed1": _SEED,
     "seed2": _SEED,
 }
@@ -30,12 +30,12 @@ _AREA = "AUC of the sum of the channel for "
 
 
 def introduction(measured: Measured) -> str:
-    """How the policy under study was trained, and how the control without that loss compares."""
+    """How the policy under study was trained, and how the control without directions compares."""
     main, *others = measured
     if not others:
         return (
-            "This run has one policy. If an auxiliary loss taught it directions, as it did for the shipped imitation "
-            "policy, its direction signal was partly taught. A control policy would show how much."
+            "This run has one policy. If an auxiliary loss taught it directions, as for the shipped imitation policy, "
+            "its direction signal was partly taught. A control policy would show how much."
         )
     taught = (
         f"The policy under study ({main}) was trained by imitation with an auxiliary loss that teaches directions to "
@@ -43,7 +43,7 @@ def introduction(measured: Measured) -> str:
     )
     control, studied = (_rows(measured.get(name, {})) for name in (CONTROL, main))
     if not control:
-        return f"{taught} This run has no figures for the control without that loss, so it does not show how much."
+        return f"{taught} This run did not measure the control without that loss, so it does not show how much."
     areas = ", ".join(
         f"{control[each].partition(',')[0]} against {studied[each].partition(',')[0]} for "
         f"{each.removeprefix(_AREA).partition(' ')[0]}"
@@ -59,7 +59,7 @@ def introduction(measured: Measured) -> str:
 
 
 def compared(measured: Measured) -> Sequence[Mapping[str, str]]:
-    """The effect of the training: one row per quantity, one column per policy; no rows for one policy alone."""
+    """A table with one row per quantity and one column per policy; empty for one policy."""
     columns = {policy: rows for policy, parts in measured.items() if (rows := _rows(parts))}
     if len(columns) < 2:
         return []
@@ -71,7 +71,7 @@ def compared(measured: Measured) -> Sequence[Mapping[str, str]]:
 
 
 def _rows(parts: Mapping[str, Tables]) -> dict[str, str]:
-    """The quantities of one policy as texts."""
+    """The quantities of one policy, as text."""
     rows: dict[str, str] = {}
     sums = parts.get("sums", {"goals": [], "transfer": []})
     for row in sums["goals"]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from chanpatch import HookPoints, hook_points
 from chanpatch.statistics import Interval, mean_interval, wilson_interval
+from maze import results
 from maze.analysis.cells import Table, cells, column, read_table, shown
 from maze.analysis.episodes import ORIGINAL, STEPS
 from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
@@ -23,18 +24,6 @@ from maze.command import UserError
 from maze.levels import REGION, draw_levels, observe, policy_input
 from maze.policy.network import load_policy
 from maze.report.figures import evaluation_figure
-from maze.results import (
-    Damaged,
-    locked,
-    read_arrays,
-    read_manifest,
-    replace_table,
-    replace_text,
-    replaced,
-    settings_key,
-    versions,
-    write_manifest,
-)
 
 ACTIONS = ("sampled", "greedy")
 SUMMARY, LEVELS, DIFFERENCES = "summary.json", "levels.csv", "differences.csv"
@@ -52,18 +41,14 @@ PerLevel: TypeAlias = Mapping[str, NDArray[np.float64]]  # (level,) by "measure 
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of one measure over the levels of one size and place of the cheese."""
+    """The mean of one measure over the levels with one size and place of the cheese."""
 
     size: int
     cheese: str
     actions: str
     measure: str
-    n: int  # levels that have the measure: not all have a decision square, or a corner without the cheese
+    n: int  # levels with this measure: some have no decision square, or the cheese is in the corner
     mean: Interval
-
-    def record(self) -> dict[str, Any]:
-        """One flat row."""
-        return asdict(self) | {"mean": self.mean.estimate, "low": self.mean.low, "high": self.mean.high}
 
     def __str__(self) -> str:
         return f"{self.mean.estimate:.1%} ({self.mean.low:.1%} to {self.mean.high:.1%})"
@@ -73,31 +58,30 @@ def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str
     """Evaluate weights on n levels of each size and place of the cheese, and return the folder with the results.
 
     Raises:
-        UserError: no levels, no square for the cheese, a wrong seed or wrong weights.
+        UserError: There are no levels or no squares for the cheese, or the seed or the weights are wrong.
     """
     if n < 1:
-        raise UserError(f"--n is {n}, but it is at least 1.")
+        raise UserError(f"--n must be at least 1; got {n}.")
     every = dict.fromkeys((size, place) for size in sizes for place in cheese)
     parts = [(size, place) for size, place in every if size > REGION or place != "out of distribution"]
     if not parts:
-        raise UserError(f"--sizes are {REGION} at most, so no square is outside the top right {REGION}x{REGION}.")
+        raise UserError(f"No maze in --sizes has a square outside the top right {REGION}x{REGION}. Add a larger size.")
     policy, weights = load_policy(file)
     policy = policy.to(memory_format=torch.channels_last)  # makes convolutions about twice as fast on a CPU
     points = hook_points(policy, torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=seed)))))
-    known = {"n": n, "sizes": sizes, "cheese": cheese, "seed": seed, "steps": STEPS, "versions": versions()}
-    folder = out / f"evaluation-n{n}-seed{seed}-{settings_key(known | {'weights': weights['sha256']})}"
+    known = {"n": n, "sizes": sizes, "cheese": cheese, "seed": seed, "steps": STEPS, "versions": results.versions()}
+    folder = out / f"evaluation-n{n}-seed{seed}-{results.settings_key(known | {'weights': weights['sha256']})}"
     print(f"weights {weights['name']} (width {weights['width']}, sha256 {weights['sha256'][:12]})", flush=True)
     if (folder / SUMMARY).exists():
         try:
-            read_manifest(folder, SUMMARY)
-        except Damaged as fault:
-            print(f"Evaluated again, since {fault}: {folder}")
+            results.read_manifest(folder, SUMMARY)
+        except results.Damaged as fault:
+            print(f"Evaluating again, because {fault}: {folder}")
         else:
             print(f"Kept from before, with the same settings, weights and code: {folder}")
             return folder
     measured: dict[tuple[int, str], PerLevel] = {}
-    means: list[Score] = []
-    with locked(folder):
+    with results.locked(folder):
         for number, (size, place) in enumerate(parts, 1):
             print(f"[{number}/{len(parts)}] size {size}, cheese {place}", flush=True)
             measured[size, place] = _kept(folder / "parts", points, size, place, n, seed)
@@ -105,18 +89,17 @@ def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str
             for actions in ACTIONS:
                 line = (f"{MEASURES[score.measure]} {score}" for score in found if score.actions == actions)
                 print(f"    {actions}: {', '.join(line)}", flush=True)
-            means += found
-        _write(folder, {**known, "weights": weights}, means, measured)
+        _write(folder, {**known, "weights": weights}, measured)
     print(f"\nResults in {folder}")
     return folder
 
 
 def run_against(against: Path, file: Path | None, **given: Any) -> Path:
-    """Evaluate both policies as `run` does, print their differences, and return the folder of the second."""
+    """Evaluate both policies as `run` does, print their differences, and return the folder for `file`."""
     other = run(against, **given)
     folder = run(file, **given)
     rows = differences(read_table(folder / LEVELS), read_table(other / LEVELS))
-    replace_table(folder / DIFFERENCES, rows)
+    results.replace_table(folder / DIFFERENCES, rows)
     print(f"\nFinds the cheese more often than {against}, mean over levels with its 95% interval:")
     for row in rows:
         print(f"  size {row['size']}, cheese {row['cheese']}, {row['actions']}: {shown(row, 'difference', '+.1%')}")
@@ -125,7 +108,7 @@ def run_against(against: Path, file: Path | None, **given: Any) -> Path:
 
 
 def measure(points: HookPoints, levels: Sequence[bytes]) -> PerLevel:
-    """Every measure of every level: (level,) by measure and actions, such as `"found sampled"`."""
+    """Compute every measure in every level: (level,) by measure and actions, such as `"found sampled"`."""
     chains = Chains.of(levels)
     sampled = action_tables(points, chains)[ORIGINAL]
     values: dict[str, NDArray[np.float64]] = {}
@@ -136,7 +119,7 @@ def measure(points: HookPoints, levels: Sequence[bytes]) -> PerLevel:
 
 
 def scores(size: int, place: str, values: PerLevel) -> list[Score]:
-    """The mean of each measure over the levels that have it; a measure that no level has is left out."""
+    """The mean of each measure over the levels with this measure, for all measures that some level has."""
     found = []
     for actions in ACTIONS:
         for name in MEASURES:
@@ -148,9 +131,9 @@ def scores(size: int, place: str, values: PerLevel) -> list[Score]:
 
 
 def differences(levels: Table, others: Table) -> Table:
-    """How much more often the first policy finds the cheese than the second, from their `levels.csv`.
+    """How much more often the first policy finds the cheese than the second, by size, place and kind of actions.
 
-    Both have the same levels in the same order; the result has one row per size, place and kind of actions.
+    Both arguments are the contents of `levels.csv`, with the same levels in the same order.
     """
     rows: Table = []
     for size, cheese in dict.fromkeys((row["size"], row["cheese"]) for row in levels):
@@ -166,9 +149,9 @@ def differences(levels: Table, others: Table) -> Table:
 def rate_interval(values: NDArray[np.float64], actions: str) -> Interval:
     """The mean over levels and its 95% interval, within 0 and 1.
 
-    Greedy actions succeed or fail on a level: Wilson's interval of a share. Sampled ones succeed with some probability:
-    Student's t interval over the levels and two more, one at 0 and one at 1. Without these, a few levels with equal
-    values would give an interval of width 0.
+    Greedy actions succeed or fail on a level, so their interval is Wilson's. Sampled actions succeed with some
+    probability. Their interval is Student's, over the levels and two added ones, at 0 and at 1, because otherwise a few
+    levels with equal values would give an interval of width 0.
 
     References:
         Agresti and Caffo, "Simple and effective confidence intervals for proportions and differences of
@@ -198,38 +181,39 @@ def markdown(means: Sequence[Score]) -> str:
 
 
 def _kept(parts: Path, points: HookPoints, size: int, place: str, n: int, seed: int) -> PerLevel:
-    """The measures of one size and place, from disk if they are there."""
+    """Read the measures for one size and place from disk, or compute and write them."""
     file = parts / f"size{size}-{place.replace(' ', '-')}.npz"
-    if file.exists() and (kept := read_arrays(file)) is not None:
+    if file.exists() and (kept := results.read_arrays(file)) is not None:
         print("    kept from before", flush=True)
         return kept
     values = measure(points, draw_levels(n, size=size, seed=seed, cheese=place))
-    with replaced(file) as partial:
+    with results.replaced(file) as partial:
         np.savez_compressed(partial, **values)
     return values
 
 
-def _write(
-    folder: Path, known: Mapping[str, Any], means: Sequence[Score], measured: Mapping[tuple[int, str], PerLevel]
-) -> None:
+def _write(folder: Path, known: Mapping[str, Any], measured: Mapping[tuple[int, str], PerLevel]) -> None:
     """Write every result, and delete the parts."""
-    records = [score.record() for score in means]
-    replace_table(folder / "table.csv", records)
+    means = [score for (size, place), values in measured.items() for score in scores(size, place, values)]
+    records = [
+        asdict(each) | {"mean": each.mean.estimate, "low": each.mean.low, "high": each.mean.high} for each in means
+    ]
+    results.replace_table(folder / "table.csv", records)
     weights = known["weights"]
     heading = (
         f"{weights['name']} (sha256 {weights['sha256'][:12]}), seed {known['seed']}: exact for each level, within "
         f"{STEPS} steps; mean over levels with its 95% interval.\n\n"
     )
-    replace_text(folder / "table.md", heading + markdown(means))
+    results.replace_text(folder / "table.md", heading + markdown(means))
     rows = [
         {"size": size, "cheese": place, "level": level}
         | {name: "" if np.isnan(value[level]) else float(value[level]) for name, value in values.items()}
         for (size, place), values in measured.items()
         for level in range(known["n"])
     ]
-    replace_table(folder / LEVELS, rows)
-    with replaced(folder / "evaluation.png") as partial:
+    results.replace_table(folder / LEVELS, rows)
+    with results.replaced(folder / "evaluation.png") as partial:
         title = f"{weights['name']}, {known['n']} levels of each kind: means over levels with 95% intervals"
         evaluation_figure(means, title).savefig(partial, dpi=110)
-    write_manifest(folder, {**known, "scores": records}, SUMMARY)  # last: it marks the folder as complete
+    results.write_manifest(folder, {**known, "scores": records}, SUMMARY)  # last: it marks the folder as complete
     shutil.rmtree(folder / "parts")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -20,10 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chanpatch import recording
+from maze.command import UserError
 from maze.paths import Direction
 from maze.policy.network import ACTIONS
 from maze.states import WORLD
-from maze.training.trainer import Settings, Trainer, Update, direction_log_probabilities
+from maze.training.trainer import Trainer, Update
 from maze.training.training_data import NO_DIRECTION, Chunks, Examples, TrainingMazes, batches, sampled
 
 READ_FROM = "embedder.block2"  # the hook point for the auxiliary maps: (batch, channel, row=16, col=16)
@@ -40,31 +42,27 @@ EXPERT_END = 0.3  # fraction of the run after which the policy chooses all steps
 _DRAWS = 2  # the draws for the walks, among those that share a seed
 
 
-def auxiliary_maps(channels: int, maps: int) -> nn.Module:
-    """A module from the activation, (batch, channel, row=16, col=16), to the world, (batch, map, row=25, col=25)."""
-    # The shuffle doubles the resolution first, since a cell is smaller than a pixel of the activation.
-    return nn.Sequential(
-        nn.Conv2d(channels, 4 * maps, 1), nn.PixelShuffle(2), nn.Upsample((WORLD, WORLD), mode="bilinear")
-    )
-
-
 class Imitation(Trainer):
     """Imitation of shortest paths, with worker processes that generate the data."""
 
     largest_norm = 1.0
 
-    def __init__(self, policy: nn.Module, settings: Settings, *, device: torch.device, workers: int) -> None:
+    def __init__(self, policy: nn.Module, settings: Namespace, *, device: torch.device, workers: int) -> None:
         super().__init__(policy, settings, device=device)
         self.workers = workers
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            parts = [part for part in AUXILIARY if part in (settings.auxiliary or "")]
-            channels = CHANNELS * settings.width
-            self.maps = nn.ModuleDict({part: auxiliary_maps(channels, AUXILIARY[part][0]) for part in parts})
+            self.maps = nn.ModuleDict()  # to maps of the world, (batch, map, row=25, col=25)
+            for part in [part for part in AUXILIARY if part in settings.auxiliary]:
+                # The shuffle doubles the resolution first, since a cell is smaller than a pixel of the activation.
+                layers = nn.Conv2d(CHANNELS * settings.width, 4 * AUXILIARY[part][0], 1), nn.PixelShuffle(2)
+                self.maps[part] = nn.Sequential(*layers, nn.Upsample((WORLD, WORLD), mode="bilinear"))
         self.maps.to(device)
         parameters = [*self.policy.parameters(), *self.maps.parameters()]
         self.optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=WEIGHT_DECAY)
-        self.walked = round((settings.dagger or 0) * settings.batch)  # the last rows of a batch: the policy's own walks
+        self.walked = round(settings.dagger * settings.batch)  # the last rows of a batch: the policy's own walks
+        if settings.dagger and not self.walked:
+            raise UserError(f"--dagger {settings.dagger} of --batch {settings.batch} is less than one observation.")
         self.mazes = None
         if self.walked:
             self.mazes = TrainingMazes(self.walked, seed=settings.seed, large=settings.large, patience=PATIENCE)
@@ -101,10 +99,7 @@ class Imitation(Trainer):
         self.maps.load_state_dict(state["maps"])
 
     def _losses(self, examples: Examples, auxiliary: float) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
-        """Log-probabilities of the directions (batch, direction), and every loss with its weight.
-
-        `auxiliary` multiplies the auxiliary weights; at 0 the maps are not computed.
-        """
+        """Log-probabilities of the directions (batch, direction), and every loss with its weight."""
         on_device = {name: torch.from_numpy(part).to(self.device) for name, part in vars(examples).items()}
         parts = self.maps if auxiliary else {}
         with recording(self.policy, READ_FROM, detach=False) if parts else nullcontext({}) as cache:
@@ -123,11 +118,14 @@ class Imitation(Trainer):
     def _walk_actions(
         self, direction: Tensor, steps: NDArray[np.int64], number: int, progress: float
     ) -> NDArray[np.int64]:
-        """The next actions of the walks, sampled from the policy: (walk,).
-
-        At first the right step often replaces them (DAgger's beta), because an untrained policy never leaves the start.
-        """
+        """The next actions of the walks, sampled from the policy: (walk,)."""
+        # At first most are the right step instead (DAgger's beta), since an untrained policy never leaves the start.
         rng = np.random.default_rng((self.settings.seed, _DRAWS, number))
         draws, expert = rng.random(len(steps)), rng.random(len(steps)) < 1 - progress / EXPERT_END
         chosen = np.where(expert, steps, sampled(direction.detach().exp().cpu().numpy(), draws))
         return np.array([ACTIONS[move][0] for move in Direction])[chosen]
+
+
+def direction_log_probabilities(logits: Tensor) -> Tensor:
+    """Log of the summed probability of each direction's actions, (batch, direction), from normalized logits."""
+    return torch.stack([logits[:, list(ACTIONS[move])].logsumexp(dim=1) for move in Direction], dim=1)

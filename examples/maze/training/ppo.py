@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from argparse import Namespace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from maze.training.trainer import Settings, Trainer, Update
+from maze.training.trainer import Trainer, Update
 from maze.training.training_data import REWARDED, TrainingMazes, sampled
 
 STEPS = 256  # in every maze between two updates
@@ -32,7 +33,7 @@ _DRAWS = 3  # the draws for actions and minibatches, among those that share a se
 
 
 class Experience(NamedTuple):
-    """The transitions from `STEPS` steps: (step, maze, ...)."""
+    """Transitions: (step, maze, ...)."""
 
     frames: Tensor  # uint8 images before the step
     actions: NDArray[np.int64]
@@ -44,15 +45,15 @@ class Experience(NamedTuple):
 
 
 class PPO(Trainer):
-    """Proximal policy optimization; the arguments are those of `Trainer`."""
+    """Proximal policy optimization."""
 
     largest_norm = 0.5
     mazes: TrainingMazes
 
-    def __init__(self, policy: nn.Module, settings: Settings, *, device: torch.device) -> None:
+    def __init__(self, policy: nn.Module, settings: Namespace, *, device: torch.device) -> None:
         super().__init__(policy, settings, device=device)
         # Other levels than imitation with the same seed.
-        self.mazes = TrainingMazes(settings.environments or 1, seed=settings.seed, large=settings.large, draws=REWARDED)
+        self.mazes = TrainingMazes(settings.environments, seed=settings.seed, large=settings.large, draws=REWARDED)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=settings.rate, eps=1e-5)
 
     def update(self, number: int, progress: float) -> Update:
@@ -73,13 +74,12 @@ class PPO(Trainer):
             frames.append(torch.tensor(self.mazes.frames(), device=self.device))
             logits, value = (each.cpu().numpy() for each in self.forward(frames[-1]))
             chosen = sampled(np.exp(logits), rng.random(len(value)))
-            taken = logits[np.arange(len(chosen)), chosen]
-            steps.append((chosen, taken, value, *self.mazes.step(chosen)))
+            steps.append((chosen, logits[np.arange(len(chosen)), chosen], value, *self.mazes.step(chosen)))
         _, value_after = self.forward(torch.from_numpy(self.mazes.frames()).to(self.device))
         return Experience(torch.stack(frames), *map(np.stack, zip(*steps, strict=True)), value_after.cpu().numpy())
 
     def _learn(self, experience: Experience, rng: np.random.Generator, rate: float) -> dict[str, Tensor]:
-        """Run the epochs over minibatches; return the means of their measures."""
+        """Learn for `EPOCHS` epochs in minibatches; return the means of their measures."""
         frames = experience.frames.flatten(0, 1)
         gained = advantages(experience)
         targets = [
@@ -101,8 +101,7 @@ class PPO(Trainer):
 def advantages(experience: Experience, discount: float = DISCOUNT, trace: float = TRACE) -> NDArray[np.float32]:
     """Generalized advantage estimates: (step, maze).
 
-    A level that ran out of time counts as ended, as is usual with procgen, which does not show the last state. The time
-    limit is part of the task.
+    A level that ran out of time counts as ended, as is usual with procgen, which does not show the last state.
     """
     gained = np.zeros_like(experience.rewards)
     following, later = experience.value_after, np.zeros_like(experience.value_after)

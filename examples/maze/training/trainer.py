@@ -1,66 +1,15 @@
-"""The common part of both training algorithms: settings, the forward pass of the policy, and the optimizer step."""
+"""The common part of both training algorithms: the forward pass of the policy, and the optimizer step."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from maze.command import UserError
-from maze.paths import Direction
-from maze.policy.network import ACTIONS
 from maze.training.training_data import TrainingMazes
-
-
-class TrainingError(UserError):
-    """A setting is out of range, or a run cannot continue."""
-
-
-_RANGES = {
-    "width": (1, 16),
-    "seed": (0, 2**31 - 1),
-    "large": (0, 8),
-    "observations": (1, 10**12),
-    "batch": (2, 65536),
-    "rate": (1e-7, 1),
-    "dagger": (0, 0.9),
-    "environments": (1, 4096),
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All settings that determine the result of a run; `train.py --help` explains them.
-
-    Options of the other algorithm are None. `start` is the sha256 of the initial weights.
-
-    Raises:
-        TrainingError: A number is out of range.
-    """
-
-    algorithm: str
-    width: int
-    start: str | None
-    seed: int
-    large: float
-    observations: int
-    batch: int
-    rate: float
-    bfloat16: bool
-    auxiliary: str | None = None
-    dagger: float | None = None
-    environments: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in _RANGES.items():
-            given = getattr(self, name)
-            if given is not None and not low <= given <= high:  # written so that NaN is rejected too
-                raise TrainingError(f"--{name} must be {low} to {high}; got {given}.")
-        if self.dagger and not round(self.dagger * self.batch):
-            raise TrainingError(f"--dagger {self.dagger} of --batch {self.batch} is less than one observation.")
 
 
 class Update(NamedTuple):
@@ -72,13 +21,16 @@ class Update(NamedTuple):
 
 
 class Trainer:
-    """An algorithm with its policy, mazes and optimizer."""
+    """An algorithm with its policy, mazes and optimizer.
+
+    The settings are the options of `train.py` that determine the result; options of the other algorithm are None.
+    """
 
     optimizer: torch.optim.Optimizer
     mazes: TrainingMazes | None
     largest_norm: float  # of the gradient
 
-    def __init__(self, policy: nn.Module, settings: Settings, *, device: torch.device) -> None:
+    def __init__(self, policy: nn.Module, settings: Namespace, *, device: torch.device) -> None:
         self.policy = policy.to(device, memory_format=torch.channels_last).train()
         self.settings, self.device = settings, device
 
@@ -112,8 +64,3 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.largest_norm)
         self.optimizer.step()
-
-
-def direction_log_probabilities(logits: Tensor) -> Tensor:
-    """Log of the summed probability of each direction's actions, (batch, direction), from normalized logits."""
-    return torch.stack([logits[:, list(ACTIONS[move])].logsumexp(dim=1) for move in Direction], dim=1)

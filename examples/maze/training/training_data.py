@@ -1,7 +1,7 @@
 """Training data: mazes with the cheese in the top right 5x5, and the first step of the shortest path.
 
-All draws are functions of a seed and a running number. So any number of worker processes gives the same stream, and a
-resumed run gets the same data as an uninterrupted one.
+All random draws depend only on a seed and a running number. So the data do not depend on the number of worker
+processes, and a resumed run gets the same data as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import itertools
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from maze.levels import cheese_squares, draw_levels, observe, random_squares
 from maze.paths import START, direction_field, distances
 from maze.states import FREE, WORLD, Mazes, read_mazes, write_mazes
 
-LEVELS = 64  # levels of a chunk: one set_state shows them all
-CHEESES = 2  # cheese squares of each level
-MICE = 6  # mouse squares for each of these, half of them on the path
+LEVELS = 64  # levels in a chunk
+CHEESES = 2  # cheese squares per level
+MICE = 6  # mouse squares per cheese square, half of them on the path
 CHUNK = LEVELS * CHEESES * MICE
 
 NO_DIRECTION = -1  # in `Examples.field`, on squares without a label
@@ -34,12 +35,12 @@ _STREAM, WALKED, REWARDED = 0, 1, 4  # kinds of draws that share a seed
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Observations with their labels. Maps of the world lie as the image does, the top row first."""
+    """Observations with their labels. Maps of the world have the top row first, like the images."""
 
     frames: NDArray[np.uint8]  # (batch, row=64, col=64, channel=3), procgen's images
     step: NDArray[np.int64]  # (batch,), the first `Direction` of the shortest path to the cheese
     distance: NDArray[np.float32]  # (batch,), steps to the cheese
-    field: NDArray[np.int8]  # (batch, row=25, col=25), the `Direction` to take; none in walls and on the cheese
+    field: NDArray[np.int8]  # (batch, row=25, col=25), the `Direction` to take, or `NO_DIRECTION`
     cell: NDArray[np.int64]  # (batch,), the mouse's cell: row * 25 + col
 
     def __len__(self) -> int:
@@ -53,7 +54,7 @@ class Examples:
 
 
 def labeled(frames: NDArray[np.uint8], mazes: Mazes) -> Examples:
-    """Images of mazes with their labels; the mice can reach the cheese."""
+    """Label images of mazes in which the mice can reach the cheese."""
     every = np.arange(len(mazes))
     row, col = mazes.mouse.T
     moves = direction_field(mazes, mazes.cheese)
@@ -67,10 +68,11 @@ def labeled(frames: NDArray[np.uint8], mazes: Mazes) -> Examples:
     return Examples(frames, direction[every, row, col], distance, field, cell)
 
 
-def fresh_levels(draw: Sequence[int], large: float = 0.0) -> list[bytes]:
-    """States of 64 procgen levels with the cheese in the top right 5x5 and the mouse at the start.
+@lru_cache(maxsize=2)
+def fresh_levels(draw: tuple[int, ...], large: float = 0.0) -> list[bytes]:
+    """Draw 64 procgen levels with the cheese in the top right 5x5 and the mouse at the start; `draw` is the seed.
 
-    The numbers of the draw seed it. Sides have probabilities proportional to side ** large; procgen's own are equal.
+    The probability of a side is proportional to side ** large; procgen itself draws all sides equally often.
     """
     rng = np.random.default_rng(draw)
     levels: list[bytes] = []
@@ -82,7 +84,7 @@ def fresh_levels(draw: Sequence[int], large: float = 0.0) -> list[bytes]:
 
 
 def example_mazes(levels: Sequence[bytes], rng: np.random.Generator) -> Mazes:
-    """Mazes for the observations of a chunk: `CHEESES * MICE` per level, all levels in turn, over and over.
+    """Mazes for the observations in a chunk: `CHEESES * MICE` rounds, each with all levels in order.
 
     The mouse is on the path from the start to the cheese in the first half, and on any free square in the second.
     """
@@ -96,11 +98,12 @@ def example_mazes(levels: Sequence[bytes], rng: np.random.Generator) -> Mazes:
     return repeated.moved(mouse=random_squares(squares, rng), facing_right=rng.random(len(repeated)) < 0.5)
 
 
+@dataclass
 class Chunks(Dataset[Examples]):
-    """The endless training data, by the number of the chunk: 768 examples of 64 levels, shuffled."""
+    """The endless training data. A chunk is 768 shuffled examples from 64 levels."""
 
-    def __init__(self, seed: int, large: float = 0.0) -> None:
-        self.seed, self.large = seed, large
+    seed: int
+    large: float = 0.0
 
     def __getitem__(self, number: int) -> Examples:
         draw = (self.seed, _STREAM, number)
@@ -112,19 +115,19 @@ class Chunks(Dataset[Examples]):
 
 
 def batches(chunks: Dataset[Examples], size: int, *, first: int = 0, workers: int = 0) -> Iterator[Examples]:
-    """Endless batches of consecutive examples of `chunks`, from the example with number `first`.
+    """Yield batches of consecutive examples without end, starting at the example with number `first`.
 
-    Worker processes draw them in advance; their number does not change the examples.
+    Worker processes prepare the examples in advance; their number does not change the examples.
     """
     number, seen = divmod(first, CHUNK)
     loader = DataLoader(
         chunks,
-        batch_size=None,  # no batches of chunks; their arrays travel through a pipe, as tensors need shared memory
-        sampler=itertools.count(number),  # type: ignore[arg-type]  # any iterable will do, also one without end
+        batch_size=None,  # one chunk at a time, as arrays: tensors would need shared memory
+        sampler=itertools.count(number),  # type: ignore[arg-type]  # accepts any iterable, also an endless one
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
     )
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the process with the run
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit this; only the main process stops on Ctrl-C
     try:
         ready = iter(loader)
     finally:
@@ -140,7 +143,7 @@ def batches(chunks: Dataset[Examples], size: int, *, first: int = 0, workers: in
 class TrainingMazes:
     """procgen mazes to act in; every level has its cheese in the top right 5x5.
 
-    A level is given up after `patience` steps. `draws` is `WALKED` or `REWARDED`: different levels of the same seed.
+    A level is given up after `patience` steps. `draws` is `WALKED` or `REWARDED`, which differ in their levels.
     """
 
     def __init__(self, count: int, *, seed: int, large: float = 0.0, patience: int = 500, draws: int = WALKED) -> None:
@@ -148,23 +151,20 @@ class TrainingMazes:
         self._seed, self._draws, self._large, self._patience = seed, draws, large, patience
         self._age = np.zeros(count, dtype=np.int64)  # steps since the level started
         self._started = 0  # levels so far
-        self._levels: list[bytes] = []  # the chunk that holds the next level
         self._start(np.arange(count))
 
     def frames(self) -> NDArray[np.uint8]:
-        """The current images: uint8 (batch, row=64, col=64, channel=3)."""
+        """Return the current images: uint8 (batch, row=64, col=64, channel=3)."""
         return self._procgen.observe()[1]["rgb"]
 
     def mazes(self) -> Mazes:
-        """The current mazes."""
         return read_mazes(self._procgen.get_state())
 
     def examples(self) -> Examples:
-        """The current images with their labels."""
         return labeled(self.frames(), self.mazes())
 
     def step(self, actions: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Take one action in every maze; returns rewards and whether the level ended. The next one starts at once."""
+        """Take one action per maze. Return rewards, and which levels ended and were replaced by the next level."""
         self._procgen.act(np.where(self._age >= self._patience, -1, actions))  # -1 ends the level
         reward, _, ended = self._procgen.observe()
         self._age += 1
@@ -172,32 +172,26 @@ class TrainingMazes:
         return reward, ended
 
     def state(self) -> dict[str, Any]:
-        """A snapshot that `restore` takes and torch can save."""
+        """Return a snapshot for `restore` that torch can save."""
         states = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self._procgen.get_state()]
         return {"states": states, "age": self._age.tolist(), "started": self._started}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore a snapshot."""
         self._procgen.set_state([each.numpy().tobytes() for each in state["states"]])
         self._age[:] = state["age"]
         self._started = state["started"]
-        self._levels = self._chunk() if self._started % LEVELS else []
 
     def _start(self, mazes: NDArray[np.int64]) -> None:
         for index in mazes.tolist():
-            if self._started % LEVELS == 0:
-                self._levels = self._chunk()
-            level = self._levels[self._started % LEVELS]
+            chunk, place = divmod(self._started, LEVELS)
+            level = fresh_levels((self._seed, self._draws, chunk), self._large)[place]
             self._procgen.call_c_func("set_state", index, level, len(level))
             self._age[index] = 0
             self._started += 1
 
-    def _chunk(self) -> list[bytes]:
-        return fresh_levels((self._seed, self._draws, self._started // LEVELS), self._large)
-
 
 def sampled(probabilities: NDArray[np.floating[Any]], draws: NDArray[np.float64]) -> NDArray[np.int64]:
-    """One action per row of probabilities, (batch, action), by inversion of a uniform draw in [0, 1)."""
+    """Sample one action per row of probabilities, (batch, action), from uniform draws in [0, 1)."""
     cumulated = probabilities.cumsum(axis=1, dtype=np.float64)
-    # Rounding keeps the sum from being exactly 1.
+    # Scaled, because rounding keeps the sums from being exactly 1.
     return (cumulated > draws[:, None] * cumulated[:, -1:]).argmax(axis=1)

@@ -2,8 +2,8 @@
 
 | file | content |
 |---|---|
-| `checkpoint.pth` | the full state between two updates; `policy.network.load_policy` reads the policy from it |
-| `log.jsonl` | a line every ten seconds: the position of the run, and means since the previous line |
+| `checkpoint.pth` | the full state, every half minute; `policy.network.load_policy` reads the policy from it |
+| `log.jsonl` | a line per checkpoint: the position of the run, and means since the previous line |
 | `policy.safetensors` | the policy at the end |
 | `facts.json` | settings, versions, last losses and sha256 |
 """
@@ -16,9 +16,9 @@ import pickle
 import signal
 import subprocess
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,19 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
+from maze.command import UserError
 from maze.results import replace_text, replaced, versions
-from maze.training.trainer import Settings, Trainer, TrainingError, Update
+from maze.training.trainer import Trainer, Update
 
 CHECKPOINT, LOG, WEIGHTS, FACTS = "checkpoint.pth", "log.jsonl", "policy.safetensors", "facts.json"
-LOG_SECONDS, SAVE_SECONDS = 10.0, 120.0
+SAVE_SECONDS = 30.0
 
 
 class TrainingRun:
     """A run in a folder. It continues from the checkpoint in the folder, if there is one.
 
     Raises:
-        TrainingError: The checkpoint has other settings, or is damaged.
+        UserError: The checkpoint has other settings, or is damaged.
     """
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
@@ -46,80 +47,60 @@ class TrainingRun:
         self.made = {"versions": versions(), "commit": _commit()}  # read now: the source may change during the run
         self.position: dict[str, Any] = {"updates": 0, "observations": 0, "seconds": 0.0}
         self.rows: list[dict[str, Any]] = []  # of the log
-        self.pending: list[Update] = []  # since the last row
-        self.since = time.perf_counter()
         if checkpoint := _read_checkpoint(folder / CHECKPOINT, trainer.settings):
             self.position, self.rows = checkpoint["position"], checkpoint["log"]
             trainer.policy.load_state_dict(checkpoint["model_state_dict"])
             trainer.restore(checkpoint["trainer"])
 
-    @property
-    def progress(self) -> float:
-        """The fraction of the budget already spent."""
-        return self.position["observations"] / self.trainer.settings.observations
-
     def train(self) -> bool:
         """Train until the budget is spent or Ctrl-C, save a checkpoint, and return whether the budget is spent."""
-        if self.progress >= 1 and (self.folder / FACTS).exists():
+        position, budget = self.position, self.trainer.settings.observations
+        if position["observations"] >= budget and (self.folder / FACTS).exists():
             return True
+        updates: list[Update] = []  # since the last checkpoint
         saved = time.perf_counter()
-        progress_bar = tqdm(total=1, bar_format="{l_bar}{bar}| [{elapsed}<{remaining}{postfix}]")
-        with _interrupts() as interrupts, progress_bar as bar:
-            while self.progress < 1 and not interrupts:
+        progress = tqdm(total=budget, initial=position["observations"], unit="obs", unit_scale=True)
+        with _interrupts() as interrupts, progress:
+            while position["observations"] < budget and not interrupts:
                 started = time.perf_counter()
-                update = self.trainer.update(self.position["updates"], self.progress)
-                self.pending.append(update)
-                self.position["updates"] += 1
-                self.position["observations"] += update.observations
-                self.position["seconds"] += time.perf_counter() - started
-                bar.update(min(self.progress, 1) - bar.n)
-                if time.perf_counter() - self.since > LOG_SECONDS:
-                    self._log()
-                    bar.set_postfix({name: f"{self.rows[-1].get(name, math.nan):.3f}" for name in update.measures})
-                if time.perf_counter() - saved > SAVE_SECONDS:
-                    self._save()
-                    saved = time.perf_counter()
-        self._save()
-        if self.progress < 1:
+                updates.append(self.trainer.update(position["updates"], position["observations"] / budget))
+                position["updates"] += 1
+                position["observations"] += updates[-1].observations
+                position["seconds"] += time.perf_counter() - started
+                progress.update(updates[-1].observations)
+                if (now := time.perf_counter()) - saved > SAVE_SECONDS:
+                    self._save(updates, now - saved)
+                    updates, saved = [], time.perf_counter()
+        self._save(updates, time.perf_counter() - saved)
+        if position["observations"] < budget:
             return False
         self._write_policy()
         return True
 
-    def _log(self) -> None:
-        """Add a row for the pending updates, if there are any.
-
-        Raises:
-            TrainingError: A measure is infinite or NaN.
-        """
-        if not self.pending:
-            return
-        seconds = time.perf_counter() - self.since
-        measured = {
-            name: float(torch.stack([update.measures[name].detach().float() for update in self.pending]).mean())
-            for name in self.pending[-1].measures
-            if all(name in update.measures for update in self.pending)
-        }
-        if broken := [name for name, mean in measured.items() if not math.isfinite(mean)]:
-            raise TrainingError(
-                f"{', '.join(broken)} became infinite or NaN by update {self.position['updates']}. The last checkpoint "
-                "is from before that update; a lower --rate may help."
-            )
-        speed = {
-            "seconds": round(self.position["seconds"], 1),
-            "observations_per_second": round(sum(update.observations for update in self.pending) / seconds, 1),
-            "waiting_for_data": round(sum(update.waited for update in self.pending) / seconds, 4),
-        }
-        self.rows.append(self.position | speed | measured)
+    def _save(self, updates: list[Update], seconds: float) -> None:
+        """Add a log row for the updates and save a checkpoint; raise UserError if a measure is not finite."""
+        if updates:
+            measured = {
+                name: float(torch.stack([update.measures[name].float() for update in updates]).mean())
+                for name in updates[-1].measures
+            }
+            if broken := [name for name, mean in measured.items() if not math.isfinite(mean)]:
+                raise UserError(
+                    f"{', '.join(broken)} became infinite or NaN by update {self.position['updates']}. The last "
+                    "checkpoint is from before that update; a lower --rate may help."
+                )
+            speed = {
+                "seconds": round(self.position["seconds"], 1),
+                "observations_per_second": round(sum(update.observations for update in updates) / seconds, 1),
+                "waiting_for_data": round(sum(update.waited for update in updates) / seconds, 4),
+            }
+            self.rows.append(self.position | speed | measured)
         replace_text(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.pending, self.since = [], time.perf_counter()
-
-    def _save(self) -> None:
-        self._log()  # raises before a broken policy is saved
         checkpoint = {
             "model_state_dict": self.trainer.policy.state_dict(),
             "trainer": self.trainer.state(),
             "position": self.position,
-            "settings": asdict(self.trainer.settings),
+            "settings": vars(self.trainer.settings),
             "log": self.rows,
         }
         with replaced(self.folder / CHECKPOINT) as partial:
@@ -137,7 +118,7 @@ class TrainingRun:
             "width": settings.width,
             "parameters": sum(weight.numel() for weight in weights.values()),
             "sha256": sha256(content).hexdigest(),
-            "settings": asdict(settings),
+            "settings": vars(settings),
             "last": self.rows[-1],
             **self.made,
             "threads": torch.get_num_threads(),
@@ -146,7 +127,7 @@ class TrainingRun:
         replace_text(self.folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
-def _read_checkpoint(file: Path, settings: Settings) -> dict[str, Any] | None:
+def _read_checkpoint(file: Path, settings: Namespace) -> dict[str, Any] | None:
     """The checkpoint of a run with these settings, or None if there is no file."""
     if not file.exists():
         return None
@@ -154,11 +135,11 @@ def _read_checkpoint(file: Path, settings: Settings) -> dict[str, Any] | None:
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         before = dict(checkpoint["settings"])
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
-        raise TrainingError(f"'{file}' is damaged or not a checkpoint. To start over, delete this file.") from error
-    now = asdict(settings)
+        raise UserError(f"'{file}' is damaged or not a checkpoint. To start over, delete this file.") from error
+    now = vars(settings)
     if differing := [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]:
         changes = ", ".join(f"{name} was {before.get(name)} and is {now.get(name)}" for name in differing)
-        raise TrainingError(
+        raise UserError(
             f"'{file.parent}' contains a run with other settings: {changes}. Name another folder with --out, or delete "
             "this folder to start over."
         )

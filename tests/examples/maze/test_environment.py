@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from maze.environment.vector_env import LevelIndexError, MazeVectorEnv
+from maze.environment.vector_env import MazeVectorEnv
 from maze.levels import draw_levels, observe, policy_input
 from maze.paths import MOVES, Direction, shortest_paths
 from maze.policy.network import ACTIONS, NO_MOVE
@@ -141,12 +141,12 @@ def test_a_finished_sub_environment_that_does_not_move_stays_at_the_start_of_the
 def test_a_seed_that_no_level_has_is_refused(levels):
     environment = MazeVectorEnv(levels, num_envs=2)
     for seed, message in [
-        ([0, 6], "No level has index 6; a seed is the index of a level, 0 to 5."),
-        ([-1, 0], "No level has index -1; a seed is the index of a level, 0 to 5."),
-        (5, "No level has index 6; a seed is the index of a level, 0 to 5."),
-        ([1], "Got 1 seeds for 2 sub-environments; give one for each."),
+        ([0, 6], "A seed is the index of a level and must be 0 to 5; got 6."),
+        ([-1, 0], "A seed is the index of a level and must be 0 to 5; got -1."),
+        (5, "A seed is the index of a level and must be 0 to 5; got 6."),
+        ([1], "Expected 2 seeds, one per sub-environment; got 1."),
     ]:
-        with pytest.raises(LevelIndexError) as error:
+        with pytest.raises(IndexError) as error:
             environment.reset(seed=seed)
         assert str(error.value) == message
 
@@ -157,7 +157,7 @@ def test_actions_that_do_not_exist_are_refused(levels, actions):
     environment.reset(seed=0)
     with pytest.raises(ValueError) as error:
         environment.step(actions)
-    assert str(error.value) == f"Expected 2 actions, each 0 to 14, got {actions}."
+    assert str(error.value) == f"Expected 2 actions, each 0 to 14; got {actions}."
 
 
 def test_levels_are_checked_when_the_environment_is_made(levels):
@@ -165,7 +165,7 @@ def test_levels_are_checked_when_the_environment_is_made(levels):
         MazeVectorEnv([b"not a state"], num_envs=1)
     with pytest.raises(ValueError) as error:
         MazeVectorEnv([], num_envs=1)
-    assert str(error.value) == "Expected at least one level and one sub-environment, got 0 and 1."
+    assert str(error.value) == "Expected at least one level and one sub-environment; got 0 and 1."
 
 
 def test_an_environment_is_closed_once_and_for_all(levels):

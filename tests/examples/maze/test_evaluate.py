@@ -89,7 +89,7 @@ def test_an_evaluation_with_an_edited_table_is_done_again_and_a_line_says_so(fin
     (folder / "levels.csv").write_bytes(before.replace(b"5,", b"7,", 1))
     again = command(*SMALL, cwd=folder.parents[1])
     assert again.returncode == 0, again.stderr
-    assert f"Evaluated again, since levels.csv is not as it was measured: results/{folder.name}" in again.stdout
+    assert f"Evaluating again, because levels.csv is not as it was measured: results/{folder.name}" in again.stdout
     assert (folder / "levels.csv").read_bytes() == before
 
 
@@ -182,11 +182,11 @@ def test_the_markdown_table_has_a_dash_where_a_measure_means_nothing():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--n", "0"], "--n is 0, but it is at least 1."),
-        (["--seed", "-1"], "seed=-1: procgen takes seeds of 0 to 2147483647."),
+        (["--n", "0"], "--n must be at least 1; got 0."),
+        (["--seed", "-1"], "seed must be 0 to 2147483647; got -1."),
         (
             ["--sizes", "3", "5", "--cheese", "out of distribution"],
-            "--sizes are 5 at most, so no square is outside the top right 5x5.",
+            "No maze in --sizes has a square outside the top right 5x5. Add a larger size.",
         ),
         (["--weights", "nowhere.pth"], "The weights 'nowhere.pth' cannot be read: No such file or directory."),
     ],

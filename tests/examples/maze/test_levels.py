@@ -5,10 +5,10 @@ import pytest
 import torch
 from procgen_tools.maze import EnvState, on_distribution
 
+from maze.command import UserError
 from maze.environment.requirements import procgen_mazes
 from maze.levels import (
     CHEESE_PLACES,
-    LevelError,
     cheese_squares,
     draw_levels,
     observe,
@@ -96,9 +96,9 @@ def test_random_squares_are_equally_likely():
 
 
 def test_a_maze_without_candidates_is_named():
-    with pytest.raises(LevelError) as error:
+    with pytest.raises(UserError) as error:
         random_squares(np.array([[[True]], [[False]]]), np.random.default_rng(0))
-    assert str(error.value) == "Maze 1 of 2 has no square to choose from."
+    assert str(error.value) == "Maze 1 of 2 has no candidate square."
 
 
 def test_observations_are_what_procgen_shows_after_a_reset():
@@ -142,27 +142,27 @@ def test_global_random_generators_are_not_touched():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (dict(size=4), "size=4: procgen's hard mazes have odd sides of 3 to 25."),
-        (dict(size=27), "size=27: procgen's hard mazes have odd sides of 3 to 25."),
-        (dict(seed=2**31), "seed=2147483648: procgen takes seeds of 0 to 2147483647."),
+        (dict(size=4), "size must be odd and 3 to 25, as in procgen's hard mazes; got 4."),
+        (dict(size=27), "size must be odd and 3 to 25, as in procgen's hard mazes; got 27."),
+        (dict(seed=2**31), "seed must be 0 to 2147483647; got 2147483648."),
         (
             dict(size=5, cheese="out of distribution"),
-            "size=5: the top right 5x5 is the whole maze, so no cheese is outside.",
+            "Mazes with size=5 have no square outside the top right 5x5.",
         ),
         (
             dict(cheese="top right", mouse="decision square"),
             "With the cheese in the top right corner, a maze has no decision square.",
         ),
-        (dict(mouse="here"), "mouse='here' is not one of 'start', 'anywhere', 'decision square'."),
+        (dict(mouse="here"), "mouse must be one of 'start', 'anywhere', 'decision square'; got 'here'."),
         (
             dict(cheese="there"),
-            "cheese='there' is not one of 'as drawn', 'in distribution', 'out of distribution', "
-            "'top left', 'top right', 'bottom right'.",
+            "cheese must be one of 'as drawn', 'in distribution', 'out of distribution', "
+            "'top left', 'top right', 'bottom right'; got 'there'.",
         ),
     ],
 )
 def test_levels_that_cannot_exist_are_refused(request_, message):
-    with pytest.raises(LevelError) as error:
+    with pytest.raises(UserError) as error:
         draw_levels(1, **{"seed": 0, **request_})
     assert str(error.value) == message
 

@@ -9,10 +9,11 @@ from procgen_tools import models
 from safetensors.torch import load_file, save_file
 
 from chanpatch import PatchedPolicy, edit, hook_points
+from maze.command import UserError
 from maze.environment.requirements import policy_models
 from maze.levels import draw_levels, observe, policy_input
 from maze.paths import Direction
-from maze.policy.network import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, WeightsError, load_policy
+from maze.policy.network import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, load_policy
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +140,14 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"")
-    assert refusal(path) == (f"The weights '{path}' have an unknown kind; expected a '.safetensors' or '.pth' file.")
+    assert refusal(path) == (f"The weights '{path}' must be a '.safetensors' or '.pth' file.")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, 20_000])
 def test_a_truncated_safetensors_file_is_refused(tmp_path, kept):
     path = tmp_path / "short.safetensors"
     path.write_bytes(SHIPPED_WEIGHTS.read_bytes()[:kept])
-    assert refusal(path) == f"The weights '{path}' are damaged."
+    assert refusal(path) == f"The weights '{path}' are damaged, or contain code instead of tensors."
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -172,9 +173,7 @@ class Trap:
 def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, save):
     path, trace = tmp_path / "trap.pth", tmp_path / "trace"
     save({"model_state_dict": {"weight": Trap(trace)}}, path)
-    assert refusal(path) == (
-        f"The weights '{path}' are damaged, or hold more than tensors. They were not loaded: that could run code."
-    )
+    assert refusal(path) == (f"The weights '{path}' are damaged, or contain code instead of tensors.")
     assert not trace.exists()
 
 
@@ -192,7 +191,8 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file(load_file(SHIPPED_WEIGHTS) | {"fc_policy.bias": torch.zeros(7)}, path)
     assert refusal(path) == (
-        f"The weights '{path}' do not fit the maze policy: 1 of another shape: fc_policy.bias (7,) instead of (15,)."
+        f"The weights '{path}' do not fit the maze policy: 1 with the wrong shape: "
+        "fc_policy.bias (7,) instead of (15,)."
     )
 
 
@@ -206,7 +206,7 @@ def test_a_first_convolution_that_fits_no_width_is_refused(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file(load_file(SHIPPED_WEIGHTS) | {"embedder.block1.conv.weight": torch.zeros(17, 3, 3, 3)}, path)
     assert refusal(path) == (
-        f"The weights '{path}' do not fit the maze policy: 1 of another shape: "
+        f"The weights '{path}' do not fit the maze policy: 1 with the wrong shape: "
         "embedder.block1.conv.weight (17, 3, 3, 3) instead of (16, 3, 3, 3)."
     )
 
@@ -236,12 +236,12 @@ def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
     path = tmp_path / "other.pth"
     torch.save(content, path)
     assert refusal(path) == (
-        f"The weights '{path}' hold no state dict; expected tensors by name, plain or under 'model_state_dict'."
+        f"The weights '{path}' contain no state dict; expected tensors by name, plain or under 'model_state_dict'."
     )
 
 
 def refusal(path):
     """The message of the error, which must be ours."""
-    with pytest.raises(WeightsError) as error:
+    with pytest.raises(UserError) as error:
         load_policy(path)
     return str(error.value)

@@ -74,7 +74,7 @@ def test_the_introduction_names_the_other_differences_of_the_control():
 @pytest.mark.parametrize("others", [SEED, {"control": {"pair": {}}}])
 def test_the_introduction_says_if_the_control_was_not_measured(others):
     assert introduction(IMITATION | others).endswith(
-        "This run has no figures for the control without that loss, so it does not show how much."
+        "This run did not measure the control without that loss, so it does not show how much."
     )
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import deque
 from itertools import islice, repeat
 from pathlib import Path
@@ -14,20 +15,18 @@ import pytest
 import torch
 from torch import nn
 
+from maze.command import UserError
 from maze.levels import observe, policy_input
 from maze.paths import MOVES, Direction
 from maze.policy.network import ACTIONS, NO_MOVE, load_policy, new_policy
 from maze.states import FREE, read_mazes, write_mazes
 from maze.train import main
 from maze.training import imitation, ppo, training_run
-from maze.training.imitation import Imitation
+from maze.training.imitation import Imitation, direction_log_probabilities
 from maze.training.ppo import PPO, Experience, advantages, ppo_losses
 from maze.training.trainer import (
-    Settings,
     Trainer,
-    TrainingError,
     Update,
-    direction_log_probabilities,
 )
 from maze.training.training_data import (
     CHUNK,
@@ -66,8 +65,9 @@ def settings(**changed):
         bfloat16=False,
         auxiliary="field,cell",
         dagger=0.0,
+        environments=None,
     )
-    return Settings(**{**given, **changed})
+    return Namespace(**{**given, **changed})
 
 
 def untrained(width=1):
@@ -413,7 +413,7 @@ def test_a_run_with_other_settings_is_refused(uninterrupted, capsys):
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     (tmp_path / CHECKPOINT).write_bytes(b"no checkpoint")
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(UserError) as error:
         TrainingRun(Counting(), tmp_path)
     assert str(error.value) == (
         f"'{tmp_path / CHECKPOINT}' is damaged or not a checkpoint. To start over, delete this file."
@@ -430,7 +430,7 @@ def test_a_run_from_before_budgets_in_minutes_were_removed_is_refused_or_resumed
         if minutes is None:
             assert TrainingRun(Counting(), tmp_path).position["observations"] == 1000
         else:
-            with pytest.raises(TrainingError, match="minutes was 6.0 and is None, observations was None and is 1000"):
+            with pytest.raises(UserError, match="minutes was 6.0 and is None, observations was None and is 1000"):
                 TrainingRun(Counting(), tmp_path)
             (tmp_path / CHECKPOINT).unlink()
 
@@ -477,7 +477,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, "SAVE_SECONDS", 0)
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(UserError) as error:
         TrainingRun(Counting(measure=float("nan")), tmp_path).train()
     assert str(error.value) == (
         "loss became infinite or NaN by update 1. The last checkpoint is from before that update; a lower --rate may "
@@ -489,13 +489,9 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path, monk
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--seed", "-1"], "--seed must be 0 to 2147483647; got -1."),
-        (["--width", "0"], "--width must be 1 to 16; got 0."),
-        (["--dagger", "1"], "--dagger must be 0 to 0.9; got 1.0."),
         (["--dagger", "0.001"], "--dagger 0.001 of --batch 128 is less than one observation."),
-        (["--rate", "nan"], "--rate must be 1e-07 to 1; got nan."),
-        (["--algorithm", "ppo", "--dagger", "0.5"], "--dagger has no effect with --algorithm ppo."),
-        (["--environments", "8"], "--environments has no effect with --algorithm imitation."),
+        (["--algorithm", "ppo", "--dagger", "0.5"], "--dagger only applies to --algorithm imitation."),
+        (["--environments", "8"], "--environments only applies to --algorithm ppo."),
         (["--start", "nowhere.pth"], "The weights 'nowhere.pth' cannot be read: No such file or directory."),
     ],
 )
@@ -507,6 +503,22 @@ def test_wrong_arguments_give_one_line(given, message, capsys, tmp_path):
 def test_weights_of_another_width_are_refused(uninterrupted, capsys, tmp_path):
     assert main(["--start", str(uninterrupted / WEIGHTS), "--width", "4", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: --width is 4, but the weights in --start have width 1.\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--seed=-1", "--seed: must be 0 to 2147483647; got -1"),
+        ("--width=0", "--width: must be 1 to 16; got 0"),
+        ("--dagger=1", "--dagger: must be 0 to 0.9; got 1"),
+        ("--rate=nan", "--rate: must be 1e-07 to 1; got nan"),
+        ("--batch=many", "--batch: invalid int value: 'many'"),
+    ],
+)
+def test_a_number_out_of_range_is_an_error_of_the_command_line(given, message, capsys):
+    with pytest.raises(SystemExit):
+        main([given])
+    assert capsys.readouterr().err.endswith(f"error: argument {message}\n")
 
 
 @pytest.mark.parametrize("removed", ["--minutes=2", "--save-minutes=1", "--no-resume", "--device=cpu"])
