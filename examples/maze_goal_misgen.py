@@ -1,16 +1,16 @@
 """Why does a mouse trained with the cheese in the top right corner go to the corner when the cheese is elsewhere?
 
-One channel of a maze-solving policy, in six steps on real procgen:
+Study one channel of a maze-solving policy in six steps, in the real procgen environment:
 
-  1. a contrastive pair: which channels respond when one moved wall turns the path to the cheese?
-  2. channel sums: which channel predicts that the path to the cheese goes up, in distribution and out of it?
-  3. a threshold on that sum, fitted in distribution: how does it transfer?
+  1. contrastive pairs: which channels respond when one moved wall changes the path to the cheese?
+  2. channel sums: which channel predicts that the path to the cheese goes up, in and out of distribution?
+  3. a threshold on that sum, fitted in distribution: how well does it transfer?
   4. a patched policy: the same weights with the channel set to zero, and controls
-  5. paired rollouts: the same levels and the same draws; does the mouse find the cheese more often?
-  6. one figure
+  5. paired rollouts on the same levels with the same random draws: does the mouse find the cheese more often?
+  6. a figure
 
-The steps print their results. The figure and the table go to a folder under --out. After Ctrl-C the same command goes
-on where it stopped. The full study is another command: python examples/maze/study.py --help
+Each step prints its results. The figure and the table are written to a folder under --out. After Ctrl-C, the same
+command continues where it stopped. The full study has its own command: python examples/maze/study.py --help
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ except ImportError as error:
 else:
     missing = None
 
-STEPS = 256  # at which an episode is cut
-LEVELS = 500  # on which channels are chosen and probes are scored
+STEPS = 256  # maximum length of an episode
+LEVELS = 500  # for choosing the channel and scoring the probe
 
 EXAMPLES = """examples:
-  python examples/maze_goal_misgen.py                                 200 levels, the shipped policy of width 1
-  python examples/maze_goal_misgen.py --n 1000 --controls 19          a larger run, whose rank has a p-value
+  python examples/maze_goal_misgen.py                                 200 levels, the shipped policy with width 1
+  python examples/maze_goal_misgen.py --n 1000 --controls 19          a larger run, with a p-value for the rank
   python examples/maze_goal_misgen.py --weights model_rand_region_5.pth     the published network
 """
 
@@ -62,28 +62,28 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--n", type=int, default=200, help="levels of the rollouts (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of levels, draws and controls (default: 0)")
+    parser.add_argument("--n", type=int, default=200, help="number of levels for rollouts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for levels, draws and controls (default: 0)")
     parser.add_argument("--size", type=int, default=15, help="side of the mazes, odd, 7 to 25 (default: %(default)s)")
     parser.add_argument("--weights", type=Path, help="a .pth or .safetensors file of any width (default: shipped)")
-    parser.add_argument("--site", default="embedder.relu3", help="hook point of the channel (default: %(default)s)")
+    parser.add_argument("--site", default="embedder.relu3", help="hook point with the channel (default: %(default)s)")
     parser.add_argument("--channel", type=int, help="channel to ablate (default: the best predictor of UP)")
-    parser.add_argument("--controls", type=int, default=3, help="matched channels, ablated in turn (default: 3)")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of results (default: results)")
+    parser.add_argument("--controls", type=int, default=3, help="number of matched control channels (default: 3)")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for results (default: results)")
     return parser
 
 
 def check(given: argparse.Namespace) -> None:
-    """Raise UserError for options that cannot run."""
+    """Raise an error for invalid options."""
     if missing is not None:
         raise missing
     for name, low, high in (("n", 10, 1_000_000), ("seed", 0, 2**31 - 1), ("controls", 1, 1000), ("size", 7, 25)):
         if not low <= getattr(given, name) <= high:
-            raise UserError(f"--{name} is {getattr(given, name)}; it is {low} to {high}.")
+            raise UserError(f"--{name} must be {low} to {high}; got {getattr(given, name)}.")
     if given.size % 2 == 0:
-        raise UserError(f"--size is {given.size}; the side of a maze is odd.")
+        raise UserError(f"--size must be odd; got {given.size}.")
     if given.channel is not None and given.channel < 0:
-        raise UserError(f"--channel is {given.channel}; channels are counted from 0.")
+        raise UserError(f"--channel must be at least 0; got {given.channel}.")
     check_folder(given.out)
 
 
@@ -109,7 +109,7 @@ def study(given: argparse.Namespace) -> None:
     site = points.site(given.site, channel=channel)
     background = frames(draw_levels(LEVELS, size=given.size, seed=choice, mouse="anywhere"))
     controls = matched_channels(points, site, background, count=given.controls, seed=control)
-    print(f"\n4. Controls: active channels with about the same mean activation.\n\n{controls}")
+    print(f"\n4. Control channels: active channels with about the same mean activation.\n\n{controls}")
     policies = {"original": policy}
     for each in (site, *controls):
         policies[f"channel {dict(each.indices)['channel'][0]} zeroed"] = PatchedPolicy(points, zero_ablate(each))
@@ -125,23 +125,23 @@ def study(given: argparse.Namespace) -> None:
     print(f"\nFigure and table: {folder}")
 
 
-# 1. Which channels respond when one moved wall turns the first step to the cheese from UP to RIGHT?
+# 1. Which channels respond when one moved wall changes the first step to the cheese from UP to RIGHT?
 
 
 def contrastive_pairs(points: Any, name: str, seed: int) -> None:
     levels = draw_levels(64, size=15, seed=seed, cheese="in distribution")
     up, right, kept_levels = pairs_with_a_moved_wall(levels, clean=Direction.UP, corrupted=Direction.RIGHT, seed=seed)
-    base = [levels[index] for index in kept_levels]  # lend their textures
+    base = [levels[index] for index in kept_levels]  # both mazes of a pair get the textures of their level
     clean, corrupted = (frames(write_mazes(mazes, base)) for mazes in (up, right))
     background = frames(draw_levels(200, size=15, seed=seed + 1, mouse="anywhere"))
     found = contrast(points, clean, corrupted, name, background=background)
-    print("\n1. A pair of mazes (M mouse, C cheese). One moved wall turns the path to the cheese:\n")
+    print("\n1. A contrastive pair of mazes (M mouse, C cheese). One moved wall changes the path to the cheese:\n")
     for lines in zip(up.picture(0).splitlines(), right.picture(0).splitlines(), strict=True):
         print("    " + "      ".join(lines))
-    print(f"\nThe channels that respond most, over {len(base)} such pairs:\n\n{found.top(5)}")
+    print(f"\nThe channels with the largest effects over {len(base)} such pairs:\n\n{found.top(5)}")
 
 
-# 2. Which channel predicts that the path to the cheese goes UP?
+# 2. Which channel predicts that the path to the cheese goes up?
 
 
 def best_channel(points: Any, given: argparse.Namespace, seed: int) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -150,17 +150,16 @@ def best_channel(points: Any, given: argparse.Namespace, seed: int) -> tuple[int
     live = np.flatnonzero(np.ptp(inside["sums"], axis=0) > 0)
     candidates = live if given.channel is None else [given.channel]
     channel = int(max(candidates, key=lambda each: auc(inside["sums"][:, each], inside["cheese"]).estimate))
-    chosen = "the best predictor of UP among" if given.channel is None else "given; there are"
-    print(
-        f"\n2. Channel {channel} of {given.site} ({chosen} {len(live)} active channels). AUC of its sum for UP as the"
-    )
-    print(f"   first step to ... (in {len(inside['cheese'])} and {len(outside['cheese'])} mazes where UP is free):\n")
+    chosen = "the best of the" if given.channel is None else "given by --channel;"
+    first, second = len(inside["cheese"]), len(outside["cheese"])
+    print(f"\n2. Channel {channel} of {given.site} ({chosen} {len(live)} active channels). AUC of its sum as a")
+    print(f"   predictor that the first step is UP (n = {first} and {second} mazes that allow UP):\n")
     apart = outside["cheese"] != outside["corner"]
     for target, mazes, goal, rows in (
-        ("the cheese, cheese in the top right 5x5", inside, "cheese", slice(None)),
-        ("the cheese, cheese elsewhere", outside, "cheese", slice(None)),
-        ("the corner, cheese elsewhere", outside, "corner", slice(None)),
-        (f"the cheese, in the {apart.sum()} mazes where only one of the two is UP", outside, "cheese", apart),
+        ("step to the cheese, cheese in the top right 5x5", inside, "cheese", slice(None)),
+        ("step to the cheese, cheese elsewhere", outside, "cheese", slice(None)),
+        ("step to the corner, cheese elsewhere", outside, "corner", slice(None)),
+        (f"step to the cheese, in {apart.sum()} mazes where only one of them is UP", outside, "cheese", apart),
     ):
         score = auc(mazes["sums"][rows, channel], mazes[goal][rows])
         print(f"   {target:62} {score.estimate:.3f} ({score.low:.3f} to {score.high:.3f})")
@@ -168,7 +167,7 @@ def best_channel(points: Any, given: argparse.Namespace, seed: int) -> tuple[int
 
 
 def sums(points: Any, given: argparse.Namespace, seed: int, cheese: str) -> dict[str, Any]:
-    """Return channel sums in mazes where the mouse can go UP, and whether the paths to cheese and corner start UP."""
+    """Return channel sums, and whether the paths to cheese and corner start with UP, in mazes that allow UP."""
     levels = draw_levels(LEVELS, size=given.size, seed=seed, cheese=cheese, mouse="anywhere")
     mazes = read_mazes(levels)
     free = legal_moves(mazes)[np.arange(len(mazes)), Direction.UP, mazes.mouse[:, 0], mazes.mouse[:, 1]]
@@ -177,21 +176,21 @@ def sums(points: Any, given: argparse.Namespace, seed: int, cheese: str) -> dict
     return {"sums": found[free], "cheese": to_cheese[free], "corner": to_corner[free]}
 
 
-# 3. A threshold on the sum, fitted in distribution, and its transfer
+# 3. A threshold on the sum, fitted in distribution, and its transfer out of distribution
 
 
 def transferred_probe(channel: int, inside: dict[str, Any], outside: dict[str, Any]) -> Any:
     probe = ThresholdProbe.fit(inside["sums"][:, channel], inside["cheese"])
-    print(f"\n3. The threshold {probe.threshold:.1f}, fitted in distribution, applied out of distribution:\n")
+    print(f"\n3. A threshold of {probe.threshold:.1f} on the sum, fitted in distribution, and how it transfers:\n")
     print(probe.transfer(outside["sums"][:, channel], outside["cheese"]))
     return probe
 
 
-# 4 and 5. The same levels and draws, with and without the channel, and with controls
+# 4 and 5. Rollouts on the same levels with the same random draws: original, ablated and control policies
 
 
 def played(policies: dict[str, Any], levels: list[bytes], seed: int, folder: Path) -> Any:
-    print(f"\n5. Cheese in the bottom right corner, {len(levels)} levels, at most {STEPS} steps:\n")
+    print(f"\n5. Rollouts on {len(levels)} levels, cheese in the bottom right corner, at most {STEPS} steps:\n")
     envs = MazeVectorEnv(levels, num_envs=min(len(levels), 256))
     done = {}
     for name, policy in policies.items():
@@ -203,7 +202,7 @@ def played(policies: dict[str, Any], levels: list[bytes], seed: int, folder: Pat
 
 
 def compared(rollouts: Any, controls: Any) -> list[dict[str, Any]]:
-    """Print and return, for each policy but the first, how often it finds the cheese, and the paired difference."""
+    """Compare how often each policy finds the cheese with the original policy, level by level."""
     original, *others = rollouts
     rows = []
     for name in others:
@@ -212,22 +211,22 @@ def compared(rollouts: Any, controls: Any) -> list[dict[str, Any]]:
         row = {"label": name, "found": rollouts[name].terminated.mean(), **counts._asdict()}
         row |= {"effect": difference.estimate, "low": difference.low, "high": difference.high}
         rows.append(row | {"p": mcnemar_exact(counts.only_first, counts.only_second), "control": len(rows) > 0})
-    print(f"\n   The original finds the cheese in {rollouts[original].terminated.mean():.1%} of the levels.")
+    print(f"\n   The original policy finds the cheese in {rollouts[original].terminated.mean():.1%} of the levels.")
     for row in rows:
         change = f"{row['effect']:+.1%} ({row['low']:+.1%} to {row['high']:+.1%})"
         print(f"   {row['label']:20} {row['found']:6.1%}   {change:28} exact McNemar p = {row['p']:.2g}")
     rank = controls.rank(rows[0]["effect"], [row["effect"] for row in rows[1:]], alternative="greater")
-    print(f"   The increase with {rows[0]['label']}: {rank}.")
+    print(f"   Increase with {rows[0]['label']}, among the controls: {rank}.")
     return rows
 
 
-# 6. One figure
+# 6. A figure
 
 
 def figure(channel: int, mazes: Sequence[Any], probe: Any, rollouts: Any, rows: Any, levels: Sequence[bytes]) -> Any:
     drawn = Figure(figsize=(15, 5), layout="constrained")
     left, middle, right = drawn.subplots(1, 3, width_ratios=(1.2, 1, 1))
-    labels = np.concatenate([np.where(each["cheese"], "UP", "elsewhere") for each in mazes])
+    labels = np.concatenate([np.where(each["cheese"], "UP", "other") for each in mazes])
     split = np.repeat(["in distribution", "out of distribution"], [len(each["cheese"]) for each in mazes])
     both = np.concatenate([each["sums"][:, channel] for each in mazes])
     strip(both, labels, split, probe.threshold, left)
@@ -236,12 +235,12 @@ def figure(channel: int, mazes: Sequence[Any], probe: Any, rollouts: Any, rows: 
     shown = int(np.argmax(rollouts[zeroed].terminated & ~rollouts[original].terminated))
     paths = {name: mouse_path(levels[shown], rollouts[name].actions[shown]) for name in (original, zeroed)}
     draw_trajectories(middle, levels[shown], paths)
-    effect_ranking(rows, right, label="difference in the fraction of levels with the cheese found")
+    effect_ranking(rows, right, label="change in the fraction of levels with the cheese found")
     return drawn
 
 
 def frames(levels: list[bytes]) -> Any:
-    """Return the policy's inputs: float32 (level, channel=3, row=64, col=64)."""
+    """Render levels as the policy's inputs: float32 (level, channel=3, row=64, col=64)."""
     return torch.from_numpy(policy_input(observe(levels)))
 
 

@@ -95,10 +95,10 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(finished: tup
     [
         (["--site", "embedder.relu_3"], "No hook point named 'embedder.relu_3'. Did you mean 'embedder.relu3'?"),
         (["--channel", "32"], "channel 32 is out of range"),
-        (["--channel", "-1"], "--channel is -1; channels are counted from 0."),
-        (["--size", "14"], "--size is 14; the side of a maze is odd."),
-        (["--n", "0"], "--n is 0; it is 10 to 1000000."),
-        (["--seed", "-1"], "--seed is -1"),
+        (["--channel", "-1"], "--channel must be at least 0; got -1."),
+        (["--size", "14"], "--size must be odd; got 14."),
+        (["--n", "0"], "--n must be 10 to 1000000; got 0."),
+        (["--seed", "-1"], "--seed must be 0 to 2147483647; got -1."),
         (["--weights", "nowhere.pth"], "The weights 'nowhere.pth' cannot be read: No such file or directory."),
     ],
 )
