@@ -98,7 +98,7 @@ def train(options: argparse.Namespace) -> int:
     from maze.results import locked
     from maze.training.imitation import Imitation
     from maze.training.ppo import PPO
-    from maze.training.training_run import LOG, WEIGHTS, TrainingRun
+    from maze.training.trainer import LOG, WEIGHTS
 
     device = _device()
     policy, facts = (None, {}) if options.start is None else load_policy(options.start)
@@ -118,7 +118,7 @@ def train(options: argparse.Namespace) -> int:
             trainer: Any = PPO(policy, settings, device=device)
         else:
             trainer = Imitation(policy, settings, device=device, workers=workers)
-        if not TrainingRun(trainer, folder).train():
+        if not trainer.train(folder):
             print(f"Stopped. The checkpoint is in {folder}; the same command continues from it.", file=sys.stderr)
             return 130
     print(f"Done: {folder / WEIGHTS}\nLosses: {folder / LOG}")

@@ -8,7 +8,7 @@ from second_device import DEVICE, second_device
 
 from maze import train
 from maze.training import ppo
-from maze.training.training_run import FACTS, WEIGHTS
+from maze.training.trainer import FACTS, WEIGHTS
 
 
 @pytest.mark.parametrize(("found", "chosen"), [(True, "cuda"), (False, "cpu")])

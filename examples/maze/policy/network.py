@@ -106,7 +106,7 @@ def _tensors(file: Path, content: bytes) -> dict[str, Tensor]:
 
 
 def _faults(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """All differences in names, kinds, shapes and values from the expected weights; empty if there are none."""
+    """All differences in names, kinds, shapes and values from the expected weights; or an empty string."""
     named: dict[str, list[str]] = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],

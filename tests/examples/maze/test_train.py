@@ -21,13 +21,10 @@ from maze.paths import MOVES, Direction
 from maze.policy.network import ACTIONS, NO_MOVE, load_policy, new_policy
 from maze.states import FREE, read_mazes, write_mazes
 from maze.train import main
-from maze.training import imitation, ppo, training_run
+from maze.training import imitation, ppo, trainer
 from maze.training.imitation import Imitation, direction_log_probabilities
 from maze.training.ppo import PPO, Experience, advantages, ppo_losses
-from maze.training.trainer import (
-    Trainer,
-    Update,
-)
+from maze.training.trainer import CHECKPOINT, FACTS, LOG, WEIGHTS, Trainer, Update
 from maze.training.training_data import (
     CHUNK,
     NO_DIRECTION,
@@ -38,13 +35,6 @@ from maze.training.training_data import (
     fresh_levels,
     labeled,
     sampled,
-)
-from maze.training.training_run import (
-    CHECKPOINT,
-    FACTS,
-    LOG,
-    WEIGHTS,
-    TrainingRun,
 )
 
 SCRIPT = Path(imitation.__file__).parents[1] / "train.py"
@@ -358,8 +348,8 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(uninterrupted, tmp_path):
     program = (
-        "from maze import train; from maze.training import training_run;"
-        f"training_run.SAVE_SECONDS = 0; train.main({[*RUN, '--out', str(tmp_path)]})"
+        "from maze import train; from maze.training import trainer;"
+        f"trainer.SAVE_SECONDS = 0; train.main({[*RUN, '--out', str(tmp_path)]})"
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(
@@ -414,7 +404,7 @@ def test_a_run_with_other_settings_is_refused(uninterrupted, capsys):
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     (tmp_path / CHECKPOINT).write_bytes(b"no checkpoint")
     with pytest.raises(UserError) as error:
-        TrainingRun(Counting(), tmp_path)
+        Counting().train(tmp_path)
     assert str(error.value) == (
         f"'{tmp_path / CHECKPOINT}' is damaged or not a checkpoint. To start over, delete this file."
     )
@@ -422,24 +412,24 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 def test_a_run_from_before_budgets_in_minutes_were_removed_is_refused_or_resumed(tmp_path):
     for minutes, budget in ((6.0, None), (None, 1000)):
-        run = TrainingRun(Counting(), tmp_path)
-        assert run.train()
+        assert Counting().train(tmp_path)
         checkpoint = torch.load(tmp_path / CHECKPOINT, weights_only=True)
         checkpoint["settings"] |= {"minutes": minutes, "observations": budget}
         torch.save(checkpoint, tmp_path / CHECKPOINT)
         if minutes is None:
-            assert TrainingRun(Counting(), tmp_path).position["observations"] == 1000
+            resumed = Counting()
+            assert resumed.train(tmp_path) and resumed.numbers == []
         else:
             with pytest.raises(UserError, match="minutes was 6.0 and is None, observations was None and is 1000"):
-                TrainingRun(Counting(), tmp_path)
+                Counting().train(tmp_path)
             (tmp_path / CHECKPOINT).unlink()
 
 
-class Counting:
+class Counting(Trainer):
     """A trainer that counts, and in its fifth update does something else as well."""
 
     def __init__(self, fifth=lambda: None, measure=1.0):
-        self.policy, self.settings = nn.Linear(1, 1), settings()
+        super().__init__(nn.Sequential(nn.Linear(1, 1)), settings(), device=CPU)
         self.fifth, self.measure, self.numbers = fifth, measure, []
 
     def update(self, number, progress):
@@ -458,11 +448,11 @@ class Counting:
 def test_ctrl_c_ends_after_the_update_with_a_checkpoint_from_which_the_run_goes_on(tmp_path):
     stopping = Counting(fifth=lambda: os.kill(os.getpid(), signal.SIGINT))
     handler = signal.getsignal(signal.SIGINT)
-    assert not TrainingRun(stopping, tmp_path).train()
+    assert not stopping.train(tmp_path)
     assert stopping.numbers == [0, 1, 2, 3, 4]
     assert signal.getsignal(signal.SIGINT) is handler
     going_on = Counting()
-    assert TrainingRun(going_on, tmp_path).train()
+    assert going_on.train(tmp_path)
     assert going_on.numbers == [5, 6, 7, 8, 9]
 
 
@@ -472,13 +462,13 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        TrainingRun(Counting(fifth=twice), tmp_path).train()
+        Counting(fifth=twice).train(tmp_path)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_run, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(trainer, "SAVE_SECONDS", 0)
     with pytest.raises(UserError) as error:
-        TrainingRun(Counting(measure=float("nan")), tmp_path).train()
+        Counting(measure=float("nan")).train(tmp_path)
     assert str(error.value) == (
         "loss became infinite or NaN by update 1. The last checkpoint is from before that update; a lower --rate may "
         "help."

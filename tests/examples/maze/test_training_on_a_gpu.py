@@ -12,7 +12,7 @@ import torch
 from maze import train
 from maze.policy.network import load_policy
 from maze.training import ppo
-from maze.training.training_run import FACTS, LOG, WEIGHTS
+from maze.training.trainer import FACTS, LOG, WEIGHTS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
