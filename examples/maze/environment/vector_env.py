@@ -31,6 +31,7 @@ class MazeVectorEnv(VectorEnv):
     Raises:
         StateError: A level is not a hard maze state.
         ValueError: There are no levels, no sub-environments, or actions outside 0 to 14.
+        IndexError: A seed is not the index of a level.
 
     Example:
         >>> from maze.levels import draw_levels
