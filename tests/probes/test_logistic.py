@@ -59,7 +59,7 @@ def test_coefficients_have_intervals_over_the_inputs_of_the_fit() -> None:
             lambda: LogisticProbe.fit(SUMS, LABELS).predict(SUMS[:, :2]),
             "sums has 2 channels, but the probe was fitted on 3.",
         ),
-        (lambda: LogisticProbe.fit(SUMS, LABELS, penalty=0), "penalty is 0, but it must be above 0, such as 1.0."),
+        (lambda: LogisticProbe.fit(SUMS, LABELS, penalty=0), "penalty must be positive, such as 1.0; got 0."),
         (
             lambda: LogisticProbe.fit(SUMS, LABELS[:9]),
             "labels must have one boolean for each of the 200 inputs, such as directions == 0; got bool of shape (9,).",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ from numpy.typing import ArrayLike
 from ..errors import ProbeError
 from ..results import Records, interval_notes, shown_p
 from ..statistics.interval import Booleans, Floats, Interval, booleans, finite, interval_columns
-from ..statistics.means import Rows
-from ..statistics.ranking import auc
+from ..statistics.ranking import areas, auc
 from ..statistics.resampling import halves
 
 PERMUTATIONS = 9_999  # minimum
@@ -54,7 +53,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
     Attributes:
         channels: One entry per channel.
         chosen_on: Number of inputs on which the candidates were chosen.
-        scored_on: Number of held-out inputs on which they were scored.
+        scored_on: Number of held-out inputs on which the candidates were scored.
         level: Largest adjusted p-value at which a channel is labeled.
     """
 
@@ -76,11 +75,9 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per channel, with channel, label, candidate, auc, low, high, p, adjusted p and note."""
         return [
-            {
-                **{"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate},
-                **interval_columns(each.auc, "auc", "low", "high"),
-                **{"p": each.p, "adjusted p": each.adjusted_p, "note": each.note},
-            }
+            {"channel": each.channel, "label": each.label or "no label", "candidate": each.candidate}
+            | interval_columns(each.auc, "auc", "low", "high")
+            | {"p": each.p, "adjusted p": each.adjusted_p, "note": each.note}
             for each in self.channels
         ]
 
@@ -152,28 +149,34 @@ def label_channels(
         raise ProbeError(f"level must be between 0 and 1, such as 0.05; got {level!r}.")
     indicators = _indicators(labels, names, len(array))
     first, second = halves(indicators, seed)
-    unions = list(_unions(indicators, (first, second)))
+    unions, members = [], []
+    for union in _unions(len(names)):
+        has_label = indicators[:, list(union)].any(axis=1)
+        if all(2 <= has_label[part].sum() <= len(part) - 2 for part in (first, second)):
+            unions.append(union)
+            members.append(has_label)
     if not unions:
         raise ProbeError("No label has two positives and two negatives in each half of the inputs. Pass more inputs.")
-    members = np.stack([indicators[:, list(union)].any(axis=1) for union in unions])  # (union, input)
+    in_union = np.stack(members)  # (union, input)
     alive = np.flatnonzero((np.ptp(array[first], axis=0) > 0) & (np.ptp(array[second], axis=0) > 0))
     permutations = max(PERMUTATIONS, math.ceil(1 / level) - 1)
     fees = penalty * (np.array([len(union) for union in unions]) - 1)
-    best = np.argmax(_areas(array[first][:, alive], members[:, first]) - fees[:, None], axis=0)
-    p, adjusted = np.full((2, array.shape[1]), np.nan)
-    p[alive], adjusted[alive] = _permutation_p(array[second][:, alive], members[best][:, second], permutations, seed)
-    chosen = dict(zip(alive.tolist(), best.tolist(), strict=True))
+    best = np.argmax(areas(array[first][:, alive], in_union[:, first]) - fees[:, None], axis=0)
+    p, adjusted = _permutation_p(array[second][:, alive], in_union[best][:, second], permutations, seed)
 
-    channels = []
-    for channel, (each, corrected) in enumerate(zip(p.tolist(), adjusted.tolist(), strict=True)):
-        if channel not in chosen:
-            channels.append(ChannelLabel(channel, None, None, None, each, corrected, "dead: its sum does not vary"))
-            continue
-        candidate = " or ".join(names[label] for label in unions[chosen[channel]])
-        area = auc(array[second, channel], members[chosen[channel], second])
+    dead = "dead: its sum does not vary"
+    channels = [ChannelLabel(each, None, None, None, math.nan, math.nan, dead) for each in range(array.shape[1])]
+    for channel, number, each, corrected in zip(*(found.tolist() for found in (alive, best, p, adjusted)), strict=True):
+        candidate = " or ".join(names[label] for label in unions[number])
         label, note = (candidate, "") if corrected <= level else (None, "not significant under label permutation")
-        channels.append(ChannelLabel(channel, label, candidate, area, each, corrected, note))
+        area = auc(array[second, channel], in_union[number, second])
+        channels[channel] = ChannelLabel(channel, label, candidate, area, each, corrected, note)
     return ChannelLabels(tuple(channels), len(first), len(second), level)
+
+
+def _unions(labels: int) -> list[tuple[int, ...]]:
+    """Return all nonempty sets of label indices, smallest first."""
+    return [union for size in range(1, labels + 1) for union in itertools.combinations(range(labels), size)]
 
 
 def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
@@ -182,8 +185,7 @@ def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Boolean
     if not 2 <= len(names) <= 10 or len(set(names)) < len(names):
         raise ProbeError(f"names must contain two to ten different names, one per label; got {tuple(names)}.")
     if array.shape == (inputs,) and np.issubdtype(array.dtype, np.integer):
-        if array.min() < 0 or array.max() >= len(names):
-            wrong = array[(array < 0) | (array >= len(names))][0]
+        for wrong in array[(array < 0) | (array >= len(names))][:1]:
             raise ProbeError(f"labels contains {wrong}, but the {len(names)} names have indices 0 to {len(names) - 1}.")
         array = array[:, None] == np.arange(len(names))
     indicators = booleans(array)
@@ -199,26 +201,6 @@ def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Boolean
                 "required, half to choose labels and half to score them. Omit the label, or pass more inputs."
             )
     return indicators
-
-
-def _unions(indicators: Booleans, parts: tuple[Rows, Rows]) -> Iterator[tuple[int, ...]]:
-    """Yield the unions of labels with at least two positives and two negatives in each half, smallest unions first."""
-    labels = range(indicators.shape[1])
-    for size in range(1, len(labels) + 1):
-        for union in itertools.combinations(labels, size):
-            counts = [(indicators[part][:, list(union)].any(axis=1).sum(), len(part)) for part in parts]
-            if all(2 <= positives <= inputs - 2 for positives, inputs in counts):
-                yield union
-
-
-def _areas(sums: Floats, members: Booleans) -> Floats:
-    """Return the AUC of every channel for every union of labels, `(union, channel)`."""
-    import scipy.stats
-
-    positives = members.sum(axis=1, keepdims=True)
-    ranks = members.astype(np.float64) @ scipy.stats.rankdata(sums, axis=0)
-    areas: Floats = (ranks - positives * (positives + 1) / 2) / (positives * (members.shape[1] - positives))
-    return areas
 
 
 def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int) -> tuple[Floats, Floats]:

@@ -18,7 +18,8 @@ from ..statistics.ranking import auc
 class LinearProbe(Records):
     """Cross-validated scores of a linear probe on all channels.
 
-    The 95% intervals treat the predictions as coming from one fixed classifier and ignore that each fold is refitted.
+    The 95% intervals treat the predictions as coming from one fixed classifier; they ignore that each fold is fitted
+    separately.
 
     Attributes:
         accuracy: Fraction of inputs whose label is predicted correctly.
@@ -61,7 +62,7 @@ def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: in
 
     Args:
         sums: Channel sums, `(input, channel)`.
-        labels: Booleans or 0 and 1, `(input,)`. Each class needs at least one input per fold.
+        labels: Booleans or 0 and 1, `(input,)`, with at least one input of each label per fold.
         folds: Number of folds, at least 2.
         seed: Random seed for the split into folds.
 

@@ -1,4 +1,4 @@
-"""All channels together against one label, fitted on some inputs and scored on others."""
+"""Predict one label from all channels; fit on some inputs and score on others."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import ProbeError
-from ..results import Records, columns
+from ..results import Records
 from ..statistics.interval import Booleans, Floats, Interval, finite, interval_columns, two_groups
 from ..statistics.proportions import paired_counts, paired_difference_interval, wilson_interval
 from ..statistics.ranking import auc
 from ..statistics.resampling import bootstrap_interval
 
 _STEPS = 50  # of Newton's method; fewer than ten are usual
-_FLAT = 1e-6  # penalty on the intercept: it stays finite if all labels are equal
+_FLAT = 1e-6  # penalty on the intercept, which stays finite if all labels are equal
 
 
 @dataclass(frozen=True, repr=False)
 class ProbeScores(Records):
-    """How well a probe predicts a label on inputs that it was not fitted on; every interval is a 95% interval.
+    """Scores of a probe on held-out inputs, with 95% intervals.
 
     Attributes:
-        accuracy: Share of inputs whose label is predicted.
-        base_rate: Accuracy of always predicting the label that was more frequent in the fit.
-        gain: Accuracy minus base rate, over the same inputs.
-        auc: Probability that a positive scores above a negative; None with fewer than two of either.
+        accuracy: Fraction of inputs whose label is predicted correctly.
+        base_rate: Accuracy of always predicting the label that was more frequent in the training data.
+        gain: Accuracy minus base rate on the same inputs.
+        auc: Probability that a random positive scores higher than a random negative; None if either label occurs fewer
+            than twice.
         n: Number of inputs.
     """
 
@@ -38,37 +39,30 @@ class ProbeScores(Records):
     n: int
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity: quantity, estimate, low, high, n."""
-        quantities = {
-            "accuracy": self.accuracy,
-            "base rate": self.base_rate,
-            "gain": self.gain,
-            "AUC": self.auc,
-        }
-        rows = [interval_columns(each, "estimate", "low", "high") for each in quantities.values()]
-        return columns(
-            quantity=quantities,
-            **{name: [row[name] for row in rows] for name in ("estimate", "low", "high")},
-            n=[self.n] * len(rows),
-        )
+        """Return one dict per quantity, with quantity, estimate, low, high and n."""
+        rows = {"accuracy": self.accuracy, "base rate": self.base_rate, "gain": self.gain, "AUC": self.auc}
+        return [
+            {"quantity": name, **interval_columns(each, "estimate", "low", "high"), "n": self.n}
+            for name, each in rows.items()
+        ]
 
     def _title(self) -> str:
-        return f"Scores of a probe on {self.n} inputs"
+        return f"Probe scores on {self.n} inputs"
 
 
 @dataclass(frozen=True, eq=False)
 class LogisticProbe:
-    """A logistic regression on all channels. Score it on shifted inputs to see how well it transfers.
+    """A logistic regression on all channels. Scores on shifted inputs show how well the probe transfers.
 
-    `chanpatch.probes.linear_probe` instead scores by cross-validation, on inputs of the same kind.
+    To cross-validate on a single data set, use `chanpatch.probes.linear_probe`.
 
     Attributes:
-        intercept: Log odds of the label if every channel has its mean.
-        coefficients: `(channel,)`: log odds per standard deviation of a channel.
-        mean: `(channel,)`: mean over the inputs of the fit.
-        std: `(channel,)`: standard deviation over these; 1 for a channel that does not vary.
-        majority: Label that was more frequent in the fit.
-        fitted_on: Number of inputs of the fit.
+        intercept: Log odds of the label if every channel is at its mean.
+        coefficients: Change in log odds per standard deviation of each channel, `(channel,)`.
+        mean: Mean over the training inputs, `(channel,)`.
+        std: Standard deviation over the training inputs, `(channel,)`; 1 for a channel that does not vary.
+        majority: Label that was more frequent in the training data.
+        fitted_on: Number of training inputs.
 
     Example:
         >>> labels = np.arange(200) % 4 == 0
@@ -87,22 +81,22 @@ class LogisticProbe:
 
     @classmethod
     def fit(cls, sums: ArrayLike, labels: ArrayLike, *, penalty: float = 1.0) -> LogisticProbe:
-        """Return the regression with the largest penalized likelihood, after scaling each channel to variance 1.
+        """Fit a regression by maximum penalized likelihood, with channels scaled to unit variance.
 
         Args:
-            sums: `(input, channel)`: channel sums, or other features.
-            labels: `(input,)`: booleans, or 0 and 1.
-            penalty: Weight of half the squared coefficients, so that separable labels have finite coefficients.
+            sums: Channel sums or other features, `(input, channel)`.
+            labels: Booleans or 0 and 1, `(input,)`.
+            penalty: L2 penalty: weight of half the squared norm of the coefficients.
 
         Raises:
-            ProbeError: If sums and labels do not fit, or the penalty is not above 0.
+            ProbeError: If sums and labels are invalid or do not match, or the penalty is not positive.
 
         References:
             Hastie, Tibshirani and Friedman, "The elements of statistical learning" (2009), section 4.4.
         """
         array, positive = _checked(sums, labels)
         if not penalty > 0:
-            raise ProbeError(f"penalty is {penalty!r}, but it must be above 0, such as 1.0.")
+            raise ProbeError(f"penalty must be positive, such as 1.0; got {penalty!r}.")
         mean, std = array.mean(axis=0), array.std(axis=0)
         std = np.where(std > 0, std, 1.0)
         intercept, *coefficients = _fitted((array - mean) / std, positive, penalty)
@@ -110,38 +104,38 @@ class LogisticProbe:
         return cls(float(intercept), np.array(coefficients), mean, std, majority, len(array))
 
     def predict(self, sums: ArrayLike) -> Floats:
-        """Return the probability of the label on each input, `(input,)`, from sums `(input, channel)`."""
+        """Predict the probability that each input has the label, `(input,)`, from sums `(input, channel)`."""
         array = finite("sums", sums, ("input", "channel"), ProbeError)
         return _probability(self.intercept + self._scaled(array) @ self.coefficients)
 
     def score(self, sums: ArrayLike, labels: ArrayLike) -> ProbeScores:
-        """Return how well the probe predicts the labels of other inputs.
+        """Score the probe's predictions on other inputs.
 
         Args:
-            sums: `(input, channel)`, with the channels of the fit.
-            labels: `(input,)`: booleans, or 0 and 1.
+            sums: Sums of the same channels as in `fit`, `(input, channel)`.
+            labels: Booleans or 0 and 1, `(input,)`.
 
         Raises:
-            ProbeError: If sums and labels do not fit each other or the probe.
+            ProbeError: If sums and labels are invalid, or do not match each other or the probe.
         """
         array, positive = _checked(sums, labels)
-        shares = self.predict(array)
-        right, base = (shares > 0.5) == positive, positive == self.majority
+        probability = self.predict(array)
+        right, base = (probability > 0.5) == positive, positive == self.majority
         n, rarer = len(array), min(positive.sum(), (~positive).sum())
         return ProbeScores(
             accuracy=wilson_interval(int(right.sum()), n),
             base_rate=wilson_interval(int(base.sum()), n),
             gain=paired_difference_interval(*paired_counts(right, base)),
-            auc=auc(shares, positive) if rarer > 1 else None,
+            auc=auc(probability, positive) if rarer > 1 else None,
             n=n,
         )
 
     def coefficient_interval(
         self, sums: ArrayLike, labels: ArrayLike, *, penalty: float = 1.0, resamples: int = 999, seed: int = 0
     ) -> Interval[Floats]:
-        """Return the coefficients with their 95% bootstrap intervals, `(channel,)`. Arguments as for `fit`.
+        """Return the coefficients with 95% bootstrap intervals, `(channel,)`.
 
-        Pass the inputs used for the fit. The scaling from that fit is reused for every resample.
+        Pass the training inputs and the penalty of the fit. All resamples use the scaling of the fit.
         """
         array, positive = _checked(sums, labels)
         sample = np.column_stack([self._scaled(array), positive])
@@ -161,20 +155,20 @@ def _checked(sums: ArrayLike, labels: ArrayLike) -> tuple[Floats, Booleans]:
 
 
 def _fitted(scaled: Floats, positive: Booleans, penalty: float) -> Floats:
-    """Return the intercept and the coefficients by Newton's method: `(1 + channel,)`."""
+    """Return the intercept and the coefficients, `(1 + channel,)`, by Newton's method."""
     design = np.column_stack([np.ones(len(scaled)), scaled])
     ridge = np.diag([_FLAT, *[penalty] * scaled.shape[1]])
     found = np.zeros(design.shape[1])
     for _ in range(_STEPS):
-        shares = _probability(design @ found)
-        gradient = design.T @ (positive - shares) - ridge @ found
-        step = np.linalg.solve((design * (shares * (1 - shares))[:, None]).T @ design + ridge, gradient)
-        found += np.clip(step, -2.0, 2.0)  # a whole step can overshoot if shares are near 0 or 1
+        predicted = _probability(design @ found)
+        gradient = design.T @ (positive - predicted) - ridge @ found
+        step = np.linalg.solve((design * (predicted * (1 - predicted))[:, None]).T @ design + ridge, gradient)
+        found += np.clip(step, -2.0, 2.0)  # a whole step can overshoot if probabilities are near 0 or 1
         if np.abs(step).max() < 1e-8:
             break
     return found
 
 
 def _probability(logits: Floats) -> Floats:
-    shares: Floats = 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
-    return shares
+    probability: Floats = 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
+    return probability

@@ -36,13 +36,13 @@ def channel_sums(
             any other iterable of such batches.
         site: Site with a channel or feature axis.
         reduce: Reduction over positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean), or an
-            einops pair that leaves the batch and at most one other axis.
+            einops pair that leaves the batch axis and at most one other axis.
         batch_size: Number of inputs per forward pass. The batches of an iterable are not split.
 
     Raises:
         HookPointError, SiteError: If the site does not exist, its axes have no names, or it cannot be reduced.
-        ProbeError: If the site has no channels or its batch axis is unknown, there are no inputs, or the batch is not
-            the first axis of the inputs.
+        ProbeError: If the site has no channels, its batch axis is unknown, there are no inputs, or the first axis of
+            the inputs is not the batch.
 
     Example:
         >>> import torch

@@ -24,6 +24,7 @@ _NAMES = {
     "auc": "AUC",
     "recall": "recall (true-positive rate)",
     "false_positive_rate": "false-positive rate",
+    "reweighted_precision": "precision at the base rate of the fit",
     "precision": "precision",
     "acceptance": "accepted",
     "base_rate": "base rate",
@@ -56,10 +57,11 @@ class ThresholdScores:
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per quantity, with quantity, estimate, low, high, n and note."""
-        found = {name: getattr(self, field) for field, name in _NAMES.items()}
         return [
-            {"quantity": name, **interval_columns(each, "estimate", "low", "high"), "n": self.n, "note": each.note}
-            for name, each in found.items()
+            {"quantity": _NAMES[field], **interval_columns(each, "estimate", "low", "high")}
+            | {"n": self.n, "note": each.note}
+            for field in _NAMES
+            if (each := getattr(self, field, None))
         ]
 
 
@@ -69,7 +71,7 @@ class ThresholdProbe(Records):
 
     Attributes:
         threshold: Threshold, halfway between two sums in the fitting half.
-        direction: Accepted side of the threshold; `"above"` accepts sums greater than it.
+        direction: `"above"` accepts sums greater than the threshold, `"below"` all other sums.
         criterion: Criterion by which the threshold was chosen.
         fitted_on: Number of inputs in the fitting half.
         held_out: Scores on the other half.
@@ -117,9 +119,8 @@ class ThresholdProbe(Records):
     ) -> ThresholdProbe:
         """Choose the threshold that accepts the most inputs while reaching the required precision with 95% confidence.
 
-        Thresholds are tested one after another, and the 95% confidence holds for the whole search: the precision on new
-        inputs is below `min_precision` with at most 5% probability. Sums above the threshold are accepted if positives
-        have larger sums, otherwise sums below it. `held_out` has the precision of the threshold and its acceptance.
+        The confidence holds for the whole search over thresholds: the precision on new inputs is below `min_precision`
+        with at most 5% probability. The side with more of the positives is accepted.
 
         Args:
             sums, labels, seed: Same as in `fit`.
@@ -152,17 +153,11 @@ class ThresholdProbe(Records):
                 "inputs, or use another channel."
             )
         threshold = float(thresholds[precise][-1])
-        scores = _scores(*held_out, threshold, direction)
-        return cls(
-            threshold, direction, f"95% confidence in a precision of at least {min_precision:g}", len(fitted), scores
-        )
+        criterion = f"95% confidence in a precision of at least {min_precision:g}"
+        return cls(threshold, direction, criterion, len(fitted), _scores(*held_out, threshold, direction))
 
     def predict(self, sums: ArrayLike) -> NDArray[np.bool_]:
-        """Return whether each sum is accepted, as a bool array of the same shape.
-
-        Raises:
-            ProbeError: If a sum is not finite.
-        """
+        """Return whether each sum is accepted, as a bool array of the same shape; sums must be finite."""
         return _accepted(finite("sums", sums, error=ProbeError), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:
@@ -184,10 +179,7 @@ class ThresholdProbe(Records):
         return self.held_out.to_records()
 
     def _lines(self) -> list[dict[str, Any]]:
-        lines = self.to_records()
-        for line in lines:
-            line["note"] = line["note"] if line["note"] == "few" else ""
-        return lines
+        return [{**each, "note": "few" * (each["note"] == "few")} for each in self.to_records()]
 
     def _notes(self) -> list[str]:
         return interval_notes(each["note"] for each in self.to_records())
@@ -208,7 +200,7 @@ class Transfer(Records):
 
     Attributes:
         fit: Scores on the held-out half.
-        shifted: Scores on the shifted data.
+        shifted: Scores on shifted data.
     """
 
     fit: ThresholdScores
@@ -222,20 +214,27 @@ class Transfer(Records):
     @property
     def drops(self) -> dict[str, Interval]:
         """Fit minus shifted, with intervals, for auc, recall, false_positive_rate and reweighted_precision."""
-        names = ("auc", "recall", "false_positive_rate")
-        drops = {name: difference_interval(getattr(self.fit, name), getattr(self.shifted, name)) for name in names}
-        return {**drops, "reweighted_precision": difference_interval(self.fit.precision, self.reweighted_precision)}
+        fit, shifted = self._sides
+        names = ("auc", "recall", "false_positive_rate", "reweighted_precision")
+        return {name: difference_interval(fit[name], shifted[name]) for name in names}
+
+    @property
+    def _sides(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The scores on the held-out half and on shifted data, including precisions at the same base rate."""
+        return (
+            vars(self.fit) | {"reweighted_precision": self.fit.precision},
+            vars(self.shifted) | {"reweighted_precision": self.reweighted_precision},
+        )
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per quantity, with fit, shifted and drop, each with its interval and note."""
-        drops, names = self.drops, {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
-        rows = [(names[each], getattr(self.fit, each), getattr(self.shifted, each), drops.get(each)) for each in names]
-        reweighted = self.fit.precision, self.reweighted_precision, drops["reweighted_precision"]
-        rows.insert(3, ("precision at the base rate of the fit", *reweighted))
+        sides = dict(zip(_SIDES, (*self._sides, self.drops), strict=True))
+        names = {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
         records: list[dict[str, Any]] = []
-        for name, *intervals in rows:
+        for field, name in names.items():
             records.append({"quantity": name})
-            for side, each in zip(_SIDES, intervals, strict=True):
+            for side, intervals in sides.items():
+                each = intervals.get(field)
                 records[-1] |= interval_columns(each, side, f"{side} low", f"{side} high")
                 records[-1] |= {f"{side} note": "" if each is None else each.note}
         return records
@@ -267,7 +266,7 @@ def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats
 
 
 def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
-    """Return all thresholds between sums, ascending, and the numbers of positives and negatives above each."""
+    """Return all thresholds between sums, in ascending order, and the numbers of positives and negatives above each."""
     order = np.argsort(sums, kind="stable")
     ascending, positive = sums[order], labels[order]
     last = np.flatnonzero(np.diff(ascending))  # end of each run of equal sums

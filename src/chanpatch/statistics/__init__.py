@@ -1,6 +1,6 @@
 """Intervals and tests for proportions, differences, rankings and samples, built on scipy.
 
-A paired comparison counts pairs by who succeeded: `both`, `only_first`, `only_second` or `neither`. The first
+A paired comparison counts the pairs in which both succeeded, only the first, only the second, or neither. The first
 axis of a sample has one row per input, level or pair; rows with the same label in `clusters` are not independent.
 """
 
@@ -28,28 +28,8 @@ from .ranking import Rank, auc, rank_among
 from .resampling import bootstrap_interval
 
 __all__ = [
-    "Interval",
-    "MaxT",
-    "PairedCounts",
-    "Rank",
-    "auc",
-    "auc_difference_interval",
-    "aucs",
-    "benjamini_hochberg",
-    "bootstrap_interval",
-    "difference_interval",
-    "equivalent",
-    "holm",
-    "max_t_test",
-    "mcnemar_exact",
-    "mean_interval",
-    "paired_counts",
-    "paired_difference_interval",
-    "rank_among",
-    "rank_correlation",
-    "reweighted_precision",
-    "share_interval",
-    "sign_flip_test",
-    "stratified_difference_interval",
-    "wilson_interval",
-]
+    "Interval", "MaxT", "PairedCounts", "Rank", "auc", "auc_difference_interval", "aucs", "benjamini_hochberg",
+    "bootstrap_interval", "difference_interval", "equivalent", "holm", "max_t_test", "mcnemar_exact",
+    "mean_interval", "paired_counts", "paired_difference_interval", "rank_among", "rank_correlation",
+    "reweighted_precision", "share_interval", "sign_flip_test", "stratified_difference_interval", "wilson_interval",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bootstrap comparisons of channels and groups: areas under the ROC curve, rank correlations, rates, fractions."""
+"""Bootstrap comparisons of channels and groups: AUCs, rank correlations, success rates, fractions of an effect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import Booleans, Floats, Interval, booleans, finite, two_groups
+from .interval import Floats, Interval, booleans, finite, two_groups
+from .ranking import areas
 from .resampling import bootstrap_interval
 
 
@@ -16,7 +17,7 @@ def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
     """Return `chanpatch.statistics.auc` for each channel, without intervals; fast enough for a bootstrap.
 
     Args:
-        scores: `(input, channel)`: finite numbers, such as the sums of `chanpatch.channel_sums`.
+        scores: `(input, channel)`: finite numbers, such as the sums from `chanpatch.channel_sums`.
         labels: One boolean (or 0 or 1) per input.
 
     Returns:
@@ -30,7 +31,8 @@ def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
         array([1. , 0.5])
     """
     score = finite("scores", scores, ("input", "channel"))
-    return _areas(score, two_groups(labels, len(score), fewest=0))
+    found: Floats = areas(score, two_groups(labels, len(score), fewest=0)[None])[0]
+    return found
 
 
 def auc_difference_interval(
@@ -61,7 +63,7 @@ def auc_difference_interval(
     sample = np.column_stack([two_groups(labels, len(scores[0]), fewest=2), *scores])
 
     def difference(rows: Floats) -> float:
-        one, other = _areas(rows[:, 1:], rows[:, 0] > 0)
+        one, other = areas(rows[:, 1:], rows[None, :, 0] > 0)[0]
         return float(one - other)
 
     return bootstrap_interval(sample, difference, resamples=resamples, seed=seed)
@@ -105,7 +107,7 @@ def stratified_difference_interval(
 ) -> Interval:
     """Return the difference in success rate between two groups within strata, and its 95% bootstrap interval.
 
-    Use it to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata with only
+    Use this to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata with only
     one group are left out; the others have Mantel-Haenszel weights.
 
     Args:
@@ -144,20 +146,18 @@ def stratified_difference_interval(
     return bootstrap_interval(np.column_stack([one, other, stratum]), difference, resamples=resamples, seed=seed)
 
 
-def share_interval(
+def share_interval(  # noqa: D417
     part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int = 0
 ) -> Interval[Any]:
     """Return the fraction of a total effect that a part accounts for, and its 95% bootstrap interval.
 
     The fraction is a ratio of means over the same inputs, such as the effect of patching some channels divided by the
-    effect of patching all of them. It may lie below 0 or above 1.
+    effect of patching all channels. It may lie below 0 or above 1.
 
     Args:
-        part: `(input, ...)`: effect of the part on each input, such as a change of log odds.
+        part: `(input, ...)`: effect of the part on each input, such as a change in log odds.
         total: `(input, ...)`: total effect on the same inputs.
-        clusters: Same as for `bootstrap_interval`.
-        resamples: Number of resamples.
-        seed: Random seed.
+        clusters, resamples, seed: Same as for `bootstrap_interval`.
 
     Returns:
         Floats if the samples have one axis, otherwise arrays with the other axes; NaN if the mean total is 0.
@@ -179,16 +179,6 @@ def share_interval(
 
     sample = np.stack([parts, totals], axis=-1)
     return bootstrap_interval(sample, share, clusters=clusters, resamples=resamples, seed=seed)
-
-
-def _areas(scores: Floats, positive: Booleans) -> Floats:
-    import scipy.stats
-
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not positives or not negatives:
-        return np.full(scores.shape[1], np.nan)
-    ranks: Floats = scipy.stats.rankdata(scores, axis=0)[positive].sum(axis=0)
-    return (ranks - positives * (positives + 1) / 2) / (positives * negatives)
 
 
 def _numbered(labels: ArrayLike) -> Any:

@@ -58,8 +58,8 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
 def equivalent(difference: Interval[Any], margin: float) -> Any:
     """Return whether a difference is negligible: its whole interval lies between -margin and margin.
 
-    A nonsignificant difference is not necessarily negligible. This is the two one-sided tests procedure (TOST) at level
-    `(1 - confidence) / 2`: 0.025 for a 95% interval, the usual 0.05 for a 90% interval. The result for NaN is False.
+    A nonsignificant difference is not necessarily negligible. This function is the two one-sided tests procedure (TOST)
+    at level `(1 - confidence) / 2`: 0.025 for a 95% interval, the usual 0.05 for a 90% interval. NaN gives False.
 
     Args:
         difference: Difference and its interval, or arrays of these.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .interval import FEWEST, Floats, Interval, normal_quantile, whole
-from .means import cluster_numbers, mean, mean_interval, noted, rows_of, totals, withheld
+from .interval import FEWEST, Floats, Interval, quantile, whole
+from .means import clustered, mean, mean_interval, noted, totals, withheld
 
 _BLOCK = 256  # number of channels to flip at a time, to limit memory
 _SIGNS = 2**22  # number of signs to draw at a time, to limit memory to 32 MB
@@ -19,7 +19,7 @@ FLIPS = 9_999  # 10,000 with the observed pattern
 
 @dataclass(frozen=True)
 class MaxT:
-    """The result of `max_t_test`.
+    """Result of `max_t_test`.
 
     Attributes:
         p: P-value per channel, corrected for all channels tested.
@@ -31,7 +31,7 @@ class MaxT:
     interval: Interval[Any]
 
 
-def max_t_test(
+def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip_test
     differences: ArrayLike,
     *,
     clusters: ArrayLike | None = None,
@@ -39,7 +39,7 @@ def max_t_test(
     resamples: int = FLIPS,
     seed: int = 0,
 ) -> MaxT:
-    """Return p-values and intervals for mean differences that hold jointly for all channels, even for the largest.
+    """Return p-values and intervals for mean differences that hold jointly for all channels, even the largest.
 
     Each flip changes the signs of whole pairs and records the largest absolute t statistic over channels. A channel's
     corrected p-value is the fraction of flips whose largest t reaches the channel's own. The half-width of the
@@ -48,10 +48,8 @@ def max_t_test(
 
     Args:
         differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
-        clusters: Label per pair; pairs with the same label flip together. None if all pairs are independent.
+        clusters, resamples, seed: Same as for `sign_flip_test`.
         confidence: Nominal joint coverage of all intervals, between 0 and 1.
-        resamples: Number of sign patterns to draw if they are not all used, as for `sign_flip_test`.
-        seed: Random seed.
 
     Returns:
         Floats if `differences` has one axis, otherwise arrays with the other axes. P-values are NaN for channels that
@@ -71,11 +69,9 @@ def max_t_test(
         Westfall and Young, "Resampling-based multiple testing" (1993), section 2.3; Nichols and Holmes,
         "Nonparametric permutation tests for functional neuroimaging" (2002), for the maximum statistic.
     """
-    normal_quantile(confidence)  # raises if invalid
-    rows = rows_of("differences", differences)
-    cluster = cluster_numbers(clusters, len(rows))
-    many, known = int(cluster.max()) + 1, np.isfinite(rows).all(axis=0)
-    estimate, note = mean(rows), withheld(rows, cluster)
+    quantile(confidence)  # raises if invalid
+    rows, cluster, many = clustered("differences", differences, clusters)
+    known, estimate, note = np.isfinite(rows).all(axis=0), mean(rows), withheld(rows, cluster)
     if many < FEWEST:
         nothing = np.full(estimate.shape, np.nan)
         return MaxT(nothing[()], noted(estimate, nothing, nothing, confidence, note))
@@ -144,9 +140,8 @@ def sign_flip_test(
         Fisher, "The design of experiments" (1935), section 21; Winkler et al., "Permutation inference for the
         general linear model" (2014), for sign flipping, and (2015) for flipping whole blocks.
     """
-    rows = rows_of("differences", differences)
-    cluster = cluster_numbers(clusters, len(rows))
-    many, known = int(cluster.max()) + 1, np.isfinite(rows).all(axis=0)
+    rows, cluster, many = clustered("differences", differences, clusters)
+    known = np.isfinite(rows).all(axis=0)
     sums = totals(np.where(known, rows, 0.0), cluster).reshape(many, -1)
     # Rounding must not break ties with the observed pattern.
     least = np.abs(sums.sum(axis=0)) - 1e-9 * np.abs(sums).sum(axis=0)

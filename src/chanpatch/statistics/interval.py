@@ -1,4 +1,4 @@
-"""Confidence intervals, and checks shared by several statistics."""
+"""Confidence intervals, and input checks shared by several statistics."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Interval(Generic[Number]):
     """An estimate and its confidence interval: three numbers, or three arrays of the same shape for many channels.
 
     Attributes:
-        estimate: The estimate.
-        low, high: Ends of the interval; NaN if it is withheld.
+        estimate: Point estimate.
+        low, high: Ends of the interval; NaN if the interval is withheld.
         confidence: Nominal coverage.
-        note: `"few"` for six to nine independent rows, the reason if the interval is withheld, and empty otherwise; an
-            array of these strings for many channels.
+        note: `"few"` for six to nine independent rows, the reason for a withheld interval, otherwise an empty string.
+            With many channels, an array of these strings.
     """
 
     estimate: Number
@@ -41,7 +41,7 @@ class Interval(Generic[Number]):
 
 
 def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = StatisticsError) -> int:
-    """Return a whole number as an int; raise the error if it is not whole or is less than `least`."""
+    """Return a whole number as an int; raise the error if the number is not whole or is less than `least`."""
     try:
         found = operator.index(number)
     except TypeError:
@@ -64,18 +64,13 @@ def too_few(independent: int, kind: str = "rows") -> str:
     return "few" if independent < FEW else ""
 
 
-def mostly_equal(values: Floats) -> Any:
-    """Return, per channel, whether more than half of the rows and all but at most five are equal."""
-    return few_others((values != np.sort(values, axis=0)[len(values) // 2]).sum(axis=0), len(values))
-
-
 def few_others(others: Any, rows: int) -> Any:
     """Return whether so few rows differ from the most common value that their spread cannot be estimated."""
     return others < min(FEWEST, rows / 2)
 
 
 def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:
-    """Return the estimate, low and high as record columns with these names; all None without an interval."""
+    """Return the estimate, low and high as record columns with these names; all None if there is no interval."""
     numbers = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
     return dict(zip(names, numbers, strict=True))
 
@@ -83,7 +78,7 @@ def interval_columns(interval: Interval | None, *names: str) -> dict[str, float 
 def finite(
     name: str, values: ArrayLike, axes: tuple[str, ...] | None = None, error: type[ChanpatchError] = StatisticsError
 ) -> Floats:
-    """Return values that are finite and have these axes (any axes if None); raise the error otherwise."""
+    """Return values as floats; raise the error if a value is not finite or the array does not have these axes."""
     array = np.asarray(values, dtype=np.float64)
     if axes is not None and (array.ndim != len(axes) or not array.size):
         raise error(f"{name} must have nonempty axes ({', '.join(axes)}); got shape {array.shape}.")
@@ -93,7 +88,7 @@ def finite(
 
 
 def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[ChanpatchError] = StatisticsError) -> Booleans:
-    """Return labels as booleans, one per input; raise the error if there are fewer than `fewest` of either label."""
+    """Return labels as booleans, one per input; raise the error if either label occurs fewer than `fewest` times."""
     array, positive = np.asarray(labels), booleans(labels)
     if array.shape != (inputs,) or positive is None:
         raise error(
@@ -110,25 +105,29 @@ def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[Chanpatc
 
 
 def booleans(labels: ArrayLike) -> Booleans | None:
-    """Return labels (booleans, or 0 and 1 in any dtype) as booleans; None if they contain other values."""
+    """Return labels (booleans, or 0 and 1 in any dtype) as booleans; None if there are other values."""
     array = np.asarray(labels)
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
         return None
     return array.astype(np.bool_)
 
 
-def normal_quantile(confidence: float) -> float:
-    """Return how many standard deviations around the mean contain this fraction of a normal distribution."""
+def quantile(confidence: float, freedom: int | None = None) -> float:
+    """Return how many standard deviations around the mean contain this fraction of a normal or t distribution.
+
+    `freedom` is the degrees of freedom of the t distribution.
+    """
     import scipy.stats
 
     if not 0 < confidence < 1:
         raise StatisticsError(f"confidence must lie between 0 and 1, such as 0.95; got {confidence!r}.")
-    return float(scipy.stats.norm.ppf((1 + confidence) / 2))
+    level = (1 + confidence) / 2
+    return float(scipy.stats.norm.ppf(level) if freedom is None else scipy.stats.t.ppf(level, freedom))
 
 
 def wilson(proportion: float, n: int, confidence: float) -> Interval:
     """Return the Wilson score interval for a proportion over n trials."""
-    z = normal_quantile(confidence)
+    z = quantile(confidence)
     center = (proportion + z * z / (2 * n)) / (1 + z * z / n)
     margin = z * (proportion * (1 - proportion) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)
     # Rounding could put an estimate of 0 or 1 just outside its own interval.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ChanpatchError, StatisticsError
-from .interval import FEW, FEWEST, Floats, Interval, few_others, normal_quantile, too_few
+from .interval import FEW, FEWEST, Floats, Interval, few_others, quantile, too_few
 
 Rows = NDArray[np.int64]
 
@@ -19,8 +19,8 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
     With at least ten independent rows, the interval contains both Student's t interval and a t interval corrected for
     skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is a t
-    interval and its note is `"few"`. It is withheld if fewer than six rows or clusters are independent, fewer than six
-    differ from 0, or most are equal. Its ends are then NaN, and its note gives the reason.
+    interval and its note is `"few"`. The interval is withheld (its ends are NaN, and its note gives the reason) if
+    fewer than six rows or clusters are independent, fewer than six differ from 0, or most are equal.
 
     Args:
         sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
@@ -44,17 +44,12 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
         Hall, "On the removal of skewness by transformation" (1992), for the correction; Cameron and Miller, "A
         practitioner's guide to cluster-robust inference" (2015), section II, for clusters.
     """
-    import scipy.stats
-
-    normal_quantile(confidence)  # raises if invalid
-    rows = rows_of("sample", sample)
-    cluster = cluster_numbers(clusters, len(rows))
-    estimate, many = mean(rows), int(cluster.max()) + 1
+    rows, cluster, many = clustered("sample", sample, clusters)
+    estimate, t = mean(rows), quantile(confidence, many - 1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         # Relative to the mean, so that clusters of different sizes are weighted by their rows.
         influence = totals(rows - estimate, cluster) * (many / len(rows))
         error = np.sqrt((influence**2).sum(axis=0) / (many * max(many - 1, 1)))
-        t = float(scipy.stats.t.ppf((1 + confidence) / 2, many - 1)) if many > 1 else math.nan
         below, above = np.array(-t), np.array(t)
         if many >= FEW:
             skewness = (influence**3).sum(axis=0) * many**0.5 / (influence**2).sum(axis=0) ** 1.5
@@ -83,19 +78,19 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
 def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
     """Remove rounding error from the differences `(row, ...)` between numbers of this size.
 
-    A difference is set to 0, or to the channel's median, if it is that close relative to the size of its own row or of
-    the median row.
+    A difference is set to 0, or to the channel's median, if it is that close relative to the size of its own row or the
+    median size.
     """
     size = np.where(np.isfinite(size), np.abs(size), 0.0)
     slack = rounding * np.maximum(size, np.median(size, axis=0))
     middle = np.sort(differences, axis=0)[len(differences) // 2]
-    with np.errstate(invalid="ignore"):  # of infinities
+    with np.errstate(invalid="ignore"):  # for channels that contain infinity
         snapped = np.where(np.abs(differences - middle) <= slack, middle, differences)
     return np.where(np.abs(snapped) <= slack, 0.0, snapped)
 
 
 def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
-    """Return, per channel, the reason that its mean has no interval, or an empty string."""
+    """Return, per channel, the reason why its mean has no interval, or an empty string."""
     many = int(cluster.max()) + 1
     kind = "rows" if many == len(rows) else "clusters"
     why = np.full(rows.shape[1:], too_few(many, kind), dtype="<U100")
@@ -111,13 +106,11 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
 
 
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
-    """Return an interval, with NaN ends if its note is a reason to withhold it or an end is infinite."""
+    """Return an interval; its ends are NaN if the note is a reason to withhold it or an end is infinite."""
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
     note = np.where(allowed & ~bounded, "the rows are too few or too equal in size to bound the mean", note)
-    shown = allowed & bounded
-    return Interval(
-        estimate[()], np.where(shown, low, np.nan)[()], np.where(shown, high, np.nan)[()], confidence, note[()]
-    )
+    low, high = (np.where(allowed & bounded, each, np.nan) for each in (low, high))
+    return Interval(estimate[()], low[()], high[()], confidence, note[()])
 
 
 def totals(rows: Floats, cluster: Rows) -> Floats:
@@ -135,12 +128,13 @@ def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
     return count
 
 
-def rows_of(name: str, sample: ArrayLike) -> Floats:
-    """Return a sample as an array; raise StatisticsError if it has no rows."""
+def clustered(name: str, sample: ArrayLike, clusters: ArrayLike | None) -> tuple[Floats, Rows, int]:
+    """Return the rows of a sample, the cluster number of each row, and the number of clusters."""
     rows = np.asarray(sample, dtype=np.float64)
     if rows.ndim == 0 or not rows.size:
         raise StatisticsError(f"{name} must have at least one row on its first axis; got shape {rows.shape}.")
-    return rows
+    cluster = cluster_numbers(clusters, len(rows))
+    return rows, cluster, int(cluster.max()) + 1
 
 
 def cluster_numbers(clusters: ArrayLike | None, rows: int, error: type[ChanpatchError] = StatisticsError) -> Rows:
@@ -154,7 +148,7 @@ def cluster_numbers(clusters: ArrayLike | None, rows: int, error: type[Chanpatch
         if label is None or label != label:  # NaN
             raise error(f"clusters[{row}] must be a label; got {label}. Label every row, or leave that row out.")
     known: dict[Any, int] = {}
-    if labels.dtype == object:  # labels of several types cannot be sorted
+    if labels.dtype == object:  # labels of different types cannot be sorted
         return np.array([known.setdefault(label, len(known)) for label in labels.tolist()])
     numbers: Rows = np.unique(labels, return_inverse=True)[1]
     return numbers

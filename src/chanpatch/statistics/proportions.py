@@ -96,9 +96,9 @@ def paired_difference_interval(
 ) -> Interval:
     """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
 
-    It combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its width is
-    nonzero even if all pairs agree. With six to nine pairs, its note is `"few"`; with fewer, it is withheld. The counts
-    come from `paired_counts`, and `confidence` is the nominal coverage.
+    The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its
+    width is nonzero even if all pairs agree. With six to nine pairs, its note is `"few"`; with fewer, the interval is
+    withheld. The counts come from `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
         StatisticsError: If a count or the confidence is invalid, or all counts are 0.
@@ -128,8 +128,8 @@ def paired_difference_interval(
 def difference_interval(first: Interval, second: Interval) -> Interval:
     """Return the difference between two independent estimates, first minus second, and its interval.
 
-    It needs only the two intervals, so it works for proportions, areas under the ROC curve, or any two estimates in the
-    same unit. For two Wilson intervals, the result is Newcombe's interval.
+    The two estimates may be proportions, areas under the ROC curve, or any numbers in the same unit. For two Wilson
+    intervals, the result is Newcombe's interval.
 
     Raises:
         StatisticsError: If the confidence levels differ.
@@ -161,7 +161,7 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
     Args:
         true_positive_rate: Fraction of positives that are accepted.
         false_positive_rate: Fraction of negatives that are accepted.
-        base_rate: Fraction of positives to reweight to, between 0 and 1.
+        base_rate: Fraction of positives in the target population, between 0 and 1.
 
     Raises:
         StatisticsError: If the confidence levels differ, or the base rate is not between 0 and 1.

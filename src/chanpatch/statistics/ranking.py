@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import FEWEST, Interval, finite, mostly_equal, normal_quantile, too_few, two_groups, wilson
+from .interval import FEWEST, Booleans, Floats, Interval, few_others, finite, quantile, too_few, two_groups, wilson
 
 FEWEST_CONTROLS = 19  # with fewer, even rank 1 has p above 0.05
+Alternative = Literal["two-sided", "greater", "less"]
 
 
 def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
     """Return the area under the ROC curve (the probability that a positive outscores a negative) and its interval.
 
     Ties count as one half. Below 0.5, positives have the lower scores. The interval lies within 0 and 1, and the two
-    groups may differ in variance. With six to nine inputs of either label, its note is `"few"`; with fewer, it is
-    withheld.
+    groups may differ in variance. With six to nine inputs of either label, its note is `"few"`; with fewer, the
+    interval is withheld.
 
     Args:
         scores: One finite number per input.
@@ -53,26 +54,31 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     # The fraction of the other group that an input beats: its rank among all inputs minus its rank in its own group.
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
     beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
-    area = float(beaten.mean())
-    fewest, note = (
-        min(positive.size, negative.size),
-        too_few(min(positive.size, negative.size), "inputs with one label"),
-    )
+    area, fewest = float(beaten.mean()), min(positive.size, negative.size)
+    note, t = too_few(fewest, "inputs with one label"), quantile(confidence, fewest - 1)
     if fewest < FEWEST:
         return Interval(area, math.nan, math.nan, confidence, note)
-    if mostly_equal(beaten) or mostly_equal(beaten_by):
+    if any(few_others((each != np.sort(each)[each.size // 2]).sum(), each.size) for each in (beaten, beaten_by)):
         # The groups are separated or tied, so the variance is unknown. Disjoint pairs are independent trials instead.
         return replace(wilson(area, fewest, confidence), note=note)
     variance = beaten.var(ddof=1) / positive.size + beaten_by.var(ddof=1) / negative.size
-    normal_quantile(confidence)  # raises if invalid
-    t = scipy.stats.t.ppf((1 + confidence) / 2, fewest - 1)
     margin = t * math.sqrt(variance) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + np.array([-margin, margin]))
     return Interval(area, float(low), float(high), confidence, note)
 
 
-Alternative = Literal["two-sided", "greater", "less"]
-SIDES = ("two-sided", "greater", "less")
+def areas(scores: Floats, positive: Booleans) -> Floats:
+    """Return the AUC of each channel for each set of positives: `(set, channel)`; NaN if all labels are equal.
+
+    `scores` is `(input, channel)`, and `positive` is `(set, input)`.
+    """
+    import scipy.stats
+
+    positives = positive.sum(axis=1, keepdims=True)
+    ranks = positive.astype(np.float64) @ scipy.stats.rankdata(scores, axis=0)
+    with np.errstate(invalid="ignore"):
+        found: Floats = (ranks - positives * (positives + 1) / 2) / (positives * (positive.shape[1] - positives))
+    return found
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,8 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
     Args:
         effect: Effect of the patch to rank, a finite number.
         controls: `(control,)`: effects of the controls in the same unit. Ties count against the effect.
-        alternative: Rank 1 is the largest absolute value (`"two-sided"`), the largest (`"greater"`) or lowest
-            (`"less"`).
+        alternative: Rank 1 is the largest absolute value (`"two-sided"`), the largest value (`"greater"`) or the
+            lowest (`"less"`).
 
     Raises:
         StatisticsError: If there are no controls, an effect is not finite, or the alternative is unknown.
@@ -128,8 +134,9 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
         )
     if not (math.isfinite(effect) and np.isfinite(others).all()):
         raise StatisticsError("An effect is not finite, so it cannot be ranked. Remove that control.")
-    if alternative not in SIDES:
-        raise StatisticsError(f"alternative must be one of {', '.join(map(repr, SIDES))}; got {alternative!r}.")
+    if alternative not in get_args(Alternative):
+        names = ", ".join(map(repr, get_args(Alternative)))
+        raise StatisticsError(f"alternative must be one of {names}; got {alternative!r}.")
     every = np.append(others, effect)
     directed = {"two-sided": np.abs(every), "greater": every, "less": -every}[alternative]
     rank = int((directed >= directed[-1]).sum())
@@ -139,14 +146,14 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
 
 
 def without_p(rank: Rank, no_p: str) -> Rank:
-    """Return a rank, without its p-value if there is a reason to omit it."""
+    """Return a rank, without its p-value if there is a reason to omit the p-value."""
     return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
 
 
 def ranks_among(
     effects: ArrayLike, controls: ArrayLike, alternative: Alternative = "two-sided", no_p: str = ""
 ) -> list[Rank | None]:
-    """Return the rank of each effect; None if it or any control is not finite, or if there are no controls."""
+    """Return the rank of each effect; None if the effect or any control is not finite, or if there are no controls."""
     each, others = np.asarray(effects, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     ranked = np.isfinite(each) & bool(others.size) & np.isfinite(others).all()
     return [

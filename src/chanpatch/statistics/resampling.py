@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .interval import FEWEST, Floats, Interval, normal_quantile, too_few, whole
-from .means import Rows, cluster_numbers, noted, rows_of
+from .interval import FEWEST, Floats, Interval, quantile, too_few, whole
+from .means import Rows, clustered, noted
 
 Statistic = Callable[[Floats], Any]
 
@@ -26,14 +26,14 @@ def bootstrap_interval(
     """Return any statistic of a sample and its bootstrap interval; for means, `mean_interval` is better.
 
     The interval is bias-corrected and accelerated (BCa). Its level is expanded so that, for normal means, it is as wide
-    as Student's t interval. With six to nine rows, its note is `"few"`. It is withheld if fewer rows or clusters are
-    independent or all resamples give the same number: its ends are NaN, and its note gives the reason.
+    as Student's t interval. With six to nine rows, its note is `"few"`. The interval is withheld (its ends are NaN, and
+    its note gives the reason) if fewer than six rows or clusters are independent or all resamples give the same number.
 
     Args:
         sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
             such as channel, are kept.
-        statistic: Function that reduces the first axis of `(row, ...)`, regardless of row order. It is called once per
-            resample.
+        statistic: Function that reduces the first axis of `(row, ...)`, regardless of row order. Each resample calls
+            the function once.
         clusters: Label per row; rows with the same label, such as rotations of one maze, are drawn together. None if
             all rows are independent.
         confidence: Nominal coverage, between 0 and 1.
@@ -57,13 +57,9 @@ def bootstrap_interval(
         American Statistician 69, section 3.3, for the level; Davison and Hinkley, "Bootstrap methods and their
         application" (1997), section 3.8, for clusters.
     """
-    import scipy.stats
-
-    rows = rows_of("sample", sample)
-    cluster = cluster_numbers(clusters, len(rows))
-    normal_quantile(confidence)  # raises if invalid
+    rows, cluster, many = clustered("sample", sample, clusters)
+    t, resamples = quantile(confidence, many - 1), whole("resamples", resamples, least=1)
     generator = np.random.default_rng(whole("seed", seed))
-    many, resamples = int(cluster.max()) + 1, whole("resamples", resamples, least=1)
     estimate = np.asarray(statistic(rows), dtype=np.float64)
     low, high = np.full((2, *estimate.shape), np.nan)
     note = np.full(estimate.shape, too_few(many), dtype="<U100")
@@ -72,9 +68,9 @@ def bootstrap_interval(
         drawn = (generator.multinomial(many, even) for _ in range(resamples))  # one at a time, to limit memory
         resampled = _replicated(rows, statistic, (each[cluster] for each in drawn))
         jackknife = _replicated(rows, statistic, ((cluster != each).astype(np.int64) for each in range(many)))
-        z = (many / (many - 1)) ** 0.5 * scipy.stats.t.ppf((1 + confidence) / 2, many - 1)
+        z = (many / (many - 1)) ** 0.5 * t
         known = np.isfinite(estimate) & np.isfinite(resampled).all(axis=0) & np.isfinite(jackknife).all(axis=0)
-        low, high = _accelerated(estimate, np.where(known, resampled, 0.0), np.where(known, jackknife, 0.0), float(z))
+        low, high = _accelerated(estimate, np.where(known, resampled, 0.0), np.where(known, jackknife, 0.0), z)
         note[np.ptp(resampled, axis=0) == 0] = "every resample gives the same number"
         note[~known] = "a resample gives a number that is not finite"
     return noted(estimate, low, high, confidence, note)
