@@ -384,12 +384,12 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES[:1], count=1, seed=0),
             StatisticsError,
-            "background has 1 inputs, but at least 2 are needed to measure how much activations vary.",
+            "background must have at least 2 inputs, to measure how much activations vary; got 1.",
         ),
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES, []),
             StatisticsError,
-            "background has 0 inputs, but at least 2 are needed to measure how much activations vary.",
+            "background must have at least 2 inputs, to measure how much activations vary; got 0.",
         ),
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:0], IMAGES),

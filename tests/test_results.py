@@ -58,9 +58,9 @@ def test_no_records_are_no_lines():
     assert table([]) == []
 
 
-def test_a_result_prints_its_title_its_first_rows_the_number_of_others_and_its_notes():
+def test_a_result_prints_its_title_its_largest_effects_the_number_of_others_and_its_notes():
     lines = repr(MANY).splitlines()
-    assert lines[:3] == ["some <names>", "label  effect", "0      0"]
+    assert lines[:3] == ["some <names>", "label  effect", "22     22"]
     assert lines[-2:] == ["... 3 more", "a & b"] and len(lines) == 24
 
 

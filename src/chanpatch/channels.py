@@ -17,10 +17,9 @@ from .errors import ChanpatchError, SiteError
 from .patching.cache import ActivationCache
 from .patching.recording import Recorder, Reduce, reduced_axes
 from .registry.points import HookPoints
-from .registry.sites import Site
+from .registry.sites import HookPoint, Site
 
 Floats = NDArray[np.float64]
-Fault = type[ChanpatchError]  # the error class of the caller's subpackage
 
 ROUNDING = 1e-6  # relative difference to expect between two runs in single precision
 
@@ -58,24 +57,16 @@ class Moments:
         mean = values.mean(axis=0)
         return Moments(len(values), mean, np.square(values - mean).sum(axis=0), values.min(axis=0), values.max(axis=0))
 
-    @staticmethod
-    def side_by_side(parts: Sequence[Moments]) -> Moments:
-        """Concatenate the channels of several samples, which must have the same inputs."""
-        arrays = zip(*((each.mean, each.squares, each.lowest, each.highest) for each in parts), strict=True)
-        return Moments(parts[0].count, *map(np.concatenate, arrays))
-
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
-        share, apart = other.count / max(count, 1), other.mean - self.mean
-        squares = self.squares + other.squares + np.square(apart) * (self.count * share)
+        fraction, apart = other.count / max(count, 1), other.mean - self.mean
+        squares = self.squares + other.squares + np.square(apart) * (self.count * fraction)
         lowest, highest = np.minimum(self.lowest, other.lowest), np.maximum(self.highest, other.highest)
-        return Moments(count, self.mean + apart * share, squares, lowest, highest)
+        return Moments(count, self.mean + apart * fraction, squares, lowest, highest)
 
     @property
     def std(self) -> Floats:
-        """Standard deviation per channel, `(channel,)`, with denominator count - 1; NaN for fewer than two inputs."""
-        if self.count < 2:
-            return np.full_like(self.mean, np.nan)
+        """Standard deviation per channel, `(channel,)`, with denominator count - 1."""
         spread: Floats = np.sqrt(self.squares / (self.count - 1))
         return spread
 
@@ -88,21 +79,24 @@ class Moments:
 NO_MOMENTS = Moments(0, np.zeros(()), np.zeros(()), np.array(np.inf), np.array(-np.inf))  # an empty sample
 
 
+def point_at(site: Site) -> HookPoint:
+    """Return the hook point of a bound site."""
+    assert site.point is not None  # HookPoints.bind and sites_of bind sites to their points
+    return site.point
+
+
 def check_leaves_channels(site: Site, reduce: Reduce) -> None:
     """Raise SiteError unless the reduction leaves the batch axis and at most one other axis of a bound site."""
-    point = site.point
-    assert point is not None  # sites_of binds sites to their points
-    left = reduced_axes(site, point.axes, reduce)
+    left = reduced_axes(site, point_at(site).axes, reduce)
     if "batch" not in left or len(left) > 2:
         raise SiteError(
             f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}; it must leave batch and at most one more."
         )
 
 
-def channel_axis(site: Site, what: str, error: Fault) -> str:
+def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
     """Return the name of a bound site's channel or feature axis; raise `error` unless there is exactly one."""
-    point = site.point
-    assert point is not None  # sites_of binds sites to their points
+    point = point_at(site)
     if "batch" in dict(site.indices):
         raise error(f"{site!r} selects rows. {what} use all inputs: omit batch=, and pass only those inputs.")
     kept = reduced_axes(site, point.axes, "sum")
@@ -120,27 +114,6 @@ def channel_axis(site: Site, what: str, error: Fault) -> str:
     return channels[0]
 
 
-def recorded(
-    points: HookPoints, inputs: Any, sites: Sequence[Site], reduce: Reduce | None, batch_size: int, error: Fault
-) -> Iterator[ActivationCache]:
-    """Yield one cache per batch with the sites' activations, on the CPU and reduced in double precision."""
-    if batch_size < 1:
-        raise error(f"batch_size must be at least 1; got {batch_size}.")
-    taken = [point for point in points.values() if not point.module and point.side == "in" and point.axes]
-    if isinstance(inputs, (Tensor, tuple, Mapping)) and taken and taken[0].batch_axis not in (None, 0):
-        raise error(
-            f"The batch axis of the model's first input is axis {taken[0].batch_axis}, but inputs are split into "
-            "batches along axis 0. Wrap the model in a module whose inputs have the batch axis first."
-        )
-    proved = any(point.batch_axis is not None for point in taken)
-    shared = {point.path: point.shape[0] for point in taken if proved and point.batch_axis is None}
-    for arguments, keywords in batches(inputs, batch_size, shared):
-        recorder = Recorder(points, sites, reduce, double=reduce is not None, device="cpu", stop=True)
-        with torch.no_grad():
-            recorder.run_once(arguments, keywords)
-        yield recorder.result
-
-
 def rows(cache: ActivationCache, site: Site) -> Floats:
     """Return a site's activations as `(input, channel)`; they must have the batch and at most one other axis."""
     # Copied, because small tensors that outlive their forward pass fragment the memory that it frees.
@@ -148,52 +121,71 @@ def rows(cache: ActivationCache, site: Site) -> Floats:
     return array if array.ndim > 1 else array[:, None]
 
 
-def _check_finite(name: str, sample: Floats, site: Site, start: int, error: Fault) -> None:
-    """Raise `error` if an input leads to NaN or infinity at a site; `start` is the index of the first input."""
-    for wrong in np.argwhere(~np.isfinite(sample))[:1].tolist():
-        raise error(
-            f"{name}[{start + wrong[0]}] produces a non-finite activation at {site!r}. Leave out either that input or "
-            "that site."
-        )
+@dataclass(frozen=True)
+class Collector:
+    """Collects activations at sites over many inputs, reduced in double precision.
 
+    `run` restores the model between forward passes, and `error` is the class of the errors.
+    """
 
-def gathered(
-    run: undisturbed,
-    points: HookPoints,
-    named: tuple[str, Any],
-    sites: Sequence[Site],
-    reduce: Reduce,
-    batch_size: int,
-    error: Fault,
-) -> dict[Site, Floats]:
-    """Return each site's reduced activations, `(input, channel)`, for named inputs; raise `error` if not finite."""
-    name, inputs = named
-    caches = run.apart(recorded(points, inputs, sites, reduce, batch_size, error))
-    parts = [[rows(cache, site) for site in sites] for cache in caches]
-    samples = {site: np.concatenate(arrays) for site, arrays in zip(sites, zip(*parts, strict=True), strict=True)}
-    for site, sample in samples.items():
-        _check_finite(name, sample, site, 0, error)
-    return samples
+    run: undisturbed
+    points: HookPoints
+    sites: Sequence[Site]
+    reduce: Reduce | None
+    batch_size: int
+    error: type[ChanpatchError]
 
+    def caches(self, inputs: Any) -> Iterator[ActivationCache]:
+        """Yield one cache per batch, on the CPU."""
+        if self.batch_size < 1:
+            raise self.error(f"batch_size must be at least 1; got {self.batch_size}.")
+        taken = [each for each in self.points.values() if not each.module and each.side == "in" and each.axes]
+        if isinstance(inputs, (Tensor, tuple, Mapping)) and taken and taken[0].batch_axis not in (None, 0):
+            raise self.error(
+                f"The batch axis of the model's first input is axis {taken[0].batch_axis}, but inputs are split into "
+                "batches along axis 0. Wrap the model in a module whose inputs have the batch axis first."
+            )
+        proved = any(point.batch_axis is not None for point in taken)
+        shared = {point.path: point.shape[0] for point in taken if proved and point.batch_axis is None}
+        for arguments, keywords in self.run.apart(batches(inputs, self.batch_size, shared)):
+            recorder = Recorder(
+                self.points, self.sites, self.reduce, double=self.reduce is not None, device="cpu", stop=True
+            )
+            with torch.no_grad():
+                recorder.run_once(arguments, keywords)
+            yield recorder.result
 
-def background_moments(
-    run: undisturbed,
-    points: HookPoints,
-    background: Any,
-    sites: Sequence[Site],
-    reduce: Reduce | None,
-    batch_size: int,
-    error: Fault,
-    sampled: Callable[[ActivationCache, Site], Floats] = rows,
-) -> dict[Site, Moments]:
-    """Compute each site's moments over the background inputs; raise `error` for fewer than two inputs."""
-    moments = dict.fromkeys(sites, NO_MOMENTS)
-    for cache in run.apart(recorded(points, background, sites, reduce, batch_size, error)):
-        for site in sites:
-            sample = sampled(cache, site)
-            _check_finite("background", sample, site, moments[site].count, error)
-            moments[site] += Moments.of(sample)
-    count = moments[sites[0]].count
-    if count < 2:
-        raise error(f"background has {count} inputs, but at least 2 are needed to measure how much activations vary.")
-    return moments
+    def samples(self, name: str, inputs: Any) -> dict[Site, Floats]:
+        """Return each site's activations, `(input, channel)`; `name` names the inputs in errors."""
+        parts = [*self._parts(name, inputs, rows)]
+        return {site: np.concatenate([part[site] for part in parts]) for site in self.sites}
+
+    def moments(
+        self, background: Any, sampled: Callable[[ActivationCache, Site], Floats] = rows
+    ) -> dict[Site, Moments]:
+        """Compute each site's moments over the background; raise `error` for fewer than two inputs."""
+        moments = dict.fromkeys(self.sites, NO_MOMENTS)
+        for part in self._parts("background", background, sampled):
+            moments = {site: moments[site] + Moments.of(sample) for site, sample in part.items()}
+        count = moments[self.sites[0]].count
+        if count < 2:
+            raise self.error(
+                f"background must have at least 2 inputs, to measure how much activations vary; got {count}."
+            )
+        return moments
+
+    def _parts(
+        self, name: str, inputs: Any, sampled: Callable[[ActivationCache, Site], Floats]
+    ) -> Iterator[dict[Site, Floats]]:
+        """Yield each batch's activations, by site; raise `error` for NaN or infinity."""
+        start = 0
+        for cache in self.caches(inputs):
+            part = {site: sampled(cache, site) for site in self.sites}
+            for site, sample in part.items():
+                for wrong in np.argwhere(~np.isfinite(sample))[:1].tolist():
+                    raise self.error(
+                        f"{name}[{start + wrong[0]}] produces a non-finite activation at {site!r}. Leave out either "
+                        "that input or that site."
+                    )
+            start += len(part[self.sites[0]])
+            yield part

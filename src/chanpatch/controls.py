@@ -1,4 +1,4 @@
-"""Controls for a patch: other channels, random sets or vectors, and how far it pushes activations off-distribution.
+"""Controls for a patch: other channels, random sets, random vectors, and a check for off-distribution activations.
 
 others = matched_channels(points, site, observations, count=19, seed=0)
 sweep(points, inputs, patches=zero_ablate(site), controls=others.patches(zero_ablate), metric=metric)
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from .channels import ROUNDING, Floats, Moments, background_moments, channel_axis, gathered
+from .channels import ROUNDING, Collector, Floats, channel_axis
 from .engine.inputs import Inputs, first_batch, input_count
 from .engine.state import undisturbed
 from .errors import EditError, SiteError, StatisticsError
@@ -38,7 +38,7 @@ __all__ = [
     "random_vectors",
 ]
 
-_NEAR = 2  # nearest channels per control to draw from; few, so that they stay close
+_NEAR = 2  # nearest channels per control to draw from; few, so that controls have similar means
 _EACH_SIDE = 0.15  # a p-value requires this fraction of controls with larger means, and with smaller means
 
 
@@ -49,11 +49,11 @@ class MatchedChannels(Records, Sequence[Site]):
     Attributes:
         sites: One site per control.
         apart: Mean absolute difference between the mean activations of each control's channels and the site's
-            channels, in standard deviations over the other live channels; NaN if those are all equal.
+            channels, in standard deviations over the other live channels; NaN if their means are all equal.
         pool: Number of nearest channels from which controls were drawn.
         live: Number of other live channels. If `pool` equals `live`, the controls are not matched.
         no_p: Reason why ranks among the controls have no p-values, or an empty string. If nearly all controls have
-            smaller means than the site, an effect that merely grows with the activation would rank first.
+            smaller means than the site, any effect that grows with the activation would rank first.
     """
 
     sites: tuple[Site, ...]
@@ -69,12 +69,9 @@ class MatchedChannels(Records, Sequence[Site]):
         return len(self.sites)
 
     def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
-        """Return one patch per control, to pass to a sweep as `controls=`. The sweep omits p-values if `no_p` is set.
+        """Return `verb(site)`, such as `zero_ablate(site)`, for each control site: the `controls=` of a sweep.
 
-        The sites carry the reason, so this also holds for any other list or dict of patches at them.
-
-        Args:
-            verb: Function that maps a site to a patch, such as `zero_ablate`.
+        The sweep omits p-values if `no_p` is set, also for other patches at these sites.
         """
         return [*map(verb, self.sites)]
 
@@ -109,7 +106,7 @@ def matched_channels(
 ) -> MatchedChannels:
     """Draw control sites with about the same mean activation from the other live channels of a hook point.
 
-    Each control has as many channels as the site, all different from the site's. For each channel of the site, one is
+    Each control has as many channels as the site, and none of the site's channels. For each channel of the site, one is
     drawn from the `2 * count` channels nearest in mean activation, so if `count` is large relative to the number of
     channels, the match is poor. All controls are different, but controls with several channels may overlap. Dead
     channels, which do not vary over the background, are never controls, because patching them is uninformative.
@@ -124,9 +121,8 @@ def matched_channels(
         batch_size: Same as in `chanpatch.channel_sums`.
 
     Raises:
-        HookPointError, SiteError: If the site does not exist or has no channels, or if too few other channels are live.
-        StatisticsError: If `count` is below 1, the background has fewer than two inputs, or a background activation is
-            not finite.
+        HookPointError, SiteError: If the site does not exist or has no channels, or too few other channels are live.
+        StatisticsError: If an argument is invalid, or a background activation is not finite.
 
     Example:
         >>> from chanpatch import hook_points
@@ -162,7 +158,7 @@ def matched_channels(
     no_p = _no_p(bound, float(mean[list(target)].mean()), np.array([mean[list(drawn)].mean() for drawn in found]))
     sites = tuple(points.bind(Site(bound.name, **elsewhere, **{axis: channels})) for channels in found)
     for each in sites:
-        vars(each).update(no_p=no_p)  # a sweep finds it there
+        vars(each).update(no_p=no_p)  # a sweep reads the reason from the sites
     return MatchedChannels(
         sites,
         tuple(float(np.abs(mean[list(drawn)] - mean[list(target)]).mean() / unit) for drawn in found.values()),
@@ -173,7 +169,7 @@ def matched_channels(
 
 
 def _no_p(site: Site, own: float, controls: Floats) -> str:
-    """Return why ranks among controls with these mean activations have no p-values, or an empty string."""
+    """Return the reason why ranks among controls with these means have no p-values, or an empty string."""
     least = math.ceil(_EACH_SIDE * len(controls))
     for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
         if count < least:
@@ -212,7 +208,7 @@ def random_sets(
         other_than: Sets to exclude, such as the tested set.
 
     Returns:
-        At most `count` sets, each in ascending order; fewer if not enough distinct sets were found.
+        At most `count` sets, each in ascending order; fewer if too few distinct sets were found.
 
     Raises:
         StatisticsError: If `count` is below 1, or `size` is not between 1 and the number of channels.
@@ -239,8 +235,8 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
         seed: Random seed.
 
     Returns:
-        A tensor `(control, *vector.shape)` with the vector's dtype and device. Each row (entry along the first axis) of
-        a control has the same norm as the corresponding row of the vector.
+        A tensor `(control, *vector.shape)` with the vector's dtype and device. Each entry along the first axis of a
+        control has the same norm as the corresponding entry of the vector.
 
     Raises:
         EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.
@@ -278,7 +274,7 @@ class OffDistribution(Records):
         mean, std, lowest, highest: Mean, standard deviation, minimum and maximum sum over the unpatched background.
         z: Mean z-score of the patched sums relative to the background; NaN for a channel that does not vary over the
             background.
-        absolute_z: Mean absolute z-score; about 0.8 if the patched sums follow the background's, normal, distribution.
+        absolute_z: Mean absolute z-score; about 0.8 if patched and background sums have the same normal distribution.
         outside: Fraction of patched inputs whose sum is below `lowest` or above `highest`.
         inputs, background: Number of patched inputs and number of background inputs.
     """
@@ -305,7 +301,7 @@ class OffDistribution(Records):
 
     def _lines(self) -> list[dict[str, Any]]:
         records = self.to_records()
-        return [records[row] for row in largest_first(self.absolute_z)]  # NaN (constant channels) comes last
+        return [records[row] for row in largest_first(self.absolute_z)]
 
     def _title(self) -> str:
         return f"{len(self)} channels: sums over {self.inputs} patched inputs and {self.background} background inputs"
@@ -329,13 +325,13 @@ def off_distribution(
         patches: One or more patches, applied together.
         inputs: Inputs for one forward pass of the patched model: a tensor, a tuple of positional arguments, or a dict
             of keyword arguments.
-        background: Same as in `matched_channels`. The model runs on it unpatched.
-        batch_size: Same as in `matched_channels`, for the background.
+        background: Inputs for the unpatched model, as in `matched_channels`.
+        batch_size: Number of background inputs per forward pass.
 
     Raises:
         HookPointError, SiteError: If a site does not exist or has no channels.
-        StatisticsError: If there are no patches or no inputs, the background has fewer than two inputs, or an
-            activation is not finite.
+        StatisticsError: If there are no patches or inputs, the background has fewer than two inputs, or an activation
+            is not finite.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -358,22 +354,24 @@ def off_distribution(
         raise StatisticsError("inputs is empty: pass at least one input.")
     with undisturbed(points.model) as run:
         with patched(points, chosen):
-            samples = gathered(run, points, ("inputs", inputs), sites, "sum", count, StatisticsError)
+            samples = Collector(run, points, sites, "sum", count, StatisticsError).samples("inputs", inputs)
         run.put_back()
-        found = background_moments(run, points, background, sites, "sum", batch_size, StatisticsError)
+        found = Collector(run, points, sites, "sum", batch_size, StatisticsError).moments(background).values()
     sums = np.concatenate([*samples.values()], axis=1)
-    usual = Moments.side_by_side([*found.values()])
-    slack = ROUNDING * np.maximum(np.abs(usual.lowest), np.abs(usual.highest))
-    z = (sums - usual.mean) / np.where(usual.varies(), usual.std, np.nan)
+    mean, std, lowest, highest = (
+        np.concatenate([getattr(each, name) for each in found]) for name in ("mean", "std", "lowest", "highest")
+    )
+    slack = ROUNDING * np.maximum(np.abs(lowest), np.abs(highest))
+    z = (sums - mean) / np.where(np.concatenate([each.varies() for each in found]), std, np.nan)
     return OffDistribution(
         parts,
         sums.mean(axis=0),
-        *(usual.mean, usual.std, usual.lowest, usual.highest),
+        *(mean, std, lowest, highest),
         z=z.mean(axis=0),
         absolute_z=np.abs(z).mean(axis=0),
-        outside=((sums < usual.lowest - slack) | (sums > usual.highest + slack)).mean(axis=0),
+        outside=((sums < lowest - slack) | (sums > highest + slack)).mean(axis=0),
         inputs=count,
-        background=usual.count,
+        background=next(iter(found)).count,
     )
 
 
@@ -389,5 +387,6 @@ def _channel_means(
         return array.reshape(*array.shape[:2], -1)
 
     with undisturbed(points.model) as run:
-        found = background_moments(run, points, background, [region], None, batch_size, StatisticsError, sampled)
-    return found[region].mean.mean(axis=1), found[region].varies().any(axis=1)
+        collect = Collector(run, points, [region], None, batch_size, StatisticsError)
+        found = collect.moments(background, sampled)[region]
+    return found.mean.mean(axis=1), found.varies().any(axis=1)

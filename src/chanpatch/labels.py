@@ -11,7 +11,6 @@ from .errors import ChanpatchError, EditError, UnreachedError
 from .patching.contexts import checked_patches
 from .patching.edit_context import state_of
 from .patching.patch import Patch, edit_name
-from .registry.sites import Site
 
 Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
 
@@ -21,13 +20,13 @@ def labelled_patches(
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
     """Return (label, patches) pairs; without a mapping, labels are derived from the sites.
 
-    `fault` is the exception class if there are no patches, or two share a label. `what` names the patches in messages.
+    Raises `fault` if there are no patches, or two share a label. `what` names the patches in messages.
     """
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]
     else:
         listed = [checked_patches(None, each) for each in (patches if isinstance(patches, Iterable) else [patches])]
-        named = [(" + ".join(_label(patch.site) for patch in each), each) for each in listed]
+        named = [(" + ".join(_label(patch) for patch in each), each) for each in listed]
     if not named:
         raise fault(f"There are no {what}: the mapping or sequence is empty.")
     for label, times in Counter(label for label, _ in named).items():
@@ -39,13 +38,17 @@ def labelled_patches(
     return named
 
 
+def _label(patch: Patch) -> str:
+    return repr(patch.site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)
+
+
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
     """Return why ranks among these control patches have no p-values, as stored in their sites, or an empty string."""
     return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
 
 
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
-    """Raise if two labels share a stateful callable as an edit or a `where`."""
+    """Raise EditError if two labels share a stateful callable as an edit or a `where`."""
     known: dict[int, Any] = {}
     for label, patches in named:
         for function in [function for patch in patches for function in (patch.edit, patch.where)]:
@@ -68,7 +71,3 @@ def labelled(label: object) -> Iterator[None]:
         if hasattr(fault, "add_note"):  # Python 3.11 and later
             fault.add_note(f"Raised by the patch {label!r} in a sweep.")
         raise
-
-
-def _label(site: Site) -> str:
-    return repr(site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)

@@ -1,4 +1,4 @@
-"""Base classes for results: a text table, an HTML table, and effects that can be ranked."""
+"""Base classes for results: text tables, HTML tables, and effects that can be ranked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Records:
     A subclass defines `to_records`, and may override `_lines` (the records in the table), `_title`, `_notes`, `_most`.
     """
 
-    _most: ClassVar[int | None] = ROWS  # rows that the table shows; None shows all
+    _most: ClassVar[int | None] = ROWS  # maximum rows in the table; None for no maximum
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per row."""
@@ -52,7 +52,7 @@ class Records:
         return f"{title}<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>{''.join(below)}"
 
     def _table(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Return the lines of the table and the notes below it."""
+        """Return the lines of the table, and the notes below the table."""
         lines = self._lines()
         shown = lines[: self._most]
         return shown, [*more(len(lines) - len(shown)), *self._notes()]
@@ -68,7 +68,7 @@ class Records:
 
 
 class Effects(Records):
-    """A result with one effect per row, in the given order; `top` ranks them.
+    """A result with one effect per row, in the given order; the table and `top` show the largest effects first.
 
     A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` names its fields that have one entry
     per row.
@@ -81,6 +81,9 @@ class Effects(Records):
         @property
         def effect_label(self) -> str:
             """Axis label in figures: kind and unit of the effects, and number of inputs."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, self._by_row[0]))
 
     def effect(self) -> NDArray[np.float64]:
         """Return the effect of each row."""
@@ -99,11 +102,15 @@ class Effects(Records):
         axes: Axes = imported("chanpatch.plots").effect_ranking(self._effects(), ax, label=self.effect_label)
         return axes
 
+    def _lines(self) -> list[dict[str, Any]]:
+        return self.top(len(self)).to_records()
+
     def _effects(self) -> list[dict[str, Any]]:
         """Return the records of the effects, for a figure."""
         return self.to_records()
 
     def _top(self, count: int, effect: NDArray[np.float64]) -> Self:
+        """Return the rows with the largest absolute effects, given the effect of each row."""
         if count < 0:
             raise StatisticsError(f"The count in top() must be at least 0; got {count}.")
         return self._rows(largest_first(effect)[:count])
@@ -197,8 +204,8 @@ def imported(name: str, *, package: str | None = None) -> Any:
 def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
     """Yield a function that advances a progress bar over `total` units (None if the total is unknown).
 
-    If `progress` is None, the bar appears on a terminal after two seconds if tqdm is installed. If `progress` is True
-    and tqdm is not installed, MissingPackageError is raised.
+    With `progress=None`, the bar appears on a terminal after two seconds if tqdm is installed. With `progress=True`,
+    a missing tqdm raises MissingPackageError.
     """
     if progress is False or (progress is None and find_spec("tqdm") is None):
         yield lambda count: None

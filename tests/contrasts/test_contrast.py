@@ -288,7 +288,7 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2]),
-            "clusters has shape (3,), but there are 12 pairs. Pass one per pair.",
+            "clusters must have one label for each of the 12 rows; got shape (3,).",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[*"aabbccddeef", None]),
@@ -296,11 +296,11 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
-            "background has 0 inputs, but at least 2 are needed to measure how much activations vary.",
+            "background must have at least 2 inputs, to measure how much activations vary; got 0.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=CLEAN[:1]),
-            "background has 1 inputs, but at least 2 are needed to measure how much activations vary.",
+            "background must have at least 2 inputs, to measure how much activations vary; got 1.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", batch_size=0),

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from ..channels import gathered, rounding
+from ..channels import Collector, Floats, check_leaves_channels, point_at, rounding
 from ..engine.inputs import Inputs, first_batch, input_count
 from ..engine.state import undisturbed
-from ..errors import ContrastError
-from ..patching.recording import Reduce
-from ..registry.points import HookPoints, traced
+from ..errors import ContrastError, SiteError
+from ..patching.recording import Reduce, reduced_axes
+from ..registry.points import HookPoints, sites_of, traced
 from ..registry.sites import HookPoint, Site
 from ..statistics.flips import max_t_test
 from ..statistics.interval import FEWEST
 from ..statistics.means import Rows, cluster_numbers, snapped
 from .result import Contrast
-from .search import channels_of, distinct, searched, spread_over
 
 
 def contrast(
@@ -43,7 +43,7 @@ def contrast(
         clean: Clean input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such tensors.
         corrupted: Corrupted input of each pair, in the same format.
         sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, without duplicates.
-        reduce: Reduction as in `recording` that leaves the batch and at most one other axis. Layers of a recurrent
+        reduce: Reduction as in `recording` that leaves the batch axis and at most one other axis. Layers of a recurrent
             state are compared separately, unless an einops pair combines them.
         background: At least two inputs for measuring each channel's usual variation, in the same format as `clean` or
             as an iterable of batches.
@@ -55,8 +55,8 @@ def contrast(
 
     Raises:
         HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all of them.
-        ContrastError: If there are no pairs, clean and corrupted differ in length, clusters do not match the pairs,
-            the background is too small, or an activation is not finite.
+        ContrastError: If clean, corrupted and clusters do not form pairs, the background is too small, or an activation
+            is not finite.
 
     Example:
         >>> import torch
@@ -73,21 +73,25 @@ def contrast(
     """
     points = traced(points_or_model, first_batch(clean, batch_size)[0])
     labels = _checked_pairs(clean, corrupted, clusters)
-    chosen, skipped = searched(points, sites, reduce)
+    chosen, skipped = _searched(points, sites, reduce)
     with undisturbed(points.model) as run:
-        one = gathered(run, points, ("clean", clean), chosen, reduce, batch_size, ContrastError)
+        collect = Collector(run, points, chosen, reduce, batch_size, ContrastError)
+        one = collect.samples("clean", clean)
         run.put_back()  # both sides use the same initial state and random draws
-        other = gathered(run, points, ("corrupted", corrupted), chosen, reduce, batch_size, ContrastError)
+        other = collect.samples("corrupted", corrupted)
         run.put_back()
-        count, spread = spread_over(run, points, background, chosen, reduce, batch_size)
+        usual = {} if background is None else collect.moments(background)
+    stds = {site: each.std for site, each in usual.items()}
     if isinstance(sites, str) and sites == "all":
-        chosen, repeated = distinct(chosen, [one, other, *([spread] if count else [])])
+        chosen, repeated = _distinct(chosen, [one, other, *([stds] if usual else [])])
         skipped |= repeated
     differences = np.concatenate([one[site] - other[site] for site in chosen], axis=1)
-    channels = tuple(row for site in chosen for row in channels_of(site, one[site].shape[1], reduce))
+    channels = tuple(row for site in chosen for row in _channels_of(site, one[site].shape[1], reduce))
     std, scale = np.full(len(channels), np.nan), np.ones(len(channels))
-    if count:
-        std, scale = np.concatenate([spread[site] for site in chosen], axis=1)
+    if usual:
+        std = np.concatenate([stds[site] for site in chosen])
+        varies = [usual[site].varies(torch.finfo(point_at(site).dtype).eps) for site in chosen]
+        scale = np.where(np.concatenate(varies), std, np.nan)  # variation within rounding error is no unit
     measured = np.abs(differences) if absolute else differences
     independent = len(np.unique(labels))
     no_p = _no_p(absolute, independent)
@@ -97,6 +101,9 @@ def contrast(
         found = max_t_test(snapped(differences, size, rounding(chosen)), clusters=labels, seed=seed)
         p, note = found.p, found.interval.note
         low, high = found.interval.low / scale, found.interval.high / scale
+    count = usual[chosen[0]].count if usual else 0
+    label = f"{'absolute ' * absolute}difference between clean and corrupted, n = {len(labels)} pairs"
+    label += f" (in standard deviations over {count} background inputs)" * bool(count)
     return Contrast(
         sites=channels,
         difference=differences.mean(axis=0),
@@ -111,7 +118,7 @@ def contrast(
         clusters=independent,
         background=count,
         skipped=skipped,
-        effect_label=_effect_label(absolute, len(labels), count),
+        effect_label=label,
         _effect=measured.mean(axis=0) / scale,
         _points=points,
         _inputs=(clean, corrupted),
@@ -120,6 +127,7 @@ def contrast(
 
 
 def _no_p(absolute: bool, independent: int) -> str:
+    """Return the reason why there are no p-values, or an empty string."""
     if absolute:
         return "noise alone makes a mean absolute difference positive; use signed differences."
     if independent < FEWEST:
@@ -127,17 +135,54 @@ def _no_p(absolute: bool, independent: int) -> str:
     return ""
 
 
-def _effect_label(absolute: bool, pairs: int, background: int) -> str:
-    label = f"{'absolute ' * absolute}difference between clean and corrupted, n = {pairs} pairs"
-    return label + f" (in standard deviations over {background} background inputs)" * bool(background)
-
-
 def _checked_pairs(clean: Any, corrupted: Any, clusters: ArrayLike | None) -> Rows:
-    """Return the number of each pair's cluster."""
+    """Return the cluster number of each pair."""
     lengths = [input_count(inputs) for inputs in (clean, corrupted)]
     if lengths[0] != lengths[1] or not lengths[0]:
         raise ContrastError(f"clean has {lengths[0]} inputs and corrupted has {lengths[1]}. Pass one of each per pair.")
-    labels = np.arange(lengths[0]) if clusters is None else np.asarray(clusters)
-    if labels.shape != (lengths[0],):
-        raise ContrastError(f"clusters has shape {labels.shape}, but there are {lengths[0]} pairs. Pass one per pair.")
-    return cluster_numbers(labels, lengths[0], ContrastError)
+    return cluster_numbers(clusters, lengths[0], ContrastError)
+
+
+def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:
+    """Return the sites to compare, in execution order, and the reason for each hook point that the search skipped."""
+    order, is_search = [*points], isinstance(sites, str) and sites == "all"
+    outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
+    found: list[Site] = []
+    skipped = {}
+    for site in sorted(outputs if is_search else sites_of(points, sites), key=lambda site: order.index(site.name)):
+        point = point_at(site)
+        try:
+            if not point.dtype.is_floating_point:
+                raise SiteError(f"{site!r} has dtype {point.dtype}, which does not support subtraction.")
+            if point.batch_axis is None:
+                raise SiteError(f"{site!r} has no known batch axis, so its rows cannot be paired.")
+            check_leaves_channels(site, reduce)
+            # The layers and directions of a recurrent state have unrelated features.
+            split = isinstance(reduce, str) and "layer" in point.axes
+            found += map(points.bind, site.split("layer")) if split else [site]
+        except SiteError as fault:
+            if not is_search:
+                raise
+            skipped[site.name] = str(fault)
+    if not found:
+        why = f" The first was skipped because: {next(iter(skipped.values()))}" if skipped else ""
+        raise ContrastError(f"None of the {len(points)} hook points can be compared.{why}")
+    return found, skipped
+
+
+def _distinct(sites: list[Site], samples: list[dict[Site, Floats]]) -> tuple[list[Site], dict[str, str]]:
+    """Return the sites with distinct activations, and the reason why each duplicate was skipped."""
+    first: dict[tuple[bytes, ...], Site] = {}
+    repeated = {}
+    for site in sites:
+        known = first.setdefault(tuple(sample[site].tobytes() for sample in samples), site)
+        if known is not site:
+            repeated[repr(site) if site.indices else site.name] = f"{site!r} has the same activations as {known!r}."
+    return list(first.values()), repeated
+
+
+def _channels_of(site: Site, count: int, reduce: Reduce) -> Sequence[Site]:
+    """Return one site per channel of the given site, or the site itself if it has no channels."""
+    axes = point_at(site).axes
+    kept = [axis for axis in reduced_axes(site, axes, reduce) if axis != "batch"]
+    return site.split(kept[0]) if kept and kept[0] in axes else [site] * count

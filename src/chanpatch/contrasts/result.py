@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..channels import NO_MOMENTS, Floats, Moments, recorded
+from ..channels import NO_MOMENTS, Collector, Floats, Moments
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..registry.points import HookPoints, site_of
@@ -23,18 +23,17 @@ class Contrast(Effects):
     """Differences between clean and corrupted inputs: one row per channel, in execution order.
 
     All values are for the channel's reduced activation (by default, its sum), in double precision. The table and the
-    figure show the largest effects first; `top` selects them.
+    figure show the largest effects first, as does `top`.
 
     Attributes:
         sites: The channel of each row, as a site: `[zero_ablate(site) for site in result.top(16).sites]`.
         difference: Mean of clean minus corrupted.
         absolute: Mean absolute value of clean minus corrupted.
         std: Standard deviation over the background inputs, or NaN if there is no background.
-        low: Lower end of the effect's 95% interval over pairs or clusters of pairs. The intervals are simultaneous over
-            all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if withheld.
-        high: Upper end of that interval.
-        p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the
-            number of channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN without a p-value.
+        low, high: Ends of the effect's 95% interval over pairs or clusters of pairs. The intervals are simultaneous
+            over all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if withheld.
+        p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the number of
+            channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if there is a `no_p`.
         note: `"few"` if the interval is based on fewer than ten pairs, the reason if it is withheld, otherwise empty.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
@@ -63,9 +62,6 @@ class Contrast(Effects):
     _inputs: tuple[Any, Any]
     _batch_size: int
     _by_row = ("sites", "difference", "absolute", "std", "_effect", "low", "high", "p", "note")
-
-    def __len__(self) -> int:
-        return len(self.sites)
 
     def effect(self) -> Floats:
         """Return each channel's mean difference, or its mean absolute difference if `absolute` was set.
@@ -97,7 +93,7 @@ class Contrast(Effects):
         with undisturbed(self._points.model) as run:
             for inputs in self._inputs:
                 run.put_back()
-                caches = run.apart(recorded(self._points, inputs, [bound], None, self._batch_size, ContrastError))
+                caches = Collector(run, self._points, [bound], None, self._batch_size, ContrastError).caches(inputs)
                 parts = (Moments.of(cache[bound].double().movedim(axis, 0).numpy()) for cache in caches)
                 means.append(sum(parts, start=NO_MOMENTS).mean)
         return torch.from_numpy(means[0] - means[1]).to(point.dtype).unsqueeze(axis)
@@ -116,7 +112,7 @@ class Contrast(Effects):
                 "std": f"{each['std']:.3g}",
                 **({} if self.no_p else {"p (corrected)": shown_p(each["p"])}),
             }
-            for each in self.top(len(self)).to_records()
+            for each in super()._lines()
         ]
 
     def _title(self) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from ..channels import channel_axis, check_leaves_channels, recorded, rows
+from ..channels import Collector, channel_axis, check_leaves_channels, rows
 from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ProbeError
@@ -60,7 +60,7 @@ def channel_sums(
     check_leaves_channels(bound, reduce)
     parts: list[NDArray[np.float64]] = []
     with undisturbed(points.model) as run, progress_bar(None, None, "batch") as advance:
-        for cache in run.apart(recorded(points, inputs, [bound], reduce, batch_size, ProbeError)):
+        for cache in Collector(run, points, [bound], reduce, batch_size, ProbeError).caches(inputs):
             parts.append(rows(cache, bound))
             advance(1)
     if not parts:

@@ -120,7 +120,8 @@ class ThresholdProbe(Records):
         """Choose the threshold that accepts the most inputs while reaching the required precision with 95% confidence.
 
         The confidence holds for the whole search over thresholds: the precision on new inputs is below `min_precision`
-        with at most 5% probability. The side with more of the positives is accepted.
+        with at most 5% probability. Sums above the threshold are accepted if positives have larger sums, otherwise
+        sums below the threshold.
 
         Args:
             sums, labels, seed: Same as in `fit`.

@@ -1,4 +1,4 @@
-"""Gradient estimates of the effects of many patches, some of which are verified by real forward passes."""
+"""Estimate the effects of many patches from gradients, and verify some of the estimates by forward passes."""
 
 from __future__ import annotations
 
@@ -39,14 +39,13 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
 ) -> Attribution:
     """Estimate from gradients how much each of many patches changes a metric.
 
-    The estimate is the change that a patch makes to its region times the metric's gradient there, summed over the
-    region. For all patches together, this takes three forward passes, one backward pass, and memory for one region per
-    patch. The estimate is exact if the metric is linear in the activation.
+    The estimate is the change in a patch's region times the metric's gradient there, summed over the region. It is
+    exact if the metric is linear in the activation. All patches together take three forward passes, one backward pass,
+    and memory for one region per patch.
 
     With `steps` above 1, the gradient is averaged along the straight line from the clean to the patched activation
-    (integrated gradients, midpoint rule). Patches at one hook point whose regions do not overlap move along the line
-    together, with one forward and one backward pass per step. With many steps, their estimates add up to their exact
-    joint effect.
+    (integrated gradients, midpoint rule). Patches at one hook point with disjoint regions move along the line together,
+    with one forward and one backward pass per step. With many steps, their estimates add up to their joint effect.
 
     Args:
         points_or_model, inputs, keywords, progress: Same as for `sweep`.
@@ -62,9 +61,8 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         MetricError: If the metric has no gradient, or does not return `(batch,)`.
 
     Warns:
-        RuntimeWarning: If a module modifies in place a patched activation that is also read elsewhere, or if the
-            verified effects show that the estimates are poor: about zero at a hook point where patches have effects, or
-            ranked differently in the random sample.
+        RuntimeWarning: If a patched activation is modified in place and also read elsewhere, or the verified effects
+            contradict the estimates.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -136,7 +134,7 @@ def _only_patch(entry: Entry, points: HookPoints) -> Patch:
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Yield a hook point and the indices of patches there whose regions do not overlap, until all patches are used."""
+    """Partition the patches into sets at one hook point with disjoint regions; yield (hook point, indices)."""
     waiting = list(range(len(patches)))
     while waiting:
         name = patches[waiting[0]].site.name
@@ -159,7 +157,7 @@ _FEWEST_RANKED = 10  # random patches; with fewer, the rank correlation is often
 
 
 def _poor_estimates(found: Attribution, run: _Runs) -> str:
-    """Return a warning if the exact effects show that the estimates are wrong; otherwise an empty string."""
+    """Return a warning if the verified effects show that the estimates are wrong; otherwise an empty string."""
     names = sorted({patch.site.name for patch in found.patches})
     if run.shares_memory:
         return (
@@ -191,7 +189,7 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
 
 
 class _Runs(Forward):
-    """The forward passes for an attribution, and its metric."""
+    """Forward passes that return the metric and its gradients."""
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, ...], keywords: dict[str, Any], metric: Metric) -> None:
         super().__init__(points, inputs, keywords)
@@ -201,7 +199,7 @@ class _Runs(Forward):
             self._clean = measured(metric, self._baseline, self._baseline)
         self._scale = float(self._clean.nan_to_num().abs().max())
         self.input_count = len(self._clean)
-        self.rounding = 1e-6 * self._scale  # smaller changes in the metric may be rounding errors
+        self.rounding = 1e-6 * self._scale  # smaller changes in the metric may be rounding error
         self.shares_memory = False  # whether a patched activation is read elsewhere and modified in place
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -227,7 +225,7 @@ class _Runs(Forward):
             return {name: activation.detach() for name, activation in clean.items()}, _gradients(values, clean)
 
     def changes(self, patches: Sequence[Patch], clean: Mapping[str, Tensor]) -> list[_Change]:
-        """Return each patch's region and the change that it makes there in the clean run."""
+        """Return each patch's region, and the change that the patch makes there in the clean run."""
         changes: list[_Change] = []
         with self.undisturbed as run:
             for patch in patches:
@@ -256,6 +254,7 @@ class _Runs(Forward):
         return total / steps
 
     def exact(self, patch: Patch) -> float:
+        """Return the mean change in the metric, measured by a forward pass with the patch."""
         with self.running(), patched(self.points, patch):
             return float((self._measured() - self._clean).double().mean())
 
@@ -268,7 +267,7 @@ def _differentiable(activation: Tensor) -> Tensor:
 
 
 def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of the summed values at each activation; zero if the values do not depend on it."""
+    """Return the gradient of the summed values at each activation; zero if the activation has no influence."""
     if not values.requires_grad:
         raise MetricError(
             "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), "

@@ -1,4 +1,4 @@
-"""Path patching: the effect that one component has on the output through the direct path to chosen receivers."""
+"""Path patching: the effect of one component on the output along the direct path to chosen receivers."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def path_patch(
     metric: Metric,
     frozen: str | Site | HookPoint | Iterable[str | Site | HookPoint] | None = None,
 ) -> Tensor:
-    """Measure the effect of a sender on a metric through its direct path to receivers.
+    """Measure the effect of a sender on a metric along the direct path to the receivers.
 
-    The sender gets its activation from the corrupted run. Frozen modules between it and the receivers keep their clean
-    activations, so only the direct path changes the receivers. The receivers' activations are then patched into a clean
-    run, where they affect the output along every path.
+    First, the sender's activation is patched in from the corrupted run, and frozen modules between the sender and the
+    receivers keep their clean activations. The receivers' resulting activations are then patched into a clean run, and
+    affect the output there along every path.
 
     Args:
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
         clean: Clean inputs: a tensor `(batch, ...)`, a tuple of positional arguments, or a dict of keyword arguments.
         corrupted: Corrupted inputs in the same form, one for each clean input.
         sender: Hook point where the path begins.
-        receivers: Hook points where the path ends, such as inputs of modules. A path may pass through other receivers.
+        receivers: Hook points where the path ends, such as module inputs. A path may pass through other receivers.
         metric: A single metric, as for `sweep`.
         frozen: Hook points to freeze if they lie between the sender and the last receiver. The default is the outputs
             of modules that have weights and contain no other such module (Linear, Conv2d, Embedding, LSTM,
             MultiheadAttention), except norms. `()` freezes nothing, so every path from the sender to the receivers
-            counts. The sender, the modules that contain it, and the calls of the receiver modules are never frozen.
+            counts. The sender, modules that contain the sender, and receiver modules are never frozen.
 
     Returns:
         `(batch,)`: the metric with the path patched minus the metric of the clean run.
@@ -116,7 +116,7 @@ def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, m
 
 
 def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen: Any) -> list[Site]:
-    """Return the sites to freeze between the sender and the last receiver."""
+    """Return the sites to freeze: those between the sender and the last receiver."""
     order = {name: number for number, name in enumerate(points)}
     before = [site for site in receivers if order[site.name] <= order[sender.name]]
     if before:
@@ -132,19 +132,19 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
             "frozen=[...]."
         )
     start, ends = points[sender.name], [points[site.name] for site in receivers]
-    # Calls that contain the sender began before it. They include its module's call only if the sender is an input.
-    exempt = {(each.module, each.call) for each in points.values()
-              if each.side == "in" and order[each.name] <= order[start.name]}  # fmt: skip
+    first, last = order[start.name], max(order[end.name] for end in ends)
+    # Calls that contain the sender began before the sender. They include its module's call only if it is an input.
+    exempt = {(each.module, each.call) for each in points.values() if each.side == "in" and order[each.name] <= first}
     exempt -= {(start.module, start.call)} if start.side == "out" else set()
     exempt |= {(end.module, end.call) for end in ends}
     inside = tuple(f"{end.module}." for end in ends if end.side == "out")
-    return [
-        site
-        for site in _sites(points, _with_weights(points) if frozen is None else frozen)
-        if order[start.name] < order[site.name] < max(order[end.name] for end in ends)
-        and (points[site.name].module, points[site.name].call) not in exempt
-        and not points[site.name].module.startswith(inside)
-    ]
+
+    def may_freeze(point: HookPoint) -> bool:
+        is_exempt = (point.module, point.call) in exempt or point.module.startswith(inside)
+        return first < order[point.name] < last and not is_exempt
+
+    candidates = _sites(points, _with_weights(points) if frozen is None else frozen)
+    return [site for site in candidates if may_freeze(points[site.name])]
 
 
 def _sites(points: HookPoints, named: Any, needed: str = "") -> tuple[Site, ...]:

@@ -1,4 +1,4 @@
-"""Plan a sweep: label the patches, run the model once unpatched, and group patches that share a prefix."""
+"""Plan a sweep: label the patches, run the model once without patches, and group patches that share a prefix."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 
 
 class Entry(NamedTuple):
-    """One row of the result: patches that are applied together."""
+    """One row of the result: a label, and patches that are applied together."""
 
     number: int
     label: Any
@@ -51,7 +51,7 @@ class Group(NamedTuple):
     on_cpu: bool
 
     def first(self, entry: Entry) -> list[Patch]:
-        """Return an entry's patches at the group's hook point."""
+        """Return the entry's patches at the group's hook point."""
         return [patch for patch in entry.patches if patch.site.name == self.point.name]
 
 
@@ -88,7 +88,7 @@ class Forward:
 
     @contextmanager
     def running(self, skip: int = 0) -> Iterator[undisturbed]:
-        """Prepare one forward pass that skips the first `skip` module calls; restore the model at the end."""
+        """Prepare one forward pass that skips the first `skip` module calls; restore the model on exit."""
         with (
             self.undisturbed as run,
             nullcontext() if self.row is None else forward_context(rows=[self.row], step=published.now.step),
@@ -99,7 +99,7 @@ class Forward:
 
     def output(self) -> Any:
         """Return the model's output. Call this inside `running`."""
-        return fresh(self.points.run(*self.inputs))  # a model may return the same dict each time
+        return fresh(self.points.run(*self.inputs))  # a model may return the same dict in every call
 
     def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
         """Run the model up to a site and return the activation there."""
@@ -121,7 +121,7 @@ class Forward:
         return activation, flags
 
     def ends(self) -> list[Forward]:
-        """Return this forward pass on the first row alone and on the last row alone; empty if this saves no time."""
+        """Return two forward passes, one on the first row and one on the last; empty if these would save no time."""
         count = input_count(self.inputs)
         if count < _FEWEST_TO_CUT or published.now.rows is not None:
             return []
@@ -142,7 +142,7 @@ def _usual_attention() -> Iterator[None]:
 
 
 def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
-    """Return one entry per label, numbered from `start`; error messages refer to the patches as `what`."""
+    """Return one entry per label, numbered from `start`. Error messages call the patches `what`."""
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
@@ -154,13 +154,13 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     ]
 
 
-_Seen: TypeAlias = tuple[int, bool, int]  # clean activation: size in bytes, whether on a CPU, number of calls before it
+_Seen: TypeAlias = tuple[int, bool, int]  # clean activation: size in bytes, whether on a CPU, number of earlier calls
 
 
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
-    """Run the model once, unpatched; return its output and the groups, in execution order.
+    """Run the model once without patches; return the output, and the groups in execution order.
 
-    The prefix stores up to max_bytes of module outputs.
+    The prefix stores up to `max_bytes` of module outputs.
     """
     points, prefix = forward.points, forward.prefix
     session = ContextSession(points)

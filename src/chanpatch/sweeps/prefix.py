@@ -1,4 +1,4 @@
-"""The prefix: module calls before the patches. They run once, and later forward passes reuse their outputs."""
+"""The prefix: module calls before the patches, which run once. Later forward passes reuse the outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..engine.state import Snapshot, storage
 
 
 class StrategyError(Exception):
-    """Raised if a fast strategy does not work for this model or these patches."""
+    """Raised if a fast strategy does not work for the model or the patches."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _Call:
     versions: list[tuple[Tensor, int]]  # the output's tensors, with their versions after the call
     left: Snapshot | None  # the state of the module after the call
     known: bool  # whether the output may replace the call
-    copied: bool = False  # whether each forward pass needs a copy, since a later module modifies it in place
+    copied: bool = False  # whether each forward pass needs a copy, because a later module modifies the output in place
 
     @property
     def unwritten(self) -> bool:
@@ -43,11 +43,11 @@ class _Call:
 
 
 class Prefix:
-    """The module calls of one forward pass and their outputs, so that later forward passes can skip them.
+    """The module calls in one forward pass and their outputs, which later forward passes reuse.
 
-    The output of a call is remembered if no module inside it has hooks, it draws no random numbers, and its output
-    shares no memory with its arguments. Other calls run in every forward pass. Hooks on a skipped module still run,
-    with the remembered output. The caller restores the model.
+    An output is reused if no submodule has hooks, the call draws no random numbers, and the output shares no memory
+    with the arguments. Other calls run in every forward pass. Hooks on a skipped module still run, with the stored
+    output. The caller restores the model.
     """
 
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
@@ -67,9 +67,9 @@ class Prefix:
 
     @contextmanager
     def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
-        """Remember the calls of the forward pass that runs inside this context, given the hooks present at entry.
+        """Store the module calls of the forward pass that runs inside this context.
 
-        A call is not remembered if one of the taps runs during it, or if the stored outputs would exceed max_bytes.
+        A call is not stored if one of the taps runs during the call, or if the stored outputs would exceed `max_bytes`.
         """
         self._taps, self._free_bytes = taps, max_bytes
         modules = [*self._model.modules()]
@@ -83,7 +83,7 @@ class Prefix:
 
     @contextmanager
     def skipped(self, number: int) -> Iterator[None]:
-        """Reuse the outputs of the first `number` calls in the forward pass that runs inside this context."""
+        """Skip the first `number` calls in the forward pass that runs inside this context, and reuse their outputs."""
         self.finished, self._inside, self._skipped = 0, False, number
         for call in self.calls[:number]:
             if call.known and call.left:
@@ -133,13 +133,13 @@ class Prefix:
             self.finished += 1
 
     def _keep_apart(self, written: Collection[int]) -> None:
-        """Copy the outputs that a module is about to modify in place."""
+        """Copy the stored outputs that a module is about to modify in place."""
         for call in self.calls:
             if call.known and any(storage(tensor) in written for tensor, _ in call.versions):
                 call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
 
     def _random_state(self) -> tuple[Any, ...]:
-        """Return the state of all random generators that the model may use."""
+        """Return the states of all random number generators that the model may use."""
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
         others = pickle.dumps((random.getstate(), np.random.get_state()))
         return *(state.numpy().tobytes() for state in states), others, *self._snapshot.generator_states()
@@ -169,7 +169,7 @@ class _Sizes(TorchFunctionMode):
 
 
 def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return the size in bytes of the attention scores, which vmap materializes on a CPU; a fused kernel does not."""
+    """Return the size in bytes of attention scores, which only vmap materializes on a CPU; 0 for other functions."""
     named = {**dict(zip(_OF_ATTENTION, args, strict=False)), **kwargs}
     if function == "scaled_dot_product_attention" and named["query"].is_cpu:
         keys: int = named["key"].shape[-2]
@@ -184,7 +184,7 @@ _OF_ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
 def fresh(tree: Any) -> Any:
-    """Return the output in new containers with the same contents."""
+    """Copy the containers in an output, but not the tensors."""
     if type(tree) is list:
         return [*map(fresh, tree)]
     if isinstance(tree, tuple):
@@ -207,6 +207,7 @@ def fresh(tree: Any) -> Any:
 
 
 def _copy(output: Any) -> Any:
+    """Copy the tensors in an output."""
     for path, tensor in [*leaves(output)]:
         output = replace(output, path, tensor.clone())
     return output

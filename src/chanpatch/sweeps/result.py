@@ -33,7 +33,7 @@ class Swept:
         point: The hook point.
         patches: Number of entries that begin there, including controls.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: Reason why this strategy was used and faster strategies were not.
+        why: Reason why this strategy was used, and not a faster strategy.
     """
 
     point: str
@@ -70,9 +70,6 @@ class SweepResult(Effects):
     _whole: SweepResult | None = None  # the result from which `top` selected rows
     _by_row = ("labels", "patches", "values")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def differences(self, metric: str | None = None) -> Floats:
         """Return the metric with each patch minus the metric without it: `(patch, input)`.
 
@@ -90,10 +87,10 @@ class SweepResult(Effects):
     def interval(self, metric: str | None = None, *, seed: int = 0) -> Interval[Floats]:
         """Return the effects with 95% confidence intervals, which treat the inputs as independent.
 
-        The intervals hold jointly for all patches of the sweep, so they are also valid for patches selected by `top`.
-        They combine `mean_interval`, which marks intervals over six to nine inputs and withholds those over fewer, with
-        `max_t_test` (both in `chanpatch.statistics`). `seed` is the random seed for `max_t_test`. Differences within
-        rounding error count as equal.
+        The intervals hold jointly for all patches in the sweep, so they are also valid for patches selected by `top`.
+        Each interval contains those from `mean_interval` and from `max_t_test` with the given seed (both in
+        `chanpatch.statistics`). Intervals over six to nine inputs are marked, and intervals over fewer are withheld.
+        Differences within rounding error count as equal.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
@@ -101,7 +98,7 @@ class SweepResult(Effects):
         return picked(every, [row[label] for label in self.labels])
 
     def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
-        """Return the rank of each effect among the effects of the controls, using `chanpatch.statistics.rank_among`.
+        """Rank each effect among the control effects with `chanpatch.statistics.rank_among`.
 
         A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if its
         effect is not finite. All ranks are None if there are no controls or a control's effect is not finite.
@@ -120,15 +117,16 @@ class SweepResult(Effects):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and metric, with the controls last.
 
-        The fields are label, metric, effect, its interval (`low`, `high`, `note`), and the mean metric with the patch
-        (`patched`) and without it (`baseline`). Controls add control, rank, p and no_p (why p is missing).
+        The fields are label, metric, effect, the effect's interval (`low`, `high`, `note`), and the mean metric with
+        the patch (`patched`) and without (`baseline`). With controls, each record also has control, rank, p and no_p
+        (the reason for a missing p).
         """
         if self.controls is None:
             return self._records()
         return ranked_records(self._records(), self._ranks(), self.controls._records())
 
     def plot(self, metric: str | None = None, ax: Axes | None = None) -> Axes:  # type: ignore[override]
-        """Plot the largest effects with their intervals, on new axes if `ax` is None."""
+        """Plot the largest effects and their intervals, on new axes if `ax` is None."""
         return super(SweepResult, self._only(self._named(metric))).plot(ax)
 
     @property
@@ -222,7 +220,7 @@ class SweepResult(Effects):
 
 
 def _has_one_reference(patch: Patch) -> bool:
-    """Return whether a patch writes activations averaged over, or drawn from, one set of reference inputs."""
+    """Return whether a patch writes activations that are averaged over or drawn from one set of reference inputs."""
     edit, point = patch.edit, patch.site.point
     if isinstance(edit, Resample):
         return True
@@ -237,9 +235,9 @@ class Attribution(Effects):
     """Estimated effects of patches on a metric, in the given order, with exact effects for some patches.
 
     Attributes:
-        labels: Label of each patch.
+        labels: Label of each row.
         patches: Patch of each row.
-        exact: Effects measured by real forward passes; NaN for patches that were not run.
+        exact: Effects measured by forward passes with the patch; NaN for patches that were not run.
         drawn: Whether each row is in the random sample.
         rank_correlation: Spearman correlation between estimates and exact effects in the random sample. NaN if
             undefined or if the sample has fewer than three patches.
@@ -259,9 +257,6 @@ class Attribution(Effects):
     _effect: Floats
     _by_row = ("labels", "patches", "_effect", "exact", "drawn")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def effect(self) -> Floats:
         """Return the estimated mean change in the metric over the inputs: `(patch,)`."""
         return self._effect
@@ -275,9 +270,6 @@ class Attribution(Effects):
         """Return one record per patch: label, effect (the estimate), exact (None if it was not measured), drawn."""
         exact = [None if np.isnan(each) else each for each in self.exact.tolist()]
         return columns(label=self.labels, effect=self._effect, exact=exact, drawn=self.drawn)
-
-    def _lines(self) -> list[dict[str, Any]]:
-        return self.top(len(self)).to_records()
 
     def _title(self) -> str:
         how = "the clean run's gradient" if self.steps == 1 else f"gradients at {self.steps} steps"
@@ -296,13 +288,12 @@ class SweepInterrupted(KeyboardInterrupt):
     """A KeyboardInterrupt (Ctrl-C) during a sweep.
 
     Attributes:
-        partial: The result for the finished patches.
+        partial: Result for the finished patches.
     """
 
     def __init__(self, partial: SweepResult, asked_for: int) -> None:
         super().__init__(
-            f"{len(partial)} of {asked_for} patches finished. Their result is the attribute `partial` of this "
-            "exception: `except SweepInterrupted as stopped: stopped.partial`, or `sys.last_value.partial` at a "
-            "prompt."
+            f"{len(partial)} of {asked_for} patches finished. This exception's attribute `partial` contains their "
+            "result: `except SweepInterrupted as stopped: stopped.partial`, or `sys.last_value.partial` at a prompt."
         )
         self.partial = partial

@@ -1,7 +1,7 @@
 """Three ways to run the same patches: the plain loop, a loop that skips the prefix, and `torch.vmap` over many patches.
 
-A fast strategy runs a group of patches only if it gives the same numbers as the plain loop. The generators keep no
-context open between outputs, because the plain loop may run in between.
+A fast strategy is used for a group of patches only if it gives the same numbers as the plain loop. Its generator keeps
+no context open between outputs, because the plain loop may run in between.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .result import Swept
 
 Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
 _Fast: TypeAlias = Literal["vmap", "resume"]
-_Alone: TypeAlias = tuple[Entry, Forward, Any]  # the loop's output on one input; None if the loop failed
+_Alone: TypeAlias = tuple[Entry, Forward, Any]  # the loop's output for one input, or None if the loop failed
 _COMPARED = 2  # patches per group that the plain loop also runs
 _MASK = 1e4  # larger values, such as -1e8 for a forbidden action, do not set the scale for rounding errors
 _CPU_BYTES = 3 * 2**24  # on a CPU, larger chunks exceed the caches and are slower
-_FEWEST = 8  # patches per chunk needed for a speed-up on a CPU, where vmap saves overhead but loses fused attention
+_FEWEST = 8  # patches per chunk needed for a speed-up on a CPU: vmap saves overhead, but disables fused attention
 
 
 @dataclass
@@ -64,8 +64,8 @@ class Execution:
         order = [group.entries[0], *group.entries[-1:], *group.entries[1:-1]][: len(group.entries)]
         is_small = self.strategy == "auto" and len(order) <= _COMPARED
         strategies, reasons = self._candidates(group, is_small=is_small)
-        # The plain loop runs two entries, one on the first input and one on the last. It runs before the fast strategy,
-        # so that the comparison fails if the fast strategy reads state left behind by a forward pass.
+        # The plain loop runs two entries, one on the first input and one on the last. The loop runs first, so that the
+        # comparison fails if the fast strategy reads state that a forward pass leaves behind.
         pairs = zip((order * 2)[:2], self._ends if strategies else (), strict=False)
         alone = [(entry, end, _output_or_none(end, entry)) for entry, end in pairs]
         if is_small and not reasons and not (alone and all(output is not None for *_, output in alone)):
@@ -88,13 +88,13 @@ class Execution:
         self.done.append(Swept(name, len(order), "loop", "; ".join(reasons) or "requested"))
 
     def _measure(self, entry: Entry, output: Any) -> None:
-        """Store the metrics of an entry, replacing any values from a failed strategy."""
+        """Store the metrics for an entry, replacing values from a failed strategy."""
         measured = self.metrics(output)
         self.advance(entry.number not in self.rows)
         self.rows[entry.number] = measured
 
     def _candidates(self, group: Group, *, is_small: bool) -> tuple[list[_Fast], list[str]]:
-        """Return the fast strategies to try, and the reasons why other strategies are ruled out."""
+        """Return the fast strategies to try, and the reasons for ruling out the others."""
         if self.strategy == "loop":
             return [], []
         if self._random:
@@ -115,7 +115,7 @@ class Execution:
     def _try(
         self, strategy: _Fast, group: Group, order: Sequence[Entry], alone: Sequence[_Alone]
     ) -> tuple[Entry | None, str]:
-        """Run the entries with a fast strategy; return the entry at which it failed, if any, and an explanation."""
+        """Run the entries with a fast strategy; return the entry that failed (None if all worked) and the reason."""
         if strategy == "vmap":
             outputs = vmapped(self.forward, group, order, self.baseline, self.max_bytes)
         else:
@@ -133,7 +133,7 @@ class Execution:
     def _compare(self, entry: Entry, output: Any, alone: Sequence[_Alone]) -> None:
         """Raise StrategyError unless the plain loop gives the same output, up to rounding.
 
-        If the outputs for a single input differ, compare the whole batch: the model or the patch may mix inputs.
+        If the outputs for a single input differ, compare the whole batch, because the model or the patch may mix inputs.
         """
         if alone and not any(_difference(expected, output, end.row) for _, end, expected in alone):
             return
@@ -151,7 +151,10 @@ def _output_or_none(forward: Forward, entry: Entry) -> Any:
 
 
 def _difference(expected: Any, output: Any, row: int | None = None) -> str:
-    """Describe the first difference beyond rounding in an output, or in one row of it; "" if the outputs agree."""
+    """Describe the first difference between two outputs beyond rounding; "" if the outputs agree.
+
+    With `row`, `expected` is the output for that row alone.
+    """
     one, other = [*leaves(expected)], [*leaves(output)]
     if not one or [path for path, _ in one] != [path for path, _ in other]:
         return "different tensors"
@@ -164,7 +167,7 @@ def _difference(expected: Any, output: Any, row: int | None = None) -> str:
 
 
 def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
-    """Return whether part of an output equals the expected tensor, up to rounding at the scale of the whole output."""
+    """Return whether part of an output equals the wanted tensor, up to rounding at the scale of the whole output."""
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(part, wanted)
     half = wanted.dtype in (torch.float16, torch.bfloat16)  # rounding may be as large as a patch's effect
@@ -175,7 +178,7 @@ def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
 
 
 def _opaque(tree: Any) -> str:
-    """Return the type name of an object in an output that may hide tensors, or ""."""
+    """Return the type name of an object in an output that may contain hidden tensors, or ""."""
     children = [child for _, child in _children(tree)]
     if isinstance(tree, TransformedDistribution) or not (children or isinstance(tree, _PLAIN)):
         return type(tree).__name__
@@ -186,17 +189,17 @@ _PLAIN = (Tensor, str, bytes, int, float, complex, type(None), tuple, list, Mapp
 
 
 def loop(forward: Forward, entry: Entry, *, skip: int = 0) -> Any:
-    """Return the output with an entry's patches applied, as in one step of the plain loop; may skip module calls."""
+    """Return the output with an entry's patches applied, after skipping the first `skip` module calls."""
     with (
         labelled(entry.label),
-        forward.running(skip) as run,  # adding hooks before this would cost a new snapshot each time
+        forward.running(skip) as run,  # hooks added before would require a new snapshot in each step
         patched(forward.points, entry.patches, check_nan=forward.check_nan),
     ):
         return run.kept(forward.output())
 
 
 def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterator[Any]:
-    """Yield the output for each entry, reusing the outputs of the prefix."""
+    """Yield the output for each entry, using the plain loop without the prefix."""
     for entry in entries:
         with _refused(but=EditError):
             output = loop(forward, entry, skip=group.skippable)
@@ -204,7 +207,7 @@ def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterato
 
 
 def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: Any, max_bytes: int) -> Iterator[Any]:
-    """Yield the output for each entry; the suffix runs for as many entries at once as fit in `max_bytes`."""
+    """Yield the output for each entry, running the suffix for as many entries at once as fit in `max_bytes`."""
     paths = [path for path, _ in leaves(baseline)]
     with _refused():
         site = Site(group.point.name)
@@ -234,7 +237,7 @@ def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
 
 
 def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
-    """Apply each entry's patches at the group's hook point; return the activations `(entry, *activation)`."""
+    """Apply each entry's patches at the group's hook point; return the activations, `(entry, *activation)`."""
     stack = clean.new_empty((len(entries), *clean.shape))
     flags: list[_Flag] = []
     with forward.undisturbed as run:
@@ -268,7 +271,7 @@ def _raise_nan(flags: Sequence[_Flag]) -> None:
 def _suffixes(
     forward: Forward, group: Group, entries: Sequence[Entry], stack: Tensor, paths: Sequence[Path]
 ) -> list[Tensor]:
-    """Return the output tensors at these paths, `(entry, ...)` each, for a stack of activations."""
+    """Run the suffix on a stack of activations; return the output tensors at the paths, `(entry, ...)` each."""
     session = Patching(forward.points, group.later or (), check_nan=forward.check_nan)
     waiting: list[Tensor] = []
 
@@ -301,7 +304,7 @@ def _suffixes(
 
 @contextmanager
 def _vmap_compatible(device: torch.device) -> Iterator[None]:
-    """Disable distribution validation and fused attention, which vmap does not support; reject vmap's slow fallback."""
+    """Disable distribution validation and fused attention, which vmap lacks; raise an error for vmap's slow fallback."""
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     on_cpu = device.type == "cpu"  # vmap supports the kernels of other devices

@@ -1,20 +1,4 @@
-"""Public entry point: measure the effect of each of many patches on a metric.
-
-How a sweep runs, file by file:
-
-- `sweep`: `sweep()` checks its arguments and collects the numbers into a `SweepResult` (`result`).
-- `plan`: `entries_of` makes one `Entry` per label. A `Forward` runs the model on copies of the same inputs, and
-  restores the model (`engine.state`). `clean_run` runs it once, unpatched. Entries whose patches begin at the same
-  hook point form a `Group`.
-- `prefix`: a `Prefix` remembers the module calls of the clean run. Later forward passes skip the calls before a group.
-- `strategies`: an `Execution` runs each group. It tries the fast strategies, compares two patches of the group with the
-  plain loop, and falls back to the loop. `loop` runs the model inside `patched`. `resumed` is a loop that skips the
-  prefix. `vmapped` applies each entry's patches to the clean activation, then runs the suffix under `torch.vmap` for a
-  chunk of entries.
-- `metrics.measured`: `Metrics` computes the metrics of each output.
-
-`attribution` estimates the same effects from gradients; `path_patching` isolates one path. Both run a `Forward`.
-"""
+"""Public entry point: measure the effect of each of many patches. docs/architecture.md traces a sweep, file by file."""
 
 from __future__ import annotations
 
@@ -52,7 +36,7 @@ def sweep(
 ) -> SweepResult:
     """Measure the effect of each of many patches on a metric, on the same inputs.
 
-    The numbers equal those of a loop that runs the model inside `patched` for each patch. Each forward pass runs
+    The numbers equal those from a loop that runs the model inside `patched` for each patch. Each forward pass runs
     without gradients, and restores random number generators, buffers, attributes and training flags. Your own hooks run
     in every forward pass. Hooks that store tensors need `strategy="resume"` or `"loop"`, because `"vmap"` passes them
     `torch.vmap` tensors.
@@ -62,8 +46,8 @@ def sweep(
         inputs: Positional inputs of the model; each forward pass gets copies.
         patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites. Each
             entry is one patch or several that are applied together.
-        metric: A function of the model's output, or a dict of such functions. It returns one number per input,
-            `(batch,)`, or a single number. A keyword-only parameter `baseline` receives the unpatched output.
+        metric: A function that maps the model's output to one number per input, `(batch,)`, or to a single number; or a
+            dict of such functions. A keyword-only parameter `baseline` receives the unpatched output.
         controls: Control patches in the same form, to rank effects against: `matched_channels(...).patches(verb)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
             runs the modules after a patch for many patches at a time. `"auto"` uses, at each hook point, the fastest
@@ -75,9 +59,9 @@ def sweep(
         keywords: Keyword inputs of the model.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist; all such sites are reported at once.
+        HookPointError, SiteError: If a site does not exist; one error lists all such sites.
         SweepError: If there are no patches, two share a label, `max_bytes` is invalid, or the strategy does not work.
-        MetricError: If a metric does not return one number per input or a single number.
+        MetricError: If a metric returns neither one number per input nor a single number.
         EditError, NaNError, UnreachedError, UnsupportedModelError: Same as for `patched`.
         SweepInterrupted: On Ctrl-C; the exception contains the result for the finished patches.
 
@@ -103,7 +87,6 @@ def sweep(
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(points, patches, "patches")
         others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
-        no_p = no_p_among(entry.patches for entry in others)
         output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
         metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
@@ -113,13 +96,13 @@ def sweep(
                 for group in groups:
                     execution.run(group)
             except KeyboardInterrupt as stop:
-                partial = replace(_result(asked, others, execution, metrics), complete=False, no_p=no_p)
+                partial = replace(_result(asked, others, execution, metrics), complete=False)
                 raise SweepInterrupted(partial, len(asked)) from stop
-    return replace(_result(asked, others, execution, metrics), no_p=no_p)
+    return _result(asked, others, execution, metrics)
 
 
 def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
-    """Raise MetricError if a metric reads an attribute that forward passes set and that is then restored."""
+    """Raise MetricError if a metric reads an attribute that forward passes set and `sweep` then restores."""
     if not forward.rebound:
         return
     with forward.undisturbed:  # restores the attributes
@@ -139,24 +122,27 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
 
 
 def _count(points: HookPoints, output: Any) -> int | None:
-    """Return the number of rows in an output; None if its batch axis is unknown."""
+    """Return the number of rows in an output, or None if the batch axis is unknown."""
     for point in points.values():
         if not point.module and point.side == "out" and point.batch_axis is not None:
-            with suppress(LookupError, AttributeError, TypeError):  # the output differs from the traced one
+            with suppress(LookupError, AttributeError, TypeError):  # the output differs from the traced output
                 return int(get(output, point.path).shape[point.batch_axis])
     return None
 
 
-def _result(asked: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics) -> SweepResult:
-    rows, baseline = execution.rows, {name: before.numpy() for name, before in metrics.baseline.items()}
-
-    def part(entries: Sequence[Entry], controls: SweepResult | None) -> SweepResult:
-        done = [entry for entry in entries if entry.number in rows]
-        values = {
-            name: np.array([rows[entry.number][name].numpy() for entry in done]).reshape(-1, len(before))
+def _result(entries: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics) -> SweepResult:
+    """Return the result for the finished entries, with the other entries as controls."""
+    done = [entry for entry in entries if entry.number in execution.rows]
+    baseline = {name: before.numpy() for name, before in metrics.baseline.items()}
+    return SweepResult(
+        labels=tuple(entry.label for entry in done),
+        patches=tuple(entry.patches for entry in done),
+        values={
+            name: np.array([execution.rows[entry.number][name].numpy() for entry in done]).reshape(-1, len(before))
             for name, before in baseline.items()
-        }
-        labels, patches = tuple(entry.label for entry in done), tuple(entry.patches for entry in done)
-        return SweepResult(labels, patches, values, baseline, controls, tuple(execution.done))
-
-    return part(asked, part(others, None) if others else None)
+        },
+        baseline=baseline,
+        controls=_result(others, [], execution, metrics) if others else None,
+        groups=tuple(execution.done),
+        no_p=no_p_among(entry.patches for entry in others),
+    )
