@@ -1,10 +1,10 @@
-"""Figures for results. Each function returns the `Axes` that it draws on, either given or new.
+"""Figures for results. Each function returns the `Axes` with the plot: the given `ax`, or new axes.
 
     contrast(points, clean, corrupted, background=observations).plot()
     contingency(paired_counts(patched_success, original_success), names=("patched", "original"))
 
 Plotting requires matplotlib: `pip install "chanpatch[plot]"`. All figures are readable in black and white. The
-functions do not change matplotlib settings, show figures or save figures.
+functions do not change matplotlib settings, and neither show nor save figures.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ def strip(
     Args:
         sums: `(input,)`: sums of one channel, such as `channel_sums(...)[:, 55]`.
         labels: `(input,)`: label of each input, such as the direction of the next step.
-        split: `(input,)`: part of the data that each input belongs to, such as "in distribution". At most six parts,
-            each with its own marker.
+        split: `(input,)`: split that each input belongs to, such as "in distribution"; at most six, each with its own
+            marker.
         threshold: Value to mark with a dashed line, such as `probe.threshold`.
         ax: Axes to draw on; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If lengths differ, a sum is not finite, there are over six parts, or threshold is not a number.
+        StatisticsError: If lengths differ, a sum is not finite, there are more than six splits, or `threshold` is not a
+            number.
 
     Example:
         >>> ax = strip([1.0, 5.0, 2.0], ["LEFT", "UP", "LEFT"], threshold=3.0)
@@ -88,14 +89,14 @@ def strip(
 
 
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
-    """Plot effects with the largest absolute effect on top: a dot per effect, and its 95% interval if it has one.
+    """Plot effects as dots with their 95% intervals and p-values, the largest absolute effect on top.
 
-    Only the 20 largest are drawn; the title counts the rest. Controls are drawn as squares below the other effects.
-    P-values are written next to the effects that have them. The `.plot()` method of a result draws this figure.
+    Only the 20 largest effects are drawn; the title counts the rest. Controls are squares below the other effects. The
+    `.plot()` method of a result draws this figure.
 
     Args:
-        records: One record per effect: `effect`, a `label` or a `site`, and optionally `low`, `high` and `note` of its
-            interval, a p-value `p` and a bool `control`.
+        records: One record per effect: `effect`, a `label` or a `site`, and optionally the interval (`low`, `high`,
+            `note`), the p-value `p`, and a bool `control`.
         ax: Axes to draw on; new axes if None.
         label: Label of the effect axis.
 
@@ -167,43 +168,32 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
         raise StatisticsError("All four counts are 0, so there are no pairs to plot.")
     ax = ax or _new_axes(7, 4.5)
     won = counts.both + counts.only_first
-    width = won / n
-    succeeded = [("both", counts.both, ""), (f"only {first}", counts.only_first, "//")]
-    failed = [(f"only {second}", counts.only_second, "//"), ("neither", counts.neither, "")]
-    _draw_column(ax, 0.0, width, n, succeeded, beside=-0.03)
-    _draw_column(ax, width, 1 - width, n, failed, beside=1.03)
-    titles = [f"{first} {how}\n{count} of {n} pairs" for how, count in (("succeeded", won), ("failed", n - won))]
-    ax.set_xticks([width / 2, (1 + width) / 2], titles)
-    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=f"gray: {second} succeeded; hatched: discordant; n = {n} pairs")
-    return ax
-
-
-def _draw_column(
-    ax: Axes, left: float, width: float, n: int, cells: Sequence[tuple[str, int, str]], *, beside: float
-) -> None:
-    """Draw two cells (name, count, hatch): the second condition succeeded in the lower and failed in the upper cell.
-
-    Texts for small cells are placed in the margin, at `beside`.
-    """
-    total = sum(count for _, count, _ in cells)
-    bottom = 0.0
-    edge = float(beside > 0)
-    for (name, count, hatch), gray in zip(cells, ("0.8", "white"), strict=True):
-        height = count / total if total else 0.5  # the column has no width
-        ax.bar(left, height, width, bottom, align="edge", facecolor=gray, edgecolor="black", hatch=hatch)
+    columns = [(0.0, won / n, won), (won / n, 1 - won / n, n - won)]  # left edge, width, pairs
+    names_of_cells = ("both", f"only {first}", f"only {second}", "neither")
+    for number, (name, count) in enumerate(zip(names_of_cells, counts, strict=True)):
+        column, is_upper = divmod(number, 2)  # the second condition succeeded in the lower cells
+        left, width, total = columns[column]
+        height = count / total if total else 0.5  # a column without pairs has no width
+        bottom = (1 - height) * is_upper
+        hatch = "//" if name.startswith("only") else ""
+        ax.bar(left, height, width, bottom, align="edge", facecolor="white" if is_upper else "0.8",
+               edgecolor="black", hatch=hatch)  # fmt: skip
         text, middle = f"{name}\n{count} ({count / n:.1%})", bottom + height / 2
         if width > 0.25 and height > 0.12:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
             ax.text(left + width / 2, middle, text, ha="center", va="center", bbox=box)
         else:  # the centers of a column's cells are half its height apart, so both texts fit in the margin
-            ax.annotate(text, (edge, middle), (beside, middle), ha="left" if edge else "right", va="center",
-                        annotation_clip=False,
+            ax.annotate(text, (column, middle), ((-0.03, 1.03)[column], middle), ha=("right", "left")[column],
+                        va="center", annotation_clip=False,
                         arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
-        bottom += height
+    titles = [f"{first} {how}\n{count} of {n} pairs" for how, count in (("succeeded", won), ("failed", n - won))]
+    ax.set_xticks([left + width / 2 for left, width, _ in columns], titles)
+    ax.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=f"gray: {second} succeeded; hatched: discordant; n = {n} pairs")
+    return ax
 
 
 def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None) -> Axes:
-    """Draw one channel's activation map over the observation that caused it, with each cell over the matching pixels.
+    """Draw one channel's activation map over the observation, stretched to the same size.
 
     Contours enclose activations above half of the largest absolute value: solid if positive, dashed if negative.
 
@@ -215,7 +205,7 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If the axes or the values are not as described.
+        StatisticsError: If the axes or the values do not match this description.
 
     Example:
         >>> import torch

@@ -371,13 +371,13 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one column": (
         lambda: kl_divergence(LOGITS[:, :1], baseline=LOGITS[:, :1]),
         DistributionError,
-        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If it holds the logit of the "
+        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If this is the logit of the "
         "second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "one column of named logits": (
         lambda: entropy({"logits": LOGITS[:, :1]}),
         DistributionError,
-        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If it holds the logit of the "
+        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If this is the logit of the "
         "second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "no distribution": (
@@ -396,8 +396,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "logits that are NaN": (
         lambda: action_flip(LOGITS, baseline=LOGITS / 0 * 0),
         DistributionError,
-        "The output is a torch.float32 tensor of shape (5, 4) with NaN logits, which define no distribution. Find the "
-        "first activation with NaN by recording(...). A patch may have set values too large for the layers after it.",
+        "The output is a torch.float32 tensor of shape (5, 4) with NaN logits. Find the first NaN activation with "
+        "recording(...). A patch may have set values too large for later layers.",
     ),
     "logits of continuous actions": (
         lambda: total_variation(Normal(LOGITS, PROBS), baseline=Normal(LOGITS, PROBS)),
@@ -418,14 +418,14 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "two values": (
         lambda: value((LOGITS, LOGITS[:, 0], LOGITS[:, 1])),
         MetricError,
-        "The output, (Tensor, Tensor, Tensor), contains 2 tensors (batch,) or (batch, 1) that could be the value, but "
-        "there must be exactly one. Use a metric that selects it: lambda output: output[1].",
+        "The output, (Tensor, Tensor, Tensor), contains 2 tensors (batch,) or (batch, 1) that could be the value, "
+        "but there must be exactly one. Use a metric that selects the value: lambda output: output[1].",
     ),
     "no value": (
         lambda: value(LOGITS),
         MetricError,
         "The output, a torch.float32 tensor of shape (5, 4), contains 0 tensors (batch,) or (batch, 1) that could be "
-        "the value, but there must be exactly one. Use a metric that selects it: lambda output: output[1].",
+        "the value, but there must be exactly one. Use a metric that selects the value: lambda output: output[1].",
     ),
     "a position of logits without positions": (
         lambda: at_position(entropy, -1)(LOGITS),
@@ -435,7 +435,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a position outside": (
         lambda: at_position(entropy, 5)(LOGITS.view(1, 5, 4)),
         MetricError,
-        "position is 5, but positions in the output are 0 to 4.",
+        "position is 5, but the output has positions 0 to 4.",
     ),
     "positions of fewer inputs": (
         lambda: at_position(entropy, torch.tensor([1, 2]))(LOGITS.view(1, 5, 4)),
@@ -456,8 +456,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an effect of a metric that compares": (
         lambda: normalized_effect(kl_divergence, LOGITS, OTHER),
         MetricError,
-        "normalized_effect() needs a metric of one output, but this one compares with a baseline. Use it directly: it "
-        "is already 0 if the output equals the baseline.",
+        "normalized_effect() needs a metric without a baseline, but this metric has a parameter `baseline`. Use it "
+        "directly: the metric is already 0 if the output equals the baseline.",
     ),
 }
 

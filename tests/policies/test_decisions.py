@@ -391,13 +391,13 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "the logit of one of two actions": (
         returning(lambda rows: torch.zeros(rows, 1), outputs="logits"),
         DistributionError,
-        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If it holds the logit of the "
+        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If this is the logit of the "
         "second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "the value of one action, with a value": (
         returning(lambda rows: (torch.zeros(rows, 1), torch.zeros(rows)), outputs="values"),
         DistributionError,
-        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If it holds the logit of the "
+        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If this is the logit of the "
         "second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "a tuple of other tensors": (

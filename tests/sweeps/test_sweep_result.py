@@ -529,8 +529,8 @@ def test_a_metric_that_writes_into_what_others_are_given_is_refused(metric: Any,
     with pytest.raises(errors.MetricError) as caught:
         swept(points, metric={"first": first, "writing": metric})
     assert str(caught.value) == (
-        "The metric 'writing' modified the output or the baseline in place, but other metrics and patches use them "
-        "too. Return new tensors: output - baseline instead of output.sub_(baseline)."
+        "The metric 'writing' modified the output or the baseline in place, but other metrics and patches use the "
+        "same tensors. Return new tensors: output - baseline instead of output.sub_(baseline)."
     )
     with pytest.raises(errors.MetricError, match="The metric modified the output or the baseline in place"):
         path_patch(points, *(vectors(ROWS)[0], -vectors(ROWS)[0]), "0", "2.in[0]", metric=metric)

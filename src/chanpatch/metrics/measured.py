@@ -19,11 +19,10 @@ _EXPECTED = "A metric must return one number per input, (batch,), or a single nu
 
 
 def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric") -> Tensor:
-    """Compute a metric of an output: `(batch,)` or `(1,)`. A keyword-only `baseline` receives the unpatched output.
+    """Compute a metric: `(batch,)` or `(1,)`. A keyword-only parameter `baseline` receives the unpatched output.
 
-    Raises:
-        MetricError: If the metric is not callable, returns any other shape or type, or modifies its arguments. Messages
-            begin with `name`.
+    Raises MetricError, with a message that begins with `name`, if the metric is not callable, returns another shape or
+    type, or modifies its arguments.
     """
     if not callable(metric):
         raise MetricError(
@@ -35,8 +34,8 @@ def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric
     result = metric(output, baseline=baseline) if compares(metric) else metric(output)
     if [tensor._version for tensor in given] != before:
         raise MetricError(
-            f"{name} modified the output or the baseline in place, but other metrics and patches use them too. Return "
-            "new tensors: output - baseline instead of output.sub_(baseline)."
+            f"{name} modified the output or the baseline in place, but other metrics and patches use the same tensors. "
+            "Return new tensors: output - baseline instead of output.sub_(baseline)."
         )
     try:
         numbers = torch.as_tensor(result)
@@ -51,7 +50,7 @@ def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric
 
 
 def compares(metric: Metric) -> bool:
-    """Return whether a metric has a keyword-only parameter `baseline`, for the unpatched output."""
+    """Return whether a metric has a keyword-only parameter `baseline`, which receives the unpatched output."""
     try:
         parameter = inspect.signature(metric).parameters.get("baseline")
     except (TypeError, ValueError):  # some builtins have no signature
@@ -61,9 +60,9 @@ def compares(metric: Metric) -> bool:
 
 
 class Metrics:
-    """One or more metrics by name. `baseline` contains their values for the unpatched output, float64 `(input,)`.
+    """One or more metrics by name. `baseline` contains the metrics of the unpatched output, float64 `(input,)`.
 
-    `inputs` is the number of inputs, or None if it is unknown.
+    `inputs` is the number of inputs, or None if unknown.
     """
 
     def __init__(self, metric: Metric | Mapping[str, Metric], baseline: Any, inputs: int | None) -> None:

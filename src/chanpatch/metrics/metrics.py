@@ -1,9 +1,9 @@
-"""Metrics of policies and classifiers: functions of an output that return `(batch,)`.
+"""Metrics for policies and classifiers: functions that map an output to `(batch,)`.
 
-They accept logits `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` with a value `(batch,)` or
-`(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that contain one distribution. Sequence
-logits, `(batch, position, action)`, need `at_position`: with padding, the last position is not the last token. All
-metrics except `action_flip` are differentiable.
+The metrics accept logits `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` with a value
+`(batch,)` or `(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that contain one
+distribution. Sequence logits, `(batch, position, action)`, need `at_position`. All metrics except `action_flip` are
+differentiable.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
     ratio of their probabilities.
 
     Args:
-        correct: Action, sequence of actions to treat as one, or int64 tensor `(batch,)` with one action per input.
+        correct: Action, sequence of actions to treat as a single action, or int64 tensor `(batch,)` with one action per
+            input.
         incorrect: Action or actions in the same form.
 
     Raises:
-        MetricError: If the actions are invalid; in a call, if the output lacks an action or its logits are sequences.
+        MetricError: If the actions are invalid. The metric raises it if the output lacks an action or has sequence
+            logits.
 
     Example:
         >>> logit_difference(0, 2)(torch.tensor([[3.0, 0.0, 1.0]]))
@@ -87,8 +89,8 @@ def action_probability(actions: Actions) -> Metric:
 def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
     """Return the Kullback-Leibler divergence `KL(baseline || output)` between action distributions, in nats.
 
-    It is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, and infinite if the output
-    excludes an action that the baseline may take. It is summed over the dimensions of continuous actions.
+    The divergence is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, and infinite
+    if the output excludes an action that the baseline may take. Dimensions of continuous actions are summed.
 
     Args:
         output: Output of the patched model.
@@ -96,7 +98,7 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
     Raises:
         DistributionError: If there is no distribution, or torch has no formula for the divergence.
-        MetricError: If the shapes differ, or the logits have a sequence axis.
+        MetricError: If the shapes differ, or the logits are sequences.
 
     Example:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -130,8 +132,7 @@ def total_variation(output: Any, *, baseline: Any) -> Tensor:
 def action_flip(output: Any, *, baseline: Any) -> Tensor:
     """Return 1 if the most probable action differs from the baseline's, else 0. The mean is the flip rate.
 
-    Ties go to the first action. This metric is not differentiable. Arguments and errors are the same as for
-    `total_variation`.
+    Ties go to the first action. Arguments and errors are the same as for `total_variation`.
 
     Example:
         >>> action_flip(torch.eye(2), baseline=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -160,10 +161,10 @@ def entropy(output: Any) -> Tensor:
 
 
 def value(output: Any) -> Tensor:
-    """Return the value estimate of a policy.
+    """Return a policy's value estimate.
 
-    The value is the entry `value` or `values` of a dict or an object, or the output itself if it is a tensor `(batch,)`
-    or `(batch, 1)`. In a tuple, it is the only such tensor besides the distribution or the logits (the first entry).
+    The value is the entry `value` or `values` in a dict or an object, an output that is a tensor `(batch,)` or
+    `(batch, 1)`, or the only such tensor in a tuple besides the distribution or the logits (the first entry).
 
     Raises:
         MetricError: If no tensor, or more than one, could be the value.
@@ -176,21 +177,21 @@ def value(output: Any) -> Tensor:
     if len(candidates) != 1:
         raise MetricError(
             f"The output, {described(output)}, contains {len(candidates)} tensors (batch,) or (batch, 1) that could be "
-            "the value, but there must be exactly one. Use a metric that selects it: lambda output: output[1]."
+            "the value, but there must be exactly one. Use a metric that selects the value: lambda output: output[1]."
         )
     return candidates[0].reshape(-1)
 
 
 def at_position(metric: Metric, position: int | Tensor) -> Metric:
-    """Return a metric for sequence logits `(batch, position, action)`, computed at one position of each sequence.
+    """Return a metric for sequence logits `(batch, position, action)`, computed at one position in each sequence.
 
     Args:
-        metric: Metric of logits `(batch, action)`. A baseline is read at the same position.
+        metric: Metric for logits `(batch, action)`. A baseline is read at the same position.
         position: Position in every sequence, such as -1 for the last, or an int64 tensor `(batch,)` with one position
             per input, such as `lengths - 1` for padded sequences.
 
     Raises:
-        MetricError: If the position is invalid; in a call, if the logits have no such axis or position.
+        MetricError: If the position is invalid. The metric raises it if the logits have no such axis or position.
 
     Example:
         >>> logits = torch.zeros(2, 5, 4)
@@ -211,7 +212,7 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
             )
         inputs, length, _ = logits.shape
         if not -length <= min(numbers) <= max(numbers) < length:
-            raise MetricError(f"position is {shown(position)}, but positions in the output are 0 to {length - 1}.")
+            raise MetricError(f"position is {shown(position)}, but the output has positions 0 to {length - 1}.")
         if isinstance(position, int):
             return logits[:, position]
         if len(numbers) != inputs:
@@ -228,8 +229,8 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """Return a metric rescaled so that its mean is 0 on the corrupted run and 1 on the clean run.
 
-    The value is `(metric - corrupted) / (clean - corrupted)`; `clean` and `corrupted` are the metric's means over these
-    runs. On a patched corrupted run, the mean value is the fraction of the effect that the patch restores.
+    The value is `(metric - corrupted) / (clean - corrupted)`, with the metric's means over the clean and the corrupted
+    run. On a patched corrupted run, the mean value is the fraction of the effect that the patch restores.
 
     Args:
         metric: Metric without a parameter `baseline`.
@@ -250,8 +251,8 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """
     if compares(metric):
         raise MetricError(
-            "normalized_effect() needs a metric of one output, but this one compares with a baseline. Use it "
-            "directly: it is already 0 if the output equals the baseline."
+            "normalized_effect() needs a metric without a baseline, but this metric has a parameter `baseline`. Use it "
+            "directly: the metric is already 0 if the output equals the baseline."
         )
     one, zero = metric(clean).detach().mean(), metric(corrupted).detach().mean()
     if torch.isclose(one, zero, atol=0.0):
@@ -292,12 +293,12 @@ def _check_same_shape(ours: Sequence[int], theirs: Sequence[int]) -> None:
 
 
 def _expected(probabilities: Tensor, quantity: Tensor) -> Tensor:
-    """Return an expectation; actions with probability 0 add 0, even if their quantity is infinite."""
+    """Return the expected quantity; actions with probability 0 contribute 0, even if their quantity is infinite."""
     return (torch.where(probabilities > 0, quantity, 0.0) * probabilities).sum(-1)
 
 
 def _summed(found: Distribution, what: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Return a quantity of a continuous distribution, summed over the dimensions of the action."""
+    """Compute a quantity of a continuous distribution, summed over the action dimensions."""
     try:
         result = compute()
     except NotImplementedError:

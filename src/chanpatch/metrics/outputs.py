@@ -1,4 +1,4 @@
-"""Find the distribution, logits and value in the output of any kind of policy."""
+"""Find the distribution, logits and value in a policy's output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return the distribution in an output (the output itself, an entry, or one defined by named logits), or None."""
+    """Return the distribution in an output (the output itself, an entry, or from named logits), or None."""
     if isinstance(output, Distribution):
         return output
     if isinstance(output, Mapping):
@@ -33,7 +33,7 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return a named entry as a distribution, if the entry is a distribution or logits; otherwise None."""
+    """Return an entry that is a distribution or logits as a distribution; None for any other entry."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
@@ -47,16 +47,16 @@ def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution defined by logits; None if the tensor cannot be logits. One column raises an error."""
+    """Return the distribution defined by logits, or None if the tensor cannot be logits; raise for a single column."""
     if not logits.is_floating_point() or not logits.dim():
         return None
     if logits.shape[-1] == 1:
         raise DistributionError(
-            f"A tensor of shape {tuple(logits.shape)} has a single action, whose probability is always 1. If it holds "
+            f"A tensor of shape {tuple(logits.shape)} has a single action, whose probability is always 1. If this is "
             "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...)."
         )
-    # Values inside vmap and empty tensors cannot be validated. The argument is explicit because the first torch.compile
-    # in a process disables validation by default.
+    # Values inside vmap and empty tensors cannot be validated. Pass the argument, because the first torch.compile in a
+    # process changes the default.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
 
 
@@ -74,15 +74,15 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution that an output contains or defines by logits; raise an error otherwise."""
+    """Return the distribution in an output, or the distribution from its logits; raise an error otherwise."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
             found = categorical(logits)
     except ValueError as fault:
         raise DistributionError(
-            f"The output is {described(output)} with NaN logits, which define no distribution. Find the first "
-            "activation with NaN by recording(...). A patch may have set values too large for the layers after it."
+            f"The output is {described(output)} with NaN logits. Find the first NaN activation with recording(...). A "
+            "patch may have set values too large for later layers."
         ) from fault
     if found is None and isinstance(output, (tuple, list)):
         raise MetricError(
@@ -95,12 +95,12 @@ def distribution_of(output: Any) -> Distribution:
 
 
 def is_categorical(found: Distribution) -> bool:
-    """Return whether a distribution is over a discrete set of actions and has logits."""
+    """Return whether a distribution is over discrete actions and has logits."""
     return isinstance(found, (Categorical, OneHotCategorical))
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the normalized logits of an output, `(..., action)`; raise DistributionError if it has none."""
+    """Return the normalized logits in an output, `(..., action)`; raise DistributionError if there are none."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
@@ -114,8 +114,7 @@ def logits_of(output: Any) -> Tensor:
 class Choice:
     """Actions treated as a single action, with the log-sum-exp of their logits, as in `logit_difference`.
 
-    Raises:
-        MetricError: If the actions are invalid; in a call, if the logits lack an action. `name` appears in the message.
+    Raises MetricError if the actions are invalid or the logits lack an action. `name` appears in the message.
     """
 
     def __init__(self, name: str, actions: Actions) -> None:
@@ -158,7 +157,7 @@ def _number(action: Any) -> int:
 
 
 def value_candidates(output: Any) -> list[Tensor]:
-    """Return the tensors in an output, `(batch,)` or `(batch, 1)`, that could be its value."""
+    """Return the tensors in an output, `(batch,)` or `(batch, 1)`, that could be the value."""
     names = ("value", "values")
     entries = output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in names}
     found: Sequence[Any] = [output] if isinstance(output, Tensor) else [entries.get(name) for name in names]

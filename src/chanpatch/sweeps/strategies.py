@@ -133,7 +133,7 @@ class Execution:
     def _compare(self, entry: Entry, output: Any, alone: Sequence[_Alone]) -> None:
         """Raise StrategyError unless the plain loop gives the same output, up to rounding.
 
-        If the outputs for a single input differ, compare the whole batch, because the model or the patch may mix inputs.
+        If the outputs for a single input differ, compare whole batches, because the model or the patch may mix inputs.
         """
         if alone and not any(_difference(expected, output, end.row) for _, end, expected in alone):
             return
@@ -304,7 +304,7 @@ def _suffixes(
 
 @contextmanager
 def _vmap_compatible(device: torch.device) -> Iterator[None]:
-    """Disable distribution validation and fused attention, which vmap lacks; raise an error for vmap's slow fallback."""
+    """Disable distribution validation and fused attention, which vmap lacks; reject vmap's slow fallback."""
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     on_cpu = device.type == "cpu"  # vmap supports the kernels of other devices
