@@ -25,46 +25,15 @@ from .sweeps import sweep
 __version__ = "0.1.0"
 
 __all__ = [
-    "HookPoints",
-    "Patch",
-    "PatchedPolicy",
-    "Site",
-    "ThresholdProbe",
-    "channel_sums",
-    "contrast",
-    "edit",
-    "hook_points",
-    "label_channels",
-    "load",
-    "mean_ablate",
-    "paired_rollouts",
-    "patch_in",
-    "patched",
-    "recording",
-    "resample_ablate",
-    "rollout",
-    "run_with_cache",
-    "save",
-    "steer",
-    "sweep",
-    "tap",
-    "zero_ablate",
-]
+    "HookPoints", "Patch", "PatchedPolicy", "Site", "ThresholdProbe", "channel_sums", "contrast", "edit",
+    "hook_points", "label_channels", "load", "mean_ablate", "paired_rollouts", "patch_in", "patched", "recording",
+    "resample_ablate", "rollout", "run_with_cache", "save", "steer", "sweep", "tap", "zero_ablate",
+]  # fmt: skip
 
 _PUBLIC_MODULES = (
-    "contrasts",
-    "controls",
-    "errors",
-    "metrics",
-    "patching",
-    "plots",
-    "policies",
-    "probes",
-    "registry",
-    "saving",
-    "statistics",
-    "sweeps",
-)
+    "contrasts", "controls", "errors", "metrics", "patching", "plots", "policies", "probes", "registry", "saving",
+    "statistics", "sweeps",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

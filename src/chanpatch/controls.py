@@ -30,13 +30,8 @@ from .statistics.interval import whole
 from .statistics.ranking import Alternative, Rank, rank_among, without_p
 
 __all__ = [
-    "MatchedChannels",
-    "OffDistribution",
-    "matched_channels",
-    "off_distribution",
-    "random_sets",
-    "random_vectors",
-]
+    "MatchedChannels", "OffDistribution", "matched_channels", "off_distribution", "random_sets", "random_vectors",
+]  # fmt: skip
 
 _NEAR = 2  # nearest channels per control to draw from; few, so that controls have similar means
 _EACH_SIDE = 0.15  # a p-value requires this fraction of controls with larger means, and with smaller means

@@ -1051,8 +1051,8 @@ def test_verify_names_what_is_not_the_same(file: Path) -> None:
     )
     points.model.fc.register_forward_hook(lambda module, inputs, output: output.nextafter(output + 1))
     assert refused(InterventionError, lambda: verify(file, points, images)) == (
-        f"The run in '{file}' was not reproduced. Different: output. Same: hook points, weights, inputs. So the "
-        f"model's code or the environment must differ. {told}"
+        f"The run in '{file}' was not reproduced. Different: output. Same: hook points, weights, inputs. "
+        f"Therefore, the model's code or the environment must differ. {told}"
     )
 
 

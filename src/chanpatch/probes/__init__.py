@@ -1,4 +1,4 @@
-"""How the sum of each channel relates to a label, in distribution and under distribution shift.
+"""Predict labels from channel sums, in distribution and under distribution shift.
 
     sums = channel_sums(points, observations, "embedder.relu3")      # (input, channel)
     label_channels(sums, directions, names=("UP", "DOWN", "LEFT", "RIGHT"), seed=0)
@@ -16,15 +16,6 @@ from .sums import channel_sums
 from .threshold import ThresholdProbe, ThresholdScores, Transfer
 
 __all__ = [
-    "ChannelLabel",
-    "ChannelLabels",
-    "LinearProbe",
-    "LogisticProbe",
-    "ProbeScores",
-    "ThresholdProbe",
-    "ThresholdScores",
-    "Transfer",
-    "channel_sums",
-    "label_channels",
-    "linear_probe",
-]
+    "ChannelLabel", "ChannelLabels", "LinearProbe", "LogisticProbe", "ProbeScores", "ThresholdProbe",
+    "ThresholdScores", "Transfer", "channel_sums", "label_channels", "linear_probe",
+]  # fmt: skip

@@ -32,7 +32,7 @@ class Contents(Records):
         patches: Patches in the order in which they are applied.
         hook_points: Module type, axes, shape and dtype of each patch's hook point; None if the site was not traced.
         chanpatch: Version of chanpatch that saved the file.
-        receipt: Receipt for a run with the patches; None if they were saved without inputs.
+        receipt: Receipt for a run with the patches; None if the patches were saved without inputs.
         checksum: SHA-256 of operands and metadata, checked on reading; None for format 1, which has no checksum.
     """
 
@@ -81,9 +81,9 @@ def save(
 ) -> None:
     """Save patches as data in one safetensors file.
 
-    The file is renamed into place once it is complete, so a failure leaves an existing file unchanged. With `inputs`,
-    the file contains a receipt, for which the model runs twice: with these patches, and with the patches read back from
-    the file. Operands are saved without their autograd graph.
+    A failure leaves an existing file unchanged. With `inputs`, the file contains a receipt, for which the model runs
+    twice: with these patches, and with the patches read back from the file. Operands are saved without their autograd
+    graph.
 
     Args:
         file: Path of the file, usually ending in `.safetensors`.
@@ -92,9 +92,9 @@ def save(
         inputs: Model inputs for the receipt: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        InterventionError: If a patch contains a function or a tensor that safetensors cannot store (all are reported).
-            Also if inputs come without points, `file` is not a regular file, or the run is not reproduced bit for bit.
-        HookPointError, SiteError: If a site does not exist in `points`.
+        InterventionError: If a patch contains a function or a tensor that safetensors cannot store (all are reported),
+            there are inputs but no model, `file` is not a regular file, or the run is not reproduced bit for bit.
+        HookPointError, SiteError: If the model does not have a site.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
 
@@ -138,8 +138,8 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
             Operands go to the devices of their hook points; without points, they stay on the CPU.
 
     Raises:
-        InterventionError: If the file is damaged, was not written by `save`, has a format other than 1 or 2, or does
-            not match the points (all mismatches are reported). Format 1 has no checksum to detect damage.
+        InterventionError: If the file is damaged, was not written by `save`, has an unknown format, or does not match
+            the points (all mismatches are reported).
         OSError: If the file cannot be read.
         MissingPackageError: If safetensors is not installed.
     """
@@ -176,8 +176,8 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
         inputs: The inputs that the file was saved with.
 
     Raises:
-        InterventionError: If hook points, weights, inputs or the patched output differ, or the file has no receipt.
-            Also in the cases listed for `load`.
+        InterventionError: If hook points, weights, inputs or the patched output differ, or the file has no receipt, or
+            for the same reasons as `load`.
     """
     points = traced(points_or_model, inputs)
     saved, patches = contents(file).receipt, load(file, points)
@@ -191,7 +191,7 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
         return saved
     changed = [name for name in ("weights", "inputs", "output") if getattr(here, name) != getattr(saved, name)]
     same = [name for name in ("hook points", "weights", "inputs", "output") if name not in changed]
-    cause = " So the model's code or the environment must differ." if changed == ["output"] else ""
+    cause = " Therefore, the model's code or the environment must differ." if changed == ["output"] else ""
     raise InterventionError(
         f"The run in '{file}' was not reproduced. Different: {', '.join(changed)}. Same: {', '.join(same)}.{cause} "
         f"In the file: {printable(saved.environment)}. Here: {here.environment}."
@@ -221,9 +221,9 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 
 @contextmanager
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a new hidden file next to `path`, and remove it at the end. Also remove files left by killed processes."""
+    """Write a hidden file next to `path`, and remove the file on exit, along with files left by killed processes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
-        with suppress(OSError):  # such as a file that another thread removed
+        with suppress(OSError):  # another thread may have removed the file
             if time.time() - left.lstat().st_mtime > 60:
                 left.unlink()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")

@@ -7,8 +7,8 @@
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest};
               `per` of Resample is "step" or omitted, as in files that predate the option
 
-`encoded` writes this format and `decoded` reads it. Reading never runs code from the file. Format 1 can still be read:
-it has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
+`encoded` writes this format, and `decoded` reads it without running code from the file. `decoded` also reads format 1,
+which has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..results import imported
 from .receipts import Receipt, digest
 
 _FORMATS = (1, 2)  # the last format is used for writing
-_KEY = "chanpatch"  # the only metadata entry: with several entries, equal patches would not always give identical files
+_KEY = "chanpatch"  # the only metadata entry: safetensors does not write several entries in a fixed order
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
@@ -67,9 +67,9 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
 def decoded(
     file: str | os.PathLike[str], points: Mapping[str, HookPoint] | None
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
-    """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum.
+    """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum; raise as `load` does.
 
-    Operands go to the devices of their hook points, or to the CPU if a device is unknown. Errors are as for `load`.
+    Operands go to the devices of their hook points, or to the CPU if a device is unknown.
     """
     safetensors, path = imported("safetensors"), regular(file)
     path.open("rb").close()  # let Python raise for unreadable files
@@ -92,7 +92,7 @@ def decoded(
                     "patches again."
                 )
 
-            @cache  # patches that shared a tensor share it again
+            @cache  # patches that shared a tensor when they were saved share a tensor again
             def tensor(key: str, order: tuple[int, ...], shape: tuple[int, ...] | None, device: torch.device) -> Tensor:
                 dense = stored[key].permute([order.index(axis) for axis in range(len(order))]).to(device, copy=True)
                 return dense if shape is None else dense.expand(shape)
@@ -115,7 +115,7 @@ def decoded(
 
 
 def regular(file: str | os.PathLike[str]) -> Path:
-    """Return the path of a regular or new file; reject pipes, which would block, and devices and folders."""
+    """Return the path of a regular file or a new file; raise InterventionError for folders, devices and pipes."""
     if not isinstance(file, (str, os.PathLike)):
         kind = type(file).__name__
         raise TypeError(f"The first argument must be a path, as in save(file, patches) or load(file); got {kind}.")
@@ -126,7 +126,7 @@ def regular(file: str | os.PathLike[str]) -> Path:
 
 
 def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the metadata (without its checksum) and the digest of the tensors."""
+    """Return the SHA-256 of the metadata (without a checksum) and the tensors."""
     return hashlib.sha256(f"{json.dumps(metadata)}\n{digest(tensors)}".encode()).hexdigest()
 
 
@@ -151,7 +151,7 @@ def _trace_text(saved: Any) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escape control characters, since terminals interpret them and the file may be untrusted."""
+    """Escape control characters: a terminal would interpret them, and the file may be untrusted."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 

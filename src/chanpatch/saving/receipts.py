@@ -1,4 +1,4 @@
-"""Receipts: digests of a run with patches, to check that another run reproduces it bit for bit."""
+"""Receipts: digests of a run with patches, to check whether another run is identical bit for bit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Receipt:
 
 
 def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
-    """Return the receipt for a run with patches and random seed 0; raise InterventionError if no tensor is returned."""
+    """Return the receipt for a run with random seed 0; raise InterventionError if the output contains no tensor."""
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
     with undisturbed(model) as run, patched(points, patches, check_nan=False):
@@ -56,7 +56,7 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
 
 
 def _seed(model: nn.Module) -> None:
-    """Seed exactly the generators that `undisturbed` restores."""
+    """Seed the random number generators that `undisturbed` restores."""
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
