@@ -347,7 +347,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=1, seed=0, batch_size=0),
             StatisticsError,
-            "batch_size must be at least 1; got 0.",
+            "batch_size must be a whole number, at least 1; got 0.",
         ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), WITH_NAN, count=1, seed=0, batch_size=4),

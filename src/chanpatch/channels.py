@@ -11,13 +11,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from .engine.inputs import batches
+from .engine.inputs import batches, input_count
 from .engine.state import undisturbed
-from .errors import ChanpatchError, SiteError
+from .errors import ChanpatchError, ContrastError, SiteError
 from .patching.cache import ActivationCache
 from .patching.recording import Recorder, Reduce, reduced_axes
 from .registry.points import HookPoints
 from .registry.sites import HookPoint, Site
+from .statistics.interval import whole
 
 Floats = NDArray[np.float64]
 
@@ -85,6 +86,14 @@ def point_at(site: Site) -> HookPoint:
     return site.point
 
 
+def pair_count(clean: Any, corrupted: Any) -> int:
+    """Return the number of pairs; raise ContrastError if there are none, or the two numbers of inputs differ."""
+    count, other = input_count(clean), input_count(corrupted)
+    if count != other or not count:
+        raise ContrastError(f"clean has {count} inputs and corrupted has {other}. Pass one of each per pair.")
+    return count
+
+
 def check_leaves_channels(site: Site, reduce: Reduce) -> None:
     """Raise SiteError unless the reduction leaves the batch axis and at most one other axis of a bound site."""
     left = reduced_axes(site, point_at(site).axes, reduce)
@@ -137,8 +146,7 @@ class Collector:
 
     def caches(self, inputs: Any) -> Iterator[ActivationCache]:
         """Yield one cache per batch, on the CPU."""
-        if self.batch_size < 1:
-            raise self.error(f"batch_size must be at least 1; got {self.batch_size}.")
+        whole("batch_size", self.batch_size, 1, self.error)
         taken = [each for each in self.points.values() if not each.module and each.side == "in" and each.axes]
         if isinstance(inputs, (Tensor, tuple, Mapping)) and taken and taken[0].batch_axis not in (None, 0):
             raise self.error(

@@ -304,7 +304,7 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", batch_size=0),
-            "batch_size must be at least 1; got 0.",
+            "batch_size must be a whole number, at least 1; got 0.",
         ),
         (
             lambda: contrast(LSTM, torch.randn(70, 10, 3), torch.randn(70, 10, 3), ".out[0]"),

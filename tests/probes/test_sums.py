@@ -202,7 +202,7 @@ REFUSED = {
     ),
     "an empty batch": (
         lambda: channel_sums(plain(), torch.zeros(2, 3, 8, 8), "relu1", batch_size=0),
-        "batch_size must be at least 1; got 0.",
+        "batch_size must be a whole number, at least 1; got 0.",
     ),
     "no inputs": (
         lambda: channel_sums(plain(), torch.zeros(0, 3, 8, 8), "relu1"),

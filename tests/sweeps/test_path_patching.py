@@ -205,17 +205,12 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "two senders": (
         lambda: effect(["first", "second"], "head.in[0]"),
         SiteError,
-        "path_patch() needs exactly one sender; got 2. Call it once per sender.",
-    ),
-    "no sender": (
-        lambda: effect([], "head.in[0]"),
-        SiteError,
-        "No sender was given. Name a hook point, such as 'head.in[0]'.",
+        "Expected one site, but got 2: Site('first'), Site('second').",
     ),
     "no receiver": (
         lambda: effect("first", []),
         SiteError,
-        "No receiver was given. Name a hook point, such as 'head.in[0]'.",
+        "There are no receivers. Pass at least one, such as 'head.in[0]'.",
     ),
     "several metrics": (
         lambda: path_patch(POINTS, CLEAN, CORRUPTED, "first", "head.in[0]", metric={"first": first_logit}),  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from ..channels import Collector, Floats, check_leaves_channels, point_at, rounding
-from ..engine.inputs import Inputs, first_batch, input_count
+from ..channels import Collector, Floats, check_leaves_channels, pair_count, point_at, rounding
+from ..engine.inputs import Inputs, first_batch
 from ..engine.state import undisturbed
 from ..errors import ContrastError, SiteError
 from ..patching.recording import Reduce, reduced_axes
@@ -19,7 +19,7 @@ from ..registry.points import HookPoints, sites_of, traced
 from ..registry.sites import HookPoint, Site
 from ..statistics.flips import max_t_test
 from ..statistics.interval import FEWEST
-from ..statistics.means import Rows, cluster_numbers, snapped
+from ..statistics.means import cluster_numbers, snapped
 from .result import Contrast
 
 
@@ -72,7 +72,7 @@ def contrast(
         Westfall and Young 1993, "Resampling-based multiple testing", for the p-values and intervals.
     """
     points = traced(points_or_model, first_batch(clean, batch_size)[0])
-    labels = _checked_pairs(clean, corrupted, clusters)
+    labels = cluster_numbers(clusters, pair_count(clean, corrupted), ContrastError)
     chosen, skipped = _searched(points, sites, reduce)
     with undisturbed(points.model) as run:
         collect = Collector(run, points, chosen, reduce, batch_size, ContrastError)
@@ -133,14 +133,6 @@ def _no_p(absolute: bool, independent: int) -> str:
     if independent < FEWEST:
         return f"{independent} independent pairs are too few for a sign-flip test: at least {FEWEST} are required."
     return ""
-
-
-def _checked_pairs(clean: Any, corrupted: Any, clusters: ArrayLike | None) -> Rows:
-    """Return the cluster number of each pair."""
-    lengths = [input_count(inputs) for inputs in (clean, corrupted)]
-    if lengths[0] != lengths[1] or not lengths[0]:
-        raise ContrastError(f"clean has {lengths[0]} inputs and corrupted has {lengths[1]}. Pass one of each per pair.")
-    return cluster_numbers(clusters, lengths[0], ContrastError)
 
 
 def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:

@@ -122,7 +122,9 @@ class Choice:
         self.per_input = isinstance(actions, Tensor) and actions.dim() == 1
         each: Any = actions if isinstance(actions, Sequence) or self.per_input else [actions]
         try:
-            numbers = [_number(action) for action in each]
+            if any(isinstance(action, bool) or getattr(action, "dtype", None) == torch.bool for action in each):
+                raise TypeError("a mask is not an action")
+            numbers = [operator.index(action) for action in each]
         except TypeError:
             raise MetricError(
                 f"{name} must be an action (an int), a sequence of actions to treat as a single action, or an int64 "
@@ -148,12 +150,6 @@ class Choice:
                 "inputs. Pass one action per input, or a list of actions to treat as a single action."
             )
         return logits.gather(-1, numbers.unsqueeze(-1)).squeeze(-1)
-
-
-def _number(action: Any) -> int:
-    if isinstance(action, bool) or getattr(action, "dtype", None) == torch.bool:
-        raise TypeError("a mask is not an action")
-    return operator.index(action)
 
 
 def value_candidates(output: Any) -> list[Tensor]:

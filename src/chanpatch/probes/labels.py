@@ -213,7 +213,8 @@ def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int
     ranks = scipy.stats.rankdata(sums, axis=0)
     inputs, positives = len(ranks), members.sum(axis=1)
     spread = np.sqrt(positives * (inputs - positives) / (inputs - 1)) * ranks.std(axis=0)
-    own = (members.T * ranks).sum(axis=0)
+    scores = (ranks - ranks.mean(axis=0)) / spread  # their sum over positives is the standardized AUC
+    own = (members.T * scores).sum(axis=0) - 1e-9  # rounding must not break ties
     kinds, kind = np.unique(members, axis=0, return_inverse=True)
     generator = np.random.default_rng((seed, 1))  # independent of the draws for the halves
     reached, largest = np.zeros(sums.shape[1]), np.full(permutations, -np.inf)
@@ -222,10 +223,8 @@ def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int
         order = generator.permuted(np.tile(np.arange(inputs), (some.stop - start, 1)), axis=1)
         for number, union in enumerate(kinds):
             channels = np.flatnonzero(kind.reshape(-1) == number)
-            permuted = union[order].astype(np.float64) @ ranks[:, channels]
-            reached[channels] += (permuted >= own[channels]).sum(axis=0)  # exact: ranks are multiples of 0.5
-            apart = (permuted - positives[channels] * (inputs + 1) / 2) / spread[channels]
-            largest[some] = np.maximum(largest[some], apart.max(axis=1))
-    apart = (own - positives * (inputs + 1) / 2) / spread
-    exceeded = permutations - np.searchsorted(np.sort(largest), apart - 1e-9)
+            permuted = union[order].astype(np.float64) @ scores[:, channels]
+            reached[channels] += (permuted >= own[channels]).sum(axis=0)
+            largest[some] = np.maximum(largest[some], permuted.max(axis=1))
+    exceeded = permutations - np.searchsorted(np.sort(largest), own)
     return (reached + 1) / (permutations + 1), (exceeded + 1) / (permutations + 1)

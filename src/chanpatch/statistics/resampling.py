@@ -108,9 +108,5 @@ def _replicated(rows: Floats, statistic: Statistic, times: Iterable[Rows]) -> Fl
 
 def _quantile(sample: Floats, level: Floats) -> Floats:
     """Return an interpolated quantile for each channel, at one level per channel."""
-    ordered = np.sort(np.moveaxis(sample, 0, -1), axis=-1)
-    position = level * (len(sample) - 1)
-    under = np.clip(np.floor(position).astype(np.int64), 0, len(sample) - 2)[..., None]
-    low, high = np.take_along_axis(ordered, under, -1)[..., 0], np.take_along_axis(ordered, under + 1, -1)[..., 0]
-    quantile: Floats = low + (position - under[..., 0]) * (high - low)
-    return quantile
+    channels = zip(sample.reshape(len(sample), -1).T, level.reshape(-1), strict=True)
+    return np.array([np.quantile(*channel) for channel in channels]).reshape(level.shape)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.inputs import Inputs, batches, input_count
-from ..errors import ContrastError, SiteError
+from ..channels import pair_count
+from ..engine.inputs import Inputs, batches
+from ..errors import SiteError
 from ..metrics.measured import Metric, measured
 from ..patching.cache import ActivationCache
 from ..patching.contexts import patched
 from ..patching.recording import recording
 from ..patching.verbs import patch_in
-from ..registry.points import HookPoints, sites_of, traced
+from ..registry.points import HookPoints, site_of, sites_of, traced
 from ..registry.sites import HookPoint, Site
 from .plan import Forward
 
@@ -71,12 +72,10 @@ def path_patch(
         Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching".
     """
     points = traced(points_or_model, clean)
-    counts = [input_count(inputs) for inputs in (clean, corrupted)]
-    if counts[0] != counts[1]:
-        raise ContrastError(f"clean has {counts[0]} inputs and corrupted has {counts[1]}. Pass one of each per pair.")
-    (sending, *others), receiving = _sites(points, sender, "sender"), _sites(points, receivers, "receiver")
-    if others:
-        raise SiteError(f"path_patch() needs exactly one sender; got {1 + len(others)}. Call it once per sender.")
+    pair_count(clean, corrupted)
+    if not isinstance(receivers, (str, Site, HookPoint)) and not (receivers := [*receivers]):
+        raise SiteError("There are no receivers. Pass at least one, such as 'head.in[0]'.")
+    sending, receiving = site_of(points, sender), sites_of(points, receivers)
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
@@ -143,15 +142,9 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
         is_exempt = (point.module, point.call) in exempt or point.module.startswith(inside)
         return first < order[point.name] < last and not is_exempt
 
-    candidates = _sites(points, _with_weights(points) if frozen is None else frozen)
-    return [site for site in candidates if may_freeze(points[site.name])]
-
-
-def _sites(points: HookPoints, named: Any, needed: str = "") -> tuple[Site, ...]:
-    each = [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
-    if needed and not each:
-        raise SiteError(f"No {needed} was given. Name a hook point, such as 'head.in[0]'.")
-    return sites_of(points, each) if each else ()
+    named = _with_weights(points) if frozen is None else frozen
+    listed = [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
+    return [site for site in (sites_of(points, listed) if listed else ()) if may_freeze(points[site.name])]
 
 
 def _with_weights(points: HookPoints) -> list[HookPoint]:
