@@ -99,7 +99,8 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
     left = reduced_axes(site, point_at(site).axes, reduce)
     if "batch" not in left or len(left) > 2:
         raise SiteError(
-            f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}; it must leave batch and at most one more."
+            f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}, but must leave the batch axis and at most "
+            "one other axis."
         )
 
 
@@ -107,15 +108,15 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
     """Return the name of a bound site's channel or feature axis; raise `error` unless there is exactly one."""
     point = point_at(site)
     if "batch" in dict(site.indices):
-        raise error(f"{site!r} selects rows. {what} use all inputs: omit batch=, and pass only those inputs.")
+        raise error(f"{site!r} selects rows. {what} use all inputs: omit batch=, and pass only the selected inputs.")
     kept = reduced_axes(site, point.axes, "sum")
     channels = [axis for axis in kept if axis != "batch"]
     if point.batch_axis is None or "batch" not in kept or len(channels) != 1:
         raise error(
             f"{site!r} has axes ({', '.join(point.axes)})"
             + (", and its batch axis is unknown" if point.batch_axis is None else "")
-            + f". {what} need a batch axis and exactly one axis named channel or feature; "
-            "name axes with hook_points(..., axes={...})."
+            + f". {what} need a batch axis and exactly one axis named channel or feature. "
+            "Name axes with hook_points(..., axes={...})."
         )
     layers = len(site.split("layer")) if "layer" in point.axes else 1
     if layers > 1:
@@ -124,8 +125,8 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:
-    """Return a site's activations as `(input, channel)`; they must have the batch and at most one other axis."""
-    # Copied, because small tensors that outlive their forward pass fragment the memory that it frees.
+    """Return a site's activations as `(input, channel)`, from the batch axis and at most one other axis."""
+    # Copied, because small tensors that outlive their forward pass would fragment memory.
     array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
     return array if array.ndim > 1 else array[:, None]
 

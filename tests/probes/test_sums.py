@@ -101,8 +101,8 @@ def test_reductions_that_are_none_are_refused(cnn):
         ),
         (
             ("b c h w -> b c h", "sum"),
-            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('relu1'); it must leave "
-            "batch and at most one more.",
+            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('relu1'), but must leave "
+            "the batch axis and at most one other axis.",
         ),
     ):
         with pytest.raises(errors.SiteError) as caught:
@@ -213,12 +213,12 @@ REFUSED = {
             hook_points(nn.Identity(), torch.zeros(2, 3), axes={".out": ("batch", "row")}), torch.zeros(2, 3), ".out"
         ),
         "Site('.out') has axes (batch, row). Channel sums need a batch axis and exactly one axis named channel or "
-        "feature; name axes with hook_points(..., axes={...}).",
+        "feature. Name axes with hook_points(..., axes={...}).",
     ),
     "a site whose batch axis is not proved": (
         lambda: channel_sums(hook_points(nn.Linear(3, 2), torch.zeros(3)), torch.zeros(2, 3), ".out"),
         "Site('.out') has axes (feature), and its batch axis is unknown. Channel sums need a batch axis and exactly "
-        "one axis named channel or feature; name axes with hook_points(..., axes={...}).",
+        "one axis named channel or feature. Name axes with hook_points(..., axes={...}).",
     ),
 }
 

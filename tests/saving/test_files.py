@@ -358,14 +358,14 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
             ],
         ),
         "3 errors:\n"
-        "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, but a file can only hold "
+        "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, but a file can only contain "
         "data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several patches at "
         "one site apply in order.\n"
-        "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, but a file can only hold "
-        "data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several patches at "
-        "one site apply in order.\n"
+        "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, but a file can only "
+        "contain data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several "
+        "patches at one site apply in order.\n"
         "- Patch 4, Patch(Site('fc'), Set, where=...), cannot be saved: its where is a function, but a file can only "
-        "hold data. Pass the mask that it returns: a bool tensor.",
+        "contain data. Pass the mask that the function returns: a bool tensor.",
     ),
     "a dtype that safetensors has not": (
         InterventionError,

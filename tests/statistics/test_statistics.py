@@ -277,7 +277,7 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         ),
         (
             lambda: rank_among(0.5, [0.1, math.nan]),
-            "An effect is not finite, so it cannot be ranked. Remove that control.",
+            "All effects must be finite to be ranked. Remove controls with NaN or infinite effects.",
         ),
         (
             lambda: rank_among(0.5, [0.1], alternative="larger"),

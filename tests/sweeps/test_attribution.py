@@ -432,12 +432,12 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no steps": (
         attributed([zero_ablate(WHOLE)], steps=0),
         SweepError,
-        "steps must be an int, at least 1, and verify an int, at least 0; got 0 and 16.",
+        "steps must be a whole number, at least 1; got 0.",
     ),
     "a part of a step": (
         attributed([zero_ablate(WHOLE)], steps=2.5),
         SweepError,
-        "steps must be an int, at least 1, and verify an int, at least 0; got 2.5 and 16.",
+        "steps must be a whole number, at least 1; got 2.5.",
     ),
     "a function that makes patches": (
         attributed(zero_ablate),

@@ -211,7 +211,7 @@ def test_rows_of_top_keep_the_intervals_that_hold_for_all_patches_of_the_sweep(p
 
 @pytest.mark.parametrize("verb", [mean_ablate, resample_ablate])
 def test_a_sweep_says_that_one_reference_is_held_fixed(points: HookPoints, verb: Any) -> None:
-    note = "Intervals treat the reference of a mean or resample ablation as fixed and ignore its sampling error."
+    note = "Intervals ignore the sampling error in the reference of a mean or resample ablation."
     cache = run_with_cache(points, *vectors(20), sites=["1"], stop=True)
     ablated = sweep(points, *vectors(ROWS), patches=verb(points.site("1", feature=0), cache), metric=first)
     assert note in repr(ablated).splitlines()

@@ -44,12 +44,7 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
         Wang et al. 2023, "Interpretability in the wild: a circuit for indirect object identification in GPT-2 small".
     """
     of_correct, of_incorrect = Choice("correct", correct), Choice("incorrect", incorrect)
-
-    def logit_difference(output: Any) -> Tensor:  # results show this name
-        logits = _log_probabilities(output)
-        return of_correct(logits) - of_incorrect(logits)
-
-    return logit_difference
+    return _metric("logit_difference", lambda logits: of_correct(logits) - of_incorrect(logits))
 
 
 def log_probability(actions: Actions) -> Metric:
@@ -61,12 +56,7 @@ def log_probability(actions: Actions) -> Metric:
         >>> log_probability([0, 1])(torch.zeros(1, 4)).exp()
         tensor([0.5000])
     """
-    chosen = Choice("actions", actions)
-
-    def log_probability(output: Any) -> Tensor:
-        return chosen(_log_probabilities(output))
-
-    return log_probability
+    return _metric("log_probability", Choice("actions", actions))
 
 
 def action_probability(actions: Actions) -> Metric:
@@ -78,12 +68,8 @@ def action_probability(actions: Actions) -> Metric:
         >>> action_probability([0, 1, 2])(torch.zeros(1, 4))
         tensor([0.7500])
     """
-    log_of = log_probability(actions)
-
-    def action_probability(output: Any) -> Tensor:
-        return log_of(output).exp()
-
-    return action_probability
+    chosen = Choice("actions", actions)
+    return _metric("action_probability", lambda logits: chosen(logits).exp())
 
 
 def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
@@ -265,6 +251,16 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
         return (metric(output) - zero) / (one - zero)
 
     return normalized_effect
+
+
+def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
+    """Return a metric that applies a function to the normalized logits; results show its name."""
+
+    def metric(output: Any) -> Tensor:
+        return compute(_log_probabilities(output))
+
+    metric.__name__ = name
+    return metric
 
 
 def _log_probabilities(output: Any) -> Tensor:

@@ -159,12 +159,13 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
     edit: Any = patch.edit
     if type(edit) not in _EDITS.values():
         raise InterventionError(
-            f"its edit {edit_name(edit)} is code, but a file can only hold data. Express it with {', '.join(_EDITS)} "
-            "from chanpatch.patching; several patches at one site apply in order."
+            f"its edit {edit_name(edit)} is code, but a file can only contain data. Express it with "
+            f"{', '.join(_EDITS)} from chanpatch.patching; several patches at one site apply in order."
         )
     if patch.where is not None and not isinstance(patch.where, Tensor):
         raise InterventionError(
-            "its where is a function, but a file can only hold data. Pass the mask that it returns: a bool tensor."
+            "its where is a function, but a file can only contain data. Pass the mask that the function returns: a "
+            "bool tensor."
         )
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}
     if operands.get("per") == "episode":

@@ -133,7 +133,7 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
             f"controls must have shape (control,) with at least one control; got shape {others.shape}."
         )
     if not (math.isfinite(effect) and np.isfinite(others).all()):
-        raise StatisticsError("An effect is not finite, so it cannot be ranked. Remove that control.")
+        raise StatisticsError("All effects must be finite to be ranked. Remove controls with NaN or infinite effects.")
     if alternative not in get_args(Alternative):
         names = ", ".join(map(repr, get_args(Alternative)))
         raise StatisticsError(f"alternative must be one of {names}; got {alternative!r}.")

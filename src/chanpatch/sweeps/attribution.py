@@ -21,6 +21,7 @@ from ..registry.points import HookPoints, traced
 from ..registry.sites import Positions, read, written
 from ..results import largest_first, progress_bar
 from ..statistics.comparisons import rank_correlation
+from ..statistics.interval import whole
 from .plan import Entry, Forward, entries_of
 from .result import Attribution
 
@@ -80,10 +81,8 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         "Attribution patching outperforms automated circuit discovery"; Sundararajan, Taly and Yan 2017, "Axiomatic
         attribution for deep networks", for integrated gradients.
     """
-    if type(steps) is not int or type(verify) is not int or steps < 1 or verify < 0:
-        raise SweepError(
-            f"steps must be an int, at least 1, and verify an int, at least 0; got {steps!r} and {verify!r}."
-        )
+    whole("steps", steps, 1, SweepError)
+    whole("verify", verify, 0, SweepError)
     points = traced(points_or_model, inputs, keywords)
     entries = entries_of(points, patches, "patches")
     chosen = [_only_patch(entry, points) for entry in entries]

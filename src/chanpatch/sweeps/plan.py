@@ -146,7 +146,9 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
-            raise SweepError(f"The label {label!r} in {what} has no patch. Leave it out: the baseline is unpatched.")
+            raise SweepError(
+                f"The label {label!r} in {what} has no patches. Omit it: the baseline is already unpatched."
+            )
     refuse_shared_state(named)
     checked = iter(checked_patches(points, [patch for _, each in named for patch in each]))
     return [

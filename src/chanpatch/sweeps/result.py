@@ -164,9 +164,7 @@ class SweepResult(Effects):
             notes.append(f"Ranks are among {len(self.controls)} controls.")
             notes += sorted({f"No p-values: {rank.no_p}" for rank in self._ranks() if rank and rank.no_p})
         if any(_has_one_reference(patch) for patches in self.patches for patch in patches):
-            notes.append(
-                "Intervals treat the reference of a mean or resample ablation as fixed and ignore its sampling error."
-            )
+            notes.append("Intervals ignore the sampling error in the reference of a mean or resample ablation.")
         for strategy in dict.fromkeys(group.strategy for group in self.groups):
             those = [group for group in self.groups if group.strategy == strategy]
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)

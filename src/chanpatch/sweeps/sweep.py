@@ -117,7 +117,7 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
         names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
         raise MetricError(
             f"A metric reads more than the output: each forward pass sets {names}, and sweep() restores these "
-            "attributes before it calls the metric. Make the model return the tensor that the metric needs."
+            "attributes before calling the metric. Make the model return the tensor that the metric needs."
         )
 
 
