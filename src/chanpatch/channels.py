@@ -87,7 +87,7 @@ def point_at(site: Site) -> HookPoint:
 
 
 def pair_count(clean: Any, corrupted: Any) -> int:
-    """Return the number of pairs; raise ContrastError if there are none, or the two numbers of inputs differ."""
+    """Return the number of pairs; raise ContrastError if there are 0 or the two numbers of inputs differ."""
     count, other = input_count(clean), input_count(corrupted)
     if count != other or not count:
         raise ContrastError(f"clean has {count} inputs and corrupted has {other}. Pass one of each per pair.")

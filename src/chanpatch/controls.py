@@ -192,11 +192,10 @@ def random_sets(
 ) -> list[tuple[int, ...]]:
     """Draw distinct random sets of channels of equal size, as controls for a patch of several channels.
 
-    Sets may overlap with each other and with the tested set. `matched_channels` draws sets of other channels with about
-    the same mean activation.
+    Sets may overlap with each other and with the tested set. To match the mean activation, use `matched_channels`.
 
     Args:
-        channels: Channels to draw from. Pass live channels only, because patching dead channels is uninformative.
+        channels: Channels to draw from. Pass only live channels, because patching dead channels is uninformative.
         size: Number of channels in each set.
         count: Number of sets. P-values from `chanpatch.statistics.rank_among` require at least 19.
         seed: Random seed.

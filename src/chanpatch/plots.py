@@ -117,7 +117,10 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
         if _is_bounded(record):
             ax.hlines(place, record["low"], record["high"], color=color, linewidth=1.2)
         ax.plot(record["effect"], place, marker, color=color, markerfacecolor=face, markersize=5)
-    _write_p(ax, drawn, places)
+        if _is_number(record.get("p")):
+            ax.text(1.02, place, shown_p(record["p"]), transform=ax.get_yaxis_transform(), va="center")
+    if any(_is_number(each.get("p")) for each in drawn):
+        ax.text(1.02, 1.02, "p", transform=ax.transAxes, va="bottom")
     ax.axvline(0, color="black", linestyle=":", linewidth=1)
     ax.set_yticks(places, [str(each["label"] if "label" in each else each["site"]) for each in drawn])
     ax.set(ylim=(places[-1] + 0.7, -0.7), xlabel=textwrap.fill(label, 60))
@@ -126,14 +129,6 @@ def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None,
     title += [f"lines: 95% intervals{few}"] if any(map(_is_bounded, drawn)) else []
     ax.set_title("; ".join(title), loc="left", fontsize="medium")
     return ax
-
-
-def _write_p(ax: Axes, drawn: Sequence[Mapping[str, Any]], places: NDArray[np.int64]) -> None:
-    known = [(each["p"], place) for each, place in zip(drawn, places, strict=True) if _is_number(each.get("p"))]
-    for p, place in known:
-        ax.text(1.02, place, shown_p(p), transform=ax.get_yaxis_transform(), va="center")
-    if known:
-        ax.text(1.02, 1.02, "p", transform=ax.transAxes, va="bottom")
 
 
 def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:

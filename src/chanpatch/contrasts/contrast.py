@@ -91,7 +91,7 @@ def contrast(
     if usual:
         std = np.concatenate([stds[site] for site in chosen])
         varies = [usual[site].varies(torch.finfo(point_at(site).dtype).eps) for site in chosen]
-        scale = np.where(np.concatenate(varies), std, np.nan)  # variation within rounding error is no unit
+        scale = np.where(np.concatenate(varies), std, np.nan)  # not a unit if it is rounding error
     measured = np.abs(differences) if absolute else differences
     independent = len(np.unique(labels))
     no_p = _no_p(absolute, independent)

@@ -34,7 +34,7 @@ class Contrast(Effects):
             over all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if withheld.
         p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the number of
             channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if there is a `no_p`.
-        note: `"few"` if the interval is based on fewer than ten pairs, the reason if it is withheld, otherwise empty.
+        note: `"few"` for an interval over fewer than ten pairs, the reason for a withheld interval, otherwise empty.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
         clusters: Number of independent clusters of pairs.
@@ -66,8 +66,8 @@ class Contrast(Effects):
     def effect(self) -> Floats:
         """Return each channel's mean difference, or its mean absolute difference if `absolute` was set.
 
-        With a background, it is divided by `std`. It is NaN for channels whose variation over the background is within
-        rounding error.
+        With a background, the effect is divided by `std`, and is NaN for channels whose variation over the background
+        is within rounding error.
         """
         return self._effect
 
@@ -75,7 +75,7 @@ class Contrast(Effects):
         """Return the mean of clean minus corrupted activations at a site, as a vector for `steer`.
 
         Args:
-            site: Any site of the model. It does not have to be part of the contrast.
+            site: Any site in the model, not necessarily part of the contrast.
 
         Returns:
             A tensor with the region's axes, whose batch axis has length 1.

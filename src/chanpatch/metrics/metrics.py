@@ -75,8 +75,8 @@ def action_probability(actions: Actions) -> Metric:
 def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
     """Return the Kullback-Leibler divergence `KL(baseline || output)` between action distributions, in nats.
 
-    The divergence is the mean under the baseline of `log p_baseline - log p_output`: 0 if the two agree, and infinite
-    if the output excludes an action that the baseline may take. Dimensions of continuous actions are summed.
+    The divergence is infinite if the output excludes an action that the baseline may take. For continuous actions, it
+    is summed over dimensions.
 
     Args:
         output: Output of the patched model.
@@ -149,8 +149,8 @@ def entropy(output: Any) -> Tensor:
 def value(output: Any) -> Tensor:
     """Return a policy's value estimate.
 
-    The value is the entry `value` or `values` in a dict or an object, an output that is a tensor `(batch,)` or
-    `(batch, 1)`, or the only such tensor in a tuple besides the distribution or the logits (the first entry).
+    The value is the entry `value` or `values` of a dict or an object. If the output is a tensor `(batch,)` or
+    `(batch, 1)`, it is the value. In a tuple, the value is the only such tensor after the logits or the distribution.
 
     Raises:
         MetricError: If no tensor, or more than one, could be the value.
@@ -215,8 +215,7 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """Return a metric rescaled so that its mean is 0 on the corrupted run and 1 on the clean run.
 
-    The value is `(metric - corrupted) / (clean - corrupted)`, with the metric's means over the clean and the corrupted
-    run. On a patched corrupted run, the mean value is the fraction of the effect that the patch restores.
+    On a patched corrupted run, the mean is the fraction of the clean run's effect that the patch restores.
 
     Args:
         metric: Metric without a parameter `baseline`.
@@ -254,7 +253,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
 
 
 def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
-    """Return a metric that applies a function to the normalized logits; results show its name."""
+    """Return a metric that applies a function to the normalized logits; results show `name`."""
 
     def metric(output: Any) -> Tensor:
         return compute(_log_probabilities(output))

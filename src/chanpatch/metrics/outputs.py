@@ -100,7 +100,7 @@ def is_categorical(found: Distribution) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the normalized logits in an output, `(..., action)`; raise DistributionError if there are none."""
+    """Return the normalized logits in an output, `(..., action)`; raise DistributionError if it has no logits."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(

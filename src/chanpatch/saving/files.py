@@ -92,8 +92,8 @@ def save(
         inputs: Model inputs for the receipt: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        InterventionError: If a patch contains a function or a tensor that safetensors cannot store (all are reported),
-            there are inputs but no model, `file` is not a regular file, or the run is not reproduced bit for bit.
+        InterventionError: If patches contain functions or tensors that safetensors cannot store, there are inputs but
+            no model, `file` is not a regular file, or the run is not reproduced bit for bit.
         HookPointError, SiteError: If the model does not have a site.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
@@ -135,7 +135,7 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
     Args:
         file: Path of a file written by `save`.
         points: Hook points to check the patches against: names, axes, shapes, dtypes and module types must match.
-            Operands go to the devices of their hook points; without points, they stay on the CPU.
+            Operands go to the devices of their hook points, or stay on the CPU if there are no points.
 
     Raises:
         InterventionError: If the file is damaged, was not written by `save`, has an unknown format, or does not match

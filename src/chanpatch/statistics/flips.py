@@ -77,11 +77,11 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
         return MaxT(nothing[()], noted(estimate, nothing, nothing, confidence, note))
     sums = totals(np.where(known, rows, 0.0), cluster).reshape(many, -1)
     unit = np.sqrt((sums**2).sum(axis=0))
-    shares = sums / np.where(unit > 0, unit, 1.0)  # flips keep the unit, and t increases with the sum
-    observed = np.abs(shares.sum(axis=0))
+    scaled = sums / np.where(unit > 0, unit, 1.0)  # flips do not change the unit, and t increases with the sum
+    observed = np.abs(scaled.sum(axis=0))
     patterns, exact = _patterns(many, resamples)
     largest = np.zeros(patterns)
-    for some, _, flipped in _flipped(shares, patterns, None if exact else seed):
+    for some, _, flipped in _flipped(scaled, patterns, None if exact else seed):
         largest[some] = np.maximum(largest[some], flipped.max(axis=1))
     largest = np.sort(largest if exact else np.append(largest, observed.max()))
     reached = len(largest) - np.searchsorted(largest, observed * (1 - 1e-9))  # rounding must not break ties

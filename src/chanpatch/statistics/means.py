@@ -19,7 +19,7 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
     With at least ten independent rows, the interval contains both Student's t interval and a t interval corrected for
     skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is a t
-    interval and its note is `"few"`. The interval is withheld (its ends are NaN, and its note gives the reason) if
+    interval and its note is `"few"`. The interval is withheld (its ends are NaN, with the reason in its note) if
     fewer than six rows or clusters are independent, fewer than six differ from 0, or most are equal.
 
     Args:

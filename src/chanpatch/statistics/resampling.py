@@ -25,15 +25,14 @@ def bootstrap_interval(
 ) -> Interval[Any]:
     """Return any statistic of a sample and its bootstrap interval; for means, `mean_interval` is better.
 
-    The interval is bias-corrected and accelerated (BCa). Its level is expanded so that, for normal means, it is as wide
-    as Student's t interval. With six to nine rows, its note is `"few"`. The interval is withheld (its ends are NaN, and
-    its note gives the reason) if fewer than six rows or clusters are independent or all resamples give the same number.
+    The interval is bias-corrected and accelerated (BCa), at an expanded level that makes intervals for normal means as
+    wide as Student's t interval. With six to nine rows, its note is `"few"`. The interval is withheld (its ends are
+    NaN, and its note contains the reason) if fewer than six rows or clusters are independent or all resamples give the
+    same number.
 
     Args:
-        sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
-            such as channel, are kept.
-        statistic: Function that reduces the first axis of `(row, ...)`, regardless of row order. Each resample calls
-            the function once.
+        sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair.
+        statistic: Function that reduces the first axis of `(row, ...)`, regardless of row order.
         clusters: Label per row; rows with the same label, such as rotations of one maze, are drawn together. None if
             all rows are independent.
         confidence: Nominal coverage, between 0 and 1.
@@ -102,7 +101,7 @@ def _accelerated(estimate: Floats, resampled: Floats, jackknife: Floats, z: floa
 
 
 def _replicated(rows: Floats, statistic: Statistic, times: Iterable[Rows]) -> Floats:
-    """Return the statistic of each resample, `(resample, ...)`; `times` is how often it repeats each row."""
+    """Return the statistic of each resample, `(resample, ...)`; `times` has the number of copies of each row."""
     return np.stack([np.asarray(statistic(np.repeat(rows, each, axis=0)), dtype=np.float64) for each in times])
 
 

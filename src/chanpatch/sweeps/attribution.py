@@ -40,9 +40,9 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
 ) -> Attribution:
     """Estimate from gradients how much each of many patches changes a metric.
 
-    The estimate is the change in a patch's region times the metric's gradient there, summed over the region. It is
-    exact if the metric is linear in the activation. All patches together take three forward passes, one backward pass,
-    and memory for one region per patch.
+    The estimate is the change in a patch's region times the metric's gradient there, summed over the region. The
+    estimate is exact if the metric is linear in the activation. All patches together require three forward passes, one
+    backward pass, and memory for one region per patch.
 
     With `steps` above 1, the gradient is averaged along the straight line from the clean to the patched activation
     (integrated gradients, midpoint rule). Patches at one hook point with disjoint regions move along the line together,
@@ -94,7 +94,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
     effect, exact, drawn = np.zeros(count), np.full(count, np.nan), np.zeros(count, bool)
     drawn[np.random.default_rng(seed).choice(count, min(verify, count), replace=False)] = True
     verified, stepped = min(2 * verify, count), 0 if steps == 1 else steps * len(lines)
-    with progress_bar(progress, stepped + verified, "forward") as advance:
+    with progress_bar(progress, stepped + verified, "pass") as advance:
         for name, rows in lines:
             gradient = gradients[name]
             if steps > 1:

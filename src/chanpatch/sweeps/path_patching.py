@@ -41,8 +41,8 @@ def path_patch(
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
         clean: Clean inputs: a tensor `(batch, ...)`, a tuple of positional arguments, or a dict of keyword arguments.
         corrupted: Corrupted inputs in the same form, one for each clean input.
-        sender: Hook point where the path begins.
-        receivers: Hook points where the path ends, such as module inputs. A path may pass through other receivers.
+        sender: First hook point on the path.
+        receivers: Last hook points on the path, such as module inputs. A path may pass through other receivers.
         metric: A single metric, as for `sweep`.
         frozen: Hook points to freeze if they lie between the sender and the last receiver. The default is the outputs
             of modules that have weights and contain no other such module (Linear, Conv2d, Embedding, LSTM,
@@ -132,7 +132,7 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
         )
     start, ends = points[sender.name], [points[site.name] for site in receivers]
     first, last = order[start.name], max(order[end.name] for end in ends)
-    # Calls that contain the sender began before the sender. They include its module's call only if it is an input.
+    # Calls that contain the sender began before the sender. They include its module's call only for an input.
     exempt = {(each.module, each.call) for each in points.values() if each.side == "in" and order[each.name] <= first}
     exempt -= {(start.module, start.call)} if start.side == "out" else set()
     exempt |= {(end.module, end.call) for end in ends}

@@ -74,7 +74,7 @@ class SweepResult(Effects):
         """Return the metric with each patch minus the metric without it: `(patch, input)`.
 
         Raises:
-            MetricError: If no metric has this name, or there are several and no name is given.
+            MetricError: If no metric has this name, or the sweep has several metrics and `metric` is None.
         """
         name = self._named(metric)
         return self.values[name] - self.baseline[name]
@@ -265,7 +265,7 @@ class Attribution(Effects):
         return f"estimated mean change, {self.inputs} inputs"
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per patch: label, effect (the estimate), exact (None if it was not measured), drawn."""
+        """Return one record per patch, with label, effect (the estimate), exact (None if not measured) and drawn."""
         exact = [None if np.isnan(each) else each for each in self.exact.tolist()]
         return columns(label=self.labels, effect=self._effect, exact=exact, drawn=self.drawn)
 

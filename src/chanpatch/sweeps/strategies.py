@@ -213,7 +213,7 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
         site = Site(group.point.name)
         clean = forward.until(site, skip=group.skippable)[site]
     room = min(max_bytes, _CPU_BYTES) if group.on_cpu else max_bytes
-    size = max(1, room // max(1, group.bytes_each))  # activations with zero rows take no memory
+    size = max(1, room // max(1, group.bytes_each))  # activations with zero rows use no memory
     for start in range(0, len(entries), size):
         chosen = entries[start : start + size]
         stack = _edited(forward, group, clean, chosen)

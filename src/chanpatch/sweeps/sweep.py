@@ -52,10 +52,10 @@ def sweep(
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
             runs the modules after a patch for many patches at a time. `"auto"` uses, at each hook point, the fastest
             strategy that matches the loop on two patches, or the loop if dropout or batch norm is in training mode.
-        max_bytes: Approximate memory limit for the activations of one batched forward pass and, separately, for the
-            stored outputs of modules before the patches. A single patch always runs, even above the limit.
+        max_bytes: Approximate memory limit for the activations in one batched forward pass and, separately, for stored
+            outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
-        progress: Whether to show a progress bar. None shows it on a terminal after two seconds if tqdm is installed.
+        progress: Whether to show a progress bar. None shows a bar on a terminal if tqdm is installed.
         keywords: Keyword inputs of the model.
 
     Raises:
