@@ -172,8 +172,8 @@ REFUSED = {
     ),
     "a label that is too rare": (
         lambda: label_channels(SUMS[:, None], np.minimum(np.arange(20), 3), names=NAMES, seed=0),
-        "1 of 20 inputs have label 'UP', but at least four with it and four without it are required, half to choose "
-        "labels and half to score them. Omit the label, or pass more inputs.",
+        "1 of 20 inputs have label 'UP', but at least four inputs must have the label and at least four must not. "
+        "Omit the label, or pass more inputs.",
     ),
     "a level in percent": (
         lambda: label_channels(SUMS[:, None], np.arange(20) % 4, names=NAMES, seed=0, level=5),

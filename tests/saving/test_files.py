@@ -614,11 +614,11 @@ DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy it a
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
         record() | {"format": 3},
-        f"has format 3, but chanpatch {VERSION} reads formats 1 and 2. A newer version may read it.",
+        f"has format 3, but chanpatch {VERSION} reads formats 1 and 2. Use a newer version of chanpatch.",
     ),
     "a format that is true": (
         record() | {"format": True},
-        f"has format True, but chanpatch {VERSION} reads formats 1 and 2. A newer version may read it.",
+        f"has format True, but chanpatch {VERSION} reads formats 1 and 2. Use a newer version of chanpatch.",
     ),
     "no checksum": (record() | {"sha256": None}, DAMAGED),
     "another checksum": (record() | {"sha256": "0" * 64}, DAMAGED),
@@ -634,7 +634,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     "json of another kind": ([1], "is damaged: TypeError: list indices must be integers or slices, not str"),
     "a format that is no number": (
         record() | {"format": "1"},
-        f"has format '1', but chanpatch {VERSION} reads formats 1 and 2. A newer version may read it.",
+        f"has format '1', but chanpatch {VERSION} reads formats 1 and 2. Use a newer version of chanpatch.",
     ),
     "no patches": ({"format": 2}, "is damaged: KeyError: 'patches'"),
     "an edit that is a list": (record(edit=["Set"]), "is damaged: TypeError: unhashable type: 'list'"),
@@ -700,7 +700,7 @@ def test_json_nested_without_end_is_one_error(file: Path) -> None:
 def test_a_safetensors_file_of_weights_holds_no_patches(file: Path) -> None:
     save_file({"weight": torch.zeros(2)}, file)
     assert refused(InterventionError, lambda: load(file)) == (
-        f"'{file}' contains no patches: it was not written by chanpatch.save()."
+        f"'{file}' contains no patches: the file was not written by chanpatch.save()."
     )
 
 

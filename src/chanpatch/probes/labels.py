@@ -197,8 +197,8 @@ def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Boolean
     for name, count in zip(names, indicators.sum(axis=0).tolist(), strict=True):
         if min(count, inputs - count) < 4:
             raise ProbeError(
-                f"{count} of {inputs} inputs have label '{name}', but at least four with it and four without it are "
-                "required, half to choose labels and half to score them. Omit the label, or pass more inputs."
+                f"{count} of {inputs} inputs have label '{name}', but at least four inputs must have the label and at "
+                "least four must not. Omit the label, or pass more inputs."
             )
     return indicators
 

@@ -77,12 +77,12 @@ def decoded(
         with safetensors.safe_open(path, framework="pt") as archive:
             text = (archive.metadata() or {}).get(_KEY)
             if text is None:
-                raise InterventionError("contains no patches: it was not written by chanpatch.save().")
+                raise InterventionError("contains no patches: the file was not written by chanpatch.save().")
             metadata = json.loads(text)
             if metadata["format"] not in _FORMATS or type(metadata["format"]) is not int:
                 raise InterventionError(
                     f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads formats 1 and 2. "
-                    "A newer version may read it."
+                    "Use a newer version of chanpatch."
                 )
             stored: dict[str, Tensor] = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
             checksum = metadata.pop("sha256", None)
