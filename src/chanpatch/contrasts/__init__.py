@@ -1,4 +1,4 @@
-"""Wing 2, the contrastive-pair differ: which channels respond to a feature, relative to their background variation.
+"""Contrastive pairs: find channels that respond to a feature, relative to their background variation.
 
 result = contrast(points, clean, corrupted, background=observations)
 result.top(10)

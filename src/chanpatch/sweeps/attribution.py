@@ -46,7 +46,7 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
 
     With `steps` above 1, the gradient is averaged along the straight line from the clean to the patched activation
     (integrated gradients, midpoint rule). Patches at one hook point with disjoint regions move along the line together,
-    with one forward and one backward pass per step. With many steps, their estimates add up to their joint effect.
+    with one forward and one backward pass per step. With many steps, the estimates add up to the joint effect.
 
     Args:
         points_or_model, inputs, keywords, progress: Same as for `sweep`.

@@ -46,8 +46,8 @@ def sweep(
         inputs: Positional inputs of the model; each forward pass gets copies.
         patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites. Each
             entry is one patch or several that are applied together.
-        metric: A function that maps the model's output to one number per input, `(batch,)`, or to a single number; or a
-            dict of such functions. A keyword-only parameter `baseline` receives the unpatched output.
+        metric: A function of the model's output, or a dict of such functions. Each returns one number per input,
+            `(batch,)`, or a single number. A keyword-only parameter `baseline` receives the unpatched output.
         controls: Control patches in the same form, to rank effects against: `matched_channels(...).patches(verb)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
             runs the modules after a patch for many patches at a time. `"auto"` uses, at each hook point, the fastest
