@@ -74,8 +74,8 @@ def areas(scores: Floats, positive: Booleans) -> Floats:
     """
     import scipy.stats
 
-    positives = positive.sum(axis=1, keepdims=True)
-    ranks = positive.astype(np.float64) @ scipy.stats.rankdata(scores, axis=0)
+    every = scipy.stats.rankdata(scores, axis=0)
+    positives, ranks = positive.sum(axis=1, keepdims=True), np.stack([every[each].sum(axis=0) for each in positive])
     with np.errstate(invalid="ignore"):
         found: Floats = (ranks - positives * (positives + 1) / 2) / (positives * (positive.shape[1] - positives))
     return found
