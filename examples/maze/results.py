@@ -1,4 +1,4 @@
-"""Results on disk: written whole, by one run at a time, and checked when they are read.
+"""Results on disk: written as a whole, by one run at a time, and checked on reading.
 
 with locked(folder), replaced(folder / "figure.png") as partial:
     figure.savefig(partial)
@@ -12,20 +12,18 @@ import io
 import json
 import os
 import platform
-import re
-import socket
 import sys
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 import chanpatch
@@ -35,7 +33,7 @@ MANIFEST, LOCK = "manifest.json", "run.lock"
 
 
 class Damaged(Exception):
-    """Files differ from those that were written; the message names them."""
+    """A file differs from the file that was written; the message names the file."""
 
 
 def check_folder(folder: Path) -> None:
@@ -49,65 +47,26 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder` until the block ends; take over the lock of a dead process.
+    """Keep other runs out of `folder` until the block ends; the lock of a dead process does not count.
 
     Raises:
         UserError: another run works in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock, own = folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}"
-    while not _created(lock, own):
-        try:
-            owner = lock.read_text(errors="replace").strip()
-        except FileNotFoundError:
-            continue  # given back meanwhile
-        if not _is_dead(owner):
-            raise UserError(
-                f"'{folder}' is in use by {owner or 'an unknown process'}. Wait until it ends, or name another folder "
-                f"with --out. If that is not a run of the study, delete '{lock}'."
-            )
-        # Moved, not deleted: only one of several runs that find the dead lock can move it.
-        taken = lock.with_name(f"{LOCK}.{os.getpid()}.{threading.get_ident()}")
-        with suppress(FileNotFoundError):
-            os.rename(lock, taken)
-            if taken.read_text(errors="replace").strip() != owner:
-                os.rename(taken, lock)  # another run has just taken it over
-            taken.unlink(missing_ok=True)
     try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def _created(lock: Path, owner: str) -> bool:
-    try:
-        with lock.open("x") as stream:
-            stream.write(owner)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _is_dead(owner: str) -> bool:
-    """Whether the process named by a lock ran on this machine and has ended."""
-    named = re.fullmatch(r"process (\d+) on (.+)", owner)
-    if named is None or named[2] != socket.gethostname():
-        return False
-    try:
-        os.kill(int(named[1]), 0)  # sends nothing
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
+        with FileLock(folder / LOCK, blocking=False):
+            yield
+    except Timeout:
+        raise UserError(
+            f"'{folder}' is in use by another run. Wait until that run ends, or name another folder with --out."
+        ) from None
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], name: str = MANIFEST) -> None:
     """Write facts about the results in a folder, with SHA-256 digests of its tables and of the manifest."""
     files = {file.name: _digest(file.read_bytes()) for file in sorted(folder.glob("*.csv"))}
     manifest = {**facts, "files": files}
-    text = json.dumps({**manifest, "digest": _manifest_digest(manifest)}, indent=2)
-    replace_text(folder / name, text + "\n")
+    replace_text(folder / name, json.dumps({**manifest, "digest": _manifest_digest(manifest)}, indent=2) + "\n")
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
@@ -144,7 +103,7 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_arrays(file: Path) -> dict[str, NDArray[Any]] | None:
-    """The arrays of an .npz file; None, with a printed line, if it is damaged."""
+    """The arrays in an .npz file; None, with a printed line, if the file is damaged."""
     try:
         with np.load(io.BytesIO(file.read_bytes())) as arrays:
             return dict(arrays)
@@ -157,8 +116,8 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]] | None:
 def replaced(file: Path) -> Iterator[Path]:
     """Yields a temporary path that replaces `file` if the block ends without an error."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.stem}.partial{file.suffix}")  # the suffix stays: savefig and savez go by it
-    partial.unlink(missing_ok=True)  # left by a run that was killed, or a link
+    partial = file.with_name(f"{file.stem}.partial{file.suffix}")  # savefig and savez need the suffix
+    partial.unlink(missing_ok=True)  # left by a killed run, or a link
     try:
         partial.open("x").close()
         yield partial
@@ -182,12 +141,12 @@ def replace_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """A short name for settings, equal for equal settings only."""
+    """A short name that is equal for equal settings only."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def versions() -> dict[str, str]:
-    """The versions behind the numbers; `source` changes with any line of chanpatch or of the study."""
+    """The versions behind the numbers; `source` changes with any line of code in chanpatch or the study."""
     digest = hashlib.sha256()
     for package in (Path(chanpatch.__file__).parent, Path(__file__).parent):
         for file in sorted(package.rglob("*.py")):

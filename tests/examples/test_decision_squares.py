@@ -4,7 +4,7 @@ import torch
 from studies import BEST, shipped_points, small_study
 
 from chanpatch import hook_points, recording
-from maze.analysis.cells import cells, share_cells, shown
+from maze.analysis.cells import cells, shown
 from maze.analysis.decision_squares import (
     CHEESE_TO_CORNER,
     DISTANCES,
@@ -18,6 +18,7 @@ from maze.analysis.decision_squares import (
     threshold_rows,
     thresholds,
 )
+from maze.analysis.estimates import intervals, share
 from maze.analysis.forwards import SITE
 from maze.analysis.part import Study
 from maze.analysis.selection import Selection
@@ -123,9 +124,9 @@ def test_on_the_posts_own_network_the_channels_and_the_threshold_are_the_posts(t
 
 
 def test_what_cannot_be_estimated_is_none_and_said_so():
-    assert share_cells("share", 0, 0) == cells("share", None) == dict.fromkeys(("share", "share_low", "share_high"))
-    assert shown(share_cells("share", 0, 0), "share", ".0%") == "nothing to estimate"
-    assert shown(share_cells("share", 9, 10), "share", ".0%") == "90% (60% to 98%)"
+    assert intervals(share=share(0, 0)) == cells("share", None) == dict.fromkeys(("share", "share_low", "share_high"))
+    assert shown(intervals(share=share(0, 0)), "share", ".0%") == "nothing to estimate"
+    assert shown(intervals(share=share(9, 10)), "share", ".0%") == "90% (60% to 98%)"
 
 
 def decisions(moves, cheese, corner, sums=None):

@@ -6,8 +6,7 @@ from studies import shipped_points
 from chanpatch import patch_in
 from maze.analysis import effects
 from maze.analysis.effects import destinations, effect_rows, joined, level_batches
-from maze.analysis.episodes import ORIGINAL
-from maze.analysis.exact import Chains, cheese_and_corner, decisions
+from maze.analysis.exact import ORIGINAL, Chains, cheese_and_corner, decisions
 from maze.analysis.forwards import SITE, activations
 from maze.levels import draw_levels
 

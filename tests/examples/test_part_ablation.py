@@ -9,12 +9,13 @@ from studies import from_files, shipped_points, small_study
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
 from chanpatch.statistics import wilson_interval
 from maze.analysis.cells import read_table, shown
-from maze.analysis.effects import KINDS, ablation
+from maze.analysis.effects import ablation
 from maze.analysis.exact import Chains
 from maze.analysis.forwards import SITE, activations, level_sums
 from maze.analysis.labels import LabelledChannel
 from maze.analysis.tables import action_tables
 from maze.levels import draw_levels, observe, policy_input
+from maze.measurements import PARTS
 from maze.measurements import ablation as part
 from maze.paths import Direction
 from maze.policy.network import ACTIONS
@@ -95,12 +96,11 @@ def test_every_live_channel_and_both_groups_are_ablated_in_three_ways_in_three_p
     assert {row["ablated"] for row in tables["effects"]} == {*(f"channel {each}" for each in RANKED), "top 6"}
 
 
-def test_the_reference_of_means_and_donors_is_named_in_the_table_the_method_and_the_finding(tables):
+def test_the_reference_of_means_and_donors_is_named_in_the_table_and_in_the_method(tables):
     words = "{} levels of size {}, cheese in distribution, mouse anywhere"
     named = {(row["kind"], row["reference"]) for row in tables["effects"]}
     assert named == {("zero", None), ("mean", words.format(20, 9)), ("resample", words.format(20, 9))}
-    assert f"Both use one set of {words.format(20, 9)}; another" in part.finding(tables).follows
-    assert f"Means and donors are of {words.format(200, 15)}." in part.PART.method
+    assert f"Means and donors are from {words.format(200, 15)}." in PARTS["ablation"].method
 
 
 def test_the_effect_is_the_modified_share_minus_the_original(tables):
@@ -144,17 +144,6 @@ def test_only_what_was_chosen_before_has_a_p_value_of_its_rank():
     assert rows[-1]["rank_p"] == pytest.approx(1 / 20)
 
 
-def test_channels_that_never_come_to_zero_are_named_with_all_three_effects(tables):
-    changed = copy.deepcopy(tables)
-    for row in changed["effects"]:
-        row["lowest_sum"] = 0.0
-    assert "Every live channel comes to 0" in part.finding(changed).follows
-    for kind in KINDS:
-        row_of(changed, "channel 7", kind).update(lowest_sum=2.5, effect=0.125)
-    told = part.finding(changed).follows
-    assert "channel 7 (at least 2.5): +0.125 (zero), +0.125 (mean), +0.125 (resample). " in told
-
-
 def test_the_counts_of_the_walks_add_up_to_the_levels(tables):
     for row in tables["walks"]:
         assert row["both"] + row["only_modified"] + row["only_original"] + row["neither"] == row["n"] == 3
@@ -189,7 +178,7 @@ def test_a_policy_with_one_live_channel_is_measured_without_controls():
     row = row_of(tables, "channel 7")
     assert (row["role"], row["rank"], row["controls"]) == ("LEFT, DOWN, UP, RIGHT", None, None)
     assert "rank" not in part.finding(tables).ours
-    part.PART.figure(tables)
+    part.figure(tables)
 
 
 @pytest.fixture
@@ -221,7 +210,7 @@ def test_an_ablation_with_one_reference_decides_nothing_and_is_told_without_an_i
     row_of(helpful, "channel 7", kind).update(effect=-0.2, effect_low=-0.3, effect_high=-0.1)
     finding = part.finding(helpful)
     assert finding.agrees == "in part"
-    assert "-0.200 and" in finding.follows or "and resampling -0.200." in finding.follows
+    assert "mean ablation gives -0.200" in finding.follows or "resampling -0.200" in finding.follows
     assert "-0.200" not in finding.ours and "-0.300 to -0.100" not in finding.follows
 
 
@@ -235,18 +224,15 @@ def test_the_finding_agrees_in_part_when_zeroing_helps_as_much_with_the_cheese_e
 
 
 def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whether_it_was_chosen(tables):
-    for channel, named in ((23, "channel 23 (UP), which the rule did not choose"), (30, "chose for RIGHT")):
+    for channel, named in ((23, "Channel 23 (UP, not chosen by the rule)"), (30, "chosen for RIGHT)")):
         changed = copy.deepcopy(tables)
         row_of(changed, f"channel {channel}").update(effect=-0.9, effect_low=-0.95, effect_high=-0.85)
         told = part.finding(changed).follows
-        assert named in told and "-0.900 (-0.950 to -0.850) (zero), " in told
+        assert named in told and "has the largest effect, -0.900 (-0.950 to -0.850)." in told
 
 
 def test_how_far_the_ablated_sum_is_from_the_usual_stands_beside_the_effect_but_for_the_mean(tables):
     assert all((row["absolute_z"] is None) == (row["kind"] == "mean") for row in tables["effects"])
-    zero, resampled = (row_of(tables, "channel 7", kind)["absolute_z"] for kind in ("zero", "resample"))
-    told = part.finding(tables).follows
-    assert f"lies {zero:.1f} (zero) and {resampled:.1f} (resample) standard deviations from those of 200 other" in told
     named = {(row["kind"], row["absolute_z_against"]) for row in tables["effects"]}
     words = "200 other levels of size 9, cheese in distribution, mouse anywhere, unpatched"
     assert named == {("zero", words), ("mean", None), ("resample", words)}
@@ -275,9 +261,7 @@ def test_the_finding_counts_the_other_channels_that_raise_the_probability_as_muc
     row_of(changed, "channel 7").update(effect=0.25)
     effects = [row_of(changed, f"channel {channel}")["effect"] for channel in RANKED]
     rank = sum(each >= 0.25 for each in effects)
-    finding = part.finding(changed)
-    assert f"Zeroed one by one, {rank - 1} of the 5 other live channels raise" in finding.follows
-    assert f"rank {rank} of 6 live channels by increase." in finding.ours
+    assert f"rank {rank} of 6 live channels by increase." in part.finding(changed).ours
 
 
 @pytest.mark.parametrize(("policy", "channel", "rank"), [("imitation", 7, 1), ("reward", 7, 1), ("control", 29, 4)])
@@ -290,19 +274,11 @@ def test_the_directed_ranks_of_the_committed_report_come_from_its_table(policy, 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    part.PART.figure(read)
+    part.figure(read)
 
 
-def test_the_groups_are_told_and_ranked(tables):
-    live = len(RANKED)
+def test_the_best_predictors_are_ranked_among_sets(tables):
     assert "sets" not in tables  # all live channels are in the group
-    (top,) = [
-        row
-        for row in tables["effects"]
-        if (row["ablated"], row["kind"], row["cheese"]) == (f"top {live}", "zero", PLACE)
-    ]
-    told = part.finding(tables).follows
-    assert f"Top {live} zeroed together: {top['effect']:+.3f}" in told
     row = {"kind": "zero", "ablated": "top 16", "n": 9, "effect": -0.3, "effect_low": -0.4, "effect_high": -0.2}
     row |= {"rank": 5, "controls": 19, "rank_p": 0.25, "controls_lowest": -0.4, "controls_highest": 0.1}
     assert "zero -0.300 (-0.400 to -0.200), rank 5 of 20 (p = 0.25)" in part.finding({**tables, "sets": [row]}).follows

@@ -95,7 +95,7 @@ def test_the_distance_from_usual_sums_stands_beside_every_effect_and_in_the_find
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    part.PART.figure(read)
+    part.figure(read)
 
 
 def test_the_own_vector_is_ranked_among_random_ones(tables):

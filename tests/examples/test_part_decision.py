@@ -105,8 +105,8 @@ def test_the_counts_of_every_table_are_its_levels(tables):
 
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
     back = from_files(tables, tmp_path)
-    assert part.PART.finding(back) == part.PART.finding(tables)
-    assert len(part.PART.figure(back).axes) == 3
+    assert part.finding(back) == part.finding(tables)
+    assert len(part.figure(back).axes) == 3
 
 
 @pytest.mark.parametrize(
@@ -137,17 +137,17 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
         row |= {"n": 999, "goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": least, "to_cheese_high": least + 0.05}
     for row in changed["matched"]:
         row |= {"difference": 0.5, "difference_low": 0.4, "difference_high": 0.6}
-    found = part.PART.finding(changed)
+    found = part.finding(changed)
     assert found.agrees == "yes" and "n=999" in found.ours
     for row in changed["matched"]:
         row["difference_low"] = -0.1
-    assert part.PART.finding(changed).agrees == "in part"
+    assert part.finding(changed).agrees == "in part"
 
 
 def test_every_rate_of_acceptance_says_what_it_is_a_rate_of(tables):
     assert "accepted_of_random_squares" in tables["thresholds"][0]
     assert "accepted_of_decision_squares" in tables["choices"][0]
-    told = part.PART.finding(tables).ours
+    told = part.finding(tables).ours
     row = next(row for row in tables["choices"] if (row["direction"], row["squares"]) == ("UP", "accepted"))
     assert "of random squares with UP free" in told and f"of the {row['drawn']} decision squares drawn" in told
 
@@ -159,7 +159,7 @@ def test_few_levels_on_a_side_are_not_judged(tables):
         row["n"] = part.FEWEST - (row["split"] == part.SPLITS[1])
     for row in changed["matched"]:
         row |= {"difference": 0.5, "difference_low": 0.4, "difference_high": 0.6}
-    found = part.PART.finding(changed)
+    found = part.finding(changed)
     assert found.agrees == "undecided" and "fewer than 100, so this is not judged" in found.ours
 
 
@@ -172,6 +172,6 @@ def test_a_mouse_that_misses_the_cheese_in_distribution_does_not_agree_in_full(t
 def test_a_policy_without_thresholds_is_not_comparable(study, monkeypatch):
     monkeypatch.setattr(part, "thresholds", lambda _, directions: dict.fromkeys(directions))
     tables = part.measure(study)
-    found = part.PART.finding(tables)
+    found = part.finding(tables)
     assert found.agrees == "not comparable" and "has no threshold" in found.ours
-    assert part.PART.figure(tables).axes
+    assert part.figure(tables).axes

@@ -40,22 +40,22 @@ def test_every_level_is_in_one_bin_and_one_stratum(study, tables):
 
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
     back = from_files(tables, tmp_path)
-    assert part.PART.finding(back) == part.PART.finding(tables)
-    assert len(part.PART.figure(back).axes) == 2
+    assert part.finding(back) == part.finding(tables)
+    assert len(part.figure(back).axes) == 2
 
 
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     changed = copy.deepcopy(tables)
     for row in changed["trends"]:
         row |= {"correlation": -0.33, "correlation_low": -0.5, "correlation_high": -0.1}
-    found = part.PART.finding(changed)
+    found = part.finding(changed)
     assert found.agrees == "yes" and "-0.33" in found.ours and "does not explain all of the fall" in found.follows
     for row in changed["trends"]:
         row["correlation_high"] = 0.2
-    assert part.PART.finding(changed).agrees == "undecided"
+    assert part.finding(changed).agrees == "undecided"
     for row in changed["trends"]:
         row |= {"correlation": 0.3, "correlation_low": 0.1, "correlation_high": 0.4}
-    assert part.PART.finding(changed).agrees == "no"
+    assert part.finding(changed).agrees == "no"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_correlation_that_is_not_known_is_an_open_claim(tables):
         known = row["measure"] == part.MOUSE
         ends = (-0.33, -0.5, -0.1) if known else (None,) * 3
         row |= dict(zip(("correlation", "correlation_low", "correlation_high"), ends, strict=True))
-    assert part.PART.finding(changed).agrees == "in part"
+    assert part.finding(changed).agrees == "in part"
 
 
 def test_a_policy_without_thresholds_and_without_variation_is_told_as_such(study, monkeypatch):
@@ -87,8 +87,8 @@ def test_a_policy_without_thresholds_and_without_variation_is_told_as_such(study
     seen = part.at_decision_squares
     monkeypatch.setattr(part, "at_decision_squares", lambda *given: still(seen(*given)))
     tables = part.measure(study)
-    assert part.PART.finding(tables).agrees == "not comparable"
-    assert part.PART.figure(tables).axes
+    assert part.finding(tables).agrees == "not comparable"
+    assert part.figure(tables).axes
 
 
 def still(seen):

@@ -92,5 +92,5 @@ def test_the_finding_reacts_to_one_level_that_breaks_a_rule(tables):
 
 
 def test_the_figure_has_one_line_per_fact(tables):
-    (axes,) = part.PART.figure(tables).axes
+    (axes,) = part.figure(tables).axes
     assert len(axes.get_yticklabels()) == len(tables["overall"])

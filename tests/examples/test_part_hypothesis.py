@@ -188,8 +188,8 @@ def test_the_channels_of_a_push_are_those_of_no_other_way():
 
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
     back = from_files(tables, tmp_path)
-    assert part.PART.finding(back) == part.PART.finding(tables)
-    assert len(part.PART.figure(back).axes) == 2
+    assert part.finding(back) == part.finding(tables)
+    assert len(part.figure(back).axes) == 2
 
 
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
@@ -198,21 +198,21 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
         row |= {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "rank": 1, "rank_p": 0.01}
     for row in changed["predictions"]:
         row |= {"gain_low": 0.1, "gain_high": 0.3}
-    found = part.PART.finding(changed)
+    found = part.finding(changed)
     assert found.agrees == "yes" and "rank 1 of 100" in found.ours
     for row in changed["controls"]:
         row |= {"rank": 77, "rank_p": 0.77}
-    found = part.PART.finding(changed)
+    found = part.finding(changed)
     assert found.agrees == "in part" and "rank 77 of 100" in found.ours
     for row in changed["controls"]:
         row["rank_p"] = 0.01
     for row in changed["predictions"]:
         if row["predictor"] == PUSH:
             row["gain_low"] = -0.1
-    assert part.PART.finding(changed).agrees == "in part"
+    assert part.finding(changed).agrees == "in part"
     for row in changed["controls"]:
         row |= {"auc": None, "auc_low": None, "auc_high": None, "rank": None}
-    assert part.PART.finding(changed).agrees == "not comparable"
+    assert part.finding(changed).agrees == "not comparable"
 
 
 def test_without_channels_for_any_direction_the_hypothesis_is_not_tested(tables):
@@ -220,7 +220,7 @@ def test_without_channels_for_any_direction_the_hypothesis_is_not_tested(tables)
     changed["channels"][0]["count"] = 0
     for row in changed["channels"][1:]:
         row["count"] = 1
-    assert f"No channel stands for {Direction.LEFT.name}, whose" in part.PART.finding(changed).ours
+    assert f"No channel stands for {Direction.LEFT.name}, whose" in part.finding(changed).ours
     for row in changed["channels"]:
         row["count"] = 0
-    assert part.PART.finding(changed).agrees == "not comparable"
+    assert part.finding(changed).agrees == "not comparable"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from studies import small_study
 
-from maze.analysis.channels import pair_sums
-from maze.analysis.forwards import SITE
+from maze.analysis.contrasts import drawn_pairs
+from maze.analysis.forwards import SITE, level_sums
 from maze.measurements import pair as part
 
 
@@ -23,7 +23,7 @@ def tables(study):
 
 
 def test_the_first_pair_is_the_posts_in_four_rotations(study, tables):
-    sums = pair_sums(study.points, SITE)[1][:, :, 7]
+    sums = [level_sums(study.points, SITE, pair.levels)[:, 7] for pair in drawn_pairs()[:4]]
     rows = [row for row in tables["pictures"] if row["pair"] == 0]
     assert [row["first_step_0"] for row in rows] == ["UP", "RIGHT", "DOWN", "LEFT"]
     np.testing.assert_allclose([[row["sum_0"], row["sum_1"]] for row in rows], sums, rtol=1e-4, atol=1e-4)
@@ -58,5 +58,5 @@ def test_the_finding_agrees_when_the_up_side_is_higher_everywhere(tables, share_
 
 
 def test_the_figure_draws_all_pairs_in_each_rotation(tables):
-    axes = part.PART.figure(tables).axes
+    axes = part.figure(tables).axes
     assert [len(each.lines) for each in axes[:4]] == [5, 5, 5, 5]

@@ -134,4 +134,4 @@ def test_mazes_without_any_area_are_drawn_and_told(tables):
     for row in empty["areas"]:
         row |= {name: None for name in row if name.startswith(("auc", "minus", "matched"))}
     assert "too few mazes" in part.finding(empty).ours
-    assert part.PART.figure(empty).axes
+    assert part.figure(empty).axes

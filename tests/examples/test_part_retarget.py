@@ -6,8 +6,7 @@ import torch
 from studies import from_files, shipped_points, small_study
 
 from maze.analysis.cells import shown
-from maze.analysis.episodes import ORIGINAL
-from maze.analysis.exact import Chains, cheese_and_corner
+from maze.analysis.exact import ORIGINAL, Chains, cheese_and_corner
 from maze.analysis.forwards import activations
 from maze.analysis.off_distribution import mouse_anywhere
 from maze.analysis.steering import BLOCK
@@ -93,7 +92,7 @@ def test_a_magnitude_that_does_more_on_average_and_less_for_certain_is_not_taken
     reached = np.array([[0.1] * 6, [0.18, 0.22] * 3, [0.01, 0.02, 0.03, 0.7, 0.71, 0.72]])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "MULTIPLES", (1, 4))
-        patch.setattr(part, "_reached", lambda *_: reached)
+        patch.setattr(part, "p_reached", lambda *_: reached)
         study = small_study(6, (7,))
         levels = study.levels("retarget choosing", 6, size=7)
         rows, multiple = part._magnitudes(study, levels, np.array([2, 3]), np.array([1.0, 2.0]))
@@ -182,10 +181,10 @@ def test_the_finding_says_when_the_largest_multiple_was_taken(tables):
 
 
 def test_the_figure_shows_the_magnitudes_and_the_distances(tables):
-    assert len(part.PART.figure(tables).axes) == 2
+    assert len(part.figure(tables).axes) == 2
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    part.PART.figure(read)
+    part.figure(read)

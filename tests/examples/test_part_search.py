@@ -105,4 +105,4 @@ def test_areas_that_could_not_be_estimated_are_left_out(tables):
     for row in empty["hook_points"]:
         row["out"] = None
     assert part.finding(empty).agrees == "not comparable"
-    assert part.PART.figure(tables).axes
+    assert part.figure(tables).axes

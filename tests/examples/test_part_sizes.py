@@ -61,7 +61,7 @@ def test_cells_with_too_few_mazes_are_left_out(tables):
     for row in empty["sizes"]:
         row |= {name: None for name in row if name.startswith(("auc", "minus"))}
     assert part.finding(empty).agrees == "not comparable"
-    assert part.PART.figure(empty).axes
+    assert part.figure(empty).axes
 
 
 def test_a_difference_beyond_its_interval_is_counted(tables):

@@ -82,13 +82,13 @@ def test_one_channel_may_stand_for_several_directions_without_controls():
     tables = part.measure(small_study(3, (7,), dict.fromkeys(Direction, 7)))
     assert {row["role"] for row in tables["shares"]} == {"LEFT and DOWN and UP and RIGHT"}
     assert all(row["rank"] is None for row in tables["shares"])
-    assert part.PART.figure(tables).axes and "there are no others" in part.finding(tables).follows
+    assert part.figure(tables).axes and "there are no others" in part.finding(tables).follows
 
 
 def test_without_an_active_channel_the_finding_says_so(tables):
     silent = {**tables, "shares": []}
     assert part.finding(silent).agrees == "not comparable"
-    assert part.PART.figure(silent).axes
+    assert part.figure(silent).axes
 
 
 @pytest.mark.parametrize(
@@ -121,5 +121,5 @@ def test_the_figure_draws_the_maze_with_the_highest_sum(study, tables):
     grey = observe([level])[0].mean(axis=-1).round()
     read = [list(bytes.fromhex(row["grey"][1:])) for row in tables["pixels"]]
     np.testing.assert_array_equal(read, grey)
-    label = part.PART.figure(tables).axes[0].get_xlabel()
+    label = part.figure(tables).axes[0].get_xlabel()
     assert label.startswith("channel 7 (UP) in the maze of all with the highest sum")

@@ -46,8 +46,8 @@ def test_there_is_a_coefficient_for_every_distance_and_a_model_for_each_and_all(
 
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
     back = from_files(tables, tmp_path)
-    assert part.PART.finding(back) == part.PART.finding(tables)
-    assert len(part.PART.figure(back).axes) == 2
+    assert part.finding(back) == part.finding(tables)
+    assert len(part.figure(back).axes) == 2
 
 
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
@@ -56,13 +56,13 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     for row in changed["coefficients"]:
         row |= {"coefficient_low": -2.0, "coefficient_high": 1.0}
     changed["coefficients"][0]["coefficient_high"] = -1.0
-    found = part.PART.finding(changed)
+    found = part.finding(changed)
     assert found.agrees == "yes" and "Base rate 0.123" in found.ours
     assert f"less often with a larger '{DISTANCES[0]}'" in found.follows and DISTANCES[1] not in found.follows
     changed["scores"][0] |= {"gain_low": -0.1, "auc_low": 0.4}
-    assert part.PART.finding(changed).agrees == "undecided"
+    assert part.finding(changed).agrees == "undecided"
     changed["scores"][0] |= {"gain_low": -0.2, "gain_high": -0.1}
-    assert part.PART.finding(changed).agrees == "no"
+    assert part.finding(changed).agrees == "no"
 
 
 def test_the_single_distance_that_is_told_is_chosen_on_the_levels_fitted_on(tables):
@@ -71,4 +71,4 @@ def test_the_single_distance_that_is_told_is_chosen_on_the_levels_fitted_on(tabl
         row["alone_coefficient"] = -9.0 if place == 2 else 1.0
     for row in changed["scores"]:
         row["accuracy"] = 0.5 if row["model"] == DISTANCES[2] else 0.9
-    assert f"'{DISTANCES[2]}', predicts 0.500" in part.PART.finding(changed).follows
+    assert f"'{DISTANCES[2]}', predicts 0.500" in part.finding(changed).follows

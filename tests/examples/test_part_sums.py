@@ -50,7 +50,7 @@ def test_too_few_mazes_for_a_threshold_are_said_in_the_table_and_the_finding():
     few = part.measure(study_of(3))
     assert all(row["quantity"].startswith("not measured") for row in few["transfer"] + few["precise"])
     assert part.finding(few).agrees == "not comparable"
-    assert part.PART.figure(few).axes
+    assert part.figure(few).axes
 
 
 def test_the_precise_threshold_is_the_smallest_of_one_half_scored_on_the_other_and_outside(study, tables):
@@ -125,7 +125,7 @@ def with_precision(tables, fit, shifted):
 
 
 def test_the_figure_has_a_column_of_marks_per_label_and_split(tables):
-    for axes, direction in zip(part.PART.figure(tables).axes, Direction, strict=True):
+    for axes, direction in zip(part.figure(tables).axes, Direction, strict=True):
         names, counts = zip(*(text.get_text().split("\nn = ") for text in axes.get_xticklabels()), strict=True)
         assert names == (direction.name, f"not {direction.name}")
         assert sum(map(int, counts)) == 40

@@ -98,4 +98,4 @@ def test_without_live_channels_nothing_is_told(tables):
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    assert len(part.PART.figure(read).axes) == 1
+    assert len(part.figure(read).axes) == 1

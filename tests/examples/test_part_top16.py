@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from studies import from_files, small_study
 
-from maze.analysis.channels import pair_sums
+from maze.analysis.contrasts import drawn_pairs
 from maze.analysis.exact import Chains
 from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.tables import action_tables
@@ -51,7 +51,7 @@ def test_the_share_that_goes_elsewhere_is_half_the_distance_of_the_moves_average
 
 
 def test_the_pairs_channels_differ_most_over_the_four_rotations_of_the_posts_pair(study, tables):
-    _, sums = pair_sums(study.points, SITE)
+    sums = [level_sums(study.points, SITE, pair.levels) for pair in drawn_pairs()[:4]]
     differences = [sum(abs(turn[0][channel] - turn[1][channel]) for turn in sums) for channel in RANKED]
     (row,) = (row for row in tables["effects"] if (row["chosen"], row["measure"]) == (part.PAIR, "found"))
     given = list(map(int, row["channels"].split()))
@@ -147,10 +147,10 @@ def test_the_finding_tells_the_ranks_and_the_range_of_the_controls(tables):
 
 
 def test_the_figure_shows_three_fields_and_the_effects(tables):
-    assert len(part.PART.figure(tables).axes) == 4
+    assert len(part.figure(tables).axes) == 4
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):
     read = from_files(tables, tmp_path)
     assert part.finding(read) == part.finding(tables)
-    part.PART.figure(read)
+    part.figure(read)

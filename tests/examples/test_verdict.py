@@ -42,4 +42,4 @@ def test_an_estimate_without_an_interval_is_told_as_such(end):
     ],
 )
 def test_a_headline_is_the_first_sentence(ours, headline):
-    assert Finding(ours, "yes", "", "").headline == headline
+    assert Finding(ours, "yes", "").headline == headline

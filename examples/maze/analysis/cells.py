@@ -1,4 +1,4 @@
-"""Tables of the study: their cells, and the claims that intervals in them support."""
+"""Tables of the study: their cells, and the claims that intervals in the cells support."""
 
 from __future__ import annotations
 
@@ -8,45 +8,27 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from chanpatch.statistics import Interval, difference_interval, rank_among, wilson_interval
+from chanpatch.statistics import Interval
 
 Cell: TypeAlias = bool | int | float | str | None
 Row: TypeAlias = dict[str, Any]
 Table: TypeAlias = list[Row]
 Tables: TypeAlias = Mapping[str, Table]
 Agrees: TypeAlias = Literal["yes", "in part", "undecided", "no", "not comparable"]
+Values: TypeAlias = NDArray[np.float64]
+Flags: TypeAlias = NDArray[np.bool_]
+Integers: TypeAlias = NDArray[np.int64]
 
 
 def cells(prefix: str, interval: Interval | None) -> Row:
-    """An estimate with its interval as three cells, `prefix`, `prefix_low` and `prefix_high`; None if unknown."""
+    """An estimate with its interval as the cells `prefix`, `prefix_low` and `prefix_high`; None if unknown."""
     known = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
     return {
         f"{prefix}{end}": None if value is None or np.isnan(value) else float(value)
         for end, value in zip(("", "_low", "_high"), known, strict=True)
     }
-
-
-def intervals(**named: Interval | None) -> Row:
-    """The cells of several estimates."""
-    return {name: cell for prefix, interval in named.items() for name, cell in cells(prefix, interval).items()}
-
-
-def share_cells(prefix: str, count: int, n: int) -> Row:
-    """A share with Wilson's interval as three cells; None if n is 0."""
-    return cells(prefix, wilson_interval(int(count), n) if n else None)
-
-
-def rank_cells(effect: float, controls: ArrayLike, *, ranked: Any = True, p: Any = True) -> Row:
-    """The rank of an effect among controls as three cells; None unless it is to be ranked, and among something."""
-    rank = rank_among(effect, controls) if ranked and np.size(controls) else None
-    return {"rank": rank and rank.rank, "controls": rank and rank.controls, "rank_p": rank.p if rank and p else None}
-
-
-def minus(first: Interval | None, second: Interval | None) -> Interval | None:
-    """The difference of two independent estimates; None if one of them is unknown."""
-    return None if first is None or second is None else difference_interval(first, second)
 
 
 def shown(row: Mapping[str, Any], prefix: str, form: str = ".3f") -> str:
@@ -59,7 +41,7 @@ def shown(row: Mapping[str, Any], prefix: str, form: str = ".3f") -> str:
 
 
 def above(row: Mapping[str, Any], prefix: str, limit: float = 0.0) -> bool | None:
-    """Whether an interval lies above a limit; None if it contains the limit or is unknown."""
+    """Whether an interval lies above a limit; None if the interval contains the limit or is unknown."""
     low, high = row[f"{prefix}_low"], row[f"{prefix}_high"]
     if low is None or high is None:
         return None
@@ -67,7 +49,7 @@ def above(row: Mapping[str, Any], prefix: str, limit: float = 0.0) -> bool | Non
 
 
 def below(row: Mapping[str, Any], prefix: str, limit: float = 0.0) -> bool | None:
-    """Whether an interval lies below a limit; None if it contains the limit or is unknown."""
+    """Whether an interval lies below a limit; None if the interval contains the limit or is unknown."""
     over = above(row, prefix, limit)
     return None if over is None else not over
 
@@ -76,7 +58,7 @@ def verdict(*claims: bool | None) -> Agrees:
     """Whether a result agrees with the reference.
 
     Args:
-        *claims: True if a claim holds, False if its opposite holds, None if the data leave it open.
+        *claims: True if a claim holds, False if its opposite holds, None if the data leave the claim open.
     """
     if not claims:
         return "not comparable"
@@ -93,12 +75,12 @@ def column(table: Sequence[Mapping[str, Any]], name: str) -> NDArray[Any]:
 
 
 def keyed(table: Sequence[Row], *names: str) -> dict[Any, Row]:
-    """Rows by the cells of one column, or of several."""
+    """Rows by the cells in one column or in several."""
     return {tuple(row[name] for name in names) if len(names) > 1 else row[names[0]]: row for row in table}
 
 
 def chosen(table: Sequence[Row], **wanted: Any) -> Table:
-    """The rows in which all of these cells are as wanted."""
+    """The rows with these cells."""
     return [row for row in table if all(row[name] == value for name, value in wanted.items())]
 
 

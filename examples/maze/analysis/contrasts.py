@@ -1,9 +1,9 @@
-"""The contrast over pairs with a moved wall, as a table and as a figure."""
+"""Contrastive pairs with one moved wall, and their contrast as a table and as a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
@@ -11,49 +11,66 @@ from chanpatch import contrast
 from chanpatch.contrasts import Contrast
 from chanpatch.plots import effect_ranking
 from chanpatch.statistics import Interval
-from maze.analysis.cells import Table, intervals
+from maze.analysis.cells import Table
+from maze.analysis.estimates import intervals
 from maze.analysis.forwards import frames
 from maze.analysis.part import Study
 from maze.environment.moved_walls import pairs_with_a_moved_wall
+from maze.environment.pairs import contrastive_pairs, rotations
+from maze.levels import draw_levels
 from maze.paths import Direction
 from maze.states import Mazes, write_mazes
 
 
-def moved_walls(study: Study, levels: Sequence[bytes], purpose: str) -> tuple[list[bytes], tuple[Mazes, Mazes]]:
-    """The levels that allow a pair, and the pairs: with one wall moved, the path starts UP or RIGHT."""
+class DrawnPair(NamedTuple):
+    """A pair drawn by hand, in one rotation: the number of the pair, quarter turns, the two mazes and their levels."""
+
+    number: int
+    turn: int
+    mazes: Mazes
+    levels: list[bytes]
+
+
+def drawn_pairs() -> list[DrawnPair]:
+    """The pairs drawn by hand in their four rotations, the post's first; a level of the same size gives textures."""
+    found = []
+    for number, pair in enumerate(contrastive_pairs()):
+        base = draw_levels(1, size=int(pair.size[0]), seed=0)[0]
+        turns = enumerate(rotations(pair))
+        found += [DrawnPair(number, turn, mazes, write_mazes(mazes, base)) for turn, mazes in turns]
+    return found
+
+
+def moved_walls(study: Study, levels: Sequence[bytes], purpose: str) -> tuple[list[bytes], list[bytes]]:
+    """The pairs that levels allow: with one wall moved, the path starts UP in the first and RIGHT in the second."""
     *pair, kept = pairs_with_a_moved_wall(
         levels, clean=Direction.UP, corrupted=Direction.RIGHT, seed=study.seed_for(purpose)
     )
-    return [levels[index] for index in kept], (pair[0], pair[1])
+    base = [levels[index] for index in kept]
+    clean, corrupted = (write_mazes(mazes, base) for mazes in pair)
+    return clean, corrupted
 
 
 def pair_contrast(
-    study: Study, base: Sequence[bytes], pair: Sequence[Mazes], sites: Any, background: Sequence[bytes]
+    study: Study, pairs: tuple[list[bytes], list[bytes]], sites: Any, background: Sequence[bytes]
 ) -> Contrast:
     """The contrast of UP minus RIGHT over these pairs, relative to background levels."""
-    clean, corrupted = (frames(write_mazes(mazes, list(base))) for mazes in pair)
-    return contrast(study.points, clean, corrupted, sites, background=frames(background))
+    return contrast(study.points, *map(frames, pairs), sites, background=frames(background))
 
 
 def contrast_rows(result: Contrast) -> Table:
     """One row per channel, in the order of the contrast: differences of sums, effects and p-values.
 
-    An effect is a difference in units of the channel's background deviation, which counts as known. So both have the
-    same interval in other units.
+    An effect is a difference in units of the channel's background deviation, which counts as known. So effects and
+    differences have the same interval in different units.
     """
-    rows: Table = []
+    rows = []
     for record in result.to_records():
         effect, unit = [record[name] for name in ("effect", "low", "high")], record["std"]
-        difference = [record["difference"], *(end * unit for end in effect[1:])]
-        rows.append(
-            {
-                "site": record["site"],
-                "pairs": result.pairs,
-                "background": result.background,
-                **intervals(difference=Interval(*difference, 0.95), effect=Interval(*effect, 0.95)),
-                **{name: record[name] for name in ("p", "no_p")},
-            }
-        )
+        difference = Interval(record["difference"], *(end * unit for end in effect[1:]), 0.95)
+        row = {"site": record["site"], "pairs": result.pairs, "background": result.background}
+        row |= intervals(difference=difference, effect=Interval(*effect, 0.95))
+        rows.append(row | {name: record[name] for name in ("p", "no_p")})
     return rows
 
 

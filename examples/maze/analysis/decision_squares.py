@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chanpatch import HookPoints, ThresholdProbe
 from chanpatch.errors import ProbeError
-from maze.analysis.cells import Table, cells
+from maze.analysis.cells import Flags, Integers, Table, Values
+from maze.analysis.estimates import intervals
 from maze.analysis.forwards import SITE, forward, legal_at_mouse, level_sums
 from maze.analysis.part import SPLITS, Study, open_to
 from maze.paths import Direction, distances, first_steps, top_right
@@ -32,58 +33,48 @@ POSTS_CHANNELS = {Direction.UP: 121, Direction.RIGHT: 73}  # on its own network
 POSTS_THRESHOLD = 30.0  # for both channels
 POSTS = "the post's, on its own network"
 THRESHOLD_LEVELS = 1000  # mazes for thresholds, for any n: one half to choose on, one to score on
-ACCEPTED = "accepted_of_random_squares"  # share of squares from which the direction is legal
+ACCEPTED = "accepted_of_random_squares"  # fraction of squares from which the direction is legal
 EDGES = (8, 16, 32)  # of the bins of path lengths, in steps
-BINS = (f"below {EDGES[0]}", *(f"{low} to {high - 1}" for low, high in zip(EDGES, EDGES[1:], strict=False)),
-        f"from {EDGES[-1]}")  # fmt: skip
+BINS = (f"below {EDGES[0]}", *(f"{low} to {high - 1}" for low, high in pairwise(EDGES)), f"from {EDGES[-1]}")
 
-Floats = NDArray[np.float64]
 Probes = dict[Direction, ThresholdProbe | None]
 
 
 class Decisions(NamedTuple):
-    """Levels whose mouse stands on the decision square: one row per level in every field.
+    """Levels whose mouse stands on the decision square: one row per level in every field."""
 
-    Attributes:
-        cheese: int (level,): the `Direction` in which the path to the cheese starts.
-        corner: int (level,): the same for the top right corner.
-        moves: (level, direction): probability of each legal move; -1 for the others.
-        sums: (level, channel): channel sums at relu3.
-        distances: (level, distance): in cells, in the order of `DISTANCES`.
-    """
-
-    cheese: NDArray[np.int64]
-    corner: NDArray[np.int64]
-    moves: Floats
-    sums: Floats
-    distances: Floats
+    cheese: Integers  # int (level,): the `Direction` in which the path to the cheese starts
+    corner: Integers  # int (level,): the same for the top right corner
+    moves: Values  # (level, direction): probability of each legal move; -1 for illegal moves
+    sums: Values  # (level, channel): channel sums at relu3
+    distances: Values  # (level, distance): in cells, in the order of `DISTANCES`
 
     @property
-    def chosen(self) -> NDArray[np.int64]:
+    def chosen(self) -> Integers:
         """The likeliest legal move: int (level,)."""
         return self.moves.argmax(axis=1)
 
     @property
-    def took_cheese(self) -> NDArray[np.bool_]:
-        """Whether that is the first step to the cheese: bool (level,)."""
+    def took_cheese(self) -> Flags:
+        """Whether the likeliest legal move is the first step to the cheese: bool (level,)."""
         return self.chosen == self.cheese
 
-    def towards(self) -> tuple[Floats, Floats]:
+    def towards(self) -> tuple[Values, Values]:
         """The probabilities of the first steps to the cheese and to the corner: (level,) each."""
         every = np.arange(len(self.cheese))
         return self.moves[every, self.cheese], self.moves[every, self.corner]
 
     def rows(self, which: Any) -> Decisions:
-        """Some of the levels."""
+        """The given levels."""
         return Decisions(*(each[which] for each in self))
 
-    def distance(self, name: str) -> Floats:
+    def distance(self, name: str) -> Values:
         """One of `DISTANCES`: (level,)."""
         return self.distances[:, DISTANCES.index(name)]
 
 
 def at_decision_squares(points: HookPoints, levels: Sequence[bytes]) -> Decisions:
-    """The policy on levels that are trees, with the mouse on the decision square."""
+    """Run the policy on levels that are trees, with the mouse on the decision square."""
     mazes = read_mazes(levels)
     probabilities, cache = forward(points, levels)
     moves = [probabilities.astype(np.float64)[:, list(ACTIONS[direction])].sum(axis=1) for direction in Direction]
@@ -101,7 +92,7 @@ def joined(parts: Iterable[Decisions]) -> Decisions:
     return Decisions(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
-def _distances(mazes: Mazes) -> Floats:
+def _distances(mazes: Mazes) -> Values:
     every, (row, col) = np.arange(len(mazes)), mazes.mouse.T
     cheese, corner = mazes.cheese, top_right(mazes)
     paths = [distances(mazes, target)[every, row, col] for target in (cheese, corner)]
@@ -116,9 +107,9 @@ def tested_channel(study: Study, direction: Direction) -> int:
 
 
 def thresholds(study: Study, directions: Sequence[Direction]) -> Probes:
-    """The threshold of each direction: the post's on its own network, else `precise_threshold` on mazes of its own."""
+    """The threshold of each direction: `precise_threshold` on separate mazes, or the post's on the post's network."""
     levels = study.levels("threshold", THRESHOLD_LEVELS, size=25, cheese=SPLITS[0], mouse="anywhere")
-    probes: Probes = {}
+    probes = {}
     for direction in directions:
         free, labels = open_to(direction, levels, len(levels))
         sums = level_sums(study.points, SITE, free)[:, tested_channel(study, direction)]
@@ -134,10 +125,10 @@ def _is_given(study: Study, direction: Direction) -> bool:
     return is_posts(study.weights) and direction in POSTS_CHANNELS
 
 
-def precise_threshold(sums: Floats, labels: NDArray[np.bool_], *, seed: int) -> ThresholdProbe | None:
-    """The smallest threshold with `PRECISION` on one half of the mazes, scored on the other.
+def precise_threshold(sums: Values, labels: Flags, *, seed: int) -> ThresholdProbe | None:
+    """The smallest threshold with `PRECISION` on one half of the mazes, scored on the other half.
 
-    If no threshold has it, the required precision falls in steps of 0.01. None if the channel has no threshold at all.
+    If no threshold is that precise, the required precision falls in steps of 0.01. None if no threshold exists at all.
     """
     for percent in range(round(100 * PRECISION), 0, -1):
         try:
@@ -159,8 +150,9 @@ def threshold_rows(study: Study, probes: Probes) -> Table:
             "as_precise_as_asked": None if probe and probe.criterion == POSTS else _is_precise(probe),
             "n_fit": probe and probe.fitted_on,
             "n_held_out": probe and probe.held_out.n,
-            **cells("precision", probe and probe.held_out.precision),
-            **cells(ACCEPTED, probe and probe.held_out.acceptance),
+            **intervals(
+                precision=probe and probe.held_out.precision, **{ACCEPTED: probe and probe.held_out.acceptance}
+            ),
         }
         for direction, probe in probes.items()
     ]
@@ -170,7 +162,7 @@ def _is_precise(probe: ThresholdProbe | None) -> bool:
     return probe is not None and probe.criterion.endswith(f" {PRECISION:g}")
 
 
-def strata(seen: Decisions) -> NDArray[np.int64]:
+def strata(seen: Decisions) -> Integers:
     """The stratum of each level by the path lengths to cheese and corner: int (level,)."""
     cheese, corner = (np.digitize(seen.distance(name), EDGES) for name in (TO_CHEESE, TO_CORNER))
     return cheese * len(BINS) + corner

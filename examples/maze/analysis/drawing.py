@@ -20,37 +20,23 @@ _COLORS = ("black", "tab:orange", "tab:blue", "tab:green", "tab:purple", "0.5", 
 
 @dataclass(frozen=True)
 class Panel:
-    """Estimates with their 95% intervals, by category or along a column of numbers.
+    """Estimates with their 95% intervals, by category or along a column of numbers."""
 
-    Attributes:
-        table: name of the table.
-        by: the column or columns of the categories, or with `along` of the numbers.
-        prefix: name of the cells (see `cells`); or several, each a series of its own, by label.
-        label: label of the estimates.
-        series: the column or columns whose values have marks of their own.
-        where: the cells of the rows to draw: values, or functions that accept them.
-        names: labels of the categories, if not their values.
-        title: title of the panel.
-        scale: factor of the estimates, such as 100 for percent.
-        line: a reference value.
-        along: whether the categories are numbers, for the x axis.
-    """
-
-    table: str
-    by: Columns
-    prefix: str | Mapping[str, str]
-    label: str
-    series: Columns = ()
-    where: Mapping[str, Any] = field(default_factory=dict)
-    names: Mapping[str, str] = field(default_factory=dict)
+    table: str  # name of the table
+    by: Columns  # the column or columns with the categories, or the column with the numbers if `along`
+    prefix: str | Mapping[str, str]  # name of the cells (see `cells`), or several by label, each a separate series
+    label: str  # label of the estimates
+    series: Columns = ()  # the column or columns whose values have separate marks
+    where: Mapping[str, Any] = field(default_factory=dict)  # cells of the rows to draw: values, or functions of values
+    names: Mapping[str, str] = field(default_factory=dict)  # labels of the categories, by default their values
     title: str = ""
-    scale: float = 1.0
-    line: float | None = 0.0
-    along: bool = False
+    scale: float = 1.0  # factor for the estimates, such as 100 for percent
+    line: float | None = 0.0  # a reference value
+    along: bool = False  # whether the categories are numbers for the x axis
 
 
 def chart(*drawn: Panel, size: tuple[float, float] = (5.0, 4.8)) -> Callable[[Tables], Figure]:
-    """A function that draws panels side by side, each of this size."""
+    """A function that draws panels side by side, each with this size."""
 
     def figure(tables: Tables) -> Figure:
         found, axes = panels(size[0] * len(drawn), size[1], len(drawn))
@@ -71,10 +57,10 @@ def panels(width: float, height: float, count: int = 1, **options: Any) -> tuple
 
 
 def draw(axes: Axes, tables: Tables, panel: Panel) -> None:
-    """Draw one panel; rows without an estimate are left out."""
+    """Draw one panel without the rows that have no estimate."""
     rows = [row for row in tables.get(panel.table, ()) if _accepted(row, panel.where)]
     prefixes = {"": panel.prefix} if isinstance(panel.prefix, str) else panel.prefix
-    series: dict[str, tuple[str, Table]] = {}
+    series = {}
     for row in rows:
         for label, prefix in prefixes.items():
             if row[prefix] is not None:
@@ -87,7 +73,7 @@ def draw(axes: Axes, tables: Tables, panel: Panel) -> None:
             panel.scale * np.array([row[f"{prefix}{end}"] for row in each], dtype=float)
             for end in ("_low", "", "_high")
         )
-        style: dict[str, Any] = {"color": _COLORS[number % len(_COLORS)], "alpha": 0.9}
+        style = {"color": _COLORS[number % len(_COLORS)], "alpha": 0.9}
         marks = {"marker": _MARKERS[number % len(_MARKERS)], "markersize": 5, "label": label, **style}
         if panel.along:
             at = np.array([row[panel.by] for row in each], dtype=float)

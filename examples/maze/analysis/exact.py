@@ -1,21 +1,21 @@
 """A policy in a maze without sampling: every level as a Markov chain.
 
-procgen's observation of a level depends only on the mouse's square and the direction it faces. So a policy without
-memory is a table with one row of action probabilities per state, and P(cheese) is computed, not estimated:
+procgen's observation of a level depends only on the mouse's square and facing. So a policy without memory is a table
+with one row of action probabilities per state, and P(cheese) is computed, not estimated:
 
     chains = Chains.of(levels)
     table = action_tables(points, chains)[ORIGINAL]                  # maze.analysis.tables
     found = first_hits(chains, table, [chains.cheese])[chains.start]  # (level, 1)
 
-The states of all levels lie end to end. Tables of many interventions may be stacked, (intervention, state, action);
-every probability then has that axis in front.
+The states of all levels lie end to end. Tables of many interventions may be stacked, (intervention, state, action), and
+every probability then has the same first axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,26 +25,20 @@ from numpy.typing import ArrayLike, NDArray
 from torch.distributions import Categorical
 
 from chanpatch import rollout
-from maze.analysis.episodes import STEPS, Episodes, padded
+from maze.analysis.cells import Flags, Integers, Values
 from maze.levels import observe
-from maze.paths import (
-    MOVES,
-    Direction,
-    decision_squares,
-    direction_field,
-    distances,
-    legal_moves,
-    top_right,
-)
+from maze.paths import MOVES, Direction, decision_squares, direction_field, distances, legal_moves, top_right
 from maze.policy.network import ACTION_COUNT, ACTIONS
 from maze.states import CHEESE, WALL, Mazes, read_mazes, write_mazes
 
+STEPS = 256  # at which an episode is cut
+ORIGINAL = "original"  # the name of the policy without a patch
 STAY = len(Direction)  # the fifth move: none
-NEAR_TIE = 1e-5  # a draw this close to the boundary between two actions may fall on its other side in procgen
+NEAR_TIE = 1e-5  # a draw this close to the boundary between two actions may select the other action in procgen
 
 Table: TypeAlias = NDArray[np.floating[Any]]  # action probabilities (..., state, action=15)
 
-_AT_ONCE = 100_000  # numbers that are carried through time together: they stay in the processor's cache
+_AT_ONCE = 100_000  # numbers carried through time together, few enough to stay in the processor's cache
 
 _MOVE = np.full(ACTION_COUNT, STAY)  # the move of every action
 for _direction, _actions in ACTIONS.items():
@@ -55,25 +49,16 @@ for _direction, _actions in ACTIONS.items():
 class Chains:
     """The states of a batch of levels: the mouse's squares before the cheese, each with both facings.
 
-    The cheese of every level is one more state, which no move leaves; these come last and have no row in a table.
-
-    Attributes:
-        levels: procgen states, one per level.
-        mazes: the mazes.
-        level: int (state,): level of every state but the cheeses.
-        cell: int (state, 2): the mouse's cell.
-        facing_right: bool (state,).
-        following: int (state, move=5): the next state after every `Direction`, and after `STAY`.
-        start: int (level,): the first state.
+    The cheese of every level is one more state, which no move leaves. The cheeses come last and have no row in a table.
     """
 
-    levels: Sequence[bytes]
-    mazes: Mazes
-    level: NDArray[np.int64]
-    cell: NDArray[np.int64]
-    facing_right: NDArray[np.bool_]
-    following: NDArray[np.int64]
-    start: NDArray[np.int64]
+    levels: Sequence[bytes]  # procgen states, one per level
+    mazes: Mazes  # the mazes
+    level: Integers  # int (state,): level of every state but the cheeses
+    cell: Integers  # int (state, 2): the mouse's cell
+    facing_right: Flags  # bool (state,)
+    following: Integers  # int (state, move=5): the next state after every `Direction`, and after `STAY`
+    start: Integers  # int (level,): the first state
 
     @classmethod
     def of(cls, levels: Sequence[bytes]) -> Chains:
@@ -101,16 +86,16 @@ class Chains:
         return len(self.level)
 
     @property
-    def cheese(self) -> NDArray[np.bool_]:
+    def cheese(self) -> Flags:
         """Whether a state is a cheese: bool (state + level,)."""
         return np.arange(len(self) + len(self.levels)) >= len(self)
 
-    def at(self, cells: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def at(self, cells: Integers) -> Flags:
         """Whether a state is at the cell of its level, (level, 2), with either facing: bool (state + level,)."""
         here = (self.cell == cells[self.level]).all(axis=1)
         return np.concatenate([here, (self.mazes.cheese == cells).all(axis=1)])
 
-    def states_at(self, cells: NDArray[np.int64], facing_right: ArrayLike = False) -> NDArray[np.int64]:
+    def states_at(self, cells: Integers, facing_right: ArrayLike = False) -> Integers:
         """The state at a cell of every level: int (level,), -1 if the mouse cannot reach it before the cheese."""
         found = np.full(len(self.levels), -1)
         facing = np.broadcast_to(facing_right, len(self.levels))
@@ -119,36 +104,30 @@ class Chains:
         return found
 
     def observations(self, states: slice) -> NDArray[np.uint8]:
-        """The observations of some states: uint8 (state, row=64, col=64, channel=3)."""
+        """The observations of the given states: uint8 (state, row=64, col=64, channel=3)."""
         level = self.level[states]
         mazes = self.mazes[level].moved(mouse=self.cell[states], facing_right=self.facing_right[states])
         return observe(write_mazes(mazes, [self.levels[index] for index in level]))
 
 
-def move_probabilities(table: Table) -> NDArray[np.float64]:
+def move_probabilities(table: Table) -> Values:
     """The probability of every `Direction` and of `STAY`: (..., state, move=5)."""
-    moves: NDArray[np.float64] = np.asarray(table, dtype=np.float64) @ np.eye(STAY + 1)[_MOVE]
-    moves /= moves.sum(axis=-1, keepdims=True)  # to 1 in float32 only
-    return moves
+    moves = np.asarray(table, dtype=np.float64) @ np.eye(STAY + 1)[_MOVE]
+    return moves / moves.sum(axis=-1, keepdims=True)  # the sum is 1 in float32 only
 
 
-def first_hits(
-    chains: Chains, table: Table, goals: Sequence[NDArray[np.bool_]], *, steps: int = STEPS
-) -> NDArray[np.float64]:
-    """The probability of reaching each goal before any other goal within a number of steps.
+def first_hits(chains: Chains, table: Table, goals: Sequence[Flags], *, steps: int = STEPS) -> Values:
+    """The probability of reaching each goal before any other goal, from each state: (..., state + level, goal).
 
     Args:
         chains: the levels.
         table: table of one policy, or of several.
-        goals: bool (state + level,) each; they do not overlap.
-        steps: number of steps.
-
-    Returns:
-        (..., state + level, goal): from each state; 1 inside the goal.
+        goals: bool (state + level,) each, without overlap.
+        steps: number of steps within which a goal counts.
     """
     goal = np.stack(goals, axis=1)
     moves = move_probabilities(table)
-    moves[..., goal[: len(chains)].any(axis=1), :] = np.eye(STAY + 1)[STAY]  # who is there stays
+    moves[..., goal[: len(chains)].any(axis=1), :] = np.eye(STAY + 1)[STAY]  # a mouse at a goal stays
     policies = moves.shape[:-2]
     moves = moves.reshape(-1, *moves.shape[-2:]).transpose(2, 1, 0)[..., None]  # (move, state, policy, 1)
     reached = np.tile(goal[:, None].astype(np.float64), (1, moves.shape[2], 1))
@@ -161,9 +140,7 @@ def first_hits(
     return np.minimum(probabilities, 1)  # rounding
 
 
-def cheese_and_corner(
-    chains: Chains, table: Table, *, steps: int = STEPS
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def cheese_and_corner(chains: Chains, table: Table, *, steps: int = STEPS) -> tuple[Values, Values]:
     """P(cheese) and P(corner before the cheese): (..., level) each, NaN if the cheese is in the corner."""
     corner = top_right(chains.mazes)
     found = first_hits(chains, table, [chains.cheese], steps=steps)[..., chains.start, 0]
@@ -171,18 +148,17 @@ def cheese_and_corner(
     return found, np.where((chains.mazes.cheese == corner).all(axis=1), np.nan, passed)
 
 
-def neither(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np.float64]:
+def neither(chains: Chains, table: Table, *, steps: int = STEPS) -> Values:
     """The probability that the mouse reaches neither the cheese nor the top right corner: (..., level)."""
     goal = chains.cheese | chains.at(top_right(chains.mazes))
-    reached = first_hits(chains, table, [goal], steps=steps)[..., chains.start, 0]
-    return 1 - reached
+    return 1 - first_hits(chains, table, [goal], steps=steps)[..., chains.start, 0]
 
 
-def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np.float64]:
+def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> Values:
     """The path that a mouse on the decision square, facing left, takes first: (..., level, 3).
 
-    The probabilities of the first square to the cheese, of that to the corner, and of neither within `steps`.
-    NaN if a level has no decision square (see `paths.decision_squares`).
+    The last axis has the probabilities of the first square to the cheese, of the first square to the corner, and of
+    neither within `steps`. NaN if a level has no decision square (see `paths.decision_squares`).
     """
     mazes = chains.mazes
     cells, exists = decision_squares(mazes)
@@ -198,18 +174,24 @@ def decisions(chains: Chains, table: Table, *, steps: int = STEPS) -> NDArray[np
     return np.where(exists[:, None], np.concatenate([taken, neither], axis=-1), np.nan)
 
 
-def greedy(table: Table) -> NDArray[np.float64]:
-    """The table of the policy that takes the likeliest action, the first of equally likely ones."""
-    one_hot: NDArray[np.float64] = np.eye(table.shape[-1])[table.argmax(axis=-1)]
-    return one_hot
+def greedy(table: Table) -> Values:
+    """The table of the policy that takes the likeliest action, the first of equally likely actions."""
+    return np.eye(table.shape[-1])[table.argmax(axis=-1)]
 
 
-def walk(chains: Chains, table: Table, *, sampling_seed: int, steps: int = STEPS) -> tuple[Episodes, NDArray[np.int64]]:
+class Walks(NamedTuple):
+    """One episode per level: whether the cheese was found, the actions, and the number of draws near a tie."""
+
+    found: Flags
+    actions: list[Integers]
+    near_ties: Integers
+
+
+def walk(chains: Chains, table: Table, *, sampling_seed: int, steps: int = STEPS) -> Walks:
     """One episode on every level, with the draws of `chanpatch.rollout` in procgen for `seeds=range(levels)`.
 
     So walks of two policies are paired with each other and with rollouts. A policy's last bits depend on the batch, so
-    a draw within `NEAR_TIE` of the boundary between two actions can differ in procgen. The second value is the number
-    of such draws on every level: int (level,).
+    a draw within `NEAR_TIE` of the boundary between two actions can differ in procgen.
     """
     rows = torch.from_numpy(np.asarray(table, dtype=np.float64))
 
@@ -218,9 +200,8 @@ def walk(chains: Chains, table: Table, *, sampling_seed: int, steps: int = STEPS
 
     envs = _ChainsVectorEnv(chains)
     done = rollout(policy, envs, range(len(chains.levels)), max_steps=steps, sampling_seed=sampling_seed)
-    actions = [taken // 3 for taken in done.actions]
     near_ties = np.array([np.count_nonzero(taken % 3 != 1) for taken in done.actions])
-    return Episodes(done.terminated, done.lengths, padded(actions, steps)), near_ties
+    return Walks(done.terminated, [taken // 3 for taken in done.actions], near_ties)
 
 
 class _ChainsVectorEnv(VectorEnv):
@@ -234,14 +215,12 @@ class _ChainsVectorEnv(VectorEnv):
         self.single_action_space = Discrete(3 * ACTION_COUNT)
         self._state = chains.start
 
-    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Integers, dict[str, Any]]:
         self._start = self.chains.start[np.asarray(seed)]
         self._state = self._start
         return self._state, {}
 
-    def step(
-        self, actions: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+    def step(self, actions: Integers) -> tuple[Integers, Values, Flags, Flags, dict[str, Any]]:
         following = self.chains.following[self._state, _MOVE[actions // 3]]
         found = following >= len(self.chains)
         self._state = np.where(found, self._start, following)
@@ -249,15 +228,15 @@ class _ChainsVectorEnv(VectorEnv):
 
 
 def _with_edges(probabilities: torch.Tensor) -> torch.Tensor:
-    """Every action's probability in three parts, near its lower boundary, the middle, and near its upper one.
+    """Every action's probability in three parts, (row, 3 * action): the lower edge, the middle and the upper edge.
 
-    They are in the order of the CDF, (row, 3 * action), so `outcome // 3` is the action.
+    The parts are in the order of the CDF, so `outcome // 3` is the action.
     """
     edge = (probabilities / 2).clamp(max=NEAR_TIE)
     return torch.stack([edge, probabilities - 2 * edge, edge], dim=-1).flatten(1)
 
 
-def _reachable_squares(mazes: Mazes) -> NDArray[np.int64]:
+def _reachable_squares(mazes: Mazes) -> Integers:
     """Twice the number of every square that the mouse can reach before the cheese, else -1: (level, row, col)."""
     closed = replace(mazes, grid=np.where(mazes.grid == CHEESE, np.int32(WALL), mazes.grid))
     reachable = np.isfinite(distances(closed, mazes.mouse))
@@ -274,22 +253,17 @@ def _batches(chains: Chains, width: int) -> Iterator[range]:
         yield range(first, min(first + together, levels))
 
 
-def _carried(
-    reached: NDArray[np.float64], moves: NDArray[np.float64], following: NDArray[np.int64], steps: int
-) -> NDArray[np.float64]:
-    """The probabilities after that many steps more.
+def _carried(reached: Values, moves: Values, following: Integers, steps: int) -> Values:
+    """The probabilities after further steps.
 
-    Args:
-        reached: (state, policy, goal), states without moves last.
-        moves: (move, state, policy, 1): probabilities.
-        following: int (move, state).
-        steps: number of steps.
+    `reached` has (state, policy, goal) with the states without moves last, `moves` the probabilities (move, state,
+    policy, 1), and `following` the next states (move, state).
     """
     after, there = np.empty((2, moves.shape[1], *reached.shape[1:]))
     for _ in range(steps):
         np.multiply(moves[STAY], reached[: len(after)], out=after)
         for move in Direction:
-            # The indices are in range; only with clipping does numpy write into `there` without a copy.
+            # The indices are in range. Only with clipping does numpy write into `there` without a copy.
             np.take(reached, following[move], axis=0, out=there, mode="clip")
             there *= moves[move]
             after += there

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from chanpatch import HookPoints, channel_sums, recording
+from chanpatch import HookPoints, Site, channel_sums, recording
 from chanpatch.patching import ActivationCache
+from maze.analysis.cells import Flags, Values
 from maze.levels import observe, policy_input
 from maze.paths import legal_moves
 from maze.states import Mazes
 
 SITE = "embedder.relu3"
 LINEAR = "embedder.fc"  # the policy is linear from SITE to here
-BATCH = 64  # observations in one forward, which is fastest on one core
+BATCH = 64  # observations per forward pass, the fastest number on one core
 
 _RENDERED = 1024  # observations in memory at once
 
@@ -32,7 +33,7 @@ def frames(levels: Sequence[bytes]) -> Tensor:
 def forward(
     points: HookPoints, levels: Sequence[bytes], sites: Any = SITE, reduce: str | None = "sum"
 ) -> tuple[NDArray[np.float32], ActivationCache]:
-    """The action probabilities on every level, (level, action), and the record of the sites."""
+    """The action probabilities on every level, (level, action), and the recorded sites."""
     probabilities = []
     device = next(points.model.parameters()).device
     with (
@@ -52,13 +53,18 @@ def activations(points: HookPoints, levels: Sequence[bytes], site: str) -> Activ
     return forward(points, levels, site, None)[1]
 
 
-def level_sums(points: HookPoints, name: str, levels: Sequence[bytes]) -> NDArray[np.float64]:
+def level_sums(points: HookPoints, name: str, levels: Sequence[bytes]) -> Values:
     """The sum of every channel at a hook point on every level: (level, channel)."""
     batches = (frames(levels[start : start + BATCH]) for start in range(0, len(levels), BATCH))
     return channel_sums(points, batches, name)
 
 
-def legal_at_mouse(mazes: Mazes) -> NDArray[np.bool_]:
-    """Which moves lead from the mouse to a free square: (level, direction)."""
-    legal: NDArray[np.bool_] = legal_moves(mazes)[np.arange(len(mazes)), :, mazes.mouse[:, 0], mazes.mouse[:, 1]]
-    return legal
+def channel_of(site: Site) -> int:
+    """The index of a site's only channel."""
+    (channel,) = dict(site.indices)["channel"]
+    return int(channel)
+
+
+def legal_at_mouse(mazes: Mazes) -> Flags:
+    """Whether a move leads from the mouse to a free square: (level, direction)."""
+    return legal_moves(mazes)[np.arange(len(mazes)), :, mazes.mouse[:, 0], mazes.mouse[:, 1]]

@@ -1,8 +1,8 @@
 """The directions that each channel stands for, beyond the walls around the mouse.
 
 The path never leads into a wall, so a channel that responds to walls alone predicts the path a little. Labels are
-therefore chosen on squares with three legal moves or more. They are scored again on squares from which a move inside
-the label and one outside it are legal.
+therefore chosen on squares with at least three legal moves. Labels are scored again on squares from which a move inside
+the label and a move outside the label are legal.
 """
 
 from __future__ import annotations
@@ -11,41 +11,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chanpatch import HookPoints, label_channels
-from chanpatch.statistics import Interval, auc
+from chanpatch.statistics import Interval
 from maze.analysis.forwards import level_sums
+from maze.analysis.readings import area
 from maze.analysis.selection import Selection
 from maze.levels import random_squares
 from maze.paths import Direction, first_steps, legal_moves
 from maze.states import FREE, read_mazes, write_mazes
 
-WAYS = 3  # legal moves from a square on which labels are chosen
+WAYS = 3  # least number of legal moves from a square on which labels are chosen
 OPPOSITE = ({Direction.LEFT, Direction.RIGHT}, {Direction.DOWN, Direction.UP})
 
 
 @dataclass(frozen=True)
 class LabelledChannel:
-    """The label of one channel.
+    """The label of one channel."""
 
-    Attributes:
-        label: a direction, or several joined by " or "; None if the sum does not predict it beyond chance.
-        candidate: the best label, beyond chance or not; None for a dead channel.
-        n: number of squares that the label was scored on.
-        auc: AUC of the sum for the candidate on these.
-        adjusted_p: p-value corrected for the number of live channels; NaN for dead channels.
-        n_choice: number of selection mazes in which a move of the candidate and one outside it are legal.
-        auc_choice: AUC of the sum for the candidate on these.
-    """
-
-    label: str | None = None
-    candidate: str | None = None
-    n: int = 0
-    auc: Interval | None = None
-    adjusted_p: float = np.nan
-    n_choice: int = 0
-    auc_choice: Interval | None = None
+    label: str | None = None  # directions joined by " or "; None if the sum does not predict them beyond chance
+    candidate: str | None = None  # the best label, beyond chance or not; None for a dead channel
+    n: int = 0  # number of squares that the label was scored on
+    auc: Interval | None = None  # AUC of the sum for the candidate on these squares
+    adjusted_p: float = np.nan  # p-value corrected for the number of live channels; NaN for dead channels
+    n_choice: int = 0  # number of selection mazes with legal moves inside and outside the candidate
+    auc_choice: Interval | None = None  # AUC of the sum for the candidate on these mazes
 
 
 def labelled_channels(
@@ -67,7 +57,7 @@ def labelled_channels(
 
 
 def at_partings(levels: Sequence[bytes], seed: int) -> list[bytes]:
-    """The levels with the mouse on a random square that has `WAYS` legal moves or more."""
+    """The levels with the mouse on a random square that has at least `WAYS` legal moves."""
     mazes = read_mazes(levels)
     parting = (legal_moves(mazes).sum(axis=1) >= WAYS) & (mazes.grid == FREE)
     return write_mazes(mazes.moved(mouse=random_squares(parting, np.random.default_rng(seed))), levels)
@@ -79,7 +69,7 @@ def directions_of(label: str | None) -> set[Direction]:
 
 
 def is_reading(label: str | None) -> bool:
-    """Whether a label is one direction or two that are not opposite, as every reading of the post is."""
+    """Whether a label is one direction or two that are not opposite, like every label that the post reads off."""
     directions = directions_of(label)
     return 1 <= len(directions) <= 2 and directions not in OPPOSITE
 
@@ -88,7 +78,5 @@ def _with_choice(selection: Selection, channel: int, candidate: str | None) -> t
     if candidate is None:
         return 0, None
     inside = np.isin(list(Direction), list(directions_of(candidate)))
-    rows: NDArray[np.bool_] = selection.legal[:, inside].any(axis=1) & selection.legal[:, ~inside].any(axis=1)
-    labels = inside[selection.first[rows]]
-    few = min(labels.sum(), (~labels).sum()) < 2
-    return int(rows.sum()), None if few else auc(selection.sums[rows, channel], labels)
+    rows = selection.legal[:, inside].any(axis=1) & selection.legal[:, ~inside].any(axis=1)
+    return int(rows.sum()), area(selection.sums[rows, channel], inside[selection.first[rows]])

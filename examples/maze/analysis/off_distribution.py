@@ -1,7 +1,7 @@
-"""How far off distribution interventions go, to report beside their effects.
+"""How far off distribution interventions push channels, to report alongside their effects.
 
 The absolute z of a channel is the distance of its patched sum from the mean over other levels, in standard deviations.
-A value of 0.8 is usual. The other levels are neither patched nor the source of means or donors.
+A value of 0.8 is usual. The other levels are neither patched nor a source of means or donors.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import numpy as np
 
 from chanpatch import HookPoints
 from chanpatch.controls import off_distribution
-from maze.analysis.channels import channel_of
-from maze.analysis.forwards import frames
+from maze.analysis.forwards import channel_of, frames
 from maze.analysis.tables import Intervention
 from maze.levels import random_squares
 from maze.states import FREE, read_mazes, write_mazes
@@ -24,7 +23,7 @@ METERED = 200  # patched levels, and other levels to compare them with
 def absolute_z(
     points: HookPoints, intervention: Intervention, levels: Sequence[bytes], usual: Sequence[bytes]
 ) -> dict[int, float]:
-    """The absolute z of every channel that an intervention at one hook point patches; NaN for a dead one.
+    """The absolute z of every channel that an intervention at one hook point patches; NaN for a dead channel.
 
     One observation of each level is patched, and compared with unpatched levels (`usual`).
     """
@@ -34,7 +33,7 @@ def absolute_z(
 
 
 def background(size: int, cheese: str = "in distribution") -> str:
-    """The levels to compare with, in words for a table."""
+    """A description of the comparison levels for a table."""
     return f"{METERED} other levels of size {size}, cheese {cheese}, mouse anywhere, unpatched"
 
 

@@ -1,7 +1,7 @@
-"""One part of the study: a question, the tables that answer it, and a figure and a finding made from them.
+"""One part of the study: a question, the tables that answer it, and a figure and a finding made from the tables.
 
-Tables are written as CSV and read back before anything is drawn or said. So every number of the report is in a file
-of the run, and a part that is done is not measured again.
+Tables are written as CSV and read back before the figure and the finding are made. So every number in the report is in
+a file of the run, and a finished part is not measured again.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from chanpatch import HookPoints
-from maze.analysis.cells import Agrees, Table, Tables
+from maze.analysis.cells import Agrees, Flags, Table, Tables
 from maze.analysis.forwards import SITE, legal_at_mouse
 from maze.analysis.labels import LabelledChannel, labelled_channels
 from maze.analysis.selection import Selection, select_channels
@@ -27,21 +27,14 @@ from maze.paths import Direction, first_steps, top_right
 from maze.states import read_mazes
 
 SPLITS = ("in distribution", "out of distribution")  # places of the cheese: in the top right 5x5, or elsewhere
-POOL = 3  # levels to draw for each one in which a given direction is open
-SELECTION_LEVELS = 1000  # mazes that channels are chosen on, for any n
-LABEL_LEVELS = 500  # mazes that labels are chosen on (one half) and tested on (the other), for any n
+POOL = 3  # levels drawn per level with a given open direction
+SELECTION_LEVELS = 1000  # for choosing channels, for any n
+LABEL_LEVELS = 500  # one half for choosing labels and one for testing them, for any n
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """One policy and the settings that decide every number.
-
-    Attributes:
-        points: hook points of the policy, in eval mode.
-        weights: facts from `load_policy`.
-        n: number of levels of each measurement.
-        seed: seed of everything that is drawn.
-    """
+    """One policy and the settings that decide every number: its hook points in eval mode, its facts, n and the seed."""
 
     points: HookPoints = field(repr=False)
     weights: Mapping[str, Any]
@@ -49,23 +42,23 @@ class Study:
     seed: int
 
     def seed_for(self, purpose: str) -> int:
-        """A seed in procgen's range; every purpose has its own."""
+        """A seed in procgen's range, different for each purpose."""
         words = np.random.SeedSequence([self.seed, zlib.crc32(purpose.encode())]).generate_state(1)
         return int(words[0]) % 2**31
 
     def levels(self, purpose: str, count: int | None = None, **places: Any) -> list[bytes]:
-        """Levels for one purpose, `n` unless a count is given; `places` as for `draw_levels`."""
+        """Levels for one purpose, `n` unless a count is given; `places` as in `draw_levels`."""
         return draw_levels(self.n if count is None else count, seed=self.seed_for(purpose), **places)
 
     @cached_property
     def selection(self) -> Selection:
-        """The channel of each direction, chosen on mazes of side 25 that no part measures anything else on."""
+        """The channel of each direction, chosen on mazes of side 25 that have no other use."""
         levels = self.levels("selection", SELECTION_LEVELS, size=25, cheese=SPLITS[0], mouse="anywhere")
         return select_channels(self.points, SITE, levels)
 
     @cached_property
     def labels(self) -> list[LabelledChannel]:
-        """The label of every channel, on other mazes of that kind."""
+        """The label of every channel, on other such mazes."""
         levels = self.levels("labels", LABEL_LEVELS, size=25, cheese=SPLITS[0])
         return labelled_channels(self.points, self.selection, levels, self.seed_for("label halves"))
 
@@ -76,19 +69,11 @@ class Study:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result in words, made from the tables.
+    """The result in words, made from the tables."""
 
-    Attributes:
-        ours: the result to compare with the post's; its first sentence goes into the summary.
-        agrees: whether it agrees with the reference, the part's `post`, by a rule in the code.
-        follows: interpretation.
-        does_not_follow: limitations.
-    """
-
-    ours: str
-    agrees: Agrees
-    follows: str
-    does_not_follow: str
+    ours: str  # the result to compare with the post's; the first sentence goes into the summary
+    agrees: Agrees  # whether the result agrees with the part's `post`, by a rule in the code
+    follows: str  # interpretation
 
     @property
     def headline(self) -> str:
@@ -96,41 +81,44 @@ class Finding:
         return re.split(r"(?<=\.) (?=[A-Z])", self.ours, maxsplit=1)[0]
 
 
-TOO_FEW = Finding("Too few mazes.", "not comparable", "Nothing.", "Raise --n.")
+TOO_FEW = Finding("Too few mazes.", "not comparable", "Raise --n.")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One question of the study.
+    """One question of the study."""
 
-    Attributes:
-        name: name for `--only`.
-        question: the question.
-        method: the method in two lines.
-        post: the post's own result, or the nearest known one: the reference.
-        measure: function that returns the tables of a policy; the only slow step.
-        figure: function that draws the tables.
-        finding: function that describes the tables.
-    """
-
-    name: str
+    name: str  # for `--only`
     question: str
     method: str
-    post: str
-    measure: Callable[[Study], dict[str, Table]] = field(repr=False)
+    post: str  # the post's own result, or the nearest known one: the reference
+    limits: str  # conclusions that the result does not support
+    measure: Callable[[Study], dict[str, Table]] = field(repr=False)  # the only slow step
     figure: Callable[[Tables], Figure] = field(repr=False)
     finding: Callable[[Tables], Finding] = field(repr=False)
 
+    @classmethod
+    def of(cls, module: ModuleType) -> Part:
+        """The part that a module defines by its docstring and by `measure`, `figure` and `finding`.
 
-def open_to(direction: Direction, levels: Sequence[bytes], count: int) -> tuple[list[bytes], NDArray[np.bool_]]:
-    """The first `count` levels in which a move is legal, and whether the path to the cheese starts with it."""
+        The docstring's paragraphs are the question, "Method: ...", "The post: ..." and "Limits: ...". Names in braces
+        stand for the module's constants.
+        """
+        text = (module.__doc__ or "").format_map(vars(module))
+        question, *others = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+        method, post, limits = (each.partition(": ")[2] for each in others)
+        name = module.__name__.rpartition(".")[2].replace("_", "-")
+        return cls(name, question, method, post, limits, module.measure, module.figure, module.finding)
+
+
+def open_to(direction: Direction, levels: Sequence[bytes], count: int) -> tuple[list[bytes], Flags]:
+    """The first `count` levels with a legal move, and whether the path to the cheese starts with that move."""
     mazes = read_mazes(levels)
     kept = np.flatnonzero(legal_at_mouse(mazes)[:, direction])[:count]
     return [levels[index] for index in kept], first_steps(mazes, mazes.cheese)[kept, direction]
 
 
-def towards_corner(direction: Direction, levels: Sequence[bytes]) -> NDArray[np.bool_]:
+def towards_corner(direction: Direction, levels: Sequence[bytes]) -> Flags:
     """Whether the path to the top right corner starts in a direction: (level,)."""
     mazes = read_mazes(levels)
-    starts: NDArray[np.bool_] = first_steps(mazes, top_right(mazes))[:, direction]
-    return starts
+    return first_steps(mazes, top_right(mazes))[:, direction]

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from chanpatch import HookPoints, Patch, Site, mean_ablate, sweep
 from chanpatch.controls import matched_channels
 from chanpatch.errors import SiteError
 from chanpatch.patching import ActivationCache
+from maze.analysis.cells import Flags
 from maze.analysis.decision_squares import Decisions
 from maze.analysis.forwards import SITE, frames
 from maze.paths import Direction
 from maze.policy.network import ACTIONS
 
-CONTROLS = 19  # sets: as many as a p-value takes
+CONTROLS = 19  # sets: as many as a p-value requires
 
 Channels = tuple[int, ...]
 
@@ -35,13 +35,13 @@ class MatchedSets:
     _known: dict[Channels, dict[Site, float]] = field(default_factory=dict, repr=False)
 
     def of(self, channels: Channels) -> dict[Site, float]:
-        """The sets, each with its distance from the channels (`MatchedChannels.apart`); fewer if few are live.
+        """The sets, each with its distance from the channels (`MatchedChannels.apart`); fewer if few channels are live.
 
-        One draw of all sets would be from nearly all channels, which matches nothing. So draw a few sets from the
-        nearest channels first, and more sets from more channels until there are enough.
+        A single draw of all sets would use nearly all channels, so the match would be poor. Instead, draw a few sets
+        from the nearest channels first, and then more sets from more channels until there are enough.
         """
         if channels not in self._known:
-            found: dict[Site, float] = {}
+            found = {}
             site = self.points.site(SITE, channel=list(channels))
             for count in range(1, CONTROLS + 1):
                 try:
@@ -49,7 +49,7 @@ class MatchedSets:
                 except SiteError:  # no more different sets
                     break
                 found |= dict(zip(drawn.sites, drawn.apart, strict=True))
-                self.no_p[channels] = drawn.no_p  # that of the largest draw
+                self.no_p[channels] = drawn.no_p  # from the largest draw
                 if len(found) >= CONTROLS:
                     break
             self._known[channels] = dict(list(found.items())[:CONTROLS])
@@ -57,21 +57,13 @@ class MatchedSets:
 
 
 class Ablation(NamedTuple):
-    """Whether the step to the cheese is likelier than that to the corner after mean ablation.
+    """Whether the step to the cheese is likelier than the step to the corner after mean ablation."""
 
-    Attributes:
-        towards: bool (level,): with the channels of the push ablated.
-        controls: bool (control, level): with matched sets ablated.
-        affected: number of levels that have channels to ablate; the others stay as they are.
-        apart: mean distance of the controls from the channels.
-        no_p: why the rank among the controls has no p, or an empty text.
-    """
-
-    towards: NDArray[np.bool_]
-    controls: NDArray[np.bool_]
-    affected: int
-    apart: float
-    no_p: str = ""
+    towards: Flags  # bool (level,): with the channels of the push ablated
+    controls: Flags  # bool (control, level): with matched sets ablated
+    affected: int  # number of levels that have channels to ablate
+    apart: float  # mean distance of the controls from the channels
+    no_p: str = ""  # why the rank among the controls has no p-value, or an empty text
 
 
 def ablate_push(
@@ -82,9 +74,9 @@ def ablate_push(
     controls: MatchedSets,
     reference: ActivationCache,
 ) -> Ablation:
-    """Ablate a push, whose channels depend on the directions of cheese and corner, and matched sets in its place.
+    """Ablate a push, whose channels depend on the directions of cheese and corner, or matched sets instead.
 
-    The mouse stands on the decision square; the first set of every push makes one control over all levels, and so on.
+    The mouse stands on the decision square. The first matched set of every push makes one control over all levels.
     """
     cheese_step, corner_step = seen.towards()
     after = np.tile(cheese_step > corner_step, (1 + CONTROLS, 1))
@@ -103,14 +95,12 @@ def ablate_push(
     return Ablation(after[0], after[1 : 1 + fewest], affected, apart, no_p)
 
 
-def _swept(
-    points: HookPoints, levels: Sequence[bytes], patches: dict[str, Patch], cheese: int, corner: int
-) -> NDArray[np.bool_]:
+def _swept(points: HookPoints, levels: Sequence[bytes], patches: dict[str, Patch], cheese: int, corner: int) -> Flags:
     """Whether one direction is likelier than another under every patch: bool (patch, level)."""
     towards, away = (list(ACTIONS[Direction(direction)]) for direction in (cheese, corner))
 
     def more(output: Any) -> Tensor:
-        probabilities: Tensor = output[0].probs
+        probabilities = output[0].probs
         return probabilities[:, towards].sum(dim=1) - probabilities[:, away].sum(dim=1)
 
     result = sweep(points, frames(levels), patches=patches, metric={"more": more}, progress=False)

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from chanpatch import HookPoints
 from chanpatch.probes import LogisticProbe
 from chanpatch.statistics import Interval, auc, auc_difference_interval
-from maze.analysis.cells import Row, cells, intervals, minus
+from maze.analysis.cells import Flags, Integers, Row, Values
+from maze.analysis.estimates import intervals, minus
 from maze.analysis.exact import move_probabilities
 from maze.analysis.forwards import SITE, forward, legal_at_mouse
 from maze.analysis.selection import Selection
@@ -28,21 +26,13 @@ RESAMPLES = 999
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """The policy on some levels.
+    """The policy on some levels."""
 
-    Attributes:
-        mazes: the mazes.
-        sums: (level, channel): channel sums at `SITE`.
-        moves: (level, direction): the policy's probability of each move.
-        legal: bool (level, direction): legal moves.
-        first: bool (level, direction): first moves of shortest paths to the cheese; one per level in a tree.
-    """
-
-    mazes: Mazes
-    sums: NDArray[np.float64]
-    moves: NDArray[np.float64]
-    legal: NDArray[np.bool_]
-    first: NDArray[np.bool_]
+    mazes: Mazes  # the mazes
+    sums: Values  # (level, channel): channel sums at `SITE`
+    moves: Values  # (level, direction): the policy's probability of each move
+    legal: Flags  # bool (level, direction): legal moves
+    first: Flags  # bool (level, direction): first moves of shortest paths to the cheese; one per level in a tree
 
     @classmethod
     def of(cls, points: HookPoints, levels: Sequence[bytes]) -> Readings:
@@ -55,37 +45,29 @@ class Readings:
     def __len__(self) -> int:
         return len(self.mazes)
 
-    def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Readings:
+    def __getitem__(self, rows: Flags | Integers) -> Readings:
         return Readings(self.mazes[rows], self.sums[rows], self.moves[rows], self.legal[rows], self.first[rows])
 
     def area(self, channel: int, direction: Direction) -> Interval | None:
-        """The AUC of a channel's sum for a direction, over the mazes in which it is legal."""
+        """The AUC of a channel's sum for a direction, over the mazes in which the direction is legal."""
         rows = self.legal[:, direction]
         return area(self.sums[rows, channel], self.first[rows, direction])
 
     def cells(self, channel: int, direction: Direction) -> Row:
-        """That AUC as cells, with the one of the number of walls around the mouse, and their difference."""
+        """That AUC, the AUC of the number of walls around the mouse, and their difference, as cells."""
         rows = self.legal[:, direction]
         first = self.first[rows, direction]
-        found, walls = (
-            self.area(channel, direction),
-            area(-self.legal[rows].sum(axis=1).astype(np.float64), first),
-        )
-        intervals = {"auc": found, "walls": walls, "beyond_walls": minus(found, walls)}
-        row: Row = {"n": int(rows.sum()), "positives": int(first.sum())}
-        for name, interval in intervals.items():
-            row |= cells(name, interval)
-        return row
+        found, walls = self.area(channel, direction), area(-self.legal[rows].sum(axis=1).astype(float), first)
+        row = {"n": int(rows.sum()), "positives": int(first.sum())}
+        return row | intervals(auc=found, walls=walls, beyond_walls=minus(found, walls))
 
 
-def area(sums: NDArray[np.float64], labels: NDArray[np.bool_]) -> Interval | None:
-    """The AUC of one channel's sums, (level,), for a label; None with fewer than two mazes of either kind."""
+def area(sums: Values, labels: Flags) -> Interval | None:
+    """The AUC of one channel's sums, (level,), for a label; None with fewer than two positives or negatives."""
     return None if min(labels.sum(), (~labels).sum()) < 2 else auc(sums, labels)
 
 
-def readout(
-    selection: Selection, direction: Direction, sums: NDArray[np.float64], labels: NDArray[np.bool_], *, seed: int
-) -> Row:
+def readout(selection: Selection, direction: Direction, sums: Values, labels: Flags, *, seed: int) -> Row:
     """The AUCs of a logistic probe of all live channels and of the direction's channel, and their paired difference.
 
     The probe is fitted on the selection mazes in which the direction is legal, and scored on other mazes: sums (level,
@@ -93,13 +75,8 @@ def readout(
     """
     live, rows, channel = list(selection.live), selection.legal[:, direction], selection.best[direction]
     probe = LogisticProbe.fit(selection.sums[rows][:, live], selection.first[rows] == direction)
-    shares, one = probe.predict(sums[:, live]), sums[:, channel]
+    all_live, one = probe.predict(sums[:, live]), sums[:, channel]
     known = area(one, labels) is not None
-    more = auc_difference_interval(shares, one, labels, resamples=RESAMPLES, seed=seed) if known else None
-    return {
-        "channel": channel,
-        "live": len(live),
-        "n_fit": int(rows.sum()),
-        "n": len(labels),
-        **intervals(linear=area(shares, labels), one=area(one, labels), more=more),
-    }
+    more = auc_difference_interval(all_live, one, labels, resamples=RESAMPLES, seed=seed) if known else None
+    row = {"channel": channel, "live": len(live), "n_fit": int(rows.sum()), "n": len(labels)}
+    return row | intervals(linear=area(all_live, labels), one=area(one, labels), more=more)

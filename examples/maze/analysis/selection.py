@@ -1,7 +1,7 @@
-"""Channels chosen on mazes of their own, by rules that were fixed before any result.
+"""Channels chosen on mazes with no other use, by rules fixed before any result.
 
-- For each direction: the live channel with the highest AUC for "the path to the cheese starts so", over the mazes in
-  which the direction is legal.
+- For each direction: the live channel with the highest AUC for "the path to the cheese starts in this direction", over
+  the mazes in which the direction is legal.
 - Overall (`ranked`): by the largest distance from 0.5 of the four AUCs.
 - A channel is live if its sum varies over the mazes. Dead channels are neither chosen nor controls.
 """
@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chanpatch import HookPoints
 from chanpatch.statistics import aucs
+from maze.analysis.cells import Flags, Integers, Values
 from maze.analysis.forwards import legal_at_mouse, level_sums
 from maze.paths import Direction, first_steps
 from maze.states import read_mazes
@@ -23,27 +23,16 @@ from maze.states import read_mazes
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Channels of one hook point on the selection mazes.
+    """Channels of one hook point on the selection mazes."""
 
-    Attributes:
-        site: the hook point.
-        sums: (level, channel).
-        first: int (level,): the `Direction` in which the path to the cheese starts.
-        legal: bool (level, direction): legal moves.
-        auc: (direction, channel): AUC over mazes in which the direction is legal; NaN for dead channels.
-        best: the channel with the highest AUC for each direction.
-        live: channels whose sum varies.
-        ranked: live channels, the best predictor first.
-    """
-
-    site: str
-    sums: NDArray[np.float64]
-    first: NDArray[np.int64]
-    legal: NDArray[np.bool_]
-    auc: NDArray[np.float64]
-    best: dict[Direction, int]
-    live: tuple[int, ...]
-    ranked: tuple[int, ...]
+    site: str  # the hook point
+    sums: Values  # (level, channel)
+    first: Integers  # int (level,): the `Direction` in which the path to the cheese starts
+    legal: Flags  # bool (level, direction): legal moves
+    auc: Values  # (direction, channel): AUC over mazes in which the direction is legal; NaN for dead channels
+    best: dict[Direction, int]  # the channel with the highest AUC for each direction
+    live: tuple[int, ...]  # channels whose sum varies
+    ranked: tuple[int, ...]  # live channels, the best predictor first
 
 
 def select_channels(points: HookPoints, site: str, levels: Sequence[bytes]) -> Selection:

@@ -1,14 +1,14 @@
 """The policy as a table: its action probabilities in every state of a batch of levels, under many interventions.
 
-Everything before the hook point runs once per state; only the rest runs for each intervention. At `embedder.relu3` that
-is one matrix instead of fifteen convolutions. If a patch sets a region there, only the region's part is recomputed.
+Everything before the hook point runs once per state. Only the rest runs for each intervention: at `embedder.relu3`, one
+matrix instead of fifteen convolutions. If a patch sets a region there, only the region's part is recomputed.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,17 +19,17 @@ from tqdm import tqdm
 from chanpatch import HookPoints, Patch, Site, patched, run_with_cache
 from chanpatch.patching import Set
 from chanpatch.registry import HookPoint
-from maze.analysis.episodes import ORIGINAL
-from maze.analysis.exact import Chains
+from maze.analysis.cells import Integers
+from maze.analysis.exact import ORIGINAL, Chains
 from maze.analysis.forwards import BATCH, LINEAR, SITE
 from maze.levels import policy_input
 
 TOLERANCE = 1e-5  # between probabilities computed here and those of the whole policy
 
-# Patches, or a function from the level of each row, int (batch,), to patches whose operands have one row for each.
-Intervention: TypeAlias = Sequence[Patch] | Callable[[NDArray[np.int64]], Sequence[Patch]]
+# Patches, or a function from the level of each row, int (batch,), to patches whose operands have one row per level.
+Intervention: TypeAlias = Sequence[Patch] | Callable[[Integers], Sequence[Patch]]
 
-_RENDERED = 1024  # states in memory at once: their procgen bytes take 23 kB each
+_RENDERED = 1024  # states in memory at once; the procgen bytes of a state take 23 kB
 _COMPARED = 4  # states on which every intervention is compared with the whole policy
 
 
@@ -51,12 +51,12 @@ def action_tables(
     Args:
         points: hook points of the policy, in eval mode.
         chains: the levels.
-        interventions: interventions by name, at `site` or after it, that depend on the activation and the level alone;
+        interventions: interventions by name, at or after `site`, that depend on the activation and the level alone;
             by default the unpatched policy, under `ORIGINAL`.
         site: the hook point at which activations are recorded.
 
     Raises:
-        SuffixError: the policy cannot be run from `site` on, or a patch comes before it.
+        SuffixError: the policy cannot be run from `site` on, or a patch comes before `site`.
     """
     interventions = {ORIGINAL: ()} if interventions is None else interventions
     rest = _Rest(points, site)
@@ -69,7 +69,7 @@ def action_tables(
         with patched(points, patches), torch.no_grad():
             expected = _probabilities(points.model, observations)
         _compare(name, rest, intervention, recorded, level, expected)
-    tables: dict[str, list[NDArray[np.float32]]] = {name: [] for name in interventions}
+    tables = {name: [] for name in interventions}
     with tqdm(total=len(chains), desc="states", unit="state", delay=2, leave=False) as progress:
         for first in range(0, len(chains), _RENDERED):
             rows = slice(first, first + _RENDERED)
@@ -83,7 +83,8 @@ def action_tables(
 def suffix(points: HookPoints, site: str) -> nn.Module:
     """The policy from the output of a module on, with shared weights and all names.
 
-    Modules that ran before pass on their input. This is right if they form a chain; `action_tables` checks that.
+    Modules that ran before return their input. The result is correct if these modules form a chain, which
+    `action_tables` checks.
     """
     ran = {point.module for point in _until(points, site) if point.side == "out"}
     outermost = [module for module in ran if not any(module.startswith(f"{other}.") for other in ran)]
@@ -111,13 +112,11 @@ class _Rest:
             run_with_cache(self._points, batch, sites=self._sites, stop=True) for batch in observations.split(BATCH)
         ]
         recorded = {name: torch.cat([cache[name] for cache in caches]) for name in self._sites}
-        # So that to flatten it takes no copy for each intervention.
+        # Contiguous, so that flattening takes no copy per intervention.
         return {name: each.contiguous() if name == SITE else each for name, each in recorded.items()}
 
     @torch.no_grad()
-    def probabilities(
-        self, intervention: Intervention, recorded: Mapping[str, Tensor], level: NDArray[np.int64]
-    ) -> Tensor:
+    def probabilities(self, intervention: Intervention, recorded: Mapping[str, Tensor], level: Integers) -> Tensor:
         """Action probabilities, (batch, action), for records of `record` and the level of every row."""
         if self.site == SITE:
             patches = _patches(intervention, level)
@@ -132,7 +131,7 @@ class _Rest:
         return torch.cat(parts)
 
     def _change(self, patch: Patch, activation: Tensor) -> Tensor:
-        """The change of `LINEAR` by a patch that sets a region of `SITE`: (batch, feature)."""
+        """The change in `LINEAR` by a patch that sets a region of `SITE`: (batch, feature)."""
         if patch.site not in self._weights:
             self._weights[patch.site] = self._columns(patch.site, activation.shape)
         columns, weights = self._weights[patch.site]
@@ -148,12 +147,12 @@ class _Rest:
 
 
 def _only_sets_a_region(patches: Sequence[Patch]) -> bool:
-    """Whether there is at most one patch, and it sets a region of `SITE` in every row."""
+    """Whether there is at most one patch, and the patch sets a region of `SITE` in every row."""
     every = all(each.site.name == SITE and isinstance(each.edit, Set) and each.where is None for each in patches)
-    return every and len(patches) < 2  # of two, the later one may overwrite the earlier one
+    return every and len(patches) < 2  # the later of two patches may overwrite the earlier one
 
 
-def _patches(intervention: Intervention, level: NDArray[np.int64]) -> Sequence[Patch]:
+def _patches(intervention: Intervention, level: Integers) -> Sequence[Patch]:
     return intervention(level) if callable(intervention) else intervention
 
 
@@ -178,7 +177,7 @@ def _compare(
     rest: _Rest,
     intervention: Intervention,
     recorded: Mapping[str, Tensor],
-    level: NDArray[np.int64],
+    level: Integers,
     expected: Tensor,
 ) -> None:
     """Raise if probabilities from the record differ from the whole policy's or depend on the order of the rows."""
@@ -197,8 +196,8 @@ def _compare(
 
 
 def _probabilities(policy: nn.Module, inputs: Tensor) -> Tensor:
-    categorical: Any = policy(inputs)[0]
-    probabilities: Tensor = categorical.probs
+    categorical = policy(inputs)[0]
+    probabilities = categorical.probs
     return probabilities
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
 
-from maze.analysis.cells import Table
+from maze.analysis.cells import Table, Values
 from maze.paths import MOVES, Direction
 
 
@@ -20,7 +19,7 @@ def vector_field(table: Table, policy: str, axes: Axes) -> Axes:
         table: one row per free square: `row`, `col`, `size`, the cheese's cell, and for each policy the probability of
             each move, such as `original_left`; None if the mouse cannot be there before the cheese.
         policy: name of the policy.
-        axes: to draw into.
+        axes: axes to draw into.
     """
     reached = _reached(table, policy)
     return _draw(table, reached, _arrows(reached, policy), axes)
@@ -36,20 +35,18 @@ def _reached(table: Table, policy: str) -> Table:
     return [row for row in table if row[f"{policy}_left"] is not None]
 
 
-def _arrows(reached: Sequence[Mapping[str, Any]], policy: str) -> NDArray[np.float64]:
+def _arrows(reached: Sequence[Mapping[str, Any]], policy: str) -> Values:
     """The mean of the moves from each square: (square, row and col)."""
-    shares = np.array([[row[f"{policy}_{move.name.lower()}"] for move in Direction] for row in reached])
-    arrows: NDArray[np.float64] = shares @ MOVES
-    return arrows
+    return np.array([[row[f"{policy}_{move.name.lower()}"] for move in Direction] for row in reached]) @ MOVES
 
 
-def _draw(table: Table, reached: Table, vectors: NDArray[np.float64], axes: Axes) -> Axes:
+def _draw(table: Table, reached: Table, vectors: Values, axes: Axes) -> Axes:
     size, cheese = int(table[0]["size"]), (table[0]["cheese_row"], table[0]["cheese_col"])
     maze = np.zeros((size, size))
     maze[[row["row"] for row in table], [row["col"] for row in table]] = 1
     axes.imshow(maze, origin="lower", cmap="gray", vmin=-1.5, vmax=1)
     col, row = [each["col"] for each in reached], [each["row"] for each in reached]
-    style: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1.2, "width": 0.006, "pivot": "mid"}
+    style = {"angles": "xy", "scale_units": "xy", "scale": 1.2, "width": 0.006, "pivot": "mid"}
     axes.quiver(col, row, vectors[:, 1], vectors[:, 0], **style)
     axes.plot(cheese[1], cheese[0], "*", color="gold", markeredgecolor="black", markersize=15)
     axes.plot(size - 1, size - 1, "s", color="none", markeredgecolor="black", markersize=11)

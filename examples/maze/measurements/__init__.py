@@ -1,53 +1,18 @@
-"""The parts of the study, in the order of the report; each module ends in its `PART`."""
+"""The parts of the study, in the order of the report; `Part.of` describes the contents of a module."""
+
+from importlib import import_module
 
 from maze.analysis.part import Part
-from maze.measurements import (
-    ablation,
-    cheese_vector,
-    corner_vector,
-    decision,
-    distance,
-    generator,
-    hypothesis,
-    pair,
-    parity,
-    random_mazes,
-    ranking,
-    retarget,
-    search,
-    sizes,
-    spatial,
-    statistics,
-    sums,
-    sweep,
-    top16,
-)
 
 _MODULES = (
-    pair,
-    search,
-    ranking,
-    sums,
-    decision,
-    ablation,
-    distance,
-    top16,
-    spatial,
-    sizes,
-    parity,
-    generator,
-    cheese_vector,
-    corner_vector,
-    retarget,
-    statistics,
-    random_mazes,
-    hypothesis,
+    *("pair", "search", "ranking", "sums", "decision", "ablation", "distance", "top16", "spatial", "sizes", "parity"),
+    *("generator", "cheese_vector", "corner_vector", "retarget", "statistics", "random_mazes", "hypothesis", "sweep"),
 )
 
-PARTS: dict[str, Part] = {module.PART.name: module.PART for module in _MODULES}
+PARTS = {part.name: part for part in (Part.of(import_module(f"{__name__}.{module}")) for module in _MODULES)}
 
-# Measured only when `--only` names them.
-EXTRA: dict[str, Part] = {sweep.PART.name: sweep.PART}
+# Measured only if `--only` names the part.
+EXTRA = {"sweep": PARTS.pop("sweep")}
 
 # Measured on every policy.
 SIDE_BY_SIDE = ("search", "ranking", "sums", "decision", "ablation")

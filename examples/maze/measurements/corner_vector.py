@@ -1,4 +1,12 @@
-"""The corner vector: the effect of an open path to the top right corner on the activation, added once more."""
+"""Does the mouse go to the top right corner more often when the corner's part of the activation is added?
+
+Method: Size 11, cheese outside the top right 5x5. Activation at block2.res1.resadd with the corner open minus
+walled off, the mouse on its first square, added in every state; probabilities are computed, not sampled.
+
+The post: Not in the post. In the work it builds on, adding the vector drew the mouse to the top right corner.
+
+Limits: The vector need not encode the corner as a goal: the vector is the effect of one wall next to the corner.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +14,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from maze.analysis import steering
 from maze.analysis.cells import Table, Tables, above, chosen, keyed, shown, verdict
-from maze.analysis.part import SPLITS, Finding, Part, Study
-from maze.analysis.steering import (
-    CONTROLS,
-    MOST_LEVELS,
-    OWN,
-    SIZE,
-    added,
-    difference_vectors,
-    measured,
-    ranking_text,
-    vector_figure,
-)
+from maze.analysis.part import SPLITS, Finding, Study
+from maze.analysis.steering import CONTROLS, OWN
 from maze.paths import distances, shortest_paths, top_right
 from maze.states import WALL, Mazes, read_mazes
 
-# The corner is at the same place in every level, so another level's vector points there, too.
+# The corner is at the same place in every level, so another level's vector also points there.
 TRANSFER, *JUDGES = CONTROLS
 SUBTRACTED = "own vector subtracted"
 
 
 def measure(study: Study) -> dict[str, Table]:
     """Every level's corner vector added and subtracted, with its controls."""
-    count = min(study.n, MOST_LEVELS)
-    levels = _with_free_cheese(study.levels("corner-vector", 2 * count, size=SIZE, cheese=SPLITS[1]))[:count]
+    count = min(study.n, steering.MOST_LEVELS)
+    levels = _with_free_cheese(study.levels("corner-vector", 2 * count, size=steering.SIZE, cheese=SPLITS[1]))[:count]
     mazes = read_mazes(levels)
-    vectors = difference_vectors(study.points, levels, mazes, without_corner(mazes))
-    others = {SUBTRACTED: added(study.points, vectors, -1.0)}
-    return measured(study, "corner-vector", levels, vectors, 1.0, "corner", others=others)[0]
+    vectors = steering.difference_vectors(study.points, levels, mazes, without_corner(mazes))
+    subtracted = {SUBTRACTED: steering.added(study.points, vectors, -1.0)}
+    return steering.measured(study, "corner-vector", levels, vectors, 1.0, "corner", subtracted, {})[0]
 
 
 def without_corner(mazes: Mazes) -> Mazes:
@@ -50,7 +48,7 @@ def without_corner(mazes: Mazes) -> Mazes:
 def _with_free_cheese(levels: Sequence[bytes]) -> list[bytes]:
     """The levels in which the path to the cheese does not lead through the corner."""
     mazes = read_mazes(levels)
-    to_cheese: NDArray[np.float32] = distances(without_corner(mazes), mazes.cheese)[:, 0, 0]
+    to_cheese = distances(without_corner(mazes), mazes.cheese)[:, 0, 0]
     return [level for level, distance in zip(levels, to_cheese, strict=True) if np.isfinite(distance)]
 
 
@@ -62,31 +60,18 @@ def finding(tables: Tables) -> Finding:
     higher = [above(row, "own_minus_control") for row in against]
     more = above(own, "effect")
     squares = (
-        f"At the decision square (n={choice[0]['n']}), P(first to the corner) is {choice[0]['original']:.1%} before "
-        f"and {choice[0]['modified']:.1%} after."
+        f" At the decision square (n={choice[0]['n']}), P(first to the corner) {choice[0]['original']:.1%} becomes "
+        f"{choice[0]['modified']:.1%}."
         if choice
-        else "No level has a decision square."
+        else ""
     )
-    controls = "; ".join(f"{name} {shown(corner[name], 'effect', '+.3f')}" for name in JUDGES)
     return Finding(
         f"P(corner before the cheese) {own['original']:.3f} becomes {own['modified']:.3f} with the vector added, "
-        f"effect {shown(own, 'effect', '+.3f')}, n={own['n']}; subtracted, {shown(away, 'effect', '+.3f')}. {squares}",
+        f"effect {shown(own, 'effect', '+.3f')}, n={own['n']}; subtracted, {shown(away, 'effect', '+.3f')}.{squares}",
         verdict(more, *(higher if more else ())),
-        f"Another level's vector, which points to the same corner, has {shown(corner[TRANSFER], 'effect', '+.3f')}. "
-        f"Controls: {controls}. The own vector raises it by more than {higher.count(True)} of these {len(JUDGES)}, "
-        f"interval of the paired difference above 0. {ranking_text(tables)}",
-        "It does not follow that the vector encodes the corner as a goal: it is the effect of one wall next to the "
-        "corner.",
+        f"Another level's vector has {shown(corner[TRANSFER], 'effect', '+.3f')}, and the own vector does more than "
+        f"{higher.count(True)} of {len(JUDGES)} controls. {steering.ranking_text(tables)}",
     )
 
 
-PART = Part(
-    name="corner-vector",
-    question="Does the mouse go to the top right corner more often when the corner's part of the activation is added?",
-    method=f"Size {SIZE}, cheese outside the top right 5x5. Activation at block2.res1.resadd with the corner open "
-    "minus walled off, the mouse on its first square, added in every state; probabilities are computed, not sampled.",
-    post="Not in the post. In the work it builds on, adding the vector drew the mouse to the top right corner.",
-    measure=measure,
-    figure=vector_figure,
-    finding=finding,
-)
+figure = steering.figure

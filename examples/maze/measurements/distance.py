@@ -1,4 +1,14 @@
-"""On the decision square: the choice and the channels against the distance of the cheese from the corner."""
+"""Do the mouse and the channels turn from the cheese as it lies farther from the top right corner?
+
+Method: Size 25, mouse on the decision square, n levels with the cheese in distribution and n out of it. Fractions by
+the straight distance from cheese to corner, rank correlations; also within strata of both paths' lengths.
+
+The post: Both fall with the distance: whether the mouse takes the path to the cheese, and whether the channel (121 UP,
+73 RIGHT) points along it.
+
+Limits: The result does not show that the policy reads the distance: the places of cheese, corner and square are tied to
+each other.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chanpatch.statistics import bootstrap_interval, rank_correlation
-from maze.analysis.cells import Row, Table, Tables, below, cells, chosen, keyed, share_cells, shown, verdict
+from maze.analysis.cells import Flags, Row, Table, Tables, Values, below, chosen, keyed, shown, verdict
 from maze.analysis.decision_squares import (
     BINS,
     CHEESE_TO_CORNER,
     Decisions,
-    Floats,
     Probes,
     at_decision_squares,
     joined,
@@ -24,7 +33,8 @@ from maze.analysis.decision_squares import (
     thresholds,
 )
 from maze.analysis.drawing import Panel, chart
-from maze.analysis.part import SPLITS, Finding, Part, Study
+from maze.analysis.estimates import intervals, share
+from maze.analysis.part import SPLITS, Finding, Study
 from maze.paths import Direction
 
 SIZE = 25
@@ -37,7 +47,7 @@ RESAMPLES = 999
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """Shares by distance, and rank correlations with it, also within strata of the square's own distances."""
+    """Fractions by distance, and rank correlations with distance, also within strata of the square's own distances."""
     probes = thresholds(study, DIRECTIONS)
     by_split = [
         at_decision_squares(
@@ -46,8 +56,8 @@ def measure(study: Study) -> dict[str, Table]:
         for split in SPLITS
     ]
     both = joined(by_split)
-    shares: Table = []
-    trends: Table = []
+    shares = []
+    trends = []
     for name, rows, values in _measures(study, both, probes):
         if values.dtype == np.bool_:
             shares += _shares(name, both.distance(CHEESE_TO_CORNER)[rows], values)
@@ -58,14 +68,15 @@ def measure(study: Study) -> dict[str, Table]:
     return {"thresholds": limits, "shares": shares, "trends": trends, "strata": _by_stratum(both)}
 
 
-def _measures(study: Study, seen: Decisions, probes: Probes) -> Iterator[tuple[str, NDArray[np.bool_], NDArray[Any]]]:
-    """Yields a quantity's name, the levels that have it, and its values on these."""
+def _measures(study: Study, seen: Decisions, probes: Probes) -> Iterator[tuple[str, Flags, NDArray[Any]]]:
+    """Yields a quantity's name, the levels that have the quantity, and its values on these levels."""
     yield MOUSE, np.ones(len(seen.chosen), dtype=np.bool_), seen.took_cheese
     for direction, probe in probes.items():
         sums = seen.sums[:, tested_channel(study, direction)]
         for goal, leads in (("cheese", seen.cheese == direction), ("corner", seen.corner == direction)):
             if probe is not None:
-                yield _high(direction, goal), leads, probe.predict(sums[leads])
+                name = f"{direction.name} channel high where the {goal} is {direction.name}"
+                yield name, leads, probe.predict(sums[leads])
             yield _sum(direction, goal), leads, sums[leads]
 
 
@@ -73,52 +84,45 @@ def _sum(direction: Direction, goal: str) -> str:
     return f"sum of the {direction.name} channel where the {goal} is {direction.name}"
 
 
-def _high(direction: Direction, goal: str) -> str:
-    return f"{direction.name} channel high where the {goal} is {direction.name}"
-
-
-def _shares(name: str, distance: Floats, values: NDArray[np.bool_]) -> Table:
-    """The share of each bin of the distance."""
+def _shares(name: str, distance: Values, values: Flags) -> Table:
+    """The fraction in each bin of the distance."""
     place = (distance // WIDTH).astype(np.int64)
-    rows: Table = []
+    rows = []
     for each in np.unique(place).tolist():
         n, count = int((place == each).sum()), int(values[place == each].sum())
         edges = {"from": each * WIDTH, "below": (each + 1) * WIDTH}
-        rows.append({"measure": name, **edges, "n": n, "count": count, **share_cells("share", count, n)})
+        rows.append({"measure": name, **edges, "n": n, "count": count, **intervals(share=share(count, n))})
     return rows
 
 
 def _trends(name: str, population: str, seen: Decisions, values: NDArray[Any], seed: int) -> Table:
     """The rank correlation with the distance, over all levels and within strata of the square's distances."""
 
-    def statistic(sample: Floats) -> float:
+    def statistic(sample: Values) -> float:
         return float(np.nan_to_num(rank_correlation(sample[:, 1], sample[:, 2], sample[:, 0])))
 
-    rows: Table = []
+    rows = []
     for within, stratum in (("no strata", np.zeros(len(values), dtype=np.int64)), ("strata", strata(seen))):
         sample = np.stack([stratum, seen.distance(CHEESE_TO_CORNER), values], axis=1)
         known = len(values) > 1 and np.ptp(values.astype(np.float64)) > 0
         interval = bootstrap_interval(sample, statistic, resamples=RESAMPLES, seed=seed) if known else None
         row = {"measure": name, "cheese": population, "within": within, "n": len(values)}
-        rows.append({**row, "strata": len(np.unique(stratum)), **cells("correlation", interval)})
+        rows.append({**row, "strata": len(np.unique(stratum)), **intervals(correlation=interval)})
     return rows
 
 
 def _by_stratum(seen: Decisions) -> Table:
     """The mouse's choices in each stratum, with the cheese nearer and farther than the stratum's median."""
     stratum, distance = strata(seen), seen.distance(CHEESE_TO_CORNER)
-    rows: Table = []
+    rows = []
     for each in np.unique(stratum):
         here = stratum == each
         median = np.median(distance[here])
-        row: Row = {
-            "steps_to_cheese": BINS[each // len(BINS)],
-            "steps_to_corner": BINS[each % len(BINS)],
-            "median_distance": float(median),
-        }
+        row = {"steps_to_cheese": BINS[each // len(BINS)], "steps_to_corner": BINS[each % len(BINS)]}
+        row["median_distance"] = float(median)
         for name, half in (("near", here & (distance <= median)), ("far", here & (distance > median))):
             n = int(half.sum())
-            row |= {f"n_{name}": n, **share_cells(name, seen.took_cheese[half].sum(), n)}
+            row |= {f"n_{name}": n, **intervals(**{name: share(seen.took_cheese[half].sum(), n)})}
         rows.append(row)
     return rows
 
@@ -131,22 +135,19 @@ def finding(tables: Tables) -> Finding:
     shares = chosen(tables["shares"], measure=MOUSE)
     shares = [row for row in shares if row["n"] >= FEWEST] or shares
     known = any(row["correlation"] is not None for row in raw)
+    correlations = "; ".join(f"{row['measure']} {shown(row, 'correlation', '+.2f')} (n={row['n']})" for row in raw)
     return Finding(
         f"The mouse takes the path to the cheese in {shown(shares[0], 'share', '.0%')} of levels with the cheese "
-        f"{_bin(shares[0])}, in {shown(shares[-1], 'share', '.0%')} with the cheese {_bin(shares[-1])}. "
-        f"{_course(shares)} Rank correlation with the distance: "
-        + "; ".join(f"{row['measure']} {shown(row, 'correlation', '+.2f')} (n={row['n']})" for row in raw)
-        + ".",
+        f"{_bin(shares[0])}, in {shown(shares[-1], 'share', '.0%')} with the cheese {_bin(shares[-1])}. Rank "
+        f"correlation with the distance: {correlations}.",
         verdict(*(below(row, "correlation") for row in (*raw, *alone) if known)),
-        f"Out of distribution alone, with the cheese farther, the correlations are {_each(alone)}. Within strata of "
-        f"the lengths of both paths they are {_each(within)}. {_explained(raw[0], within[0])}",
-        "It does not follow that the policy reads the distance: the places of cheese, corner and square are tied to "
-        "each other.",
+        f"Out of distribution alone the correlations are {_each(alone)}, and within strata of both path lengths "
+        f"{_each(within)}. {_course(shares)}",
     )
 
 
 def _each(rows: Table) -> str:
-    return "; ".join(f"{shown(row, 'correlation', '+.2f')} for '{row['measure']}'" for row in rows)
+    return ", ".join(shown(row, "correlation", "+.2f") for row in rows)
 
 
 def _bin(row: Row) -> str:
@@ -154,38 +155,19 @@ def _bin(row: Row) -> str:
 
 
 def _course(shares: Table) -> str:
-    """Whether the share falls from each bin to the next."""
+    """Whether the fraction falls from each bin to the next."""
     lowest = min(shares, key=lambda row: row["share"])
     rises = sum(later["share"] > row["share"] for row, later in zip(shares, shares[1:], strict=False))
     if not rises:
-        return f"It falls or stays from each of these {len(shares)} bins to the next."
+        return f"The mouse's fraction never rises over the {len(shares)} bins."
     return (
-        f"It does not fall steadily: the share is higher than in the bin before in {rises} of {len(shares) - 1} "
-        f"bins, and lowest, {shown(lowest, 'share', '.0%')}, with the cheese {_bin(lowest)}."
+        f"The mouse's fraction rises between bins {rises} of {len(shares) - 1} times; the lowest is "
+        f"{shown(lowest, 'share', '.0%')}, with the cheese {_bin(lowest)}."
     )
 
 
-def _explained(raw: Row, within: Row) -> str:
-    if raw["correlation_high"] is None or within["correlation_high"] is None:
-        return "There are too few levels to say more."
-    if raw["correlation_high"] >= 0:
-        return "The mouse's choice does not fall with the distance beyond its interval."
-    explains = "does not explain all of" if within["correlation_high"] < 0 else "may explain"
-    return f"So the distance of the decision square from both goals {explains} the fall."
-
-
-PART = Part(
-    name="distance",
-    question="Do the mouse and the channels turn from the cheese as it lies farther from the top right corner?",
-    method="Size 25, mouse on the decision square, n levels with the cheese in distribution and n out of it. Shares "
-    "by the straight distance from cheese to corner, rank correlations; also within strata of both paths' lengths.",
-    post="Both fall with the distance: whether the mouse takes the path to the cheese, and whether the channel (121 "
-    "UP, 73 RIGHT) points along it.",
-    measure=measure,
-    figure=chart(
-        Panel("shares", "from", "share", "share of levels", "measure", along=True, line=None),
-        Panel("trends", "measure", "correlation", "rank correlation with the distance", "within", {"cheese": BOTH}),
-        size=(7, 6),
-    ),
-    finding=finding,
+figure = chart(
+    Panel("shares", "from", "share", "fraction of levels", "measure", along=True, line=None),
+    Panel("trends", "measure", "correlation", "rank correlation with the distance", "within", {"cheese": BOTH}),
+    size=(7, 6),
 )

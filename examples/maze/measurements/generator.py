@@ -1,52 +1,57 @@
-"""The rules of procgen's maze generator, checked square by square."""
+"""Do all mazes follow the rules that the post found by watching them?
+
+Method: Levels of all sizes as procgen draws them, every statement checked square by square; a statement with a
+condition is counted over the levels that meet the condition. Wilson intervals.
+
+The post: Always: odd sizes, (even, even) squares free, (odd, odd) squares walls, one path between any two free squares,
+bottom left and top right free.
+
+Limits: Levels were counted and the generator's code was not read, so exceptions remain possible.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from maze.analysis.cells import Table, Tables, chosen, column, share_cells, shown
+from maze.analysis.cells import Flags, Table, Tables, chosen, column, shown
 from maze.analysis.drawing import Panel, chart
-from maze.analysis.part import Finding, Part, Study
+from maze.analysis.estimates import intervals, share
+from maze.analysis.part import Finding, Study
 from maze.paths import START, Direction, distances, legal_moves
 from maze.states import WORLD, Mazes, read_mazes
 
 SIZES = range(3, WORLD + 1, 2)
 SHOWN = 15  # the size whose frequencies are drawn
 
-Facts = dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]
+Facts = dict[str, tuple[Flags, Flags]]
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """The number of levels of each size in which a fact holds, and how often each square is free at one size."""
+    """The number of levels of each size in which a fact holds, and the frequency of free squares at one size."""
     mazes = read_mazes(study.levels("generator", len(SIZES) * study.n))
-    rows: Table = []
-    frequencies: Table = []
+    rows = []
+    frequencies = []
     for size in np.unique(mazes.size).tolist():
         of_size = mazes[mazes.size == size]
         here = Mazes(of_size.grid[:, :size, :size], of_size.size, of_size.mouse, of_size.facing_right)
         for fact, (applies, holds) in facts(here).items():
             n, true = int(applies.sum()), int((applies & holds).sum())
             if n:
-                rows.append({"size": size, "fact": fact, "n": n, "holds": true, **share_cells("share", true, n)})
+                rows.append({"size": size, "fact": fact, "n": n, "holds": true, **intervals(share=share(true, n))})
         if size == SHOWN:
             frequencies = [
-                {"row": row, "col": col, "n": len(here), "free": int(free), **share_cells("share", free, len(here))}
+                {"row": row, "col": col, "n": len(here), "free": int(free), **intervals(share=share(free, len(here)))}
                 for (row, col), free in np.ndenumerate(here.free.sum(axis=0))
             ]
-    overall: Table = []
+    overall = []
     for fact in dict.fromkeys(row["fact"] for row in rows):
         n, holds = (int(column(chosen(rows, fact=fact), name).sum()) for name in ("n", "holds"))
-        overall.append({"fact": fact, "n": n, "holds": holds, **share_cells("share", holds, n)})
+        overall.append({"fact": fact, "n": n, "holds": holds, **intervals(share=share(holds, n))})
     return {"facts": rows, "overall": overall, "frequencies": frequencies}
 
 
 def facts(mazes: Mazes) -> Facts:
-    """The post's statements: the mazes that each applies to, and those in which it holds.
-
-    Args:
-        mazes: mazes of one size, without walls beyond it.
-    """
+    """Whether each of the post's statements applies to mazes of one size, without outer walls, and whether it holds."""
     free, legal = mazes.free, legal_moves(mazes)
     every = np.ones(len(mazes), dtype=np.bool_)
     squares = free.sum(axis=(1, 2))
@@ -63,7 +68,7 @@ def facts(mazes: Mazes) -> Facts:
         "up and down are legal on all free (odd, even) squares": (up_down | ~free[:, 1::2, ::2]).all(axis=(1, 2)),
         "left and right are legal on all free (even, odd) squares": (left_right | ~free[:, ::2, 1::2]).all(axis=(1, 2)),
     }
-    known: Facts = {fact: (every, each) for fact, each in holds.items()}
+    known = {fact: (every, each) for fact, each in holds.items()}
     if free.shape[1] > 3:
         walls = ~free[:, 1, 0] & ~free[:, 2, 1]
         known["if (1, 0) and (2, 1) are walls, (3, 0) is free"] = (walls, free[:, 3, 0])
@@ -75,31 +80,15 @@ def finding(tables: Tables) -> Finding:
     broken = [row for row in tables["facts"] if row["holds"] < row["n"]]
     always = [row for row in overall if row["holds"] == row["n"]]
     weakest = min(overall, key=lambda row: row["share_low"])
-    free = [row for row in tables["frequencies"] if (row["row"] + row["col"]) % 2]
-    varies = (
-        f" At size {SHOWN}, the squares with one odd coordinate are free in {min(column(free, 'share')):.0%} to "
-        f"{max(column(free, 'share')):.0%} of n={free[0]['n']} levels."
-        if free
-        else ""
-    )
-    first = f" The first that does not: {broken[0]['fact']}, size {broken[0]['size']}." if broken else ""
+    free = column([row for row in tables["frequencies"] if (row["row"] + row["col"]) % 2], "share")
+    first = f" The first broken one: {broken[0]['fact']}, size {broken[0]['size']}." if broken else ""
+    varies = f" Those are free in {free.min():.0%} to {free.max():.0%} of levels of size {SHOWN}." if free.size else ""
     return Finding(
-        f"{len(always)} of {len(overall)} statements hold in every level of {len(SIZES)} sizes; the least certain one "
-        f"in {shown(weakest, 'share', '.2%')} of n={weakest['n']}.{first}",
+        f"{len(always)} of {len(overall)} statements hold in every level of {len(SIZES)} sizes; the least certain "
+        f"holds in {shown(weakest, 'share', '.2%')} of n={weakest['n']}.{first}",
         "yes" if len(always) == len(overall) else "in part" if always else "no",
         f"A maze is {'not always ' if broken else ''}decided by its squares with one odd coordinate alone.{varies}",
-        "It does not follow that the generator cannot do otherwise: levels were counted, its code was not read.",
     )
 
 
-PART = Part(
-    name="generator",
-    question="Do all mazes follow the rules that the post found by watching them?",
-    method="Levels of all sizes as procgen draws them, every statement checked square by square; a statement with a "
-    "condition is counted over the levels that meet it. Wilson intervals.",
-    post="Always: odd sizes, (even, even) squares free, (odd, odd) squares walls, one path between any two free "
-    "squares, bottom left and top right free.",
-    measure=measure,
-    figure=chart(Panel("overall", "fact", "share", "share of levels of all sizes", line=None), size=(10, 4.8)),
-    finding=finding,
-)
+figure = chart(Panel("overall", "fact", "share", "fraction of levels of all sizes", line=None), size=(10, 4.8))

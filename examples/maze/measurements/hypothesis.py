@@ -1,31 +1,35 @@
-"""The post's hypothesis: the mouse goes to the cheese if the push for it is larger than that for the corner."""
+"""Does the mouse go the way that the channels together push more: to the cheese or to the corner?
+
+Method: Size 25, mouse on the decision square. Push for a direction: standardized sums of the channels labeled so on
+other mazes, weighted by AUC - 0.5 on random squares with other legal moves. The larger push is a prediction, and a
+regression on both pushes, fitted on other levels, is another. An ablated push is ranked among sets of as many other
+live channels, matched on mean activation.
+
+The post: A hypothesis, not measured: if the aggregated push for the action to the cheese is higher than that for the
+corner, the mouse goes to the cheese, otherwise to the corner.
+
+Limits: The result does not show that the policy adds up sums in this way: a readout that predicts the choice need not
+be the one that the policy computes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from chanpatch.errors import StatisticsError
 from chanpatch.probes import LogisticProbe
-from chanpatch.statistics import (
-    Interval,
-    auc,
-    mean_interval,
-    paired_counts,
-    paired_difference_interval,
-    rank_among,
-)
-from maze.analysis.cells import Row, Table, Tables, above, cells, keyed, rank_cells, share_cells, shown, verdict
-from maze.analysis.decision_squares import Decisions, Floats, at_decision_squares
+from chanpatch.statistics import Interval, mean_interval, paired_counts, paired_difference_interval, rank_among
+from maze.analysis.cells import Flags, Row, Table, Tables, Values, above, keyed, shown, verdict
+from maze.analysis.decision_squares import Decisions, at_decision_squares
 from maze.analysis.drawing import Panel, chart
+from maze.analysis.estimates import intervals, rank_cells, share
 from maze.analysis.forwards import SITE, activations, frames
 from maze.analysis.labels import LabelledChannel, directions_of, is_reading
-from maze.analysis.part import SPLITS, Finding, Part, Study
+from maze.analysis.part import SPLITS, Finding, Study
 from maze.analysis.push_ablation import Ablation, MatchedSets, ablate_push
+from maze.analysis.readings import area
 from maze.analysis.selection import Selection
 from maze.paths import Direction
 
@@ -38,7 +42,7 @@ BASE, PUSH, FITTED, CARRIED, OWN = (
     "the policy's own probabilities",
 )
 ABLATED = ("the cheese's", "the corner's")
-CONTROLS = 99  # random assignments of the weights to other live channels
+CONTROLS = 99  # random assignments of the weights to live channels
 REFERENCE = 200  # levels for the means that replace ablated channels
 
 
@@ -46,20 +50,17 @@ REFERENCE = 200  # levels for the means that replace ablated channels
 class Pushes:
     """The push of a hook point for each direction: a weighted sum of standardized channel sums.
 
-    Attributes:
-        weights: (direction, channel): AUC - 0.5 of the channels labeled with the direction, else 0. The AUC is over
-            mazes in which the label and other moves are legal, so knowledge of the walls alone has no weight.
-        mean: (channel,): mean of the sums on the selection mazes.
-        deviation: (channel,): their standard deviation; 1 for dead channels.
+    A weight is AUC - 0.5 for channels labeled with the direction, else 0. The AUC is over mazes in which the label and
+    other moves are legal, so knowledge of the walls alone has no weight.
     """
 
-    weights: Floats
-    mean: Floats
-    deviation: Floats
+    weights: Values  # (direction, channel)
+    mean: Values  # (channel,): mean of the sums on the selection mazes
+    deviation: Values  # (channel,): standard deviation of these sums; 1 for dead channels
 
     @classmethod
     def of(cls, selection: Selection, labels: Sequence[LabelledChannel]) -> Pushes:
-        """The pushes of channels with a label; a channel for "UP or LEFT" counts for both."""
+        """The pushes of channels with a label; a channel for "UP or LEFT" counts for both directions."""
         weights = np.zeros((len(Direction), selection.sums.shape[1]))
         for channel, each in enumerate(labels):
             if is_reading(each.label) and each.auc_choice is not None:
@@ -67,16 +68,15 @@ class Pushes:
         deviation = selection.sums.std(axis=0)
         return cls(weights, selection.sums.mean(axis=0), np.where(deviation > 0, deviation, 1.0))
 
-    def __call__(self, seen: Decisions, weights: Floats | None = None) -> Floats:
-        """The push for the cheese's direction and that for the corner's, with other weights if given: (level, 2)."""
+    def __call__(self, seen: Decisions, weights: Values | None = None) -> Values:
+        """The pushes for the directions of cheese and corner, with other weights if given: (level, 2)."""
         by_direction = (seen.sums - self.mean) / self.deviation @ (self.weights if weights is None else weights).T
         every = np.arange(len(by_direction))
         return np.stack([by_direction[every, seen.cheese], by_direction[every, seen.corner]], axis=1)
 
     def only(self, towards: int, away_from: int) -> list[int]:
         """The channels that push for one direction and not for the other."""
-        channels: list[int] = np.flatnonzero((self.weights[towards] > 0) & (self.weights[away_from] == 0)).tolist()
-        return channels
+        return np.flatnonzero((self.weights[towards] > 0) & (self.weights[away_from] == 0)).tolist()
 
 
 def measure(study: Study) -> dict[str, Table]:
@@ -93,7 +93,7 @@ def measure(study: Study) -> dict[str, Table]:
     reference = study.levels("hypothesis reference", REFERENCE, size=SIZE, cheese=SPLITS[0], mouse="anywhere")
     cache = activations(study.points, reference, SITE)
     others = MatchedSets(study.points, frames(reference), study.seed_for("hypothesis others"))
-    tables: dict[str, Table] = {"channels": _channels(pushes), "weights": _weights(pushes, study.labels)}
+    tables = {"channels": _channels(pushes), "weights": _weights(pushes, study.labels)}
     tables |= {name: [] for name in ("predictions", "controls", "ablations", "ablation_controls")}
     for split, other in (SPLITS, SPLITS[::-1]):
         score = seen[split, "score"]
@@ -113,7 +113,7 @@ def measure(study: Study) -> dict[str, Table]:
                 return pushes.only(*((corner, cheese) if swapped else (cheese, corner)))
 
             done = ablate_push(study.points, levels[split, "score"], score, channels_of, others, cache)
-            row: Row = {"split": split, "ablated": name, "n": len(towards)}
+            row = {"split": split, "ablated": name, "n": len(towards)}
             tables["ablations"].append(row | _ablated(towards, done))
             tables["ablation_controls"] += [
                 row | {"control": number, **_change(towards, after)} for number, after in enumerate(done.controls, 1)
@@ -121,7 +121,7 @@ def measure(study: Study) -> dict[str, Table]:
     return {name: table for name, table in tables.items() if table}
 
 
-def towards_cheese(seen: Decisions) -> Floats:
+def towards_cheese(seen: Decisions) -> Values:
     """The probability of the step to the cheese among this step and the one to the corner: (level,)."""
     cheese, corner = seen.towards()
     total = cheese + corner
@@ -129,56 +129,43 @@ def towards_cheese(seen: Decisions) -> Floats:
 
 
 def _channels(pushes: Pushes) -> Table:
-    """One row per direction: the channels that push for it."""
-    pushing = [np.flatnonzero(pushes.weights[direction]) for direction in Direction]
-    return [
-        {"direction": direction.name, "count": len(each), "channels": " ".join(map(str, each))}
-        for direction, each in zip(Direction, pushing, strict=True)
-    ]
+    """One row per direction: the channels that push for the direction."""
+    pushing = [(direction.name, np.flatnonzero(pushes.weights[direction])) for direction in Direction]
+    return [{"direction": name, "count": len(each), "channels": " ".join(map(str, each))} for name, each in pushing]
 
 
 def _weights(pushes: Pushes, labels: Sequence[LabelledChannel]) -> Table:
-    """One row per direction and channel: the weight, and its AUC."""
+    """One row per direction and channel: the weight and the AUC."""
     return [
         {
             "direction": direction.name,
             "channel": int(channel),
             "weight": pushes.weights[direction, channel],
             "n": labels[channel].n_choice,
-            **cells("auc", labels[channel].auc_choice),
+            **intervals(auc=labels[channel].auc_choice),
         }
         for direction in Direction
         for channel in np.flatnonzero(pushes.weights[direction])
     ]
 
 
-def _scored(split: str, seen: Decisions, says: dict[str, NDArray[np.bool_]]) -> Table:
-    """One row per predictor: accuracy for the likeliest move and for a sampled one, and the gain over the base."""
+def _scored(split: str, seen: Decisions, says: dict[str, Flags]) -> Table:
+    """One row per predictor: accuracy for the likeliest move and for a sampled move, and the gain over the base."""
     towards = towards_cheese(seen)
     two = _goes(seen)
     right = {name: (each == seen.took_cheese)[two] for name, each in says.items()}
     n = int(two.sum())
-    rows: Table = []
+    rows = []
     for name, each in says.items():
         gain = paired_difference_interval(*paired_counts(right[name], right[BASE])) if n and name != BASE else None
+        row = {"split": split, "predictor": name, "n": n, "went_elsewhere": len(two) - n}
+        row |= {"cheese": int(seen.took_cheese.sum()), **intervals(accuracy=share(right[name].sum(), n), gain=gain)}
         sampled = mean_interval(np.where(each, towards, 1 - towards))
-        rows.append(
-            {
-                "split": split,
-                "predictor": name,
-                "n": n,
-                "went_elsewhere": len(two) - n,
-                "cheese": int(seen.took_cheese.sum()),
-                **share_cells("accuracy", right[name].sum(), n),
-                **cells("gain", gain),
-                "n_sampled": len(two),
-                **cells("sampled", sampled),
-            }
-        )
+        rows.append(row | {"n_sampled": len(two), **intervals(sampled=sampled)})
     return rows
 
 
-def _goes(seen: Decisions) -> NDArray[np.bool_]:
+def _goes(seen: Decisions) -> Flags:
     """Whether the mouse goes to the cheese or to the corner."""
     return (seen.chosen == seen.cheese) | (seen.chosen == seen.corner)
 
@@ -189,35 +176,33 @@ def _against_controls(split: str, seen: Decisions, pushes: Pushes, study: Study)
     live = list(study.selection.live)
     generator = np.random.default_rng(study.seed_for("hypothesis controls"))
 
-    def separation(weights: Floats) -> Interval:
+    def separation(weights: Values) -> Interval | None:
         push = pushes(seen, weights)
-        return auc(push[:, 0] - push[:, 1], seen.took_cheese)
+        return area(push[:, 0] - push[:, 1], seen.took_cheese)
 
-    row: Row = {"split": split, "n": len(seen.chosen), "controls": CONTROLS}
-    try:
-        area, others = separation(pushes.weights), []
-        for _ in range(CONTROLS):
-            dealt = np.zeros_like(pushes.weights)
-            dealt[:, live] = pushes.weights[:, generator.permutation(live)]
-            others.append(separation(dealt).estimate)
-    except StatisticsError:  # fewer than two mice went one of the ways
+    row = {"split": split, "n": len(seen.chosen), "controls": CONTROLS}
+    own, others = separation(pushes.weights), []
+    if own is None:
         empty = dict.fromkeys(("controls_median", "controls_highest", "rank", "rank_p"))
-        return row | cells("auc", None) | empty
-    rank = rank_among(area.estimate - 0.5, np.array(others) - 0.5)
+        return row | intervals(auc=None) | empty
+    for _ in range(CONTROLS):
+        dealt = np.zeros_like(pushes.weights)
+        dealt[:, live] = pushes.weights[:, generator.permutation(live)]
+        others.append(separation(dealt).estimate)
+    rank = rank_among(own.estimate - 0.5, np.array(others) - 0.5)
     summary = {"controls_median": float(np.median(others)), "controls_highest": float(np.max(others))}
-    return row | cells("auc", area) | summary | {"rank": rank.rank, "rank_p": rank.p}
+    return row | intervals(auc=own) | summary | {"rank": rank.rank, "rank_p": rank.p}
 
 
-def _ablated(before: NDArray[np.bool_], done: Ablation) -> Row:
-    """The share of levels on which the step to the cheese is likelier, before and after, and the rank of the change."""
+def _ablated(before: Flags, done: Ablation) -> Row:
+    """The fraction of levels on which the step to the cheese is likelier, and the rank of the change by ablation."""
     n = len(before)
     changes = [(each.sum() - before.sum()) / n for each in done.controls]
     change = (done.towards.sum() - before.sum()) / n
     ranks = rank_cells(change, changes)
     return {
         "n_with_channels": done.affected,
-        **share_cells("before", before.sum(), n),
-        **share_cells("after", done.towards.sum(), n),
+        **intervals(before=share(before.sum(), n), after=share(done.towards.sum(), n)),
         **_change(before, done.towards),
         "controls": len(changes),
         "controls_apart": None if np.isnan(done.apart) else done.apart,
@@ -230,31 +215,28 @@ def _ablated(before: NDArray[np.bool_], done: Ablation) -> Row:
     }
 
 
-def _change(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> dict[str, Any]:
-    return cells("change", paired_difference_interval(*paired_counts(after, before)))
+def _change(before: Flags, after: Flags) -> Row:
+    return intervals(change=paired_difference_interval(*paired_counts(after, before)))
 
 
 def finding(tables: Tables) -> Finding:
     rows, areas = keyed(tables["predictions"], "split", "predictor"), keyed(tables["controls"], "split")
     texts, claims = [], []
     for split in SPLITS[::-1]:  # out of distribution first, since there the two goals compete
-        push, fitted, area = rows[split, PUSH], rows[split, FITTED], areas[split]
+        push, area = rows[split, PUSH], areas[split]
         among = "" if area["rank"] is None else f", rank {area['rank']} of {area['controls'] + 1} readouts"
         texts.append(
-            f"{split.capitalize()}: the larger push predicts {shown(push, 'accuracy', '.0%')} of {push['n']} choices "
-            f"(base rate {shown(rows[split, BASE], 'accuracy', '.0%')}), a fit {shown(fitted, 'accuracy', '.0%')}; the "
-            f"difference of the pushes has AUC {shown(area, 'auc', '.2f')}{among}."
+            f"{split.capitalize()}: the larger push predicts {shown(push, 'accuracy', '.0%')} of {push['n']} choices, "
+            f"gain over the base rate {shown(push, 'gain', '+.2f')}, AUC {shown(area, 'auc', '.2f')}{among}."
         )
         if area["auc"] is not None:
-            # If the same weights on other channels do as well, it stays open whether these channels push.
+            # If the same weights on other channels predict as well, these channels need not be the ones that push.
             beyond = True if area["rank_p"] is not None and area["rank_p"] < 0.05 else None
             claims += [above(area, "auc", 0.5), above(push, "gain"), beyond]
     without = [row["direction"] for row in tables["channels"] if row["count"] == 0]
     if without:
         texts.append(f"No channel stands for {', '.join(without)}, whose push is 0 throughout.")
-    gains = "; ".join(
-        f"{shown(rows[split, each], 'gain', '+.2f')} {split} ({each})" for split in SPLITS for each in (PUSH, FITTED)
-    )
+    fitted = ", ".join(f"{shown(rows[split, FITTED], 'accuracy', '.0%')} {split}" for split in SPLITS)
     changes = "; ".join(
         f"{shown(row, 'change', '+.2f')} {row['split']} for {row['ablated']} ({_beside(row)})"
         for row in tables["ablations"]
@@ -262,39 +244,21 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         " ".join(texts),
         verdict(*(claims if len(without) < len(Direction) else [])),
-        f"Gain in accuracy over the base rate: {gains}. With the channels of one push set to their mean, the share of "
-        f"levels on which the step to the cheese is likelier changes by {changes}.",
-        "It does not follow that the policy adds up sums in this way: a readout that predicts the choice need not be "
-        "the one that the policy computes.",
+        f"A regression on both pushes predicts {fitted}. With one push mean-ablated, the fraction of levels on which "
+        f"the step to the cheese is likelier changes by {changes}.",
     )
 
 
 def _beside(row: Row) -> str:
-    """The effects of matched sets of other channels, and the rank of the push among them."""
+    """The rank of the push among matched sets of other channels."""
     if not row["controls"]:
         return "no other channels to compare with"
-    p = f", no p: {row['why_no_p']}" if row["rank_p"] is None else f", p = {row['rank_p']:.2g}"
-    return (
-        f"{row['controls']} matched sets of others: median {row['controls_median']:+.3f}, "
-        f"{row['controls_lowest']:+.3f} to {row['controls_highest']:+.3f}; rank {row['rank']} of "
-        f"{row['controls'] + 1}{p}"
-    )
+    p = f"no p-value: {row['why_no_p']}" if row["rank_p"] is None else f"p = {row['rank_p']:.2g}"
+    return f"rank {row['rank']} of {row['controls'] + 1}, {p}"
 
 
-PART = Part(
-    name="hypothesis",
-    question="Does the mouse go the way that the channels together push more: to the cheese or to the corner?",
-    method="Size 25, mouse on the decision square. Push of a direction: standardized sums of the channels labeled with "
-    "it on other mazes, weighted by AUC - 0.5 on random squares with other legal moves. The larger push is the "
-    "prediction; so is a regression on both, fitted on other levels. An ablated push is ranked among sets of as many "
-    "other live channels, matched on mean activation.",
-    post="A hypothesis, not measured: if the aggregated push for the action to the cheese is higher than that for the "
-    "corner, the mouse goes to the cheese, otherwise to the corner.",
-    measure=measure,
-    figure=chart(
-        Panel("predictions", "predictor", "accuracy", "choices predicted right, %", "split", scale=100, line=None),
-        Panel("ablations", "ablated", "change", "step to the cheese likelier: change, points", "split", scale=100),
-        size=(6.5, 4.8),
-    ),
-    finding=finding,
+figure = chart(
+    Panel("predictions", "predictor", "accuracy", "choices predicted right, %", "split", scale=100, line=None),
+    Panel("ablations", "ablated", "change", "step to the cheese likelier: change, points", "split", scale=100),
+    size=(6.5, 4.8),
 )

@@ -1,23 +1,31 @@
-"""Retargeting: the activations that mark the cheese, set at another square."""
+"""Does the mouse go to a square if the activations that mark the cheese are set there by hand?
+
+Method: Size {SIZE}: the channel of block2.res1.resadd that the cheese raises most on its own cell of the map, set at
+the cell of a random square in every state; channel and magnitude were chosen on other mazes. The mouse is drawn if the
+effect is at least {DRAWN:.0%} of the effect of the cheese itself.
+
+The post: Not in the post. In the work it builds on, one activation set at a square drew the mouse there.
+
+Limits: The result does not show that the mouse was sent there on every level: the cheese stays in the maze and in the
+other channels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from chanpatch import HookPoints, patch_in
-from maze.analysis.cells import Row, Table, Tables, above, cells, chosen, intervals, keyed, shown, verdict
+from maze.analysis.cells import Integers, Row, Table, Tables, Values, above, chosen, keyed, shown, verdict
 from maze.analysis.drawing import Panel, chart
-from maze.analysis.effects import Values, effect_rows, level_batches, mean_intervals
-from maze.analysis.episodes import ORIGINAL
-from maze.analysis.exact import Chains, first_hits
+from maze.analysis.effects import effect_rows, mean_intervals, p_reached
+from maze.analysis.estimates import intervals
+from maze.analysis.exact import Chains
 from maze.analysis.forwards import activations
 from maze.analysis.off_distribution import METERED, absolute_z, mouse_anywhere
-from maze.analysis.part import Finding, Part, Study
+from maze.analysis.part import Finding, Study
 from maze.analysis.steering import BLOCK, difference_vectors
 from maze.analysis.tables import Intervention
 from maze.levels import random_squares
@@ -26,17 +34,15 @@ from maze.states import WORLD, Mazes, read_mazes, write_mazes
 
 SIZE = 11
 MOST_LEVELS = 400
-CHOOSING_LEVELS = 60  # to choose channels and the magnitude on, for any n
-SHARE = 11 / 128  # of the channels are chosen, as many as encode the cheese in the published network
+CHOOSING_LEVELS = 60  # for choosing channels and the magnitude, for any n
+SHARE = 11 / 128  # fraction of channels to choose: the fraction that encodes the cheese in the published network
 MULTIPLES = (1, 2, 4, 8)  # magnitudes to choose from, relative to a channel's activation at the cheese
 BINS = ((1, 5), (6, 10), (11, 20), (21, WORLD * WORLD))  # steps from the start to the target
 ONE, ONE_OTHER = "first cheese channel", "one random other"  # the reference sets one activation
 ALL, OTHERS = "all cheese channels", "as many random others"
 CONTROLS = {ONE: ONE_OTHER, ALL: OTHERS}
-MOVED = "the cheese itself there"  # the most that a mark could do
-DRAWN = 0.5  # of that effect: with less, the mouse is not drawn as by a cheese
-
-Cells: TypeAlias = NDArray[np.int64]
+MOVED = "the cheese itself there"  # an upper bound on the effect of a mark
+DRAWN = 0.5  # fraction of that effect from which the mouse is drawn as by a cheese
 
 
 def measure(study: Study) -> dict[str, Table]:
@@ -55,18 +61,18 @@ def measure(study: Study) -> dict[str, Table]:
     interventions = {name: retargeted(study.points, places, each, values) for name, each in sets.items()}
     moved = write_mazes(read_mazes(levels).moved(cheese=targets), levels)
     reached = np.concatenate(
-        [_reached(study.points, levels, targets, interventions), _reached(study.points, moved, targets, {})]
+        [p_reached(study.points, *each, targets, BLOCK) for each in ((levels, interventions), (moved, {}))]
     )
     names = [*sets, MOVED]
     far = _absolute_z(study, levels, places, own, others, values)
     effects = effect_rows({"reached": reached}, names)
-    against: Table = []
+    against = []
     for name, control in CONTROLS.items():
         (more,) = mean_intervals((reached[1 + names.index(name)] - reached[1 + names.index(control)])[None])
         row = {"intervention": name, "control": control, "n": len(levels), "multiple": multiple}
-        against.append(row | cells("own_minus_control", more))
+        against.append(row | intervals(own_minus_control=more))
     steps = distances(read_mazes(levels), START)[np.arange(len(levels)), targets[:, 0], targets[:, 1]]
-    by_distance: Table = []
+    by_distance = []
     for first, last in BINS:
         inside = (steps >= first) & (steps <= last)
         if inside.any():
@@ -82,9 +88,9 @@ def measure(study: Study) -> dict[str, Table]:
 
 
 def _absolute_z(
-    study: Study, levels: Sequence[bytes], places: Cells, own: Cells, others: Cells, values: Values
+    study: Study, levels: Sequence[bytes], places: Integers, own: Integers, others: Integers, values: Values
 ) -> dict[str, float]:
-    """The mean absolute z of the channels of each set; for controls, the mean over all others with every value."""
+    """The mean absolute z over the channels in each set; for controls, the mean over all others with every value."""
     some = mouse_anywhere(levels[:METERED], study.seed_for("retarget mouse"))
     usual = study.levels("retarget usual", METERED, size=SIZE, cheese="as drawn", mouse="anywhere")
     every = np.tile(np.arange(study.points[BLOCK].length("channel") or 0), (len(levels), 1))
@@ -97,11 +103,11 @@ def _absolute_z(
     return {ONE: of_own[0], ONE_OTHER: of_others[0], ALL: float(np.mean(of_own)), OTHERS: float(np.mean(of_others))}
 
 
-def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table, Cells, Values]:
+def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table, Integers, Values]:
     """The channels whose activation the cheese raises most on its own cell of the map.
 
     Returns one row per channel, the highest contrast first; the chosen channels; and their mean activation there.
-    `highest` is a channel's largest activation anywhere. A channel varies if its activation at the cheese does.
+    `highest` is a channel's largest activation anywhere. A channel varies if its activation at the cheese varies.
     """
     mazes = read_mazes(levels)
     row, col = map_cells(mazes, mazes.cheese).T
@@ -112,7 +118,7 @@ def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table,
     order = np.argsort(-contrast.mean(axis=0), kind="stable")
     chosen = order[: max(1, round(SHARE * len(order)))]
     means = [mean_intervals(each.T) for each in (contrast, at_cheese)]
-    rows: Table = [
+    rows = [
         {
             "channel": int(channel),
             "n": len(levels),
@@ -126,15 +132,15 @@ def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table,
     return rows, chosen, at_cheese[:, chosen].mean(axis=0)
 
 
-def map_cells(mazes: Mazes, squares: Cells) -> Cells:
+def map_cells(mazes: Mazes, squares: Integers) -> Integers:
     """The cells of block 2's 16x16 maps, whose first row is at the top, for cells of the maze: (batch, 2)."""
     world = squares + (WORLD - mazes.size[:, None]) // 2
     from_top = np.stack([WORLD - 1 - world[:, 0], world[:, 1]], axis=1)
     return ((from_top + 0.5) * 16 / WORLD).astype(np.int64)
 
 
-def with_targets(levels: Sequence[bytes], seed: int) -> tuple[list[bytes], Cells]:
-    """The levels with a square that the mouse can reach before the cheese, and a random such square of each."""
+def with_targets(levels: Sequence[bytes], seed: int) -> tuple[list[bytes], Integers]:
+    """The levels with a square that the mouse can reach before the cheese, and a random such square per level."""
     chains = Chains.of(levels)
     squares = np.zeros(chains.mazes.grid.shape, dtype=bool)
     squares[chains.level, chains.cell[:, 0], chains.cell[:, 1]] = True
@@ -143,10 +149,10 @@ def with_targets(levels: Sequence[bytes], seed: int) -> tuple[list[bytes], Cells
     return [levels[index] for index in kept], random_squares(squares[kept], np.random.default_rng(seed))
 
 
-def retargeted(points: HookPoints, places: Cells, channels: Cells, values: Values) -> Intervention:
-    """Set activations at one cell of the map, (level, 2), another one for every level.
+def retargeted(points: HookPoints, places: Integers, channels: Integers, values: Values) -> Intervention:
+    """Set activations at each level's cell of the map, (level, 2).
 
-    `channels` are those to set, (level, k), and `values` the value for the first, the second, ... of them.
+    `channels` are the channels to set, (level, k), and `values` their values in the same order, (k,).
     """
     site = points.site(BLOCK)
     count, rows, cols = points[BLOCK].shape
@@ -158,33 +164,20 @@ def retargeted(points: HookPoints, places: Cells, channels: Cells, values: Value
     return lambda level: [patch_in(site, source[level], where=where[level])]
 
 
-def _magnitudes(study: Study, levels: Sequence[bytes], own: Cells, marks: Values) -> tuple[Table, int]:
+def _magnitudes(study: Study, levels: Sequence[bytes], own: Integers, marks: Values) -> tuple[Table, int]:
     """The effect of the first channel by magnitude, and the multiple whose interval has the highest low end."""
     levels, targets = with_targets(levels, study.seed_for("retarget choosing targets"))
     places, channels = map_cells(read_mazes(levels), targets), np.tile(own[:1], (len(levels), 1))
     tries = {str(each): retargeted(study.points, places, channels, each * marks) for each in MULTIPLES}
-    reached = _reached(study.points, levels, targets, tries)
+    reached = p_reached(study.points, levels, tries, targets, BLOCK)
     rows = effect_rows({"reached": reached}, list(tries))
     lows = [-np.inf if row["effect_low"] is None else row["effect_low"] for row in rows]  # None if withheld
     return rows, MULTIPLES[int(np.argmax(lows))]
 
 
-def _reached(
-    points: HookPoints, levels: Sequence[bytes], targets: Cells, interventions: Mapping[str, Intervention]
-) -> Values:
-    """P(target within 256 steps, before a cheese elsewhere): (1 + intervention, level)."""
-    parts: list[Values] = []
-    first = 0
-    for chains, tables in level_batches(points, levels, {ORIGINAL: (), **interventions}, site=BLOCK):
-        goal = chains.at(targets[first : first + len(chains.levels)])
-        parts.append(first_hits(chains, tables, [goal])[:, chains.start, 0])
-        first += len(chains.levels)
-    return np.concatenate(parts, axis=1)
-
-
 def finding(tables: Tables) -> Finding:
     effects = keyed(tables["effects"], "intervention")
-    one, other, own, others, moved = (effects[name] for name in (ONE, ONE_OTHER, ALL, OTHERS, MOVED))
+    one, own, moved = (effects[name] for name in (ONE, ALL, MOVED))
     against, against_all = tables["against"]
     first = tables["channels"][0]
     count = sum(row["chosen"] for row in tables["channels"])
@@ -192,46 +185,31 @@ def finding(tables: Tables) -> Finding:
     most = max(int(row["intervention"]) for row in tables["magnitudes"])
     edge = " (the largest multiple tried)" if against["multiple"] == most else ""
     more = above(one, "effect")
-    # If the cheese itself draws no mouse, the mark cannot do half of that.
+    # If the cheese itself draws no mouse, half of its effect is undefined.
     half = above(one, "effect", DRAWN * moved["effect"]) if above(moved, "effect") else None
     claims = [more, above(against, "own_minus_control"), half] if more else [more]
     return Finding(
         f"Channel {first['channel']}, set to {against['multiple']} times its activation at the cheese{edge}: P(target) "
-        f"{one['original']:.3f} becomes {one['modified']:.3f}, effect {shown(one, 'effect', '+.3f')}, n={one['n']}; "
-        f"all {count} cheese channels {shown(own, 'effect', '+.3f')}; the cheese itself put there "
-        f"{shown(moved, 'effect', '+.3f')}{_share(one, moved)}.",
+        f"{one['original']:.3f} becomes {one['modified']:.3f}, effect {shown(one, 'effect', '+.3f')}, n={one['n']}. "
+        f"All {count} cheese channels have {shown(own, 'effect', '+.3f')}, and the cheese itself put there "
+        f"{shown(moved, 'effect', '+.3f')}{_fraction(one, moved)}.",
         verdict(*claims),
-        f"Another channel, a random one for every level: {shown(other, 'effect', '+.3f')}; the cheese channel does "
-        f"{shown(against, 'own_minus_control', '+.3f')} more. {count} others: {shown(others, 'effect', '+.3f')}; all "
-        f"cheese channels do {shown(against_all, 'own_minus_control', '+.3f')} more. Targets {near['from']} to "
-        f"{near['to']} steps away: {shown(near, 'effect', '+.3f')} (n={near['n']}); {far['from']} to {far['to']}: "
-        f"{shown(far, 'effect', '+.3f')} (n={far['n']}). The activation is "
-        f"{against['multiple'] * first['activation'] / first['highest']:.1f} times the channel's highest one in "
-        f"{first['n']} mazes; its sum has an absolute z of {one['absolute_z']:.1f}, that of another channel "
-        f"{other['absolute_z']:.1f} (0.8 is usual).",
-        "It does not follow that the mouse was sent there on every level: the cheese stays in the maze and in the "
-        "other channels.",
+        f"Compared with random other channels, the one does {shown(against, 'own_minus_control', '+.3f')} more, and "
+        f"all do {shown(against_all, 'own_minus_control', '+.3f')} more. Targets {near['from']} to {near['to']} steps "
+        f"away have {shown(near, 'effect', '+.3f')} (n={near['n']}), and {far['from']} to {far['to']} steps away "
+        f"{shown(far, 'effect', '+.3f')} (n={far['n']}).",
     )
 
 
-def _share(one: Row, moved: Row) -> str:
-    """The effect of the mark relative to that of the cheese; nothing if the cheese has none."""
+def _fraction(one: Row, moved: Row) -> str:
+    """The effect of the mark relative to the effect of the cheese; empty if the cheese has no effect."""
     if not above(moved, "effect"):
         return ""
-    return f"; the one channel does {one['effect'] / moved['effect']:.0%} of that, and we call 50% retargeting"
+    return f"; the one channel does {one['effect'] / moved['effect']:.0%} of that"
 
 
-PART = Part(
-    name="retarget",
-    question="Does the mouse go to a square if the activations that mark the cheese are set there by hand?",
-    method=f"Size {SIZE}: the channel of block2.res1.resadd that the cheese raises most on its own cell of the map, "
-    "set at the cell of a random square in every state; channel and magnitude were chosen on other mazes.",
-    post="Not in the post. In the work it builds on, one activation set at a square drew the mouse there.",
-    measure=measure,
-    figure=chart(
-        Panel("magnitudes", "intervention", "effect", "change of P(target)", title="by magnitude"),
-        Panel("distance", ("from", "to"), "effect", "change of P(target)", "intervention", title="steps to the target"),
-        size=(6, 5),
-    ),
-    finding=finding,
+figure = chart(
+    Panel("magnitudes", "intervention", "effect", "change of P(target)", title="by magnitude"),
+    Panel("distance", ("from", "to"), "effect", "change of P(target)", "intervention", title="steps to the target"),
+    size=(6, 5),
 )

@@ -1,4 +1,14 @@
-"""Which hook points encode the first step to the cheese: the best channel of each, in and out of distribution."""
+"""Which hook points encode the first step to the cheese?
+
+Method: The sum of every channel in every module's output: per direction the best channel, by high or low sums, on
+separate mazes, and its AUC on n other mazes (size {SIZE}, mouse on a random square with the direction free). Also the
+contrast over pairs with a moved wall against the variation over random mazes.
+
+The post: Not done systematically (footnote 1); channel 121 of relu3 stood out.
+
+Limits: The hook points may encode the path to the corner, which mostly starts like the path to the cheese. Earlier hook
+points may encode the path in several channels, or in the position of an activation.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +16,46 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from chanpatch import HookPoints
 from chanpatch.statistics import aucs
-from maze.analysis.cells import Row, Table, Tables, above, cells, chosen, keyed, minus, shown, verdict
+from maze.analysis.cells import Row, Table, Tables, Values, above, chosen, keyed, shown, verdict
 from maze.analysis.contrasts import contrast_rows, draw_contrast, moved_walls, pair_contrast
 from maze.analysis.drawing import Panel, draw, panels
+from maze.analysis.estimates import intervals, minus
 from maze.analysis.forwards import LINEAR, SITE, forward
-from maze.analysis.part import POOL, SPLITS, TOO_FEW, Finding, Part, Study, open_to
+from maze.analysis.part import POOL, SPLITS, TOO_FEW, Finding, Study, open_to
 from maze.analysis.readings import area
 from maze.paths import Direction
 
 SIZE = 25
-CHOICE_LEVELS = 300  # to choose the channel of every hook point on
+CHOICE_LEVELS = 300  # for choosing the channel of every hook point
 PAIR_LEVELS = 48
-SHOWN = 30  # channels of the contrast that the table keeps
+SHOWN = 30  # channels of the contrast in the table
 KNOWS = 0.8  # AUC above which a channel's sum encodes the direction
 
 
 def measure(study: Study) -> dict[str, Table]:
     levels = study.levels("search pairs", PAIR_LEVELS, size=15, cheese="in distribution")
-    base, pairs = moved_walls(study, levels, "search walls")
+    pairs = moved_walls(study, levels, "search walls")
     background = study.levels("search background", min(study.n, 500), size=15, mouse="anywhere")
-    result = pair_contrast(study, base, pairs, _searched(study.points), background)
+    result = pair_contrast(study, pairs, _searched(study.points), background)
     rows = contrast_rows(result.top(SHOWN))
     largest = [{"rank": rank, "searched": len(result), **row} for rank, row in enumerate(rows, 1)]
     return {"hook_points": _hook_points(study), "contrast": largest}
 
 
 def _hook_points(study: Study) -> Table:
-    """Per hook point and direction the channel chosen on other mazes, and its AUC on both kinds of mazes.
+    """Per hook point and direction, the channel chosen on separate mazes and its AUC on both kinds of mazes.
 
-    A channel is chosen by the distance of its AUC from 0.5, and read that way round: activations have both signs.
+    A channel is chosen by the distance of its AUC from 0.5, by high or low sums, because activations have both signs.
     """
     sets = {"choice": (SPLITS[0], CHOICE_LEVELS), "in": (SPLITS[0], study.n), "out": (SPLITS[1], study.n)}
     pools = {
         name: (study.levels(f"search {name}", POOL * n, size=SIZE, cheese=cheese, mouse="anywhere"), n)
         for name, (cheese, n) in sets.items()
     }
-    rows: Table = []
+    rows = []
     for direction in Direction:
         open_levels = {name: open_to(direction, pool, n) for name, (pool, n) in pools.items()}
         sums = {name: _all_sums(study.points, levels) for name, (levels, _) in open_levels.items()}
@@ -56,7 +66,7 @@ def _hook_points(study: Study) -> Table:
                 continue
             best = int(np.argmax(np.abs(areas - 0.5)))
             channel, sign = int(live[best]), 1 if areas[best] >= 0.5 else -1
-            row: Row = {
+            row = {
                 "hook_point": point,
                 "direction": direction.name,
                 "channel": channel,
@@ -66,16 +76,16 @@ def _hook_points(study: Study) -> Table:
             }
             found = {name: area(sign * sums[name][point][:, channel], open_levels[name][1]) for name in ("in", "out")}
             for name, each in found.items():
-                row |= {f"n_{name}": len(open_levels[name][1]), **cells(name, each)}
-            rows.append(row | cells("drop", minus(found["in"], found["out"])))
+                row |= {f"n_{name}": len(open_levels[name][1]), **intervals(**{name: each})}
+            rows.append(row | intervals(drop=minus(found["in"], found["out"])))
     return rows
 
 
 def _searched(points: HookPoints) -> list[str]:
-    """The outputs of the modules with channels, and the linear layer after them, without modules that contain others.
+    """The outputs of the modules that have channels but no submodules, and of the linear layer after these modules.
 
-    The flattened map is left out: each of its features is one position of one channel. Those that are nearly always 0
-    have the largest effects of all, in standard deviations of almost nothing.
+    The flattened map is left out: each feature is one position of one channel. Features that are nearly always 0 would
+    have the largest effects, since an effect is in standard deviations.
     """
     return [
         name
@@ -86,7 +96,7 @@ def _searched(points: HookPoints) -> list[str]:
     ]
 
 
-def _all_sums(points: HookPoints, levels: Sequence[bytes]) -> dict[str, NDArray[np.float64]]:
+def _all_sums(points: HookPoints, levels: Sequence[bytes]) -> dict[str, Values]:
     """The sums of every channel or feature at every searched hook point: (level, channel) by name."""
     named = _searched(points)
     cache = forward(points, levels, named)[1]
@@ -104,38 +114,27 @@ def figure(tables: Tables) -> Figure:
     return drawn
 
 
-def _measured(tables: Tables) -> Table:
-    return [row for row in tables["hook_points"] if row["in"] is not None and row["out"] is not None]
-
-
 def finding(tables: Tables) -> Finding:
-    rows = _measured(tables)
+    rows = [row for row in tables["hook_points"] if row["in"] is not None and row["out"] is not None]
     if not rows:
         return TOO_FEW
     at = keyed(chosen(rows, hook_point=SITE), "direction")
     first = next((row["hook_point"] for row in rows if row["direction"] == "UP" and above(row, "in", KNOWS)), "none")
     dropped = [name for name, row in at.items() if above(row, "drop")]
     top = tables["contrast"][0]
-    # In the pairs the path starts UP or RIGHT, as in the post's pair; 121 is its channel for UP.
+    # In the pairs the path starts UP or RIGHT, as in the post's pair. The post's channel for UP is 121.
     wanted = [f"Site('{SITE}', channel={at[name]['channel']})" for name in ("UP", "RIGHT") if name in at]
-    # The best on the choice mazes: the highest of the scores would be too high.
+    ranks = {row["site"]: f"number {row['rank']}" for row in tables["contrast"]}
+    placed = " and ".join(ranks.get(site, f"not among the first {SHOWN}") for site in wanted)
+    # The best hook point on the choice mazes: the highest score would be biased upwards.
     best = keyed(sorted(rows, key=lambda row: row["chosen_by"]), "direction")
-    many = len({row["hook_point"] for row in rows})
     return Finding(
-        f"At {SITE}: {'; '.join(map(_areas, at.values()))}. Over {top['pairs']} pairs with a moved wall, {top['site']} "
-        f"differs most of {top['searched']} channels; "
-        + (f"the channels for UP and RIGHT there are {_ranks(tables['contrast'], wanted)}." if wanted else ""),
+        f"At {SITE}: {'; '.join(map(_areas, at.values()))}. Over {top['pairs']} pairs, {top['site']} differs most of "
+        f"{top['searched']} channels" + (f"; the channels for UP and RIGHT are {placed}." if wanted else "."),
         verdict(_stands_out(tables["contrast"], wanted)),
-        f"The first hook point in execution order whose best channel predicts UP with an AUC above {KNOWS}, all of its "
-        f"interval, is {first}. The best hook points on the choice mazes, scored on others: "
-        + "; ".join(
-            f"{best[each.name]['hook_point']} for {_areas(best[each.name])}" for each in Direction if each.name in best
-        )
-        + f". At {SITE} the AUC of {len(dropped)} of {len(at)} directions is lower out of distribution, interval of "
-        "the difference above 0.",
-        "It does not follow that they encode the cheese: the path to the corner mostly starts alike. Nor that earlier "
-        "hook points do not encode the path: information in several channels, or in the place of an activation, is not "
-        f"in one channel's sum. Nor that the best of {many} hook points is better than the next, which was not tested.",
+        f"{first} is the first hook point to predict UP with an AUC above {KNOWS}; the best on the choice mazes are "
+        + "; ".join(f"{row['hook_point']} for {_areas(row)}" for row in best.values())
+        + f". At {SITE}, the AUC drops out of distribution for {len(dropped)} of {len(at)} directions.",
     )
 
 
@@ -148,7 +147,7 @@ def _areas(row: Row) -> str:
 
 
 def _stands_out(contrast: Table, wanted: Sequence[str]) -> bool | None:
-    """Whether a wanted channel has the largest effect, by size; None if the intervals leave it open."""
+    """Whether a wanted channel has the largest effect by size; None if the intervals leave the question open."""
     top, *others = contrast
     low, _ = _size(top)
     if not low or not wanted:
@@ -165,21 +164,3 @@ def _size(row: Row) -> tuple[float, float]:
         return 0.0, np.inf
     ends = sorted((abs(low), abs(high)))
     return (0.0 if low * high <= 0 else ends[0]), ends[1]
-
-
-def _ranks(contrast: Table, sites: Sequence[str]) -> str:
-    ranks = {row["site"]: row["rank"] for row in contrast}
-    return " and ".join(f"number {ranks[site]}" if site in ranks else f"not among the first {SHOWN}" for site in sites)
-
-
-PART = Part(
-    name="search",
-    question="Which hook points encode the first step to the cheese?",
-    method="The sum of every channel of every module's output: per direction the best channel on mazes of its own, "
-    f"by high or low sums, its AUC on n others (size {SIZE}, mouse on a random square with the direction free); "
-    "and the contrast over pairs with a moved wall against the variation over random mazes.",
-    post="Not done systematically (footnote 1); channel 121 of relu3 stood out.",
-    measure=measure,
-    figure=figure,
-    finding=finding,
-)

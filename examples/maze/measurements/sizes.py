@@ -1,25 +1,35 @@
-"""Whether a direction's channel, chosen at size 25, predicts the direction in mazes of other sizes."""
+"""Do the channels predict the same directions in mazes of every size?
+
+Method: Mouse on a random square, cheese in and out of the top right 5x5; AUC of the sum of the channel chosen at size
+25, over mazes in which its direction is legal, by the side of the inner maze.
+
+The post: Channels in relu3 have the same interpretation for mazes of different sizes (footnote 8), no figure given.
+
+Limits: The result does not show that a threshold carries over, as an AUC compares sums within one size. Nor does size
+itself have to make the difference, as paths are longer in larger mazes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from maze.analysis.cells import Table, Tables, above, below, cells, chosen, column, minus, verdict
+from maze.analysis.cells import Table, Tables, above, below, chosen, column, verdict
 from maze.analysis.drawing import Panel, chart
-from maze.analysis.part import SPLITS, TOO_FEW, Finding, Part, Study
+from maze.analysis.estimates import intervals, minus
+from maze.analysis.part import SPLITS, TOO_FEW, Finding, Study
 from maze.analysis.readings import Readings
 from maze.paths import Direction
 from maze.states import WORLD
 
 SIZES = range(7, WORLD + 1, 2)
-DRAWN = range(3, WORLD + 1, 2)  # the sizes that procgen draws, all equally often
+DRAWN = range(3, WORLD + 1, 2)  # the sizes that procgen draws, with equal probability
 
 
 def measure(study: Study) -> dict[str, Table]:
     """The AUC of each direction's channel by size and split, and its difference from that at the largest size."""
-    rows: Table = []
+    rows = []
     for split in SPLITS:
-        # Levels of all sizes at once, n of each on average: drawing one size throws the others away.
+        # Levels of all sizes at once, n per size on average: drawing one size would discard the others.
         levels = study.levels(f"sizes {split}", len(DRAWN) * study.n, cheese=split, mouse="anywhere")
         readings = Readings.of(study.points, levels)
         by_size = {size: readings[readings.mazes.size == size] for size in SIZES}
@@ -29,7 +39,7 @@ def measure(study: Study) -> dict[str, Table]:
             for size, here in by_size.items():
                 change = None if size == WORLD else minus(here.area(channel, direction), largest)
                 row = {"direction": direction.name, "channel": channel, "split": split, "size": size}
-                rows.append(row | here.cells(channel, direction) | cells("minus_largest", change))
+                rows.append(row | here.cells(channel, direction) | intervals(minus_largest=change))
     return {"sizes": rows}
 
 
@@ -49,27 +59,15 @@ def finding(tables: Tables) -> Finding:
         f"In distribution, AUC over the sizes {inside[0]['size']} to {inside[-1]['size']}: {ranges} "
         f"(n={counts.min()} to {counts.max()} per size and direction).",
         verdict(*(above(row, "beyond_walls") for row in measured)),
-        f"In {beyond[0]} of {len(inside)} cells in distribution the channel predicts its direction better than the "
-        f"number of walls around the mouse, and in {beyond[1]} of {len(outside)} out of it, interval of the difference "
-        f"above 0; the walls alone have an AUC of up to {walls:.2f}. Compared with size {WORLD}, the AUC is lower in "
-        f"{lower} cells and higher in {higher} of {len(compared)}, interval apart from 0 (not corrected for their "
-        "number).",
-        "It does not follow that a threshold carries over: an AUC compares sums within one size. Nor that size itself "
-        "makes the difference, as paths are longer in larger mazes.",
+        f"The channel beats the number of walls around the mouse (AUC up to {walls:.2f}) in {beyond[0]} of "
+        f"{len(inside)} cells in distribution and {beyond[1]} of {len(outside)} out of it. Compared with size {WORLD}, "
+        f"the AUC is lower in {lower} cells and higher in {higher} of {len(compared)} (not corrected).",
     )
 
 
 _AREAS = Panel("sizes", "size", "auc", "AUC", "split", along=True, line=0.5)
 
-PART = Part(
-    name="sizes",
-    question="Do the channels predict the same directions in mazes of every size?",
-    method="Mouse on a random square, cheese in and out of the top right 5x5; AUC of the sum of the channel chosen at "
-    "size 25, over mazes in which its direction is legal, by the side of the inner maze.",
-    post="Channels in relu3 have the same interpretation for mazes of different sizes (footnote 8), no figure given.",
-    measure=measure,
-    figure=chart(
-        *(replace(_AREAS, where={"direction": each.name}, title=each.name) for each in Direction), size=(3.6, 4.4)
-    ),
-    finding=finding,
+
+figure = chart(
+    *(replace(_AREAS, where={"direction": each.name}, title=each.name) for each in Direction), size=(3.6, 4.4)
 )

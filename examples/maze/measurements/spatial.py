@@ -1,4 +1,14 @@
-"""The place of a channel's activity: around the mouse, or anywhere in the maze."""
+"""Do the channels' high values occur only around the mouse?
+
+Method: Size {SIZE}, mouse on a random square: the fraction of a channel's sum, over all mazes, within 1, 2 and 3 cells
+of the mouse on the 8x8 map of relu3, whose cells are {SQUARES:.1f} squares wide. The comparison is the mean fraction
+around all other free squares. The verdict uses {NEAR} cell: at least {MOST:.0%} of the sum.
+
+The post: The only pattern found: high values happen only around the mouse location (footnote 4), no figure given.
+
+Limits: A channel with high values around the mouse may detect the mouse and not encode the path. Each cell of the map
+depends on most of the observation.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +18,25 @@ from matplotlib.figure import Figure
 
 from chanpatch.plots import channel_map
 from chanpatch.statistics import Interval, share_interval
-from maze.analysis.cells import Row, Table, Tables, above, cells, chosen, rank_cells, shown, verdict
+from maze.analysis.cells import Table, Tables, Values, above, chosen, shown, verdict
 from maze.analysis.drawing import Panel, draw, panels
-from maze.analysis.effects import Values
+from maze.analysis.estimates import intervals, rank_cells
 from maze.analysis.forwards import SITE, activations
-from maze.analysis.part import SPLITS, Finding, Part, Study
+from maze.analysis.part import SPLITS, Finding, Study
 from maze.levels import observe
 from maze.paths import Direction
 from maze.states import FREE, WORLD, read_mazes
 
 SIZE = WORLD  # so the maze fills the observation
 DISTANCES = (1, 2, 3)  # from the mouse, in cells of the map
-NEAR, MOST = 1, 0.9  # "only around the mouse": at least this share of the sum within this distance
+NEAR, MOST = 1, 0.9  # "only around the mouse": at least this fraction of the sum within this distance
 CELLS = 8  # of relu3's map, along a side
 SQUARES = WORLD / CELLS  # of the maze, along a cell of the map
 SHARES = ("share", "elsewhere", "difference")
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """The share of every live channel's sum around the mouse and around other free squares; one channel's map."""
+    """The fraction of every live channel's sum around the mouse and around other free squares; one channel's map."""
     levels = study.levels("spatial", size=SIZE, cheese=SPLITS[0], mouse="anywhere")
     mazes, live = read_mazes(levels), list(study.selection.live)
     maps = activations(study.points, levels, SITE)[SITE][:, live].cpu().double().numpy()
@@ -35,7 +45,7 @@ def measure(study: Study) -> dict[str, Table]:
     others[mouse] = False
     total = maps.sum(axis=(2, 3))
     active = total.any(axis=0)
-    rows: Table = []
+    rows = []
     for distance in DISTANCES:
         within = _within(maps.shape[-1], distance)
         elsewhere = np.einsum("lrc,rcij->lij", others, within) / others.sum(axis=(1, 2))[:, None, None]
@@ -52,7 +62,7 @@ def measure(study: Study) -> dict[str, Table]:
 def _within(cells_along: int, distance: int) -> Values:
     """Whether the cells of a map lie within a distance of each square: 0 or 1, (row, col, map row, map col).
 
-    Row 0 of the world is at the bottom and row 0 of a map at the top. Distances are between centers, in map cells.
+    Row 0 of the world is at the bottom, and row 0 of a map is at the top. Distances are between centers, in map cells.
     """
     center = (np.arange(WORLD) + 0.5) * cells_along / WORLD
     middle = np.arange(cells_along) + 0.5
@@ -65,34 +75,33 @@ def _within(cells_along: int, distance: int) -> Values:
 def _rows(found: Interval[Values], channels: list[int], best: dict[Direction, int], distance: int, n: int) -> Table:
     """One row per active channel; the directions' channels are ranked among the others."""
     controls = [found.estimate[row, 2] for row, channel in enumerate(channels) if channel not in best.values()]
-    rows: Table = []
+    rows = []
     for number, channel in enumerate(channels):
         directions = [direction.name for direction, each in best.items() if each == channel]
-        row: Row = {"channel": channel, "role": " and ".join(directions) or "control", "distance": distance, "n": n}
-        for place, name in enumerate(SHARES):
-            ends = (each[number, place] for each in (found.estimate, found.low, found.high))
-            row |= cells(name, Interval(*ends, 0.95))
+        row = {"channel": channel, "role": " and ".join(directions) or "control", "distance": distance, "n": n}
+        ends = zip(*(each[number] for each in (found.estimate, found.low, found.high)), strict=True)
+        row |= intervals(**{name: Interval(*each, 0.95) for name, each in zip(SHARES, ends, strict=True)})
         rank = rank_cells(found.estimate[number, 2], controls, ranked=directions)
         rows.append(row | {"rank": rank["rank"], "controls": rank["controls"]})
     return rows
 
 
 def _one_map(study: Study, level: bytes) -> dict[str, Table]:
-    """The map of the UP channel on one level, and the observation in gray: one row of either per row."""
+    """The map of the UP channel on one level, and the observation in gray, row by row."""
     channel = study.channel(Direction.UP)
     (squares,) = activations(study.points, [level], SITE)[SITE][:, channel].cpu().numpy()
     gray = observe([level])[0].mean(axis=-1).round().astype(np.uint8)
-    activation: Table = [
+    activation = [
         {"channel": channel, "row": row, **{f"col_{col}": float(each) for col, each in enumerate(line)}}
         for row, line in enumerate(squares)
     ]
-    # Hexadecimal with a mark before it, so that no line can be read as a number.
-    pixels: Table = [{"row": row, "grey": f"x{line.tobytes().hex()}"} for row, line in enumerate(gray)]
+    # Hexadecimal with a leading mark, so that no line can be read as a number.
+    pixels = [{"row": row, "grey": f"x{line.tobytes().hex()}"} for row, line in enumerate(gray)]
     return {"map": activation, "pixels": pixels}
 
 
 def figure(tables: Tables) -> Figure:
-    """One map over its observation, and the shares by distance, of the directions' channels and of the others."""
+    """One map over its observation, and the fractions by distance for the directions' channels and the others."""
     drawn, (left, *shares) = panels(17, 6, 1 + len(DISTANCES), width_ratios=(1.5, 1, 1, 1))
     gray = np.stack([np.frombuffer(bytes.fromhex(row["grey"][1:]), np.uint8) for row in tables["pixels"]])
     squares = np.array([[value for name, value in row.items() if name.startswith("col_")] for row in tables["map"]])
@@ -104,7 +113,7 @@ def figure(tables: Tables) -> Figure:
     for axes, distance in zip(shares, DISTANCES, strict=True):
         around = {"around the mouse": "share", "around other free squares": "elsewhere"}
         style = {"where": {"distance": distance}, "title": f"within {_radius(distance)}", "line": None}
-        draw(axes, tables, Panel("shares", ("role", "channel"), around, "share of the sum", **style))
+        draw(axes, tables, Panel("shares", ("role", "channel"), around, "fraction of the sum", **style))
     return drawn
 
 
@@ -115,39 +124,19 @@ def _radius(distance: int) -> str:
 def finding(tables: Tables) -> Finding:
     main = [row for row in tables["shares"] if row["role"] != "control"]
     if not main:
-        return Finding("No direction's channel was ever active.", "not comparable", "Nothing.", "Raise --n.")
+        return Finding("No direction's channel was ever active.", "not comparable", "Raise --n.")
     near = chosen(main, distance=NEAR)
-    more = [row for row in near if above(row, "difference")]
+    more = sum(above(row, "difference") is True for row in near)
     others = [row["share"] for row in chosen(tables["shares"], role="control", distance=NEAR)]
-    beside = (
-        f"the {len(others)} other live channels have {np.median(others):.0%} there (median), {max(others):.0%} at most"
-        if others
-        else "there are no others"
-    )
+    beside = f"The other {len(others)} live channels have {np.median(others):.0%} there (median)" if others else ""
     shares = "; ".join(
         f"{row['role']} (channel {row['channel']}) {shown(row, 'share')} and {row['elsewhere']:.3f}, n={row['n']}"
         + ("" if row["rank"] is None else f", rank {row['rank']} of {row['controls'] + 1}")
         for row in near
     )
     return Finding(
-        f"Share of the sum within {_radius(NEAR)} of the mouse, and of other free squares: {shares}.",
+        f"Fraction of the sum within {_radius(NEAR)} of the mouse, and of other free squares: {shares}.",
         verdict(*(above(row, "share", MOST) for row in near)),
-        f"For {len(more)} of {len(near)} channels more of the sum lies around the mouse than around other free squares "
-        f"of the same maze, interval above 0; {beside}. A circle of {_radius(DISTANCES[-1])} is not judged: it is "
-        f"{_within(CELLS, DISTANCES[-1]).mean():.0%} of the map.",
-        "It does not follow that a channel with high values around the mouse encodes the path: it may detect the "
-        "mouse. The controls show how special it is; each cell of the map depends on most of the observation.",
+        f"For {more} of {len(near)} channels, more of the sum lies around the mouse than around other free squares. "
+        + (f"{beside}, {max(others):.0%} at most." if others else "There are no other channels to compare with."),
     )
-
-
-PART = Part(
-    name="spatial",
-    question="Do the channels' high values occur only around the mouse?",
-    method=f"Size {SIZE}, mouse on a random square: the share of a channel's sum, over all mazes, within 1, 2 and "
-    f"3 cells of the mouse on the 8x8 map of relu3, whose cells are {SQUARES:.1f} squares wide. Beside it stands the "
-    f"mean share around all other free squares. It is judged at {NEAR}: at least {MOST:.0%} of the sum.",
-    post="The only pattern found: high values happen only around the mouse location (footnote 4), no figure given.",
-    measure=measure,
-    figure=figure,
-    finding=finding,
-)

@@ -1,13 +1,25 @@
-"""Behavioral statistics: do distances in the maze predict whether the mouse takes the path to the cheese?"""
+"""Do distances in the maze predict whether the mouse takes the path to the cheese?
+
+Method: Mazes and cheese as procgen draws them, of all sizes, mouse on the decision square, the likeliest legal move. A
+logistic regression (ridge penalty 1) on standardized distances, fitted on n levels and scored on n others; the AUC is
+that of the predicted probability for the choices on these.
+
+The post: Not in the post; the work on the cheese vector has a base rate of 0.848 and 0.904 predicted, for the network
+trained with a 7x7 region.
+
+Limits: The result does not show that a distance causes the choice: the distances are correlated, so the sign of a
+coefficient can depend on the others.
+"""
 
 from __future__ import annotations
 
 from chanpatch.probes import LogisticProbe
 from chanpatch.statistics import Interval
-from maze.analysis.cells import Row, Table, Tables, above, cells, intervals, keyed, shown, verdict
+from maze.analysis.cells import Row, Table, Tables, above, keyed, shown, verdict
 from maze.analysis.decision_squares import DISTANCES, Decisions, at_decision_squares
 from maze.analysis.drawing import Panel, chart
-from maze.analysis.part import Finding, Part, Study
+from maze.analysis.estimates import intervals, one_by_one
+from maze.analysis.part import Finding, Study
 
 ALL = "all distances"
 RESAMPLES = 999
@@ -23,13 +35,13 @@ def measure(study: Study) -> dict[str, Table]:
     scores = [_score(name, fit, score, which) for name, which in models.items()]
     seed = study.seed_for("statistics bootstrap")
     together = _coefficients(fit, models[ALL], seed)
-    coefficients: Table = []
+    coefficients = []
     for place, name in enumerate(DISTANCES):
         (alone,) = _coefficients(fit, [place], seed)
         distances = fit.distances[:, place]
-        row: Row = {"distance": name, "n": len(fit.chosen), "mean": float(distances.mean())}
-        row |= {"deviation": float(distances.std()) or 1.0} | cells("coefficient", together[place])
-        coefficients.append(row | cells("alone_coefficient", alone))
+        row = {"distance": name, "n": len(fit.chosen), "mean": float(distances.mean())}
+        row["deviation"] = float(distances.std()) or 1.0
+        coefficients.append(row | intervals(coefficient=together[place], alone_coefficient=alone))
     return {"scores": scores, "coefficients": coefficients}
 
 
@@ -50,13 +62,12 @@ def _coefficients(seen: Decisions, which: list[int], seed: int) -> list[Interval
     """The coefficient of every distance with its interval over levels."""
     features = seen.distances[:, which]
     probe = LogisticProbe.fit(features, seen.took_cheese)
-    found = probe.coefficient_interval(features, seen.took_cheese, resamples=RESAMPLES, seed=seed)
-    return [Interval(*ends, 0.95) for ends in zip(found.estimate, found.low, found.high, strict=True)]
+    return one_by_one(probe.coefficient_interval(features, seen.took_cheese, resamples=RESAMPLES, seed=seed))
 
 
 def finding(tables: Tables) -> Finding:
     model = tables["scores"][0]
-    # Chosen on the levels of the fit; the accuracies are of the levels to score on.
+    # Chosen on the levels for fitting; the accuracies are from the levels for scoring.
     strongest = max(tables["coefficients"], key=lambda row: abs(row["alone_coefficient"] or 0.0))
     best = keyed(tables["scores"], "model")[strongest["distance"]]
     signs = {row["distance"]: above(row, "coefficient") for row in tables["coefficients"]}
@@ -67,30 +78,14 @@ def finding(tables: Tables) -> Finding:
         f"Base rate {shown(model, 'base')} ({model['always']}), predicted {shown(model, 'accuracy')}, gain "
         f"{shown(model, 'gain', '+.3f')}; fitted on {model['n_fit']} levels, scored on {model['n']} others.",
         verdict(above(model, "gain"), above(model, "auc", 0.5)),
-        f"On the held-out levels the AUC of the probabilities is {shown(model, 'auc', '.2f')}. The single distance "
-        f"with the largest coefficient, '{best['model']}', predicts {shown(best, 'accuracy')}. At equal other "
-        f"distances, the mouse takes the cheese {named or 'neither more nor less often with any of them'}, beyond the "
-        "interval.",
-        "It does not follow that a distance causes the choice: the distances are correlated, so the sign of a "
-        "coefficient can depend on the others. The reference is a network trained with a 7x7 region.",
+        f"The AUC is {shown(model, 'auc', '.2f')}; '{best['model']}', the single distance with the largest "
+        f"coefficient, predicts {shown(best, 'accuracy')}. At equal other distances, the mouse takes the cheese "
+        f"{named or 'neither more nor less often with any distance'}, beyond the interval.",
     )
 
 
-PART = Part(
-    name="statistics",
-    question="Do distances in the maze predict whether the mouse takes the path to the cheese?",
-    method="Mazes and cheese as procgen draws them, of all sizes, mouse on the decision square, the likeliest legal "
-    "move. A logistic regression (ridge penalty 1) on standardized distances, fitted on n levels and scored on n "
-    "others; its AUC is that of its probability for the choices on these.",
-    post="Not in the post; the work on the cheese vector has a base rate of 0.848 and 0.904 predicted, for the network "
-    "trained with a 7x7 region.",
-    measure=measure,
-    figure=chart(
-        Panel("scores", "model", {"fit": "accuracy", "base rate": "base"}, "predicted right, %", scale=100, line=None),
-        Panel(
-            "coefficients", "distance", {"all": "coefficient", "alone": "alone_coefficient"}, "log odds per deviation"
-        ),
-        size=(6.5, 4.2),
-    ),
-    finding=finding,
+figure = chart(
+    Panel("scores", "model", {"fit": "accuracy", "base rate": "base"}, "predicted right, %", scale=100, line=None),
+    Panel("coefficients", "distance", {"all": "coefficient", "alone": "alone_coefficient"}, "log odds per deviation"),
+    size=(6.5, 4.2),
 )

@@ -1,4 +1,14 @@
-"""Every channel of every convolution zeroed in turn: exact effects on reaching the cheese."""
+"""Which channels of which convolution keep the mouse from the cheese in the bottom right corner?
+
+Method: Size {SIZE}, at most {MOST_LEVELS} levels. Every channel of every convolution's output zeroed in turn, in every
+state; P(cheese within 256 steps) computed, not sampled. Controls: the other live channels of the hook point; p by sign
+flips over levels.
+
+The post: Not done; the post zeroed one channel of relu3.
+
+Limits: The channel with the largest gain need not have that gain again: the channel is the best of many, and the
+interval is not corrected for the selection.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +18,30 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from chanpatch import HookPoints, sweep, zero_ablate
 from chanpatch.statistics import benjamini_hochberg, sign_flip_test
-from maze.analysis.cells import Row, Table, Tables, cells, rank_cells, shown
+from maze.analysis.cells import Flags, Row, Table, Tables, Values, shown
 from maze.analysis.drawing import panels
-from maze.analysis.effects import Values, mean_intervals
+from maze.analysis.effects import mean_intervals
+from maze.analysis.estimates import intervals, rank_cells
 from maze.analysis.exact import Chains, first_hits
-from maze.analysis.part import Finding, Part, Study
+from maze.analysis.part import Finding, Study
 from maze.levels import policy_input
 from maze.policy.network import ACTION_COUNT, ACTIONS, NO_MOVE
 
 SIZE = 11  # the smallest size at which the shipped policy finds that cheese about half of the time
-MOST_LEVELS = 40  # every state of each runs through the rest of the network once per channel
-LEVEL = 0.05  # of the corrected p
-LIVE = 1e-6  # smallest change of a move's probability that is not rounding
-_STATES = 256  # in one sweep
+MOST_LEVELS = 40  # every state runs through the rest of the network once per channel
+LEVEL = 0.05  # significance level for the corrected p-value
+LIVE = 1e-6  # smallest change in a move's probability that is not rounding
+_STATES = 256  # states in one sweep
 _TABLES = 32  # interventions whose chains are computed at once
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """The effect of every channel with its rank among the others of its hook point, and a corrected p."""
+    """The effect of every channel, its rank among the other channels of its hook point, and a corrected p-value."""
     levels = study.levels("sweep", min(study.n, MOST_LEVELS), size=SIZE, cheese="bottom right")
     chains = Chains.of(levels)
     channels = list(_channels(study.points))
@@ -47,27 +57,25 @@ def measure(study: Study) -> dict[str, Table]:
     return {"channels": _rows(study, channels, before, found - before, live)}
 
 
-def _rows(
-    study: Study, channels: Sequence[tuple[str, int]], before: Values, effects: Values, live: NDArray[np.bool_]
-) -> Table:
+def _rows(study: Study, channels: Sequence[tuple[str, int]], before: Values, effects: Values, live: Flags) -> Table:
     """One row per channel, (hook point, channel): its effect, a p corrected for all live channels, and its rank.
 
-    `before` is P(cheese) of the policy, (level,), and `effects` its changes, (channel, level).
+    `before` is the policy's P(cheese), (level,), and `effects` the changes, (channel, level).
     """
-    intervals = mean_intervals(effects)
+    means = mean_intervals(effects)
     p = sign_flip_test(effects.T, seed=study.seed_for("sweep flips"))
     p_bh = benjamini_hochberg(np.where(live, p, np.nan))
-    rows: Table = []
+    rows = []
     for number, (point, channel) in enumerate(channels):
         others = [
             effects[other].mean()
             for other, (name, _) in enumerate(channels)
             if name == point and other != number and live[other]
         ]
-        row: Row = {"hook_point": point, "channel": channel, "live": bool(live[number]), "n": len(before)}
-        row |= {"original": float(before.mean()), **cells("effect", intervals[number])}
+        row = {"hook_point": point, "channel": channel, "live": bool(live[number]), "n": len(before)}
+        row |= {"original": float(before.mean()), **intervals(effect=means[number])}
         row |= {name: float(each[number]) if live[number] else None for name, each in (("p", p), ("p_bh", p_bh))}
-        # Without a p of the rank: the finding picks a channel for its effect.
+        # Without a p-value for the rank, as the finding selects a channel by its effect.
         rank = rank_cells(effects[number].mean(), others, ranked=live[number])
         rows.append(row | {"rank": rank["rank"], "controls": rank["controls"]})
     return rows
@@ -79,9 +87,7 @@ def _channels(points: HookPoints) -> Iterator[tuple[str, int]]:
             yield from ((name, channel) for channel in range(point.length("channel") or 0))
 
 
-def _swept(
-    points: HookPoints, chains: Chains, channels: list[tuple[str, int]]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _swept(points: HookPoints, chains: Chains, channels: list[tuple[str, int]]) -> tuple[Values, Values]:
     """Action tables with each channel zeroed, (channel, state, action), and the policy's own, (state, action).
 
     The metrics are the probabilities of moves; a table has each at one of the move's actions.
@@ -132,31 +138,16 @@ def _stands(row: Row) -> bool:
 def finding(tables: Tables) -> Finding:
     rows = [row for row in tables["channels"] if row["live"]]
     if not rows:
-        return Finding("No channel changes anything.", "not comparable", "Nothing.", "Anything.")
+        return Finding("No channel changes anything.", "not comparable", "Nothing follows.")
     helps, hurts = ([row for row in rows if _stands(row) and (row["effect"] > 0) == up] for up in (True, False))
     best = max(rows, key=lambda row: row["effect"])
-    ranked = "" if best["rank"] is None else f", rank {best['rank']} of the {best['controls'] + 1} live ones there"
+    ranked = "" if best["rank"] is None else f", rank {best['rank']} of {best['controls'] + 1} live channels there"
     points = list(dict.fromkeys(row["hook_point"] for row in helps))
     return Finding(
         f"Zeroing raises P(cheese), {best['original']:.3f}, for {len(helps)} and lowers it for {len(hurts)} of "
-        f"{len(rows)} live channels after Benjamini-Hochberg correction at {LEVEL}. The largest gain: "
-        f"{best['hook_point']} channel {best['channel']}, {shown(best, 'effect', '+.3f')}{ranked}; n={best['n']}.",
+        f"{len(rows)} live channels (n={best['n']}, Benjamini-Hochberg at {LEVEL}). The largest gain: "
+        f"{best['hook_point']} channel {best['channel']}, {shown(best, 'effect', '+.3f')}{ranked}.",
         "not comparable",
         f"Channels that lower the chance of the cheese in the bottom right corner are at {len(points)} of "
         f"{len({row['hook_point'] for row in rows})} hook points: {', '.join(points) or 'none'}.",
-        "It does not follow that the channel with the largest gain would have it again: it is the best of many, and "
-        "its interval is not corrected for that choice.",
     )
-
-
-PART = Part(
-    name="sweep",
-    question="Which channels of which convolution keep the mouse from the cheese in the bottom right corner?",
-    method=f"Size {SIZE}, at most {MOST_LEVELS} levels. Every channel of every convolution's output zeroed in turn, "
-    "in every state; P(cheese within 256 steps) computed, not sampled. Controls: the other live channels of the hook "
-    "point; p by sign flips over levels.",
-    post="Not done; the post zeroed one channel of relu3.",
-    measure=measure,
-    figure=figure,
-    finding=finding,
-)

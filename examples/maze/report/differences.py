@@ -1,7 +1,7 @@
-"""The headline figures of every policy, and the differences from the main policy's.
+"""The headline figures of every policy, and the differences from the main policy's figures.
 
-They come from the tables alone. The levels are the same on every policy if n is, but the tables do not hold them, so
-the figures count as independent.
+The figures come from the tables alone. The tables do not contain the levels, so figures of policies with the same
+levels also count as independent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maze.analysis.forwards import SITE
 from maze.measurements.ablation import PLACES
 from maze.policy.shipped import Measured
 
-# Name, number of levels, row, and the column in it.
+# Name, number of levels, row, and column.
 Headline: TypeAlias = tuple[str, int, Mapping[str, Any], str]
 
 _SPLITS = {"in distribution": "in", "out of distribution": "out of"}
@@ -27,7 +27,7 @@ def differences(measured: Measured) -> Table:
     """One row per part, figure and policy, with the difference from the first policy."""
     main, *others = measured
     of = {policy: _figures(parts) for policy, parts in measured.items()}
-    rows: Table = []
+    rows = []
     for (part, figure), (n_main, interval_main) in of[main].items():
         having = [policy for policy in others if (part, figure) in of[policy]]
         for policy in [main, *having] if having else ():
@@ -40,37 +40,26 @@ def differences(measured: Measured) -> Table:
 
 def side_by_side(rows: Table) -> tuple[str, Sequence[Mapping[str, str]]]:
     """A text, and a table with one row per figure and one column per policy."""
-    policies = list(dict.fromkeys(str(row["policy"]) for row in rows))
-    by_figure: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    by_figure = {}
     for row in rows:
-        by_figure.setdefault((str(row["part"]), str(row["figure"])), {})[str(row["policy"])] = row
-    told = [
-        {"part": part, "figure": figure, policies[0]: f"{shown(of[policies[0]], 'value')}, n={of[policies[0]]['n']}"}
-        | {policy: _told(of.get(policy)) for policy in policies[1:]}
-        for (part, figure), of in by_figure.items()
-    ]
-    return _text(rows, policies[0]), told
-
-
-def _told(row: Mapping[str, Any] | None) -> str:
-    return "not measured" if row is None else f"{shown(row, 'difference', '+.3f')}, n={row['n']}"
-
-
-def _text(rows: Table, main: str) -> str:
+        cells = by_figure.setdefault((row["part"], row["figure"]), dict.fromkeys(policies, "not measured"))
+        main = row["policy"] == policies[0]
+        cells[row["policy"]] = f"{shown(row, 'value') if main else shown(row, 'difference', '+.3f')}, n={row['n']}"
     compared = [row for row in rows if row["difference"] is not None]
     beyond = sum(above(row, "difference") is not None for row in compared)
-    return (
-        f"The difference of each other policy from {main}, with the 95% interval for two independent figures "
-        "(Newcombe; Zou and Donner). The levels are the same on every policy with the same n, so a paired interval "
-        "would be narrower. Channels are each policy's own choice, and so are the decision squares on which one is "
-        f"high. {beyond} of {len(compared)} intervals leave out 0, not corrected for their number. File: "
-        "differences.csv."
+    text = (
+        f"The difference of each other policy from {policies[0]}, with the 95% interval for two independent figures "
+        "(Newcombe; Zou and Donner). A paired interval would be narrower, as policies with the same n have the same "
+        "levels. Channels, and so the decision squares on which a channel is high, are each policy's own choice. "
+        f"{beyond} of {len(compared)} intervals leave out 0, not corrected for their number. File: differences.csv."
     )
+    return text, [{"part": part, "figure": figure, **cells} for (part, figure), cells in by_figure.items()]
 
 
 def _figures(parts: Mapping[str, Tables]) -> dict[tuple[str, str], tuple[int, Interval]]:
-    """Every headline figure of one policy by part and name: n, and its interval."""
-    found: dict[tuple[str, str], tuple[int, Interval]] = {}
+    """Every headline figure of one policy by part and name: n and the interval."""
+    found = {}
     for part, headlines in _HEADLINES.items():
         for figure, n, row, column in headlines(parts[part]) if part in parts else ():
             ends = [row[f"{column}{end}"] for end in ("", "_low", "_high")]
@@ -130,7 +119,7 @@ def _ablation(tables: Tables) -> Iterator[Headline]:
         if row["cheese"] not in places:  # the same in all rows of a place
             places.add(row["cheese"])
             yield f"P(cheese within 256 steps), cheese {row['cheese']}", row["n"], row, "original"
-        # Not of mean and resample ablation: one set of reference levels was fixed, so their intervals are too narrow.
+        # Mean and resample ablation are left out: with one fixed reference set, their intervals are too narrow.
         if (row["role"], row["cheese"], row["kind"]) == ("UP", PLACES[0], KINDS[0]):
             yield f"effect of {row['kind']} ablation of the channel for UP, cheese {PLACES[0]}", row["n"], row, "effect"
 

@@ -17,8 +17,7 @@ from chanpatch import HookPoints, hook_points
 from chanpatch.statistics import Interval, mean_interval, wilson_interval
 from maze import results
 from maze.analysis.cells import Table, cells, column, read_table, shown
-from maze.analysis.episodes import ORIGINAL, STEPS
-from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, neither
+from maze.analysis.exact import ORIGINAL, STEPS, Chains, cheese_and_corner, decisions, greedy, neither
 from maze.analysis.tables import action_tables
 from maze.command import UserError
 from maze.levels import REGION, draw_levels, observe, policy_input

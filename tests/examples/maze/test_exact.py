@@ -6,8 +6,7 @@ import torch
 from torch.distributions import Categorical
 
 from chanpatch import PatchedPolicy, edit, hook_points, patch_in, rollout, steer, zero_ablate
-from maze.analysis.episodes import ORIGINAL, padded
-from maze.analysis.exact import STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, neither, walk
+from maze.analysis.exact import ORIGINAL, STAY, Chains, cheese_and_corner, decisions, first_hits, greedy, neither, walk
 from maze.analysis.forwards import SITE
 from maze.analysis.tables import TOLERANCE, SuffixError, action_tables, suffix
 from maze.environment.requirements import procgen_mazes
@@ -208,14 +207,13 @@ def test_200_walks_are_rollouts_in_procgen_action_by_action(points, walked, name
     done = rollout(
         policies[name], MazeVectorEnv(chains.levels, num_envs=100), range(200), max_steps=40, sampling_seed=5
     )
-    episodes, near_ties = walk(chains, tables[name], sampling_seed=5, steps=40)
-    same = (padded(done.actions, 40) == episodes.actions).all(axis=1)
+    walks = walk(chains, tables[name], sampling_seed=5, steps=40)
+    same = np.array(list(map(np.array_equal, done.actions, walks.actions)))
     # A draw near a boundary may fall on its other side in procgen, and the episode goes another way from there.
-    assert same[near_ties == 0].all()
+    assert same[walks.near_ties == 0].all()
     assert same.sum() >= 199
-    np.testing.assert_array_equal(episodes.found[same], done.terminated[same])
-    np.testing.assert_array_equal(episodes.lengths[same], done.lengths[same])
-    assert 0 < episodes.found.sum() < 200
+    np.testing.assert_array_equal(walks.found[same], done.terminated[same])
+    assert 0 < walks.found.sum() < 200
 
 
 @pytest.mark.slow
@@ -225,11 +223,11 @@ def test_200_walks_through_levels_of_all_kinds_are_whole_rollouts_in_procgen_act
     chains = Chains.of(levels)
     (table,) = action_tables(points, chains).values()
     done = rollout(points.model, MazeVectorEnv(levels, num_envs=50), range(200), max_steps=256, sampling_seed=8)
-    episodes, near_ties = walk(chains, table, sampling_seed=8)
-    same = (padded(done.actions, 256) == episodes.actions).all(axis=1)
-    assert same[near_ties == 0].all()
-    assert (near_ties == 0).sum() > 180
-    np.testing.assert_array_equal(episodes.found[same], done.terminated[same])
+    walks = walk(chains, table, sampling_seed=8)
+    same = np.array(list(map(np.array_equal, done.actions, walks.actions)))
+    assert same[walks.near_ties == 0].all()
+    assert (walks.near_ties == 0).sum() > 180
+    np.testing.assert_array_equal(walks.found[same], done.terminated[same])
 
 
 @pytest.fixture(scope="module")
@@ -247,20 +245,19 @@ def test_walks_find_the_cheese_as_often_as_the_exact_probability_says(small):
     chains = Chains.of(small * 100)
     table = random_table(chains, seed=1)
     exact = cheese_and_corner(chains, table, steps=20)[0]
-    episodes, _ = walk(chains, table, sampling_seed=0, steps=20)
+    found = walk(chains, table, sampling_seed=0, steps=20).found
     spread = np.sqrt((exact * (1 - exact)).sum())
-    assert abs(episodes.found.sum() - exact.sum()) < 4 * spread
+    assert abs(found.sum() - exact.sum()) < 4 * spread
 
 
 @pytest.mark.parametrize(("distance", "near"), [(5e-6, 1), (-5e-6, 1), (5e-5, 0), (-5e-5, 0)])
 def test_a_draw_near_the_boundary_between_two_actions_is_a_near_tie(distance, near):
     chains = Chains.of(levels_from(CORRIDOR))
     draw = first_draw(chains)
-    episodes, near_ties = walk(
-        chains, always(chains, LEFT=draw + distance, UP=1 - draw - distance), sampling_seed=0, steps=1
-    )
-    assert near_ties.tolist() == [near]
-    assert episodes.actions.tolist() == [[0 if distance > 0 else 5]]
+    table = always(chains, LEFT=draw + distance, UP=1 - draw - distance)
+    walks = walk(chains, table, sampling_seed=0, steps=1)
+    assert walks.near_ties.tolist() == [near]
+    assert walks.actions[0].tolist() == [0 if distance > 0 else 5]
 
 
 def first_draw(chains):
@@ -269,7 +266,7 @@ def first_draw(chains):
     for _ in range(40):
         middle = (low + high) / 2
         table = always(chains, LEFT=middle, UP=1 - middle)
-        went_left = walk(chains, table, sampling_seed=0, steps=1)[0].actions[0, 0] == 0
+        went_left = walk(chains, table, sampling_seed=0, steps=1).actions[0][0] == 0
         low, high = (low, middle) if went_left else (middle, high)
     return low
 
@@ -364,4 +361,5 @@ def test_a_policy_that_is_uniform_walks_at_random(small):
     chains = Chains.of(small)
     done = rollout(Uniform(), MazeVectorEnv(small, num_envs=3), range(len(small)), max_steps=30, sampling_seed=1)
     table = np.full((len(chains), ACTION_COUNT), 1 / ACTION_COUNT)
-    np.testing.assert_array_equal(walk(chains, table, sampling_seed=1, steps=30)[0].actions, padded(done.actions, 30))
+    walks = walk(chains, table, sampling_seed=1, steps=30)
+    assert all(map(np.array_equal, done.actions, walks.actions))

@@ -1,15 +1,17 @@
 import hashlib
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from maze.command import UserError
-from maze.results import LOCK, Damaged, check_folder, locked, read_arrays, read_manifest, replace_table, write_manifest
+from maze.results import Damaged, check_folder, locked, read_arrays, read_manifest, replace_table, write_manifest
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def test_a_folder_that_is_there_or_can_be_created_passes_and_is_not_created(tmp_path):
@@ -86,45 +88,30 @@ def test_a_bit_that_is_flipped_anywhere_in_a_manifest_or_table_is_noticed(tmp_pa
         (tmp_path / name).write_bytes(content)
 
 
-def lock_of(process, host=None):
-    return f"process {process} on {host or socket.gethostname()}"
-
-
-@pytest.fixture
-def dead():
-    """The id of a process that has ended."""
-    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    ended.wait()
-    return ended.pid
-
-
-def test_a_lock_names_the_process_and_goes_when_the_block_ends_with_an_error_too(tmp_path):
+def test_a_folder_is_locked_until_the_block_ends_with_an_error_too(tmp_path):
     with pytest.raises(KeyboardInterrupt), locked(tmp_path / "new"):
-        assert (tmp_path / "new" / LOCK).read_text() == lock_of(os.getpid())
+        with pytest.raises(UserError) as error, locked(tmp_path / "new"):
+            pass
         raise KeyboardInterrupt
-    assert not list((tmp_path / "new").iterdir())
-
-
-def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, dead):
-    (tmp_path / LOCK).write_text(lock_of(dead))
-    with locked(tmp_path):
-        assert (tmp_path / LOCK).read_text() == lock_of(os.getpid())
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("owner", [lock_of(os.getppid()), lock_of(1), lock_of(1, "another-machine"), "", "\x00?"])
-def test_a_lock_whose_process_may_be_alive_is_an_error_that_names_it(owner, tmp_path):
-    (tmp_path / LOCK).write_text(owner)
-    with pytest.raises(UserError) as error, locked(tmp_path):
+    with locked(tmp_path / "new"):
         pass
     assert str(error.value) == (
-        f"'{tmp_path}' is in use by {owner or 'an unknown process'}. Wait until it ends, or name another folder with "
-        f"--out. If that is not a run of the study, delete '{tmp_path / LOCK}'."
+        f"'{tmp_path / 'new'}' is in use by another run. Wait until that run ends, or name another folder with --out."
     )
-    assert (tmp_path / LOCK).read_text() == owner
 
 
-def test_of_many_that_find_the_lock_of_a_dead_process_one_works_at_a_time(tmp_path, dead):
+def test_the_lock_of_a_dead_process_does_not_count(tmp_path):
+    script = (
+        f"from maze.results import locked, Path; locked(Path({str(tmp_path)!r})).__enter__(); import os; os._exit(1)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(EXAMPLES)}).returncode == 1
+    )
+    with locked(tmp_path):
+        pass
+
+
+def test_of_many_runs_one_works_at_a_time(tmp_path):
     def attempt(number):
         try:
             with locked(tmp_path):
@@ -138,9 +125,7 @@ def test_of_many_that_find_the_lock_of_a_dead_process_one_works_at_a_time(tmp_pa
     inside = []
     with ThreadPoolExecutor(8) as pool:
         for _ in range(30):
-            (tmp_path / LOCK).write_text(lock_of(dead))
             assert any(pool.map(attempt, range(8)))
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", lambda data: b"\xff" * len(data),
