@@ -45,7 +45,6 @@ EXAMPLES = """examples:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
     from maze.report.limits import limits
 
     parser = argparse.ArgumentParser(
@@ -69,7 +68,6 @@ def main() -> int:
 
 
 def study(given: argparse.Namespace) -> None:
-    """Run the given parts."""
     from maze.report.run import RunSettings, run  # here, so that --help answers at once
 
     only = tuple(name.strip() for name in given.only.split(",") if name.strip())

@@ -85,7 +85,7 @@ def test_the_finding_reacts_to_one_level_that_breaks_a_rule(tables):
     told = part.finding(changed)
     assert told.agrees == "in part"
     assert "A maze is not always decided" in told.follows
-    assert f"does not: {NAMES['odd']}, size {row['size']}" in told.ours
+    assert f"first broken one: {NAMES['odd']}, size {row['size']}" in told.ours
     for row in changed["overall"]:
         row["holds"] = 0
     assert part.finding(changed).agrees == "no"

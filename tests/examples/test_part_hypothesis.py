@@ -144,7 +144,7 @@ def test_where_few_other_channels_are_live_there_are_fewer_controls_and_no_p(stu
     row = part._ablated(before, Ablation(~before, np.stack([before, before]), 3, 0.5))
     assert (row["controls"], row["rank"], row["rank_p"]) == (2, 1, None)
     assert row["why_no_p"] == "fewer than 19 controls"
-    assert "rank 1 of 3, no p: fewer than 19 controls" in part._beside(row)
+    assert "rank 1 of 3, no p-value: fewer than 19 controls" in part._beside(row)
     alone = part._ablated(before, Ablation(~before, np.empty((0, 3), dtype=bool), 3, np.nan))
     assert (alone["controls"], alone["rank"], alone["why_no_p"]) == (0, None, "there are no other channels")
     assert part._beside(alone) == "no other channels to compare with"

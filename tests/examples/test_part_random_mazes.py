@@ -125,8 +125,8 @@ def test_the_finding_reads_the_largest_share(tables):
     told = part.finding(changed)
     assert told.agrees == "not comparable"
     assert "0.432" in told.ours
-    assert "The labels LEFT, DOWN, RIGHT hold there" in told.follows and "(at most 0.61)" in told.follows
-    assert "paths of that length for UP." in told.follows
+    assert "(at most 0.61) for LEFT, DOWN, RIGHT." in told.follows
+    assert "equal path lengths for UP." in told.follows
 
 
 def test_mazes_without_any_area_are_drawn_and_told(tables):

@@ -53,7 +53,7 @@ def test_the_finding_counts_the_cells_that_tell_more_than_the_walls(tables, told
         row["beyond_walls_low"] = -0.1
     assert len(inside) == 40
     assert part.finding(changed).agrees == agrees
-    assert f"In {told} of 40 cells" in part.finding(changed).follows
+    assert f"in {told} of 40 cells in distribution" in part.finding(changed).follows
 
 
 def test_cells_with_too_few_mazes_are_left_out(tables):

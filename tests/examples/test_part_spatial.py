@@ -82,7 +82,7 @@ def test_one_channel_may_stand_for_several_directions_without_controls():
     tables = part.measure(small_study(3, (7,), dict.fromkeys(Direction, 7)))
     assert {row["role"] for row in tables["shares"]} == {"LEFT and DOWN and UP and RIGHT"}
     assert all(row["rank"] is None for row in tables["shares"])
-    assert part.figure(tables).axes and "there are no others" in part.finding(tables).follows
+    assert part.figure(tables).axes and "There are no other channels" in part.finding(tables).follows
 
 
 def test_without_an_active_channel_the_finding_says_so(tables):
@@ -105,7 +105,7 @@ def test_the_finding_agrees_when_nearly_all_of_the_sum_lies_around_the_mouse(tab
 
 def test_the_finding_is_of_the_circle_of_one_cell_and_says_the_rank_there(tables):
     found = part.finding(tables)
-    assert found.ours.startswith("Share of the sum within 1 map cell (3.1 squares) of the mouse")
+    assert found.ours.startswith("Fraction of the sum within 1 map cell (3.1 squares) of the mouse")
     row = next(row for row in tables["shares"] if (row["channel"], row["distance"]) == (7, 1))
     assert f"UP (channel 7) {row['share']:.3f}" in found.ours and f"rank {row['rank']} of 2" in found.ours
     wider = copy.deepcopy(tables)

@@ -71,4 +71,7 @@ def test_the_single_distance_that_is_told_is_chosen_on_the_levels_fitted_on(tabl
         row["alone_coefficient"] = -9.0 if place == 2 else 1.0
     for row in changed["scores"]:
         row["accuracy"] = 0.5 if row["model"] == DISTANCES[2] else 0.9
-    assert f"'{DISTANCES[2]}', predicts 0.500" in part.finding(changed).follows
+    assert (
+        f"'{DISTANCES[2]}', the single distance with the largest coefficient, predicts 0.500"
+        in part.finding(changed).follows
+    )

@@ -84,7 +84,7 @@ def test_the_finding_counts_what_stands_after_correction_and_names_the_largest_g
     changed["channels"][3] |= {"effect": -0.1, "p_bh": 0.01}
     told = part.finding(changed)
     assert "for 1 and lowers it for 1" in told.ours
-    assert "channel 2, +0.300 (+0.200 to +0.400), rank 1 of the 21 live ones there" in told.ours
+    assert "channel 2, +0.300 (+0.200 to +0.400), rank 1 of 21 live channels there" in told.ours
     assert "at 1 of 1 hook points: embedder.block3.res2.conv2." in told.follows
 
 

@@ -70,7 +70,6 @@ def verdict(*claims: bool | None) -> Agrees:
 
 
 def column(table: Sequence[Mapping[str, Any]], name: str) -> NDArray[Any]:
-    """One column of a table as an array."""
     return np.array([row[name] for row in table])
 
 
@@ -80,7 +79,6 @@ def keyed(table: Sequence[Row], *names: str) -> dict[Any, Row]:
 
 
 def chosen(table: Sequence[Row], **wanted: Any) -> Table:
-    """The rows with these cells."""
     return [row for row in table if all(row[name] == value for name, value in wanted.items())]
 
 

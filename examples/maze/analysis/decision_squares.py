@@ -65,11 +65,9 @@ class Decisions(NamedTuple):
         return self.moves[every, self.cheese], self.moves[every, self.corner]
 
     def rows(self, which: Any) -> Decisions:
-        """The given levels."""
         return Decisions(*(each[which] for each in self))
 
     def distance(self, name: str) -> Values:
-        """One of `DISTANCES`: (level,)."""
         return self.distances[:, DISTANCES.index(name)]
 
 
@@ -88,7 +86,6 @@ def at_decision_squares(points: HookPoints, levels: Sequence[bytes]) -> Decision
 
 
 def joined(parts: Iterable[Decisions]) -> Decisions:
-    """The levels of all parts, one after the other."""
     return Decisions(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 

@@ -108,6 +108,5 @@ def _text(row: Row, columns: Columns) -> str:
 
 
 def _counts(rows: Table, by: Columns, name: str) -> str:
-    """The number of levels behind a category."""
     counts = sorted({row["n"] for row in rows if "n" in row and _text(row, by) == name})
     return f"n={counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''}" if counts else ""

@@ -161,7 +161,6 @@ def ranked_cells(changes: Values) -> Row:
 
 
 def rank_text(row: Mapping[str, Any]) -> str:
-    """The cells of `ranked_cells` in words."""
     p = "too few for a p-value" if row["rank_p"] is None else f"p = {row['rank_p']:.2g}"
     return f"{shown(row, 'effect', '+.3f')}, rank {row['rank']} of {row['controls'] + 1} ({p})"
 

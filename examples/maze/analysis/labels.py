@@ -64,7 +64,6 @@ def at_partings(levels: Sequence[bytes], seed: int) -> list[bytes]:
 
 
 def directions_of(label: str | None) -> set[Direction]:
-    """The directions in a label."""
     return {Direction[name] for name in label.split(" or ")} if label else set()
 
 

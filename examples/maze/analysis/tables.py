@@ -38,11 +38,7 @@ class SuffixError(ValueError):
 
 
 def action_tables(
-    points: HookPoints,
-    chains: Chains,
-    interventions: Mapping[str, Intervention] | None = None,
-    *,
-    site: str = SITE,
+    points: HookPoints, chains: Chains, interventions: Mapping[str, Intervention] | None = None, *, site: str = SITE
 ) -> dict[str, NDArray[np.float32]]:
     """The action probabilities in every state under every intervention: (state, action=15) by name.
 

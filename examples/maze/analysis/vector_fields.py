@@ -36,7 +36,6 @@ def _reached(table: Table, policy: str) -> Table:
 
 
 def _arrows(reached: Sequence[Mapping[str, Any]], policy: str) -> Values:
-    """The mean of the moves from each square: (square, row and col)."""
     return np.array([[row[f"{policy}_{move.name.lower()}"] for move in Direction] for row in reached]) @ MOVES
 
 

@@ -238,7 +238,6 @@ def _absolute_z(study: Study, reference: ActivationCache, seed: int) -> dict[str
 
 
 def figure(tables: Tables) -> Figure:
-    """The chosen channels by kind of ablation, the same zeroed by place of the cheese, the controls, and the walks."""
     drawn, (kinds, places, others, mosaic) = panels(20, 6.4, 4)
     effect = {"by": ("ablated", "role"), "prefix": "effect", "label": "change of P(cheese), points", "scale": 100}
     main = {"role": lambda role: role != "control"}

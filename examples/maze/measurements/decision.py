@@ -20,21 +20,9 @@ from typing import Any
 import numpy as np
 
 from chanpatch.statistics import stratified_difference_interval, wilson_interval
+from maze.analysis import decision_squares as squares
 from maze.analysis.cells import Integers, Row, Table, Tables, above, below, chosen, keyed, shown, verdict
-from maze.analysis.decision_squares import (
-    BINS,
-    PRECISION,
-    TO_CHEESE,
-    TO_CORNER,
-    Decisions,
-    Probes,
-    at_decision_squares,
-    joined,
-    strata,
-    tested_channel,
-    threshold_rows,
-    thresholds,
-)
+from maze.analysis.decision_squares import PRECISION, Decisions, Probes
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.estimates import intervals, minus, share
 from maze.analysis.part import SPLITS, Finding, Study
@@ -54,9 +42,8 @@ GOALS = ("cheese", "corner", "neither")  # at the end of the path in the directi
 
 def measure(study: Study) -> dict[str, Table]:
     """Thresholds, the post's 2x2 tables, choices, and the difference between in and out of distribution."""
-    probes = thresholds(study, DIRECTIONS)
-    squares = []
-    choices = []
+    probes = squares.thresholds(study, DIRECTIONS)
+    tables = {"thresholds": squares.threshold_rows(study, probes), "squares": [], "choices": []}
     taken = {}
     for split in SPLITS:
         seen = _drawn(study, split, probes)
@@ -65,13 +52,12 @@ def measure(study: Study) -> dict[str, Table]:
             accepted, drawn = _accepted(study, seen, probes, direction)
             for which, rows, of in (("accepted", accepted, drawn), ("all", every, len(every))):
                 named = {"direction": direction.name, "split": split, "squares": which}
-                squares += _squares(named, seen.rows(rows), direction, of)
-                choices.append(_choices(named, seen.rows(rows), direction, of))
+                tables["squares"] += _squares(named, seen.rows(rows), direction, of)
+                tables["choices"].append(_choices(named, seen.rows(rows), direction, of))
             taken.setdefault(f"{direction.name} channel high", []).append(seen.rows(accepted))
         taken.setdefault("all", []).append(seen.rows(every))
     seed = study.seed_for("decision bootstrap")
-    matched = [row for which, each in taken.items() for row in _matched(which, *each, seed)]
-    return {"thresholds": threshold_rows(study, probes), "squares": squares, "choices": choices, "matched": matched}
+    return tables | {"matched": [row for which, each in taken.items() for row in _matched(which, *each, seed)]}
 
 
 def _drawn(study: Study, split: str, probes: Probes) -> Decisions:
@@ -80,8 +66,8 @@ def _drawn(study: Study, split: str, probes: Probes) -> Decisions:
     known = [direction for direction in DIRECTIONS if probes[direction] is not None]
     for number in range(MOST_DRAWN):
         levels = study.levels(f"decision {split} {number}", size=SIZE, cheese=split, mouse="decision square")
-        parts.append(at_decision_squares(study.points, levels))
-        seen = joined(parts)
+        parts.append(squares.at_decision_squares(study.points, levels))
+        seen = squares.joined(parts)
         if not any(_helps(len(_accepted(study, seen, probes, each)[0]), len(seen.chosen), study.n) for each in known):
             break
     return seen
@@ -101,7 +87,7 @@ def _accepted(study: Study, seen: Decisions, probes: Probes, direction: Directio
     probe = probes[direction]
     if probe is None:
         return np.arange(0), len(seen.chosen)
-    accepted = np.flatnonzero(probe.predict(seen.sums[:, tested_channel(study, direction)]))[: study.n]
+    accepted = np.flatnonzero(probe.predict(seen.sums[:, squares.tested_channel(study, direction)]))[: study.n]
     return accepted, int(accepted[-1]) + 1 if len(accepted) == study.n else len(seen.chosen)
 
 
@@ -136,12 +122,14 @@ def _matched(which: str, inside: Decisions, outside: Decisions, seed: int) -> Ta
 
     One row for the raw difference, and one row each for matching on a path length or on both.
     """
-    both, first = joined([inside, outside]), np.arange(len(inside.chosen) + len(outside.chosen)) < len(inside.chosen)
+    both = squares.joined([inside, outside])
+    first, strata = np.arange(len(both.chosen)) < len(inside.chosen), squares.strata(both)
+    to_cheese, to_corner = np.divmod(strata, len(squares.BINS))
     by = {
         UNMATCHED: np.zeros(len(first), dtype=np.int64),
-        TO_CHEESE: strata(both) // len(BINS),
-        TO_CORNER: strata(both) % len(BINS),
-        BOTH: strata(both),
+        squares.TO_CHEESE: to_cheese,
+        squares.TO_CORNER: to_corner,
+        BOTH: strata,
     }
     rows = []
     for name, stratum in by.items():
@@ -208,7 +196,6 @@ def _enough(inside: Row, outside: Row) -> bool:
 
 
 def _four(squares: Table, direction: str, split: str) -> str:
-    """The four cells of the post's table in percent."""
     cells = keyed(chosen(squares, direction=direction, split=split, squares="accepted"), "leads_to", "goes")
     four = [cells[goal, goes]["share"] for goes in (True, False) for goal in GOALS[:2]]
     return " / ".join("none" if each is None else f"{100 * each:.1f}" for each in four)

@@ -19,19 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chanpatch.statistics import bootstrap_interval, rank_correlation
+from maze.analysis import decision_squares as squares
 from maze.analysis.cells import Flags, Row, Table, Tables, Values, below, chosen, keyed, shown, verdict
-from maze.analysis.decision_squares import (
-    BINS,
-    CHEESE_TO_CORNER,
-    Decisions,
-    Probes,
-    at_decision_squares,
-    joined,
-    strata,
-    tested_channel,
-    threshold_rows,
-    thresholds,
-)
+from maze.analysis.decision_squares import Decisions, Probes
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.estimates import intervals, share
 from maze.analysis.part import SPLITS, Finding, Study
@@ -48,23 +38,23 @@ RESAMPLES = 999
 
 def measure(study: Study) -> dict[str, Table]:
     """Fractions by distance, and rank correlations with distance, also within strata of the square's own distances."""
-    probes = thresholds(study, DIRECTIONS)
+    probes = squares.thresholds(study, DIRECTIONS)
     by_split = [
-        at_decision_squares(
+        squares.at_decision_squares(
             study.points, study.levels(f"distance {split}", size=SIZE, cheese=split, mouse="decision square")
         )
         for split in SPLITS
     ]
-    both = joined(by_split)
+    both = squares.joined(by_split)
     shares = []
     trends = []
     for name, rows, values in _measures(study, both, probes):
         if values.dtype == np.bool_:
-            shares += _shares(name, both.distance(CHEESE_TO_CORNER)[rows], values)
+            shares += _shares(name, both.distance(squares.CHEESE_TO_CORNER)[rows], values)
     for population, seen in ((BOTH, both), (SPLITS[1], by_split[1])):
         for name, rows, values in _measures(study, seen, probes):
             trends += _trends(name, population, seen.rows(rows), values, study.seed_for("distance bootstrap"))
-    limits = threshold_rows(study, probes)
+    limits = squares.threshold_rows(study, probes)
     return {"thresholds": limits, "shares": shares, "trends": trends, "strata": _by_stratum(both)}
 
 
@@ -72,7 +62,7 @@ def _measures(study: Study, seen: Decisions, probes: Probes) -> Iterator[tuple[s
     """Yields a quantity's name, the levels that have the quantity, and its values on these levels."""
     yield MOUSE, np.ones(len(seen.chosen), dtype=np.bool_), seen.took_cheese
     for direction, probe in probes.items():
-        sums = seen.sums[:, tested_channel(study, direction)]
+        sums = seen.sums[:, squares.tested_channel(study, direction)]
         for goal, leads in (("cheese", seen.cheese == direction), ("corner", seen.corner == direction)):
             if probe is not None:
                 name = f"{direction.name} channel high where the {goal} is {direction.name}"
@@ -85,7 +75,6 @@ def _sum(direction: Direction, goal: str) -> str:
 
 
 def _shares(name: str, distance: Values, values: Flags) -> Table:
-    """The fraction in each bin of the distance."""
     place = (distance // WIDTH).astype(np.int64)
     rows = []
     for each in np.unique(place).tolist():
@@ -102,8 +91,8 @@ def _trends(name: str, population: str, seen: Decisions, values: NDArray[Any], s
         return float(np.nan_to_num(rank_correlation(sample[:, 1], sample[:, 2], sample[:, 0])))
 
     rows = []
-    for within, stratum in (("no strata", np.zeros(len(values), dtype=np.int64)), ("strata", strata(seen))):
-        sample = np.stack([stratum, seen.distance(CHEESE_TO_CORNER), values], axis=1)
+    for within, stratum in (("no strata", np.zeros(len(values), dtype=np.int64)), ("strata", squares.strata(seen))):
+        sample = np.stack([stratum, seen.distance(squares.CHEESE_TO_CORNER), values], axis=1)
         known = len(values) > 1 and np.ptp(values.astype(np.float64)) > 0
         interval = bootstrap_interval(sample, statistic, resamples=RESAMPLES, seed=seed) if known else None
         row = {"measure": name, "cheese": population, "within": within, "n": len(values)}
@@ -113,12 +102,13 @@ def _trends(name: str, population: str, seen: Decisions, values: NDArray[Any], s
 
 def _by_stratum(seen: Decisions) -> Table:
     """The mouse's choices in each stratum, with the cheese nearer and farther than the stratum's median."""
-    stratum, distance = strata(seen), seen.distance(CHEESE_TO_CORNER)
+    stratum, distance = squares.strata(seen), seen.distance(squares.CHEESE_TO_CORNER)
     rows = []
     for each in np.unique(stratum):
         here = stratum == each
         median = np.median(distance[here])
-        row = {"steps_to_cheese": BINS[each // len(BINS)], "steps_to_corner": BINS[each % len(BINS)]}
+        to_cheese, to_corner = divmod(each, len(squares.BINS))
+        row = {"steps_to_cheese": squares.BINS[to_cheese], "steps_to_corner": squares.BINS[to_corner]}
         row["median_distance"] = float(median)
         for name, half in (("near", here & (distance <= median)), ("far", here & (distance > median))):
             n = int(half.sum())

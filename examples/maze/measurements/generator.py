@@ -27,7 +27,6 @@ Facts = dict[str, tuple[Flags, Flags]]
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """The number of levels of each size in which a fact holds, and the frequency of free squares at one size."""
     mazes = read_mazes(study.levels("generator", len(SIZES) * study.n))
     rows = []
     frequencies = []

@@ -129,13 +129,11 @@ def towards_cheese(seen: Decisions) -> Values:
 
 
 def _channels(pushes: Pushes) -> Table:
-    """One row per direction: the channels that push for the direction."""
     pushing = [(direction.name, np.flatnonzero(pushes.weights[direction])) for direction in Direction]
     return [{"direction": name, "count": len(each), "channels": " ".join(map(str, each))} for name, each in pushing]
 
 
 def _weights(pushes: Pushes, labels: Sequence[LabelledChannel]) -> Table:
-    """One row per direction and channel: the weight and the AUC."""
     return [
         {
             "direction": direction.name,

@@ -48,7 +48,6 @@ def measure(study: Study) -> dict[str, Table]:
 
 
 def figure(tables: Tables) -> Figure:
-    """The sums of every pair, one panel per rotation, and the channels with the largest effects."""
     drawn, axes = panels(14, 5.4, 5, width_ratios=(1, 1, 1, 1, 1.7))
     for turn in range(4):
         rows = chosen(tables["pictures"], quarter_turns=turn)

@@ -152,14 +152,12 @@ def _on_passages(tests: Mapping[tuple[str, str], Readings], channel: int) -> Row
 
 
 def _folded(auc: Interval | None) -> Interval | None:
-    """An AUC, or 1 minus an AUC below a half."""
     if auc is None or auc.estimate >= 0.5:
         return auc
     return Interval(1 - auc.estimate, 1 - auc.high, 1 - auc.low, auc.confidence)
 
 
 def _activity(study: Study, tests: Mapping[tuple[str, str], Readings]) -> Table:
-    """The mean sum of every direction's channel by class of square."""
     rows = []
     for passage, axis in PASSAGES.items():
         (across,) = set(PASSAGES) - {passage}

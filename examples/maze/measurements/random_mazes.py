@@ -95,7 +95,6 @@ def randomised(mazes: Mazes, fraction: float, rng: np.random.Generator) -> tuple
 
 
 def _way(mazes: Mazes) -> NDArray[np.float32]:
-    """The length of the shortest path from the mouse to the cheese: (batch,)."""
     return distances(mazes, mazes.cheese)[np.arange(len(mazes)), mazes.mouse[:, 0], mazes.mouse[:, 1]]
 
 
@@ -119,7 +118,6 @@ def _behaviour(readings: Readings) -> Row:
 
 
 def figure(tables: Tables) -> Figure:
-    """AUC and behavior against the fraction of random squares, and two mazes."""
     drawn, (areas, behavior, *mazes) = panels(15, 4.6, 4, width_ratios=(1.3, 1, 1, 1))
     label = "likeliest legal move starts a shortest path"
     draw(areas, tables, Panel("areas", "share", "auc", "AUC", ("direction", "channel"), along=True, line=0.5))

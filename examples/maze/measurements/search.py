@@ -104,7 +104,6 @@ def _all_sums(points: HookPoints, levels: Sequence[bytes]) -> dict[str, Values]:
 
 
 def figure(tables: Tables) -> Figure:
-    """AUC of the best channel by hook point, in execution order, and the largest contrasts."""
     drawn, axes = panels(24, 9, 5)
     for each, direction in zip(axes, Direction, strict=False):
         prefixes = {f"cheese {split}": name for name, split in zip(("in", "out"), SPLITS, strict=True)}

@@ -101,7 +101,6 @@ def _one_map(study: Study, level: bytes) -> dict[str, Table]:
 
 
 def figure(tables: Tables) -> Figure:
-    """One map over its observation, and the fractions by distance for the directions' channels and the others."""
     drawn, (left, *shares) = panels(17, 6, 1 + len(DISTANCES), width_ratios=(1.5, 1, 1, 1))
     gray = np.stack([np.frombuffer(bytes.fromhex(row["grey"][1:]), np.uint8) for row in tables["pixels"]])
     squares = np.array([[value for name, value in row.items() if name.startswith("col_")] for row in tables["map"]])

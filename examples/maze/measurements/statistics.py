@@ -59,7 +59,6 @@ def _score(name: str, fit: Decisions, score: Decisions, which: list[int]) -> Row
 
 
 def _coefficients(seen: Decisions, which: list[int], seed: int) -> list[Interval]:
-    """The coefficient of every distance with its interval over levels."""
     features = seen.distances[:, which]
     probe = LogisticProbe.fit(features, seen.took_cheese)
     return one_by_one(probe.coefficient_interval(features, seen.took_cheese, resamples=RESAMPLES, seed=seed))

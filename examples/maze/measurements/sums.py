@@ -101,7 +101,6 @@ def _transferred(fit: Callable[..., ThresholdProbe | None], inside: Sums, outsid
 
 
 def figure(tables: Tables) -> Figure:
-    """Sums by label and split, one panel per direction."""
     drawn, axes = panels(20, 5.4, 4)
     for each, direction in zip(axes, Direction, strict=True):
         _draw_sums(each, tables, direction.name)
@@ -110,7 +109,6 @@ def figure(tables: Tables) -> Figure:
 
 
 def _draw_sums(axes: Axes, tables: Tables, direction: str) -> None:
-    """The sums of one direction's channel, and both thresholds."""
     rows = chosen(tables["sums"], direction=direction)
     labels = [direction if row["is_it"] else f"not {direction}" for row in rows]
     strip([row["sum"] for row in rows], labels, [f"cheese {row['split']}" for row in rows], ax=axes)
@@ -146,7 +144,6 @@ def finding(tables: Tables) -> Finding:
 
 
 def _linear(linear: Table, direction: str) -> str:
-    """The gain of all channels over the one channel."""
     inside, outside = chosen(linear, direction=direction)
     if inside["linear"] is None or outside["linear"] is None:
         return "There are too few mazes for a probe of all channels."

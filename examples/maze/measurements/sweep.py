@@ -116,7 +116,6 @@ def _probability(actions: tuple[int, ...]):
 
 
 def figure(tables: Tables) -> Figure:
-    """Effects by hook point, in execution order."""
     drawn, axes = panels(12, 4.8)
     counts = Counter(row["hook_point"] for row in tables["channels"])
     names = list(counts)

@@ -152,7 +152,6 @@ def _field(study: Study, level: bytes, interventions: Mapping[str, Any]) -> Tabl
 
 
 def figure(tables: Tables) -> Figure:
-    """The two vector fields and their difference, and the effects over levels."""
     drawn, (*fields, effects) = panels(17, 4.8, 4, width_ratios=(1, 1, 1, 1.25))
     count = tables["effects"][0]["count"]
     vector_field(tables["field"], ORIGINAL, fields[0]).set_title(ORIGINAL, fontsize="medium")

@@ -46,11 +46,9 @@ class Result:
 
     @property
     def encoded(self) -> str:
-        """The picture as text for a data URL."""
         return base64.b64encode(self.picture.read_bytes()).decode()
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Yields the paragraphs of the part, each with its title."""
         yield "Result", self.finding.ours
         yield "The post", f"{self.part.post} The result {_AGREES}: {self.finding.agrees}."
         yield "Interpretation", self.finding.follows
@@ -71,8 +69,6 @@ class Contents:
     results: Mapping[tuple[str, str], Result]  # results by policy and part
     left_out: Sequence[str]  # parts on disk that were measured otherwise, and the difference
 
-    limits = staticmethod(limits)
-
     @cached_property
     def sections(self) -> list[list[Result]]:
         """The main policy's parts in the order of the report, each followed by the same part on other policies."""
@@ -82,29 +78,17 @@ class Contents:
 
     @property
     def measured(self) -> Measured:
-        """The tables of every part by policy."""
         return {
             subject: {name: result.tables for (policy, name), result in self.results.items() if policy == subject}
             for subject in self.known
         }
 
     @property
-    def introduction(self) -> str:
-        return introduction(self.measured)
-
-    @property
     def summary(self) -> Table:
-        """One line per part of the main policy, beside the post's result."""
         return [{"part": main.part.name, **main.row(**{"the post": main.part.post})} for main, *_ in self.sections]
 
     @property
-    def policies(self) -> tuple[Sequence[Row], list[tuple[str, str]]]:
-        """The comparison between policies, and their descriptions."""
-        return compared(self.measured), list(described(self.measured))
-
-    @property
     def every_policy(self) -> Table:
-        """One line per policy for the parts that several policies have."""
         shared = [each for section in self.sections if len(section) > 1 for each in section]
         return [{"part": each.part.name, "policy": each.subject, **each.row()} for each in shared]
 
@@ -112,9 +96,6 @@ class Contents:
     def differences(self) -> Table:
         """The headline figures of every policy, and the differences from the main policy's figures."""
         return differences(self.measured)
-
-    def side_by_side(self) -> tuple[str, Sequence[Row]]:
-        return side_by_side(self.differences)
 
     def facts(self, subject: str) -> str:
         """The facts that decide the numbers of a policy, in words."""
@@ -171,8 +152,14 @@ def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Ma
     (folder / "differences.csv").unlink(missing_ok=True)
     if contents.differences:
         replace_table(folder / "differences.csv", contents.differences)
+    texts = {
+        "introduction": introduction(contents.measured),
+        "policies": (compared(contents.measured), list(described(contents.measured))),
+        "limits": limits(),
+        "differences": side_by_side(contents.differences) if contents.differences else None,
+    }
     for name in ("report.md", "report.html"):
-        replace_text(folder / name, _templates().get_template(f"{name}.jinja").render(contents=contents))
+        replace_text(folder / name, _templates().get_template(f"{name}.jinja").render(contents=contents, **texts))
     return folder / name
 
 

@@ -133,7 +133,6 @@ def _measured(part: Part, study: Study, known: Mapping[str, Any], folder: Path) 
 
 
 def _known(study: Study) -> dict[str, Any]:
-    """Everything that decides the numbers of a part."""
     return {
         "weights": study.weights["sha256"],
         "weights_name": study.weights["name"],
@@ -145,6 +144,5 @@ def _known(study: Study) -> dict[str, Any]:
 
 
 def _command(settings: RunSettings) -> str:
-    """The command that measures every part with these settings."""
     weights = f" --weights {settings.weights.name}" if settings.weights else ""
     return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}"
