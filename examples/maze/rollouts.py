@@ -1,4 +1,4 @@
-"""Rollouts kept on disk, so that an interrupted run goes on where it stopped."""
+"""Rollouts kept on disk, so that an interrupted run can continue."""
 
 from __future__ import annotations
 

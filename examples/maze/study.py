@@ -1,12 +1,12 @@
 """Why does a mouse trained with the cheese in the top right corner go to the corner when the cheese is elsewhere?
 
-Every measurement of the post that asked this, in parts, on real procgen and a real trained policy:
+The study repeats every measurement in the post that asked this, on real procgen and a trained policy, in parts:
 
   pair            which channels respond to the one wall that decides the first step to the cheese
   search          which hook points encode the path
   ranking         the channels that differ most in the post's pair, and their labels
   sums            a channel's sum as a predictor of the path, in distribution and out of it
-  decision        on squares at which the paths to cheese and corner part: the channel, and the mouse's choice
+  decision        on squares at which the paths to cheese and corner separate: the channel and the mouse's choice
   ablation        exact effects of ablating channels on reaching the cheese, with all other channels as controls
   distance        the choice against the distance of the cheese from the corner
   top16           sixteen channels zeroed: the vector field
@@ -25,9 +25,9 @@ and one that runs only if --only names it:
 
   sweep           every channel of every convolution zeroed in turn: exact effects
 
-Channels are chosen by fixed rules on mazes that nothing else is measured on. The parts go to a folder under --out with
-a report (report.html and report.md), their tables as CSV and their figures as PNG. Interrupt it at any time; the same
-command continues from there. The report ends with the seconds of each part.
+Channels are chosen by fixed rules on mazes with no other use. A folder under --out contains the report (report.html
+and report.md), the tables as CSV and the figures as PNG. After an interruption, the same command continues. The report
+ends with the seconds of each part.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def finding(tables: Tables) -> Finding:
         f"{KNOWS:g} on squares with a choice. By the post's pair: {labels}.",
         "yes" if read == len(top) else "in part" if read >= len(top) / 2 else "no",
         f"The differences have rank correlation {shown(pair, 'spearman', '.2f')} with these AUCs for one pair and "
-        f"{shown(five, 'spearman', '.2f')} for five (n={pair['channels']} channels). Of the {len(rest)} live channels "
-        f"that the pair ranks lower, {sum(map(_is_read, rest))} stand for a direction by the same rule.",
+        f"{shown(five, 'spearman', '.2f')} for five (n={pair['channels']} channels). By the same rule, "
+        f"{sum(map(_is_read, rest))} of the {len(rest)} live channels that the pair ranks lower stand for a direction.",
     )
 
 

@@ -54,7 +54,7 @@ def test_a_fault_of_ours_keeps_its_traceback(error):
 
 def test_ctrl_c_ends_with_one_line_and_status_130(capsys):
     assert exit_status(lambda: os.kill(os.getpid(), signal.SIGINT)) == 130
-    assert capsys.readouterr().err == "\nInterrupted. The same command goes on from what is on disk.\n"
+    assert capsys.readouterr().err == "\nInterrupted. The same command continues from the results on disk.\n"
 
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda script: script.stem)

@@ -63,7 +63,7 @@ def test_an_interrupted_evaluation_says_so_and_goes_on_where_it_stopped(finished
     process.send_signal(signal.SIGINT)
     complaint = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert "The same command goes on from what is on disk" in complaint
+    assert "The same command continues from the results on disk" in complaint
     assert "Traceback" not in complaint
     resumed = command(*SMALL, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
