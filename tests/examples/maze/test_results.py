@@ -101,12 +101,9 @@ def test_a_folder_is_locked_until_the_block_ends_with_an_error_too(tmp_path):
 
 
 def test_the_lock_of_a_dead_process_does_not_count(tmp_path):
-    script = (
-        f"from maze.results import locked, Path; locked(Path({str(tmp_path)!r})).__enter__(); import os; os._exit(1)"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(EXAMPLES)}).returncode == 1
-    )
+    script = f"import os, maze.results as r; r.locked(r.Path({str(tmp_path)!r})).__enter__(); os._exit(3)"
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment).returncode == 3
     with locked(tmp_path):
         pass
 
@@ -125,7 +122,7 @@ def test_of_many_runs_one_works_at_a_time(tmp_path):
     inside = []
     with ThreadPoolExecutor(8) as pool:
         for _ in range(30):
-            assert any(pool.map(attempt, range(8)))
+            assert any(list(pool.map(attempt, range(8))))  # all of them, before the next round
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", lambda data: b"\xff" * len(data),
