@@ -16,6 +16,7 @@ from maze.analysis.exact import Chains, cheese_and_corner, decisions, greedy, ne
 from maze.analysis.tables import action_tables
 from maze.levels import draw_levels, observe, policy_input
 from maze.policy.network import load_policy
+from maze.results import LOCK
 from maze.training.evaluation import MEASURES, Score, markdown, measure, rate_interval, scores
 
 SCRIPT = Path(evaluate.__file__)
@@ -71,8 +72,8 @@ def test_an_interrupted_evaluation_says_so_and_goes_on_where_it_stopped(finished
     assert (only(tmp_path / "results") / "levels.csv").read_bytes() == (only(finished) / "levels.csv").read_bytes()
 
 
-def test_an_evaluation_leaves_its_five_files_and_nothing_else(finished):
-    assert sorted(file.name for file in only(finished).iterdir()) == FILES
+def test_an_evaluation_leaves_its_five_files_a_lock_and_nothing_else(finished):
+    assert sorted(file.name for file in only(finished).iterdir()) == sorted([*FILES, LOCK])
 
 
 def test_a_finished_evaluation_is_not_done_again(finished):
