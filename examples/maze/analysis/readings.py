@@ -83,9 +83,7 @@ def area(sums: NDArray[np.float64], labels: NDArray[np.bool_]) -> Interval | Non
     return None if min(labels.sum(), (~labels).sum()) < 2 else auc(sums, labels)
 
 
-def readout(
-    selection: Selection, direction: Direction, sums: NDArray[np.float64], labels: NDArray[np.bool_], *, seed: int
-) -> Row:
+def readout(selection: Selection, direction: Direction, sums: NDArray[np.float64], labels: NDArray[np.bool_]) -> Row:
     """The AUCs of a logistic probe of all live channels and of the direction's channel, and their paired difference.
 
     The probe is fitted on the selection mazes in which the direction is legal, and scored on other mazes: sums (level,
@@ -95,7 +93,7 @@ def readout(
     probe = LogisticProbe.fit(selection.sums[rows][:, live], selection.first[rows] == direction)
     shares, one = probe.predict(sums[:, live]), sums[:, channel]
     known = area(one, labels) is not None
-    more = auc_difference_interval(shares, one, labels, resamples=RESAMPLES, seed=seed) if known else None
+    more = auc_difference_interval(shares, one, labels) if known else None
     return {
         "channel": channel,
         "live": len(live),
