@@ -50,6 +50,10 @@ def test_coefficients_have_intervals_over_the_inputs_of_the_fit() -> None:
     interval = probe.coefficient_interval(SUMS, LABELS, resamples=99)
     np.testing.assert_allclose(interval.estimate, probe.coefficients)
     assert interval.low[0] > 0 and interval.low[2] < 0 < interval.high[2]
+    few = LogisticProbe.fit(SUMS, np.arange(len(SUMS)) < 5).coefficient_interval(
+        SUMS, np.arange(len(SUMS)) < 5, resamples=9
+    )
+    assert np.isnan(few.low).all() and set(few.note) == {"5 independent inputs with one label, fewer than 6"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from chanpatch.statistics import (
     auc,
     auc_difference_interval,
     aucs,
-    bootstrap_interval,
+    mean_interval,
     rank_correlation,
     share_interval,
     stratified_difference_interval,
@@ -30,7 +30,7 @@ def test_the_areas_of_all_channels_are_those_of_auc_one_by_one() -> None:
 def test_the_difference_of_two_areas_is_paired_over_the_same_inputs() -> None:
     first = LABELS + RANDOM.normal(size=60)
     second = first + 0.1 * RANDOM.normal(size=60)
-    interval = auc_difference_interval(first, second, LABELS, resamples=199)
+    interval = auc_difference_interval(first, second, LABELS)
     assert interval.estimate == pytest.approx(auc(first, LABELS).estimate - auc(second, LABELS).estimate)
     apart = auc(first, LABELS).high - auc(first, LABELS).low
     assert interval.low < interval.estimate < interval.high and interval.high - interval.low < apart / 2
@@ -97,19 +97,44 @@ def test_a_stratified_difference_of_other_things_than_booleans_is_refused() -> N
     assert str(error.value) == ("success and first must have one boolean, and strata one label, per input.")
 
 
-def test_a_share_is_the_ratio_of_the_means_with_a_bootstrap_interval_for_every_channel() -> None:
-    total = RANDOM.normal(3, 1, size=(50, 2))
-    part = total * [0.2, 0.9] + RANDOM.normal(0, 0.1, size=(50, 2))
-    interval = share_interval(part, total, resamples=199, seed=1)
-    np.testing.assert_allclose(interval.estimate, part.mean(axis=0) / total.mean(axis=0))
-    by_hand = bootstrap_interval(
-        np.stack([part, total], axis=1), lambda rows: rows[:, 0].sum(0) / rows[:, 1].sum(0), resamples=199, seed=1
-    )
-    np.testing.assert_allclose([interval.low, interval.high], [by_hand.low, by_hand.high])
+def test_a_share_interval_contains_the_ratios_for_which_the_mean_interval_contains_0() -> None:
+    total = RANDOM.normal(3, 1, size=(60, 2))
+    part = total * [0.2, 0.9] + RANDOM.normal(0, 0.1, size=(60, 2))
+    for clusters in (None, np.arange(60) // 3):
+        interval = share_interval(part, total, clusters=clusters)
+        np.testing.assert_allclose(interval.estimate, part.mean(axis=0) / total.mean(axis=0))
+        at_low, at_high = (
+            mean_interval(part - limit * total, clusters=clusters) for limit in (interval.low, interval.high)
+        )
+        np.testing.assert_allclose([at_low.low, at_high.high], 0, atol=1e-9)
+
+
+def test_a_share_without_an_interval_has_the_reason() -> None:
+    total = np.arange(1.0, 13)
+    notes = {
+        "the interval for the total contains 0": (total, total - 6),
+        "5 independent rows, fewer than 6": (total[:5], total[:5]),
+        "too few rows deviate from the overall fraction": (total / 3, total),
+    }
+    for note, (part, whole) in notes.items():
+        interval = share_interval(part, whole)
+        assert interval.note == note and np.isnan([interval.low, interval.high]).all()
+
+
+def test_an_interval_over_few_inputs_with_one_label_or_outcome_is_marked_or_withheld() -> None:
+    scores, strata = RANDOM.normal(size=(2, 60)), np.zeros(60)
+    for rare, note in ((5, "5 independent inputs with one {}, fewer than 6"), (6, "few"), (10, "")):
+        labels = np.arange(60) % 6 < 1 if rare == 10 else np.arange(60) < rare
+        difference = auc_difference_interval(*scores, labels)
+        assert difference.note == note.format("label") and np.isnan(difference.low) == (rare == 5)
+        rates = stratified_difference_interval(labels, np.arange(60) % 2, strata, resamples=99)
+        assert rates.note == note.format("outcome") and np.isnan(rates.low) == (rare == 5)
+    equal = auc_difference_interval(scores[0], scores[0], labels)
+    assert equal.note == "both scores rank most of the inputs equally" and np.isnan(equal.low)
 
 
 def test_a_share_of_nothing_is_not_a_number_and_one_of_other_inputs_is_refused() -> None:
-    assert np.isnan(share_interval([1.0, 2.0], [1.0, -1.0], resamples=9).estimate)
+    assert np.isnan(share_interval([1.0, 2.0], [1.0, -1.0]).estimate)
     with pytest.raises(StatisticsError) as error:
         share_interval([1.0], [1.0, 2.0])
     assert str(error.value) == "part and total must have the same shape; got (1,) and (2,)."

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from simulations import PAGE, PARTS, Rate, rate_of
+from rates import Rate, rate_of
+from simulations import PAGE, PARTS
 
 PROMISED = {
     f"{part}: {case.row}, {case.column}": (part, case)

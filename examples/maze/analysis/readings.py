@@ -21,8 +21,6 @@ from maze.analysis.selection import Selection
 from maze.paths import Direction, first_steps
 from maze.states import Mazes, read_mazes
 
-RESAMPLES = 999
-
 
 @dataclass(frozen=True, eq=False)
 class Readings:
@@ -67,7 +65,7 @@ def area(sums: Values, labels: Flags) -> Interval | None:
     return None if min(labels.sum(), (~labels).sum()) < 2 else auc(sums, labels)
 
 
-def readout(selection: Selection, direction: Direction, sums: Values, labels: Flags, *, seed: int) -> Row:
+def readout(selection: Selection, direction: Direction, sums: Values, labels: Flags) -> Row:
     """The AUCs of a logistic probe of all live channels and of the direction's channel, and their paired difference.
 
     The probe is fitted on the selection mazes in which the direction is legal, and scored on other mazes: sums (level,
@@ -77,6 +75,6 @@ def readout(selection: Selection, direction: Direction, sums: Values, labels: Fl
     probe = LogisticProbe.fit(selection.sums[rows][:, live], selection.first[rows] == direction)
     all_live, one = probe.predict(sums[:, live]), sums[:, channel]
     known = area(one, labels) is not None
-    more = auc_difference_interval(all_live, one, labels, resamples=RESAMPLES, seed=seed) if known else None
+    more = auc_difference_interval(all_live, one, labels) if known else None
     row = {"channel": channel, "live": len(live), "n_fit": int(rows.sum()), "n": len(labels)}
     return row | intervals(linear=area(all_live, labels), one=area(one, labels), more=more)

@@ -52,7 +52,7 @@ def measure(study: Study) -> dict[str, Table]:
         near, far = (np.einsum("lkij,lij->lk", maps, each) for each in (within[mouse[1:]], elsewhere))
         parts = np.stack([near, far, near - far], axis=-1)[:, active]
         whole = np.repeat(total[:, active, None], len(SHARES), axis=-1)
-        found = share_interval(parts, whole, seed=study.seed_for("spatial bootstrap"), resamples=1999)
+        found = share_interval(parts, whole)
         channels = np.array(live)[active].tolist()
         rows += _rows(found, channels, study.selection.best, distance, len(levels))
     strongest = int(total[:, live.index(study.channel(Direction.UP))].argmax())

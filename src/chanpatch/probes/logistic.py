@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from ..errors import ProbeError
 from ..results import Records
 from ..statistics.interval import Booleans, Floats, Interval, finite, interval_columns, two_groups
+from ..statistics.means import limited
 from ..statistics.proportions import paired_counts, paired_difference_interval, wilson_interval
 from ..statistics.ranking import auc
 from ..statistics.resampling import bootstrap_interval
@@ -135,13 +136,16 @@ class LogisticProbe:
     ) -> Interval[Floats]:
         """Return the coefficients with 95% bootstrap intervals, `(channel,)`.
 
-        Pass the training inputs and the penalty of the fit. All resamples use the scaling of the fit.
+        Pass the training inputs and the penalty of the fit. All resamples use the scaling of the fit. The intervals do
+        not correct for the penalty, which shrinks large coefficients. With six to nine inputs of either label, the
+        notes are `"few"`; with fewer, the intervals are withheld.
         """
         array, positive = _checked(sums, labels)
         sample = np.column_stack([self._scaled(array), positive])
-        return bootstrap_interval(
+        interval = bootstrap_interval(
             sample, lambda rows: _fitted(rows[:, :-1], rows[:, -1] > 0, penalty)[1:], resamples=resamples, seed=seed
         )
+        return limited(interval, min(int(positive.sum()), int((~positive).sum())), "inputs with one label")
 
     def _scaled(self, array: Floats) -> Floats:
         if array.shape[1] != len(self.mean):

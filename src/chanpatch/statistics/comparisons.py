@@ -1,4 +1,4 @@
-"""Bootstrap comparisons of channels and groups: AUCs, rank correlations, success rates, fractions of an effect."""
+"""Comparisons of channels and groups: AUCs, rank correlations, success rates, fractions of an effect."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import StatisticsError
-from .interval import Floats, Interval, booleans, finite, two_groups
-from .ranking import areas
+from .interval import Floats, Interval, booleans, finite, too_few, two_groups
+from .means import clustered, limited, mean, mean_interval, mean_limits, noted, snapped, withheld
+from .ranking import areas, placement_margin, placements, separated
 from .resampling import bootstrap_interval
+
+_CONFIDENCE = 0.95
+_BISECTIONS = 40
+_ROUNDING = 1e-12  # relative to a part, such as a part that is exactly half of the total in every row
 
 
 def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
@@ -35,17 +40,19 @@ def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
     return found
 
 
-def auc_difference_interval(
-    first: ArrayLike, second: ArrayLike, labels: ArrayLike, *, resamples: int = 9999, seed: int = 0
-) -> Interval:
+def auc_difference_interval(first: ArrayLike, second: ArrayLike, labels: ArrayLike) -> Interval:
     """Return the difference in AUC between two scores on the same inputs, first minus second, and its 95% interval.
+
+    With six to nine inputs of either label, its note is `"few"`. The interval is withheld if there are fewer or if
+    both scores rank most of the inputs equally.
 
     Args:
         first: One finite score per input, such as the output of a probe.
         second: One finite score per input to compare with, such as a channel's sum.
         labels: One boolean (or 0 or 1) per input, with at least two of each.
-        resamples: Number of resamples.
-        seed: Random seed.
+
+    Returns:
+        Difference and interval within -1 and 1.
 
     Raises:
         StatisticsError: If lengths differ, a score is not finite, or a label occurs fewer than twice.
@@ -53,20 +60,26 @@ def auc_difference_interval(
     Example:
         >>> labels = np.arange(200) % 2 == 0
         >>> noise = np.random.default_rng(0).normal(size=(2, 200))
-        >>> gain = auc_difference_interval(2 * labels + noise[0], noise[1], labels, resamples=199)
+        >>> gain = auc_difference_interval(2 * labels + noise[0], noise[1], labels)
         >>> gain.low > 0
         True
+
+    References:
+        DeLong, DeLong and Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating
+        characteristic curves: a nonparametric approach" (1988).
     """
     scores = [finite(name, each, ("input",)) for name, each in (("first", first), ("second", second))]
     if len(scores[0]) != len(scores[1]):
         raise StatisticsError(f"first and second must have equal lengths; got {len(scores[0])} and {len(scores[1])}.")
-    sample = np.column_stack([two_groups(labels, len(scores[0]), fewest=2), *scores])
-
-    def difference(rows: Floats) -> float:
-        one, other = areas(rows[:, 1:], rows[None, :, 0] > 0)[0]
-        return float(one - other)
-
-    return bootstrap_interval(sample, difference, resamples=resamples, seed=seed)
+    label = two_groups(labels, len(scores[0]), fewest=2)
+    one, other = (placements(score, label) for score in scores)
+    positive, negative = one[0] - other[0], one[1] - other[1]
+    note = too_few(min(positive.size, negative.size), "inputs with one label")
+    if note in ("", "few") and separated(positive, negative):
+        note = "both scores rank most of the inputs equally"
+    estimate, margin = positive.mean(), placement_margin(positive, negative, _CONFIDENCE)
+    low, high = np.clip([estimate - margin, estimate + margin], -1.0, 1.0)
+    return noted(estimate, low, high, _CONFIDENCE, np.asarray(note, dtype="<U100"))
 
 
 def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | None = None) -> float:
@@ -108,7 +121,8 @@ def stratified_difference_interval(
     """Return the difference in success rate between two groups within strata, and its 95% bootstrap interval.
 
     Use this to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata with only
-    one group are left out; the others have Mantel-Haenszel weights.
+    one group are left out; the others have Mantel-Haenszel weights. With six to nine successes or failures in these
+    strata, the note is `"few"`; with fewer, the interval is withheld.
 
     Args:
         success: One boolean (or 0 or 1) per input.
@@ -143,21 +157,23 @@ def stratified_difference_interval(
         weight = n.prod(axis=0) / np.maximum(n.sum(axis=0), 1)
         return float((rate[1] - rate[0]) @ weight / weight.sum()) if weight.any() else np.nan
 
-    return bootstrap_interval(np.column_stack([one, other, stratum]), difference, resamples=resamples, seed=seed)
+    interval = bootstrap_interval(np.column_stack([one, other, stratum]), difference, resamples=resamples, seed=seed)
+    sizes = np.array([np.bincount(stratum[group], minlength=count) for group in (other, ~other)])
+    shared = one[sizes.all(axis=0)[stratum]]
+    return limited(interval, min(int(shared.sum()), int((~shared).sum())), "inputs with one outcome")
 
 
-def share_interval(  # noqa: D417
-    part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = 9999, seed: int = 0
-) -> Interval[Any]:
-    """Return the fraction of a total effect that a part accounts for, and its 95% bootstrap interval.
+def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | None = None) -> Interval[Any]:
+    """Return the fraction of a total effect that a part accounts for, and its 95% interval.
 
     The fraction is a ratio of means over the same inputs, such as the effect of patching some channels divided by the
-    effect of patching all channels. It may lie below 0 or above 1.
+    effect of patching all channels. It may lie below 0 or above 1. The interval contains the ratios r for which
+    `mean_interval` for `part - r * total` contains 0. It is withheld if the interval for the total contains 0.
 
     Args:
         part: `(input, ...)`: effect of the part on each input, such as a change in log odds.
         total: `(input, ...)`: total effect on the same inputs.
-        clusters, resamples, seed: Same as for `bootstrap_interval`.
+        clusters: Same as for `mean_interval`.
 
     Returns:
         Floats if the samples have one axis, otherwise arrays with the other axes; NaN if the mean total is 0.
@@ -168,17 +184,33 @@ def share_interval(  # noqa: D417
     Example:
         >>> share_interval([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]).estimate
         0.5
+
+    References:
+        Fieller, "Some problems in interval estimation" (1954).
     """
-    parts, totals = finite("part", part), finite("total", total)
+    parts, cluster, _ = clustered("part", finite("part", part), clusters)
+    totals = finite("total", total)
     if parts.shape != totals.shape:
         raise StatisticsError(f"part and total must have the same shape; got {parts.shape} and {totals.shape}.")
-
-    def share(rows: Floats) -> Floats:
-        summed = rows.sum(axis=0)
-        return np.asarray(summed[..., 0] / np.where(summed[..., 1] == 0, np.nan, summed[..., 1]))
-
-    sample = np.stack([parts, totals], axis=-1)
-    return bootstrap_interval(sample, share, clusters=clusters, resamples=resamples, seed=seed)
+    whole = mean_interval(totals, clusters=clusters)
+    average = np.asarray(whole.estimate)
+    estimate = mean(parts) / np.where(average == 0, np.nan, average)
+    rest = snapped(parts - estimate * totals, np.abs(parts) + np.abs(estimate * totals), _ROUNDING)
+    scale, limits = rest.std(axis=0) / np.abs(average), []
+    for side in (-1.0, 1.0):
+        inside, outside = np.zeros(estimate.shape), np.ones(estimate.shape)  # ratios, mapped from (0, inf) to (0, 1)
+        for _ in range(_BISECTIONS):
+            middle = (inside + outside) / 2
+            ratio = estimate + side * scale * middle / (1 - middle)
+            low, high = mean_limits(parts - ratio * totals, cluster, _CONFIDENCE)
+            contained = (low <= 0) & (high >= 0)
+            inside, outside = np.where(contained, middle, inside), np.where(contained, outside, middle)
+        limits.append(ratio)
+    note = withheld(rest, cluster)
+    note = np.where(np.isin(note, ("", "few")), note, "too few rows deviate from the overall fraction")
+    note = np.where((whole.low <= 0) & (whole.high >= 0), "the interval for the total contains 0", note)
+    note = np.where(np.isnan(whole.low), whole.note, note)
+    return noted(estimate, limits[0], limits[1], _CONFIDENCE, note)
 
 
 def _numbered(labels: ArrayLike) -> Any:

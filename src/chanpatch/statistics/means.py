@@ -44,7 +44,14 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
         Hall, "On the removal of skewness by transformation" (1992), for the correction; Cameron and Miller, "A
         practitioner's guide to cluster-robust inference" (2015), section II, for clusters.
     """
-    rows, cluster, many = clustered("sample", sample, clusters)
+    rows, cluster, _ = clustered("sample", sample, clusters)
+    limits = mean_limits(rows, cluster, confidence)
+    return noted(mean(rows), limits[0], limits[1], confidence, withheld(rows, cluster))
+
+
+def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats, Floats]:
+    """Return the lower and upper limits for the mean, including limits that `mean_interval` withholds."""
+    many = int(cluster.max()) + 1
     estimate, t = mean(rows), quantile(confidence, many - 1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         # Relative to the mean, so that clusters of different sizes are weighted by their rows.
@@ -55,8 +62,7 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
             skewness = (influence**3).sum(axis=0) * many**0.5 / (influence**2).sum(axis=0) ** 1.5
             skewness *= math.sqrt(many * (many - 1)) / (many - 2)
             below, above = np.fmin(-t, _uncorrected(-t, skewness, many)), np.fmax(t, _uncorrected(t, skewness, many))
-        low, high = estimate - above * error, estimate - below * error
-    return noted(estimate, low, high, confidence, withheld(rows, cluster))
+        return estimate - above * error, estimate - below * error
 
 
 def mean(rows: Floats) -> Floats:
@@ -111,6 +117,14 @@ def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: 
     note = np.where(allowed & ~bounded, "the rows are too few or too equal in size to bound the mean", note)
     low, high = (np.where(allowed & bounded, each, np.nan) for each in (low, high))
     return Interval(estimate[()], low[()], high[()], confidence, note[()])
+
+
+def limited(interval: Interval[Any], independent: int, kind: str) -> Interval[Any]:
+    """Return an interval, marked `"few"` or withheld if it depends on few independent inputs of this kind."""
+    note = too_few(independent, kind)
+    notes = np.where(np.isin(interval.note, ("", "few")) & (note != ""), note, interval.note)
+    estimate, low, high = map(np.asarray, (interval.estimate, interval.low, interval.high))
+    return noted(estimate, low, high, interval.confidence, notes)
 
 
 def totals(rows: Floats, cluster: Rows) -> Floats:

@@ -45,26 +45,43 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
         (2008), for the logit scale.
     """
     import scipy.special
-    import scipy.stats
 
     score = finite("scores", scores, ("input",))
-    label = two_groups(labels, len(score), fewest=2)
+    positive, negative = placements(score, two_groups(labels, len(score), fewest=2))
+    area, fewest = float(positive.mean()), min(len(positive), len(negative))
+    note, margin = too_few(fewest, "inputs with one label"), placement_margin(positive, negative, confidence)
+    if fewest < FEWEST:
+        return Interval(area, math.nan, math.nan, confidence, note)
+    if separated(positive, negative):
+        # The groups are separated or tied, so the variance is unknown. Disjoint pairs are independent trials instead.
+        return replace(wilson(area, fewest, confidence), note=note)
+    ends = np.array([-margin, margin]) / (area * (1 - area))
+    low, high = scipy.special.expit(scipy.special.logit(area) + ends)
+    return Interval(area, float(low), float(high), confidence, note)
+
+
+def placements(score: Floats, label: Booleans) -> tuple[Floats, Floats]:
+    """Return each positive's fraction of negatives below it, and each negative's fraction of positives above it."""
+    import scipy.stats
+
     positive, negative = score[label], score[~label]
     rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
     # The fraction of the other group that an input beats: its rank among all inputs minus its rank in its own group.
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
     beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
-    area, fewest = float(beaten.mean()), min(positive.size, negative.size)
-    note, t = too_few(fewest, "inputs with one label"), quantile(confidence, fewest - 1)
-    if fewest < FEWEST:
-        return Interval(area, math.nan, math.nan, confidence, note)
-    if any(few_others((each != np.sort(each)[each.size // 2]).sum(), each.size) for each in (beaten, beaten_by)):
-        # The groups are separated or tied, so the variance is unknown. Disjoint pairs are independent trials instead.
-        return replace(wilson(area, fewest, confidence), note=note)
-    variance = beaten.var(ddof=1) / positive.size + beaten_by.var(ddof=1) / negative.size
-    margin = t * math.sqrt(variance) / (area * (1 - area))
-    low, high = scipy.special.expit(scipy.special.logit(area) + np.array([-margin, margin]))
-    return Interval(area, float(low), float(high), confidence, note)
+    return beaten, beaten_by
+
+
+def placement_margin(positive: Floats, negative: Floats, confidence: float) -> float:
+    """Return half the width of DeLong's interval for an AUC, or for a difference if the placements are differences."""
+    variance = positive.var(ddof=1) / positive.size + negative.var(ddof=1) / negative.size
+    return quantile(confidence, min(positive.size, negative.size) - 1) * math.sqrt(variance)
+
+
+def separated(positive: Floats, negative: Floats) -> bool:
+    """Return whether the placements of either group are mostly equal, so that their variance is unknown."""
+    groups = (positive, negative)
+    return any(few_others((each != np.sort(each)[each.size // 2]).sum(), each.size) for each in groups)
 
 
 def areas(scores: Floats, positive: Booleans) -> Floats:
