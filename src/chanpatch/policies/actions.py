@@ -119,7 +119,7 @@ def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) ->
 
 
 def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
-    """Cast actions that the policy returned to the dtype of the action space, and check the values."""
+    """Check actions that a policy returned, and cast them to the dtype of the action space."""
     with np.errstate(invalid="ignore"):  # NaN raises an error below
         found = actions.astype(space.dtype)
     is_box = isinstance(space, imported("gymnasium.spaces").Box)

@@ -117,7 +117,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
 
 
 def _masking(policy: Any) -> str:
-    """Return the class name of a module in or used by a policy that expects action masks, or an empty string."""
+    """Return the class name of the policy, or of a module that it uses, if that module expects action masks."""
     for module in (module for held in held_modules(policy) for module in held.modules()):
         own = getattr(module, "get_distribution", None)
         with suppress(TypeError, ValueError):  # some builtins have no signature

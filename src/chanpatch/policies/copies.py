@@ -112,7 +112,7 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
 
 
 def held_modules(policy: Any) -> list[nn.Module]:
-    """Return the policy if it is a module, and all modules that it uses except its own submodules."""
+    """Return the modules that a policy uses, including the policy itself but not its submodules."""
     return [item for item in used_by(policy) if isinstance(item, nn.Module)]
 
 
@@ -172,7 +172,7 @@ def _stored_in(item: Any) -> Iterable[Any]:
 
 
 def _parts_that_act(item: Any) -> Iterable[Any]:
-    """Return the objects that an object refers to and may use when it is called."""
+    """Return the objects that an object may use directly when called."""
     if isinstance(item, nn.Module):
         owns = [vars(module).items() for module in item.modules()]
         return [part for own in owns for name, part in own if name not in _TORCHS_OWN and name != STATE]
@@ -220,7 +220,7 @@ def _written_by(function: types.FunctionType) -> list[types.CellType | GlobalVar
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType, *operations: str) -> list[str]:
-    """Return the names that the given bytecode operations use in some code, including functions defined in it."""
+    """Return the names that the given bytecode operations use in a code object and in functions defined inside."""
     own = [each.argval for each in dis.get_instructions(code) if each.opname in operations]
     inside = [names_in(each, *operations) for each in code.co_consts if isinstance(each, types.CodeType)]
     return [*dict.fromkeys(itertools.chain(own, *inside))]

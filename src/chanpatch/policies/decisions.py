@@ -73,7 +73,7 @@ def check_outputs(outputs: Any) -> None:
 
 
 def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | None = None) -> Any:
-    """Return the output of a policy, or the distribution or decision of a Stable-Baselines3 policy."""
+    """Run a policy and return its output; for a Stable-Baselines3 policy, return a distribution or a Decision."""
     own = getattr(policy, "get_distribution", None)
     try:
         if callable(own):
@@ -92,7 +92,7 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
 
 
 def _output_of_sb3(policy: Any, observations: Any) -> Any:
-    """Return the distribution of a policy without `get_distribution`, or the actions before `predict` maps them."""
+    """Return the distribution of a policy without `get_distribution`, or actions that are not yet mapped to the Box."""
     actor = getattr(policy, "actor", policy)
     if not hasattr(actor, "get_action_dist_params"):
         return Decision(

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 InitialState: TypeAlias = Callable[[int], Any]
 BatchAxes: TypeAlias = Mapping[Path, int]
-Around: TypeAlias = Callable[[NDArray[np.int64]], AbstractContextManager[None]]
+Around: TypeAlias = Callable[[NDArray[np.int64]], AbstractContextManager[object]]
 
 _DTYPE_REJECTED = re.compile("dtype|scalar type|Input type|must have the type|not implemented for '")
 _CHANNELS_REJECTED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) channels")
@@ -62,9 +62,9 @@ def play(
     *,
     label: str | None = None,
     times: int = 1,
-    around: Around = lambda _: nullcontext(),
+    around: Around = nullcontext,
 ) -> list[Rollout]:
-    """Play all episodes `times` times with the same draws, and return one rollout per repetition.
+    """Play all episodes `times` times with the same random numbers, and return one rollout per repetition.
 
     `around` maps the repetition of each row, int64 `(row,)`, to a context for the forward pass. `label` is the policy's
     name.
@@ -88,7 +88,7 @@ def play(
 
 
 class _Log:
-    """Results and random generators, ordered by repetition and then episode. One repetition of an episode is a play."""
+    """Results and random generators by play (one repetition of an episode), ordered by repetition and then episode."""
 
     def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
@@ -191,7 +191,7 @@ class _Player:
         log.truncated[wave[self._running]] = True
 
     def _reset(self, wave: NDArray[np.int64]) -> None:
-        """Reset the environments, with one episode of the wave in each; in the last wave, some have none."""
+        """Reset the environments for a new wave. In the last wave, some sub-environments may have no episode."""
         self._wave, self._running = wave, np.arange(len(wave))  # sub-environments whose episode has not finished
         try:
             seeds = [self._log.seeds[number] for number in np.resize(wave, self._envs.num_envs)]
@@ -206,7 +206,7 @@ class _Player:
         self._log.checked.append((wave, self._seen()[self._running]))
 
     def _restart(self, over: NDArray[np.bool_]) -> None:
-        """Reset the sub-environments that have finished, unless the vector environment does so."""
+        """Reset finished sub-environments, unless the vector environment resets them itself."""
         if self._envs.metadata.get("autoreset_mode") is imported("gymnasium.vector").AutoresetMode.DISABLED:
             self._observations, infos = self._envs.reset(options={"reset_mask": over})
             if self._allowed is not None:
@@ -343,7 +343,7 @@ def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Return a tree that keeps only the given rows of each tensor."""
+    """Select the given rows of each tensor in a tree."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree

@@ -168,7 +168,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return ranked_interval(self._snapped(differences), clusters=self._original.seeds, seed=seed)
 
     def _snapped(self, differences: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Round differences that are zero up to rounding error to zero: `(episode, policy)`."""
+        """Set differences within rounding error of zero to zero: `(episode, policy)`."""
         return snapped(differences.T, self._original.returns[:, None], _ROUNDING)
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:

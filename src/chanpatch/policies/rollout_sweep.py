@@ -1,4 +1,4 @@
-"""Run a policy with many sets of patches in one vector environment, each set in rows of its own."""
+"""Roll out many sets of patches in one vector environment, each set in its own rows."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import operator
 import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -35,7 +36,7 @@ class Settings:
         self._plan()
 
     def begin(self, kind: object) -> None:
-        """Raise an error if a setting differs. In the first call of each kind, `end` does this instead."""
+        """Raise an error if a setting differs. In the first call of each kind, `end` checks instead."""
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind):
             self.check()
@@ -53,17 +54,15 @@ class Settings:
                 self._compare()
 
     def check(self) -> None:
-        """Raise an error if a setting differs, unless no call has run yet."""
+        """Raise an error if a setting differs and a call has already run."""
         if not any(self._known_calls.values()):
             return
-        try:
-            for own, other, sizes, values in self._planned:
-                if (len(own), len(other)) != sizes or values(own) != values(other):
-                    break
-            else:
+        with suppress(KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
+            if all(
+                (len(own), len(other)) == sizes and values(own) == values(other)
+                for own, other, sizes, values in self._planned
+            ):
                 return
-        except (KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
-            pass
         self._compare()
 
     def _compare(self) -> None:

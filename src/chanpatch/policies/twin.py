@@ -1,4 +1,4 @@
-"""A patched twin of a policy, which shares the policy's weights."""
+"""Create a patched twin of a policy, which shares the policy's weights."""
 
 from __future__ import annotations
 
