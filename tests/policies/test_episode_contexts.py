@@ -1,6 +1,7 @@
 """Edits and `where` functions in rollouts: the environments, seeds and infos they see, their draws, and their state."""
 
 import functools
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -189,6 +190,11 @@ def near_in_a_comprehension(envs):
     return lambda context: torch.tensor([[envs.envs[n].place > 0] for _ in "a" for n in context.rows.tolist()])
 
 
+def near_in_an_object(envs):
+    world = SimpleNamespace(envs=envs)
+    return lambda context: torch.tensor(world.envs.get_attr("place"))[context.rows].view(-1, 1) > 0
+
+
 def all_if_discrete(envs):
     return lambda context: (context.rows >= 0).view(-1, 1) & bool(envs.single_action_space.n == 2)
 
@@ -199,6 +205,7 @@ BY_ROWS = {
     "method": lambda envs: Near(envs).__call__,
     "list of environments": lambda envs: near_members(envs.envs),
     "rows in a comprehension": near_in_a_comprehension,
+    "environments in an object": near_in_an_object,
     "spaces": all_if_discrete,
     "list of bare environments": lambda envs: near_members([each.unwrapped for each in envs.envs]),
 }
