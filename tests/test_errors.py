@@ -485,7 +485,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnreachedError,
         call_twin_the_other_way,
         "The patch at 'left' never ran in __call__(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or it was compiled. If it does not have to run there, set "
+        "called directly (bypassing hooks), or it was compiled. If this patch does not have to run there, set "
         "allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
@@ -602,29 +602,29 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an adapter that was merged on one side": (
         errors.UnsupportedModelError,
         call_twin_of_merged,
-        "'merged' is True in the policy but False in its twin, which shares its weights but not its settings. If the "
-        "weights changed too, as when merging an adapter, create a new twin: PatchedPolicy(policy, patches). If not, "
-        "set it on both.",
+        "'merged' is True in the policy but False in its twin. The two share weights but not settings. If the weights "
+        "changed too, as when merging an adapter, create a new twin: PatchedPolicy(policy, patches). Otherwise, set "
+        "the attribute on both.",
     ),
     "a module that merges in train": (
         errors.UnsupportedModelError,
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
-        "The policy (Merging) changes its parameters in train(). A twin shares its parameters but not its flags, so "
-        "one of the two would be wrong. Make the change permanent before creating a twin, or use patched().",
+        "The policy (Merging) changes its parameters in train(). A twin shares the policy's parameters but not its "
+        "flags, so one of the two would be wrong. Make the change permanent before creating a twin, or use patched().",
     ),
     "no policy": (
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
-        "NoForward has no forward(). Pass rollout() or action_distribution() a function that returns its logits or "
-        "distribution, such as lambda observations: agent.actor(observations). Pass rollout_sweep() a module whose "
-        "forward() does that.",
+        "NoForward has no forward(). Pass rollout() or action_distribution() a function that returns the policy's "
+        "logits or distribution, such as lambda observations: agent.actor(observations). For rollout_sweep(), pass a "
+        "module whose forward() returns the same.",
     ),
     "no distribution": (
         errors.DistributionError,
         lambda: action_distribution(lambda observations: {"q": observations}, torch.zeros(1)),
         "function returned a dict of 'q', which contains no action distribution. Expected logits (batch, action), a "
         "torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. Pass a function that "
-        "selects it.",
+        "selects one of these.",
     ),
 }
 

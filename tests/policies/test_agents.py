@@ -200,7 +200,7 @@ def test_a_twin_inside_a_plain_object_does_not_read_the_environments_by_episode(
             where=lambda context: len(envs.envs) > context.rows.view(-1, 1),
         ),
     )
-    with pytest.raises(RolloutError, match="reads the environments and context.rows"):
+    with pytest.raises(RolloutError, match="uses the environments and context.rows"):
         rollout(agent, envs, range(4), **SETTINGS)
 
 

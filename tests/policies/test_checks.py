@@ -55,7 +55,7 @@ SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
         (
             lambda: DummyVecEnv([lambda: gymnasium.make("CartPole-v1")]),
             "DummyVecEnv",
-            "Build one from the function that creates an environment: "
+            "Build a vector environment from a function that creates one environment: "
             "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
         ),
         (
@@ -67,7 +67,8 @@ SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
         (
             pettingzoo_env,
             "ParallelEnv",
-            f"It has several agents. Write a gymnasium.Env for one agent that also runs the others, and pass {SINGLE}",
+            "PettingZoo environments have several agents. Write a gymnasium.Env for one agent that also runs the "
+            f"others, and pass {SINGLE}",
         ),
         (
             gym_env,
@@ -116,8 +117,8 @@ class Sampled(gymnasium.Env):
 )
 def test_observations_that_are_not_numbers_are_refused(space, name):
     assert refusal(uniform, SyncVectorEnv([lambda: Sampled(space)] * 2)) == (
-        f"{name} space, which does not produce numeric arrays. Remove it with "
-        "gymnasium.wrappers.FilterObservation(environment, names), or encode it in a wrapper."
+        f"{name} space, which does not produce numeric arrays. Remove this part with "
+        "gymnasium.wrappers.FilterObservation(environment, names), or encode the values in a wrapper."
     )
 
 

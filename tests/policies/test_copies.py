@@ -88,9 +88,9 @@ def test_a_function_whose_calls_would_go_unpatched_without_an_unreached_patch_is
     with pytest.raises(UnsupportedModelError) as caught:
         PatchedPolicy(Again(), ON_A)
     assert str(caught.value) == (
-        "Again stores the function Again.__init__.<locals>.<lambda> (in an attribute or as a hook), which refers to "
-        "the policy itself or to a container in it. In a twin, it would still refer to the unpatched original. Make it "
-        "a method, or use patched()."
+        "Again stores the function Again.__init__.<locals>.<lambda> (in an attribute or as a hook) that refers to "
+        "the policy itself or to a container in the policy. In a twin, the reference would still lead to the unpatched "
+        "original. Use a method instead, or use patched()."
     )
 
 
@@ -123,7 +123,7 @@ def test_a_hook_that_fills_a_dict_of_the_policy_is_refused():
     policy = Reading()
     feats = policy.feats
     policy.a.register_forward_hook(lambda module, args, output: feats.__setitem__("a", output))
-    with pytest.raises(UnsupportedModelError, match="refers to the policy itself or to a container in it"):
+    with pytest.raises(UnsupportedModelError, match="refers to the policy itself or to a container in the policy"):
         PatchedPolicy(policy, ON_A)
 
 
@@ -236,7 +236,7 @@ def test_a_buffer_that_the_policy_itself_replaces_is_a_clear_error_of_the_next_c
     for _ in range(2):
         with pytest.raises(UnsupportedModelError, match="'h' was replaced in the policy or its twin") as caught:
             twin(x) if method == "__call__" else twin.reset()
-    assert "If a method of the policy replaces it, update it in place with copy_()" in str(caught.value)
+    assert "A method of the policy should update the tensor with copy_()" in str(caught.value)
 
 
 def test_a_buffer_that_the_forward_writes_into_is_shared(x):
@@ -258,9 +258,9 @@ def test_other_weights_by_functional_call_are_refused_by_name(x):
     with pytest.raises(UnsupportedModelError) as caught:
         torch.func.functional_call(PatchedPolicy(policy, ON_A), other, (x,))
     assert str(caught.value) == (
-        "'a.weight' was replaced in the policy or its twin after the twin was created, so they no longer share all "
-        "weights. Create a new twin: PatchedPolicy(policy, patches). If a method of the policy replaces it, update it "
-        "in place with copy_(), or make it a plain attribute. With torch.func.functional_call, use the policy inside "
+        "'a.weight' was replaced in the policy or its twin after the twin was created, so the two no longer share all "
+        "weights. Create a new twin: PatchedPolicy(policy, patches). A method of the policy should update the tensor "
+        "with copy_(), or store it in a plain attribute. With torch.func.functional_call, use the policy inside "
         "patched()."
     )
 
@@ -322,9 +322,9 @@ def test_a_weak_reference_to_a_module_of_the_policy_is_refused(refer):
     with pytest.raises(UnsupportedModelError) as caught:
         PatchedPolicy(Weakly(refer), ON_A)
     assert str(caught.value) == (
-        "Weakly stores a weak reference (in an attribute or as a hook), which refers to the policy itself or to a "
-        "container in it. In a twin, it would still refer to the unpatched original. Make it a method, or use "
-        "patched()."
+        "Weakly stores a weak reference (in an attribute or as a hook) that refers to the policy itself or to a "
+        "container in the policy. In a twin, the reference would still lead to the unpatched original. Use a method "
+        "instead, or use patched()."
     )
 
 
@@ -374,5 +374,5 @@ def test_a_forward_that_was_replaced_by_a_function_that_holds_the_policy_is_refu
         return policy.a._old_forward(*args, **kwargs)  # type: ignore[operator]
 
     policy.a.forward = functools.update_wrapper(new_forward, before)  # type: ignore[method-assign]
-    with pytest.raises(UnsupportedModelError, match="Plain stores the function .*forward .*Make it a method"):
+    with pytest.raises(UnsupportedModelError, match="Plain stores the function .*forward .*Use a method instead"):
         PatchedPolicy(policy, ON_A)

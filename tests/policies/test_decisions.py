@@ -22,7 +22,7 @@ from chanpatch.policies import action_distribution, rollout_sweep
 
 BARE = (
     "{} returned a torch.float32 tensor of shape ({}, 2), which may contain logits, values or actions. Specify "
-    'outputs="logits", outputs="values" (selects the action with the highest value) or outputs="actions".'
+    'outputs="logits", outputs="values" (to select the action with the highest value) or outputs="actions".'
 )
 
 
@@ -250,7 +250,7 @@ def test_a_policy_that_takes_masks_is_not_played_without_them(allowing):
     with pytest.raises(RolloutError) as caught:
         rollout(Masked(), allowing, [0], max_steps=2)
     assert str(caught.value) == (
-        "Masked expects action_masks; without them it may choose actions that are not allowed. Pass "
+        "Masked expects action_masks. Without masks, the policy may choose actions that are not allowed. Pass "
         'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
     )
     rollout(Masked(), allowing, range(7), max_steps=9, masks=MASKS["infos"])
@@ -327,8 +327,8 @@ def test_nan_that_a_policy_returns_is_an_error_that_names_it(network, points, ca
     with pytest.raises(DistributionError) as caught:
         rollout(network, cart_poles, [0, 1], max_steps=2, outputs=outputs)
     assert str(caught.value) == (
-        "Sequential returned a torch.float32 tensor of shape (2, 2) with NaN, so there is no distribution over "
-        "actions. Find the first activation with NaN: recording(...)."
+        "Sequential returned a torch.float32 tensor of shape (2, 2) with NaN, so no action can be chosen. Use "
+        "recording(...) to find the first activation with NaN."
     )
 
 
@@ -338,8 +338,8 @@ def test_nan_of_a_distribution_that_is_not_validated_is_an_error(cart_poles):
         with pytest.raises(DistributionError) as caught:
             rollout(unchecked, cart_poles, [0, 1], max_steps=2, greedy=greedy)
         assert str(caught.value) == (
-            "The policy's Categorical contains NaN, so no action can be sampled. Find the first activation with NaN: "
-            "recording(...)."
+            "The policy's Categorical contains NaN, so no action can be sampled. Use recording(...) to find the "
+            "first activation with NaN."
         )
 
 
@@ -380,7 +380,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         returning(lambda rows: Categorical(logits=torch.zeros(rows, 4)), outputs="values"),
         DistributionError,
         "function returned Categorical, which contains a distribution, but outputs='values' only applies to tensors. "
-        "Omit outputs, or for several policies pass a dict that omits this one.",
+        "Omit outputs, or for several policies, pass a dict without this policy.",
     ),
     "logits that are whole numbers": (
         returning(lambda rows: torch.zeros(rows, 4, dtype=torch.int64), outputs="logits"),
@@ -405,23 +405,23 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         DistributionError,
         "function returned (Tensor, Tensor, Tensor), which contains no action distribution. Expected logits (batch, "
         "action), a torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. Pass a "
-        "function that selects it: lambda observations: policy(observations)[0].",
+        "function that selects one of these: lambda observations: policy(observations)[0].",
     ),
     "masks of other actions": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones((3, 5))),
         RolloutError,
-        "masks returned shape (2, 5) for the running episodes, but the policy's logits or values have shape (2, 4). "
-        "Return one bool per environment and action.",
+        "masks returned an array of shape (2, 5) for the running episodes, but the policy's logits or values have "
+        "shape (2, 4). Return one bool per environment and action.",
     ),
     "masks of fewer environments": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones(4)),
         RolloutError,
-        "masks returned shape (4,) for 3 environments. Return a row for each.",
+        "masks returned an array of shape (4,) for 3 environments. Return one row for each.",
     ),
     "masks that allow nothing": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.zeros((3, 4))),
         RolloutError,
-        "masks allows no action in at least one environment. Return True for allowed actions.",
+        "masks returned False for all actions in at least one environment. Return True for allowed actions.",
     ),
     "masks that are added to logits": (
         returning(
@@ -430,14 +430,14 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
             masks=lambda envs, infos: np.array([[0, -np.inf, 0, -np.inf]] * 3, np.float32),
         ),
         RolloutError,
-        "masks must return bools, or 0 and 1; got -inf (float32). 1 means that an action is allowed. If the numbers "
-        "are added to logits (0 or -inf), return: numbers == 0.",
+        "masks must return bools, or 1 for allowed and 0 for other actions; got -inf (float32). For an additive mask "
+        "(0 or -inf), return mask == 0.",
     ),
     "masks of whole numbers that are the allowed actions": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: [[0, 2, 1, 3]] * 3),
         RolloutError,
-        "masks must return bools, or 0 and 1; got 2 (int64). 1 means that an action is allowed. If the numbers are "
-        "added to logits (0 or -inf), return: numbers == 0.",
+        "masks must return bools, or 1 for allowed and 0 for other actions; got 2 (int64). For an additive mask (0 or "
+        "-inf), return mask == 0.",
     ),
     "masks of continuous actions": (
         returning(lambda rows: Normal(torch.zeros(rows, 4), 1.0), masks=lambda envs, infos: np.ones((3, 4))),
@@ -448,7 +448,8 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "masks of actions": (
         returning(torch.zeros, outputs="actions", masks=lambda envs, infos: np.ones((3, 4))),
         RolloutError,
-        'masks cannot be applied with outputs="actions". Return logits or values instead.',
+        "masks only apply to a Categorical, but function returned actions. Pass a function that returns logits or "
+        "values.",
     ),
     "a distribution of actions": (
         lambda envs: action_distribution(nn.Linear(3, 4), torch.zeros(2, 3), outputs="actions"),

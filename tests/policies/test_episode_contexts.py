@@ -1,6 +1,7 @@
 """Edits and `where` functions in rollouts: the environments, seeds and infos they see, their draws, and their state."""
 
 import functools
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -185,18 +186,34 @@ def near_members(members):
     return lambda context: torch.tensor([members[row % 5].place > 0 for row in context.rows.tolist()]).view(-1, 1)
 
 
+def near_in_a_comprehension(envs):
+    return lambda context: torch.tensor([[envs.envs[n].place > 0] for _ in "a" for n in context.rows.tolist()])
+
+
+def near_in_an_object(envs):
+    world = SimpleNamespace(envs=envs)
+    return lambda context: torch.tensor(world.envs.get_attr("place"))[context.rows].view(-1, 1) > 0
+
+
+def all_if_discrete(envs):
+    return lambda context: (context.rows >= 0).view(-1, 1) & bool(envs.single_action_space.n == 2)
+
+
 BY_ROWS = {
     "function": near,
     "object": Near,
     "method": lambda envs: Near(envs).__call__,
     "list of environments": lambda envs: near_members(envs.envs),
+    "rows in a comprehension": near_in_a_comprehension,
+    "environments in an object": near_in_an_object,
+    "spaces": all_if_discrete,
     "list of bare environments": lambda envs: near_members([each.unwrapped for each in envs.envs]),
 }
 
 
 @pytest.mark.parametrize("way", ["twin", "sweep"])
 @pytest.mark.parametrize("kind", BY_ROWS)
-def test_a_function_that_reads_the_environments_by_episode_is_refused(points, site, way, kind):
+def test_a_function_that_uses_the_environments_and_the_episodes_of_its_rows_is_refused(points, site, way, kind):
     envs = walks()
     patch = zero_ablate(site, where=BY_ROWS[kind](envs))
     with pytest.raises(RolloutError) as caught:
@@ -205,35 +222,10 @@ def test_a_function_that_reads_the_environments_by_episode_is_refused(points, si
         else:
             rollout(PatchedPolicy(points, patch), envs, SEEDS, max_steps=9)
     assert str(caught.value) == (
-        "A function in Patch(Site('1'), Set, where=...) reads the environments and context.rows, which contains "
+        "A function in Patch(Site('1'), Set, where=...) uses the environments and context.rows, which contains "
         "episode numbers. To index the environments, use context.environments, which contains the sub-environment of "
-        "each row. If the function does not index them, read them outside of it."
+        "each row. Read everything else, such as the spaces, before the rollout, outside of the function."
     )
-
-
-class Table:
-    """Selects the rows by a table of episodes, and holds environments of which only the spaces are read."""
-
-    def __init__(self, envs):
-        self.envs, self.table = envs, torch.arange(8) % 2 == 0
-
-    def __call__(self, context):
-        return (self.table[context.rows] & bool(self.envs.single_action_space.n == 2)).view(-1, 1)
-
-
-def by_table(envs):
-    table = torch.arange(8) % 2 == 0
-    return lambda context: (table[context.rows] & bool(envs.num_envs == 5 and envs.single_action_space.n == 2)).view(
-        -1, 1
-    )
-
-
-@pytest.mark.parametrize("kind", [Table, by_table])
-def test_a_function_may_read_the_number_and_the_spaces_of_the_environments_beside_rows(points, site, kind):
-    envs = walks()
-    swept = rollout_sweep(points, envs, SEEDS, {"even": zero_ablate(site, where=kind(envs))}, max_steps=9)
-    even = zero_ablate(site, where=lambda context: (context.rows % 2 == 0).view(-1, 1))
-    assert same(swept["even"], rollout(PatchedPolicy(points, even), envs, SEEDS, max_steps=9))
 
 
 # --- random draws ---

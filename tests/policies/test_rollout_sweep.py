@@ -457,7 +457,7 @@ def test_a_sweep_inside_an_open_context_on_the_policy_is_refused(policy, points)
             rollout_sweep(points, drifting(4), SEEDS, zero_ablate(points.site("layers.1")), max_steps=2)
         assert str(caught.value) == (
             "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
-            "Close the context. To apply its patches under every label, pass PatchedPolicy(policy, patches)."
+            "Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, patches)."
         )
 
 

@@ -617,7 +617,7 @@ def test_environments_that_take_only_one_seed_are_refused():
 
 def test_actions_that_do_not_fit_the_environments_are_refused():
     assert refused(RolloutError, policy=lambda x: Normal(torch.zeros(len(x), 3), 1.0)) == (
-        "The policy's distribution produces actions of shape (2, 3) for 2 rows, but Discrete(2) expects shape (2,)."
+        "The policy produces actions of shape (2, 3) for 2 rows, but Discrete(2) expects shape (2,)."
     )
 
 
@@ -651,13 +651,13 @@ def stateful(state):
         ),
         (
             lambda rows: [torch.zeros(8)] * rows,
-            "initial_state(2) contains 2 tensors and initial_state(3) contains 3. A state must contain the same "
-            "tensors for any number of rows, and at least one.",
+            "initial_state(2) contains 2 tensors and initial_state(3) contains 3. A state must contain at least "
+            "one tensor, and the same tensors for any number of rows.",
         ),
         (
             lambda rows: None,
-            "initial_state(2) contains 0 tensors and initial_state(3) contains 0. A state must contain the same "
-            "tensors for any number of rows, and at least one.",
+            "initial_state(2) contains 0 tensors and initial_state(3) contains 0. A state must contain at least "
+            "one tensor, and the same tensors for any number of rows.",
         ),
     ],
 )
@@ -670,8 +670,8 @@ def test_a_new_state_of_another_shape_is_refused():
     policy = stateful(lambda rows: (torch.zeros(rows, 1, 8), torch.zeros(1, rows, 8)))
     initial_state = lambda rows: (torch.zeros(1, rows, 8), torch.zeros(1, rows, 8))  # noqa: E731
     assert refused(RolloutError, policy=policy, initial_state=initial_state) == (
-        "state[0] has shape (1, 2, 8) when passed to the policy, but (2, 1, 8) in the state that it returns. Return a "
-        "state of the same shape."
+        "state[0] has shape (1, 2, 8) when passed to the policy, but (2, 1, 8) in the state that the policy returns. "
+        "Return a state of the same shape."
     )
 
 
@@ -679,8 +679,8 @@ def test_a_new_state_with_other_tensors_is_refused():
     policy = stateful(lambda rows: {"h": torch.zeros(rows, 8)})
     initial_state = lambda rows: {"h": torch.zeros(rows, 8), "c": torch.zeros(rows, 8)}  # noqa: E731
     assert refused(RolloutError, policy=policy, initial_state=initial_state) == (
-        'state["c"] has shape (2, 8) when passed to the policy, but none in the state that it returns. Return a '
-        "state of the same shape."
+        'state["c"] has shape (2, 8) when passed to the policy, but none in the state that the policy returns. '
+        "Return a state of the same shape."
     )
 
 
@@ -740,8 +740,8 @@ def test_a_state_that_the_policy_keeps_for_more_rows_than_still_run_gets_advice(
     message = refused(RolloutError, policy=Keeping(), max_steps=99, envs=cart_poles(3), outputs="logits")
     assert message == (
         "The policy failed when the number of running episodes fell from 3 to 2 (Input batch size 2 doesn't match "
-        "hidden0 batch size 3). If it stores a recurrent state with one row per environment, return the state and set "
-        "initial_state=, or use a single environment."
+        "hidden0 batch size 3). If the policy stores a recurrent state with one row per environment, return the "
+        "state and set initial_state=, or use a single environment."
     )
 
 

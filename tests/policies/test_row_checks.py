@@ -18,17 +18,17 @@ from chanpatch.policies import rollout_sweep
 
 SETTINGS = {"max_steps": 20, "outputs": "logits"}
 DRAWS = (
-    "The policy draws random numbers in its forward pass. In a sweep each label would get other numbers, so a patch "
-    "that changes nothing would have an effect. Compare a PatchedPolicy for each label with paired_rollouts."
+    "The policy draws random numbers in its forward pass. In a sweep, each label would get different numbers, so a "
+    "patch that changes nothing would have an effect. Use paired_rollouts with one PatchedPolicy per label instead."
 )
 MIXES = (
-    "The policy's output for a row depends on the other rows of the batch, as with batch statistics that the forward "
-    "pass computes or updates, so the rows of all labels would mix. Compare a PatchedPolicy for each label with "
-    "paired_rollouts."
+    "The policy's output for a row depends on the other rows in the batch, for example through batch statistics, so "
+    "the labels would affect each other. Use paired_rollouts with one PatchedPolicy per label instead."
 )
 PATCH_DRAWS = (
-    "A patch at 'net.1' draws random numbers from a generator. In a sweep each label would get other numbers, so equal "
-    "patches would differ. Draw with context.uniform(shape), which depends on the episode and the step."
+    "A patch at 'net.1' draws random numbers from a generator. In a sweep, each label would get different numbers, so "
+    "equal patches would have different effects. Draw with context.uniform(shape), which depends only on the episode "
+    "and the step."
 )
 
 

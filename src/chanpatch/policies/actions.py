@@ -1,4 +1,4 @@
-"""Sample actions from a policy's output; each draw depends only on its episode."""
+"""Sample actions from distributions. The random numbers depend only on the episode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
-    """Return one random generator per episode; episodes with the same seed get different generators."""
+    """Return one random generator per episode. Episodes with the same seed get different generators."""
     whole("sampling_seed", sampling_seed, error=RolloutError)
     keys = zip(seeds, repetitions(seeds), strict=True)
     sources = [np.random.SeedSequence(sampling_seed, spawn_key=key) for key in keys]
@@ -31,7 +31,7 @@ def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Gen
 
 
 def repetitions(seeds: Sequence[int]) -> list[int]:
-    """Return, for each seed, how many times it occurs earlier in the list."""
+    """For each seed, count the earlier occurrences of the same seed in the list."""
     times: Counter[int] = Counter()
     found = []
     for seed in seeds:
@@ -45,11 +45,11 @@ def chosen_actions(
 ) -> NDArray[Any]:
     """Return one action per row, in the format that the environments expect.
 
-    Actions are sampled from a distribution with each row's generator; without generators, the mode is used.
+    With one generator (stream) per row, actions are sampled; with None, they are the mode of the distribution.
     """
     choice, space = decision.choice, envs.single_action_space
     if isinstance(choice, Tensor):
-        return _given(_in_box(decision, choice.detach().cpu().numpy(), space), rows, space)
+        return _checked(_shaped(decision, choice.detach().cpu().numpy(), rows, space), space)
     distribution, squashed = _untransformed(choice)
     if distribution.batch_shape[:1] != (rows,):
         raise RolloutError(
@@ -58,8 +58,8 @@ def chosen_actions(
         )
     if (distribution.loc if isinstance(distribution, Normal) else distribution.probs).isnan().any():
         raise DistributionError(
-            f"The policy's {type(distribution).__name__} contains NaN, so no action can be sampled. Find the first "
-            "activation with NaN: recording(...)."
+            f"The policy's {type(distribution).__name__} contains NaN, so no action can be sampled. Use "
+            "recording(...) to find the first activation with NaN."
         )
     if streams is None:
         # torch's Bernoulli.mode is NaN at probability 0.5.
@@ -68,12 +68,17 @@ def chosen_actions(
     else:
         draws = np.stack([stream.random(distribution.batch_shape[1:]) for stream in streams])
         actions = _inverse_cdf(distribution, torch.from_numpy(draws)).numpy()
-    actions = _in_box(decision, np.tanh(actions) if squashed else actions, space)
-    return _fitting(actions, distribution, rows, space)
+    actions = _shaped(decision, np.tanh(actions) if squashed else actions, rows, space)
+    if wrong := _mismatch(actions, distribution, space):
+        raise RolloutError(
+            f"The policy's {type(distribution).__name__} {wrong}, but the environment expects {space}. Pass a "
+            "function that calls the policy and returns a distribution over these actions."
+        )
+    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # Discrete(2, start=1)
 
 
 def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli | Normal, bool]:
-    """Return the distribution to sample from, and whether the action is the tanh of the sample."""
+    """Return the distribution to sample from, and whether a tanh is applied to the sample."""
     squashed = False
     while isinstance(distribution, Independent) or _is_tanh(distribution):
         squashed |= _is_tanh(distribution)
@@ -88,7 +93,7 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
 
 
 def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
-    """Return the actions, or the parameters of the distribution that they are drawn from."""
+    """Return the actions, or the parameters of the distribution."""
     if isinstance(choice, Tensor):
         return [choice]
     distribution, _ = _untransformed(choice)
@@ -100,51 +105,34 @@ def _is_tanh(distribution: Distribution) -> bool:
     return [type(transform) for transform in transforms] == [TanhTransform]
 
 
-def _in_box(decision: Decision, actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
+def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) -> NDArray[Any]:
+    """Map actions to a Box if the policy requires this, and check the shape of the actions."""
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
-    if decision.fitted is None or not is_box or actions.size != len(actions) * space.low.size:  # type: ignore[attr-defined]
-        return actions
-    return decision.fitted(actions.reshape(-1, *space.low.shape), space)  # type: ignore[attr-defined]
+    if decision.to_box is not None and is_box and actions.size == len(actions) * space.low.size:
+        actions = decision.to_box(actions.reshape(-1, *space.low.shape), space)
+    if space.shape is None or actions.shape != (rows, *space.shape):
+        raise RolloutError(
+            f"The policy produces actions of shape {actions.shape} for {rows} rows, but {space} "
+            f"{'has no single array shape' if space.shape is None else f'expects shape {(rows, *space.shape)}'}."
+        )
+    return actions
 
 
-def _given(actions: NDArray[Any], rows: int, space: Space[Any]) -> NDArray[Any]:
-    """Cast actions that the policy chose itself to the dtype of the action space, and check that they are valid."""
-    _check_shape("The policy", actions, rows, space)
+def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
+    """Check actions that a policy returned, and cast them to the dtype of the action space."""
     with np.errstate(invalid="ignore"):  # NaN raises an error below
-        fitting = actions.astype(space.dtype)
+        found = actions.astype(space.dtype)
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
-    whole = actions.dtype.kind in "iub" and (fitting == actions).all()
-    if not (np.isfinite(actions).all() if is_box else whole and all(map(space.contains, fitting))):
+    is_integer = actions.dtype.kind in "iub" and (found == actions).all()
+    if not (np.isfinite(actions).all() if is_box else is_integer and all(map(space.contains, found))):
         raise RolloutError(
             f"The policy returned actions {actions.tolist()} ({actions.dtype}), but the environment expects {space}."
         )
-    return fitting
+    return found
 
 
-def _fitting(
-    actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, rows: int, space: Space[Any]
-) -> NDArray[Any]:
-    """Cast actions to the dtype of the action space, offset them by its start, and check that they are valid."""
-    _check_shape("The policy's distribution", actions, rows, space)
-    wrong = _wrong_actions(actions, distribution, space)
-    if wrong:
-        raise RolloutError(
-            f"The policy's {type(distribution).__name__} {wrong}, but the environment expects {space}. Pass a "
-            "function that calls the policy and returns a distribution over those actions."
-        )
-    return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # Discrete(2, start=1)
-
-
-def _check_shape(subject: str, actions: NDArray[Any], rows: int, space: Space[Any]) -> None:
-    if space.shape is None or actions.shape != (rows, *space.shape):
-        raise RolloutError(
-            f"{subject} produces actions of shape {actions.shape} for {rows} rows, but {space} "
-            f"{'has no single array shape' if space.shape is None else f'expects shape {(rows, *space.shape)}'}."
-        )
-
-
-def _wrong_actions(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
-    """Return why a distribution does not match a discrete space, or an empty string if it does."""
+def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
+    """Return why a distribution does not match a discrete space, or an empty string if the two match."""
     spaces = imported("gymnasium.spaces")
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return ""

@@ -1,30 +1,38 @@
-"""Reject policies and environments that rollouts do not support, and say how to adapt them."""
+"""Reject policies, patches and environments that rollouts do not support, and suggest how to adapt them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import io
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ..engine.state import depends_on_training
+from ..engine.state import CONTAINERS, Snapshot, depends_on_training, may_be_written, undisturbed
 from ..errors import MissingPackageError, RolloutError
+from ..patching.patch import Patch
 from ..registry.points import HookPoints, no_module
 from ..results import imported
-from .copies import STATE, held_modules
+from .actions import numbers_of
+from .copies import STATE, held_modules, names_in, parts_of_environments, used_by
+from .decisions import Decision
+from .results import Rollout
 from .stable_baselines import as_in_predict, is_sb3_policy
 
 _SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
-_ADVICE = {  # keyed by the library that the environments come from
-    "stable_baselines3": "Build one from the function that creates an environment: "
+_ADVICE = {  # by the library that the environments come from
+    "stable_baselines3": "Build a vector environment from a function that creates one environment: "
     "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
     "gym3": "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
     f"for that seed, and pass {_SINGLE}",
-    "pettingzoo": "It has several agents. Write a gymnasium.Env for one agent that also runs the others, and pass "
-    f"{_SINGLE}",
+    "pettingzoo": "PettingZoo environments have several agents. Write a gymnasium.Env for one agent that also runs the "
+    f"others, and pass {_SINGLE}",
     "gym": f"Convert an environment to gymnasium, for example with shimmy.GymV26CompatibilityV0, and pass {_SINGLE}",
 }
 
@@ -43,22 +51,22 @@ def check_envs(envs: Any) -> None:
         raise RolloutError(f"envs must be a gymnasium.vector.VectorEnv; got {type(envs).__name__}. {advice}")
     if getattr(envs, "single_observation_space", None) is None:
         raise RolloutError(
-            f"{type(envs).__name__} has no single_observation_space. Set its spaces in __init__, as described "
-            "in the documentation of gymnasium.vector.VectorEnv."
+            f"{type(envs).__name__} has no single_observation_space. Set the environment's spaces in __init__, as "
+            "described in the documentation of gymnasium.vector.VectorEnv."
         )
     _check_numbers(envs.single_observation_space)
 
 
 def _check_numbers(space: Any, name: str = "observations") -> None:
-    """Raise an error if a space, or part of it, does not produce numeric arrays in a vector environment."""
+    """Raise an error if a space, or a part of the space, does not produce numeric arrays in a vector environment."""
     spaces = imported("gymnasium.spaces")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
             _check_numbers(part, f"{name}[{key!r}]")
     elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
         raise RolloutError(
-            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove it with "
-            "gymnasium.wrappers.FilterObservation(environment, names), or encode it in a wrapper."
+            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove this part with "
+            "gymnasium.wrappers.FilterObservation(environment, names), or encode the values in a wrapper."
         )
 
 
@@ -72,7 +80,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
     """Return the function or module that a rollout calls.
 
     Raises:
-        RolloutError: If it is not callable, requires other arguments or masks, or expects other observations.
+        RolloutError: If the policy is not callable, requires masks or other arguments, or expects other observations.
     """
     if isinstance(policy, HookPoints):
         policy = method_of(policy.model, policy)
@@ -93,7 +101,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
     masking = name if "action_masks" in signature.parameters else _masking(policy)
     if masking and not masked:
         raise RolloutError(
-            f"{masking} expects action_masks; without them it may choose actions that are not allowed. Pass "
+            f"{masking} expects action_masks. Without masks, the policy may choose actions that are not allowed. Pass "
             'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
         )
     try:
@@ -109,7 +117,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
 
 
 def _masking(policy: Any) -> str:
-    """Return the class of a module that expects action masks, among those that a policy is or refers to, or ""."""
+    """Return the class name of the policy, or of a module that it uses, if that module expects action masks."""
     for module in (module for held in held_modules(policy) for module in held.modules()):
         own = getattr(module, "get_distribution", None)
         with suppress(TypeError, ValueError):  # some builtins have no signature
@@ -151,27 +159,153 @@ def check_modes(policies: Mapping[str, Any]) -> None:
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
+    """Compare modules by name. If all modes on one side differ from the other side, also compare modules in order."""
     with as_in_predict(one), as_in_predict(other):
-        _compare_modes(label, one, other_label, other)
-
-
-def _compare_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
-    ours, theirs = (
-        {name: each for name, each in side.named_modules() if depends_on_training(each)} for side in (one, other)
-    )
-    pairs = [(name, name) for name in ours if name in theirs]
-    if not {each.training for each in ours.values()} & {each.training for each in theirs.values()}:
-        pairs += zip(ours, theirs, strict=False)
-    for name, other_name in pairs:
-        flags = ours[name].training, theirs[other_name].training
-        if flags[0] != flags[1]:
-            modes = ["in training mode" if flag else "in eval mode" for flag in flags]
-            raise RolloutError(
-                f"{_module(name, ours)} is {modes[0]} in {label}, but {_module(other_name, theirs)} is {modes[1]} in "
-                f"{other_label}. The comparison would measure that difference: call eval() or train() on both."
-            )
+        ours, theirs = (
+            {name: each for name, each in side.named_modules() if depends_on_training(each)} for side in (one, other)
+        )
+        pairs = [(name, name) for name in ours if name in theirs]
+        if not {each.training for each in ours.values()} & {each.training for each in theirs.values()}:
+            pairs += zip(ours, theirs, strict=False)
+        for name, other_name in pairs:
+            flags = ours[name].training, theirs[other_name].training
+            if flags[0] != flags[1]:
+                modes = ["in training mode" if flag else "in eval mode" for flag in flags]
+                raise RolloutError(
+                    f"{_module(name, ours)} is {modes[0]} in {label}, but {_module(other_name, theirs)} is {modes[1]} "
+                    f"in {other_label}. The comparison would measure that difference: call eval() or train() on both."
+                )
 
 
 def _module(name: str, modules: Mapping[str, nn.Module]) -> str:
     inside = name.partition(".")[2]  # drop the index in the ModuleList
     return f"{repr(inside) if inside else 'the module'} ({type(modules[name]).__name__})"
+
+
+def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
+    """Raise an error if a patch function uses the environments and `context.rows`, but not `context.environments`."""
+    for patch in patches:
+        for function in filter(callable, (patch.edit, patch.where)):
+            used = used_by(function)
+            codes = [each.__code__ for each in used if isinstance(each, types.FunctionType)]
+            names = {name for code in codes for name in names_in(code, "LOAD_ATTR", "LOAD_METHOD")}
+            if "rows" not in names or "environments" in names:
+                continue
+            gymnasium = imported("gymnasium")
+            kinds = gymnasium.Env, gymnasium.vector.VectorEnv
+            own = {id(each) for each in parts_of_environments(envs) if isinstance(each, kinds)}
+            if any(id(each) in own for each in used):
+                raise RolloutError(
+                    f"A function in {patch!r} uses the environments and context.rows, which contains episode numbers. "
+                    "To index the environments, use context.environments, which contains the sub-environment of each "
+                    "row. Read everything else, such as the spaces, before the rollout, outside of the function."
+                )
+
+
+def check_rows(
+    run: undisturbed, again: undisturbed, decision: Decision, alone: Callable[[], Decision], *, mixed: bool
+) -> None:
+    """Raise RolloutError if the rows without patches depend on other rows, or on random numbers that the policy draws.
+
+    Each label in a sweep then gets the same results as in a rollout of its own.
+
+    Args:
+        run: Context that has saved the state before the first step.
+        again: The same context, not entered, which restores the state after that step.
+        decision: Decision for all rows in that step. Rows without patches come first.
+        alone: Function that returns the decision for the first rows, from a forward pass without the other rows.
+        mixed: Whether the step also had rows with patches.
+    """
+    with again:
+        states = again.random_states()
+        after = alone() if mixed else None  # with a state that all rows have updated
+        run.snapshot.put_back()
+        first = alone()
+        draws = states != again.random_states()
+        if draws and (isinstance(decision.choice, Tensor) or not _close(decision, first)):
+            raise RolloutError(
+                "The policy draws random numbers in its forward pass. In a sweep, each label would get different "
+                "numbers, so a patch that changes nothing would have an effect. Use paired_rollouts with one "
+                "PatchedPolicy per label instead."
+            )
+        if not _close(decision, first) or (after and not _close(after, alone())):
+            raise RolloutError(
+                "The policy's output for a row depends on the other rows in the batch, for example through batch "
+                "statistics, so the labels would affect each other. Use paired_rollouts with one PatchedPolicy per "
+                "label instead."
+            )
+
+
+def _close(decision: Decision, alone: Decision) -> bool:
+    """Return whether the first rows of a decision equal another decision, up to rounding."""
+    pairs = zip(_numbers(decision), _numbers(alone), strict=True)
+    return all(_same(every[: len(own)], own) for every, own in pairs)
+
+
+def _numbers(decision: Decision) -> list[Tensor]:
+    return numbers_of(decision.choice) if decision.values is None else [decision.values]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if not other.is_floating_point():
+        return torch.equal(one, other)
+    tolerance = min(100 * torch.finfo(other.dtype).eps, 1e-2)
+    if other.is_cuda:
+        tolerance = max(tolerance, 1e-3)  # kernels for another number of rows may round to TF32
+    finite = other[other.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+class SharedState:
+    """Check that policies or labels do not affect each other through containers or iterators that they share.
+
+    A rollout does not restore such containers, so that functions can keep a log.
+
+    Args:
+        users: Functions and modules of each policy or label, by name.
+        envs: The environments, whose own containers are ignored.
+    """
+
+    def __init__(self, users: Mapping[Any, Iterable[Any]], envs: Any) -> None:
+        self._used = {name: {id(each): each for each in used_by(*roots)} for name, roots in users.items()}
+        times = Counter(key for used in self._used.values() for key in used)
+        found = {key: each for used in self._used.values() for key, each in used.items() if times[key] > 1}
+        found = {key: each for key, each in found.items() if _may_keep_state(each)}
+        if found:
+            found = {key: found[key] for key in found.keys() - {id(each) for each in parts_of_environments(envs)}}
+        self._shared = found
+        self._snapshot = Snapshot((), [dict(enumerate(found.values()))])
+
+    def checked(self, subject: str, run: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> Any:
+        """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
+
+        The second run starts from the state that the first run left, which is restored afterwards.
+        """
+        self._snapshot.note()
+        rollouts = run()
+        iterators = [each for each in self._shared.values() if isinstance(each, Iterator)]
+        if not (changed := [*self._snapshot.rewritten(), *iterators]):
+            return rollouts
+        self._snapshot.note()
+        repeated = again()
+        self._snapshot.put_back()
+        if not all(map(_equal, rollouts, repeated)):
+            kind = type(changed[0]).__name__
+            users = [repr(user) for user, used in self._used.items() if id(changed[0]) in used]
+            raise RolloutError(
+                f"Playing the episodes {subject} again gives different results, because {', '.join(users[:4])} share a "
+                f"{kind} that changes during the episodes. Use a separate function and {kind} for each, or store the "
+                "state in attributes of an object, which a rollout restores."
+            )
+        return rollouts
+
+
+def _may_keep_state(item: Any) -> bool:
+    is_log = isinstance(item, io.IOBase)  # a file, which is an iterator too
+    return not is_log and (isinstance(item, (*CONTAINERS, Iterator)) or may_be_written(item))
+
+
+def _equal(one: Rollout, other: Rollout) -> bool:
+    pairs = zip((*one.actions, *one.seen), (*other.actions, *other.seen), strict=True)
+    return all(np.array_equal(*pair, equal_nan=pair[0].dtype.kind == "f") for pair in pairs)

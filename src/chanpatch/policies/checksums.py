@@ -1,4 +1,4 @@
-"""Checksums of observations, used to check that two rollouts are paired."""
+"""Compute checksums of observations, to verify that two rollouts are paired."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 def checksums(observations: Any, count: int) -> NDArray[np.uint64]:
-    """Return a checksum of each sub-environment's observation: an array, dict, tuple, string or other object."""
+    """Return a checksum for each of `count` sub-environments: uint64 `(environment,)`.
+
+    Observations may be arrays, tensors, strings, other objects, or dicts or tuples of these.
+    """
     if not isinstance(observations, np.ndarray):
         if isinstance(observations, Mapping):
             return _of_parts([*observations.values()], count)
@@ -47,5 +50,5 @@ def _of_object(each: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _weights(words: int) -> NDArray[np.uint64]:
-    """Return random odd weights, so that any change to one word, and nearly any other change, alters the sum."""
+    """Return random odd weights: any change to one word, and nearly any other change, alters the weighted sum."""
     return np.random.Philox(0).random_raw(words) | np.uint64(1)

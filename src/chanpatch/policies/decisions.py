@@ -1,4 +1,4 @@
-"""Read a policy's decision: a distribution over actions, or the actions themselves."""
+"""Interpret policy outputs as distributions over actions, or as actions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from ..errors import ChanpatchError, DistributionError, RolloutError
 from ..metrics.outputs import categorical, described, distribution_in, no_distribution, tensor_in
-from .stable_baselines import fit, fit_of_distribution, is_sb3_policy
+from .stable_baselines import box_mapping, clipped, is_sb3_policy, rescaled
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -24,13 +24,16 @@ Masks: TypeAlias = Callable[["VectorEnv[Any, Any, Any]", dict[str, Any]], Any]
 
 
 class Decision(NamedTuple):
-    """A distribution over actions or the actions themselves, and optionally a function that maps actions to a Box.
+    """A policy's decision for a batch of observations.
 
-    If the policy returned action values, `values` contains them.
+    Attributes:
+        choice: Distribution over actions, or the actions.
+        to_box: Function of actions and a Box that clips or rescales the actions, as Stable-Baselines3 does.
+        values: Action values, if the policy returned these.
     """
 
     choice: Distribution | Tensor
-    fitted: Callable[[NDArray[Any], Any], NDArray[Any]] | None = None
+    to_box: Callable[[NDArray[Any], Any], NDArray[Any]] | None = None
     values: Tensor | None = None
 
 
@@ -39,15 +42,16 @@ def action_distribution(
 ) -> Distribution:
     """Return a policy's distribution over actions for a batch of observations.
 
-    The policy may return a distribution, a tuple that contains one, or a dict or object with `logits` or a
-    distribution; or a list of Categoricals, for the parts of a MultiDiscrete action, which are padded to
-    `(row, part, choice)`. Stable-Baselines3 policies, and others with a `get_distribution` method, are also supported.
+    The policy may return a distribution, a tuple that contains a distribution, or a dict or object that contains
+    `logits` or a distribution. For a MultiDiscrete action, the policy may return a list with one Categorical per part;
+    their logits are padded to `(row, part, choice)`. Policies with a `get_distribution` method, and all
+    Stable-Baselines3 policies, are supported too.
 
     Args:
         policy: Module or function of observations.
-        observations: Input to the policy.
+        observations: Batch of observations.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`, or
-            `"values"`, which select the action with the highest value. Rollouts also accept `"actions"`.
+            `"values"` to select the action with the highest value. Rollouts also accept `"actions"`.
 
     Raises:
         DistributionError: If the output contains no distribution, or is a tensor and `outputs` is None.
@@ -69,7 +73,7 @@ def check_outputs(outputs: Any) -> None:
 
 
 def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | None = None) -> Any:
-    """Return the output of a policy, or the distribution or decision of a Stable-Baselines3 policy."""
+    """Run a policy and return its output; for a Stable-Baselines3 policy, return a distribution or a Decision."""
     own = getattr(policy, "get_distribution", None)
     try:
         if callable(own):
@@ -82,124 +86,124 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
             raise
         raise DistributionError(
             f"{type(policy).__name__} has no forward(). Pass rollout() or action_distribution() a function that "
-            "returns its logits or distribution, such as lambda observations: agent.actor(observations). Pass "
-            "rollout_sweep() a module whose forward() does that."
+            "returns the policy's logits or distribution, such as lambda observations: agent.actor(observations). For "
+            "rollout_sweep(), pass a module whose forward() returns the same."
         ) from error
 
 
 def _output_of_sb3(policy: Any, observations: Any) -> Any:
-    """Return the distribution of a policy without `get_distribution`, or the actions that `predict` postprocesses."""
+    """Return the distribution of a policy without `get_distribution`, or actions that are not yet mapped to the Box."""
     actor = getattr(policy, "actor", policy)
     if not hasattr(actor, "get_action_dist_params"):
-        return Decision(policy._predict(observations, deterministic=True), fit(squashed=policy.squash_output))
+        return Decision(
+            policy._predict(observations, deterministic=True), rescaled if policy.squash_output else clipped
+        )
     mean, log_std, more = actor.get_action_dist_params(observations)
     return actor.action_dist.proba_distribution(mean, log_std, **more)
 
 
 def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None = None) -> Decision:
-    """Return the decision in a policy's output; `subject` is the policy's name in error messages.
+    """Interpret a policy's output.
 
-    `masks` has axes `(row, action)` and is True for allowed actions.
+    Args:
+        output: Output of the policy.
+        subject: Name of the policy, for error messages.
+        outputs: Meaning of a tensor, as in `action_distribution`.
+        masks: True for allowed actions: `(row, action)`.
     """
     try:
-        return _decision_in(output, subject, outputs, masks)
+        decision = output if isinstance(output, Decision) else _decision_in(output, subject, outputs)
     except ValueError as fault:
         if isinstance(fault, ChanpatchError):
             raise
         raise DistributionError(
-            f"{subject} returned {described(output)} with NaN, so there is no distribution over actions. Find the "
-            "first activation with NaN: recording(...)."
+            f"{subject} returned {described(output)} with NaN, so no action can be chosen. Use recording(...) to "
+            "find the first activation with NaN."
         ) from fault
+    return decision if masks is None else _masked(decision, masks, subject)
 
 
-def _decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None) -> Decision:
-    if isinstance(output, Decision):
-        decision = output
-    elif (found := _joined(output) or distribution_in(output)) is not None:
+def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision:
+    if (found := _joined(output) or distribution_in(output)) is not None:
         if outputs in ("values", "actions"):
             raise DistributionError(
                 f"{subject} returned {described(output)}, which contains a distribution, but outputs={outputs!r} only "
-                "applies to tensors. Omit outputs, or for several policies pass a dict that omits this one."
+                "applies to tensors. Omit outputs, or for several policies, pass a dict without this policy."
             )
-        decision = Decision(found, fit_of_distribution(output))
-    else:
-        choice = _of_tensor(output, subject, outputs, masks)
-        return Decision(choice, values=tensor_in(output) if outputs == "values" else None)
-    if masks is None:
-        return decision
-    if not isinstance(decision.choice, Categorical):
-        raise RolloutError(
-            f"masks only apply to a Categorical, but {subject} returned a {type(decision.choice).__name__}. Pass a "
-            "function that returns logits or values."
+        return Decision(found, box_mapping(output))
+    tensor = tensor_in(output, 1 if outputs == "actions" else 2)
+    if not isinstance(tensor, Tensor):
+        example = ": lambda observations: policy(observations)[0]" if isinstance(output, (tuple, list)) else ""
+        raise no_distribution(output, f"{subject} returned", f"Pass a function that selects one of these{example}.")
+    if outputs is None:
+        raise DistributionError(
+            f"{subject} returned {described(output)}, which may contain logits, values or actions. Specify "
+            'outputs="logits", outputs="values" (to select the action with the highest value) or outputs="actions".'
         )
-    return Decision(Categorical(logits=_masked(decision.choice.logits, masks)))
+    if outputs == "actions":
+        return Decision(tensor)
+    if (found := categorical(tensor)) is None:
+        raise DistributionError(
+            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor (row, action)."
+        )
+    return Decision(found) if outputs == "logits" else Decision(_greedy(tensor), values=tensor)
 
 
 def _joined(output: Any) -> Categorical | None:
-    """Return the distributions for the parts of a MultiDiscrete action as one `(row, part, choice)`, else None."""
+    """Join the distributions for the parts of a MultiDiscrete action into one: `(row, part, choice)`.
+
+    Return None if the output is not a list of at least two Categoricals.
+    """
     parts = getattr(output, "distribution", output)
-    if (
-        not isinstance(parts, (list, tuple))
-        or len(parts) < 2
-        or not all(isinstance(each, Categorical) for each in parts)
-    ):
+    is_list = isinstance(parts, (list, tuple)) and len(parts) > 1
+    if not is_list or not all(isinstance(each, Categorical) for each in parts):
         return None
     most = max(each.logits.shape[-1] for each in parts)
     padded = [pad(each.logits, (0, most - each.logits.shape[-1]), value=-torch.inf) for each in parts]
     return Categorical(logits=torch.stack(padded, 1))
 
 
-def _of_tensor(
-    output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None
-) -> Distribution | Tensor:
-    tensor = tensor_in(output, 1 if outputs == "actions" else 2)
-    if not isinstance(tensor, Tensor):
-        example = ": lambda observations: policy(observations)[0]" if isinstance(output, (tuple, list)) else ""
-        raise no_distribution(output, f"{subject} returned", f"Pass a function that selects it{example}.")
-    if outputs is None:
-        raise DistributionError(
-            f"{subject} returned {described(output)}, which may contain logits, values or actions. Specify "
-            'outputs="logits", outputs="values" (selects the action with the highest value) or outputs="actions".'
-        )
-    if outputs == "actions":
-        if masks is not None:
-            raise RolloutError('masks cannot be applied with outputs="actions". Return logits or values instead.')
-        return tensor
-    found = categorical(tensor)
-    if found is None:
-        raise DistributionError(
-            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor (row, action)."
-        )
-    allowed = tensor if masks is None else _masked(tensor, masks)
-    if outputs == "values":
-        return Categorical(logits=torch.full_like(tensor, -torch.inf).scatter(-1, allowed.argmax(-1, keepdim=True), 0))
-    return found if masks is None else Categorical(logits=allowed)
+def _greedy(values: Tensor) -> Categorical:
+    """Return the distribution that always selects the action with the highest value."""
+    return Categorical(logits=torch.full_like(values, -torch.inf).scatter(-1, values.argmax(-1, keepdim=True), 0))
 
 
-def _masked(logits: Tensor, masks: NDArray[np.bool_]) -> Tensor:
-    if masks.shape != logits.shape:
+def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decision:
+    """Exclude the actions that are not allowed."""
+    choice, values = decision.choice, decision.values
+    if not isinstance(choice, Categorical):
+        returned = "actions" if isinstance(choice, Tensor) else f"a {type(choice).__name__}"
         raise RolloutError(
-            f"masks returned shape {masks.shape} for the running episodes, but the policy's logits or values have "
-            f"shape {tuple(logits.shape)}. Return one bool per environment and action."
+            f"masks only apply to a Categorical, but {subject} returned {returned}. Pass a function that returns "
+            "logits or values."
+        )
+    scores = choice.logits if values is None else values
+    if masks.shape != scores.shape:
+        raise RolloutError(
+            f"masks returned an array of shape {masks.shape} for the running episodes, but the policy's logits or "
+            f"values have shape {tuple(scores.shape)}. Return one bool per environment and action."
         )
     if not masks.any(axis=-1).all():
-        raise RolloutError("masks allows no action in at least one environment. Return True for allowed actions.")
-    return logits.masked_fill(~torch.from_numpy(masks).to(logits.device), -torch.inf)
+        raise RolloutError(
+            "masks returned False for all actions in at least one environment. Return True for allowed actions."
+        )
+    scores = scores.masked_fill(~torch.from_numpy(masks).to(scores.device), -torch.inf)
+    return Decision(Categorical(logits=scores) if values is None else _greedy(scores), values=values)
 
 
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
-    """Return the bool mask `(environment, action)` of all sub-environments, or None if there are no masks."""
+    """Return the allowed actions in all sub-environments, bool `(environment, action)`, or None without masks."""
     if masks is None:
         return None
     found = np.array(masks(envs, infos))
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(
-            f"masks returned shape {found.shape} for {envs.num_envs} environments. Return a row for each."
+            f"masks returned an array of shape {found.shape} for {envs.num_envs} environments. Return one row for each."
         )
     others = found[~np.isin(found, (0, 1))]
     if others.size:
         raise RolloutError(
-            f"masks must return bools, or 0 and 1; got {others[0]} ({found.dtype}). 1 means that an action is allowed. "
-            "If the numbers are added to logits (0 or -inf), return: numbers == 0."
+            f"masks must return bools, or 1 for allowed and 0 for other actions; got {others[0]} ({found.dtype}). For "
+            "an additive mask (0 or -inf), return mask == 0."
         )
     return found.astype(np.bool_)

@@ -23,12 +23,11 @@ from ..registry.names import path_text
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
 from .actions import chosen_actions, draw_streams, repetitions
-from .checks import check_envs, checked_policy
+from .checks import check_envs, check_rows, checked_policy
 from .checksums import checksums
-from .copies import held_state, patches_inside, refuse_environments_by_rows
+from .copies import held_state
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
 from .results import Rollout
-from .row_checks import check_rows
 from .stable_baselines import as_in_predict
 
 if TYPE_CHECKING:
@@ -37,14 +36,14 @@ if TYPE_CHECKING:
 
 InitialState: TypeAlias = Callable[[int], Any]
 BatchAxes: TypeAlias = Mapping[Path, int]
-Around: TypeAlias = Callable[[NDArray[np.int64]], AbstractContextManager[None]]
+Around: TypeAlias = Callable[[NDArray[np.int64]], AbstractContextManager[object]]
 
-_DTYPE_REFUSED = re.compile("dtype|scalar type|Input type|must have the type|not implemented for '")
-_CHANNELS_REFUSED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) channels")
+_DTYPE_REJECTED = re.compile("dtype|scalar type|Input type|must have the type|not implemented for '")
+_CHANNELS_REJECTED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) channels")
 
 
-class Settings(NamedTuple):
-    """Arguments of `rollout`."""
+class Options(NamedTuple):
+    """Options of `rollout`, `paired_rollouts` and `rollout_sweep`."""
 
     max_steps: int
     sampling_seed: int
@@ -59,41 +58,39 @@ def play(
     policy: Any,
     envs: VectorEnv[Any, Any, Any],
     seeds: Iterable[int],
-    settings: Settings,
+    options: Options,
     *,
     label: str | None = None,
     times: int = 1,
-    around: Around = lambda _: nullcontext(),
+    around: Around = nullcontext,
 ) -> list[Rollout]:
-    """Play all episodes `times` times with the same draws, and return one rollout per repetition.
+    """Play all episodes `times` times with the same random numbers, and return one rollout per repetition.
 
-    `around` takes the repetition of each row, int64 `(row,)`, and returns a context for the forward pass.
-    `label` is the policy's name.
+    `around` maps the repetition of each row, int64 `(row,)`, to a context for the forward pass. `label` is the policy's
+    name.
     """
     check_envs(envs)
-    check_outputs(settings.outputs)
-    is_recurrent, has_masks = settings.initial_state is not None, settings.masks is not None
+    check_outputs(options.outputs)
+    is_recurrent, has_masks = options.initial_state is not None, options.masks is not None
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
-    refuse_environments_by_rows(patches_inside(policy), envs)
-    log = _Log(seeds, settings, times, label)
-    whole("max_steps", settings.max_steps, 1, RolloutError)
+    log = _Log(seeds, options, times, label)
+    whole("max_steps", options.max_steps, 1, RolloutError)
     waves = range(0, log.plays, envs.num_envs)
     held, *state = held_state(policy, envs)
-    bar = progress_bar(settings.progress, len(waves) * settings.max_steps, "step")
+    bar = progress_bar(options.progress, len(waves) * options.max_steps, "step")
     with as_in_predict(held), undisturbed(held, *state) as run, bar as advance:
-        actor = _Actor(policy, settings)
-        checks = functools.partial(check_rows, run, undisturbed(held, *state)) if times > 1 else None
+        player = _Player(policy, envs, log, options, around)
+        check = functools.partial(check_rows, run, undisturbed(held, *state)) if times > 1 else None
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on earlier ones
-            wave = np.arange(start, min(start + envs.num_envs, log.plays))
-            _play_wave(actor, envs, wave, log, advance, settings, around, checks)
+            player.play(np.arange(start, min(start + envs.num_envs, log.plays)), advance, check)
     return log.rollouts()
 
 
 class _Log:
-    """Results and random generators of all plays, ordered by repetition and then episode."""
+    """Results and random generators by play (one repetition of an episode), ordered by repetition and then episode."""
 
-    def __init__(self, seeds: Iterable[int], settings: Settings, times: int, label: str | None) -> None:
+    def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
             raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
@@ -103,17 +100,16 @@ class _Log:
             raise RolloutError("seeds is empty: pass one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)
         self.seeds = tuple(checked * times)
-        self._settings = settings
+        self._options = options
         self.published = {
             "label": label,
-            "sampling_seed": settings.sampling_seed,
+            "sampling_seed": options.sampling_seed,
             "seeds": np.array(checked, object),
             "repetitions": repetitions(checked),
         }
-        self.streams = [stream for _ in range(times) for stream in draw_streams(settings.sampling_seed, checked)]
+        self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, checked)]
         self.returns = np.zeros(self.plays)
-        self.terminated = np.zeros(self.plays, dtype=np.bool_)
-        self.truncated = np.zeros(self.plays, dtype=np.bool_)
+        self.terminated, self.truncated = np.zeros((2, self.plays), dtype=np.bool_)
         self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # plays and their actions at each step
         self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # plays and their checksums at each step
 
@@ -126,162 +122,156 @@ class _Log:
         self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
 
     def rollouts(self) -> list[Rollout]:
-        self.actions, self.seen = _of_plays(self.taken), _of_plays(self.checked)
+        self.actions, self.seen = _by_play(self.taken), _by_play(self.checked)
         self.lengths = np.array([*map(len, self.actions)])
         columns = ("seeds", "returns", "lengths", "terminated", "truncated", "actions", "seen")
-        shared = {name: getattr(self._settings, name) for name in ("max_steps", "sampling_seed", "greedy")}
-        shared["masked"] = self._settings.masks is not None
+        settings = {name: getattr(self._options, name) for name in ("max_steps", "sampling_seed", "greedy")}
+        settings["masked"] = self._options.masks is not None
         cuts = [slice(start, start + self.episodes) for start in range(0, self.plays, self.episodes)]
-        return [Rollout(**{name: getattr(self, name)[cut] for name in columns}, settings=shared) for cut in cuts]
+        return [Rollout(**{name: getattr(self, name)[cut] for name in columns}, settings=settings) for cut in cuts]
 
 
-def _of_plays(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
+def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
     """Return one array `(step, ...)` per play, given the plays and values at each step."""
     plays, values = map(np.concatenate, zip(*steps, strict=True))
     order = np.argsort(plays, kind="stable")
     return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
 
 
-def _play_wave(
-    actor: _Actor,
-    envs: VectorEnv[Any, Any, Any],
-    wave: NDArray[np.int64],
-    log: _Log,
-    advance: Callable[[int], object],
-    settings: Settings,
-    around: Around,
-    checks: Callable[..., None] | None,
-) -> None:
-    """Play the episodes of one wave in parallel until all have finished, and advance the progress bar."""
-    observations, infos = _reset(envs, [log.seeds[number] for number in np.resize(wave, envs.num_envs)])
-    disabled = imported("gymnasium.vector").AutoresetMode.DISABLED
-    resets_itself = envs.metadata.get("autoreset_mode") is not disabled
-    actor.begin(len(wave))
-    running = np.arange(len(wave))  # sub-environments with a running episode; in the last wave, some have none
-    actions: NDArray[Any] | None = None
-    allowed = allowed_actions(settings.masks, envs, infos)
-    log.checked.append((wave, _seen(observations, allowed, envs.num_envs)[running]))
-    for step in range(settings.max_steps):
-        plays = wave[running]
-        infos_of = functools.partial(_of_environments, infos, envs.num_envs)
-        known = {"step": step, "infos": infos_of, **log.published}
-        decide = functools.partial(_decision, observations, allowed, around, log.episodes, known)
-        decision = decide(actor, plays, running)
-        own = int((plays < log.episodes).sum())  # rows of the first time, which come first
-        if checks and not step and own and (own < len(plays) or not plays[0]):
-            mixed = own < len(plays)
-            some = slice(
-                min(own, max(2, own // 2)) if mixed else own
-            )  # all labels see the same at first: leave rows out
-            checks(decision, functools.partial(decide, copy.copy(actor), plays[some], running[some], first=True), mixed)
-        streams = None if settings.greedy else [log.streams[number] for number in plays]
-        chosen = chosen_actions(decision, streams, len(running), envs)
-        if actions is None:
-            actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
-        if allowed is not None:  # finished sub-environments take an allowed action, not their last one
-            actions[:] = allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
-        actions[running] = chosen
-        observations, rewards, terminated, truncated, infos = envs.step(actions)
-        over = terminated | truncated
-        allowed = None if over[running].all() else allowed_actions(settings.masks, envs, infos)  # they may lack a mask
-        seen = _seen(observations, allowed, envs.num_envs)
-        seen[over] = 0  # some environments already return the next episode's observation
-        log.add(plays, chosen, np.asarray(rewards[running], np.float64), seen[running])
-        if over.any():
-            log.terminated[plays], log.truncated[plays] = terminated[running], truncated[running]
-            actor.keep(~over[running])
-            running = running[~over[running]]
-            if not running.size:
-                advance(settings.max_steps - step)
-                return
-            if not resets_itself:
-                observations, infos_of_reset = envs.reset(options={"reset_mask": over})
-                if allowed is not None:
-                    allowed[over] = allowed_actions(settings.masks, envs, infos_of_reset)[over]
-        advance(1)
-    log.truncated[wave[running]] = True
+class _Player:
+    """A policy in a vector environment, with the recurrent state of each running episode."""
 
+    _allowed: NDArray[np.bool_] | None
 
-def _decision(
-    observations: Any,
-    allowed: NDArray[np.bool_] | None,
-    around: Around,
-    episodes: int,
-    known: dict[str, Any],
-    actor: _Actor,
-    plays: NDArray[np.int64],
-    running: NDArray[np.int64],
-    *,
-    first: bool = False,
-) -> Decision:
-    """Return the decision for the given plays, each in its sub-environment; with `first`, begin their episodes."""
-    if first:
-        actor.begin(len(plays))
-    with forward_context(rows=plays % episodes, environments=running, **known), around(plays // episodes):
-        return actor.decision(observations, running, None if allowed is None else allowed[running])
-
-
-def _seen(observations: Any, allowed: Any, num_envs: int) -> NDArray[np.uint64]:
-    """Return a checksum of each sub-environment's observation and mask."""
-    return checksums(observations if allowed is None else (observations, allowed), num_envs)
-
-
-def _of_environments(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
-    """Return the infos of the given sub-environments, from arrays and lists with one entry per sub-environment."""
-    if isinstance(infos, Mapping):
-        return {name: _of_environments(part, num_envs, chosen) for name, part in infos.items()}
-    if isinstance(infos, (list, tuple)) and len(infos) == num_envs:
-        return [infos[number] for number in chosen]
-    has_rows = isinstance(infos, (np.ndarray, Tensor)) and infos.shape[:1] == (num_envs,)
-    return infos[chosen] if has_rows else infos
-
-
-def _reset(envs: VectorEnv[Any, Any, Any], seeds: list[int]) -> tuple[Any, dict[str, Any]]:
-    try:
-        return envs.reset(seed=seeds)  # type: ignore[arg-type]
-    except imported("gymnasium").error.Error as error:
-        raise RolloutError(
-            f"{type(envs.unwrapped).__name__} cannot be reset with one seed per sub-environment. Use a "
-            'SyncVectorEnv or an AsyncVectorEnv, such as gymnasium.make_vec(..., vectorization_mode="sync").'
-        ) from error
-
-
-class _Actor:
-    """A policy and the recurrent state of each running episode."""
-
-    def __init__(self, policy: Any, settings: Settings) -> None:
-        initial_state = settings.initial_state
-        self._policy, self._outputs, self._initial_state = policy, settings.outputs, initial_state
-        self._state_axes = {} if initial_state is None else state_batch_axes(initial_state)
-        self._state: Any = None
+    def __init__(self, policy: Any, envs: Any, log: _Log, options: Options, around: Around) -> None:
+        self._policy, self._envs, self._log, self._options, self._around = policy, envs, log, options, around
+        self._state_axes = {} if options.initial_state is None else state_batch_axes(options.initial_state)
         owner = getattr(policy, "__self__", policy)
         self._name = type(owner).__name__
         self._like = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
 
-    def begin(self, rows: int) -> None:
-        self._rows_before = rows
-        if self._initial_state is not None:
-            self._state = self._initial_state(rows)
+    def play(
+        self, wave: NDArray[np.int64], advance: Callable[[int], object], check: Callable[..., None] | None
+    ) -> None:
+        """Play one wave in parallel until all its episodes have finished, and advance the progress bar.
+
+        `check`, if any, is `check_rows` for this rollout.
+        """
+        envs, log, options = self._envs, self._log, self._options
+        self._reset(wave)
+        actions: NDArray[Any] | None = None
+        for self._step in range(options.max_steps):
+            plays = wave[self._running]
+            decision = self._decision()
+            if check and not self._step:
+                self._check_rows(decision, check)
+            streams = None if options.greedy else [log.streams[number] for number in plays]
+            chosen = chosen_actions(decision, streams, len(plays), envs)
+            if actions is None:
+                actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
+            if self._allowed is not None:  # finished sub-environments get an allowed action, not their last one
+                actions[:] = self._allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
+            actions[self._running] = chosen
+            self._observations, rewards, terminated, truncated, self._infos = envs.step(actions)
+            over = terminated | truncated
+            continues = ~over[self._running]
+            # The infos may lack a mask after the last episode.
+            self._allowed = allowed_actions(options.masks, envs, self._infos) if continues.any() else None
+            seen = self._seen()
+            seen[over] = 0  # some environments already return the next episode's observation
+            log.add(plays, chosen, np.asarray(rewards[self._running], np.float64), seen[self._running])
+            if over.any():
+                log.terminated[plays], log.truncated[plays] = terminated[self._running], truncated[self._running]
+                self._keep(continues)
+                if not self._running.size:
+                    advance(options.max_steps - self._step)
+                    return
+                self._restart(over)
+            advance(1)
+        log.truncated[wave[self._running]] = True
+
+    def _reset(self, wave: NDArray[np.int64]) -> None:
+        """Reset the environments for a new wave. In the last wave, some sub-environments may have no episode."""
+        self._wave, self._running = wave, np.arange(len(wave))  # sub-environments whose episode has not finished
+        try:
+            seeds = [self._log.seeds[number] for number in np.resize(wave, self._envs.num_envs)]
+            self._observations, self._infos = self._envs.reset(seed=seeds)
+        except imported("gymnasium").error.Error as error:
+            raise RolloutError(
+                f"{type(self._envs.unwrapped).__name__} cannot be reset with one seed per sub-environment. Use a "
+                'SyncVectorEnv or an AsyncVectorEnv, such as gymnasium.make_vec(..., vectorization_mode="sync").'
+            ) from error
+        self._begin()
+        self._allowed = allowed_actions(self._options.masks, self._envs, self._infos)
+        self._log.checked.append((wave, self._seen()[self._running]))
+
+    def _restart(self, over: NDArray[np.bool_]) -> None:
+        """Reset finished sub-environments, unless the vector environment resets them itself."""
+        if self._envs.metadata.get("autoreset_mode") is imported("gymnasium.vector").AutoresetMode.DISABLED:
+            self._observations, infos = self._envs.reset(options={"reset_mask": over})
+            if self._allowed is not None:
+                self._allowed[over] = allowed_actions(self._options.masks, self._envs, infos)[over]
+
+    def _seen(self) -> NDArray[np.uint64]:
+        """Return a checksum of each sub-environment's observation and mask."""
+        both = self._observations if self._allowed is None else (self._observations, self._allowed)
+        return checksums(both, self._envs.num_envs)
+
+    def _begin(self) -> None:
+        """Set the initial recurrent state of the running episodes."""
+        self._rows_before, self._state = len(self._running), None
+        if self._options.initial_state is not None:
+            self._state = self._options.initial_state(len(self._running))
             for path, tensor in leaves(self._state):
                 self._state = replace(self._state, path, self._placed(tensor))
 
-    def keep(self, running: NDArray[np.bool_]) -> None:
+    def _keep(self, continues: NDArray[np.bool_]) -> None:
         """Drop the rows of finished episodes."""
-        self._rows_before = len(running)
-        self._state = rows_of(self._state, self._state_axes, torch.from_numpy(running))
+        self._rows_before, self._running = len(self._running), self._running[continues]
+        self._state = rows_of(self._state, self._state_axes, torch.from_numpy(continues))
 
-    def decision(self, observations: Any, rows: NDArray[np.int64], allowed: NDArray[np.bool_] | None) -> Decision:
-        """Return the decision for the given rows of the observations, and update the recurrent state."""
-        seen = self._tensors(observations, rows)
-        try:
-            if self._initial_state is None:
-                output = output_of(self._policy, seen, self._outputs)
-            else:
-                output = self._with_state(seen)
-        except RuntimeError as error:
-            self._explain(error, seen, len(rows))
-            raise
-        return decision_in(output, self._name, self._outputs, allowed)
+    def _check_rows(self, decision: Decision, check: Callable[..., None]) -> None:
+        """Check the first decision in a wave that contains rows without patches, which come first.
+
+        Only the first of several waves without any patches is checked.
+        """
+        plays = self._wave[self._running]
+        own = int((plays < self._log.episodes).sum())
+        mixed = own < len(plays)
+        if own and (mixed or not plays[0]):
+            # Rows with and without patches have equal observations at first, so leave out some rows.
+            count = min(own, max(2, own // 2)) if mixed else own
+            check(decision, functools.partial(self._first_decision, count), mixed=mixed)
+
+    def _first_decision(self, count: int) -> Decision:
+        """Return the first decision for the first rows, from a forward pass without the other rows."""
+        other = copy.copy(self)
+        other._running = self._running[:count]
+        other._begin()
+        return other._decision()
+
+    def _decision(self) -> Decision:
+        """Return the decision for the running episodes, and update the recurrent state."""
+        plays, episodes = self._wave[self._running], self._log.episodes
+        infos = functools.partial(_infos_of, self._infos, self._envs.num_envs)
+        known = {"step": self._step, "infos": infos, **self._log.published}
+        with (
+            forward_context(rows=plays % episodes, environments=self._running, **known),
+            self._around(plays // episodes),
+        ):
+            observations, outputs = self._tensors(self._observations), self._options.outputs
+            try:
+                if self._options.initial_state is None:
+                    output = output_of(self._policy, observations, outputs)
+                else:
+                    output = self._with_state(observations)
+            except RuntimeError as error:
+                advice = "" if isinstance(error, ChanpatchError) else self._advice(error, observations)
+                if not advice:
+                    raise
+                raise RolloutError(f"The policy failed {advice}") from error
+            allowed = None if self._allowed is None else self._allowed[self._running]
+            return decision_in(output, self._name, outputs, allowed)
 
     def _with_state(self, observations: Any) -> Any:
         returned = self._policy(observations, self._state)
@@ -296,53 +286,64 @@ class _Actor:
             if shapes.get(path) != before.get(path):
                 raise RolloutError(
                     f"state{path_text(path)} has shape {before.get(path, 'none')} when passed to the policy, but "
-                    f"{shapes.get(path, 'none')} in the state that it returns. Return a state of the same shape."
+                    f"{shapes.get(path, 'none')} in the state that the policy returns. Return a state of the same "
+                    "shape."
                 )
         self._state = returned[1]
         return returned[0]
 
-    def _tensors(self, observations: Any, rows: NDArray[np.int64]) -> Any:
-        """Return the given rows of an array, or of each array in a dict or tuple, as tensors."""
+    def _tensors(self, observations: Any) -> Any:
+        """Return the rows of running episodes as tensors, from an array or from each array in a dict or tuple."""
         if isinstance(observations, Mapping):
-            return {name: self._tensors(part, rows) for name, part in observations.items()}
+            return {name: self._tensors(part) for name, part in observations.items()}
         if isinstance(observations, tuple):
-            return tuple(self._tensors(part, rows) for part in observations)
-        return self._placed(torch.as_tensor(observations[rows]))
+            return tuple(map(self._tensors, observations))
+        return self._placed(torch.as_tensor(observations[self._running]))
 
     def _placed(self, tensor: Tensor) -> Tensor:
-        """Move a tensor to the policy's device and, if it is floating point, to its dtype."""
+        """Move a tensor to the policy's device and, if it is floating point, to the policy's dtype."""
         if self._like is None:
             return tensor
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def _explain(self, error: RuntimeError, observations: Any, rows: int) -> None:
-        """Raise an error with advice if torch rejected the observations' dtype, layout or number of rows."""
-        if isinstance(error, ChanpatchError):
-            return
+    def _advice(self, error: RuntimeError, observations: Any) -> str:
+        """Explain an error that comes from the observations' dtype, layout or number of rows; for others, return ""."""
+        text, rows, before = str(error), len(self._running), self._rows_before
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
-        if others and _DTYPE_REFUSED.search(str(error)):
-            raise RolloutError(
-                f"The policy failed on observations of dtype {', '.join(sorted(others))} ({error}). A rollout does "
-                "not preprocess observations. Convert them the same way as in training, in the policy or in a "
-                "wrapper function such as lambda observations: policy(observations.float() / 255)."
-            ) from error
-        found = _CHANNELS_REFUSED.search(str(error))
+        if others and _DTYPE_REJECTED.search(text):
+            return (
+                f"on observations of dtype {', '.join(sorted(others))} ({text}). A rollout does not preprocess "
+                "observations. Convert them the same way as in training, in the policy or in a wrapper function such "
+                "as lambda observations: policy(observations.float() / 255)."
+            )
+        found = _CHANNELS_REJECTED.search(text)
         if found and found[1] == found[2]:
-            raise RolloutError(
-                f"The policy failed on channels-last images ({error}). Its convolution expects (batch, channel, "
-                "height, width): pass lambda observations: policy(observations.permute(0, 3, 1, 2))."
-            ) from error
-        if rows < self._rows_before and {str(rows), str(self._rows_before)} <= {*re.findall(r"\d+", str(error))}:
-            raise RolloutError(
-                f"The policy failed when the number of running episodes fell from {self._rows_before} to {rows} "
-                f"({error}). If it stores a recurrent state with one row per environment, return the state and set "
-                "initial_state=, or use a single environment."
-            ) from error
+            return (
+                f"on channels-last images ({text}). Its convolution expects (batch, channel, height, width): pass "
+                "lambda observations: policy(observations.permute(0, 3, 1, 2))."
+            )
+        if rows < before and {str(rows), str(before)} <= {*re.findall(r"\d+", text)}:
+            return (
+                f"when the number of running episodes fell from {before} to {rows} ({text}). If the policy stores a "
+                "recurrent state with one row per environment, return the state and set initial_state=, or use a "
+                "single environment."
+            )
+        return ""
+
+
+def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
+    """Return the infos of the given sub-environments, from arrays and lists with one entry per sub-environment."""
+    if isinstance(infos, Mapping):
+        return {name: _infos_of(part, num_envs, chosen) for name, part in infos.items()}
+    if isinstance(infos, (list, tuple)) and len(infos) == num_envs:
+        return [infos[number] for number in chosen]
+    has_rows = isinstance(infos, (np.ndarray, Tensor)) and infos.shape[:1] == (num_envs,)
+    return infos[chosen] if has_rows else infos
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Return a tree that keeps only the given rows of each tensor."""
+    """Select the given rows of each tensor in a tree."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree
@@ -359,7 +360,7 @@ def state_batch_axes(initial_state: InitialState) -> BatchAxes:
     if not two or two.keys() != three.keys():
         raise RolloutError(
             f"initial_state(2) contains {len(two)} tensors and initial_state(3) contains {len(three)}. A state must "
-            "contain the same tensors for any number of rows, and at least one."
+            "contain at least one tensor, and the same tensors for any number of rows."
         )
     axes = {}
     for path in two:

@@ -29,10 +29,10 @@ class Rollout(Records):
         returns: Sum of rewards in each episode.
         lengths: Number of steps in each episode.
         terminated: Whether each episode reached a terminal state.
-        truncated: Whether each episode was cut off, by the environment or at `max_steps`.
-        actions: One array of actions `(step, ...)` per episode.
-        seen: One array `(1 + step,)` per episode, with checksums of the first observation, then of each step's reward
-            and observation.
+        truncated: Whether each episode was cut off by the environment or at `max_steps`.
+        actions: One array `(step, ...)` per episode.
+        seen: One array `(1 + step,)` per episode: a checksum of the first observation, then a checksum of the reward
+            and the observation at each step.
         settings: `max_steps`, `sampling_seed`, `greedy`, and whether actions were `masked`.
     """
 
@@ -62,14 +62,14 @@ class Rollout(Records):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PairedRollouts(Effects, Mapping[str, Rollout]):
-    """Rollouts of several policies over the same episodes, by name. All others are compared with the first.
+    """Rollouts of several policies in the same episodes, by name. The first is compared with each of the others.
 
     Raises:
         RolloutError: If seeds or settings differ, or if an episode differs between policies before their actions do.
     """
 
     rollouts: Mapping[str, Rollout]
-    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # all rollouts, if these are a selection by `top`
+    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # all rollouts, if `top` selected these
 
     def __post_init__(self) -> None:
         self._check_pairs(self.rollouts)
@@ -101,7 +101,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         """Return the effects with 95% intervals over episodes; episodes with the same seed form a cluster.
 
         The intervals are simultaneous over all policies, so they remain valid after selection by `top`. As in
-        `chanpatch.statistics.mean_interval`, they are marked for six to nine seeds and withheld for fewer.
+        `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are marked, and intervals from fewer
+        seeds are withheld.
         """
         whole = self._whole or self
         if not whole.labels:
@@ -112,8 +113,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per policy except the first.
 
-        Each has the policy's `label`, the `effect` with its 95% interval (`low`, `high`, `note`), the mean returns of
-        the policy (`patched`) and of the first policy (`original`), and the number of episodes `n`.
+        Each record contains the policy's `label`, the `effect` with a 95% interval (`low`, `high`, `note`), the mean
+        return of the policy (`patched`) and of the first policy (`original`), and the number of episodes `n`.
         """
         return self._compared({label: self[label] for label in self.labels}, self.interval())
 
@@ -167,7 +168,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return ranked_interval(self._snapped(differences), clusters=self._original.seeds, seed=seed)
 
     def _snapped(self, differences: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return differences without rounding error: `(episode, policy)`."""
+        """Set differences within rounding error of zero to zero: `(episode, policy)`."""
         return snapped(differences.T, self._original.returns[:, None], _ROUNDING)
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
@@ -192,7 +193,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
-    """Raise an error if seeds or settings differ, or if an episode differs before the actions do."""
+    """Raise an error if seeds or settings differ, or if an episode differs before the actions differ."""
     if first.seeds != other.seeds:
         raise RolloutError(f"{names} cannot be compared: they were rolled out with different seeds.")
     for name, value in first.settings.items():
@@ -209,11 +210,11 @@ def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
             when = int(unlike.argmax()) if unlike.any() else steps
             masks = "masks are random, or " if first.settings.get("masked") else ""
             raise RolloutError(
-                f"{names} cannot be compared: episode {episode} (seed {seed}) differs at step {when}, before their "
-                f"actions do. The seed does not determine the episode: {masks}the environment ignores it or has "
-                "another source of randomness, or a wrapper carries state across episodes (EpisodicLifeEnv: lives; "
-                "NormalizeObservation, NormalizeReward, VecNormalize: running statistics). Remove that wrapper, or "
-                "freeze its statistics (update_running_mean = False)."
+                f"{names} cannot be compared: episode {episode} (seed {seed}) differs at step {when}, before the "
+                f"actions differ, so the seed does not determine the episode. Likely reasons: {masks}the environment "
+                "ignores the seed or has another source of randomness, or a wrapper carries state across episodes "
+                "(EpisodicLifeEnv: lives; NormalizeObservation, NormalizeReward, VecNormalize: running statistics). "
+                "Remove this wrapper, or freeze the statistics (update_running_mean = False)."
             )
 
 
@@ -225,8 +226,8 @@ class SweptRollouts(PairedRollouts):
     """Rollouts of the unpatched policy, labeled `"original"`, and of the policy with each label's patches.
 
     Attributes:
-        rollouts: Rollouts by label, the unpatched policy first.
-        controls: Rollouts with the control patches, by label, or None. They are not included in `rollouts`.
+        rollouts: Rollouts by label. The unpatched policy comes first; control patches are not included.
+        controls: Rollouts with the control patches by label, or None.
         no_p: Reason why ranks among the controls have no p-values, or an empty string.
     """
 
@@ -241,7 +242,7 @@ class SweptRollouts(PairedRollouts):
         """Rank each effect among the control effects, as `chanpatch.statistics.rank_among` does.
 
         A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if
-        its effect is not finite. All ranks are None if there are no controls, or if a control effect is not finite.
+        the effect is not finite. All ranks are None if there are no controls or if a control effect is not finite.
         """
         controls = self._differences([*(self.controls or {}).values()])
         effects, others = (self._snapped(each).mean(axis=0) for each in (self.differences(), controls))
@@ -250,7 +251,8 @@ class SweptRollouts(PairedRollouts):
     def comparisons(self) -> list[dict[str, Any]]:
         """Return one record per label, as in `PairedRollouts`, with the controls last.
 
-        With controls, each record also has `control` (True for controls), `rank`, `p`, and `no_p`, the reason for no p.
+        With controls, each record also contains `control` (True for controls), `rank`, `p`, and `no_p`, the reason for
+        a missing p-value.
         """
         records = super().comparisons()
         if self.controls is None:

@@ -1,10 +1,10 @@
-"""Run many interventions in one vector environment, each in its own rows."""
+"""Roll out many sets of patches in one vector environment, each set in its own rows."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..engine.hooks import Station
 from ..engine.paths import leaves
-from ..engine.state import Snapshot, generator_state, random_states, training_modules
+from ..engine.state import GENERATORS, Snapshot, generator_state, random_states, training_modules
 from ..errors import BatchAxisError, RolloutError
 from ..labels import Patches, labelled, labelled_patches, no_p_among, refuse_shared_state
 from ..patching.contexts import checked_patches, raise_nan
@@ -25,12 +25,11 @@ from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
-from .checks import method_of
-from .copies import functions_of, generators_of, refuse_environments_by_rows
+from .checks import SharedState, method_of, refuse_environments_by_rows
+from .copies import functions_of, patches_inside, used_by
 from .decisions import Masks, Outputs
-from .episodes import BatchAxes, InitialState, Settings, play, rows_of, state_batch_axes
-from .repeats import SharedState
-from .results import ORIGINAL, Rollout, SweptRollouts
+from .episodes import BatchAxes, InitialState, Options, play, rows_of, state_batch_axes
+from .results import ORIGINAL, SweptRollouts
 from .stable_baselines import as_in_predict
 from .twin import PatchedPolicy
 
@@ -66,9 +65,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 
     Args:
         policy: Module or its HookPoints.
-        patches: One or more patches per label, as a mapping from labels or as a sequence, labeled by site. Take the
-            sites from traced HookPoints, whose batch axis is known.
-        controls: Control patches in the same format, among which the effects are ranked. P-values require at least 19.
+        patches: One or more patches per label: a mapping from labels to patches, or a sequence, which is labeled by
+            site. Create the sites from traced HookPoints, so that their batch axes are known.
+        controls: Control patches in the same format, to rank the effects among. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
         envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
 
@@ -79,10 +78,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     Raises:
         BatchAxisError: If the batch axis of a site is unknown.
         ChanpatchError: For the same reasons as `rollout` and PatchedPolicy; if there are no patches; if the policy
-            has batch norm or dropout in training mode; or if it is patched or recorded by an open context.
-        RolloutError: If the output for a row depends on other rows, or on random numbers that the policy or a patch
-            draws from a generator; or if labels share a module, a list or another container that changes their
-            episodes.
+            has batch norm or dropout in training mode; or if an open context patches or records the policy.
+        RolloutError: If the output for a row depends on other rows; if the policy or a patch draws from a random
+            number generator; or if labels share a module, list or other container that changes their episodes.
 
     Example:
         >>> import gymnasium, torch
@@ -95,43 +93,52 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     """
     asked = labelled_patches(patches, "patches", RolloutError)
     others = [] if controls is None else labelled_patches(controls, "controls", RolloutError)
-    for what, each in (("patches", asked), ("controls", others)):
+    both = [*asked, *others]
+    for name, each in (("patches", asked), ("controls", others)):
         if ORIGINAL in dict(each):
             raise RolloutError(
-                f"{what} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use another label."
+                f"{name} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use another label."
             )
-    refuse_shared_state([*asked, *others])
-    refuse_environments_by_rows([patch for _, each in [*asked, *others] for patch in each], envs)
-    with as_in_predict(model_of(policy)):
-        together = training_modules(model_of(policy))
-    if together:
-        raise RolloutError(
-            f"{', '.join(together)} in training mode would let the labels affect each other. Call eval() on the "
-            "policy, or use paired_rollouts with one PatchedPolicy per label."
-        )
-    stations = [station for module in model_of(policy).modules() if (station := Station.of(module))]
-    if any(listener.session.confined for station in stations for listener in station.listeners):
-        raise RolloutError(
-            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
-            "Close the context. To apply its patches under every label, pass PatchedPolicy(policy, patches)."
-        )
+    refuse_shared_state(both)
+    refuse_environments_by_rows([*patches_inside(policy), *(patch for _, each in both for patch in each)], envs)
+    _check_independent(model_of(policy))
     state_axes = {} if initial_state is None else state_batch_axes(initial_state)
-    interventions = _Interventions(policy, [*asked, *others], state_axes, check_nan=check_nan)
-    settings = Settings(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
-    times = 1 + len(asked) + len(others)
+    interventions = _Interventions(policy, both, state_axes, check_nan=check_nan)
     twin = method_of(interventions.twin, policy)
-    run = functools.partial(play, twin, envs, seeds, settings, times=times, around=interventions.forward)
-    shared = SharedState({ORIGINAL: [policy], **{label: functions_of(each) for label, each in [*asked, *others]}}, envs)
-    played = shared.checked("of the sweep", run, interventions.reversed(run))
+    seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first run
+    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
+    run, again = (
+        functools.partial(play, twin, envs, seeds, options, times=1 + len(both), around=around)
+        for around in (interventions.forward, functools.partial(interventions.forward, is_reversed=True))
+    )
+    shared = SharedState({ORIGINAL: [policy], **{label: functions_of(each) for label, each in both}}, envs)
+    played = shared.checked("of the sweep", run, again)
     rollouts = dict(zip((ORIGINAL, *dict(asked)), played, strict=False))
     ranked = dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None
     return SweptRollouts(rollouts, ranked, no_p_among(dict(others).values()))
 
 
-class _Interventions:
-    """A policy that applies each intervention's patches only to that intervention's rows.
+def _check_independent(model: nn.Module) -> None:
+    """Raise an error if training mode would mix rows, or if an open context patches or records the model."""
+    with as_in_predict(model):
+        together = training_modules(model)
+    if together:
+        raise RolloutError(
+            f"{', '.join(together)} in training mode would let the labels affect each other. Call eval() on the "
+            "policy, or use paired_rollouts with one PatchedPolicy per label."
+        )
+    stations = [station for module in model.modules() if (station := Station.of(module))]
+    if any(listener.session.confined for station in stations for listener in station.listeners):
+        raise RolloutError(
+            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
+            "Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, patches)."
+        )
 
-    Interventions are numbered from 1; 0 is the unpatched policy.
+
+class _Interventions:
+    """A policy that applies each label's patches only to that label's rows.
+
+    Interventions are numbered from 1, in the order of the labels; 0 is the unpatched policy.
     """
 
     def __init__(
@@ -156,18 +163,19 @@ class _Interventions:
             Patch(Site(name).at(point), functools.partial(self._patched, point)) for name, point in points.items()
         ]
         functions = [function for _, each in patches for function in functions_of(each)]
-        self._generators = generators_of(functions)
-        shared_ones = {each for each in functions if isinstance(each, nn.Module) and functions.count(each) > 1}
-        self._modules = Snapshot(module for each in shared_ones for module in each.modules())
+        self._generators = [each for each in used_by(*functions) if isinstance(each, GENERATORS)]
+        repeated = {each for each in functions if isinstance(each, nn.Module) and functions.count(each) > 1}
+        self._modules = Snapshot(module for each in repeated for module in each.modules())
         self._cuda = list({weight.device for weight in model_of(policy).parameters() if weight.is_cuda})
         self.twin: Any = PatchedPolicy(policy, shared, check_nan=False)
 
     @contextmanager
-    def forward(self, interventions: NDArray[np.int64]) -> Iterator[None]:
-        """Assign the rows of a forward pass to interventions, and check for NaN when it ends."""
+    def forward(self, interventions: NDArray[np.int64], *, is_reversed: bool = False) -> Iterator[None]:
+        """Assign the rows of a forward pass to interventions, and check for NaN when the forward pass ends."""
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
         self._cuts = {number: slice(*cut) for number, *cut in zip(numbers, starts, ends, strict=True)}
+        self._is_reversed = is_reversed
         try:
             yield
         except Exception as error:
@@ -175,21 +183,12 @@ class _Interventions:
             raise
         self._raise_nan()
 
-    def reversed(self, run: Callable[[], list[Rollout]]) -> Callable[[], list[Rollout]]:
-        """Return a function that calls `run` while each forward pass applies the interventions in reverse order."""
-
-        def again() -> list[Rollout]:
-            self._is_reversed = True
-            return run()
-
-        return again
-
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
         """Return the activation at a hook point with the rows of each intervention patched."""
         axis: Any = point.batch_axis
-        context.rows  # noqa: B018  # raises an error if the rows do not match
-        checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
-        states = self._random_states() if checked else None
+        context.rows  # noqa: B018  # raises an error if the number of rows is wrong
+        is_checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
+        states = self._random_states() if is_checked else None
         self._modules.note()
         parts = activation.split_with_sizes([cut.stop - cut.start for cut in self._cuts.values()], axis)
         new = dict(zip(self._cuts, parts, strict=True))
@@ -197,16 +196,15 @@ class _Interventions:
             firings = [firing for firing in self._firings[number] if firing.site.name == point.name]
             if firings:
                 published = context.moment.published.cut(cut, self._labels[number])
-                inputs = self._inputs(context.inputs, cut)
-                moment = replace(context.moment, inputs=inputs, published=published)
+                moment = replace(context.moment, inputs=self._inputs(context.inputs, cut), published=published)
             with labelled(self._labels[number]):
                 for firing in firings:
                     new[number] = firing(new[number], moment)
         if states and states != self._random_states():
             raise RolloutError(
-                f"A patch at '{point.name}' draws random numbers from a generator. In a sweep each label would get "
-                "other numbers, so equal patches would differ. Draw with context.uniform(shape), which depends on the "
-                "episode and the step."
+                f"A patch at '{point.name}' draws random numbers from a generator. In a sweep, each label would get "
+                "different numbers, so equal patches would have different effects. Draw with context.uniform(shape), "
+                "which depends only on the episode and the step."
             )
         if self._modules.changed() or self._modules.rewritten():
             raise RolloutError(

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RolloutError
 from ..labels import refuse_shared_state
-from .checks import check_modes
+from .checks import SharedState, check_modes, refuse_environments_by_rows
 from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
-from .episodes import InitialState, Settings, play
-from .repeats import SharedState
+from .episodes import InitialState, Options, play
 from .results import PairedRollouts, Rollout
 
 if TYPE_CHECKING:
@@ -35,48 +34,50 @@ def rollout(
     """Play one episode per seed.
 
     The policy is called once per step on a batch of all running episodes. Patches receive the step, the episodes and
-    their sub-environments in `context`. If the policy treats each row independently, the result does not depend on the
-    number of environments or on the other seeds. Episodes with the same seed share a level but use different draws.
+    the sub-environments in `context`. If the policy treats each row independently, the result does not depend on the
+    number of environments or on the other seeds. Episodes with the same seed share a level but use different random
+    numbers to sample actions.
 
-    Stable-Baselines3 policies act as in their own `predict`: actions in a Box are clipped, or rescaled if they are
-    squashed, and policies without a distribution act deterministically. Actions from other policies are not clipped:
-    for a Box space, wrap the environments in gymnasium's ClipAction.
+    Stable-Baselines3 policies act as in their own `predict`: actions in a Box are clipped, or rescaled if the policy
+    squashes actions, and policies without a distribution act deterministically. Actions from other policies are not
+    clipped. For a Box space, wrap the environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before new episodes
-    and at the end. So are the attributes of your own objects, and nonlocal and global variables, that the policy or its
-    patches use, but not environments. To keep a log, append to a list in a closure or a global. If several policies
-    share such a list, paired_rollouts plays their episodes twice, to check that the list does not change the episodes.
+    and at the end. So are the attributes of your own objects, and nonlocal and global variables, if the policy or its
+    patches use them. Environments are not restored. To keep a log, append to a list in a closure or a global. If
+    several policies share such a list, paired_rollouts plays their episodes twice to check that the list does not
+    change the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
-    starts from its own initial state. Wrap a policy with other arguments, such as sb3-contrib's RecurrentPPO:
+    starts from its own initial state. Wrap a policy that expects other arguments, such as sb3-contrib's RecurrentPPO:
     `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that stores its
     state internally works only in a single environment, because the batch shrinks as episodes end.
 
     Args:
         policy: Module, HookPoints or function of observations. The output must be a tensor or contain an action
             distribution (see `chanpatch.policies.action_distribution`). Observations are moved to the module's device
-            and, if they are floating point, to its dtype.
+            and, if they are floating point, cast to the module's dtype.
         envs: Vector environment whose `reset` accepts one seed per sub-environment, in any autoreset mode.
         seeds: Nonnegative seeds for resetting the environment, one per episode.
         max_steps: Maximum number of steps per episode.
         sampling_seed: Random seed for sampling actions.
         greedy: Whether to use the mode of each distribution instead of sampling.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`;
-            `"values"`, which selects the action with the highest value; or `"actions"`, which are used unchanged. To
-            pair a policy that samples its own actions, make it return the distribution.
-        masks: Function of the environments and the infos from their last step, called before each step. It returns a
-            bool array `(environment, action)` that is True for allowed actions:
-            `lambda envs, infos: np.stack(envs.call("action_masks"))` or `lambda envs, infos: infos["action_mask"]`.
+            `"values"`, to select the action with the highest value; or `"actions"`, which are used unchanged. If a
+            policy samples actions itself, return its distribution instead, so that paired rollouts use the same draws.
+        masks: Function of the environments and the infos from the last step that returns the allowed actions, bool
+            `(environment, action)`: `lambda envs, infos: np.stack(envs.call("action_masks"))` or
+            `lambda envs, infos: infos["action_mask"]`. The function is called before each step.
         initial_state: For a recurrent policy, a function that maps a number of rows to their initial state: a tensor,
             or tensors in tuples and dicts, such as `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))`
             for an LSTM. Each tensor must have exactly one batch axis, whose length is the number of rows.
-        progress: Whether to show a progress bar. By default, it appears in a terminal after two seconds.
+        progress: Whether to show a progress bar. By default, a bar appears in a terminal after two seconds.
 
     Raises:
-        DistributionError: If the policy returns a tensor and `outputs` is None, a distribution whose inverse CDF is
-            not available, or neither a tensor nor a distribution.
+        DistributionError: If the policy returns a tensor but `outputs` is None, if the inverse CDF of the policy's
+            distribution is not available, or if the output contains neither a tensor nor a distribution.
         MissingPackageError: If gymnasium is not installed or is older than 1.1.
-        RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid; or if a
+        RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid, or if a
             module that depends on training mode, such as dropout, has different modes in a twin and in its policy.
 
     Example:
@@ -92,8 +93,9 @@ def rollout(
         5     9       9       True        False
     """
     check_modes({"": policy})
-    settings = Settings(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
-    return play(policy, envs, seeds, settings)[0]
+    refuse_environments_by_rows(patches_inside(policy), envs)
+    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
+    return play(policy, envs, seeds, options)[0]
 
 
 def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented there
@@ -109,20 +111,20 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     initial_state: InitialState | None = None,
     progress: bool | None = None,
 ) -> PairedRollouts:
-    """Roll out several policies, one after another, in the same episodes and with the same random draws.
+    """Roll out several policies, one after another, in the same episodes and with the same random numbers.
 
     Args:
-        policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. All
-            others are compared with the first.
-        outputs: Meaning of tensors, as in `rollout`: one for all policies, or a mapping by name.
+        policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The
+            first policy is compared with each of the others.
+        outputs: Meaning of tensors, as in `rollout`: a string for all policies, or a mapping from names to strings.
         envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, progress: Same as in `rollout`, for all
             policies.
 
     Raises:
         ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module that depends on
-            training mode, such as dropout, has different modes in two policies; if two policies share a callable object
-            as edit or `where`; if an episode differs between policies before their actions do; or if policies share a
-            list or other container that changes their episodes.
+            training mode, such as dropout, has different modes in two policies; if two policies use the same callable
+            object as an edit or `where`; if an episode differs between two policies before their actions differ; or if
+            policies share a list or another container that changes their episodes.
 
     Example:
         >>> import gymnasium, torch
@@ -145,14 +147,15 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
         raise RolloutError(f"outputs has key {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}.")
-    settings = Settings(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
+    options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
     patches = {name: patches_inside(policy) for name, policy in policies.items()}
     refuse_shared_state(patches.items())
+    refuse_environments_by_rows([patch for own in patches.values() for patch in own], envs)
     shared = SharedState({name: [policy, *functions_of(patches[name])] for name, policy in policies.items()}, envs)
     rollouts = {}
     for name, policy in policies.items():
-        own = settings._replace(outputs=each.get(name))
+        own = options._replace(outputs=each.get(name))
         run = functools.partial(play, policy, envs, seeds, own, label=name)
         (rollouts[name],) = shared.checked(f"of {name!r}", run, run)
     return PairedRollouts(rollouts)

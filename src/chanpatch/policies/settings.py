@@ -1,4 +1,4 @@
-"""Check that a policy and its twin have the same settings: flags, numbers, strings, and containers of these."""
+"""Check that a policy and its twin have equal settings: flags, numbers, strings, and containers of these."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import operator
 import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -18,9 +19,9 @@ from ..errors import UnsupportedModelError
 class Settings:
     """Module attributes that must be equal in a twin and its policy.
 
-    The comparison covers bool, int, float, str and None attributes, containers of at most 64 of these, and whether an
-    attribute is a function. It skips modules without parameters, attributes that torch itself sets, and attributes that
-    the twin's own calls change, which are observed in the first call of each kind.
+    Settings are bool, int, float, str and None attributes, containers of at most 64 of these, and whether an attribute
+    is a function. Modules without parameters and attributes that torch sets are skipped. So are attributes that change
+    in the first call of any kind (method, or module that is called).
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:
@@ -29,55 +30,54 @@ class Settings:
             for (name, module), other in zip(twin.named_modules(), original.modules(), strict=True)
             if next(other.parameters(), None) is not None
         ]
-        self._changing: set[tuple[str, str]] = set()  # module and attribute
+        self._changing: set[tuple[str, str]] = set()  # modules and attributes that calls change
         self._known_calls: dict[object, bool] = {}  # whether each kind of call runs modules
-        self._before: dict[tuple[str, str], Any] | None = None  # the twin's, before the first call of a kind
+        self._before: dict[tuple[str, str], Any] | None = None  # the twin's settings before the first call of a kind
         self._plan()
 
     def begin(self, kind: object) -> None:
-        """Raise an error if a setting differs; in the first call of each kind, `end` checks instead."""
+        """Raise an error if a setting differs. In the first call of each kind, `end` checks instead."""
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind):
             self.check()
 
     def end(self, kind: object, *, runs_modules: bool) -> None:
-        """In the first call of each kind, record which settings it changes, and raise an error if others differ."""
+        """After the first call of each kind, record which settings changed, and raise an error if others differ."""
         if self._before is None and runs_modules and not self._known_calls[kind]:
-            del self._known_calls[kind]  # learn from the next call
+            del self._known_calls[kind]  # the next call is treated as the first
         elif self._before is not None:
             self._known_calls[kind] = runs_modules
             if runs_modules:
                 before, after = self._before, self._of_twin()
-                places = before.keys() | after.keys()
-                self._changing |= {each for each in places if before.get(each, _OTHER) != after.get(each, _OTHER)}
+                names = before.keys() | after.keys()
+                self._changing |= {name for name in names if before.get(name, _OTHER) != after.get(name, _OTHER)}
                 self._compare()
 
     def check(self) -> None:
-        """Raise an error if a setting differs, unless no call has run yet."""
+        """Raise an error if a setting differs and a call has already run."""
         if not any(self._known_calls.values()):
             return
-        try:
-            for own, other, sizes, values in self._planned:
-                if (len(own), len(other)) != sizes or values(own) != values(other):
-                    break
-            else:
+        with suppress(KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
+            if all(
+                (len(own), len(other)) == sizes and values(own) == values(other)
+                for own, other, sizes, values in self._planned
+            ):
                 return
-        except (KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
-            pass
         self._compare()
 
     def _compare(self) -> None:
         for name, module, other, kind in self._modules:
             for attribute in sorted((module.keys() | other.keys()) - _TORCHS_OWN):
-                place, default = (name, attribute), getattr(kind, attribute, _OTHER)
+                default = getattr(kind, attribute, _OTHER)
                 if isinstance(default, FunctionType):  # a method, which an instance may override
                     default = _OTHER
                 own, given = (held.get(attribute, default) for held in (module, other))
-                if place not in self._changing and _plain(own) != _plain(given):
+                if (name, attribute) not in self._changing and _plain(own) != _plain(given):
                     raise UnsupportedModelError(
-                        f"'{'.'.join(filter(None, place))}' is {_shown(given)} in the policy but {_shown(own)} in its "
-                        "twin, which shares its weights but not its settings. If the weights changed too, as when "
-                        "merging an adapter, create a new twin: PatchedPolicy(policy, patches). If not, set it on both."
+                        f"'{'.'.join(filter(None, (name, attribute)))}' is {_shown(given)} in the policy but "
+                        f"{_shown(own)} in its twin. The two share weights but not settings. If the weights changed "
+                        "too, as when merging an adapter, create a new twin: PatchedPolicy(policy, patches). "
+                        "Otherwise, set the attribute on both."
                     )
         self._plan()
 
@@ -102,7 +102,7 @@ class Settings:
 
 _TORCHS_OWN = {*vars(nn.Module), *vars(nn.Module()), "_is_torch_compile", "_ddp_params_and_buffers_to_ignore"}
 _TORCHS_OWN.remove("forward")  # which an instance may override
-_OTHER = type  # marks a value that is not a setting; deepcopy returns the same object
+_OTHER = type  # stands for a value that is not a setting; deepcopy returns the same object
 _MOST = 64
 
 

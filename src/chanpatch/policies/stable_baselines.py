@@ -21,7 +21,7 @@ def is_sb3_policy(policy: object) -> bool:
 
 @contextmanager
 def as_in_predict(model: nn.Module) -> Iterator[None]:
-    """Put the policies of Stable-Baselines3 in a model in eval mode, as `predict` does; restore their flags at exit."""
+    """Put Stable-Baselines3 policies in a model in eval mode, as `predict` does, and restore their flags at exit."""
     policies = [each for each in model.modules() if is_sb3_policy(each)]
     flags = [(module, module.training) for policy in policies for module in policy.modules()]
     try:
@@ -33,24 +33,23 @@ def as_in_predict(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def fit_of_distribution(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
+def box_mapping(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
     """Return the function that maps actions to a Box, or None if the output is not a Stable-Baselines3 distribution."""
     while isinstance(output, (tuple, list)) and output:  # (distribution, value)
         output = output[0]
-    return fit(squashed=is_squashed(output)) if _is_a(output, "distributions", "Distribution") else None
+    if not _is_a(output, "distributions", "Distribution"):
+        return None
+    return rescaled if is_squashed(output) else clipped
 
 
-def fit(*, squashed: bool) -> Callable[[NDArray[Any], Any], NDArray[Any]]:
-    """Return a function of actions and a Box that rescales squashed actions from [-1, 1], or clips other actions."""
-    return _unscaled if squashed else _clipped
+def rescaled(actions: NDArray[Any], box: Any) -> NDArray[Any]:
+    """Map actions from [-1, 1] to a Box."""
+    found: NDArray[Any] = box.low + 0.5 * (actions + 1) * (box.high - box.low)
+    return found
 
 
-def _unscaled(actions: NDArray[Any], box: Any) -> NDArray[Any]:
-    scaled: NDArray[Any] = box.low + 0.5 * (actions + 1) * (box.high - box.low)
-    return scaled
-
-
-def _clipped(actions: NDArray[Any], box: Any) -> NDArray[Any]:
+def clipped(actions: NDArray[Any], box: Any) -> NDArray[Any]:
+    """Clip actions to a Box."""
     return np.clip(actions, box.low, box.high)
 
 

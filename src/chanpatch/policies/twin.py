@@ -1,4 +1,4 @@
-"""A patched twin of a policy, which shares the policy's weights."""
+"""Create a patched twin of a policy, which shares the policy's weights."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
     """A twin of a policy that always runs with the given patches.
 
     The twin is a copy of the module tree that shares the original's parameters and buffers, but has its own flags, such
-    as `training`. All methods and submodules of the twin are patched; the original never is.
-    `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. A root call is a call from outside to
-    a method of the twin or of a submodule. It raises an error if a patch inside the called module does not run.
+    as `training`. The patches apply in all methods and submodules of the twin, and never in the original.
+    `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. Every call from outside, to a method
+    of the twin or to a submodule, raises an error if a patch inside the called module does not run.
 
     Args:
-        policy: Any module, or its HookPoints, in which case every site is checked against the trace.
-        patches: One or more patches, applied in the order given. A twin of a twin has the patches of both.
-        allow_unreached: Names of hook points whose patches do not have to run in every root call.
+        policy: Any module, or its HookPoints. With HookPoints, every site is checked against the trace.
+        patches: One or more patches, applied in the order given. A twin of a twin applies the patches of both.
+        allow_unreached: Names of hook points whose patches do not have to run in every call.
         check_nan: Whether to raise an error if a patch introduces NaN.
 
     Raises:
-        HookPointError, SiteError: If sites do not exist; one error lists all of them.
+        HookPointError, SiteError: If sites do not exist. One error lists all of these sites.
         UnsupportedModelError: If the policy cannot be copied, ignores hooks, or changes its weights in `train()` or
-            `eval()`; in a call, if a parameter, buffer or submodule was replaced or a setting (an attribute that is a
-            flag, number or string) was changed in only the policy or only the twin.
+            `eval()`. During a call, if a parameter, buffer or submodule was replaced, or a setting (an attribute that
+            is a flag, number or string) was changed, in only the policy or only the twin.
         UnreachedError, NaNError: At the end of a call, if a patch did not run or introduced NaN.
 
     Example:
@@ -67,7 +67,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
         allow_unreached: Iterable[str] = (),
         check_nan: bool = True,
     ) -> Any:
-        """Create the twin, an instance of a subclass of the policy's class."""
+        """Create a twin, whose class is a subclass of the policy's class."""
         allowed = {allow_unreached} if isinstance(allow_unreached, str) else set(allow_unreached)
         each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
         given = original = model_of(policy)
@@ -117,7 +117,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
 
 class Disabled(Held):
-    """Context in which a twin runs without its patches. Such contexts may close in any order."""
+    """Context in which a twin runs without its patches. Several such contexts may close in any order."""
 
     def __init__(self, state: _TwinState) -> None:
         self._state = state
@@ -139,7 +139,7 @@ _OFFERED = ("patches", "ledger", "disable", "distribution")
 
 
 def _copied(policy: nn.Module) -> nn.Module:
-    """Return a copy of a policy that shares its weights. A copy of a twin has no patches."""
+    """Copy a policy, sharing its weights. A copy of a twin has no patches."""
     if STATE not in vars(policy):
         return copied(policy, policy)
     kind = type(_state(policy).original)
@@ -149,7 +149,7 @@ def _copied(policy: nn.Module) -> nn.Module:
 
 
 class _TwinState(Patching):
-    """The session of a twin, which is always attached, and the original policy."""
+    """A twin's session, which is always attached, and the original policy."""
 
     confined = False
 
@@ -183,14 +183,14 @@ class _TwinState(Patching):
         self.attach(scopes=[module for module in inside if module is not twin])
 
     def call_method(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a method of the twin as a root call, unless it is called within one."""
+        """Run a method of the twin as a root call, unless another root call is running."""
         if name in self._running_methods or self.in_method or not self.enabled:
             return self.run(name, method, args, kwargs)
         with observed(self._modules, on_inputs=lambda *_: self._running_methods.add(name)):
             return self.run(name, method, args, kwargs)
 
     def on_error(self, error: Exception) -> None:
-        """Raise NaNError if the error came from NaN that a patch introduced."""
+        """Raise NaNError instead if the error was caused by NaN that a patch introduced."""
         raise_nan(self.firings, error)
 
     def on_begin(self, call: RootCall) -> None:
@@ -201,25 +201,25 @@ class _TwinState(Patching):
                 "torch.export and torch.fx would drop a twin's patches or freeze them. Export the policy instead: "
                 "inside patched(policy, patches), torch.export keeps the patches."
             )
-        # A loop over the items is five times slower. Dict comparison checks identity first, and only one-element
-        # tensors can be equal without being the same object.
+        # Comparing dicts is much faster than a loop over their items. It checks identity first, and only one-element
+        # tensors can be equal without being identical.
         try:
             shared = self._held == self._expected
-        except RuntimeError:  # comparing larger tensors gives more than one bool
+        except RuntimeError:  # two larger tensors are compared, so they are not identical
             shared = False
         for held, expected, key in self._numbers:
             shared &= held.get(key) is expected.get(key)
         if not shared:
             raise UnsupportedModelError(
-                f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so they no "
-                "longer share all weights. Create a new twin: PatchedPolicy(policy, patches). If a method of the "
-                "policy replaces it, update it in place with copy_(), or make it a plain attribute. With "
+                f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so the two "
+                "no longer share all weights. Create a new twin: PatchedPolicy(policy, patches). A method of the "
+                "policy should update the tensor with copy_(), or store it in a plain attribute. With "
                 "torch.func.functional_call, use the policy inside patched()."
             )
         self.settings.begin(_kind(call))
 
     def _replaced(self) -> str:
-        """Return the name of a parameter, buffer or submodule that was replaced."""
+        """Return the name of the first parameter, buffer or submodule that was replaced."""
         return next(
             f"{name}.{key}" if name else key
             for name, held, expected in self._pairs
@@ -228,23 +228,16 @@ class _TwinState(Patching):
         )
 
     def on_end(self, call: RootCall) -> None:
-        """Raise an error if a patch introduced NaN, or did not run even though this call should have reached it."""
+        """Raise an error if a patch introduced NaN, or did not run although this call should have reached its site."""
         if self.check_nan:
             raise_nan(self.firings)
         runs_modules = call.station is not None or call.method in self._running_methods
         self.settings.end(_kind(call), runs_modules=runs_modules)
-        for firing in self.firings:
-            if not firing.reached:
-                break
-        else:
+        if all(firing.reached for firing in self.firings):
             return
-        names: list[str] = []
-        if call.station is not None:
-            names = self.unreached(self._inside.get(call.station.module_id, ()))
-        elif runs_modules:
-            names = self.unreached()
-        if names:
-            advice = f" If it does not have to run there, set allow_unreached={names!r}."
+        inside = None if call.station is None else self._inside.get(call.station.module_id, ())
+        if runs_modules and (names := self.unreached(inside)):
+            advice = f" If this patch does not have to run there, set allow_unreached={names!r}."
             compiled = call.method == "__call__"  # a method is checked only if it is known to run modules
             check_reached(f"The patch at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice)
 
@@ -254,7 +247,7 @@ def _kind(call: RootCall) -> object:
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
-    """Return, for each module that contains patched modules, the indices of their patches."""
+    """Map each module that contains patched modules to the indices of their patches."""
     modules = dict(twin.named_modules(remove_duplicate=False))
     patched = [modules.get(resolve(modules, patch.site).module) for patch in patches]
     inside: dict[nn.Module, set[int]] = {}
@@ -275,7 +268,7 @@ _classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDicti
 
 
 def _twin_class(kind: Any, taken: frozenset[str]) -> type:
-    """Return a subclass of a policy's class whose methods start root calls; names in `taken` are not overridden."""
+    """Return a subclass of a policy's class whose methods start root calls. Names in `taken` are not overridden."""
     if (known := _classes.get((kind, taken))) is not None:
         return known
     members: dict[str, Any] = {name: vars(PatchedPolicy)[name] for name in _OFFERED if name not in taken}
