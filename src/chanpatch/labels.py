@@ -7,9 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from .errors import ChanpatchError, EditError, UnreachedError
 from .patching.contexts import checked_patches
 from .patching.edit_context import state_of
+from .patching.edits import Resample, Set
 from .patching.patch import Patch, edit_name
 
 Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
@@ -45,6 +48,23 @@ def _label(patch: Patch) -> str:
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
     """Return why ranks among these control patches have no p-values, as stored in their sites, or an empty string."""
     return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
+
+
+def reference_notes(patches: Iterable[Patch]) -> list[str]:
+    """Return a note for a table with intervals if a patch uses one set of reference inputs."""
+    note = "Intervals ignore the sampling error in the reference of a mean or resample ablation."
+    return [note] if any(map(_has_one_reference, patches)) else []
+
+
+def _has_one_reference(patch: Patch) -> bool:
+    """Return whether a patch writes activations that are averaged over or drawn from one set of reference inputs."""
+    edit, point = patch.edit, patch.site.point
+    if isinstance(edit, Resample):
+        return True
+    batch = None if point is None else point.batch_axis
+    return (
+        isinstance(edit, Set) and isinstance(edit.value, Tensor) and batch is not None and edit.value.shape[batch] == 1
+    )
 
 
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:

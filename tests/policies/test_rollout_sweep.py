@@ -12,7 +12,17 @@ from policies import SEEDS, Drifting, Recurrent, same
 from torch import nn
 
 import chanpatch
-from chanpatch import PatchedPolicy, Site, edit, hook_points, patched, recording, resample_ablate, zero_ablate
+from chanpatch import (
+    PatchedPolicy,
+    Site,
+    edit,
+    hook_points,
+    mean_ablate,
+    patched,
+    recording,
+    resample_ablate,
+    zero_ablate,
+)
 from chanpatch.controls import matched_channels
 from chanpatch.engine.moments import published
 from chanpatch.errors import BatchAxisError, EditError, HookPointError, MissingPackageError, NaNError, RolloutError
@@ -477,3 +487,21 @@ def test_controls_at_an_edge_have_no_p_in_a_rollout_sweep_either(policy, points)
     controls = {repr(control): [zero_ablate(control)] for control in others}
     swept = rollout_sweep(points, drifting(5), range(5), zero_ablate(site), controls=controls, max_steps=5)
     assert "is at the edge of its pool" in swept.no_p and swept.no_p == others.no_p
+
+
+def test_the_tables_of_rollouts_say_that_one_reference_is_fixed():
+    policy = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    points = hook_points(policy, torch.zeros(2, 4))
+    site = points.site("1", feature=[0, 1])
+    _, cache = run_with_cache(points, torch.randn(20, 4), sites=site)
+    envs = gymnasium.make_vec("CartPole-v1", num_envs=2, vectorization_mode="sync")
+    note = "Intervals ignore the sampling error in the reference of a mean or resample ablation."
+    for patch, noted in (
+        (mean_ablate(site, cache), True),
+        (resample_ablate(site, cache), True),
+        (zero_ablate(site), False),
+    ):
+        twin = PatchedPolicy(points, patch)
+        pairs = paired_rollouts({"a": policy, "b": twin}, envs, range(3), max_steps=9)
+        swept = rollout_sweep(points, envs, range(3), {"b": patch}, max_steps=9)
+        assert (note in str(pairs)) is (note in str(swept)) is noted

@@ -64,11 +64,16 @@ class Rollout(Records):
 class PairedRollouts(Effects, Mapping[str, Rollout]):
     """Rollouts of several policies in the same episodes, by name. The first is compared with each of the others.
 
+    Attributes:
+        rollouts: Rollouts by name.
+        remarks: Notes on the intervals, shown below the table.
+
     Raises:
         RolloutError: If seeds or settings differ, or if an episode differs between policies before their actions do.
     """
 
     rollouts: Mapping[str, Rollout]
+    remarks: tuple[str, ...] = field(default=(), kw_only=True)
     _whole: PairedRollouts | None = field(default=None, kw_only=True)  # all rollouts, if `top` selected these
 
     def __post_init__(self) -> None:
@@ -153,7 +158,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return f"{len(self)} policies over the same {self._episodes}"
 
     def _notes(self) -> list[str]:
-        return interval_notes(self.interval().note)
+        return [*interval_notes(self.interval().note), *self.remarks]
 
     @property
     def _original(self) -> Rollout:

@@ -18,7 +18,7 @@ from ..engine.hooks import Station
 from ..engine.paths import leaves
 from ..engine.state import GENERATORS, Snapshot, generator_state, random_states, training_modules
 from ..errors import BatchAxisError, RolloutError
-from ..labels import Patches, labelled, labelled_patches, no_p_among, refuse_shared_state
+from ..labels import Patches, labelled, labelled_patches, no_p_among, reference_notes, refuse_shared_state
 from ..patching.contexts import checked_patches, raise_nan
 from ..patching.edit_context import Context
 from ..patching.firing import Firing
@@ -115,7 +115,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     played = shared.checked("of the sweep", run, again)
     rollouts = dict(zip((ORIGINAL, *dict(asked)), played, strict=False))
     ranked = dict(zip(dict(others), played[len(rollouts) :], strict=True)) or None
-    return SweptRollouts(rollouts, ranked, no_p_among(dict(others).values()))
+    remarks = reference_notes(patch for _, each in [*asked, *others] for patch in each)
+    return SweptRollouts(rollouts, ranked, no_p_among(dict(others).values()), remarks=tuple(remarks))
 
 
 def _check_independent(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RolloutError
-from ..labels import refuse_shared_state
+from ..labels import reference_notes, refuse_shared_state
 from .checks import SharedState, check_modes, refuse_environments_by_rows
 from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
@@ -158,4 +158,5 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         own = options._replace(outputs=each.get(name))
         run = functools.partial(play, policy, envs, seeds, own, label=name)
         (rollouts[name],) = shared.checked(f"of {name!r}", run, run)
-    return PairedRollouts(rollouts)
+    remarks = reference_notes(patch for own in patches.values() for patch in own)
+    return PairedRollouts(rollouts, remarks=tuple(remarks))

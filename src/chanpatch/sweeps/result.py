@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..channels import rounding
 from ..errors import MetricError
-from ..patching.edits import Resample, Set
+from ..labels import reference_notes
 from ..patching.patch import Patch
 from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
 from ..statistics.flips import ranked_interval
@@ -163,8 +162,7 @@ class SweepResult(Effects):
         if self.controls is not None:
             notes.append(f"Ranks are among {len(self.controls)} controls.")
             notes += sorted({f"No p-values: {rank.no_p}" for rank in self._ranks() if rank and rank.no_p})
-        if any(_has_one_reference(patch) for patches in self.patches for patch in patches):
-            notes.append("Intervals ignore the sampling error in the reference of a mean or resample ablation.")
+        notes += reference_notes(patch for patches in self.patches for patch in patches)
         for strategy in dict.fromkeys(group.strategy for group in self.groups):
             those = [group for group in self.groups if group.strategy == strategy]
             points = f"{len(those)} hook points" if len(those) > 3 else ", ".join(f"'{group.point}'" for group in those)
@@ -215,17 +213,6 @@ class SweepResult(Effects):
 
     def _rows(self, rows: NDArray[np.int64]) -> SweepResult:
         return replace(super()._rows(rows), _whole=self._whole or self)
-
-
-def _has_one_reference(patch: Patch) -> bool:
-    """Return whether a patch writes activations that are averaged over or drawn from one set of reference inputs."""
-    edit, point = patch.edit, patch.site.point
-    if isinstance(edit, Resample):
-        return True
-    batch = None if point is None else point.batch_axis
-    return (
-        isinstance(edit, Set) and isinstance(edit.value, Tensor) and batch is not None and edit.value.shape[batch] == 1
-    )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
