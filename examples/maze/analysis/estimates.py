@@ -7,8 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from chanpatch.statistics import Interval, difference_interval, rank_among, wilson_interval
-from maze.analysis.cells import Row, Values, cells
+from chanpatch.statistics import (
+    Interval,
+    difference_interval,
+    mean_interval,
+    rank_among,
+    sign_flip_test,
+    wilson_interval,
+)
+from maze.analysis.cells import Row, Table, Values, cells
 
 
 def intervals(**named: Interval | None) -> Row:
@@ -36,3 +43,11 @@ def rank_cells(effect: float, controls: ArrayLike, *, ranked: Any = True, p: Any
     """The rank of an effect among controls as three cells; None without controls or if not `ranked`."""
     rank = rank_among(effect, controls) if ranked and np.size(controls) else None
     return {"rank": rank and rank.rank, "controls": rank and rank.controls, "rank_p": rank.p if rank and p else None}
+
+
+def primary(claim: str, differences: Values, *, seed: int) -> Table:
+    """The claim that decides a part, and the p-value of the null that the differences, (level,), have mean zero."""
+    return [
+        {"claim": claim, "n": len(differences), "p": sign_flip_test(differences, seed=seed)}
+        | intervals(mean=mean_interval(differences))
+    ]

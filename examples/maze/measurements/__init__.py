@@ -7,6 +7,7 @@ from maze.analysis.part import Part
 _MODULES = (
     *("pair", "search", "ranking", "sums", "decision", "ablation", "distance", "top16", "spatial", "sizes", "parity"),
     *("generator", "cheese_vector", "corner_vector", "retarget", "statistics", "random_mazes", "hypothesis", "sweep"),
+    *("default", "share", "direction", "dose", "counterfactual"),
 )
 
 PARTS = {part.name: part for part in (Part.of(import_module(f"{__name__}.{module}")) for module in _MODULES)}
