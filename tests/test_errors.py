@@ -217,8 +217,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an axis without a known length": (
         errors.SiteError,
         lambda: Site("conv1").split("channel"),
-        "Site('conv1') cannot be split along 'channel': the length of that axis is unknown. Pass its indices, or "
-        "create the site from a traced model with points.site(...).",
+        "Site('conv1') cannot be split along 'channel': the length of that axis is unknown. Pass indices, or create "
+        "the site with points.site(...).",
     ),
     "an operand that would broadcast": (
         errors.EditError,
@@ -254,8 +254,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an edit that returns None": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), print_nothing)),
-        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: a new activation, or its "
-        "input to leave the activation unchanged.",
+        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: a new activation, or the "
+        "given one to leave the activation unchanged.",
     ),
     "an edit that returns another shape": (
         errors.EditError,
@@ -277,14 +277,14 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an edit that brings NaN in": (
         errors.NaNError,
         lambda: run(POINTS, edit(POINTS.site("fc"), divided)),
-        "Patch(Site('fc'), divided) introduced NaN into a region that had none. Check its operands for 0/0 or a mean "
+        "Patch(Site('fc'), divided) introduced NaN into a region without NaN. Check the operands for 0/0, or a mean "
         "over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy.",
     ),
     "an edit that is none": (
         errors.EditError,
         lambda: edit(POINTS.site("fc"), 0.0),  # type: ignore[arg-type]
         "The edit at Site('fc') must be callable; got float. Use Set(value) to set the activation to a value, or a "
-        "function that maps the activation to a new one.",
+        "function that maps the activation to a new activation.",
     ),
     "bounds that are crossed": (
         errors.EditError,
@@ -359,13 +359,13 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a cache times a tensor": (
         TypeError,
         lambda: cache() * torch.ones(4),
-        "An ActivationCache can be combined only with another cache or a number, not Tensor, which would broadcast to "
+        "An ActivationCache can be combined only with another cache or a number; got Tensor, which would broadcast to "
         "every site. Use the activation at one site: cache[site] * tensor.",
     ),
     "no sites": (
         errors.SiteError,
         lambda: recording(POINTS, []),
-        "There are no sites to record: sites is empty. Pass at least one, as in sites=['conv1'].",
+        "There are no sites to record: sites is empty. Pass at least one site, as in sites=['conv1'].",
     ),
     "a record that need not run and is none": (
         ValueError,
@@ -381,8 +381,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a batch to split along": (
         errors.SiteError,
         lambda: POINTS.site("conv1").split("batch"),
-        "Site('conv1') cannot be split along 'batch': the batch size varies between forward passes. Pass the indices, "
-        "or select rows with where=.",
+        "Site('conv1') cannot be split along 'batch': the batch size varies between forward passes. Pass indices, or "
+        "select rows with where=.",
     ),
     "a slice that ends nowhere": (
         errors.SiteError,
@@ -404,7 +404,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "parameters that do not exist yet": (
         errors.UnsupportedModelError,
         lambda: hook_points(nn.Sequential(nn.LazyLinear(2)), torch.zeros(2, 2)),
-        "'0.weight' is lazy: it has no shape until the model is called. Call the model once before tracing it.",
+        "'0.weight' is lazy, so its shape is unknown until the first call. Call the model once before tracing.",
     ),
     "a nested input": (
         errors.UnsupportedModelError,
@@ -431,7 +431,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a region of a sparse tensor": (
         errors.UnsupportedModelError,
         lambda: read(torch.eye(2).to_sparse(), {0: slice(0, 1)}),
-        "Cannot select part of a sparse_coo tensor. Use the whole hook point, or make it dense in the model: "
+        "Cannot select part of a sparse_coo tensor. Use the whole hook point, or make the tensor dense in the model: "
         "tensor.to_dense().",
     ),
     "a mean over an axis that is not there": (
@@ -442,12 +442,12 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a cache without the site": (
         errors.EditError,
         lambda: patch_in(POINTS.site("fc"), cache()),
-        "The cache contains neither Site('fc') nor its whole hook point. It contains Site('relu1').",
+        "The cache contains neither Site('fc') nor the whole hook point. Sites in the cache: Site('relu1').",
     ),
     "a key that the cache lacks": (
         errors.HookPointError,
         lambda: cache()["fc"],
-        "The cache does not contain 'fc'. It contains Site('relu1').",
+        "The cache does not contain 'fc'. Sites in the cache: Site('relu1').",
     ),
     "caches of different sites": (
         errors.SiteError,
@@ -465,8 +465,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "rows without a batch axis": (
         errors.BatchAxisError,
         lambda: resample_ablate(hook_points(nn.Linear(2, 2), torch.zeros(2)).site(".out"), torch.zeros(3, 2), seed=0),
-        "resample_ablate at Site('.out') needs rows. The trace could not identify the batch axis of '.out': no single "
-        "axis grew when the model was run with one more row. Name the axes of the model's input: hook_points(..., "
+        "resample_ablate at Site('.out') needs rows. The trace could not identify the batch axis at '.out': no single "
+        "axis grew when the model ran with one more row. Name the axes of the model's input: hook_points(..., "
         "axes={'.in[0]': (...)}).",
     ),
     "a patch that never ran": (
@@ -530,20 +530,20 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a weight": (
         errors.HookPointError,
         lambda: POINTS.site("fc.weight"),
-        "'fc.weight' is a weight, not a hook point. To make it one, call tap('name', weight) in forward(). (12 hook "
-        "points; print the HookPoints to list them.)",
+        "'fc.weight' is a weight, not a hook point. To create a hook point, call tap('name', weight) in forward(). (12 "
+        "hook points; print the HookPoints to list them.)",
     ),
     "a weight, without a trace": (
         errors.HookPointError,
         lambda: run(CNN.module, zero_ablate(Site("fc.bias"))),
-        "'fc.bias' is a weight, not a hook point. To make it one, call tap('name', weight) in forward(). To list all "
-        "hook points, including taps, print hook_points(model, *inputs).",
+        "'fc.bias' is a weight, not a hook point. To create a hook point, call tap('name', weight) in forward(). To "
+        "list all hook points, including taps, print hook_points(model, *inputs).",
     ),
     "a buffer": (
         errors.HookPointError,
         lambda: recording(nn.BatchNorm1d(2), ".running_mean"),
-        "'.running_mean' is a weight, not a hook point. To make it one, call tap('name', weight) in forward(). To "
-        "list all hook points, including taps, print hook_points(model, *inputs).",
+        "'.running_mean' is a weight, not a hook point. To create a hook point, call tap('name', weight) in forward(). "
+        "To list all hook points, including taps, print hook_points(model, *inputs).",
     ),
     "one of several calls, without a trace": (
         errors.HookPointError,
@@ -596,7 +596,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a region of a masked tensor": (
         errors.UnsupportedModelError,
         lambda: read(masked_tensor(torch.eye(2), torch.eye(2) > 0), {0: slice(0, 1)}),
-        "Cannot select part of a masked tensor. Use the whole hook point, or make it dense in the model: "
+        "Cannot select part of a masked tensor. Use the whole hook point, or make the tensor dense in the model: "
         "tensor.to_tensor(0.0).",
     ),
     "an adapter that was merged on one side": (
@@ -680,5 +680,5 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
         model(-torch.ones(2, 2))
     assert str(caught.value) == (
         "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() with "
-        "inputs like these, and use the names that it lists."
+        "inputs like these, and use the listed names."
     )

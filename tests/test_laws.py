@@ -260,8 +260,8 @@ def test_a_patched_model_is_not_pickled_as_its_copy_would_run_without_the_patche
             stored(model.module)
         model.module(*inputs)
     assert str(caught.value) == (
-        "A module cannot be pickled while it is patched or recorded, because the copy would run without the patches. "
-        "Close the context first, save the state_dict(), or pickle an entire PatchedPolicy."
+        "A module cannot be pickled while it is patched or recorded, because the pickled copy would run without "
+        "patches. Close the context first, save the state_dict(), or pickle an entire PatchedPolicy."
     )
     assert same(stored(model.module)(*inputs), plain)
 
@@ -469,7 +469,7 @@ def test_nan_masks_no_exception_of_the_users_own_but_is_noted_in_it(plain_cnn: M
         raise raised
     assert caught.value is raised
     if hasattr(raised, "__notes__"):
-        assert "introduced NaN into a region that had none" in raised.__notes__[0]
+        assert "introduced NaN into a region without NaN" in raised.__notes__[0]
 
 
 def test_allow_unreached_names_exceptions(model: Model) -> None:

@@ -343,7 +343,7 @@ def test_one_step_of_a_recurrent_policy_is_patched_and_the_others_follow_from_it
 def test_a_longer_rollout_than_the_traced_one_is_refused():
     policy = RecurrentPolicy()
     points = hook_points(policy, torch.randn(2, 3, 6))
-    with pytest.raises(TraceMismatchError, match="called 4 times in this model call, but 3 times in the traced one"):
+    with pytest.raises(TraceMismatchError, match="called 4 times in this model call, but 3 times in the trace"):
         with patched(points, zero_ablate(points.site("cell#0"))):
             policy(torch.randn(2, 5, 6))
 

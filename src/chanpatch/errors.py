@@ -1,6 +1,6 @@
-"""Exceptions raised by chanpatch. Each is a ChanpatchError and also a built-in exception, such as ValueError.
+"""Exceptions raised by chanpatch. Every class inherits from ChanpatchError and from a built-in, such as ValueError.
 
-Each message names the wrong value, the expected value, and a fix.
+Every message states the wrong value, the expected value, and a fix.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ class ChanpatchError(Exception):
 
 
 class HookPointError(ChanpatchError, KeyError):
-    """Raised for a name that the model does not have, or a module that the traced forward pass did not call."""
+    """Raised for a name that does not exist in the model, or a module that the traced forward pass did not call."""
 
     __str__ = Exception.__str__  # KeyError would print the message as a quoted literal
 
 
 class SiteError(ChanpatchError, ValueError):
-    """Raised for an axis or an index that the hook point does not have."""
+    """Raised for an axis or an index that does not exist at the hook point."""
 
 
 class EditError(ChanpatchError, ValueError):
@@ -28,7 +28,7 @@ class EditError(ChanpatchError, ValueError):
 
 
 class NaNError(EditError):
-    """Raised when an edit introduces NaN into a region that had none."""
+    """Raised when an edit introduces NaN into a region without NaN."""
 
 
 class BatchAxisError(ChanpatchError, ValueError):
@@ -36,15 +36,15 @@ class BatchAxisError(ChanpatchError, ValueError):
 
 
 class TraceMismatchError(ChanpatchError, RuntimeError):
-    """Raised when a forward pass differs from the traced one in anything but the batch."""
+    """Raised when a forward pass differs from the trace in anything but the batch."""
 
 
 class UnreachedError(ChanpatchError, RuntimeError):
-    """Raised when the site of a patch or a recording was never reached."""
+    """Raised when a patched or recorded site was never reached."""
 
 
 class ConcurrencyError(ChanpatchError, RuntimeError):
-    """Raised when a context is used from another thread, or when a copy of a module that is being patched runs."""
+    """Raised when a context is used from another thread, or when a copy of a currently patched module runs."""
 
 
 class UnsupportedModelError(ChanpatchError, TypeError):
@@ -52,7 +52,7 @@ class UnsupportedModelError(ChanpatchError, TypeError):
 
 
 class DistributionError(ChanpatchError, TypeError):
-    """Raised for an output without an action distribution, or one that does not support inverse-CDF sampling."""
+    """Raised for outputs without an action distribution, and distributions that lack inverse-CDF sampling."""
 
 
 class MetricError(ChanpatchError, ValueError):
@@ -72,7 +72,7 @@ class StatisticsError(ChanpatchError, ValueError):
 
 
 class ContrastError(ChanpatchError, ValueError):
-    """Raised for inputs that do not form pairs, or clusters or background inputs that do not match them."""
+    """Raised for inputs that do not form pairs, and for clusters or background inputs that do not match the pairs."""
 
 
 class ProbeError(ChanpatchError, ValueError):
@@ -80,7 +80,7 @@ class ProbeError(ChanpatchError, ValueError):
 
 
 class InterventionError(ChanpatchError, ValueError):
-    """Raised for patches that contain functions, and for a patch file that is damaged or does not match the model."""
+    """Raised for patches that contain functions, and for patch files that are damaged or do not match the model."""
 
 
 class MissingPackageError(ChanpatchError, ImportError):
@@ -94,10 +94,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def in_one(faults: Sequence[object]) -> str:
-    """Combine all errors into one message."""
-    return "\n".join(
-        [f"{len(faults)} errors:", *(f"- {each}" for each in faults)] if len(faults) > 1 else map(str, faults)
-    )
+    """Combine error messages into one."""
+    listed = [f"{len(faults)} errors:", *(f"- {each}" for each in faults)]
+    return "\n".join(listed) if len(faults) > 1 else str(*faults)
 
 
 __all__ = [name for name, kind in vars().copy().items() if isinstance(kind, type) and issubclass(kind, Exception)]

@@ -175,8 +175,8 @@ def test_a_users_dict_is_filled_as_without_patches():
 
 
 WRITES = (
-    "This {} writes to its input {} while an entry of it is patched. The patch is applied to a copy, so the caller "
-    "would not see the writes. Patch the module that computes the entry, or a module inside this one."
+    "This {} writes to its input {} while an entry of that input is patched. Patches apply to a copy, so the caller "
+    "would not see the writes. Patch the module that computes the entry, or a submodule, instead."
 )
 
 

@@ -12,7 +12,7 @@ from chanpatch import PatchedPolicy, Site, hook_points, patched, recording, stee
 from chanpatch.errors import ConcurrencyError
 
 FREED = (
-    "A context for {} was garbage-collected while it was open, and is now closed. Use `with`, or keep the context in a "
+    "A context for {} was garbage-collected while open, and is now closed. Use `with`, or keep the context in a "
     "variable: context = patched(model, patches); context.__enter__()."
 )
 

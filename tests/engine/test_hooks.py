@@ -84,8 +84,8 @@ def test_a_hook_that_replaces_the_tensor_that_was_just_patched_is_an_error_that_
     with pytest.raises(UnsupportedModelError) as caught, patched(points, zero_ablate(points.site("relu", feature=1))):
         net(vectors)
     assert str(caught.value) == (
-        "A forward hook (doubled) replaced or modified the tensor that was just patched at 'relu'. Remove the hook "
-        "while the patch is active, or patch the input of the next module instead."
+        "A forward hook (doubled) replaced or modified the patched tensor at 'relu'. Remove the hook while the patch "
+        "is active, or patch the input of the next module instead."
     )
 
 

@@ -215,7 +215,7 @@ def left(case: Case) -> list[str]:
         "compiled code stays eager": [*hooks._eager, *hooks._stance],
         "the stance": torch._dynamo.eval_frame._stance.stance != "default",
         "a lock": any(lock._is_owned() for lock in (state._ONE_AT_A_TIME, sessions._CHANGES)),
-        "taps": [*calls._tap_observers, *filter(calls._hearing, calls._tap_sessions)],
+        "taps": [*calls._tap_observers, *(name for name, heard in calls._tap_sessions.items() if heard)],
         "a torch function mode": torch._C._len_torch_function_stack(),
         "training": any(module.training for module in modules),
     }

@@ -646,7 +646,7 @@ def test_a_reference_of_integers_has_no_mean(plain_cnn):
 @pytest.mark.parametrize("verb", [mean_ablate, patch_in, steer])
 def test_a_cache_that_holds_another_site_is_refused(net, points, image, verb):
     _, cache = run_with_cache(points, image, sites="fc")
-    with pytest.raises(EditError, match=r"contains neither Site\('conv'\) nor its whole hook point"):
+    with pytest.raises(EditError, match=r"contains neither Site\('conv'\) nor the whole hook point"):
         verb(points.site("conv"), cache)
 
 

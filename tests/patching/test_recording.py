@@ -454,7 +454,7 @@ def test_a_name_of_several_sites_is_refused(points, image):
 
 
 def test_a_site_that_is_not_held_is_refused(points, image):
-    with pytest.raises(HookPointError, match="not contain 'relu'. It contains Site"):
+    with pytest.raises(HookPointError, match="not contain 'relu'. Sites in the cache: Site"):
         cache_of(points, image)["relu"]
 
 

@@ -162,7 +162,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a pattern for a bare model": (
         lambda: recording(MODEL, "h.*").__enter__(),
-        "'h.*' is a pattern, but a model without a trace has no list of hook points to match. Pass hook_points(model, "
+        "'h.*' is a pattern, but an untraced model has no list of hook points to match. Pass hook_points(model, "
         "*inputs) instead of the model.",
     ),
     "a pattern of several where one is expected": (
@@ -171,12 +171,12 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a pattern of several in a cache": (
         lambda: run_with_cache(POINTS, INPUT, sites="h.1?", stop=True)["h.*"],
-        "The cache has 2 sites at 'h.*'. It contains Site('h.10.out[0]'), Site('h.11.out[0]').",
+        "The cache has 2 sites at 'h.*'. Sites in the cache: Site('h.10.out[0]'), Site('h.11.out[0]').",
     ),
     "a pattern of none in a cache": (
         lambda: run_with_cache(POINTS, INPUT, sites="h.1?", stop=True)["h.1*.out[1]"],
-        "The cache does not contain 'h.1*.out[1]'. Did you mean 'h.11.out[0]'? It contains Site('h.10.out[0]'), "
-        "Site('h.11.out[0]').",
+        "The cache does not contain 'h.1*.out[1]'. Did you mean 'h.11.out[0]'? Sites in the cache: "
+        "Site('h.10.out[0]'), Site('h.11.out[0]').",
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Other entry points into a forward pass: call observers, taps and wrapped methods."""
+"""Other hooks into a forward pass: call observers, taps and wrapped methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Run the callbacks at every tap and at every call of these modules, but not at calls of their copies."""
+    """Run the callbacks at every tap and every call of these modules, but not at calls of copies."""
     known = set(modules)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -49,18 +49,19 @@ def observed(
 
 
 _tap_observers: list[Callable[[str, Tensor], object]] = []
-_tap_sessions: dict[str, list[weakref.ref[Any]]] = {}  # weak, so that a patched policy can be freed
+_tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak, so patched policies can be freed
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
-    """Turn a tensor inside a `forward` method into a hook point, and return the tensor or its patched version.
+    """Turn a tensor in a `forward` method into a hook point, and return the tensor, patched if a patch is active.
 
     Args:
-        name: Name of the hook point, or `name#0`, `name#1`, ... if the tap runs more than once per forward pass.
+        name: Name of the hook point. If the tap runs several times per forward pass, the hook points are `name#0`,
+            `name#1`, ...
         tensor: Any tensor in the forward pass.
 
     Raises:
-        HookPointError, TraceMismatchError, SiteError, EditError: As at other hook points, while a context is open.
+        HookPointError, TraceMismatchError, SiteError, EditError: As for other hook points, while a context is open.
 
     Example:
         >>> import torch
@@ -72,38 +73,33 @@ def tap(name: str, tensor: Tensor) -> Tensor:
         observer(name, tensor)
     if name not in _tap_sessions:
         return tensor
-    sessions = [session for session in _hearing(name) if session.in_this_thread()]
-    for session in sessions:
-        session.enter_call(name)
-        session.leave_call(name)
-    here = [each for session in sessions for each in session.listeners if each.place.side == "tap"]
+    here = []
+    for session in [*_tap_sessions[name]]:
+        if session.in_this_thread():
+            session.enter_call(name)
+            session.leave_call(name)
+            here += [each for each in session.listeners if each.place.side == "tap" and each.place.module == name]
     for listener in sorted(here, key=lambda each: STAGES.index(each.stage)):
-        if listener.place.module == name:
-            tensor = listener(tensor)
+        tensor = listener(tensor)
     return tensor
 
 
 def hear_tap(name: str, session: Any) -> None:
     """Subscribe a session to a tap."""
-    if session not in _hearing(name):
-        _tap_sessions.setdefault(name, []).append(weakref.ref(session))
+    _tap_sessions.setdefault(name, weakref.WeakKeyDictionary())[session] = None
 
 
 def forget_taps(session: Any) -> None:
     """Unsubscribe a session from all taps."""
-    for name in list(_tap_sessions):
-        _tap_sessions[name] = [each for each in _tap_sessions[name] if each() not in (None, session)]
-        if not _tap_sessions[name]:
-            del _tap_sessions[name]
-
-
-def _hearing(name: str) -> list[Any]:
-    return [session for each in _tap_sessions.get(name, ()) if (session := each()) is not None]
+    for name, sessions in [*_tap_sessions.items()]:
+        sessions.pop(session, None)
+        if not sessions:
+            _tap_sessions.pop(name, None)
 
 
 @contextmanager
 def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Replace a module's method with `around(method, *args, **kwargs)`; overlapping contexts may close in any order."""
+    """Replace a method with `around(method, *args, **kwargs)`; overlapping contexts may close in any order."""
     found = vars(module).get(name)
     wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
 
@@ -113,7 +109,7 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
         if not wrapper.around and vars(module).get(name) is wrapper:
             if wrapper.own is None:
                 del vars(module)[name]
-            else:  # a function that the user had assigned
+            else:  # a function assigned by the user
                 vars(module)[name] = wrapper.own
 
     with finally_twice(end):
@@ -123,12 +119,12 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
 
 
 class _MethodWrapper:
-    """Instance attribute that shadows a method; copies of the module get the original method back."""
+    """Instance attribute that shadows a method. Copies of the module have the original method."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()
         self._module, self._name, self._method = module, name, getattr(module, name)
-        functools.update_wrapper(self, self._method)  # some models inspect the signatures of their layers
+        functools.update_wrapper(self, self._method)  # some models inspect the signatures of methods
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._method

@@ -1,6 +1,7 @@
-"""Mutable containers (dicts, lists, dataclasses) that a module receives and its caller keeps using.
+"""Mutable containers (dicts, lists, dataclasses) that a module and the module's caller share.
 
-A patched input is in a copied container, so the caller would miss later writes by the module. We detect such writes.
+A patched input is in a copy of the container, so the caller would not see later writes by the module. Such writes raise
+an error.
 """
 
 from __future__ import annotations
@@ -16,14 +17,10 @@ from .paths import Attr, Item, _children, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return a patched output; containers that were also arguments are modified in place instead of copied.
+    """Return the patched output `after`; containers among the arguments `given` are modified in place, not copied.
 
-    Args:
-        before: Output before patching.
-        after: Output after patching.
-        given: Arguments of the module.
-        users: Ids of the user's own tensors and containers. A user's container is copied if a user's tensor in it was
-            replaced, because the user may pass the container again.
+    A container is still copied if the container and the replaced tensor are the user's own (`users` lists ids), because
+    the user may pass the container again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -48,7 +45,7 @@ def _written_into(before: Any, after: Any, shared: Container[int], users: Contai
 
 
 def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (original, copy) for each container in a module's arguments that a patch copied."""
+    """Yield (original, copy) for each mutable container that a patch copied."""
     if before is after or isinstance(before, Tensor):
         return
     if _is_mutable(before):
@@ -58,7 +55,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Return (args, kwargs), replacing each argument that is a copied container with its copy."""
+    """Replace copied containers in (args, kwargs) with the copies."""
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
@@ -72,7 +69,7 @@ def contents(container: Any) -> list[Any]:
 
 
 def holds(container: Any, before: list[Any]) -> bool:
-    """Return whether a container still has exactly these contents."""
+    """Return whether the contents of a container are unchanged."""
     now = contents(container)
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
@@ -92,7 +89,7 @@ def _is_mutable(tree: Any) -> bool:
         return isinstance(tree, dict) or not type(tree).__dataclass_params__.frozen  # type: ignore[attr-defined]
     if isinstance(tree, (dict, list)):
         return True
-    # A lazy stack of TensorDicts creates its items on each access, so changes to it cannot be detected.
+    # A lazy stack of TensorDicts creates new items on each access, so writes cannot be detected.
     items_stay = isinstance(tree, MutableMapping) and all(map(operator.is_, tree.values(), tree.values()))
     return items_stay and not getattr(tree, "is_locked", False)
 

@@ -1,8 +1,8 @@
 """Torch hooks: one `Station` per module runs the listeners of all open sessions.
 
 Listeners run in this order: recordings of unpatched values, patches in the order they were entered, other recordings.
-Outputs are patched before any other hook of the module runs, and inputs after all pre-hooks have run. The other
-recordings run after all hooks, so they see the final tensor.
+Outputs are patched before any other hook on the module runs; inputs are patched after all pre-hooks. The other
+recordings run after all hooks, so they record the final tensor.
 """
 
 from __future__ import annotations
@@ -28,27 +28,19 @@ STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # execution order of t
 
 @dataclass(frozen=True)
 class Place:
-    """Location of a tensor, as encoded in a hook point's name.
-
-    Attributes:
-        name: Name of the hook point.
-        module: Name of the module or tap.
-        side: `"in"`, `"out"` or `"tap"`.
-        path: Path to the tensor inside a nested input or output.
-        call: Index of the call, if the module is called more than once.
-    """
+    """Location of a tensor, as encoded in a hook point's name."""
 
     name: str
-    module: str = field(repr=False)
+    module: str = field(repr=False)  # name of the module or tap
     side: Literal["in", "out", "tap"] = field(repr=False)
-    path: Path = field(repr=False)
-    call: int | None = field(repr=False)
+    path: Path = field(repr=False)  # path in a nested input or output
+    call: int | None = field(repr=False)  # index of the call, if the module is called more than once
 
 
 class Station:
-    """The hooks of one module, and the listeners attached to it.
+    """The hooks of one module, and the listeners attached to that module.
 
-    A listener has a session, a place and a stage. Sessions have the callbacks `begin` and `end` for root calls, and
+    A listener has a session, a place and a stage. A station calls `begin` and `end` on sessions for root calls, and
     `enter_call` and `leave_call` for all calls.
     """
 
@@ -61,10 +53,10 @@ class Station:
         self._on_output: list[Any] = []  # run before any other hook of the module
         self._at_last: list[Any] = []  # record the output after all other hooks
         self._counting: list[Any] = []
-        self._errors_before: list[BaseException | None] = []  # exceptions in flight when each current call began
+        self._errors_before: list[BaseException | None] = []  # exceptions in flight when each open call began
         self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # in the current call, with tensor versions
         self._copies: list[weakref.ref[nn.Module]] = []
-        self._copied: dict[int, tuple[Any, list[Any]]] = {}  # containers in the current calls, and their contents
+        self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, and the contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
         module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True, prepend=True)
         self._hooks = 1  # number of forward hooks
@@ -72,7 +64,7 @@ class Station:
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
-        """Return the module's station, or None. Only the module's hooks reference it, so it is freed with them."""
+        """Return the module's station, or None. Only hooks reference a station, so both are freed together."""
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _Hook) and hook.station.module_id == id(module):
                 return hook.station
@@ -90,7 +82,7 @@ class Station:
         return bool(self.listeners or self.scopes)
 
     def is_inside_itself(self) -> bool:
-        """Return whether the module is being called recursively; interrupted calls do not count."""
+        """Return whether the module is running inside another call of the same module."""
         calls, frame = 0, sys._getframe()
         while frame is not None and calls < 2:
             calls += frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module_id
@@ -99,9 +91,7 @@ class Station:
 
     def plan(self) -> None:
         """Sort the listeners by stage, then by order of entry."""
-        ordered = self.listeners
-        if len(ordered) > 1:
-            ordered = sorted(ordered, key=lambda listener: STAGES.index(listener.stage))
+        ordered = sorted(self.listeners, key=lambda listener: STAGES.index(listener.stage))
         self._on_inputs = [listener for listener in ordered if listener.place.side == "in"]
         output = [listener for listener in ordered if listener.place.side == "out"]
         self._on_output = [listener for listener in output if listener.stage != "after"]
@@ -109,7 +99,7 @@ class Station:
         self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
     def remove(self, session: Any) -> None:
-        """Detach a session; if it was the last one, remove the hooks from the module and its copies."""
+        """Detach a session; after the last session, remove the hooks from the module and all copies."""
         self._copied.clear()  # interrupted calls may have left entries
         self._errors_before.clear()
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
@@ -117,32 +107,33 @@ class Station:
         self.plan()
         for each in () if self.is_open else (self._module, *self._copies):
             if (module := each()) is not None:
-                drop(module, lambda hook: isinstance(hook, _Hook) and hook.station is self)
+                drop(module, self._owns)
 
     def note_copy(self, memo: dict[int, Any]) -> None:
-        """Register a new copy of the module or of an earlier copy, so that the new copy's hooks are removed too."""
+        """Register a new copy of the module or of an earlier copy, so that `remove` reaches the new copy too."""
         originals = [self.module_id, *(id(copy()) for copy in self._copies)]
         self._copies += [weakref.ref(memo[original]) for original in originals if original in memo]
 
     def has_hooks(self, module: nn.Module) -> bool:
-        """Return whether the module still has this station's hooks."""
-        ours = [hook for hook in module._forward_hooks.values() if isinstance(hook, _Hook) and hook.station is self]
-        return len(ours) == self._hooks
+        """Return whether the module still has the forward hooks of this station."""
+        return sum(map(self._owns, module._forward_hooks.values())) == self._hooks
+
+    def _owns(self, hook: object) -> bool:
+        return isinstance(hook, _Hook) and hook.station is self
 
     def order(self) -> None:
-        """Move our pre-hook after all other pre-hooks, starting with the next call."""
+        """Move the station's pre-hook after all other pre-hooks, starting with the next call."""
         hooks: Any = getattr(self._module(), "_forward_pre_hooks", {})
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.station is self]:
+        for key in [key for key, hook in hooks.items() if self._owns(hook)]:
             hooks.move_to_end(key)
 
     def _order_output(self, module: nn.Module) -> None:
         """Run output patches before all other hooks, and output recordings after all other hooks."""
         hooks: Any = module._forward_hooks
-        if not any(isinstance(hook, _Hook) and hook.station is self and hook.is_last for hook in hooks.values()):
+        if not any(self._owns(hook) and hook.is_last for hook in hooks.values()):
             module.register_forward_hook(_Hook(self, self._leave_last), with_kwargs=True, always_call=True)
         self._hooks = 2
-        ours = [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.station is self]
-        first, last = sorted(ours, key=lambda key: hooks[key].is_last)
+        first, last = sorted(filter(lambda key: self._owns(hooks[key]), hooks), key=lambda key: hooks[key].is_last)
         hooks.move_to_end(first, last=False)
         hooks.move_to_end(last)
 
@@ -163,7 +154,7 @@ class Station:
         if late:
             self.order()
             raise UnsupportedModelError(
-                f"A pre-hook was registered on this {type(module).__name__} after the context was opened, so it would "
+                f"A pre-hook was registered on this {type(module).__name__} after the context was opened, and would "
                 "see the patched input. Register the hook before you open the context, or call the model again."
             )
         given: Any = (args, kwargs)
@@ -191,9 +182,9 @@ class Station:
             copy, before = self._copied.pop(id(container), (None, []))
             if copy is container and not holds(container, before):
                 raise UnsupportedModelError(
-                    f"This {type(module).__name__} writes to its input {type(container).__name__} while an entry of it "
-                    "is patched. The patch is applied to a copy, so the caller would not see the writes. Patch the "
-                    "module that computes the entry, or a module inside this one."
+                    f"This {type(module).__name__} writes to its input {type(container).__name__} while an entry of "
+                    "that input is patched. Patches apply to a copy, so the caller would not see the writes. Patch the "
+                    "module that computes the entry, or a submodule, instead."
                 )
         if self._hooks == 1:
             self._end(failed=failed)
@@ -215,7 +206,7 @@ class Station:
         return None if changed is output else changed
 
     def _heard(self, listeners: list[Any], output: Any) -> Any:
-        """Pass the output through the listeners; if one raises, mark the call as failed."""
+        """Pass the output through the listeners; if a listener raises, mark the call as failed."""
         try:
             for listener in listeners:
                 output = listener(output)
@@ -225,7 +216,7 @@ class Station:
         return output
 
     def _has_failed(self) -> bool:
-        """Return whether the current call of the module is exiting with an exception."""
+        """Return whether an exception is ending the current call of the module."""
         error = sys.exc_info()[1]
         return error is not None and bool(self._errors_before) and error is not self._errors_before[-1]
 
@@ -236,14 +227,14 @@ class Station:
             session.end(self, failed=failed)
 
     def _patched_in(self, output: Any) -> list[tuple[Place, Tensor, int | None]]:
-        """Return the place, tensor and version of each patched tensor in an output."""
+        """List the place, tensor and version of each patched tensor in an output."""
         places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
         return [
             (place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None
         ]
 
     def _refuse_replaced(self, module: nn.Module, patched: list[tuple[Place, Tensor, int | None]], output: Any) -> None:
-        """Raise if another hook replaced or modified a tensor that was just patched."""
+        """Raise if another hook replaced or modified a patched tensor."""
         for place, tensor, version in patched:
             with suppress(LookupError, AttributeError, TypeError):
                 if get(output, place.path) is tensor and _version(tensor) == version:
@@ -251,15 +242,15 @@ class Station:
             others = [hook for hook in module._forward_hooks.values() if not is_ours(hook)]
             names = ", ".join(str(getattr(hook, "__qualname__", hook)) for hook in others)
             raise UnsupportedModelError(
-                f"A forward hook ({names}) replaced or modified the tensor that was just patched at '{place.name}'. "
-                "Remove the hook while the patch is active, or patch the input of the next module instead."
+                f"A forward hook ({names}) replaced or modified the patched tensor at '{place.name}'. Remove the hook "
+                "while the patch is active, or patch the input of the next module instead."
             )
 
     def _refuse_copy(self, module: nn.Module) -> None:
         if self.is_open:
             raise ConcurrencyError(
-                f"This {type(module).__name__} is a copy (deepcopy or DataParallel replica) that was made while the "
-                "original module was being patched or recorded. Use the original module, on one device."
+                f"This {type(module).__name__} is a copy (deepcopy or DataParallel replica) made while the original "
+                "module was being patched or recorded. Use the original module, on one device."
             )
 
 
@@ -267,11 +258,11 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version  # torch does not count writes in inference mode
 
 
-_CALL = nn.Module._call_impl.__code__  # the code that runs a module's hooks and its `forward`
+_CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
 
 class _Hook:
-    """Hook registered with torch; copies of the module share it and raise if called while it is patched."""
+    """Hook registered with torch. Copies of the module share the hook and raise if called while a context is open."""
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
         self.station, self._run, self.is_last = station, run, run == station._leave_last
@@ -286,7 +277,7 @@ class _Hook:
 
     def __reduce__(self) -> NoReturn:
         raise ConcurrencyError(
-            "A module cannot be pickled while it is patched or recorded, because the copy would run without the "
+            "A module cannot be pickled while it is patched or recorded, because the pickled copy would run without "
             "patches. Close the context first, save the state_dict(), or pickle an entire PatchedPolicy."
         )
 
@@ -297,18 +288,15 @@ def is_ours(hook: object) -> bool:
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Remove chanpatch's hooks from a model copied while they were active; twins inside the model keep their hooks."""
+    """Remove the hooks copied from another model; twins inside the model keep their own hooks."""
     for module in model.modules():
-        drop(module, functools.partial(_is_of_another, Station.of(module)))
-
-
-def _is_of_another(station: Station | None, hook: object) -> bool:
-    return isinstance(hook, _Hook) and hook.station is not station
+        own = Station.of(module)
+        drop(module, lambda hook, own=own: isinstance(hook, _Hook) and hook.station is not own)  # type: ignore[misc]
 
 
 def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
-    """Remove from a module the hooks for which `ours` returns true."""
-    # The pre-hook is removed last: it identifies the station, so an interrupted removal can be repeated.
+    """Remove the hooks for which `ours` returns True."""
+    # `Station.of` needs the pre-hook, so the pre-hook is removed last: an interrupted removal can then be repeated.
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = vars(module).get(name, {})
         for key in [key for key, hook in hooks.items() if ours(hook)]:
@@ -319,7 +307,7 @@ def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
 
 @contextmanager
 def finally_twice(end: Callable[[], object]) -> Iterator[None]:
-    """Call `end` twice on exit, so that cleanup completes even if an interrupt stops the first call."""
+    """Call `end` twice on exit, so cleanup completes even if an interrupt stops the first call."""
     try:
         try:
             yield
@@ -331,7 +319,7 @@ def finally_twice(end: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Run compiled code eagerly, because it ignores hooks added later; overlapping contexts may close in any order."""
+    """Run compiled code eagerly, so that hooks take effect; overlapping contexts may close in any order."""
     token = object()
 
     def end() -> None:
@@ -346,12 +334,12 @@ def compiled_code_runs_eagerly() -> Iterator[None]:
 
 
 _eager: list[object] = []
-_stance: list[Any] = []  # the active one, if any
+_stance: list[Any] = []  # the active stance, if any
 
 
 def _settle_stance() -> None:
     if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        # Nothing is compiled unless dynamo is imported. No interrupt can separate setting the stance from storing it.
+        # Nothing is compiled unless dynamo is imported. An interrupt cannot separate setting and storing the stance.
         _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
     elif _stance and not _eager:
         _stance[0].__exit__(None, None, None)
@@ -362,14 +350,14 @@ is_compiling = torch.compiler.is_dynamo_compiling  # looked up once, because eve
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, excluded from tracing if a model is being compiled."""
+    """Exclude a function from compilation, if a model is being compiled."""
     if is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function
 
 
 def refuse_checkpoint(name: str) -> None:
-    """Raise inside `torch.utils.checkpoint`, whose backward pass reruns modules outside their root call."""
+    """Raise inside `torch.utils.checkpoint`, where the backward pass reruns modules outside the root call."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
     frame = None if torch.is_grad_enabled() else sys._getframe()  # reentrant checkpointing disables gradients
@@ -382,11 +370,3 @@ def refuse_checkpoint(name: str) -> None:
             "patched call, so gradients could be wrong. Disable checkpointing while the model is patched, or run the "
             "model under torch.no_grad()."
         )
-
-
-def read_only(name: str) -> str:
-    """Return the error message for patching a tensor inside a distribution."""
-    return (
-        f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
-        "that computes it, or call tap('name', tensor) in the model's forward()."
-    )

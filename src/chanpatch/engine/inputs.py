@@ -1,4 +1,4 @@
-"""Model inputs: splitting them into batches, and copying them."""
+"""Split model inputs into batches, and copy model inputs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ Inputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
 def batches(
     inputs: Inputs | Iterable[Inputs], batch_size: int, shared: Mapping[Path, int] | None = None
 ) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
-    """Yield the positional and keyword arguments of each forward pass.
+    """Yield the positional and keyword arguments for each forward pass.
 
-    Args:
-        inputs: Tensor or TensorDict, tuple of positional arguments, or mapping of keyword arguments; split along the
-            first axis of every tensor. Any other iterable must yield batches of these types, which are not split.
-        batch_size: Number of inputs per forward pass.
-        shared: Lengths of tensors that all inputs share, by path in the arguments; these tensors are not split.
+    A tensor, TensorDict, tuple of positional arguments or mapping of keyword arguments is split along the first axis of
+    each tensor. Tensors that all inputs share are not split; `shared` maps their paths to their lengths. Any other
+    iterable must yield batches.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
@@ -35,7 +33,7 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return the first batch in a list (empty if there are no inputs), and inputs that still include that batch."""
+    """Return a list with the first batch (empty if there are no inputs), and inputs that still include that batch."""
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
     rest = iter(inputs)
@@ -44,12 +42,12 @@ def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[lis
 
 
 def input_count(inputs: Inputs) -> int:
-    """Return the number of inputs: the length of the first tensor that has axes."""
+    """Return the number of inputs: the length of the first tensor with at least one axis."""
     return next((len(tensor) for _, tensor in with_rows(inputs)), 0)
 
 
 def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[Any]:
-    """Split every tensor that has one entry per input; pass everything else to every forward pass."""
+    """Split each tensor with one entry per input; repeat all other arguments in every batch."""
     count = input_count(inputs)
     single = isinstance(inputs, Tensor) or is_tensordict(inputs)
     for start in range(0, count, batch_size):
@@ -61,7 +59,7 @@ def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[A
 
 
 def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy a model's positional and keyword arguments, so that the model may modify them."""
+    """Copy the positional and keyword arguments of a model, which may modify the copies."""
     copies: Any = (inputs, dict(keywords))
     for path, tensor in [*leaves(copies)]:
         copies = replace(copies, path, tensor.clone())
@@ -71,8 +69,8 @@ def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple
 
 
 def _copied(argument: Any, memo: dict[int, Any]) -> Any:
-    """Copy an argument, such as a key-value cache, except for the tensors in the memo."""
+    """Copy an argument, such as a key-value cache, with the tensors from the memo."""
     if not isinstance(argument, nn.Module):  # a module may be part of the model
-        with suppress(Exception):  # locks, generators and tensors in an autograd graph cannot be copied
+        with suppress(Exception):  # locks, generators and tensors in an autograd graph do not support copying
             return copy.deepcopy(argument, memo)
     return argument

@@ -1,4 +1,4 @@
-"""The current root call and forward pass, as seen by edits and `where` functions."""
+"""The current root call and forward pass, for edits and `where` functions."""
 
 from __future__ import annotations
 
@@ -17,29 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Published:
-    """Rows of a forward pass and, in a rollout, their episodes. An instance is created per step, so it must be cheap.
+    """Rows of a forward pass and, in a rollout, the episodes. Created at every step, so creation must be cheap."""
 
-    Attributes:
-        rows: Index of each row, int64 `(row,)`; None for 0, 1, 2, ...
-        step: Step of the rollout, or None.
-        label: Name of the policy, or label of the patches.
-        environments: Sub-environment of each row, int64 `(row,)`; None outside a rollout.
-        sampling_seed: Random seed for sampling.
-        seeds: Seed of each episode in the rollout; None outside a rollout.
-        repetitions: For each episode, the number of earlier episodes with the same seed.
-        infos: Function that maps sub-environments to their infos.
-        forwards: Index of the last root call in this step, by session.
-    """
-
-    rows: NDArray[np.int64] | None = None
-    step: int | None = None
-    label: Any = None
-    environments: NDArray[np.int64] | None = None
+    rows: NDArray[np.int64] | None = None  # index of each row; None for 0, 1, 2, ...
+    step: int | None = None  # step of the rollout; None outside a rollout
+    label: Any = None  # name of the policy, or label of the patches
+    environments: NDArray[np.int64] | None = None  # sub-environment of each row; None outside a rollout
     sampling_seed: int = 0
-    seeds: NDArray[Any] | None = None
-    repetitions: Sequence[int] = ()
-    infos: Callable[[NDArray[np.int64]], Any] | None = None
-    forwards: dict[int, int] = field(default_factory=dict)
+    seeds: NDArray[Any] | None = None  # seed of each episode; None outside a rollout
+    repetitions: Sequence[int] = ()  # number of earlier episodes with the same seed, for each episode
+    infos: Callable[[NDArray[np.int64]], Any] | None = None  # maps sub-environments to infos
+    forwards: dict[int, int] = field(default_factory=dict)  # index of the last root call in this step, by session id
 
     def cut(self, rows: slice, label: Any) -> Published:
         """Return a copy that keeps only the given rows, with another label."""
@@ -56,7 +44,7 @@ published = _Current()
 
 @contextmanager
 def forward_context(*, rows: Any = None, **others: Any) -> Iterator[None]:
-    """Make the rows of a forward pass, and information about their episodes, available to patches."""
+    """Provide patches with the rows of a forward pass and information about the episodes."""
     before = published.now
     published.now = Published(None if rows is None else np.asarray(rows), **others)
     try:
@@ -67,38 +55,28 @@ def forward_context(*, rows: Any = None, **others: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Moment:
-    """The forward pass in which a patch runs, as returned by `Session.moment()`.
+    """Snapshot of the forward pass in which a patch runs."""
 
-    Attributes:
-        inputs: Inputs of the root call.
-        call: Index of the module's call within the root call.
-        forward: Index of the root call within a step of a rollout or within a method of a twin.
-        published: Rows of the forward pass, and their episodes.
-        running: Method of the root call, or None.
-        masks: Masks returned by stateful `where` callables in this root call, by `call_key` and `call`.
-    """
-
-    inputs: tuple[Any, ...] = ()
-    call: int = 0
-    forward: int = 0
+    inputs: tuple[Any, ...] = ()  # inputs to the root call
+    call: int = 0  # index of the module's call within the root call
+    forward: int = 0  # index of the root call within a step of a rollout or within a method of a twin
     published: Published = field(default_factory=Published)
-    running: str | None = None
-    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)
+    running: str | None = None  # method of the root call; None outside a root call
+    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # from stateful `where`, by `call_key` and call
 
 
 @dataclass(slots=True)
 class RootCall:
-    """One root call; module calls are counted within it."""
+    """A call of the model or of the traced method; module calls are counted within a root call."""
 
     station: Station | None  # station of the module that was called; None for a method
-    method: str  # "__call__" for a module's call
+    method: str  # "__call__" for a module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_forward_of_method: bool = False  # a forward pass run by a method such as `generate`
     forward: int = 0  # index within a step of a rollout, or among the method's forward passes
     forwards: int = 0  # number of forward passes run by the method so far
     depth: int = 0  # recursion depth, if the module calls itself
-    counts: dict[object, int] = field(default_factory=dict)  # number of calls so far, by station or tap
-    under_way: dict[object, list[int]] = field(default_factory=dict)  # indices of the running calls
-    given: list[Any] = field(default_factory=list)  # tensors and containers in the arguments
+    given: Sequence[Any] = ()  # tensors and containers in the arguments
+    calls: dict[object, list[int]] = field(default_factory=dict)  # by station or tap: [count, *indices of open calls]
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # as in Moment

@@ -1,6 +1,6 @@
-"""Access to tensors in nested outputs: tuples, lists, dicts, dataclasses and distributions.
+"""Read and replace tensors in nested outputs: tuples, lists, dicts, dataclasses and distributions.
 
-A path identifies one tensor: `[0]`, `["h"]`, `.logits`.
+A path identifies a tensor: `[0]`, `["h"]`, `.logits`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import UnsupportedModelError
 
 
 class Item(NamedTuple):
-    """One step of a path, into a tuple, list or dict."""
+    """One step in a path: an index or key."""
 
     key: Any
 
@@ -30,7 +30,7 @@ class Item(NamedTuple):
 
 
 class Attr(NamedTuple):
-    """One step of a path, into a named tuple, dataclass or distribution."""
+    """One step in a path: an attribute of a named tuple, dataclass or distribution."""
 
     name: str
 
@@ -51,7 +51,7 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def with_rows(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield (path, value) for every tensor that has axes and every TensorDict (as a whole) that has a batch size."""
+    """Yield (path, value) for every tensor with at least one axis and every whole TensorDict with a batch size."""
     if (isinstance(tree, Tensor) and tree.dim()) or (is_tensordict(tree) and tree.batch_size):
         yield path, tree
     elif not isinstance(tree, Tensor):
@@ -71,7 +71,7 @@ def shallow_copy(container: Any) -> Any:
 
 
 def get(tree: Any, path: Path) -> Any:
-    """Return the value at a path; raise LookupError, AttributeError or TypeError if the path does not exist."""
+    """Return the value at a path; raise LookupError, AttributeError or TypeError for a path that does not exist."""
     for step in path:
         if isinstance(tree, Tensor):
             raise TypeError(f"A tensor has no entry {step}.")
@@ -80,10 +80,10 @@ def get(tree: Any, path: Path) -> Any:
 
 
 def replace(tree: Any, path: Path, leaf: Any) -> Any:
-    """Return the output with one leaf replaced; the containers around it are copied.
+    """Return the output with one leaf replaced; containers around the leaf are copied.
 
     Raises:
-        UnsupportedModelError: If one of these containers cannot be copied.
+        UnsupportedModelError: If a container cannot be copied.
     """
     if not path:
         return leaf
@@ -93,7 +93,7 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         return _with(tree, step.name, child)
     if isinstance(tree, tuple):
         kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
-        # Results of functions like torch.max need their type's constructor. Other constructors may have any signature.
+        # The results of functions such as torch.max need a constructor. Other constructors may have any signature.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     try:
         changed = shallow_copy(tree)
@@ -130,16 +130,14 @@ def _with(instance: Any, name: str, child: Any) -> Any:
         return _rebuilt(instance, name, child)
     if isinstance(instance, tuple):
         return cast("Any", instance)._replace(**{name: child})
-    tensorclass = is_tensordict(instance)
-    if (
-        not tensorclass
-        and hasattr(instance, "__post_init__")
-        and all(each.init for each in dataclasses.fields(instance))
-    ):
+    changed = shallow_copy(instance)
+    if is_tensordict(instance):
+        setattr(changed, name, child)
+        return changed
+    if hasattr(instance, "__post_init__") and all(each.init for each in dataclasses.fields(instance)):
         with suppress(TypeError, ValueError):  # a custom __init__, or one with an InitVar
             return dataclasses.replace(instance, **{name: child})
-    changed = shallow_copy(instance)
-    (setattr if tensorclass else object.__setattr__)(changed, name, child)  # frozen dataclasses forbid setattr
+    object.__setattr__(changed, name, child)  # frozen dataclasses forbid setattr
     return changed
 
 
@@ -156,9 +154,10 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 
 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
-    """Return the attributes that store the parameters a distribution was built with.
+    """Return the attributes that store the parameters passed to a distribution's constructor.
 
-    Only the parameter that was passed (`probs` or `logits`) rebuilds the distribution exactly. It is stored first.
+    If alternatives such as `probs` and `logits` exist, only the parameter that was passed rebuilds the distribution
+    exactly. That parameter is stored first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]
@@ -169,14 +168,14 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
 
 
 def _stored(distribution: Distribution) -> list[str]:
-    """Return a distribution's attribute names, oldest first, after the names in the distribution that it wraps."""
+    """List the attribute names of a distribution, oldest first, after those of a wrapped distribution."""
     held = vars(distribution)
     wrapped = held.get("_categorical", held.get("base_dist"))
     return [*([] if wrapped is None else _stored(wrapped)), *held]
 
 
 def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
-    """Rebuild a distribution through its constructor, with one parameter replaced."""
+    """Rebuild a distribution with one parameter replaced."""
     kind: Any = type(distribution)
     if kind.__module__.split(".")[:2] != ["torch", "distributions"]:
         raise UnsupportedModelError(f"{kind.__name__} is not a torch.distributions class, so it cannot be rebuilt.")
@@ -189,12 +188,28 @@ def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distri
 
 
 def in_distribution(tree: Any, path: Path) -> bool:
-    """Return whether a path leads into a distribution, whose tensors cannot be patched."""
+    """Return whether the tensor at a path is inside a distribution, and so cannot be patched."""
     return any(isinstance(get(tree, path[:end]), Distribution) for end in range(len(path)))
 
 
+def read_only(name: str) -> str:
+    """Return the error message for a patch inside a distribution."""
+    return (
+        f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
+        "that computes it, or call tap('name', tensor) in the model's forward()."
+    )
+
+
+def nested(name: str) -> str:
+    """Return the error message for a hook point that is a nested tensor."""
+    return (
+        f"Hook point '{name}' is a nested tensor, which has no regular shape. Pass padded inputs. If a "
+        "TransformerEncoder creates nested tensors, build it with enable_nested_tensor=False."
+    )
+
+
 def inside_vmap(tensor: Tensor) -> bool:
-    """Return whether a tensor is batched by `torch.vmap`, so that its values cannot be read."""
+    """Return whether a tensor is batched by `torch.vmap`, which makes the values unreadable."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):

@@ -1,6 +1,6 @@
-"""Sessions: groups of listeners that are attached together, and the root call in which they run.
+"""Sessions: groups of listeners that are attached together, and the root call in which the listeners run.
 
-A root call is one call of the model or of the chosen method. It counts module calls, and is checked when it ends.
+A root call is one call of the model or of the traced method. Module calls are counted within a root call.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -17,80 +17,76 @@ from torch import Tensor, nn
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .calls import forget_taps, hear_tap, wrapped_method
 from .containers import containers
-from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, finally_twice, read_only, refuse_checkpoint
+from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, finally_twice, refuse_checkpoint
 from .moments import Moment, RootCall, published
-from .paths import Item, Path, get, in_distribution, leaves, replace
+from .paths import Item, get, in_distribution, leaves, nested, read_only, replace
 
 _CHANGES = threading.RLock()  # held while hooks are added or removed
 
 
 class StopForward(BaseException):
-    """Raised to stop a forward pass that chanpatch started; `except Exception` does not catch it."""
+    """Raised to stop a forward pass that chanpatch started; not an Exception, so the model does not catch it."""
 
 
 class Listener:
-    """Callback of a session at one place; `act` returns a new tensor, or its input to change nothing."""
+    """Callback of a session at one place; `act` maps a tensor to a new tensor, or returns its input unchanged."""
 
     __slots__ = ("_path", "act", "place", "session", "stage")
 
     def __init__(self, session: Session, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
         self.session, self.place, self.stage, self.act = session, place, stage, act
-        self._path = _argument_path(place.path) if place.side == "in" else place.path
+        self._path = place.path
+        if place.side == "in":  # a path from (args, kwargs)
+            positional = isinstance(place.path[0], Item) and isinstance(place.path[0].key, int)
+            self._path = (Item(0 if positional else 1), *place.path)
 
     def __call__(self, tree: Any) -> Any:
-        """Apply the listener to a module's inputs or output."""
-        if not self.session.enabled:
+        """Apply the listener to the inputs or the output of a module."""
+        session = self.session
+        if not session.enabled:
             return tree
         try:
-            return self._act(tree) if self.session.is_call(self.place) else tree
+            if not session.is_call(self.place):
+                return tree
+            if self.stage == "patch" and (session.had_gradients or torch.is_grad_enabled()):
+                refuse_checkpoint(self.place.name)
+            leaf = self._leaf(tree) if self._path or not isinstance(tree, Tensor) or tree.is_nested else tree
+            new = self.act(leaf, session)
+            if not self._path:
+                return new
+            if new is leaf:
+                return tree
+            if in_distribution(tree, self._path):
+                raise UnsupportedModelError(read_only(self.place.name))
+            return replace(tree, self._path, new)
         except BaseException as error:
-            if not isinstance(error, (StopForward, KeyboardInterrupt)):  # not an error in the listener
-                self.session.failure = self.session.failure or error
+            if not isinstance(error, (StopForward, KeyboardInterrupt)):  # these are not errors in the listener
+                session.failure = session.failure or error
             raise
 
-    def _act(self, tree: Any) -> Any:
-        if self.stage == "patch" and (torch.is_grad_enabled() or self.session.had_gradients):
-            refuse_checkpoint(self.place.name)
-        leaf = tree
-        if self._path:
-            try:
-                leaf = get(tree, self._path)
-            except (LookupError, AttributeError, TypeError):
-                leaf = None
+    def _leaf(self, tree: Any) -> Tensor:
+        """Return the tensor at the listener's path; raise if there is none, or if the tensor is nested."""
+        try:
+            leaf = get(tree, self._path)
+        except (LookupError, AttributeError, TypeError):
+            leaf = None
         if not isinstance(leaf, Tensor):
             raise TraceMismatchError(
                 f"Hook point '{self.place.name}' is not a tensor in this forward pass: found {type(leaf).__name__} in "
-                f"{type(tree).__name__}. Call hook_points() with inputs like these, and use the names that it lists."
+                f"{type(tree).__name__}. Call hook_points() with inputs like these, and use the listed names."
             )
         if leaf.is_nested:
-            raise UnsupportedModelError(
-                f"Hook point '{self.place.name}' is a nested tensor, which has no regular shape. If a "
-                "TransformerEncoder creates it from padded inputs, build the encoder with enable_nested_tensor=False."
-            )
-        new = self.act(leaf, self.session)
-        if not self._path or new is leaf:
-            return tree if new is leaf else new
-        if in_distribution(tree, self._path):
-            raise UnsupportedModelError(read_only(self.place.name))
-        return replace(tree, self._path, new)
-
-
-def _argument_path(path: Path) -> Path:
-    """Return the path from (args, kwargs) to one input: integers are positions, strings are keywords."""
-    positional = isinstance(path[0], Item) and isinstance(path[0].key, int)
-    return (Item(0 if positional else 1), *path)
+            raise UnsupportedModelError(nested(self.place.name))
+        return leaf
 
 
 class Session:
-    """A group of listeners that are attached together, and the root call in which they run.
+    """A group of listeners that are attached together, and the root call in which the listeners run.
 
-    Args:
-        root: The model.
-        method: Method whose calls are root calls; `"__call__"` is a call of the model itself.
-        calls: Number of calls of each module in the traced root call, by name; None without a trace.
+    `calls` is the number of calls of each module in the traced root call, by name; None without a trace.
     """
 
-    confined = False  # if True, to the thread that opened the session; otherwise, to the thread of the root call
+    confined = False  # whether only the thread that opened the session may call the model
 
     def __init__(self, root: nn.Module, method: str = "__call__", calls: dict[str, int] | None = None) -> None:
         self.root, self.method, self.calls = root, method, calls
@@ -100,84 +96,73 @@ class Session:
         self.disabled_by: set[object] = set()  # open contexts that disable the session
         self.call = 0  # index of the current module call
         self.listeners: list[Listener] = []
-        self._hears_taps = False
-        self._in_containers = False  # whether any listener is at a tensor inside a container that a module returns
+        self._in_containers = False  # whether any listener is at a tensor in a container that a module returns
         self.root_call: RootCall | None = None  # the current root call
+        self.running: str | None = None  # method of the current root call
         self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until called
-        self.failure: BaseException | None = None  # error from a listener, in case an `except` in the model catches it
-        self.dropped: AbstractContextManager[None] | None = None  # a context that was freed while it was open
+        self.failure: BaseException | None = None  # error from a listener, raised even if the model catches the error
+        self.dropped: AbstractContextManager[None] | None = None  # a context that was freed while open
         self._touched: dict[nn.Module, None] = {}
         self._with_inputs: list[Station] = []
         self._thread: int | None = None
         self._task: Any = None  # the asyncio task that opened the session
 
     def on_begin(self, call: RootCall) -> None:
-        """Prepare for a root call; may raise to prevent it."""
+        """Prepare for a root call; an error prevents the root call."""
 
     def on_end(self, call: RootCall) -> None:
         """Check a root call that completed without an error."""
 
     def on_error(self, error: Exception) -> None:
-        """Annotate an exception from a method, or raise a different exception."""
+        """Annotate an exception from a method, or raise another exception."""
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
-        """Add a listener at a place; it takes effect when the session is next attached."""
+        """Add a listener at a place, for the next time that the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach the listeners while the context is open; each call of the method is a root call.
 
-        An interrupt just before the exit does not prevent cleanup, because a freed generator runs its `finally`.
+        After an interrupt just before the exit, freeing this generator runs the cleanup.
         """
         if self.confined:
             self._thread, self._task = threading.get_ident(), _current_task()
-        with compiled_code_runs_eagerly(), finally_twice(self.detach):
-            if self.method == "__call__":
-                self.attach([self.root])
-                yield
-            else:
-                self.attach()
-                with wrapped_method(self.root, self.method, self._as_root_call):
-                    yield
+        is_call = self.method == "__call__"
+        around = nullcontext() if is_call else wrapped_method(self.root, self.method, self._as_root_call)
+        with compiled_code_runs_eagerly(), finally_twice(self.detach), around:
+            self.attach([self.root] if is_call else [])
+            yield
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach all listeners, or none if that fails; outermost calls of the modules in `scopes` are root calls."""
+        """Attach all listeners, or none on failure; outermost calls of the modules in `scopes` are root calls."""
         try:
             with _CHANGES:
-                self._attach(scopes)
+                self._attach(scopes)  # a call, because an interrupt at the end of a loop here would keep the lock
         except BaseException:
             self.detach()
             raise
 
     def _attach(self, scopes: Iterable[nn.Module]) -> None:
         for listener in self.listeners:
-            if listener.place.side == "tap":
-                self._hears_taps = True
-                hear_tap(listener.place.module, self)
+            place = listener.place
+            if place.side == "tap":
+                hear_tap(place.module, self)
                 scopes = [*scopes, *self.root.modules()]  # a tap may run when any module is called directly
             else:
-                station = self._station(self.modules[listener.place.module])
+                station = self._station(self.modules[place.module])
                 station.listeners.append(listener)
-                self._with_inputs += [station] if listener.place.side == "in" else []
-                self._in_containers |= listener.place.side == "out" and bool(listener.place.path)
+                self._with_inputs += [station] if place.side == "in" else []
+                self._in_containers |= place.side == "out" and bool(place.path)
         for module in dict.fromkeys(scopes):
             self._station(module).scopes.append(self)
         for module in self._touched:
             self._station(module).plan()
 
     def detach(self) -> None:
-        """Detach all listeners; other hooks stay in place."""
-        try:
-            self._leave_modules()
-        except BaseException:  # an interrupt
-            self._leave_modules()
-            raise
-        finally:
-            if self._hears_taps:
-                forget_taps(self)
-
-    def _leave_modules(self) -> None:
+        """Detach all listeners; hooks from elsewhere stay in place."""
+        if any(listener.place.side == "tap" for listener in self.listeners):
+            forget_taps(self)
         while self._touched:
             module = next(iter(self._touched))
             with _CHANGES:
@@ -187,7 +172,7 @@ class Session:
         self._with_inputs.clear()
 
     def let_go(self) -> None:
-        """Free the listeners' tensors now; reference cycles would keep them until the garbage collector runs."""
+        """Free the listeners' tensors now, not when the garbage collector finds the reference cycle."""
         self.listeners.clear()
 
     def _station(self, module: nn.Module) -> Station:
@@ -195,42 +180,37 @@ class Session:
         return Station.of(module) or Station(module)
 
     @property
-    def running(self) -> str | None:
-        """Method of the current root call, or None."""
-        return None if self.root_call is None else self.root_call.method
-
-    @property
     def in_method(self) -> bool:
-        """Whether the current root call is a method call, which includes all module calls inside the method."""
+        """Whether a method is running as the root call; module calls inside the method belong to that root call."""
         return self.root_call is not None and self.root_call.station is None
 
     @property
     def in_call(self) -> bool:
-        """Whether the current root call is a call of the model itself, which includes the model's forward pass."""
+        """Whether `__call__` is running as the root call."""
         call = self.root_call
         return call is not None and call.station is None and call.method == "__call__"
 
     def moment(self) -> Moment:
-        """Return the current forward pass, as seen by edits."""
+        """Return a snapshot of the current forward pass."""
         if (call := self.root_call) is None:
             return Moment(call=self.call, published=published.now)
         inputs = (*call.args, *call.kwargs.values())
         return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a root call when a module is called, unless the call belongs to the current root call."""
+        """Begin a root call for this module call, unless the module call belongs to the current root call."""
         running = self.root_call
         if not self.enabled or (running is not None and running.station is None):
             return
         home = None if running is None else running.station
-        # Torch runs no hooks when an interrupt ends a call, so the current root call may already be over.
+        # After an interrupt, torch does not run hooks, so the current root call may already be over.
         if running is not None and home is station and station.is_inside_itself():
             running.depth += 1  # the model calls itself
         elif home is None or home is station or station.module_id not in home.inside:
             self._begin(RootCall(station, "__call__", args, kwargs))
 
     def end(self, station: Station, *, failed: bool) -> None:
-        """End the root call that this module's call began."""
+        """End the root call if this module's call began the root call."""
         running = self.root_call
         if not self.enabled or running is None or running.station is not station:
             return
@@ -243,7 +223,7 @@ class Session:
         return self.run(self.method, function, args, kwargs)
 
     def run(self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of the model, as a root call or as part of the current one, and return its output."""
+        """Call a method of the model, as a root call or within the current root call, and return the output."""
         if not self.enabled:
             return function(*args, **kwargs)
         outer = self.root_call
@@ -271,7 +251,7 @@ class Session:
             self._end(call, failed=failed)
 
     def stop(self, token: object) -> NoReturn:
-        """Stop the current forward pass, and end the root calls of all sessions of the model."""
+        """Stop the current forward pass, and end the root calls of all sessions on the model."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
             if session.root_call is not None and session.root_call.station is station:
@@ -279,19 +259,21 @@ class Session:
         raise StopForward(token)
 
     def _begin(self, call: RootCall) -> None:
-        self.check_owner()
+        if self._thread is not None:
+            self.check_owner()
         if self.dropped is not None:
             dropped, self.dropped = self.dropped, None
             dropped.__exit__(None, None, None)
             raise ConcurrencyError(
-                f"A context for {type(self.root).__name__} was garbage-collected while it was open, and is now closed. "
+                f"A context for {type(self.root).__name__} was garbage-collected while open, and is now closed. "
                 "Use `with`, or keep the context in a variable: context = patched(model, patches); context.__enter__()."
             )
-        self.on_begin(call)  # if it raises, no call has begun
+        self.on_begin(call)  # on an error, no root call has begun
         self.failure, self.no_call = None, ""
         for station in self._with_inputs:
             station.order()
-        self._thread, self.root_call, self.had_gradients = threading.get_ident(), call, torch.is_grad_enabled()
+        self._thread, self.had_gradients = threading.get_ident(), torch.is_grad_enabled()
+        self.root_call, self.running = call, call.method
         if (now := published.now).step is not None:
             call.forward = now.forwards[id(self)] = now.forwards.get(id(self), -1) + 1
         if self._in_containers:
@@ -301,22 +283,17 @@ class Session:
     def _end(self, call: RootCall, *, failed: bool) -> None:
         try:
             if not failed:
-                self.raise_failure()
+                if self.failure is not None:
+                    raise self.failure
                 self.on_end(call)
         finally:
-            self.failure = self.root_call = None
+            self.failure = self.root_call = self.running = None
             if not self.confined:
                 self._thread = None
 
-    def raise_failure(self) -> None:
-        """Re-raise an error from an edit, a `where` or a reduction if the model caught it."""
-        if self.failure is not None:
-            failure, self.failure = self.failure, None
-            raise failure
-
     def check_owner(self) -> None:
         """Raise unless the current forward pass runs in the session's thread and asyncio task."""
-        if (self._thread != threading.get_ident() or self._task is not None) and self._is_elsewhere():
+        if self._is_elsewhere():
             where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(
                 f"{type(self.root).__name__} is patched or recorded in another {where}. Open the context in the "
@@ -326,7 +303,7 @@ class Session:
     def _is_elsewhere(self) -> bool:
         if self._thread != threading.get_ident():
             return self._thread is not None
-        # A finished task, such as that of an earlier notebook cell, passes its contexts on to later tasks.
+        # A context from a finished task, such as an earlier notebook cell, may be used by later tasks.
         return self._task is not None and _current_task() is not self._task and not self._task.done()
 
     def in_this_thread(self) -> bool:
@@ -334,27 +311,29 @@ class Session:
         return self.enabled and self.root_call is not None and not self._is_elsewhere()
 
     def enter_call(self, counted: object) -> None:
-        """Count a call of a module or tap, and store its index in `call` for the listeners."""
+        """Count a call of a module or tap, and set `call` to the call's index."""
         if not self.enabled:
             return
-        self.check_owner()
+        if self._thread != threading.get_ident() or self._task is not None:
+            self.check_owner()
         running = self.root_call
         if running is None:
             self.call = 0
         else:
-            self.call = running.counts.get(counted, 0)
-            running.counts[counted] = self.call + 1
-            running.under_way.setdefault(counted, []).append(self.call)
+            calls = running.calls.setdefault(counted, [0])
+            self.call = calls[0]
+            calls[0] += 1
+            calls.append(self.call)
 
     def leave_call(self, counted: object) -> None:
-        """Set `call` to the index of the call that is ending; nested calls of a module end in reverse order."""
+        """Set `call` to the index of the ending call; nested calls of a module end in reverse order."""
         if not self.enabled or ((self._thread != threading.get_ident() or self._task) and self._is_elsewhere()):
-            return  # a call from elsewhere was already rejected
-        under_way = None if self.root_call is None else self.root_call.under_way.get(counted)
-        self.call = under_way.pop() if under_way else 0
+            return  # `enter_call` already rejected this call
+        calls = None if self.root_call is None else self.root_call.calls.get(counted)
+        self.call = calls.pop() if calls and len(calls) > 1 else 0
 
     def is_call(self, place: Place) -> bool:
-        """Return whether the current call is the one that a place refers to."""
+        """Return whether a place refers to the current call."""
         if self.root_call is None:
             if place.call is not None:
                 raise HookPointError(
@@ -367,7 +346,7 @@ class Session:
             known = self.calls[place.module]
             raise TraceMismatchError(
                 f"Hook point '{place.name}': '{place.module}' was called {self.call + 1} times in this model call, but "
-                f"{known} time{'s' * (known != 1)} in the traced one. Call hook_points() with inputs like these."
+                f"{known} time{'s' * (known != 1)} in the trace. Call hook_points() with inputs like these."
             )
         if place.call is None and self.call > 0:
             raise HookPointError(
@@ -385,7 +364,7 @@ def _current_task() -> Any:
 
 @contextmanager
 def disabled(sessions: Iterable[Session]) -> Iterator[None]:
-    """Disable the listeners of the given sessions; overlapping contexts may close in any order."""
+    """Disable the listeners of these sessions; overlapping contexts may close in any order."""
     token = object()
 
     def end() -> None:

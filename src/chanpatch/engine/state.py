@@ -1,6 +1,6 @@
 """Run the model without side effects.
 
-Random number generators, buffers, training flags, hooks and attributes of modules are restored. So are the contents of
+We restore random number generators, buffers, training flags, hooks and module attributes, including the contents of
 plain containers, arrays, tensors, dataclasses and generators in attributes. Other objects are not restored.
 """
 
@@ -33,13 +33,13 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """List the modules in training mode whose output is random, or depends on the batch or on earlier calls."""
+    """List the modules that training mode makes random, or dependent on the batch or on earlier calls."""
     named = model.named_modules()
     return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
 
 
 def depends_on_training(module: nn.Module) -> bool:
-    """Return whether a module behaves differently in training mode, judging by its type or its use of the flag."""
+    """Return whether a module's type or code suggests that the module behaves differently in training mode."""
     kind = type(module)
     if inspect.unwrap(kind.train) is not nn.Module.train:
         return True
@@ -57,8 +57,8 @@ def depends_on_training(module: nn.Module) -> bool:
 class undisturbed:
     """Context for forward passes that chanpatch starts, without gradients or side effects.
 
-    It can be reused, but not nested. Only one thread at a time can be inside, because random number generators are
-    shared. On exit it raises UnsupportedModelError if a forward pass created a submodule or a parameter.
+    The context is reusable, but cannot be nested. Threads take turns, because random number generators are global. The
+    exit raises UnsupportedModelError if a forward pass created a submodule or a parameter.
     """
 
     _is_locked = _is_noted = False
@@ -69,7 +69,7 @@ class undisturbed:
         self.snapshot = Snapshot(model.modules(), *more)
 
     def __enter__(self) -> undisturbed:
-        self._is_locked, self._is_noted = True, False  # set before the lock is taken, in case of an interrupt
+        self._is_locked, self._is_noted = True, False  # before the lock is taken, in case of an interrupt
         try:
             _ONE_AT_A_TIME.acquire()
             self._note()
@@ -93,7 +93,7 @@ class undisturbed:
             if kind is None:
                 raise
         finally:
-            self._leave()  # a no-op, unless an interrupt stopped the first call
+            self._leave()  # has an effect only if an interrupt stopped the first call
 
     def __del__(self) -> None:
         if self._is_locked:  # an interrupt arrived before `__exit__` began
@@ -113,7 +113,7 @@ class undisturbed:
         self._unlock()
 
     def _unlock(self) -> None:
-        with suppress(RuntimeError):  # an interrupt arrived before the lock was taken, or after it was released
+        with suppress(RuntimeError):  # an interrupt arrived before the lock was taken, or after the release
             _ONE_AT_A_TIME.release()
         self._is_locked = False
 
@@ -128,17 +128,17 @@ class undisturbed:
         self.snapshot.put_back()
 
     def random_states(self) -> list[object]:
-        """Return the present states of all random number generators, for comparison."""
+        """Return the current states of all random number generators, for comparison."""
         return [*random_states(self._cuda), *self.snapshot.generator_states()]
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Yield the results of several forward passes; restore the model (not the random generators) after each."""
+        """Yield the results of forward passes; before each result, restore the model but not the generators."""
         for each in forwards:
             self.snapshot.put_back()
             yield each
 
     def kept(self, output: Any) -> Any:
-        """Clone those tensors in an output that would change when the model's state is restored."""
+        """Clone the tensors in an output that restoring the model would overwrite."""
         restored = {storage(tensor) for tensor in self.snapshot.tensors()} - {0}
         for path, tensor in [*leaves(output)] if restored else ():
             if storage(tensor) in restored:
@@ -147,7 +147,7 @@ class undisturbed:
 
 
 def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
-    """Return the present states of the global random number generators, for comparison."""
+    """Return the current states of the global random number generators, for comparison."""
     _, words, *place = np.random.get_state(legacy=True)
     on_cuda = [torch.cuda.get_rng_state(device) for device in cuda]
     tensors = [each.numpy().tobytes() for each in (torch.get_rng_state(), *on_cuda)]
@@ -155,11 +155,9 @@ def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
 
 
 class Snapshot:
-    """State of the given modules, and of the attributes of other objects, when `note` was called.
+    """Snapshot of modules and attribute dicts, taken by `note`; objects whose ids are in `apart` are not restored.
 
-    Objects whose ids are in `apart` are not restored.
-
-    Parameters are saved by name only, because libraries that shard or offload a model replace them.
+    For parameters, only the names are saved, because libraries that shard or offload a model replace parameters.
     """
 
     def __init__(
@@ -170,10 +168,10 @@ class Snapshot:
         self._dicts += attributes
         self._apart = {*apart}
         self._noted: list[dict[Any, Any]] = []
-        self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, with their contents
+        self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, each with the saved contents
 
     def note(self) -> Snapshot:
-        """Save the current state; if nothing has changed since the last call, most of it is not copied again."""
+        """Save the current state; if nothing has changed since the last call, copy only the generators."""
         if not self._noted or self.changed() or self.rewritten():
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
@@ -190,7 +188,7 @@ class Snapshot:
         return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
     def put_back(self) -> None:
-        """Restore all but the generators; raise UnsupportedModelError if a submodule or parameter was created."""
+        """Restore everything except generators; raise UnsupportedModelError for a new submodule or parameter."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:
@@ -205,22 +203,22 @@ class Snapshot:
                 _refill(held, content)
         if built:
             raise UnsupportedModelError(
-                f"{built[0]} was created by this forward pass, so each forward pass that chanpatch runs would create "
-                "it again. Run the model once before you pass it to chanpatch."
+                f"{built[0]} was created by this forward pass, and would be created again by each forward pass that "
+                "chanpatch runs. Run the model once before you pass the model to chanpatch."
             )
 
     def rewritten(self) -> list[Any]:
-        """Return the containers, arrays and tensors whose contents have changed since `note`."""
+        """List the containers, arrays and tensors whose contents have changed since `note`."""
         return [held for held, content in self._held if not _same(held, content)]
 
     def keep_hooks(self) -> None:
-        """Keep the current hooks on restore, because contexts closed since `note` have removed their hooks."""
+        """Make `put_back` keep the current hooks, because contexts may have closed since `note`."""
         hooks = {id(own[name]) for _, own in self._owns for name in ("_forward_hooks", "_forward_pre_hooks")}
         pairs = zip(self._dicts, self._noted, strict=False)  # `note` may not have run yet
         self._noted = [dict(each) if id(each) in hooks else noted for each, noted in pairs]
 
     def put_back_generators(self) -> None:
-        """Restore the random generators stored in the model."""
+        """Restore the random generators in the model."""
         for generator, state in zip(self._generators, self._states, strict=True):
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state
@@ -228,11 +226,11 @@ class Snapshot:
                 getattr(generator, "setstate" if isinstance(generator, random.Random) else "set_state")(state)
 
     def generator_states(self) -> list[str]:
-        """Return the current states of the random generators stored in the model, for comparison."""
+        """Return the current states of the random generators in the model, for comparison."""
         return [*map(generator_state, self._generators)]
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors and arrays that are restored in place."""
+        """Return the tensors and arrays that `put_back` overwrites in place."""
         arrays = [torch.from_numpy(held) for held, _ in self._held if isinstance(held, np.ndarray) and held.size]
         return [*arrays, *(held for held, _ in self._held if isinstance(held, Tensor))]
 
@@ -249,7 +247,7 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 
 
 class GlobalVariable:
-    """A global variable, used like a closure's cell."""
+    """A global variable with the interface of a closure cell."""
 
     def __init__(self, variables: dict[str, Any], name: str) -> None:
         self._variables, self._name = variables, name
@@ -274,7 +272,7 @@ def _state(generator: Any) -> Any:
 
 
 def generator_state(generator: Any) -> str:
-    """Return the present state of a generator, for comparison."""
+    """Return the current state of a generator, for comparison."""
     state = _state(generator)
     return str(state.tolist()) if isinstance(state, Tensor) else repr(state)
 
@@ -284,7 +282,7 @@ def _parts(own: dict[str, Any]) -> set[str]:
 
 
 def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
-    """Restore one dict, except for chanpatch's hooks and for methods of a module, which may be wrapped."""
+    """Restore one dict, except for chanpatch's hooks and a module's methods, which may be wrapped."""
     stays = callable if "_modules" in each else is_ours
     kept = {key: value for key, value in each.items() if stays(value)}
     wanted = {key: value for key, value in noted.items() if key in each or not stays(value)} | kept
@@ -293,7 +291,7 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
 
 
 def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
-    """Return the objects in attributes that a forward pass may modify, including those inside other containers."""
+    """Find the objects in attributes, at any depth, that a forward pass may modify."""
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
@@ -310,9 +308,9 @@ def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
 
 
 def may_be_written(tensor: Any) -> bool:
-    """Return whether an object is a tensor that a forward pass may write into: no parameter, for example."""
+    """Return whether an object is a tensor that a forward pass may write into; parameters are not."""
     if not isinstance(tensor, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False  # a tensor left over from a finished transform cannot be read
+        return False  # tensors left over from a finished transform are unreadable
     weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
     return not (weight or tensor.is_meta or tensor.is_nested)
 
@@ -324,7 +322,7 @@ def _content(held: Any) -> Any:
 
 
 def _same(held: Any, content: Any) -> bool:
-    """Return whether two containers hold the same objects in order, or two arrays or tensors the same values."""
+    """Return whether two arrays or tensors have equal values, or two containers have the same objects in order."""
     if isinstance(held, Tensor):
         dense = [each if each.layout == torch.strided else each.to_dense() for each in (held, content)]
         return torch.equal(*dense)
@@ -355,7 +353,7 @@ def _refill(held: Any, content: Any) -> None:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, or 0 if it is unknown."""
+    """Return the address of a tensor's storage, or 0 if unknown."""
     if tensor.layout == torch.strided and not tensor.is_meta:
         with suppress(RuntimeError):  # a wrapper around other tensors has no storage
             return tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Read and write sites: edits, patches, the contexts that apply them, and recordings."""
+"""Edits, patches, recordings, and the contexts that apply patches."""
 
 from .cache import ActivationCache
 from .contexts import patched

@@ -20,18 +20,18 @@ from ..results import Records
 class ActivationCache(Records, Mapping[Site, Tensor]):
     """Activations by site.
 
-    A key may also be a name, which stands for the whole hook point or for its only site in the cache. It may be a
-    pattern such as `"h.*"`, if exactly one site matches. The operators +, -, * and / accept a number or a cache with
-    the same sites, as in `clean - corrupted`. Small integer dtypes become int64.
+    A key may also be a name, which stands for the whole hook point or, if that is not in the cache, for the only cached
+    site at the hook point. A pattern such as `"h.*"` works if exactly one site matches. The operators +, -, * and /
+    accept a number or a cache with the same sites, as in `clean - corrupted`. Small integer dtypes become int64.
 
     Args:
-        activations: Activation at each site, with the axes of its region, or the axes left by a reduction.
-        axes: Axis names of each activation.
-        batch_axes: Index of the batch axis of each activation, or None if unknown.
+        activations: Activation at each site, with the axes of the region, or the axes left by a reduction.
+        axes: Axis names for each activation.
+        batch_axes: Index of the batch axis in each activation; None if unknown.
     """
 
     _most = None
-    _is_mean = False  # whether its single row may broadcast over the rows of another cache
+    _is_mean = False  # whether the single row may broadcast over the rows of another cache
 
     def __init__(
         self, activations: Mapping[Site, Tensor], axes: Mapping[Site, Axes], batch_axes: Mapping[Site, int | None]
@@ -53,11 +53,11 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return len(self._parts)
 
     def axes(self, key: Site | str) -> Axes:
-        """Return the axis names of an activation."""
+        """Return the axis names for an activation."""
         return self._axes[self._site(key)]
 
     def batch_axis(self, key: Site | str) -> int | None:
-        """Return the index of an activation's batch axis, or None if unknown."""
+        """Return the index of the batch axis in an activation, or None if unknown."""
         return self._batch_axes[self._site(key)]
 
     def _site(self, key: Site | str | HookPoint) -> Site:
@@ -69,15 +69,15 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             traced = {site.name: (site.point.module, site.point.aliases) if site.point else () for site in self}
             names = selected(key, {each: spellings(each, *known) for each, known in traced.items()})
         held = [s for s in self if s.name in names or (s.point and name in s.point.aliases)]
-        if isinstance(key, Site):  # the same region with another spelling, such as channel=-1
+        if isinstance(key, Site):  # the same region spelled differently, such as channel=-1
             held = [site for site in held if site.point is not None and normalized(key, site.point) == site]
-        elif len({site.name for site in held}) == 1:  # a name alone means the whole hook point, if cached
+        elif len({site.name for site in held}) == 1:  # a name means the whole hook point, if cached
             held = [site for site in held if not site.indices] or held
         if len(held) != 1:
-            held_sites = ", ".join(map(repr, self)) or "nothing yet"
+            held_sites = ", ".join(map(repr, self)) or "none yet"
             hint = "" if held else did_you_mean(name, [site.name for site in self])
             fault = f"has {len(held)} sites at '{name}'" if held else f"does not contain {key!r}"
-            raise HookPointError(f"The cache {fault}.{hint} It contains {held_sites}.")
+            raise HookPointError(f"The cache {fault}.{hint} Sites in the cache: {held_sites}.")
         return held[0]
 
     def _like(self, change: Callable[[Tensor, Site], Tensor]) -> ActivationCache:
@@ -91,7 +91,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             return self._like(lambda activation, site: operation(_widened(activation), other))
         if not isinstance(other, ActivationCache):
             raise TypeError(
-                f"An ActivationCache can be combined only with another cache or a number, not {type(other).__name__}, "
+                f"An ActivationCache can be combined only with another cache or a number; got {type(other).__name__}, "
                 "which would broadcast to every site. Use the activation at one site: cache[site] * tensor."
             )
         if set(self) != set(other):
@@ -122,10 +122,10 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     __array_ufunc__ = None  # NumPy scalars defer to the cache's operators
 
     def mean(self) -> ActivationCache:
-        """Average each activation over the batch; the batch axis keeps length 1.
+        """Average each activation over the batch; the batch axis remains, with length 1.
 
         Raises:
-            BatchAxisError: If the batch axis of an activation is unknown.
+            BatchAxisError: If a batch axis is unknown.
         """
         for site, axis in self._batch_axes.items():
             if axis is None:
@@ -135,11 +135,11 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return means
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
-        """Return a copy of the cache on another device or in another dtype; takes the same arguments as `Tensor.to`."""
+        """Return a copy of the cache on another device or with another dtype; arguments as in `Tensor.to`."""
         return self._like(lambda activation, site: activation.to(*args, **kwargs))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per element: site, index on each axis, value."""
+        """Return one record per element: site, index along each axis, value."""
         records = []
         for site, activation in self.items():
             values = activation.detach().cpu().flatten().tolist()
@@ -162,7 +162,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return f"ActivationCache of {len(self)} sites"
 
     def _append(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
-        """Append the record from one forward pass; the records are concatenated along the batch."""
+        """Append the activation from one forward pass; the parts are concatenated along the batch."""
         if site in self._parts and batch_axis is None:
             raise BatchAxisError(
                 f"{site!r} was recorded in two forward passes, which cannot be concatenated. {no_batch(site)} "

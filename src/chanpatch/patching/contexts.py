@@ -1,4 +1,4 @@
-"""Contexts that patch or record a model."""
+"""Sessions and contexts that patch a model."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class ContextSession(Session):
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         refuse_unhookable(self.modules)
-        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules on the path to the listeners
+        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules between the root and the listeners
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach the listeners, and store the modules on the path from the root to them."""
+        """Attach the listeners, and store the modules between the root and the listeners."""
         names = dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap")
         ways = [itertools.accumulate(name.split("."), "{}.{}".format) for name in names if name]
         self._way = []
@@ -56,12 +56,12 @@ class ContextSession(Session):
         super().attach(scopes)
 
     def on_begin(self, call: RootCall) -> None:
-        """Raise if a module with a listener, or a module around it, was replaced."""
+        """Raise if a module with a listener, or a parent of that module, was replaced."""
         if any([held.get(part) is not module for _, module, held, part in self._way]):
             self.check_way()
 
     def check_way(self) -> None:
-        """Raise if a module with a listener lost its hooks, or if this module or one around it was replaced."""
+        """Raise if a module with a listener lost its hooks, or if that module or a parent was replaced."""
         lost = [name for name, module, held, part in self._way if held.get(part) is not module]
         for listener in () if lost else self.listeners:
             module = self.modules.get(listener.place.module)
@@ -74,11 +74,11 @@ class ContextSession(Session):
             )
 
     def finish(self, error: Exception | None) -> None:
-        """Raise if the context failed; may annotate or replace an exception in flight."""
+        """Check the context on exit; may raise, or annotate or replace an exception in flight."""
 
 
 class Exit:
-    """Descriptor for `__exit__`: `with` looks up `__exit__` before entering; a direct call of `__enter__` does not."""
+    """Descriptor that detects `with`, which looks up `__exit__` on entry; a direct call of `__enter__` does not."""
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -91,21 +91,21 @@ class Exit:
 
 
 class Held(ContextDecorator):
-    """A context that must be kept alive while it is open, by `with` or by a variable.
+    """A context that `with` or a variable must keep alive while open.
 
-    If it was entered by calling `__enter__` and freed while open, the next root call of each session raises.
+    If a context is entered with `__enter__()` and freed while open, the next root call in each session raises.
     """
 
     is_held = False
-    _open: tuple[tuple[Any, AbstractContextManager[None]], ...] = ()  # open sessions, and their contexts
+    _open: tuple[tuple[Any, AbstractContextManager[None]], ...] = ()  # pairs (session, context)
 
     def hold(self, session: Any, context: AbstractContextManager[None]) -> None:
-        """Enter the context of a session, and keep a reference to both."""
+        """Enter the context of a session, and keep references to the session and the context."""
         self._open = (*self._open, (session, context))
         context.__enter__()
 
     def last(self) -> tuple[Any, AbstractContextManager[None]]:
-        """Return the most recently entered session and its context."""
+        """Return the most recently entered session and context."""
         if not self._open:
             raise RuntimeError("This context is not open: it was already closed, or never entered. Use `with`.")
         return self._open[-1]
@@ -120,11 +120,11 @@ class Held(ContextDecorator):
 
 
 class Opened(Held, Generic[Result]):
-    """Context manager and decorator that opens a session; `session` creates a new one for each entry."""
+    """Context manager and decorator that opens a session; the function `session` creates one per entry."""
 
     def __init__(self, session: Callable[[], ContextSession]) -> None:
         self._new = session
-        self._next: ContextSession | None = session()  # built eagerly, so that errors surface here
+        self._next: ContextSession | None = session()  # built eagerly, so errors surface here
 
     def _recreate_cm(self) -> Opened[Result]:
         return Opened(self._new)
@@ -132,7 +132,7 @@ class Opened(Held, Generic[Result]):
     def __enter__(self) -> Result:
         session, self._next = self._next, None
         if session is None or session.modules != dict(session.root.named_modules(remove_duplicate=False)):
-            session = self._new()  # a module of the model was replaced
+            session = self._new()  # a module was replaced
         context = session.attached()
         try:
             self.hold(session, context)
@@ -146,7 +146,8 @@ class Opened(Held, Generic[Result]):
         session, context = self.last()
         try:
             if error is None:
-                session.raise_failure()
+                if session.failure is not None:
+                    raise session.failure
                 session.check_way()
             context.__exit__(None, None, None)
             if error is None or isinstance(error, Exception):
@@ -158,7 +159,7 @@ class Opened(Held, Generic[Result]):
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Bind the sites of patches to the trace, or check the sites' names; without a model, only check types."""
+    """Check patches and bind sites to the trace; without a trace, only names and types are checked."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
@@ -173,14 +174,14 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
 
 
 def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
-    """Raise if two patches share a stateful callable, or the same method of one, as their edit."""
+    """Raise if two patches have the same stateful callable as the edit."""
     known: dict[object, Patch] = {}
     for patch in patches:
         if state_of(patch.edit) is None:
             continue
         if first := known.get(key := call_key(patch.edit)):
             raise EditError(
-                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, which would share its "
+                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, which would share "
                 "state. Use a separate object for each patch, or a plain function."
             )
         known[key] = patch
@@ -207,17 +208,17 @@ class Patching(ContextSession):
     def forget(self) -> None:
         """Reset for a new root call: mark all patches as not yet reached, and clear any NaN found."""
         for firing in self.firings:
-            firing.forget()
+            firing.reached, firing.nan = False, None
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """Return the hook points whose patches did not run; `among` restricts them to patches with these indices."""
+        """List the hook points whose patches did not run, among all patches or patches with these indices."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
 
 
 def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
-    """Return the names in `allow_unreached`; raise ValueError if one is unknown."""
+    """Return the names in `allow_unreached`; raise ValueError for an unknown name."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):
@@ -227,7 +228,7 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError if `names` is not empty; the names replace the `{}` in `fault`."""
+    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`."""
     if listed := ", ".join(f"'{name}'" for name in names):
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
         causes += f"hooks){', or it was compiled' * compiled}"
@@ -237,14 +238,14 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call.
 
-    `cause` is an exception in flight: it is replaced if a distribution raised it, and otherwise gets a note.
+    If an exception is in flight (`cause`), replace an exception from a distribution, and add a note to any other.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     for firing in firings:
         firing.nan = None
     ours = isinstance(cause, ChanpatchError) and not isinstance(cause, DistributionError)
     if ours or any(torch._C._functorch.is_functorch_wrapped_tensor(flag) for _, flag in found):
-        return  # values cannot be read inside a transform
+        return  # values are unreadable inside a transform
     if not found or not torch.stack([flag.to(found[0][1].device) for _, flag in found]).any():
         return
     error = nan_error(next(patch for patch, flag in found if flag))
@@ -257,7 +258,7 @@ def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None
 def nan_error(patch: Patch) -> NaNError:
     """Return the error for a patch that introduced NaN."""
     return NaNError(
-        f"{patch!r} introduced NaN into a region that had none. Check its operands for 0/0 or a mean over zero rows. "
+        f"{patch!r} introduced NaN into a region without NaN. Check the operands for 0/0, or a mean over zero rows. "
         "If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
     )
 
@@ -271,16 +272,16 @@ def _of_a_distribution(error: Exception) -> bool:
 def patched(
     points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
 ) -> Opened[Ledger]:
-    """Patch a model while the context is open; `@patched(model, patch)` patches it during each call of a function.
+    """Patch a model while the context is open, or, as a decorator, during each call of a function.
 
     Args:
-        points_or_model: Model, or its HookPoints; with HookPoints, every site is checked against the trace.
+        points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
         patches: One or more patches, in order of application. In nested contexts, outer patches run first.
-        allow_unreached: Names of hook points whose patches need not run.
+        allow_unreached: Names of hook points whose patches do not have to run.
         check_nan: Whether to raise if a patch introduces NaN.
 
     Yields:
-        Ledger that counts the firings of each patch.
+        Ledger with the number of firings of each patch.
 
     Raises:
         HookPointError, SiteError: If a site does not exist.
@@ -299,13 +300,13 @@ def patched(
         site          edit  firings  rows  elements
         Site('.out')  Set   1        4     12
     """
-    chosen = tuple(patches) if isinstance(patches, Iterable) else patches  # iterators would be exhausted on re-entry
+    chosen = tuple(patches) if isinstance(patches, Iterable) else patches  # an iterator would be empty on re-entry
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     return Opened(lambda: _Patched(points_or_model, chosen, allow_unreached=allowed, check_nan=check_nan))
 
 
 class _Patched(Patching):
-    """Session of one `patched` context."""
+    """Session for one `patched` context."""
 
     def on_end(self, call: RootCall) -> None:
         raise_nan(self.firings)

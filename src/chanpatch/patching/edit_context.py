@@ -1,4 +1,4 @@
-"""The forward pass in which a patch runs, as seen by its edit and its `where` function."""
+"""Information about the current forward pass, for edits and `where` functions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ..registry.sites import Positions, Site, no_batch
 class Context:
     """Information about the current forward pass, for an edit or a `where` function.
 
-    Per-row values follow the order of the region's rows. Outside a rollout, `seeds` and `infos` raise RolloutError.
+    Per-row values are in the order of the region's rows. Outside a rollout, `seeds` and `infos` raise RolloutError.
 
     Attributes:
-        inputs: Inputs of the model call; for a policy, the observations.
+        inputs: Inputs to the model call; for a policy, the observations.
         step: Step of the rollout; None outside a rollout.
         call: Index of the module's call within the model call.
-        forward: Index of the model call within a step of a rollout, or within a method of a patched policy, such as
-            `generate`, that runs several forward passes; otherwise 0.
+        forward: Index of the model call within a step of a rollout, or within a method of a patched policy that runs
+            several forward passes, such as `generate`; otherwise 0.
         label: Name of the policy in paired_rollouts, or label of the patch in rollout_sweep; otherwise None.
     """
 
@@ -42,23 +42,23 @@ class Context:
 
     @property
     def rows(self) -> Tensor:
-        """Index of each row, int64 `(row,)`: its episode in a rollout, otherwise 0, 1, 2, ..."""
+        """Index of each row, int64 `(row,)`: in a rollout, the index of the episode; otherwise 0, 1, 2, ..."""
         return self._of_rows(self.moment.published.rows)
 
     @property
     def environments(self) -> Tensor:
-        """Index of each row's sub-environment, int64 `(row,)`; outside a rollout, the same as `rows`."""
+        """Index of the sub-environment for each row, int64 `(row,)`; outside a rollout, the same as `rows`."""
         own = self.moment.published.environments
         return self.rows if own is None else self._of_rows(own)
 
     @property
     def seeds(self) -> Tensor:
-        """Seed of each row's episode, int64 `(row,)`."""
+        """Seed of the episode for each row, int64 `(row,)`."""
         return torch.tensor(self._in_rollout("seeds")[self.rows.numpy()].astype(np.int64))
 
     @property
     def infos(self) -> Any:
-        """Infos that the environments returned at the last step or reset, for the region's rows only."""
+        """Infos from the last step or reset of the environments, for the region's rows only."""
         return self._in_rollout("infos")(self.environments.numpy())
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
@@ -74,14 +74,14 @@ class Context:
         return torch.from_numpy(drawn).to(leaf.device, dtype).clamp_(max=below_one)
 
     def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
-        """Return the random key of each row in a rollout; an empty list outside a rollout."""
+        """Return a key for the random numbers of each row in a rollout; an empty list outside a rollout."""
         if (published := self.moment.published).seeds is None:
             return []
         own = published.sampling_seed, self.step if each_step else None, self.call
         return [(*own, published.seeds[row], published.repetitions[row]) for row in self.rows.tolist()]
 
     def mask_of(self, where: Callable[[Context], Any]) -> Any:
-        """Return the mask from a `where` function; a stateful one runs only once per root call and call index."""
+        """Return the mask from a `where` function; a stateful function runs once per root call and call index."""
         if state_of(where) is None:
             return where(self)
         masks, key = self.moment.masks, (*call_key(where), self.call)
@@ -109,7 +109,7 @@ class Context:
 
 
 def state_of(function: Any) -> Any:
-    """Return the user's object behind a callable: an instance, or a method's owner; None for functions and modules."""
+    """Return the user's stateful object behind a callable or method; None for functions and modules."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)
@@ -121,19 +121,17 @@ def state_of(function: Any) -> Any:
 
 
 def call_key(function: Any) -> tuple[object, ...]:
-    """Return a key that two callables share if they call the same method of one object with the same arguments."""
+    """Return a key that is equal for callables that run the same method of the same object with equal arguments."""
     if isinstance(function, functools.partial):
         given = [*function.args, *itertools.chain(*sorted(function.keywords.items()))]
-        return (
-            *call_key(function.func),
-            *(each if isinstance(each, (int, float, str)) else id(each) for each in given),
-        )
+        arguments = (each if isinstance(each, (int, float, str)) else id(each) for each in given)
+        return (*call_key(function.func), *arguments)
     method = function if isinstance(function, types.MethodType) else getattr(function, "__call__", function)  # noqa: B004
     return id(getattr(method, "__self__", method)), id(getattr(method, "__func__", method))
 
 
 def uniform(keys: Sequence[tuple[Any, ...]], shape: Sequence[int] = ()) -> NDArray[np.float64]:
-    """Draw random numbers in [0, 1), `(key, *shape)`, each row determined by its key alone."""
+    """Draw random numbers in [0, 1), `(key, *shape)`; each row depends only on the key."""
     drawn = np.empty((len(keys), *shape))
     for row, key in enumerate(keys):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()

@@ -1,7 +1,7 @@
-"""Edits: pure functions of a region's activation.
+"""Edits: pure functions that map the activation in a region to a new activation.
 
-The edits below are plain data. An operand is a real number, or a tensor with as many axes as the region, each with the
-region's length or length 1: `(1, channel, 1, 1)` at `(batch, channel, row, col)`. Other operands raise EditError.
+An operand is a real number, or a tensor with as many axes as the region, each with the region's length or length 1:
+`(1, channel, 1, 1)` at `(batch, channel, row, col)`. Other operands raise EditError.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Add:
 
     Args:
         vector: Real number or tensor.
-        coefficient: Multiplier for the vector; negative to steer away from it.
+        coefficient: Multiplier for the vector; a negative coefficient steers away from the vector.
 
     Example:
         >>> Add(torch.tensor([[1.0, 2.0]]), -2.0)(torch.zeros(1, 2))
@@ -99,8 +99,8 @@ class Clamp:
     """Clamp every element to a range.
 
     Args:
-        low: Lower bound, or None.
-        high: Upper bound, or None.
+        low: Lower bound; None for no bound.
+        high: Upper bound; None for no bound.
 
     Raises:
         EditError: If both bounds are None, or `low` is above `high`.
@@ -130,8 +130,8 @@ class Project:
     """Remove the component along a direction (directional ablation).
 
     Args:
-        direction: Tensor with the direction along its axes longer than 1: `direction.view(1, -1, 1, 1)` is a direction
-            in channel space. The component is removed at every position along the other axes.
+        direction: Tensor with length 1 along all axes that the direction does not span: `direction.view(1, -1, 1, 1)`
+            is a direction in channel space, and the component is removed at every row, column and batch entry.
 
     Raises:
         EditError: If the direction is zero.
@@ -153,7 +153,7 @@ class Project:
 
     def __call__(self, activation: Tensor) -> Tensor:
         along = tuple(axis for axis, length in enumerate(self.direction.shape) if length > 1)
-        scaled = self.direction / self.direction.abs().amax()  # its squares could overflow half precision
+        scaled = self.direction / self.direction.abs().amax()  # squares could otherwise overflow half precision
         unit = scaled / scaled.square().sum().sqrt()
         component = (activation * unit).sum(dim=along, keepdim=True) if along else activation * unit
         return activation - component * unit
@@ -168,7 +168,7 @@ class Resample:
     `per="step"`, the step.
 
     Args:
-        reference: Tensor with the axes of the region; the rows along its batch axis are the reference set.
+        reference: Tensor with the region's axes; the reference set consists of the rows along the batch axis.
         seed: Random seed, an integer.
         batch_axis: Index of the batch axis.
         per: Whether a rollout draws once per `"episode"` or at every `"step"`.
@@ -205,7 +205,7 @@ _EXPECTED = {Real: "a real number (int or float)", Integral: "an integer", Tenso
 
 
 def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
-    """Raise EditError if an operand has none of these types."""
+    """Raise EditError unless an operand has one of these types."""
     if not isinstance(operand, kinds) or isinstance(operand, Fraction):  # torch does not accept fractions
         short = isinstance(operand, (str, complex, int, float))
         shown = repr(operand) if short else type(operand).__name__
@@ -214,7 +214,7 @@ def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
 
 
 def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: Tensor, operand: Any) -> Tensor:
-    """Apply arithmetic to a region and an operand; raise if an integer result wrapped around."""
+    """Apply arithmetic to a region and an operand; raise EditError on integer overflow."""
     result = arithmetic(region, operand)
     if not (result.is_floating_point() or result.is_complex() or result.dtype == torch.bool):
         exact = arithmetic(region.float(), operand.float() if isinstance(operand, Tensor) else operand)
@@ -224,7 +224,7 @@ def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: T
 
 
 def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
-    """Draw each row's donor outside a rollout, as an index below `count`."""
+    """Draw a donor index below `count` for each row, outside a rollout."""
     numbers = rows.cpu().numpy().astype(np.uint64)
     draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]
@@ -232,7 +232,7 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
-    """Return the axis lengths of a traced region; None for the batch."""
+    """Return the axis lengths of a region at a traced hook point; None for the batch."""
     chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
     return [
         None if number == point.batch_axis else chosen.get(axis, point.length(axis))
@@ -246,7 +246,7 @@ _VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Clamp: "limits", Projec
 def check_operands(
     edit: Edit, site: Site, axes: Axes, lengths: Sequence[int | None], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise if an operand of a built-in edit has the wrong shape, dtype or device, or would overflow."""
+    """Raise if an operand of a built-in edit has the wrong shape, dtype or device, or is out of range."""
     verb = next((verb for kind, verb in _VERBS.items() if isinstance(edit, kind)), None)
     if verb is None:
         return
@@ -277,7 +277,7 @@ def check_operands(
 
 
 def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
-    """Raise if a dtype cannot represent a number; floating-point dtypes also represent infinities and NaN."""
+    """Raise if a number is outside a dtype's range; floating-point dtypes also accept infinities and NaN."""
     inexact = dtype.is_floating_point or dtype.is_complex
     limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
     low, high = (0, 1) if dtype == torch.bool else (limits.min, limits.max)
@@ -288,7 +288,7 @@ def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
 
 
 def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:
-    """Raise if a `where` is not a bool tensor or does not match the region."""
+    """Raise unless a `where` is a bool tensor that matches the region."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
@@ -299,7 +299,7 @@ def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | N
 
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
-    """Return whether a tensor has these axis lengths (None for any); with `or_one`, each may also be 1."""
+    """Return whether a tensor has these axis lengths (None for any length); `or_one` also accepts length 1."""
     pairs = zip(operand.shape, lengths, strict=False)
     return operand.dim() == len(lengths) and all(want in (None, n) or (or_one and n == 1) for n, want in pairs)
 
@@ -309,7 +309,7 @@ def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: S
     if fits(operand, lengths, or_one=True):
         return
     rows = axes.index("batch") if "batch" in axes else 0
-    # A vector with the length of the batch is probably meant to select rows if it is a mask, but not otherwise.
+    # A mask with the length of the batch probably selects rows; any other vector probably does not.
     tried = [*[rows] * (noun == "mask"), *(number for number in range(len(axes)) if number != rows)]
     number = next((number for number in tried if lengths[number] == operand.numel()), None)
     advice = ""

@@ -1,4 +1,4 @@
-"""Apply a patch to a hook point's tensor, without a hook or a session: `Firing(patch, point)(tensor, moment)`."""
+"""Apply a patch to a tensor, with or without hooks: `Firing(patch, point)(tensor, moment)`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .patch import Mask, Patch, edit_name
 
 
 class Located:
-    """A site's location in its hook point's tensors, computed once per tensor type, shape, dtype, device and layout.
+    """Location of a site in a tensor, computed once per tensor type, shape, dtype, device and layout.
 
     `axes` and `batch_axis` describe the tensor; `positions` are the selected positions, by axis number.
     """
 
-    wants_names = False  # whether every axis needs a name, and the batch axis must be known
+    wants_names = False  # whether all axis names and the batch axis must be known
 
     def __init__(self, site: Site, point: Place, module: nn.Module | None) -> None:
         self.site, self._point, self._module = site, point, module
@@ -41,12 +41,12 @@ class Located:
         self._known: tuple[Any, ...] | None = None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
-        """Locate the site in a tensor; raise if the tensor does not match the trace or lacks the site."""
+        """Locate the site in a tensor; raise if the tensor does not match the trace or the site."""
         known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
         self._known = None
-        # The positions are cached, so they must also work outside inference mode.
+        # The cached positions must also work outside inference mode.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if isinstance(self._point, HookPoint):
                 self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
@@ -59,10 +59,10 @@ class Located:
             }
             self._check(leaf)
         if type(leaf) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-            self._known = known  # tensors made inside a transform, or for a subclass, are not reused
+            self._known = known  # positions from inside a transform or for a tensor subclass are not reused
 
     def _bare_axes(self, point: Place, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
-        """Return the axis names and batch axis implied by the module's type or, failing that, found by a trace."""
+        """Infer the axis names and batch axis from the module's type or, if that is not enough, from a trace."""
         names: Sequence[str | None] = (None,) * leaf.dim()
         if self._module is not None:
             names = axis_names(self._module, point.side, point.path, leaf.dim(), None)
@@ -84,8 +84,8 @@ class Firing(Located):
     """One patch at one hook point; without a trace, axis names are inferred from `module`.
 
     Attributes:
-        reached: Whether the patch ran since `forget`.
-        nan: Bool tensor that is true if the patch introduced NaN since `forget`; may be None if it did not.
+        reached: Whether the patch ran since the last reset.
+        nan: Bool tensor, True if the patch introduced NaN since the last reset; None if nothing was checked or found.
         counts: Number of firings, rows (None without a batch axis) and elements, by method of the root call.
     """
 
@@ -102,10 +102,10 @@ class Firing(Located):
         self._kind: Any = None  # shape, dtype and device of the region
         self._size: tuple[Any, Any] = (None, 0)  # rows and elements of the region
         self._constant: Tensor | None = None  # the new region, if it does not depend on the activation
-        self._filled: Tensor | None = None  # mask of the region, if a number fills it
+        self._filled: Tensor | None = None  # mask of the region, for a fast fill with a number
 
     def __call__(self, leaf: Tensor, moment: Moment | Session) -> Tensor:
-        """Return the tensor with its region patched, or the same object if the edit changed nothing."""
+        """Return the tensor with the region patched, or the same object if the edit returned its input."""
         self.locate(leaf, moment)
         if self._constant is not None:
             self._count(moment, None)
@@ -114,7 +114,7 @@ class Firing(Located):
             return written(leaf, self.positions, self._constant)
         region = read(leaf, self.positions)
         context = None
-        if self.wants_names:  # the edit or the `where` function takes the context
+        if self.wants_names:  # the edit or the `where` function has a parameter `context`
             context = Context(moment, self.site, self.batch_axis, leaf, self.positions)
         mask = None if self.patch.where is None else self._mask(self.patch.where, region, context)
         new = self._edited(region, context)
@@ -129,10 +129,6 @@ class Firing(Located):
         self._count(moment, mask)
         return patched
 
-    def forget(self) -> None:
-        """Reset for a new root call: mark the patch as not yet reached, and clear any NaN found."""
-        self.reached, self.nan = False, None
-
     def _count(self, moment: Moment | Session, mask: Tensor | None) -> None:
         self.reached = True
         rows, elements = self._size if mask is None else _touched(self._kind[0], self.batch_axis, mask)
@@ -144,7 +140,7 @@ class Firing(Located):
     def _look_for_nan(self, before: Tensor, after: Tensor) -> None:
         if not (after.is_floating_point() or after.is_complex()) or after.is_meta or unusual_layout(after):
             return
-        # Only on the CPU is the value read immediately, because reading from another device would synchronize.
+        # The value is read immediately only on the CPU, because reading from another device would synchronize.
         if inside_vmap(after) or not after.is_cpu or after.isnan().any():
             found = (after.isnan() & ~before.isnan()).any()
             self.nan = found if self.nan is None else self.nan | found
@@ -165,7 +161,7 @@ class Firing(Located):
         self._constant = self._filled = None
         number = isinstance(self._sets, Real)
         fits = number or (self._sets is not None and self._sets.shape == region.shape)
-        # Whole activations are excluded, because their strides may differ.
+        # Whole activations are excluded, because the strides may differ.
         if fits and self.positions and not self._check_nan and self.patch.where is None:
             self._constant = self._edit(region)
             if number and leaf.numel() <= 2**10 and leaf.is_floating_point():  # faster for small tensors
@@ -173,7 +169,7 @@ class Firing(Located):
                 self._filled = written(mask, self.positions, torch.ones_like(region, dtype=torch.bool))
 
     def _edited(self, region: Tensor, context: Context | None) -> Tensor:
-        counted = not region.is_inference()  # if torch does not count writes, a copy reveals in-place edits
+        counted = not region.is_inference()  # without torch's count of writes, a copy reveals in-place edits
         given, version = (region, region._version) if counted else (region.clone(), 0)
         new = self._edit(given, context=context) if self._takes_context else self._edit(given)
         if given._version != version if counted else not torch.isclose(given, region, 0, 0, equal_nan=True).all():
@@ -185,7 +181,7 @@ class Firing(Located):
 
     def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
         if not isinstance(mask, Tensor):
-            given: Any = context and context.mask_of(mask)  # a `where` function always gets a context
+            given: Any = context and context.mask_of(mask)  # with a `where` function, there is always a context
             mask = torch.full((1,) * region.dim(), given) if isinstance(given, bool) else given
             check_mask(mask, self.site, self.axes, region.shape)
         return mask.to(region.device)  # masks are often made on the CPU
@@ -193,8 +189,8 @@ class Firing(Located):
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
             raise EditError(
-                f"{self.patch!r} returned {type(new).__name__}. An edit must return a tensor: a new activation, or its "
-                "input to leave the activation unchanged."
+                f"{self.patch!r} returned {type(new).__name__}. An edit must return a tensor: a new activation, or the "
+                "given one to leave the activation unchanged."
             )
         if (new.shape, new.dtype, new.device) != self._kind:
             what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
@@ -205,7 +201,7 @@ class Firing(Located):
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Count the rows (None without a batch axis) and elements in the region, or in the mask if there is one."""
+    """Count the rows (None without a batch axis) and elements in the region or, with a mask, in the mask."""
     rows: Any = None if batch_axis is None else region[batch_axis]
     if mask is None:
         return rows, region.numel()
@@ -217,7 +213,7 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 
 
 class Ledger(Records):
-    """Number of firings, rows and elements written, by patch and method."""
+    """Number of firings, and of rows and elements written, by patch and method."""
 
     _most = None
 
@@ -227,7 +223,7 @@ class Ledger(Records):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and method: method, site, edit, firings, rows, elements.
 
-        For a patch that never fired, the counts are 0. `rows` is None if the batch axis is unknown.
+        If a patch never fired, all counts are 0. `rows` is None if the batch axis is unknown.
         """
         return [
             {
@@ -253,7 +249,7 @@ class Ledger(Records):
 
 
 def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
-    """Raise if a tensor differs from the traced one in anything but the batch and the device."""
+    """Raise if a tensor differs from the traced tensor in anything but the batch and the device."""
     lengths = [None if axis == "batch" else point.length(axis) for axis in point.axes]
     if not fits(leaf, lengths):
         raise TraceMismatchError(

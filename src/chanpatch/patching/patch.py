@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..engine.hooks import read_only
+from ..engine.paths import read_only
 from ..errors import EditError, UnsupportedModelError
 from ..registry.sites import Site
 from .edits import Edit, Resample, Set, check_mask, check_operands, region_lengths
@@ -28,15 +28,15 @@ class Patch:
 
     Args:
         site: Site to patch.
-        edit: Callable that receives the region and returns a new tensor with the same shape, dtype and device. It may
-            have a keyword-only parameter `context`, which receives a `chanpatch.patching.Context`.
-        where: Elements to replace; None for all. Either a bool tensor with as many axes as the region (each with the
-            region's length or length 1), or a function of the context that returns such a tensor, True or False.
+        edit: Callable that maps the region's activation to a new tensor with the same shape, dtype and device. A
+            keyword-only parameter `context` receives a `chanpatch.patching.Context`.
+        where: Elements to replace; None for all. Either a bool tensor with as many axes as the region, each with the
+            region's length or length 1, or a function that maps the context to such a tensor, True or False.
 
     Raises:
         TypeError: If `site` is not a Site.
         EditError: If the edit is not callable, or an operand or `where` does not match the region.
-        UnsupportedModelError: If the site is inside a distribution, which can only be recorded.
+        UnsupportedModelError: If the site is inside a distribution, where tensors can only be recorded.
     """
 
     site: Site
@@ -50,7 +50,7 @@ class Patch:
         if not callable(self.edit):
             raise EditError(
                 f"The edit at {self.site!r} must be callable; got {type(self.edit).__name__}. Use Set(value) to set "
-                "the activation to a value, or a function that maps the activation to a new one."
+                "the activation to a value, or a function that maps the activation to a new activation."
             )
         point = self.site.point
         axes, lengths = ((), None) if point is None else (point.axes, region_lengths(self.site, point))
@@ -64,7 +64,7 @@ class Patch:
 
     @property
     def runs_only_ours(self) -> bool:
-        """Whether the patch runs only chanpatch's own code."""
+        """Whether the patch runs only code from chanpatch."""
         return type(self.edit).__module__ == Set.__module__ and not callable(self.where)
 
     def __repr__(self) -> str:
@@ -72,12 +72,12 @@ class Patch:
 
 
 def _takes_context(edit: Edit) -> bool:
-    """Return whether an edit has a keyword-only parameter `context`; raise if it requires any other parameter."""
+    """Return whether an edit has a keyword-only parameter `context`; raise for any other required parameter."""
     if type(edit).__module__ == Set.__module__:
         return isinstance(edit, Resample)
     try:
         parameters = [*inspect.signature(edit).parameters.values()]
-    except (TypeError, ValueError):  # some builtins have no signature
+    except (TypeError, ValueError):  # some builtins lack a signature
         return False
     contexts = [each for each in parameters if each.name == "context" and each.kind is each.KEYWORD_ONLY]
     for each in parameters[1:]:

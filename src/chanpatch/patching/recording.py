@@ -1,4 +1,4 @@
-"""Record sites; reductions run inside the hook, so only the reduced activations are kept."""
+"""Record activations at sites. Reductions run inside the hook, so only reduced activations are stored."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def recording(
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
 ) -> Opened[ActivationCache]:
-    """Record sites while the context is open; records of several forward passes are concatenated along the batch.
+    """Record sites while the context is open; activations from several forward passes are concatenated along the batch.
 
-    As a decorator, it records each call of the function into a separate cache.
+    As a decorator, `recording` records each call of the function into a separate cache.
 
     Args:
-        points_or_model: Model, or its HookPoints; with HookPoints, every site is checked against the trace.
-        sites: Names, sites or hook points, or HookPoints to record all of them. With HookPoints, names may be
+        points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
+        sites: Names, sites or hook points, or HookPoints to record all hook points. With HookPoints, names may be
             patterns such as `"h.*"` (see `HookPoints.select`).
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
-            pair such as `("b c h w -> b c", "sum")`. Only the result is kept.
+            pair such as `("b c h w -> b c", "sum")`. Only the result is stored.
         before: Whether to record activations before patches are applied.
-        detach: Whether to detach records from the graph. If False, the forward pass continues from each record that is
-            not reduced, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
-        device: Device of the records; None keeps each record on its original device.
-        allow_unreached: Names of hook points that need not run.
+        detach: Whether to detach records from the graph. If False, the forward pass continues from each unreduced
+            record, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
+        device: Device for the records; None for the device of each activation.
+        allow_unreached: Names of hook points that do not have to run.
 
     Yields:
         Cache that fills as the model runs.
@@ -68,7 +68,7 @@ def recording(
         >>> cache["0"].shape
         torch.Size([2, 8])
     """
-    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # iterators have only one pass
+    chosen = sites if isinstance(sites, (str, Site, HookPoint)) else tuple(sites)  # an iterator would be empty later
     allowed = allow_unreached if isinstance(allow_unreached, str) else tuple(allow_unreached)
     options: dict[str, Any] = {"before": before, "detach": detach, "device": device, "allow_unreached": allowed}
     return Opened(lambda: Recorder(points_or_model, chosen, reduce, **options))
@@ -84,14 +84,14 @@ def run_with_cache(  # noqa: D417
     detach: bool = True,
     **keywords: Any,
 ) -> Any:
-    """Run the model once; return its output and a cache of the recorded sites.
+    """Run the model once; return the output and a cache of the recorded sites.
 
     Args:
-        points_or_model: Model, or its HookPoints, whose traced method is run.
+        points_or_model: Model, or HookPoints, in which case the traced method runs.
         inputs: Positional arguments for the model.
         sites, reduce, device, detach: As in recording.
         stop: Whether to stop the forward pass once every site is recorded, and return only the cache. The forward pass
-            still completes if it temporarily replaces parameters, or if a site has neither a trace nor a call index.
+            still completes if the model temporarily replaces parameters, or if a site lacks a trace and a call index.
         keywords: Keyword arguments for the model.
 
     Returns:
@@ -112,7 +112,7 @@ def run_with_cache(  # noqa: D417
 
 
 class Recorder(ContextSession):
-    """Session that records sites; with `double`, reductions use double precision."""
+    """Session that records sites; with `double`, reductions run in double precision."""
 
     def __init__(
         self,
@@ -136,12 +136,12 @@ class Recorder(ContextSession):
         self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:
             point = resolve(self.modules, site)
-            # Without a trace, the rest of the forward pass may call the module again, which must raise an error.
+            # Without a trace, the module may be called again later in the forward pass, which must raise an error.
             self.stops &= isinstance(point, HookPoint) or point.call is not None
             self.listen(point, "before" if before else "after", _Record(self, site, point))
 
     def run_once(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-        """Run the model and return its output, or None if it was stopped early."""
+        """Run the model and return the output, or None if the forward pass was stopped early."""
         output, gradients = None, torch.is_grad_enabled()
         with self.attached():
             try:
@@ -178,11 +178,11 @@ class _Record(Located):
 
     def __call__(self, leaf: Tensor, session: Session) -> Tensor:
         if torch._C._current_graph_task_id() != -1:
-            return leaf  # torch.utils.checkpoint reruns modules in the backward pass; they were already recorded
+            return leaf  # already recorded; torch.utils.checkpoint is rerunning the module in the backward pass
         if inside_vmap(leaf):
             raise UnsupportedModelError(
-                f"{self.site!r} cannot be recorded inside torch.vmap, because the record would outlive it. Call the "
-                "model outside vmap, on a batch of inputs."
+                f"{self.site!r} cannot be recorded inside torch.vmap, because the record would outlive the transform. "
+                "Call the model outside vmap, on a batch of inputs."
             )
         recorder = self._recorder
         self.locate(leaf, session)
@@ -214,7 +214,7 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes that a reduction leaves; raise SiteError if the reduction is unknown or needs axis names."""
+    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or needs axis names."""
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):
@@ -236,13 +236,13 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
 
 
 def _expanded(side: str, rest: int) -> list[str]:
-    """Return the tokens on one side of a pattern; an ellipsis expands to `rest` tokens."""
+    """Split one side of an einops pattern into tokens; an ellipsis expands to `rest` tokens."""
     dots = [f"...{number}" for number in range(rest)]
     return [each for token in _TOKEN.findall(side) for each in (dots if token == "..." else [token])]
 
 
 def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, double: bool = False) -> Tensor:
-    """Reduce a region; raise SiteError if the reduction does not apply to it."""
+    """Reduce a region; raise SiteError if the reduction does not apply to the region."""
     if double:
         if region.is_complex():
             raise SiteError(
@@ -252,7 +252,7 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, do
         region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # Apple GPUs lack doubles
     kept = reduced_axes(site, axes, reduce)
     if reduce is None or kept == axes:
-        return region.abs() if reduce == "norm" else region  # one element is its own sum, mean and maximum
+        return region.abs() if reduce == "norm" else region  # the sum, mean and maximum of one element are equal
     if region.dtype in (torch.float16, torch.bfloat16):
         region = region.float()  # sums easily overflow half precision
     try:

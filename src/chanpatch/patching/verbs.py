@@ -1,4 +1,4 @@
-"""Functions that create common patches: ablation, activation patching and steering."""
+"""Create common patches: ablation, activation patching and steering."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
 def mean_ablate(
     site: Site, reference: Source, *, over: str | Sequence[str] = ("batch",), where: Mask | None = None
 ) -> Patch:
-    """Return a patch that sets the region to its mean over a reference set; the site must be traced.
+    """Return a patch that sets the region to the mean over a reference set; the site must be traced.
 
     Args:
         site, where: As in Patch.
-        reference: ActivationCache, or tensor with the axes of the region or of its hook point; any number of rows.
+        reference: ActivationCache, or tensor with the axes of the region or the hook point, with any number of rows.
             Confidence intervals for the effect treat the reference as fixed.
         over: Axis or axes to average over.
 
@@ -100,11 +100,11 @@ def resample_ablate(
 
 
 def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -> Patch:
-    """Return a patch that replaces the region with its activation from another run (activation patching).
+    """Return a patch that replaces the region with an activation from another run (activation patching).
 
     Args:
         site, where: As in Patch.
-        source: ActivationCache, number, or tensor with the axes of the region or of its hook point. The batch must have
+        source: ActivationCache, number, or tensor with the axes of the region or the hook point. The batch must have
             the same length as in the patched run, or length 1.
 
     Example:
@@ -122,7 +122,7 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
 
     Args:
         site, where: As in Patch.
-        vector: Same as `source` in patch_in, but any axis may have length 1.
+        vector: As `source` in patch_in, but any axis may have length 1.
         coefficient: Multiplier for the vector.
 
     Example:
@@ -139,7 +139,7 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
     """Return a patch that applies a custom function.
 
     Args:
-        site, function, where: Same as `site`, `edit` and `where` in Patch.
+        site, function, where: As `site`, `edit` and `where` in Patch.
 
     Example:
         >>> halve = edit(Site("fc", feature=3), lambda activation: activation / 2)
@@ -148,7 +148,7 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
 
 
 def _region(site: Site, source: Any) -> Any:
-    """Return the region's activation from a tensor or cache that covers the site or its whole hook point."""
+    """Return the region's activation from a tensor or cache for the site or the whole hook point."""
     point, whole = site.point, Site(site.name)
     if isinstance(source, torch.Tensor):
         covers = point is not None and fits(source, [point.length(axis) for axis in point.axes])
@@ -164,7 +164,8 @@ def _region(site: Site, source: Any) -> Any:
         return source[site]
     if point is None or whole not in source:
         raise EditError(
-            f"The cache contains neither {site!r} nor its whole hook point. It contains {', '.join(map(repr, source))}."
+            f"The cache contains neither {site!r} nor the whole hook point. Sites in the cache: "
+            f"{', '.join(map(repr, source))}."
         )
     if source[whole].dim() != len(point.axes):
         raise EditError(

@@ -1,4 +1,4 @@
-"""Hook-point registry: all places in a model at which activations can be read or written.
+"""Hook-point registry: all places in a model where activations can be read or written.
 
 points = hook_points(model, observations)
 points.site("embedder.relu3", channel=55)

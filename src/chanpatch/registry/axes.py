@@ -1,7 +1,7 @@
 """Infer axis names from a module's type, never from the number of axes alone.
 
 Convolution, pooling, linear, recurrent, attention and embedding modules have known axis names. Elementwise modules and
-functions propagate the names of their input. All other axes are named `axis0`, `axis1`, ...
+functions propagate the names of the input axes. All other axes are named `axis0`, `axis1`, ...
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncode
 
 
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
-    """Return the axis names of one of a module's input or output tensors; None for an unnamed axis.
+    """Return the axis names for one input or output tensor of a module; None for an unnamed axis.
 
     `inputs` are the axis names of the module's first input, if known.
     """
@@ -100,14 +100,14 @@ _ELEMENTWISE_FUNCTIONS = frozenset(f"{_ARITHMETIC} {_ACTIVATIONS} {_LAYERS} {_CO
 
 
 class NamePropagation(TorchFunctionMode):
-    """While active, elementwise torch functions propagate the axis names of their operands to their result."""
+    """Mode in which elementwise torch functions propagate axis names from operands to results."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._named: dict[int, tuple[Names, Tensor]] = {}  # by id, so each tensor must stay alive
+        self._named: dict[int, tuple[Names, Tensor]] = {}  # by id; storing the tensors keeps the ids valid
 
     def names(self, tensor: Tensor) -> Names:
-        """Return a tensor's axis names; None for unknown ones."""
+        """Return the axis names of a tensor; None for unknown names."""
         known, _ = self._named.get(id(tensor), ((), tensor))
         return known if len(known) == tensor.dim() else (None,) * tensor.dim()
 
@@ -120,7 +120,7 @@ class NamePropagation(TorchFunctionMode):
         self._named[id(tensor)] = tuple(names), tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, and copy axis names to its result from operands of the same shape."""
+        """Run the function, and copy axis names to the result from operands of the same shape."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
             for _, operand in leaves((args, kwargs)):

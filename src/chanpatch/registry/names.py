@@ -1,6 +1,6 @@
 """Grammar of hook-point names: `module`, `#call`, `.in` or `.out`, and a path; or the name of a tap.
 
-This is the only module that writes, parses and matches names.
+Only this file formats, parses and matches names.
 """
 
 from __future__ import annotations
@@ -29,12 +29,8 @@ def written_name(module: str, side: str, path: Path, call: int | None) -> str:
 
 
 def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
-    """Parse a hook point's name, given the modules of the model.
-
-    Raises:
-        HookPointError: If the module does not exist or the name is malformed.
-    """
-    for match in reversed([*_SIDE.finditer(name)]):  # a module may itself be called "out": the longest name wins
+    """Parse a hook point's name, given the modules; raise HookPointError for an unknown module or a malformed name."""
+    for match in reversed([*_SIDE.finditer(name)]):  # a module may be named "out": the longest name wins
         base, path = name[: match.start()], parsed_path(name[match.end() :])
         module, _, call = (base, "", "") if base in known else base.partition("#")
         side: Literal["in", "out"] = "in" if match[1] == "in" else "out"
@@ -43,7 +39,7 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
             return Place(name, module, side, path, int(call) if call else None)
     if is_pattern(name):
         raise HookPointError(
-            f"'{name}' is a pattern, but a model without a trace has no list of hook points to match. Pass "
+            f"'{name}' is a pattern, but an untraced model has no list of hook points to match. Pass "
             "hook_points(model, *inputs) instead of the model."
         )
     raise HookPointError(
@@ -53,10 +49,10 @@ def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
 
 
 def unknown_name(name: str, modules: Mapping[str, nn.Module], known: Iterable[str]) -> str:
-    """Explain why a hook point does not exist: its name is unknown, or is the name of a weight."""
+    """Return the error message for an unknown name, or for the name of a weight."""
     module, _, weight = name.rpartition(".")
     if module in modules and weight in {**modules[module]._parameters, **modules[module]._buffers}:
-        return f"'{name}' is a weight, not a hook point. To make it one, call tap('name', weight) in forward()."
+        return f"'{name}' is a weight, not a hook point. To create a hook point, call tap('name', weight) in forward()."
     return f"No hook point named '{name}'.{did_you_mean(name, known)}"
 
 
@@ -66,7 +62,7 @@ def path_text(path: Path) -> str:
 
 
 def parsed_path(text: str) -> Path | None:
-    """Parse a path formatted by `path_text`; return None if the text is not a path."""
+    """Parse a path formatted by `path_text`; return None for any other text."""
     steps: list[Item | Attr] = []
     end = 0
     for match in _STEP.finditer(text):
@@ -83,10 +79,7 @@ def is_pattern(name: str) -> bool:
 
 
 def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ()) -> list[str]:
-    """Return a hook point's name and aliases with a line break after the module, for `selected`.
-
-    If `module` is None, it is inferred from the hook point's name.
-    """
+    """Return a hook point's name and aliases with a line break after the module (None: inferred), for `selected`."""
     if module is None:
         module = re.sub(r"(?s)(#\d+)?(\.(in|out)(\[.*)?)?$", "", name, count=1)
     end = name[len(module) :]
@@ -95,22 +88,19 @@ def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ())
 
 
 def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the hook points that match a pattern, in the order given.
+    """Return the names of the hook points that match a pattern, in the order given.
 
     Names consist of parts separated by dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding
     part. `*` matches any text within a part, `**` any number of parts, `?` one character. Without `#k`, a pattern
-    matches all calls; without `.in` or `.out`, all outputs. The beginning of a path matches all tensors under it.
-
-    Args:
-        pattern: Pattern, such as `"h.*"`, `"h.*.in[0]"`, `"**.relu?"`.
-        names: Result of `spellings` for each hook point.
+    matches all calls; without `.in` or `.out`, all outputs. The start of a path matches all tensors under that path.
+    `names` contains the `spellings` of each hook point.
 
     Raises:
-        HookPointError: If `?` would miss multi-digit indices of a list, such as h.10 with `h.?`.
+        HookPointError: If `?` would miss multi-digit indices in a list, such as h.10 with `h.?`.
     """
     if pattern in names:
         return [pattern]
-    for match in reversed([*_SIDE.finditer(pattern)]):  # a module may itself be called "out": the longest name wins
+    for match in reversed([*_SIDE.finditer(pattern)]):  # a module may be named "out": the longest name wins
         one, longer = (_compiled(pattern, match.start(), numbers) for numbers in ("", r"|\d{%d,}"))
         chosen = dict.fromkeys(name for name, each in names.items() if any(map(one.fullmatch, each)))
         left_out = [name for name, each in names.items() if any(map(longer.fullmatch, each)) and name not in chosen]
@@ -126,7 +116,7 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
-    """Suggest a similar pattern that matches something, for a pattern that matches nothing."""
+    """Suggest a similar pattern that has matches, for an error message."""
     like = {
         re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call index.",
         re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot, `**` does not.",
@@ -136,9 +126,9 @@ def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
 
 
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
-    """Compile a pattern, whose module part ends at `end`, to a regular expression for spellings.
+    """Compile a pattern, whose module part ends at `end`, to a regular expression that matches spellings.
 
-    `numbers` is a template for an alternative to consecutive `?`; the number of `?` is filled in.
+    `numbers` is a template for text that consecutive `?` match too; `%d` stands for the number of `?`.
     """
 
     def regex(text: str, any_text: str) -> str:

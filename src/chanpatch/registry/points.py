@@ -1,8 +1,7 @@
-"""Hook points of a traced model, and sites that are checked against them."""
+"""Hook points in a traced model, and sites that are checked against the trace."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,7 +15,7 @@ from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.sessions import disabled
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
 from ..results import Records
-from .names import alternative, is_pattern, parsed_name, path_text, selected, spellings, unknown_name, written_name
+from .names import alternative, is_pattern, parsed_name, selected, spellings, unknown_name, written_name
 from .sites import Axes, HookPoint, Index, Site, normalized
 from .trace import traced_run
 
@@ -29,7 +28,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         method: Name of the traced method; `"__call__"` is a call of the model itself.
         calls: Number of calls of each module and tap, by name.
         not_called: Names of the modules that the traced forward pass did not call.
-        steady: Whether the traced forward pass left the parameters unchanged; if not, no forward pass is stopped early.
+        steady: Whether the traced forward pass left the parameters unchanged; if not, forward passes always complete.
     """
 
     _most = None
@@ -46,10 +45,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
     ) -> None:
         self.model, self.method, self.calls, self.not_called = model, method, dict(calls), tuple(not_called)
         self.steady = steady
-        listed = [*points]
-        counts = Counter(point.name for point in listed)
-        self._points = {point.name: point for point in listed if counts[point.name] == 1}
-        self._doubled = [point for point in listed if counts[point.name] > 1]  # points whose names are ambiguous
+        self._points = {point.name: point for point in points}
         self._aliases = {alias: point.name for point in self._points.values() for alias in point.aliases}
 
     def __getitem__(self, name: str) -> HookPoint:
@@ -65,13 +61,13 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return len(self._points)
 
     def select(self, pattern: str) -> HookPoints:
-        """Return the hook points whose name or alias matches a pattern.
+        """Return the hook points whose names or aliases match a pattern.
 
         Args:
             pattern: Pattern, such as `"embedder.block*.res?"`. `*` matches any text without a dot, `**` any number of
                 dot-separated parts, `?` one character. A pattern that ends in a module name matches that module's
-                outputs in every call: `"h.*"` matches `h.0`, or `h.0.out[0]` and so on if there are several outputs.
-                `"h.*.in[0]"` and `"h.*.out[1]"` match one input or one output, `"**.in"` matches all inputs.
+                outputs in every call: `"h.*"` matches `h.0`, or `h.0.out[0]`, ... if there are several outputs.
+                `"h.*.in[0]"` and `"h.*.out[1]"` match one input or output; `"**.in"` matches all inputs.
 
         Raises:
             HookPointError: If no name matches, or `?` would miss multi-digit indices (such as h.10 with `"h.?"`).
@@ -90,7 +86,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
         Args:
             name: Name of the hook point.
-            indices: Index for each axis to restrict, such as `channel=[55, 121]` or `row=slice(2, 5)`.
+            indices: Index for each restricted axis, such as `channel=[55, 121]` or `row=slice(2, 5)`.
 
         Raises:
             HookPointError: If the hook point does not exist.
@@ -99,12 +95,12 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self.bind(Site(name, *_unnamed, **indices))
 
     def bind(self, site: Site) -> Site:
-        """Return the site bound to its hook point; raises the same errors as `site`."""
+        """Bind a site to the traced hook point; raises the same errors as `site`."""
         point = self[site.name]
         return site if site.point == point else normalized(site, point)
 
     def run(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-        """Run the traced method on copies of these arguments, and return its output."""
+        """Run the traced method on copies of the arguments, and return the output."""
         args, kwargs = copied_inputs(inputs, keywords)
         return getattr(self.model, self.method)(*args, **kwargs)
 
@@ -116,12 +112,6 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self._aliases.get(name, name)
 
     def _unknown(self, name: str) -> str:
-        doubled = [f"'{p.module}' (.{p.side}{path_text(p.path)})" for p in self._doubled if p.name == name]
-        if doubled:
-            return (
-                f"'{name}' is the name of {len(doubled)} hook points: {', '.join(doubled)}. Rename a submodule, or an "
-                "entry in the output of a module."
-            )
         modules = dict(self.model.named_modules(remove_duplicate=False))
         if name in self.not_called:
             return (
@@ -166,11 +156,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
     def _notes(self) -> list[str]:
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
         shown = unproved if len(unproved) <= 6 else [*unproved[:6], "..."]
-        named = {
-            f"Batch axis unknown for {len(unproved)} of them": shown,
-            "Not called": self.not_called,
-            "Omitted because of ambiguous names": dict.fromkeys(point.name for point in self._doubled),
-        }
+        named = {f"Batch axis unknown for {len(unproved)} of them": shown, "Not called": self.not_called}
         return [f"{note}: {', '.join(names)}" for note, names in named.items() if names]
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -184,7 +170,7 @@ def hook_points(
     axes: Mapping[str, tuple[str, ...]] | None = None,
     **example_keywords: Any,
 ) -> HookPoints:
-    """List all places in a model at which activations can be read or written, in execution order.
+    """List all places in a model where activations can be read or written, in execution order.
 
     The model runs twice under `torch.no_grad`; the second run has one more row, to identify the batch axis. Random
     number generators, buffers, attributes and training flags are restored.
@@ -193,16 +179,16 @@ def hook_points(
         model: Any module.
         example_inputs: Inputs with at least one row; the model receives copies. In the second run, each input grows
             along the axis named "batch" (by `axes`, or by a module such as a sequence-first LSTM). An input with
-            unnamed axes grows along its first axis if that axis is as long as the batch.
-        method: Name of the method to trace, if not `__call__`. Its inputs are named `.in[0]`, ...
-        axes: Axis names by pattern (see `HookPoints.select`), for axes that are not named by module type:
+            unnamed axes grows along the first axis if that axis has the length of the batch.
+        method: Name of the method to trace, if not `__call__`. The method's inputs are named `.in[0]`, ...
+        axes: Axis names by pattern (see `HookPoints.select`), for axes that module types do not name:
             `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate names.
         example_keywords: Keyword arguments for the model.
 
     Raises:
         UnsupportedModelError: If the model is compiled, scripted or lazy, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
-        HookPointError: If `axes` names a hook point that did not fire, or a tap's name is already in use.
+        HookPointError: If `axes` names a hook point that did not fire, or two hook points have the same name.
         SiteError: If `axes` has the wrong number of names for a hook point, or repeats a name.
 
     Example:
@@ -220,13 +206,14 @@ def hook_points(
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return the given hook points, or trace a model with its inputs (for an iterable, its first batch)."""
+    """Return the given hook points, or trace a model with the given inputs (or the first batch of an iterable)."""
     if isinstance(points_or_model, HookPoints):
         return points_or_model
     model = model_of(points_or_model)
     if inputs is None:
-        what = type(model).__name__
-        raise TypeError(f"There are no inputs to trace the {what} with. Pass hook_points(model, ...) instead.")
+        raise TypeError(
+            f"There are no inputs to trace the {type(model).__name__} with. Pass hook_points(model, ...) instead."
+        )
     each = [inputs] if isinstance(inputs, (Tensor, tuple, Mapping)) else inputs
     for arguments, named in batches(each, 1):
         return hook_points(model, *arguments, **named, **keywords)
@@ -236,9 +223,9 @@ def traced(
 def names_by_trace(
     model: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Mapping[str, tuple[Axes, int | None]]:
-    """Return the axis names and batch axis of each hook point, from a trace with these inputs; empty if tracing fails.
+    """Trace a model to find the axis names and batch axis of each hook point; return an empty dict on failure.
 
-    The trace may run in the middle of a forward pass that has listeners; they are disabled during the trace.
+    The trace may run in the middle of a forward pass with listeners, which are disabled during the trace.
     """
     if model not in _names:
         stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
@@ -255,7 +242,7 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return a site's hook point, traced or not, given the model's modules; raise HookPointError if unknown."""
+    """Return the hook point of a site, traced or parsed from the name; raise HookPointError if unknown."""
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
@@ -265,7 +252,7 @@ def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
 def sites_of(
     points_or_model: HookPoints | nn.Module, sites: str | Site | HookPoint | Iterable[str | Site | HookPoint]
 ) -> tuple[Site, ...]:
-    """Convert names, patterns, hook points or sites to checked sites, in the order given, without duplicates."""
+    """Convert names, patterns, hook points or sites to checked sites, in order, without duplicates."""
     named: list[Site] = []
     for item in [sites] if isinstance(sites, (str, Site, HookPoint)) else sites:
         if isinstance(points_or_model, HookPoints) and isinstance(item, str) and is_pattern(item):
@@ -274,16 +261,12 @@ def sites_of(
             named.append(Site(item.name).at(item) if isinstance(item, HookPoint) else
                          item if isinstance(item, Site) else Site(item))  # fmt: skip
     if not named:
-        raise SiteError("There are no sites to record: sites is empty. Pass at least one, as in sites=['conv1'].")
+        raise SiteError("There are no sites to record: sites is empty. Pass at least one site, as in sites=['conv1'].")
     return tuple(dict.fromkeys(bound(points_or_model, named)))
 
 
 def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
-    """Convert a name, pattern, hook point or site to one checked site.
-
-    Raises:
-        HookPointError, SiteError: If the site does not exist, or there is more than one.
-    """
+    """Convert a name, pattern, hook point or site to a checked site; raise SiteError for more than one site."""
     found = sites_of(points, site)
     if len(found) > 1:
         raise SiteError(f"Expected one site, but got {len(found)}: {', '.join(map(repr, found))}.")
@@ -291,7 +274,7 @@ def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Check sites against a trace, or their names against a model; report all errors together."""
+    """Check sites against a trace, or only the names against a model; report all errors together."""
     found, faults = [], []
     model = model_of(points_or_model)
     modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
@@ -310,7 +293,7 @@ def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> lis
 
 
 def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
-    """Return the model; raise TypeError if the argument is neither HookPoints nor a module."""
+    """Return the model; raise TypeError unless the argument is HookPoints or a module."""
     model = points_or_model.model if isinstance(points_or_model, HookPoints) else points_or_model
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected HookPoints or a torch.nn.Module, not {no_module(points_or_model)}")
@@ -318,42 +301,32 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
 
 
 def no_module(given: object) -> str:
-    """Describe an object that is not a module, for an error message: its type, and an attribute that is a module."""
+    """Describe an object that is not a module, for an error message, and suggest an attribute that is a module."""
     held = [name for name, item in getattr(given, "__dict__", {}).items() if isinstance(item, nn.Module)]
     return f"{type(given).__name__}.{f' Pass its module .{held[0]} instead.' if held else ''}"
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the model, the name of the method, and, if traced, the number of calls of each module."""
-    model = model_of(points_or_model)
+    """Return the model, the method, and, if traced, the number of calls by module; the arguments of a Session."""
     if isinstance(points_or_model, HookPoints):
-        return model, points_or_model.method, points_or_model.calls
-    return model, "__call__", None
+        return points_or_model.model, points_or_model.method, points_or_model.calls
+    return model_of(points_or_model), "__call__", None
 
 
 def refuse_unhookable(modules: Mapping[str, nn.Module]) -> None:
-    """Raise if any of a model's modules would ignore hooks."""
+    """Raise if a module would ignore hooks."""
     for name, module in modules.items():
+        why = ""
         if "_orig_mod" in module._modules:
-            why = (
-                "is compiled with torch.compile, so it ignores hooks added after its first call. Pass the original "
-                "module (compiled._orig_mod), or create a PatchedPolicy from the original module and compile that."
-            )
-        elif module._compiled_call_impl is not None or hasattr(
-            vars(module).get("forward"), "_torchdynamo_orig_callable"
-        ):
-            why = (
-                "was compiled in place, so it ignores hooks added now. Use an uncompiled copy, or create a "
-                "PatchedPolicy from an uncompiled copy and compile that."
-            )
+            why = "is compiled with torch.compile, so hooks added after the first call are ignored. Pass the original "
+            why += "module (compiled._orig_mod), or create a PatchedPolicy from the original module and compile that."
+        elif module._compiled_call_impl or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            why = "was compiled in place, so hooks added now are ignored. Use an uncompiled copy, or create a "
+            why += "PatchedPolicy from an uncompiled copy and compile that."
         elif isinstance(module, torch.jit.ScriptModule):
-            why = "is a TorchScript module, which runs its submodules without hooks. Pass the original Python "
-            why += "module."
+            why = "is a TorchScript module, which runs submodules without hooks. Pass the original Python module."
         elif isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            why = (
-                f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of its module. Pass the "
-                "wrapped module (.module), and run it on one device."
-            )
-        else:
-            continue
-        raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")
+            why = f"is a DataParallel over {len(module.device_ids)} devices, which runs copies of the wrapped module. "
+            why += "Pass the wrapped module (.module), and use one device."
+        if why:
+            raise UnsupportedModelError(f"{repr(name) if name else 'The model'} {why}")

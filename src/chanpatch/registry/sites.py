@@ -1,4 +1,4 @@
-"""Sites: regions of hook points as plain data, and functions that read and replace regions without in-place writes."""
+"""Sites: regions of activations, and functions that read and replace regions without in-place writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Index: TypeAlias = "int | slice | Sequence[int] | Sequence[bool] | range | Tenso
 
 @dataclass(frozen=True)
 class Span:
-    """A slice that can be hashed and compared."""
+    """A hashable slice."""
 
     start: int | None
     stop: int | None
@@ -46,11 +46,11 @@ class Site:
     """A region of the activation at a hook point, which can be read or written.
 
     Indices work as in Python and may be negative. An axis without an index is selected in full. A region keeps all axes
-    of its hook point. Several index lists select their Cartesian product.
+    of the hook point. Several index lists select their Cartesian product.
 
     Args:
         name: Name of the hook point.
-        indices: For each axis to restrict, an int, a slice, a sequence of ints, or a boolean mask over the axis.
+        indices: For each restricted axis, an int, a slice, a sequence of ints, or a boolean mask over the axis.
 
     Raises:
         SiteError: If an index has another type or selects nothing.
@@ -63,7 +63,7 @@ class Site:
     name: str
     indices: tuple[tuple[str, Selection], ...]
     point: HookPoint | None = field(default=None, compare=False)
-    no_p: str = field(default="", compare=False)  # of a matched control: why ranks among the controls have no p-value
+    no_p: str = field(default="", compare=False)  # for matched controls: why ranks do not have a p-value
 
     def __init__(self, name: str, /, *unnamed: Any, **indices: Any) -> None:
         if not isinstance(name, str):
@@ -87,27 +87,22 @@ class Site:
         if isinstance(chosen, tuple):
             return tuple(Site(self.name, **{**dict(self.indices), axis: index}).at(point) for index in chosen)
         if point is None:
-            why = "the length of that axis is unknown. Pass its indices, or create the site from a traced model with "
-            why += "points.site(...)."
+            why = "the length of that axis is unknown. Pass indices, or create the site with points.site(...)."
         elif axis in point.axes:
-            why = "the batch size varies between forward passes. Pass the indices, or select rows with where=."
+            why = "the batch size varies between forward passes. Pass indices, or select rows with where=."
         else:
             why = f"there is no such axis.{did_you_mean(axis, point.axes)} "
             why += f"Hook point '{self.name}' has axes ({', '.join(point.axes)})."
         raise SiteError(f"{self!r} cannot be split along '{axis}': {why}")
 
     def at(self, point: HookPoint | None) -> Site:
-        """Return the same site bound to a traced hook point, without checking it."""
+        """Return the same site bound to a traced hook point, without checks."""
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
-        """Return the selected positions, by axis number, in a tensor with these axes.
-
-        Raises:
-            SiteError: If axes or indices do not exist in the tensor; all errors are reported together.
-        """
+        """Return the selected positions in a tensor, by axis number; raise SiteError for unknown axes and indices."""
         found: dict[int, slice | list[int]] = {}
         faults = []
         for axis, selection in self.indices:
@@ -206,16 +201,16 @@ class HookPoint(Place):
 
     Attributes:
         name: `module`, `module.out<path>` if the module returns more than one tensor, or `module.in<path>` for an
-            input. `module#k` is call k of a module that is called more than once. `.out` is the output of the model
-            itself. A tap keeps the name passed to `tap`.
+            input. `module#k` is call k of a module that is called more than once. `.out` is the model's output. A tap
+            has the name passed to `tap`.
         axes: Axis names, such as `(batch, channel, row, col)`.
         shape: Lengths of all axes except the batch axis.
         batch_axis: Index of the batch axis, found by running the model with one more row; None if unknown.
         dtype, device: Dtype and device of the tensor.
         module_type: Class name of the module, or `tap`.
         parameters: Number of parameters in the module, including its submodules.
-        aliases: Other names of the same hook point, if the module is shared.
-        read_only: Whether the tensor is inside a distribution, so it can be recorded but not patched.
+        aliases: Other names for the same hook point, if the module is shared.
+        read_only: Whether the tensor is inside a distribution, and so can be recorded but not patched.
     """
 
     axes: Axes
@@ -237,7 +232,7 @@ class HookPoint(Place):
 
 
 def normalized(site: Site, point: HookPoint) -> Site:
-    """Check a site against the trace, list its indices explicitly, and bind it to the hook point."""
+    """Check a site against the trace, make all indices explicit, and bind the site to the hook point."""
     batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # varies in length
     lengths = [point.length(axis) or 0 for axis in point.axes]
     written = {axis: index for axis, index in site.indices if axis == batch}
@@ -253,12 +248,12 @@ def normalized(site: Site, point: HookPoint) -> Site:
 
 
 def no_batch(site: Site) -> str:
-    """Explain why a site has no rows, for an error message."""
+    """Explain why the batch axis is unknown, for an error message."""
     if site.point is None:
         return "Create the site with hook_points(model, *inputs).site(...), which identifies the batch axis."
     return (
-        f"The trace could not identify the batch axis of '{site.name}': no single axis grew when the model was run "
-        "with one more row. Name the axes of the model's input: hook_points(..., axes={'.in[0]': (...)})."
+        f"The trace could not identify the batch axis at '{site.name}': no single axis grew when the model ran with "
+        "one more row. Name the axes of the model's input: hook_points(..., axes={'.in[0]': (...)})."
     )
 
 
@@ -273,8 +268,8 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
     """Return the region at these positions; raise UnsupportedModelError for part of a sparse or masked tensor."""
     if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
-            f"Cannot select part of a {layout} tensor. Use the whole hook point, or make it dense in the model: "
-            f"tensor.{'to_tensor(0.0)' if layout == 'masked' else 'to_dense()'}."
+            f"Cannot select part of a {layout} tensor. Use the whole hook point, or make the tensor dense in the "
+            f"model: tensor.{'to_tensor(0.0)' if layout == 'masked' else 'to_dense()'}."
         )
     for axis, chosen in positions.items():
         if isinstance(chosen, slice):
@@ -287,7 +282,7 @@ def read(tensor: Tensor, positions: Positions) -> Tensor:
 def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     """Return a copy of the tensor with the region replaced; gradients flow to the tensor and to the new region.
 
-    The copy shares no memory with the arguments, so later in-place writes to the copy do not affect the arguments.
+    The copy shares no memory with the arguments, so in-place writes to the copy do not affect the arguments.
     """
     if not positions:
         return region.clone()

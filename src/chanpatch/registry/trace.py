@@ -1,4 +1,4 @@
-"""Find the hook points of a model: one run lists them, and a second one identifies the batch axis."""
+"""Find the hook points in a model: one run lists the hook points, and a second run identifies the batch axis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..engine.calls import observed
 from ..engine.inputs import copied_inputs
-from ..engine.paths import Attr, Path, in_distribution, leaves, replace, with_rows
+from ..engine.paths import Attr, Path, in_distribution, leaves, nested, replace, with_rows
 from ..engine.state import undisturbed
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean
 from .axes import NamePropagation, Names, axis_names
@@ -23,7 +23,7 @@ from .sites import HookPoint
 
 
 class _Fired(NamedTuple):
-    """One input or output tensor of a module call, or the tensor of a tap."""
+    """One input or output tensor in a module call, or the tensor passed to a tap."""
 
     module: str
     side: Literal["in", "out", "tap"]
@@ -37,9 +37,9 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 
 
 class Trace:
-    """The tensors at all hook points in one run of a model, with axis names; `given` names override inferred ones.
+    """The tensors at all hook points in one run, with axis names; names in `given` override inferred names.
 
-    `totals` maps the id of each parameter to its sum, to be compared with the sum during the run.
+    `totals` maps the id of each parameter to the parameter's sum before the run, for comparison during the run.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Trace:
         self.model, self._given, self._totals = model, given, totals
         self.steady = True  # whether all parameters compared so far are unchanged
         self.fired: list[_Fired] = []
-        self.inputs: list[_Fired] = []  # inputs of the traced method; hook points only for `__call__`
+        self.inputs: list[_Fired] = []  # inputs to the traced method; for `__call__`, these are also hook points
         self.calls: Counter[str] = Counter()
         self.known = NamePropagation()
         self.module_names: dict[nn.Module, list[str]] = {}
@@ -57,7 +57,7 @@ class Trace:
         self._stack: list[tuple[nn.Module, int, Names | None]] = []
 
     def run(self, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Trace:
-        """Run the model once on copies of its inputs, without side effects."""
+        """Run the model once on copies of the inputs, without side effects."""
         with undisturbed(self.model):
             args, kwargs = copied_inputs(inputs, keywords)
             self.inputs = [_Fired("", "in", tuple(path), 0, tensor) for (_, *path), tensor in leaves((args, kwargs))]
@@ -68,12 +68,12 @@ class Trace:
         return self
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return a hook point's name, or an alias based on another name of its module."""
+        """Return the name of a hook point, or the alias for another name of the module."""
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
     def aliases(self, fired: _Fired) -> tuple[str, ...]:
-        """Return the other names of a hook point, if its module is shared."""
+        """Return the other names of a hook point, if the module is shared."""
         names = () if fired.side == "tap" else self.module_names[self.model.get_submodule(fired.module)][1:]
         return tuple(self.name(fired, other) for other in names)
 
@@ -89,7 +89,7 @@ class Trace:
         self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
 
     def _on_output(self, module: nn.Module, output: Any) -> None:
-        while self._stack[-1][0] is not module:  # a call whose exception was caught has no output
+        while self._stack[-1][0] is not module:  # a call that raised a caught exception has no output
             self._stack.pop()
         _, call, inputs = self._stack.pop()
         for path, tensor in leaves(output):
@@ -103,10 +103,7 @@ class Trace:
     def _note(self, fired: _Fired, module: nn.Module | None = None, inputs: Names | None = None) -> None:
         tensor = fired.tensor
         if tensor.is_nested:
-            raise UnsupportedModelError(
-                f"Hook point '{self.name(fired)}' is a nested tensor, which has no regular shape. Pass padded inputs. "
-                "If a TransformerEncoder creates nested tensors, build it with enable_nested_tensor=False."
-            )
+            raise UnsupportedModelError(nested(self.name(fired)))
         self.fired.append(fired)
         if module is not None:
             self.known.learn(tensor, axis_names(module, fired.side, fired.path, tensor.dim(), inputs))
@@ -120,7 +117,7 @@ class Trace:
 def traced_run(
     model: nn.Module, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], axes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trace a model, and return the attributes of HookPoints: points, calls, not_called, steady."""
+    """Trace a model; return arguments for HookPoints: points, calls, not_called, steady."""
     _refuse_untraceable(model, (inputs, keywords))
     try:
         trace = Trace(model, totals={id(weight): _total(weight) for weight in model.parameters()})
@@ -129,9 +126,9 @@ def traced_run(
         if any(isinstance(each, np.ndarray) for each in (*inputs, *keywords.values())):
             raise TypeError(f"{type(model).__name__} accepts no NumPy arrays. Pass torch.as_tensor(array).") from fault
         raise
-    if axes:  # run again with these names known from the start, so that they propagate downstream
+    if axes:  # run again, so that these names propagate downstream
         trace = Trace(model, _names_by_place(trace, axes)).run(method, inputs, keywords)
-    _refuse_ambiguous_taps(trace)
+    _refuse_shared_names(trace)
     proved = _proved_batches(method, inputs, keywords, trace)
     return {
         "points": [_point(trace, fired, proved.get(trace.name(fired))) for fired in trace.fired],
@@ -142,25 +139,32 @@ def traced_run(
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter, or None; a forward pass that changes the sum must not be stopped early."""
+    """Return the sum of a parameter, or None. A forward pass that changes the sum must not be stopped early."""
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
-    with suppress(RuntimeError):  # some dtypes have no sum, and vmap allows no reading of values
+    with suppress(RuntimeError):  # some dtypes do not support sums, and values are unreadable inside vmap
         total = weight.detach().sum(dtype=torch.complex128 if weight.is_complex() else torch.float64)
-        return str(total.item())  # as text, so that NaN equals itself
+        return str(total.item())  # a string, so that NaN equals NaN
     return None
 
 
-def _refuse_ambiguous_taps(trace: Trace) -> None:
-    names, modules = Counter(map(trace.name, trace.fired)), dict(trace.model.named_modules(remove_duplicate=False))
-    for fired in trace.fired:
-        if fired.side == "tap" and (names[trace.name(fired)] > 1 or fired.module in modules):
-            what = "a module" if fired.module in modules else "another hook point"
-            raise HookPointError(f"tap('{fired.module}', ...) has the same name as {what}. Rename the tap.")
+def _refuse_shared_names(trace: Trace) -> None:
+    """Raise if two hook points have the same name, or if a tap has the name of a module."""
+    counts, modules = Counter(map(trace.name, trace.fired)), dict(trace.model.named_modules(remove_duplicate=False))
+    for fired in sorted(trace.fired, key=lambda each: each.side != "tap"):
+        name = trace.name(fired)
+        if fired.side == "tap" and (counts[name] > 1 or fired.module in modules):
+            other = "a module" if fired.module in modules else "another hook point"
+            raise HookPointError(f"tap('{fired.module}', ...) has the same name as {other}. Rename the tap.")
+        if counts[name] > 1:
+            raise HookPointError(
+                f"Two hook points have the name '{name}': a submodule, and an entry in a module's input or output. "
+                "Rename the submodule or the entry."
+            )
 
 
 def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
-    """Return the user's axis names for each place that matches a pattern."""
+    """Return the user's axis names by place."""
     given: dict[_Place, tuple[str, ...]] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
@@ -182,7 +186,7 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
 
 
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> dict[str, int]:
-    """Return each hook point's batch axis, if a second run with one more row identifies it."""
+    """Return the batch axes that a second run with one more row identifies, by hook point."""
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
     certain: list[int] = []  # lengths of axes named "batch"
@@ -205,14 +209,14 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return each hook point's only axis that grew from `rows` to `rows + 1`, if its name is "batch" or unknown."""
+    """Return, by hook point, the only axis that grew from `rows` to `rows + 1`, unless the name rules out a batch."""
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
         names, after = trace.known.names(fired.tensor), shapes.get(name, before)
         changed = [number for number, lengths in enumerate(zip(before, after, strict=False)) if len({*lengths}) > 1]
         if "batch" in names and changed and names.index("batch") not in changed:
-            return {}  # another axis grew, as with a sequence-first encoder after a Linear, which accepts any length
+            return {}  # another axis grew, as in a sequence-first encoder after a Linear
         # If a tensor has only some of the rows, as in a mixture of experts, an extra row does not identify the axis.
         grew = [(before[number], after[number]) for number in changed] == [(rows, rows + 1)]
         if grew and len(before) == len(after) and names[changed[0]] in (None, "batch"):
@@ -246,11 +250,11 @@ def _point(trace: Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
 
 
 def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
-    """Raise for lazy parameters and for inputs without rows."""
+    """Raise for lazy parameters, and for inputs without rows."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedModelError(
-                f"'{name}' is lazy: it has no shape until the model is called. Call the model once before tracing it."
+                f"'{name}' is lazy, so its shape is unknown until the first call. Call the model once before tracing."
             )
     first = next((tensor for _, tensor in leaves(inputs) if tensor.dim() and not tensor.is_nested), None)
     if first is not None and not len(first):
