@@ -74,7 +74,9 @@ def test_all_channels_together_carry_the_whole_effect_of_the_cheese(seen):
 
 
 def test_the_share_of_a_set_is_the_mean_change_over_the_mean_change_of_all(study, tables):
-    levels = study.levels("share squares out of distribution", size=9, cheese="out of distribution", mouse="decision square")
+    levels = study.levels(
+        "share squares out of distribution", size=9, cheese="out of distribution", mouse="decision square"
+    )
     seen = without_cheese(study.points, levels)
     before = seen.odds(seen.shown)
     part, total = (seen.odds(each) - before for each in (seen.mixed([7, 8, 24, 30]), seen.removed))

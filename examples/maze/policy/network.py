@@ -1,4 +1,4 @@
-"""The maze policy: the IMPALA network from procgen-tools with weights from a file.
+"""The maze policy with weights from a file.
 
 Only tensors are read from a file. A pickle that would run code is rejected before it runs.
 """
@@ -9,7 +9,7 @@ import hashlib
 import io
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from maze.command import UserError
 from maze.environment.requirements import policy_models
 from maze.paths import Direction
+from maze.policy.impala import Impala
 
 SHIPPED_WEIGHTS = Path(__file__).parents[1] / "weights" / "policy.safetensors"
 
@@ -32,12 +33,31 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIRST_WEIGHT = "embedder.block1.conv.weight"  # its first axis has 16 channels at width 1
 
 
-def load_policy(path: str | Path | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def new_policy(width: int) -> nn.Module:
+    """An untrained policy with random weights; width 1 gives 32 channels at `embedder.relu3`."""
+    return Impala(width, ACTION_COUNT)
+
+
+def original_policy(width: int) -> nn.Module:
+    """The same network, built by procgen-tools; requires that package."""
+    models = policy_models()
+    before = models.scale
+    try:
+        models.scale = width  # read by the classes when they are instantiated
+        return models.CategoricalPolicy(models.InterpretableImpalaModel(3), ACTION_COUNT)
+    finally:
+        models.scale = before
+
+
+def load_policy(
+    path: str | Path | None = None, build: Callable[[int], nn.Module] = new_policy
+) -> tuple[nn.Module, dict[str, Any]]:
     """Load a policy in eval mode, and facts about its weights.
 
     Args:
         path: A `.safetensors` file, or a `.pth` file with a state dict, plain or under `model_state_dict`, of any
             width. None loads the shipped weights.
+        build: Function that returns the network of a width: `new_policy` or `original_policy`.
 
     Returns:
         The policy, which maps float32 (batch, channel=3, row=64, col=64) in [0, 1] to a `Categorical` over 15 actions
@@ -57,7 +77,7 @@ def load_policy(path: str | Path | None = None) -> tuple[nn.Module, dict[str, An
     first = weights.get(_FIRST_WEIGHT, torch.empty(16))
     width = max(first.shape[0] // 16, 1) if first.ndim else 1
     with torch.device("meta"):  # quick, and draws no random numbers
-        policy = new_policy(width)
+        policy = build(width)
     if faults := _faults(weights, policy.state_dict()):
         raise UserError(f"The weights '{file}' do not fit the maze policy: {faults}.")
     policy.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
@@ -72,17 +92,6 @@ def load_policy(path: str | Path | None = None) -> tuple[nn.Module, dict[str, An
 def is_posts(weights: Mapping[str, Any]) -> bool:
     """Whether the facts from `load_policy` are those of the post's network, so that its channel numbers apply."""
     return (weights.get("name"), weights.get("width")) == ("model_rand_region_5.pth", 4)
-
-
-def new_policy(width: int) -> nn.Module:
-    """An untrained policy with random weights; width 1 gives 32 channels at `embedder.relu3`."""
-    models = policy_models()
-    before = models.scale
-    try:
-        models.scale = width  # read by the classes when they are instantiated
-        return models.CategoricalPolicy(models.InterpretableImpalaModel(3), ACTION_COUNT)
-    finally:
-        models.scale = before
 
 
 def _tensors(file: Path, content: bytes) -> dict[str, Tensor]:

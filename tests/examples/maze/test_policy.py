@@ -13,7 +13,8 @@ from maze.command import UserError
 from maze.environment.requirements import policy_models
 from maze.levels import draw_levels, observe, policy_input
 from maze.paths import Direction
-from maze.policy.network import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, load_policy
+from maze.policy.impala import Impala
+from maze.policy.network import ACTIONS, NO_MOVE, SHIPPED_WEIGHTS, load_policy, new_policy, original_policy
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,30 @@ def original(width):
         return models.CategoricalPolicy(models.InterpretableImpalaModel(3), 15).eval()
     finally:
         models.scale = 1
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_network_is_procgen_tools_own_to_the_bit(observations, width):
+    torch.manual_seed(width)
+    ours, theirs = new_policy(width).eval(), original(width)
+    assert {name: value.tolist() for name, value in ours.state_dict().items()} == {
+        name: value.tolist() for name, value in theirs.state_dict().items()
+    }
+    with torch.no_grad():
+        (given, value), (expected, their_value) = ours(observations), theirs(observations)
+    assert torch.equal(given.logits, expected.logits)
+    assert torch.equal(value, their_value)
+    own, others = (
+        {name: point.shape for name, point in hook_points(policy, observations).items()} for policy in (ours, theirs)
+    )
+    assert own == others
+
+
+def test_a_policy_can_be_built_by_procgen_tools(observations):
+    (ours, facts), (theirs, same_facts) = load_policy(), load_policy(build=original_policy)
+    assert type(theirs).__module__ == "procgen_tools.models" != type(ours).__module__
+    assert torch.equal(ours(observations)[0].logits, theirs(observations)[0].logits)
+    assert facts == same_facts
 
 
 @pytest.mark.parametrize("width", [1, 4])
@@ -76,7 +101,7 @@ def test_the_shipped_policy_is_the_one_that_its_facts_describe():
         "parameters": told["parameters"],
     }
     assert not policy.training
-    assert isinstance(policy, models.CategoricalPolicy)
+    assert isinstance(policy, Impala)
     assert all(weight.requires_grad and weight.device.type == "cpu" for weight in policy.parameters())
 
 
@@ -111,11 +136,12 @@ def test_the_reward_policy_was_trained_from_the_shipped_one():
     assert told["settings"]["start"] == load_policy()[1]["sha256"]
 
 
-def test_loading_restores_the_width_of_the_module_and_draws_no_random_numbers():
+@pytest.mark.parametrize("build", [new_policy, original_policy])
+def test_loading_restores_the_width_of_the_module_and_draws_no_random_numbers(build):
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     models.scale = 3
     try:
-        load_policy()
+        load_policy(build=build)
         assert policy_models().scale == 3
     finally:
         models.scale = 1
