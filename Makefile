@@ -80,12 +80,11 @@ $(CREATED):
 
 $(STUDY): pyproject.toml constraints.txt | $(CREATED)
 	$(PIP) install -c constraints.txt -e ".[maze]"
-	$(PIP) install -c constraints.txt --no-deps procgen-tools # its metadata pins releases that no longer install
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt | $(CREATED)
 	$(PIP) install -c constraints.txt -e ".[maze,plot,rl,dev]"
-	$(PIP) install -c constraints.txt --no-deps procgen-tools
+	$(PIP) install -c constraints.txt --no-deps procgen-tools # its metadata pins releases that no longer install
 	@touch $(STUDY) $@
 
 # What is compared with may want other releases than the tests, so it has an environment of its own.

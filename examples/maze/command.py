@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from maze.environment.requirements import MissingRequirement
+from maze.environment.requirements import MissingRequirement, check_python
 
 
 class UserError(ValueError):
@@ -18,6 +18,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     The command imports its packages itself, so that a missing package gives a one-line error.
     """
     try:
+        check_python()
         return command() or 0
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues from the results on disk.", file=sys.stderr)

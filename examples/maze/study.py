@@ -55,6 +55,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--n", type=int, default=200, help=f"levels (default: %(default)s); {limits()}")
     add("--seed", type=int, default=0, help="seed of levels, draws and controls (default: %(default)s)")
     add("--weights", type=Path, help="a .pth or .safetensors file (default: the shipped policies, side by side)")
+    add("--policy", default="chanpatch", choices=("chanpatch", "procgen-tools"), help="package with the policy class")
     add("--out", type=Path, default=Path("results"), help="folder for the results (default: %(default)s)")
     return parser
 
@@ -71,7 +72,7 @@ def study(given: argparse.Namespace) -> None:
     from maze.report.run import RunSettings, run  # here, so that --help answers at once
 
     only = tuple(name.strip() for name in given.only.split(",") if name.strip())
-    run(RunSettings(only, given.n, given.seed, given.weights, given.out))
+    run(RunSettings(only, given.n, given.seed, given.weights, given.out, given.policy))
 
 
 if __name__ == "__main__":

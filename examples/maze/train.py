@@ -1,4 +1,4 @@
-"""Train a maze policy: the IMPALA network from procgen-tools, with the cheese always in the top right 5x5.
+"""Train a maze policy: the IMPALA network of the published checkpoints, with the cheese always in the top right 5x5.
 
 There are two algorithms. Both train on any number of procgen's hard mazes, with all sides from 3 to 25:
 

@@ -1,4 +1,4 @@
-"""The only imports of procgen and procgen-tools, on first use."""
+"""The only imports of procgen and of procgen-tools (the oracle of the tests), on first use."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ import importlib
 import sys
 import warnings
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Any
 
 
 class MissingRequirement(ImportError):
     """procgen or procgen-tools cannot be imported; the message contains the command that installs the package."""
+
+
+def check_python() -> None:
+    """Raise MissingRequirement if there is no procgen for this version of Python."""
+    if sys.version_info >= (3, 12) and find_spec("procgen") is None:
+        raise MissingRequirement(
+            "The maze study needs procgen, which has builds for Python 3.10 and 3.11 only, and this is Python "
+            f"{sys.version_info[0]}.{sys.version_info[1]}: run `make study PYTHON=python3.11`."
+        )
 
 
 def procgen_mazes(count: int, *, seed: int = 0) -> Any:
@@ -41,15 +51,9 @@ def _imported(name: str) -> Any:
             return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0].replace("_", "-")
-        advice = (
-            'Type `pip install "chanpatch[maze]"`, then `pip install --no-deps procgen-tools==0.1` '
-            "(its own pins no longer install)."
-        )
-        if sys.version_info >= (3, 12):
-            advice = (
-                "procgen has wheels for Python 3.10 and 3.11 only, and this is Python "
-                f"{sys.version_info[0]}.{sys.version_info[1]}; run `make study PYTHON=python3.11`."
-            )
+        advice = 'Type `pip install "chanpatch[maze]"`.'
+        if package == "procgen-tools":
+            advice = "Type `pip install --no-deps procgen-tools==0.1 ipywidgets` (its own pins no longer install)."
         raise MissingRequirement(
             f"The maze study needs {package}, which cannot be imported ({error}). {advice}"
         ) from error

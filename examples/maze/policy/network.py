@@ -49,6 +49,9 @@ def original_policy(width: int) -> nn.Module:
         models.scale = before
 
 
+CLASSES = {"chanpatch": new_policy, "procgen-tools": original_policy}  # by the package that defines the class
+
+
 def load_policy(
     path: str | Path | None = None, build: Callable[[int], nn.Module] = new_policy
 ) -> tuple[nn.Module, dict[str, Any]]:

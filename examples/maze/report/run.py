@@ -27,7 +27,7 @@ from maze.analysis.part import Part, Study
 from maze.command import UserError
 from maze.levels import draw_levels, observe, policy_input
 from maze.measurements import EXTRA, PARTS, SIDE_BY_SIDE
-from maze.policy.network import SHIPPED_WEIGHTS, load_policy
+from maze.policy.network import CLASSES, SHIPPED_WEIGHTS, load_policy
 from maze.policy.shipped import MAIN, POLICIES
 from maze.report.page import differing, write_report
 from maze.results import Damaged, check_folder, locked, read_manifest, replace_table, versions, write_manifest
@@ -49,6 +49,7 @@ class RunSettings:
     seed: int
     weights: Path | None
     out: Path
+    policy: str = "chanpatch"
 
     def __post_init__(self) -> None:
         known = {**PARTS, **EXTRA}
@@ -105,7 +106,7 @@ def _subjects(settings: RunSettings) -> Iterator[tuple[str, Study]]:
 
 
 def _study(weights: Path, settings: RunSettings) -> Study:
-    policy, facts = load_policy(weights)
+    policy, facts = load_policy(weights, CLASSES[settings.policy])
     policy = policy.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on a CPU
     example = torch.from_numpy(policy_input(observe(draw_levels(2, size=9, seed=0))))
     return Study(hook_points(policy, example), facts, settings.n, settings.seed)
@@ -145,4 +146,5 @@ def _known(study: Study) -> dict[str, Any]:
 
 def _command(settings: RunSettings) -> str:
     weights = f" --weights {settings.weights.name}" if settings.weights else ""
-    return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}"
+    policy = f" --policy {settings.policy}" if settings.policy != "chanpatch" else ""
+    return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}{policy}"

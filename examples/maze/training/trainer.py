@@ -163,7 +163,7 @@ class Trainer:
         with replaced(folder / WEIGHTS) as partial:
             partial.write_bytes(content)
         facts = {
-            "model": "procgen_tools.models.CategoricalPolicy(InterpretableImpalaModel(3), 15)",
+            "model": "maze.policy.impala.Impala",
             "width": self.settings.width,
             "parameters": sum(weight.numel() for weight in weights.values()),
             "sha256": sha256(content).hexdigest(),
