@@ -15,7 +15,6 @@ FEWER = {
     "BACKGROUND_LEVELS": 20,
     "CHOICE_LEVELS": 40,
     "CHOOSING_LEVELS": 8,
-    "METERED": 20,
     "MOST_DRAWN": 3,
     "PAIR_LEVELS": 8,
     "REFERENCE": 20,
@@ -26,30 +25,22 @@ CHOSEN_ON = {
     "maze.analysis.part.SELECTION_LEVELS": 100,
     "maze.analysis.part.LABEL_LEVELS": 60,
     "maze.analysis.decision_squares.THRESHOLD_LEVELS": 80,
-    "maze.analysis.steering.METERED": 20,
 }
 
 SETTING = "a setting, or chosen by a rule: nothing is estimated"
 ONE = "of one maze"
 OTHER = "how the controls came out, each of which has an interval of its own or none is told"
-METER = "how unusual an activation is: told beside an effect, and no effect itself"
 P = "a p-value"
 NO_ESTIMATES = {
-    "absolute_z": METER,
-    "lowest_sum": METER,
-    "controls_apart": METER,
     "threshold": SETTING,
     "margin": SETTING,
-    "median_distance": SETTING,
     "mean": SETTING,  # with the deviation the unit of coefficients
     "deviation": SETTING,
     "chosen_by": SETTING,  # too high by the choice; the score on other mazes stands beside it
-    "weight": SETTING,
-    "highest": "that occurred",
     **dict.fromkeys(("sum", "sum_0", "sum_1", *(f"col_{col}" for col in range(8))), ONE),
     **dict.fromkeys((f"{what}_{to}" for what in ("original", "zeroed") for to in ("left", "down", "up", "right")), ONE),
-    **dict.fromkeys(("controls_lowest", "controls_median", "controls_highest"), OTHER),
-    **dict.fromkeys(("p", "p_holm", "p_bh", "adjusted_p", "rank_p", "mcnemar_p"), P),
+    **dict.fromkeys(("controls_lowest", "controls_highest"), OTHER),
+    **dict.fromkeys(("p", "adjusted_p", "rank_p", "mcnemar_p"), P),
 }
 OF = ("n", "pairs", "channels")
 # What is none in these tables, by names that are estimates elsewhere.
