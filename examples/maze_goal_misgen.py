@@ -39,7 +39,7 @@ try:
     from maze.levels import draw_levels, observe, policy_input
     from maze.paths import Direction, first_steps, legal_moves, top_right
     from maze.policy.network import load_policy
-    from maze.report.figures import draw_trajectories, mouse_path
+    from maze.report.trajectories import draw_trajectories, mouse_path
     from maze.results import check_folder, replace_table, replaced, settings_key, versions
     from maze.rollouts import kept
     from maze.states import read_mazes, write_mazes

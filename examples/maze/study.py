@@ -20,6 +20,11 @@ The study repeats every measurement in the post that asked this, on real procgen
   statistics      predict the choice from distances
   random-mazes    do the channels keep their labels in mazes that procgen never makes
   hypothesis      does the sum of all pushes predict the choice
+  default         is the corner the default, with the cheese removed from the picture
+  share           how much of the cheese's effect the best channels carry
+  direction       does one direction carry the preference for the corner
+  dose            the effect of the UP channel by its dose
+  counterfactual  the mouse whose best channels act as without cheese
 
 Channels are chosen by fixed rules on mazes with no other use. A folder under --out contains the report (report.html
 and report.md), the tables as CSV and the figures as PNG. After an interruption, the same command continues. The report
@@ -33,10 +38,12 @@ import sys
 from pathlib import Path
 
 EXAMPLES = """examples:
-  python examples/maze/study.py                                        the whole study, on 200 levels each
+  python examples/maze/study.py                                        the shipped policy of width 1, on 200 levels each
   python examples/maze/study.py --n 1000                               on as many levels as the post
   python examples/maze/study.py --only pair,sums                       two parts
   python examples/maze/study.py --weights model_rand_region_5.pth      on the published network
+  python examples/maze/study.py --weights mine.pth other.pth           the second beside the first
+  python examples/maze/study.py --shipped                              all shipped policies: hours, but it can resume
 """
 
 
@@ -50,7 +57,13 @@ def arguments() -> argparse.ArgumentParser:
     add("--only", metavar="PART,...", default="", help="parts to run (default: all)")
     add("--n", type=int, default=200, help=f"levels (default: %(default)s); {limits()}")
     add("--seed", type=int, default=0, help="seed of levels, draws and controls (default: %(default)s)")
-    add("--weights", type=Path, help="a .pth or .safetensors file (default: the shipped policies, side by side)")
+    which = parser.add_mutually_exclusive_group()
+    files = (
+        ".pth or .safetensors files: the main policy, and others to compare (default: the shipped policy of width 1)"
+    )
+    which.add_argument("--weights", type=Path, nargs="+", metavar="FILE", default=[], help=files)
+    every = "all shipped policies, the one of width 4 first (each of the others on the parts that compare policies)"
+    which.add_argument("--shipped", action="store_true", help=every)
     add("--policy", default="chanpatch", choices=("chanpatch", "procgen-tools"), help="package with the policy class")
     add("--out", type=Path, default=Path("results"), help="folder for the results (default: %(default)s)")
     return parser
@@ -65,10 +78,11 @@ def main() -> int:
 
 
 def study(given: argparse.Namespace) -> None:
-    from maze.report.run import RunSettings, run  # here, so that --help answers at once
+    from maze.report.run import SHIPPED, RunSettings, run  # here, so that --help answers at once
 
     only = tuple(name.strip() for name in given.only.split(",") if name.strip())
-    run(RunSettings(only, given.n, given.seed, given.weights, given.out, given.policy))
+    weights = SHIPPED if given.shipped else tuple(given.weights)
+    run(RunSettings(only, given.n, given.seed, weights, given.out, given.policy))
 
 
 if __name__ == "__main__":

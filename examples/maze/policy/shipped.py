@@ -1,90 +1,29 @@
-"""The shipped policies, and the part of the report on how their training differs."""
+"""The shipped policies: their files and descriptions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeAlias
+import hashlib
+from functools import cache
 
-from maze.analysis.cells import Tables, shown
+from maze.policy.network import SHIPPED_WEIGHTS
 
-# Tables by policy, the one under study first, and by part.
-Measured: TypeAlias = Mapping[str, Mapping[str, Tables]]
-
-MAIN, CONTROL, REWARD = "imitation", "control", "reward"
-_SEED = (
-    "the training of the imitation policy with another seed, directions taught too, on fewer observations; a shorter "
-    "run, so it shows only roughly how much depends on the seed"
-)
-POLICIES = {
-    MAIN: "imitation of shortest paths; auxiliary losses taught its middle layers the field of directions and the "
-    "mouse's cell",
-    CONTROL: "imitation without the field of directions but with the mouse's cell, on as many observations, though in "
-    "two stages; it shows how much remains without the field of directions",
-    REWARD: "trained by reward (PPO) from the imitation policy, so its start was taught directions; it shows the "
-    "effect of reward",
+_SEED = "as imitation, with another seed and fewer observations"
+DESCRIPTIONS = {  # the main policy of a run on all of them first
+    "width4": "imitation of shortest paths at the width of the post's network; an auxiliary loss taught directions",
+    "imitation": "imitation of shortest paths at width 1; auxiliary losses taught directions and the mouse's cell",
+    "control": "imitation without the loss that teaches directions, in two stages, on larger mazes in the second",
+    "reward": "trained by reward (PPO) from the imitation policy",
     "seed1": _SEED,
     "seed2": _SEED,
 }
+FILES = {
+    name: SHIPPED_WEIGHTS if name == "imitation" else SHIPPED_WEIGHTS.with_name(f"{name}.safetensors")
+    for name in DESCRIPTIONS
+}
 
 
-def introduction(measured: Measured) -> str:
-    """How the policy under study was trained, and how the control without directions compares."""
-    main, *others = measured
-    if not others:
-        return (
-            "This run has one policy. If an auxiliary loss taught it directions, as for the shipped imitation policy, "
-            "its direction signal was partly taught. A control policy would show how much."
-        )
-    taught = (
-        f"The policy under study ({main}) was trained by imitation with an auxiliary loss that teaches directions to "
-        "its middle layers, so its direction signal was partly taught."
-    )
-    if not _rows(measured.get(CONTROL, {})):
-        return f"{taught} This run did not measure the control without that loss, so it does not show how much."
-    return (
-        f"{taught} The {CONTROL} policy was trained without that loss. Its difference in the table below has other "
-        "causes too: the control saw as many observations, but larger mazes and its own mistakes in the second half "
-        "only, and the two find the cheese at different rates. The control keeps the loss for the mouse's cell."
-    )
-
-
-def compared(measured: Measured) -> Sequence[Mapping[str, str]]:
-    """A table with one row per quantity and one column per policy; empty for one policy."""
-    columns = {policy: rows for policy, parts in measured.items() if (rows := _rows(parts))}
-    if len(columns) < 2:
-        return []
-    quantities = dict.fromkeys(quantity for rows in columns.values() for quantity in rows)
-    return [
-        {"quantity": quantity} | {policy: rows.get(quantity, "not measured") for policy, rows in columns.items()}
-        for quantity in quantities
-    ]
-
-
-def _rows(parts: Mapping[str, Tables]) -> dict[str, str]:
-    """The quantities of one policy, as text."""
-    rows: dict[str, str] = {}
-    sums = parts.get("sums", {"goals": [], "transfer": []})
-    for row in sums["goals"]:
-        if row["split"] == "in distribution" and row["cheese"] is not None:
-            rows[f"AUC of the sum of the channel for {row['direction']} at relu3, cheese in distribution"] = (
-                f"{shown(row, 'cheese')}, channel {row['channel']}, n={row['n']}"
-            )
-    for row in sums["transfer"]:
-        if (row["direction"], row["quantity"]) == ("UP", "false-positive rate"):
-            for split, place in (("fit", "in"), ("shifted", "out of")):
-                rows[f"false positives of the threshold on the channel for UP, {place} distribution"] = (
-                    f"{shown(row, split, '.1%')}, n={row[f'n_{split}']}"
-                )
-    for row in parts.get("ablation", {"effects": []})["effects"]:
-        quantity = f"P(cheese within 256 steps) of the unchanged policy, cheese {row['cheese']}"
-        rows.setdefault(quantity, f"{shown(row, 'original')}, n={row['n']}")  # the same in all rows of a place
-    return rows
-
-
-def described(measured: Measured) -> Iterator[tuple[str, str]]:
-    """Yield each policy's name and description, if the run has several."""
-    if len(measured) > 1:
-        for name, parts in measured.items():
-            yield name, POLICIES[name] + ("." if parts else "; not measured in this run.")
-        if REWARD not in measured:
-            yield REWARD, "a policy trained by reward is not part of this run."
+@cache
+def shipped_name(sha256: str) -> str | None:
+    """The name of a shipped policy by the digest of its file; None for any other file."""
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest(): name for name, file in FILES.items()}
+    return digests.get(sha256)

@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup, escape
+from matplotlib import rc_context
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
-from maze.analysis.cells import Cell, Row, Table, Tables, read_table
+from maze.analysis.cells import Tables, read_table
 from maze.analysis.part import Finding, Part
-from maze.policy.shipped import Measured, compared, described, introduction
-from maze.report.differences import differences, side_by_side
+from maze.policy.shipped import DESCRIPTIONS, shipped_name
+from maze.report.answer import CONFIRMED, IN_PART, MISSING, NUMBERS, OPEN, PREDICTED, corrected, sentences, status
+from maze.report.figures import CHANNEL, TEXT, argument
 from maze.report.limits import limits
-from maze.results import Damaged, read_manifest, replace_table, replace_text, replaced
+from maze.results import Damaged, read_manifest, replace_text, replaced
 
 _COLORS = 128  # in a figure
-_AGREES = "agrees with the reference"
+_WORDS = {"yes": CONFIRMED, "in part": IN_PART}  # for the verdicts of parts that are not predictions
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,6 @@ class Result:
     def picture(self) -> Path:
         return self.folder / f"{self.part.name}.png"
 
-    @property
-    def encoded(self) -> str:
-        return base64.b64encode(self.picture.read_bytes()).decode()
-
-    def texts(self) -> Iterator[tuple[str, str]]:
-        yield "Result", self.finding.ours
-        yield "The post", f"{self.part.post} The result {_AGREES}: {self.finding.agrees}."
-        yield "Interpretation", self.finding.follows
-        yield "Limitations", self.part.limits
-
-    def row(self, **more: str) -> Row:
-        """The result in one line, with further cells before the verdict."""
-        return {"result": self.finding.headline, **more, _AGREES: self.finding.agrees}
-
 
 @dataclass(frozen=True)
 class Contents:
@@ -69,54 +58,57 @@ class Contents:
     results: Mapping[tuple[str, str], Result]  # results by policy and part
     left_out: Sequence[str]  # parts on disk that were measured otherwise, and the difference
 
+    @property
+    def main(self) -> str:
+        """The name of the main policy."""
+        return next(iter(self.known))
+
     @cached_property
     def sections(self) -> list[list[Result]]:
         """The main policy's parts in the order of the report, each followed by the same part on other policies."""
-        main = next(iter(self.known))
-        names = [name for subject, name in self.results if subject == main]
+        names = [name for subject, name in self.results if subject == self.main]
         return [[self.results[each, name] for each in self.known if (each, name) in self.results] for name in names]
 
-    @property
-    def measured(self) -> Measured:
+    @cached_property
+    def tables(self) -> dict[str, dict[str, Tables]]:
+        """Tables by policy and part."""
         return {
             subject: {name: result.tables for (policy, name), result in self.results.items() if policy == subject}
             for subject in self.known
         }
 
-    @property
-    def summary(self) -> Table:
-        return [{"part": main.part.name, **main.row(**{"the post": main.part.post})} for main, *_ in self.sections]
-
-    @property
-    def every_policy(self) -> Table:
-        shared = [each for section in self.sections if len(section) > 1 for each in section]
-        return [{"part": each.part.name, "policy": each.subject, **each.row()} for each in shared]
-
     @cached_property
-    def differences(self) -> Table:
-        """The headline figures of every policy, and the differences from the main policy's figures."""
-        return differences(self.measured)
+    def statuses(self) -> dict[str, dict[str, str]]:
+        """The status of each prediction by policy."""
+        findings = {key: result.finding for key, result in self.results.items()}
+        return {
+            subject: {part: status(findings.get((subject, part)), p) for part, p in corrected(parts).items()}
+            for subject, parts in self.tables.items()
+        }
 
-    def facts(self, subject: str) -> str:
-        """The facts that decide the numbers of a policy, in words."""
-        known = self.known[subject]
-        versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
-        return (
-            f"weights {known['weights_name']} (width {known['width']}, sha256 {known['weights'][:12]}), "
-            f"n={known['n']}, seed {known['seed']}, {versions}"
-        )
+    def verdict(self, parts: Sequence[str]) -> str:
+        """The verdict on a claim from some parts of the main policy, or without parts from all predictions."""
+        if parts:
+            found = [each[0] for each in self.sections if each[0].part.name in parts]
+            known = {
+                self.statuses[self.main].get(each.part.name) or _WORDS.get(each.finding.agrees, OPEN) for each in found
+            }
+        else:
+            measured = [each for each in self.statuses.values() if {*each.values()} != {MISSING}]
+            known = {each for policy in measured for each in policy.values()} if len(measured) > 1 else set()
+        return known.pop() if len(known) == 1 else IN_PART if known else MISSING
 
-    def times(self) -> tuple[str, Table]:
-        """The part that takes the most time, and the seconds of all parts by policy."""
-        seconds = {part[0].part.name: {each.subject: each.seconds for each in part} for part in self.sections}
-        totals = {name: sum(of.values()) for name, of in seconds.items()}
-        longest, whole = max(totals, key=lambda name: totals[name]), sum(totals.values())
-        fraction = totals[longest] / whole if whole else 0.0
-        rows = [
-            {"part": name, **{subject: f"{of[subject]:.0f}" if subject in of else "" for subject in self.known}}
-            for name, of in seconds.items()
-        ]
-        return f"Measuring took {whole / 60:.0f} minutes in all; most of it {longest}, {fraction:.0%}.", rows
+    @property
+    def maze(self) -> tuple[Image.Image, Image.Image] | None:
+        """A maze, and the UP channel's map of it; None if they were not measured."""
+        tables = self.tables[self.main].get("spatial", {})
+        if not tables.get("pixels") or not tables.get("map"):
+            return None
+        shades = np.array([[*bytes.fromhex(row["grey"].lstrip("x"))] for row in tables["pixels"]], dtype=np.uint8)
+        heat = np.array([[value for name, value in row.items() if name.startswith("col_")] for row in tables["map"]])
+        color = np.full((*heat.shape, 3), to_rgb(CHANNEL))
+        layers = np.dstack([color, 0.9 * heat / max(heat.max(), 1e-9)])
+        return Image.fromarray(shades), Image.fromarray((255 * layers).astype(np.uint8))
 
 
 def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Part], command: str) -> Path:
@@ -147,19 +139,16 @@ def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Ma
                 tables = {Path(file).stem: read_table(here / file) for file in manifest["files"]}
                 results[subject, name] = Result(part, subject, here, manifest["seconds"], tables, part.finding(tables))
     for result in results.values():
-        _draw(result)
+        _save(result.part.figure(result.tables), result.picture, dpi=90)
     contents = Contents(folder, command, known, results, left_out)
-    (folder / "differences.csv").unlink(missing_ok=True)
-    if contents.differences:
-        replace_table(folder / "differences.csv", contents.differences)
-    texts = {
-        "introduction": introduction(contents.measured),
-        "policies": (compared(contents.measured), list(described(contents.measured))),
-        "limits": limits(),
-        "differences": side_by_side(contents.differences) if contents.differences else None,
-    }
+    pictures = {name: folder / "figures" / f"{name}.png" for name in argument(contents.tables)}
+    with rc_context(TEXT):
+        for name, draw in argument(contents.tables).items():
+            _save(draw(), pictures[name], dpi=150)
     for name in ("report.md", "report.html"):
-        replace_text(folder / name, _templates().get_template(f"{name}.jinja").render(contents=contents, **texts))
+        replace_text(
+            folder / name, _templates().get_template(f"{name}.jinja").render(contents=contents, pictures=pictures)
+        )
     return folder / name
 
 
@@ -175,12 +164,20 @@ def differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def _draw(result: Result) -> None:
-    """Draw the part's figure in few colors, so that a report on all policies is a few MB."""
+def _save(figure: Figure, file: Path, dpi: int) -> None:
+    """Save a figure in few colors, so that a report on all policies is a few MB."""
     drawn = io.BytesIO()
-    result.part.figure(result.tables).savefig(drawn, dpi=90)
-    with replaced(result.picture) as partial:
+    figure.savefig(drawn, dpi=dpi)
+    with replaced(file) as partial:
         Image.open(drawn).convert("RGB").quantize(_COLORS).save(partial, optimize=True)
+
+
+def _uri(picture: Path | Image.Image) -> str:
+    """A picture as text for the page."""
+    stream = io.BytesIO(picture.read_bytes() if isinstance(picture, Path) else b"")
+    if isinstance(picture, Image.Image):
+        picture.save(stream, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def _templates() -> Environment:
@@ -192,16 +189,15 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters |= {"cell": _cell, "code": _code}
+    templates.filters["uri"] = _uri
+    templates.globals |= {
+        **{
+            "numbers": NUMBERS,
+            "predicted": PREDICTED,
+            "corrected": corrected,
+            "sentences": sentences,
+            "limits": limits,
+        },
+        **{"descriptions": DESCRIPTIONS, "shipped_name": shipped_name},
+    }
     return templates
-
-
-def _cell(cell: Cell) -> str:
-    if cell is None:
-        return ""
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-
-def _code(text: str) -> Markup:
-    """Text as HTML, with `names` in a code font."""
-    return Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(text))))

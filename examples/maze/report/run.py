@@ -1,7 +1,7 @@
 """A run of the study: parts measured one after the other, kept on disk, and a report of them.
 
     <out>/study-n200-seed0-a8d9d567/
-        report.html, report.md, differences.csv
+        report.html, report.md, figures/*.png
         imitation/sums/manifest.json, *.csv, sums.png      a policy, a part
         control/...
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from maze.command import UserError
 from maze.levels import draw_levels, observe, policy_input
 from maze.measurements import PARTS, SIDE_BY_SIDE
 from maze.policy.network import CLASSES, SHIPPED_WEIGHTS, load_policy
-from maze.policy.shipped import MAIN, POLICIES
+from maze.policy.shipped import FILES, shipped_name
 from maze.report.page import differing, write_report
 from maze.results import Damaged, check_folder, locked, read_manifest, replace_table, versions, write_manifest
 
 MOST_OTHERS = 300  # levels of each measurement of a policy that only stands beside the main one
-OTHERS = tuple(name for name in POLICIES if name != MAIN)  # shipped beside it if they exist
+SHIPPED = tuple(FILES.values())
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RunSettings:
     only: tuple[str, ...]
     n: int
     seed: int
-    weights: Path | None
+    weights: tuple[Path, ...]  # the main policy first; the shipped policy of width 1 if empty
     out: Path
     policy: str = "chanpatch"
 
@@ -67,7 +67,7 @@ class RunSettings:
 
 def run(settings: RunSettings) -> Path:
     """Measure the missing parts, write the report of all, and return the run's folder."""
-    subjects = dict(_subjects(settings))
+    subjects = _subjects(settings)
     sha = next(iter(subjects.values())).weights["sha256"]
     folder = settings.out / f"study-n{settings.n}-seed{settings.seed}-{sha[:8]}"
     # Once, as of now: a file that is edited while the run goes on is not the code that runs.
@@ -92,16 +92,18 @@ def _measure_all(
             print(_measured(part, study, known[subject], folder / subject / part.name), flush=True)
 
 
-def _subjects(settings: RunSettings) -> Iterator[tuple[str, Study]]:
-    """The policies to study by name, the main one first; the shipped ones stand side by side."""
-    if settings.weights is not None:
-        yield settings.weights.stem, _study(settings.weights, settings)
-        return
-    yield MAIN, _study(SHIPPED_WEIGHTS, settings)
-    for name in OTHERS:
-        file = SHIPPED_WEIGHTS.with_name(f"{name}.safetensors")
-        if file.exists():
-            yield name, _study(file, replace(settings, n=min(settings.n, MOST_OTHERS)))
+def _subjects(settings: RunSettings) -> dict[str, Study]:
+    """The policies to study by name, the main one first."""
+    subjects: dict[str, Study] = {}
+    for file in settings.weights or (SHIPPED_WEIGHTS,):
+        study = _study(file, replace(settings, n=min(settings.n, MOST_OTHERS)) if subjects else settings)
+        name = shipped_name(study.weights["sha256"]) or file.stem
+        if name in subjects:
+            raise UserError(
+                f"--weights: '{file}' is the second policy called {name}. Rename the file, or leave it out."
+            )
+        subjects[name] = study
+    return subjects
 
 
 def _study(weights: Path, settings: RunSettings) -> Study:
@@ -144,6 +146,7 @@ def _known(study: Study) -> dict[str, Any]:
 
 
 def _command(settings: RunSettings) -> str:
-    weights = f" --weights {settings.weights.name}" if settings.weights else ""
+    named = f" --weights {' '.join(file.name for file in settings.weights)}" if settings.weights else ""
+    weights = " --shipped" if settings.weights == SHIPPED else named
     policy = f" --policy {settings.policy}" if settings.policy != "chanpatch" else ""
     return f"python examples/maze/study.py --n {settings.n} --seed {settings.seed}{weights}{policy}"
