@@ -6,8 +6,8 @@ import pytest
 from studies import shipped_points
 
 from maze.analysis.part import Study
-from maze.measurements import PARTS, SIDE_BY_SIDE
-from maze.report.differences import differences
+from maze.measurements import PARTS
+from maze.report.answer import NUMBERS
 
 # Fewer of everything that n does not decide, so that all parts are measured in a minute.
 FEWER = {
@@ -80,8 +80,9 @@ def test_every_estimate_has_its_interval_and_its_n(measured):
 
 
 @pytest.mark.slow
-def test_the_parts_of_every_policy_have_the_figures_that_policies_are_compared_by(measured):
+def test_every_part_has_the_number_that_decides_it(measured):
     part, tables = measured
-    rows = differences({"one": {part: tables}, "other": {part: tables}})
-    assert bool(rows) == (part in SIDE_BY_SIDE)
-    assert {row["difference"] for row in rows} <= {None, 0.0}
+    assert part in NUMBERS
+    row = NUMBERS[part].row(tables)
+    assert row is None or row[NUMBERS[part].n] > 0
+    assert {NUMBERS[part].prefix, NUMBERS[part].n, *NUMBERS[part].where} <= tables[NUMBERS[part].table][0].keys()

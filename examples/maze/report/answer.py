@@ -23,7 +23,7 @@ _OTHERWISE = {
 
 # The claims in the three sentences of the answer, by part.
 CLAIMS = (
-    {"default": "the corner is the mouse's default, which it prefers without the cheese in the picture"},
+    {"default": "the corner is the mouse's default, which the cheese corrects less out of distribution than in it"},
     {
         "share": "a few channels, the best of each direction, carry much of the cheese's effect",
         "counterfactual": "if these channels act as without the cheese, the mouse finds it less often",

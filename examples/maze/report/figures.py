@@ -57,15 +57,8 @@ def misled(parts: Parts) -> Figure:
             axes.barh(y, width, left=left, color=color, edgecolor="white", hatch="//" if goal == "corner" else "")
             if width >= 8:
                 back = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
-                axes.text(
-                    left + width / 2,
-                    y,
-                    f"{goal} {width:.0f}%" if width >= 26 else f"{width:.0f}%",
-                    color="white",
-                    ha="center",
-                    va="center",
-                    bbox=back,
-                )
+                text = f"{goal} {width:.0f}%" if width >= 26 else f"{width:.0f}%"
+                axes.text(left + width / 2, y, text, color="white", ha="center", va="center", bbox=back)
             left += width
         labels.append(f"{name} high, n={rows[0]['n']},\n{split}")
     axes.set(yticks=range(4), yticklabels=labels, xlim=(0, 100), xlabel="percent of squares; empty: another step")
@@ -82,9 +75,8 @@ def dose(parts: Parts) -> Figure:
     axes.plot(at, middle, "o-", color=CHANNEL, markersize=8)
     axes.annotate("zeroed", (at[0], high[0]), (6, 6), textcoords="offset points")
     axes.annotate("unchanged", (1, 0), (6, 8), textcoords="offset points")
-    axes.set_title(f"slope {shown(slope, 'slope', '+.2f')}, n={slope['n']}")
-    axes.margins(y=0.15)
-    axes.set(xlabel="factor of the UP channel", ylabel="change of P(cheese)")
+    title = f"slope {shown(slope, 'slope', '+.2f')}, n={slope['n']}"
+    axes.set(xlabel="factor of the UP channel", ylabel="change of P(cheese)", title=title, ymargin=0.15)
     return figure
 
 
@@ -96,8 +88,8 @@ def corner_default(parts: Parts) -> Figure:
     for number, (split, picture) in enumerate((split, each) for split in SPLITS for each in default.PICTURES[:2]):
         _mark(axes, odds[split, picture], "log_odds", 3 - number, (CHEESE, CORNER)[number % 2], "+.1f")
     labels = [f"cheese {word},\n{split}" for split in (OUT, IN) for word in ("removed", "shown")]
-    axes.set(yticks=range(4), yticklabels=labels, ylim=(-0.5, 3.8), xlabel="← corner      log odds      cheese →")
-    axes.margins(x=0.15)
+    axes.set(yticks=range(4), yticklabels=labels, ylim=(-0.5, 3.8), xmargin=0.15)
+    axes.set_xlabel("← corner      log odds      cheese →")
     return figure
 
 
@@ -108,14 +100,14 @@ def one_direction(parts: Parts) -> Figure:
     for y, split in ((1, IN), (0, OUT)):
         others = [row["share"] for (at, name), row in rows.items() if at == split and name != share.BEST]
         _mark(left, rows[split, share.BEST], "share", y, CHANNEL, ".0%", others)
-    left.set(yticks=[1, 0], yticklabels=["in\ndistribution", "out of\ndistribution"], xlabel="of the cheese's effect")
-    left.set_title("best channels\n(gray: random sets)")
+    left.set(yticks=[1, 0], yticklabels=["in\ndistribution", "out of\ndistribution"])
+    left.set(xlabel="of the cheese's effect", title="best channels\n(gray: random sets)")
     rows = keyed(parts["direction"]["choices"], "projected")
     others = [row["to_cheese"] for name, row in rows.items() if name.startswith(direction.RANDOM)]
     _mark(right, rows["nothing"], "to_cheese", 1, CORNER, ".0%")
     _mark(right, rows[direction.OWN], "to_cheese", 0, CHANNEL, ".0%", others)
-    right.set(yticks=[1, 0], yticklabels=["as it is", "direction\nremoved"], xlabel="choose the cheese")
-    right.set_title("one direction\n(gray: random ones)")
+    right.set(yticks=[1, 0], yticklabels=["as it is", "direction\nremoved"])
+    right.set(xlabel="choose the cheese", title="one direction\n(gray: random ones)")
     for axes in (left, right):
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.set(ylim=(-0.6, 1.6), xlim=(min(0, axes.get_xlim()[0]), axes.get_xlim()[1] * 1.1))
@@ -128,12 +120,10 @@ def across(measured: Mapping[str, Parts], parts: Sequence[str]) -> Figure:
     for each, part in zip(np.atleast_1d(axes), parts, strict=True):
         each.axvline(0, color=INK, linewidth=0.8)
         for y, name in enumerate(reversed(measured)):
-            row = PREDICTED[part].row(measured[name].get(part, {}))
-            if row is not None:
+            if row := PREDICTED[part].row(measured[name].get(part, {})):
                 color = CHANNEL if name == next(iter(measured)) else INK
                 _mark(each, row, PREDICTED[part].prefix, y, color, PREDICTED[part].form)
-        each.set_title(PREDICTED[part].title)
-        each.margins(x=0.3)
+        each.set(title=PREDICTED[part].title, xmargin=0.3)
         each.tick_params(axis="y", length=0)
         if PREDICTED[part].form.endswith("%"):
             each.xaxis.set_major_formatter("{x:.0%}")
@@ -163,6 +153,8 @@ def argument(measured: Mapping[str, Parts]) -> dict[str, Callable[[], Figure]]:
 def _mark(axes: Axes, row: Row, prefix: str, y: float, color: str, form: str, random: Sequence[float] = ()) -> None:
     """An estimate with its interval and its value, and random ones below it."""
     middle, low, high = (row[name] for name in _ends(prefix))
+    if middle is None:
+        return
     axes.plot(random, np.full(len(random), y - 0.2), "|", color=RANDOM, markersize=12, markeredgewidth=2)
     if low is not None and high is not None:
         axes.hlines(y, low, high, color=color, linewidth=2.5)

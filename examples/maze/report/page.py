@@ -88,14 +88,11 @@ class Contents:
 
     def verdict(self, parts: Sequence[str]) -> str:
         """The verdict on a claim from some parts of the main policy, or without parts from all predictions."""
-        if parts:
-            found = [each[0] for each in self.sections if each[0].part.name in parts]
-            known = {
-                self.statuses[self.main].get(each.part.name) or _WORDS.get(each.finding.agrees, OPEN) for each in found
-            }
-        else:
-            measured = [each for each in self.statuses.values() if {*each.values()} != {MISSING}]
-            known = {each for policy in measured for each in policy.values()} if len(measured) > 1 else set()
+        own = self.statuses[self.main]
+        found = [each[0] for each in self.sections if each[0].part.name in parts]
+        known = {own.get(each.part.name) or _WORDS.get(each.finding.agrees, OPEN) for each in found}
+        if not parts and len(self.known) > 1:
+            known = {each for policy in self.statuses.values() for each in policy.values()}
         return known.pop() if len(known) == 1 else IN_PART if known else MISSING
 
     @property
@@ -146,9 +143,8 @@ def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Ma
         for name, draw in argument(contents.tables).items():
             _save(draw(), pictures[name], dpi=150)
     for name in ("report.md", "report.html"):
-        replace_text(
-            folder / name, _templates().get_template(f"{name}.jinja").render(contents=contents, pictures=pictures)
-        )
+        page = _templates().get_template(f"{name}.jinja").render(contents=contents, pictures=pictures)
+        replace_text(folder / name, page)
     return folder / name
 
 
@@ -190,14 +186,6 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     templates.filters["uri"] = _uri
-    templates.globals |= {
-        **{
-            "numbers": NUMBERS,
-            "predicted": PREDICTED,
-            "corrected": corrected,
-            "sentences": sentences,
-            "limits": limits,
-        },
-        **{"descriptions": DESCRIPTIONS, "shipped_name": shipped_name},
-    }
+    templates.globals |= {"numbers": NUMBERS, "predicted": PREDICTED, "descriptions": DESCRIPTIONS}
+    templates.globals |= {each.__name__: each for each in (corrected, sentences, limits, shipped_name)}
     return templates

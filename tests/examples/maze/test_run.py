@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 
 from maze.analysis.cells import read_table
 from maze.analysis.decision_squares import THRESHOLD_LEVELS
@@ -22,7 +22,7 @@ from maze.policy.network import SHIPPED_WEIGHTS
 from maze.report import run as runs
 from maze.report.limits import LIMITS, limits
 from maze.report.page import write_report
-from maze.report.run import MOST_OTHERS, RunSettings, run
+from maze.report.run import MOST_OTHERS, SHIPPED, RunSettings, run
 from maze.results import write_manifest
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "maze" / "study.py"
@@ -66,14 +66,14 @@ def sealed(folder, **changed):
 
 
 def settings(out, **changed):
-    return RunSettings(**{"only": (), "n": 20, "seed": 0, "weights": SHIPPED_WEIGHTS, "out": out, **changed})
+    return RunSettings(**{"only": (), "n": 20, "seed": 0, "weights": (SHIPPED_WEIGHTS,), "out": out, **changed})
 
 
 def test_a_part_is_measured_once_and_kept(parts, tmp_path):
     first = run(settings(tmp_path))
     assert run(settings(tmp_path)) == first
     assert MEASURED == ["policy.safetensors"]
-    table = read_table(first / "policy" / "squares" / "squares.csv")
+    table = read_table(first / "imitation" / "squares" / "squares.csv")
     assert table[3] == {"number": 3, "square": 9, "share": 1.0}
 
 
@@ -84,7 +84,7 @@ def test_other_settings_are_measured_into_a_folder_of_their_own(parts, tmp_path)
 
 @pytest.mark.parametrize("changed", ["weights", "versions", "part"])
 def test_a_part_that_was_measured_with_anything_else_is_measured_again(changed, parts, tmp_path):
-    manifest = run(settings(tmp_path)) / "policy" / "squares" / "manifest.json"
+    manifest = run(settings(tmp_path)) / "imitation" / "squares" / "manifest.json"
     known = json.loads(manifest.read_text())
     sealed(manifest.parent, **{changed: "other"})
     run(settings(tmp_path))
@@ -117,8 +117,8 @@ DAMAGE = [
 @pytest.mark.parametrize(("damage", "fault"), DAMAGE)
 def test_a_part_that_is_not_whole_is_measured_again_and_a_line_says_so(damage, fault, parts, tmp_path, capsys):
     folder = run(settings(tmp_path))
-    files = {file: file.read_bytes() for file in (folder / "policy" / "squares").glob("*.csv")}
-    damage(folder / "policy" / "squares")
+    files = {file: file.read_bytes() for file in (folder / "imitation" / "squares").glob("*.csv")}
+    damage(folder / "imitation" / "squares")
     run(settings(tmp_path))
     assert len(MEASURED) == 2
     assert f"1 of 1  squares       measured again, since {fault}: 0 s\n" in capsys.readouterr().out
@@ -132,10 +132,10 @@ def test_a_part_that_is_not_whole_and_not_measured_again_is_left_out_of_the_repo
     monkeypatch.setattr(runs, "PARTS", {"squares": PART, **olds})
     folder = run(settings(tmp_path))
     for old, (damage, _) in zip(olds, DAMAGE, strict=True):
-        damage(folder / "policy" / old)
+        damage(folder / "imitation" / old)
     run(settings(tmp_path, only=("squares",)))
     text = (folder / "report.md").read_text()
-    named = ", ".join(f"policy/{old} ({fault})" for old, (_, fault) in zip(olds, DAMAGE, strict=True))
+    named = ", ".join(f"imitation/{old} ({fault})" for old, (_, fault) in zip(olds, DAMAGE, strict=True))
     assert f"(named): {named}." in text and "old0: What are squares?" not in text
 
 
@@ -163,7 +163,7 @@ def test_code_that_is_edited_while_a_run_goes_on_is_not_what_its_parts_are_said_
     monkeypatch.setattr(runs, "versions", lambda: {"source": next(sources)})
     monkeypatch.setattr(runs, "PARTS", {"first": replace(PART, name="first"), "squares": PART})
     folder = run(settings(tmp_path))
-    known = [json.loads(file.read_text())["versions"]["source"] for file in folder.glob("policy/*/manifest.json")]
+    known = [json.loads(file.read_text())["versions"]["source"] for file in folder.glob("imitation/*/manifest.json")]
     assert known == ["a", "a"] and "Left out" not in (folder / "report.md").read_text()
 
 
@@ -176,57 +176,72 @@ def test_a_part_that_is_interrupted_leaves_nothing_and_those_before_it_stay(part
     with pytest.raises(KeyboardInterrupt):
         run(settings(tmp_path))
     (folder,) = tmp_path.iterdir()
-    assert [file.name for file in (folder / "policy").iterdir()] == ["squares"]
+    assert [file.name for file in (folder / "imitation").iterdir()] == ["squares"]
     monkeypatch.setattr(runs, "PARTS", {"squares": PART})
     run(settings(tmp_path))
     assert len(MEASURED) == 1
 
 
-def test_the_shipped_policies_stand_side_by_side(parts, tmp_path):
-    page = (run(settings(tmp_path, weights=None)) / "report.html").read_text()
-    assert MEASURED[:2] == ["policy.safetensors", "control.safetensors"]
+CONTROL, OTHER = (SHIPPED_WEIGHTS.with_name(f"{name}.safetensors") for name in ("control", "seed2"))
+
+
+def test_a_run_without_weights_is_on_the_shipped_policy_of_width_1_alone(parts, tmp_path):
+    page = (run(settings(tmp_path, weights=())) / "report.html").read_text()
+    assert MEASURED == ["policy.safetensors"]
+    assert "imitation: imitation of shortest paths at width 1" in page
+
+
+def test_the_shipped_policies_stand_beside_the_one_of_width_4_and_one_control_is_missing(parts, tmp_path):
+    page = (run(settings(tmp_path, weights=SHIPPED)) / "report.html").read_text()
+    names = ["width4", "policy", "control", "reward", "seed1", "seed2"]
+    assert [name.removesuffix(".safetensors") for name in MEASURED] == names
     assert "The same on the control policy" in page
-    assert "This run has no figures for the control without that loss" in page
+    assert "<code>python examples/maze/study.py --n 20 --seed 0 --shipped</code>" in page
+    assert "no policy of width 4 that was trained without the field of directions" in page
+    assert "train.py --width 4 --auxiliary cell" in page
+
+
+def test_no_control_is_missing_beside_one_of_equal_width(parts, tmp_path):
+    page = (run(settings(tmp_path, weights=(SHIPPED_WEIGHTS, CONTROL))) / "report.html").read_text()
+    assert "--weights policy.safetensors control.safetensors</code>" in page
+    assert "The missing control" not in page
 
 
 def test_the_policies_beside_the_main_one_are_measured_on_fewer_levels(parts, tmp_path):
-    folder = run(settings(tmp_path, weights=None, n=MOST_OTHERS + 1))
+    folder = run(settings(tmp_path, weights=(SHIPPED_WEIGHTS, OTHER), n=MOST_OTHERS + 1))
     manifests = {each.parts[-3]: json.loads(each.read_text())["n"] for each in folder.glob("*/squares/manifest.json")}
-    assert manifests.pop("imitation") == MOST_OTHERS + 1
-    assert set(manifests.values()) == {MOST_OTHERS}
+    assert manifests == {"imitation": MOST_OTHERS + 1, "seed2": MOST_OTHERS}
+
+
+def test_a_file_of_the_users_has_its_own_name_even_if_a_shipped_one_is_called_so(parts, tmp_path):
+    mine = tmp_path / "control.safetensors"
+    save_file({name: weight * 0.5 for name, weight in load_file(SHIPPED_WEIGHTS).items()}, mine)
+    page = (run(settings(tmp_path, weights=(mine,))) / "report.html").read_text()
+    assert "<b>control</b>, width 1, n=20" in page and "<li>control: not known</li>" in page
+
+
+def test_two_policies_of_one_name_are_rejected(parts, tmp_path):
+    with pytest.raises(UserError) as caught:
+        run(settings(tmp_path, weights=(SHIPPED_WEIGHTS, SHIPPED_WEIGHTS)))
+    assert str(caught.value) == (
+        f"--weights: '{SHIPPED_WEIGHTS}' is the second policy called imitation. Rename the file, or leave it out."
+    )
 
 
 def test_two_measurements_of_a_real_part_are_equal_to_the_byte(tmp_path):
     files = [
-        run(settings(tmp_path / name, only=("statistics",))) / "policy" / "statistics" / "scores.csv" for name in "ab"
+        run(settings(tmp_path / name, only=("statistics",))) / "imitation" / "statistics" / "scores.csv"
+        for name in "ab"
     ]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_the_summary_comes_before_the_policies_and_the_parts(two_policies):
-    for name in ("report.html", "report.md"):
-        text = (two_policies / name).read_text()
-        assert text.index("Summary") < text.index("imitation of shortest paths") < text.index("What are squares?")
-
-
-def test_another_policy_is_studied_where_its_weights_are_there(parts, tmp_path, monkeypatch):
-    weights = tmp_path / "weights" / SHIPPED_WEIGHTS.name
-    weights.parent.mkdir()
-    for copy in (weights, weights.with_name("seed2.safetensors")):
-        shutil.copy(SHIPPED_WEIGHTS, copy)
-    monkeypatch.setattr(runs, "SHIPPED_WEIGHTS", weights)
-    page = (run(settings(tmp_path / "out", weights=None)) / "report.html").read_text()
-    assert MEASURED == ["policy.safetensors", "seed2.safetensors"]
-    assert "<li><b>seed2</b>: the training of the imitation policy with another seed" in page
 
 
 @pytest.fixture
 def two_policies(parts, tmp_path, monkeypatch):
     """A run on two policies, the second of which squares differently, and on one of which a second part was run."""
-    monkeypatch.setattr(runs, "OTHERS", ("control",))
     alone = replace(PART, name="alone")
     monkeypatch.setattr(runs, "PARTS", {"alone": alone, "squares": PART})
-    folder = run(settings(tmp_path, weights=None))
+    folder = run(settings(tmp_path, weights=(SHIPPED_WEIGHTS, CONTROL)))
     file = folder / "control" / "squares" / "squares.csv"
     file.write_text(file.read_text().replace("\n19,361,", "\n19,36100,"))
     sealed(file.parent)
@@ -240,20 +255,6 @@ def as_measured(folder, *subjects):
     return {each: {name: known[name] for name in FACTS} for each, known in manifests.items()}
 
 
-def test_parts_measured_on_every_policy_stand_in_a_table_with_the_main_policy_first(two_policies):
-    text = (two_policies / "report.md").read_text()
-    heading = "## The same parts on every policy\n\nBy the same rules.\n\n"
-    assert text.split(heading)[1].split("\n\n")[0].splitlines() == [
-        "| part | policy | result | agrees with the reference |",
-        "|---|---|---|---|",
-        "| squares | imitation | the last square is 361 | yes |",
-        "| squares | control | the last square is 36100 | yes |",
-    ]
-    page = (two_policies / "report.html").read_text()
-    cells = "<td>control</td><td>the last square is 36100</td><td>yes</td>"
-    assert f"<tr><td><a href='#part-squares'>squares</a></td>{cells}</tr>" in page
-
-
 def test_the_results_of_the_other_policies_are_folded_under_their_heading(two_policies):
     page = (two_policies / "report.html").read_text()
     before, folded = page.split("<details><summary><h3>The same on the control policy</h3></summary>")
@@ -261,23 +262,15 @@ def test_the_results_of_the_other_policies_are_folded_under_their_heading(two_po
     assert page.count("<details") == page.count("</details>")
 
 
-def test_a_run_of_one_policy_has_no_table_of_policies(parts, tmp_path):
-    folder = run(settings(tmp_path))
-    for name in ("report.html", "report.md"):
-        text = (folder / name).read_text()
-        assert "Summary" in text and "The same parts on every policy" not in text
-
-
 def test_every_number_of_the_report_is_read_from_the_tables(parts, tmp_path):
     folder = run(settings(tmp_path))
     before = (folder / "report.html").read_text()
-    file = folder / "policy" / "squares" / "squares.csv"
+    file = folder / "imitation" / "squares" / "squares.csv"
     file.write_text(file.read_text().replace("\n19,361,", "\n19,36100,"))
     sealed(file.parent)
-    write_report(folder, as_measured(folder, "policy"), {"squares": PART}, "make report")
-    after, markdown = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    write_report(folder, as_measured(folder, "imitation"), {"squares": PART}, "make report")
+    after = (folder / "report.html").read_text()
     assert "the last square is 361<" in before and "the last square is 36100<" in after
-    assert "the last square is 36100" in markdown
     pictures = [re.search("base64,([^']+)", page).group(1) for page in (before, after)]
     assert pictures[0] != pictures[1]
 
@@ -291,7 +284,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows(parts, tmp_path)
 
 def test_a_changed_cell_of_a_real_part_changes_what_the_page_says(tmp_path):
     folder = run(settings(tmp_path, only=("statistics",)))
-    file = folder / "policy" / "statistics" / "scores.csv"
+    file = folder / "imitation" / "statistics" / "scores.csv"
     rows = [line.split(",") for line in file.read_text().splitlines()]
     place = rows[0].index("accuracy")
     before = float(rows[1][place])
@@ -301,7 +294,7 @@ def test_a_changed_cell_of_a_real_part_changes_what_the_page_says(tmp_path):
     pages = {}
     pages["before"] = (folder / "report.html").read_text()
     manifest = json.loads((file.parent / "manifest.json").read_text())
-    known = {"policy": {name: manifest[name] for name in FACTS}}
+    known = {"imitation": {name: manifest[name] for name in FACTS}}
     pages["after"] = write_report(folder, known, PARTS, "make report").read_text()
     assert f"predicted {before:.3f} (" in pages["before"] and f"predicted {before:.3f} (" not in pages["after"]
     assert "predicted 0.123 (" in pages["after"] and "<td>0.1235</td>" in pages["after"]
@@ -322,7 +315,7 @@ def test_a_part_that_was_measured_with_anything_else_is_left_out_of_the_report_a
 ):
     monkeypatch.setattr(runs, "PARTS", {"old": replace(PART, name="old"), "squares": PART})
     folder = run(settings(tmp_path))
-    old = folder / "policy" / "old"
+    old = folder / "imitation" / "old"
     manifest = json.loads((old / "manifest.json").read_text())
     versions = {"versions": {name: "0" for name in manifest["versions"]}} if "versions" in changed else {}
     (old / "squares.csv").write_text("a column of older code\n1\n")
@@ -330,39 +323,28 @@ def test_a_part_that_was_measured_with_anything_else_is_left_out_of_the_report_a
     run(settings(tmp_path, only=("squares",)))
     for name in ("report.html", "report.md"):
         text = (folder / name).read_text()
-        assert f"as they are damaged or were measured otherwise (named): policy/old ({named})." in text
-        assert "the last square is 361" in text and "old: What are squares?" not in text
+        assert f"as they are damaged or were measured otherwise (named): imitation/old ({named})." in text
+        assert "squares" in text and "old: What are squares?" not in text
 
 
 def test_a_report_of_nothing_that_is_current_names_what_it_leaves_out(parts, tmp_path):
     folder = run(settings(tmp_path))
-    known = as_measured(folder, "policy")
-    known["policy"]["seed"] = 1
+    known = as_measured(folder, "imitation")
+    known["imitation"]["seed"] = 1
     page = write_report(folder, known, {"squares": PART}, "make report").read_text()
-    assert "policy/squares (seed)." in page and "Summary" not in page
+    assert "imitation/squares (seed)." in page and "<h2 id=" not in page
     assert page.endswith("</body></html>\n")
 
 
-def test_the_report_says_how_long_each_part_took_and_which_took_most(parts, tmp_path, monkeypatch):
+def test_the_report_says_how_long_each_part_took(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "PARTS", {"slow": replace(PART, name="slow"), "squares": PART})
     folder = run(settings(tmp_path))
     for name, seconds in (("slow", 90.0), ("squares", 30.0)):
-        sealed(folder / "policy" / name, seconds=seconds)
-    write_report(folder, as_measured(folder, "policy"), runs.PARTS, "make report")
-    told = "## Time\n\nMeasuring took 2 minutes in all; most of it slow, 75%. Seconds by policy:\n\n"
+        sealed(folder / "imitation" / name, seconds=seconds)
+    write_report(folder, as_measured(folder, "imitation"), runs.PARTS, "make report")
+    told = "Measuring took 2 minutes in all. Seconds by policy:\n\n"
     table = (folder / "report.md").read_text().split(told)[1]
-    assert table.splitlines() == ["| part | policy |", "|---|---|", "| slow | 90 |", "| squares | 30 |", ""]
-
-
-def test_short_tables_stand_in_the_markdown_and_long_ones_are_named(parts, tmp_path, monkeypatch):
-    def measured(study):
-        return {"few": measure(study)["squares"][:12], **measure(study)}
-
-    monkeypatch.setattr(runs, "PARTS", {"squares": replace(PART, measure=measured)})
-    text = (run(settings(tmp_path)) / "report.md").read_text()
-    assert "[few.csv](policy/squares/few.csv), 12 rows:\n\n| number | square | share |" in text
-    assert text.count("| 11 | 121 | 3.667 |") == 1 and "| 19 | 361 |" not in text
-    assert "[squares.csv](policy/squares/squares.csv), 20 rows\n" in text
+    assert table.splitlines() == ["| part | imitation |", "|---|---|", "| slow | 90 |", "| squares | 30 |"]
 
 
 def test_the_report_and_the_help_say_where_n_is_capped(parts, tmp_path):
