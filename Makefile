@@ -37,7 +37,7 @@ help: ## list the targets
 study: $(STUDY) ## the experiment in procgen, on N levels (N=200) from SEED (0); its other options go into ARGS
 	$(BIN)/python examples/maze_goal_misgen.py --n $(N) --seed $(SEED) $(ARGS)
 
-report: $(STUDY) ## every part of the maze study on N levels each, with a report; ARGS="--only pair,sums" for some
+report: $(STUDY) ## the maze study's page, for the policy of width 1; ARGS=--shipped for all, ARGS="--weights FILE" for yours
 	$(BIN)/python examples/maze/study.py --n $(N) --seed $(SEED) $(ARGS)
 
 train: $(STUDY) ## train a maze policy, hours on a CPU; options go into ARGS, and ARGS=--help explains them

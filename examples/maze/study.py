@@ -38,12 +38,10 @@ import sys
 from pathlib import Path
 
 EXAMPLES = """examples:
-  python examples/maze/study.py                                        the shipped policy of width 1, on 200 levels each
-  python examples/maze/study.py --n 1000                               on as many levels as the post
-  python examples/maze/study.py --only pair,sums                       two parts
-  python examples/maze/study.py --weights model_rand_region_5.pth      on the published network
-  python examples/maze/study.py --weights mine.pth other.pth           the second beside the first
-  python examples/maze/study.py --shipped                              all shipped policies: hours, but it can resume
+  python examples/maze/study.py                                             the shipped policy of width 1
+  python examples/maze/study.py --shipped                                   all shipped policies
+  python examples/maze/study.py --only pair,sums                            two parts
+  python examples/maze/study.py --n 1000 --weights model_rand_region_5.pth  the published network
 """
 
 
