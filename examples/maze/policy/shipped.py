@@ -1,4 +1,4 @@
-"""The shipped policies: their files and descriptions."""
+"""The shipped policies: their names and files; the report describes them in `argument.jinja`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,9 @@ from functools import cache
 
 from maze.policy.network import SHIPPED_WEIGHTS
 
-_SEED = "as imitation, with another seed and fewer observations"
-DESCRIPTIONS = {  # the main policy of a run on all of them first
-    "width4": "imitation of shortest paths at the width of the post's network; an auxiliary loss taught directions",
-    "imitation": "imitation of shortest paths at width 1; auxiliary losses taught directions and the mouse's cell",
-    "control": "imitation without the loss that teaches directions, in two stages, on larger mazes in the second",
-    "reward": "trained by reward (PPO) from the imitation policy",
-    "seed1": _SEED,
-    "seed2": _SEED,
-}
-FILES = {
-    name: SHIPPED_WEIGHTS if name == "imitation" else SHIPPED_WEIGHTS.with_name(f"{name}.safetensors")
-    for name in DESCRIPTIONS
-}
+# The main policy of a run on all of them first.
+NAMES = ("width4", "imitation", "control", "reward", "seed1", "seed2")
+FILES = {name: SHIPPED_WEIGHTS.with_name(f"{name.replace('imitation', 'policy')}.safetensors") for name in NAMES}
 
 
 @cache

@@ -22,8 +22,8 @@ from PIL import Image
 
 from maze.analysis.cells import Tables, read_table
 from maze.analysis.part import Finding, Part
-from maze.policy.shipped import DESCRIPTIONS, shipped_name
-from maze.report.answer import CONFIRMED, IN_PART, MISSING, NUMBERS, OPEN, PREDICTED, corrected, sentences, status
+from maze.policy.shipped import shipped_name
+from maze.report.answer import CONFIRMED, IN_PART, MISSING, NUMBERS, OPEN, PREDICTED, corrected, status
 from maze.report.figures import CHANNEL, TEXT, argument
 from maze.report.limits import limits
 from maze.results import Damaged, read_manifest, replace_text, replaced
@@ -186,6 +186,6 @@ def _templates() -> Environment:
         keep_trailing_newline=True,
     )
     templates.filters["uri"] = _uri
-    templates.globals |= {"numbers": NUMBERS, "predicted": PREDICTED, "descriptions": DESCRIPTIONS}
-    templates.globals |= {each.__name__: each for each in (corrected, sentences, limits, shipped_name)}
+    templates.globals |= {"numbers": NUMBERS, "predicted": PREDICTED}
+    templates.globals |= {each.__name__: each for each in (corrected, limits, shipped_name)}
     return templates

@@ -11,13 +11,14 @@ from chanpatch.statistics import Interval
 from maze.analysis.cells import cells, chosen
 from maze.analysis.part import SPLITS, Finding
 from maze.measurements import PARTS, counterfactual, default, direction, share
-from maze.report.answer import NUMBERS, PREDICTED, corrected, sentences, status
+from maze.report.answer import NUMBERS, PREDICTED, corrected, status
 from maze.report.page import write_report
 from maze.results import replace_table, write_manifest
 
 N = 200
 POLICIES = ["width4", "imitation", "control", "reward", "seed1", "seed2"]
 FACTS = {"weights": "0" * 64, "weights_name": "mine.pth", "width": 4, "n": N, "seed": 0, "versions": {"python": "3.11"}}
+CALLED = {"quantity": "precision at the base rate", "control": "channels shuffled", "role": "UP"}
 NUMBER = r"\d+(?:\.\d+)*"
 
 
@@ -37,7 +38,8 @@ def tables():
     """Tables of every part: the number that decides it, and all that a figure is drawn from."""
     found = {}
     for part, each in NUMBERS.items():
-        row = {**each.where, **estimated(0.4, each.prefix), each.n: N}
+        where = {name: CALLED.get(name) if callable(cell) else cell for name, cell in each.where.items()}
+        row = {**where, **estimated(0.4, each.prefix), each.n: N}
         found[part] = {each.table: [row]}
         if part in PREDICTED:
             found[part]["primary"] = [{"claim": "it is so", "p": 0.001, **estimated(0.4, "mean")}]
@@ -164,6 +166,13 @@ def test_the_page_follows_the_readers_colors_and_can_be_printed(page):
     assert "@media (prefers-color-scheme: dark)" in page and "@media print" in page
 
 
+def test_names_and_cells_are_escaped(tmp_path, monkeypatch):
+    monkeypatch.setitem(FACTS, "weights_name", "<i>mine")
+    page = (written(tmp_path, ["<b>&"], only=("pair",)) / "report.html").read_text()
+    assert "weights &lt;i&gt;mine (width 4" in page and "Confirmed predictions: &lt;b&gt;&amp; 0 of 5." in page
+    assert "<b>&lt;b&gt;&amp;</b>, width 4" in page and "<i>" not in page and "<b>&" not in page.replace("<b>&lt;", "")
+
+
 def test_the_answer_of_a_run_without_the_predictions_claims_nothing(tmp_path):
     page = (written(tmp_path, ["mine"], only=("pair", "sums")) / "report.html").read_text()
     assert "It was not measured whether the corner is the mouse&#39;s default" in page
@@ -206,15 +215,24 @@ def test_a_prediction_is_confirmed_by_its_criteria_and_its_corrected_p_value(agr
     assert status(None, p) == "not measured"
 
 
-def test_the_answer_has_three_sentences_that_follow_from_the_predictions():
-    statuses = dict.fromkeys(PREDICTED, "confirmed") | {"dose": "not confirmed", "share": "confirmed in part"}
-    assert sentences(statuses) == [
-        "The corner is the mouse's default, which the cheese corrects less out of distribution than in it.",
-        "It is confirmed only in part that a few channels, the best of each direction, carry much of the cheese's "
-        "effect; if these channels act as without the cheese, the mouse finds it less often.",
-        "One direction of relu3, “the corner is UP”, carries much of the preference for the corner; it is not "
-        "confirmed that the higher the UP channel is scaled, the less often the mouse finds the cheese.",
-    ]
+def test_the_answer_has_three_sentences_that_follow_from_the_predictions(main, tmp_path):
+    def answer(html):
+        return html[html.index("id='answer'>") :].split("</p>")[0].partition(">")[2].replace("&#39;", "'")
+
+    assert answer(main) == (
+        "The corner is the mouse's default, which the cheese corrects less out of distribution than in it. A few "
+        "channels, the best of each direction, carry much of the cheese's effect; the mouse finds the cheese less "
+        "often if these channels act as without it. One direction of relu3, “the corner is UP”, carries much of the "
+        "preference for the corner; the mouse finds the cheese less often the higher the UP channel is scaled."
+    )
+    assert answer((written(tmp_path, ["mine"], "in part", ("share", "direction")) / "report.html").read_text()) == (
+        "It was not measured whether the corner is the mouse's default, which the cheese corrects less out of "
+        "distribution than in it. It is confirmed only in part that a few channels, the best of each direction, carry "
+        "much of the cheese's effect; it was not measured whether the mouse finds the cheese less often if these "
+        "channels act as without it. It is confirmed only in part that one direction of relu3, “the corner is UP”, "
+        "carries much of the preference for the corner; it was not measured whether the mouse finds the cheese less "
+        "often the higher the UP channel is scaled."
+    )
 
 
 def test_the_number_that_decides_a_part_is_the_first_that_was_measured():

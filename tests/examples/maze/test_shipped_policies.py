@@ -1,14 +1,14 @@
-"""The names and descriptions of the shipped policies."""
+"""The names of the shipped policies."""
 
 import hashlib
 
 from maze.policy.network import SHIPPED_WEIGHTS
-from maze.policy.shipped import DESCRIPTIONS, FILES, shipped_name
+from maze.policy.shipped import FILES, shipped_name
 
 
-def test_every_weights_file_has_a_description_and_a_name():
+def test_every_weights_file_has_a_name():
     assert {*FILES.values()} == {*SHIPPED_WEIGHTS.parent.glob("*.safetensors")}
-    assert list(FILES) == list(DESCRIPTIONS) and next(iter(FILES)) == "width4"
+    assert next(iter(FILES)) == "width4"
     for name, file in FILES.items():
         assert shipped_name(hashlib.sha256(file.read_bytes()).hexdigest()) == name
 
