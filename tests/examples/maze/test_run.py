@@ -24,6 +24,7 @@ from maze.report.limits import LIMITS, limits
 from maze.report.page import write_report
 from maze.report.run import MOST_OTHERS, SHIPPED, RunSettings, run
 from maze.results import write_manifest
+from maze.study import arguments
 
 SCRIPT = Path(__file__).parents[3] / "examples" / "maze" / "study.py"
 MEASURED = []
@@ -218,6 +219,14 @@ def test_a_file_of_the_users_has_its_own_name_even_if_a_shipped_one_is_called_so
     save_file({name: weight * 0.5 for name, weight in load_file(SHIPPED_WEIGHTS).items()}, mine)
     page = (run(settings(tmp_path, weights=(mine,))) / "report.html").read_text()
     assert "<b>control</b>, width 1, n=20" in page and "<li>control: not known</li>" in page
+
+
+def test_the_command_takes_several_files_or_all_shipped_policies_but_not_both(capsys):
+    given = arguments().parse_args(["--weights", "mine.pth", "other.pth"])
+    assert given.weights == [Path("mine.pth"), Path("other.pth")] and not given.shipped
+    with pytest.raises(SystemExit):
+        arguments().parse_args(["--shipped", "--weights", "mine.pth"])
+    assert "--weights: not allowed with argument --shipped" in capsys.readouterr().err
 
 
 def test_two_policies_of_one_name_are_rejected(parts, tmp_path):
