@@ -31,7 +31,8 @@ def point(parts: Parts) -> Figure:
         sums = {row[f"first_step_{index}"]: row[f"sum_{index}"] for index in range(2)}
         if "UP" in sums:
             left.plot([1, 0], [sums.pop("UP"), *sums.values()], "o-", color=CHANNEL, alpha=0.7)
-    title = f"UP is higher in\n{shown(parts['pair']['told'][0], 'share', '.0%')}"
+    (pairs,) = parts["pair"]["told"]
+    title = f"UP is higher in\n{shown(pairs, 'share', '.0%')}, n={pairs['pairs']}"
     left.set(xticks=[0, 1], xticklabels=["not UP", "UP"], xlim=(-0.3, 1.3), ylabel="sum of the UP channel", title=title)
     rows = chosen(parts["sums"]["sums"], direction="UP", split=IN)
     for is_it, color in ((False, RANDOM), (True, CHANNEL)):
@@ -39,7 +40,7 @@ def point(parts: Parts) -> Figure:
         spread = 0.3 * np.sin(np.arange(len(values)) * 2.4)  # so that points do not overlap
         right.plot(is_it + spread, values, "o", color=color, alpha=0.5, markersize=4)
     area = keyed(parts["sums"]["goals"], "direction", "split")["UP", IN]
-    right.set(xticks=[0, 1], xticklabels=["not UP", "UP"], title=f"AUC\n{shown(area, 'cheese', '.2f')}")
+    right.set(xticks=[0, 1], xticklabels=["not UP", "UP"], title=f"AUC\n{shown(area, 'cheese', '.2f')}, n={area['n']}")
     figure.supxlabel("first step of the path to the cheese", fontsize=13)
     return figure
 
