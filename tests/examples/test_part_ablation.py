@@ -7,8 +7,8 @@ from studies import from_files, shipped_points, small_study
 
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
 from chanpatch.statistics import mean_interval, wilson_interval
-from maze.analysis.cells import shown
 from maze.analysis import effects
+from maze.analysis.cells import shown
 from maze.analysis.effects import ablation, level_batches, p_reached, reference_of
 from maze.analysis.exact import Chains, first_hits
 from maze.analysis.forwards import SITE, activations
@@ -36,7 +36,9 @@ def small_mazes():
 @pytest.fixture(scope="module")
 def study():
     study = small_study(3, RANKED)
-    study.__dict__["labels"] = [LabelledChannel("UP" if channel in (7, 23) else None) for channel in range(32)]
+    study.__dict__["labels"] = [
+        LabelledChannel({7: "UP", 23: "UP", 16: "LEFT or DOWN"}.get(channel)) for channel in range(32)
+    ]
     return study
 
 
@@ -145,26 +147,31 @@ def test_the_three_places_of_the_cheese_are_in_the_same_mazes(study):
         np.testing.assert_array_equal(other.free, mazes[0].free)
 
 
-def test_the_rank_counts_the_live_channels_that_raise_the_probability_as_much(tables):
-    singles = [row_of(tables, f"channel {each}")["effect"] for each in RANKED]
+def test_the_up_channel_is_ranked_by_increase_among_channels_of_no_other_direction(tables):
+    assert {row_of(tables, f"channel {each}")["role"] for each in (8, 24, 30)} == {"LEFT", "DOWN", "RIGHT"}
+    assert (row_of(tables, "channel 23")["role"], row_of(tables, "channel 16")["role"]) == (
+        "control",
+        "other direction",
+    )
     row = row_of(tables, "channel 7")
-    assert row["rank"] == sum(each >= row["effect"] for each in singles)
-    assert (row["controls"], row["rank_p"]) == (len(RANKED) - 1, None)
+    assert row["rank"] == 1 + (row_of(tables, "channel 23")["effect"] >= row["effect"])
+    assert (row["controls"], row["rank_p"]) == (1, None)
+    assert {each["rank"] for each in tables["effects"] if each["role"] != "UP"} == {None}
 
 
-def test_a_channel_that_is_the_same_on_all_reference_levels_is_no_control():
-    found = np.array([[0.5, 0.5], *([0.5 + each / 10] * 2 for each in (3, 0, 2, 1))])
+def test_a_channel_that_is_the_same_on_all_reference_levels_is_not_a_control():
+    found = np.array([[0.5, 0.5], *([0.5 + each / 10] * 2 for each in (2, 0, 3, 1))])
     ablated = [("zero", f"channel {each}") for each in range(4)]
     rows = part._rows(ablated, found, {"channel 0": "UP"}, {"channel 0", "channel 2", "channel 3"}, "top left")
-    assert [(row["rank"], row["controls"]) for row in rows] == [(1, 2), (None, None), (2, 2), (3, 2)]
+    assert [(row["rank"], row["controls"]) for row in rows] == [(2, 2), *[(None, None)] * 3]
 
 
-def test_only_what_was_chosen_before_has_a_p_value_of_its_rank():
-    ablated = [("zero", f"channel {each}") for each in range(20)]
-    found = 0.5 + np.arange(21)[:, None] / 100 * np.ones(2)
-    rows = part._rows(ablated, found, {"channel 19": "UP"}, {name for _, name in ablated}, "top left")
-    assert {row["rank_p"] for row in rows[:-1]} == {None}
-    assert rows[-1]["rank_p"] == pytest.approx(1 / 20)
+def test_channels_of_other_directions_do_not_add_to_the_controls():
+    ablated = [("zero", f"channel {each}") for each in range(25)]
+    found = 0.5 + np.arange(26)[:, None] / 100 * np.ones(2)
+    roles = {"channel 24": "UP"} | {f"channel {each}": part.OTHER for each in range(5)}
+    row = part._rows(ablated, found, roles, {name for _, name in ablated}, "top left")[-1]
+    assert (row["rank"], row["controls"], row["rank_p"]) == (1, 19, pytest.approx(1 / 20))
 
 
 def test_the_counts_of_the_walks_add_up_to_the_levels(tables):
@@ -233,14 +240,14 @@ def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whet
 
 
 def test_what_was_chosen_comes_first_in_the_table(tables):
-    controls = [row["role"] == "control" for row in tables["effects"]]
-    assert controls == sorted(controls) and set(controls) == {True, False}
+    roles = list(dict.fromkeys(row["role"] for row in tables["effects"]))
+    assert roles[-2:] == [part.OTHER, part.CONTROL] and len(roles) == 7
 
 
 def test_the_finding_gives_the_rank_by_increase(tables):
     changed = copy.deepcopy(tables)
     row_of(changed, "channel 7").update(rank=2, rank_p=0.1)
-    assert "rank 2 of 6 live channels by increase (p = 0.1)." in part.finding(changed).ours
+    assert "rank 2 of 2 by increase (p = 0.1)." in part.finding(changed).ours
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):

@@ -87,7 +87,7 @@ def _accepted(study: Study, seen: Decisions, probes: Probes, direction: Directio
     probe = probes[direction]
     if probe is None:
         return np.arange(0), len(seen.chosen)
-    accepted = np.flatnonzero(probe.predict(seen.sums[:, squares.tested_channel(study, direction)]))[: study.n]
+    accepted = np.flatnonzero(probe.predict(seen.sums[:, study.channel(direction)]))[: study.n]
     return accepted, int(accepted[-1]) + 1 if len(accepted) == study.n else len(seen.chosen)
 
 

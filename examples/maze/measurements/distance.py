@@ -62,7 +62,7 @@ def _measures(study: Study, seen: Decisions, probes: Probes) -> Iterator[tuple[s
     """Yields a quantity's name, the levels that have the quantity, and its values on these levels."""
     yield MOUSE, np.ones(len(seen.chosen), dtype=np.bool_), seen.took_cheese
     for direction, probe in probes.items():
-        sums = seen.sums[:, squares.tested_channel(study, direction)]
+        sums = seen.sums[:, study.channel(direction)]
         for goal, leads in (("cheese", seen.cheese == direction), ("corner", seen.corner == direction)):
             if probe is not None:
                 name = f"{direction.name} channel high where the {goal} is {direction.name}"

@@ -54,7 +54,7 @@ def measure(study: Study) -> dict[str, Table]:
         whole = np.repeat(total[:, active, None], len(SHARES), axis=-1)
         found = share_interval(parts, whole)
         channels = np.array(live)[active].tolist()
-        rows += _rows(found, channels, study.selection.best, distance, len(levels))
+        rows += _rows(found, channels, {each: study.channel(each) for each in Direction}, distance, len(levels))
     strongest = int(total[:, live.index(study.channel(Direction.UP))].argmax())
     return {"shares": rows, **_one_map(study, levels[strongest])}
 

@@ -54,7 +54,7 @@ def measure(study: Study) -> dict[str, Table]:
             levels, labels = open_to(direction, pool, study.n)
             every = level_sums(study.points, SITE, levels)
             sets.append((every[:, channel], labels))
-            probe = readout(study.selection, direction, every, labels)
+            probe = readout(study.selection, direction, channel, every, labels)
             tables["linear"].append({"direction": direction.name, "split": split, **probe})
             goals = _goals(*sets[-1], towards_corner(direction, levels))
             drop = minus(area(*sets[0]), area(*sets[1])) if len(sets) == 2 else None
