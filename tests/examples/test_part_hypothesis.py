@@ -21,7 +21,7 @@ from maze.paths import Direction
 def study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 9)
-        patch.setattr(part, "REFERENCE", 8)
+        patch.setattr(part.effects, "REFERENCE_LEVELS", 2)
         patch.setattr("maze.analysis.part.SELECTION_LEVELS", 100)
         patch.setattr("maze.analysis.part.LABEL_LEVELS", 60)
         yield Study(shipped_points(), {}, 12, seed=0)
@@ -118,17 +118,18 @@ def test_with_few_controls_there_is_no_p_value_and_without_controls_no_rank():
 def test_an_ablated_push_and_its_controls_are_those_of_a_loop(study, goal):
     levels = study.levels("loop", 12, size=9, mouse="decision square")
     some = part.at_decision_squares(study.points, levels)
-    reference = activations(study.points, study.levels("background", 20, size=9, mouse="anywhere"), SITE)
+    background = activations(study.points, study.levels("background", 21, size=9, mouse="anywhere"), SITE)
+    references = background[SITE].view(3, 7, 32, 8, 8)
     weights = np.zeros((4, 32))
     weights[np.arange(4), [8, 24, 7, 30]] = weights[np.arange(4), [23, 16, 10, 13]] = 0.3
     pushes = Pushes(weights, np.zeros(32), np.ones(32))
-    after = part.ablate_push(study, levels, some, pushes, goal, reference)
+    after = part.ablate_push(study, levels, some, pushes, goal, references)
     for level, (cheese, corner) in enumerate(zip(some.cheese, some.corner, strict=True)):
         channels = np.flatnonzero(weights[corner if goal else cheese]).tolist()
         seed = study.seed_for("hypothesis others")
         sets = random_sets(study.selection.live, 2, count=19, seed=seed, other_than=[channels])
         for number, each in enumerate([channels, *sets]):
-            with patched(study.points, mean_ablate(study.points.site(SITE, channel=list(each)), reference)):
+            with patched(study.points, mean_ablate(study.points.site(SITE, channel=list(each)), references[level % 3])):
                 (moves,) = part.at_decision_squares(study.points, levels[level : level + 1]).moves
             assert after[number, level] == (moves[cheese] > moves[corner])
     assert len(after) == 20 and (after[1:] != after[0]).any()

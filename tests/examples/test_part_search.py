@@ -81,7 +81,7 @@ def test_single_activations_are_those_of_our_pair_by_hand(study, tables):
     pairs = [pair for pair in contrasts.drawn_pairs() if (pair.number, pair.turn) == (0, 0)][:4]
     sides = [forward(study.points, [pair.levels[side] for pair in pairs], SITE, None)[1][SITE] for side in range(2)]
     difference = (sides[0] - sides[1]).double().mean(dim=0)
-    levels = study.levels("search background", 12, size=15, mouse="anywhere")
+    levels = study.levels("search pair background", 12, size=7, mouse="anywhere")
     std = forward(study.points, levels, SITE, None)[1][SITE].double().std(dim=0, unbiased=False)
     effect = difference / std.clamp(min=0.5 * float((std**2).mean().sqrt()))
     row, col = divmod(int(effect[7].abs().argmax()), 8)

@@ -71,10 +71,8 @@ def contrast_rows(result: Contrast, floor: float = 0.0) -> Table:
     differences have the same interval in different units. The unit is at least `floor` times the root mean square of
     the deviations at the hook point, so that a nearly silent channel has no large effect.
     """
-    by_name: dict[str, list[float]] = {}
-    for site, deviation in zip(result.sites, result.std, strict=True):
-        by_name.setdefault(site.name, []).append(deviation)
-    least = {name: floor * root_mean_square(np.array(each)) for name, each in by_name.items()}
+    names = np.array([site.name for site in result.sites])
+    least = {name: floor * root_mean_square(result.std[names == name]) for name in {*names.tolist()}}
     rows = []
     for site, record in zip(result.sites, result.to_records(), strict=True):
         unit = max(record["std"], least[site.name])

@@ -64,8 +64,7 @@ def _shows_the_claim(to_cheese: Values) -> int:
 
     `to_cheese` is P(first to the cheese) at the decision square, NaN for levels without such a square: (level,).
     """
-    known = np.nan_to_num(to_cheese, nan=-1.0)
-    return int(np.argmax(np.minimum(known, np.nextafter(KEPT, 1.0))))
+    return int(np.argmax(np.where(to_cheese > KEPT, 1.0, np.nan_to_num(to_cheese, nan=-1.0))))
 
 
 def _sets(study: Study) -> dict[str, tuple[str, tuple[int, ...]]]:
