@@ -59,7 +59,7 @@ def test_the_contrast_is_over_all_channels_that_are_searched(study, tables):
     rows = tables["contrast"]
     assert [row["rank"] for row in rows[: part.SHOWN]] == list(range(1, part.SHOWN + 1))
     assert {row["site"] for row in rows if row["direction"] == "UP"} == {f"Site('{SITE}', channel=7)"}
-    assert {row["direction"] for row in rows} == {None, "LEFT", "DOWN", "UP", "RIGHT"}
+    assert {row["direction"] for row in rows} == {"", "LEFT", "DOWN", "UP", "RIGHT"}
     sizes = [abs(row["effect"] or 0.0) for row in rows]
     assert sizes == sorted(sizes, reverse=True)
 

@@ -13,7 +13,7 @@ from chanpatch import contrast
 from chanpatch.contrasts import Contrast
 from chanpatch.plots import effect_ranking
 from chanpatch.statistics import Interval
-from maze.analysis.cells import Table, Values
+from maze.analysis.cells import Table
 from maze.analysis.estimates import intervals
 from maze.analysis.forwards import frames
 from maze.analysis.part import Study
@@ -72,7 +72,7 @@ def contrast_rows(result: Contrast, floor: float = 0.0) -> Table:
     the deviations at the hook point, so that a nearly silent channel has no large effect.
     """
     names = np.array([site.name for site in result.sites])
-    least = {name: floor * root_mean_square(result.std[names == name]) for name in {*names.tolist()}}
+    least = {name: floor * float(np.sqrt(np.mean(result.std[names == name] ** 2))) for name in {*names.tolist()}}
     rows = []
     for site, record in zip(result.sites, result.to_records(), strict=True):
         unit = max(record["std"], least[site.name])
@@ -82,10 +82,6 @@ def contrast_rows(result: Contrast, floor: float = 0.0) -> Table:
         row |= intervals(difference=difference, effect=Interval(*effect, 0.95))
         rows.append(row | {name: record[name] for name in ("p", "no_p")})
     return rows
-
-
-def root_mean_square(deviations: Values) -> float:
-    return float(np.sqrt(np.mean(deviations**2)))
 
 
 def draw_contrast(axes: Axes, rows: Table, count: int) -> None:

@@ -23,14 +23,7 @@ from matplotlib.figure import Figure
 from chanpatch import HookPoints
 from chanpatch.statistics import aucs
 from maze.analysis.cells import Row, Table, Tables, Values, above, chosen, keyed, shown, verdict
-from maze.analysis.contrasts import (
-    contrast_rows,
-    draw_contrast,
-    drawn_pairs,
-    moved_walls,
-    pair_contrast,
-    root_mean_square,
-)
+from maze.analysis.contrasts import contrast_rows, draw_contrast, drawn_pairs, moved_walls, pair_contrast
 from maze.analysis.drawing import Panel, draw, panels
 from maze.analysis.estimates import intervals, minus
 from maze.analysis.forwards import BATCH, LINEAR, SITE, forward
@@ -53,10 +46,12 @@ def measure(study: Study) -> dict[str, Table]:
     pairs = moved_walls(study, levels, "search walls")
     background = study.levels("search background", min(study.n, 500), size=15, mouse="anywhere")
     result = pair_contrast(study, pairs, _searched(study.points), background)
-    own = {f"Site('{SITE}', channel={study.channel(direction)})": direction.name for direction in Direction}
+    own: dict[str, list[str]] = {}
+    for direction in Direction:
+        own.setdefault(f"Site('{SITE}', channel={study.channel(direction)})", []).append(direction.name)
     rows = sorted(contrast_rows(result, FLOOR), key=lambda row: -abs(row["effect"] or 0.0))
     ranked = [
-        {"rank": rank, "searched": len(rows), "direction": own.get(row["site"]), **row}
+        {"rank": rank, "searched": len(rows), "direction": ", ".join(own.get(row["site"], ())), **row}
         for rank, row in enumerate(rows, 1)
     ]
     largest = [row for row in ranked if row["rank"] <= SHOWN or row["direction"]]
@@ -80,7 +75,7 @@ def _singles(study: Study) -> Table:
     stds = [np.sqrt(np.maximum(squares[name] / count - (total[name] / count) ** 2, 0.0)) for name in named]
     is_up = [np.zeros(each.shape, dtype=np.bool_) for each in stds]
     is_up[named.index(SITE)][study.channel(Direction.UP)] = True
-    units = [np.maximum(each, FLOOR * root_mean_square(each)) for each in stds]
+    units = [np.maximum(each, FLOOR * np.sqrt(np.mean(each**2))) for each in stds]
     difference, std, unit, up = (
         np.concatenate([each.ravel() for each in of]) for of in (differences, stds, units, is_up)
     )
@@ -173,17 +168,16 @@ def finding(tables: Tables) -> Finding:
     at = keyed(chosen(rows, hook_point=SITE), "direction")
     first = next((row["hook_point"] for row in rows if row["direction"] == "UP" and above(row, "in", KNOWS)), "none")
     dropped = [name for name, row in at.items() if above(row, "drop")]
-    contrast, (single, *_), count = tables["contrast"], tables["activations"], tables["contrast"][0]["searched"]
-    directions = keyed(contrast, "direction")
-    up, top = directions["UP"], contrast[0]
+    single, own = tables["activations"][0], chosen(tables["activations"], of_up_channel=True)[0]
+    top, up = tables["contrast"][0], next(row for row in tables["contrast"] if "UP" in (row["direction"] or ""))
     p = "" if up["p"] is None else f", p = {up['p']:.2g}"
-    (own,) = [row for row in tables["activations"] if row["of_up_channel"]][:1]
     # The best hook point on the choice mazes: the highest score would be biased upwards.
     best = keyed(sorted(rows, key=lambda row: row["chosen_by"]), "direction")
     return Finding(
         f"Over {top['pairs']} pairs, the UP channel's effect is {shown(up, 'effect', '+.2f')} deviations{p}, number "
-        f"{up['rank']} of {count} channels; {top['site']} has the largest effect. By single activations of our pair, "
-        f"{single['activation']} differs most of {single['searched']}; the UP channel's first is number {own['rank']}. "
+        f"{up['rank']} of {top['searched']} channels; {top['site']} has the largest effect. By single activations of "
+        f"our pair, {single['activation']} differs most of {single['searched']}; the UP channel's first is number "
+        f"{own['rank']}. "
         f"At {SITE}: {'; '.join(map(_areas, at.values()))}.",
         verdict(_stands_out(up)),
         f"{first} is the first hook point to predict UP with an AUC above {KNOWS}; the best on the choice mazes are "
