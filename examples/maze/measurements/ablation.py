@@ -50,7 +50,7 @@ def measure(study: Study) -> dict[str, Table]:
     """Every ablation, the post's table of counts, and differences between places of the cheese."""
     selection, seed = study.selection, study.seed_for("ablation donors")
     sets = effects.references(study, "ablation reference", size=SIZE, cheese="in distribution", mouse="anywhere")
-    sums = sets.sum(dim=(3, 4)).flatten(0, 1).numpy()
+    sums = sets.sum(dim=(3, 4)).flatten(0, 1).cpu().numpy()
     varying = {f"channel {channel}" for channel in np.flatnonzero(np.ptp(sums, axis=0) > 0)}
     top = selection.ranked[:TOGETHER]
     groups = {f"channel {channel}": (channel,) for channel in selection.live} | {f"top {len(top)}": top}
