@@ -6,6 +6,7 @@
 | `"in distribution"` | a random free square of the top right 5x5, as in training |
 | `"out of distribution"` | a random free square anywhere else |
 | `"top left"`, `"top right"`, `"bottom right"` | that corner, free in every procgen maze |
+| `(low, high)` | a random free square at this distance in cells from the top right corner, without `high` itself |
 
 | `mouse=` | its square |
 |---|---|
@@ -19,6 +20,7 @@ The cheese is never on the start square, and the mouse is never on the cheese.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +34,13 @@ from maze.states import CHEESE, FREE, WORLD, Mazes, read_mazes, write_mazes
 REGION = 5  # side of the top right square of the inner maze that held the cheese during training
 CHEESE_PLACES = ("as drawn", "in distribution", "out of distribution", "top left", "top right", "bottom right")
 MOUSE_PLACES = ("start", "anywhere", "decision square")
+CheesePlace: TypeAlias = str | tuple[float, float]
 
 _BATCH = 64  # sub-environments: enough to hide the cost of a call, few enough to stay in the cache
 
 
 def draw_levels(
-    count: int, *, seed: int, size: int | None = None, cheese: str = "as drawn", mouse: str = "start"
+    count: int, *, seed: int, size: int | None = None, cheese: CheesePlace = "as drawn", mouse: str = "start"
 ) -> list[bytes]:
     """Draw the states of procgen levels. With the same seed, a smaller count gives the first of these levels.
 
@@ -45,7 +48,7 @@ def draw_levels(
         count: Number of levels.
         seed: Random seed, 0 to 2**31 - 1.
         size: Side of the inner maze, odd, 3 to 25; None draws all sides equally often, as procgen does.
-        cheese: One of `CHEESE_PLACES`.
+        cheese: One of `CHEESE_PLACES`, or a range of distances.
         mouse: One of `MOUSE_PLACES`; the mouse faces left, as in a fresh level.
 
     Raises:
@@ -63,12 +66,15 @@ def draw_levels(
     return drawn[:count]
 
 
-def cheese_squares(mazes: Mazes, place: str) -> NDArray[np.bool_]:
+def cheese_squares(mazes: Mazes, place: CheesePlace) -> NDArray[np.bool_]:
     """The squares where the cheese may be: bool (batch, row, col)."""
     side = mazes.grid.shape[-1]
     row, col = np.arange(side)[:, None], np.arange(side)
     last = mazes.size[:, None, None] - 1
     region = (row > last - REGION) & (col > last - REGION)
+    if isinstance(place, tuple):
+        distance = np.hypot(last - row, last - col)
+        return (distance >= place[0]) & (distance < place[1]) & mazes.free & ((row > 0) | (col > 0))
     squares = {
         "as drawn": mazes.grid == CHEESE,
         "in distribution": region,
@@ -114,7 +120,9 @@ def policy_input(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.ascontiguousarray(frames.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
-def _arranged(states: list[bytes], rng: np.random.Generator, size: int | None, cheese: str, mouse: str) -> list[bytes]:
+def _arranged(
+    states: list[bytes], rng: np.random.Generator, size: int | None, cheese: CheesePlace, mouse: str
+) -> list[bytes]:
     """Put the cheese and the mouse in their places, in those states that allow it."""
     mazes = read_mazes(states)
     squares = cheese_squares(mazes, cheese)  # the smallest mazes have none outside the top right 5x5
@@ -129,10 +137,15 @@ def _arranged(states: list[bytes], rng: np.random.Generator, size: int | None, c
     return write_mazes(mazes, [states[index] for index in kept])
 
 
-def _check_request(seed: int, size: int | None, cheese: str, mouse: str) -> None:
+def _check_request(seed: int, size: int | None, cheese: CheesePlace, mouse: str) -> None:
     for name, place, places in [("cheese", cheese, CHEESE_PLACES), ("mouse", mouse, MOUSE_PLACES)]:
-        if place not in places:
+        if place not in places and not isinstance(place, tuple):
             raise UserError(f"{name} must be one of {', '.join(map(repr, places))}; got {place!r}.")
+    if isinstance(cheese, tuple):
+        row, col = np.indices((size or WORLD,) * 2)  # from the corner
+        distances = np.hypot(row, col)[(row % 2 + col % 2 < 2) & (row + col < row[-1, -1] * 2)]
+        if not ((distances >= cheese[0]) & (distances < cheese[1])).any():
+            raise UserError(f"cheese is {cheese}, but no square is that far from the top right corner, in cells.")
     if not 0 <= seed < 2**31:
         raise UserError(f"seed must be 0 to {2**31 - 1}; got {seed}.")
     if size is not None and (size % 2 == 0 or not 3 <= size <= WORLD):

@@ -4,12 +4,12 @@ The study repeats every measurement in the post that asked this, on real procgen
 
   pair            which channels respond to the one wall that decides the first step to the cheese
   search          which hook points encode the path
-  ranking         the channels that differ most in the post's pair, and their labels
+  ranking         the channels that differ most in a pair like the post's, and their labels
   sums            a channel's sum as a predictor of the path, in distribution and out of it
   decision        on squares at which the paths to cheese and corner separate: the channel and the mouse's choice
   ablation        exact effects of ablating channels on reaching the cheese, with all other channels as controls
   distance        the choice against the distance of the cheese from the corner
-  top16           sixteen channels zeroed: the vector field
+  top16           an eighth of the channels zeroed: the vector field
   spatial         is the channel active around the mouse only
   sizes           do the channels predict the same in mazes of all sizes
   parity          are there other channels for odd and even squares

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -26,6 +27,20 @@ def test_the_interval_of_a_difference_is_what_it_is_without_a_background(pairs):
         told = [row["difference"], row["difference_low"], row["difference_high"]]
         assert told == pytest.approx([record["effect"], record["low"], record["high"]])
         assert (row["pairs"], row["background"]) == (8, 20)
+
+
+def test_a_nearly_silent_channel_has_no_large_effect(pairs):
+    points, clean, corrupted, background = pairs
+    with torch.no_grad():
+        points.model.weight[0] *= 1e-3
+        points.model.bias[0] = 0
+    result = contrast(points, clean, corrupted, ".out", background=background)
+    plain, floored = contrast_rows(result), contrast_rows(result, 0.5)
+    least = 0.5 * np.sqrt(np.mean(result.std**2))
+    assert result.std[0] < least and abs(plain[0]["effect"]) > 0.1
+    for row, same, std in zip(floored, plain, result.std, strict=True):
+        assert row["effect"] == pytest.approx(row["difference"] / max(std, least))
+        assert (row["difference"], row["p"]) == (same["difference"], same["p"])
 
 
 def test_the_figure_says_how_many_of_the_channels_it_shows(pairs):

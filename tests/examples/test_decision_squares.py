@@ -23,6 +23,7 @@ from maze.analysis.forwards import SITE
 from maze.analysis.part import Study
 from maze.analysis.selection import Selection
 from maze.levels import draw_levels, observe, policy_input
+from maze.measurements import ablation
 from maze.measurements.decision import _limit
 from maze.paths import Direction, first_steps, legal_moves
 from maze.policy.network import ACTIONS, load_policy, new_policy
@@ -113,6 +114,11 @@ def test_on_the_posts_own_network_the_channels_and_the_threshold_are_the_posts(t
     study = Study(points, weights, 5, seed=0)
     chosen = Selection(SITE, *[np.empty(0)] * 4, dict.fromkeys(Direction, 7), (7,), (7,))
     study.__dict__["selection"] = chosen
+    assert [study.channel(direction) for direction in Direction] == ([7, 7, 121, 73] if given else [7] * 4)
+    study.__dict__["labels"] = []
+    assert list(ablation._roles(study, "top 1", {}).values())[1:] == (
+        ["LEFT, DOWN", "UP", "RIGHT"] if given else ["LEFT, DOWN, UP, RIGHT"]
+    )
     rows = threshold_rows(study, thresholds(study, [Direction.UP, Direction.RIGHT]))
     assert [row["channel"] for row in rows] == ([121, 73] if given else [7, 7])
     for row in rows:

@@ -6,10 +6,11 @@ import torch
 from studies import from_files, shipped_points, small_study
 
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
-from chanpatch.statistics import wilson_interval
+from chanpatch.statistics import mean_interval, wilson_interval
+from maze.analysis import effects
 from maze.analysis.cells import shown
-from maze.analysis.effects import ablation, p_reached
-from maze.analysis.exact import Chains
+from maze.analysis.effects import ablation, level_batches, p_reached, reference_of
+from maze.analysis.exact import Chains, first_hits
 from maze.analysis.forwards import SITE, activations
 from maze.analysis.labels import LabelledChannel
 from maze.analysis.tables import action_tables
@@ -28,14 +29,16 @@ PLACE = part.PLACES[0]
 def small_mazes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 9)
-        patch.setattr(part, "REFERENCE", 20)
+        patch.setattr(effects, "REFERENCE_LEVELS", 5)
         yield
 
 
 @pytest.fixture(scope="module")
 def study():
     study = small_study(3, RANKED)
-    study.__dict__["labels"] = [LabelledChannel("UP" if channel in (7, 23) else None) for channel in range(32)]
+    study.__dict__["labels"] = [
+        LabelledChannel({7: "UP", 23: "UP", 16: "LEFT or DOWN"}.get(channel)) for channel in range(32)
+    ]
     return study
 
 
@@ -70,7 +73,7 @@ def test_the_effect_of_zeroed_channels_is_that_of_a_dense_matrix_of_the_patched_
     levels = study.levels("by hand", 5, size=9, cheese=PLACE)
     half = list(range(16))
     twin = PatchedPolicy(study.points, zero_ablate(study.points.site(SITE, channel=half)))
-    ablations = {"zero half": ablation(study.points, "zero", half, {}, seed=0)}
+    ablations = {"zero half": ablation(study.points, "zero", half, torch.empty(0), seed=0)}
     found = p_reached(study.points, levels, ablations)
     expected = np.array([[found_by_hand(policy, level) for level in levels] for policy in (study.points.model, twin)])
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -81,7 +84,7 @@ def test_resampling_draws_the_donors_of_a_forward_whose_rows_are_the_levels():
     points, levels = shipped_points(), draw_levels(6, size=5, seed=3, cheese="in distribution")
     reference = activations(points, draw_levels(5, size=9, seed=4, mouse="anywhere"), SITE)
     chains = Chains.of(levels)
-    intervention = ablation(points, "resample", [7, 8], reference, seed=7)
+    intervention = ablation(points, "resample", [7, 8], reference[SITE][None], seed=7)
     table = action_tables(points, chains, {"resampled": intervention})["resampled"]
     patch = resample_ablate(points.site(SITE, channel=[7, 8]), reference, seed=7)
     first = torch.from_numpy(policy_input(observe(levels)))
@@ -89,8 +92,38 @@ def test_resampling_draws_the_donors_of_a_forward_whose_rows_are_the_levels():
     np.testing.assert_allclose(table[chains.start], expected.detach(), atol=1e-5)
 
 
-def test_every_live_channel_and_the_group_are_ablated_in_three_ways_in_the_posts_place_and_zeroed_elsewhere(tables):
-    assert len(tables["effects"]) == (3 + 1 + 1) * (len(RANKED) + 1)
+def test_levels_take_turns_among_the_reference_sets():
+    points, level = shipped_points(), np.array([0, 1, 2, 4])
+    sets = torch.rand(3, 2, 32, 8, 8)
+    (patch,) = ablation(points, "mean", [7, 8], sets, seed=0)(level)
+    torch.testing.assert_close(patch.edit.value, sets[[0, 1, 2, 1]][:, :, 7:9].mean(dim=1))
+    (patch,) = ablation(points, "resample", [7, 8], sets, seed=0)(level)
+    for row, number in zip(patch.edit.value, [0, 1, 2, 1], strict=True):
+        assert any(torch.equal(row, donor[7:9]) for donor in sets[number])
+
+
+def test_the_reference_sets_are_the_clusters_of_an_interval():
+    found = np.random.default_rng(0).random((2, 40)).round(3)
+    (row,) = part._rows([("mean", "channel 7")], found, {}, (), PLACE)
+    expected = mean_interval(found[1] - found[0], clusters=np.arange(40) % 20)
+    assert (row["effect_low"], row["effect_high"]) == pytest.approx((expected.low, expected.high))
+    assert reference_of("zero", 40) is None
+
+
+def test_a_draw_per_step_averages_the_probabilities_over_the_donors(study):
+    levels, sets = study.levels("per step", 3, size=5, cheese=PLACE), torch.rand(1, 4, 32, 8, 8) * 9
+    found = part.per_step(study, levels, [(7,), (8, 24)], sets, seed=5)
+    for group, each in zip([(7,), (8, 24)], found, strict=True):
+        draws = {str(draw): ablation(study.points, "resample", group, sets, seed=5 + draw) for draw in range(10)}
+        ((chains, tables),) = level_batches(study.points, levels, draws)
+        expected = first_hits(chains, tables[1:].mean(axis=0), [chains.cheese])[chains.start, 0]
+        np.testing.assert_allclose(each, expected, atol=1e-6)
+
+
+def test_all_groups_are_ablated_in_three_ways_in_the_posts_place_and_zeroed_elsewhere(tables):
+    per_step = [row for row in tables["effects"] if row["kind"] == part.PER_STEP]
+    assert {row["ablated"] for row in per_step} == {"channel 7", "channel 8", "channel 24", "channel 30", "top 6"}
+    assert len(tables["effects"]) - len(per_step) == (3 + 1 + 1) * (len(RANKED) + 1)
     assert {(row["cheese"], row["kind"]) for row in tables["effects"] if row["cheese"] != PLACE} == {
         (place, "zero") for place in part.PLACES[1:]
     }
@@ -98,7 +131,7 @@ def test_every_live_channel_and_the_group_are_ablated_in_three_ways_in_the_posts
 
 
 def test_the_reference_of_means_and_donors_is_named_in_the_method():
-    words = "Means and donors are from 200 levels of size 15, cheese in distribution, mouse anywhere."
+    words = "come from 20 sets of 100 levels of size 15, cheese in distribution, mouse anywhere."
     assert words in PARTS["ablation"].method
 
 
@@ -114,26 +147,31 @@ def test_the_three_places_of_the_cheese_are_in_the_same_mazes(study):
         np.testing.assert_array_equal(other.free, mazes[0].free)
 
 
-def test_the_rank_counts_the_live_channels_that_raise_the_probability_as_much(tables):
-    singles = [row_of(tables, f"channel {each}")["effect"] for each in RANKED]
+def test_the_up_channel_is_ranked_by_increase_among_channels_of_no_other_direction(tables):
+    assert {row_of(tables, f"channel {each}")["role"] for each in (8, 24, 30)} == {"LEFT", "DOWN", "RIGHT"}
+    assert (row_of(tables, "channel 23")["role"], row_of(tables, "channel 16")["role"]) == (
+        "control",
+        "other direction",
+    )
     row = row_of(tables, "channel 7")
-    assert row["rank"] == sum(each >= row["effect"] for each in singles)
-    assert (row["controls"], row["rank_p"]) == (len(RANKED) - 1, None)
+    assert row["rank"] == 1 + (row_of(tables, "channel 23")["effect"] >= row["effect"])
+    assert (row["controls"], row["rank_p"]) == (1, None)
+    assert {each["rank"] for each in tables["effects"] if each["role"] != "UP"} == {None}
 
 
-def test_a_channel_that_is_the_same_on_all_reference_levels_is_no_control():
-    found = np.array([[0.5, 0.5], *([0.5 + each / 10] * 2 for each in (3, 0, 2, 1))])
+def test_a_channel_that_is_the_same_on_all_reference_levels_is_not_a_control():
+    found = np.array([[0.5, 0.5], *([0.5 + each / 10] * 2 for each in (2, 0, 3, 1))])
     ablated = [("zero", f"channel {each}") for each in range(4)]
     rows = part._rows(ablated, found, {"channel 0": "UP"}, {"channel 0", "channel 2", "channel 3"}, "top left")
-    assert [(row["rank"], row["controls"]) for row in rows] == [(1, 2), (None, None), (2, 2), (3, 2)]
+    assert [(row["rank"], row["controls"]) for row in rows] == [(2, 2), *[(None, None)] * 3]
 
 
-def test_only_what_was_chosen_before_has_a_p_value_of_its_rank():
-    ablated = [("zero", f"channel {each}") for each in range(20)]
-    found = 0.5 + np.arange(21)[:, None] / 100 * np.ones(2)
-    rows = part._rows(ablated, found, {"channel 19": "UP"}, {name for _, name in ablated}, "top left")
-    assert {row["rank_p"] for row in rows[:-1]} == {None}
-    assert rows[-1]["rank_p"] == pytest.approx(1 / 20)
+def test_channels_of_other_directions_do_not_add_to_the_controls():
+    ablated = [("zero", f"channel {each}") for each in range(25)]
+    found = 0.5 + np.arange(26)[:, None] / 100 * np.ones(2)
+    roles = {"channel 24": "UP"} | {f"channel {each}": part.OTHER for each in range(5)}
+    row = part._rows(ablated, found, roles, {name for _, name in ablated}, "top left")[-1]
+    assert (row["rank"], row["controls"], row["rank_p"]) == (1, 19, pytest.approx(1 / 20))
 
 
 def test_the_counts_of_the_walks_add_up_to_the_levels(tables):
@@ -177,31 +215,20 @@ def helpful(tables):
 
 @pytest.mark.parametrize(
     ("effect", "low", "high", "agrees"),
-    [(0.2, 0.1, 0.3, "in part"), (0.2, -0.1, 0.3, "undecided"), (-0.2, -0.3, -0.1, "no")],
+    [(0.2, 0.1, 0.3, "yes"), (0.2, -0.1, 0.3, "undecided"), (-0.2, -0.3, -0.1, "no")],
 )
-def test_the_finding_agrees_at_most_in_part_and_only_when_zeroing_the_up_channel_helps(
-    helpful, effect, low, high, agrees
-):
+def test_the_finding_agrees_when_zeroing_the_up_channel_helps(helpful, effect, low, high, agrees):
     row_of(helpful, "channel 7").update(effect=effect, effect_low=low, effect_high=high)
     finding = part.finding(helpful)
     assert finding.agrees == agrees
     assert shown(row_of(helpful, "channel 7"), "effect", "+.3f") in finding.ours
 
 
-@pytest.mark.parametrize("kind", ["mean", "resample"])
-def test_an_ablation_with_one_reference_decides_nothing_and_is_told_without_an_interval(helpful, kind):
-    row_of(helpful, "channel 7", kind).update(effect=-0.2, effect_low=-0.3, effect_high=-0.1)
+def test_the_other_ablations_are_listed_with_their_intervals_and_decide_nothing(helpful):
+    row_of(helpful, "channel 7", "mean").update(effect=-0.2, effect_low=-0.3, effect_high=-0.1)
     finding = part.finding(helpful)
-    assert finding.agrees == "in part"
-    assert "mean ablation gives -0.200" in finding.follows or "resampling -0.200" in finding.follows
-    assert "-0.200" not in finding.ours and "-0.300 to -0.100" not in finding.follows
-
-
-@pytest.mark.parametrize("place", part.PLACES[1:])
-def test_the_finding_agrees_in_part_when_zeroing_helps_as_much_with_the_cheese_elsewhere(helpful, place):
-    (row,) = (row for row in helpful["across"] if (row["minus"], row["ablated"]) == (place, "channel 7"))
-    row.update(difference_low=-0.1)
-    assert part.finding(helpful).agrees == "in part"
+    assert finding.agrees == "yes"
+    assert "Other ablations: mean -0.200 (-0.300 to -0.100), resample +0.200" in finding.follows
 
 
 def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whether_it_was_chosen(tables):
@@ -213,14 +240,14 @@ def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whet
 
 
 def test_what_was_chosen_comes_first_in_the_table(tables):
-    controls = [row["role"] == "control" for row in tables["effects"]]
-    assert controls == sorted(controls) and set(controls) == {True, False}
+    roles = list(dict.fromkeys(row["role"] for row in tables["effects"]))
+    assert roles[-2:] == [part.OTHER, part.CONTROL] and len(roles) == 7
 
 
 def test_the_finding_gives_the_rank_by_increase(tables):
     changed = copy.deepcopy(tables)
     row_of(changed, "channel 7").update(rank=2, rank_p=0.1)
-    assert "rank 2 of 6 live channels by increase (p = 0.1)." in part.finding(changed).ours
+    assert "rank 2 of 2 by increase (p = 0.1)." in part.finding(changed).ours
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):

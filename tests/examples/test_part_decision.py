@@ -6,8 +6,10 @@ from studies import from_files, shipped_points
 
 from maze.analysis.decision_squares import DISTANCES, Decisions, at_decision_squares
 from maze.analysis.part import Study
+from maze.levels import draw_levels
 from maze.measurements import decision as part
 from maze.paths import Direction
+from maze.states import mazes_from_pictures, write_mazes
 
 GOES = {"UP": [0, 0, 1, 0], "RIGHT": [0, 0, 0, 1]}
 
@@ -130,18 +132,25 @@ def test_no_more_than_n_levels_are_waited_for(monkeypatch):
     assert part._helps(19, 20, 20) and not part._helps(20, 20, 20) and not part._helps(0, 100_000, 20)
 
 
-def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
+@pytest.mark.parametrize(("low", "high", "agrees"), [(0.55, 0.7, "yes"), (0.45, 0.7, "undecided"), (0.1, 0.3, "no")])
+def test_the_finding_agrees_when_most_mice_with_a_high_channel_go_to_the_corner(tables, low, high, agrees):
     changed = copy.deepcopy(tables)
-    for row in changed["choices"]:
-        least = 0.95 if row["split"] == part.SPLITS[0] else 0.2
-        row |= {"n": 999, "goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": least, "to_cheese_high": least + 0.05}
-    for row in changed["matched"]:
-        row |= {"difference": 0.5, "difference_low": 0.4, "difference_high": 0.6}
-    found = part.finding(changed)
-    assert found.agrees == "yes" and "n=999" in found.ours
-    for row in changed["matched"]:
-        row["difference_low"] = -0.1
-    assert part.finding(changed).agrees == "in part"
+    for row in changed["squares"]:
+        row |= {"n": 999, "share_low": 0.9, "share_high": 1.0}
+        if (row["direction"], row["split"], row["leads_to"], row["goes"]) == ("UP", part.SPLITS[1], "corner", True):
+            row |= {"share_low": low, "share_high": high}
+    assert part.finding(changed).agrees == agrees
+
+
+def test_levels_with_the_corner_on_the_way_to_the_cheese_are_counted(study, monkeypatch, tables):
+    pictures = ["...\n.#.\nM#C", "..C\n.#.\nM#.", "...\nC#.\nM#."]  # past the corner, on the corner, before it
+    base = draw_levels(1, size=3, seed=0)[0]
+    levels = [write_mazes(mazes_from_pictures(each), base)[0] for each in pictures]
+    monkeypatch.setattr(Study, "levels", lambda *given, **places: levels)
+    row = part._left_out(study, part.SPLITS[1])
+    assert (row["n"], row["count"]) == (3, 1)
+    counted = [f"{row['count']} of 6 levels {row['split']}" for row in tables["left_out"]]
+    assert part.finding(tables).follows.endswith(f"in {' and '.join(counted)}.")
 
 
 def test_every_rate_of_acceptance_says_what_it_is_a_rate_of(tables):
@@ -149,26 +158,20 @@ def test_every_rate_of_acceptance_says_what_it_is_a_rate_of(tables):
     assert "accepted_of_decision_squares" in tables["choices"][0]
 
 
-def test_few_levels_on_a_side_are_not_judged(tables):
+def test_few_levels_are_not_judged(tables):
     changed = copy.deepcopy(tables)
-    for row in changed["choices"]:
-        row |= {"goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": 0.95, "to_cheese_high": 1.0}
-        row["n"] = part.FEWEST - (row["split"] == part.SPLITS[1])
-    for row in changed["matched"]:
-        row |= {"difference": 0.5, "difference_low": 0.4, "difference_high": 0.6}
+    for rows in (changed["choices"], changed["squares"]):
+        for row in rows:
+            row["n"] = part.FEWEST - (row["split"] == part.SPLITS[1])
+    for row in changed["squares"]:
+        row |= {"share_low": 0.9, "share_high": 1.0}
     found = part.finding(changed)
     assert found.agrees == "undecided" and "fewer than 100, so this is not judged" in found.ours
 
 
-def test_a_mouse_that_misses_the_cheese_in_distribution_does_not_agree_in_full(tables):
-    inside = {"n": 500, "to_cheese_low": 0.7, "to_cheese_high": 0.8}
-    outside = {"n": 500, "goes_low": 0.9, "goes_high": 1.0, "to_cheese_low": 0.4, "to_cheese_high": 0.6}
-    assert part._claims(inside, outside, {"difference_low": 0.4, "difference_high": 0.6}) == [False, True, None, True]
-
-
-def test_a_policy_without_thresholds_is_not_comparable(study, monkeypatch):
+def test_a_policy_without_thresholds_is_not_judged(study, monkeypatch):
     monkeypatch.setattr("maze.analysis.decision_squares.thresholds", lambda _, directions: dict.fromkeys(directions))
     tables = part.measure(study)
     found = part.finding(tables)
-    assert found.agrees == "not comparable" and "has no threshold" in found.ours
+    assert found.agrees == "undecided" and "has no threshold" in found.ours
     assert part.figure(tables).axes

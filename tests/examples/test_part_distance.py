@@ -6,12 +6,15 @@ from studies import from_files, shipped_points
 
 from maze.analysis.part import Study
 from maze.measurements import distance as part
+from maze.states import read_mazes
 
 
 @pytest.fixture(scope="module")
 def study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 13)
+        patch.setattr(part, "BINS", 3)
+        patch.setattr(part, "FEWEST", 4)
         patch.setattr(part, "RESAMPLES", 99)
         patch.setattr("maze.analysis.part.SELECTION_LEVELS", 80)
         patch.setattr("maze.analysis.decision_squares.THRESHOLD_LEVELS", 80)
@@ -23,19 +26,28 @@ def tables(study):
     return part.measure(study)
 
 
-def test_shares_are_counted_in_bins_of_the_distance():
-    distance, values = np.array([0.5, 3.9, 4.0, 9.0]), np.array([True, False, True, False])
+def test_shares_are_counted_in_bins_of_the_distance_and_left_out_for_few_levels(monkeypatch):
+    monkeypatch.setattr(part, "FEWEST", 2)
+    distance, values = np.array([0.5, 3.9, 4.0, 9.0, 9.5]), np.array([True, False, True, False, False])
     rows = part._shares("mouse", distance, values)
-    assert [(row["from"], row["below"], row["n"], row["count"]) for row in rows] == [
-        (0, 4, 2, 1),
-        (4, 8, 1, 1),
-        (8, 12, 1, 0),
+    assert [(row["from"], row["below"], row["n"], row["count"]) for row in rows] == [(0, 4, 2, 1), (8, 12, 2, 0)]
+
+
+def test_every_bin_has_equally_many_levels_and_those_outside_the_region_are_apart(study, tables):
+    mouse = [row for row in tables["shares"] if row["measure"] == part.MOUSE]
+    assert [(row["from"], row["n"]) for row in mouse] == [(0, 8), (4, 8), (8, 8)]
+    levels = [
+        each
+        for low in (0, 4, 8)
+        for each in study.levels(f"distance from {low}", 8, size=13, cheese=(low, low + 4), mouse="decision square")
     ]
-
-
-def test_every_level_is_in_one_bin(study, tables):
-    mouse = [row["n"] for row in tables["shares"] if row["measure"] == part.MOUSE]
-    assert sum(mouse) == 2 * study.n
+    outside = sum(bool((cell < 8).any()) for cell in read_mazes(levels).cheese)
+    (row,) = (
+        row
+        for row in tables["trends"]
+        if (row["measure"], row["cheese"], row["within"]) == (part.MOUSE, part.SPLITS[1], "no strata")
+    )
+    assert row["n"] == outside < 24
 
 
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
@@ -76,13 +88,13 @@ def test_a_fall_that_is_not_steady_is_told_as_such(shares, told):
     assert told in part._course(rows)
 
 
-def test_a_correlation_that_is_not_known_is_an_open_claim(tables):
+def test_only_the_correlation_of_the_mouses_choice_over_all_levels_decides(tables):
     changed = copy.deepcopy(tables)
     for row in changed["trends"]:
-        known = row["measure"] == part.MOUSE
-        ends = (-0.33, -0.5, -0.1) if known else (None,) * 3
+        decides = (row["measure"], row["cheese"], row["within"]) == (part.MOUSE, part.BOTH, "no strata")
+        ends = (-0.33, -0.5, -0.1) if decides else (None,) * 3
         row |= dict(zip(("correlation", "correlation_low", "correlation_high"), ends, strict=True))
-    assert part.finding(changed).agrees == "in part"
+    assert part.finding(changed).agrees == "yes"
 
 
 def test_a_policy_without_thresholds_and_without_variation_is_told_as_such(study, monkeypatch):
@@ -90,7 +102,7 @@ def test_a_policy_without_thresholds_and_without_variation_is_told_as_such(study
     seen = part.squares.at_decision_squares
     monkeypatch.setattr(part.squares, "at_decision_squares", lambda *given: still(seen(*given)))
     tables = part.measure(study)
-    assert part.finding(tables).agrees == "not comparable"
+    assert part.finding(tables).agrees == "undecided"
     assert part.figure(tables).axes
 
 

@@ -78,12 +78,9 @@ def test_the_finding_reacts_to_one_level_that_breaks_a_rule(tables):
     row = next(row for row in changed["facts"] if row["fact"] == NAMES["odd"])
     row["holds"] -= 1
     told = part.finding(changed)
-    assert told.agrees == "in part"
+    assert told.agrees == "no"
     assert "A maze is not always decided" in told.follows
     assert f"first broken one: {NAMES['odd']}, size {row['size']}" in told.ours
-    for row in changed["overall"]:
-        row["holds"] = 0
-    assert part.finding(changed).agrees == "no"
 
 
 def test_the_figure_has_one_line_per_fact(tables):

@@ -21,7 +21,7 @@ from maze.paths import Direction
 def study():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 9)
-        patch.setattr(part, "REFERENCE", 8)
+        patch.setattr(part.effects, "REFERENCE_LEVELS", 2)
         patch.setattr("maze.analysis.part.SELECTION_LEVELS", 100)
         patch.setattr("maze.analysis.part.LABEL_LEVELS", 60)
         yield Study(shipped_points(), {}, 12, seed=0)
@@ -118,17 +118,18 @@ def test_with_few_controls_there_is_no_p_value_and_without_controls_no_rank():
 def test_an_ablated_push_and_its_controls_are_those_of_a_loop(study, goal):
     levels = study.levels("loop", 12, size=9, mouse="decision square")
     some = part.at_decision_squares(study.points, levels)
-    reference = activations(study.points, study.levels("background", 20, size=9, mouse="anywhere"), SITE)
+    background = activations(study.points, study.levels("background", 21, size=9, mouse="anywhere"), SITE)
+    references = background[SITE].view(3, 7, 32, 8, 8)
     weights = np.zeros((4, 32))
     weights[np.arange(4), [8, 24, 7, 30]] = weights[np.arange(4), [23, 16, 10, 13]] = 0.3
     pushes = Pushes(weights, np.zeros(32), np.ones(32))
-    after = part.ablate_push(study, levels, some, pushes, goal, reference)
+    after = part.ablate_push(study, levels, some, pushes, goal, references)
     for level, (cheese, corner) in enumerate(zip(some.cheese, some.corner, strict=True)):
         channels = np.flatnonzero(weights[corner if goal else cheese]).tolist()
         seed = study.seed_for("hypothesis others")
         sets = random_sets(study.selection.live, 2, count=19, seed=seed, other_than=[channels])
         for number, each in enumerate([channels, *sets]):
-            with patched(study.points, mean_ablate(study.points.site(SITE, channel=list(each)), reference)):
+            with patched(study.points, mean_ablate(study.points.site(SITE, channel=list(each)), references[level % 3])):
                 (moves,) = part.at_decision_squares(study.points, levels[level : level + 1]).moves
             assert after[number, level] == (moves[cheese] > moves[corner])
     assert len(after) == 20 and (after[1:] != after[0]).any()
@@ -145,27 +146,16 @@ def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
     assert len(part.figure(back).axes) == 2
 
 
-def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
+@pytest.mark.parametrize(("low", "high", "agrees"), [(0.1, 0.3, "yes"), (-0.1, 0.3, "undecided"), (-0.3, -0.1, "no")])
+def test_the_gain_of_the_larger_push_out_of_distribution_decides(tables, low, high, agrees):
     changed = copy.deepcopy(tables)
-    for row in changed["controls"]:
-        row |= {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "rank": 1, "rank_p": 0.01, "controls": 99}
     for row in changed["predictions"]:
-        row |= {"gain_low": 0.1, "gain_high": 0.3}
+        decides = (row["split"], row["predictor"]) == ("out of distribution", PUSH)
+        row |= {"gain_low": low if decides else 0.1, "gain_high": high if decides else 0.3}
+    for row in changed["controls"]:
+        row |= {"rank": 77, "rank_p": 0.77, "controls": 99}
     found = part.finding(changed)
-    assert found.agrees == "yes" and "rank 1 of 100" in found.ours
-    for row in changed["controls"]:
-        row |= {"rank": 77, "rank_p": 0.77}
-    found = part.finding(changed)
-    assert found.agrees == "in part" and "rank 77 of 100" in found.ours
-    for row in changed["controls"]:
-        row["rank_p"] = 0.01
-    for row in changed["predictions"]:
-        if row["predictor"] == PUSH:
-            row["gain_low"] = -0.1
-    assert part.finding(changed).agrees == "in part"
-    for row in changed["controls"]:
-        row |= {"auc": None, "auc_low": None, "auc_high": None, "rank": None}
-    assert part.finding(changed).agrees == "not comparable"
+    assert found.agrees == agrees and "rank 77 of 100" in found.ours
 
 
 def test_without_channels_for_any_direction_the_hypothesis_is_not_tested(tables):
@@ -176,4 +166,4 @@ def test_without_channels_for_any_direction_the_hypothesis_is_not_tested(tables)
     assert f"No channel stands for {Direction.LEFT.name}, whose" in part.finding(changed).ours
     for row in changed["channels"]:
         row["count"] = 0
-    assert part.finding(changed).agrees == "not comparable"
+    assert part.finding(changed).agrees == "undecided"

@@ -109,34 +109,27 @@ def test_with_the_cheese_itself_at_the_target_the_target_is_reached_as_often_as_
 
 
 @pytest.mark.parametrize(
-    ("effect_low", "beyond_low", "of_the_cheese", "agrees"),
-    [
-        (0.1, 0.1, 0.16, "yes"),
-        (0.1, -0.1, 0.16, "in part"),
-        (0.1, 0.1, 0.5, "in part"),  # less than half of what the cheese itself does
-        (-0.1, 0.1, 0.16, "undecided"),
-    ],
+    ("effect_low", "effect_high", "of_the_cheese", "agrees"),
+    [(0.1, 0.2, 0.16, "yes"), (0.1, 0.2, 0.3, "undecided"), (0.1, 0.2, 0.5, "no")],
 )
-def test_the_finding_agrees_when_the_target_is_reached_more_often_than_with_other_channels_and_half_as_with_the_cheese(
-    tables, effect_low, beyond_low, of_the_cheese, agrees
+def test_the_finding_agrees_when_the_target_is_reached_half_as_often_as_with_the_cheese(
+    tables, effect_low, effect_high, of_the_cheese, agrees
 ):
     changed = copy.deepcopy(tables)
-    changed["effects"][0] |= {"effect": 0.15, "effect_low": effect_low, "effect_high": 0.2}
+    changed["effects"][0] |= {"effect": 0.15, "effect_low": effect_low, "effect_high": effect_high}
     changed["effects"][-1] |= {"effect": of_the_cheese, "effect_low": 0.1, "effect_high": 0.6}
-    changed["against"][0] |= {"own_minus_control_low": beyond_low, "own_minus_control_high": 0.2}
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(changed["effects"][0], "effect", "+.3f") in finding.ours
     assert f"the one channel does {0.15 / of_the_cheese:.0%} of that" in finding.ours
 
 
-def test_where_the_cheese_itself_draws_no_mouse_a_mark_cannot_draw_it_as_a_cheese_does(tables):
+def test_if_the_cheese_itself_draws_no_mouse_nothing_is_decided(tables):
     changed = copy.deepcopy(tables)
     changed["effects"][0] |= {"effect": 0.15, "effect_low": 0.1, "effect_high": 0.2}
     changed["effects"][-1] |= {"effect": 0.02, "effect_low": -0.1, "effect_high": 0.1}
-    changed["against"][0] |= {"own_minus_control_low": 0.1, "own_minus_control_high": 0.2}
     finding = part.finding(changed)
-    assert finding.agrees == "in part" and "; the one channel" not in finding.ours
+    assert finding.agrees == "undecided" and "; the one channel" not in finding.ours
 
 
 def test_the_finding_says_when_the_largest_multiple_was_taken(tables):

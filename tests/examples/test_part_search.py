@@ -5,7 +5,8 @@ import pytest
 from studies import shipped_points, small_study
 
 from chanpatch.statistics import auc
-from maze.analysis.forwards import SITE
+from maze.analysis import contrasts
+from maze.analysis.forwards import SITE, forward
 from maze.measurements import search as part
 
 
@@ -19,6 +20,7 @@ def tables(study):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "CHOICE_LEVELS", 16)
         patch.setattr(part, "PAIR_LEVELS", 8)
+        patch.setattr(contrasts, "TEXTURES", 2)
         yield part.measure(study)
 
 
@@ -54,40 +56,39 @@ def test_the_contrast_is_over_all_channels_that_are_searched(study, tables):
     levels = study.levels("search choice", 2, size=25)
     many = sum(sums.shape[1] for sums in part._all_sums(study.points, levels).values())
     assert {row["searched"] for row in tables["contrast"]} == {many}
-    assert len(tables["contrast"]) == part.SHOWN
-
-
-@pytest.mark.parametrize(("direction", "knowing", "agrees"), [("UP", 4, "yes"), ("RIGHT", 0, "yes"), ("LEFT", 4, "no")])
-def test_the_finding_agrees_when_the_pairs_channel_differs_most(tables, direction, knowing, agrees):
-    changed = copy.deepcopy(tables)
-    filled = {name: 0.9 for name in ("in", "in_high", "out", "out_high", "out_low")} | {"in_low": 0.85}
-    at = [row for row in changed["hook_points"] if row["hook_point"] == SITE]
-    for number, row in enumerate(at):
-        row |= filled | ({} if number < knowing else {"in_low": 0.6, "in_high": 0.7}) | {"channel": number}
-    channels = {row["direction"]: row["channel"] for row in at}
-    effect = {"effect": 2.0, "effect_low": 1.5, "effect_high": 2.5}
-    changed["contrast"] = [
-        changed["contrast"][0] | effect | {"site": f"Site('{SITE}', channel={channels[direction]})", "rank": 1}
-    ]
-    assert part.finding(changed).agrees == agrees
+    rows = tables["contrast"]
+    assert [row["rank"] for row in rows[: part.SHOWN]] == list(range(1, part.SHOWN + 1))
+    assert {row["site"] for row in rows if row["direction"] == "UP"} == {f"Site('{SITE}', channel=7)"}
+    assert {row["direction"] for row in rows} == {"", "LEFT", "DOWN", "UP", "RIGHT"}
+    sizes = [abs(row["effect"] or 0.0) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize(
-    ("top", "wanted", "stands_out"),
-    [
-        ((1.5, 2.5), (-1.7, -0.5), None),  # its size reaches the top's
-        ((1.5, 2.5), (-1.4, -0.5), False),
-        ((-0.1, 2.5), (-1.4, -0.5), None),  # nothing stands out
-        ((None, None), (-1.4, -0.5), None),
-    ],
+    ("p", "effect", "agrees"),
+    [(0.05, 1.5, "yes"), (0.051, 1.5, "undecided"), (0.001, -1.5, "no"), (None, 1.5, "undecided")],
 )
-def test_a_channel_of_other_directions_on_top_counts_against_it_only_beyond_the_intervals(top, wanted, stands_out):
-    rows = [
-        {"site": name, "effect_low": low, "effect_high": high} for name, (low, high) in (("other", top), ("up", wanted))
-    ]
-    assert part._stands_out(rows, ["up"]) is stands_out
-    first_is_wanted = part._stands_out([rows[0] | {"site": "up"}], ["up"])
-    assert first_is_wanted is (True if top == (1.5, 2.5) else None)
+def test_the_corrected_p_of_the_up_channel_decides(tables, p, effect, agrees):
+    changed = copy.deepcopy(tables)
+    for row in changed["contrast"]:
+        row |= {"p": p, "effect": effect} if row["direction"] == "UP" else {"p": 0.001, "effect": 9.0}
+    for row in changed["hook_points"]:
+        row |= {name: 0.9 for name in ("in", "in_low", "in_high", "out", "out_low", "out_high")}
+    assert part.finding(changed).agrees == agrees
+
+
+def test_single_activations_are_those_of_our_pair_by_hand(study, tables):
+    pairs = [pair for pair in contrasts.drawn_pairs() if (pair.number, pair.turn) == (0, 0)][:4]
+    sides = [forward(study.points, [pair.levels[side] for pair in pairs], SITE, None)[1][SITE] for side in range(2)]
+    difference = (sides[0] - sides[1]).double().mean(dim=0)
+    levels = study.levels("search pair background", 12, size=7, mouse="anywhere")
+    std = forward(study.points, levels, SITE, None)[1][SITE].double().std(dim=0, unbiased=False)
+    effect = difference / std.clamp(min=0.5 * float((std**2).mean().sqrt()))
+    row, col = divmod(int(effect[7].abs().argmax()), 8)
+    own = next(each for each in tables["activations"] if each["of_up_channel"])
+    assert own["activation"] == f"{SITE}, channel=7, row={row}, col={col}"
+    assert own["effect"] == pytest.approx(float(effect[7, row, col]), rel=1e-3)
+    assert [each["rank"] for each in tables["activations"]][: part.SINGLES] == list(range(1, part.SINGLES + 1))
 
 
 def test_the_best_hook_point_is_the_one_of_the_choice_mazes(tables):

@@ -43,17 +43,18 @@ def test_the_largest_size_is_compared_with_the_others_and_not_with_itself(tables
     assert any(row["minus_largest"] is not None for row in tables["sizes"])
 
 
-@pytest.mark.parametrize(("told", "agrees"), [(40, "yes"), (30, "in part"), (0, "in part")])
-def test_the_finding_counts_the_cells_that_tell_more_than_the_walls(tables, told, agrees):
+@pytest.mark.parametrize(("lowest", "agrees"), [(0.1, "yes"), (-0.1, "undecided"), (-0.4, "no")])
+def test_the_lowest_difference_from_the_walls_in_distribution_decides(tables, lowest, agrees):
     changed = copy.deepcopy(tables)
     inside = [row for row in changed["sizes"] if row["split"] == "in distribution"]
     for row in changed["sizes"]:
-        row |= {"auc": 0.9, "auc_low": 0.8, "auc_high": 0.95, "beyond_walls_low": 0.1, "beyond_walls_high": 0.3}
-    for row in inside[told:]:
-        row["beyond_walls_low"] = -0.1
+        row |= {"auc": 0.9, "auc_low": 0.8, "auc_high": 0.95}
+        low = 0.3 if row in inside else -0.9
+        row |= {"beyond_walls": low + 0.1, "beyond_walls_low": low, "beyond_walls_high": low + 0.2}
+    inside[7] |= {"beyond_walls": lowest + 0.1, "beyond_walls_low": lowest, "beyond_walls_high": lowest + 0.2}
     assert len(inside) == 40
     assert part.finding(changed).agrees == agrees
-    assert f"in {told} of 40 cells in distribution" in part.finding(changed).follows
+    assert f"in {39 + (lowest > 0)} of 40 cells in distribution" in part.finding(changed).follows
 
 
 def test_cells_with_too_few_mazes_are_left_out(tables):

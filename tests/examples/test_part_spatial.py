@@ -75,7 +75,7 @@ def test_only_the_channels_of_directions_are_ranked_among_the_others(tables):
             assert row["rank"] is None and row["channel"] == 23
         else:
             assert row["controls"] == 1
-            assert row["rank"] == 1 + sum(abs(each) >= abs(row["difference"]) for each in controls)
+            assert row["rank"] == 1 + sum(each >= row["difference"] for each in controls)
 
 
 def test_one_channel_may_stand_for_several_directions_without_controls():
@@ -103,16 +103,22 @@ def test_the_finding_agrees_when_nearly_all_of_the_sum_lies_around_the_mouse(tab
     assert part.finding(changed).agrees == agrees
 
 
-def test_the_finding_is_of_the_circle_of_one_cell_and_says_the_rank_there(tables):
+def test_the_finding_is_of_two_cells_and_the_lowest_fraction_decides(tables):
     found = part.finding(tables)
-    assert found.ours.startswith("Fraction of the sum within 1 map cell (3.1 squares) of the mouse")
-    row = next(row for row in tables["shares"] if (row["channel"], row["distance"]) == (7, 1))
+    assert found.ours.startswith("Fraction of the sum within 2 map cells (6.2 squares) of the mouse")
+    row = next(row for row in tables["shares"] if (row["channel"], row["distance"]) == (7, 2))
     assert f"UP (channel 7) {row['share']:.3f}" in found.ours and f"rank {row['rank']} of 2" in found.ours
-    wider = copy.deepcopy(tables)
-    for row in wider["shares"]:
-        if row["distance"] > 1:
-            row |= {"share_low": 0.0, "share_high": 0.1, "difference_low": -0.9, "difference_high": -0.5}
-    assert part.finding(wider) == found
+    other = copy.deepcopy(tables)
+    for row in other["shares"]:
+        lowest = (row["channel"], row["distance"]) == (24, 2)
+        row |= {"share": 0.8 if lowest else 0.99, "share_low": 0.7 if lowest else 0.98, "share_high": 0.85}
+    assert part.finding(other).agrees == "no"
+
+
+def test_the_curve_rises_to_the_whole_sum(tables):
+    for channel in (7, 23):
+        curve = [row["share"] for row in tables["shares"] if row["channel"] == channel]
+        assert len(curve) == len(part.DISTANCES) and curve == sorted(curve) and curve[-1] > 0.8
 
 
 def test_the_figure_draws_the_maze_with_the_highest_sum(study, tables):

@@ -52,14 +52,14 @@ def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
 
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     changed = copy.deepcopy(tables)
-    changed["scores"][0] |= {"base": 0.123, "gain_low": 0.1, "gain_high": 0.2, "auc_low": 0.6, "auc_high": 0.8}
+    changed["scores"][0] |= {"base": 0.123, "gain_low": 0.1, "gain_high": 0.2}
     for row in changed["coefficients"]:
         row |= {"coefficient_low": -2.0, "coefficient_high": 1.0}
     changed["coefficients"][0]["coefficient_high"] = -1.0
     found = part.finding(changed)
     assert found.agrees == "yes" and "Base rate 0.123" in found.ours
     assert f"less often with a larger '{DISTANCES[0]}'" in found.follows and DISTANCES[1] not in found.follows
-    changed["scores"][0] |= {"gain_low": -0.1, "auc_low": 0.4}
+    changed["scores"][0] |= {"gain_low": -0.1}
     assert part.finding(changed).agrees == "undecided"
     changed["scores"][0] |= {"gain_low": -0.2, "gain_high": -0.1}
     assert part.finding(changed).agrees == "no"

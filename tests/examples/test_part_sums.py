@@ -73,6 +73,7 @@ def test_the_precise_threshold_is_the_smallest_of_one_half_scored_on_the_other_a
 )
 def test_the_areas_are_told_and_not_judged(tables, inside, outside, drop):
     changed = with_precision(tables, (0.95, 0.99), (0.6, 0.8))
+    precise_row(changed).update(drop_low=0.1, drop_high=0.3)
     for row in changed["goals"]:
         value = inside if row["split"] == part.SPLITS[0] else outside
         for name, of in (("cheese", value), ("drop", drop)):
@@ -81,25 +82,18 @@ def test_the_areas_are_told_and_not_judged(tables, inside, outside, drop):
     assert told.agrees == "yes" and f"AUC in distribution {inside:.3f}" in told.ours
 
 
-@pytest.mark.parametrize(
-    ("fit", "shifted", "agrees"),
-    [
-        ((0.95, 0.99), (0.6, 0.8), "yes"),
-        ((0.85, 0.99), (0.6, 0.8), "in part"),
-        ((0.95, 0.99), (0.85, 0.95), "in part"),
-        ((0.6, 0.8), (0.6, 0.8), "in part"),
-    ],
-)
-def test_almost_surely_in_distribution_and_not_outside_is_asked_of_the_precision(tables, fit, shifted, agrees):
-    changed = with_precision(tables, fit, shifted)
+@pytest.mark.parametrize(("low", "high", "agrees"), [(0.1, 0.3, "yes"), (-0.1, 0.3, "undecided"), (-0.3, -0.1, "no")])
+def test_the_drop_of_the_precision_decides(tables, low, high, agrees):
+    changed = with_precision(tables, (0.95, 0.99), (0.6, 0.8))
     for row in changed["transfer"]:
         row |= {f"{name}{end}": 0.8 for name in ("fit", "shifted", "drop") for end in ("", "_low", "_high")}
+    precise_row(changed).update(drop_low=low, drop_high=high)
     assert part.finding(changed).agrees == agrees
 
 
 def test_a_threshold_that_accepts_nothing_leaves_the_claim_open(tables):
     changed = with_precision(tables, (0.0, 1.0), (0.0, 1.0))
-    precise_row(changed)["fit"] = np.nan
+    precise_row(changed).update(fit=np.nan, drop_low=None, drop_high=None)
     found = part.finding(changed)
     assert "with precision undefined, as no sum is accepted in distribution" in found.ours and found.agrees != "yes"
 

@@ -34,7 +34,7 @@ def test_the_readout_is_a_logistic_regression_on_the_mazes_in_which_the_directio
     scale = StandardScaler().fit(selection.sums[40:, LIVE])
     peer = LogisticRegression(tol=1e-9).fit(scale.transform(selection.sums[40:, LIVE]), selection.first[40:] == 2)
     expected = auc(peer.decision_function(scale.transform(sums[:, LIVE])), up)
-    row = readout(selection, Direction.UP, sums, up)
+    row = readout(selection, Direction.UP, 1, sums, up)
     assert (row["channel"], row["live"], row["n_fit"], row["n"]) == (1, 3, 160, 100)
     assert [row["linear"], row["linear_low"]] == pytest.approx([expected.estimate, expected.low])
     assert row["one"] == auc(sums[:, 1], up).estimate
@@ -43,5 +43,5 @@ def test_the_readout_is_a_logistic_regression_on_the_mazes_in_which_the_directio
 
 def test_with_one_kind_of_maze_there_is_nothing_to_tell(selection):
     sums, _ = mazes(5, seed=1)
-    row = readout(selection, Direction.UP, sums, np.ones(5, dtype=bool))
+    row = readout(selection, Direction.UP, 1, sums, np.ones(5, dtype=bool))
     assert row["linear"] is None and row["more_low"] is None

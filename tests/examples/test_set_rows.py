@@ -25,7 +25,7 @@ def levels(study):
 
 @pytest.fixture(scope="module")
 def rows(study, levels):
-    reference = activations(study.points, study.levels("reference", 10, size=7), SITE)
+    reference = activations(study.points, study.levels("reference", 10, size=7), SITE)[SITE][None]
     return set_rows(study, levels, GROUP, reference, seed=1)
 
 

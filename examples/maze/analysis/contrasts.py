@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from chanpatch import contrast
@@ -21,23 +23,27 @@ from maze.levels import draw_levels
 from maze.paths import Direction
 from maze.states import Mazes, write_mazes
 
+TEXTURES = 16  # levels of the same size that give a pair its textures
+
 
 class DrawnPair(NamedTuple):
-    """A pair drawn by hand, in one rotation: the number of the pair, quarter turns, the two mazes and their levels."""
+    """One picture of a pair drawn by hand: the numbers of the pair, of quarter turns and of the texture, and mazes."""
 
     number: int
     turn: int
+    texture: int
     mazes: Mazes
     levels: list[bytes]
 
 
 def drawn_pairs() -> list[DrawnPair]:
-    """The pairs drawn by hand in their four rotations, the post's first; a level of the same size gives textures."""
+    """The pairs drawn by hand in four rotations, `TEXTURES` textures and both facings; the first is like the post's."""
     found = []
     for number, pair in enumerate(contrastive_pairs()):
-        base = draw_levels(1, size=int(pair.size[0]), seed=0)[0]
-        turns = enumerate(rotations(pair))
-        found += [DrawnPair(number, turn, mazes, write_mazes(mazes, base)) for turn, mazes in turns]
+        bases = draw_levels(TEXTURES, size=int(pair.size[0]), seed=0)
+        for (turn, mazes), (texture, base) in product(enumerate(rotations(pair)), enumerate(bases)):
+            for faced in (mazes.moved(facing_right=False), mazes.moved(facing_right=True)):
+                found.append(DrawnPair(number, turn, texture, faced, write_mazes(faced, base)))
     return found
 
 
@@ -58,16 +64,20 @@ def pair_contrast(
     return contrast(study.points, *map(frames, pairs), sites, background=frames(background))
 
 
-def contrast_rows(result: Contrast) -> Table:
+def contrast_rows(result: Contrast, floor: float = 0.0) -> Table:
     """One row per channel, in the order of the contrast: differences of sums, effects and p-values.
 
     An effect is a difference in units of the channel's background deviation, which counts as known. So effects and
-    differences have the same interval in different units.
+    differences have the same interval in different units. The unit is at least `floor` times the root mean square of
+    the deviations at the hook point, so that a nearly silent channel has no large effect.
     """
+    names = np.array([site.name for site in result.sites])
+    least = {name: floor * float(np.sqrt(np.mean(result.std[names == name] ** 2))) for name in {*names.tolist()}}
     rows = []
-    for record in result.to_records():
-        effect, unit = [record[name] for name in ("effect", "low", "high")], record["std"]
-        difference = Interval(record["difference"], *(end * unit for end in effect[1:]), 0.95)
+    for site, record in zip(result.sites, result.to_records(), strict=True):
+        unit = max(record["std"], least[site.name])
+        effect = [record[name] * (record["std"] / unit if unit else 1.0) for name in ("effect", "low", "high")]
+        difference = Interval(record["difference"], *(record[name] * record["std"] for name in ("low", "high")), 0.95)
         row = {"site": record["site"], "pairs": result.pairs, "background": result.background}
         row |= intervals(difference=difference, effect=Interval(*effect, 0.95))
         rows.append(row | {name: record[name] for name in ("p", "no_p")})

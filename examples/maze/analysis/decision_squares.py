@@ -19,7 +19,7 @@ from maze.analysis.estimates import intervals
 from maze.analysis.forwards import SITE, forward, legal_at_mouse, level_sums
 from maze.analysis.part import SPLITS, Study, open_to
 from maze.paths import Direction, distances, first_steps, top_right
-from maze.policy.network import ACTIONS, is_posts
+from maze.policy.network import ACTIONS
 from maze.states import Mazes, read_mazes
 
 TO_CHEESE = "square to cheese, path"
@@ -28,7 +28,6 @@ CHEESE_TO_CORNER = "cheese to corner, straight"
 DISTANCES = (CHEESE_TO_CORNER, TO_CHEESE, TO_CORNER, "square to cheese, straight", "square to corner, straight")
 
 PRECISION = 0.99  # required of the threshold on a channel's sum
-POSTS_CHANNELS = {Direction.UP: 121, Direction.RIGHT: 73}  # on its own network
 POSTS_THRESHOLD = 30.0  # for both channels
 POSTS = "the post's, on its own network"
 THRESHOLD_LEVELS = 1000  # mazes for thresholds, for any n: one half to choose on, one to score on
@@ -96,28 +95,19 @@ def _distances(mazes: Mazes) -> Values:
     return np.stack([straight[0], *paths, *straight[1:]], axis=1).astype(np.float64)
 
 
-def tested_channel(study: Study, direction: Direction) -> int:
-    """The channel with a threshold: the post's on its own network, else the direction's."""
-    return POSTS_CHANNELS[direction] if _is_given(study, direction) else study.channel(direction)
-
-
 def thresholds(study: Study, directions: Sequence[Direction]) -> Probes:
     """The threshold of each direction: `precise_threshold` on separate mazes, or the post's on the post's network."""
     levels = study.levels("threshold", THRESHOLD_LEVELS, size=25, cheese=SPLITS[0], mouse="anywhere")
     probes = {}
     for direction in directions:
         free, labels = open_to(direction, levels, len(levels))
-        sums = level_sums(study.points, SITE, free)[:, tested_channel(study, direction)]
+        sums = level_sums(study.points, SITE, free)[:, study.channel(direction)]
         probe = precise_threshold(sums, labels, seed=study.seed_for("threshold halves"))
-        if probe and _is_given(study, direction):
+        if probe and study.is_given(direction):
             probe = replace(probe, threshold=POSTS_THRESHOLD, direction="above", criterion=POSTS, fitted_on=0)
             probe = replace(probe, held_out=probe.transfer(sums, labels).shifted)  # no maze was fitted on
         probes[direction] = probe
     return probes
-
-
-def _is_given(study: Study, direction: Direction) -> bool:
-    return is_posts(study.weights) and direction in POSTS_CHANNELS
 
 
 def precise_threshold(sums: Values, labels: Flags, *, seed: int) -> ThresholdProbe | None:
@@ -138,7 +128,7 @@ def threshold_rows(study: Study, probes: Probes) -> Table:
     return [
         {
             "direction": direction.name,
-            "channel": tested_channel(study, direction),
+            "channel": study.channel(direction),
             "threshold": probe and probe.threshold,
             "accepts": probe and probe.direction,
             "criterion": "none: the channel has no threshold" if probe is None else probe.criterion,

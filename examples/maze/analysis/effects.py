@@ -12,17 +12,17 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
-from chanpatch import HookPoints, Patch, mean_ablate, patch_in, zero_ablate
+from chanpatch import HookPoints, Patch, patch_in, zero_ablate
 from chanpatch.controls import random_sets
-from chanpatch.patching import ActivationCache
 from chanpatch.patching.edits import donor_rows
 from chanpatch.statistics import Interval, mean_interval
 from maze.analysis.cells import Integers, Row, Table, Values, shown
 from maze.analysis.estimates import intervals, one_by_one, rank_cells
 from maze.analysis.exact import ORIGINAL, Chains, cheese_and_corner, decisions, first_hits
-from maze.analysis.forwards import SITE
+from maze.analysis.forwards import SITE, activations
 from maze.analysis.part import Study
 from maze.analysis.tables import Intervention, action_tables
 
@@ -37,6 +37,7 @@ DESTINATIONS = {
 }
 SETS = 19  # random sets: as many as a p-value requires
 SET_LEVELS = 200  # maximum number of levels that sets are compared on
+REFERENCES, REFERENCE_LEVELS = 20, 100  # reference sets for means and donors, and the levels in each set
 
 _LEVELS = 200  # levels whose tables are in memory at once
 
@@ -74,22 +75,37 @@ def p_reached(
     return np.concatenate(parts, axis=1)
 
 
-def ablation(
-    points: HookPoints, kind: Kind, channels: Sequence[int], reference: ActivationCache, *, seed: int
-) -> Intervention:
-    """Ablate channels of `SITE` together: to zero, to the mean over reference levels, or to a random reference level.
+def references(study: Study, purpose: str, **places: Any) -> Tensor:
+    """Activations at `SITE` on sets of levels with seeds of their own: (reference, level, channel, row, col)."""
+    drawn = (study.levels(f"{purpose} {number}", REFERENCE_LEVELS, **places) for number in range(REFERENCES))
+    return torch.stack([activations(study.points, levels, SITE)[SITE] for levels in drawn])
 
-    Random levels are drawn as by `chanpatch.resample_ablate` in a forward pass with the levels as rows.
+
+def reference_of(kind: str, n: int) -> Integers | None:
+    """The reference set for each of n levels, as clusters for intervals; None for zero ablation.
+
+    Levels take turns, so that each reference set is used on levels of its own.
+    """
+    return None if kind == "zero" else np.arange(n) % REFERENCES
+
+
+def ablation(points: HookPoints, kind: Kind, channels: Sequence[int], sets: Tensor, *, seed: int) -> Intervention:
+    """Ablate channels of `SITE` together: to zero, or to the mean or a random row of the level's reference set.
+
+    `sets` are the activations from `references`. Random rows are drawn as by `chanpatch.resample_ablate` in a forward
+    pass with the levels as rows.
     """
     site = points.site(SITE, channel=list(channels))
     if kind == "zero":
         return [zero_ablate(site)]
     if kind == "mean":
-        return [mean_ablate(site, reference)]
-    donors = reference[SITE][:, list(channels)]
+        means = sets[:, :, list(channels)].mean(dim=1)
+        return lambda level: [patch_in(site, means[torch.from_numpy(level) % len(means)])]
 
     def resampled(level: Integers) -> Sequence[Patch]:
-        return [patch_in(site, donors[donor_rows(seed, 0, torch.from_numpy(level), len(donors))])]
+        rows = torch.from_numpy(level)
+        donors = donor_rows(seed, 0, rows, sets.shape[1])
+        return [patch_in(site, sets[rows[:, None] % len(sets), donors[:, None], torch.tensor(channels)])]
 
     return resampled
 
@@ -130,31 +146,30 @@ def effect_rows(values: Mapping[str, Values], names: Sequence[str]) -> Table:
     return rows
 
 
-def set_rows(
-    study: Study, levels: Sequence[bytes], group: Sequence[int], reference: ActivationCache, *, seed: int
-) -> Table:
+def set_rows(study: Study, levels: Sequence[bytes], group: Sequence[int], sets: Tensor, *, seed: int) -> Table:
     """The effect of ablating a group of channels on P(cheese), ranked among random sets of live channels.
 
-    One row per kind of ablation, over the first `SET_LEVELS` levels; no rows if there are no other sets.
+    One row per kind of ablation, over the first `SET_LEVELS` levels; no rows if there are no other sets of channels.
     """
     levels = levels[:SET_LEVELS]
-    sets = [group, *random_sets(study.selection.live, len(group), count=SETS, seed=seed, other_than=[group])]
-    if len(sets) == 1:
+    groups = [group, *random_sets(study.selection.live, len(group), count=SETS, seed=seed, other_than=[group])]
+    if len(groups) == 1:
         return []
     interventions = {
-        f"{kind} {number}": ablation(study.points, kind, channels, reference, seed=seed)
+        f"{kind} {number}": ablation(study.points, kind, channels, sets, seed=seed)
         for kind in KINDS
-        for number, channels in enumerate(sets)
+        for number, channels in enumerate(groups)
     }
     found = p_reached(study.points, levels, interventions)
-    by_kind = np.split(found[1:] - found[0], len(KINDS))
-    named = {"ablated": f"top {len(group)}", "n": len(levels)}
-    return [{"kind": kind, **named, **ranked_cells(changes)} for kind, changes in zip(KINDS, by_kind, strict=True)]
+    named, rows = {"ablated": f"top {len(group)}", "n": len(levels)}, []
+    for kind, changes in zip(KINDS, np.split(found[1:] - found[0], len(KINDS)), strict=True):
+        rows.append({"kind": kind, **named, **ranked_cells(changes, reference_of(kind, len(levels)))})
+    return rows
 
 
-def ranked_cells(changes: Values) -> Row:
+def ranked_cells(changes: Values, clusters: Integers | None = None) -> Row:
     """The first effect of (effect, level), its rank among the others, and the range of the others, as cells."""
-    own, *others = mean_intervals(changes)
+    own, *others = mean_intervals(changes, clusters)
     controls = [each.estimate for each in others]
     ends = {"controls_lowest": min(controls), "controls_highest": max(controls)}
     return intervals(effect=own) | rank_cells(own.estimate, controls) | ends
@@ -165,9 +180,9 @@ def rank_text(row: Mapping[str, Any]) -> str:
     return f"{shown(row, 'effect', '+.3f')}, rank {row['rank']} of {row['controls'] + 1} ({p})"
 
 
-def mean_intervals(values: Values) -> list[Interval]:
-    """The mean over levels and its interval, for every row of (row, level)."""
-    return one_by_one(mean_interval(values.T))
+def mean_intervals(values: Values, clusters: Integers | None = None) -> list[Interval]:
+    """The mean over levels and its interval, for every row of (row, level), with the cluster of each level if given."""
+    return one_by_one(mean_interval(values.T, clusters=clusters))
 
 
 def _counted_from(first: int, intervention: Intervention) -> Intervention:

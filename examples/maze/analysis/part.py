@@ -24,11 +24,13 @@ from maze.analysis.labels import LabelledChannel, labelled_channels
 from maze.analysis.selection import Selection, select_channels
 from maze.levels import draw_levels
 from maze.paths import Direction, first_steps, top_right
+from maze.policy.network import is_posts
 from maze.states import read_mazes
 
 SPLITS = ("in distribution", "out of distribution")  # places of the cheese: in the top right 5x5, or elsewhere
 POOL = 3  # levels drawn per level with a given open direction
 SELECTION_LEVELS = 1000  # for choosing channels, for any n
+POSTS_CHANNELS = {Direction.UP: 121, Direction.RIGHT: 73}  # on the post's own network
 LABEL_LEVELS = 500  # one half for choosing labels and one for testing them, for any n
 
 
@@ -62,9 +64,13 @@ class Study:
         levels = self.levels("labels", LABEL_LEVELS, size=25, cheese=SPLITS[0])
         return labelled_channels(self.points, self.selection, levels, self.seed_for("label halves"))
 
+    def is_given(self, direction: Direction) -> bool:
+        """Whether the post names the direction's channel, which it does on its own network."""
+        return is_posts(self.weights) and direction in POSTS_CHANNELS
+
     def channel(self, direction: Direction) -> int:
-        """The best predictor, on the selection mazes, that the path to the cheese starts in a direction."""
-        return self.selection.best[direction]
+        """The post's channel for a direction on its own network, else the best predictor on the selection mazes."""
+        return POSTS_CHANNELS[direction] if self.is_given(direction) else self.selection.best[direction]
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,13 @@ def area(sums: Values, labels: Flags) -> Interval | None:
     return None if min(labels.sum(), (~labels).sum()) < 2 else auc(sums, labels)
 
 
-def readout(selection: Selection, direction: Direction, sums: Values, labels: Flags) -> Row:
-    """The AUCs of a logistic probe of all live channels and of the direction's channel, and their paired difference.
+def readout(selection: Selection, direction: Direction, channel: int, sums: Values, labels: Flags) -> Row:
+    """The AUCs of a logistic probe of all live channels and of one channel, and their paired difference.
 
     The probe is fitted on the selection mazes in which the direction is legal, and scored on other mazes: sums (level,
     channel), and whether the path starts in the direction, (level,).
     """
-    live, rows, channel = list(selection.live), selection.legal[:, direction], selection.best[direction]
+    live, rows = list(selection.live), selection.legal[:, direction]
     probe = LogisticProbe.fit(selection.sums[rows][:, live], selection.first[rows] == direction)
     all_live, one = probe.predict(sums[:, live]), sums[:, channel]
     known = area(one, labels) is not None

