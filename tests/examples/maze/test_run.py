@@ -187,7 +187,7 @@ def test_the_shipped_policies_stand_side_by_side(parts, tmp_path):
     page = (run(settings(tmp_path, weights=None)) / "report.html").read_text()
     assert MEASURED[:2] == ["policy.safetensors", "control.safetensors"]
     assert "The same on the control policy" in page
-    assert "This run has no figures for the control without that loss" in page
+    assert "This run did not measure the control without that loss" in page
 
 
 def test_the_policies_beside_the_main_one_are_measured_on_fewer_levels(parts, tmp_path):
