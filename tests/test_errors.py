@@ -452,7 +452,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "caches of different sites": (
         errors.SiteError,
         lambda: cache() - run_with_cache(POINTS, *CNN.inputs(2), sites="fc", stop=True),
-        "Caches with different sites cannot be combined. These sites are not in both: Site('fc'), Site('relu1').",
+        "Caches with different sites cannot be combined. These sites are in only one: Site('fc'), Site('relu1').",
     ),
     "a reduction that cannot tell its axes": (
         errors.SiteError,

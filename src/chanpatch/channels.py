@@ -26,10 +26,10 @@ ROUNDING = 1e-6  # relative difference to expect between two runs in single prec
 
 
 def rounding(sites: Iterable[Site]) -> float:
-    """Return the relative difference between two runs that rounding can cause, for the least precise dtype at sites."""
+    """Return the relative difference that rounding can cause between two runs, given the sites' least precise dtype."""
     dtypes = {site.point.dtype for site in sites if site.point is not None}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=ROUNDING / 8)
-    return eps if eps > ROUNDING else 8 * eps  # ROUNDING, rounded to a power of two, in single precision
+    return eps if eps > ROUNDING else 8 * eps  # in single precision, ROUNDING to the nearest power of two
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Moments:
 
     Attributes:
         count: Number of inputs.
-        mean, lowest, highest: Mean, minimum and maximum, `(channel,)`.
-        squares: Sum of squared deviations from the mean, `(channel,)`.
+        mean, lowest, highest: Mean, minimum and maximum, each with shape `(channel,)`.
+        squares: Sum of squared deviations from the mean, with shape `(channel,)`.
 
     References:
         Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), equation 2.1.
@@ -67,7 +67,7 @@ class Moments:
 
     @property
     def std(self) -> Floats:
-        """Standard deviation per channel, `(channel,)`, with denominator count - 1."""
+        """Standard deviation of each channel, with shape `(channel,)` and denominator count - 1."""
         spread: Floats = np.sqrt(self.squares / (self.count - 1))
         return spread
 
@@ -87,7 +87,7 @@ def point_at(site: Site) -> HookPoint:
 
 
 def pair_count(clean: Any, corrupted: Any) -> int:
-    """Return the number of pairs; raise ContrastError if there are 0 or the two numbers of inputs differ."""
+    """Return the number of pairs; raise ContrastError if there are none or the numbers of inputs differ."""
     count, other = input_count(clean), input_count(corrupted)
     if count != other or not count:
         raise ContrastError(f"clean has {count} inputs and corrupted has {other}. Pass one of each per pair.")
@@ -125,7 +125,7 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:
-    """Return a site's activations as `(input, channel)`, from the batch axis and at most one other axis."""
+    """Return a site's activations, which have a batch axis and at most one other, with shape `(input, channel)`."""
     # Copied, because small tensors that outlive their forward pass would fragment memory.
     array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
     return array if array.ndim > 1 else array[:, None]
@@ -135,7 +135,7 @@ def rows(cache: ActivationCache, site: Site) -> Floats:
 class Collector:
     """Collects activations at sites over many inputs, reduced in double precision.
 
-    `run` restores the model between forward passes, and `error` is the class of the errors.
+    `run` restores the model between forward passes, and `error` is the exception class to raise.
     """
 
     run: undisturbed
@@ -165,7 +165,7 @@ class Collector:
             yield recorder.result
 
     def samples(self, name: str, inputs: Any) -> dict[Site, Floats]:
-        """Return each site's activations, `(input, channel)`; `name` names the inputs in errors."""
+        """Return each site's activations with shape `(input, channel)`; error messages call the inputs `name`."""
         parts = [*self._parts(name, inputs, rows)]
         return {site: np.concatenate([part[site] for part in parts]) for site in self.sites}
 

@@ -52,15 +52,15 @@ class UnsupportedModelError(ChanpatchError, TypeError):
 
 
 class DistributionError(ChanpatchError, TypeError):
-    """Raised for outputs without an action distribution, and distributions that lack inverse-CDF sampling."""
+    """Raised for outputs without an action distribution, and for distributions that lack inverse-CDF sampling."""
 
 
 class MetricError(ChanpatchError, ValueError):
-    """Raised when a metric, or an action passed to one, does not match the model's output."""
+    """Raised when a metric, or an action passed to a metric, does not match the model's output."""
 
 
 class SweepError(ChanpatchError, ValueError):
-    """Raised when patches cannot be swept, or cannot be swept with the requested strategy."""
+    """Raised when patches cannot be swept at all, or not with the requested strategy."""
 
 
 class RolloutError(ChanpatchError, ValueError):

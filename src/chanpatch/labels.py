@@ -23,7 +23,7 @@ def labelled_patches(
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
     """Return (label, patches) pairs; without a mapping, labels are derived from the sites.
 
-    Raises `fault` if there are no patches, or two share a label. `what` names the patches in messages.
+    Raises `fault` if there are no patches, or if two entries share a label. Messages call the patches `what`.
     """
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]
@@ -46,18 +46,18 @@ def _label(patch: Patch) -> str:
 
 
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
-    """Return why ranks among these control patches have no p-values, as stored in their sites, or an empty string."""
+    """Return the reason, stored in the control patches' sites, why ranks have no p-value; otherwise an empty string."""
     return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
 
 
 def reference_notes(patches: Iterable[Patch]) -> list[str]:
-    """Return a note for a table with intervals if a patch uses one set of reference inputs."""
+    """Return the note to add to a table of intervals if a patch relies on a single, fixed set of reference inputs."""
     note = "Intervals ignore the sampling error in the reference of a mean or resample ablation."
     return [note] if any(map(_has_one_reference, patches)) else []
 
 
 def _has_one_reference(patch: Patch) -> bool:
-    """Return whether a patch writes activations that are averaged over or drawn from one set of reference inputs."""
+    """Return whether a patch writes activations that are averaged over, or drawn from, a fixed set of inputs."""
     edit, point = patch.edit, patch.site.point
     if isinstance(edit, Resample):
         return True

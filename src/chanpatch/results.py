@@ -25,7 +25,7 @@ ROWS = 20  # maximum rows in a table or figure
 class Records:
     """A result that prints as a table: a title, the first rows, and notes.
 
-    A subclass defines `to_records`, and may override `_lines` (the records in the table), `_title`, `_notes`, `_most`.
+    A subclass defines `to_records` and may override `_lines` (the table's records), `_title`, `_notes` and `_most`.
     """
 
     _most: ClassVar[int | None] = ROWS  # maximum rows in the table; None for no maximum
@@ -70,7 +70,7 @@ class Records:
 class Effects(Records):
     """A result with one effect per row, in the given order; the table and `top` show the largest effects first.
 
-    A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` names its fields that have one entry
+    A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` lists the fields that have one entry
     per row.
     """
 
@@ -127,7 +127,7 @@ def largest_first(values: ArrayLike) -> NDArray[np.int64]:
 
 
 def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return records from columns of equal length; numbers in arrays become Python numbers."""
+    """Convert columns of equal length to records; numbers in arrays become Python numbers."""
     listed = [each.tolist() if isinstance(each, np.ndarray) else each for each in values.values()]
     return [dict(zip(values, row, strict=True)) for row in zip(*listed, strict=True)]
 
@@ -148,7 +148,7 @@ def shown_p(p: float) -> str:
 
 
 def interval_notes(notes: Iterable[str]) -> list[str]:
-    """Return notes that explain the marked and withheld intervals in a table, given the notes of its rows."""
+    """Return notes that explain marked and withheld intervals in a table, given the notes on individual rows."""
     found = sorted({*map(str, notes)} - {""})
     lines = ["few: an interval over fewer than ten independent rows."] * ("few" in found)
     return lines + [f"No interval (-): {reason}." for reason in found if reason != "few"]

@@ -743,7 +743,7 @@ def test_an_ellipsis_that_is_kept_keeps_the_names_of_its_axes(net, points, image
 
 @pytest.mark.parametrize("reduce", [("b c h w -> b c", "median"), ("b c -> b", "sum"), ("b c h w -> b d", "sum")])
 def test_a_reduction_that_does_not_apply_is_refused_at_once(points, reduce):
-    with pytest.raises(SiteError, match="cannot be applied at Site\\('conv'\\)"):
+    with pytest.raises(SiteError, match="cannot be applied to Site\\('conv'\\)"):
         recording(points, "conv", reduce=reduce)
 
 

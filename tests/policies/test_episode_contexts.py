@@ -400,11 +400,11 @@ def test_a_callable_object_as_edit_at_two_sites_is_refused(points, site):
     with pytest.raises(EditError) as caught:
         PatchedPolicy(points, [edit(points.site("0"), previous), edit(site, previous)])
     assert str(caught.value) == (
-        "Previous is the edit at both Site('0') and Site('1'), which would share state. Use a separate object for each "
-        "patch, or a plain function."
+        "Previous is the edit at both Site('0') and Site('1'), which would share its state. Use a separate object for "
+        "each patch, or a plain function."
     )
     for one, two in ((previous, previous), (previous.method, previous.method), (previous, previous.__call__)):
-        with pytest.raises(EditError, match="which would share state"):
+        with pytest.raises(EditError, match="which would share its state"):
             patched(points, [edit(site, one), edit(site, two)])
 
 

@@ -1,4 +1,4 @@
-"""Other hooks into a forward pass: call observers, taps and wrapped methods."""
+"""Ways to hook into a forward pass other than `Station`: call observers, taps and wrapped methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Run the callbacks at every tap and every call of these modules, but not at calls of copies."""
+    """Run the callbacks at every tap and at every call to one of the given modules, but not at calls to copies."""
     known = set(modules)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def tap(name: str, tensor: Tensor) -> Tensor:
         tensor: Any tensor in the forward pass.
 
     Raises:
-        HookPointError, TraceMismatchError, SiteError, EditError: As for other hook points, while a context is open.
+        HookPointError, TraceMismatchError, SiteError, EditError: While a context is open, as at other hook points.
 
     Example:
         >>> import torch
@@ -109,7 +109,7 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
         if not wrapper.around and vars(module).get(name) is wrapper:
             if wrapper.own is None:
                 del vars(module)[name]
-            else:  # a function assigned by the user
+            else:  # a function that the user assigned
                 vars(module)[name] = wrapper.own
 
     with finally_twice(end):
@@ -119,7 +119,7 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
 
 
 class _MethodWrapper:
-    """Instance attribute that shadows a method. Copies of the module have the original method."""
+    """Instance attribute that shadows a method. Copies of the module get the original method."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()

@@ -1,7 +1,7 @@
-"""Mutable containers (dicts, lists, dataclasses) that a module and the module's caller share.
+"""Mutable containers (dicts, lists, dataclasses) that a module shares with its caller.
 
-A patched input is in a copy of the container, so the caller would not see later writes by the module. Such writes raise
-an error.
+If an input is patched, the module receives a copy of the container, so the caller would not see the module's writes to
+the container. Such writes raise an error.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .paths import Attr, Item, _children, is_tensordict, replace
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
     """Return the patched output `after`; containers among the arguments `given` are modified in place, not copied.
 
-    A container is still copied if the container and the replaced tensor are the user's own (`users` lists ids), because
-    the user may pass the container again.
+    A container is still copied if the user passed both the container and the replaced tensor to the model (`users`
+    contains their ids), because the user may pass the container again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -55,7 +55,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Replace copied containers in (args, kwargs) with the copies."""
+    """Return the arguments, (args, kwargs), with each copied container replaced by its copy."""
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
@@ -69,7 +69,7 @@ def contents(container: Any) -> list[Any]:
 
 
 def holds(container: Any, before: list[Any]) -> bool:
-    """Return whether the contents of a container are unchanged."""
+    """Return whether a container still has the same contents as before."""
     now = contents(container)
     return len(now) == len(before) and all(map(operator.is_, now, before))
 

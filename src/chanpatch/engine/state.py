@@ -33,7 +33,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """List the modules that training mode makes random, or dependent on the batch or on earlier calls."""
+    """List the modules whose output in training mode is random, or depends on the other rows or on earlier calls."""
     named = model.named_modules()
     return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
 
@@ -69,7 +69,7 @@ class undisturbed:
         self.snapshot = Snapshot(model.modules(), *more)
 
     def __enter__(self) -> undisturbed:
-        self._is_locked, self._is_noted = True, False  # before the lock is taken, in case of an interrupt
+        self._is_locked, self._is_noted = True, False  # set before the lock is taken, in case of an interrupt
         try:
             _ONE_AT_A_TIME.acquire()
             self._note()
@@ -132,13 +132,13 @@ class undisturbed:
         return [*random_states(self._cuda), *self.snapshot.generator_states()]
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Yield the results of forward passes; before each result, restore the model but not the generators."""
+        """Iterate over forward passes; before each one, restore the model, but not the random number generators."""
         for each in forwards:
             self.snapshot.put_back()
             yield each
 
     def kept(self, output: Any) -> Any:
-        """Clone the tensors in an output that restoring the model would overwrite."""
+        """Return an output with clones of the tensors that restoring the model would overwrite."""
         restored = {storage(tensor) for tensor in self.snapshot.tensors()} - {0}
         for path, tensor in [*leaves(output)] if restored else ():
             if storage(tensor) in restored:
@@ -168,10 +168,10 @@ class Snapshot:
         self._dicts += attributes
         self._apart = {*apart}
         self._noted: list[dict[Any, Any]] = []
-        self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, each with the saved contents
+        self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, each with its saved contents
 
     def note(self) -> Snapshot:
-        """Save the current state; if nothing has changed since the last call, copy only the generators."""
+        """Save the current state; if nothing has changed since the last call, save only the generators' states."""
         if not self._noted or self.changed() or self.rewritten():
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
@@ -188,11 +188,11 @@ class Snapshot:
         return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
     def put_back(self) -> None:
-        """Restore everything except generators; raise UnsupportedModelError for a new submodule or parameter."""
+        """Restore all but the generators; raise UnsupportedModelError if a submodule or parameter was created."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:
-                built.append(f"'{name}' of {kind}")
+                built.append(f"'{name}' in {kind}")
                 own["_parameters"].pop(name, None)
         if self.changed():
             for each, noted in zip(self._dicts, self._noted, strict=True):
@@ -204,7 +204,7 @@ class Snapshot:
         if built:
             raise UnsupportedModelError(
                 f"{built[0]} was created by this forward pass, and would be created again by each forward pass that "
-                "chanpatch runs. Run the model once before you pass the model to chanpatch."
+                "chanpatch runs. Run the model once before you pass it to chanpatch."
             )
 
     def rewritten(self) -> list[Any]:
@@ -218,7 +218,7 @@ class Snapshot:
         self._noted = [dict(each) if id(each) in hooks else noted for each, noted in pairs]
 
     def put_back_generators(self) -> None:
-        """Restore the random generators in the model."""
+        """Restore the random number generators in the model."""
         for generator, state in zip(self._generators, self._states, strict=True):
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state
@@ -226,7 +226,7 @@ class Snapshot:
                 getattr(generator, "setstate" if isinstance(generator, random.Random) else "set_state")(state)
 
     def generator_states(self) -> list[str]:
-        """Return the current states of the random generators in the model, for comparison."""
+        """Return the current states of the random number generators in the model, for comparison."""
         return [*map(generator_state, self._generators)]
 
     def tensors(self) -> list[Tensor]:
@@ -308,7 +308,7 @@ def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
 
 
 def may_be_written(tensor: Any) -> bool:
-    """Return whether an object is a tensor that a forward pass may write into; parameters are not."""
+    """Return whether an object is a tensor, but not a parameter, that a forward pass may write to."""
     if not isinstance(tensor, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False  # tensors left over from a finished transform are unreadable
     weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)

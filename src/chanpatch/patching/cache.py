@@ -22,10 +22,10 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
     A key may also be a name, which stands for the whole hook point or, if that is not in the cache, for the only cached
     site at the hook point. A pattern such as `"h.*"` works if exactly one site matches. The operators +, -, * and /
-    accept a number or a cache with the same sites, as in `clean - corrupted`. Small integer dtypes become int64.
+    accept a number or a cache with the same sites, as in `clean - corrupted`. They convert small integers to int64.
 
     Args:
-        activations: Activation at each site, with the axes of the region, or the axes left by a reduction.
+        activations: Activation at each site, with all axes of the region, or those left by a reduction.
         axes: Axis names for each activation.
         batch_axes: Index of the batch axis in each activation; None if unknown.
     """
@@ -96,7 +96,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             )
         if set(self) != set(other):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
-            raise SiteError(f"Caches with different sites cannot be combined. These sites are not in both: {apart}.")
+            raise SiteError(f"Caches with different sites cannot be combined. These sites are in only one: {apart}.")
         repeats = self._is_mean or other._is_mean
         for site, activation in self.items():
             lengths, others, rows = tuple(activation.shape), tuple(other[site].shape), self._batch_axes[site]

@@ -74,11 +74,11 @@ class ContextSession(Session):
             )
 
     def finish(self, error: Exception | None) -> None:
-        """Check the context on exit; may raise, or annotate or replace an exception in flight."""
+        """Check the context on exit; may raise an error, or add a note to an exception in flight, or replace it."""
 
 
 class Exit:
-    """Descriptor that detects `with`, which looks up `__exit__` on entry; a direct call of `__enter__` does not."""
+    """Descriptor that detects `with`, which looks up `__exit__` on entry; a direct call to `__enter__` does not."""
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -120,7 +120,7 @@ class Held(ContextDecorator):
 
 
 class Opened(Held, Generic[Result]):
-    """Context manager and decorator that opens a session; the function `session` creates one per entry."""
+    """Context manager and decorator that opens a session; each entry calls `session` to create a new one."""
 
     def __init__(self, session: Callable[[], ContextSession]) -> None:
         self._new = session
@@ -159,7 +159,7 @@ class Opened(Held, Generic[Result]):
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Check patches and bind sites to the trace; without a trace, only names and types are checked."""
+    """Check patches and bind their sites to the trace; without a trace, check only names and types."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
@@ -174,7 +174,7 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
 
 
 def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
-    """Raise if two patches have the same stateful callable as the edit."""
+    """Raise EditError if two patches have the same stateful callable as their edit."""
     known: dict[object, Patch] = {}
     for patch in patches:
         if state_of(patch.edit) is None:
@@ -182,7 +182,7 @@ def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
         if first := known.get(key := call_key(patch.edit)):
             raise EditError(
                 f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, which would share "
-                "state. Use a separate object for each patch, or a plain function."
+                "its state. Use a separate object for each patch, or a plain function."
             )
         known[key] = patch
 
@@ -211,7 +211,7 @@ class Patching(ContextSession):
             firing.reached, firing.nan = False, None
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """List the hook points whose patches did not run, among all patches or patches with these indices."""
+        """List the hook points whose patches did not run; `among` limits the list to patches with these indices."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
@@ -238,7 +238,7 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call.
 
-    If an exception is in flight (`cause`), replace an exception from a distribution, and add a note to any other.
+    If an exception (`cause`) is in flight, replace it if it came from a distribution; otherwise, add a note to it.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     for firing in firings:
@@ -272,7 +272,7 @@ def _of_a_distribution(error: Exception) -> bool:
 def patched(
     points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
 ) -> Opened[Ledger]:
-    """Patch a model while the context is open, or, as a decorator, during each call of a function.
+    """Patch a model while the context is open or, as a decorator, during each call to a function.
 
     Args:
         points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
@@ -281,13 +281,13 @@ def patched(
         check_nan: Whether to raise if a patch introduces NaN.
 
     Yields:
-        Ledger with the number of firings of each patch.
+        Ledger that counts the firings of each patch.
 
     Raises:
         HookPointError, SiteError: If a site does not exist.
         ValueError: If `allow_unreached` contains a name without a patch.
         UnsupportedModelError: If the model would ignore hooks.
-        EditError, NaNError, ConcurrencyError: During a forward pass.
+        EditError, NaNError, ConcurrencyError: While the model runs, if an edit fails or another thread runs the model.
         UnreachedError: On exit, if a patch never ran.
 
     Example:

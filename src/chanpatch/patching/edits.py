@@ -1,7 +1,7 @@
 """Edits: pure functions that map the activation in a region to a new activation.
 
-An operand is a real number, or a tensor with as many axes as the region, each with the region's length or length 1:
-`(1, channel, 1, 1)` at `(batch, channel, row, col)`. Other operands raise EditError.
+An operand is a real number, or a tensor with as many axes as the region, each with the region's length or length 1,
+such as shape `(1, channel, 1, 1)` for a region `(batch, channel, row, col)`. Other operands raise EditError.
 """
 
 from __future__ import annotations
@@ -163,9 +163,9 @@ class Project:
 class Resample:
     """Replace each row with a row from a reference set, drawn at random with replacement.
 
-    The draw depends only on the seed, the module's call index and the row's index. In a rollout, the row's index is
-    replaced by the sampling seed, the episode's seed, the number of earlier episodes with that seed and, with
-    `per="step"`, the step.
+    The draw depends only on the seed, the module's call index and the row's index. In a rollout, it does not depend on
+    the row's index, but on the sampling seed, the episode's seed, the number of earlier episodes with that seed and,
+    with `per="step"`, the step.
 
     Args:
         reference: Tensor with the region's axes; the reference set consists of the rows along the batch axis.
@@ -205,7 +205,7 @@ _EXPECTED = {Real: "a real number (int or float)", Integral: "an integer", Tenso
 
 
 def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
-    """Raise EditError unless an operand has one of these types."""
+    """Raise EditError unless an operand has one of the given types."""
     if not isinstance(operand, kinds) or isinstance(operand, Fraction):  # torch does not accept fractions
         short = isinstance(operand, (str, complex, int, float))
         shown = repr(operand) if short else type(operand).__name__
@@ -232,7 +232,7 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
-    """Return the axis lengths of a region at a traced hook point; None for the batch."""
+    """Return the axis lengths of a region at a traced hook point; None for the batch axis."""
     chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
     return [
         None if number == point.batch_axis else chosen.get(axis, point.length(axis))
@@ -288,7 +288,7 @@ def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
 
 
 def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:
-    """Raise unless a `where` is a bool tensor that matches the region."""
+    """Raise EditError unless a mask is a bool tensor that matches the region."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
@@ -299,13 +299,13 @@ def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | N
 
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
-    """Return whether a tensor has these axis lengths (None for any length); `or_one` also accepts length 1."""
+    """Return whether a tensor has the given axis lengths (None for any length); `or_one` also accepts length 1."""
     pairs = zip(operand.shape, lengths, strict=False)
     return operand.dim() == len(lengths) and all(want in (None, n) or (or_one and n == 1) for n, want in pairs)
 
 
 def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
-    """Raise unless the operand has as many axes as the region, each with the region's length or length 1."""
+    """Raise EditError unless the operand has as many axes as the region, each with the region's length or length 1."""
     if fits(operand, lengths, or_one=True):
         return
     rows = axes.index("batch") if "batch" in axes else 0

@@ -213,7 +213,7 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 
 
 class Ledger(Records):
-    """Number of firings, and of rows and elements written, by patch and method."""
+    """Number of firings, rows written and elements written, by patch and method."""
 
     _most = None
 
@@ -249,7 +249,7 @@ class Ledger(Records):
 
 
 def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
-    """Raise if a tensor differs from the traced tensor in anything but the batch and the device."""
+    """Raise TraceMismatchError if a tensor differs from the trace in anything but batch size and device."""
     lengths = [None if axis == "batch" else point.length(axis) for axis in point.axes]
     if not fits(leaf, lengths):
         raise TraceMismatchError(

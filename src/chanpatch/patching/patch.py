@@ -31,7 +31,7 @@ class Patch:
         edit: Callable that maps the region's activation to a new tensor with the same shape, dtype and device. A
             keyword-only parameter `context` receives a `chanpatch.patching.Context`.
         where: Elements to replace; None for all. Either a bool tensor with as many axes as the region, each with the
-            region's length or length 1, or a function that maps the context to such a tensor, True or False.
+            region's length or length 1, or a function that maps the context to such a tensor or to a bool.
 
     Raises:
         TypeError: If `site` is not a Site.

@@ -38,18 +38,18 @@ def recording(
 ) -> Opened[ActivationCache]:
     """Record sites while the context is open; activations from several forward passes are concatenated along the batch.
 
-    As a decorator, `recording` records each call of the function into a separate cache.
+    As a decorator, `recording` records each call to the function into a separate cache.
 
     Args:
         points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
-        sites: Names, sites or hook points, or HookPoints to record all hook points. With HookPoints, names may be
+        sites: Names, sites, hook points, or HookPoints to record all of them. With HookPoints, names may be
             patterns such as `"h.*"` (see `HookPoints.select`).
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
             pair such as `("b c h w -> b c", "sum")`. Only the result is stored.
         before: Whether to record activations before patches are applied.
         detach: Whether to detach records from the graph. If False, the forward pass continues from each unreduced
             record, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
-        device: Device for the records; None for the device of each activation.
+        device: Device for the records; None to keep each record on its activation's device.
         allow_unreached: Names of hook points that do not have to run.
 
     Yields:
@@ -84,14 +84,14 @@ def run_with_cache(  # noqa: D417
     detach: bool = True,
     **keywords: Any,
 ) -> Any:
-    """Run the model once; return the output and a cache of the recorded sites.
+    """Run the model once; return the output and a cache of recorded activations.
 
     Args:
         points_or_model: Model, or HookPoints, in which case the traced method runs.
         inputs: Positional arguments for the model.
         sites, reduce, device, detach: As in recording.
         stop: Whether to stop the forward pass once every site is recorded, and return only the cache. The forward pass
-            still completes if the model temporarily replaces parameters, or if a site lacks a trace and a call index.
+            still completes if the model temporarily replaces parameters, or if a site has no trace and no call index.
         keywords: Keyword arguments for the model.
 
     Returns:
@@ -149,7 +149,7 @@ class Recorder(ContextSession):
             except StopForward as ended:
                 if ended.args != (self,):
                     raise
-                torch.set_grad_enabled(gradients)  # the forward pass may have changed the mode temporarily
+                torch.set_grad_enabled(gradients)  # the forward pass may have disabled gradients temporarily
         self.finish(None)
         self.let_go()
         return output
@@ -262,6 +262,6 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, do
         return _BUILT_IN[reduce](region, dim=over)  # type: ignore[no-any-return]
     except (einops.EinopsError, RuntimeError, TypeError) as fault:
         raise SiteError(
-            f"reduce={reduce!r} cannot be applied at {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "
+            f"reduce={reduce!r} cannot be applied to {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "
             f"{str(fault).strip()}"
         ) from fault

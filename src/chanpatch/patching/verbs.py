@@ -32,12 +32,12 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
 def mean_ablate(
     site: Site, reference: Source, *, over: str | Sequence[str] = ("batch",), where: Mask | None = None
 ) -> Patch:
-    """Return a patch that sets the region to the mean over a reference set; the site must be traced.
+    """Return a patch that sets the region to its mean over a reference set; the site must be traced.
 
     Args:
         site, where: As in Patch.
-        reference: ActivationCache, or tensor with the axes of the region or the hook point, with any number of rows.
-            Confidence intervals for the effect treat the reference as fixed.
+        reference: ActivationCache or tensor, with any number of rows. A tensor has the axes of the region or the hook
+            point. Confidence intervals for the effect treat the reference as fixed.
         over: Axis or axes to average over.
 
     Raises:
@@ -148,7 +148,7 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
 
 
 def _region(site: Site, source: Any) -> Any:
-    """Return the region's activation from a tensor or cache for the site or the whole hook point."""
+    """Return the region's activation from a source that covers either the region or the whole hook point."""
     point, whole = site.point, Site(site.name)
     if isinstance(source, torch.Tensor):
         covers = point is not None and fits(source, [point.length(axis) for axis in point.axes])

@@ -1,7 +1,7 @@
 """Infer axis names from a module's type, never from the number of axes alone.
 
 Convolution, pooling, linear, recurrent, attention and embedding modules have known axis names. Elementwise modules and
-functions propagate the names of the input axes. All other axes are named `axis0`, `axis1`, ...
+functions propagate the axis names of their inputs. All other axes are named `axis0`, `axis1`, ...
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncode
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
     """Return the axis names for one input or output tensor of a module; None for an unnamed axis.
 
-    `inputs` are the axis names of the module's first input, if known.
+    `inputs` contains the axis names of the module's first input, if known.
     """
     torch_names = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
     spatial = next(filter(None, map(_SPATIAL.fullmatch, torch_names)), None)
@@ -120,7 +120,7 @@ class NamePropagation(TorchFunctionMode):
         self._named[id(tensor)] = tuple(names), tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, and copy axis names to the result from operands of the same shape."""
+        """Run the function, and copy axis names to the result from operands with the same shape."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
             for _, operand in leaves((args, kwargs)):

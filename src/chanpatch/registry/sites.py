@@ -102,7 +102,7 @@ class Site:
         return traced
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
-        """Return the selected positions in a tensor, by axis number; raise SiteError for unknown axes and indices."""
+        """Return the selected positions in a tensor, by axis number; raise SiteError for invalid axes or indices."""
         found: dict[int, slice | list[int]] = {}
         faults = []
         for axis, selection in self.indices:
@@ -265,7 +265,7 @@ def unusual_layout(tensor: Tensor) -> str:
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at these positions; raise UnsupportedModelError for part of a sparse or masked tensor."""
+    """Return the region at the given positions; raise UnsupportedModelError for part of a sparse or masked tensor."""
     if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
             f"Cannot select part of a {layout} tensor. Use the whole hook point, or make the tensor dense in the "
@@ -289,7 +289,7 @@ def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     (axis, chosen), *others = positions.items()
     if others:
         region = written(read(tensor, {axis: chosen}), dict(others), region)
-    if isinstance(chosen, slice) and not tensor.is_complex():  # slice_scatter lacks complex gradients
+    if isinstance(chosen, slice) and not tensor.is_complex():  # slice_scatter has no complex gradients
         return torch.slice_scatter(tensor, region, axis, chosen.start, chosen.stop)
     numbers = torch.arange(tensor.shape[axis])[chosen] if isinstance(chosen, slice) else torch.as_tensor(chosen)
     index = numbers.to(tensor.device)

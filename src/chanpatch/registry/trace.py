@@ -68,7 +68,7 @@ class Trace:
         return self
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return the name of a hook point, or the alias for another name of the module."""
+        """Return the name of a hook point, or its alias under another of the module's names."""
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
@@ -89,7 +89,7 @@ class Trace:
         self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
 
     def _on_output(self, module: nn.Module, output: Any) -> None:
-        while self._stack[-1][0] is not module:  # a call that raised a caught exception has no output
+        while self._stack[-1][0] is not module:  # a call has no output if the model caught its exception
             self._stack.pop()
         _, call, inputs = self._stack.pop()
         for path, tensor in leaves(output):
@@ -117,16 +117,17 @@ class Trace:
 def traced_run(
     model: nn.Module, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], axes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trace a model; return arguments for HookPoints: points, calls, not_called, steady."""
+    """Trace a model; return keyword arguments for HookPoints: points, calls, not_called, steady."""
     _refuse_untraceable(model, (inputs, keywords))
     try:
         trace = Trace(model, totals={id(weight): _total(weight) for weight in model.parameters()})
         steady = trace.run(method, inputs, keywords).steady
     except TypeError as fault:
         if any(isinstance(each, np.ndarray) for each in (*inputs, *keywords.values())):
-            raise TypeError(f"{type(model).__name__} accepts no NumPy arrays. Pass torch.as_tensor(array).") from fault
+            kind = type(model).__name__
+            raise TypeError(f"{kind} does not accept NumPy arrays. Pass torch.as_tensor(array).") from fault
         raise
-    if axes:  # run again, so that these names propagate downstream
+    if axes:  # run again, so that the given names propagate downstream
         trace = Trace(model, _names_by_place(trace, axes)).run(method, inputs, keywords)
     _refuse_shared_names(trace)
     proved = _proved_batches(method, inputs, keywords, trace)
@@ -149,7 +150,7 @@ def _total(weight: Tensor) -> Any:
 
 
 def _refuse_shared_names(trace: Trace) -> None:
-    """Raise if two hook points have the same name, or if a tap has the name of a module."""
+    """Raise HookPointError if two hook points have the same name, or if a tap has the same name as a module."""
     counts, modules = Counter(map(trace.name, trace.fired)), dict(trace.model.named_modules(remove_duplicate=False))
     for fired in sorted(trace.fired, key=lambda each: each.side != "tap"):
         name = trace.name(fired)
@@ -186,7 +187,7 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
 
 
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> dict[str, int]:
-    """Return the batch axes that a second run with one more row identifies, by hook point."""
+    """Return, by hook point, the batch axes identified by a second run with one more row."""
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
     certain: list[int] = []  # lengths of axes named "batch"
@@ -209,7 +210,7 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return, by hook point, the only axis that grew from `rows` to `rows + 1`, unless the name rules out a batch."""
+    """Return, by hook point, the only axis that grew from `rows` to `rows + 1`, unless that axis has another name."""
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
