@@ -146,7 +146,7 @@ class Collector:
     error: type[ChanpatchError]
 
     def caches(self, inputs: Any) -> Iterator[ActivationCache]:
-        """Yield one cache per batch, on the CPU."""
+        """Yield one cache per batch of inputs, on the CPU."""
         whole("batch_size", self.batch_size, 1, self.error)
         taken = [each for each in self.points.values() if not each.module and each.side == "in" and each.axes]
         if isinstance(inputs, (Tensor, tuple, Mapping)) and taken and taken[0].batch_axis not in (None, 0):

@@ -94,7 +94,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def in_one(faults: Sequence[object]) -> str:
-    """Combine error messages into one."""
+    """Combine several error messages into one message."""
     listed = [f"{len(faults)} errors:", *(f"- {each}" for each in faults)]
     return "\n".join(listed) if len(faults) > 1 else str(*faults)
 

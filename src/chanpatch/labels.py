@@ -1,4 +1,4 @@
-"""Labels of swept patches: the keys of a mapping, or names derived from the sites."""
+"""Labels for swept patches: the keys of a mapping, or names derived from the sites."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _label(patch: Patch) -> str:
 
 
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
-    """Return the reason, stored in the control patches' sites, why ranks have no p-value; otherwise an empty string."""
+    """Return the reason, stored in the control patches' sites, why ranks have no p-value, or an empty string."""
     return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
 
 

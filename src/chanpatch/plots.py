@@ -38,7 +38,7 @@ def strip(
     threshold: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    r"""Draw a strip plot of one channel's sums: one column of markers per label and part of the split.
+    r"""Draw a strip plot of one channel's sums, with one column of markers per label and part of the data.
 
     Args:
         sums: Sums of one channel, with shape `(input,)`, such as `channel_sums(...)[:, 55]`.
@@ -91,8 +91,8 @@ def strip(
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
     """Plot effects as dots with their 95% intervals and p-values, with the largest absolute effect at the top.
 
-    Only the 20 largest effects are drawn; the title counts the rest. Controls are squares below the other effects. The
-    `.plot()` method of a result draws this figure.
+    Only the 20 largest effects are drawn; the title counts the rest. Controls are squares below the other effects. A
+    result's `.plot()` method draws this figure.
 
     Args:
         records: One record per effect: `effect`, a `label` or a `site`, and optionally the interval (`low`, `high`,

@@ -86,7 +86,7 @@ class Effects(Records):
         return len(getattr(self, self._by_row[0]))
 
     def effect(self) -> NDArray[np.float64]:
-        """Return the effect of each row."""
+        """Return each row's effect."""
         raise NotImplementedError
 
     def top(self, count: int) -> Self:
@@ -106,11 +106,11 @@ class Effects(Records):
         return self.top(len(self)).to_records()
 
     def _effects(self) -> list[dict[str, Any]]:
-        """Return the records of the effects, for a figure."""
+        """Return one record per effect, for a figure."""
         return self.to_records()
 
     def _top(self, count: int, effect: NDArray[np.float64]) -> Self:
-        """Return the rows with the largest absolute effects, given the effect of each row."""
+        """Return the rows with the largest absolute effects, given each row's effect."""
         if count < 0:
             raise StatisticsError(f"The count in top() must be at least 0; got {count}.")
         return self._rows(largest_first(effect)[:count])
@@ -176,7 +176,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cell texts of the header and of each record; empty if there are no records."""
+    """Return the text of each cell, with the header as the first row; empty if there are no records."""
     return [[*records[0]], *([_cell(value) for value in record.values()] for record in records)] if records else []
 
 
@@ -205,7 +205,7 @@ def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterato
     """Yield a function that advances a progress bar over `total` units (None if the total is unknown).
 
     With `progress=None`, the bar appears on a terminal after two seconds if tqdm is installed. With `progress=True`,
-    a missing tqdm raises MissingPackageError.
+    MissingPackageError is raised if tqdm is not installed.
     """
     if progress is False or (progress is None and find_spec("tqdm") is None):
         yield lambda count: None

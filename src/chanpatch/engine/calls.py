@@ -61,7 +61,7 @@ def tap(name: str, tensor: Tensor) -> Tensor:
         tensor: Any tensor in the forward pass.
 
     Raises:
-        HookPointError, TraceMismatchError, SiteError, EditError: While a context is open, as at other hook points.
+        HookPointError, TraceMismatchError, SiteError, EditError: For the same reasons as at other hook points.
 
     Example:
         >>> import torch
@@ -124,7 +124,7 @@ class _MethodWrapper:
     def __init__(self, module: nn.Module, name: str) -> None:
         self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()
         self._module, self._name, self._method = module, name, getattr(module, name)
-        functools.update_wrapper(self, self._method)  # some models inspect the signatures of methods
+        functools.update_wrapper(self, self._method)  # some models inspect method signatures
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._method

@@ -55,7 +55,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Return the arguments, (args, kwargs), with each copied container replaced by its copy."""
+    """Return (args, kwargs) with each copied container replaced by its copy."""
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
@@ -69,7 +69,7 @@ def contents(container: Any) -> list[Any]:
 
 
 def holds(container: Any, before: list[Any]) -> bool:
-    """Return whether a container still has the same contents as before."""
+    """Return whether a container still contains the objects in `before`, and nothing else."""
     now = contents(container)
     return len(now) == len(before) and all(map(operator.is_, now, before))
 

@@ -82,7 +82,7 @@ class Station:
         return bool(self.listeners or self.scopes)
 
     def is_inside_itself(self) -> bool:
-        """Return whether the module is running inside another call of the same module."""
+        """Return whether the module is running inside another call to the same module."""
         calls, frame = 0, sys._getframe()
         while frame is not None and calls < 2:
             calls += frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module_id
@@ -339,7 +339,7 @@ _stance: list[Any] = []  # the active stance, if any
 
 def _settle_stance() -> None:
     if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        # Nothing is compiled unless dynamo is imported. An interrupt cannot arrive between setting and storing.
+        # Nothing is compiled unless dynamo is imported. No interrupt can fall between setting and storing the stance.
         _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
     elif _stance and not _eager:
         _stance[0].__exit__(None, None, None)
@@ -357,7 +357,7 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_checkpoint(name: str) -> None:
-    """Raise an error inside `torch.utils.checkpoint`, which reruns modules outside the root call."""
+    """Raise an error inside `torch.utils.checkpoint`: the backward pass reruns modules outside the root call."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
     frame = None if torch.is_grad_enabled() else sys._getframe()  # reentrant checkpointing disables gradients

@@ -69,7 +69,7 @@ def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple
 
 
 def _copied(argument: Any, memo: dict[int, Any]) -> Any:
-    """Copy an argument, such as a key-value cache, and use the tensors in the memo instead of new copies."""
+    """Copy an argument, such as a key-value cache, but reuse the tensors in the memo."""
     if not isinstance(argument, nn.Module):  # a module may be part of the model
         with suppress(Exception):  # locks, generators and tensors in an autograd graph do not support copying
             return copy.deepcopy(argument, memo)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Published:
-    """Rows in a forward pass and, in a rollout, their episodes. Created at every step, so creation must be cheap."""
+    """The rows in a forward pass and, in a rollout, the episodes. Created at every step, so creation must be cheap."""
 
     rows: NDArray[np.int64] | None = None  # index of each row; None for 0, 1, 2, ...
     step: int | None = None  # step of the rollout; None outside a rollout

@@ -157,7 +157,7 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
     """Return the attributes that store the parameters passed to a distribution's constructor.
 
     If alternatives such as `probs` and `logits` exist, only the parameter that was passed rebuilds the distribution
-    exactly. That parameter is stored first.
+    exactly. The parameter that was passed is stored first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]

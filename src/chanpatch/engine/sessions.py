@@ -114,7 +114,7 @@ class Session:
         """Check a root call that completed without an error."""
 
     def on_error(self, error: Exception) -> None:
-        """Annotate an exception from a method, or raise another exception in its place."""
+        """Add a note to an exception from a method, or raise another exception in its place."""
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
         """Add a listener at a place; it takes effect the next time the session is attached."""
@@ -292,7 +292,7 @@ class Session:
                 self._thread = None
 
     def check_owner(self) -> None:
-        """Raise unless the current forward pass runs in the session's thread and asyncio task."""
+        """Raise ConcurrencyError unless the current forward pass runs in the session's thread and asyncio task."""
         if self._is_elsewhere():
             where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(

@@ -157,7 +157,7 @@ def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
 class Snapshot:
     """Snapshot of modules and attribute dicts, taken by `note`; objects whose ids are in `apart` are not restored.
 
-    For parameters, only the names are saved, because libraries that shard or offload a model replace parameters.
+    For parameters, only the names are saved, because libraries that shard or offload a model replace its parameters.
     """
 
     def __init__(

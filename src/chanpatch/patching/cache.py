@@ -22,7 +22,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
     A key may also be a name, which stands for the whole hook point or, if that is not in the cache, for the only cached
     site at the hook point. A pattern such as `"h.*"` works if exactly one site matches. The operators +, -, * and /
-    accept a number or a cache with the same sites, as in `clean - corrupted`. They convert small integers to int64.
+    accept a number or a cache with the same sites, as in `clean - corrupted`. Small integer dtypes become int64.
 
     Args:
         activations: Activation at each site, with all axes of the region, or those left by a reduction.
@@ -173,6 +173,6 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
 
 
 def _widened(activation: Tensor) -> Tensor:
-    """Convert small integer dtypes to int64, so that arithmetic does not wrap around."""
+    """Convert small integer dtypes to int64, so that arithmetic does not overflow."""
     small = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
     return activation.long() if activation.dtype in small else activation

@@ -74,11 +74,11 @@ class ContextSession(Session):
             )
 
     def finish(self, error: Exception | None) -> None:
-        """Check the context on exit; may raise an error, or add a note to an exception in flight, or replace it."""
+        """Check the context on exit; may raise an error. An exception in flight may get a note or be replaced."""
 
 
 class Exit:
-    """Descriptor that detects `with`, which looks up `__exit__` on entry; a direct call to `__enter__` does not."""
+    """Descriptor that detects `with`: `with` looks up `__exit__` on entry, but a call to `__enter__` does not."""
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -93,7 +93,7 @@ class Exit:
 class Held(ContextDecorator):
     """A context that `with` or a variable must keep alive while open.
 
-    If a context is entered with `__enter__()` and freed while open, the next root call in each session raises.
+    If a context is entered with `__enter__()` and freed while open, the next root call in each session raises an error.
     """
 
     is_held = False
@@ -137,7 +137,7 @@ class Opened(Held, Generic[Result]):
         try:
             self.hold(session, context)
             return session.result  # type: ignore[no-any-return]
-        except BaseException:  # an interrupt before the body of `with`
+        except BaseException:  # an interrupt arrived before the body of `with`
             self.forget(context)
             raise
 
@@ -287,7 +287,7 @@ def patched(
         HookPointError, SiteError: If a site does not exist.
         ValueError: If `allow_unreached` contains a name without a patch.
         UnsupportedModelError: If the model would ignore hooks.
-        EditError, NaNError, ConcurrencyError: While the model runs, if an edit fails or another thread runs the model.
+        EditError, NaNError, ConcurrencyError: During a forward pass, if a patch fails or the thread is wrong.
         UnreachedError: On exit, if a patch never ran.
 
     Example:

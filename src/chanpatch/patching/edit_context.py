@@ -64,9 +64,9 @@ class Context:
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """Draw random numbers in [0, 1) with shape `(row, *shape)` and the region's dtype and device.
 
-        The numbers depend only on the site, the call and the row, so repeated draws are equal. In a rollout,
-        they do not depend on the row, but on the sampling seed, the step, the episode's seed and the number of earlier
-        episodes with that seed.
+        The numbers depend only on the site, the call and the row, so repeated draws are equal. In a rollout, they
+        depend on the sampling seed, the step, the episode's seed and the number of earlier episodes with that seed, but
+        not on the row.
         """
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
         drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)

@@ -51,7 +51,7 @@ class Set:
 
 @dataclass(frozen=True, eq=False)
 class Add:
-    """Add a vector times a coefficient to the activation.
+    """Add a vector, multiplied by a coefficient, to the activation.
 
     Args:
         vector: Real number or tensor.
@@ -163,9 +163,9 @@ class Project:
 class Resample:
     """Replace each row with a row from a reference set, drawn at random with replacement.
 
-    The draw depends only on the seed, the module's call index and the row's index. In a rollout, it does not depend on
-    the row's index, but on the sampling seed, the episode's seed, the number of earlier episodes with that seed and,
-    with `per="step"`, the step.
+    The draw depends only on the seed, the module's call index and the row's index. In a rollout, the draw depends
+    on the sampling seed, the episode's seed, the number of earlier episodes with that seed and, with `per="step"`, the
+    step, but not on the row's index.
 
     Args:
         reference: Tensor with the region's axes; the reference set consists of the rows along the batch axis.
@@ -187,7 +187,7 @@ class Resample:
         _check(self, "seed", self.seed, Integral)
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
-            raise EditError(f"Resample: the reference has no rows along axis {self.batch_axis}: its shape is {shape}.")
+            raise EditError(f"Resample: the reference has shape {shape}, without rows along axis {self.batch_axis}.")
         if self.per not in get_args(Per):
             raise EditError(f"Resample: per must be 'episode' or 'step'; got {self.per!r}.")
 
@@ -246,7 +246,7 @@ _VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Clamp: "limits", Projec
 def check_operands(
     edit: Edit, site: Site, axes: Axes, lengths: Sequence[int | None], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise if an operand of a built-in edit has the wrong shape, dtype or device, or is out of range."""
+    """Raise EditError if a built-in edit's operand has the wrong shape, dtype or device, or is out of range."""
     verb = next((verb for kind, verb in _VERBS.items() if isinstance(edit, kind)), None)
     if verb is None:
         return
@@ -277,7 +277,7 @@ def check_operands(
 
 
 def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
-    """Raise if a number is outside a dtype's range; floating-point dtypes also accept infinities and NaN."""
+    """Raise EditError if a number is outside a dtype's range; floating-point dtypes also accept infinities and NaN."""
     inexact = dtype.is_floating_point or dtype.is_complex
     limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
     low, high = (0, 1) if dtype == torch.bool else (limits.min, limits.max)

@@ -86,7 +86,7 @@ class Firing(Located):
     Attributes:
         reached: Whether the patch ran since the last reset.
         nan: Bool tensor, True if the patch introduced NaN since the last reset; None if nothing was checked or found.
-        counts: Number of firings, rows (None without a batch axis) and elements, by method of the root call.
+        counts: Numbers of firings, rows (None without a batch axis) and elements, by the root call's method.
     """
 
     def __init__(self, patch: Patch, point: Place, module: nn.Module | None = None, *, check_nan: bool = True) -> None:
@@ -114,7 +114,7 @@ class Firing(Located):
             return written(leaf, self.positions, self._constant)
         region = read(leaf, self.positions)
         context = None
-        if self.wants_names:  # the edit or the `where` function has a parameter `context`
+        if self.wants_names:  # the edit or the `where` function needs the context
             context = Context(moment, self.site, self.batch_axis, leaf, self.positions)
         mask = None if self.patch.where is None else self._mask(self.patch.where, region, context)
         new = self._edited(region, context)
@@ -201,7 +201,7 @@ class Firing(Located):
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Count the rows (None without a batch axis) and elements in the region or, with a mask, in the mask."""
+    """Count the rows (None without a batch axis) and elements in a region, or only those that a mask selects."""
     rows: Any = None if batch_axis is None else region[batch_axis]
     if mask is None:
         return rows, region.numel()

@@ -42,7 +42,7 @@ def recording(
 
     Args:
         points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
-        sites: Names, sites, hook points, or HookPoints to record all of them. With HookPoints, names may be
+        sites: Names, sites or hook points; pass HookPoints to record every hook point. With a trace, names may be
             patterns such as `"h.*"` (see `HookPoints.select`).
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
             pair such as `("b c h w -> b c", "sum")`. Only the result is stored.
@@ -190,8 +190,10 @@ class _Record(Located):
         if not recorder.keeps_graph:
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce, double=recorder.double)
-        in_forward = value is region and recorder.keeps_graph  # continue from the record, a graph node
-        copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())  # index lists already copy
+        in_forward = value is region and recorder.keeps_graph  # the forward pass continues from the record
+        copied = any(
+            isinstance(chosen, Tensor) for chosen in self.positions.values()
+        )  # indexing with lists already copies
         if in_forward or (not copied and (value is region or value._is_view())):
             value = value.clone()
         if recorder.device is not None:
@@ -214,7 +216,7 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or needs axis names."""
+    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or lacks axis names."""
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):
@@ -249,7 +251,7 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, do
                 f"{site!r} is {region.dtype}, which cannot be converted to real double precision. Call "
                 "tap('name', torch.view_as_real(tensor)) in the model's forward(), and use the site 'name'."
             )
-        region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # Apple GPUs lack doubles
+        region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # mps lacks float64
     kept = reduced_axes(site, axes, reduce)
     if reduce is None or kept == axes:
         return region.abs() if reduce == "norm" else region  # the sum, mean and maximum of one element are equal

@@ -181,8 +181,8 @@ def hook_points(
             more row along the axis named "batch" (by `axes`, or by a module such as a sequence-first LSTM). An input
             with unnamed axes gets one more row along the first axis if that axis is as long as the batch.
         method: Name of the method to trace, if not `__call__`. The method's inputs are named `.in[0]`, ...
-        axes: Axis names by pattern (see `HookPoints.select`), for axes without a name from a module's type:
-            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate names.
+        axes: Axis names by pattern (see `HookPoints.select`), for axes whose names cannot be inferred:
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate axis names.
         example_keywords: Keyword arguments for the model.
 
     Raises:

@@ -74,7 +74,7 @@ class Site:
         vars(self).update(name=name, indices=tuple(sorted(selections.items())), point=None)  # a frozen dataclass
 
     def split(self, axis: str) -> tuple[Site, ...]:
-        """Return one site per index of an axis, in order.
+        """Return one site per index along an axis, in order.
 
         Raises:
             SiteError: If the axis does not exist or its length is unknown.

@@ -210,7 +210,7 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return, by hook point, the only axis that grew from `rows` to `rows + 1`, unless that axis has another name."""
+    """Return, by hook point, the only axis that grew from `rows` to `rows + 1`, if unnamed or named "batch"."""
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
@@ -251,7 +251,7 @@ def _point(trace: Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
 
 
 def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
-    """Raise for lazy parameters, and for inputs without rows."""
+    """Raise an error for lazy parameters, and for inputs without rows."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedModelError(
