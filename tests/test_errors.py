@@ -330,7 +330,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no rows to draw from": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(0, 4), seed=0),
-        "Resample: the reference has shape (0, 4), without rows along axis 0.",
+        "Resample: the reference has no rows: its shape is (0, 4), with batch_axis=0.",
     ),
     "rows drawn along another axis": (
         errors.EditError,
@@ -452,7 +452,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "caches of different sites": (
         errors.SiteError,
         lambda: cache() - run_with_cache(POINTS, *CNN.inputs(2), sites="fc", stop=True),
-        "Caches with different sites cannot be combined. These sites are in only one: Site('fc'), Site('relu1').",
+        "Caches with different sites cannot be combined. Sites in only one cache: Site('fc'), Site('relu1').",
     ),
     "a reduction that cannot tell its axes": (
         errors.SiteError,

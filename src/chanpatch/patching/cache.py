@@ -96,7 +96,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             )
         if set(self) != set(other):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
-            raise SiteError(f"Caches with different sites cannot be combined. These sites are in only one: {apart}.")
+            raise SiteError(f"Caches with different sites cannot be combined. Sites in only one cache: {apart}.")
         repeats = self._is_mean or other._is_mean
         for site, activation in self.items():
             lengths, others, rows = tuple(activation.shape), tuple(other[site].shape), self._batch_axes[site]
