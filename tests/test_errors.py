@@ -330,7 +330,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no rows to draw from": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(0, 4), seed=0),
-        "Resample: the reference has no rows: its shape is (0, 4), with batch_axis=0.",
+        "Resample: the reference has no rows: shape (0, 4), batch_axis=0.",
     ),
     "rows drawn along another axis": (
         errors.EditError,

@@ -55,7 +55,7 @@ def depends_on_training(module: nn.Module) -> bool:
 
 
 class undisturbed:
-    """Context for forward passes that chanpatch starts, without gradients or side effects.
+    """Context manager for chanpatch's own forward passes, which run without gradients or side effects.
 
     The context is reusable, but cannot be nested. Threads take turns, because random number generators are global. The
     exit raises UnsupportedModelError if a forward pass created a submodule or a parameter.

@@ -91,7 +91,7 @@ class Exit:
 
 
 class Held(ContextDecorator):
-    """A context that `with` or a variable must keep alive while open.
+    """A context that a `with` statement or a variable must keep alive while the context is open.
 
     If a context is entered with `__enter__()` and freed while open, the next root call in each session raises an error.
     """
@@ -287,7 +287,7 @@ def patched(
         HookPointError, SiteError: If a site does not exist.
         ValueError: If `allow_unreached` contains a name without a patch.
         UnsupportedModelError: If the model would ignore hooks.
-        EditError, NaNError, ConcurrencyError: During a forward pass, if a patch fails or the thread is wrong.
+        EditError, NaNError, ConcurrencyError: During a forward pass, if a patch fails or another thread is used.
         UnreachedError: On exit, if a patch never ran.
 
     Example:

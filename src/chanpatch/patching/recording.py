@@ -38,7 +38,7 @@ def recording(
 ) -> Opened[ActivationCache]:
     """Record sites while the context is open; activations from several forward passes are concatenated along the batch.
 
-    As a decorator, `recording` records each call to the function into a separate cache.
+    As a decorator, `recording` records each call to the function into its own cache.
 
     Args:
         points_or_model: Model, or HookPoints, in which case every site is checked against the trace.

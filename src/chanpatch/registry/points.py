@@ -28,7 +28,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         method: Name of the traced method; `"__call__"` is a call to the model itself.
         calls: Number of calls to each module and tap, by name.
         not_called: Names of the modules that the traced forward pass did not call.
-        steady: Whether the traced forward pass left the parameters unchanged; if not, no forward pass is stopped early.
+        steady: Whether the traced forward pass left parameters unchanged; if False, no forward pass is stopped early.
     """
 
     _most = None
@@ -67,7 +67,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
             pattern: Pattern, such as `"embedder.block*.res?"`. `*` matches any text without a dot, `**` any number of
                 dot-separated parts, and `?` one character. A pattern that ends in a module name matches that module's
                 outputs in every call: `"h.*"` matches `h.0` or, if `h.0` has several outputs, `h.0.out[0]`, ...
-                `"h.*.in[0]"` matches one input, `"h.*.out[1]"` one output, and `"**.in"` all inputs.
+                `"h.*.in[0]"` matches first inputs, `"h.*.out[1]"` second outputs, and `"**.in"` all inputs.
 
         Raises:
             HookPointError: If no name matches, or `?` would miss indices with several digits, such as h.10.
