@@ -21,10 +21,6 @@ The study repeats every measurement in the post that asked this, on real procgen
   random-mazes    do the channels keep their labels in mazes that procgen never makes
   hypothesis      does the sum of all pushes predict the choice
 
-and one that runs only if --only names it:
-
-  sweep           every channel of every convolution zeroed in turn: exact effects
-
 Channels are chosen by fixed rules on mazes with no other use. A folder under --out contains the report (report.html
 and report.md), the tables as CSV and the figures as PNG. After an interruption, the same command continues. The report
 ends with the seconds of each part.
@@ -51,7 +47,7 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--only", metavar="PART,...", default="", help="parts to run (default: all but sweep)")
+    add("--only", metavar="PART,...", default="", help="parts to run (default: all)")
     add("--n", type=int, default=200, help=f"levels (default: %(default)s); {limits()}")
     add("--seed", type=int, default=0, help="seed of levels, draws and controls (default: %(default)s)")
     add("--weights", type=Path, help="a .pth or .safetensors file (default: the shipped policies, side by side)")

@@ -6,13 +6,10 @@ from maze.analysis.part import Part
 
 _MODULES = (
     *("pair", "search", "ranking", "sums", "decision", "ablation", "distance", "top16", "spatial", "sizes", "parity"),
-    *("generator", "cheese_vector", "corner_vector", "retarget", "statistics", "random_mazes", "hypothesis", "sweep"),
+    *("generator", "cheese_vector", "corner_vector", "retarget", "statistics", "random_mazes", "hypothesis"),
 )
 
 PARTS = {part.name: part for part in (Part.of(import_module(f"{__name__}.{module}")) for module in _MODULES)}
-
-# Measured only if `--only` names the part.
-EXTRA = {"sweep": PARTS.pop("sweep")}
 
 # Measured on every policy.
 SIDE_BY_SIDE = ("search", "ranking", "sums", "decision", "ablation")

@@ -13,7 +13,6 @@ LIMITS = {
     "cheese-vector": "500, and 100 for its rank",
     "corner-vector": "500, and 100 for its rank",
     "retarget": "400",
-    "sweep": "40",
     "every part of a policy that stands beside the main one": "300",
 }
 

@@ -26,7 +26,7 @@ from chanpatch import hook_points
 from maze.analysis.part import Part, Study
 from maze.command import UserError
 from maze.levels import draw_levels, observe, policy_input
-from maze.measurements import EXTRA, PARTS, SIDE_BY_SIDE
+from maze.measurements import PARTS, SIDE_BY_SIDE
 from maze.policy.network import SHIPPED_WEIGHTS, load_policy
 from maze.policy.shipped import MAIN, POLICIES
 from maze.report.page import differing, write_report
@@ -51,9 +51,8 @@ class RunSettings:
     out: Path
 
     def __post_init__(self) -> None:
-        known = {**PARTS, **EXTRA}
-        if unknown := [name for name in self.only if name not in known]:
-            raise UserError(f"--only: no part is called {', '.join(unknown)}. Parts: {', '.join(known)}.")
+        if unknown := [name for name in self.only if name not in PARTS]:
+            raise UserError(f"--only: no part is called {', '.join(unknown)}. Parts: {', '.join(PARTS)}.")
         for name, low, high in (("n", 20, 100_000), ("seed", 0, 2**31 - 1)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name} is {getattr(self, name)}, but it is {low} to {high} for these parts.")
@@ -62,7 +61,7 @@ class RunSettings:
     @property
     def parts(self) -> list[Part]:
         """The parts to measure, in the order of the report."""
-        return [part for name, part in {**PARTS, **EXTRA}.items() if name in (self.only or PARTS)]
+        return [part for name, part in PARTS.items() if name in (self.only or PARTS)]
 
 
 def run(settings: RunSettings) -> Path:
@@ -74,7 +73,7 @@ def run(settings: RunSettings) -> Path:
     known = {subject: _known(study) for subject, study in subjects.items()}
     with locked(folder):
         _measure_all(settings, subjects, known, folder)
-        report = write_report(folder, known, {**PARTS, **EXTRA}, _command(settings))
+        report = write_report(folder, known, PARTS, _command(settings))
     print(f"\nReport: {report}")
     return folder
 

@@ -17,7 +17,7 @@ from maze.analysis.effects import SET_LEVELS
 from maze.analysis.part import LABEL_LEVELS, SELECTION_LEVELS, Finding, Part, Study
 from maze.analysis.steering import MOST_LEVELS, RANKED
 from maze.command import UserError
-from maze.measurements import PARTS, ablation, parity, retarget, search, sweep, top16
+from maze.measurements import PARTS, ablation, parity, retarget, search, top16
 from maze.policy.network import SHIPPED_WEIGHTS
 from maze.report import run as runs
 from maze.report.limits import LIMITS, limits
@@ -55,7 +55,6 @@ PART = Part(
 def parts(monkeypatch):
     MEASURED.clear()
     monkeypatch.setattr(runs, "PARTS", {"squares": PART})
-    monkeypatch.setattr(runs, "EXTRA", {})
     monkeypatch.setattr(runs, "SIDE_BY_SIDE", ("squares",))
 
 
@@ -379,7 +378,6 @@ def test_the_caps_that_are_told_are_those_of_the_parts():
     assert LIMITS["top16"] == str(top16.MOST_LEVELS)
     assert LIMITS["retarget"] == str(retarget.MOST_LEVELS)
     assert LIMITS["every part of a policy that stands beside the main one"] == str(MOST_OTHERS)
-    assert LIMITS["sweep"] == str(sweep.MOST_LEVELS)
     assert LIMITS["cheese-vector"] == f"{MOST_LEVELS}, and {RANKED} for its rank"
     assert LIMITS["corner-vector"] == f"{MOST_LEVELS}, and {RANKED} for its rank"
     assert f"{SET_LEVELS} for random sets" in LIMITS["ablation"]
