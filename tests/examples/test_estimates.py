@@ -15,7 +15,6 @@ FEWER = {
     "BACKGROUND_LEVELS": 20,
     "CHOICE_LEVELS": 40,
     "CHOOSING_LEVELS": 8,
-    "METERED": 20,
     "MOST_DRAWN": 3,
     "PAIR_LEVELS": 8,
     "REFERENCE": 20,
@@ -26,18 +25,13 @@ CHOSEN_ON = {
     "maze.analysis.part.SELECTION_LEVELS": 100,
     "maze.analysis.part.LABEL_LEVELS": 60,
     "maze.analysis.decision_squares.THRESHOLD_LEVELS": 80,
-    "maze.analysis.steering.METERED": 20,
 }
 
 SETTING = "a setting, or chosen by a rule: nothing is estimated"
 ONE = "of one maze"
 OTHER = "how the controls came out, each of which has an interval of its own or none is told"
-METER = "how unusual an activation is: told beside an effect, and no effect itself"
 P = "a p-value"
 NO_ESTIMATES = {
-    "absolute_z": METER,
-    "lowest_sum": METER,
-    "controls_apart": METER,
     "threshold": SETTING,
     "margin": SETTING,
     "median_distance": SETTING,

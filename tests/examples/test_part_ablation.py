@@ -1,5 +1,4 @@
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +7,10 @@ from studies import from_files, shipped_points, small_study
 
 from chanpatch import PatchedPolicy, resample_ablate, zero_ablate
 from chanpatch.statistics import wilson_interval
-from maze.analysis.cells import read_table, shown
-from maze.analysis.effects import ablation
+from maze.analysis.cells import shown
+from maze.analysis.effects import ablation, p_reached
 from maze.analysis.exact import Chains
-from maze.analysis.forwards import SITE, activations, level_sums
+from maze.analysis.forwards import SITE, activations
 from maze.analysis.labels import LabelledChannel
 from maze.analysis.tables import action_tables
 from maze.levels import draw_levels, observe, policy_input
@@ -21,7 +20,6 @@ from maze.paths import Direction
 from maze.policy.network import ACTIONS
 from maze.states import read_mazes
 
-COMMITTED = Path(__file__).parents[2] / "docs" / "maze_study"
 RANKED = (7, 8, 24, 30, 23, 16)
 PLACE = part.PLACES[0]
 
@@ -73,7 +71,7 @@ def test_the_effect_of_zeroed_channels_is_that_of_a_dense_matrix_of_the_patched_
     half = list(range(16))
     twin = PatchedPolicy(study.points, zero_ablate(study.points.site(SITE, channel=half)))
     ablations = {"zero half": ablation(study.points, "zero", half, {}, seed=0)}
-    found, _, _ = part._measured(study, levels, ablations, {"half": "half"}, ())
+    found = p_reached(study.points, levels, ablations)
     expected = np.array([[found_by_hand(policy, level) for level in levels] for policy in (study.points.model, twin)])
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.ptp(expected, axis=0).max() > 0.01
@@ -91,16 +89,17 @@ def test_resampling_draws_the_donors_of_a_forward_whose_rows_are_the_levels():
     np.testing.assert_allclose(table[chains.start], expected.detach(), atol=1e-5)
 
 
-def test_every_live_channel_and_both_groups_are_ablated_in_three_ways_in_three_places(tables):
-    assert len(tables["effects"]) == 3 * 3 * (len(RANKED) + 1)
+def test_every_live_channel_and_the_group_are_ablated_in_three_ways_in_the_posts_place_and_zeroed_elsewhere(tables):
+    assert len(tables["effects"]) == (3 + 1 + 1) * (len(RANKED) + 1)
+    assert {(row["cheese"], row["kind"]) for row in tables["effects"] if row["cheese"] != PLACE} == {
+        (place, "zero") for place in part.PLACES[1:]
+    }
     assert {row["ablated"] for row in tables["effects"]} == {*(f"channel {each}" for each in RANKED), "top 6"}
 
 
-def test_the_reference_of_means_and_donors_is_named_in_the_table_and_in_the_method(tables):
-    words = "{} levels of size {}, cheese in distribution, mouse anywhere"
-    named = {(row["kind"], row["reference"]) for row in tables["effects"]}
-    assert named == {("zero", None), ("mean", words.format(20, 9)), ("resample", words.format(20, 9))}
-    assert f"Means and donors are from {words.format(200, 15)}." in PARTS["ablation"].method
+def test_the_reference_of_means_and_donors_is_named_in_the_method():
+    words = "Means and donors are from 200 levels of size 15, cheese in distribution, mouse anywhere."
+    assert words in PARTS["ablation"].method
 
 
 def test_the_effect_is_the_modified_share_minus_the_original(tables):
@@ -115,31 +114,24 @@ def test_the_three_places_of_the_cheese_are_in_the_same_mazes(study):
         np.testing.assert_array_equal(other.free, mazes[0].free)
 
 
-def test_the_rank_counts_the_live_channels_that_do_as_much(tables):
-    singles = [abs(row_of(tables, f"channel {each}")["effect"]) for each in RANKED]
+def test_the_rank_counts_the_live_channels_that_raise_the_probability_as_much(tables):
+    singles = [row_of(tables, f"channel {each}")["effect"] for each in RANKED]
     row = row_of(tables, "channel 7")
-    assert row["rank"] == sum(each >= abs(row["effect"]) for each in singles)
+    assert row["rank"] == sum(each >= row["effect"] for each in singles)
     assert (row["controls"], row["rank_p"]) == (len(RANKED) - 1, None)
 
 
 def test_a_channel_that_is_the_same_on_all_reference_levels_is_no_control():
     found = np.array([[0.5, 0.5], *([0.5 + each / 10] * 2 for each in (3, 0, 2, 1))])
-    groups = {f"channel {each}": (each,) for each in range(4)}
-    far = {"zero": {0: 1.0, 1: None, 2: 1.0, 3: 1.0}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part, "KINDS", ("zero",))
-        rows = part._rows("top left", found, found, groups, {"channel 0": "UP"}, far, np.arange(4.0))
+    ablated = [("zero", f"channel {each}") for each in range(4)]
+    rows = part._rows(ablated, found, {"channel 0": "UP"}, {"channel 0", "channel 2", "channel 3"}, "top left")
     assert [(row["rank"], row["controls"]) for row in rows] == [(1, 2), (None, None), (2, 2), (3, 2)]
-    assert [row["lowest_sum"] for row in rows] == [0, 1, 2, 3]
 
 
 def test_only_what_was_chosen_before_has_a_p_value_of_its_rank():
-    groups = {f"channel {each}": (each,) for each in range(20)}
+    ablated = [("zero", f"channel {each}") for each in range(20)]
     found = 0.5 + np.arange(21)[:, None] / 100 * np.ones(2)
-    far = {"zero": dict.fromkeys(range(20), 1.0)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(part, "KINDS", ("zero",))
-        rows = part._rows("top left", found, found, groups, {"channel 19": "UP"}, far, np.zeros(20))
+    rows = part._rows(ablated, found, {"channel 19": "UP"}, {name for _, name in ablated}, "top left")
     assert {row["rank_p"] for row in rows[:-1]} == {None}
     assert rows[-1]["rank_p"] == pytest.approx(1 / 20)
 
@@ -158,18 +150,9 @@ def test_shares_of_walks_and_means_of_both_policies_have_their_intervals(tables)
                 share.low,
                 share.high,
             ]
-    for name in ("original", "modified", "corner_original", "corner_modified"):
+    for name in ("original", "modified"):
         for row in tables["effects"]:
-            estimate, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
-            assert low is high is None  # of three levels
-            assert (estimate is None) == (name == "corner_modified" and row["role"] == "control")
-
-
-def test_16_others_are_live_channels_that_are_not_among_the_most_telling():
-    ranked = tuple(range(30, -1, -1))
-    groups = part._groups(small_study(1, ranked).selection, seed=0)
-    assert groups["top 16"] == ranked[:16]
-    assert set(groups["15 others"]) == set(ranked[16:])
+            assert row[name] is not None and row[f"{name}_low"] is row[f"{name}_high"] is None  # of three levels
 
 
 def test_a_policy_with_one_live_channel_is_measured_without_controls():
@@ -216,9 +199,7 @@ def test_an_ablation_with_one_reference_decides_nothing_and_is_told_without_an_i
 
 @pytest.mark.parametrize("place", part.PLACES[1:])
 def test_the_finding_agrees_in_part_when_zeroing_helps_as_much_with_the_cheese_elsewhere(helpful, place):
-    (row,) = (
-        row for row in helpful["across"] if (row["minus"], row["kind"], row["ablated"]) == (place, "zero", "channel 7")
-    )
+    (row,) = (row for row in helpful["across"] if (row["minus"], row["ablated"]) == (place, "channel 7"))
     row.update(difference_low=-0.1)
     assert part.finding(helpful).agrees == "in part"
 
@@ -231,44 +212,15 @@ def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whet
         assert named in told and "has the largest effect, -0.900 (-0.950 to -0.850)." in told
 
 
-def test_how_far_the_ablated_sum_is_from_the_usual_stands_beside_the_effect_but_for_the_mean(tables):
-    assert all((row["absolute_z"] is None) == (row["kind"] == "mean") for row in tables["effects"])
-    named = {(row["kind"], row["absolute_z_against"]) for row in tables["effects"]}
-    words = "200 other levels of size 9, cheese in distribution, mouse anywhere, unpatched"
-    assert named == {("zero", words), ("mean", None), ("resample", words)}
-
-
-def test_what_is_usual_is_told_by_other_levels_than_the_donors_and_the_patched(study, tables):
-    purposes = {"ablation reference": part.REFERENCE_PLACES, "ablation usual": part.REFERENCE_PLACES}
-    reference, usual = (set(study.levels(name, 20, size=9, **where)) for name, where in purposes.items())
-    assert not usual & (reference | set(study.levels("ablation", 20, size=9, cheese=PLACE)))
-    levels = study.levels("ablation usual", part.METERED, size=9, **part.REFERENCE_PLACES)
-    sums = level_sums(study.points, SITE, levels)
-    assert row_of(tables, "channel 7")["absolute_z"] == pytest.approx(
-        sums[:, 7].mean() / sums[:, 7].std(ddof=1), rel=1e-3
-    )
-
-
 def test_what_was_chosen_comes_first_in_the_table(tables):
     controls = [row["role"] == "control" for row in tables["effects"]]
     assert controls == sorted(controls) and set(controls) == {True, False}
 
 
-def test_the_finding_counts_the_other_channels_that_raise_the_probability_as_much_and_not_those_that_lower_it(tables):
+def test_the_finding_gives_the_rank_by_increase(tables):
     changed = copy.deepcopy(tables)
-    for channel, effect in zip(RANKED, (0.2, 0.3, -0.4, -0.5, 0.1, 0.0), strict=True):
-        row_of(changed, f"channel {channel}").update(effect=effect)
-    row_of(changed, "channel 7").update(effect=0.25)
-    effects = [row_of(changed, f"channel {channel}")["effect"] for channel in RANKED]
-    rank = sum(each >= 0.25 for each in effects)
-    assert f"rank {rank} of 6 live channels by increase." in part.finding(changed).ours
-
-
-@pytest.mark.parametrize(("policy", "channel", "rank"), [("imitation", 7, 1), ("reward", 7, 1), ("control", 29, 4)])
-def test_the_directed_ranks_of_the_committed_report_come_from_its_table(policy, channel, rank):
-    effects = read_table(COMMITTED / policy / "ablation" / "effects.csv")
-    found = part.raising_rank(effects, row_of({"effects": effects}, f"channel {channel}"))
-    assert (found.rank, found.p) == (rank, rank / (found.controls + 1))
+    row_of(changed, "channel 7").update(rank=2, rank_p=0.1)
+    assert "rank 2 of 6 live channels by increase (p = 0.1)." in part.finding(changed).ours
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):

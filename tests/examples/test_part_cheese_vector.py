@@ -7,29 +7,18 @@ from studies import from_files, shipped_points, small_study
 
 from maze.analysis.cells import shown
 from maze.analysis.exact import Chains
-from maze.analysis.forwards import activations
-from maze.analysis.off_distribution import mouse_anywhere
 from maze.analysis.steering import (
     BLOCK,
     CONTROLS,
     OWN,
-    added,
     against_controls,
     difference_vectors,
-    far_from_usual,
     steered,
 )
 from maze.analysis.tables import action_tables
 from maze.levels import observe, policy_input
 from maze.measurements import cheese_vector as part
 from maze.states import read_mazes, write_mazes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_metered():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maze.analysis.steering.METERED", 20)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +61,6 @@ def test_controls_have_the_norm_of_each_levels_own_vector_or_are_another_ones(ve
     torch.testing.assert_close(random.flatten(1).norm(dim=1), norm)
     torch.testing.assert_close(shuffled.sum(dim=1), differences.sum(dim=1), atol=1e-3, rtol=1e-3)
     assert not torch.allclose(shuffled, differences)
-
-
-def test_the_distance_of_a_vector_from_usual_sums_by_hand(study, vectors):
-    levels, differences = vectors
-    (far,) = far_from_usual(study, {OWN: added(study.points, differences, 2.0)}, levels).values()
-    some = mouse_anywhere(levels, study.seed_for("metered mouse"))
-    usual = study.levels("metered usual", 20, size=7, cheese="as drawn", mouse="anywhere")
-    sums, others = (activations(study.points, each, BLOCK)[BLOCK].double().sum(dim=(2, 3)) for each in (some, usual))
-    z = (sums + 2 * differences.double().sum(dim=(2, 3)) - others.mean(dim=0)).abs() / others.std(dim=0)
-    assert far == pytest.approx(float(z.mean()), rel=1e-3)
 
 
 def test_own_minus_control_is_the_mean_difference_over_levels():
@@ -131,14 +110,6 @@ def test_what_the_vector_leaves_of_the_cheese_is_its_difference_from_not_showing
 def test_without_decision_squares_the_finding_says_so(tables):
     fewer = [row for row in tables["effects"] if not row["measure"].startswith("to_")]
     assert "decision square" not in part.finding({**tables, "effects": fewer}).ours
-
-
-def test_the_distance_from_usual_sums_stands_beside_every_effect_and_in_the_finding(tables):
-    changed = copy.deepcopy(tables)
-    assert all(row["absolute_z"] > 0 for row in tables["effects"] if row["intervention"] in (OWN, *CONTROLS))
-    for row in changed["effects"]:
-        row["absolute_z"] = 7.25 if row["intervention"] == OWN else 1.0
-    assert "mean absolute z is 7.2" in part.finding(changed).follows
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):

@@ -7,7 +7,7 @@ from studies import from_files, small_study
 
 from maze.analysis.cells import shown
 from maze.analysis.exact import Chains
-from maze.analysis.steering import BLOCK, CONTROLS, OWN, added, difference_vectors
+from maze.analysis.steering import BLOCK, OWN, added, difference_vectors
 from maze.analysis.tables import action_tables
 from maze.levels import draw_levels, observe, policy_input
 from maze.measurements import corner_vector as part
@@ -21,13 +21,6 @@ THROUGH_THE_CORNER = """
     .####
     M....
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_metered():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maze.analysis.steering.METERED", 20)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +75,6 @@ def test_the_finding_agrees_when_the_corner_is_passed_more_often_than_with_the_c
     finding = part.finding(changed)
     assert finding.agrees == agrees
     assert shown(own, "effect", "+.3f") in finding.ours
-
-
-def test_the_distance_from_usual_sums_stands_beside_every_effect_and_in_the_finding(tables):
-    changed = copy.deepcopy(tables)
-    assert all(row["absolute_z"] > 0 for row in tables["effects"] if row["intervention"] in (OWN, *CONTROLS))
-    for row in changed["effects"]:
-        row["absolute_z"] = 7.25 if row["intervention"] == OWN else 1.0
-    assert "mean absolute z is 7.2" in part.finding(changed).follows
 
 
 def test_the_finding_and_the_figure_are_made_from_files(tables, tmp_path):

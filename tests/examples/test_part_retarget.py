@@ -7,9 +7,6 @@ from studies import from_files, shipped_points, small_study
 
 from maze.analysis.cells import shown
 from maze.analysis.exact import ORIGINAL, Chains, cheese_and_corner
-from maze.analysis.forwards import activations
-from maze.analysis.off_distribution import mouse_anywhere
-from maze.analysis.steering import BLOCK
 from maze.analysis.tables import action_tables
 from maze.levels import draw_levels
 from maze.measurements import retarget as part
@@ -32,13 +29,7 @@ def tables():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "CHOOSING_LEVELS", 8)
         patch.setattr(part, "MULTIPLES", (1, 4))
-        patch.setattr(part, "METERED", 20)
         yield part.measure(small_study(6, (7,)))
-
-
-@pytest.fixture
-def few_metered(monkeypatch):
-    monkeypatch.setattr(part, "METERED", 20)
 
 
 def test_map_cells_count_from_the_top_left_of_the_world():
@@ -107,24 +98,6 @@ def test_the_controls_are_compared_over_the_same_levels(tables):
         assert row["own_minus_control"] == pytest.approx(more, abs=1e-9)
 
 
-@pytest.mark.usefixtures("few_metered")
-def test_the_absolute_z_of_the_first_channel_by_hand(tables):
-    study, first = small_study(6, (7,)), tables["channels"][0]
-    levels, targets = part.with_targets(
-        study.levels("retarget", size=part.SIZE, cheese="as drawn"), study.seed_for("retarget targets")
-    )
-    some = mouse_anywhere(levels, study.seed_for("retarget mouse"))
-    usual = study.levels("retarget usual", part.METERED, size=part.SIZE, cheese="as drawn", mouse="anywhere")
-    maps, others = (
-        activations(study.points, each, BLOCK)[BLOCK][:, first["channel"]].double().numpy() for each in (some, usual)
-    )
-    row, col = part.map_cells(read_mazes(levels), targets).T
-    maps[np.arange(len(maps)), row, col] = tables["against"][0]["multiple"] * first["activation"]
-    usual_sums = others.sum(axis=(1, 2))
-    z = np.abs(maps.sum(axis=(1, 2)) - usual_sums.mean()) / usual_sums.std(ddof=1)
-    assert tables["effects"][0]["absolute_z"] == pytest.approx(z.mean(), rel=1e-3)
-
-
 def test_with_the_cheese_itself_at_the_target_the_target_is_reached_as_often_as_the_cheese_is_found(tables):
     study = small_study(6, (7,))
     kept, targets = part.with_targets(study.levels("retarget", size=part.SIZE), study.seed_for("retarget targets"))
@@ -133,13 +106,6 @@ def test_with_the_cheese_itself_at_the_target_the_target_is_reached_as_often_as_
     found = cheese_and_corner(chains, action_tables(shipped_points(), chains)[ORIGINAL])[0]
     (row,) = (row for row in tables["effects"] if row["intervention"] == part.MOVED)
     assert row["modified"] == pytest.approx(found.mean(), abs=1e-6)
-
-
-def test_every_level_is_in_one_bin_of_distances(tables):
-    own = [row for row in tables["distance"] if row["intervention"] == part.ONE]
-    assert sum(row["n"] for row in own) == tables["effects"][0]["n"]
-    total = sum(row["n"] * row["effect"] for row in own)
-    assert total == pytest.approx(tables["effects"][0]["n"] * tables["effects"][0]["effect"], abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +146,7 @@ def test_the_finding_says_when_the_largest_multiple_was_taken(tables):
         assert ("the largest multiple tried" in part.finding(changed).ours) == said
 
 
-def test_the_figure_shows_the_magnitudes_and_the_distances(tables):
+def test_the_figure_shows_the_magnitudes_and_the_effects(tables):
     assert len(part.figure(tables).axes) == 2
 
 

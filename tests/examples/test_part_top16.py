@@ -20,8 +20,6 @@ RANKED = tuple(range(32))
 def small_mazes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(part, "SIZE", 9)
-        patch.setattr(part, "REFERENCE", 20)
-        patch.setattr(part, "METERED", 20)
         yield
 
 
@@ -59,15 +57,15 @@ def test_the_pairs_channels_differ_most_over_the_four_rotations_of_the_posts_pai
 
 
 def test_the_control_sets_are_different_sets_of_live_channels_and_none_of_the_tested_ones(tables):
-    rows = [row for row in tables["effects"] if row["measure"] == "found" and row["kind"] == "zero"]
+    rows = [row for row in tables["effects"] if row["measure"] == "found"]
     sets = [tuple(sorted(map(int, row["channels"].split()))) for row in rows]
-    assert [row["chosen"] for row in rows] == [part.PAIR, part.TELLING] + [part.CONTROL] * part.SETS
+    assert [row["chosen"] for row in rows] == [part.PAIR, part.TOP] + [part.CONTROL] * part.SETS
     assert len(set(sets)) == len(sets) and all(len(set(each)) == 16 for each in sets)
 
 
 def test_both_sets_have_a_rank_among_the_controls(tables):
     for row in tables["effects"]:
-        if row["chosen"] == part.CONTROL or row["kind"] != "zero":
+        if row["chosen"] == part.CONTROL:
             assert row["rank"] is None
         else:
             controls = [
@@ -76,18 +74,6 @@ def test_both_sets_have_a_rank_among_the_controls(tables):
                 if each["chosen"] == part.CONTROL and each["measure"] == row["measure"]
             ]
             assert row["rank"] == 1 + sum(abs(each) >= abs(row["effect"]) for each in controls)
-
-
-def test_the_absolute_z_of_a_set_is_the_mean_of_its_channels_by_hand(study, tables):
-    usual = study.levels("top16 usual", 20, size=9, cheese="in distribution", mouse="anywhere")
-    assert not set(usual) & set(study.levels("top16 reference", 20, size=9, **part.REFERENCE_PLACES))
-    sums = level_sums(study.points, SITE, usual)
-    for row in tables["effects"]:
-        if row["kind"] == "zero":
-            channels = list(map(int, row["channels"].split()))
-            varying = sums[:, [channel for channel in channels if np.ptp(sums[:, channel])]]
-            z = np.abs(varying.mean(axis=0) / varying.std(axis=0, ddof=1))
-            assert row["absolute_z"] == pytest.approx(z.mean(), rel=1e-3)
 
 
 def test_the_field_holds_the_mean_of_both_facings_and_nothing_where_the_episode_is_over(study, tables):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chanpatch import HookPoints, steer
 from chanpatch.controls import random_vectors
-from maze.analysis.cells import Table, Tables, Values, chosen
+from maze.analysis.cells import Table, Tables, Values
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import (
     DESTINATIONS,
@@ -31,10 +31,9 @@ from maze.analysis.effects import (
 from maze.analysis.estimates import intervals
 from maze.analysis.exact import Chains
 from maze.analysis.forwards import activations
-from maze.analysis.off_distribution import METERED, absolute_z, background, mouse_anywhere
 from maze.analysis.part import Study
 from maze.analysis.tables import Intervention
-from maze.states import Mazes, read_mazes, write_mazes
+from maze.states import Mazes, write_mazes
 
 BLOCK = "embedder.block2.res1"  # the same output as its resadd
 SIZE = 11
@@ -99,17 +98,16 @@ def measured(
         for chains, tables in batches
     )
     names = [*interventions, *pictures]
-    far, usual = far_from_usual(study, interventions, levels), background(SIZE, "as drawn")
-    effects = effect_rows(values, names)
-    for row in effects:
-        row |= {"absolute_z": far.get(row["intervention"]), "absolute_z_against": usual}
-
     some, own = levels[:RANKED], vectors[:RANKED]
     random = enumerate([own, *_random(own, RANDOM, study.seed_for(f"{purpose} random"))])
     tries = {str(number): added(study.points, each, coefficient) for number, each in random}
     reached = joined(destinations(*batch) for batch in level_batches(study.points, some, tries, site=BLOCK))[measure]
     rank = {"measure": measure, "n": len(some), **ranked_cells(reached[1:] - reached[0])}
-    return {"effects": effects, "against": against_controls(values, names), "ranked": [rank]}, values, names
+    return (
+        {"effects": effect_rows(values, names), "against": against_controls(values, names), "ranked": [rank]},
+        values,
+        names,
+    )
 
 
 def against_controls(values: Mapping[str, Values], names: Sequence[str]) -> Table:
@@ -125,24 +123,9 @@ def against_controls(values: Mapping[str, Values], names: Sequence[str]) -> Tabl
 
 
 def ranking_text(tables: Tables) -> str:
-    """The rank of the own vector among random vectors, and its absolute z, in words."""
+    """The rank of the own vector among random vectors, in words."""
     (row,) = tables["ranked"]
-    (own,) = chosen(tables["effects"], measure=row["measure"], intervention=OWN)
-    return (
-        f"Among random vectors of the same norm (n={row['n']}), the effect is {rank_text(row)}; its mean absolute z is "
-        f"{own['absolute_z']:.1f} (0.8 is usual)."
-    )
-
-
-def far_from_usual(
-    study: Study, interventions: Mapping[str, Intervention], levels: Sequence[bytes]
-) -> dict[str, float]:
-    """The mean absolute z over the channels of `BLOCK` under each vector, with the mouse anywhere in the levels."""
-    some = mouse_anywhere(levels[:METERED], study.seed_for("metered mouse"))
-    size = int(read_mazes(levels[:1]).size[0])
-    usual = study.levels("metered usual", METERED, size=size, cheese="as drawn", mouse="anywhere")
-    channels = {name: absolute_z(study.points, each, some, usual) for name, each in interventions.items()}
-    return {name: float(np.nanmean(list(each.values()))) for name, each in channels.items()}
+    return f"Among random vectors of the same norm (n={row['n']}), the effect is {rank_text(row)}."
 
 
 figure = chart(

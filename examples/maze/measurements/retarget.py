@@ -18,18 +18,17 @@ import numpy as np
 import torch
 
 from chanpatch import HookPoints, patch_in
-from maze.analysis.cells import Integers, Row, Table, Tables, Values, above, chosen, keyed, shown, verdict
+from maze.analysis.cells import Integers, Row, Table, Tables, Values, above, keyed, shown, verdict
 from maze.analysis.drawing import Panel, chart
 from maze.analysis.effects import effect_rows, mean_intervals, p_reached
 from maze.analysis.estimates import intervals
 from maze.analysis.exact import Chains
 from maze.analysis.forwards import activations
-from maze.analysis.off_distribution import METERED, absolute_z, mouse_anywhere
 from maze.analysis.part import Finding, Study
 from maze.analysis.steering import BLOCK, difference_vectors
 from maze.analysis.tables import Intervention
 from maze.levels import random_squares
-from maze.paths import START, distances
+from maze.paths import START
 from maze.states import WORLD, Mazes, read_mazes, write_mazes
 
 SIZE = 11
@@ -37,7 +36,6 @@ MOST_LEVELS = 400
 CHOOSING_LEVELS = 60  # for choosing channels and the magnitude, for any n
 SHARE = 11 / 128  # fraction of channels to choose: the fraction that encodes the cheese in the published network
 MULTIPLES = (1, 2, 4, 8)  # magnitudes to choose from, relative to a channel's activation at the cheese
-BINS = ((1, 5), (6, 10), (11, 20), (21, WORLD * WORLD))  # steps from the start to the target
 ONE, ONE_OTHER = "first cheese channel", "one random other"  # the reference sets one activation
 ALL, OTHERS = "all cheese channels", "as many random others"
 CONTROLS = {ONE: ONE_OTHER, ALL: OTHERS}
@@ -48,88 +46,54 @@ DRAWN = 0.5  # fraction of that effect from which the mouse is drawn as by a che
 def measure(study: Study) -> dict[str, Table]:
     """The channels that mark the cheese, the magnitude, and the probability of reaching the marked square."""
     choosing = study.levels("retarget choosing", CHOOSING_LEVELS, size=SIZE, cheese="as drawn")
-    channels, own, marks = cheese_channels(study.points, choosing)
+    channels, own, others, marks = cheese_channels(study.points, choosing)
     magnitudes, multiple = _magnitudes(study, choosing, own, marks)
     drawn = study.levels("retarget", min(study.n, MOST_LEVELS), size=SIZE, cheese="as drawn")
     levels, targets = with_targets(drawn, study.seed_for("retarget targets"))
     rng = np.random.default_rng(study.seed_for("retarget controls"))
-    others = np.array([row["channel"] for row in channels if row["varies"] and not row["chosen"]])
     random = np.stack([rng.permutation(others)[: len(own)] for _ in levels])  # other channels for every level
     every = np.tile(own, (len(levels), 1))
     sets = {ONE: every[:, :1], ONE_OTHER: random[:, :1], ALL: every, OTHERS: random}
-    places, values = map_cells(read_mazes(levels), targets), multiple * marks
-    interventions = {name: retargeted(study.points, places, each, values) for name, each in sets.items()}
+    places = map_cells(read_mazes(levels), targets)
+    interventions = {name: retargeted(study.points, places, each, multiple * marks) for name, each in sets.items()}
     moved = write_mazes(read_mazes(levels).moved(cheese=targets), levels)
     reached = np.concatenate(
         [p_reached(study.points, *each, targets, BLOCK) for each in ((levels, interventions), (moved, {}))]
     )
     names = [*sets, MOVED]
-    far = _absolute_z(study, levels, places, own, others, values)
-    effects = effect_rows({"reached": reached}, names)
     against = []
     for name, control in CONTROLS.items():
         (more,) = mean_intervals((reached[1 + names.index(name)] - reached[1 + names.index(control)])[None])
         row = {"intervention": name, "control": control, "n": len(levels), "multiple": multiple}
         against.append(row | intervals(own_minus_control=more))
-    steps = distances(read_mazes(levels), START)[np.arange(len(levels)), targets[:, 0], targets[:, 1]]
-    by_distance = []
-    for first, last in BINS:
-        inside = (steps >= first) & (steps <= last)
-        if inside.any():
-            ends = {"from": first, "to": int(min(last, steps.max()))}
-            by_distance += [ends | row for row in effect_rows({"reached": reached[:, inside]}, names)]
-    return {
-        "channels": channels,
-        "magnitudes": magnitudes,
-        "effects": [row | {"absolute_z": far.get(row["intervention"])} for row in effects],
-        "against": against,
-        "distance": by_distance,
-    }
+    effects = effect_rows({"reached": reached}, names)
+    return {"channels": channels, "magnitudes": magnitudes, "effects": effects, "against": against}
 
 
-def _absolute_z(
-    study: Study, levels: Sequence[bytes], places: Integers, own: Integers, others: Integers, values: Values
-) -> dict[str, float]:
-    """The mean absolute z over the channels in each set; for controls, the mean over all others with every value."""
-    some = mouse_anywhere(levels[:METERED], study.seed_for("retarget mouse"))
-    usual = study.levels("retarget usual", METERED, size=SIZE, cheese="as drawn", mouse="anywhere")
-    every = np.tile(np.arange(study.points[BLOCK].length("channel") or 0), (len(levels), 1))
-    of_own, of_others = [], []
-    for channel, value in zip(own.tolist(), values, strict=True):
-        intervention = retargeted(study.points, places, every, np.full(every.shape[1], value))
-        far = absolute_z(study.points, intervention, some, usual)
-        of_own.append(far[channel])
-        of_others.append(float(np.mean([far[each] for each in others.tolist()])))
-    return {ONE: of_own[0], ONE_OTHER: of_others[0], ALL: float(np.mean(of_own)), OTHERS: float(np.mean(of_others))}
-
-
-def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table, Integers, Values]:
+def cheese_channels(points: HookPoints, levels: Sequence[bytes]) -> tuple[Table, Integers, Integers, Values]:
     """The channels whose activation the cheese raises most on its own cell of the map.
 
-    Returns one row per channel, the highest contrast first; the chosen channels; and their mean activation there.
-    `highest` is a channel's largest activation anywhere. A channel varies if its activation at the cheese varies.
+    Returns one row per channel, the highest contrast first; the chosen channels; the other channels whose activation at
+    the cheese varies; and the mean activation of the chosen channels there.
     """
     mazes = read_mazes(levels)
     row, col = map_cells(mazes, mazes.cheese).T
     every = np.arange(len(levels))
     contrast = difference_vectors(points, levels, mazes, mazes.without_cheese()).numpy()[every, :, row, col]
-    activation = activations(points, levels, BLOCK)[BLOCK].numpy()
-    at_cheese = activation[every, :, row, col].astype(np.float64)
+    at_cheese = activations(points, levels, BLOCK)[BLOCK].numpy()[every, :, row, col].astype(np.float64)
     order = np.argsort(-contrast.mean(axis=0), kind="stable")
-    chosen = order[: max(1, round(SHARE * len(order)))]
+    chosen, others = np.split(order, [max(1, round(SHARE * len(order)))])
     means = [mean_intervals(each.T) for each in (contrast, at_cheese)]
     rows = [
         {
             "channel": int(channel),
             "n": len(levels),
             **intervals(contrast=means[0][channel], activation=means[1][channel]),
-            "highest": float(activation[:, channel].max()),
-            "varies": bool(np.ptp(at_cheese[:, channel]) > 0),
             "chosen": bool(channel in chosen),
         }
         for channel in order
     ]
-    return rows, chosen, at_cheese[:, chosen].mean(axis=0)
+    return rows, chosen, others[np.ptp(at_cheese[:, others], axis=0) > 0], at_cheese[:, chosen].mean(axis=0)
 
 
 def map_cells(mazes: Mazes, squares: Integers) -> Integers:
@@ -181,7 +145,6 @@ def finding(tables: Tables) -> Finding:
     against, against_all = tables["against"]
     first = tables["channels"][0]
     count = sum(row["chosen"] for row in tables["channels"])
-    near, far = (chosen(tables["distance"], intervention=ONE)[end] for end in (0, -1))
     most = max(int(row["intervention"]) for row in tables["magnitudes"])
     edge = " (the largest multiple tried)" if against["multiple"] == most else ""
     more = above(one, "effect")
@@ -195,9 +158,7 @@ def finding(tables: Tables) -> Finding:
         f"{shown(moved, 'effect', '+.3f')}{_fraction(one, moved)}.",
         verdict(*claims),
         f"Compared with random other channels, the one does {shown(against, 'own_minus_control', '+.3f')} more, and "
-        f"all do {shown(against_all, 'own_minus_control', '+.3f')} more. Targets {near['from']} to {near['to']} steps "
-        f"away have {shown(near, 'effect', '+.3f')} (n={near['n']}), and {far['from']} to {far['to']} steps away "
-        f"{shown(far, 'effect', '+.3f')} (n={far['n']}).",
+        f"all do {shown(against_all, 'own_minus_control', '+.3f')} more.",
     )
 
 
@@ -210,6 +171,6 @@ def _fraction(one: Row, moved: Row) -> str:
 
 figure = chart(
     Panel("magnitudes", "intervention", "effect", "change of P(target)", title="by magnitude"),
-    Panel("distance", ("from", "to"), "effect", "change of P(target)", "intervention", title="steps to the target"),
+    Panel("effects", "intervention", "effect", "change of P(target)", title="beside controls and the cheese itself"),
     size=(6, 5),
 )

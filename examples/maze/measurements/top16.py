@@ -13,31 +13,21 @@ not encode more of the path, as zeroed sums are off distribution.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from chanpatch import zero_ablate
 from chanpatch.controls import random_sets
 from maze.analysis.cells import Row, Table, Tables, Values, above, chosen, column, keyed, shown, verdict
 from maze.analysis.contrasts import drawn_pairs
 from maze.analysis.drawing import Panel, draw, panels
-from maze.analysis.effects import (
-    DESTINATIONS,
-    KINDS,
-    SETS,
-    Kind,
-    ablation,
-    destinations,
-    effect_rows,
-    joined,
-    level_batches,
-)
+from maze.analysis.effects import DESTINATIONS, SETS, destinations, effect_rows, joined, level_batches
 from maze.analysis.estimates import rank_cells
 from maze.analysis.exact import ORIGINAL, Chains, move_probabilities
-from maze.analysis.forwards import SITE, activations, level_sums
-from maze.analysis.off_distribution import METERED, absolute_z, background, mouse_anywhere
+from maze.analysis.forwards import SITE, level_sums
 from maze.analysis.part import SPLITS, Finding, Study
 from maze.analysis.tables import action_tables
 from maze.analysis.vector_fields import vector_field, vector_field_difference
@@ -47,61 +37,39 @@ from maze.states import read_mazes
 SIZE = 15
 TOGETHER = 16
 MOST_LEVELS = 300
-REFERENCE = 200  # levels for means and donors
-REFERENCE_PLACES = {"cheese": "in distribution", "mouse": "anywhere"}
 CHANGES = 0.1  # mean change in a move's probability above which the field counts as changed
 RARE = 0.01  # P(cheese) up to which there is nothing to keep
 KEPT = 0.5  # fraction of P(cheese) above which the mouse still goes to the cheese
 MEASURES = {"moves": "fraction of each move that goes elsewhere", **DESTINATIONS}
 
-PAIR, TELLING, CONTROL = "pair", "telling", "control"  # how a set was chosen
-
-
-class Ablated(NamedTuple):
-    """Channels that are ablated together, how they were chosen, and the kind of ablation."""
-
-    chosen: str
-    kind: Kind
-    channels: tuple[int, ...]
+PAIR, TOP, CONTROL = "pair", "best predictors", "control"  # how a set was chosen
 
 
 def measure(study: Study) -> dict[str, Table]:
     """The effects of each set of channels, over levels, and the vector fields of one maze."""
-    places = {"size": SIZE, **REFERENCE_PLACES}
-    reference = activations(study.points, study.levels("top16 reference", REFERENCE, **places), SITE)
-    sets, seed = _sets(study), study.seed_for("top16 donors")
+    sets = _sets(study)
     interventions = {
-        name: ablation(study.points, kind, channels, reference, seed=seed) for name, (_, kind, channels) in sets.items()
+        name: [zero_ablate(study.points.site(SITE, channel=list(channels)))] for name, (_, channels) in sets.items()
     }
     levels = study.levels("top16", min(study.n, MOST_LEVELS), size=SIZE, cheese=SPLITS[1])
     batches = level_batches(study.points, levels, interventions)
     values = joined({"moves": _elsewhere(*batch), **destinations(*batch)} for batch in batches)
-    some = mouse_anywhere(levels[:METERED], study.seed_for("top16 mouse"))
-    usual = study.levels("top16 usual", METERED, **places)
-    live = study.selection.live
-    far = {
-        kind: absolute_z(study.points, ablation(study.points, kind, live, reference, seed=seed), some, usual)
-        for kind in KINDS
-        if kind != "mean"  # near 0 by construction
-    }
     shown_level = int(np.argmax(decision_squares(read_mazes(levels))[1]))  # the first with a choice
     field = _field(study, levels[shown_level], {ORIGINAL: (), "zeroed": next(iter(interventions.values()))})
-    return {"effects": _rows(values, sets, far), "field": field}
+    return {"effects": _rows(values, sets), "field": field}
 
 
-def _sets(study: Study) -> dict[str, Ablated]:
-    """The sets by name: the post's choice, the best predictors, and the controls."""
+def _sets(study: Study) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """How each set was chosen and its channels, by name: the post's choice, the best predictors, and the controls."""
     sums = np.stack([level_sums(study.points, SITE, pair.levels) for pair in drawn_pairs() if pair.number == 0])
     differences = np.abs(np.diff(sums, axis=1)).mean(axis=(0, 1))
     live = study.selection.live
     pair = tuple(sorted(live, key=lambda channel: -differences[channel])[:TOGETHER])
     top = study.selection.ranked[:TOGETHER]
-    sets = {f"the pair's {len(pair)} {KINDS[0]}": Ablated(PAIR, KINDS[0], pair)}
-    sets |= {f"top {len(top)} {kind}": Ablated(TELLING, kind, top) for kind in KINDS}
     seed = study.seed_for("top16 controls")
     others = random_sets(live, len(pair), count=SETS, seed=seed, other_than=(pair, top))
-    controls = {f"control {number}": Ablated(CONTROL, KINDS[0], each) for number, each in enumerate(others, 1)}
-    return sets | controls
+    controls = {f"control {number}": (CONTROL, each) for number, each in enumerate(others, 1)}
+    return {f"the pair's {len(pair)}": (PAIR, pair), f"top {len(top)}": (TOP, top), **controls}
 
 
 def _elsewhere(chains: Chains, tables: NDArray[np.float32]) -> Values:
@@ -112,20 +80,15 @@ def _elsewhere(chains: Chains, tables: NDArray[np.float32]) -> Values:
     return totals / np.bincount(chains.level, minlength=len(chains.levels))
 
 
-def _rows(values: Mapping[str, Values], sets: Mapping[str, Ablated], far: Mapping[str, Mapping[int, float]]) -> Table:
-    """One row per measure and set: the means over levels, the effect, its rank among the control sets, absolute z."""
-    rows = []
-    for row in effect_rows(values, list(sets)):
-        how, kind, channels = sets[row["intervention"]]
-        row |= {"chosen": how, "kind": kind, "channels": " ".join(map(str, channels)), "count": len(channels)}
-        rows.append(row)
+def _rows(values: Mapping[str, Values], sets: Mapping[str, tuple[str, tuple[int, ...]]]) -> Table:
+    """One row per measure and set: the means over levels, the effect, and its rank among the control sets."""
+    rows = effect_rows(values, list(sets))
+    for row in rows:
+        how, channels = sets[row["intervention"]]
+        row |= {"chosen": how, "channels": " ".join(map(str, channels)), "count": len(channels)}
     for row in rows:
         controls = [other["effect"] for other in chosen(rows, measure=row["measure"], chosen=CONTROL)]
-        row |= rank_cells(row["effect"], controls, ranked=row["chosen"] != CONTROL and row["kind"] == KINDS[0])
-        z = far.get(row["kind"])
-        channels = sets[row["intervention"]].channels
-        row["absolute_z"] = float(np.nanmean([z[channel] for channel in channels])) if z else None
-        row["absolute_z_against"] = background(SIZE) if z else None
+        row |= rank_cells(row["effect"], controls, ranked=row["chosen"] != CONTROL)
     return rows
 
 
@@ -164,15 +127,14 @@ def figure(tables: Tables) -> Figure:
 
 
 def finding(tables: Tables) -> Finding:
-    zeroed = chosen(tables["effects"], kind=KINDS[0])
-    pair, top = (keyed(chosen(zeroed, chosen=how), "measure") for how in (PAIR, TELLING))
+    pair, top = (keyed(chosen(tables["effects"], chosen=how), "measure") for how in (PAIR, TOP))
     moved, found = pair["moves"], pair["found"]
     changed = above(moved, "effect", CHANGES)
     # A mouse that never finds the cheese has nothing to keep.
     still = above(found, "effect", (KEPT - 1) * found["original"]) if found["original"] > RARE else None
     choice = pair.get("to_cheese")
     squares = "" if choice is None else f"; P(first to the cheese) at the decision square {_change(choice)}"
-    best, controls = top["found"], chosen(zeroed, chosen=CONTROL, measure="found")
+    best, controls = top["found"], chosen(tables["effects"], chosen=CONTROL, measure="found")
     return Finding(
         f"The pair's {found['count']} channels zeroed, n={found['n']}: {shown(moved, 'effect')} of each move goes "
         f"elsewhere, and P(cheese) {_change(found)}{squares}.",
