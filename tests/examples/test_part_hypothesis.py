@@ -2,21 +2,18 @@ import copy
 
 import numpy as np
 import pytest
-import torch
 from studies import from_files, shipped_points
 
-from chanpatch import channel_sums, mean_ablate, patched
-from chanpatch.controls import matched_channels
+from chanpatch import mean_ablate, patched
+from chanpatch.controls import random_sets
 from chanpatch.statistics import Interval
 from maze.analysis.decision_squares import DISTANCES, Decisions
 from maze.analysis.forwards import SITE, activations
 from maze.analysis.labels import LabelledChannel
 from maze.analysis.part import Study
-from maze.analysis.push_ablation import Ablation, MatchedSets, ablate_push
 from maze.analysis.selection import Selection
-from maze.levels import observe, policy_input
 from maze.measurements import hypothesis as part
-from maze.measurements.hypothesis import BASE, OWN, PUSH, Pushes, towards_cheese
+from maze.measurements.hypothesis import BASE, PUSH, Pushes, towards_cheese
 from maze.paths import Direction
 
 
@@ -87,13 +84,6 @@ def test_accuracy_counts_levels_on_which_the_mouse_goes_one_of_the_two_ways():
     base, push = part._scored("in", some, told)
     assert (base["n"], base["went_elsewhere"], base["accuracy"], push["accuracy"]) == (2, 1, 0.5, 1.0)
     assert push["gain"] == 0.5 and base["gain"] is None
-    assert base["sampled"] == pytest.approx((0.9 + 0.4 + 1 / 3) / 3)
-    assert push["sampled"] == pytest.approx((0.9 + 0.6 + 1 / 3) / 3)
-
-
-def test_the_policys_own_probabilities_predict_its_likeliest_moves(tables):
-    own = [row for row in tables["predictions"] if row["predictor"] == OWN]
-    assert len(own) == 2 and all(row["accuracy"] == 1 for row in own)
 
 
 def test_mice_that_all_go_one_way_leave_nothing_to_separate(study):
@@ -106,79 +96,42 @@ def test_mice_that_all_go_one_way_leave_nothing_to_separate(study):
 def test_without_any_channel_nothing_is_ablated(study):
     levels = study.levels("nothing", 4, size=9, mouse="decision square")
     some = part.at_decision_squares(study.points, levels)
-    done = ablate_push(study.points, levels, some, lambda cheese, corner: [], None, None)
-    assert np.array_equal(done.towards, towards_cheese(some) > 0.5) and done.affected == 0
-    row = part._ablated(done.towards, done)
-    assert (row["n_with_channels"], row["change"]) == (0, 0.0)
+    pushes = Pushes(np.zeros((4, 32)), np.zeros(32), np.ones(32))
+    after = part.ablate_push(study, levels, some, pushes, 0, None)
+    before = towards_cheese(some) > 0.5
+    assert np.array_equal(after, np.tile(before, (20, 1)))
+    assert part._ablated(before, after)["change"] == 0.0
 
 
-def observations(study, count=20):
-    return torch.from_numpy(policy_input(observe(study.levels("background", count, size=9, mouse="anywhere"))))
-
-
-@pytest.mark.parametrize("channels", [(7,), (7, 16, 26)])
-def test_controls_are_19_different_sets_of_as_many_other_live_channels(study, channels):
-    background = observations(study)
-    sums = channel_sums(study.points, background, SITE)
-    dead = set(np.flatnonzero(np.ptp(sums, axis=0) == 0))
-    sets = [dict(site.indices)["channel"] for site in MatchedSets(study.points, background, seed=0).of(channels)]
-    assert len({frozenset(each) for each in sets}) == 19
-    for each in sets:
-        assert len(set(each)) == len(channels) and not set(each) & (dead | set(channels))
-
-
-def test_controls_of_several_channels_are_nearer_than_random_sets(study):
-    background, channels = observations(study), (7, 16, 26)
-    near = MatchedSets(study.points, background, seed=0).of(channels)
-    site = study.points.site(SITE, channel=list(channels))
-    every = matched_channels(study.points, site, background, count=19, seed=0)  # among all, as the pool is so large
-    assert every.pool == every.live
-    assert np.mean(list(near.values())) < 0.75 * np.mean(every.apart)
-
-
-def test_where_few_other_channels_are_live_there_are_fewer_controls_and_no_p(study):
-    few = MatchedSets(study.points, observations(study), seed=0)
-    most = tuple(np.flatnonzero(np.ptp(channel_sums(study.points, few.background, SITE), axis=0)).tolist())[:-3]
-    assert len(few.of(most)) == 0
+def test_with_few_controls_there_is_no_p_value_and_without_controls_no_rank():
     before = np.array([True, False, True])
-    row = part._ablated(before, Ablation(~before, np.stack([before, before]), 3, 0.5))
+    row = part._ablated(before, np.stack([~before, before, before]))
     assert (row["controls"], row["rank"], row["rank_p"]) == (2, 1, None)
-    assert row["why_no_p"] == "fewer than 19 controls"
-    assert "rank 1 of 3, no p-value: fewer than 19 controls" in part._beside(row)
-    alone = part._ablated(before, Ablation(~before, np.empty((0, 3), dtype=bool), 3, np.nan))
-    assert (alone["controls"], alone["rank"], alone["why_no_p"]) == (0, None, "there are no other channels")
-    assert part._beside(alone) == "no other channels to compare with"
+    assert part._beside(row) == "rank 1 of 3"
+    assert part._beside(row | {"rank_p": 0.05}) == "rank 1 of 3, p = 0.05"
+    alone = part._ablated(before, ~before[None])
+    assert (alone["controls"], alone["rank"]) == (None, None)
+    assert part._beside(alone) == "no other sets to compare with"
 
 
-def test_an_ablated_push_and_its_controls_are_those_of_a_loop(study):
+@pytest.mark.parametrize("goal", [0, 1])
+def test_an_ablated_push_and_its_controls_are_those_of_a_loop(study, goal):
     levels = study.levels("loop", 12, size=9, mouse="decision square")
     some = part.at_decision_squares(study.points, levels)
-    background = study.levels("background", 20, size=9, mouse="anywhere")
-    reference, sets = activations(study.points, background, SITE), MatchedSets(study.points, observations(study), 0)
-    done = ablate_push(study.points, levels, some, lambda cheese, corner: [7, 16, cheese], sets, reference)
-    controls = range(-1, len(done.controls))
+    reference = activations(study.points, study.levels("background", 20, size=9, mouse="anywhere"), SITE)
+    weights = np.zeros((4, 32))
+    weights[np.arange(4), [8, 24, 7, 30]] = weights[np.arange(4), [23, 16, 10, 13]] = 0.3
+    pushes = Pushes(weights, np.zeros(32), np.ones(32))
+    after = part.ablate_push(study, levels, some, pushes, goal, reference)
     for level, (cheese, corner) in enumerate(zip(some.cheese, some.corner, strict=True)):
-        channels = 7, 16, int(cheese)
-        sites = [study.points.site(SITE, channel=list(channels)), *sets.of(channels)]
-        for number in controls:
-            with patched(study.points, mean_ablate(sites[number + 1], reference)):
+        channels = np.flatnonzero(weights[corner if goal else cheese]).tolist()
+        seed = study.seed_for("hypothesis others")
+        sets = random_sets(study.selection.live, 2, count=19, seed=seed, other_than=[channels])
+        for number, each in enumerate([channels, *sets]):
+            with patched(study.points, mean_ablate(study.points.site(SITE, channel=list(each)), reference)):
                 (moves,) = part.at_decision_squares(study.points, levels[level : level + 1]).moves
-            told = done.towards if number < 0 else done.controls[number]
-            assert told[level] == (moves[cheese] > moves[corner])
-    assert len(done.controls) == 19 and (done.controls != done.towards).any()
-
-
-def test_the_rank_of_a_push_counts_the_controls_that_change_as_much(tables):
-    for row in tables["ablations"]:
-        key = row["split"], row["ablated"]
-        others = [each["change"] for each in tables["ablation_controls"] if (each["split"], each["ablated"]) == key]
-        assert row["controls"] == len(others) == 19
-        assert row["rank"] == 1 + sum(abs(each) >= abs(row["change"]) - 1e-12 for each in others)
-        if row["why_no_p"]:
-            assert row["rank_p"] is None and "is at the edge of its pool" in row["why_no_p"]
-        else:
-            assert row["rank_p"] == row["rank"] / 20
-        assert row["controls_median"] == pytest.approx(np.median(others))
+            assert after[number, level] == (moves[cheese] > moves[corner])
+    assert len(after) == 20 and (after[1:] != after[0]).any()
 
 
 def test_the_channels_of_a_push_are_those_of_no_other_way():
@@ -195,7 +148,7 @@ def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):
 def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
     changed = copy.deepcopy(tables)
     for row in changed["controls"]:
-        row |= {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "rank": 1, "rank_p": 0.01}
+        row |= {"auc": 0.8, "auc_low": 0.7, "auc_high": 0.9, "rank": 1, "rank_p": 0.01, "controls": 99}
     for row in changed["predictions"]:
         row |= {"gain_low": 0.1, "gain_high": 0.3}
     found = part.finding(changed)

@@ -1,12 +1,10 @@
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 from studies import small_study
 
 from chanpatch.statistics import auc, rank_correlation
-from maze.analysis.cells import read_table
 from maze.analysis.readings import Readings
 from maze.measurements import parity as part
 from maze.paths import Direction
@@ -78,26 +76,6 @@ def test_without_a_maze_of_either_kind_nothing_is_estimated():
     assert cells["auc_own"] is None and cells["channel_own"] is None and cells["positives"] == 5
 
 
-def test_opposite_directions_are_two_readings_of_the_same_mazes(tables):
-    areas = {(row["direction"], row["square"], row["channel"]): row["auc"] for row in tables["channels"]}
-    for (direction, square, channel), area in areas.items():
-        opposite = Direction(3 - Direction[direction]).name
-        if area is not None:
-            assert area + areas[opposite, square, channel] == pytest.approx(1)
-
-
-def test_the_activity_is_told_for_the_way_its_opposite_and_a_wall(tables):
-    rows = [row for row in tables["activity"] if row["direction"] == "UP"]
-    assert [(row["square"], row["kind"]) for row in rows] == [
-        ("odd, even", part.WAY),
-        ("odd, even", part.BACK),
-        ("even, even", part.WAY),
-        ("even, even", part.BACK),
-        ("even, odd", part.WALL),
-    ]
-    assert rows[0]["n"] + rows[1]["n"] == rows[2]["n"] + rows[3]["n"] == rows[4]["n"] == 12
-
-
 def with_one_channel_in_every_case(tables):
     changed = copy.deepcopy(tables)
     filled = {f"{name}{end}": 0.0 for name in ("auc_own", "loss", "rank_own", "rank_other", "rank_loss")
@@ -139,55 +117,28 @@ def test_tables_without_estimates_are_drawn_and_told(tables):
     assert part.figure(tables).axes
 
 
-def test_every_channel_is_compared_between_the_two_kinds_of_passage(tables):
-    areas = {(row["square"], row["direction"], row["channel"]): row for row in tables["channels"]}
-    assert [row["channel"] for row in tables["passages"]] == list(LIVE)
-    for row in tables["passages"]:
-        folded = []
-        for square, name in (("odd, even", "UP"), ("even, odd", "RIGHT")):
-            told = areas[square, name, row["channel"]]
-            assert [row[f"n_{name}"], row[f"auc_{name}_low"]] == [told["n"], told["auc_low"]]
-            folded.append(max(told["auc"], 1 - told["auc"]))
-        assert row["vertical_minus_horizontal"] == pytest.approx(folded[0] - folded[1])
-        low, high = row["vertical_minus_horizontal_low"], row["vertical_minus_horizontal_high"]
-        assert low is high is None or low <= row["vertical_minus_horizontal"] <= high  # None with few mazes
+def by_hand(study, squares):
+    """The rank correlation, between the two axes, of the distances of the channels' AUCs from a half."""
+    levels = study.levels("parity test", size=part.SIZE, cheese="in distribution")
+    areas = []
+    for axis, square in zip(part.PASSAGES.values(), squares, strict=True):
+        readings = part._readings(study, levels, "parity test", axis, square)
+        areas.append([abs(auc(readings.sums[:, each], readings.first[:, axis[0]]).estimate - 0.5) for each in LIVE])
+    return rank_correlation(*np.round(areas, 9))
 
 
-def test_the_two_kinds_of_passage_are_compared_by_how_well_each_channel_tells_one_way_from_the_other(tables):
-    (row,) = tables["between"]
-    told = [
-        [abs(each["auc"] - 0.5) for each in tables["channels"] if (each["square"], each["direction"]) == passage]
-        for passage in (("odd, even", "DOWN"), ("even, odd", "LEFT"))
-    ]
-    assert row["rank_correlation"] == pytest.approx(rank_correlation(*told))
-    assert (row["live"], row["n_vertical"], row["n_horizontal"]) == (len(LIVE), 12, 12)
-    changed = {**tables, "between": [row | {"rank_correlation": 0.42}]}
-    assert "rank correlation 0.42" in part.finding(changed).follows
+def test_the_axes_are_compared_between_crossings_and_at_crossings_by_hand(study, tables):
+    passages, crossings = tables["between"]
+    assert passages["rank_correlation"] == pytest.approx(by_hand(study, part.PASSAGES))
+    assert crossings["rank_correlation"] == pytest.approx(by_hand(study, [part.CROSSING] * 2))
+    assert (passages["live"], passages["n_vertical"], passages["n_horizontal"]) == (len(LIVE), 12, 12)
+    text = part.finding({**tables, "between": [passages | {"rank_correlation": 0.42}, crossings]}).follows
+    assert "rank correlation 0.42" in text
+    assert f"between the two axes at (even, even) squares, {crossings['rank_correlation']:.2f} (" in text
 
 
-def test_the_comparison_of_two_kinds_of_square_stands_beside_that_of_two_axes_on_one_kind(tables):
-    areas = [
-        [
-            abs(row["auc"] - 0.5)
-            for row in tables["channels"]
-            if (row["square"], row["direction"]) == ("even, even", way)
-        ]
-        for way in ("DOWN", "LEFT")
-    ]
-    expected = rank_correlation(*areas)
-    assert part.axes_at_crossings(tables["channels"]) == pytest.approx(expected)
-    told = part.finding(tables).follows
-    assert f"between the two axes at (even, even) squares, {expected:.2f}." in told
-
-
-def test_without_a_maze_at_crossings_the_two_axes_are_not_compared(tables):
+@pytest.mark.parametrize("row", [0, 1])
+def test_without_enough_mazes_the_two_axes_are_not_compared(tables, row):
     changed = copy.deepcopy(tables)
-    for row in changed["channels"]:
-        row["auc"] = None
-    assert part.axes_at_crossings(changed["channels"]) is part.axes_at_crossings([]) is None
+    changed["between"][row]["rank_correlation"] = None
     assert "The two kinds of passage are not compared: too few mazes." in part.finding(changed).follows
-
-
-def test_the_axes_of_the_committed_report_come_from_its_table():
-    committed = Path(__file__).parents[2] / "docs" / "maze_study" / "imitation" / "parity" / "channels.csv"
-    assert f"{part.axes_at_crossings(read_table(committed)):.2f}" == "0.07"

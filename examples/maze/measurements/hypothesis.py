@@ -2,8 +2,8 @@
 
 Method: Size 25, mouse on the decision square. Push for a direction: standardized sums of the channels labeled so on
 other mazes, weighted by AUC - 0.5 on random squares with other legal moves. The larger push is a prediction, and a
-regression on both pushes, fitted on other levels, is another. An ablated push is ranked among sets of as many other
-live channels, matched on mean activation.
+regression on both pushes, fitted on other levels, is another. A mean-ablated push is ranked among random sets of as
+many live channels.
 
 The post: A hypothesis, not measured: if the aggregated push for the action to the cheese is higher than that for the
 corner, the mouse goes to the cheese, otherwise to the corner.
@@ -14,33 +14,33 @@ be the one that the policy computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from chanpatch import mean_ablate, sweep
+from chanpatch.controls import random_sets
+from chanpatch.patching import ActivationCache
 from chanpatch.probes import LogisticProbe
-from chanpatch.statistics import Interval, mean_interval, paired_counts, paired_difference_interval, rank_among
+from chanpatch.statistics import Interval, paired_counts, paired_difference_interval
 from maze.analysis.cells import Flags, Row, Table, Tables, Values, above, keyed, shown, verdict
 from maze.analysis.decision_squares import Decisions, at_decision_squares
 from maze.analysis.drawing import Panel, chart
+from maze.analysis.effects import SETS
 from maze.analysis.estimates import intervals, rank_cells, share
 from maze.analysis.forwards import SITE, activations, frames
 from maze.analysis.labels import LabelledChannel, directions_of, is_reading
 from maze.analysis.part import SPLITS, Finding, Study
-from maze.analysis.push_ablation import Ablation, MatchedSets, ablate_push
 from maze.analysis.readings import area
 from maze.analysis.selection import Selection
 from maze.paths import Direction
+from maze.policy.network import ACTIONS
 
 SIZE = 25
-BASE, PUSH, FITTED, CARRIED, OWN = (
-    "always the more frequent goal",
-    "the larger push",
-    "pushes, fitted",
-    "pushes, fitted on the other split",
-    "the policy's own probabilities",
-)
+BASE, PUSH, FITTED = "always the more frequent goal", "the larger push", "pushes, fitted"
 ABLATED = ("the cheese's", "the corner's")
 CONTROLS = 99  # random assignments of the weights to live channels
 REFERENCE = 200  # levels for the means that replace ablated channels
@@ -82,43 +82,29 @@ class Pushes:
 def measure(study: Study) -> dict[str, Table]:
     """The channels of every push, predictions of the choice against controls, and the effect of ablation."""
     pushes = Pushes.of(study.selection, study.labels)
-    levels = {
-        (split, use): study.levels(f"hypothesis {split} {use}", size=SIZE, cheese=split, mouse="decision square")
-        for split in SPLITS
-        for use in ("fit", "score")
-    }
-    seen = {key: at_decision_squares(study.points, each) for key, each in levels.items()}
-    fitted = {split: towards_cheese(seen[split, "fit"]) > 0.5 for split in SPLITS}
-    probes = {split: LogisticProbe.fit(pushes(seen[split, "fit"]), fitted[split]) for split in SPLITS}
     reference = study.levels("hypothesis reference", REFERENCE, size=SIZE, cheese=SPLITS[0], mouse="anywhere")
     cache = activations(study.points, reference, SITE)
-    others = MatchedSets(study.points, frames(reference), study.seed_for("hypothesis others"))
-    tables = {"channels": _channels(pushes), "weights": _weights(pushes, study.labels)}
-    tables |= {name: [] for name in ("predictions", "controls", "ablations", "ablation_controls")}
-    for split, other in (SPLITS, SPLITS[::-1]):
-        score = seen[split, "score"]
-        towards, push = towards_cheese(score) > 0.5, pushes(score)
+    tables = {"channels": _channels(pushes), "predictions": [], "controls": [], "ablations": []}
+    for split in SPLITS:
+        levels = {
+            use: study.levels(f"hypothesis {split} {use}", size=SIZE, cheese=split, mouse="decision square")
+            for use in ("fit", "score")
+        }
+        fit, score = (at_decision_squares(study.points, each) for each in levels.values())
+        probe, push = LogisticProbe.fit(pushes(fit), towards_cheese(fit) > 0.5), pushes(score)
         says = {
-            BASE: np.full(len(towards), probes[split].majority),
+            BASE: np.full(len(push), probe.majority),
             PUSH: push[:, 0] > push[:, 1],
-            FITTED: probes[split].predict(push) > 0.5,
-            CARRIED: probes[other].predict(push) > 0.5,
-            OWN: towards,
+            FITTED: probe.predict(push) > 0.5,
         }
         tables["predictions"] += _scored(split, score, says)
         tables["controls"].append(_against_controls(split, score, pushes, study))
-        for name, swapped in zip(ABLATED, (False, True), strict=True):
-
-            def channels_of(cheese: int, corner: int, swapped: bool = swapped) -> list[int]:
-                return pushes.only(*((corner, cheese) if swapped else (cheese, corner)))
-
-            done = ablate_push(study.points, levels[split, "score"], score, channels_of, others, cache)
-            row = {"split": split, "ablated": name, "n": len(towards)}
-            tables["ablations"].append(row | _ablated(towards, done))
-            tables["ablation_controls"] += [
-                row | {"control": number, **_change(towards, after)} for number, after in enumerate(done.controls, 1)
-            ]
-    return {name: table for name, table in tables.items() if table}
+        for goal, name in enumerate(ABLATED):
+            after = ablate_push(study, levels["score"], score, pushes, goal, cache)
+            tables["ablations"].append(
+                {"split": split, "ablated": name, **_ablated(towards_cheese(score) > 0.5, after)}
+            )
+    return tables
 
 
 def towards_cheese(seen: Decisions) -> Values:
@@ -133,33 +119,16 @@ def _channels(pushes: Pushes) -> Table:
     return [{"direction": name, "count": len(each), "channels": " ".join(map(str, each))} for name, each in pushing]
 
 
-def _weights(pushes: Pushes, labels: Sequence[LabelledChannel]) -> Table:
-    return [
-        {
-            "direction": direction.name,
-            "channel": int(channel),
-            "weight": pushes.weights[direction, channel],
-            "n": labels[channel].n_choice,
-            **intervals(auc=labels[channel].auc_choice),
-        }
-        for direction in Direction
-        for channel in np.flatnonzero(pushes.weights[direction])
-    ]
-
-
-def _scored(split: str, seen: Decisions, says: dict[str, Flags]) -> Table:
-    """One row per predictor: accuracy for the likeliest move and for a sampled move, and the gain over the base."""
-    towards = towards_cheese(seen)
+def _scored(split: str, seen: Decisions, says: Mapping[str, Flags]) -> Table:
+    """One row per predictor: accuracy for the likeliest move, and the gain over the base."""
     two = _goes(seen)
     right = {name: (each == seen.took_cheese)[two] for name, each in says.items()}
     n = int(two.sum())
     rows = []
-    for name, each in says.items():
+    for name in says:
         gain = paired_difference_interval(*paired_counts(right[name], right[BASE])) if n and name != BASE else None
         row = {"split": split, "predictor": name, "n": n, "went_elsewhere": len(two) - n}
-        row |= {"cheese": int(seen.took_cheese.sum()), **intervals(accuracy=share(right[name].sum(), n), gain=gain)}
-        sampled = mean_interval(np.where(each, towards, 1 - towards))
-        rows.append(row | {"n_sampled": len(two), **intervals(sampled=sampled)})
+        rows.append(row | intervals(accuracy=share(right[name].sum(), n), gain=gain))
     return rows
 
 
@@ -178,43 +147,71 @@ def _against_controls(split: str, seen: Decisions, pushes: Pushes, study: Study)
         push = pushes(seen, weights)
         return area(push[:, 0] - push[:, 1], seen.took_cheese)
 
-    row = {"split": split, "n": len(seen.chosen), "controls": CONTROLS}
     own, others = separation(pushes.weights), []
-    if own is None:
-        empty = dict.fromkeys(("controls_median", "controls_highest", "rank", "rank_p"))
-        return row | intervals(auc=None) | empty
-    for _ in range(CONTROLS):
+    for _ in range(CONTROLS if own else 0):
         dealt = np.zeros_like(pushes.weights)
         dealt[:, live] = pushes.weights[:, generator.permutation(live)]
-        others.append(separation(dealt).estimate)
-    rank = rank_among(own.estimate - 0.5, np.array(others) - 0.5)
-    summary = {"controls_median": float(np.median(others)), "controls_highest": float(np.max(others))}
-    return row | intervals(auc=own) | summary | {"rank": rank.rank, "rank_p": rank.p}
+        others.append(separation(dealt).estimate - 0.5)
+    ranks = rank_cells(own.estimate - 0.5 if own else 0.0, others)
+    return {"split": split, "n": len(seen.chosen), **intervals(auc=own), **ranks}
 
 
-def _ablated(before: Flags, done: Ablation) -> Row:
+def ablate_push(
+    study: Study, levels: Sequence[bytes], seen: Decisions, pushes: Pushes, goal: int, reference: ActivationCache
+) -> Flags:
+    """Whether the step to the cheese is likelier than the step to the corner with a push mean-ablated.
+
+    The channels of the push for the cheese (`goal` 0) or the corner (1) depend on the directions of both. Returns bool
+    (1 + control, level): first the push, then random sets of as many live channels.
+    """
+    cheese_step, corner_step = seen.towards()
+    after, count = np.tile(cheese_step > corner_step, (1 + SETS, 1)), 1 + SETS
+    for pair in np.unique(np.stack([seen.cheese, seen.corner], axis=1), axis=0).tolist():
+        rows = np.flatnonzero((seen.cheese == pair[0]) & (seen.corner == pair[1]))
+        channels = pushes.only(pair[goal], pair[1 - goal])
+        if channels:
+            seed = study.seed_for("hypothesis others")
+            others = random_sets(study.selection.live, len(channels), count=SETS, seed=seed, other_than=[channels])
+            after[: 1 + len(others), rows] = _likelier(
+                study, [levels[row] for row in rows], [channels, *others], pair, reference
+            )
+            count = min(count, 1 + len(others))
+    return after[:count]
+
+
+def _likelier(
+    study: Study,
+    levels: Sequence[bytes],
+    sets: Sequence[Sequence[int]],
+    pair: Sequence[int],
+    reference: ActivationCache,
+) -> Flags:
+    """Whether the first of two directions is likelier with each set of channels mean-ablated: bool (set, level)."""
+    towards, away = (list(ACTIONS[Direction(direction)]) for direction in pair)
+
+    def more(output: Any) -> Tensor:
+        probabilities = output[0].probs
+        return probabilities[:, towards].sum(dim=1) - probabilities[:, away].sum(dim=1)
+
+    sites = (study.points.site(SITE, channel=list(each)) for each in sets)
+    patches = {str(number): mean_ablate(site, reference) for number, site in enumerate(sites)}
+    result = sweep(study.points, frames(levels), patches=patches, metric={"more": more}, progress=False)
+    return np.asarray(result.values["more"]) > 0
+
+
+def _ablated(before: Flags, after: Flags) -> Row:
     """The fraction of levels on which the step to the cheese is likelier, and the rank of the change by ablation."""
     n = len(before)
-    changes = [(each.sum() - before.sum()) / n for each in done.controls]
-    change = (done.towards.sum() - before.sum()) / n
-    ranks = rank_cells(change, changes)
+    change, *controls = ((each.sum() - before.sum()) / n for each in after)
     return {
-        "n_with_channels": done.affected,
-        **intervals(before=share(before.sum(), n), after=share(done.towards.sum(), n)),
-        **_change(before, done.towards),
-        "controls": len(changes),
-        "controls_apart": None if np.isnan(done.apart) else done.apart,
-        "controls_lowest": min(changes, default=None),
-        "controls_median": float(np.median(changes)) if changes else None,
-        "controls_highest": max(changes, default=None),
-        "rank": ranks["rank"],
-        "rank_p": None if done.no_p else ranks["rank_p"],
-        "why_no_p": (done.no_p or rank_among(change, changes).no_p) if changes else "there are no other channels",
+        "n": n,
+        **intervals(
+            before=share(before.sum(), n),
+            after=share(after[0].sum(), n),
+            change=paired_difference_interval(*paired_counts(after[0], before)),
+        ),
+        **rank_cells(change, controls),
     }
-
-
-def _change(before: Flags, after: Flags) -> Row:
-    return intervals(change=paired_difference_interval(*paired_counts(after, before)))
 
 
 def finding(tables: Tables) -> Finding:
@@ -248,11 +245,12 @@ def finding(tables: Tables) -> Finding:
 
 
 def _beside(row: Row) -> str:
-    """The rank of the push among matched sets of other channels."""
-    if not row["controls"]:
-        return "no other channels to compare with"
-    p = f"no p-value: {row['why_no_p']}" if row["rank_p"] is None else f"p = {row['rank_p']:.2g}"
-    return f"rank {row['rank']} of {row['controls'] + 1}, {p}"
+    """The rank of the push among random sets of channels."""
+    if row["rank"] is None:
+        return "no other sets to compare with"
+    return f"rank {row['rank']} of {row['controls'] + 1}" + (
+        "" if row["rank_p"] is None else f", p = {row['rank_p']:.2g}"
+    )
 
 
 figure = chart(

@@ -13,36 +13,34 @@ are equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from chanpatch.statistics import Interval, aucs, bootstrap_interval, mean_interval, rank_correlation
-from maze.analysis.cells import Row, Table, Tables, Values, above, chosen, keyed, shown
+from chanpatch.statistics import aucs, bootstrap_interval, rank_correlation
+from maze.analysis.cells import Row, Table, Tables, Values, above, shown
 from maze.analysis.drawing import Panel, chart
-from maze.analysis.estimates import intervals, minus, one_by_one
+from maze.analysis.estimates import intervals, one_by_one
 from maze.analysis.part import SPLITS, TOO_FEW, Finding, Study
-from maze.analysis.readings import Readings, area
+from maze.analysis.readings import Readings
 from maze.levels import random_squares
 from maze.paths import Direction, direction_field, legal_moves
 from maze.states import read_mazes, write_mazes
 
 SIZE = 25
 CHOICE_LEVELS = 500  # per class, for choosing its channels
-CROSSING = "even, even"
+CROSSING, BETWEEN = "even, even", "between crossings"
 PASSAGES = {"odd, even": (Direction.DOWN, Direction.UP), "even, odd": (Direction.LEFT, Direction.RIGHT)}
 RESAMPLES = 999
-WAY, BACK, WALL = "the way", "the opposite of the way", "a wall"
 TRANSFERRED = ("auc_own", "auc_other", "loss", "rank_own", "rank_other", "rank_loss")
 
 
 def measure(study: Study) -> dict[str, Table]:
-    """The loss with the other class's channel, the channels' activity, and every channel's AUC by class.
+    """The loss with the other class's channel, and how alike the axes rank the channels.
 
     All classes use the same levels, each with the mouse on a square in the class. From a square between crossings the
     path goes on or back. So at each crossing, both moves along the axis are legal and one of them is on the path.
     """
-    channels = []
     transfer = []
     tests = {}
     live = study.selection.live
@@ -61,17 +59,16 @@ def measure(study: Study) -> dict[str, Table]:
             best = {name: aucs(here.sums[:, live], here.first[:, direction]) for name, here in choice.items()}
             for name, other in (classes, classes[::-1]):
                 row = {"direction": direction.name, "square": name}
-                channels += [row | _areas(choice[name], test[name], channel, direction) for channel in live]
                 seed = study.seed_for("parity bootstrap")
                 cells_of = _transfer(test[name], direction, live, best[name], best[other], seed)
                 transfer.append({**row, "other": other, **cells_of})
-    return {
-        "transfer": transfer,
-        "between": [_between(tests, live, study.seed_for("parity between"))],
-        "passages": [_on_passages(tests, channel) for channel in live],
-        "activity": _activity(study, tests),
-        "channels": channels,
-    }
+    vertical, horizontal = PASSAGES
+    seed = study.seed_for("parity between")
+    between = [
+        {"squares": squares, **_between(tests[vertical, one], tests[horizontal, other], live, seed)}
+        for squares, one, other in ((BETWEEN, vertical, horizontal), (CROSSING, CROSSING, CROSSING))
+    ]
+    return {"transfer": transfer, "between": between}
 
 
 def _readings(study: Study, levels: Sequence[bytes], purpose: str, axis: Sequence[Direction], square: str) -> Readings:
@@ -112,14 +109,14 @@ def _correlation(one: Values, other: Values) -> float:
     return rank_correlation(one, other) if np.isfinite([one, other]).all() else np.nan
 
 
-def _between(tests: Mapping[tuple[str, str], Readings], live: tuple[int, ...], seed: int) -> Row:
-    """The rank correlation, between the two kinds of passage, of the channels' distances from an AUC of a half.
+def _between(vertical: Readings, horizontal: Readings, live: tuple[int, ...], seed: int) -> Row:
+    """The rank correlation, between the two axes, of the channels' distances from an AUC of a half.
 
-    No direction lies along both axes. The distance is the same for both directions of a passage.
+    The distance is the same for both directions of an axis.
     """
-    sides = [tests[passage, passage] for passage in PASSAGES]
+    sides = vertical, horizontal
     labels = [side.first[:, axis[0]] for side, axis in zip(sides, PASSAGES.values(), strict=True)]
-    row = {"n_vertical": len(sides[0]), "n_horizontal": len(sides[1]), "live": len(live)}
+    row = {"n_vertical": len(vertical), "n_horizontal": len(horizontal), "live": len(live)}
     if any(min(each.sum(), (~each).sum()) < 2 for each in labels):
         return row | intervals(rank_correlation=None)
     sample = np.concatenate(
@@ -131,57 +128,11 @@ def _between(tests: Mapping[tuple[str, str], Readings], live: tuple[int, ...], s
 
     def statistic(rows: Values) -> float:
         parts = (rows[rows[:, 0] == number] for number in range(2))
-        return _correlation(*(np.abs(aucs(here[:, 2:], here[:, 1] > 0) - 0.5) for here in parts))
+        # Rounded, so that AUCs at the same distance from a half are ties.
+        return _correlation(*(np.abs(aucs(here[:, 2:], here[:, 1] > 0) - 0.5).round(9) for here in parts))
 
     found = bootstrap_interval(sample, statistic, seed=seed, resamples=RESAMPLES)
     return row | intervals(rank_correlation=found)
-
-
-def _on_passages(tests: Mapping[tuple[str, str], Readings], channel: int) -> Row:
-    """One channel's AUC on both kinds of passage, and the difference of their distances from a half.
-
-    The squares are different squares of the same mazes and count as independent.
-    """
-    row = {"channel": channel}
-    found = []
-    for passage, axis in PASSAGES.items():
-        here, name = tests[passage, passage], axis[-1].name
-        found.append(area(here.sums[:, channel], here.first[:, axis[-1]]))
-        row |= {f"n_{name}": len(here), **intervals(**{f"auc_{name}": found[-1]})}
-    return row | intervals(vertical_minus_horizontal=minus(*map(_folded, found)))
-
-
-def _folded(auc: Interval | None) -> Interval | None:
-    if auc is None or auc.estimate >= 0.5:
-        return auc
-    return Interval(1 - auc.estimate, 1 - auc.high, 1 - auc.low, auc.confidence)
-
-
-def _activity(study: Study, tests: Mapping[tuple[str, str], Readings]) -> Table:
-    rows = []
-    for passage, axis in PASSAGES.items():
-        (across,) = set(PASSAGES) - {passage}
-        for direction in axis:
-            channel = study.channel(direction)
-            kinds = [
-                (name, kind, here.sums[here.first[:, first], channel])
-                for name, here in ((passage, tests[passage, passage]), (CROSSING, tests[passage, CROSSING]))
-                for kind, first in ((WAY, direction), (BACK, 3 - direction))
-            ]
-            kinds.append((across, WALL, tests[across, across].sums[:, channel]))
-            for name, kind, sums in kinds:
-                row = {"direction": direction.name, "channel": channel, "square": name, "kind": kind, "n": len(sums)}
-                rows.append(row | intervals(sum=mean_interval(sums) if len(sums) else None))
-    return rows
-
-
-def _areas(choice: Readings, test: Readings, channel: int, direction: Direction) -> Row:
-    """One channel's AUC on the mazes for choosing and on the mazes for testing."""
-    row = {"channel": channel}
-    for name, here in (("auc_choice", choice), ("auc", test)):
-        found = area(here.sums[:, channel], here.first[:, direction])
-        row |= {name.replace("auc", "n"): len(here), **intervals(**{name: found})}
-    return row
 
 
 def finding(tables: Tables) -> Finding:
@@ -200,32 +151,19 @@ def finding(tables: Tables) -> Finding:
         f"correlation {shown(least, 'rank_other', '.2f')}, against {shown(least, 'rank_own', '.2f')} within the class.",
         "not comparable",
         f"The order of channels depends on the class in {sum(orders.values())} of {len(orders)} cases of an axis and a "
-        f"class (not corrected). {_kinds(tables['between'][0], tables['channels'])}",
+        f"class (not corrected). {_kinds(*tables['between'])}",
     )
 
 
-def axes_at_crossings(channels: Table) -> float | None:
-    """The rank correlation of `between` at crossings: two axes, one kind of square. None without data."""
-    pairs = [
-        keyed(chosen(channels, square=CROSSING, direction=direction.name), "channel")
-        for direction in (Direction.DOWN, Direction.LEFT)
-    ]
-    areas = [[row["auc"] for row in (pairs[0][channel], pairs[1][channel])] for channel in pairs[0]]
-    if not areas or any(each is None for pair in areas for each in pair):
-        return None
-    correlation = rank_correlation(*np.abs(np.array(areas, dtype=np.float64).T - 0.5))
-    return None if np.isnan(correlation) else correlation
-
-
-def _kinds(row: Row, channels: Table) -> str:
+def _kinds(passages: Row, crossings: Row) -> str:
     """The comparison between (odd, even) and (even, odd) squares, and between two axes at crossings."""
-    baseline = axes_at_crossings(channels)
-    if row["rank_correlation"] is None or baseline is None:
+    if passages["rank_correlation"] is None or crossings["rank_correlation"] is None:
         return "The two kinds of passage are not compared: too few mazes."
     return (
         "Between (odd, even) and (even, odd) squares, the live channels' separation of the two directions has rank "
-        f"correlation {shown(row, 'rank_correlation', '.2f')} (n={row['n_vertical']}, {row['n_horizontal']}), and "
-        f"between the two axes at ({CROSSING}) squares, {baseline:.2f}."
+        f"correlation {shown(passages, 'rank_correlation', '.2f')} (n={passages['n_vertical']}, "
+        f"{passages['n_horizontal']}), and between the two axes at ({CROSSING}) squares, "
+        f"{shown(crossings, 'rank_correlation', '.2f')}."
     )
 
 
@@ -235,6 +173,5 @@ _CASE = ("direction", "square")
 figure = chart(
     Panel("transfer", _CASE, {"own class": "auc_own", "other class": "auc_other"}, "AUC on the class", line=0.5),
     Panel("transfer", _CASE, {"own class": "rank_own", "other class": "rank_other"}, "rank correlation of AUCs"),
-    Panel("activity", _CASE, "sum", "mean sum of the channel", "kind"),
     size=(6, 5.8),
 )
