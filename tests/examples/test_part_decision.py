@@ -67,7 +67,7 @@ def test_distance_that_explains_everything_leaves_no_matched_difference():
     both = part.squares.joined([near, far])
     rows = {row["matched_on"]: row for row in part._matched("all", both.rows(order[0]), both.rows(order[1]), seed=0)}
     assert rows["nothing"]["difference"] == pytest.approx(0.5) and rows["nothing"]["difference_low"] > 0
-    assert rows["both"]["difference"] == 0 and rows["both"]["strata"] == 2
+    assert (rows["both"]["difference"], rows["both"]["n_in"], rows["both"]["n_out"]) == (0, 20, 20)
 
 
 def test_accepted_levels_are_the_first_past_the_threshold(study, tables):

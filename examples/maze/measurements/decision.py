@@ -105,51 +105,26 @@ def _squares(named: dict[str, Any], seen: Decisions, direction: Direction, drawn
 
 
 def _choices(named: dict[str, Any], seen: Decisions, direction: Direction, drawn: int) -> Row:
-    """The fractions of levels that are accepted, go in the direction, to the cheese, and to the corner."""
+    """The fractions of levels that are accepted, go in the direction, and go to the cheese."""
     n = len(seen.chosen)
-    counted = {
-        "goes": seen.chosen == direction,
-        "to_cheese": seen.took_cheese,
-        "to_corner": seen.chosen == seen.corner,
-        "leads_to_cheese": seen.cheese == direction,
-    }
+    goes, to_cheese = (share(each.sum(), n) for each in (seen.chosen == direction, seen.took_cheese))
     row = {**named, "n": n, "drawn": drawn, **intervals(**{CHOSEN: share(n, drawn)})}
-    return row | intervals(**{name: share(each.sum(), n) for name, each in counted.items()})
+    return row | intervals(goes=goes, to_cheese=to_cheese)
 
 
 def _matched(which: str, inside: Decisions, outside: Decisions, seed: int) -> Table:
-    """The difference in the fraction that goes to the cheese, in minus out of distribution.
-
-    One row for the raw difference, and one row each for matching on a path length or on both.
-    """
+    """The difference in the fraction that goes to the cheese, in minus out of distribution, raw and matched."""
     both = squares.joined([inside, outside])
     first, strata = np.arange(len(both.chosen)) < len(inside.chosen), squares.strata(both)
-    to_cheese, to_corner = np.divmod(strata, len(squares.BINS))
-    by = {
-        UNMATCHED: np.zeros(len(first), dtype=np.int64),
-        squares.TO_CHEESE: to_cheese,
-        squares.TO_CORNER: to_corner,
-        BOTH: strata,
-    }
+    shared = np.intersect1d(strata[first], strata[~first])
+    raw, matched = minus(*(share(seen.took_cheese.sum(), len(seen.chosen)) for seen in (inside, outside))), None
+    if len(shared):
+        matched = stratified_difference_interval(both.took_cheese, first, strata, resamples=RESAMPLES, seed=seed)
     rows = []
-    for name, stratum in by.items():
-        shared, interval = np.intersect1d(stratum[first], stratum[~first]), None
-        if name == UNMATCHED:
-            interval = minus(*(share(seen.took_cheese.sum(), len(seen.chosen)) for seen in (inside, outside)))
-        elif len(shared):
-            interval = stratified_difference_interval(both.took_cheese, first, stratum, resamples=RESAMPLES, seed=seed)
-        rows.append(
-            {
-                "squares": which,
-                "matched_on": name,
-                "strata": len(shared),
-                "n_in": int(np.isin(stratum[first], shared).sum()),
-                "n_out": int(np.isin(stratum[~first], shared).sum()),
-                "of_in": len(inside.chosen),
-                "of_out": len(outside.chosen),
-                **intervals(difference=interval),
-            }
-        )
+    for name, interval, used in ((UNMATCHED, raw, strata), (BOTH, matched, shared)):
+        row = {"squares": which, "matched_on": name, "n_in": int(np.isin(strata[first], used).sum())}
+        row |= {"n_out": int(np.isin(strata[~first], used).sum()), **intervals(difference=interval)}
+        rows.append(row)
     return rows
 
 

@@ -42,11 +42,10 @@ def measure(study: Study) -> dict[str, Table]:
     areas = []
     behavior = []
     pictures = []
-    unedited = dict.fromkeys(Direction)
     for fraction in SHARES:
         levels = study.levels(f"random mazes {fraction}", size=SIZE, cheese=SPLITS[0], mouse="anywhere")
         rng = np.random.default_rng(study.seed_for(f"random squares {fraction}"))
-        edited, kept, edits = randomised(read_mazes(levels), fraction, rng)
+        edited, kept = randomised(read_mazes(levels), fraction, rng)
         if not len(kept):
             continue
         levels = [levels[index] for index in kept]
@@ -60,38 +59,33 @@ def measure(study: Study) -> dict[str, Table]:
             here, far = (each.area(channel, direction) for each in readings.values())
             row = {"share": fraction, "direction": direction.name, "channel": channel}
             row |= readings["edited"].cells(channel, direction)
-            from_unedited, from_matched = minus(here, unedited[direction]), minus(here, far)
-            areas.append(row | intervals(matched=far, minus_unedited=from_unedited, minus_matched=from_matched))
-            if fraction == 0:
-                unedited[direction] = here
-        counts = {"share": fraction, "edits": edits, "levels": study.n}
-        behavior += [counts | {"mazes": name, **_behaviour(here)} for name, here in readings.items()]
+            areas.append(row | intervals(matched=far, minus_matched=minus(here, far)))
+        behavior += [{"share": fraction, "mazes": name, **_behaviour(here)} for name, here in readings.items()]
         if fraction in DRAWN:
             lines = edited.picture(0).split("\n")
             pictures += [{"share": fraction, "line": line, "cells": text} for line, text in enumerate(lines)]
     return {"areas": areas, "behaviour": behavior, "pictures": pictures}
 
 
-def randomised(mazes: Mazes, fraction: float, rng: np.random.Generator) -> tuple[Mazes, Integers, int]:
+def randomised(mazes: Mazes, fraction: float, rng: np.random.Generator) -> tuple[Mazes, Integers]:
     """Make a fraction of the squares free or a wall at random, until the mouse can reach the cheese.
 
-    The squares of the mouse and the cheese stay free. Returns the edited mazes, the indices of their originals (without
-    mazes that have no path after `TRIES` edits), and the number of edits.
+    The squares of the mouse and the cheese stay free. Returns the edited mazes and the indices of their originals,
+    without mazes that have no path after `TRIES` edits.
     """
     side = np.arange(mazes.grid.shape[-1]) < mazes.size[:, None]
     editable = side[:, :, None] & side[:, None, :] & (mazes.grid != CHEESE)
     editable[np.arange(len(mazes)), mazes.mouse[:, 0], mazes.mouse[:, 1]] = False
-    grid, waiting, edits = mazes.grid.copy(), np.arange(len(mazes)), 0
+    grid, waiting = mazes.grid.copy(), np.arange(len(mazes))
     for _ in range(TRIES):
         random = editable[waiting] & (rng.random(editable[waiting].shape) < fraction)
         squares = np.where(rng.random(random.shape) < 0.5, np.int32(FREE), np.int32(WALL))
         grid[waiting] = np.where(random, squares, mazes.grid[waiting])
-        edits += len(waiting)
         waiting = waiting[np.isinf(_way(replace(mazes, grid=grid)[waiting]))]
         if not len(waiting):
             break
     kept = np.setdiff1d(np.arange(len(mazes)), waiting)
-    return replace(mazes, grid=grid)[kept], kept, edits
+    return replace(mazes, grid=grid)[kept], kept
 
 
 def _way(mazes: Mazes) -> NDArray[np.float32]:
@@ -108,13 +102,9 @@ def _as_far(mazes: Mazes, way: NDArray[np.float32], rng: np.random.Generator) ->
 def _behaviour(readings: Readings) -> Row:
     """How often the likeliest legal move, and a random legal one, starts a shortest path."""
     greedy, n = np.where(readings.legal, readings.moves, -1).argmax(axis=1), len(readings)
-    right, ways = readings.first[np.arange(n), greedy], readings.first.sum(axis=1)
-    return {"n": n} | intervals(
-        right=share(right.sum(), n),
-        chance=mean_interval(ways / readings.legal.sum(axis=1)),
-        several_first_steps=share((ways > 1).sum(), n),
-        steps=mean_interval(_way(readings.mazes)),
-    )
+    right = readings.first[np.arange(n), greedy]
+    chance = mean_interval(readings.first.sum(axis=1) / readings.legal.sum(axis=1))
+    return {"n": n} | intervals(right=share(right.sum(), n), chance=chance, steps=mean_interval(_way(readings.mazes)))
 
 
 def figure(tables: Tables) -> Figure:
