@@ -19,7 +19,7 @@ Each is computed for sampled and for greedy actions (always the likeliest one), 
 | as drawn | procgen's own choice: any free square |
 | top left, top right, bottom right | that corner; the mouse starts in the fourth |
 
-The results folder, named after the settings, contains summary.json, table.csv, table.md, levels.csv and evaluation.png.
+The results folder, named after the settings, contains summary.json, table.csv, table.md and levels.csv.
 After an interruption, the same command continues.
 """
 

@@ -26,8 +26,6 @@ POLICIES = {
     "seed2": _SEED,
 }
 
-_AREA = "AUC of the sum of the channel for "
-
 
 def introduction(measured: Measured) -> str:
     """How the policy under study was trained, and how the control without directions compares."""
@@ -41,20 +39,12 @@ def introduction(measured: Measured) -> str:
         f"The policy under study ({main}) was trained by imitation with an auxiliary loss that teaches directions to "
         "its middle layers, so its direction signal was partly taught."
     )
-    control, studied = (_rows(measured.get(name, {})) for name in (CONTROL, main))
-    if not control:
+    if not _rows(measured.get(CONTROL, {})):
         return f"{taught} This run did not measure the control without that loss, so it does not show how much."
-    areas = ", ".join(
-        f"{control[each].partition(',')[0]} against {studied[each].partition(',')[0]} for "
-        f"{each.removeprefix(_AREA).partition(' ')[0]}"
-        for each in control
-        if each.startswith(_AREA) and each in studied
-    )
-    predicts = f" Its best channels predict a direction in distribution with an AUC of {areas}." if areas else ""
     return (
-        f"{taught} The {CONTROL} policy was trained without that loss.{predicts} The difference has other causes too: "
-        "the control saw as many observations, but larger mazes and its own mistakes in the second half only, and the "
-        "two find the cheese at different rates. The control keeps the loss for the mouse's cell."
+        f"{taught} The {CONTROL} policy was trained without that loss. Its difference in the table below has other "
+        "causes too: the control saw as many observations, but larger mazes and its own mistakes in the second half "
+        "only, and the two find the cheese at different rates. The control keeps the loss for the mouse's cell."
     )
 
 
@@ -76,7 +66,7 @@ def _rows(parts: Mapping[str, Tables]) -> dict[str, str]:
     sums = parts.get("sums", {"goals": [], "transfer": []})
     for row in sums["goals"]:
         if row["split"] == "in distribution" and row["cheese"] is not None:
-            rows[f"{_AREA}{row['direction']} at relu3, cheese in distribution"] = (
+            rows[f"AUC of the sum of the channel for {row['direction']} at relu3, cheese in distribution"] = (
                 f"{shown(row, 'cheese')}, channel {row['channel']}, n={row['n']}"
             )
     for row in sums["transfer"]:

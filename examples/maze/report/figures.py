@@ -1,23 +1,15 @@
-"""Pictures of mazes with trajectories, and of an evaluation."""
+"""Pictures of mazes with trajectories."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from maze.analysis.cells import cells
-from maze.analysis.drawing import Panel, chart
-from maze.analysis.effects import DESTINATIONS
 from maze.environment.vector_env import MazeVectorEnv
 from maze.states import read_mazes
-
-if TYPE_CHECKING:
-    from maze.training.evaluation import Score
 
 _STYLES = (("tab:blue", "-", "o"), ("tab:orange", "--", "s"))
 
@@ -50,29 +42,3 @@ def draw_trajectories(axes: Axes, level: bytes, paths: Mapping[str, NDArray[np.i
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, frameon=False)
-
-
-def evaluation_figure(scores: Sequence[Score], title: str) -> Figure:
-    """Sampled scores against the size of the maze: the cheese found, and the choice at the decision square."""
-    places = list(dict.fromkeys(score.cheese for score in scores))
-    rows = [
-        {
-            "side of the maze": score.size + 0.15 * (places.index(score.cheese) - len(places) / 2),  # side by side
-            "cheese": score.cheese,
-            "measure": score.measure,
-            **cells("mean", score.mean),
-        }
-        for score in scores
-        if score.actions == "sampled"
-    ]
-    style = {"series": "cheese", "along": True, "line": None}
-    figure = chart(
-        *(
-            Panel("scores", "side of the maze", "mean", DESTINATIONS[name], where={"measure": name}, **style)
-            for name in ("found", "to_cheese", "to_corner")
-        )
-    )({"scores": rows})
-    for axes in figure.axes:
-        axes.set(xticks=sorted({score.size for score in scores}), ylim=(-0.02, 1.02))
-    figure.suptitle(title)
-    return figure

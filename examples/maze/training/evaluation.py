@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,13 +15,12 @@ from numpy.typing import NDArray
 from chanpatch import HookPoints, hook_points
 from chanpatch.statistics import Interval, mean_interval, wilson_interval
 from maze import results
-from maze.analysis.cells import Table, cells, column, read_table, shown
+from maze.analysis.cells import Row, Table, cells, column, read_table, shown
 from maze.analysis.exact import ORIGINAL, STEPS, Chains, cheese_and_corner, decisions, greedy, neither
 from maze.analysis.tables import action_tables
 from maze.command import UserError
 from maze.levels import REGION, draw_levels, observe, policy_input
 from maze.policy.network import load_policy
-from maze.report.figures import evaluation_figure
 
 ACTIONS = ("sampled", "greedy")
 SUMMARY, LEVELS, DIFFERENCES = "summary.json", "levels.csv", "differences.csv"
@@ -36,21 +34,6 @@ MEASURES = {
 }
 
 PerLevel: TypeAlias = Mapping[str, NDArray[np.float64]]  # (level,) by "measure actions"; NaN if it is not defined
-
-
-@dataclass(frozen=True)
-class Score:
-    """The mean of one measure over the levels with one size and place of the cheese."""
-
-    size: int
-    cheese: str
-    actions: str
-    measure: str
-    n: int  # levels with this measure: some have no decision square, or the cheese is in the corner
-    mean: Interval
-
-    def __str__(self) -> str:
-        return f"{self.mean.estimate:.1%} ({self.mean.low:.1%} to {self.mean.high:.1%})"
 
 
 def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str], seed: int, out: Path) -> Path:
@@ -86,7 +69,7 @@ def run(file: Path | None, *, n: int, sizes: Sequence[int], cheese: Sequence[str
             measured[size, place] = _kept(folder / "parts", points, size, place, n, seed)
             found = scores(size, place, measured[size, place])
             for actions in ACTIONS:
-                line = (f"{MEASURES[score.measure]} {score}" for score in found if score.actions == actions)
+                line = (f"{MEASURES[row['measure']]} {_text(row)}" for row in found if row["actions"] == actions)
                 print(f"    {actions}: {', '.join(line)}", flush=True)
         _write(folder, {**known, "weights": weights}, measured)
     print(f"\nResults in {folder}")
@@ -117,15 +100,20 @@ def measure(points: HookPoints, levels: Sequence[bytes]) -> PerLevel:
     return values
 
 
-def scores(size: int, place: str, values: PerLevel) -> list[Score]:
-    """The mean of each measure over the levels with this measure, for all measures that some level has."""
-    found = []
+def scores(size: int, place: str, values: PerLevel) -> Table:
+    """The mean of each measure over the levels with this measure, for all measures that some level has.
+
+    Some levels have no decision square, or the cheese is in the corner.
+    """
+    found: Table = []
     for actions in ACTIONS:
         for name in MEASURES:
             value = values[f"{name} {actions}"]
             value = value[~np.isnan(value)]
             if len(value):
-                found.append(Score(size, place, actions, name, len(value), rate_interval(value, actions)))
+                interval = rate_interval(value, actions)
+                row = {"size": size, "cheese": place, "actions": actions, "measure": name, "n": len(value)}
+                found.append(row | {"mean": interval.estimate, "low": interval.low, "high": interval.high})
     return found
 
 
@@ -164,19 +152,23 @@ def rate_interval(values: NDArray[np.float64], actions: str) -> Interval:
     return Interval(mean, max(float(low), 0.0), min(float(high), 1.0), 0.95)
 
 
-def markdown(means: Sequence[Score]) -> str:
+def markdown(means: Table) -> str:
     """A table with one row per size, place and kind of actions."""
-    rows: dict[tuple[int, str, str], dict[str, Score]] = {}
-    for score in means:
-        rows.setdefault((score.size, score.cheese, score.actions), {})[score.measure] = score
+    rows: dict[tuple[int, str, str], dict[str, Row]] = {}
+    for each in means:
+        rows.setdefault((each["size"], each["cheese"], each["actions"]), {})[each["measure"]] = each
     labels = [label.removeprefix("decision: ") for label in MEASURES.values()]
     table = [["size", "cheese", "actions", "levels", *labels[:3], "decision squares", *labels[3:]]]
     table.append(["---"] * len(table[0]))
     for kind, row in rows.items():
-        cells = [str(row.get(name, "-")) for name in MEASURES]
-        squares = row["to_cheese"].n if "to_cheese" in row else 0
-        table.append([*map(str, kind), str(row["found"].n), *cells[:3], str(squares), *cells[3:]])
+        texts = [_text(row[name]) if name in row else "-" for name in MEASURES]
+        squares = row["to_cheese"]["n"] if "to_cheese" in row else 0
+        table.append([*map(str, kind), str(row["found"]["n"]), *texts[:3], str(squares), *texts[3:]])
     return "".join(f"| {' | '.join(row)} |\n" for row in table).replace(" --- ", "---")
+
+
+def _text(row: Row) -> str:
+    return f"{row['mean']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
 
 
 def _kept(parts: Path, points: HookPoints, size: int, place: str, n: int, seed: int) -> PerLevel:
@@ -193,11 +185,8 @@ def _kept(parts: Path, points: HookPoints, size: int, place: str, n: int, seed: 
 
 def _write(folder: Path, known: Mapping[str, Any], measured: Mapping[tuple[int, str], PerLevel]) -> None:
     """Write every result, and delete the parts."""
-    means = [score for (size, place), values in measured.items() for score in scores(size, place, values)]
-    records = [
-        asdict(each) | {"mean": each.mean.estimate, "low": each.mean.low, "high": each.mean.high} for each in means
-    ]
-    results.replace_table(folder / "table.csv", records)
+    means = [row for (size, place), values in measured.items() for row in scores(size, place, values)]
+    results.replace_table(folder / "table.csv", means)
     weights = known["weights"]
     heading = (
         f"{weights['name']} (sha256 {weights['sha256'][:12]}), seed {known['seed']}: exact for each level, within "
@@ -211,8 +200,5 @@ def _write(folder: Path, known: Mapping[str, Any], measured: Mapping[tuple[int, 
         for level in range(known["n"])
     ]
     results.replace_table(folder / LEVELS, rows)
-    with results.replaced(folder / "evaluation.png") as partial:
-        title = f"{weights['name']}, {known['n']} levels of each kind: means over levels with 95% intervals"
-        evaluation_figure(means, title).savefig(partial, dpi=110)
-    results.write_manifest(folder, {**known, "scores": records}, SUMMARY)  # last: it marks the folder as complete
+    results.write_manifest(folder, {**known, "scores": means}, SUMMARY)  # last: it marks the folder as complete
     shutil.rmtree(folder / "parts")

@@ -17,12 +17,12 @@ from maze.analysis.tables import action_tables
 from maze.levels import draw_levels, observe, policy_input
 from maze.policy.network import load_policy
 from maze.results import LOCK
-from maze.training.evaluation import MEASURES, Score, markdown, measure, rate_interval, scores
+from maze.training.evaluation import MEASURES, markdown, measure, rate_interval, scores
 
 SCRIPT = Path(evaluate.__file__)
 # The side of 17 takes long enough to be interrupted on any machine.
 SMALL = ["--n", "3", "--sizes", "5", "17", "--cheese", "in distribution", "out of distribution", "top right"]
-FILES = ["evaluation.png", "levels.csv", "summary.json", "table.csv", "table.md"]
+FILES = ["levels.csv", "summary.json", "table.csv", "table.md"]
 
 
 def command(*arguments, cwd, run=(str(SCRIPT),)):
@@ -72,7 +72,7 @@ def test_an_interrupted_evaluation_says_so_and_goes_on_where_it_stopped(finished
     assert (only(tmp_path / "results") / "levels.csv").read_bytes() == (only(finished) / "levels.csv").read_bytes()
 
 
-def test_an_evaluation_leaves_its_five_files_a_lock_and_nothing_else(finished):
+def test_an_evaluation_leaves_its_four_files_a_lock_and_nothing_else(finished):
     assert sorted(file.name for file in only(finished).iterdir()) == sorted([*FILES, LOCK])
 
 
@@ -151,11 +151,11 @@ def test_what_no_level_has_is_left_out_of_the_scores():
     values = {f"{name} {actions}": np.full(3, np.nan) for name in MEASURES for actions in ("sampled", "greedy")}
     values["found sampled"], values["found greedy"] = np.array([0.5, 0.7, 0.9]), np.array([1.0, 0.0, 1.0])
     given = scores(9, "top right", values)
-    assert [(score.actions, score.measure, score.n) for score in given] == [
+    assert [(row["actions"], row["measure"], row["n"]) for row in given] == [
         ("sampled", "found", 3),
         ("greedy", "found", 3),
     ]
-    assert [score.mean.estimate for score in given] == pytest.approx([0.7, 2 / 3])
+    assert [row["mean"] for row in given] == pytest.approx([0.7, 2 / 3])
 
 
 def test_a_rate_interval_covers_the_mean_about_as_often_as_it_says():
@@ -175,8 +175,8 @@ def test_a_rate_interval_has_a_width_and_lies_around_the_mean_within_0_and_1(val
 
 
 def test_the_markdown_table_has_a_dash_where_a_measure_means_nothing():
-    interval = rate_interval(np.array([1.0, 1.0]), "greedy")
-    lines = markdown([Score(9, "top right", "greedy", "found", 2, interval)]).splitlines()
+    values = {f"{name} {actions}": np.full(2, np.nan) for name in MEASURES for actions in ("sampled", "greedy")}
+    lines = markdown(scores(9, "top right", values | {"found greedy": np.ones(2)})).splitlines()
     assert lines[2] == "| 9 | top right | greedy | 2 | 100.0% (34.2% to 100.0%) | - | - | 0 | - | - | - |"
 
 
