@@ -34,16 +34,13 @@ P = "a p-value"
 NO_ESTIMATES = {
     "threshold": SETTING,
     "margin": SETTING,
-    "median_distance": SETTING,
     "mean": SETTING,  # with the deviation the unit of coefficients
     "deviation": SETTING,
     "chosen_by": SETTING,  # too high by the choice; the score on other mazes stands beside it
-    "weight": SETTING,
-    "highest": "that occurred",
     **dict.fromkeys(("sum", "sum_0", "sum_1", *(f"col_{col}" for col in range(8))), ONE),
     **dict.fromkeys((f"{what}_{to}" for what in ("original", "zeroed") for to in ("left", "down", "up", "right")), ONE),
-    **dict.fromkeys(("controls_lowest", "controls_median", "controls_highest"), OTHER),
-    **dict.fromkeys(("p", "p_holm", "p_bh", "adjusted_p", "rank_p", "mcnemar_p"), P),
+    **dict.fromkeys(("controls_lowest", "controls_highest"), OTHER),
+    **dict.fromkeys(("p", "adjusted_p", "rank_p", "mcnemar_p"), P),
 }
 OF = ("n", "pairs", "channels")
 # What is none in these tables, by names that are estimates elsewhere.

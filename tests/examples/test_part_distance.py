@@ -33,9 +33,9 @@ def test_shares_are_counted_in_bins_of_the_distance():
     ]
 
 
-def test_every_level_is_in_one_bin_and_one_stratum(study, tables):
+def test_every_level_is_in_one_bin(study, tables):
     mouse = [row["n"] for row in tables["shares"] if row["measure"] == part.MOUSE]
-    assert sum(mouse) == 2 * study.n == sum(row["n_near"] + row["n_far"] for row in tables["strata"])
+    assert sum(mouse) == 2 * study.n
 
 
 def test_figure_and_finding_are_made_from_the_files(tables, tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +34,6 @@ POSTS = "the post's, on its own network"
 THRESHOLD_LEVELS = 1000  # mazes for thresholds, for any n: one half to choose on, one to score on
 ACCEPTED = "accepted_of_random_squares"  # fraction of squares from which the direction is legal
 EDGES = (8, 16, 32)  # of the bins of path lengths, in steps
-BINS = (f"below {EDGES[0]}", *(f"{low} to {high - 1}" for low, high in pairwise(EDGES)), f"from {EDGES[-1]}")
 
 Probes = dict[Direction, ThresholdProbe | None]
 
@@ -162,4 +160,4 @@ def _is_precise(probe: ThresholdProbe | None) -> bool:
 def strata(seen: Decisions) -> Integers:
     """The stratum of each level by the path lengths to cheese and corner: int (level,)."""
     cheese, corner = (np.digitize(seen.distance(name), EDGES) for name in (TO_CHEESE, TO_CORNER))
-    return cheese * len(BINS) + corner
+    return cheese * (len(EDGES) + 1) + corner

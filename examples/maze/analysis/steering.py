@@ -15,19 +15,9 @@ from torch import Tensor
 
 from chanpatch import HookPoints, steer
 from chanpatch.controls import random_vectors
+from maze.analysis import effects
 from maze.analysis.cells import Table, Tables, Values
 from maze.analysis.drawing import Panel, chart
-from maze.analysis.effects import (
-    DESTINATIONS,
-    destinations,
-    effect_rows,
-    joined,
-    level_batches,
-    mean_intervals,
-    measured_on,
-    rank_text,
-    ranked_cells,
-)
 from maze.analysis.estimates import intervals
 from maze.analysis.exact import Chains
 from maze.analysis.forwards import activations
@@ -92,19 +82,21 @@ def measured(
         pictures: functions from chains to the policy's table on other pictures of the levels, by name.
     """
     interventions = steered(study.points, vectors, coefficient, seed=study.seed_for(f"{purpose} controls")) | others
-    batches = level_batches(study.points, levels, interventions, site=BLOCK)
-    values = joined(
-        destinations(chains, np.stack([*tables, *(each(chains) for each in pictures.values())]))
+    batches = effects.level_batches(study.points, levels, interventions, site=BLOCK)
+    values = effects.joined(
+        effects.destinations(chains, np.stack([*tables, *(each(chains) for each in pictures.values())]))
         for chains, tables in batches
     )
     names = [*interventions, *pictures]
     some, own = levels[:RANKED], vectors[:RANKED]
     random = enumerate([own, *_random(own, RANDOM, study.seed_for(f"{purpose} random"))])
     tries = {str(number): added(study.points, each, coefficient) for number, each in random}
-    reached = joined(destinations(*batch) for batch in level_batches(study.points, some, tries, site=BLOCK))[measure]
-    rank = {"measure": measure, "n": len(some), **ranked_cells(reached[1:] - reached[0])}
+    reached = effects.joined(
+        effects.destinations(*batch) for batch in effects.level_batches(study.points, some, tries, site=BLOCK)
+    )[measure]
+    rank = {"measure": measure, "n": len(some), **effects.ranked_cells(reached[1:] - reached[0])}
     return (
-        {"effects": effect_rows(values, names), "against": against_controls(values, names), "ranked": [rank]},
+        {"effects": effects.effect_rows(values, names), "against": against_controls(values, names), "ranked": [rank]},
         values,
         names,
     )
@@ -113,10 +105,10 @@ def measured(
 def against_controls(values: Mapping[str, Values], names: Sequence[str]) -> Table:
     """The effect of the own vector minus that of each control, over the same levels; arguments as in `effect_rows`."""
     rows = []
-    for measure, known in measured_on(values):
+    for measure, known in effects.measured_on(values):
         own = known[1 + names.index(OWN)]
         others = np.stack([known[1 + names.index(name)] for name in CONTROLS])
-        for name, interval in zip(CONTROLS, mean_intervals(own - others), strict=True):
+        for name, interval in zip(CONTROLS, effects.mean_intervals(own - others), strict=True):
             row = {"measure": measure, "control": name, "n": len(own)}
             rows.append(row | intervals(own_minus_control=interval))
     return rows
@@ -125,9 +117,10 @@ def against_controls(values: Mapping[str, Values], names: Sequence[str]) -> Tabl
 def ranking_text(tables: Tables) -> str:
     """The rank of the own vector among random vectors, in words."""
     (row,) = tables["ranked"]
-    return f"Among random vectors of the same norm (n={row['n']}), the effect is {rank_text(row)}."
+    return f"Among random vectors of the same norm (n={row['n']}), the effect is {effects.rank_text(row)}."
 
 
 figure = chart(
-    Panel("effects", "measure", "effect", "change of the probability", "intervention", names=DESTINATIONS), size=(9, 5)
+    Panel("effects", "measure", "effect", "change of the probability", "intervention", names=effects.DESTINATIONS),
+    size=(9, 5),
 )

@@ -55,7 +55,7 @@ def measure(study: Study) -> dict[str, Table]:
         for name, rows, values in _measures(study, seen, probes):
             trends += _trends(name, population, seen.rows(rows), values, study.seed_for("distance bootstrap"))
     limits = squares.threshold_rows(study, probes)
-    return {"thresholds": limits, "shares": shares, "trends": trends, "strata": _by_stratum(both)}
+    return {"thresholds": limits, "shares": shares, "trends": trends}
 
 
 def _measures(study: Study, seen: Decisions, probes: Probes) -> Iterator[tuple[str, Flags, NDArray[Any]]]:
@@ -97,23 +97,6 @@ def _trends(name: str, population: str, seen: Decisions, values: NDArray[Any], s
         interval = bootstrap_interval(sample, statistic, resamples=RESAMPLES, seed=seed) if known else None
         row = {"measure": name, "cheese": population, "within": within, "n": len(values)}
         rows.append({**row, "strata": len(np.unique(stratum)), **intervals(correlation=interval)})
-    return rows
-
-
-def _by_stratum(seen: Decisions) -> Table:
-    """The mouse's choices in each stratum, with the cheese nearer and farther than the stratum's median."""
-    stratum, distance = squares.strata(seen), seen.distance(squares.CHEESE_TO_CORNER)
-    rows = []
-    for each in np.unique(stratum):
-        here = stratum == each
-        median = np.median(distance[here])
-        to_cheese, to_corner = divmod(each, len(squares.BINS))
-        row = {"steps_to_cheese": squares.BINS[to_cheese], "steps_to_corner": squares.BINS[to_corner]}
-        row["median_distance"] = float(median)
-        for name, half in (("near", here & (distance <= median)), ("far", here & (distance > median))):
-            n = int(half.sum())
-            row |= {f"n_{name}": n, **intervals(**{name: share(seen.took_cheese[half].sum(), n)})}
-        rows.append(row)
     return rows
 
 

@@ -21,7 +21,6 @@ from maze.paths import START, Direction, distances, legal_moves
 from maze.states import WORLD, Mazes, read_mazes
 
 SIZES = range(3, WORLD + 1, 2)
-SHOWN = 15  # the size whose frequencies are drawn
 
 Facts = dict[str, tuple[Flags, Flags]]
 
@@ -29,7 +28,6 @@ Facts = dict[str, tuple[Flags, Flags]]
 def measure(study: Study) -> dict[str, Table]:
     mazes = read_mazes(study.levels("generator", len(SIZES) * study.n))
     rows = []
-    frequencies = []
     for size in np.unique(mazes.size).tolist():
         of_size = mazes[mazes.size == size]
         here = Mazes(of_size.grid[:, :size, :size], of_size.size, of_size.mouse, of_size.facing_right)
@@ -37,16 +35,11 @@ def measure(study: Study) -> dict[str, Table]:
             n, true = int(applies.sum()), int((applies & holds).sum())
             if n:
                 rows.append({"size": size, "fact": fact, "n": n, "holds": true, **intervals(share=share(true, n))})
-        if size == SHOWN:
-            frequencies = [
-                {"row": row, "col": col, "n": len(here), "free": int(free), **intervals(share=share(free, len(here)))}
-                for (row, col), free in np.ndenumerate(here.free.sum(axis=0))
-            ]
     overall = []
     for fact in dict.fromkeys(row["fact"] for row in rows):
         n, holds = (int(column(chosen(rows, fact=fact), name).sum()) for name in ("n", "holds"))
         overall.append({"fact": fact, "n": n, "holds": holds, **intervals(share=share(holds, n))})
-    return {"facts": rows, "overall": overall, "frequencies": frequencies}
+    return {"facts": rows, "overall": overall}
 
 
 def facts(mazes: Mazes) -> Facts:
@@ -79,14 +72,12 @@ def finding(tables: Tables) -> Finding:
     broken = [row for row in tables["facts"] if row["holds"] < row["n"]]
     always = [row for row in overall if row["holds"] == row["n"]]
     weakest = min(overall, key=lambda row: row["share_low"])
-    free = column([row for row in tables["frequencies"] if (row["row"] + row["col"]) % 2], "share")
     first = f" The first broken one: {broken[0]['fact']}, size {broken[0]['size']}." if broken else ""
-    varies = f" Those are free in {free.min():.0%} to {free.max():.0%} of levels of size {SHOWN}." if free.size else ""
     return Finding(
         f"{len(always)} of {len(overall)} statements hold in every level of {len(SIZES)} sizes; the least certain "
         f"holds in {shown(weakest, 'share', '.2%')} of n={weakest['n']}.{first}",
         "yes" if len(always) == len(overall) else "in part" if always else "no",
-        f"A maze is {'not always ' if broken else ''}decided by its squares with one odd coordinate alone.{varies}",
+        f"A maze is {'not always ' if broken else ''}decided by its squares with one odd coordinate alone.",
     )
 
 

@@ -70,14 +70,8 @@ def measure(study: Study) -> dict[str, Table]:
 
 def _goals(sums: Values, cheese: Flags, corner: Flags) -> Row:
     """The AUCs of the sums for the first steps to cheese and corner, and of one step for the other."""
-    parted = cheese != corner
-    return {
-        **intervals(
-            cheese=area(sums, cheese), corner=area(sums, corner), corner_alone=area(corner.astype(float), cheese)
-        ),
-        "n_parted": int(parted.sum()),
-        **intervals(cheese_where_parted=area(sums[parted], cheese[parted])),
-    }
+    alone = area(corner.astype(float), cheese)
+    return intervals(cheese=area(sums, cheese), corner=area(sums, corner), corner_alone=alone)
 
 
 def _transferred(fit: Callable[..., ThresholdProbe | None], inside: Sums, outside: Sums, *, seed: int) -> Table:
