@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TypeAlias
 
-from maze.analysis.cells import Tables, shown
+from maze.analysis.cells import Tables
 
 # Tables by policy, the one under study first, and by part.
 Measured: TypeAlias = Mapping[str, Mapping[str, Tables]]
@@ -39,46 +39,13 @@ def introduction(measured: Measured) -> str:
         f"The policy under study ({main}) was trained by imitation with an auxiliary loss that teaches directions to "
         "its middle layers, so its direction signal was partly taught."
     )
-    if not _rows(measured.get(CONTROL, {})):
+    if "sums" not in measured.get(CONTROL, {}):
         return f"{taught} This run did not measure the control without that loss, so it does not show how much."
     return (
-        f"{taught} The {CONTROL} policy was trained without that loss. Its difference in the table below has other "
-        "causes too: the control saw as many observations, but larger mazes and its own mistakes in the second half "
+        f"{taught} The {CONTROL} policy was trained without that loss. The differences below have other causes "
+        "too: the control saw as many observations, but larger mazes and its own mistakes in the second half "
         "only, and the two find the cheese at different rates. The control keeps the loss for the mouse's cell."
     )
-
-
-def compared(measured: Measured) -> Sequence[Mapping[str, str]]:
-    """A table with one row per quantity and one column per policy; empty for one policy."""
-    columns = {policy: rows for policy, parts in measured.items() if (rows := _rows(parts))}
-    if len(columns) < 2:
-        return []
-    quantities = dict.fromkeys(quantity for rows in columns.values() for quantity in rows)
-    return [
-        {"quantity": quantity} | {policy: rows.get(quantity, "not measured") for policy, rows in columns.items()}
-        for quantity in quantities
-    ]
-
-
-def _rows(parts: Mapping[str, Tables]) -> dict[str, str]:
-    """The quantities of one policy, as text."""
-    rows: dict[str, str] = {}
-    sums = parts.get("sums", {"goals": [], "transfer": []})
-    for row in sums["goals"]:
-        if row["split"] == "in distribution" and row["cheese"] is not None:
-            rows[f"AUC of the sum of the channel for {row['direction']} at relu3, cheese in distribution"] = (
-                f"{shown(row, 'cheese')}, channel {row['channel']}, n={row['n']}"
-            )
-    for row in sums["transfer"]:
-        if (row["direction"], row["quantity"]) == ("UP", "false-positive rate"):
-            for split, place in (("fit", "in"), ("shifted", "out of")):
-                rows[f"false positives of the threshold on the channel for UP, {place} distribution"] = (
-                    f"{shown(row, split, '.1%')}, n={row[f'n_{split}']}"
-                )
-    for row in parts.get("ablation", {"effects": []})["effects"]:
-        quantity = f"P(cheese within 256 steps) of the unchanged policy, cheese {row['cheese']}"
-        rows.setdefault(quantity, f"{shown(row, 'original')}, n={row['n']}")  # the same in all rows of a place
-    return rows
 
 
 def described(measured: Measured) -> Iterator[tuple[str, str]]:

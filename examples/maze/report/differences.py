@@ -79,12 +79,12 @@ def side_by_side(rows: Table) -> tuple[str, Sequence[Mapping[str, str]]]:
     by_figure = {}
     for row in rows:
         cells = by_figure.setdefault((row["part"], row["figure"]), dict.fromkeys(policies, "not measured"))
-        main = row["policy"] == policies[0]
-        cells[row["policy"]] = f"{shown(row, 'value') if main else shown(row, 'difference', '+.3f')}, n={row['n']}"
+        other = f"{row['value']:.3f}, difference {shown(row, 'difference', '+.3f')}"
+        cells[row["policy"]] = f"{shown(row, 'value') if row['policy'] == policies[0] else other}, n={row['n']}"
     compared = [row for row in rows if row["difference"] is not None]
     beyond = sum(above(row, "difference") is not None for row in compared)
     text = (
-        f"The difference of each other policy from {policies[0]}, with the 95% interval for two independent figures "
+        f"Each figure, and its difference from {policies[0]}'s, with the 95% interval for two independent figures "
         "(Newcombe; Zou and Donner). A paired interval would be narrower, as policies with the same n have the same "
         "levels. Channels, and so the decision squares on which a channel is high, are each policy's own choice. "
         f"{beyond} of {len(compared)} intervals leave out 0, not corrected for their number. File: differences.csv."

@@ -20,7 +20,7 @@ from PIL import Image
 
 from maze.analysis.cells import Cell, Row, Table, Tables, read_table
 from maze.analysis.part import Finding, Part
-from maze.policy.shipped import Measured, compared, described, introduction
+from maze.policy.shipped import Measured, described, introduction
 from maze.report.differences import differences, side_by_side
 from maze.report.limits import limits
 from maze.results import Damaged, read_manifest, replace_table, replace_text, replaced
@@ -154,7 +154,7 @@ def write_report(folder: Path, known: Mapping[str, Mapping[str, Any]], parts: Ma
         replace_table(folder / "differences.csv", contents.differences)
     texts = {
         "introduction": introduction(contents.measured),
-        "policies": (compared(contents.measured), list(described(contents.measured))),
+        "descriptions": list(described(contents.measured)),
         "limits": limits(),
         "differences": side_by_side(contents.differences) if contents.differences else None,
     }

@@ -47,8 +47,8 @@ def test_the_table_has_a_column_for_every_policy_with_figures_and_says_how_many_
         "part": "decision",
         "figure": GOES,
         "imitation": "0.900 (0.826 to 0.945), n=100",
-        "control": "-0.300 (-0.445 to -0.155), n=50",
-        "seed2": "-0.050 (-0.144 to +0.044), n=100",
+        "control": "0.600, difference -0.300 (-0.445 to -0.155), n=50",
+        "seed2": "0.850, difference -0.050 (-0.144 to +0.044), n=100",
     }
     assert "1 of 2 intervals leave out 0" in text
 
