@@ -1,4 +1,4 @@
-"""Sample actions from distributions. The random numbers depend only on the episode."""
+"""Sample actions from distributions, with random numbers that depend only on the episode."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def chosen_actions(
 ) -> NDArray[Any]:
     """Return one action per row, in the format that the environments expect.
 
-    With one generator (stream) per row, actions are sampled; with None, they are the mode of the distribution.
+    `streams` contains one random generator per row for sampling. If it is None, actions are the distributions' modes.
     """
     choice, space = decision.choice, envs.single_action_space
     if isinstance(choice, Tensor):
@@ -72,7 +72,7 @@ def chosen_actions(
     if wrong := _mismatch(actions, distribution, space):
         raise RolloutError(
             f"The policy's {type(distribution).__name__} {wrong}, but the environment expects {space}. Pass a "
-            "function that calls the policy and returns a distribution over these actions."
+            "function that calls the policy and returns a distribution over the environment's actions."
         )
     return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # Discrete(2, start=1)
 
@@ -87,13 +87,13 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
         raise DistributionError(
             f"A rollout cannot sample actions from {type(distribution).__name__}: paired sampling requires the "
             "inverse CDF, which is available for Categorical, Bernoulli and Normal, alone or inside Independent, and "
-            "for the tanh of a Normal. Pass a function that calls the policy and returns one of these."
+            "for the tanh of a Normal. Pass a function that calls the policy and returns such a distribution."
         )
     return distribution, squashed
 
 
 def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
-    """Return the actions, or the parameters of the distribution."""
+    """Return a list with the tensor of actions, or with the parameters of the distribution over actions."""
     if isinstance(choice, Tensor):
         return [choice]
     distribution, _ = _untransformed(choice)
@@ -106,7 +106,7 @@ def _is_tanh(distribution: Distribution) -> bool:
 
 
 def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) -> NDArray[Any]:
-    """Map actions to a Box if the policy requires this, and check the shape of the actions."""
+    """Map actions to a Box if the policy requires such a mapping, and check the shape of the actions."""
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
     if decision.to_box is not None and is_box and actions.size == len(actions) * space.low.size:
         actions = decision.to_box(actions.reshape(-1, *space.low.shape), space)

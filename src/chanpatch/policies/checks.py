@@ -26,7 +26,7 @@ from .results import Rollout
 from .stable_baselines import as_in_predict, is_sb3_policy
 
 _SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
-_ADVICE = {  # by the library that the environments come from
+_ADVICE = {  # by the library that defines the environments
     "stable_baselines3": "Build a vector environment from a function that creates one environment: "
     "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
     "gym3": "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
@@ -52,13 +52,13 @@ def check_envs(envs: Any) -> None:
     if getattr(envs, "single_observation_space", None) is None:
         raise RolloutError(
             f"{type(envs).__name__} has no single_observation_space. Set the environment's spaces in __init__, as "
-            "described in the documentation of gymnasium.vector.VectorEnv."
+            "described in the documentation for gymnasium.vector.VectorEnv."
         )
     _check_numbers(envs.single_observation_space)
 
 
 def _check_numbers(space: Any, name: str = "observations") -> None:
-    """Raise an error if a space, or a part of the space, does not produce numeric arrays in a vector environment."""
+    """Raise an error if a space, or any part of it, does not produce numeric arrays in a vector environment."""
     spaces = imported("gymnasium.spaces")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
@@ -117,7 +117,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
 
 
 def _masking(policy: Any) -> str:
-    """Return the class name of the policy, or of a module that it uses, if that module expects action masks."""
+    """Return the class name of a module in the policy that expects action masks, or "" if no module does."""
     for module in (module for held in held_modules(policy) for module in held.modules()):
         own = getattr(module, "get_distribution", None)
         with suppress(TypeError, ValueError):  # some builtins have no signature
@@ -132,8 +132,8 @@ def _check_observations(policy: Any, envs: Any) -> None:
     if built != given:
         raise RolloutError(
             f"{type(policy).__name__} was built for observations of shape {built}, but the environments return "
-            f"{given}. In training, Stable-Baselines3 moves image channels first and may stack frames: wrap each "
-            "environment to do the same."
+            f"{given}. During training, Stable-Baselines3 moves image channels to the first axis and may stack frames: "
+            "wrap each environment to do the same."
         )
 
 
@@ -159,7 +159,7 @@ def check_modes(policies: Mapping[str, Any]) -> None:
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
-    """Compare modules by name. If all modes on one side differ from the other side, also compare modules in order."""
+    """Compare the modes of modules with the same name, and also by position if the two sides have no mode in common."""
     with as_in_predict(one), as_in_predict(other):
         ours, theirs = (
             {name: each for name, each in side.named_modules() if depends_on_training(each)} for side in (one, other)
@@ -173,7 +173,8 @@ def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: n
                 modes = ["in training mode" if flag else "in eval mode" for flag in flags]
                 raise RolloutError(
                     f"{_module(name, ours)} is {modes[0]} in {label}, but {_module(other_name, theirs)} is {modes[1]} "
-                    f"in {other_label}. The comparison would measure that difference: call eval() or train() on both."
+                    f"in {other_label}. The comparison would measure this difference in mode: call eval() or train() "
+                    "on both."
                 )
 
 
@@ -197,28 +198,28 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
             if any(id(each) in own for each in used):
                 raise RolloutError(
                     f"A function in {patch!r} uses the environments and context.rows, which contains episode numbers. "
-                    "To index the environments, use context.environments, which contains the sub-environment of each "
-                    "row. Read everything else, such as the spaces, before the rollout, outside of the function."
+                    "To index the environments, use context.environments, which contains the index of each row's "
+                    "sub-environment. Read anything else, such as the spaces, outside the function, before the rollout."
                 )
 
 
 def check_rows(
     run: undisturbed, again: undisturbed, decision: Decision, alone: Callable[[], Decision], *, mixed: bool
 ) -> None:
-    """Raise RolloutError if the rows without patches depend on other rows, or on random numbers that the policy draws.
+    """Raise RolloutError if the policy's output for unpatched rows depends on other rows or on random draws.
 
-    Each label in a sweep then gets the same results as in a rollout of its own.
+    If it does not, each label in a sweep gets the same results as in its own rollout.
 
     Args:
-        run: Context that has saved the state before the first step.
-        again: The same context, not entered, which restores the state after that step.
-        decision: Decision for all rows in that step. Rows without patches come first.
-        alone: Function that returns the decision for the first rows, from a forward pass without the other rows.
-        mixed: Whether the step also had rows with patches.
+        run: Open context that saved the state before the first step.
+        again: Unopened context of the same kind, which preserves the state after the first step.
+        decision: Decision for all rows in the first step. Unpatched rows come first.
+        alone: Function that runs the first (unpatched) rows without the other rows and returns the decision.
+        mixed: Whether the first step also included patched rows.
     """
     with again:
         states = again.random_states()
-        after = alone() if mixed else None  # with a state that all rows have updated
+        after = alone() if mixed else None  # from the state that the step with all rows left
         run.snapshot.put_back()
         first = alone()
         draws = states != again.random_states()
@@ -237,7 +238,7 @@ def check_rows(
 
 
 def _close(decision: Decision, alone: Decision) -> bool:
-    """Return whether the first rows of a decision equal another decision, up to rounding."""
+    """Return whether the first rows of a decision equal the decision for only these rows, up to rounding."""
     pairs = zip(_numbers(decision), _numbers(alone), strict=True)
     return all(_same(every[: len(own)], own) for every, own in pairs)
 
@@ -251,20 +252,20 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other)
     tolerance = min(100 * torch.finfo(other.dtype).eps, 1e-2)
     if other.is_cuda:
-        tolerance = max(tolerance, 1e-3)  # kernels for another number of rows may round to TF32
+        tolerance = max(tolerance, 1e-3)  # for a different number of rows, kernels may round to TF32
     finite = other[other.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 class SharedState:
-    """Check that policies or labels do not affect each other through containers or iterators that they share.
+    """Check that policies or labels do not affect each other through shared containers or iterators.
 
     A rollout does not restore such containers, so that functions can keep a log.
 
     Args:
-        users: Functions and modules of each policy or label, by name.
-        envs: The environments, whose own containers are ignored.
+        users: Functions and modules that each policy or label uses, by name.
+        envs: The environments. Containers inside the environments are ignored.
     """
 
     def __init__(self, users: Mapping[Any, Iterable[Any]], envs: Any) -> None:
@@ -280,7 +281,7 @@ class SharedState:
     def checked(self, subject: str, run: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> Any:
         """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
 
-        The second run starts from the state that the first run left, which is restored afterwards.
+        `again` starts from the shared state that `run` left, and that state is restored afterwards.
         """
         self._snapshot.note()
         rollouts = run()
@@ -294,15 +295,15 @@ class SharedState:
             kind = type(changed[0]).__name__
             users = [repr(user) for user, used in self._used.items() if id(changed[0]) in used]
             raise RolloutError(
-                f"Playing the episodes {subject} again gives different results, because {', '.join(users[:4])} share a "
-                f"{kind} that changes during the episodes. Use a separate function and {kind} for each, or store the "
-                "state in attributes of an object, which a rollout restores."
+                f"Replaying the episodes {subject} gives different results, because {', '.join(users[:4])} share a "
+                f"{kind} that changes during the episodes. Use a separate function and {kind} for each of them, or "
+                "store the state in attributes of an object, which a rollout restores."
             )
         return rollouts
 
 
 def _may_keep_state(item: Any) -> bool:
-    is_log = isinstance(item, io.IOBase)  # a file, which is an iterator too
+    is_log = isinstance(item, io.IOBase)  # files are also iterators
     return not is_log and (isinstance(item, (*CONTAINERS, Iterator)) or may_be_written(item))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def checksums(observations: Any, count: int) -> NDArray[np.uint64]:
-    """Return a checksum for each of `count` sub-environments: uint64 `(environment,)`.
+    """Return a checksum for each of `count` sub-environments: uint64 with shape `(environment,)`.
 
     Observations may be arrays, tensors, strings, other objects, or dicts or tuples of these.
     """
@@ -50,5 +50,5 @@ def _of_object(each: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _weights(words: int) -> NDArray[np.uint64]:
-    """Return random odd weights: any change to one word, and nearly any other change, alters the weighted sum."""
+    """Return random odd weights, so any change to one word, and nearly any other change, alters the weighted sum."""
     return np.random.Philox(0).random_raw(words) | np.uint64(1)

@@ -1,4 +1,4 @@
-"""Copy policies with shared weights, and find the objects that a policy, function or environment uses."""
+"""Copy policies without copying their weights, and find the objects that a policy, function or environment uses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATE = "_chanpatch"  # the attribute of a twin that stores its patches
 def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
     """Copy a module tree without chanpatch's hooks; the copy shares the parameters and buffers.
 
-    `plain` is the same tree without patches, or the policy itself if it has no patches.
+    `plain` is the policy itself or, if the policy is a twin, the same tree without patches.
     """
     stored = [*_reachable([policy], _stored_in)]
     _refuse_references_to(policy, stored)
@@ -51,7 +51,7 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
 def refuse_writing_modes(policy: nn.Module) -> None:
     """Raise an error if a module's own `train` or `eval` changes its parameters, for example to merge an adapter.
 
-    The methods are tested on a copy with other parameters, so overrides that only set flags are accepted.
+    The methods are tested on a copy with its own parameters, so overrides that only set flags are accepted.
     """
     for name, module in policy.named_modules():
         modes = {each: getattr(type(module), each) for each in ("train", "eval")}
@@ -60,8 +60,8 @@ def refuse_writing_modes(policy: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{repr(name) if name else 'The policy'} ({type(module).__name__}) changes its parameters in "
                 f"{' and '.join(f'{each}()' for each in own)}. A twin shares the policy's parameters but not its "
-                "flags, so one of the two would be wrong. Make the change permanent before creating a twin, or use "
-                "patched()."
+                "flags, so either the policy or the twin would be wrong. Make the change permanent before creating a "
+                "twin, or use patched()."
             )
 
 
@@ -81,7 +81,7 @@ def _writes_weights(module: nn.Module) -> bool:
     return False
 
 
-_TRIAL = 2  # adding, subtracting, multiplying or dividing parameters with this value changes them
+_TRIAL = 2  # if two parameters have this value, their sum, difference, product and quotient do not
 
 
 def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
@@ -95,8 +95,8 @@ def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
 def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
     """Raise an error if a function, hook or weak reference stored on a policy refers back to the policy.
 
-    In a copy, the function would run the original's modules, or fill a container that only the original reads.
-    UnreachedError detects this only if no other call reaches the patch.
+    In a copy, such a function would run the original's modules, or fill a container that only the original reads.
+    UnreachedError reveals the fault only if no other call reaches the patch.
     """
     own = {id(item) for item in stored if isinstance(item, (nn.Module, list, set, deque, dict))}
     for item in stored:
@@ -106,7 +106,7 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
             name = "a weak reference" if is_weak else f"the function {item.__qualname__}"
             raise UnsupportedModelError(
                 f"{type(policy).__name__} stores {name} (in an attribute or as a hook) that refers to the policy "
-                "itself or to a container in the policy. In a twin, the reference would still lead to the unpatched "
+                "itself or to a container in the policy. In a twin, that reference would still point to the unpatched "
                 "original. Use a method instead, or use patched()."
             )
 
@@ -123,15 +123,15 @@ def patches_inside(policy: Any) -> list[Patch]:
 
 
 def functions_of(patches: Iterable[Patch]) -> list[Any]:
-    """Return the edits of patches and their `where` functions."""
+    """Return the edit and the `where` of each patch."""
     return [function for patch in patches for function in (patch.edit, patch.where)]
 
 
 def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]], list[int]]:
     """Return the modules and attributes that a rollout restores, and the ids of objects that it does not restore.
 
-    Random generators, and nonlocal and global variables, are returned as another dict of attributes. Objects that the
-    environments contain are not restored.
+    One more dict contains random generators and the nonlocal and global variables that functions assign. Objects that
+    the environments contain are not restored.
     """
     held = used_by(policy, *functions_of(patches_inside(policy)))
     modules = nn.ModuleList(item for item in held if isinstance(item, nn.Module))
@@ -144,7 +144,7 @@ def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]],
 
 
 def used_by(*roots: Any) -> list[Any]:
-    """Return the given objects, and all objects that they may use when called."""
+    """Return the given objects, and all objects that a call to them may use."""
     return [*_reachable(roots, _parts_that_act)]
 
 
@@ -163,7 +163,7 @@ def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> I
 
 
 def _stored_in(item: Any) -> Iterable[Any]:
-    """Return the items of a container and the attributes of an object, which a deep copy would copy too."""
+    """Return the parts of an object that a deep copy would also copy: a container's items, and attributes."""
     if isinstance(item, (type, types.ModuleType, types.FunctionType)) or is_ours(item):
         return ()
     own = getattr(item, "__dict__", {})
@@ -172,7 +172,7 @@ def _stored_in(item: Any) -> Iterable[Any]:
 
 
 def _parts_that_act(item: Any) -> Iterable[Any]:
-    """Return the objects that an object may use directly when called."""
+    """Return the objects that a call to an object may use directly."""
     if isinstance(item, nn.Module):
         owns = [vars(module).items() for module in item.modules()]
         return [part for own in owns for name, part in own if name not in _TORCHS_OWN and name != STATE]
@@ -185,7 +185,7 @@ def _parts_that_act(item: Any) -> Iterable[Any]:
 def _referenced_by(item: Any) -> Iterable[Any]:
     """Return the items of a container, and the objects that a function or a weak reference refers to.
 
-    A function refers to its defaults, attributes and closure, and to globals, which are skipped in libraries.
+    A function refers to its defaults, attributes, closure and globals. Globals in library functions are skipped.
     """
     if isinstance(item, weakref.ref):
         return (item(),)
@@ -220,7 +220,7 @@ def _written_by(function: types.FunctionType) -> list[types.CellType | GlobalVar
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType, *operations: str) -> list[str]:
-    """Return the names that the given bytecode operations use in a code object and in functions defined inside."""
+    """Return the names that the given bytecode operations use in a code object and in functions defined in it."""
     own = [each.argval for each in dis.get_instructions(code) if each.opname in operations]
     inside = [names_in(each, *operations) for each in code.co_consts if isinstance(each, types.CodeType)]
     return [*dict.fromkeys(itertools.chain(own, *inside))]
@@ -241,7 +241,7 @@ def _is_from_library(module: Any) -> bool:
 
 _LIBRARIES = {"chanpatch", "gymnasium", "numpy", "torch", *sys.stdlib_module_names}
 _TORCHS_OWN = vars(nn.Module()).keys()
-_APART = (  # environments, and the replay memory of an algorithm, which may be large
+_APART = (  # environments, and replay buffers, which may be large
     ("gym", "Env"),
     ("gymnasium", "Env"),
     ("gymnasium.vector", "VectorEnv"),

@@ -28,8 +28,8 @@ class Decision(NamedTuple):
 
     Attributes:
         choice: Distribution over actions, or the actions.
-        to_box: Function of actions and a Box that clips or rescales the actions, as Stable-Baselines3 does.
-        values: Action values, if the policy returned these.
+        to_box: Function that receives actions and a Box, and clips or rescales the actions as Stable-Baselines3 does.
+        values: Action values, or None if the policy did not return any.
     """
 
     choice: Distribution | Tensor
@@ -43,9 +43,9 @@ def action_distribution(
     """Return a policy's distribution over actions for a batch of observations.
 
     The policy may return a distribution, a tuple that contains a distribution, or a dict or object that contains
-    `logits` or a distribution. For a MultiDiscrete action, the policy may return a list with one Categorical per part;
-    their logits are padded to `(row, part, choice)`. Policies with a `get_distribution` method, and all
-    Stable-Baselines3 policies, are supported too.
+    `logits` or a distribution. For a MultiDiscrete action, the policy may return a list with one Categorical per part.
+    The logits of all parts are then padded and stacked: `(row, part, choice)`. Policies with a `get_distribution`
+    method, and all Stable-Baselines3 policies, are also supported.
 
     Args:
         policy: Module or function of observations.
@@ -60,8 +60,8 @@ def action_distribution(
     choice = decision_in(output_of(policy, observations, outputs), type(policy).__name__, outputs).choice
     if isinstance(choice, Tensor):
         raise DistributionError(
-            f"{type(policy).__name__} returns actions, not a distribution. Pass a function that returns their logits "
-            'or values instead, such as policy.q_net with outputs="values".'
+            f"{type(policy).__name__} returns actions, not a distribution. Pass a function that returns logits or "
+            'action values instead, such as policy.q_net with outputs="values".'
         )
     return choice
 
@@ -87,12 +87,12 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
         raise DistributionError(
             f"{type(policy).__name__} has no forward(). Pass rollout() or action_distribution() a function that "
             "returns the policy's logits or distribution, such as lambda observations: agent.actor(observations). For "
-            "rollout_sweep(), pass a module whose forward() returns the same."
+            "rollout_sweep(), pass a module whose forward() returns the logits or distribution."
         ) from error
 
 
 def _output_of_sb3(policy: Any, observations: Any) -> Any:
-    """Return the distribution of a policy without `get_distribution`, or actions that are not yet mapped to the Box."""
+    """Return the distribution from a policy without `get_distribution`, or actions that still need a Box mapping."""
     actor = getattr(policy, "actor", policy)
     if not hasattr(actor, "get_action_dist_params"):
         return Decision(
@@ -109,7 +109,7 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
         output: Output of the policy.
         subject: Name of the policy, for error messages.
         outputs: Meaning of a tensor, as in `action_distribution`.
-        masks: True for allowed actions: `(row, action)`.
+        masks: Allowed actions as bool `(row, action)`, or None if all actions are allowed.
     """
     try:
         decision = output if isinstance(output, Decision) else _decision_in(output, subject, outputs)
@@ -117,8 +117,8 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
         if isinstance(fault, ChanpatchError):
             raise
         raise DistributionError(
-            f"{subject} returned {described(output)} with NaN, so no action can be chosen. Use recording(...) to "
-            "find the first activation with NaN."
+            f"{subject} returned {described(output)} that contains NaN, so no action can be chosen. Use recording(...) "
+            "to find the first activation with NaN."
         ) from fault
     return decision if masks is None else _masked(decision, masks, subject)
 
@@ -128,7 +128,7 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
         if outputs in ("values", "actions"):
             raise DistributionError(
                 f"{subject} returned {described(output)}, which contains a distribution, but outputs={outputs!r} only "
-                "applies to tensors. Omit outputs, or for several policies, pass a dict without this policy."
+                "applies to tensors. Omit outputs or, for several policies, pass a dict that omits this policy."
             )
         return Decision(found, box_mapping(output))
     tensor = tensor_in(output, 1 if outputs == "actions" else 2)
@@ -144,13 +144,14 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
         return Decision(tensor)
     if (found := categorical(tensor)) is None:
         raise DistributionError(
-            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor (row, action)."
+            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor with shape (row, "
+            "action)."
         )
     return Decision(found) if outputs == "logits" else Decision(_greedy(tensor), values=tensor)
 
 
 def _joined(output: Any) -> Categorical | None:
-    """Join the distributions for the parts of a MultiDiscrete action into one: `(row, part, choice)`.
+    """Join the distributions over the parts of a MultiDiscrete action into one with logits `(row, part, choice)`.
 
     Return None if the output is not a list of at least two Categoricals.
     """
@@ -169,13 +170,13 @@ def _greedy(values: Tensor) -> Categorical:
 
 
 def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decision:
-    """Exclude the actions that are not allowed."""
+    """Exclude disallowed actions from a decision."""
     choice, values = decision.choice, decision.values
     if not isinstance(choice, Categorical):
         returned = "actions" if isinstance(choice, Tensor) else f"a {type(choice).__name__}"
         raise RolloutError(
-            f"masks only apply to a Categorical, but {subject} returned {returned}. Pass a function that returns "
-            "logits or values."
+            f"masks only apply to a Categorical, but {subject} returned {returned}. Pass a policy that returns logits "
+            "or values."
         )
     scores = choice.logits if values is None else values
     if masks.shape != scores.shape:
@@ -192,18 +193,19 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
 
 
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
-    """Return the allowed actions in all sub-environments, bool `(environment, action)`, or None without masks."""
+    """Return the allowed actions as bool `(environment, action)`, or None if there are no masks."""
     if masks is None:
         return None
     found = np.array(masks(envs, infos))
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(
-            f"masks returned an array of shape {found.shape} for {envs.num_envs} environments. Return one row for each."
+            f"masks returned an array of shape {found.shape} for {envs.num_envs} environments. Return one row per "
+            "environment."
         )
     others = found[~np.isin(found, (0, 1))]
     if others.size:
         raise RolloutError(
-            f"masks must return bools, or 1 for allowed and 0 for other actions; got {others[0]} ({found.dtype}). For "
-            "an additive mask (0 or -inf), return mask == 0."
+            f"masks must return bools, or 1 for allowed and 0 for disallowed actions; got {others[0]} ({found.dtype}). "
+            "For an additive mask (0 or -inf), return mask == 0."
         )
     return found.astype(np.bool_)

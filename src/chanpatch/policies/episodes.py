@@ -43,7 +43,7 @@ _CHANNELS_REJECTED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) c
 
 
 class Options(NamedTuple):
-    """Options of `rollout`, `paired_rollouts` and `rollout_sweep`."""
+    """Options for `rollout`, `paired_rollouts` and `rollout_sweep`."""
 
     max_steps: int
     sampling_seed: int
@@ -66,8 +66,8 @@ def play(
 ) -> list[Rollout]:
     """Play all episodes `times` times with the same random numbers, and return one rollout per repetition.
 
-    `around` maps the repetition of each row, int64 `(row,)`, to a context for the forward pass. `label` is the policy's
-    name.
+    `around` receives each row's repetition as int64 `(row,)`, and returns a context manager for the forward pass.
+    `label` is the policy's name.
     """
     check_envs(envs)
     check_outputs(options.outputs)
@@ -82,20 +82,20 @@ def play(
         player = _Player(policy, envs, log, options, around)
         check = functools.partial(check_rows, run, undisturbed(held, *state)) if times > 1 else None
         for start in waves:
-            run.snapshot.put_back()  # an episode must not depend on earlier ones
+            run.snapshot.put_back()  # an episode must not depend on earlier episodes
             player.play(np.arange(start, min(start + envs.num_envs, log.plays)), advance, check)
     return log.rollouts()
 
 
 class _Log:
-    """Results and random generators by play (one repetition of an episode), ordered by repetition and then episode."""
+    """Results and random generators of each play (one repetition of an episode), by repetition and then by episode."""
 
     def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
             raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
         if max(checked, default=0) >= 2**63:
-            raise RolloutError(f"A seed must be less than 2**63, to fit into int64; got {max(checked)}.")
+            raise RolloutError(f"A seed must be less than 2**63, to fit in int64; got {max(checked)}.")
         if not checked:
             raise RolloutError("seeds is empty: pass one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)
@@ -116,7 +116,7 @@ class _Log:
     def add(
         self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
     ) -> None:
-        """Add one step of the given plays; `seen` contains checksums of the observations after the step."""
+        """Add one step for the given plays; `seen` contains checksums of the observations after the step."""
         self.returns[plays] += rewards
         self.taken.append((plays, actions))
         self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
@@ -155,7 +155,7 @@ class _Player:
     ) -> None:
         """Play one wave in parallel until all its episodes have finished, and advance the progress bar.
 
-        `check`, if any, is `check_rows` for this rollout.
+        `check` is None, or `check_rows` with this rollout's contexts already filled in.
         """
         envs, log, options = self._envs, self._log, self._options
         self._reset(wave)
@@ -169,7 +169,7 @@ class _Player:
             chosen = chosen_actions(decision, streams, len(plays), envs)
             if actions is None:
                 actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
-            if self._allowed is not None:  # finished sub-environments get an allowed action, not their last one
+            if self._allowed is not None:  # finished sub-environments get an allowed action, not their last action
                 actions[:] = self._allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
             actions[self._running] = chosen
             self._observations, rewards, terminated, truncated, self._infos = envs.step(actions)
@@ -199,7 +199,7 @@ class _Player:
         except imported("gymnasium").error.Error as error:
             raise RolloutError(
                 f"{type(self._envs.unwrapped).__name__} cannot be reset with one seed per sub-environment. Use a "
-                'SyncVectorEnv or an AsyncVectorEnv, such as gymnasium.make_vec(..., vectorization_mode="sync").'
+                'SyncVectorEnv or an AsyncVectorEnv, for example gymnasium.make_vec(..., vectorization_mode="sync").'
             ) from error
         self._begin()
         self._allowed = allowed_actions(self._options.masks, self._envs, self._infos)
@@ -231,20 +231,20 @@ class _Player:
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(continues))
 
     def _check_rows(self, decision: Decision, check: Callable[..., None]) -> None:
-        """Check the first decision in a wave that contains rows without patches, which come first.
+        """Check the first decision in a wave if the wave contains unpatched rows, which come first.
 
-        Only the first of several waves without any patches is checked.
+        If several waves have only unpatched rows, only the first of these waves is checked.
         """
         plays = self._wave[self._running]
         own = int((plays < self._log.episodes).sum())
         mixed = own < len(plays)
         if own and (mixed or not plays[0]):
-            # Rows with and without patches have equal observations at first, so leave out some rows.
+            # At first, patched and unpatched rows have equal observations, so leave out some unpatched rows too.
             count = min(own, max(2, own // 2)) if mixed else own
             check(decision, functools.partial(self._first_decision, count), mixed=mixed)
 
     def _first_decision(self, count: int) -> Decision:
-        """Return the first decision for the first rows, from a forward pass without the other rows."""
+        """Return the first decision for the first `count` rows, from a forward pass with only these rows."""
         other = copy.copy(self)
         other._running = self._running[:count]
         other._begin()
@@ -293,7 +293,7 @@ class _Player:
         return returned[0]
 
     def _tensors(self, observations: Any) -> Any:
-        """Return the rows of running episodes as tensors, from an array or from each array in a dict or tuple."""
+        """Return the observations in running episodes as tensors. Observations may be dicts or tuples of arrays."""
         if isinstance(observations, Mapping):
             return {name: self._tensors(part) for name, part in observations.items()}
         if isinstance(observations, tuple):
@@ -307,33 +307,33 @@ class _Player:
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _advice(self, error: RuntimeError, observations: Any) -> str:
-        """Explain an error that comes from the observations' dtype, layout or number of rows; for others, return ""."""
+        """Explain an error caused by the observations' dtype, layout or number of rows; for other errors, return ""."""
         text, rows, before = str(error), len(self._running), self._rows_before
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
         if others and _DTYPE_REJECTED.search(text):
             return (
                 f"on observations of dtype {', '.join(sorted(others))} ({text}). A rollout does not preprocess "
-                "observations. Convert them the same way as in training, in the policy or in a wrapper function such "
-                "as lambda observations: policy(observations.float() / 255)."
+                "observations. Convert the observations as in training, inside the policy or in a wrapper function "
+                "such as lambda observations: policy(observations.float() / 255)."
             )
         found = _CHANNELS_REJECTED.search(text)
         if found and found[1] == found[2]:
             return (
-                f"on channels-last images ({text}). Its convolution expects (batch, channel, height, width): pass "
+                f"on channels-last images ({text}). The convolution expects (batch, channel, height, width): pass "
                 "lambda observations: policy(observations.permute(0, 3, 1, 2))."
             )
         if rows < before and {str(rows), str(before)} <= {*re.findall(r"\d+", text)}:
             return (
                 f"when the number of running episodes fell from {before} to {rows} ({text}). If the policy stores a "
-                "recurrent state with one row per environment, return the state and set initial_state=, or use a "
-                "single environment."
+                "recurrent state with one row per environment, return that state from the policy and set "
+                "initial_state=, or use a single environment."
             )
         return ""
 
 
 def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
-    """Return the infos of the given sub-environments, from arrays and lists with one entry per sub-environment."""
+    """Select the infos of the chosen sub-environments from arrays and lists with one entry per sub-environment."""
     if isinstance(infos, Mapping):
         return {name: _infos_of(part, num_envs, chosen) for name, part in infos.items()}
     if isinstance(infos, (list, tuple)) and len(infos) == num_envs:
@@ -353,7 +353,7 @@ def state_batch_axes(initial_state: InitialState) -> BatchAxes:
     """Return the batch axis of each tensor in a recurrent state: the axis whose length is the number of rows."""
     if not callable(initial_state):
         raise RolloutError(
-            "initial_state must be a function that maps a number of rows to their state, such as lambda rows: "
+            "initial_state must be a function that returns the state for a given number of rows, such as lambda rows: "
             f"torch.zeros(1, rows, 64); got {type(initial_state).__name__}."
         )
     two, three = (dict(leaves(initial_state(rows))) for rows in (2, 3))

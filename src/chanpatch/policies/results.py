@@ -62,19 +62,20 @@ class Rollout(Records):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PairedRollouts(Effects, Mapping[str, Rollout]):
-    """Rollouts of several policies in the same episodes, by name. The first is compared with each of the others.
+    """Rollouts of several policies in the same episodes, by name. The first policy is compared with each of the others.
 
     Attributes:
         rollouts: Rollouts by name.
         remarks: Notes on the intervals, shown below the table.
 
     Raises:
-        RolloutError: If seeds or settings differ, or if an episode differs between policies before their actions do.
+        RolloutError: If two policies have different seeds or settings, or if an episode differs between two policies
+            before their actions differ.
     """
 
     rollouts: Mapping[str, Rollout]
     remarks: tuple[str, ...] = field(default=(), kw_only=True)
-    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # all rollouts, if `top` selected these
+    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # if `top` selected some: all rollouts
 
     def __post_init__(self) -> None:
         self._check_pairs(self.rollouts)
@@ -106,8 +107,8 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         """Return the effects with 95% intervals over episodes; episodes with the same seed form a cluster.
 
         The intervals are simultaneous over all policies, so they remain valid after selection by `top`. As in
-        `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are marked, and intervals from fewer
-        seeds are withheld.
+        `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are marked, and intervals from fewer than
+        six seeds are withheld.
         """
         whole = self._whole or self
         if not whole.labels:
@@ -173,7 +174,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return ranked_interval(self._snapped(differences), clusters=self._original.seeds, seed=seed)
 
     def _snapped(self, differences: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Set differences within rounding error of zero to zero: `(episode, policy)`."""
+        """Return the differences without rounding error: `(episode, policy)`."""
         return snapped(differences.T, self._original.returns[:, None], _ROUNDING)
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
@@ -198,12 +199,14 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
-    """Raise an error if seeds or settings differ, or if an episode differs before the actions differ."""
+    """Raise an error if two rollouts differ in seeds or settings, or in an episode before their actions differ."""
     if first.seeds != other.seeds:
-        raise RolloutError(f"{names} cannot be compared: they were rolled out with different seeds.")
+        raise RolloutError(f"{names} cannot be compared because they were rolled out with different seeds.")
     for name, value in first.settings.items():
         if other.settings[name] != value:
-            raise RolloutError(f"{names} cannot be compared: {name} is {value} and {other.settings[name]}.")
+            raise RolloutError(
+                f"{names} cannot be compared because {name} differs: {value} vs. {other.settings[name]}."
+            )
     ends = [[*zip(each.lengths, each.terminated, each.truncated, strict=True)] for each in (first, other)]
     for episode, seed in enumerate(first.seeds):
         taken, others = first.actions[episode], other.actions[episode]
@@ -215,11 +218,11 @@ def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
             when = int(unlike.argmax()) if unlike.any() else steps
             masks = "masks are random, or " if first.settings.get("masked") else ""
             raise RolloutError(
-                f"{names} cannot be compared: episode {episode} (seed {seed}) differs at step {when}, before the "
-                f"actions differ, so the seed does not determine the episode. Likely reasons: {masks}the environment "
+                f"{names} cannot be compared because episode {episode} (seed {seed}) differs at step {when}, before "
+                f"the actions differ: the seed does not determine the episode. Likely reasons: {masks}the environment "
                 "ignores the seed or has another source of randomness, or a wrapper carries state across episodes "
                 "(EpisodicLifeEnv: lives; NormalizeObservation, NormalizeReward, VecNormalize: running statistics). "
-                "Remove this wrapper, or freeze the statistics (update_running_mean = False)."
+                "Remove such a wrapper, or freeze its statistics (update_running_mean = False)."
             )
 
 

@@ -1,4 +1,4 @@
-"""Roll out many sets of patches in one vector environment, each set in its own rows."""
+"""Roll out a policy with many sets of patches in one vector environment, each set in its own rows."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 ) -> SweptRollouts:
     """Roll out a policy unpatched and with each label's patches, in the same episodes.
 
-    The result equals `paired_rollouts` with one PatchedPolicy per label, but takes fewer forward passes: each
-    combination of label and episode has its own row in the vector environment. A patch receives only the rows of its
-    own label: activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in one
-    forward pass.
+    The result equals that of `paired_rollouts` with one PatchedPolicy per label, but requires fewer forward passes:
+    each combination of label and episode has its own row in the vector environment. A patch receives only the rows of
+    its own label: activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in
+    one forward pass.
 
-    Equality requires that the policy treats each row independently, and that patches use no randomness except
+    The two results are equal only if the policy treats each row independently, and patches use no randomness except
     `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has one.
 
     Args:
         policy: Module or its HookPoints.
-        patches: One or more patches per label: a mapping from labels to patches, or a sequence, which is labeled by
-            site. Create the sites from traced HookPoints, so that their batch axes are known.
-        controls: Control patches in the same format, to rank the effects among. P-values require at least 19 controls.
+        patches: One or more patches per label: a mapping from labels to patches, or a sequence of patches, which are
+            labeled by their sites. Create the sites from traced HookPoints, so that their batch axes are known.
+        controls: Control patches in the same format, used to rank effects. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
         envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
 
@@ -185,7 +185,7 @@ class _Interventions:
         self._raise_nan()
 
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
-        """Return the activation at a hook point with the rows of each intervention patched."""
+        """Return the activation at a hook point after applying each intervention's patches to its own rows."""
         axis: Any = point.batch_axis
         context.rows  # noqa: B018  # raises an error if the number of rows is wrong
         is_checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
@@ -204,13 +204,13 @@ class _Interventions:
         if states and states != self._random_states():
             raise RolloutError(
                 f"A patch at '{point.name}' draws random numbers from a generator. In a sweep, each label would get "
-                "different numbers, so equal patches would have different effects. Draw with context.uniform(shape), "
-                "which depends only on the episode and the step."
+                "different numbers, so equal patches would have different effects. Use context.uniform(shape), which "
+                "depends only on the episode and the step."
             )
         if self._modules.changed() or self._modules.rewritten():
             raise RolloutError(
-                f"A module that several labels use as edit at '{point.name}' changes its own buffers or attributes, so "
-                "the labels would affect each other. Use a separate module for each label."
+                f"A module that several labels use as an edit at '{point.name}' changes its own buffers or attributes, "
+                "so the labels would affect each other. Use a separate module for each label."
             )
         return activation if all(map(operator.is_, new.values(), parts)) else torch.cat([*new.values()], axis)
 
@@ -231,5 +231,5 @@ class _Interventions:
 
 def _point_with_rows(site: Site) -> HookPoint:
     if site.point is None or site.point.batch_axis is None:
-        raise BatchAxisError(f"rollout_sweep cannot restrict the patch at {site!r} to its own rows. {no_batch(site)}")
+        raise BatchAxisError(f"rollout_sweep cannot limit the patch at {site!r} to its label's rows. {no_batch(site)}")
     return site.point

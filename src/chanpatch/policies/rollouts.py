@@ -34,7 +34,7 @@ def rollout(
     """Play one episode per seed.
 
     The policy is called once per step on a batch of all running episodes. Patches receive the step, the episodes and
-    the sub-environments in `context`. If the policy treats each row independently, the result does not depend on the
+    the sub-environments in `context`. If the policy treats each row independently, an episode does not depend on the
     number of environments or on the other seeds. Episodes with the same seed share a level but use different random
     numbers to sample actions.
 
@@ -43,15 +43,15 @@ def rollout(
     clipped. For a Box space, wrap the environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before new episodes
-    and at the end. So are the attributes of your own objects, and nonlocal and global variables, if the policy or its
-    patches use them. Environments are not restored. To keep a log, append to a list in a closure or a global. If
-    several policies share such a list, paired_rollouts plays their episodes twice to check that the list does not
-    change the episodes.
+    and at the end. The attributes of your own objects, and nonlocal and global variables, are also restored if the
+    policy or its patches use them. Environments are not restored. To keep a log, append to a list in a closure or a
+    global variable. If several policies share such a list, paired_rollouts plays their episodes twice to check that the
+    list does not change the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
     starts from its own initial state. Wrap a policy that expects other arguments, such as sb3-contrib's RecurrentPPO:
     `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that stores its
-    state internally works only in a single environment, because the batch shrinks as episodes end.
+    state internally works only with a single environment, because the batch shrinks as episodes end.
 
     Args:
         policy: Module, HookPoints or function of observations. The output must be a tensor or contain an action
@@ -65,12 +65,13 @@ def rollout(
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`;
             `"values"`, to select the action with the highest value; or `"actions"`, which are used unchanged. If a
             policy samples actions itself, return its distribution instead, so that paired rollouts use the same draws.
-        masks: Function of the environments and the infos from the last step that returns the allowed actions, bool
-            `(environment, action)`: `lambda envs, infos: np.stack(envs.call("action_masks"))` or
+        masks: Function that receives the environments and the infos from the last step, and returns the allowed actions
+            as bool `(environment, action)`: `lambda envs, infos: np.stack(envs.call("action_masks"))` or
             `lambda envs, infos: infos["action_mask"]`. The function is called before each step.
-        initial_state: For a recurrent policy, a function that maps a number of rows to their initial state: a tensor,
-            or tensors in tuples and dicts, such as `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))`
-            for an LSTM. Each tensor must have exactly one batch axis, whose length is the number of rows.
+        initial_state: For a recurrent policy, a function that returns the initial state for a given number of rows: a
+            tensor, or tensors in tuples and dicts, such as
+            `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for an LSTM. Each tensor must have
+            exactly one batch axis, whose length is the number of rows.
         progress: Whether to show a progress bar. By default, a bar appears in a terminal after two seconds.
 
     Raises:
@@ -78,7 +79,7 @@ def rollout(
             distribution is not available, or if the output contains neither a tensor nor a distribution.
         MissingPackageError: If gymnasium is not installed or is older than 1.1.
         RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid, or if a
-            module that depends on training mode, such as dropout, has different modes in a twin and in its policy.
+            module that depends on training mode, such as dropout, has different modes in a twin and the original.
 
     Example:
         >>> import gymnasium, torch

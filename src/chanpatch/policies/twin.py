@@ -1,4 +1,4 @@
-"""Create a patched twin of a policy, which shares the policy's weights."""
+"""Create patched twins, which share the weights of the original policy."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
         check_nan: Whether to raise an error if a patch introduces NaN.
 
     Raises:
-        HookPointError, SiteError: If sites do not exist. One error lists all of these sites.
+        HookPointError, SiteError: If sites do not exist. One error lists all missing sites.
         UnsupportedModelError: If the policy cannot be copied, ignores hooks, or changes its weights in `train()` or
-            `eval()`. During a call, if a parameter, buffer or submodule was replaced, or a setting (an attribute that
-            is a flag, number or string) was changed, in only the policy or only the twin.
+            `eval()`. Also during a call, if only the policy or only the twin had a parameter, buffer or submodule
+            replaced, or a setting (an attribute that is a flag, number or string) changed.
         UnreachedError, NaNError: At the end of a call, if a patch did not run or introduced NaN.
 
     Example:
@@ -93,7 +93,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
     @property
     def ledger(self) -> Ledger:
-        """Number of firings, rows and elements of each patch so far, by method."""
+        """Number of firings, and of rows and elements written, so far, by patch and method."""
         ledger: Ledger = _state(self).result
         return ledger
 
@@ -149,7 +149,7 @@ def _copied(policy: nn.Module) -> nn.Module:
 
 
 class _TwinState(Patching):
-    """A twin's session, which is always attached, and the original policy."""
+    """The session of a twin, which is always attached, with a reference to the original policy."""
 
     confined = False
 
@@ -198,11 +198,11 @@ class _TwinState(Patching):
         self.forget()
         if _symbolic_trace._is_fx_tracing_flag or _is_exporting():  # torch's own accessor logs a warning
             raise UnsupportedModelError(
-                "torch.export and torch.fx would drop a twin's patches or freeze them. Export the policy instead: "
-                "inside patched(policy, patches), torch.export keeps the patches."
+                "torch.export and torch.fx would drop or freeze a twin's patches. Instead, export the policy inside "
+                "patched(policy, patches): torch.export then keeps the patches."
             )
-        # Comparing dicts is much faster than a loop over their items. It checks identity first, and only one-element
-        # tensors can be equal without being identical.
+        # Comparing dicts is much faster than looping over items. The comparison checks identity first, and only
+        # one-element tensors can be equal without being identical.
         try:
             shared = self._held == self._expected
         except RuntimeError:  # two larger tensors are compared, so they are not identical
@@ -212,8 +212,8 @@ class _TwinState(Patching):
         if not shared:
             raise UnsupportedModelError(
                 f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so the two "
-                "no longer share all weights. Create a new twin: PatchedPolicy(policy, patches). A method of the "
-                "policy should update the tensor with copy_(), or store it in a plain attribute. With "
+                "no longer share all weights. Create a new twin: PatchedPolicy(policy, patches). If the policy's own "
+                "code replaced the tensor, update it with copy_() instead, or store it in a plain attribute. With "
                 "torch.func.functional_call, use the policy inside patched()."
             )
         self.settings.begin(_kind(call))

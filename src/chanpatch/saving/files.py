@@ -81,9 +81,9 @@ def save(
 ) -> None:
     """Save patches as data in one safetensors file.
 
-    A failure leaves an existing file unchanged. With `inputs`, the file contains a receipt, for which the model runs
-    twice: with these patches, and with the patches read back from the file. Operands are saved without their autograd
-    graph.
+    If saving fails, an existing file stays unchanged. With `inputs`, the file also contains a receipt. The model then
+    runs twice: with the given patches, and with the patches read back from the file. Operands are saved without their
+    autograd graph.
 
     Args:
         file: Path of the file, usually ending in `.safetensors`.
@@ -92,9 +92,9 @@ def save(
         inputs: Model inputs for the receipt: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        InterventionError: If patches contain functions or tensors that safetensors cannot store, there are inputs but
-            no model, `file` is not a regular file, or the run is not reproduced bit for bit.
-        HookPointError, SiteError: If the model does not have a site.
+        InterventionError: If patches contain functions, or tensors that safetensors cannot store; if there are inputs
+            but no model; if `file` is not a regular file; or if the run is not reproduced bit for bit.
+        HookPointError, SiteError: If a site does not exist in the model.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
 
@@ -113,7 +113,7 @@ def save(
     points = None if points_or_model is None else traced(points_or_model, inputs)
     chosen = checked_patches(points, patches)
     if not chosen:
-        raise InterventionError("There are no patches to save. Pass at least one.")
+        raise InterventionError("There are no patches to save. Pass at least one patch.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"Cannot save '{path.name}': the folder '{path.parent}' does not exist.")
     if inputs is not None and points is None:
@@ -123,8 +123,8 @@ def save(
         if points and inputs is not None and receipt_of(points, load(partial, points), inputs) != receipt:
             raise InterventionError(
                 "The patches were not saved: two forward passes gave different outputs, so a receipt could not be "
-                "verified. Make the model deterministic, such as by torch.use_deterministic_algorithms(True), or save "
-                "without inputs."
+                "verified. Make the model deterministic, for example with torch.use_deterministic_algorithms(True), or "
+                "save without inputs."
             )
         os.replace(partial, path)
 
@@ -135,7 +135,7 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
     Args:
         file: Path of a file written by `save`.
         points: Hook points to check the patches against: names, axes, shapes, dtypes and module types must match.
-            Operands go to the devices of their hook points, or stay on the CPU if there are no points.
+            Operands are moved to their hook points' devices, or stay on the CPU if `points` is None.
 
     Raises:
         InterventionError: If the file is damaged, was not written by `save`, has an unknown format, or does not match
@@ -173,11 +173,11 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
     Args:
         file: Path of a file written by `save` with inputs.
         points_or_model: Hook points of the model, or the model, which is traced with the inputs.
-        inputs: The inputs that the file was saved with.
+        inputs: The same inputs as when the file was saved.
 
     Raises:
-        InterventionError: If hook points, weights, inputs or the patched output differ, or the file has no receipt, or
-            for the same reasons as `load`.
+        InterventionError: If hook points, weights, inputs or the patched output differ; if the file has no receipt; or
+            for the same reasons as in `load`.
     """
     points = traced(points_or_model, inputs)
     saved, patches = contents(file).receipt, load(file, points)
@@ -221,7 +221,7 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 
 @contextmanager
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a hidden file next to `path`, and remove the file on exit, along with files left by killed processes."""
+    """Write a hidden file next to `path`. On exit, remove it; on entry, remove such files left by killed processes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # another thread may have removed the file
             if time.time() - left.lstat().st_mtime > 60:

@@ -5,7 +5,7 @@
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest};
-              `per` of Resample is "step" or omitted, as in files that predate the option
+              for Resample, `per` is "step" or omitted, as in files from before the option existed
 
 `encoded` writes this format, and `decoded` reads it without running code from the file. `decoded` also reads format 1,
 which has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
@@ -42,7 +42,7 @@ _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clam
 
 
 def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
-    """Return the bytes of a file; raise InterventionError, naming all patches that cannot be saved."""
+    """Return a patch file as bytes, or raise an InterventionError that names all patches that cannot be saved."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     records, faults = [], []
     for number, patch in enumerate(patches, start=1):
@@ -67,9 +67,9 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
 def decoded(
     file: str | os.PathLike[str], points: Mapping[str, HookPoint] | None
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
-    """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum; raise as `load` does.
+    """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum.
 
-    Operands go to the devices of their hook points, or to the CPU if a device is unknown.
+    Operands are moved to their hook points' devices, or to the CPU if a device is unknown. Errors are as in `load`.
     """
     safetensors, path = imported("safetensors"), regular(file)
     path.open("rb").close()  # let Python raise for unreadable files
@@ -126,7 +126,7 @@ def regular(file: str | os.PathLike[str]) -> Path:
 
 
 def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the metadata (without a checksum) and the tensors."""
+    """Return the SHA-256 of the metadata (without the checksum entry) and the tensors."""
     return hashlib.sha256(f"{json.dumps(metadata)}\n{digest(tensors)}".encode()).hexdigest()
 
 
@@ -159,13 +159,13 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
     edit: Any = patch.edit
     if type(edit) not in _EDITS.values():
         raise InterventionError(
-            f"its edit {edit_name(edit)} is code, but a file can only contain data. Express it with "
+            f"its edit {edit_name(edit)} is code, but a file can only contain data. Express the edit with "
             f"{', '.join(_EDITS)} from chanpatch.patching; several patches at one site apply in order."
         )
     if patch.where is not None and not isinstance(patch.where, Tensor):
         raise InterventionError(
-            "its where is a function, but a file can only contain data. Pass the mask that the function returns: a "
-            "bool tensor."
+            "its where is a function, but a file can only contain data. Pass the bool tensor that the function returns "
+            "instead."
         )
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}
     if operands.get("per") == "episode":
@@ -202,7 +202,7 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
 
 
 def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) -> Any:
-    """Return an operand as JSON; a tensor is added to the file's tensors, once for all patches that use it."""
+    """Return an operand as JSON. A tensor is added to `tensors` only once, even if several patches use it."""
     if isinstance(operand, Tensor):
         _refuse_unstorable(operand, name)
         # Keep the memory order: sums over channels-last and contiguous tensors round differently.

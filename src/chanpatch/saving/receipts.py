@@ -30,8 +30,8 @@ class Receipt:
     Attributes:
         weights, inputs, output: SHA-256 of the name, dtype, shape and bytes of every tensor in the model's
             `state_dict`, in the inputs, and in the patched output.
-        environment: Version of torch, devices, threads and training mode, which can explain differences in the last
-            bits. The environment is not compared.
+        environment: Version of torch, devices, number of threads and training mode, which can explain differences in
+            the last bits. The environment is not compared.
     """
 
     weights: str
@@ -49,7 +49,7 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
         output = run.kept(points.run(args, keywords))
         if next(leaves(output), None) is None:
             raise InterventionError(
-                f"The model returned {type(output).__name__} without any tensor, so there is no output to compare. "
+                f"The model's output ({type(output).__name__}) contains no tensors, so there is nothing to compare. "
                 "Save without inputs, or trace a method that returns a tensor: hook_points(..., method=...)."
             )
     return Receipt(digest(model.state_dict()), digest((args, keywords)), digest(output), _environment(points))

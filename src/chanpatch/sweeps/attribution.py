@@ -1,4 +1,4 @@
-"""Estimate the effects of many patches from gradients, and verify some of the estimates by forward passes."""
+"""Estimate the effects of many patches from gradients, and verify some of the estimates with forward passes."""
 
 from __future__ import annotations
 
@@ -46,23 +46,24 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
 
     With `steps` above 1, the gradient is averaged along the straight line from the clean to the patched activation
     (integrated gradients, midpoint rule). Patches at one hook point with disjoint regions move along the line together,
-    with one forward and one backward pass per step. With many steps, the estimates add up to the joint effect.
+    with one forward and one backward pass per step. With many steps, the estimates for these patches add up to their
+    joint effect.
 
     Args:
         points_or_model, inputs, keywords, progress: Same as for `sweep`.
         patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites.
         metric: A differentiable function of the output, as for `sweep`.
-        steps: Number of points on the line at which the gradient is computed; 1 uses the clean activation.
-        verify: Number of patches with the largest estimates, and number of random patches, to verify by forward passes.
+        steps: Number of points on the line at which the gradient is computed. With 1, it is the clean activation.
+        verify: Number of patches to verify with forward passes: as many with the largest estimates as at random.
         seed: Random seed.
 
     Raises:
-        SweepError: If there are no patches, two share a label, or one label has several patches.
+        SweepError: If there are no patches, if two patches share a label, or if one label has several patches.
         HookPointError, SiteError: If a site does not exist or its dtype is not floating-point.
         MetricError: If the metric has no gradient, or does not return `(batch,)`.
 
     Warns:
-        RuntimeWarning: If a patched activation is modified in place and also read elsewhere, or the verified effects
+        RuntimeWarning: If a patched activation is modified in place and also read elsewhere, or if the verified effects
             contradict the estimates.
 
     Example:
@@ -133,7 +134,7 @@ def _only_patch(entry: Entry, points: HookPoints) -> Patch:
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Partition the patches into sets at one hook point with disjoint regions; yield (hook point, indices)."""
+    """Partition the patches into sets with one hook point and disjoint regions; yield (hook point, patch indices)."""
     waiting = list(range(len(patches)))
     while waiting:
         name = patches[waiting[0]].site.name
@@ -175,7 +176,7 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
         return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
             f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations (a "
-            "probability near 0 or 1, a divergence from the clean output), or an operation in between blocks "
+            "probability near 0 or 1, a divergence from the clean output), or a later operation blocks "
             f"gradients (.detach(), argmax, rounding). {_INSTEAD}"
         )
     changed = np.abs(found.exact[found.drawn]).max(initial=0) > run.rounding
@@ -266,7 +267,7 @@ def _differentiable(activation: Tensor) -> Tensor:
 
 
 def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of the summed values at each activation; zero if the activation has no influence."""
+    """Return the gradient of the summed values at each activation; zero if the values do not depend on it."""
     if not values.requires_grad:
         raise MetricError(
             "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), "

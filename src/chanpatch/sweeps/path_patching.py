@@ -33,9 +33,9 @@ def path_patch(
 ) -> Tensor:
     """Measure the effect of a sender on a metric along the direct path to the receivers.
 
-    First, the sender's activation is patched in from the corrupted run, and frozen modules between the sender and the
-    receivers keep their clean activations. The receivers' resulting activations are then patched into a clean run, and
-    affect the output there along every path.
+    First, the model runs on the clean inputs with the sender's activation patched in from the corrupted run, while
+    frozen modules between the sender and the receivers keep their clean activations. The resulting activations at the
+    receivers are then patched into a second clean run, in which they affect the output along every path.
 
     Args:
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
@@ -50,11 +50,11 @@ def path_patch(
             counts. The sender, modules that contain the sender, and receiver modules are never frozen.
 
     Returns:
-        `(batch,)`: the metric with the path patched minus the metric of the clean run.
+        A tensor with shape `(batch,)`: the metric with the path patched minus the metric in the clean run.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist, a receiver does not come after the sender, or the sites
-            frozen by default block every path from the sender to the receivers.
+        HookPointError, SiteError: If a site does not exist, if a receiver does not come after the sender, or if the
+            sites frozen by default block every path from the sender to the receivers.
         ContrastError: If `clean` and `corrupted` have different numbers of inputs.
         MetricError: If the metric does not return `(batch,)`.
 
@@ -74,7 +74,7 @@ def path_patch(
     points = traced(points_or_model, clean)
     pair_count(clean, corrupted)
     if not isinstance(receivers, (str, Site, HookPoint)) and not (receivers := [*receivers]):
-        raise SiteError("There are no receivers. Pass at least one, such as 'head.in[0]'.")
+        raise SiteError("There are no receivers. Pass at least one receiver, such as 'head.in[0]'.")
     sending, receiving = site_of(points, sender), sites_of(points, receivers)
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
@@ -107,7 +107,7 @@ def path_patch(
 
 
 def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, metric: Metric, baseline: Any) -> Tensor:
-    """Return the metric of a forward pass with the cached activations patched in."""
+    """Return the metric from a forward pass with the cached activations patched in."""
     with forward.running() as run:
         with patched(forward.points, [patch_in(site, cache) for site in sites]):
             output = run.kept(forward.output())
@@ -121,18 +121,18 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
     if before:
         raise SiteError(
             f"The receiver {before[0]!r} does not come after the sender {sender!r} in the forward pass, so no path "
-            "leads there. Print the HookPoints to see them in execution order."
+            "connects them. Print the HookPoints to see their execution order."
         )
     whole = [site for site in receivers if not points[site.name].module]
     if whole and frozen is None:
         raise SiteError(
             f"The receiver {whole[0]!r} is the model's final output, where every path ends. Use the module that "
-            "computes it or that module's input (such as 'head.in[0]'), or list the hook points to freeze in "
-            "frozen=[...]."
+            "computes this output, or the module's input (such as 'head.in[0]'). Alternatively, choose the hook points "
+            "to freeze with frozen=[...]."
         )
     start, ends = points[sender.name], [points[site.name] for site in receivers]
     first, last = order[start.name], max(order[end.name] for end in ends)
-    # Calls that contain the sender began before the sender. They include its module's call only for an input.
+    # Module calls that contain the sender began before it. For an input, they include the call of its own module.
     exempt = {(each.module, each.call) for each in points.values() if each.side == "in" and order[each.name] <= first}
     exempt -= {(start.module, start.call)} if start.side == "out" else set()
     exempt |= {(end.module, end.call) for end in ends}

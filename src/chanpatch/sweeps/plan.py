@@ -26,8 +26,8 @@ from ..registry.points import HookPoints
 from ..registry.sites import HookPoint, Site
 from .prefix import Prefix, fresh
 
-_LIVE = 6  # activations in memory at once in a forward pass: a module's input and output, a residual, temporary copies
-_FEWEST_ALIKE = 3  # minimum number of entries with equal later patches in a separate group
+_LIVE = 6  # number of activations in memory at once: a module's input and output, a residual, temporary copies
+_FEWEST_ALIKE = 3  # minimum number of entries with equal later patches that form a separate group
 _FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on one input saves no time
 _OF_TORCH = frozenset(vars(nn.Module()))
 
@@ -102,7 +102,7 @@ class Forward:
         return fresh(self.points.run(*self.inputs))  # a model may return the same dict in every call
 
     def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
-        """Run the model up to a site and return the activation there."""
+        """Run the model up to a site and return a cache with the activation there."""
         args, kwargs = copied_inputs(*self.inputs)
         with self.running(skip):
             cache: ActivationCache = run_with_cache(self.points, *args, sites=site, stop=True, **kwargs)
@@ -132,7 +132,7 @@ class Forward:
 
 @contextmanager
 def _usual_attention() -> Iterator[None]:
-    """Disable torch's fused attention: vmap does not support it, and hooks change which modules it calls."""
+    """Disable torch's fused attention: vmap does not support it, and hooks change which modules are called."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -142,7 +142,7 @@ def _usual_attention() -> Iterator[None]:
 
 
 def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
-    """Return one entry per label, numbered from `start`. Error messages call the patches `what`."""
+    """Return one entry per label, numbered from `start`. `what` names the patches in error messages."""
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
@@ -154,7 +154,7 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     ]
 
 
-_Seen: TypeAlias = tuple[int, bool, int]  # clean activation: size in bytes, whether on a CPU, number of earlier calls
+_Seen: TypeAlias = tuple[int, bool, int]  # a clean activation's size in bytes, whether on a CPU, number of calls before
 
 
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:

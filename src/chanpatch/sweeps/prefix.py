@@ -1,4 +1,4 @@
-"""The prefix: module calls before the patches, which run once. Later forward passes reuse the outputs."""
+"""The prefix: the module calls before the patches. They run once, and later forward passes reuse their outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Call:
     versions: list[tuple[Tensor, int]]  # the output's tensors, with their versions after the call
     left: Snapshot | None  # the state of the module after the call
     known: bool  # whether the output may replace the call
-    copied: bool = False  # whether each forward pass needs a copy, because a later module modifies the output in place
+    copied: bool = False  # whether each forward pass needs its own copy: a later module modifies the output in place
 
     @property
     def unwritten(self) -> bool:

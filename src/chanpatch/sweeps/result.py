@@ -26,13 +26,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Swept:
-    """Strategy used for the entries whose patches begin at one hook point.
+    """Strategy used for the entries whose first patch is at one hook point.
 
     Attributes:
         point: The hook point.
-        patches: Number of entries that begin there, including controls.
+        patches: Number of these entries, including controls.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: Reason why this strategy was used, and not a faster strategy.
+        why: Reason why this strategy was used instead of a faster one.
     """
 
     point: str
@@ -45,17 +45,18 @@ class Swept:
 class SweepResult(Effects):
     """Effects of patches on one or more metrics: one row per label, in the given order.
 
-    If there are several metrics, pass the name of one to the methods.
+    If there are several metrics, pass a metric's name to the methods below.
 
     Attributes:
         labels: Label of each row.
         patches: Patches of each row, in the order in which they are applied.
-        values: Metrics of the patched outputs, by name: `(patch, input)`. A metric of the whole batch has one column.
+        values: Metrics of the patched outputs, by name: `(patch, input)`. A metric that returns a single number has one
+            column.
         baseline: Metrics of the unpatched output, by name: `(input,)`.
         controls: Results for the control patches of the same sweep, or None.
-        groups: Strategies used for the finished rows, by the hook point at which their patches begin.
+        groups: Strategies used for the finished rows, by the hook point of each row's first patch.
         complete: Whether all patches were run; False only in the partial result of an interrupted sweep.
-        no_p: Reason why ranks among the controls have no p-values, if the controls specify one.
+        no_p: Reason why ranks among the controls have no p-values, or an empty string.
     """
 
     labels: tuple[Any, ...]
@@ -88,8 +89,8 @@ class SweepResult(Effects):
 
         The intervals hold jointly for all patches in the sweep, so they are also valid for patches selected by `top`.
         Each interval contains those from `mean_interval` and from `max_t_test` with the given seed (both in
-        `chanpatch.statistics`). Intervals over six to nine inputs are marked, and intervals over fewer are withheld.
-        Differences within rounding error count as equal.
+        `chanpatch.statistics`). Intervals over six to nine inputs are marked, and intervals over fewer inputs are
+        withheld. Differences that are equal up to rounding error count as equal.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
@@ -99,8 +100,8 @@ class SweepResult(Effects):
     def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
         """Rank each effect among the control effects with `chanpatch.statistics.rank_among`.
 
-        A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if its
-        effect is not finite. All ranks are None if there are no controls or a control's effect is not finite.
+        A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if the
+        effect is not finite. All ranks are None if there are no controls or if a control effect is not finite.
         """
         effects = np.zeros(0) if self.controls is None else self.controls._snapped(metric).mean(axis=0)
         return ranks_among(self._snapped(metric).mean(axis=0), effects, alternative, self.no_p)
@@ -278,7 +279,7 @@ class SweepInterrupted(KeyboardInterrupt):
 
     def __init__(self, partial: SweepResult, asked_for: int) -> None:
         super().__init__(
-            f"{len(partial)} of {asked_for} patches finished. This exception's attribute `partial` contains their "
-            "result: `except SweepInterrupted as stopped: stopped.partial`, or `sys.last_value.partial` at a prompt."
+            f"{len(partial)} of {asked_for} patches finished. Their results are in this exception's attribute "
+            "`partial`: `except SweepInterrupted as stopped: stopped.partial`, or `sys.last_value.partial` at a prompt."
         )
         self.partial = partial

@@ -1,7 +1,7 @@
 """Three ways to run the same patches: the plain loop, a loop that skips the prefix, and `torch.vmap` over many patches.
 
-A fast strategy is used for a group of patches only if it gives the same numbers as the plain loop. Its generator keeps
-no context open between outputs, because the plain loop may run in between.
+A fast strategy is used for a group of patches only if it gives the same numbers as the plain loop. The generator for a
+fast strategy keeps no context open between outputs, because the plain loop may run in between.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
 _Fast: TypeAlias = Literal["vmap", "resume"]
 _Alone: TypeAlias = tuple[Entry, Forward, Any]  # the loop's output for one input, or None if the loop failed
 _COMPARED = 2  # patches per group that the plain loop also runs
-_MASK = 1e4  # larger values, such as -1e8 for a forbidden action, do not set the scale for rounding errors
+_MASK = 1e4  # values of larger magnitude, such as -1e8 for a forbidden action, are left out of the rounding scale
 _CPU_BYTES = 3 * 2**24  # on a CPU, larger chunks exceed the caches and are slower
 _FEWEST = 8  # patches per chunk needed for a speed-up on a CPU: vmap saves overhead, but disables fused attention
 
@@ -59,7 +59,7 @@ class Execution:
         self._random = training_modules(self.forward.points.model)
 
     def run(self, group: Group) -> None:
-        """Run the entries of a group."""
+        """Run all entries in a group and store their metrics."""
         name = group.point.name
         order = [group.entries[0], *group.entries[-1:], *group.entries[1:-1]][: len(group.entries)]
         is_small = self.strategy == "auto" and len(order) <= _COMPARED
@@ -105,7 +105,7 @@ class Execution:
             return ["resume"], []
         resume: list[_Fast] = ["resume"] if self.strategy == "auto" else []
         if self._opaque:
-            return resume, [f"vmap: the output contains a {self._opaque}, in which tensors cannot be found"]
+            return resume, [f"vmap: the output contains a {self._opaque}, whose tensors cannot be found"]
         if group.later is None:
             return resume, ["vmap: the entries have different patches at later hook points"]
         if resume and group.on_cpu and _FEWEST * group.bytes_each > _CPU_BYTES:
@@ -167,7 +167,7 @@ def _difference(expected: Any, output: Any, row: int | None = None) -> str:
 
 
 def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
-    """Return whether part of an output equals the wanted tensor, up to rounding at the scale of the whole output."""
+    """Return whether part of an output equals the expected tensor, up to rounding at the scale of the whole output."""
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(part, wanted)
     half = wanted.dtype in (torch.float16, torch.bfloat16)  # rounding may be as large as a patch's effect
@@ -192,14 +192,14 @@ def loop(forward: Forward, entry: Entry, *, skip: int = 0) -> Any:
     """Return the output with an entry's patches applied, after skipping the first `skip` module calls."""
     with (
         labelled(entry.label),
-        forward.running(skip) as run,  # hooks added before would require a new snapshot in each step
+        forward.running(skip) as run,  # first, since hooks added earlier would require a new snapshot in each step
         patched(forward.points, entry.patches, check_nan=forward.check_nan),
     ):
         return run.kept(forward.output())
 
 
 def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterator[Any]:
-    """Yield the output for each entry, using the plain loop without the prefix."""
+    """Yield the output for each entry, using a loop that skips the prefix."""
     for entry in entries:
         with _refused(but=EditError):
             output = loop(forward, entry, skip=group.skippable)
@@ -237,7 +237,7 @@ def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
 
 
 def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
-    """Apply each entry's patches at the group's hook point; return the activations, `(entry, *activation)`."""
+    """Apply each entry's patches at the group's hook point; return the activations stacked: `(entry, *activation)`."""
     stack = clean.new_empty((len(entries), *clean.shape))
     flags: list[_Flag] = []
     with forward.undisturbed as run:
@@ -271,7 +271,7 @@ def _raise_nan(flags: Sequence[_Flag]) -> None:
 def _suffixes(
     forward: Forward, group: Group, entries: Sequence[Entry], stack: Tensor, paths: Sequence[Path]
 ) -> list[Tensor]:
-    """Run the suffix on a stack of activations; return the output tensors at the paths, `(entry, ...)` each."""
+    """Run the suffix on a stack of activations; return the output tensor at each path: `(entry, ...)`."""
     session = Patching(forward.points, group.later or (), check_nan=forward.check_nan)
     waiting: list[Tensor] = []
 
@@ -304,7 +304,7 @@ def _suffixes(
 
 @contextmanager
 def _vmap_compatible(device: torch.device) -> Iterator[None]:
-    """Disable distribution validation and fused attention, which vmap lacks; reject vmap's slow fallback."""
+    """Disable distribution validation and fused attention, which vmap does not support; reject vmap's slow fallback."""
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     on_cpu = device.type == "cpu"  # vmap supports the kernels of other devices
