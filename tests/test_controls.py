@@ -400,7 +400,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
             lambda: random_vectors(torch.zeros(1, 3), count=2, seed=0),
             EditError,
             "vector must have at least one axis and be floating point, finite and nonzero; got torch.float32 with "
-            "shape (1, 3). contrast(...).steering_vector(site) returns one.",
+            "shape (1, 3). Use contrast(...).steering_vector(site), for example.",
         ),
         (
             lambda: random_vectors([3.0, 4.0], count=2, seed=0),  # type: ignore[arg-type]

@@ -602,22 +602,23 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an adapter that was merged on one side": (
         errors.UnsupportedModelError,
         call_twin_of_merged,
-        "'merged' is True in the policy but False in its twin. The two share weights but not settings. If the weights "
-        "changed too, as when merging an adapter, create a new twin: PatchedPolicy(policy, patches). Otherwise, set "
-        "the attribute on both.",
+        "'merged' is True in the policy but False in its twin. A twin shares the policy's weights but not its "
+        "settings. If the weights changed too, for example because an adapter was merged, create a new twin: "
+        "PatchedPolicy(policy, patches). Otherwise, set the attribute on both.",
     ),
     "a module that merges in train": (
         errors.UnsupportedModelError,
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
         "The policy (Merging) changes its parameters in train(). A twin shares the policy's parameters but not its "
-        "flags, so one of the two would be wrong. Make the change permanent before creating a twin, or use patched().",
+        "flags, so either the policy or the twin would be wrong. Make the change permanent before creating a twin, "
+        "or use patched().",
     ),
     "no policy": (
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
         "NoForward has no forward(). Pass rollout() or action_distribution() a function that returns the policy's "
-        "logits or distribution, such as lambda observations: agent.actor(observations). For rollout_sweep(), pass a "
-        "module whose forward() returns the same.",
+        "logits or distribution, such as lambda observations: agent.actor(observations). For rollout_sweep(), pass "
+        "a module whose forward() returns the logits or distribution.",
     ),
     "no distribution": (
         errors.DistributionError,

@@ -136,7 +136,7 @@ def test_images_whose_channels_come_last_are_refused_by_a_convolution():
     message = refusal(policy, envs, outputs="logits")
     assert message.startswith("The policy failed on channels-last images (Given groups=1")
     assert message.endswith(
-        "Its convolution expects (batch, channel, height, width): pass lambda observations: "
+        "The convolution expects (batch, channel, height, width): pass lambda observations: "
         "policy(observations.permute(0, 3, 1, 2))."
     )
     turned = lambda seen: policy(seen.permute(0, 3, 1, 2))  # noqa: E731
@@ -276,8 +276,8 @@ def test_the_module_that_differs_is_named(cart_poles):
     with pytest.raises(RolloutError) as caught:
         paired_rollouts({"one": policy, "copy": copied}, cart_poles, range(4), **MODES)
     assert str(caught.value) == (
-        "'2' (Dropout) is in training mode in 'one', but '2' (Dropout) is in eval mode in 'copy'. The comparison would "
-        "measure that difference: call eval() or train() on both."
+        "'2' (Dropout) is in training mode in 'one', but '2' (Dropout) is in eval mode in 'copy'. The comparison "
+        "would measure this difference in mode: call eval() or train() on both."
     )
 
 

@@ -223,8 +223,8 @@ def test_a_function_that_uses_the_environments_and_the_episodes_of_its_rows_is_r
             rollout(PatchedPolicy(points, patch), envs, SEEDS, max_steps=9)
     assert str(caught.value) == (
         "A function in Patch(Site('1'), Set, where=...) uses the environments and context.rows, which contains "
-        "episode numbers. To index the environments, use context.environments, which contains the sub-environment of "
-        "each row. Read everything else, such as the spaces, before the rollout, outside of the function."
+        "episode numbers. To index the environments, use context.environments, which contains the index of each "
+        "row's sub-environment. Read anything else, such as the spaces, outside the function, before the rollout."
     )
 
 

@@ -331,7 +331,7 @@ def refused(error, policy, patches):
 
 def test_a_site_whose_batch_axis_is_not_proved_is_refused(policy):
     assert refused(BatchAxisError, policy, {"ablated": zero_ablate(Site("layers.1"))}) == (
-        "rollout_sweep cannot restrict the patch at Site('layers.1') to its own rows. Create the site with "
+        "rollout_sweep cannot limit the patch at Site('layers.1') to its label's rows. Create the site with "
         "hook_points(model, *inputs).site(...), which identifies the batch axis."
     )
 
@@ -348,7 +348,7 @@ def test_a_site_without_rows_in_the_trace_is_refused(policy):
     points = hook_points(Tabled(), torch.zeros(2, 4))
     message = refused(BatchAxisError, points, {"ablated": zero_ablate(points.site("table"))})
     assert message.startswith(
-        "rollout_sweep cannot restrict the patch at Site('table') to its own rows. The trace could"
+        "rollout_sweep cannot limit the patch at Site('table') to its label's rows. The trace could"
     )
 
 

@@ -1184,8 +1184,8 @@ def test_a_twin_is_not_recorded_without_its_patches(record, policy, vector):
     with pytest.raises(UnsupportedModelError) as caught:
         record(twin, vector)
     assert str(caught.value) == (
-        "torch.export and torch.fx would drop a twin's patches or freeze them. Export the policy instead: inside "
-        "patched(policy, patches), torch.export keeps the patches."
+        "torch.export and torch.fx would drop or freeze a twin's patches. Instead, export the policy inside "
+        "patched(policy, patches): torch.export then keeps the patches."
     )
     assert twin(vector) is not None
 

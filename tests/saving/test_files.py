@@ -359,13 +359,13 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
         ),
         "3 errors:\n"
         "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, but a file can only contain "
-        "data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several patches at "
-        "one site apply in order.\n"
-        "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, but a file can only "
-        "contain data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several "
+        "data. Express the edit with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several "
         "patches at one site apply in order.\n"
+        "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, but a file can only "
+        "contain data. Express the edit with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; "
+        "several patches at one site apply in order.\n"
         "- Patch 4, Patch(Site('fc'), Set, where=...), cannot be saved: its where is a function, but a file can only "
-        "contain data. Pass the mask that the function returns: a bool tensor.",
+        "contain data. Pass the bool tensor that the function returns instead.",
     ),
     "a dtype that safetensors has not": (
         InterventionError,
@@ -387,7 +387,7 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "no patches": (
         InterventionError,
         lambda file: save(file, []),
-        "There are no patches to save. Pass at least one.",
+        "There are no patches to save. Pass at least one patch.",
     ),
     "what is no patch": (
         TypeError,
@@ -1003,7 +1003,8 @@ def test_a_forward_that_does_not_repeat_gets_no_receipt_and_the_older_file_stays
     before = file.read_bytes()
     assert refused(InterventionError, lambda: save(file, patch, points, inputs=vectors)) == (
         "The patches were not saved: two forward passes gave different outputs, so a receipt could not be verified. "
-        "Make the model deterministic, such as by torch.use_deterministic_algorithms(True), or save without inputs."
+        "Make the model deterministic, for example with torch.use_deterministic_algorithms(True), or save without "
+        "inputs."
     )
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
@@ -1030,7 +1031,7 @@ def test_an_output_without_a_tensor_gets_no_receipt(file: Path) -> None:
     assert refused(
         InterventionError, lambda: save(file, zero_ablate(points.site("fc")), points, inputs=torch.randn(4, 6))
     ) == (
-        "The model returned NoneType without any tensor, so there is no output to compare. Save without inputs, or "
+        "The model's output (NoneType) contains no tensors, so there is nothing to compare. Save without inputs, or "
         "trace a method that returns a tensor: hook_points(..., method=...)."
     )
 

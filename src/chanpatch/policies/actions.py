@@ -87,7 +87,7 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
         raise DistributionError(
             f"A rollout cannot sample actions from {type(distribution).__name__}: paired sampling requires the "
             "inverse CDF, which is available for Categorical, Bernoulli and Normal, alone or inside Independent, and "
-            "for the tanh of a Normal. Pass a function that calls the policy and returns such a distribution."
+            "for the tanh of a Normal. Pass a function that calls the policy and returns one of these distributions."
         )
     return distribution, squashed
 
