@@ -202,7 +202,7 @@ def random_sets(
         other_than: Sets to exclude, such as the tested set.
 
     Returns:
-        `count` sets of channels in ascending order, or fewer sets if too few distinct ones were found.
+        `count` sets, each in ascending order, or fewer sets if too few distinct sets were found.
 
     Raises:
         StatisticsError: If `count` is below 1, or `size` is not between 1 and the number of channels.
@@ -326,8 +326,8 @@ def off_distribution(
 
     Raises:
         HookPointError, SiteError: If a site does not exist or has no channels.
-        StatisticsError: If there are no patches or inputs, the background has fewer than two inputs, or an activation
-            is not finite.
+        StatisticsError: If there are no patches or inputs, if the background has fewer than two inputs, or if an
+            activation is not finite.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -374,7 +374,7 @@ def off_distribution(
 def _channel_means(
     points: HookPoints, region: Site, axis: str, background: Any, batch_size: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return the mean activation of each channel of a site, and whether the channel varies over the background."""
+    """Return each channel's mean activation at a site, and whether the channel varies over the background."""
     point = points[region.name]
     in_front = (point.batch_axis or 0, point.axes.index(axis))
 

@@ -651,13 +651,13 @@ def stateful(state):
         ),
         (
             lambda rows: [torch.zeros(8)] * rows,
-            "initial_state(2) contains 2 tensors and initial_state(3) contains 3. A state must contain at least "
-            "one tensor, and the same tensors for any number of rows.",
+            "initial_state(2) contains 2 tensors and initial_state(3) contains 3. A state must contain at least one "
+            "tensor, and tensors in the same places for any number of rows.",
         ),
         (
             lambda rows: None,
-            "initial_state(2) contains 0 tensors and initial_state(3) contains 0. A state must contain at least "
-            "one tensor, and the same tensors for any number of rows.",
+            "initial_state(2) contains 0 tensors and initial_state(3) contains 0. A state must contain at least one "
+            "tensor, and tensors in the same places for any number of rows.",
         ),
     ],
 )
@@ -688,7 +688,7 @@ def test_a_recurrent_policy_that_returns_no_pair_is_refused():
     initial_state = lambda rows: torch.zeros(rows, 8)  # noqa: E731
     message = (
         "With initial_state, the policy must return (output, new state); got {}. Pass a function that accepts "
-        "(observations, state) and returns that pair."
+        "(observations, state) and returns such a pair."
     )
     alone, many = lambda x, state: torch.zeros(len(x), 2), lambda x, state: (x, x, state)  # noqa: E731
     assert refused(RolloutError, policy=alone, initial_state=initial_state) == message.format("Tensor")

@@ -159,7 +159,7 @@ def check_modes(policies: Mapping[str, Any]) -> None:
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
-    """Compare the modes of modules with the same name, and also by position if the two sides have no mode in common."""
+    """Compare modules with the same name, or also at the same position if all modes differ between the two sides."""
     with as_in_predict(one), as_in_predict(other):
         ours, theirs = (
             {name: each for name, each in side.named_modules() if depends_on_training(each)} for side in (one, other)
@@ -208,7 +208,7 @@ def check_rows(
 ) -> None:
     """Raise RolloutError if the policy's output for unpatched rows depends on other rows or on random draws.
 
-    If it does not, each label in a sweep gets the same results as in its own rollout.
+    Otherwise, each label in a sweep gets the same results as in its own rollout.
 
     Args:
         run: Open context that saved the state before the first step.
@@ -219,7 +219,7 @@ def check_rows(
     """
     with again:
         states = again.random_states()
-        after = alone() if mixed else None  # from the state that the step with all rows left
+        after = alone() if mixed else None  # starting from the state after the step with all rows
         run.snapshot.put_back()
         first = alone()
         draws = states != again.random_states()

@@ -130,8 +130,8 @@ def functions_of(patches: Iterable[Patch]) -> list[Any]:
 def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]], list[int]]:
     """Return the modules and attributes that a rollout restores, and the ids of objects that it does not restore.
 
-    One more dict contains random generators and the nonlocal and global variables that functions assign. Objects that
-    the environments contain are not restored.
+    An additional dict contains random generators, and nonlocal and global variables that functions assign. Objects
+    that the environments contain are not restored.
     """
     held = used_by(policy, *functions_of(patches_inside(policy)))
     modules = nn.ModuleList(item for item in held if isinstance(item, nn.Module))
@@ -163,7 +163,7 @@ def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> I
 
 
 def _stored_in(item: Any) -> Iterable[Any]:
-    """Return the parts of an object that a deep copy would also copy: a container's items, and attributes."""
+    """Return the parts of an object that a deep copy would also copy: container items and attributes."""
     if isinstance(item, (type, types.ModuleType, types.FunctionType)) or is_ours(item):
         return ()
     own = getattr(item, "__dict__", {})

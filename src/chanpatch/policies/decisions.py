@@ -151,7 +151,7 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
 
 
 def _joined(output: Any) -> Categorical | None:
-    """Join the distributions over the parts of a MultiDiscrete action into one with logits `(row, part, choice)`.
+    """Join the Categoricals for the parts of a MultiDiscrete action into one with logits `(row, part, choice)`.
 
     Return None if the output is not a list of at least two Categoricals.
     """

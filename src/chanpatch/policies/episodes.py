@@ -88,7 +88,7 @@ def play(
 
 
 class _Log:
-    """Results and random generators of each play (one repetition of an episode), by repetition and then by episode."""
+    """Results and random generators of plays (repetitions of episodes), sorted by repetition and then by episode."""
 
     def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
@@ -279,7 +279,7 @@ class _Player:
             got = f"{len(returned)} items" if isinstance(returned, (tuple, list)) else type(returned).__name__
             raise RolloutError(
                 f"With initial_state, the policy must return (output, new state); got {got}. Pass a function that "
-                "accepts (observations, state) and returns that pair."
+                "accepts (observations, state) and returns such a pair."
             )
         shapes, before = ({path: tuple(leaf.shape) for path, leaf in leaves(s)} for s in (returned[1], self._state))
         for path in dict.fromkeys([*before, *shapes]):
@@ -293,7 +293,7 @@ class _Player:
         return returned[0]
 
     def _tensors(self, observations: Any) -> Any:
-        """Return the observations in running episodes as tensors. Observations may be dicts or tuples of arrays."""
+        """Return the running episodes' rows as tensors, from an array or from each array in a dict or tuple."""
         if isinstance(observations, Mapping):
             return {name: self._tensors(part) for name, part in observations.items()}
         if isinstance(observations, tuple):
@@ -360,7 +360,7 @@ def state_batch_axes(initial_state: InitialState) -> BatchAxes:
     if not two or two.keys() != three.keys():
         raise RolloutError(
             f"initial_state(2) contains {len(two)} tensors and initial_state(3) contains {len(three)}. A state must "
-            "contain at least one tensor, and the same tensors for any number of rows."
+            "contain at least one tensor, and tensors in the same places for any number of rows."
         )
     axes = {}
     for path in two:

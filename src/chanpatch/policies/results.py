@@ -75,7 +75,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     rollouts: Mapping[str, Rollout]
     remarks: tuple[str, ...] = field(default=(), kw_only=True)
-    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # if `top` selected some: all rollouts
+    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # all rollouts, if these were selected by `top`
 
     def __post_init__(self) -> None:
         self._check_pairs(self.rollouts)

@@ -60,7 +60,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     its own label: activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in
     one forward pass.
 
-    The two results are equal only if the policy treats each row independently, and patches use no randomness except
+    For equal results, the policy must treat each row independently, and patches may draw random numbers only through
     `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has one.
 
     Args:

@@ -79,7 +79,7 @@ def rollout(
             distribution is not available, or if the output contains neither a tensor nor a distribution.
         MissingPackageError: If gymnasium is not installed or is older than 1.1.
         RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid, or if a
-            module that depends on training mode, such as dropout, has different modes in a twin and the original.
+            module that depends on training mode, such as dropout, has different modes in a twin and its original.
 
     Example:
         >>> import gymnasium, torch

@@ -20,8 +20,8 @@ class Settings:
     """Module attributes that must be equal in a twin and its policy.
 
     Settings are attributes that are bool, int, float, str or None; containers of at most 64 such values; and whether an
-    attribute is a function. Modules without parameters, and attributes that torch sets, are skipped. Also skipped are
-    attributes that change in the first call of any kind: the kind is the method or the submodule that is called.
+    attribute is a function. Modules without parameters, and attributes that torch sets, are skipped. Attributes that
+    change in the first call to a method or submodule (the kind of the call) are also skipped.
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:
@@ -36,13 +36,13 @@ class Settings:
         self._plan()
 
     def begin(self, kind: object) -> None:
-        """Raise an error if a setting differs between twin and policy. In a kind's first call, `end` checks instead."""
+        """Raise an error if a setting differs between twin and policy. In the first call of a kind, `end` does this."""
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind):
             self.check()
 
     def end(self, kind: object, *, runs_modules: bool) -> None:
-        """After the first call of a kind, record settings that it changed; raise an error if any other one differs."""
+        """After the first call of a kind, record the settings it changed; raise an error if another one differs."""
         if self._before is None and runs_modules and not self._known_calls[kind]:
             del self._known_calls[kind]  # the next call is treated as the first of its kind
         elif self._before is not None:
@@ -54,7 +54,7 @@ class Settings:
                 self._compare()
 
     def check(self) -> None:
-        """Raise an error if a setting differs between twin and policy. Before any call, do nothing."""
+        """Raise an error if a setting differs between twin and policy. Before the first call, do nothing."""
         if not any(self._known_calls.values()):
             return
         with suppress(KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array

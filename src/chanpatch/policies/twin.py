@@ -34,8 +34,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
     The twin is a copy of the module tree that shares the original's parameters and buffers, but has its own flags, such
     as `training`. The patches apply in all methods and submodules of the twin, and never in the original.
-    `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. Every call from outside, to a method
-    of the twin or to a submodule, raises an error if a patch inside the called module does not run.
+    `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. Every external call to a method of
+    the twin or to a submodule raises an error if a patch inside the called module does not run.
 
     Args:
         policy: Any module, or its HookPoints. With HookPoints, every site is checked against the trace.
@@ -46,8 +46,8 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
     Raises:
         HookPointError, SiteError: If sites do not exist. One error lists all missing sites.
         UnsupportedModelError: If the policy cannot be copied, ignores hooks, or changes its weights in `train()` or
-            `eval()`. Also during a call, if only the policy or only the twin had a parameter, buffer or submodule
-            replaced, or a setting (an attribute that is a flag, number or string) changed.
+            `eval()`. Also raised during a call if a parameter, buffer or submodule was replaced, or a setting (a flag,
+            number or string attribute) was changed, in the policy but not in the twin, or vice versa.
         UnreachedError, NaNError: At the end of a call, if a patch did not run or introduced NaN.
 
     Example:
@@ -93,7 +93,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
     @property
     def ledger(self) -> Ledger:
-        """Number of firings, and of rows and elements written, so far, by patch and method."""
+        """Number of firings so far, and of rows and elements written, by patch and method."""
         ledger: Ledger = _state(self).result
         return ledger
 

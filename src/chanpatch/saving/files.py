@@ -117,7 +117,7 @@ def save(
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"Cannot save '{path.name}': the folder '{path.parent}' does not exist.")
     if inputs is not None and points is None:
-        raise InterventionError("A receipt for inputs requires the model: save(file, patches, points, inputs=inputs).")
+        raise InterventionError("inputs were passed without a model: save(file, patches, points, inputs=inputs).")
     receipt = None if inputs is None or points is None else receipt_of(points, chosen, inputs)
     with _partial(path, encoded(chosen, receipt)) as partial:
         if points and inputs is not None and receipt_of(points, load(partial, points), inputs) != receipt:
@@ -221,7 +221,7 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 
 @contextmanager
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a hidden file next to `path`. On exit, remove it; on entry, remove such files left by killed processes."""
+    """Write a hidden file next to `path`, and remove it on exit. First, remove such files left by killed processes."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # another thread may have removed the file
             if time.time() - left.lstat().st_mtime > 60:

@@ -53,13 +53,14 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
         points_or_model, inputs, keywords, progress: Same as for `sweep`.
         patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites.
         metric: A differentiable function of the output, as for `sweep`.
-        steps: Number of points on the line at which the gradient is computed. With 1, it is the clean activation.
-        verify: Number of patches to verify with forward passes: as many with the largest estimates as at random.
+        steps: Number of points on the line at which the gradient is computed; if 1, only the clean activation is used.
+        verify: Number of patches with the largest estimates to verify with forward passes. The same number of random
+            patches is also verified.
         seed: Random seed.
 
     Raises:
         SweepError: If there are no patches, if two patches share a label, or if one label has several patches.
-        HookPointError, SiteError: If a site does not exist or its dtype is not floating-point.
+        HookPointError, SiteError: If a site does not exist or does not have a floating-point dtype.
         MetricError: If the metric has no gradient, or does not return `(batch,)`.
 
     Warns:

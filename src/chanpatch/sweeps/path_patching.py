@@ -44,10 +44,10 @@ def path_patch(
         sender: First hook point on the path.
         receivers: Last hook points on the path, such as module inputs. A path may pass through other receivers.
         metric: A single metric, as for `sweep`.
-        frozen: Hook points to freeze if they lie between the sender and the last receiver. The default is the outputs
-            of modules that have weights and contain no other such module (Linear, Conv2d, Embedding, LSTM,
-            MultiheadAttention), except norms. `()` freezes nothing, so every path from the sender to the receivers
-            counts. The sender, modules that contain the sender, and receiver modules are never frozen.
+        frozen: Hook points to freeze if they lie between the sender and the last receiver. By default, these are the
+            outputs of modules that have weights and contain no other such module (Linear, Conv2d, Embedding, LSTM,
+            MultiheadAttention), except norms. With `()`, nothing is frozen, so every path from the sender to the
+            receivers counts. The sender, modules that contain the sender, and receiver modules are never frozen.
 
     Returns:
         A tensor with shape `(batch,)`: the metric with the path patched minus the metric in the clean run.
@@ -115,7 +115,7 @@ def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, m
 
 
 def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen: Any) -> list[Site]:
-    """Return the sites to freeze: those between the sender and the last receiver."""
+    """Return the sites to freeze, which lie between the sender and the last receiver."""
     order = {name: number for number, name in enumerate(points)}
     before = [site for site in receivers if order[site.name] <= order[sender.name]]
     if before:

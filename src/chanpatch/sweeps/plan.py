@@ -121,7 +121,7 @@ class Forward:
         return activation, flags
 
     def ends(self) -> list[Forward]:
-        """Return two forward passes, one on the first row and one on the last; empty if these would save no time."""
+        """Return a forward pass on the first row and one on the last row, or neither if they would save no time."""
         count = input_count(self.inputs)
         if count < _FEWEST_TO_CUT or published.now.rows is not None:
             return []
@@ -132,7 +132,7 @@ class Forward:
 
 @contextmanager
 def _usual_attention() -> Iterator[None]:
-    """Disable torch's fused attention: vmap does not support it, and hooks change which modules are called."""
+    """Disable torch's fused attention, which vmap does not support and which calls different modules under hooks."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -88,9 +88,9 @@ class SweepResult(Effects):
         """Return the effects with 95% confidence intervals, which treat the inputs as independent.
 
         The intervals hold jointly for all patches in the sweep, so they are also valid for patches selected by `top`.
-        Each interval contains those from `mean_interval` and from `max_t_test` with the given seed (both in
-        `chanpatch.statistics`). Intervals over six to nine inputs are marked, and intervals over fewer inputs are
-        withheld. Differences that are equal up to rounding error count as equal.
+        Each interval contains the intervals from `mean_interval` and `max_t_test` in `chanpatch.statistics`, computed
+        with the given seed. Intervals over six to nine inputs are marked, and intervals over fewer inputs are withheld.
+        Differences that agree up to rounding error are treated as equal.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
