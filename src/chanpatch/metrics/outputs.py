@@ -47,7 +47,7 @@ def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution that logits define; None if a tensor cannot be logits. A single column raises an error."""
+    """Return the distribution that logits define; None if a tensor cannot be logits. One column raises an error."""
     if not logits.is_floating_point() or not logits.dim():
         return None
     if logits.shape[-1] == 1:
