@@ -15,7 +15,7 @@ from .resampling import bootstrap_interval
 
 _CONFIDENCE = 0.95
 _BISECTIONS = 40
-_ROUNDING = 1e-12  # relative to the part, which may be exactly half of the total in every row
+_ROUNDING = 1e-12  # rounding error of `parts - estimate * totals`, relative to the size of both terms
 
 
 def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
@@ -168,8 +168,8 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
     """Return the fraction of a total effect that a part accounts for, and its 95% interval.
 
     The fraction is a ratio of means over the same inputs, such as the effect of patching some channels divided by the
-    effect of patching all channels. It may lie below 0 or above 1. The interval contains every ratio r for
-    which the `mean_interval` of `part - r * total` contains 0. It is withheld if the interval for the total contains 0.
+    effect of patching all channels. It may lie below 0 or above 1. The interval contains every ratio r for which the
+    `mean_interval` of `part - r * total` contains 0, and is withheld if the interval for the total contains 0.
 
     Args:
         part: Effect of the part on each input, such as a change in log odds, with shape `(input, ...)`.

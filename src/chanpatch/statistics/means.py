@@ -19,9 +19,9 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
     With at least ten independent rows, the interval contains both Student's t interval and a t interval corrected for
     skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is a t
-    interval and its note is `"few"`. The interval is withheld if there are fewer than six
-    independent rows or clusters, fewer than six of them differ from 0, or most of them are equal. Its ends are then NaN,
-    and its note contains the reason.
+    interval and its note is `"few"`. The interval is withheld if there are fewer than six independent rows or clusters,
+    fewer than six of them differ from 0, or most of them are equal. Its ends are then NaN, and its note contains the
+    reason.
 
     Args:
         sample: One row per input or, for a paired comparison, one difference per pair, with shape `(row, ...)`. The

@@ -22,7 +22,7 @@ class PairedCounts(NamedTuple):
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return a proportion and its Wilson score interval, which lies within 0 and 1 and never has zero width.
+    """Return a proportion and its Wilson score interval, which lies between 0 and 1 and never has zero width.
 
     Args:
         successes: Number of successful trials, 0 to `n`.
@@ -192,7 +192,7 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
 
 
 def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
-    """Return the interval ends for a difference, by the law of cosines on each estimate's distances to its own ends."""
+    """Return a difference's interval ends: combine each estimate's distances to its own ends by the law of cosines."""
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
