@@ -94,7 +94,7 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def paired_difference_interval(
     both: int, only_first: int, only_second: int, neither: int, confidence: float = 0.95
 ) -> Interval:
-    """Return the difference between two paired proportions, first minus second, and its interval within -1 and 1.
+    """Return the difference between two paired proportions, first minus second, and its interval in [-1, 1].
 
     The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its
     width is nonzero even if all pairs agree. With six to nine pairs, the note is `"few"`; with fewer, the interval is
@@ -152,11 +152,11 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
 
 
 def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
-    """Return the precision at another base rate, by Bayes' rule, and its interval within 0 and 1.
+    """Return the precision at another base rate, by Bayes' rule, and its interval in [0, 1].
 
     Precision increases with the fraction of positives in the data, so precisions on two data sets are comparable only
-    at the same base rate. The interval treats the base rate as known. If nothing was accepted, the precision is NaN and
-    its interval is 0 to 1.
+    at the same base rate. The interval treats the base rate as known. If no input was accepted, the precision is NaN
+    and its interval is 0 to 1.
 
     Args:
         true_positive_rate: Fraction of positives that are accepted.

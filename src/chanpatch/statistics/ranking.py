@@ -20,7 +20,7 @@ Alternative = Literal["two-sided", "greater", "less"]
 def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
     """Return the area under the ROC curve (the probability that a positive outscores a negative) and its interval.
 
-    Ties count as one half. If the area is below 0.5, positives tend to have the lower scores. The interval lies within
+    Ties count as one half. If the area is below 0.5, positives tend to have the lower scores. The interval lies between
     0 and 1 and allows the two groups to differ in variance. If the rarer label has six to nine inputs, the interval's
     note is `"few"`; if it has fewer, the interval is withheld.
 
@@ -104,7 +104,7 @@ class Rank:
     """Rank of an effect among the effects of controls. Rank 1 is the largest, or the lowest for `"less"`.
 
     Attributes:
-        rank: 1 plus the number of controls that rank at least as high: 1 to `controls + 1`.
+        rank: 1 plus the number of controls that rank at least as high, from 1 to `controls + 1`.
         controls: Number of controls.
         p: `rank / (controls + 1)`, or None if `no_p` gives a reason, such as fewer than 19 controls.
         no_p: Reason why there is no p-value; empty if there is one.
