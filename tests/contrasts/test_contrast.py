@@ -292,7 +292,7 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[*"aabbccddeef", None]),
-            "clusters[11] must be a label; got None. Label every row, or leave that row out.",
+            "clusters[11] must be a label; got None. Label every row, or omit that row.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),

@@ -403,9 +403,9 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "a tuple of other tensors": (
         returning(lambda rows: (torch.zeros(rows, 4), torch.zeros(rows), torch.zeros(rows)), outputs="logits"),
         DistributionError,
-        "function returned (Tensor, Tensor, Tensor), which contains no action distribution. Expected logits (batch, "
-        "action), a torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. Pass a "
-        "function that selects one of these: lambda observations: policy(observations)[0].",
+        "function returned (Tensor, Tensor, Tensor), which contains no action distribution. Expected logits of shape "
+        "(batch, action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict "
+        "with 'logits'. Pass a function that selects one of these: lambda observations: policy(observations)[0].",
     ),
     "masks of other actions": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones((3, 5))),

@@ -245,7 +245,8 @@ REFUSED = {
     ),
     "labels that are no booleans": (
         lambda: ThresholdProbe.fit(SUMS, LABELS.astype(int) + 1),
-        "labels must have one boolean for each of the 20 inputs, such as directions == 0; got int64 of shape (20,).",
+        "labels must have one boolean for each of the 20 inputs, such as directions == 0; got dtype int64 and shape "
+        "(20,).",
     ),
     "too few of a label": (
         lambda: ThresholdProbe.fit(SUMS, SUMS < 3),

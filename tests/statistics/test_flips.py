@@ -140,9 +140,9 @@ def test_an_infinite_interval_is_withheld_with_the_reason():
     balanced = np.column_stack([random(seed).permutation(np.repeat([1.0, -1.0], 4)) for seed in range(20)])
     for interval in (max_t_test(balanced).interval, ranked_interval(balanced, seed=0)):
         assert np.isnan([interval.low, interval.high]).all()
-        assert set(interval.note.tolist()) == {"the rows are too few or too equal in size to bound the mean"}
+        assert set(interval.note.tolist()) == {"the rows are too few or too similar in size to bound the mean"}
     huge = mean_interval(np.arange(12) * 1e200)
-    assert math.isnan(huge.low) and huge.note == "the rows are too few or too equal in size to bound the mean"
+    assert math.isnan(huge.low) and huge.note == "the rows are too few or too similar in size to bound the mean"
 
 
 def test_repeated_rows_of_one_cluster_do_not_narrow_a_ranked_interval():

@@ -495,8 +495,8 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a metric of actions": (
         {"metric": {"logits": lambda output: output[0]}},
         errors.MetricError,
-        "The metric 'logits' returned 4 numbers for 12 inputs. A metric must return one number per input, (batch,), or "
-        "a single number.",
+        "The metric 'logits' returned 4 numbers for 12 inputs. A metric must return one number per input, with shape "
+        "(batch,), or a single number.",
     ),
 }
 

@@ -39,22 +39,22 @@ def contrast(
     """Measure how much each channel differs between clean and corrupted inputs.
 
     Args:
-        points_or_model: Model, which is traced with clean inputs, or its HookPoints.
+        points_or_model: Model (which is then traced with clean inputs) or its HookPoints.
         clean: Clean input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such tensors.
         corrupted: Corrupted input of each pair, in the same format.
         sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, without duplicates.
-        reduce: Reduction as in `recording` that leaves the batch axis and at most one other axis. Layers of a recurrent
-            state are compared separately, unless an einops pair combines them.
+        reduce: Reduction, as in `recording`, that keeps the batch axis and at most one other axis. The layers of a
+            recurrent state are compared separately unless an einops pair combines them.
         background: At least two inputs for measuring each channel's usual variation, in the same format as `clean` or
             as an iterable of batches.
-        absolute: Whether to rank by the mean absolute difference, if the feature can have either sign. P-values and
-            intervals are then omitted, because noise alone makes an absolute difference positive.
+        absolute: Whether to rank channels by the mean absolute difference, for features that can have either sign. With
+            `absolute`, p-values and intervals are omitted, because noise alone makes an absolute difference positive.
         clusters: One label per pair. Pairs with the same label, such as rotations of one maze, are not independent.
         seed: Random seed for the sign flips.
         batch_size: Number of inputs per forward pass.
 
     Raises:
-        HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all of them.
+        HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all such sites.
         ContrastError: If clean, corrupted and clusters do not form pairs, the background is too small, or an activation
             is not finite.
 
@@ -91,7 +91,7 @@ def contrast(
     if usual:
         std = np.concatenate([stds[site] for site in chosen])
         varies = [usual[site].varies(torch.finfo(point_at(site).dtype).eps) for site in chosen]
-        scale = np.where(np.concatenate(varies), std, np.nan)  # not a unit if it is rounding error
+        scale = np.where(np.concatenate(varies), std, np.nan)  # a std that is only rounding error cannot be a unit
     measured = np.abs(differences) if absolute else differences
     independent = len(np.unique(labels))
     no_p = _no_p(absolute, independent)

@@ -6,7 +6,7 @@
     probe.transfer(shifted_sums[:, 121], shifted_directions == 0)
 
 A threshold or a label is chosen on one half of the inputs and scored on the other. Inputs are treated as
-independent: use one input per level, or the intervals are too narrow.
+independent. Use one input per level; otherwise, the intervals are too narrow.
 """
 
 from .labels import ChannelLabel, ChannelLabels, label_channels

@@ -58,12 +58,13 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
 def equivalent(difference: Interval[Any], margin: float) -> Any:
     """Return whether a difference is negligible: its whole interval lies between -margin and margin.
 
-    A nonsignificant difference is not necessarily negligible. This function is the two one-sided tests procedure (TOST)
-    at level `(1 - confidence) / 2`: 0.025 for a 95% interval, the usual 0.05 for a 90% interval. NaN gives False.
+    A nonsignificant difference is not necessarily negligible. This function implements two one-sided tests (TOST) at
+    level `(1 - confidence) / 2`: 0.025 for a 95% interval, or the usual 0.05 for a 90% interval. If the interval is
+    withheld, the result is False.
 
     Args:
-        difference: Difference and its interval, or arrays of these.
-        margin: Largest negligible difference, in the same unit, chosen before seeing the data.
+        difference: Difference and its interval, or arrays of differences and intervals.
+        margin: Largest negligible difference, in the same unit. Choose the margin before seeing the data.
 
     Raises:
         StatisticsError: If the margin is not positive.

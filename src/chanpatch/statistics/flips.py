@@ -14,7 +14,7 @@ from .means import clustered, mean, mean_interval, noted, totals, withheld
 
 _BLOCK = 256  # number of channels to flip at a time, to limit memory
 _SIGNS = 2**22  # number of signs to draw at a time, to limit memory to 32 MB
-FLIPS = 9_999  # 10,000 with the observed pattern
+FLIPS = 9_999  # 10,000 including the observed pattern
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,21 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
     resamples: int = FLIPS,
     seed: int = 0,
 ) -> MaxT:
-    """Return p-values and intervals for mean differences that hold jointly for all channels, even the largest.
+    """Test mean differences jointly over all channels; p-values and intervals are valid even for the largest one.
 
     Each flip changes the signs of whole pairs and records the largest absolute t statistic over channels. A channel's
     corrected p-value is the fraction of flips whose largest t reaches the channel's own. The half-width of the
     intervals, in standard errors, is the `confidence` quantile of the largest t. The test is exact for differences
-    symmetric around zero: if no channel differs, any false claim has probability at most `1 - confidence`.
+    symmetric around zero: if no channel differs, the probability of any false claim is at most `1 - confidence`.
 
     Args:
-        differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
+        differences: One difference per pair, with shape `(pair, ...)`. The other axes, such as channel, are kept.
         clusters, resamples, seed: Same as for `sign_flip_test`.
         confidence: Nominal joint coverage of all intervals, between 0 and 1.
 
     Returns:
-        Floats if `differences` has one axis, otherwise arrays with the other axes. P-values are NaN for channels that
-        contain NaN or infinity, and for all channels if there are fewer than six pairs or clusters. Intervals are
+        Floats if `differences` has one axis, otherwise arrays with the remaining axes. P-values are NaN for channels
+        that contain NaN or infinity, and for all channels if there are fewer than six pairs or clusters. Intervals are
         withheld as in `mean_interval`.
 
     Raises:
@@ -98,8 +98,8 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
 def ranked_interval(differences: Floats, *, clusters: ArrayLike | None = None, seed: int) -> Interval[Floats]:
     """Return intervals for mean differences `(row, channel)` that stay valid if channels are selected by rank.
 
-    Each interval contains the channel's simultaneous interval and its own interval, which is corrected for skewness.
-    With more than 3,000 rows, fewer sign patterns are drawn, to limit the time.
+    Each interval contains both the channel's simultaneous interval and its individual `mean_interval`, which is
+    corrected for skewness. With more than 3,000 rows, fewer sign patterns are drawn, to save time.
     """
     flips = min(FLIPS, max(999, 2**25 // len(differences)))
     one = mean_interval(differences, clusters=clusters)
@@ -111,22 +111,23 @@ def ranked_interval(differences: Floats, *, clusters: ArrayLike | None = None, s
 def sign_flip_test(
     differences: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = FLIPS, seed: int = 0
 ) -> Any:
-    """Return two-sided p-values for the null that paired differences are symmetric around zero, per channel.
+    """Return each channel's two-sided p-value for the null hypothesis that differences are symmetric around zero.
 
-    The p-value is the fraction of sign patterns whose mean is at least as far from zero as the observed mean. All
-    patterns are used if there are at most `2 * resamples`; otherwise, `resamples` patterns are drawn and the observed
+    The p-value is the fraction of sign patterns whose mean is at least as far from zero as the observed mean. If
+    there are at most `2 * resamples` patterns, all are used; otherwise, `resamples` patterns are drawn and the observed
     one is added. For skewed differences with mean zero, the test is approximate and improves with more pairs. The
     p-values are not corrected for the number of channels; use `max_t_test` for that.
 
     Args:
-        differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
-        clusters: Label per pair; pairs with the same label flip together. None if all pairs are independent.
+        differences: One difference per pair, with shape `(pair, ...)`. The other axes, such as channel, are kept.
+        clusters: Cluster label for each pair, or None if all pairs are independent. Pairs with the same label flip
+            together.
         resamples: Number of sign patterns to draw if they are not all used.
         seed: Random seed.
 
     Returns:
-        A float if `differences` has one axis, otherwise an array with the other axes; NaN for channels that contain NaN
-        or infinity. The smallest p-value is `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
+        A float if `differences` has one axis, otherwise an array with the remaining axes; NaN for channels that contain
+        NaN or infinity. The smallest p-value is `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
         `1 / (resamples + 1)` if patterns are drawn.
 
     Raises:
@@ -154,7 +155,7 @@ def sign_flip_test(
 
 
 def _patterns(many: int, resamples: int) -> tuple[int, bool]:
-    """Return the number of sign patterns to use, and whether these are all of them, up to mirror images."""
+    """Return the number of sign patterns to use, and whether they include every pattern or its mirror image."""
     drawn = whole("resamples", resamples, least=1)
     exact = many - 1 <= np.log2(drawn)
     return 2 ** (many - 1) if exact else drawn, bool(exact)
@@ -163,7 +164,7 @@ def _patterns(many: int, resamples: int) -> tuple[int, bool]:
 def _flipped(sums: Floats, patterns: int, seed: int | None) -> Iterator[tuple[slice, slice, Floats]]:
     """Yield a slice of patterns, a block of channels, and absolute totals of the flipped sums, `(pattern, channel)`.
 
-    With a seed, the patterns are drawn at random; without one, they are all used in order.
+    With a seed, the patterns are drawn at random; without a seed, all patterns are used in order.
     """
     many, channels = sums.shape
     generator = None if seed is None else np.random.default_rng(whole("seed", seed))

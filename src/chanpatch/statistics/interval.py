@@ -41,7 +41,7 @@ class Interval(Generic[Number]):
 
 
 def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = StatisticsError) -> int:
-    """Return a whole number as an int; raise the error if the number is not whole or is less than `least`."""
+    """Return a whole number as an int; raise `error` if the number is not whole or is less than `least`."""
     try:
         found = operator.index(number)
     except TypeError:
@@ -58,19 +58,19 @@ def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
 
 
 def too_few(independent: int, kind: str = "rows") -> str:
-    """Return the note for an interval over this many independent rows: a reason to withhold it, `"few"`, or ""."""
+    """Return the note for an interval over `independent` rows: the reason to withhold the interval, `"few"`, or ""."""
     if independent < FEWEST:
         return f"{independent} independent {kind}, fewer than {FEWEST}"
     return "few" if independent < FEW else ""
 
 
 def few_others(others: Any, rows: int) -> Any:
-    """Return whether so few rows differ from the most common value that their spread cannot be estimated."""
+    """Return whether too few rows (`others`) differ from the most common value to estimate the spread."""
     return others < min(FEWEST, rows / 2)
 
 
 def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:
-    """Return the estimate, low and high as record columns with these names; all None if there is no interval."""
+    """Return the estimate, low and high as record columns with the given names; all are None without an interval."""
     numbers = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
     return dict(zip(names, numbers, strict=True))
 
@@ -78,7 +78,7 @@ def interval_columns(interval: Interval | None, *names: str) -> dict[str, float 
 def finite(
     name: str, values: ArrayLike, axes: tuple[str, ...] | None = None, error: type[ChanpatchError] = StatisticsError
 ) -> Floats:
-    """Return values as floats; raise the error if a value is not finite or the array does not have these axes."""
+    """Return values as floats; raise `error` if a value is not finite or the array does not have the given axes."""
     array = np.asarray(values, dtype=np.float64)
     if axes is not None and (array.ndim != len(axes) or not array.size):
         raise error(f"{name} must have nonempty axes ({', '.join(axes)}); got shape {array.shape}.")
@@ -88,12 +88,12 @@ def finite(
 
 
 def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[ChanpatchError] = StatisticsError) -> Booleans:
-    """Return labels as booleans, one per input; raise the error if either label occurs fewer than `fewest` times."""
+    """Return labels as booleans, one per input; raise `error` if either label occurs fewer than `fewest` times."""
     array, positive = np.asarray(labels), booleans(labels)
     if array.shape != (inputs,) or positive is None:
         raise error(
-            f"labels must have one boolean for each of the {inputs} inputs, such as directions == 0; got {array.dtype} "
-            f"of shape {array.shape}."
+            f"labels must have one boolean for each of the {inputs} inputs, such as directions == 0; got dtype "
+            f"{array.dtype} and shape {array.shape}."
         )
     positives = int(positive.sum())
     if min(positives, inputs - positives) < fewest:
@@ -105,7 +105,7 @@ def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[Chanpatc
 
 
 def booleans(labels: ArrayLike) -> Booleans | None:
-    """Return labels (booleans, or 0 and 1 in any dtype) as booleans; None if there are other values."""
+    """Return labels (booleans, or 0 and 1 in any dtype) as booleans, or None if there are other values."""
     array = np.asarray(labels)
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
         return None
@@ -113,9 +113,9 @@ def booleans(labels: ArrayLike) -> Booleans | None:
 
 
 def quantile(confidence: float, freedom: int | None = None) -> float:
-    """Return how many standard deviations around the mean contain this fraction of a normal or t distribution.
+    """Return the two-sided critical value of a normal distribution, or of Student's t for `freedom` degrees of freedom.
 
-    `freedom` is the degrees of freedom of the t distribution.
+    The central fraction `confidence` of the distribution lies within this value of 0.
     """
     import scipy.stats
 
@@ -126,7 +126,7 @@ def quantile(confidence: float, freedom: int | None = None) -> float:
 
 
 def wilson(proportion: float, n: int, confidence: float) -> Interval:
-    """Return the Wilson score interval for a proportion over n trials."""
+    """Return the Wilson score interval for a proportion in n trials."""
     z = quantile(confidence)
     center = (proportion + z * z / (2 * n)) / (1 + z * z / n)
     margin = z * (proportion * (1 - proportion) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)

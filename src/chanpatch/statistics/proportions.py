@@ -22,7 +22,7 @@ class PairedCounts(NamedTuple):
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return a proportion and its Wilson score interval, within 0 and 1 and with nonzero width even at 0 or 1.
+    """Return a proportion and its Wilson score interval, which lies between 0 and 1 and never has zero width.
 
     Args:
         successes: Number of successful trials, 0 to `n`.
@@ -70,7 +70,7 @@ def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Return the two-sided exact p-value for the null that two paired proportions are equal; 1 if no pair differs.
+    """Return the two-sided exact p-value for equality of two paired proportions (McNemar's test); 1 if no pair differs.
 
     The arguments are counts from `paired_counts`.
 
@@ -94,10 +94,10 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def paired_difference_interval(
     both: int, only_first: int, only_second: int, neither: int, confidence: float = 0.95
 ) -> Interval:
-    """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
+    """Return the difference between two paired proportions, first minus second, and its interval in [-1, 1].
 
     The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its
-    width is nonzero even if all pairs agree. With six to nine pairs, its note is `"few"`; with fewer, the interval is
+    width is nonzero even if all pairs agree. With six to nine pairs, the note is `"few"`; with fewer, the interval is
     withheld. The counts come from `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
@@ -116,7 +116,7 @@ def paired_difference_interval(
     counts = PairedCounts(*(whole(name, number) for name, number in given.items()))
     n = sum(counts)
     if n == 0:
-        raise StatisticsError("All four counts are 0, but a difference of proportions needs at least one pair.")
+        raise StatisticsError("All four counts are 0, but a difference between proportions needs at least one pair.")
     first = wilson_interval(counts.both + counts.only_first, n, confidence)
     second = wilson_interval(counts.both + counts.only_second, n, confidence)
     low, high = _combined(first, second, _corrected_phi(counts))
@@ -146,17 +146,17 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
     """
     _check_one_confidence(first, second)
     low, high = _combined(first, second, correlation=0.0)
-    # Keep a reason to withhold an interval, which is longer than "few".
+    # Keep the longer note: a reason to withhold an interval is longer than "few".
     note = max(first.note, second.note, key=len)
     return Interval(first.estimate - second.estimate, low, high, first.confidence, note)
 
 
 def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
-    """Return the precision at another base rate, by Bayes' rule, and its interval within 0 and 1.
+    """Return the precision at another base rate, by Bayes' rule, and its interval in [0, 1].
 
     Precision increases with the fraction of positives in the data, so precisions on two data sets are comparable only
-    at the same base rate. The interval treats the base rate as known. If nothing was accepted, the precision is NaN and
-    its interval is 0 to 1.
+    at the same base rate. The interval treats the base rate as known. If no input was accepted, the precision is NaN
+    and its interval is 0 to 1.
 
     Args:
         true_positive_rate: Fraction of positives that are accepted.
@@ -192,7 +192,7 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
 
 
 def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
-    """Return the interval ends for a difference; the distances to them combine by the law of cosines."""
+    """Return a difference's interval ends: combine each estimate's distances to its own ends by the law of cosines."""
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
@@ -205,7 +205,7 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 
 
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
-    """Return the lower end for above / below: the ratio for which the interval of `above - ratio * below` ends at 0."""
+    """Return the lower end for above / below: the ratio at which the interval of `above - ratio * below` ends at 0."""
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
     root = math.sqrt(max(squared, 0.0))  # 0 up to rounding if both intervals have zero width
@@ -220,7 +220,7 @@ def _check_one_confidence(first: Interval, second: Interval) -> None:
 
 
 def _corrected_phi(counts: PairedCounts) -> float:
-    """Return the correlation between paired outcomes, continuity-corrected if it is positive, 0 if it is undefined."""
+    """Return the correlation between paired outcomes: continuity-corrected if positive, and 0 if undefined."""
     both, only_first, only_second, neither = counts
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if margins == 0:
