@@ -28,10 +28,12 @@ from chanpatch import (
     resample_ablate,
     run_with_cache,
     steer,
+    sweep,
     tap,
     zero_ablate,
 )
 from chanpatch.engine.paths import Attr, Item, replace
+from chanpatch.errors import ChanpatchError
 from chanpatch.patching import ActivationCache, Clamp, Project, Resample, Set
 from chanpatch.policies import action_distribution
 from chanpatch.registry.sites import read
@@ -437,7 +439,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mean over an axis that is not there": (
         errors.SiteError,
         lambda: mean_ablate(POINTS.site("fc"), torch.zeros(3, 4), over=("channel",)),
-        "mean_ablate at Site('fc'): over contains ['channel'], but the axes are (batch, feature).",
+        "mean_ablate at Site('fc'): the argument over= contains ['channel'], but the axes are (batch, feature).",
     ),
     "a cache without the site": (
         errors.EditError,
@@ -683,3 +685,31 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
         "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() with "
         "inputs like these, and use the listed names."
     )
+
+
+@pytest.mark.parametrize(
+    ("mistake", "hint"),
+    [
+        (lambda points, cache: points.site("1", chanel=3), "did you mean 'channel'?"),
+        (lambda points, cache: run_with_cache(points, X, sites="1", reduce="sums"), "Did you mean 'sum'?"),
+        (lambda points, cache: mean_ablate(points.site("1"), cache, over="bach"), "Did you mean 'batch'?"),
+        (lambda points, cache: cache["11"], "Did you mean '1'?"),
+        (lambda points, cache: swept(points).effect("flip"), "Did you mean 'flips'?"),
+        (lambda points, cache: hook_points(points.model, X, method="forwart"), "Did you mean 'forward'?"),
+        (lambda points, cache: points.select("*.im[0]"), "Did you mean '.in[0]'?"),
+    ],
+)
+def test_a_near_name_is_suggested(mistake, hint):
+    points = hook_points(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), X)
+    _, cache = run_with_cache(points, X, sites="1")
+    with pytest.raises(ChanpatchError) as caught:
+        mistake(points, cache)
+    assert hint in str(caught.value)
+
+
+X = torch.zeros(2, 3, 4, 4)
+
+
+def swept(points):
+    metrics = {"flips": lambda output: output[:, 0, 0, 0], "difference": lambda output: output[:, 1, 0, 0]}
+    return sweep(points, X, patches=[zero_ablate(points.site("1", channel=0))], metric=metrics)

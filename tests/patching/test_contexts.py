@@ -656,7 +656,7 @@ def test_rows_of_an_untraced_site_are_refused(net, image):
 
 
 def test_a_mean_over_an_axis_that_does_not_exist_is_refused(points):
-    with pytest.raises(SiteError, match=r"over contains \['head'\]"):
+    with pytest.raises(SiteError, match=r"over= contains \['head'\]"):
         mean_ablate(points.site("conv"), torch.ones(2, 4, 4, 4), over=("head",))
 
 

@@ -14,7 +14,7 @@ from ..engine.hooks import Place
 from ..engine.moments import RootCall
 from ..engine.paths import inside_vmap
 from ..engine.sessions import Session, StopForward
-from ..errors import SiteError, UnsupportedModelError
+from ..errors import SiteError, UnsupportedModelError, did_you_mean
 from ..registry.points import HookPoints, resolve, sites_of
 from ..registry.sites import Axes, HookPoint, Site, read, written
 from .cache import ActivationCache
@@ -228,6 +228,7 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
     if reduce not in _BUILT_IN:
         raise SiteError(
             f"reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got {reduce!r}."
+            + did_you_mean(str(reduce), _BUILT_IN)
         )
     if any(re.fullmatch(r"axis\d+", axis) for axis in axes):
         raise SiteError(

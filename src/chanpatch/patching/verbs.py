@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import BatchAxisError, EditError, SiteError
+from ..errors import BatchAxisError, EditError, SiteError, did_you_mean
 from ..registry.sites import Site, no_batch, read
 from .edits import Add, Edit, Per, Resample, Set, fits, region_lengths
 from .patch import Mask, Patch
@@ -63,7 +63,10 @@ def mean_ablate(
     if not over:
         raise SiteError(f"mean_ablate at {site!r}: over is empty. Pass at least one of the axes ({', '.join(axes)}).")
     if unknown := [axis for axis in over if axis not in axes]:
-        raise SiteError(f"mean_ablate at {site!r}: over contains {unknown}, but the axes are ({', '.join(axes)}).")
+        raise SiteError(
+            f"mean_ablate at {site!r}: the argument over= contains {unknown}, but the axes are ({', '.join(axes)})."
+            + did_you_mean(str(unknown[0]), axes)
+        )
     if not region.is_floating_point():
         raise EditError(f"mean_ablate at {site!r}: the reference must be floating-point; got {region.dtype}.")
     return Patch(site, Set(region.mean(dim=[axes.index(axis) for axis in over], keepdim=True)), where)

@@ -188,7 +188,8 @@ def hook_points(
     Raises:
         UnsupportedModelError: If the model is compiled, scripted or lazy, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
-        HookPointError: If `axes` names a hook point that did not fire, or two hook points have the same name.
+        HookPointError: If the model has no such method, `axes` names a hook point that did not fire, or two hook points
+            have the same name.
         SiteError: If `axes` has the wrong number of names for a hook point, or repeats a name.
 
     Example:

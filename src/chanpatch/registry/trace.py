@@ -118,6 +118,8 @@ def traced_run(
     model: nn.Module, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], axes: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Trace a model; return keyword arguments for HookPoints: points, calls, not_called, steady."""
+    if not callable(getattr(model, method, None)):
+        raise HookPointError(f"{type(model).__name__} has no method '{method}'.{did_you_mean(method, dir(model))}")
     _refuse_untraceable(model, (inputs, keywords))
     try:
         trace = Trace(model, totals={id(weight): _total(weight) for weight in model.parameters()})

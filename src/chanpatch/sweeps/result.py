@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..channels import rounding
-from ..errors import MetricError
+from ..errors import MetricError, did_you_mean
 from ..labels import reference_notes
 from ..patching.patch import Patch
 from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
@@ -204,7 +204,9 @@ class SweepResult(Effects):
             raise MetricError(f"The sweep has several metrics: {names}. Pass the name of one.")
         name = next(iter(self.values)) if metric is None else metric
         if name not in self.values:
-            raise MetricError(f"There is no metric {name!r}. The metrics are: {names}.")
+            raise MetricError(
+                f"There is no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics are: {names}."
+            )
         return name
 
     def _only(self, name: str) -> SweepResult:
