@@ -97,8 +97,8 @@ def test_reductions_that_are_none_are_refused(cnn):
     for reduce, message in (
         (
             "median",
-            "reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got 'median'. Did "
-            "you mean 'mean'?",
+            "reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got 'median'. "
+            "Did you mean 'mean'?",
         ),
         (
             ("b c h w -> b c h", "sum"),
