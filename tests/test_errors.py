@@ -171,7 +171,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a pattern without matches": (
         errors.HookPointError,
         lambda: POINTS.select("block*"),
-        "No hook point matches 'block*'. `*` stops at a dot, `**` does not. (12 hook points; print the HookPoints to "
+        "No hook point matches 'block*'. `*` stops at a dot; `**` does not. (12 hook points; print the HookPoints to "
         "list them.)",
     ),
     "unknown name in a bare model": (
@@ -343,7 +343,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mean over nothing": (
         errors.SiteError,
         lambda: mean_ablate(POINTS.site("fc"), torch.zeros(3, 4), over=()),
-        "mean_ablate at Site('fc'): over is empty. Pass at least one of the axes (batch, feature).",
+        "mean_ablate at Site('fc'): the argument over= is empty. Pass at least one of the axes (batch, feature).",
     ),
     "a reduced cache": (
         errors.EditError,

@@ -72,7 +72,7 @@ class Moments:
         return spread
 
     def varies(self, precision: float = 0.0) -> NDArray[np.bool_]:
-        """Return which channels vary by more than both rounding error and `precision`, relative to their mean."""
+        """Return whether each channel varies, relative to its mean, by more than rounding error and `precision`."""
         beyond: NDArray[np.bool_] = self.std > max(ROUNDING, precision) * np.abs(self.mean)
         return beyond
 
@@ -87,10 +87,12 @@ def point_at(site: Site) -> HookPoint:
 
 
 def pair_count(clean: Any, corrupted: Any) -> int:
-    """Return the number of pairs; raise ContrastError if there are none or the numbers of inputs differ."""
+    """Return the number of pairs; raise ContrastError if there are no pairs or the numbers of inputs differ."""
     count, other = input_count(clean), input_count(corrupted)
     if count != other or not count:
-        raise ContrastError(f"clean has {count} inputs and corrupted has {other}. Pass one of each per pair.")
+        raise ContrastError(
+            f"clean has {count} inputs and corrupted has {other}. Pass one clean and one corrupted input per pair."
+        )
     return count
 
 
@@ -125,7 +127,7 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:
-    """Return a site's activations, which have a batch axis and at most one other, with shape `(input, channel)`."""
+    """Return a site's activations, with a batch axis and at most one other axis, as an `(input, channel)` array."""
     # Copied, because small tensors that outlive their forward pass would fragment memory.
     array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
     return array if array.ndim > 1 else array[:, None]
@@ -133,7 +135,7 @@ def rows(cache: ActivationCache, site: Site) -> Floats:
 
 @dataclass(frozen=True)
 class Collector:
-    """Collects activations at sites over many inputs, reduced in double precision.
+    """Collects activations at sites over many inputs, and reduces the activations in double precision.
 
     `run` restores the model between forward passes, and `error` is the exception class to raise.
     """
@@ -172,7 +174,7 @@ class Collector:
     def moments(
         self, background: Any, sampled: Callable[[ActivationCache, Site], Floats] = rows
     ) -> dict[Site, Moments]:
-        """Compute each site's moments over the background; raise `error` for fewer than two inputs."""
+        """Compute each site's moments over the background; raise `error` if there are fewer than two inputs."""
         moments = dict.fromkeys(self.sites, NO_MOMENTS)
         for part in self._parts("background", background, sampled):
             moments = {site: moments[site] + Moments.of(sample) for site, sample in part.items()}
@@ -186,7 +188,7 @@ class Collector:
     def _parts(
         self, name: str, inputs: Any, sampled: Callable[[ActivationCache, Site], Floats]
     ) -> Iterator[dict[Site, Floats]]:
-        """Yield each batch's activations, by site; raise `error` for NaN or infinity."""
+        """Yield each batch's activations, by site; raise `error` if an activation is NaN or infinite."""
         start = 0
         for cache in self.caches(inputs):
             part = {site: sampled(cache, site) for site in self.sites}

@@ -23,7 +23,7 @@ def labelled_patches(
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
     """Return (label, patches) pairs; without a mapping, labels are derived from the sites.
 
-    Raises `fault` if there are no patches, or if two entries share a label. Messages call the patches `what`.
+    Raises `fault` if there are no patches, or if two entries share a label. Error messages call the patches `what`.
     """
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]
@@ -46,7 +46,7 @@ def _label(patch: Patch) -> str:
 
 
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
-    """Return the reason, stored in the control patches' sites, why ranks have no p-value, or an empty string."""
+    """Return the reason why ranks among these controls have no p-value, or an empty string if they have p-values."""
     return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
 
 
@@ -68,7 +68,7 @@ def _has_one_reference(patch: Patch) -> bool:
 
 
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
-    """Raise EditError if two labels share a stateful callable as an edit or a `where`."""
+    """Raise EditError if patches under two labels have the same stateful callable as an edit or a `where`."""
     known: dict[int, Any] = {}
     for label, patches in named:
         for function in [function for patch in patches for function in (patch.edit, patch.where)]:
@@ -82,7 +82,7 @@ def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
 
 @contextmanager
 def labelled(label: object) -> Iterator[None]:
-    """Add the label to errors raised inside the context."""
+    """Add the label to any error that is raised inside the context."""
     try:
         yield
     except (EditError, UnreachedError) as fault:

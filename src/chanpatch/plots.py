@@ -44,7 +44,7 @@ def strip(
         sums: Sums of one channel, with shape `(input,)`, such as `channel_sums(...)[:, 55]`.
         labels: Label of each input, with shape `(input,)`, such as the direction of the next step.
         split: Part of the data that each input belongs to, with shape `(input,)`, such as "in distribution". There may
-            be at most six parts; each has its own marker.
+            be at most six parts; each part has its own marker.
         threshold: Value to mark with a dashed line, such as `probe.threshold`.
         ax: Axes to draw on; new axes if None.
 
@@ -91,12 +91,12 @@ def strip(
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
     """Plot effects as dots with their 95% intervals and p-values, with the largest absolute effect at the top.
 
-    Only the 20 largest effects are drawn; the title counts the rest. Controls are squares below the other effects. A
-    result's `.plot()` method draws this figure.
+    Only the 20 largest effects are drawn; the title states how many are hidden. Controls are drawn as squares below the
+    other effects. A result's `.plot()` method draws this figure.
 
     Args:
-        records: One record per effect: `effect`, a `label` or a `site`, and optionally the interval (`low`, `high`,
-            `note`), the p-value `p`, and a bool `control`.
+        records: One record per effect, with the keys `effect` and `label` (or `site`). Optional keys are the interval
+            (`low`, `high`, `note`), the p-value `p`, and a bool `control`.
         ax: Axes to draw on; new axes if None.
         label: Label of the effect axis.
 

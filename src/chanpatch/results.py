@@ -25,7 +25,7 @@ ROWS = 20  # maximum rows in a table or figure
 class Records:
     """A result that prints as a table: a title, the first rows, and notes.
 
-    A subclass defines `to_records` and may override `_lines` (the table's records), `_title`, `_notes` and `_most`.
+    A subclass defines `to_records`, and may override `_lines` (the table's records), `_title`, `_notes` and `_most`.
     """
 
     _most: ClassVar[int | None] = ROWS  # maximum rows in the table; None for no maximum
@@ -80,7 +80,7 @@ class Effects(Records):
 
         @property
         def effect_label(self) -> str:
-            """Axis label in figures: kind and unit of the effects, and number of inputs."""
+            """Axis label in figures: the kind and unit of the effects, and the number of inputs."""
 
     def __len__(self) -> int:
         return len(getattr(self, self._by_row[0]))
@@ -116,7 +116,7 @@ class Effects(Records):
         return self._rows(largest_first(effect)[:count])
 
     def _rows(self, rows: NDArray[np.int64]) -> Self:
-        """Return a result that keeps only the given rows."""
+        """Return a result with only the given rows."""
         picked = {name: _picked(getattr(self, name), rows) for name in self._by_row}
         return replace(self, **picked)  # type: ignore[type-var]  # a subclass is a dataclass
 
@@ -133,7 +133,7 @@ def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the effect and interval of a record, formatted for a table."""
+    """Return the effect and interval from a record, formatted for a table."""
     interval = "-"
     if not np.isnan(record["low"]):
         interval = f"{record['low']:+.3g} to {record['high']:+.3g}" + " (few)" * (record["note"] == "few")
@@ -161,14 +161,15 @@ def _picked(values: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def more(hidden: int) -> list[str]:
-    """Return a line with the number of rows that a table does not show."""
+    """Return a list of lines that state how many rows the table hides; empty if the table hides no rows."""
     return [f"... {hidden} more"] if hidden else []
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a header and one line per record; the columns are the keys of the first record.
+    """Return a table as lines of text: a header, then one line per record.
 
-    Floats are shown with four significant digits, NaN as "-", None as an empty cell.
+    The columns are the keys of the first record. Floats are shown with four significant digits, NaN is shown as "-",
+    and None as an empty cell.
     """
     rows = _cells(records)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

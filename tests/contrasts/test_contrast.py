@@ -280,11 +280,11 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
     [
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED[:5], "conv1"),
-            "clean has 12 inputs and corrupted has 5. Pass one of each per pair.",
+            "clean has 12 inputs and corrupted has 5. Pass one clean and one corrupted input per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN[:0], CORRUPTED[:0], "conv1"),
-            "clean has 0 inputs and corrupted has 0. Pass one of each per pair.",
+            "clean has 0 inputs and corrupted has 0. Pass one clean and one corrupted input per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2]),

@@ -134,12 +134,12 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a misspelt part": (
         lambda: POINTS.select("h.*.attm.out[0]"),
-        "No hook point matches 'h.*.attm.out[0]'. Did you mean 'h.9.attn.out[0]'? `*` stops at a dot, `**` does not. "
+        "No hook point matches 'h.*.attm.out[0]'. Did you mean 'h.9.attn.out[0]'? `*` stops at a dot; `**` does not. "
         "(258 hook points; print the HookPoints to list them.)",
     ),
     "a star for several parts": (
         lambda: POINTS.select("*.act"),
-        "No hook point matches '*.act'. '**.act' would match 24: `*` stops at a dot, `**` does not. (258 hook points; "
+        "No hook point matches '*.act'. '**.act' would match 24: `*` stops at a dot; `**` does not. (258 hook points; "
         "print the HookPoints to list them.)",
     ),
     "a call of a module that is called once": (
@@ -149,7 +149,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a star for several parts in axes": (
         lambda: hook_points(MODEL, INPUT, axes={"*.act": ("batch", "feature")}),
-        "axes={'*.act': ...}: no hook point matches this pattern. '**.act' would match 24: `*` stops at a dot, `**` "
+        "axes={'*.act': ...}: no hook point matches this pattern. '**.act' would match 24: `*` stops at a dot; `**` "
         "does not.",
     ),
     "a misspelt part in axes": (

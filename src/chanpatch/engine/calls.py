@@ -21,7 +21,7 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Run the callbacks at every tap and at every call to one of the given modules, but not at calls to copies."""
+    """Run the callbacks at every tap and at every call to a given module, but not at calls to copies of the modules."""
     known = set(modules)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def observed(
 
 
 _tap_observers: list[Callable[[str, Tensor], object]] = []
-_tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak, so patched policies can be freed
+_tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak references, so patched policies can be freed
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def forget_taps(session: Any) -> None:
 
 @contextmanager
 def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Replace a method with `around(method, *args, **kwargs)`; overlapping contexts may close in any order."""
+    """Wrap a method in `around(method, ...)` while the context is open; contexts may close in any order."""
     found = vars(module).get(name)
     wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
 

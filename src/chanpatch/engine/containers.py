@@ -17,10 +17,11 @@ from .paths import Attr, Item, _children, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return the patched output `after`; containers among the arguments `given` are modified in place, not copied.
+    """Return the patched output `after`; a container that was also an argument is modified in place, not copied.
 
-    A container is still copied if the user passed both the container and the replaced tensor to the model (`users`
-    contains their ids), because the user may pass the container again.
+    `before` is the unpatched output, and `given` contains the module's arguments. If the user passed both a container
+    and the replaced tensor to the model (`users` contains both ids), the container is still copied, because the user
+    may pass that container again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -55,7 +56,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Return (args, kwargs) with each copied container replaced by its copy."""
+    """Return (args, kwargs) with containers replaced by their copies, given pairs (original, copy)."""
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
@@ -75,7 +76,7 @@ def holds(container: Any, before: list[Any]) -> bool:
 
 
 def containers(tree: Any) -> Iterator[Any]:
-    """Yield all mutable containers in a tree."""
+    """Yield all mutable containers in a nested input or output."""
     if isinstance(tree, Tensor):
         return
     if _is_mutable(tree):

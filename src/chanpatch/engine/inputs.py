@@ -22,7 +22,7 @@ def batches(
 
     A tensor, TensorDict, tuple of positional arguments or mapping of keyword arguments is split along the first axis of
     each tensor. Tensors that all inputs share are not split; `shared` maps the path of each such tensor to its length.
-    Any other iterable must yield batches.
+    If `inputs` is any other iterable, each of its items is one batch.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
@@ -33,7 +33,7 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return a list with the first batch (empty if there are no inputs), and inputs that still include that batch."""
+    """Return a list with the first batch (empty if there are no inputs), and the inputs, still with that batch."""
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
     rest = iter(inputs)
@@ -69,7 +69,7 @@ def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple
 
 
 def _copied(argument: Any, memo: dict[int, Any]) -> Any:
-    """Copy an argument, such as a key-value cache, but reuse the tensors in the memo."""
+    """Copy an argument, such as a key-value cache, but reuse the copied tensors in the memo."""
     if not isinstance(argument, nn.Module):  # a module may be part of the model
         with suppress(Exception):  # locks, generators and tensors in an autograd graph do not support copying
             return copy.deepcopy(argument, memo)

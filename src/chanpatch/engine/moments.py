@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Published:
-    """The rows in a forward pass and, in a rollout, the episodes. Created at every step, so creation must be cheap."""
+    """Rows in a forward pass and, in a rollout, episodes. One object is created per step, so creation must be cheap."""
 
-    rows: NDArray[np.int64] | None = None  # index of each row; None for 0, 1, 2, ...
+    rows: NDArray[np.int64] | None = None  # index of each row; None means 0, 1, 2, ...
     step: int | None = None  # step of the rollout; None outside a rollout
     label: Any = None  # name of the policy, or label of the patches
     environments: NDArray[np.int64] | None = None  # sub-environment of each row; None outside a rollout
@@ -62,7 +62,7 @@ class Moment:
     forward: int = 0  # index of the root call within a rollout step, or within one call to a twin's method
     published: Published = field(default_factory=Published)
     running: str | None = None  # method of the root call; None outside a root call
-    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # from stateful `where`, by `call_key` and call
+    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # masks from `where`, by `call_key` and call
 
 
 @dataclass(slots=True)

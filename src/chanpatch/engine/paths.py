@@ -93,7 +93,7 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         return _with(tree, step.name, child)
     if isinstance(tree, tuple):
         kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
-        # Results of functions such as torch.max need their constructor; other constructors may have any signature.
+        # The result types of functions such as torch.max need their constructor; other types may have any constructor.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     try:
         changed = shallow_copy(tree)
@@ -156,8 +156,8 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
     """Return the attributes that store the parameters passed to a distribution's constructor.
 
-    If alternatives such as `probs` and `logits` exist, only the parameter that was passed rebuilds the distribution
-    exactly. The parameter that was passed is stored first.
+    If there are alternatives such as `probs` and `logits`, the distribution can be rebuilt exactly only from the
+    parameter that the user passed, which torch stores first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]
@@ -168,7 +168,7 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
 
 
 def _stored(distribution: Distribution) -> list[str]:
-    """List a distribution's attribute names, oldest first; a wrapped distribution's attribute names precede them."""
+    """List a distribution's attribute names, oldest first, after the attribute names of a wrapped distribution."""
     held = vars(distribution)
     wrapped = held.get("_categorical", held.get("base_dist"))
     return [*([] if wrapped is None else _stored(wrapped)), *held]

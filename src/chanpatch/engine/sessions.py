@@ -25,11 +25,11 @@ _CHANGES = threading.RLock()  # held while hooks are added or removed
 
 
 class StopForward(BaseException):
-    """Raised to stop a forward pass that chanpatch started; not an Exception, so the model does not catch it."""
+    """Raised to stop a forward pass that chanpatch started; `except Exception` does not catch it."""
 
 
 class Listener:
-    """A session's callback at one place; `act` maps a tensor to a new tensor, or returns its input unchanged."""
+    """A session's callback at one place; `act` maps a tensor to a new tensor, or returns the same object unchanged."""
 
     __slots__ = ("_path", "act", "place", "session", "stage")
 
@@ -83,7 +83,7 @@ class Listener:
 class Session:
     """A group of listeners that are attached together, and the root call in which the listeners run.
 
-    `calls` is the number of calls to each module in the traced root call, by name; None without a trace.
+    `calls` maps the name of each module or tap to its number of calls in the trace; None without a trace.
     """
 
     confined = False  # whether only the thread that opened the session may call the model
@@ -108,16 +108,16 @@ class Session:
         self._task: Any = None  # the asyncio task that opened the session
 
     def on_begin(self, call: RootCall) -> None:
-        """Prepare for a root call; raising an error prevents the root call."""
+        """Prepare for a root call; if this method raises an error, the root call does not begin."""
 
     def on_end(self, call: RootCall) -> None:
         """Check a root call that completed without an error."""
 
     def on_error(self, error: Exception) -> None:
-        """Add a note to an exception from a method, or raise another exception in its place."""
+        """Add a note to an exception that the root call raised, or raise another exception in its place."""
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
-        """Add a listener at a place; it takes effect the next time the session is attached."""
+        """Add a listener at a place; the listener takes effect the next time the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
 
     @contextmanager
@@ -135,7 +135,7 @@ class Session:
             yield
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach all listeners, or none if that fails; outermost calls to the modules in `scopes` are root calls."""
+        """Attach all listeners, or none after an error; outermost calls to the modules in `scopes` are root calls."""
         try:
             with _CHANGES:
                 self._attach(scopes)  # a method, because an interrupt after a loop here would leave the lock held
@@ -198,7 +198,7 @@ class Session:
         return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a root call for this module call, unless the module call belongs to the current root call."""
+        """Begin a root call when a module is called, unless that call belongs to the current root call."""
         running = self.root_call
         if not self.enabled or (running is not None and running.station is None):
             return
@@ -210,7 +210,7 @@ class Session:
             self._begin(RootCall(station, "__call__", args, kwargs))
 
     def end(self, station: Station, *, failed: bool) -> None:
-        """End the root call if it began with this call to the module."""
+        """End the current root call if it began with this call to the module."""
         running = self.root_call
         if not self.enabled or running is None or running.station is not station:
             return
@@ -251,7 +251,7 @@ class Session:
             self._end(call, failed=failed)
 
     def stop(self, token: object) -> NoReturn:
-        """Stop the current forward pass, and end the root call of every session on the model."""
+        """Stop the current forward pass and end the root call of every session; StopForward carries the token."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
             if session.root_call is not None and session.root_call.station is station:
@@ -333,7 +333,7 @@ class Session:
         self.call = calls.pop() if calls and len(calls) > 1 else 0
 
     def is_call(self, place: Place) -> bool:
-        """Return whether a place refers to the current call; raise if calls do not match the place or the trace."""
+        """Return whether a place refers to the current call; raise if the calls contradict the place or the trace."""
         if self.root_call is None:
             if place.call is not None:
                 raise HookPointError(
@@ -364,7 +364,7 @@ def _current_task() -> Any:
 
 @contextmanager
 def disabled(sessions: Iterable[Session]) -> Iterator[None]:
-    """Disable the listeners of the given sessions; overlapping contexts may close in any order."""
+    """Disable the given sessions' listeners while the context is open; overlapping contexts may close in any order."""
     token = object()
 
     def end() -> None:

@@ -1,7 +1,8 @@
 """Run the model without side effects.
 
-We restore random number generators, buffers, training flags, hooks and module attributes, including the contents of
-plain containers, arrays, tensors, dataclasses and generators in attributes. Other objects are not restored.
+After a forward pass, we restore random number generators, buffers, training flags, hooks and module attributes. We also
+restore the contents of plain containers, arrays, tensors, dataclasses and generators in attributes, but not the
+contents of other objects.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """List the modules whose output in training mode is random, or depends on the other rows or on earlier calls."""
+    """List the modules in training mode whose outputs may be random, or depend on other rows or on earlier calls."""
     named = model.named_modules()
     return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
 
@@ -138,7 +139,7 @@ class undisturbed:
             yield each
 
     def kept(self, output: Any) -> Any:
-        """Return an output with clones of the tensors that restoring the model would overwrite."""
+        """Return the output, with clones in place of the tensors that restoring the model would overwrite."""
         restored = {storage(tensor) for tensor in self.snapshot.tensors()} - {0}
         for path, tensor in [*leaves(output)] if restored else ():
             if storage(tensor) in restored:
@@ -157,7 +158,7 @@ def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
 class Snapshot:
     """Snapshot of modules and attribute dicts, taken by `note`; objects whose ids are in `apart` are not restored.
 
-    For parameters, only the names are saved, because libraries that shard or offload a model replace its parameters.
+    For parameters, only the names are saved, because libraries that shard or offload a model replace the parameters.
     """
 
     def __init__(
@@ -183,12 +184,12 @@ class Snapshot:
         return self
 
     def changed(self) -> bool:
-        """Return whether an attribute, buffer, submodule or hook was set, replaced or removed."""
+        """Return whether an attribute, buffer, submodule or hook was set, replaced or removed since `note`."""
         keys, values = itertools.chain(*self._dicts), itertools.chain(*map(dict.values, self._dicts))
         return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
     def put_back(self) -> None:
-        """Restore all but the generators; raise UnsupportedModelError if a submodule or parameter was created."""
+        """Restore all but random generators; raise UnsupportedModelError if a submodule or parameter was created."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:
@@ -197,7 +198,7 @@ class Snapshot:
         if self.changed():
             for each, noted in zip(self._dicts, self._noted, strict=True):
                 _put_back(each, noted)
-            self._note_bound()  # a method may stay wrapped for a long time
+            self._note_bound()  # a method that stays wrapped is not a change
         for held, content in self._held:
             if not _same(held, content):
                 _refill(held, content)
@@ -212,7 +213,7 @@ class Snapshot:
         return [held for held, content in self._held if not _same(held, content)]
 
     def keep_hooks(self) -> None:
-        """Make `put_back` keep the current hooks, because contexts may have closed since `note`."""
+        """Make `put_back` keep the current hooks, because contexts may have closed since `note` ran."""
         hooks = {id(own[name]) for _, own in self._owns for name in ("_forward_hooks", "_forward_pre_hooks")}
         pairs = zip(self._dicts, self._noted, strict=False)  # `note` may not have run yet
         self._noted = [dict(each) if id(each) in hooks else noted for each, noted in pairs]
@@ -291,7 +292,7 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
 
 
 def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
-    """Find the objects in attributes, at any depth, that a forward pass may modify."""
+    """Find the objects, at any depth in the attribute dicts, that a forward pass may modify; skip ids in `apart`."""
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
@@ -322,7 +323,7 @@ def _content(held: Any) -> Any:
 
 
 def _same(held: Any, content: Any) -> bool:
-    """Return whether two arrays or tensors have equal values, or two containers have the same objects in order."""
+    """Return whether arrays or tensors have equal values, or containers have the same objects in the same order."""
     if isinstance(held, Tensor):
         dense = [each if each.layout == torch.strided else each.to_dense() for each in (held, content)]
         return torch.equal(*dense)
@@ -353,7 +354,7 @@ def _refill(held: Any, content: Any) -> None:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, or 0 if unknown."""
+    """Return the address of a tensor's storage, or 0 if the tensor does not have a known address."""
     if tensor.layout == torch.strided and not tensor.is_meta:
         with suppress(RuntimeError):  # a wrapper around other tensors has no storage
             return tensor.untyped_storage().data_ptr()

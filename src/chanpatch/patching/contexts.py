@@ -43,10 +43,10 @@ class ContextSession(Session):
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         refuse_unhookable(self.modules)
-        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules between the root and the listeners
+        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules from the root to the listeners
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach the listeners, and store the modules between the root and the listeners."""
+        """Attach the listeners, and store the modules on the path from the root to each listener."""
         names = dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap")
         ways = [itertools.accumulate(name.split("."), "{}.{}".format) for name in names if name]
         self._way = []
@@ -74,7 +74,7 @@ class ContextSession(Session):
             )
 
     def finish(self, error: Exception | None) -> None:
-        """Check the context on exit; may raise an error. An exception in flight may get a note or be replaced."""
+        """Check the context on exit, and raise any errors found; an exception in flight (`error`) may be replaced."""
 
 
 class Exit:
@@ -93,7 +93,8 @@ class Exit:
 class Held(ContextDecorator):
     """A context that a `with` statement or a variable must keep alive while the context is open.
 
-    If a context is entered with `__enter__()` and freed while open, the next root call in each session raises an error.
+    If a context is entered with `__enter__()` and freed while it is open, the next root call in each session raises an
+    error.
     """
 
     is_held = False
@@ -124,7 +125,7 @@ class Opened(Held, Generic[Result]):
 
     def __init__(self, session: Callable[[], ContextSession]) -> None:
         self._new = session
-        self._next: ContextSession | None = session()  # built eagerly, so errors surface here
+        self._next: ContextSession | None = session()  # built eagerly, so that errors surface here
 
     def _recreate_cm(self) -> Opened[Result]:
         return Opened(self._new)
@@ -159,7 +160,7 @@ class Opened(Held, Generic[Result]):
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Check patches and bind their sites to the trace; without a trace, check only names and types."""
+    """Check patches and bind their sites to the trace; without a trace, check only the sites' names and types."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
@@ -211,14 +212,14 @@ class Patching(ContextSession):
             firing.reached, firing.nan = False, None
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """List the hook points whose patches did not run; `among` limits the list to patches with these indices."""
+        """List the hook points whose patches have not run; `among` contains the indices of the patches to check."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
 
 
 def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
-    """Return the names in `allow_unreached`; raise ValueError for an unknown name."""
+    """Return the names in `allow_unreached` as a set; raise ValueError if a name is not in `known`."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):
@@ -238,7 +239,8 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call.
 
-    If an exception (`cause`) is in flight, replace it if it came from a distribution; otherwise, add a note to it.
+    If an exception (`cause`) is in flight and came from a distribution, NaNError replaces that exception. Any other
+    exception gets a note, unless the exception is one of chanpatch's own.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     for firing in firings:
@@ -272,12 +274,12 @@ def _of_a_distribution(error: Exception) -> bool:
 def patched(
     points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
 ) -> Opened[Ledger]:
-    """Patch a model while the context is open or, as a decorator, during each call to a function.
+    """Patch a model while the context is open or, as a decorator, during each call to the decorated function.
 
     Args:
-        points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
+        points_or_model: Model or HookPoints. With HookPoints, every site is checked against the trace.
         patches: One or more patches, in order of application. In nested contexts, outer patches run first.
-        allow_unreached: Names of hook points whose patches do not have to run.
+        allow_unreached: Names of hook points at which a patch does not have to run.
         check_nan: Whether to raise if a patch introduces NaN.
 
     Yields:
@@ -287,7 +289,8 @@ def patched(
         HookPointError, SiteError: If a site does not exist.
         ValueError: If `allow_unreached` contains a name without a patch.
         UnsupportedModelError: If the model would ignore hooks.
-        EditError, NaNError, ConcurrencyError: During a forward pass, if a patch fails or another thread is used.
+        EditError, NaNError, ConcurrencyError: During a forward pass, if a patch fails or the model runs
+            in another thread.
         UnreachedError: On exit, if a patch never ran.
 
     Example:

@@ -29,8 +29,8 @@ class Context:
         inputs: Inputs to the model call; for a policy, the observations.
         step: Step of the rollout; None outside a rollout.
         call: Index of the module's call within the model call.
-        forward: Index of the model call within a rollout step, or within a patched policy's method that runs several
-            forward passes, such as `generate`; otherwise 0.
+        forward: Index of the model call within a rollout step, or within a call to a patched policy's method that runs
+            several forward passes, such as `generate`; otherwise 0.
         label: Name of the policy in paired_rollouts, or label of the patch in rollout_sweep; otherwise None.
     """
 
@@ -110,7 +110,7 @@ class Context:
 
 
 def state_of(function: Any) -> Any:
-    """Return the user's stateful object behind a callable or method; None for functions and modules."""
+    """Return the user's stateful object that a callable or method runs on; None for functions and modules."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)

@@ -1,7 +1,8 @@
 """Edits: pure functions that map the activation in a region to a new activation.
 
-An operand is a real number, or a tensor with as many axes as the region, each with the region's length or length 1,
-such as shape `(1, channel, 1, 1)` for a region `(batch, channel, row, col)`. Other operands raise EditError.
+An operand is a real number, or a tensor with as many axes as the region. Each axis of the tensor must have the region's
+length or length 1. For a region with shape `(batch, channel, row, col)`, the shape `(1, channel, 1, 1)` is allowed.
+Other operands raise EditError.
 """
 
 from __future__ import annotations
@@ -130,11 +131,12 @@ class Project:
     """Remove the component along a direction (directional ablation).
 
     Args:
-        direction: Tensor with length 1 along all axes that the direction does not span: `direction.view(1, -1, 1, 1)`
-            is a direction in channel space, and the component is removed at every row, column and batch entry.
+        direction: Tensor with size 1 along every axis that the direction does not span. For example,
+            `direction.view(1, -1, 1, 1)` is a direction in channel space, and the component along the direction is
+            removed separately at every row, column and batch entry.
 
     Raises:
-        EditError: If the direction is zero.
+        EditError: If every element of the direction is zero.
 
     Example:
         >>> Project(torch.tensor([[1.0, 0.0]]))(torch.tensor([[3.0, 4.0]]))
@@ -171,7 +173,7 @@ class Resample:
         reference: Tensor with the region's axes; the reference set consists of the rows along the batch axis.
         seed: Random seed, an integer.
         batch_axis: Index of the batch axis.
-        per: Whether a rollout draws once per `"episode"` or at every `"step"`.
+        per: Whether a rollout draws a new row once per `"episode"` or at every `"step"`.
 
     Raises:
         EditError: If the reference has no rows, or `per` is neither `"episode"` nor `"step"`.
@@ -224,7 +226,7 @@ def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: T
 
 
 def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
-    """Draw a donor index below `count` for each row, outside a rollout."""
+    """For each row, draw the index of a reference row, from 0 to `count - 1`; used only outside rollouts."""
     numbers = rows.cpu().numpy().astype(np.uint64)
     draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]
@@ -232,7 +234,7 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
-    """Return the axis lengths of a region at a traced hook point; None for the batch axis."""
+    """Return the axis lengths of a region at a traced hook point, with None for the batch axis."""
     chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
     return [
         None if number == point.batch_axis else chosen.get(axis, point.length(axis))

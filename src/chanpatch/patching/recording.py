@@ -38,10 +38,10 @@ def recording(
 ) -> Opened[ActivationCache]:
     """Record sites while the context is open; activations from several forward passes are concatenated along the batch.
 
-    As a decorator, `recording` records each call to the function into its own cache.
+    If `recording` is used as a decorator, each call to the function has a separate cache.
 
     Args:
-        points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
+        points_or_model: Model or HookPoints. With HookPoints, every site is checked against the trace.
         sites: Names, sites or hook points; pass HookPoints to record every hook point. With a trace, names may be
             patterns such as `"h.*"` (see `HookPoints.select`).
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
@@ -50,13 +50,13 @@ def recording(
         detach: Whether to detach records from the graph. If False, the forward pass continues from each unreduced
             record, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
         device: Device for the records; None to keep each record on its activation's device.
-        allow_unreached: Names of hook points that do not have to run.
+        allow_unreached: Names of hook points that the model does not have to reach.
 
     Yields:
         Cache that fills as the model runs.
 
     Raises:
-        HookPointError, SiteError: If there are no sites, or a site does not exist or cannot be reduced.
+        HookPointError, SiteError: If there are no sites, or if a site does not exist or cannot be reduced.
         ValueError: If a name in `allow_unreached` is not recorded.
         UnsupportedModelError: If the model would ignore hooks.
         UnreachedError: On exit, if a site was never reached.
@@ -87,7 +87,7 @@ def run_with_cache(  # noqa: D417
     """Run the model once; return the output and a cache of recorded activations.
 
     Args:
-        points_or_model: Model, or HookPoints, in which case the traced method runs.
+        points_or_model: Model or HookPoints. With HookPoints, the traced method runs.
         inputs: Positional arguments for the model.
         sites, reduce, device, detach: As in recording.
         stop: Whether to stop the forward pass once every site is recorded, and return only the cache. The forward pass
@@ -95,7 +95,7 @@ def run_with_cache(  # noqa: D417
         keywords: Keyword arguments for the model.
 
     Returns:
-        `(output, cache)`, or only the cache if `stop`.
+        `(output, cache)`, or only the cache if `stop` is True.
 
     Raises:
         HookPointError, SiteError, UnreachedError: As in recording.
@@ -216,7 +216,7 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or lacks axis names."""
+    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or needs axis names."""
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):

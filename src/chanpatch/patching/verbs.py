@@ -36,8 +36,8 @@ def mean_ablate(
 
     Args:
         site, where: As in Patch.
-        reference: ActivationCache or tensor, with any number of rows. A tensor has the axes of the region or the hook
-            point. Confidence intervals for the effect treat the reference as fixed.
+        reference: ActivationCache or tensor, with any number of rows. A tensor must have the axes of the region or of
+            the whole hook point. Confidence intervals for the effect treat the reference as fixed.
         over: Axis or axes to average over.
 
     Raises:
@@ -61,7 +61,9 @@ def mean_ablate(
     axes = site.point.axes
     over = (over,) if isinstance(over, str) else tuple(over)
     if not over:
-        raise SiteError(f"mean_ablate at {site!r}: over is empty. Pass at least one of the axes ({', '.join(axes)}).")
+        raise SiteError(
+            f"mean_ablate at {site!r}: the argument over= is empty. Pass at least one of the axes ({', '.join(axes)})."
+        )
     if unknown := [axis for axis in over if axis not in axes]:
         raise SiteError(
             f"mean_ablate at {site!r}: the argument over= contains {unknown}, but the axes are ({', '.join(axes)})."
@@ -81,7 +83,7 @@ def resample_ablate(
         site, where: As in Patch.
         reference: As in mean_ablate.
         seed: Random seed, an integer.
-        per: Whether a rollout draws once per `"episode"` or at every `"step"`.
+        per: Whether a rollout draws a new row once per `"episode"` or at every `"step"`.
 
     Raises:
         BatchAxisError: If the hook point's batch axis is unknown.
@@ -107,8 +109,8 @@ def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -
 
     Args:
         site, where: As in Patch.
-        source: ActivationCache, number, or tensor with the axes of the region or the hook point. The batch must have
-            the same length as in the patched run, or length 1.
+        source: ActivationCache, number, or tensor with the axes of the region or of the whole hook point. The batch
+            axis must have the same length as in the patched run, or length 1.
 
     Example:
         >>> patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]])).edit.value
@@ -125,7 +127,7 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
 
     Args:
         site, where: As in Patch.
-        vector: As `source` in patch_in, but any axis may have length 1.
+        vector: As `source` in patch_in, except that any axis of a tensor may have length 1.
         coefficient: Multiplier for the vector.
 
     Example:

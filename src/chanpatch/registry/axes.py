@@ -32,7 +32,7 @@ _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncode
 
 
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
-    """Return the axis names for one input or output tensor of a module; None for an unnamed axis.
+    """Return the axis names for one input or output tensor of a module, with None for each unnamed axis.
 
     `inputs` contains the axis names of the module's first input, if known.
     """
@@ -107,16 +107,16 @@ class NamePropagation(TorchFunctionMode):
         self._named: dict[int, tuple[Names, Tensor]] = {}  # by id; storing the tensors keeps the ids valid
 
     def names(self, tensor: Tensor) -> Names:
-        """Return the axis names of a tensor; None for unknown names."""
+        """Return the axis names of a tensor, with None for each unknown name."""
         known, _ = self._named.get(id(tensor), ((), tensor))
         return known if len(known) == tensor.dim() else (None,) * tensor.dim()
 
     def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Fill in unknown axis names; known names are kept."""
+        """Fill in the unknown axis names of a tensor; known names are kept."""
         self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
 
     def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Override the known axis names."""
+        """Set the axis names of a tensor, and override any known names."""
         self._named[id(tensor)] = tuple(names), tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

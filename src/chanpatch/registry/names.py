@@ -29,7 +29,7 @@ def written_name(module: str, side: str, path: Path, call: int | None) -> str:
 
 
 def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
-    """Parse a hook point's name, given the modules; raise HookPointError for an unknown module or a malformed name."""
+    """Parse a hook point's name, given the modules by name; raise HookPointError if the name is not valid."""
     for match in reversed([*_SIDE.finditer(name)]):  # a module may be named "out": the longest name wins
         base, path = name[: match.start()], parsed_path(name[match.end() :])
         module, _, call = (base, "", "") if base in known else base.partition("#")
@@ -116,19 +116,20 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
-    """Suggest a similar pattern that has matches, for an error message."""
+    """Return a sentence that suggests a similar pattern with matches, or an empty string; for an error message."""
     like = {
         re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call index.",
-        re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot, `**` does not.",
+        re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot; `**` does not.",
     }
     found = ((each, why, len(selected(each, names))) for each, why in like.items())
     return next((f" '{each}' would match {count}: {why}" for each, why, count in found if count), "")
 
 
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
-    """Compile a pattern to a regular expression that matches spellings; `end` is the end of its module part.
+    """Compile a pattern to a regular expression that matches spellings.
 
-    `numbers` is a regular expression for other text that a run of `?` matches; `%d` is the length of the run.
+    `end` is the index at which the module part of the pattern ends. `numbers` is a regular expression for other text
+    that a run of `?` may match, in which `%d` is the length of the run.
     """
 
     def regex(text: str, any_text: str) -> str:

@@ -28,7 +28,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         method: Name of the traced method; `"__call__"` is a call to the model itself.
         calls: Number of calls to each module and tap, by name.
         not_called: Names of the modules that the traced forward pass did not call.
-        steady: Whether the traced forward pass left parameters unchanged; if False, no forward pass is stopped early.
+        steady: Whether the traced forward pass left all parameters unchanged; if not, no forward pass is stopped early.
     """
 
     _most = None
@@ -75,7 +75,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         points = {p.name: spellings(p.name, p.module, p.aliases) for p in self._points.values()}
         chosen = [self._points[name] for name in selected(pattern, points)]
         if not chosen:
-            dots = " `*` stops at a dot, `**` does not." if "*" in pattern else ""
+            dots = " `*` stops at a dot; `**` does not." if "*" in pattern else ""
             hint = alternative(pattern, points) or did_you_mean(pattern, self._names()) + dots
             raise HookPointError(f"No hook point matches '{pattern}'.{hint} {self._advice()}")
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
@@ -105,7 +105,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return getattr(self.model, self.method)(*args, **kwargs)
 
     def _rewritten(self, name: str) -> str:
-        """Return the registry's spelling of a name: `fc` for `fc.out`."""
+        """Return the registry's spelling of a name, such as `fc` for `fc.out`."""
         with suppress(HookPointError):
             point = parsed_name(dict(self.model.named_modules(remove_duplicate=False)), name)
             name = written_name(point.module, point.side, point.path, point.call)
@@ -186,9 +186,9 @@ def hook_points(
         example_keywords: Keyword arguments for the model.
 
     Raises:
-        UnsupportedModelError: If the model is compiled, scripted or lazy, or uses nested tensors.
+        UnsupportedModelError: If the model is compiled or scripted, has lazy parameters, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
-        HookPointError: If the model has no such method, `axes` names a hook point that did not fire, or two hook points
+        HookPointError: If the model has no such method, no hook point matches a pattern in `axes`, or two hook points
             have the same name.
         SiteError: If `axes` has the wrong number of names for a hook point, or repeats a name.
 
@@ -243,7 +243,7 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return a site's hook point, from the trace or parsed from the name; raise HookPointError if unknown."""
+    """Return a site's traced hook point or, without a trace, its parsed name; raise HookPointError if unknown."""
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
@@ -267,7 +267,7 @@ def sites_of(
 
 
 def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
-    """Convert a name, pattern, hook point or site to a checked site; raise SiteError for more than one site."""
+    """Convert a name, pattern, hook point or site to a checked site; raise SiteError if there are several sites."""
     found = sites_of(points, site)
     if len(found) > 1:
         raise SiteError(f"Expected one site, but got {len(found)}: {', '.join(map(repr, found))}.")
@@ -275,7 +275,7 @@ def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Check sites against a trace or, without a trace, only their names against a model; report all errors together."""
+    """Check sites against a trace; without a trace, check only names against a model. Report all errors together."""
     found, faults = [], []
     model = model_of(points_or_model)
     modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}

@@ -96,7 +96,7 @@ class Site:
         raise SiteError(f"{self!r} cannot be split along '{axis}': {why}")
 
     def at(self, point: HookPoint | None) -> Site:
-        """Return the same site bound to a traced hook point, without checks."""
+        """Return the same site, bound to a traced hook point without checking axes and indices."""
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
@@ -205,7 +205,8 @@ class HookPoint(Place):
             has the name passed to `tap`.
         axes: Axis names, such as `(batch, channel, row, col)`.
         shape: Lengths of all axes except the batch axis.
-        batch_axis: Index of the batch axis, found by running the model with one more row; None if unknown.
+        batch_axis: Index of the batch axis, found by running the model with one more row; None if that axis is
+            unknown.
         dtype, device: Dtype and device of the tensor.
         module_type: Class name of the module, or `tap`.
         parameters: Number of parameters in the module, including its submodules.
@@ -224,7 +225,7 @@ class HookPoint(Place):
     read_only: bool = field(default=False, repr=False)
 
     def length(self, axis: str) -> int | None:
-        """Return the length of an axis; None for the batch axis."""
+        """Return the length of an axis, or None for the batch axis, whose length varies."""
         position = self.axes.index(axis)
         if position == self.batch_axis:
             return None
@@ -265,7 +266,11 @@ def unusual_layout(tensor: Tensor) -> str:
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at the given positions; raise UnsupportedModelError for part of a sparse or masked tensor."""
+    """Return the region at the given positions.
+
+    Raises:
+        UnsupportedModelError: If the region is only part of a sparse or masked tensor.
+    """
     if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
             f"Cannot select part of a {layout} tensor. Use the whole hook point, or make the tensor dense in the "

@@ -68,12 +68,12 @@ class Trace:
         return self
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return the name of a hook point, or its alias under another of the module's names."""
+        """Return the name of a hook point; with another name for its module, return the corresponding alias."""
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
     def aliases(self, fired: _Fired) -> tuple[str, ...]:
-        """Return the other names of a hook point, if the module is shared."""
+        """Return the other names of a hook point whose module is shared."""
         names = () if fired.side == "tap" else self.module_names[self.model.get_submodule(fired.module)][1:]
         return tuple(self.name(fired, other) for other in names)
 
@@ -117,7 +117,7 @@ class Trace:
 def traced_run(
     model: nn.Module, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], axes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trace a model; return keyword arguments for HookPoints: points, calls, not_called, steady."""
+    """Trace a model; return the keyword arguments points, calls, not_called and steady for HookPoints."""
     if not callable(getattr(model, method, None)):
         raise HookPointError(f"{type(model).__name__} has no method '{method}'.{did_you_mean(method, dir(model))}")
     _refuse_untraceable(model, (inputs, keywords))
@@ -142,7 +142,8 @@ def traced_run(
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter, or None. A forward pass that changes the sum must not be stopped early."""
+    """Return the sum of a parameter, or None if there is no readable sum."""
+    # If a forward pass changes the sum, later forward passes must not be stopped early.
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
     with suppress(RuntimeError):  # some dtypes do not support sums, and values are unreadable inside vmap
@@ -167,7 +168,7 @@ def _refuse_shared_names(trace: Trace) -> None:
 
 
 def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
-    """Return the user's axis names by place."""
+    """Return the user's axis names for each place that matches a pattern in `axes`."""
     given: dict[_Place, tuple[str, ...]] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
@@ -189,7 +190,7 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
 
 
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> dict[str, int]:
-    """Return, by hook point, the batch axes identified by a second run with one more row."""
+    """Map hook points' names to their batch axes, if a second run with one more row identifies the batch axes."""
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
     certain: list[int] = []  # lengths of axes named "batch"
@@ -212,7 +213,10 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return, by hook point, the only axis that grew from `rows` to `rows + 1`, if unnamed or named "batch"."""
+    """Map hook points' names to the axis that grew from `rows` to `rows + 1`.
+
+    Hook points are left out if another axis also changed, or if the axis has a name other than "batch".
+    """
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
@@ -253,7 +257,7 @@ def _point(trace: Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
 
 
 def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
-    """Raise an error for lazy parameters, and for inputs without rows."""
+    """Raise an error if the model has lazy parameters, or if the inputs have no rows."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedModelError(
