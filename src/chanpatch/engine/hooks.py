@@ -54,7 +54,7 @@ class Station:
         self._at_last: list[Any] = []  # listeners that record the output after all other hooks have run
         self._counting: list[Any] = []
         self._errors_before: list[BaseException | None] = []  # exception in flight when each open call began
-        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # in this call, each with its version
+        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # in this call: place, tensor, version
         self._copies: list[weakref.ref[nn.Module]] = []
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, with their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
@@ -207,7 +207,7 @@ class Station:
         return None if changed is output else changed
 
     def _heard(self, listeners: list[Any], output: Any) -> Any:
-        """Pass the output through the listeners and return the result; if a listener raises, end the call as failed."""
+        """Pass the output through the listeners and return the result; after an error, end the call as failed."""
         try:
             for listener in listeners:
                 output = listener(output)

@@ -33,7 +33,7 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return a list with the first batch (empty if there are no inputs), and the inputs, still with that batch."""
+    """Return a list with the first batch (empty if there are no inputs), and the inputs, including that batch."""
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
     rest = iter(inputs)

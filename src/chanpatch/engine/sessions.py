@@ -135,7 +135,7 @@ class Session:
             yield
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach all listeners, or none after an error; outermost calls to the modules in `scopes` are root calls."""
+        """Attach all listeners, or none if one fails; outermost calls to the modules in `scopes` are root calls."""
         try:
             with _CHANGES:
                 self._attach(scopes)  # a method, because an interrupt after a loop here would leave the lock held

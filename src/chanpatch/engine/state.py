@@ -189,7 +189,7 @@ class Snapshot:
         return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
     def put_back(self) -> None:
-        """Restore all but random generators; raise UnsupportedModelError if a submodule or parameter was created."""
+        """Restore all but the generators; raise UnsupportedModelError if a submodule or parameter was created."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:

@@ -205,8 +205,7 @@ class HookPoint(Place):
             has the name passed to `tap`.
         axes: Axis names, such as `(batch, channel, row, col)`.
         shape: Lengths of all axes except the batch axis.
-        batch_axis: Index of the batch axis, found by running the model with one more row; None if that axis is
-            unknown.
+        batch_axis: Index of the batch axis, found by running the model with one more row; None if not found.
         dtype, device: Dtype and device of the tensor.
         module_type: Class name of the module, or `tap`.
         parameters: Number of parameters in the module, including its submodules.

@@ -142,7 +142,7 @@ def traced_run(
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter, or None if there is no readable sum."""
+    """Return the sum of a parameter, or None if the sum cannot be read."""
     # If a forward pass changes the sum, later forward passes must not be stopped early.
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
