@@ -72,7 +72,7 @@ class Moments:
         return spread
 
     def varies(self, precision: float = 0.0) -> NDArray[np.bool_]:
-        """Return whether each channel varies, relative to its mean, by more than rounding error and `precision`."""
+        """Return whether each channel varies, relative to its mean, by more than both rounding and `precision`."""
         beyond: NDArray[np.bool_] = self.std > max(ROUNDING, precision) * np.abs(self.mean)
         return beyond
 

@@ -160,7 +160,7 @@ class Opened(Held, Generic[Result]):
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Check patches and bind their sites to the trace; without a trace, check only the sites' names and types."""
+    """Check patches and bind their sites to the trace; without a trace, check only types and the sites' names."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):

@@ -72,7 +72,7 @@ class Patch:
 
 
 def _takes_context(edit: Edit) -> bool:
-    """Return whether an edit has a keyword-only parameter `context`; raise EditError if others are required."""
+    """Return whether an edit has a keyword-only parameter `context`; raise EditError for other required parameters."""
     if type(edit).__module__ == Set.__module__:
         return isinstance(edit, Resample)
     try:

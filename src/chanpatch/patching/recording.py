@@ -89,7 +89,7 @@ def run_with_cache(  # noqa: D417
     Args:
         points_or_model: Model or HookPoints. With HookPoints, the traced method runs.
         inputs: Positional arguments for the model.
-        sites, reduce, device, detach: As in recording.
+        sites, reduce, device, detach: Same as in recording.
         stop: Whether to stop the forward pass once every site is recorded, and return only the cache. The forward pass
             still completes if the model temporarily replaces parameters, or if a site has no trace and no call index.
         keywords: Keyword arguments for the model.
@@ -98,7 +98,7 @@ def run_with_cache(  # noqa: D417
         `(output, cache)`, or only the cache if `stop` is True.
 
     Raises:
-        HookPointError, SiteError, UnreachedError: As in recording.
+        HookPointError, SiteError, UnreachedError: Same as in recording.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU())
@@ -216,7 +216,7 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or needs axis names."""
+    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or an axis lacks a name."""
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):

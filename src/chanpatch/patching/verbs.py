@@ -20,7 +20,7 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
     """Return a patch that sets the region to zero.
 
     Args:
-        site, where: As in Patch.
+        site, where: Same as in Patch.
 
     Example:
         >>> zero_ablate(Site("fc", feature=1)).edit
@@ -35,7 +35,7 @@ def mean_ablate(
     """Return a patch that sets the region to its mean over a reference set; the site must be traced.
 
     Args:
-        site, where: As in Patch.
+        site, where: Same as in Patch.
         reference: ActivationCache or tensor, with any number of rows. A tensor must have the axes of the region or of
             the whole hook point. Confidence intervals for the effect treat the reference as fixed.
         over: Axis or axes to average over.
@@ -80,8 +80,8 @@ def resample_ablate(
     """Return a patch that replaces each row with a random row from a reference set (see Resample).
 
     Args:
-        site, where: As in Patch.
-        reference: As in mean_ablate.
+        site, where: Same as in Patch.
+        reference: Same as in mean_ablate.
         seed: Random seed, an integer.
         per: Whether a rollout draws a new row once per `"episode"` or at every `"step"`.
 
@@ -108,7 +108,7 @@ def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -
     """Return a patch that replaces the region with an activation from another run (activation patching).
 
     Args:
-        site, where: As in Patch.
+        site, where: Same as in Patch.
         source: ActivationCache, number, or tensor with the axes of the region or of the whole hook point. The batch
             axis must have the same length as in the patched run, or length 1.
 
@@ -126,8 +126,8 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
     """Return a patch that adds a steering vector to the region.
 
     Args:
-        site, where: As in Patch.
-        vector: As `source` in patch_in, except that any axis of a tensor may have length 1.
+        site, where: Same as in Patch.
+        vector: Same as `source` in patch_in, except that any axis of a tensor may have length 1.
         coefficient: Multiplier for the vector.
 
     Example:
@@ -144,7 +144,7 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
     """Return a patch that applies a custom function.
 
     Args:
-        site, function, where: As `site`, `edit` and `where` in Patch.
+        site, function, where: Same as `site`, `edit` and `where` in Patch.
 
     Example:
         >>> halve = edit(Site("fc", feature=3), lambda activation: activation / 2)
