@@ -187,9 +187,11 @@ def test_intervals_of_few_pairs_are_marked_and_withheld_ones_say_why() -> None:
     clean[:7, 2] = 0
     points = hook_points(nn.Identity(), clean[:2], axes={".out": ("batch", "feature")})
     result = contrast(points, clean, torch.zeros(12, 4), ".out")
-    assert result.note.tolist() == ["", "", *["fewer than 6 of the 12 rows differ from 0"] * 2]
+    assert result.note.tolist() == ["", "", *["fewer than 6 of the 12 rows have a nonzero value"] * 2]
     assert np.isnan(result.low[2:]).all() and result.p[3] == 1
-    assert " -  " in repr(result) and "No interval (-): fewer than 6 of the 12 rows differ from 0." in repr(result)
+    assert " -  " in repr(result) and "No interval (-): fewer than 6 of the 12 rows have a nonzero value." in repr(
+        result
+    )
 
 
 @pytest.mark.parametrize("side", ["clean", "corrupted", "background"])
@@ -350,4 +352,4 @@ def test_differences_at_the_level_of_rounding_have_neither_a_small_p_nor_an_inte
     points = hook_points(nn.Identity(), clean, axes={".out": ("batch", "feature")})
     result = contrast(points, clean, corrupted, ".out")
     assert result.p[:2].tolist() == [1, 1] and result.p[2] < 0.001
-    assert result.note.tolist() == ["fewer than 6 of the 12 rows differ from 0"] * 2 + [""]
+    assert result.note.tolist() == ["fewer than 6 of the 12 rows have a nonzero value"] * 2 + [""]

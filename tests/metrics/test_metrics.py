@@ -453,8 +453,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an effect that is none": (
         lambda: normalized_effect(logit_difference(0, 1), torch.eye(2), torch.zeros(3, 2)),
         MetricError,
-        "The mean metric is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize by. "
-        "Choose other inputs or another metric.",
+        "The metric's mean is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize "
+        "by. Choose other inputs or another metric.",
     ),
     "an effect of a metric that compares": (
         lambda: normalized_effect(kl_divergence, LOGITS, OTHER),

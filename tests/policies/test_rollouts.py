@@ -504,7 +504,7 @@ def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_
     assert filled[4][2:4] == ["+0", "-"]  # the same draws behind the actions
     assert repr(pairs).splitlines()[-2:] == [
         "few: an interval over fewer than ten independent rows.",
-        "No interval (-): fewer than 6 of the 8 rows differ from 0.",
+        "No interval (-): fewer than 6 of the 8 rows have a nonzero value.",
     ]
 
 
@@ -547,7 +547,7 @@ def test_fewer_than_six_seeds_have_no_interval_however_often_they_are_repeated()
 def test_returns_that_differ_by_rounding_alone_have_no_interval():
     first = rollout(POLICIES["fair"], cart_poles(4), range(8), max_steps=99)
     pairs = PairedRollouts({"fair": first, "same": replace(first, returns=first.returns * (1 + 3e-16))})
-    assert pairs.effect()[0] > 0 and pairs.interval().note[0] == "fewer than 6 of the 8 rows differ from 0"
+    assert pairs.effect()[0] > 0 and pairs.interval().note[0] == "fewer than 6 of the 8 rows have a nonzero value"
 
 
 def test_rollouts_over_other_episodes_are_not_compared():

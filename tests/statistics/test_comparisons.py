@@ -130,7 +130,7 @@ def test_an_interval_over_few_inputs_with_one_label_or_outcome_is_marked_or_with
         rates = stratified_difference_interval(labels, np.arange(60) % 2, strata, resamples=99)
         assert rates.note == note.format("outcome") and np.isnan(rates.low) == (rare == 5)
     equal = auc_difference_interval(scores[0], scores[0], labels)
-    assert equal.note == "both scores rank most of the inputs alike" and np.isnan(equal.low)
+    assert equal.note == "both scores rank most of the inputs in the same order" and np.isnan(equal.low)
 
 
 def test_a_share_of_nothing_is_not_a_number_and_one_of_other_inputs_is_refused() -> None:

@@ -27,20 +27,21 @@ class Contrast(Effects):
 
     Attributes:
         sites: Site of each row's channel, for use in patches: `[zero_ablate(site) for site in result.top(16).sites]`.
-        difference: Mean of clean minus corrupted.
-        absolute: Mean absolute value of clean minus corrupted.
-        std: Standard deviation over the background inputs, or NaN if there is no background.
-        low, high: Ends of the 95% interval for the effect, over pairs or clusters of pairs; NaN if withheld. The
-            intervals are simultaneous over all channels. An interval excludes 0 if and only if `p` is at most 0.05.
+        difference: Mean of the clean minus the corrupted activation, over pairs.
+        absolute: Mean of the absolute value of that difference, over pairs.
+        std: Standard deviation of the activation over the background inputs, or NaN if there is no background.
+        low, high: Both endpoints of the 95% interval for the effect, over pairs or clusters of pairs; NaN if the
+            interval is withheld. The intervals are simultaneous over all channels. An interval excludes 0 if and only
+            if `p` is at most 0.05.
         p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the number of
             channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if `no_p` gives a reason.
-        note: `"few"` for an interval over fewer than ten pairs, the reason for a withheld interval, otherwise empty.
+        note: `"few"` for an interval over fewer than ten pairs, the reason if it is withheld, or an empty string.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
         clusters: Number of independent clusters of pairs.
         background: Number of background inputs.
-        skipped: Hook points that a search excluded, each with the reason.
-        effect_label: Axis label for figures: meaning and unit of the effect, and number of pairs.
+        skipped: Hook points that the search excluded, and the reason for each.
+        effect_label: Axis label for figures: the meaning and unit of the effect, and the number of pairs.
     """
 
     sites: tuple[Site, ...]
@@ -78,7 +79,7 @@ class Contrast(Effects):
             site: Any site in the model, not necessarily part of the contrast.
 
         Returns:
-            Tensor with the axes of the site's region, and a batch axis of length 1.
+            Tensor with the same axes as the site's region, and size 1 along the batch axis.
 
         References:
             Turner et al. 2023, "Steering language models with activation engineering", for one pair; Rimsky et al.
@@ -99,7 +100,7 @@ class Contrast(Effects):
         return torch.from_numpy(means[0] - means[1]).to(point.dtype).unsqueeze(axis)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel, with its site, all numbers, and `no_p`."""
+        """Return one record per channel, with its site, all its numbers, its note, and `no_p`."""
         numbers = {name.lstrip("_"): getattr(self, name) for name in self._by_row[1:]}
         return columns(site=map(repr, self.sites), **numbers, no_p=[self.no_p] * len(self))
 

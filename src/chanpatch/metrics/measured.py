@@ -19,11 +19,11 @@ _EXPECTED = "A metric must return one number per input, with shape (batch,), or 
 
 
 def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric") -> Tensor:
-    """Compute a metric and check its result, which has shape `(batch,)` or `(1,)`.
+    """Compute a metric, check its result, and return the result with shape `(batch,)` or `(1,)`.
 
     `baseline`, the unpatched output, is passed only to metrics with a keyword-only parameter of that name. If the
-    metric is not callable, returns another shape or type, or modifies its arguments, this function raises MetricError,
-    with a message that begins with `name`.
+    metric is not callable, returns a result with another shape or type, or modifies its arguments, this function raises
+    MetricError with a message that begins with `name`.
     """
     if not callable(metric):
         raise MetricError(
@@ -61,9 +61,9 @@ def compares(metric: Metric) -> bool:
 
 
 class Metrics:
-    """One or more named metrics. `baseline` maps each name to that metric on the unpatched output, as a float64 tensor.
+    """One or more named metrics. `baseline` maps each name to the metric's values on the unpatched output (float64).
 
-    `inputs` is the number of inputs, or None if it is unknown.
+    `inputs` is the number of inputs, or None if this number is unknown.
     """
 
     def __init__(self, metric: Metric | Mapping[str, Metric], baseline: Any, inputs: int | None) -> None:
@@ -80,7 +80,7 @@ class Metrics:
                 )
 
     def __call__(self, output: Any) -> dict[str, Tensor]:
-        """Compute all metrics for an output, as float64 tensors on the CPU."""
+        """Compute all metrics for an output, and return each metric's name with its values, as float64 on the CPU."""
         found = {}
         for name, function in self._functions.items():
             with torch.no_grad():

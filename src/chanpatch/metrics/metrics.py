@@ -1,9 +1,9 @@
-"""Metrics for policies and classifiers: functions that map an output to one number per input, `(batch,)`.
+"""Metrics for policies and classifiers: functions that map an output to one number per input.
 
 The metrics accept logits with shape `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` in which
 the value has shape `(batch,)` or `(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that
-contain one distribution. For sequence logits, `(batch, position, action)`, use `at_position`. All metrics except
-`action_flip` are differentiable.
+contain one distribution. The result has shape `(batch,)`. For sequence logits, which have shape `(batch, position,
+action)`, use `at_position`. All metrics except `action_flip` are differentiable.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from .outputs import Actions, Choice, described, distribution_of, is_categorical
 
 
 def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
-    """Return a metric: the logit of `correct` minus the logit of `incorrect` (their log odds).
+    """Return a metric: the logit of `correct` minus the logit of `incorrect` (the log odds).
 
     The logit of a set of actions is the log-sum-exp of the actions' logits, so the difference between two sets is the
     log ratio of the sets' probabilities.
 
     Args:
-        correct: Action, sequence of actions to treat as a single action, or int64 tensor of shape `(batch,)` with one
-            action per input.
-        incorrect: Action or actions in the same format as `correct`.
+        correct: An action, a sequence of actions to treat as a single action, or an int64 tensor of shape `(batch,)`
+            with one action per input.
+        incorrect: The action or actions to compare with, in the same format as `correct`.
 
     Raises:
         MetricError: If the actions are invalid. The returned metric raises MetricError if the output lacks one of the
@@ -84,7 +84,7 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
     Raises:
         DistributionError: If an output contains no distribution, or torch has no formula for the divergence.
-        MetricError: If the shapes differ, or an output has sequence logits.
+        MetricError: If the two outputs have different shapes, or an output has sequence logits.
 
     Example:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -99,9 +99,10 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
 
 def total_variation(output: Any, *, baseline: Any) -> Tensor:
-    """Return the total variation distance between action distributions: 0 if equal, 1 if disjoint.
+    """Return the total variation distance between action distributions: 0 if they are equal, 1 if they are disjoint.
 
-    This is half the sum of the absolute differences in probability. Arguments are the same as for `kl_divergence`.
+    The distance is half the sum of the absolute differences in probability. Arguments are the same as for
+    `kl_divergence`.
 
     Raises:
         DistributionError: If either output has no logits.
@@ -116,9 +117,10 @@ def total_variation(output: Any, *, baseline: Any) -> Tensor:
 
 
 def action_flip(output: Any, *, baseline: Any) -> Tensor:
-    """Return 1 if the most probable action differs from the baseline's, otherwise 0. The mean is the flip rate.
+    """Return 1 for each input whose most probable action differs from the baseline's, and 0 for all other inputs.
 
-    Ties go to the first action. Arguments and errors are the same as for `total_variation`.
+    The mean is the flip rate. If several actions are equally probable, the first of them counts as the most probable.
+    Arguments and errors are the same as for `total_variation`.
 
     Example:
         >>> action_flip(torch.eye(2), baseline=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -171,12 +173,13 @@ def value(output: Any) -> Tensor:
 
 
 def at_position(metric: Metric, position: int | Tensor) -> Metric:
-    """Return a metric that applies `metric` to one position of sequence logits, `(batch, position, action)`.
+    """Return a metric that applies `metric` at one position of sequence logits, `(batch, position, action)`.
 
     Args:
-        metric: Metric for logits with shape `(batch, action)`. Its baseline is read at the same position.
-        position: Position in every sequence, such as -1 for the last, or an int64 tensor of shape `(batch,)` with one
-            position per input, such as `lengths - 1` for padded sequences.
+        metric: Metric for logits with shape `(batch, action)`. If it uses a baseline, the same position is selected
+            from the baseline.
+        position: Position in every sequence, such as -1 for the last position, or an int64 tensor of shape `(batch,)`
+            with one position per input, such as `lengths - 1` for padded sequences.
 
     Raises:
         MetricError: If the position is invalid. The returned metric raises MetricError if the logits have no position
@@ -218,7 +221,8 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """Return a metric rescaled so that its mean is 0 on the corrupted run and 1 on the clean run.
 
-    On a patched corrupted run, the mean is the fraction of the difference between the two runs that the patch restores.
+    On a corrupted run with a patch, the mean is the fraction of the difference between the clean and the corrupted run
+    that the patch restores.
 
     Args:
         metric: Metric without a `baseline` parameter.
@@ -245,7 +249,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     one, zero = metric(clean).detach().mean(), metric(corrupted).detach().mean()
     if torch.isclose(one, zero, atol=0.0):
         raise MetricError(
-            f"The mean metric is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
+            f"The metric's mean is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
             "difference to normalize by. Choose other inputs or another metric."
         )
 
@@ -256,7 +260,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
 
 
 def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
-    """Return a metric that applies a function to the normalized logits. Results refer to the metric as `name`."""
+    """Return a metric that applies `compute` to the output's normalized logits; results show the metric as `name`."""
 
     def metric(output: Any) -> Tensor:
         return compute(_log_probabilities(output))
@@ -266,7 +270,7 @@ def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
 
 
 def _log_probabilities(output: Any) -> Tensor:
-    """Return the output's normalized logits, with shape `(batch, action)`."""
+    """Return the output's normalized logits; raise MetricError if their shape is not `(batch, action)`."""
     logits = logits_of(output)
     if logits.dim() != 2:
         last = "Use at_position(metric, -1) for the last position."
@@ -292,12 +296,12 @@ def _check_same_shape(ours: Sequence[int], theirs: Sequence[int]) -> None:
 
 
 def _expected(probabilities: Tensor, quantity: Tensor) -> Tensor:
-    """Return a quantity's expectation; actions with probability 0 contribute 0, even if the quantity is infinite."""
+    """Return the expectation of `quantity` over actions; an action with probability 0 contributes 0, never NaN."""
     return (torch.where(probabilities > 0, quantity, 0.0) * probabilities).sum(-1)
 
 
 def _summed(found: Distribution, what: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Compute a quantity of a continuous distribution, summed over the action dimensions."""
+    """Compute a quantity of a continuous distribution, and sum it over the action dimensions."""
     try:
         result = compute()
     except NotImplementedError:

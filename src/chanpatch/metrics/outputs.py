@@ -17,7 +17,10 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return the distribution that an output is or contains, or that its field `logits` defines; otherwise None."""
+    """Return an output's distribution: the output itself, its only distribution, or the one that its logits define.
+
+    The logits must be in a field named `logits`. Return None if there is no distribution, or if there are several.
+    """
     if isinstance(output, Distribution):
         return output
     if isinstance(output, Mapping):
@@ -33,7 +36,7 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return the distribution if an entry is a distribution or a tensor of logits; None for any other entry."""
+    """Return an entry if it is a distribution, the distribution that it defines if it is a tensor, otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
@@ -47,7 +50,7 @@ def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution that logits define; None if a tensor cannot be logits. One column raises an error."""
+    """Return the distribution that logits define; None for other tensors. A single action raises an error."""
     if not logits.is_floating_point() or not logits.dim():
         return None
     if logits.shape[-1] == 1:
@@ -56,17 +59,17 @@ def categorical(logits: Tensor) -> Categorical | None:
             "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...)."
         )
     # Values inside vmap and empty tensors cannot be validated. Pass validate_args explicitly, because the first
-    # torch.compile in a process changes its default.
+    # torch.compile in a process changes the default.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
 
 
 def is_squashed(output: Any) -> bool:
-    """Return whether Stable-Baselines3 applies a tanh after the output's distribution."""
+    """Return whether Stable-Baselines3 applies a tanh to samples from the output's distribution."""
     return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
 
 
 def no_distribution(output: Any, subject: str, advice: str) -> DistributionError:
-    """Return the error for an output without a distribution."""
+    """Return the error for an output without a distribution; its message starts with `subject`, ends with `advice`."""
     return DistributionError(
         f"{subject} {described(output)}, which contains no action distribution. Expected logits of shape (batch, "
         f"action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
@@ -75,7 +78,7 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution in an output, or the one that its logits define; raise an error if there is neither."""
+    """Return the distribution in an output, or the distribution that its logits define; otherwise, raise an error."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
@@ -101,7 +104,7 @@ def is_categorical(found: Distribution) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return an output's normalized logits, `(..., action)`; raise DistributionError if the output has no logits."""
+    """Return an output's normalized logits, with shape `(..., action)`; raise DistributionError if it has no logits."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
@@ -113,9 +116,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 class Choice:
-    """Actions treated as a single action, whose logit is the log-sum-exp of their logits, as in `logit_difference`.
+    """Compute the logit of one action, of a set of actions treated as one, or of one action per input (a tensor).
 
-    Raises MetricError, which refers to the actions as `name`, if the actions are invalid or the logits lack an action.
+    The logit of a set is the log-sum-exp of its actions' logits, as in `logit_difference`. If the actions are invalid,
+    or the logits lack an action, this class raises a MetricError that refers to the actions as `name`.
     """
 
     def __init__(self, name: str, actions: Actions) -> None:
@@ -138,7 +142,7 @@ class Choice:
         self._numbers, self._highest = torch.tensor(numbers), max(numbers)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Compute the logit of the chosen actions, `(batch,)`, from all logits, `(batch, action)`."""
+        """Return the logit of the chosen actions, with shape `(batch,)`, from logits with shape `(batch, action)`."""
         count = logits.shape[-1]
         if self._highest >= count:
             raise MetricError(

@@ -1,4 +1,4 @@
-"""Predict one label from all channels."""
+"""Predict one label from all channels, and cross-validate the predictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..statistics.ranking import auc
 
 @dataclass(frozen=True, repr=False)
 class LinearProbe(Records):
-    """Cross-validated scores for a linear probe on all channels.
+    """Cross-validated scores for a linear probe that uses all channels.
 
     The 95% intervals treat the predictions as coming from one fixed classifier; they ignore that each fold is fitted
     separately.
@@ -62,8 +62,8 @@ def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: in
     C=1.
 
     Args:
-        sums: Channel sums, `(input, channel)`.
-        labels: Booleans or 0 and 1, `(input,)`, with at least `folds` positives and `folds` negatives.
+        sums: Channel sums with shape `(input, channel)`.
+        labels: Booleans (or 0 and 1) with shape `(input,)`, with at least `folds` positives and `folds` negatives.
         folds: Number of folds, at least 2.
         seed: Random seed for the split into folds.
 

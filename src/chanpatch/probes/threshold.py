@@ -30,7 +30,7 @@ _NAMES = {
     "base_rate": "base rate",
 }
 _SIDES = ("fit", "shifted", "drop")
-_LEVEL = 0.05  # maximum probability that `fit_precision` misses its minimum
+_LEVEL = 0.05  # maximum probability that a threshold from `fit_precision` misses the minimum
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ThresholdScores:
 
     Attributes:
         auc: Probability that a random positive lies further toward the accepted side than a random negative.
-        precision: Fraction of accepted inputs that are positive; NaN with interval 0 to 1 if no input is accepted.
+        precision: Fraction of accepted inputs that are positive; NaN, with interval 0 to 1, if no input is accepted.
         recall: Fraction of positives that are accepted (true-positive rate).
         false_positive_rate: Fraction of negatives that are accepted.
         acceptance: Fraction of all inputs that are accepted.
@@ -67,14 +67,14 @@ class ThresholdScores:
 
 @dataclass(frozen=True, repr=False)
 class ThresholdProbe(Records):
-    """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other.
+    """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other half.
 
     Attributes:
         threshold: Threshold, halfway between two sums in the fitting half.
         direction: `"above"` accepts sums greater than the threshold; `"below"` accepts all other sums.
         criterion: Criterion used to choose the threshold.
         fitted_on: Number of inputs in the fitting half.
-        held_out: Scores on the other half.
+        held_out: Scores on the other half of the inputs.
 
     Example:
         >>> labels = np.arange(200) % 4 == 0
@@ -92,12 +92,12 @@ class ThresholdProbe(Records):
 
     @classmethod
     def fit(cls, sums: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> ThresholdProbe:
-        """Choose the threshold and side that maximize true-positive rate minus false-positive rate.
+        """Choose the threshold and direction that maximize the true-positive rate minus the false-positive rate.
 
         Args:
-            sums: One channel's sums, `(input,)`.
-            labels: Booleans or 0 and 1, `(input,)`, with at least four positives and four negatives. Each group is
-                split evenly between the halves.
+            sums: One channel's sums, with shape `(input,)`.
+            labels: Booleans (or 0 and 1) with shape `(input,)`, with at least four positives and four negatives. Each
+                group is split evenly between the halves.
             seed: Random seed for the split into halves.
 
         Raises:
@@ -163,11 +163,11 @@ class ThresholdProbe(Records):
         return _accepted(finite("sums", sums, error=ProbeError), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:
-        """Score the threshold on shifted data, alongside its scores on the held-out half.
+        """Score the threshold on shifted data; return these scores along with those on the held-out half.
 
         Args:
-            sums: Sums of the same channel for shifted inputs, `(input,)`.
-            labels: Booleans or 0 and 1, `(input,)`, with at least two positives and two negatives.
+            sums: Sums of the same channel for shifted inputs, with shape `(input,)`.
+            labels: Booleans (or 0 and 1) with shape `(input,)`, with at least two positives and two negatives.
 
         Raises:
             ProbeError: If sums and labels are invalid or do not match, or a label is too rare.
@@ -195,7 +195,7 @@ class ThresholdProbe(Records):
 
 @dataclass(frozen=True, repr=False)
 class Transfer(Records):
-    """Scores for a threshold on shifted data, alongside its scores on the held-out half.
+    """Scores for a threshold on shifted data, alongside the same threshold's scores on the held-out half.
 
     Precision depends on the base rate; recall, false-positive rate and AUC do not. Precisions are therefore compared at
     the base rate of the held-out half.
@@ -222,14 +222,14 @@ class Transfer(Records):
 
     @property
     def _sides(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The scores on the held-out half and on shifted data, including precisions at the same base rate."""
+        """The scores on the held-out half and on shifted data, including two precisions at the same base rate."""
         return (
             vars(self.fit) | {"reweighted_precision": self.fit.precision},
             vars(self.shifted) | {"reweighted_precision": self.reweighted_precision},
         )
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with fit, shifted and drop, and the interval and note for each."""
+        """Return one dict per quantity, with fit, shifted and drop, and an interval and a note for each of them."""
         sides = dict(zip(_SIDES, (*self._sides, self.drops), strict=True))
         names = {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
         records: list[dict[str, Any]] = []
@@ -268,10 +268,10 @@ def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats
 
 
 def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
-    """Return the ascending thresholds between sums, and the numbers of positives and negatives above each threshold."""
+    """Return thresholds between sums, in ascending order, and the numbers of positives and negatives above each."""
     order = np.argsort(sums, kind="stable")
     ascending, positive = sums[order], labels[order]
-    last = np.flatnonzero(np.diff(ascending))  # end of each run of equal sums
+    last = np.flatnonzero(np.diff(ascending))  # last index of each run of equal sums
     under, over = ascending[last], ascending[last + 1]
     halfway = under + (over - under) / 2
     hits, alarms = (each.sum() - each.cumsum()[last] for each in (positive, ~positive))
@@ -279,18 +279,18 @@ def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
 
 
 def _precise(hits: Rows, alarms: Rows, least: float) -> tuple[Floats, Booleans]:
-    """Test the precision at each threshold, strictest first; return the p-values and a mask of thresholds that pass.
+    """Test the precision at each threshold, strictest first; return the p-values, and whether each threshold passes.
 
-    Testing starts at the first threshold that accepts enough inputs to be able to pass, again at the first threshold
-    that accepts twice as many, and so on. Each start receives half of the remaining level. If a threshold passes, its
-    level carries over to the next threshold.
+    Testing starts at the first threshold that accepts enough inputs to be able to pass, starts again at the first
+    threshold that accepts twice as many inputs, and so on. Each start receives half of the remaining significance
+    level. If a threshold passes, its level carries over to the next threshold.
     """
     import scipy.stats
 
     accepted = hits + alarms
     p = scipy.stats.binom.sf(hits - 1, accepted, least)
     levels, precise = np.zeros(len(p)), np.zeros(len(p), dtype=np.bool_)
-    level = _LEVEL / 4  # half for each side, and half of that for the first start
+    level = _LEVEL / 4  # half of the level for each direction, and half of that for the first start
     count = math.ceil(math.log(level) / math.log(least)) if least < 1 else math.inf
     while (start := int(np.searchsorted(accepted, count))) < len(p):
         levels[start] += level

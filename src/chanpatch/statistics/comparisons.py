@@ -43,12 +43,12 @@ def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
 def auc_difference_interval(first: ArrayLike, second: ArrayLike, labels: ArrayLike) -> Interval:
     """Return the difference in AUC between two scores on the same inputs, first minus second, and its 95% interval.
 
-    If the rarer label has six to nine inputs, the interval's note is `"few"`. The interval is withheld if it has fewer,
-    or if both scores rank most of the inputs alike.
+    If six to nine inputs have the rarer label, the interval's note is `"few"`. The interval is withheld if fewer than
+    six inputs have the rarer label, or if both scores rank most of the inputs in the same order.
 
     Args:
         first: One finite score per input, such as the output of a probe.
-        second: One finite score per input to compare with, such as a channel's sum.
+        second: One finite score per input to compare with `first`, such as a channel's sum.
         labels: One boolean (or 0 or 1) per input, with at least two positives and two negatives.
 
     Returns:
@@ -76,7 +76,7 @@ def auc_difference_interval(first: ArrayLike, second: ArrayLike, labels: ArrayLi
     positive, negative = one[0] - other[0], one[1] - other[1]
     note = too_few(min(positive.size, negative.size), "inputs with one label")
     if note in ("", "few") and separated(positive, negative):
-        note = "both scores rank most of the inputs alike"
+        note = "both scores rank most of the inputs in the same order"
     estimate, margin = positive.mean(), placement_margin(positive, negative, _CONFIDENCE)
     low, high = np.clip([estimate - margin, estimate + margin], -1.0, 1.0)
     return noted(estimate, low, high, _CONFIDENCE, np.asarray(note, dtype="<U100"))
@@ -91,7 +91,7 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
         strata: Stratum label for each input, or None if all inputs form one stratum.
 
     Returns:
-        A number from -1 to 1; NaN with fewer than three inputs, or if one sample does not vary within any stratum.
+        A number from -1 to 1; NaN if there are fewer than three inputs, or if either sample varies within no stratum.
 
     Raises:
         StatisticsError: If the lengths differ, or a number is not finite.
@@ -108,7 +108,7 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
         raise StatisticsError("first, second and strata must have equal lengths, one entry per input.")
     size, ranks = np.bincount(stratum), []
     for sample in samples:
-        # Ranks over all inputs, one stratum after the other; subtracting a stratum's mean removes its offset.
+        # Rank all inputs, one stratum after the other; subtracting a stratum's mean rank removes its offset.
         rank = scipy.stats.rankdata(np.unique(sample, return_inverse=True)[1] + stratum * len(sample))
         ranks.append((rank - (np.bincount(stratum, rank) / size)[stratum]) / size[stratum])
     scale = float(np.sqrt((ranks[0] @ ranks[0]) * (ranks[1] @ ranks[1])))
@@ -122,7 +122,7 @@ def stratified_difference_interval(
 
     Use this to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata with only
     one group are excluded; the others are combined with Mantel-Haenszel weights. With six to nine successes or failures
-    in the combined strata, the interval's note is `"few"`; with fewer, the interval is withheld.
+    in the combined strata, the interval's note is `"few"`; with fewer than six, the interval is withheld.
 
     Args:
         success: One boolean (or 0 or 1) per input.
@@ -168,8 +168,9 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
     """Return the fraction of a total effect that a part accounts for, and its 95% interval.
 
     The fraction is a ratio of means over the same inputs, such as the effect of patching some channels divided by the
-    effect of patching all channels. It may lie below 0 or above 1. The interval contains every ratio r for which the
-    `mean_interval` of `part - r * total` contains 0, and is withheld if the interval for the total contains 0.
+    effect of patching all channels. The fraction may lie below 0 or above 1. The interval contains every ratio r for
+    which the `mean_interval` of `part - r * total` contains 0. The interval is withheld if the interval for the total
+    contains 0.
 
     Args:
         part: Effect of the part on each input, such as a change in log odds, with shape `(input, ...)`.
@@ -177,7 +178,8 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
         clusters: Same as for `mean_interval`.
 
     Returns:
-        Floats if the samples have one axis, otherwise arrays with the remaining axes; NaN if the mean total is 0.
+        Floats if the samples have one axis, otherwise arrays with the remaining axes. The estimate is NaN if the
+        mean total is 0.
 
     Raises:
         StatisticsError: If the shapes differ, a number is not finite, or there are no inputs.
@@ -199,7 +201,7 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
     rest = snapped(parts - estimate * totals, np.abs(parts) + np.abs(estimate * totals), _ROUNDING)
     scale, limits = rest.std(axis=0) / np.abs(average), []
     for side in (-1.0, 1.0):
-        inside, outside = np.zeros(estimate.shape), np.ones(estimate.shape)  # ratios, mapped from (0, inf) to (0, 1)
+        inside, outside = np.zeros(estimate.shape), np.ones(estimate.shape)  # distances, mapped from (0, inf) to (0, 1)
         for _ in range(_BISECTIONS):
             middle = (inside + outside) / 2
             ratio = estimate + side * scale * middle / (1 - middle)

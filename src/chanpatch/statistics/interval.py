@@ -27,10 +27,10 @@ class Interval(Generic[Number]):
 
     Attributes:
         estimate: Point estimate.
-        low, high: Ends of the interval; NaN if the interval is withheld.
+        low, high: Both endpoints of the interval; NaN if the interval is withheld.
         confidence: Nominal coverage.
-        note: `"few"` for six to nine independent rows, the reason for a withheld interval, otherwise an empty string.
-            With many channels, an array of these strings.
+        note: `"few"` if there are six to nine independent rows, the reason if the interval is withheld, otherwise an
+            empty string. With many channels, an array of such strings.
     """
 
     estimate: Number
@@ -52,7 +52,7 @@ def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = 
 
 
 def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
-    """Return the intervals for the given channel numbers."""
+    """Return the intervals for the channels with the given indices."""
     estimate, low, high = (each[list(rows)] for each in (interval.estimate, interval.low, interval.high))
     return Interval(estimate, low, high, interval.confidence, interval.note[list(rows)])
 
@@ -65,12 +65,12 @@ def too_few(independent: int, kind: str = "rows") -> str:
 
 
 def few_others(others: Any, rows: int) -> Any:
-    """Return whether too few rows (`others`) differ from the most common value to estimate the spread."""
+    """Return whether `others`, the number of rows unlike the most common row, is too small to estimate the spread."""
     return others < min(FEWEST, rows / 2)
 
 
 def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:
-    """Return the estimate, low and high as record columns with the given names; all are None without an interval."""
+    """Return an interval's estimate, low and high under the given names; all are None if there is no interval."""
     numbers = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
     return dict(zip(names, numbers, strict=True))
 
@@ -105,7 +105,7 @@ def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[Chanpatc
 
 
 def booleans(labels: ArrayLike) -> Booleans | None:
-    """Return labels (booleans, or 0 and 1 in any dtype) as booleans, or None if there are other values."""
+    """Return labels (booleans, or 0 and 1 in any dtype) as booleans, or None if they contain other values."""
     array = np.asarray(labels)
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
         return None
@@ -115,7 +115,7 @@ def booleans(labels: ArrayLike) -> Booleans | None:
 def quantile(confidence: float, freedom: int | None = None) -> float:
     """Return the two-sided critical value of a normal distribution, or of Student's t for `freedom` degrees of freedom.
 
-    The central fraction `confidence` of the distribution lies within this value of 0.
+    A fraction `confidence` of the distribution lies between minus this value and this value.
     """
     import scipy.stats
 

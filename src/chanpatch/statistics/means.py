@@ -1,4 +1,4 @@
-"""Confidence intervals for means, per channel, and reasons to withhold them."""
+"""Confidence intervals for the mean of each channel, and reasons to withhold intervals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
     """Return the mean of a sample and its confidence interval, for each channel separately.
 
     With at least ten independent rows, the interval contains both Student's t interval and a t interval corrected for
-    skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is a t
-    interval and its note is `"few"`. The interval is withheld if there are fewer than six independent rows or clusters,
-    fewer than six of them differ from 0, or most of them are equal. Its ends are then NaN, and its note contains the
-    reason.
+    skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is
+    Student's t interval, and its note is `"few"`. The interval is withheld if there are fewer than six independent rows
+    or clusters, fewer than six of them have a nonzero value, or most of them are equal. In that case, both endpoints of
+    the interval are NaN, and its note contains the reason.
 
     Args:
         sample: One row per input or, for a paired comparison, one difference per pair, with shape `(row, ...)`. The
@@ -51,11 +51,11 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
 
 def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats, Floats]:
-    """Return the lower and upper limits for the mean, including limits that `mean_interval` withholds."""
+    """Return the lower and upper limits for the mean, even if `mean_interval` would withhold them."""
     many = int(cluster.max()) + 1
     estimate, t = mean(rows), quantile(confidence, many - 1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        # Relative to the mean, so that clusters of different sizes are weighted by their numbers of rows.
+        # Subtract the mean first, so that clusters of different sizes are weighted by their numbers of rows.
         influence = totals(rows - estimate, cluster) * (many / len(rows))
         error = np.sqrt((influence**2).sum(axis=0) / (many * max(many - 1, 1)))
         below, above = np.array(-t), np.array(t)
@@ -68,7 +68,7 @@ def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats,
 
 def mean(rows: Floats) -> Floats:
     """Return the mean over the rows."""
-    # Relative to the first row, so that the mean of equal rows is exact.
+    # Average the differences from the first row, so that the mean of equal rows is exact.
     with np.errstate(invalid="ignore"):  # for channels that contain infinity
         average: Floats = rows[0] + np.mean(rows - rows[0], axis=0)
     return average
@@ -83,10 +83,10 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
 
 
 def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
-    """Remove rounding error from differences, `(row, ...)`, between numbers of the given `size`.
+    """Remove rounding error from differences, with shape `(row, ...)`, between numbers whose magnitude is `size`.
 
-    A difference is set to 0, or to the channel's median difference, if it is that close: within `rounding` times the
-    row's own size or the median size.
+    A difference is set to 0, or to the channel's median difference, if it is close to that number: within `rounding`
+    times the row's own size or the median size, whichever is larger.
     """
     size = np.where(np.isfinite(size), np.abs(size), 0.0)
     slack = rounding * np.maximum(size, np.median(size, axis=0))
@@ -107,15 +107,16 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
     nonzero = _clusters_with(rows != 0, cluster)
     off = _clusters_with(rows != np.sort(rows, axis=0)[len(rows) // 2], cluster)
     why[few_others(off, many)] = f"most of the {many} {kind} are equal"
-    why[nonzero < FEWEST] = f"fewer than {FEWEST} of the {many} {kind} differ from 0"
+    why[nonzero < FEWEST] = f"fewer than {FEWEST} of the {many} {kind} have a nonzero value"
     why[~np.isfinite(rows).all(axis=0)] = "a row is not finite"
     return why
 
 
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
-    """Return an interval; its ends are NaN if the note is a reason to withhold it or an end is infinite."""
+    """Return an interval; both endpoints are NaN if the note is a reason to withhold it, or if one is not finite."""
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
-    note = np.where(allowed & ~bounded, "the rows are too few or too similar in size to bound the mean", note)
+    unbounded = "there are too few rows, or their values are too similar in magnitude, to bound the mean"
+    note = np.where(allowed & ~bounded, unbounded, note)
     low, high = (np.where(allowed & bounded, each, np.nan) for each in (low, high))
     return Interval(estimate[()], low[()], high[()], confidence, note[()])
 

@@ -13,7 +13,7 @@ from .interval import FEWEST, Interval, booleans, too_few, whole, wilson
 
 
 class PairedCounts(NamedTuple):
-    """Counts from a paired comparison; unpack them as in `paired_difference_interval(*counts)`."""
+    """Numbers of pairs, by outcome, in a paired comparison; unpack them as in `paired_difference_interval(*counts)`."""
 
     both: int
     only_first: int
@@ -47,7 +47,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
-    """Count the pairs in which both succeeded, only the first, only the second, and neither.
+    """Count the pairs in which both inputs succeeded, only the first, only the second, or neither.
 
     Each argument has one boolean (or 0 or 1) per pair.
 
@@ -97,8 +97,8 @@ def paired_difference_interval(
     """Return the difference between two paired proportions, first minus second, and its interval in [-1, 1].
 
     The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its
-    width is nonzero even if all pairs agree. With six to nine pairs, the note is `"few"`; with fewer, the interval is
-    withheld. The counts come from `paired_counts`, and `confidence` is the nominal coverage.
+    width is nonzero even if all pairs agree. With six to nine pairs, the note is `"few"`; with fewer than six, the
+    interval is withheld. The counts come from `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
         StatisticsError: If a count or the confidence is invalid, or all counts are 0.
@@ -159,8 +159,8 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
     and its interval is 0 to 1.
 
     Args:
-        true_positive_rate: Fraction of positives that are accepted.
-        false_positive_rate: Fraction of negatives that are accepted.
+        true_positive_rate: Fraction of positives that are accepted, and its interval.
+        false_positive_rate: Fraction of negatives that are accepted, and its interval.
         base_rate: Fraction of positives in the target population, between 0 and 1.
 
     Raises:
@@ -192,7 +192,10 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
 
 
 def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
-    """Return a difference's interval ends: combine each estimate's distances to its own ends by the law of cosines."""
+    """Return both endpoints of the interval for a difference, first minus second.
+
+    The law of cosines combines each estimate's distances to the endpoints of its own interval.
+    """
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
@@ -205,10 +208,10 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 
 
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
-    """Return the lower end for above / below: the ratio at which the interval of `above - ratio * below` ends at 0."""
+    """Return the lower endpoint for above / below: the ratio at which `above - ratio * below` has lower endpoint 0."""
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
-    root = math.sqrt(max(squared, 0.0))  # 0 up to rounding if both intervals have zero width
+    root = math.sqrt(max(squared, 0.0))  # squared is 0, up to rounding, if both intervals have zero width
     return numerator / (above * below + root) if numerator else 0.0
 
 

@@ -21,8 +21,8 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     """Return the area under the ROC curve (the probability that a positive outscores a negative) and its interval.
 
     Ties count as one half. If the area is below 0.5, positives tend to have the lower scores. The interval lies between
-    0 and 1 and allows the two groups to differ in variance. If the rarer label has six to nine inputs, the interval's
-    note is `"few"`; if it has fewer, the interval is withheld.
+    0 and 1 and allows the two groups to differ in variance. If six to nine inputs have the rarer label, the
+    interval's note is `"few"`; if fewer than six have it, the interval is withheld.
 
     Args:
         scores: One finite number per input.
@@ -54,7 +54,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     if fewest < FEWEST:
         return Interval(area, math.nan, math.nan, confidence, note)
     if separated(positive, negative):
-        # The groups are separated or tied, so the variance is unknown. Treat disjoint pairs as independent trials.
+        # The groups are separated or tied, so the variance is unknown. Treat disjoint pairs as independent.
         return replace(wilson(area, fewest, confidence), note=note)
     ends = np.array([-margin, margin]) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + ends)
@@ -67,20 +67,23 @@ def placements(score: Floats, label: Booleans) -> tuple[Floats, Floats]:
 
     positive, negative = score[label], score[~label]
     rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
-    # The fraction of the other group that an input beats: its rank among all inputs minus its rank in its own group.
+    # An input's rank among all inputs, minus its rank in its own group, is the number of others that it beats.
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
     beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
     return beaten, beaten_by
 
 
 def placement_margin(positive: Floats, negative: Floats, confidence: float) -> float:
-    """Return half the width of DeLong's interval for an AUC, or for an AUC difference from placement differences."""
+    """Return half the width of DeLong's interval for an AUC, given the placements of positives and of negatives.
+
+    Given the differences in placements between two scores, return half the width for the difference in AUC.
+    """
     variance = positive.var(ddof=1) / positive.size + negative.var(ddof=1) / negative.size
     return quantile(confidence, min(positive.size, negative.size) - 1) * math.sqrt(variance)
 
 
 def separated(positive: Floats, negative: Floats) -> bool:
-    """Return whether the placements of either group are mostly equal, so that their variance is unknown."""
+    """Return whether the placements of either group are mostly equal, so that their variance cannot be estimated."""
     groups = (positive, negative)
     return any(few_others((each != np.sort(each)[each.size // 2]).sum(), each.size) for each in groups)
 
@@ -101,7 +104,7 @@ def areas(scores: Floats, positive: Booleans) -> Floats:
 
 @dataclass(frozen=True)
 class Rank:
-    """Rank of an effect among the effects of controls. Rank 1 is the largest, or the lowest for `"less"`.
+    """Rank of an effect among the effects of controls. Rank 1 is the largest effect, or the lowest one for `"less"`.
 
     Attributes:
         rank: 1 plus the number of controls that rank at least as high, from 1 to `controls + 1`.
@@ -123,16 +126,16 @@ class Rank:
 def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
     """Rank an effect among the effects of controls, and compute the p-value of the rank.
 
-    The p-value is the probability that a randomly chosen one of `controls + 1` exchangeable effects ranks at least as
-    high. The p-value is meaningless if the channel was selected for its large effect, or if the channel and the
+    The p-value is the probability that an effect chosen at random from among the effect and the controls ranks at least
+    as high. The p-value is meaningless if the channel was selected for its large effect, or if the channel and the
     controls are not exchangeable. For a directional claim, use a one-sided alternative, or exclude channels that
     encode the opposite feature.
 
     Args:
         effect: Effect of the patch to rank, a finite number.
         controls: Effects of the controls in the same unit, with shape `(control,)`. Ties count against the effect.
-        alternative: Which effect has rank 1: the one with the largest absolute value (`"two-sided"`), the largest
-            (`"greater"`) or the lowest (`"less"`).
+        alternative: Which effect has rank 1: the effect with the largest absolute value (`"two-sided"`), the largest
+            effect (`"greater"`) or the lowest effect (`"less"`).
 
     Raises:
         StatisticsError: If there are no controls, an effect is not finite, or the alternative is unknown.
@@ -165,7 +168,7 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
 
 
 def without_p(rank: Rank, no_p: str) -> Rank:
-    """Return a rank, with its p-value removed if `no_p` gives a reason to omit the p-value."""
+    """Return a rank; remove its p-value if `no_p` gives a reason to do so."""
     return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
 
 
