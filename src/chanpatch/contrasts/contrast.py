@@ -42,8 +42,8 @@ def contrast(
         points_or_model: Model (which is then traced with clean inputs) or its HookPoints.
         clean: The clean input of each pair: a tensor with shape `(pair, ...)`, or a tuple or dict of such tensors.
         corrupted: The corrupted input of each pair, in the same format as `clean`.
-        sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, and skips sites
-            whose activations equal those at an earlier site.
+        sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, and skips sites with the
+            same activations as an earlier site.
         reduce: Reduction, as in `recording`, that keeps the batch axis and at most one other axis. The layers of a
             recurrent state are compared separately unless an einops pair combines them.
         background: At least two inputs from which to measure each channel's usual variation, in the same format as

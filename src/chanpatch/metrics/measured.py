@@ -80,7 +80,7 @@ class Metrics:
                 )
 
     def __call__(self, output: Any) -> dict[str, Tensor]:
-        """Compute all metrics for an output, and return each metric's name with its values, as float64 on the CPU."""
+        """Compute all metrics for an output; return a dict from name to values, as float64 tensors on the CPU."""
         found = {}
         for name, function in self._functions.items():
             with torch.no_grad():

@@ -2,8 +2,8 @@
 
 The metrics accept logits with shape `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` in which
 the value has shape `(batch,)` or `(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that
-contain one distribution. The result has shape `(batch,)`. For sequence logits, which have shape `(batch, position,
-action)`, use `at_position`. All metrics except `action_flip` are differentiable.
+contain one distribution. They return a tensor with shape `(batch,)`. For sequence logits with shape
+`(batch, position, action)`, use `at_position`. All metrics except `action_flip` are differentiable.
 """
 
 from __future__ import annotations

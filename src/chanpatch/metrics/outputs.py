@@ -50,7 +50,7 @@ def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution that logits define; None for other tensors. A single action raises an error."""
+    """Return the distribution that logits define; None for other tensors. Logits for one action raise an error."""
     if not logits.is_floating_point() or not logits.dim():
         return None
     if logits.shape[-1] == 1:
@@ -69,7 +69,7 @@ def is_squashed(output: Any) -> bool:
 
 
 def no_distribution(output: Any, subject: str, advice: str) -> DistributionError:
-    """Return the error for an output without a distribution; its message starts with `subject`, ends with `advice`."""
+    """Return the error for output without a distribution; its message has `subject` first, `advice` last."""
     return DistributionError(
         f"{subject} {described(output)}, which contains no action distribution. Expected logits of shape (batch, "
         f"action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "

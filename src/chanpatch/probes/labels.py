@@ -125,7 +125,7 @@ def label_channels(
             both groups are split evenly between the halves.
         names: Two to ten names, one per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`.
         seed: Random seed for the split into halves and the permutations.
-        penalty: Penalty for each label in a union after the first, in units of AUC.
+        penalty: Penalty for every label beyond the first in a union, in units of AUC.
         level: Largest adjusted p-value at which a channel gets a label, between 0 and 1. At least 9,999 permutations
             are drawn; more are drawn if 9,999 could not reach the level.
 

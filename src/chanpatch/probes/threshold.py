@@ -30,7 +30,7 @@ _NAMES = {
     "base_rate": "base rate",
 }
 _SIDES = ("fit", "shifted", "drop")
-_LEVEL = 0.05  # maximum probability that a threshold from `fit_precision` misses the minimum
+_LEVEL = 0.05  # maximum probability that the precision after `fit_precision` is below the minimum
 
 
 @dataclass(frozen=True)

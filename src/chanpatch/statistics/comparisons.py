@@ -91,7 +91,7 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
         strata: Stratum label for each input, or None if all inputs form one stratum.
 
     Returns:
-        A number from -1 to 1; NaN if there are fewer than three inputs, or if either sample varies within no stratum.
+        A number from -1 to 1; NaN if there are fewer than three inputs, or if a sample is constant in every stratum.
 
     Raises:
         StatisticsError: If the lengths differ, or a number is not finite.
@@ -178,8 +178,8 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
         clusters: Same as for `mean_interval`.
 
     Returns:
-        Floats if the samples have one axis, otherwise arrays with the remaining axes. The estimate is NaN if the
-        mean total is 0.
+        An interval of floats if the samples have one axis, otherwise of arrays with the remaining axes. The estimate is
+        NaN if the mean total is 0.
 
     Raises:
         StatisticsError: If the shapes differ, a number is not finite, or there are no inputs.

@@ -97,7 +97,7 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
 
 
 def ranked_interval(differences: Floats, *, clusters: ArrayLike | None = None, seed: int) -> Interval[Floats]:
-    """Return intervals for the means of differences, `(row, channel)`, that stay valid if channels are ranked.
+    """Return intervals for the means of differences, `(row, channel)`, valid even for channels selected by rank.
 
     Each interval contains both the channel's simultaneous interval and its individual `mean_interval`, which is
     corrected for skewness. With more than 3,000 rows, fewer sign patterns are drawn, to save time.

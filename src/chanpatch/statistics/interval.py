@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
 Number = TypeVar("Number", default=float)
 
-FEWEST = 6  # independent rows needed for an interval or a sign-flip test: with fewer, p cannot be below 0.05
+FEWEST = 6  # minimum number of independent rows for an interval or a sign-flip test: with fewer, p is above 0.05
 FEW = 10  # with fewer independent rows, skewness cannot be estimated
 
 
@@ -113,7 +113,7 @@ def booleans(labels: ArrayLike) -> Booleans | None:
 
 
 def quantile(confidence: float, freedom: int | None = None) -> float:
-    """Return the two-sided critical value of a normal distribution, or of Student's t for `freedom` degrees of freedom.
+    """Return the two-sided critical value of the normal distribution, or of Student's t with `freedom` degrees of freedom.
 
     A fraction `confidence` of the distribution lies between minus this value and this value.
     """

@@ -31,7 +31,8 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
         confidence: Nominal coverage, between 0 and 1.
 
     Returns:
-        Floats and a string if `sample` has one axis, otherwise arrays with the remaining axes.
+        An interval of floats, with a string as its note, if `sample` has one axis; otherwise, an interval of arrays with
+        the remaining axes.
 
     Raises:
         StatisticsError: If there are no rows, or another argument is invalid.
@@ -113,7 +114,7 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
 
 
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
-    """Return an interval; both endpoints are NaN if the note is a reason to withhold it, or if one is not finite."""
+    """Return an interval; both endpoints are NaN if the note is a reason to withhold it, or if either is not finite."""
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
     unbounded = "there are too few rows, or their values are too similar in magnitude, to bound the mean"
     note = np.where(allowed & ~bounded, unbounded, note)

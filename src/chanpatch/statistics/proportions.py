@@ -25,7 +25,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
     """Return a proportion and its Wilson score interval, which lies between 0 and 1 and never has zero width.
 
     Args:
-        successes: Number of successful trials, 0 to `n`.
+        successes: Number of successful trials, from 0 to `n`.
         n: Number of trials, at least 1.
         confidence: Nominal coverage, between 0 and 1.
 

@@ -41,7 +41,7 @@ def bootstrap_interval(
         seed: Random seed.
 
     Returns:
-        Floats if the statistic is a single number, otherwise arrays with the statistic's shape.
+        An interval of floats if the statistic is a single number, otherwise of arrays with the statistic's shape.
 
     Raises:
         StatisticsError: If there are no rows, or another argument is invalid.
