@@ -31,8 +31,8 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
         confidence: Nominal coverage, between 0 and 1.
 
     Returns:
-        An interval of floats, with a string as its note, if `sample` has one axis; otherwise, an interval of arrays with
-        the remaining axes.
+        An interval of floats, with a string as its note, if `sample` has one axis; otherwise, an interval of arrays
+        with the remaining axes.
 
     Raises:
         StatisticsError: If there are no rows, or another argument is invalid.
