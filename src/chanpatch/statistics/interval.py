@@ -113,7 +113,7 @@ def booleans(labels: ArrayLike) -> Booleans | None:
 
 
 def quantile(confidence: float, freedom: int | None = None) -> float:
-    """Return the two-sided critical value of a normal distribution, or of Student's t with `freedom` degrees of freedom.
+    """Return the two-sided critical value of a normal distribution, or of Student's t for `freedom` degrees of freedom.
 
     A fraction `confidence` of the distribution lies between minus this value and this value.
     """
