@@ -44,8 +44,8 @@ class MatchedChannels(Records, Sequence[Site]):
     Attributes:
         sites: One site per control.
         apart: For each control, the mean absolute difference in mean activation between the control's channels and the
-            site's channels. The unit is the standard deviation of the mean activation over the other live channels; NaN
-            if all of these channels have the same mean activation.
+            site's channels. The difference is divided by the standard deviation of the mean activation over the other
+            live channels, and is NaN if all of these channels have the same mean activation.
         pool: Number of channels, nearest in mean activation, from which each of a control's channels was drawn.
         live: Number of live channels other than the site's own. If `pool` equals `live`, the controls are not matched.
         no_p: Reason why ranks among the controls have no p-values, or an empty string. For example, if nearly all
@@ -112,7 +112,8 @@ def matched_channels(
         points_or_model: Model, which is traced with the background, or its HookPoints.
         site: Site with the channel or channels to find controls for. The site's other indices, such as rows, also apply
             to the controls.
-        background: Inputs over which the means are computed, at least two, in the format of `chanpatch.channel_sums`.
+        background: At least two inputs over which the means are computed: `(input, ...)`, as in
+            `chanpatch.channel_sums`.
         count: Number of controls. A p-value requires at least 19 controls, of which at least 15% have larger means than
             the site and at least 15% have smaller means.
         seed: Random seed for drawing the controls.
@@ -233,7 +234,7 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 
     Returns:
         A tensor with shape `(control, *vector.shape)` and the vector's dtype and device. Directions are uniformly
-        distributed. For each index along the vector's first axis, a control and the vector have the same norm.
+        distributed. At each index along the first axis, the control has the same norm as the vector.
 
     Raises:
         EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.

@@ -107,7 +107,7 @@ def _is_tanh(distribution: Distribution) -> bool:
 
 
 def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) -> NDArray[Any]:
-    """Clip or rescale actions to fit a Box, if the policy requires it; raise an error if their shape is wrong."""
+    """If the policy requires it, clip or rescale actions to fit a Box. Raise an error if the shape is wrong."""
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
     if decision.to_box is not None and is_box and actions.size == len(actions) * space.low.size:
         actions = decision.to_box(actions.reshape(-1, *space.low.shape), space)

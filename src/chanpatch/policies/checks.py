@@ -32,7 +32,7 @@ _ADVICE = {  # by the library that defines the environments
     "gym3": "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
     f"for that seed, and pass {_SINGLE}",
     "pettingzoo": "PettingZoo environments have several agents. Write a gymnasium.Env for one agent that also runs the "
-    f"others, and pass {_SINGLE}",
+    f"other agents, and pass {_SINGLE}",
     "gym": f"Convert an environment to gymnasium, for example with shimmy.GymV26CompatibilityV0, and pass {_SINGLE}",
 }
 
@@ -66,12 +66,13 @@ def _check_numbers(space: Any, name: str = "observations") -> None:
     elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
         raise RolloutError(
             f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove this part with "
-            "gymnasium.wrappers.FilterObservation(environment, names), or encode the values in a wrapper."
+            "gymnasium.wrappers.FilterObservation(environment, names), or encode the values as "
+            "numbers in a wrapper."
         )
 
 
 def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
-    """Return the method of `model` with the name that was traced; if `__call__` was traced, return `model` itself."""
+    """Return the method of `model` that has the traced method's name; for `__call__`, return `model` itself."""
     method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
     return model if method == "__call__" else getattr(model, method)
 
@@ -268,7 +269,7 @@ class SharedState:
     A rollout does not restore such containers, so that a function can use a container as a log.
 
     Args:
-        users: For each policy or label, by name: the functions and modules that it uses.
+        users: Functions and modules that each policy or label uses, by the name of the policy or label.
         envs: The environments. Containers inside the environments are ignored.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def checksums(observations: Any, count: int) -> NDArray[np.uint64]:
-    """Return one checksum for the observation in each of the `count` sub-environments, as uint64: `(environment,)`.
+    """Return one checksum per sub-environment (`count` in all), as uint64 with shape `(environment,)`.
 
     Observations may be arrays, tensors, strings, other objects, or dicts or tuples of these.
     """

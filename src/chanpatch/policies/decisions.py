@@ -155,9 +155,9 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
 
 
 def _joined(output: Any) -> Categorical | None:
-    """Join the Categoricals for the parts of a MultiDiscrete action into one; its logits are `(row, part, choice)`.
+    """Join the Categoricals for the parts of a MultiDiscrete action into one Categorical.
 
-    Return None if the output is not a list of at least two Categoricals.
+    Its logits have shape `(row, part, choice)`. Return None if the output is not a list of at least two Categoricals.
     """
     parts = getattr(output, "distribution", output)
     is_list = isinstance(parts, (list, tuple)) and len(parts) > 1
@@ -197,7 +197,7 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
 
 
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
-    """Return which actions are allowed as a bool array `(environment, action)`, or None if there is no `masks`."""
+    """Return which actions are allowed as a bool array `(environment, action)`, or None if `masks` is None."""
     if masks is None:
         return None
     found = np.array(masks(envs, infos))

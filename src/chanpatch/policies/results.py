@@ -75,7 +75,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     rollouts: Mapping[str, Rollout]
     remarks: tuple[str, ...] = field(default=(), kw_only=True)
-    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # the result from which `top` selected
+    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # the result before `top` selected policies
 
     def __post_init__(self) -> None:
         self._check_pairs(self.rollouts)

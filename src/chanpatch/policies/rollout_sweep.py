@@ -173,7 +173,7 @@ class _Interventions:
 
     @contextmanager
     def forward(self, interventions: NDArray[np.int64], *, is_reversed: bool = False) -> Iterator[None]:
-        """Prepare one forward pass, and check for NaN when it ends. `interventions` contains a number for each row."""
+        """In one forward pass, apply the intervention with the given number to each row; check for NaN at the end."""
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
         self._cuts = {number: slice(*cut) for number, *cut in zip(numbers, starts, ends, strict=True)}

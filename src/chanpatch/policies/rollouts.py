@@ -67,7 +67,7 @@ def rollout(
             policy samples actions itself, return its distribution instead, so that paired rollouts use the same draws.
         masks: Function that receives the environments and the infos from the last step, and returns which actions are
             allowed, as a bool array `(environment, action)`. The function is called before each step. Examples:
-            `lambda envs, infos: np.stack(envs.call("action_masks"))`, `lambda envs, infos: infos["action_mask"]`.
+            `lambda envs, infos: np.stack(envs.call("action_masks"))` or `lambda envs, infos: infos["action_mask"]`.
         initial_state: For a recurrent policy, a function that returns the initial state for a given number of rows: a
             tensor, or tensors in tuples and dicts, such as
             `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for an LSTM. Each tensor must have

@@ -20,9 +20,9 @@ class Settings:
     """Module attributes that must be equal in a twin and in its original policy.
 
     The settings are attributes whose values are bool, int, float, str or None, or containers of at most 64 such values.
-    For other attributes, only whether the attribute is a function must be equal. Modules without parameters, and
-    attributes that torch sets, are skipped. So are attributes that change during the first call of a kind; calls to the
-    same method or submodule are of the same kind.
+    Any other attribute must only be a function in both modules or in neither. Modules without parameters, and
+    attributes that torch sets, are skipped. Attributes that change during the first call of a kind are also skipped.
+    Calls to the same method or submodule are of the same kind.
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:

@@ -121,7 +121,7 @@ def save(
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"Cannot save '{path.name}': the folder '{path.parent}' does not exist.")
     if inputs is not None and points is None:
-        raise InterventionError("inputs were passed without a model: save(file, patches, points, inputs=inputs).")
+        raise InterventionError("inputs were passed without a model. Call save(file, patches, points, inputs=inputs).")
     receipt = None if inputs is None or points is None else receipt_of(points, chosen, inputs)
     with _partial(path, encoded(chosen, receipt)) as partial:
         if points and inputs is not None and receipt_of(points, load(partial, points), inputs) != receipt:

@@ -177,9 +177,9 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
     if missed:
         return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
-            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations (a "
-            "probability near 0 or 1, a divergence from the clean output), or a later operation blocks "
-            f"gradients (.detach(), argmax, rounding). {_INSTEAD}"
+            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations "
+            "(for example, a probability near 0 or 1, or a divergence from the clean output), or a later operation "
+            f"blocks gradients (for example, .detach(), argmax or rounding). {_INSTEAD}"
         )
     changed = np.abs(found.exact[found.drawn]).max(initial=0) > run.rounding
     if changed and found.sample >= _FEWEST_RANKED and found.rank_correlation < 0.5:
@@ -275,8 +275,8 @@ def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, T
     """
     if not values.requires_grad:
         raise MetricError(
-            "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), "
-            ".item(), numpy). Use a differentiable metric, or sweep()."
+            "The metric has no gradient, because it is a count (such as action_flip) or leaves the autograd graph (for "
+            "example, through .detach(), .item() or numpy). Use a differentiable metric, or sweep()."
         )
     found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, materialize_grads=True)
     return dict(zip(activations, found, strict=True))

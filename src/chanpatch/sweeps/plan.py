@@ -142,7 +142,7 @@ def _usual_attention() -> Iterator[None]:
 
 
 def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
-    """Return one entry per label, numbered from `start`. Error messages call the argument with the patches `what`."""
+    """Return one entry per label, numbered from `start`. `what` is the argument's name, for error messages."""
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:

@@ -50,11 +50,11 @@ class SweepResult(Effects):
     Attributes:
         labels: Label of each row.
         patches: Patches for each row, in the order in which they are applied.
-        values: For each metric, by name: the metric of the patched outputs, with shape `(patch, input)`. If the metric
-            returns a single number, the shape is `(patch, 1)`.
-        baseline: For each metric, by name: the metric of the unpatched output, with shape `(input,)`.
+        values: Values of each metric on the patched outputs, by the metric's name, with shape `(patch, input)`. If a
+            metric returns a single number, the shape is `(patch, 1)`.
+        baseline: Values of each metric on the unpatched output, by the metric's name, with shape `(input,)`.
         controls: Results for the control patches in the same sweep; None if there are no controls.
-        groups: The strategies that were used for the finished rows, one for each hook point with a row's first patch.
+        groups: Strategy used for each group of finished rows. In a group, all first patches are at the same hook point.
         complete: Whether all patches were run; False only in the partial result of an interrupted sweep.
         no_p: Reason why ranks among the controls have no p-values, or an empty string.
     """

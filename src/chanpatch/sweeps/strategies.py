@@ -305,9 +305,9 @@ def _suffixes(
 
 @contextmanager
 def _vmap_compatible(device: torch.device) -> Iterator[None]:
-    """Disable argument checks in distributions and fused attention, which vmap does not support.
+    """Disable fused attention and the argument checks of distributions, because vmap supports neither.
 
-    Also raise an error if vmap would fall back to a slow loop.
+    Inside this context, an error is also raised if vmap would fall back to a slow loop.
     """
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
