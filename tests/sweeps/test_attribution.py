@@ -329,9 +329,8 @@ def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
         result = attribution(points, inputs, patches=patches, metric=action_probability(0))
     assert [str(warning.message) for warning in caught] == [
         "The estimates are about zero at '1', but verified patches there change the metric by up to 1. Either the "
-        "metric is flat at the clean activations (for example, a probability near 0 or 1, or a divergence from the "
-        "clean output), or a later operation blocks gradients (for example, .detach(), argmax or rounding). "
-        f"{INSTEAD}"
+        "metric is flat at the clean activations (such as a probability near 0 or 1, or a divergence from the clean "
+        f"output), or a later operation blocks gradients (.detach(), argmax or rounding). {INSTEAD}"
     ]
     assert caught[0].filename == __file__
     assert np.abs(result.exact).max() > 0.9

@@ -178,8 +178,8 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
         return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
             f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations "
-            "(for example, a probability near 0 or 1, or a divergence from the clean output), or a later operation "
-            f"blocks gradients (for example, .detach(), argmax or rounding). {_INSTEAD}"
+            "(such as a probability near 0 or 1, or a divergence from the clean output), or a later operation blocks "
+            f"gradients (.detach(), argmax or rounding). {_INSTEAD}"
         )
     changed = np.abs(found.exact[found.drawn]).max(initial=0) > run.rounding
     if changed and found.sample >= _FEWEST_RANKED and found.rank_correlation < 0.5:
