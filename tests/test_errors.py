@@ -612,8 +612,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnsupportedModelError,
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
         "The policy (Merging) changes its parameters in train(). A twin shares the policy's parameters but not its "
-        "flags, so either the policy or the twin would be wrong. Make the change permanent before creating a twin, "
-        "or use patched().",
+        "flags, so one of the two would run with the wrong parameters. Make the change permanent before creating a "
+        "twin, or use patched().",
     ),
     "no policy": (
         errors.DistributionError,

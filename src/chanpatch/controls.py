@@ -33,8 +33,8 @@ __all__ = [
     "MatchedChannels", "OffDistribution", "matched_channels", "off_distribution", "random_sets", "random_vectors",
 ]  # fmt: skip
 
-_NEAR = 2  # number of nearest channels to draw from, per control; small, so that the means are similar
-_EACH_SIDE = 0.15  # for a p-value, the minimum fraction of controls with larger means, and with smaller means
+_NEAR = 2  # number of nearest channels to draw from, per control; kept small, so that the means are similar
+_EACH_SIDE = 0.15  # a p-value requires at least this fraction of controls with larger means, and with smaller means
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,10 +43,11 @@ class MatchedChannels(Records, Sequence[Site]):
 
     Attributes:
         sites: One site per control.
-        apart: For each control, the mean absolute difference in mean activation between its channels and the site's,
-            in standard deviations over the other live channels; NaN if all of these have the same mean.
-        pool: Number of channels, nearest in mean activation, from which controls were drawn.
-        live: Number of other live channels. If `pool` equals `live`, the controls are not matched.
+        apart: For each control, the mean absolute difference in mean activation between the control's channels and the
+            site's channels. The difference is divided by the standard deviation of the mean activation over the other
+            live channels, and is NaN if all of these channels have the same mean activation.
+        pool: Number of channels, nearest in mean activation, from which each of a control's channels was drawn.
+        live: Number of live channels other than the site's own. If `pool` equals `live`, the controls are not matched.
         no_p: Reason why ranks among the controls have no p-values, or an empty string. For example, if nearly all
             controls have smaller means than the site, any effect that grows with the activation would rank first.
     """
@@ -64,16 +65,16 @@ class MatchedChannels(Records, Sequence[Site]):
         return len(self.sites)
 
     def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
-        """Return `verb(site)`, such as `zero_ablate(site)`, for each control site, to pass to a sweep as `controls=`.
+        """Return one patch, `verb(site)`, for each control site. Pass the patches to a sweep as `controls=`.
 
         If `no_p` is set, the sweep omits p-values, even with other patches at the control sites.
         """
         return [*map(verb, self.sites)]
 
     def rank(self, effect: float, effects: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
-        """Rank the site's effect among the control effects, without a p-value if `no_p` is set.
+        """Rank the site's effect among the control effects. If `no_p` is set, the rank has no p-value.
 
-        Arguments and errors are the same as in `chanpatch.statistics.rank_among`.
+        The arguments and errors are the same as in `chanpatch.statistics.rank_among`.
         """
         return without_p(rank_among(effect, effects, alternative=alternative), self.no_p)
 
@@ -101,18 +102,21 @@ def matched_channels(
 ) -> MatchedChannels:
     """Draw controls for a site from the other live channels at its hook point, matched by mean activation.
 
-    Each control has as many channels as the site, but none of the site's own. For each of the site's channels, one
-    channel is drawn from the `2 * count` channels nearest in mean activation. The match is therefore poor if `count` is
-    large relative to the number of channels. All controls are different, but controls with several channels may
-    overlap. Dead channels, which do not vary over the background, are never drawn: patching them is uninformative.
+    Each control has as many channels as the site, but none of the site's own channels. For each of the site's channels,
+    one channel is drawn from the `2 * count` channels nearest in mean activation. The match is therefore poor if
+    `count` is large relative to the number of channels. All controls are different, but controls with several channels
+    may overlap. Dead channels, which do not vary over the background, are never drawn, because patching them is
+    uninformative.
 
     Args:
         points_or_model: Model, which is traced with the background, or its HookPoints.
-        site: Channel or channels to find controls for. Other indices, such as rows, also apply to the controls.
-        background: At least two inputs for computing the means: `(input, ...)`, as in `chanpatch.channel_sums`.
+        site: Site with the channel or channels to find controls for. The site's other indices, such as rows, also apply
+            to the controls.
+        background: At least two inputs over which the means are computed: `(input, ...)`, as in
+            `chanpatch.channel_sums`.
         count: Number of controls. A p-value requires at least 19 controls, of which at least 15% have larger means than
             the site and at least 15% have smaller means.
-        seed: Random seed.
+        seed: Random seed for drawing the controls.
         batch_size: Same as in `chanpatch.channel_sums`.
 
     Raises:
@@ -164,7 +168,7 @@ def matched_channels(
 
 
 def _no_p(site: Site, own: float, controls: Floats) -> str:
-    """Return why ranks among controls with the given means have no p-values, or an empty string."""
+    """Return the reason why ranks among controls with the given means have no p-values; "" if there is none."""
     least = math.ceil(_EACH_SIDE * len(controls))
     for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
         if count < least:
@@ -178,7 +182,7 @@ def _no_p(site: Site, own: float, controls: Floats) -> str:
 def _drawn(
     mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw one control: for each target channel in turn, choose one of the nearest unused channels."""
+    """Draw one control: for each target channel in turn, choose one of the `near` nearest channels not yet chosen."""
     free, drawn = others, []
     for channel in target:
         nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]
@@ -197,7 +201,7 @@ def random_sets(
     Args:
         channels: Channels to draw from. Pass only live channels, because patching dead channels is uninformative.
         size: Number of channels in each set.
-        count: Number of sets. P-values from `chanpatch.statistics.rank_among` require at least 19.
+        count: Number of sets. P-values from `chanpatch.statistics.rank_among` require at least 19 sets.
         seed: Random seed.
         other_than: Sets to exclude, such as the tested set.
 
@@ -221,7 +225,7 @@ def random_sets(
 
 
 def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
-    """Draw vectors with uniformly random directions and the norm of a steering vector, as controls for that vector.
+    """Draw vectors with random directions and the same norm as a steering vector, as controls for the steering vector.
 
     Args:
         vector: Floating-point tensor with the region's axes, such as `(batch, channel, row, col)`, as in `steer`.
@@ -229,8 +233,8 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
         seed: Random seed.
 
     Returns:
-        A tensor with shape `(control, *vector.shape)` and the vector's dtype and device. Along the vector's first axis,
-        each entry of a control has the same norm as the corresponding entry of the vector.
+        A tensor with shape `(control, *vector.shape)` and the vector's dtype and device. Directions are uniformly
+        distributed. At each index along the first axis, the control has the same norm as the vector.
 
     Raises:
         EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.
@@ -258,19 +262,20 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class OffDistribution(Records):
-    """How far patches push activations off-distribution: one row per channel, in the order of the sites.
+    """Measures of how far patches push activations off-distribution: one row per channel, in the order of the sites.
 
-    All values refer to sums of a channel's activations over its patched region. The printed table lists the largest
+    All values refer to the sum of a channel's activations over the patched region. The printed table lists the largest
     `absolute_z` first.
 
     Attributes:
-        sites: Site of each row's channel.
+        sites: Site of the channel in each row.
         patched: Mean of the sums over the patched inputs.
         mean, std, lowest, highest: Mean, standard deviation, minimum and maximum of the sums over the unpatched
             background inputs.
-        z: Mean z-score of the patched sums relative to the background; NaN for a channel that does not vary over the
-            background.
-        absolute_z: Mean absolute z-score; about 0.8 if patched and background sums have the same normal distribution.
+        z: Mean z-score of the patched sums relative to the background sums; NaN for a channel that does not vary over
+            the background.
+        absolute_z: Mean absolute z-score of the patched sums; about 0.8 if the patched and the background sums have the
+            same normal distribution.
         outside: Fraction of patched inputs whose sum is below `lowest` or above `highest`.
         inputs, background: Number of patched inputs and number of background inputs.
     """
@@ -291,7 +296,7 @@ class OffDistribution(Records):
         return len(self.sites)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel, with the channel's site and all values."""
+        """Return one record per channel, with the channel's site and all of its values."""
         names = ("z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest")
         return columns(site=map(repr, self.sites), **{name: getattr(self, name) for name in names})
 
@@ -374,7 +379,7 @@ def off_distribution(
 def _channel_means(
     points: HookPoints, region: Site, axis: str, background: Any, batch_size: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return each channel's mean activation at a site, and whether the channel varies over the background."""
+    """Return each channel's mean activation over the background in a region, and whether the channel varies there."""
     point = points[region.name]
     in_front = (point.batch_axis or 0, point.axes.index(axis))
 

@@ -68,7 +68,7 @@ SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
             pettingzoo_env,
             "ParallelEnv",
             "PettingZoo environments have several agents. Write a gymnasium.Env for one agent that also runs the "
-            f"others, and pass {SINGLE}",
+            f"other agents, and pass {SINGLE}",
         ),
         (
             gym_env,
@@ -118,7 +118,7 @@ class Sampled(gymnasium.Env):
 def test_observations_that_are_not_numbers_are_refused(space, name):
     assert refusal(uniform, SyncVectorEnv([lambda: Sampled(space)] * 2)) == (
         f"{name} space, which does not produce numeric arrays. Remove this part with "
-        "gymnasium.wrappers.FilterObservation(environment, names), or encode the values in a wrapper."
+        "gymnasium.wrappers.FilterObservation(environment, names), or encode the values as numbers in a wrapper."
     )
 
 

@@ -397,7 +397,7 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "inputs without a model": (
         InterventionError,
         lambda file: save(file, zero_ablate(Site("fc")), inputs=torch.zeros(1)),
-        "inputs were passed without a model: save(file, patches, points, inputs=inputs).",
+        "inputs were passed without a model. Call save(file, patches, points, inputs=inputs).",
     ),
     "a folder that is not there": (
         FileNotFoundError,

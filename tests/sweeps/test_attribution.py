@@ -329,8 +329,8 @@ def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
         result = attribution(points, inputs, patches=patches, metric=action_probability(0))
     assert [str(warning.message) for warning in caught] == [
         "The estimates are about zero at '1', but verified patches there change the metric by up to 1. Either the "
-        "metric is flat at the clean activations (a probability near 0 or 1, a divergence from the clean output), "
-        f"or a later operation blocks gradients (.detach(), argmax, rounding). {INSTEAD}"
+        "metric is flat at the clean activations (such as a probability near 0 or 1, or a divergence from the clean "
+        f"output), or a later operation blocks gradients (.detach(), argmax or rounding). {INSTEAD}"
     ]
     assert caught[0].filename == __file__
     assert np.abs(result.exact).max() > 0.9
@@ -458,8 +458,8 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a metric without a gradient": (
         attributed([zero_ablate(WHOLE)], action_flip),
         MetricError,
-        "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), .item(), "
-        "numpy). Use a differentiable metric, or sweep().",
+        "The metric has no gradient, because it is a count (such as action_flip) or leaves the autograd graph (for "
+        "example, through .detach(), .item() or numpy). Use a differentiable metric, or sweep().",
     ),
     "tokens": (
         lambda: attribution(

@@ -32,13 +32,13 @@ _ADVICE = {  # by the library that defines the environments
     "gym3": "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
     f"for that seed, and pass {_SINGLE}",
     "pettingzoo": "PettingZoo environments have several agents. Write a gymnasium.Env for one agent that also runs the "
-    f"others, and pass {_SINGLE}",
+    f"other agents, and pass {_SINGLE}",
     "gym": f"Convert an environment to gymnasium, for example with shimmy.GymV26CompatibilityV0, and pass {_SINGLE}",
 }
 
 
 def check_envs(envs: Any) -> None:
-    """Raise an error unless `envs` is a vector environment from gymnasium 1.1 or later with numeric observations."""
+    """Raise an error unless `envs` is a vector environment with numeric observations, from gymnasium 1.1 or later."""
     vector = imported("gymnasium.vector")
     if not hasattr(vector, "AutoresetMode"):
         version = imported("gymnasium").__version__
@@ -58,7 +58,7 @@ def check_envs(envs: Any) -> None:
 
 
 def _check_numbers(space: Any, name: str = "observations") -> None:
-    """Raise an error if a space, or any part of it, does not produce numeric arrays in a vector environment."""
+    """Raise an error if a vector environment cannot return samples from a space, or from a part of it, as numbers."""
     spaces = imported("gymnasium.spaces")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
@@ -66,18 +66,19 @@ def _check_numbers(space: Any, name: str = "observations") -> None:
     elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
         raise RolloutError(
             f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove this part with "
-            "gymnasium.wrappers.FilterObservation(environment, names), or encode the values in a wrapper."
+            "gymnasium.wrappers.FilterObservation(environment, names), or encode the values as "
+            "numbers in a wrapper."
         )
 
 
 def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
-    """Return the traced method of a model or its twin, or the model itself if `__call__` was traced."""
+    """Return the method of `model` that has the traced method's name; for `__call__`, return `model` itself."""
     method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
     return model if method == "__call__" else getattr(model, method)
 
 
 def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> Any:
-    """Return the function or module that a rollout calls.
+    """Check that a rollout can call a policy, and return the function or module to call.
 
     Raises:
         RolloutError: If the policy is not callable, requires masks or other arguments, or expects other observations.
@@ -117,7 +118,7 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
 
 
 def _masking(policy: Any) -> str:
-    """Return the class name of a module in the policy that expects action masks, or "" if no module does."""
+    """Return the class name of a module in the policy that expects action masks, or "" if there is no such module."""
     for module in (module for held in held_modules(policy) for module in held.modules()):
         own = getattr(module, "get_distribution", None)
         with suppress(TypeError, ValueError):  # some builtins have no signature
@@ -127,7 +128,7 @@ def _masking(policy: Any) -> str:
 
 
 def _check_observations(policy: Any, envs: Any) -> None:
-    """Raise an error if a Stable-Baselines3 policy was built for observations of different shapes."""
+    """Raise an error if the observations from `envs` do not have the shape that a Stable-Baselines3 policy expects."""
     built, given = _shapes(policy.observation_space), _shapes(envs.single_observation_space)
     if built != given:
         raise RolloutError(
@@ -145,7 +146,8 @@ def _shapes(space: Any) -> Any:
 def check_modes(policies: Mapping[str, Any]) -> None:
     """Raise RolloutError if a module such as dropout is in training mode in one policy and in eval mode in another.
 
-    The first policy is compared with each of the others, and each twin with its original policy.
+    The modes in the first policy are compared with those in each other policy. The modes in each twin are compared with
+    those in the twin's original policy.
     """
     held = {f"'{label}'": nn.ModuleList(held_modules(policy)) for label, policy in policies.items()}
     first, *others = held.items()
@@ -159,7 +161,10 @@ def check_modes(policies: Mapping[str, Any]) -> None:
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
-    """Compare modules with the same name, or also at the same position if all modes differ between the two sides."""
+    """Raise RolloutError if modules with the same name are in different modes.
+
+    If all modules on one side are in training mode and all on the other in eval mode, also compare modules in order.
+    """
     with as_in_predict(one), as_in_predict(other):
         ours, theirs = (
             {name: each for name, each in side.named_modules() if depends_on_training(each)} for side in (one, other)
@@ -208,13 +213,13 @@ def check_rows(
 ) -> None:
     """Raise RolloutError if the policy's output for unpatched rows depends on other rows or on random draws.
 
-    Otherwise, each label in a sweep gets the same results as in its own rollout.
+    If there is no such dependence, each label in a sweep gets the same results as in a rollout of its own.
 
     Args:
-        run: Open context that saved the state before the first step.
-        again: Unopened context of the same kind, which preserves the state after the first step.
+        run: Open context that saved the policy's state before the first step.
+        again: Context of the same kind that has not been opened; used here to restore the state after the first step.
         decision: Decision for all rows in the first step. Unpatched rows come first.
-        alone: Function that runs the first (unpatched) rows without the other rows and returns the decision.
+        alone: Function that runs the policy on only the first few (unpatched) rows, and returns the decision for them.
         mixed: Whether the first step also included patched rows.
     """
     with again:
@@ -238,7 +243,7 @@ def check_rows(
 
 
 def _close(decision: Decision, alone: Decision) -> bool:
-    """Return whether the first rows of a decision equal the decision for only these rows, up to rounding."""
+    """Return whether the first rows of `decision` equal `alone`, the decision for only those rows, up to rounding."""
     pairs = zip(_numbers(decision), _numbers(alone), strict=True)
     return all(_same(every[: len(own)], own) for every, own in pairs)
 
@@ -252,7 +257,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other)
     tolerance = min(100 * torch.finfo(other.dtype).eps, 1e-2)
     if other.is_cuda:
-        tolerance = max(tolerance, 1e-3)  # for a different number of rows, kernels may round to TF32
+        tolerance = max(tolerance, 1e-3)  # kernels for a different number of rows may round to TF32
     finite = other[other.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
@@ -261,10 +266,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 class SharedState:
     """Check that policies or labels do not affect each other through shared containers or iterators.
 
-    A rollout does not restore such containers, so that functions can keep a log.
+    A rollout does not restore such containers, so that a function can use a container as a log.
 
     Args:
-        users: Functions and modules that each policy or label uses, by name.
+        users: Functions and modules that each policy or label uses, by the name of the policy or label.
         envs: The environments. Containers inside the environments are ignored.
     """
 
@@ -281,7 +286,7 @@ class SharedState:
     def checked(self, subject: str, run: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> Any:
         """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
 
-        `again` starts from the shared state that `run` left, and that state is restored afterwards.
+        `again` starts from the shared state that `run` left behind. Afterwards, that state is restored.
         """
         self._snapshot.note()
         rollouts = run()

@@ -1,4 +1,4 @@
-"""Interpret policy outputs as distributions over actions, or as actions."""
+"""Interpret the output of a policy as a distribution over actions, or as the actions themselves."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Decision(NamedTuple):
     """A policy's decision for a batch of observations.
 
     Attributes:
-        choice: Distribution over actions, or the actions.
-        to_box: Function that receives actions and a Box, and clips or rescales the actions as Stable-Baselines3 does.
-        values: Action values, or None if the policy did not return any.
+        choice: The distribution over actions, or the actions themselves.
+        to_box: Function that receives actions and a Box, and clips or rescales the actions as Stable-Baselines3 does;
+            None if the actions are used as they are.
+        values: Action values, or None if the policy did not return action values.
     """
 
     choice: Distribution | Tensor
@@ -44,17 +45,17 @@ def action_distribution(
 
     The policy may return a distribution, a tuple that contains a distribution, or a dict or object that contains
     `logits` or a distribution. For a MultiDiscrete action, the policy may return a list with one Categorical per part.
-    The logits of all parts are then padded and stacked: `(row, part, choice)`. Policies with a `get_distribution`
-    method, and all Stable-Baselines3 policies, are also supported.
+    The logits of all parts are then padded and stacked, with shape `(row, part, choice)`. Policies with a
+    `get_distribution` method, and all Stable-Baselines3 policies, are also supported.
 
     Args:
-        policy: Module or function of observations.
+        policy: Module or function that accepts a batch of observations.
         observations: Batch of observations.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`, or
-            `"values"` to select the action with the highest value. Rollouts also accept `"actions"`.
+            `"values"`, which selects the action with the highest value. Rollouts also accept `"actions"`.
 
     Raises:
-        DistributionError: If the output contains no distribution, or is a tensor and `outputs` is None.
+        DistributionError: If the output contains no distribution, or if the output is a tensor and `outputs` is None.
     """
     check_outputs(outputs)
     choice = decision_in(output_of(policy, observations, outputs), type(policy).__name__, outputs).choice
@@ -73,7 +74,7 @@ def check_outputs(outputs: Any) -> None:
 
 
 def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | None = None) -> Any:
-    """Run a policy and return its output; for a Stable-Baselines3 policy, return a distribution or a Decision."""
+    """Run a policy and return its output. A Stable-Baselines3 policy returns a distribution or a Decision."""
     own = getattr(policy, "get_distribution", None)
     try:
         if callable(own):
@@ -92,7 +93,10 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
 
 
 def _output_of_sb3(policy: Any, observations: Any) -> Any:
-    """Return the distribution from a policy without `get_distribution`, or actions that still need a Box mapping."""
+    """Run a Stable-Baselines3 policy that has no `get_distribution`.
+
+    Return the actor's distribution or, if the actor has none, a Decision with the deterministic action.
+    """
     actor = getattr(policy, "actor", policy)
     if not hasattr(actor, "get_action_dist_params"):
         return Decision(
@@ -108,8 +112,8 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
     Args:
         output: Output of the policy.
         subject: Name of the policy, for error messages.
-        outputs: Meaning of a tensor, as in `action_distribution`.
-        masks: Allowed actions as bool `(row, action)`, or None if all actions are allowed.
+        outputs: Meaning of a tensor that the policy returns, as in `action_distribution`.
+        masks: Which actions are allowed, as a bool array `(row, action)`; None if all actions are allowed.
     """
     try:
         decision = output if isinstance(output, Decision) else _decision_in(output, subject, outputs)
@@ -151,9 +155,9 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
 
 
 def _joined(output: Any) -> Categorical | None:
-    """Join the Categoricals for the parts of a MultiDiscrete action into one with logits `(row, part, choice)`.
+    """Join the Categoricals for the parts of a MultiDiscrete action into one Categorical.
 
-    Return None if the output is not a list of at least two Categoricals.
+    Its logits have shape `(row, part, choice)`. Return None if the output is not a list of at least two Categoricals.
     """
     parts = getattr(output, "distribution", output)
     is_list = isinstance(parts, (list, tuple)) and len(parts) > 1
@@ -170,7 +174,7 @@ def _greedy(values: Tensor) -> Categorical:
 
 
 def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decision:
-    """Exclude disallowed actions from a decision."""
+    """Return a decision that never selects an action for which the mask is False."""
     choice, values = decision.choice, decision.values
     if not isinstance(choice, Categorical):
         returned = "actions" if isinstance(choice, Tensor) else f"a {type(choice).__name__}"
@@ -193,7 +197,7 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
 
 
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
-    """Return the allowed actions as bool `(environment, action)`, or None if there are no masks."""
+    """Return which actions are allowed as a bool array `(environment, action)`, or None if `masks` is None."""
     if masks is None:
         return None
     found = np.array(masks(envs, infos))

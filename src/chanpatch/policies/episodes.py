@@ -66,8 +66,8 @@ def play(
 ) -> list[Rollout]:
     """Play all episodes `times` times with the same random numbers, and return one rollout per repetition.
 
-    `around` receives each row's repetition as int64 `(row,)`, and returns a context manager for the forward pass.
-    `label` is the policy's name.
+    Before each forward pass, `around` receives the number of each row's repetition as int64 `(row,)`, and returns the
+    context manager in which the forward pass runs. `label` is the policy's name.
     """
     check_envs(envs)
     check_outputs(options.outputs)
@@ -88,7 +88,10 @@ def play(
 
 
 class _Log:
-    """Results and random generators of plays (repetitions of episodes), sorted by repetition and then by episode."""
+    """The results and random generators for all plays, sorted by repetition and then by episode.
+
+    A play is one repetition of an episode.
+    """
 
     def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
@@ -110,13 +113,13 @@ class _Log:
         self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, checked)]
         self.returns = np.zeros(self.plays)
         self.terminated, self.truncated = np.zeros((2, self.plays), dtype=np.bool_)
-        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # plays and their actions at each step
-        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # plays and their checksums at each step
+        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # per step: plays, their actions
+        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # per step: plays, their checksums
 
     def add(
         self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
     ) -> None:
-        """Add one step for the given plays; `seen` contains checksums of the observations after the step."""
+        """Add one step to the results of the given plays. `seen` contains the checksums of the new observations."""
         self.returns[plays] += rewards
         self.taken.append((plays, actions))
         self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
@@ -132,14 +135,14 @@ class _Log:
 
 
 def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
-    """Return one array `(step, ...)` per play, given the plays and values at each step."""
+    """Convert pairs (plays, values), one pair per step, to one array of values `(step, ...)` per play."""
     plays, values = map(np.concatenate, zip(*steps, strict=True))
     order = np.argsort(plays, kind="stable")
     return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
 
 
 class _Player:
-    """A policy in a vector environment, with the recurrent state of each running episode."""
+    """A policy that plays in a vector environment, together with the recurrent states of the running episodes."""
 
     _allowed: NDArray[np.bool_] | None
 
@@ -155,7 +158,7 @@ class _Player:
     ) -> None:
         """Play one wave in parallel until all its episodes have finished, and advance the progress bar.
 
-        `check` is None, or `check_rows` with this rollout's contexts already filled in.
+        `check` is None, or `check_rows` with its first two arguments already set.
         """
         envs, log, options = self._envs, self._log, self._options
         self._reset(wave)
@@ -169,7 +172,7 @@ class _Player:
             chosen = chosen_actions(decision, streams, len(plays), envs)
             if actions is None:
                 actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
-            if self._allowed is not None:  # finished sub-environments get an allowed action, not their last action
+            if self._allowed is not None:  # give finished sub-environments an allowed action, not their last action
                 actions[:] = self._allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
             actions[self._running] = chosen
             self._observations, rewards, terminated, truncated, self._infos = envs.step(actions)
@@ -178,7 +181,7 @@ class _Player:
             # The infos may lack a mask after the last episode.
             self._allowed = allowed_actions(options.masks, envs, self._infos) if continues.any() else None
             seen = self._seen()
-            seen[over] = 0  # some environments already return the next episode's observation
+            seen[over] = 0  # at the end of an episode, some environments return the next episode's observation
             log.add(plays, chosen, np.asarray(rewards[self._running], np.float64), seen[self._running])
             if over.any():
                 log.terminated[plays], log.truncated[plays] = terminated[self._running], truncated[self._running]
@@ -191,8 +194,8 @@ class _Player:
         log.truncated[wave[self._running]] = True
 
     def _reset(self, wave: NDArray[np.int64]) -> None:
-        """Reset the environments for a new wave. In the last wave, some sub-environments may have no episode."""
-        self._wave, self._running = wave, np.arange(len(wave))  # sub-environments whose episode has not finished
+        """Reset the environments for a new wave. The last wave may have fewer episodes than sub-environments."""
+        self._wave, self._running = wave, np.arange(len(wave))  # the sub-environments whose episodes have not finished
         try:
             seeds = [self._log.seeds[number] for number in np.resize(wave, self._envs.num_envs)]
             self._observations, self._infos = self._envs.reset(seed=seeds)
@@ -213,12 +216,12 @@ class _Player:
                 self._allowed[over] = allowed_actions(self._options.masks, self._envs, infos)[over]
 
     def _seen(self) -> NDArray[np.uint64]:
-        """Return a checksum of each sub-environment's observation and mask."""
+        """Return one checksum per sub-environment, computed from the observation and, if there are masks, the mask."""
         both = self._observations if self._allowed is None else (self._observations, self._allowed)
         return checksums(both, self._envs.num_envs)
 
     def _begin(self) -> None:
-        """Set the initial recurrent state of the running episodes."""
+        """Set the recurrent state of the running episodes to the initial state."""
         self._rows_before, self._state = len(self._running), None
         if self._options.initial_state is not None:
             self._state = self._options.initial_state(len(self._running))
@@ -226,12 +229,12 @@ class _Player:
                 self._state = replace(self._state, path, self._placed(tensor))
 
     def _keep(self, continues: NDArray[np.bool_]) -> None:
-        """Drop the rows of finished episodes."""
+        """Keep only the rows of episodes that continue; drop the rows of finished episodes."""
         self._rows_before, self._running = len(self._running), self._running[continues]
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(continues))
 
     def _check_rows(self, decision: Decision, check: Callable[..., None]) -> None:
-        """Check the first decision in a wave if the wave contains unpatched rows, which come first.
+        """Run `check` on the first decision in a wave if the wave contains unpatched rows, which come first.
 
         If several waves have only unpatched rows, only the first of these waves is checked.
         """
@@ -244,7 +247,7 @@ class _Player:
             check(decision, functools.partial(self._first_decision, count), mixed=mixed)
 
     def _first_decision(self, count: int) -> Decision:
-        """Return the first decision for the first `count` rows, from a forward pass with only these rows."""
+        """Repeat the first decision with only the first `count` rows in the batch, and return the new decision."""
         other = copy.copy(self)
         other._running = self._running[:count]
         other._begin()
@@ -293,7 +296,7 @@ class _Player:
         return returned[0]
 
     def _tensors(self, observations: Any) -> Any:
-        """Return the running episodes' rows as tensors, from an array or from each array in a dict or tuple."""
+        """Convert observations, which may be in dicts and tuples, to tensors with only the running episodes' rows."""
         if isinstance(observations, Mapping):
             return {name: self._tensors(part) for name, part in observations.items()}
         if isinstance(observations, tuple):
@@ -307,7 +310,10 @@ class _Player:
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _advice(self, error: RuntimeError, observations: Any) -> str:
-        """Explain an error caused by the observations' dtype, layout or number of rows; for other errors, return ""."""
+        """Return advice on an error that was caused by the observations' dtype, layout or number of rows.
+
+        For other errors, return an empty string.
+        """
         text, rows, before = str(error), len(self._running), self._rows_before
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
@@ -333,7 +339,10 @@ class _Player:
 
 
 def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
-    """Select the infos of the chosen sub-environments from arrays and lists with one entry per sub-environment."""
+    """Select the entries for the chosen sub-environments from infos.
+
+    Lists and arrays are indexed if they have one entry per sub-environment. Other values are returned unchanged.
+    """
     if isinstance(infos, Mapping):
         return {name: _infos_of(part, num_envs, chosen) for name, part in infos.items()}
     if isinstance(infos, (list, tuple)) and len(infos) == num_envs:
@@ -343,14 +352,14 @@ def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Select the given rows of each tensor in a tree."""
+    """Select the given rows of each tensor in a tree, along the tensor's batch axis in `batch_axes`."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree
 
 
 def state_batch_axes(initial_state: InitialState) -> BatchAxes:
-    """Return the batch axis of each tensor in a recurrent state: the axis whose length is the number of rows."""
+    """Return the batch axis (the axis whose length is the number of rows) of each tensor in a recurrent state."""
     if not callable(initial_state):
         raise RolloutError(
             "initial_state must be a function that returns the state for a given number of rows, such as lambda rows: "

@@ -1,4 +1,4 @@
-"""Roll out a policy with many sets of patches in one vector environment, each set in its own rows."""
+"""Roll out a policy with many sets of patches in one vector environment; each set has its own rows in the batch."""
 
 from __future__ import annotations
 
@@ -56,18 +56,19 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     """Roll out a policy unpatched and with each label's patches, in the same episodes.
 
     The result equals that of `paired_rollouts` with one PatchedPolicy per label, but requires fewer forward passes:
-    each combination of label and episode has its own row in the vector environment. A patch receives only the rows of
-    its own label: activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in
-    one forward pass.
+    each combination of label and episode has its own row in the vector environment. A patch receives
+    activations, inputs and episode numbers (`context.rows`) only for the rows of its own label. Use as many
+    sub-environments as fit in one forward pass.
 
-    For equal results, the policy must treat each row independently, and patches may draw random numbers only through
-    `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has one.
+    For the results to be equal, the policy must treat each row independently, and patches may draw random numbers only
+    through `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has
+    a `forward` method.
 
     Args:
         policy: Module or its HookPoints.
         patches: One or more patches per label: a mapping from labels to patches, or a sequence of patches, which are
             labeled by their sites. Create the sites from traced HookPoints, so that their batch axes are known.
-        controls: Control patches in the same format, used to rank effects. P-values require at least 19 controls.
+        controls: Control patches in the same format, used to rank the effects. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
         envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
 
@@ -120,7 +121,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 
 
 def _check_independent(model: nn.Module) -> None:
-    """Raise an error if training mode would mix rows, or if an open context patches or records the model."""
+    """Raise an error if training mode would make rows depend on each other, or if a context is open on the model."""
     with as_in_predict(model):
         together = training_modules(model)
     if together:
@@ -139,7 +140,7 @@ def _check_independent(model: nn.Module) -> None:
 class _Interventions:
     """A policy that applies each label's patches only to that label's rows.
 
-    Interventions are numbered from 1, in the order of the labels; 0 is the unpatched policy.
+    The labels' interventions are numbered from 1, in the order of the labels. Number 0 is the unpatched policy.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class _Interventions:
         self._labels = (ORIGINAL, *(label for label, _ in patches))
         self._state_axes = state_axes
         self._cuts: dict[int, slice] = {}  # the rows of each intervention in this forward pass
-        self._is_reversed = False  # whether the last intervention is patched first
+        self._is_reversed = False  # whether interventions are applied in reverse order
         self._firings: list[list[Firing]] = [[]]
         points: dict[str, HookPoint] = {}
         for _, each in patches:
@@ -172,7 +173,7 @@ class _Interventions:
 
     @contextmanager
     def forward(self, interventions: NDArray[np.int64], *, is_reversed: bool = False) -> Iterator[None]:
-        """Assign the rows of a forward pass to interventions, and check for NaN when the forward pass ends."""
+        """In one forward pass, apply the intervention with the given number to each row; check for NaN at the end."""
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
         self._cuts = {number: slice(*cut) for number, *cut in zip(numbers, starts, ends, strict=True)}
@@ -185,7 +186,7 @@ class _Interventions:
         self._raise_nan()
 
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
-        """Return the activation at a hook point after applying each intervention's patches to its own rows."""
+        """Apply each intervention's patches to that intervention's rows of the activation at a hook point."""
         axis: Any = point.batch_axis
         context.rows  # noqa: B018  # raises an error if the number of rows is wrong
         is_checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...

@@ -17,11 +17,12 @@ from ..errors import UnsupportedModelError
 
 
 class Settings:
-    """Module attributes that must be equal in a twin and its policy.
+    """Module attributes that must be equal in a twin and in its original policy.
 
-    Settings are attributes that are bool, int, float, str or None; containers of at most 64 such values; and whether an
-    attribute is a function. Modules without parameters, and attributes that torch sets, are skipped. Attributes that
-    change in the first call to a method or submodule (the kind of the call) are also skipped.
+    The settings are attributes whose values are bool, int, float, str or None, or containers of at most 64 such values.
+    Any other attribute must only be a function in both modules or in neither. Modules without parameters, and
+    attributes that torch sets, are skipped. Attributes that change during the first call of a kind are also skipped.
+    Calls to the same method or submodule are of the same kind.
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:
@@ -36,15 +37,18 @@ class Settings:
         self._plan()
 
     def begin(self, kind: object) -> None:
-        """Raise an error if a setting differs between twin and policy. In the first call of a kind, `end` does this."""
+        """Raise an error if a setting differs between the twin and the policy.
+
+        In the first call of a kind, `end` checks this instead.
+        """
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind):
             self.check()
 
     def end(self, kind: object, *, runs_modules: bool) -> None:
-        """After the first call of a kind, record the settings it changed; raise an error if another one differs."""
+        """After the first call of a kind, record which settings the call changed, and compare the other settings."""
         if self._before is None and runs_modules and not self._known_calls[kind]:
-            del self._known_calls[kind]  # the next call is treated as the first of its kind
+            del self._known_calls[kind]  # treat the next call as the first of its kind
         elif self._before is not None:
             self._known_calls[kind] = runs_modules
             if runs_modules:
@@ -54,7 +58,7 @@ class Settings:
                 self._compare()
 
     def check(self) -> None:
-        """Raise an error if a setting differs between twin and policy. Before the first call, do nothing."""
+        """Raise an error if a setting differs between the twin and the policy. Before the first call, do nothing."""
         if not any(self._known_calls.values()):
             return
         with suppress(KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array

@@ -1,4 +1,4 @@
-"""The file format: safetensors, with operands and masks as tensors and everything else as JSON in the metadata.
+"""The file format: a safetensors file with operands and masks as tensors, and everything else as JSON in the metadata.
 
     metadata["chanpatch"] = {"format": 2, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null,
               "sha256": checksum of the other entries and the tensors}
@@ -36,13 +36,13 @@ from ..registry.sites import Flags, HookPoint, Site, Span
 from ..results import imported
 from .receipts import Receipt, digest
 
-_FORMATS = (1, 2)  # the last format is used for writing
-_KEY = "chanpatch"  # the only metadata entry: safetensors does not write several entries in a fixed order
+_FORMATS = (1, 2)  # the formats that can be read; files are written in the last one
+_KEY = "chanpatch"  # the key of the only metadata entry: safetensors does not fix the order of several entries
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
 def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
-    """Return a patch file as bytes, or raise an InterventionError that names all patches that cannot be saved."""
+    """Return the content of a patch file as bytes. If patches cannot be saved, raise one error that lists them."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     records, faults = [], []
     for number, patch in enumerate(patches, start=1):
@@ -69,10 +69,11 @@ def decoded(
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
     """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum.
 
-    Operands are moved to their hook points' devices, or to the CPU if a device is unknown. Errors are as in `load`.
+    Each operand is moved to the device of its hook point, or to the CPU if that device is unknown. The errors are the
+    same as in `load`.
     """
     safetensors, path = imported("safetensors"), regular(file)
-    path.open("rb").close()  # let Python raise for unreadable files
+    path.open("rb").close()  # if the file cannot be read, Python raises an error here
     try:
         with safetensors.safe_open(path, framework="pt") as archive:
             text = (archive.metadata() or {}).get(_KEY)
@@ -115,7 +116,7 @@ def decoded(
 
 
 def regular(file: str | os.PathLike[str]) -> Path:
-    """Return the path of a regular file or a new file; raise InterventionError for folders, devices and pipes."""
+    """Return `file` as a Path. Raise InterventionError if the path is a folder, a pipe or a device."""
     if not isinstance(file, (str, os.PathLike)):
         kind = type(file).__name__
         raise TypeError(f"The first argument must be a path, as in save(file, patches) or load(file); got {kind}.")
@@ -126,12 +127,12 @@ def regular(file: str | os.PathLike[str]) -> Path:
 
 
 def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the metadata (without the checksum entry) and the tensors."""
+    """Return the SHA-256 of the metadata, which must not contain the checksum yet, and the tensors."""
     return hashlib.sha256(f"{json.dumps(metadata)}\n{digest(tensors)}".encode()).hexdigest()
 
 
 def trace_of(point: HookPoint) -> str:
-    """Return the text stored for a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
+    """Return the text that is saved for a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
     return _trace(point.module_type, point.axes, map(point.length, point.axes), str(point.dtype).removeprefix("torch."))
 
 
@@ -141,7 +142,7 @@ def _trace(module_type: str, axes: Iterable[str], lengths: Iterable[int | None],
 
 
 def _trace_text(saved: Any) -> str | None:
-    """Return the text for a saved hook point. Format 1 stores the length of every axis except a batch axis."""
+    """Return the text for a saved hook point. Format 1 stores a dict with the length of each axis except `batch`."""
     if not isinstance(saved, dict):
         return None if saved is None else str(saved)
     axes, lengths = saved["axes"], [*saved["shape"]]
@@ -151,7 +152,7 @@ def _trace_text(saved: Any) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escape control characters: a terminal would interpret them, and the file may be untrusted."""
+    """Escape control characters, because a terminal would interpret them and the file may be untrusted."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 
@@ -202,7 +203,7 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
 
 
 def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) -> Any:
-    """Return an operand as JSON. A tensor is added to `tensors` only once, even if several patches use it."""
+    """Return an operand as JSON. If the operand is a tensor, add it to `tensors` unless another patch has added it."""
     if isinstance(operand, Tensor):
         _refuse_unstorable(operand, name)
         # Keep the memory order: sums over channels-last and contiguous tensors round differently.

@@ -40,32 +40,33 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
 ) -> Attribution:
     """Estimate from gradients how much each of many patches changes a metric.
 
-    The estimate is the change in a patch's region times the metric's gradient there, summed over the region. The
-    estimate is exact if the metric is linear in the activation. All patches together require three forward passes, one
-    backward pass, and memory for one region per patch.
+    Each estimate is the change that a patch makes in its region times the metric's gradient there, summed over the
+    region. The estimate is exact if the metric is linear in the activation. All patches together require three forward
+    passes, one backward pass, and memory for one region per patch.
 
     With `steps` above 1, the gradient is averaged along the straight line from the clean to the patched activation
-    (integrated gradients, midpoint rule). Patches at one hook point with disjoint regions move along the line together,
-    with one forward and one backward pass per step. With many steps, the estimates for these patches add up to their
-    joint effect.
+    (integrated gradients, midpoint rule). Patches at one hook point whose regions do not overlap move along the line
+    together, with one forward and one backward pass per step. With many steps, the estimates for these patches add up
+    to their joint effect.
 
     Args:
         points_or_model, inputs, keywords, progress: Same as for `sweep`.
         patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites.
         metric: A differentiable function of the output, as for `sweep`.
-        steps: Number of points on the line at which the gradient is computed; if 1, only the clean activation is used.
-        verify: Number of patches with the largest estimates to verify with forward passes. The same number of random
-            patches is also verified.
-        seed: Random seed.
+        steps: Number of points on the line at which the gradient is computed. With 1, only the gradient at the
+            clean activation is used.
+        verify: Number of patches with the largest estimates that are verified by forward passes. The same number of
+            randomly drawn patches is also verified.
+        seed: Random seed for drawing patches.
 
     Raises:
         SweepError: If there are no patches, if two patches share a label, or if one label has several patches.
-        HookPointError, SiteError: If a site does not exist or does not have a floating-point dtype.
+        HookPointError, SiteError: If a site does not exist, or if its activation does not have a floating-point dtype.
         MetricError: If the metric has no gradient, or does not return `(batch,)`.
 
     Warns:
-        RuntimeWarning: If a patched activation is modified in place and also read elsewhere, or if the verified effects
-            contradict the estimates.
+        RuntimeWarning: If the model modifies a patched activation in place and also reads it elsewhere, or if the
+            verified effects contradict the estimates.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -135,7 +136,7 @@ def _only_patch(entry: Entry, points: HookPoints) -> Patch:
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Partition the patches into sets with one hook point and disjoint regions; yield (hook point, patch indices)."""
+    """Group patches with the same hook point and disjoint regions. Yield each group as (hook point, patch indices)."""
     waiting = list(range(len(patches)))
     while waiting:
         name = patches[waiting[0]].site.name
@@ -154,11 +155,11 @@ def _lines(
 
 _Change: TypeAlias = tuple[Positions, Tensor]  # a region, and the change that a patch makes there
 _INSTEAD = "Use more steps (steps=20), a metric based on logits (logit_difference), or sweep()."
-_FEWEST_RANKED = 10  # random patches; with fewer, the rank correlation is often low by chance
+_FEWEST_RANKED = 10  # if fewer random patches are ranked, the rank correlation is often low by chance
 
 
 def _poor_estimates(found: Attribution, run: _Runs) -> str:
-    """Return a warning if the verified effects show that the estimates are wrong; otherwise an empty string."""
+    """Return the text of a warning if the verified effects show that the estimates are wrong, or an empty string."""
     names = sorted({patch.site.name for patch in found.patches})
     if run.shares_memory:
         return (
@@ -176,9 +177,9 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
     if missed:
         return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
-            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations (a "
-            "probability near 0 or 1, a divergence from the clean output), or a later operation blocks "
-            f"gradients (.detach(), argmax, rounding). {_INSTEAD}"
+            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations "
+            "(such as a probability near 0 or 1, or a divergence from the clean output), or a later operation blocks "
+            f"gradients (.detach(), argmax or rounding). {_INSTEAD}"
         )
     changed = np.abs(found.exact[found.drawn]).max(initial=0) > run.rounding
     if changed and found.sample >= _FEWEST_RANKED and found.rank_correlation < 0.5:
@@ -190,7 +191,7 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
 
 
 class _Runs(Forward):
-    """Forward passes that return the metric and its gradients."""
+    """Run the forward passes of an attribution, and compute the metric and its gradients."""
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, ...], keywords: dict[str, Any], metric: Metric) -> None:
         super().__init__(points, inputs, keywords)
@@ -201,10 +202,10 @@ class _Runs(Forward):
         self._scale = float(self._clean.nan_to_num().abs().max())
         self.input_count = len(self._clean)
         self.rounding = 1e-6 * self._scale  # smaller changes in the metric may be rounding error
-        self.shares_memory = False  # whether a patched activation is read elsewhere and modified in place
+        self.shares_memory = False  # whether a patched activation is modified in place and also read elsewhere
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the clean activations at hook points and the metric's gradients there."""
+        """Return the clean activation at each hook point, and the metric's gradient at each hook point."""
         watched = [edit(self.points.site(name), _differentiable) for name in names]
         with (
             self.running(),
@@ -212,7 +213,7 @@ class _Runs(Forward):
             patched(self.points, watched),
             recording(self.points, names, detach=False) as cache,
         ):
-            values = self._measured()  # with each activation replaced by an equal copy
+            values = self._measured()  # in this run, each activation is replaced by an equal copy
             clean = {name: cache[name] for name in names}
             for name, activation in clean.items():
                 if not activation.requires_grad:
@@ -243,7 +244,7 @@ class _Runs(Forward):
     def mean_gradient(
         self, name: str, clean: Tensor, changes: Sequence[_Change], steps: int, advance: Callable[[int], object]
     ) -> Tensor:
-        """Return the metric's gradient, averaged along the line from the clean to the patched activation."""
+        """Return the metric's gradient, averaged along the line from the clean activation to the patched activation."""
         moved, total = torch.zeros_like(clean), torch.zeros_like(clean)
         for positions, difference in changes:
             moved = written(moved, positions, difference)
@@ -255,7 +256,7 @@ class _Runs(Forward):
         return total / steps
 
     def exact(self, patch: Patch) -> float:
-        """Return the mean change in the metric, measured by a forward pass with the patch."""
+        """Run the model with a patch, and return the mean change in the metric."""
         with self.running(), patched(self.points, patch):
             return float((self._measured() - self._clean).double().mean())
 
@@ -268,11 +269,14 @@ def _differentiable(activation: Tensor) -> Tensor:
 
 
 def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of the summed values at each activation; zero if the values do not depend on it."""
+    """Return the gradient of the sum of the values with respect to each activation.
+
+    The gradient is zero for an activation on which the values do not depend.
+    """
     if not values.requires_grad:
         raise MetricError(
-            "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), "
-            ".item(), numpy). Use a differentiable metric, or sweep()."
+            "The metric has no gradient, because it is a count (such as action_flip) or leaves the autograd graph (for "
+            "example, through .detach(), .item() or numpy). Use a differentiable metric, or sweep()."
         )
     found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, materialize_grads=True)
     return dict(zip(activations, found, strict=True))
