@@ -311,6 +311,7 @@ def test_keyword_inputs_reach_the_model() -> None:
 
 def sure(inputs: Tensor) -> HookPoints:
     """A model that is sure of its actions."""
+    torch.manual_seed(1)
     with torch.no_grad():
         module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
         module[2].weight.copy_(40 * torch.eye(3))
