@@ -20,7 +20,16 @@ from ..patching.patch import Patch
 from ..registry.points import HookPoints, no_module
 from ..results import imported
 from .actions import numbers_of
-from .copies import STATE, held_modules, names_in, parts_of_environments, used_by
+from .copies import (
+    STATE,
+    firings_inside,
+    functions_of,
+    held_modules,
+    names_in,
+    parts_of_environments,
+    patches_inside,
+    used_by,
+)
 from .decisions import Decision
 from .results import Rollout
 from .stable_baselines import as_in_predict, is_sb3_policy
@@ -240,6 +249,52 @@ def check_rows(
                 "statistics, so the labels would affect each other. Use paired_rollouts with one PatchedPolicy per "
                 "label instead."
             )
+
+
+def noted_logs(policy: Any) -> tuple[Snapshot, Snapshot]:
+    """Return two snapshots of the containers and ledgers that a policy uses; only the first is noted already."""
+    logs = [each for each in used_by(policy, *functions_of(patches_inside(policy))) if _may_keep_state(each)]
+    logs += [firing.counts for firing in firings_inside(policy)]
+    first, second = (Snapshot((), [dict(enumerate(logs))]) for _ in range(2))
+    return first.note(), second
+
+
+def check_repeats(
+    logs: tuple[Snapshot, Snapshot],
+    run: undisturbed,
+    again: undisturbed,
+    decision: Decision,
+    repeat: Callable[[], Decision],
+    *,
+    mixed: bool,
+) -> None:
+    """Raise RolloutError if a policy's first decision changes when it is repeated from the same state.
+
+    Draws from generators that a rollout restores are allowed. The repeated pass leaves no entry in logs and ledgers.
+
+    Args:
+        logs: Result of `noted_logs` before the first step.
+        run: Open context that saved the policy's state before the first step.
+        again: Context of the same kind that has not been opened; used here to restore the state after the first step.
+        decision: Decision in the first step.
+        repeat: Function that runs the policy again on the same rows, and returns the decision.
+        mixed: Always False, because a single policy has no patched rows.
+    """
+    before, after = logs
+    after.note()
+    before.put_back()
+    with again:
+        states = again.random_states()
+        run.snapshot.put_back()
+        repeated = repeat()
+        draws = states != again.random_states()
+    after.put_back()
+    if not draws and not _close(decision, repeated):
+        raise RolloutError(
+            "The policy's first output changes when the same forward pass is repeated, so the policy would differ from "
+            "itself. It draws from a generator that it creates in each call, or it keeps state that a rollout cannot "
+            "restore. Store the generator or the state in an attribute."
+        )
 
 
 def _close(decision: Decision, alone: Decision) -> bool:

@@ -121,8 +121,13 @@ def held_modules(policy: Any) -> list[nn.Module]:
 
 def patches_inside(policy: Any) -> list[Patch]:
     """Return the patches of all twins that a policy contains or uses."""
+    return [firing.patch for firing in firings_inside(policy)]
+
+
+def firings_inside(policy: Any) -> list[Any]:
+    """Return the firings, one per patch, of all twins that a policy contains or uses."""
     modules = {module: None for held in held_modules(policy) for module in held.modules()}
-    return [patch for module in modules if STATE in vars(module) for patch in vars(module)[STATE].patches]
+    return [firing for module in modules if STATE in vars(module) for firing in vars(module)[STATE].firings]
 
 
 def functions_of(patches: Iterable[Patch]) -> list[Any]:

@@ -23,7 +23,7 @@ from ..registry.names import path_text
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
 from .actions import chosen_actions, draw_streams, repetitions
-from .checks import check_envs, check_rows, checked_policy
+from .checks import check_envs, check_repeats, check_rows, checked_policy, noted_logs
 from .checksums import checksums
 from .copies import held_state
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
@@ -80,7 +80,10 @@ def play(
     bar = progress_bar(options.progress, len(waves) * options.max_steps, "step")
     with as_in_predict(held), undisturbed(held, *state) as run, bar as advance:
         player = _Player(policy, envs, log, options, around)
-        check = functools.partial(check_rows, run, undisturbed(held, *state)) if times > 1 else None
+        again = undisturbed(held, *state)
+        check: Any = functools.partial(check_rows, run, again) if times > 1 else None
+        if times == 1 and label is not None:  # one of several policies
+            check = functools.partial(check_repeats, noted_logs(policy), run, again)
         for start in waves:
             run.snapshot.put_back()  # an episode must not depend on earlier episodes
             player.play(np.arange(start, min(start + envs.num_envs, log.plays)), advance, check)
@@ -158,7 +161,7 @@ class _Player:
     ) -> None:
         """Play one wave in parallel until all its episodes have finished, and advance the progress bar.
 
-        `check` is None, or `check_rows` with its first two arguments already set.
+        `check` is None, or a check of the first decision with the same last three arguments as `check_rows`.
         """
         envs, log, options = self._envs, self._log, self._options
         self._reset(wave)

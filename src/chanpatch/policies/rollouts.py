@@ -125,8 +125,9 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     Raises:
         ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module such as
             dropout is in training mode in one policy but not in another; if two policies use the same callable
-            object as an edit or `where`; if an episode differs between two policies before their actions differ; or if
-            policies share a list or another container that changes their episodes.
+            object as an edit or `where`; if an episode differs between two policies before their actions differ; if
+            policies share a list or another container that changes their episodes; or if a policy's first output
+            changes when it is repeated.
 
     Example:
         >>> import gymnasium, torch
