@@ -256,8 +256,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an edit that returns None": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), print_nothing)),
-        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: a new activation, or the "
-        "given one to leave the activation unchanged.",
+        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: either a new activation "
+        "or, to change nothing, the activation that was passed to it.",
     ),
     "an edit that returns another shape": (
         errors.EditError,
@@ -461,15 +461,15 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: recording(
             hook_points(build("attention").module, torch.zeros(2, 5, 6)), ".out", reduce="sum"
         ).__enter__(),
-        "reduce='sum' keeps batch, channel and feature, but Site('.out') has unnamed axes: (batch, axis1). Name them "
-        "with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
+        "reduce='sum' keeps the axes named batch, channel and feature, but Site('.out') has unnamed axes: (batch, "
+        "axis1). Name them with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
     ),
     "rows without a batch axis": (
         errors.BatchAxisError,
         lambda: resample_ablate(hook_points(nn.Linear(2, 2), torch.zeros(2)).site(".out"), torch.zeros(3, 2), seed=0),
-        "resample_ablate at Site('.out') needs rows. The trace could not identify the batch axis at '.out': no single "
-        "axis grew when the model ran with one more row. Name the axes of the model's input: hook_points(..., "
-        "axes={'.in[0]': (...)}).",
+        "resample_ablate at Site('.out') needs a known batch axis. The trace could not identify the batch axis at "
+        "'.out': no single axis grew when the model ran with one more row. Name the axes of the model's input: "
+        "hook_points(..., axes={'.in[0]': (...)}).",
     ),
     "a patch that never ran": (
         errors.UnreachedError,
@@ -487,7 +487,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnreachedError,
         call_twin_the_other_way,
         "The patch at 'left' never ran in __call__(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or it was compiled. If this patch does not have to run there, set "
+        "called directly (bypassing hooks), or it was compiled. If a patch does not have to run there, set "
         "allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
@@ -584,16 +584,16 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a sparse tensor that is set": (
         errors.UnsupportedModelError,
         lambda: run_identity(torch.eye(2).to_sparse(), zero_ablate(Site(".out"))),
-        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which supports only custom functions without `where`. "
-        "Use edit(site, function), or make the tensor dense in the model.",
+        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which can be patched only with a custom function and "
+        "without `where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a masked tensor that is edited in part": (
         errors.UnsupportedModelError,
         lambda: run_identity(
             masked_tensor(torch.eye(2), torch.eye(2) > 0), edit(Site(".out"), abs, where=torch.eye(2) > 0)
         ),
-        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which supports only custom functions without "
-        "`where`. Use edit(site, function), or make the tensor dense in the model.",
+        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which can be patched only with a custom function "
+        "and without `where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a region of a masked tensor": (
         errors.UnsupportedModelError,
@@ -606,14 +606,14 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         call_twin_of_merged,
         "'merged' is True in the policy but False in its twin. A twin shares the policy's weights but not its "
         "settings. If the weights changed too, for example because an adapter was merged, create a new twin: "
-        "PatchedPolicy(policy, patches). Otherwise, set the attribute on both.",
+        "PatchedPolicy(policy, patches). Otherwise, set the attribute to the same value in both.",
     ),
     "a module that merges in train": (
         errors.UnsupportedModelError,
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
         "The policy (Merging) changes its parameters in train(). A twin shares the policy's parameters but not its "
-        "flags, so one of the two would run with the wrong parameters. Make the change permanent before creating a "
-        "twin, or use patched().",
+        "flags, so either the policy or the twin would run with the wrong parameters. Make the change permanent "
+        "before creating a twin, or use patched().",
     ),
     "no policy": (
         errors.DistributionError,
@@ -627,7 +627,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: action_distribution(lambda observations: {"q": observations}, torch.zeros(1)),
         "function returned a dict of 'q', which contains no action distribution. Expected logits of shape (batch, "
         "action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
-        "'logits'. Pass a function that selects one of these.",
+        "'logits'. Pass a function that selects one of these from the output.",
     ),
 }
 
@@ -682,8 +682,8 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
     with pytest.raises(errors.TraceMismatchError) as caught, patched(points, zero_ablate(points.site("0.out[0]"))):
         model(-torch.ones(2, 2))
     assert str(caught.value) == (
-        "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() with "
-        "inputs like these, and use the listed names."
+        "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() "
+        "with inputs like the ones in this forward pass, and use the listed names."
     )
 
 

@@ -122,7 +122,7 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
         )
     layers = len(site.split("layer")) if "layer" in point.axes else 1
     if layers > 1:
-        raise error(f"{site!r} has {layers} layers, each with its own {channels[0]}s. Select one, as in layer=0.")
+        raise error(f"{site!r} has {layers} layers, each with its own {channels[0]}s. Select one layer, as in layer=0.")
     return channels[0]
 
 

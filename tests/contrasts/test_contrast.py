@@ -294,7 +294,7 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[*"aabbccddeef", None]),
-            "clusters[11] must be a label; got None. Label every row, or omit that row.",
+            "clusters[11] must be a label; got None. Give this row a label, or leave the row out.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),

@@ -199,7 +199,7 @@ REFUSED = {
         lambda: channel_sums(
             hook_points(nn.LSTM(3, 4, 2, batch_first=True), torch.randn(9, 7, 3)), torch.randn(9, 7, 3), ".out[1][0]"
         ),
-        "Site('.out[1][0]') has 2 layers, each with its own features. Select one, as in layer=0.",
+        "Site('.out[1][0]') has 2 layers, each with its own features. Select one layer, as in layer=0.",
     ),
     "an empty batch": (
         lambda: channel_sums(plain(), torch.zeros(2, 3, 8, 8), "relu1", batch_size=0),

@@ -182,8 +182,8 @@ def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
             continue
         if first := known.get(key := call_key(patch.edit)):
             raise EditError(
-                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, which would share "
-                "its state. Use a separate object for each patch, or a plain function."
+                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, so the two "
+                "patches would share its state. Use a separate object for each patch, or a plain function."
             )
         known[key] = patch
 
@@ -229,11 +229,12 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`."""
-    if listed := ", ".join(f"'{name}'" for name in names):
+    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`, and a plural ending replaces `{es}`."""
+    if listed := [f"'{name}'" for name in names]:
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
         causes += f"hooks){', or it was compiled' * compiled}"
-        raise UnreachedError(f"{fault.format(listed)}. Possible causes: {causes}.{advice}")
+        fault = fault.format(", ".join(listed), es="es" * (len(listed) > 1))
+        raise UnreachedError(f"{fault}. Possible causes: {causes}.{advice}")
 
 
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
@@ -317,4 +318,4 @@ class _Patched(Patching):
     def finish(self, error: Exception | None) -> None:
         raise_nan(self.firings, error)
         if error is None:
-            check_reached("The patch at {} never ran inside patched()", self.unreached(), advice=self.no_call)
+            check_reached("The patch{es} at {} never ran inside patched()", self.unreached(), advice=self.no_call)

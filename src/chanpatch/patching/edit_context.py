@@ -100,7 +100,7 @@ class Context:
         """Select the entries for the region's rows; `numbers` defaults to 0, 1, 2, ..."""
         site, axis, leaf, positions = self._region
         if axis is None:
-            raise BatchAxisError(f"The patch at {site!r} needs rows. {no_batch(site)}")
+            raise BatchAxisError(f"The patch at {site!r} needs a known batch axis. {no_batch(site)}")
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:

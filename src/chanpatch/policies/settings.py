@@ -81,7 +81,7 @@ class Settings:
                         f"'{'.'.join(filter(None, (name, attribute)))}' is {_shown(given)} in the policy but "
                         f"{_shown(own)} in its twin. A twin shares the policy's weights but not its settings. If the "
                         "weights changed too, for example because an adapter was merged, create a new twin: "
-                        "PatchedPolicy(policy, patches). Otherwise, set the attribute on both."
+                        "PatchedPolicy(policy, patches). Otherwise, set the attribute to the same value in both."
                     )
         self._plan()
 
