@@ -86,8 +86,8 @@ def tapped(name: str = "fc") -> None:
     hook_points(Tapped(), torch.zeros(1, 2))
 
 
-def run_branching_the_other_way() -> None:
-    with patched(BRANCHING_POINTS, zero_ablate(BRANCHING_POINTS.site("left"))):
+def run_branching_the_other_way(*names: str) -> None:
+    with patched(BRANCHING_POINTS, [zero_ablate(BRANCHING_POINTS.site(name)) for name in names]):
         BRANCHING(-torch.ones(2, 2))
 
 
@@ -462,7 +462,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
             hook_points(build("attention").module, torch.zeros(2, 5, 6)), ".out", reduce="sum"
         ).__enter__(),
         "reduce='sum' keeps the axes named batch, channel and feature, but Site('.out') has unnamed axes: (batch, "
-        "axis1). Name them with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
+        "axis1). Name these axes with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
     ),
     "rows without a batch axis": (
         errors.BatchAxisError,
@@ -473,21 +473,27 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     ),
     "a patch that never ran": (
         errors.UnreachedError,
-        run_branching_the_other_way,
+        lambda: run_branching_the_other_way("left"),
         "The patch at 'left' never ran inside patched(). Possible causes: the module was not called, its .forward() "
-        "was called directly (bypassing hooks), or it was compiled.",
+        "was called directly (bypassing hooks), or the module was compiled.",
+    ),
+    "two patches that never ran": (
+        errors.UnreachedError,
+        lambda: run_branching_the_other_way("left.in[0]", "left"),
+        "The patches at 'left.in[0]', 'left' never ran inside patched(). Possible causes: the module was not called, "
+        "its .forward() was called directly (bypassing hooks), or the module was compiled.",
     ),
     "a record that never ran": (
         errors.UnreachedError,
         record_the_other_way,
         "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
-        "directly (bypassing hooks), or it was compiled.",
+        "directly (bypassing hooks), or the module was compiled.",
     ),
     "a twin's patch that never ran": (
         errors.UnreachedError,
         call_twin_the_other_way,
         "The patch at 'left' never ran in __call__(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or it was compiled. If a patch does not have to run there, set "
+        "called directly (bypassing hooks), or the module was compiled. If a patch does not have to run there, set "
         "allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
@@ -504,15 +510,15 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnreachedError,
         open_and_close,
         "The patch at 'fc' never ran inside patched(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or it was compiled. "
-        f"{type(CNN.module).__name__}.__call__() was not called while the context was open.",
+        f"called directly (bypassing hooks), or the module was compiled. {type(CNN.module).__name__}.__call__() was "
+        "not called while the context was open.",
     ),
     "no forward while it was recorded": (
         errors.UnreachedError,
         lambda: recording(BRANCHING_POINTS, "left")(print_nothing)(torch.zeros(1)),
         "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
-        "directly (bypassing hooks), or it was compiled. Branching.__call__() was not called while the context was "
-        "open.",
+        "directly (bypassing hooks), or the module was compiled. Branching.__call__() was not called while the "
+        "context was open.",
     ),
     "a context that was closed twice": (
         RuntimeError,
@@ -605,8 +611,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnsupportedModelError,
         call_twin_of_merged,
         "'merged' is True in the policy but False in its twin. A twin shares the policy's weights but not its "
-        "settings. If the weights changed too, for example because an adapter was merged, create a new twin: "
-        "PatchedPolicy(policy, patches). Otherwise, set the attribute to the same value in both.",
+        "settings, so set the attribute to the same value in both. If the weights changed too, for example because an "
+        "adapter was merged, create a new twin instead: PatchedPolicy(policy, patches).",
     ),
     "a module that merges in train": (
         errors.UnsupportedModelError,

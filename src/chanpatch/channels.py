@@ -101,7 +101,7 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
     left = reduced_axes(site, point_at(site).axes, reduce)
     if "batch" not in left or len(left) > 2:
         raise SiteError(
-            f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}, but must leave the batch axis and at most "
+            f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}, but must keep the batch axis and at most "
             "one other axis."
         )
 

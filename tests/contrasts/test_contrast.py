@@ -315,9 +315,9 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
-            "None of the 1 hook points can be compared. The first was skipped because: reduce=('b c h w -> b c h', "
-            "'sum') leaves axes (batch, channel, row) at Site('conv1'), but must leave the batch axis and at most "
-            "one other axis.",
+            "None of the 1 hook points can be compared. The first of these was skipped because: reduce=('b c h w -> b "
+            "c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the batch axis and at "
+            "most one other axis.",
         ),
     ],
 )
@@ -331,7 +331,7 @@ def test_a_reduction_that_leaves_too_much_is_refused() -> None:
     with pytest.raises(SiteError) as caught:
         contrast(POINTS, CLEAN, CORRUPTED, "conv1", reduce=("b c h w -> b c h", "sum"))
     assert str(caught.value) == (
-        "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must leave the "
+        "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the "
         "batch axis and at most one other axis."
     )
 

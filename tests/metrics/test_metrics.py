@@ -422,13 +422,13 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: value((LOGITS, LOGITS[:, 0], LOGITS[:, 1])),
         MetricError,
         "The output, (Tensor, Tensor, Tensor), contains 2 tensors of shape (batch,) or (batch, 1) that could be the "
-        "value, but there must be exactly one. Use a metric that selects the value: lambda output: output[1].",
+        "value, but must contain exactly one. Use a metric that selects the value: lambda output: output[1].",
     ),
     "no value": (
         lambda: value(LOGITS),
         MetricError,
         "The output, a torch.float32 tensor of shape (5, 4), contains 0 tensors of shape (batch,) or (batch, 1) that "
-        "could be the value, but there must be exactly one. Use a metric that selects the value: lambda output: "
+        "could be the value, but must contain exactly one. Use a metric that selects the value: lambda output: "
         "output[1].",
     ),
     "a position of logits without positions": (
@@ -455,7 +455,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: normalized_effect(logit_difference(0, 1), torch.eye(2), torch.zeros(3, 2)),
         MetricError,
         "The metric's mean is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize "
-        "by. Choose other inputs or another metric.",
+        "by. Choose different inputs or a different metric.",
     ),
     "an effect of a metric that compares": (
         lambda: normalized_effect(kl_divergence, LOGITS, OTHER),

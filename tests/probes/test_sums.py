@@ -102,8 +102,8 @@ def test_reductions_that_are_none_are_refused(cnn):
         ),
         (
             ("b c h w -> b c h", "sum"),
-            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('relu1'), but must leave "
-            "the batch axis and at most one other axis.",
+            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('relu1'), but must keep the "
+            "batch axis and at most one other axis.",
         ),
     ):
         with pytest.raises(errors.SiteError) as caught:

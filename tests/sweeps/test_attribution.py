@@ -331,7 +331,7 @@ def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
     assert [str(warning.message) for warning in caught] == [
         "The estimates are about zero at '1', but verified patches there change the metric by up to 1. Either the "
         "metric is flat at the clean activations (for example, a probability near 0 or 1, or a divergence from the "
-        "clean output), or a later operation blocks gradients (.detach(), argmax or rounding). {INSTEAD}"
+        f"clean output), or a later operation blocks gradients (.detach(), argmax or rounding). {INSTEAD}"
     ]
     assert caught[0].filename == __file__
     assert np.abs(result.exact).max() > 0.9
@@ -467,7 +467,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             TOKENS, torch.tensor([1, 2]), patches=[edit(TOKENS.site(".in[0]"), torch.clone)], metric=METRIC
         ),
         SiteError,
-        "'.in[0]' has dtype torch.int64, which has no gradient. Patch the embedding of this tensor instead.",
+        "'.in[0]' has dtype torch.int64, which has no gradient. Patch the embedding instead.",
     ),
 }
 

@@ -229,10 +229,10 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`, and a plural ending replaces `{es}`."""
+    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`, a plural ending `{es}`."""
     if listed := [f"'{name}'" for name in names]:
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
-        causes += f"hooks){', or it was compiled' * compiled}"
+        causes += f"hooks){', or the module was compiled' * compiled}"
         fault = fault.format(", ".join(listed), es="es" * (len(listed) > 1))
         raise UnreachedError(f"{fault}. Possible causes: {causes}.{advice}")
 

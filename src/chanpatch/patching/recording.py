@@ -233,8 +233,8 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
     if any(re.fullmatch(r"axis\d+", axis) for axis in axes):
         raise SiteError(
             f"reduce={reduce!r} keeps the axes named batch, channel and feature, but {site!r} has unnamed axes: "
-            f"({', '.join(axes)}). Name them with hook_points(..., axes={{'{site.name}': (...)}}), or pass an einops "
-            "pair."
+            f"({', '.join(axes)}). Name these axes with hook_points(..., axes={{'{site.name}': (...)}}), or pass an "
+            "einops pair."
         )
     return tuple(axis for axis in axes if axis in _KEPT)
 

@@ -212,9 +212,9 @@ class _TwinState(Patching):
         if not shared:
             raise UnsupportedModelError(
                 f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so the two "
-                "no longer share all weights. Create a new twin or, with torch.func.functional_call, use the policy "
-                "inside patched(). If the policy's own code replaced the tensor, have the code update the tensor with "
-                "copy_() instead, or store the tensor in a plain attribute."
+                "no longer share all weights. Create a new twin with PatchedPolicy(policy, patches) or, for "
+                "torch.func.functional_call, use the policy inside patched(). If the policy's own code replaced the "
+                "tensor, update the tensor with copy_() instead, or store the tensor in a plain attribute."
             )
         self.settings.begin(_kind(call))
 

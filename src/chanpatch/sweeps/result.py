@@ -207,7 +207,8 @@ class SweepResult(Effects):
         name = next(iter(self.values)) if metric is None else metric
         if name not in self.values:
             raise MetricError(
-                f"There is no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics are: {names}."
+                f"There is no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics of this sweep are: "
+                f"{names}."
             )
         return name
 
