@@ -232,8 +232,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an operand of another dtype": (
         errors.EditError,
         lambda: steer(POINTS.site("conv1"), torch.zeros(1, 8, 1, 1, dtype=torch.float64)),
-        "Add at Site('conv1'): the vector is torch.float64 on cpu, but the region is torch.float32 on cpu. Convert it: "
-        "vector.to('cpu', torch.float32).",
+        "Add at Site('conv1'): the vector is torch.float64 on cpu, but the region is torch.float32 on cpu. Convert "
+        "the vector: vector.to('cpu', torch.float32).",
     ),
     "an operand on another device": (
         errors.EditError,
@@ -250,8 +250,8 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mask that is none": (
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(1, 4)),
-        "where at Site('fc') must be a bool tensor (such as column < 12) or a function that returns one; got a "
-        "torch.float32 tensor.",
+        "where at Site('fc') must be a bool tensor (such as column < 12) or a function that returns a bool tensor; "
+        "got a torch.float32 tensor.",
     ),
     "an edit that returns None": (
         errors.EditError,
@@ -279,8 +279,9 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an edit that brings NaN in": (
         errors.NaNError,
         lambda: run(POINTS, edit(POINTS.site("fc"), divided)),
-        "Patch(Site('fc'), divided) introduced NaN into a region without NaN. Check the operands for 0/0, or a mean "
-        "over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy.",
+        "Patch(Site('fc'), divided) introduced NaN into a region that contained no NaN. Check whether an operand was "
+        "computed as 0/0 or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched() or "
+        "PatchedPolicy.",
     ),
     "an edit that is none": (
         errors.EditError,
@@ -372,7 +373,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a record that need not run and is none": (
         ValueError,
         lambda: recording(POINTS, ["fc", "conv1"], allow_unreached="fcc"),
-        "allow_unreached contains ['fcc'], but nothing is recorded there. Did you mean 'fc'?",
+        "allow_unreached must contain only hook points that are recorded; got ['fcc']. Did you mean 'fc'?",
     ),
     "an axis to split along that is not there": (
         errors.SiteError,

@@ -395,7 +395,7 @@ def test_the_patch_that_brought_nan_is_named(points):
     }
     message = refused(NaNError, points, patches)
     assert message.startswith(
-        "'broken': Patch(Site('layers.1', feature=3), Scale) introduced NaN into a region without NaN."
+        "'broken': Patch(Site('layers.1', feature=3), Scale) introduced NaN into a region that contained no NaN."
     )
 
 

@@ -656,8 +656,8 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "a where that is a number": (
         record(where=1),
-        "is damaged: EditError: where at Site('fc') must be a bool tensor (such as column < 12) or a "
-        "function that returns one; got int.",
+        "is damaged: EditError: where at Site('fc') must be a bool tensor (such as column < 12) or a function that "
+        "returns a bool tensor; got int.",
     ),
     "an index that is none": (
         record(site={"name": "fc", "indices": {"feature": {"slice": ["\x1b[2J"]}}}),

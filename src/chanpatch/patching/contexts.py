@@ -198,7 +198,7 @@ class Patching(ContextSession):
         self.check_nan = check_nan
         self.patches = checked_patches(points_or_model, patches)
         names = [patch.site.name for patch in self.patches]
-        self.allow_unreached = allowed_names(allow_unreached, names, "there is no patch")
+        self.allow_unreached = allowed_names(allow_unreached, names, "patched")
         self.firings: list[Firing] = []
         for patch in self.patches:
             point = resolve(self.modules, patch.site)
@@ -218,13 +218,13 @@ class Patching(ContextSession):
         return [name for name in names if name not in self.allow_unreached]
 
 
-def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
+def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -> frozenset[str]:
     """Return the names in `allow_unreached` as a set; raise ValueError if a name is not in `known`."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):
         hint = did_you_mean(min(unknown), known)
-        raise ValueError(f"allow_unreached contains {sorted(unknown)}, but {nothing} there.{hint}")
+        raise ValueError(f"allow_unreached must contain only hook points that are {used}; got {sorted(unknown)}.{hint}")
     return allowed
 
 
@@ -261,8 +261,8 @@ def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None
 def nan_error(patch: Patch) -> NaNError:
     """Return the error for a patch that introduced NaN."""
     return NaNError(
-        f"{patch!r} introduced NaN into a region without NaN. Check the operands for 0/0, or a mean over zero rows. "
-        "If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
+        f"{patch!r} introduced NaN into a region that contained no NaN. Check whether an operand was computed as 0/0 "
+        "or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
     )
 
 

@@ -131,7 +131,7 @@ class Recorder(ContextSession):
         self.result = ActivationCache({}, {}, {})
         self.reduce, self.double, self.device, self.keeps_graph = reduce, double, device, not detach
         self._sites = sites_of(points_or_model, sites)
-        self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "nothing is recorded")
+        self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "recorded")
         self.missing: set[Site] = set()
         self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:

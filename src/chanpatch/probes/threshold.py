@@ -261,7 +261,7 @@ def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats
     fitting, scoring = halves(positive, seed)
     if np.ptp(array[fitting]) == 0:
         raise ProbeError(
-            f"All {len(fitting)} sums in the fitting half are {array[fitting[0]]:g}. Use a channel that varies, or "
+            f"All {len(fitting)} sums in the fitting half equal {array[fitting[0]]:g}. Use a channel that varies, or "
             "pass more inputs."
         )
     return (array[fitting], positive[fitting]), (array[scoring], positive[scoring])
