@@ -445,7 +445,7 @@ def test_a_site_without_channels_has_no_controls() -> None:
         SiteError, match=r"Site\('embed'\) has axes \(batch, row, position\). Controls need a batch axis"
     ):
         matched_channels(points, "embed", ATTENTION.inputs(9), count=1, seed=0)
-    with pytest.raises(SiteError, match="Name them with hook_points"):
+    with pytest.raises(SiteError, match="Name these axes with hook_points"):
         off_distribution(UNNAMED, zero_ablate(UNNAMED.site(".out")), ATTENTION.inputs(9), ATTENTION.inputs(9))
 
 

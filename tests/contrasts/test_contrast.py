@@ -211,7 +211,7 @@ def test_a_search_leaves_out_what_cannot_be_reduced_and_says_why() -> None:
     points = hook_points(attention.module, *attention.inputs(2))
     result = contrast(points, *attention.inputs(8), *attention.inputs(8))
     assert set(result.skipped) == {".out"}
-    assert "Name them" in result.skipped[".out"]
+    assert "Name these axes" in result.skipped[".out"]
     assert "Skipped " in repr(result)
 
 

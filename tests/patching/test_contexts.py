@@ -472,7 +472,7 @@ def test_where_that_asks_for_rows_without_a_proved_batch_is_refused():
 def test_row_numbers_that_do_not_fit_the_forward_are_refused(net, points, image):
     patch = edit(points.site("conv"), lambda activation, *, context: activation * (context.rows.sum() > 0))
     with (
-        pytest.raises(TraceMismatchError, match="has 4 rows, but 3 row numbers were passed"),
+        pytest.raises(TraceMismatchError, match="has 4 rows, but the model was called for 3 rows"),
         patched(points, patch),
         forward_context(rows=[0, 1, 2]),
     ):
@@ -599,7 +599,7 @@ def test_a_model_in_float64_is_patched_in_float64(net, image, verb):
 
 def test_an_operand_of_another_dtype_is_refused_when_the_patch_is_made(net, image):
     points = hook_points(net.double(), image.double())
-    with pytest.raises(EditError, match=r"float32 on cpu, but the region is torch.float64.*Convert it"):
+    with pytest.raises(EditError, match=r"float32 on cpu, but the region is torch.float64.*Convert the"):
         steer(points.site("conv"), torch.ones(1, 4, 1, 1))
 
 

@@ -547,7 +547,7 @@ def test_caches_of_many_rows_and_of_one_are_not_combined(points, image):
 
 def test_rows_less_their_mean_are_rows_again(points, image):
     centred = cache_of(points, image, "fc") - cache_of(points, image, "fc").mean()
-    with pytest.raises(SiteError, match="only the result of cache.mean"):
+    with pytest.raises(SiteError, match="Only the result of cache.mean"):
         centred - cache_of(points, image[:1], "fc")
 
 

@@ -104,7 +104,7 @@ class Context:
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:
-            raise TraceMismatchError(f"{site!r} has {batch} rows, but {len(each)} row numbers were passed.")
+            raise TraceMismatchError(f"{site!r} has {batch} rows, but the model was called for {len(each)} rows.")
         chosen = positions.get(axis, slice(None))
         return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
 
