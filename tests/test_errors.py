@@ -239,7 +239,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.EditError,
         lambda: steer(POINTS.site("conv1"), torch.zeros(1, 8, 1, 1, device="meta")),
         "Add at Site('conv1'): the vector is torch.float32 on meta, but the region is torch.float32 on cpu. Convert "
-        "it: vector.to('cpu', torch.float32).",
+        "the vector: vector.to('cpu', torch.float32).",
     ),
     "a mask that would broadcast": (
         errors.EditError,

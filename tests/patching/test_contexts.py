@@ -791,7 +791,7 @@ def test_a_bare_model_takes_any_shape(net):
 def test_a_site_that_is_not_on_the_path_is_told_with_all_others(net):
     net.unused, net.also = nn.Linear(2, 2), nn.Linear(2, 2)
     with (
-        pytest.raises(UnreachedError, match="patch at 'unused', 'also' never ran"),
+        pytest.raises(UnreachedError, match="patches at 'unused', 'also' never ran"),
         patched(net, [zero_ablate(Site(name)) for name in ("unused", "conv", "also")]),
     ):
         net(torch.randn(1, 3, 6, 6))
