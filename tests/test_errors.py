@@ -86,8 +86,8 @@ def tapped(name: str = "fc") -> None:
     hook_points(Tapped(), torch.zeros(1, 2))
 
 
-def run_branching_the_other_way() -> None:
-    with patched(BRANCHING_POINTS, zero_ablate(BRANCHING_POINTS.site("left"))):
+def run_branching_the_other_way(*names: str) -> None:
+    with patched(BRANCHING_POINTS, [zero_ablate(BRANCHING_POINTS.site(name)) for name in names]):
         BRANCHING(-torch.ones(2, 2))
 
 
@@ -232,14 +232,14 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an operand of another dtype": (
         errors.EditError,
         lambda: steer(POINTS.site("conv1"), torch.zeros(1, 8, 1, 1, dtype=torch.float64)),
-        "Add at Site('conv1'): the vector is torch.float64 on cpu, but the region is torch.float32 on cpu. Convert it: "
-        "vector.to('cpu', torch.float32).",
+        "Add at Site('conv1'): the vector is torch.float64 on cpu, but the region is torch.float32 on cpu. Convert "
+        "the vector: vector.to('cpu', torch.float32).",
     ),
     "an operand on another device": (
         errors.EditError,
         lambda: steer(POINTS.site("conv1"), torch.zeros(1, 8, 1, 1, device="meta")),
         "Add at Site('conv1'): the vector is torch.float32 on meta, but the region is torch.float32 on cpu. Convert "
-        "it: vector.to('cpu', torch.float32).",
+        "the vector: vector.to('cpu', torch.float32).",
     ),
     "a mask that would broadcast": (
         errors.EditError,
@@ -250,14 +250,14 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mask that is none": (
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(1, 4)),
-        "where at Site('fc') must be a bool tensor (such as column < 12) or a function that returns one; got a "
-        "torch.float32 tensor.",
+        "where at Site('fc') must be a bool tensor (such as column < 12) or a function that returns a bool tensor; "
+        "got a torch.float32 tensor.",
     ),
     "an edit that returns None": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), print_nothing)),
-        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: a new activation, or the "
-        "given one to leave the activation unchanged.",
+        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: either a new activation "
+        "or, to change nothing, the activation that was passed to it.",
     ),
     "an edit that returns another shape": (
         errors.EditError,
@@ -279,8 +279,9 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an edit that brings NaN in": (
         errors.NaNError,
         lambda: run(POINTS, edit(POINTS.site("fc"), divided)),
-        "Patch(Site('fc'), divided) introduced NaN into a region without NaN. Check the operands for 0/0, or a mean "
-        "over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy.",
+        "Patch(Site('fc'), divided) introduced NaN into a region that contained no NaN. Check whether an operand was "
+        "computed as 0/0 or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched() or "
+        "PatchedPolicy.",
     ),
     "an edit that is none": (
         errors.EditError,
@@ -372,7 +373,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a record that need not run and is none": (
         ValueError,
         lambda: recording(POINTS, ["fc", "conv1"], allow_unreached="fcc"),
-        "allow_unreached contains ['fcc'], but nothing is recorded there. Did you mean 'fc'?",
+        "allow_unreached must contain only hook points that are recorded; got ['fcc']. Did you mean 'fc'?",
     ),
     "an axis to split along that is not there": (
         errors.SiteError,
@@ -461,33 +462,39 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: recording(
             hook_points(build("attention").module, torch.zeros(2, 5, 6)), ".out", reduce="sum"
         ).__enter__(),
-        "reduce='sum' keeps batch, channel and feature, but Site('.out') has unnamed axes: (batch, axis1). Name them "
-        "with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
+        "reduce='sum' keeps the axes named batch, channel and feature, but Site('.out') has unnamed axes: (batch, "
+        "axis1). Name these axes with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
     ),
     "rows without a batch axis": (
         errors.BatchAxisError,
         lambda: resample_ablate(hook_points(nn.Linear(2, 2), torch.zeros(2)).site(".out"), torch.zeros(3, 2), seed=0),
-        "resample_ablate at Site('.out') needs rows. The trace could not identify the batch axis at '.out': no single "
-        "axis grew when the model ran with one more row. Name the axes of the model's input: hook_points(..., "
-        "axes={'.in[0]': (...)}).",
+        "resample_ablate at Site('.out') needs a known batch axis. The trace could not identify the batch axis at "
+        "'.out': no single axis grew when the model ran with one more row. Name the axes of the model's input: "
+        "hook_points(..., axes={'.in[0]': (...)}).",
     ),
     "a patch that never ran": (
         errors.UnreachedError,
-        run_branching_the_other_way,
+        lambda: run_branching_the_other_way("left"),
         "The patch at 'left' never ran inside patched(). Possible causes: the module was not called, its .forward() "
-        "was called directly (bypassing hooks), or it was compiled.",
+        "was called directly (bypassing hooks), or the module was compiled.",
+    ),
+    "two patches that never ran": (
+        errors.UnreachedError,
+        lambda: run_branching_the_other_way("left.in[0]", "left"),
+        "The patches at 'left.in[0]', 'left' never ran inside patched(). Possible causes: the module was not called, "
+        "its .forward() was called directly (bypassing hooks), or the module was compiled.",
     ),
     "a record that never ran": (
         errors.UnreachedError,
         record_the_other_way,
         "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
-        "directly (bypassing hooks), or it was compiled.",
+        "directly (bypassing hooks), or the module was compiled.",
     ),
     "a twin's patch that never ran": (
         errors.UnreachedError,
         call_twin_the_other_way,
         "The patch at 'left' never ran in __call__(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or it was compiled. If this patch does not have to run there, set "
+        "called directly (bypassing hooks), or the module was compiled. If a patch does not have to run there, set "
         "allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
@@ -504,15 +511,15 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnreachedError,
         open_and_close,
         "The patch at 'fc' never ran inside patched(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or it was compiled. "
-        f"{type(CNN.module).__name__}.__call__() was not called while the context was open.",
+        f"called directly (bypassing hooks), or the module was compiled. {type(CNN.module).__name__}.__call__() was "
+        "not called while the context was open.",
     ),
     "no forward while it was recorded": (
         errors.UnreachedError,
         lambda: recording(BRANCHING_POINTS, "left")(print_nothing)(torch.zeros(1)),
         "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
-        "directly (bypassing hooks), or it was compiled. Branching.__call__() was not called while the context was "
-        "open.",
+        "directly (bypassing hooks), or the module was compiled. Branching.__call__() was not called while the "
+        "context was open.",
     ),
     "a context that was closed twice": (
         RuntimeError,
@@ -584,16 +591,16 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a sparse tensor that is set": (
         errors.UnsupportedModelError,
         lambda: run_identity(torch.eye(2).to_sparse(), zero_ablate(Site(".out"))),
-        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which supports only custom functions without `where`. "
-        "Use edit(site, function), or make the tensor dense in the model.",
+        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which can be patched only with a custom function and "
+        "without `where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a masked tensor that is edited in part": (
         errors.UnsupportedModelError,
         lambda: run_identity(
             masked_tensor(torch.eye(2), torch.eye(2) > 0), edit(Site(".out"), abs, where=torch.eye(2) > 0)
         ),
-        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which supports only custom functions without "
-        "`where`. Use edit(site, function), or make the tensor dense in the model.",
+        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which can be patched only with a custom function "
+        "and without `where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a region of a masked tensor": (
         errors.UnsupportedModelError,
@@ -605,15 +612,15 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnsupportedModelError,
         call_twin_of_merged,
         "'merged' is True in the policy but False in its twin. A twin shares the policy's weights but not its "
-        "settings. If the weights changed too, for example because an adapter was merged, create a new twin: "
-        "PatchedPolicy(policy, patches). Otherwise, set the attribute on both.",
+        "settings, so set the attribute to the same value in both. If the weights changed too, for example because an "
+        "adapter was merged, create a new twin instead: PatchedPolicy(policy, patches).",
     ),
     "a module that merges in train": (
         errors.UnsupportedModelError,
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
         "The policy (Merging) changes its parameters in train(). A twin shares the policy's parameters but not its "
-        "flags, so one of the two would run with the wrong parameters. Make the change permanent before creating a "
-        "twin, or use patched().",
+        "flags, so either the policy or the twin would run with the wrong parameters. Make the change permanent "
+        "before creating a twin, or use patched().",
     ),
     "no policy": (
         errors.DistributionError,
@@ -627,7 +634,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         lambda: action_distribution(lambda observations: {"q": observations}, torch.zeros(1)),
         "function returned a dict of 'q', which contains no action distribution. Expected logits of shape (batch, "
         "action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
-        "'logits'. Pass a function that selects one of these.",
+        "'logits'. Pass a function that selects one of these from the output.",
     ),
 }
 
@@ -682,8 +689,8 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
     with pytest.raises(errors.TraceMismatchError) as caught, patched(points, zero_ablate(points.site("0.out[0]"))):
         model(-torch.ones(2, 2))
     assert str(caught.value) == (
-        "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() with "
-        "inputs like these, and use the listed names."
+        "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() "
+        "with inputs like the ones in this forward pass, and use the listed names."
     )
 
 

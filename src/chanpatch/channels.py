@@ -101,7 +101,7 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
     left = reduced_axes(site, point_at(site).axes, reduce)
     if "batch" not in left or len(left) > 2:
         raise SiteError(
-            f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}, but must leave the batch axis and at most "
+            f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}, but must keep the batch axis and at most "
             "one other axis."
         )
 
@@ -122,7 +122,7 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
         )
     layers = len(site.split("layer")) if "layer" in point.axes else 1
     if layers > 1:
-        raise error(f"{site!r} has {layers} layers, each with its own {channels[0]}s. Select one, as in layer=0.")
+        raise error(f"{site!r} has {layers} layers, each with its own {channels[0]}s. Select one layer, as in layer=0.")
     return channels[0]
 
 

@@ -146,7 +146,7 @@ def matched_channels(
         raise SiteError(
             f"{bound!r} has {len(others)} other live {axis}s ({int((~live).sum())} of {len(mean)} are dead over the "
             f"background), too few for {count} different controls of size {len(target)}. Use a smaller count, or a "
-            f"site with fewer {axis}s."
+            f"site that selects fewer {axis}s."
         )
     generator = np.random.default_rng(whole("seed", seed))
     found: dict[tuple[int, ...], tuple[int, ...]] = {}

@@ -211,7 +211,7 @@ def test_a_search_leaves_out_what_cannot_be_reduced_and_says_why() -> None:
     points = hook_points(attention.module, *attention.inputs(2))
     result = contrast(points, *attention.inputs(8), *attention.inputs(8))
     assert set(result.skipped) == {".out"}
-    assert "Name them" in result.skipped[".out"]
+    assert "Name these axes" in result.skipped[".out"]
     assert "Skipped " in repr(result)
 
 
@@ -294,7 +294,7 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[*"aabbccddeef", None]),
-            "clusters[11] must be a label; got None. Label every row, or omit that row.",
+            "clusters[11] must be a label; got None. Give this row a label, or leave the row out.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
@@ -315,9 +315,9 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
-            "None of the 1 hook points can be compared. The first was skipped because: reduce=('b c h w -> b c h', "
-            "'sum') leaves axes (batch, channel, row) at Site('conv1'), but must leave the batch axis and at most "
-            "one other axis.",
+            "None of the 1 hook points can be compared. The first of these was skipped because: reduce=('b c h w -> b "
+            "c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the batch axis and at "
+            "most one other axis.",
         ),
     ],
 )
@@ -331,7 +331,7 @@ def test_a_reduction_that_leaves_too_much_is_refused() -> None:
     with pytest.raises(SiteError) as caught:
         contrast(POINTS, CLEAN, CORRUPTED, "conv1", reduce=("b c h w -> b c h", "sum"))
     assert str(caught.value) == (
-        "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must leave the "
+        "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the "
         "batch axis and at most one other axis."
     )
 

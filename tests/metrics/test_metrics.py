@@ -372,27 +372,28 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one column": (
         lambda: kl_divergence(LOGITS[:, :1], baseline=LOGITS[:, :1]),
         DistributionError,
-        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If this is the logit of the "
-        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (5, 1) contains the logit of only one action, whose probability is always 1. If this is "
+        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "one column of named logits": (
         lambda: entropy({"logits": LOGITS[:, :1]}),
         DistributionError,
-        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If this is the logit of the "
-        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (5, 1) contains the logit of only one action, whose probability is always 1. If this is "
+        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "no distribution": (
         lambda: entropy({"state": LOGITS}),
         DistributionError,
         "The output is a dict of 'state', which contains no action distribution. Expected logits of shape (batch, "
         "action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
-        "'logits'. Use a metric that selects one of these.",
+        "'logits'. Use a metric that selects one of these from the output.",
     ),
     "a tuple with more than logits and a value": (
         lambda: kl_divergence((LOGITS, LOGITS[:, 0], LOGITS[:, 0]), baseline=LOGITS),
         MetricError,
-        "The output is (Tensor, Tensor, Tensor). A metric accepts tuples with one distribution, and pairs (logits, "
-        "value) with a value of shape (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0]).",
+        "The output is (Tensor, Tensor, Tensor). A metric accepts a tuple that contains one distribution, or a pair "
+        "(logits, value) whose value has shape (batch,) or (batch, 1). Select the logits: lambda output: "
+        "metric(output[0]).",
     ),
     "logits that are NaN": (
         lambda: action_flip(LOGITS, baseline=LOGITS / 0 * 0),
@@ -421,13 +422,13 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: value((LOGITS, LOGITS[:, 0], LOGITS[:, 1])),
         MetricError,
         "The output, (Tensor, Tensor, Tensor), contains 2 tensors of shape (batch,) or (batch, 1) that could be the "
-        "value, but there must be exactly one. Use a metric that selects the value: lambda output: output[1].",
+        "value, but must contain exactly one. Use a metric that selects the value: lambda output: output[1].",
     ),
     "no value": (
         lambda: value(LOGITS),
         MetricError,
         "The output, a torch.float32 tensor of shape (5, 4), contains 0 tensors of shape (batch,) or (batch, 1) that "
-        "could be the value, but there must be exactly one. Use a metric that selects the value: lambda output: "
+        "could be the value, but must contain exactly one. Use a metric that selects the value: lambda output: "
         "output[1].",
     ),
     "a position of logits without positions": (
@@ -454,7 +455,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: normalized_effect(logit_difference(0, 1), torch.eye(2), torch.zeros(3, 2)),
         MetricError,
         "The metric's mean is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize "
-        "by. Choose other inputs or another metric.",
+        "by. Choose different inputs or a different metric.",
     ),
     "an effect of a metric that compares": (
         lambda: normalized_effect(kl_divergence, LOGITS, OTHER),

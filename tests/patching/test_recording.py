@@ -540,14 +540,14 @@ def test_caches_of_many_rows_and_of_one_are_not_combined(points, image):
         with pytest.raises(SiteError) as caught:
             first - second
         assert str(caught.value) == (
-            f"Site('fc') has shape {shapes[0]} in one cache and {shapes[1]} in the other. Along the batch axis, only "
-            "the result of cache.mean() may be broadcast."
+            f"Site('fc') has shape {shapes[0]} in one cache and {shapes[1]} in the other. Only the result of "
+            "cache.mean() may be broadcast, and only along the batch axis."
         )
 
 
 def test_rows_less_their_mean_are_rows_again(points, image):
     centred = cache_of(points, image, "fc") - cache_of(points, image, "fc").mean()
-    with pytest.raises(SiteError, match="only the result of cache.mean"):
+    with pytest.raises(SiteError, match="Only the result of cache.mean"):
         centred - cache_of(points, image[:1], "fc")
 
 

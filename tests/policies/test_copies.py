@@ -236,7 +236,7 @@ def test_a_buffer_that_the_policy_itself_replaces_is_a_clear_error_of_the_next_c
     for _ in range(2):
         with pytest.raises(UnsupportedModelError, match="'h' was replaced in the policy or its twin") as caught:
             twin(x) if method == "__call__" else twin.reset()
-    assert "If the policy's own code replaced the tensor, update it with copy_() instead" in str(caught.value)
+    assert "If the policy's own code replaced the tensor, update the tensor with copy_() instead" in str(caught.value)
 
 
 def test_a_buffer_that_the_forward_writes_into_is_shared(x):
@@ -259,9 +259,9 @@ def test_other_weights_by_functional_call_are_refused_by_name(x):
         torch.func.functional_call(PatchedPolicy(policy, ON_A), other, (x,))
     assert str(caught.value) == (
         "'a.weight' was replaced in the policy or its twin after the twin was created, so the two no longer share "
-        "all weights. Create a new twin: PatchedPolicy(policy, patches). If the policy's own code replaced the "
-        "tensor, update it with copy_() instead, or store it in a plain attribute. With torch.func.functional_call, "
-        "use the policy inside patched()."
+        "all weights. Create a new twin with PatchedPolicy(policy, patches) or, for torch.func.functional_call, use "
+        "the policy inside patched(). If the policy's own code replaced the tensor, update the tensor with copy_() "
+        "instead, or store the tensor in a plain attribute."
     )
 
 

@@ -379,8 +379,8 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "values that are a distribution": (
         returning(lambda rows: Categorical(logits=torch.zeros(rows, 4)), outputs="values"),
         DistributionError,
-        "function returned Categorical, which contains a distribution, but outputs='values' only applies to "
-        "tensors. Omit outputs or, for several policies, pass a dict that omits this policy.",
+        "function returned Categorical, which contains a distribution, but outputs='values' only applies to tensors. "
+        "Omit outputs. With several policies, pass outputs as a dict that leaves out this policy.",
     ),
     "logits that are whole numbers": (
         returning(lambda rows: torch.zeros(rows, 4, dtype=torch.int64), outputs="logits"),
@@ -391,21 +391,22 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "the logit of one of two actions": (
         returning(lambda rows: torch.zeros(rows, 1), outputs="logits"),
         DistributionError,
-        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If this is the logit of the "
-        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (2, 1) contains the logit of only one action, whose probability is always 1. If this is "
+        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "the value of one action, with a value": (
         returning(lambda rows: (torch.zeros(rows, 1), torch.zeros(rows)), outputs="values"),
         DistributionError,
-        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If this is the logit of the "
-        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (2, 1) contains the logit of only one action, whose probability is always 1. If this is "
+        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "a tuple of other tensors": (
         returning(lambda rows: (torch.zeros(rows, 4), torch.zeros(rows), torch.zeros(rows)), outputs="logits"),
         DistributionError,
         "function returned (Tensor, Tensor, Tensor), which contains no action distribution. Expected logits of shape "
-        "(batch, action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict "
-        "with 'logits'. Pass a function that selects one of these: lambda observations: policy(observations)[0].",
+        "(batch, action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a "
+        "dict with 'logits'. Pass a function that selects one of these from the output: lambda observations: "
+        "policy(observations)[0].",
     ),
     "masks of other actions": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones((3, 5))),
@@ -442,14 +443,14 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "masks of continuous actions": (
         returning(lambda rows: Normal(torch.zeros(rows, 4), 1.0), masks=lambda envs, infos: np.ones((3, 4))),
         RolloutError,
-        "masks only apply to a Categorical, but function returned a Normal. Pass a policy that returns logits or "
-        "values.",
+        "masks can be applied only to a Categorical distribution, but function returned a Normal. Pass a policy that "
+        "returns logits or values.",
     ),
     "masks of actions": (
         returning(torch.zeros, outputs="actions", masks=lambda envs, infos: np.ones((3, 4))),
         RolloutError,
-        "masks only apply to a Categorical, but function returned actions. Pass a policy that returns logits or "
-        "values.",
+        "masks can be applied only to a Categorical distribution, but function returned actions. Pass a policy that "
+        "returns logits or values.",
     ),
     "a distribution of actions": (
         lambda envs: action_distribution(nn.Linear(3, 4), torch.zeros(2, 3), outputs="actions"),

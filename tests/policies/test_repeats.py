@@ -115,8 +115,8 @@ def test_the_error_names_the_container_and_its_users():
         paired_rollouts({"one": twin, "same": twin}, walks(1), range(7), **SETTINGS)
     assert str(caught.value) == (
         "Replaying the episodes of 'one' gives different results, because 'one', 'same' share a list that changes "
-        "during the episodes. Use a separate function and list for each of them, or store the state in attributes "
-        "of an object, which a rollout restores."
+        "during the episodes. Use a separate function and list for each of them. Alternatively, store the state in "
+        "attributes of an object: a rollout restores such attributes."
     )
 
 

@@ -552,7 +552,7 @@ def test_returns_that_differ_by_rounding_alone_have_no_interval():
 
 def test_rollouts_over_other_episodes_are_not_compared():
     one, other = (rollout(POLICIES["fair"], cart_poles(4), seeds, max_steps=9) for seeds in (range(4), range(1, 5)))
-    with pytest.raises(RolloutError, match="cannot be compared because they were rolled out with different seeds"):
+    with pytest.raises(RolloutError, match="cannot be compared because their rollouts used different seeds"):
         PairedRollouts({"one": one, "other": other}).comparisons()
 
 

@@ -115,8 +115,8 @@ def test_a_flag_of_the_class_that_an_instance_sets_is_compared(side, x):
     on_policy = side == "policy"
     assert str(caught.value) == (
         f"'0.0.merged' is {on_policy} in the policy but {not on_policy} in its twin. A twin shares the policy's "
-        "weights but not its settings. If the weights changed too, for example because an adapter was merged, "
-        "create a new twin: PatchedPolicy(policy, patches). Otherwise, set the attribute on both."
+        "weights but not its settings, so set the attribute to the same value in both. If the weights changed too, "
+        "for example because an adapter was merged, create a new twin instead: PatchedPolicy(policy, patches)."
     )
 
 

@@ -271,7 +271,7 @@ def test_a_patch_that_a_root_call_did_not_reach_is_an_error_of_that_call(on_acto
         on_actor.value(vector)
     assert str(caught.value) == (
         "The patch at 'actor' never ran in value(). Possible causes: the module was not called, or its .forward() was "
-        "called directly (bypassing hooks). If this patch does not have to run there, set allow_unreached=['actor']."
+        "called directly (bypassing hooks). If a patch does not have to run there, set allow_unreached=['actor']."
     )
 
 

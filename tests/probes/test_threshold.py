@@ -258,7 +258,7 @@ REFUSED = {
     ),
     "a channel that does not vary": (
         lambda: ThresholdProbe.fit(np.full(20, 3.0), LABELS),
-        "All 10 sums in the fitting half are 3. Use a channel that varies, or pass more inputs.",
+        "All 10 sums in the fitting half equal 3. Use a channel that varies, or pass more inputs.",
     ),
     "a precision in percent": (
         lambda: ThresholdProbe.fit_precision(SUMS, LABELS, min_precision=99),

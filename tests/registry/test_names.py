@@ -113,24 +113,25 @@ def test_a_star_takes_no_input_of_the_model_itself() -> None:
 MESSAGES: dict[str, tuple[Any, str]] = {
     "blocks": (
         lambda: POINTS.select("h.?"),
-        "'h.?' does not match h.10.out[0], h.11.out[0], because '?' matches one character. Use 'h.*' to include them, "
-        "or pass a list of names.",
+        "'h.?' does not match h.10.out[0], h.11.out[0], because '?' matches exactly one character. Use 'h.*' to "
+        "include these hook points, or pass a list of names.",
     ),
     "calls": (
         lambda: POINTS.select("pattern#?"),
-        "'pattern#?' does not match pattern#10, pattern#11, because '?' matches one character. Use 'pattern#*' to "
-        "include them, or pass a list of names.",
+        "'pattern#?' does not match pattern#10, pattern#11, because '?' matches exactly one character. Use "
+        "'pattern#*' to include these hook points, or pass a list of names.",
     ),
     "many": (
         lambda: run_with_cache(POINTS, INPUT, sites=["ln_f", "h.?.mlp.**#0"]),
         "'h.?.mlp.**#0' does not match h.10.mlp.up#0, h.10.mlp.act#0, h.10.mlp#0, h.11.mlp.up#0, h.11.mlp.act#0, "
-        "h.11.mlp#0, because '?' matches one character. Use 'h.*.mlp.**#0' to include them, or pass a list of names.",
+        "h.11.mlp#0, because '?' matches exactly one character. Use 'h.*.mlp.**#0' to include these hook points, or "
+        "pass a list of names.",
     ),
     "more": (
         lambda: hook_points(MODEL, INPUT, axes={"h.?.**": ("batch", "feature")}),
         "'h.?.**' does not match h.10.attn.out, h.10.attn.out[0], h.10.attn.out[1], h.10.mlp.up#0, h.10.mlp.act#0, "
-        "h.10.mlp#0, ... (20 in all), because '?' matches one character. Use 'h.*.**' to include them, or pass a list "
-        "of names.",
+        "h.10.mlp#0, ... (20 in all), because '?' matches exactly one character. Use 'h.*.**' to include these hook "
+        "points, or pass a list of names.",
     ),
     "a misspelt part": (
         lambda: POINTS.select("h.*.attm.out[0]"),

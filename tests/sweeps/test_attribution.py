@@ -330,8 +330,8 @@ def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
         result = attribution(points, inputs, patches=patches, metric=action_probability(0))
     assert [str(warning.message) for warning in caught] == [
         "The estimates are about zero at '1', but verified patches there change the metric by up to 1. Either the "
-        "metric is flat at the clean activations (such as a probability near 0 or 1, or a divergence from the clean "
-        f"output), or a later operation blocks gradients (.detach(), argmax or rounding). {INSTEAD}"
+        "metric is flat at the clean activations (for example, a probability near 0 or 1, or a divergence from the "
+        f"clean output), or a later operation blocks gradients (.detach(), argmax or rounding). {INSTEAD}"
     ]
     assert caught[0].filename == __file__
     assert np.abs(result.exact).max() > 0.9
@@ -412,7 +412,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         attributed({"both": [zero_ablate(WHOLE), zero_ablate(WHOLE)]}),
         SweepError,
         "'both' has 2 patches, but attribution() estimates the effect of one patch per label. Give each patch its own "
-        "label, or use sweep() to apply several together.",
+        "label, or use sweep() to apply several patches together.",
     ),
     "one label twice": (
         attributed([zero_ablate(WHOLE), steer(WHOLE, torch.ones(1, 6, dtype=torch.float64))]),
@@ -467,7 +467,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             TOKENS, torch.tensor([1, 2]), patches=[edit(TOKENS.site(".in[0]"), torch.clone)], metric=METRIC
         ),
         SiteError,
-        "'.in[0]' has dtype torch.int64, which has no gradient. Patch its embedding instead.",
+        "'.in[0]' has dtype torch.int64, which has no gradient. Patch the embedding instead.",
     ),
 }
 

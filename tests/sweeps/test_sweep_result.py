@@ -133,7 +133,7 @@ def test_several_metrics_are_measured_in_one_sweep(points: HookPoints) -> None:
 def test_with_several_metrics_one_has_to_be_named(points: HookPoints) -> None:
     result = swept(points, metric={"first": first, "second": lambda output: output[:, 1]})
     with pytest.raises(
-        errors.MetricError, match="The sweep has several metrics: 'first', 'second'. Pass the name of one."
+        errors.MetricError, match="The sweep has several metrics: 'first', 'second'. Pass the name of one metric."
     ):
         result.effect()
     with pytest.raises(errors.MetricError, match="There is no metric 'third'"):

@@ -158,7 +158,7 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site
                 raise
             skipped[site.name] = str(fault)
     if not found:
-        why = f" The first was skipped because: {next(iter(skipped.values()))}" if skipped else ""
+        why = f" The first of these was skipped because: {next(iter(skipped.values()))}" if skipped else ""
         raise ContrastError(f"None of the {len(points)} hook points can be compared.{why}")
     return found, skipped
 

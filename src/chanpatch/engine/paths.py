@@ -196,7 +196,7 @@ def read_only(name: str) -> str:
     """Return the error message for a patch inside a distribution."""
     return (
         f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
-        "that computes it, or call tap('name', tensor) in the model's forward()."
+        "that computes the tensor, or call tap('name', tensor) in the model's forward()."
     )
 
 

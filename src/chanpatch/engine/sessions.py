@@ -73,7 +73,8 @@ class Listener:
         if not isinstance(leaf, Tensor):
             raise TraceMismatchError(
                 f"Hook point '{self.place.name}' is not a tensor in this forward pass: found {type(leaf).__name__} in "
-                f"{type(tree).__name__}. Call hook_points() with inputs like these, and use the listed names."
+                f"{type(tree).__name__}. Call hook_points() with inputs like the ones in this forward pass, and use "
+                "the listed names."
             )
         if leaf.is_nested:
             raise UnsupportedModelError(nested(self.place.name))
@@ -346,7 +347,8 @@ class Session:
             known = self.calls[place.module]
             raise TraceMismatchError(
                 f"Hook point '{place.name}': '{place.module}' was called {self.call + 1} times in this model call, but "
-                f"{known} time{'s' * (known != 1)} in the trace. Call hook_points() with inputs like these."
+                f"{known} time{'s' * (known != 1)} in the trace. Call hook_points() with inputs like the ones in this "
+                "forward pass."
             )
         if place.call is None and self.call > 0:
             raise HookPointError(

@@ -166,7 +166,7 @@ def value(output: Any) -> Tensor:
     if len(candidates) != 1:
         raise MetricError(
             f"The output, {described(output)}, contains {len(candidates)} tensors of shape (batch,) or (batch, 1) that "
-            "could be the value, but there must be exactly one. Use a metric that selects the value: lambda output: "
+            "could be the value, but must contain exactly one. Use a metric that selects the value: lambda output: "
             "output[1]."
         )
     return candidates[0].reshape(-1)
@@ -250,7 +250,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     if torch.isclose(one, zero, atol=0.0):
         raise MetricError(
             f"The metric's mean is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
-            "difference to normalize by. Choose other inputs or another metric."
+            "difference to normalize by. Choose different inputs or a different metric."
         )
 
     def normalized_effect(output: Any) -> Tensor:

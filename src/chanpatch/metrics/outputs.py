@@ -55,8 +55,9 @@ def categorical(logits: Tensor) -> Categorical | None:
         return None
     if logits.shape[-1] == 1:
         raise DistributionError(
-            f"A tensor of shape {tuple(logits.shape)} has a single action, whose probability is always 1. If this is "
-            "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...)."
+            f"A tensor of shape {tuple(logits.shape)} contains the logit of only one action, whose probability is "
+            "always 1. If this is the logit of the second of two actions, return "
+            "torch.distributions.Bernoulli(logits=...)."
         )
     # Values inside vmap and empty tensors cannot be validated. Pass validate_args explicitly, because the first
     # torch.compile in a process changes the default.
@@ -90,11 +91,12 @@ def distribution_of(output: Any) -> Distribution:
         ) from fault
     if found is None and isinstance(output, (tuple, list)):
         raise MetricError(
-            f"The output is {described(output)}. A metric accepts tuples with one distribution, and pairs (logits, "
-            "value) with a value of shape (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0])."
+            f"The output is {described(output)}. A metric accepts a tuple that contains one distribution, or a pair "
+            "(logits, value) whose value has shape (batch,) or (batch, 1). Select the logits: lambda output: "
+            "metric(output[0])."
         )
     if found is None:
-        raise no_distribution(output, "The output is", "Use a metric that selects one of these.")
+        raise no_distribution(output, "The output is", "Use a metric that selects one of these from the output.")
     return found
 
 

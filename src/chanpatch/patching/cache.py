@@ -105,8 +105,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             pairs = enumerate(itertools.zip_longest(lengths, others, fillvalue=-1))
             if any(m != n and (axis in fixed or -1 in (m, n) or 1 not in (m, n)) for axis, (m, n) in pairs):
                 raise SiteError(
-                    f"{site!r} has shape {lengths} in one cache and {others} in the other. Along the batch axis, only "
-                    "the result of cache.mean() may be broadcast."
+                    f"{site!r} has shape {lengths} in one cache and {others} in the other. Only the result of "
+                    "cache.mean() may be broadcast, and only along the batch axis."
                 )
         combined = self._like(lambda activation, site: operation(_widened(activation), _widened(other[site])))
         combined._is_mean = self._is_mean and other._is_mean
@@ -166,8 +166,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         """Append an activation from one forward pass; a site's activations are concatenated along the batch axis."""
         if site in self._parts and batch_axis is None:
             raise BatchAxisError(
-                f"{site!r} was recorded in two forward passes, which cannot be concatenated. {no_batch(site)} "
-                "Alternatively, open one recording per forward pass."
+                f"{site!r} was recorded in two forward passes, whose activations cannot be concatenated. "
+                f"{no_batch(site)} Alternatively, open one recording per forward pass."
             )
         self._parts.setdefault(site, []).append(activation)
         self._axes[site], self._batch_axes[site] = axes, batch_axis

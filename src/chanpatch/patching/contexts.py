@@ -182,8 +182,8 @@ def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
             continue
         if first := known.get(key := call_key(patch.edit)):
             raise EditError(
-                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, which would share "
-                "its state. Use a separate object for each patch, or a plain function."
+                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, so the two "
+                "patches would share its state. Use a separate object for each patch, or a plain function."
             )
         known[key] = patch
 
@@ -198,7 +198,7 @@ class Patching(ContextSession):
         self.check_nan = check_nan
         self.patches = checked_patches(points_or_model, patches)
         names = [patch.site.name for patch in self.patches]
-        self.allow_unreached = allowed_names(allow_unreached, names, "there is no patch")
+        self.allow_unreached = allowed_names(allow_unreached, names, "patched")
         self.firings: list[Firing] = []
         for patch in self.patches:
             point = resolve(self.modules, patch.site)
@@ -218,22 +218,23 @@ class Patching(ContextSession):
         return [name for name in names if name not in self.allow_unreached]
 
 
-def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
+def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -> frozenset[str]:
     """Return the names in `allow_unreached` as a set; raise ValueError if a name is not in `known`."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):
         hint = did_you_mean(min(unknown), known)
-        raise ValueError(f"allow_unreached contains {sorted(unknown)}, but {nothing} there.{hint}")
+        raise ValueError(f"allow_unreached must contain only hook points that are {used}; got {sorted(unknown)}.{hint}")
     return allowed
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`."""
-    if listed := ", ".join(f"'{name}'" for name in names):
+    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`, a plural ending `{es}`."""
+    if listed := [f"'{name}'" for name in names]:
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
-        causes += f"hooks){', or it was compiled' * compiled}"
-        raise UnreachedError(f"{fault.format(listed)}. Possible causes: {causes}.{advice}")
+        causes += f"hooks){', or the module was compiled' * compiled}"
+        fault = fault.format(", ".join(listed), es="es" * (len(listed) > 1))
+        raise UnreachedError(f"{fault}. Possible causes: {causes}.{advice}")
 
 
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
@@ -260,8 +261,8 @@ def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None
 def nan_error(patch: Patch) -> NaNError:
     """Return the error for a patch that introduced NaN."""
     return NaNError(
-        f"{patch!r} introduced NaN into a region without NaN. Check the operands for 0/0, or a mean over zero rows. "
-        "If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
+        f"{patch!r} introduced NaN into a region that contained no NaN. Check whether an operand was computed as 0/0 "
+        "or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
     )
 
 
@@ -317,4 +318,4 @@ class _Patched(Patching):
     def finish(self, error: Exception | None) -> None:
         raise_nan(self.firings, error)
         if error is None:
-            check_reached("The patch at {} never ran inside patched()", self.unreached(), advice=self.no_call)
+            check_reached("The patch{es} at {} never ran inside patched()", self.unreached(), advice=self.no_call)

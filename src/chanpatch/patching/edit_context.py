@@ -100,11 +100,11 @@ class Context:
         """Select the entries for the region's rows; `numbers` defaults to 0, 1, 2, ..."""
         site, axis, leaf, positions = self._region
         if axis is None:
-            raise BatchAxisError(f"The patch at {site!r} needs rows. {no_batch(site)}")
+            raise BatchAxisError(f"The patch at {site!r} needs a known batch axis. {no_batch(site)}")
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:
-            raise TraceMismatchError(f"{site!r} has {batch} rows, but this forward pass has {len(each)}.")
+            raise TraceMismatchError(f"{site!r} has {batch} rows, but the model was called for {len(each)} rows.")
         chosen = positions.get(axis, slice(None))
         return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
 

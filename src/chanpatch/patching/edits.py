@@ -254,7 +254,9 @@ def check_operands(
         return
     subject = f"{type(edit).__name__} at {site!r}"
     if str(dtype).startswith(("torch.quint", "torch.qint")):
-        raise EditError(f"{subject}: the region is quantized ({dtype}). Dequantize it, or patch an earlier site.")
+        raise EditError(
+            f"{subject}: the region is quantized ({dtype}). Dequantize the tensor, or patch an earlier site."
+        )
     if isinstance(edit, Resample):
         number = axes.index("batch") if "batch" in axes else edit.batch_axis
         if number != edit.batch_axis:
@@ -272,7 +274,7 @@ def check_operands(
             if operand.dtype != dtype or operand.device != device:
                 raise EditError(
                     f"{subject}: the {name} is {operand.dtype} on {operand.device}, but the region is "
-                    f"{dtype} on {device}. Convert it: {name}.to('{device}', {dtype})."
+                    f"{dtype} on {device}. Convert the {name}: {name}.to('{device}', {dtype})."
                 )
         elif verb != "draws" and operand is not None:
             _check_number(f"{subject}: the {name}", dtype, operand)
@@ -294,7 +296,8 @@ def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | N
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
-            f"where at {site!r} must be a bool tensor (such as column < 12) or a function that returns one; got {got}."
+            f"where at {site!r} must be a bool tensor (such as column < 12) or a function that returns a bool tensor; "
+            f"got {got}."
         )
     if lengths is not None:
         check_shape(f"where at {site!r}", "mask", mask, axes, lengths, "selects")

@@ -151,8 +151,8 @@ class Firing(Located):
         ours = type(self._edit).__module__ == Set.__module__
         if (ours or self.patch.where is not None) and (layout := unusual_layout(leaf)):
             raise UnsupportedModelError(
-                f"{self.patch!r} is at a {layout} tensor, which supports only custom functions without `where`. Use "
-                "edit(site, function), or make the tensor dense in the model."
+                f"{self.patch!r} is at a {layout} tensor, which can be patched only with a custom function and without "
+                "`where`. Use edit(site, function), or make the tensor dense in the model."
             )
         self._kind = region.shape, region.dtype, region.device
         self._size = _touched(region.shape, self.batch_axis)
@@ -190,8 +190,8 @@ class Firing(Located):
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
             raise EditError(
-                f"{self.patch!r} returned {type(new).__name__}. An edit must return a tensor: a new activation, or the "
-                "given one to leave the activation unchanged."
+                f"{self.patch!r} returned {type(new).__name__}. An edit must return a tensor: either a new activation "
+                "or, to change nothing, the activation that was passed to it."
             )
         if (new.shape, new.dtype, new.device) != self._kind:
             what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
@@ -255,8 +255,8 @@ def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
     if not fits(leaf, lengths):
         raise TraceMismatchError(
             f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward pass, but axes "
-            f"{shown_axes(point.axes, lengths)} in the trace. Call hook_points() with inputs like these. For inputs "
-            f"of varying length, use a site without a trace: Site('{point.name}')."
+            f"{shown_axes(point.axes, lengths)} in the trace. Call hook_points() with inputs like the ones in this "
+            f"forward pass. For inputs of varying length, use a site without a trace: Site('{point.name}')."
         )
     if leaf.dtype != point.dtype:
         raise TraceMismatchError(

@@ -131,7 +131,7 @@ class Recorder(ContextSession):
         self.result = ActivationCache({}, {}, {})
         self.reduce, self.double, self.device, self.keeps_graph = reduce, double, device, not detach
         self._sites = sites_of(points_or_model, sites)
-        self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "nothing is recorded")
+        self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "recorded")
         self.missing: set[Site] = set()
         self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:
@@ -232,8 +232,9 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
         )
     if any(re.fullmatch(r"axis\d+", axis) for axis in axes):
         raise SiteError(
-            f"reduce={reduce!r} keeps batch, channel and feature, but {site!r} has unnamed axes: ({', '.join(axes)}). "
-            f"Name them with hook_points(..., axes={{'{site.name}': (...)}}), or pass an einops pair."
+            f"reduce={reduce!r} keeps the axes named batch, channel and feature, but {site!r} has unnamed axes: "
+            f"({', '.join(axes)}). Name these axes with hook_points(..., axes={{'{site.name}': (...)}}), or pass an "
+            "einops pair."
         )
     return tuple(axis for axis in axes if axis in _KEPT)
 

@@ -100,7 +100,7 @@ def resample_ablate(
     """
     region = _region(site, reference)
     if site.point is None or site.point.batch_axis is None:
-        raise BatchAxisError(f"resample_ablate at {site!r} needs rows. {no_batch(site)}")
+        raise BatchAxisError(f"resample_ablate at {site!r} needs a known batch axis. {no_batch(site)}")
     return Patch(site, Resample(region, seed, site.point.batch_axis, per), where)
 
 

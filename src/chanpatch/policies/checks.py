@@ -74,8 +74,8 @@ def _check_numbers(space: Any, name: str = "observations") -> None:
             _check_numbers(part, f"{name}[{key!r}]")
     elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
         raise RolloutError(
-            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove this part with "
-            "gymnasium.wrappers.FilterObservation(environment, names), or encode the values as "
+            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove this part of the "
+            "observation with gymnasium.wrappers.FilterObservation(environment, names), or encode the values as "
             "numbers in a wrapper."
         )
 
@@ -120,8 +120,8 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
         raise RolloutError(
             f"{name} expects ({', '.join(signature.parameters)}), but a rollout passes "
             f"{'(observations, state)' if stateful else '(observations)'}. For a recurrent policy, set initial_state=. "
-            "For other arguments, wrap the policy in a function, such as this one for sb3-contrib's RecurrentPPO: "
-            "lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+            "If the policy needs other arguments, wrap it in a function, such as this one for sb3-contrib's "
+            "RecurrentPPO: lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
         ) from None
     return policy
 
@@ -187,8 +187,8 @@ def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: n
                 modes = ["in training mode" if flag else "in eval mode" for flag in flags]
                 raise RolloutError(
                     f"{_module(name, ours)} is {modes[0]} in {label}, but {_module(other_name, theirs)} is {modes[1]} "
-                    f"in {other_label}. The comparison would measure this difference in mode: call eval() or train() "
-                    "on both."
+                    f"in {other_label}. The comparison would measure this difference in mode. Put both in the same "
+                    "mode with eval() or train()."
                 )
 
 
@@ -213,7 +213,8 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
                 raise RolloutError(
                     f"A function in {patch!r} uses the environments and context.rows, which contains episode numbers. "
                     "To index the environments, use context.environments, which contains the index of each row's "
-                    "sub-environment. Read anything else, such as the spaces, outside the function, before the rollout."
+                    "sub-environment. If the function needs anything else from the environments, such as their "
+                    "spaces, read it before the rollout, outside the function."
                 )
 
 
@@ -356,8 +357,8 @@ class SharedState:
             users = [repr(user) for user, used in self._used.items() if id(changed[0]) in used]
             raise RolloutError(
                 f"Replaying the episodes {subject} gives different results, because {', '.join(users[:4])} share a "
-                f"{kind} that changes during the episodes. Use a separate function and {kind} for each of them, or "
-                "store the state in attributes of an object, which a rollout restores."
+                f"{kind} that changes during the episodes. Use a separate function and {kind} for each of them. "
+                "Alternatively, store the state in attributes of an object: a rollout restores such attributes."
             )
         return rollouts
 

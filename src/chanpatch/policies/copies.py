@@ -60,8 +60,8 @@ def refuse_writing_modes(policy: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{repr(name) if name else 'The policy'} ({type(module).__name__}) changes its parameters in "
                 f"{' and '.join(f'{each}()' for each in own)}. A twin shares the policy's parameters but not its "
-                "flags, so one of the two would run with the wrong parameters. Make the change permanent before "
-                "creating a twin, or use patched()."
+                "flags, so either the policy or the twin would run with the wrong parameters. Make the change "
+                "permanent before creating a twin, or use patched()."
             )
 
 

@@ -132,13 +132,16 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
         if outputs in ("values", "actions"):
             raise DistributionError(
                 f"{subject} returned {described(output)}, which contains a distribution, but outputs={outputs!r} only "
-                "applies to tensors. Omit outputs or, for several policies, pass a dict that omits this policy."
+                "applies to tensors. Omit outputs. With several policies, pass outputs as a dict that leaves out this "
+                "policy."
             )
         return Decision(found, box_mapping(output))
     tensor = tensor_in(output, 1 if outputs == "actions" else 2)
     if not isinstance(tensor, Tensor):
         example = ": lambda observations: policy(observations)[0]" if isinstance(output, (tuple, list)) else ""
-        raise no_distribution(output, f"{subject} returned", f"Pass a function that selects one of these{example}.")
+        raise no_distribution(
+            output, f"{subject} returned", f"Pass a function that selects one of these from the output{example}."
+        )
     if outputs is None:
         raise DistributionError(
             f"{subject} returned {described(output)}, which may contain logits, values or actions. Specify "
@@ -179,8 +182,8 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
     if not isinstance(choice, Categorical):
         returned = "actions" if isinstance(choice, Tensor) else f"a {type(choice).__name__}"
         raise RolloutError(
-            f"masks only apply to a Categorical, but {subject} returned {returned}. Pass a policy that returns logits "
-            "or values."
+            f"masks can be applied only to a Categorical distribution, but {subject} returned {returned}. Pass a "
+            "policy that returns logits or values."
         )
     scores = choice.logits if values is None else values
     if masks.shape != scores.shape:

@@ -201,7 +201,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
     """Raise an error if two rollouts differ in seeds or settings, or if an episode differs before the actions do."""
     if first.seeds != other.seeds:
-        raise RolloutError(f"{names} cannot be compared because they were rolled out with different seeds.")
+        raise RolloutError(f"{names} cannot be compared because their rollouts used different seeds.")
     for name, value in first.settings.items():
         if other.settings[name] != value:
             raise RolloutError(

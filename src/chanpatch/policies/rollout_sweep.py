@@ -98,7 +98,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     for name, each in (("patches", asked), ("controls", others)):
         if ORIGINAL in dict(each):
             raise RolloutError(
-                f"{name} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use another label."
+                f"{name} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use a different label."
             )
     refuse_shared_state(both)
     refuse_environments_by_rows([*patches_inside(policy), *(patch for _, each in both for patch in each)], envs)
@@ -132,8 +132,9 @@ def _check_independent(model: nn.Module) -> None:
     stations = [station for module in model.modules() if (station := Station.of(module))]
     if any(listener.session.confined for station in stations for listener in station.listeners):
         raise RolloutError(
-            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
-            "Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, patches)."
+            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not "
+            "affect. Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, "
+            "patches)."
         )
 
 
@@ -232,5 +233,7 @@ class _Interventions:
 
 def _point_with_rows(site: Site) -> HookPoint:
     if site.point is None or site.point.batch_axis is None:
-        raise BatchAxisError(f"rollout_sweep cannot limit the patch at {site!r} to its label's rows. {no_batch(site)}")
+        raise BatchAxisError(
+            f"rollout_sweep cannot limit the patch at {site!r} to the rows of its label. {no_batch(site)}"
+        )
     return site.point

@@ -79,9 +79,9 @@ class Settings:
                 if (name, attribute) not in self._changing and _plain(own) != _plain(given):
                     raise UnsupportedModelError(
                         f"'{'.'.join(filter(None, (name, attribute)))}' is {_shown(given)} in the policy but "
-                        f"{_shown(own)} in its twin. A twin shares the policy's weights but not its settings. If the "
-                        "weights changed too, for example because an adapter was merged, create a new twin: "
-                        "PatchedPolicy(policy, patches). Otherwise, set the attribute on both."
+                        f"{_shown(own)} in its twin. A twin shares the policy's weights but not its settings, so set "
+                        "the attribute to the same value in both. If the weights changed too, for example because an "
+                        "adapter was merged, create a new twin instead: PatchedPolicy(policy, patches)."
                     )
         self._plan()
 

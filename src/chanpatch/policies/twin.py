@@ -212,9 +212,9 @@ class _TwinState(Patching):
         if not shared:
             raise UnsupportedModelError(
                 f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so the two "
-                "no longer share all weights. Create a new twin: PatchedPolicy(policy, patches). If the policy's own "
-                "code replaced the tensor, update it with copy_() instead, or store it in a plain attribute. With "
-                "torch.func.functional_call, use the policy inside patched()."
+                "no longer share all weights. Create a new twin with PatchedPolicy(policy, patches) or, for "
+                "torch.func.functional_call, use the policy inside patched(). If the policy's own code replaced the "
+                "tensor, update the tensor with copy_() instead, or store the tensor in a plain attribute."
             )
         self.settings.begin(_kind(call))
 
@@ -237,9 +237,11 @@ class _TwinState(Patching):
             return
         inside = None if call.station is None else self._inside.get(call.station.module_id, ())
         if runs_modules and (names := self.unreached(inside)):
-            advice = f" If this patch does not have to run there, set allow_unreached={names!r}."
+            advice = f" If a patch does not have to run there, set allow_unreached={names!r}."
             compiled = call.method == "__call__"  # methods are checked only if they are known to run modules
-            check_reached(f"The patch at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice)
+            check_reached(
+                f"The patch{{es}} at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice
+            )
 
 
 def _kind(call: RootCall) -> object:

@@ -255,13 +255,13 @@ class Transfer(Records):
 
 
 def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats, Booleans], tuple[Floats, Booleans]]:
-    """Check sums and labels, and split them into a half to fit on and a half to score on."""
+    """Validate the sums and labels, then split them into one half for fitting and one for scoring."""
     array = finite("sums", sums, ("input",), ProbeError)
     positive = two_groups(labels, len(array), 4, ProbeError)
     fitting, scoring = halves(positive, seed)
     if np.ptp(array[fitting]) == 0:
         raise ProbeError(
-            f"All {len(fitting)} sums in the fitting half are {array[fitting[0]]:g}. Use a channel that varies, or "
+            f"All {len(fitting)} sums in the fitting half equal {array[fitting[0]]:g}. Use a channel that varies, or "
             "pass more inputs."
         )
     return (array[fitting], positive[fitting]), (array[scoring], positive[scoring])

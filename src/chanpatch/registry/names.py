@@ -107,8 +107,8 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
         if chosen and left_out:
             shown = ", ".join(left_out[:6]) + (f", ... ({len(left_out)} in all)" if len(left_out) > 6 else "")
             raise HookPointError(
-                f"'{pattern}' does not match {shown}, because '?' matches one character. Use "
-                f"'{re.sub(r'[?]+', '*', pattern)}' to include them, or pass a list of names."
+                f"'{pattern}' does not match {shown}, because '?' matches exactly one character. Use "
+                f"'{re.sub(r'[?]+', '*', pattern)}' to include these hook points, or pass a list of names."
             )
         if chosen:
             return [*chosen]

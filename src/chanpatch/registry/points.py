@@ -213,7 +213,8 @@ def traced(
     model = model_of(points_or_model)
     if inputs is None:
         raise TypeError(
-            f"There are no inputs to trace the {type(model).__name__} with. Pass hook_points(model, ...) instead."
+            f"There are no inputs to trace the {type(model).__name__} with. Pass hook_points(model, ...) instead of "
+            "the model."
         )
     each = [inputs] if isinstance(inputs, (Tensor, tuple, Mapping)) else inputs
     for arguments, named in batches(each, 1):

@@ -195,7 +195,7 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
         return saved
     changed = [name for name in ("weights", "inputs", "output") if getattr(here, name) != getattr(saved, name)]
     same = [name for name in ("hook points", "weights", "inputs", "output") if name not in changed]
-    cause = " Therefore, the model's code or the environment must differ." if changed == ["output"] else ""
+    cause = " The difference must therefore come from the model's code or the environment." * (changed == ["output"])
     raise InterventionError(
         f"The run in '{file}' was not reproduced. Different: {', '.join(changed)}. Same: {', '.join(same)}.{cause} "
         f"In the file: {printable(saved.environment)}. Here: {here.environment}."

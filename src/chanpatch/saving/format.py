@@ -89,7 +89,7 @@ def decoded(
             checksum = metadata.pop("sha256", None)
             if (metadata["format"] > 1 or checksum is not None) and checksum != _checksum(metadata, stored):
                 raise InterventionError(
-                    "is damaged: its contents do not match its SHA-256 checksum. Copy it again, or save the "
+                    "is damaged: its contents do not match its SHA-256 checksum. Copy the file again, or save the "
                     "patches again."
                 )
 
@@ -165,8 +165,8 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
         )
     if patch.where is not None and not isinstance(patch.where, Tensor):
         raise InterventionError(
-            "its where is a function, but a file can only contain data. Pass the bool tensor that the function returns "
-            "instead."
+            "its `where` is a function, but a file can only contain data. Instead, pass the bool tensor that the "
+            "function returns."
         )
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}
     if operands.get("per") == "episode":
@@ -224,7 +224,7 @@ def _refuse_unstorable(tensor: Tensor, name: str) -> None:
     if tensor.is_meta:
         raise InterventionError(f"its {name} is on the meta device, so it has no values.")
     if tensor.layout != torch.strided:
-        raise InterventionError(f"its {name} has layout {tensor.layout}. Make it dense: {name}.to_dense().")
+        raise InterventionError(f"its {name} has layout {tensor.layout}. Make the tensor dense: {name}.to_dense().")
     try:
         imported("safetensors.torch").save({name: torch.empty(0, dtype=tensor.dtype)})
     except (KeyError, RuntimeError) as fault:  # RuntimeError for quantized dtypes

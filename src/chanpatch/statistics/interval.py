@@ -58,7 +58,10 @@ def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
 
 
 def too_few(independent: int, kind: str = "rows") -> str:
-    """Return the note for an interval over `independent` rows: the reason to withhold the interval, `"few"`, or ""."""
+    """Return the note for an interval over `independent` rows.
+
+    The note is either the reason why the interval is withheld, or `"few"`, or an empty string.
+    """
     if independent < FEWEST:
         return f"{independent} independent {kind}, fewer than {FEWEST}"
     return "few" if independent < FEW else ""

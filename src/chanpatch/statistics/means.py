@@ -163,7 +163,7 @@ def cluster_numbers(clusters: ArrayLike | None, rows: int, error: type[Chanpatch
         raise error(f"clusters must have one label for each of the {rows} rows; got shape {labels.shape}.")
     for row, label in enumerate(labels.tolist()):
         if label is None or label != label:  # NaN
-            raise error(f"clusters[{row}] must be a label; got {label}. Label every row, or omit that row.")
+            raise error(f"clusters[{row}] must be a label; got {label}. Give this row a label, or leave the row out.")
     known: dict[Any, int] = {}
     if labels.dtype == object:  # labels of different types cannot be sorted
         return np.array([known.setdefault(label, len(known)) for label in labels.tolist()])

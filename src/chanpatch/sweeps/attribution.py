@@ -125,11 +125,11 @@ def _only_patch(entry: Entry, points: HookPoints) -> Patch:
     if len(entry.patches) > 1:
         raise SweepError(
             f"{entry.label!r} has {len(entry.patches)} patches, but attribution() estimates the effect of one patch "
-            "per label. Give each patch its own label, or use sweep() to apply several together."
+            "per label. Give each patch its own label, or use sweep() to apply several patches together."
         )
     point = points[entry.patches[0].site.name]
     if not point.dtype.is_floating_point:
-        raise SiteError(f"'{point.name}' has dtype {point.dtype}, which has no gradient. Patch its embedding instead.")
+        raise SiteError(f"'{point.name}' has dtype {point.dtype}, which has no gradient. Patch the embedding instead.")
     return entry.patches[0]
 
 
@@ -164,9 +164,9 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
     if run.shares_memory:
         return (
             "Replacing an activation with an equal copy changes the model's output: a module modifies its input in "
-            f"place, and that input is also read elsewhere. One of {', '.join(map(repr, names))} is such an input, so "
-            "the estimates are wrong; the exact effects are correct. Patch the module's output, or build the module "
-            "with inplace=False."
+            "place, and that input is also read elsewhere. This input is among the patched hook points "
+            f"({', '.join(map(repr, names))}), so the estimates are wrong; the exact effects are correct. Patch the "
+            "module's output, or build the module with inplace=False."
         )
     missed = {}
     for name in names:
@@ -177,8 +177,8 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
     if missed:
         return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
-            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations "
-            "(such as a probability near 0 or 1, or a divergence from the clean output), or a later operation blocks "
+            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations (for "
+            "example, a probability near 0 or 1, or a divergence from the clean output), or a later operation blocks "
             f"gradients (.detach(), argmax or rounding). {_INSTEAD}"
         )
     changed = np.abs(found.exact[found.drawn]).max(initial=0) > run.rounding

@@ -203,11 +203,12 @@ class SweepResult(Effects):
     def _named(self, metric: str | None) -> str:
         names = ", ".join(map(repr, self.values))
         if metric is None and len(self.values) > 1:
-            raise MetricError(f"The sweep has several metrics: {names}. Pass the name of one.")
+            raise MetricError(f"The sweep has several metrics: {names}. Pass the name of one metric.")
         name = next(iter(self.values)) if metric is None else metric
         if name not in self.values:
             raise MetricError(
-                f"There is no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics are: {names}."
+                f"There is no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics of this sweep are: "
+                f"{names}."
             )
         return name
 
