@@ -10,7 +10,7 @@ Study one channel of a maze-solving policy in six steps, in the real procgen env
   6. a figure
 
 Each step prints its results. The figure and the table are written to a folder under --out. After Ctrl-C, the same
-command continues where it stopped. The full study has its own command: python examples/maze/study.py --help
+command picks up where it left off. The full study has its own command: python examples/maze/study.py --help
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ try:
     from maze.rollouts import kept
     from maze.states import read_mazes, write_mazes
 except ImportError as error:
-    missing: ImportError | None = error  # --help works without them
+    missing: ImportError | None = error  # --help works without these packages
 else:
     missing = None
 
 STEPS = 256  # maximum length of an episode
-LEVELS = 500  # for choosing the channel and scoring the probe
+LEVELS = 500  # number of levels for choosing the channel and scoring the probe
 
 EXAMPLES = """examples:
   python examples/maze_goal_misgen.py                                 200 levels, the shipped policy with width 1
@@ -63,9 +63,9 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--n", type=int, default=200, help="number of levels for rollouts (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed for levels, draws and controls (default: 0)")
-    parser.add_argument("--size", type=int, default=15, help="side of the mazes, odd, 7 to 25 (default: %(default)s)")
-    parser.add_argument("--weights", type=Path, help="a .pth or .safetensors file of any width (default: shipped)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for levels, actions and controls (default: 0)")
+    parser.add_argument("--size", type=int, default=15, help="maze side length, odd, 7 to 25 (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, help="a .pth or .safetensors file, of any width (default: shipped)")
     parser.add_argument("--site", default="embedder.relu3", help="hook point with the channel (default: %(default)s)")
     parser.add_argument("--channel", type=int, help="channel to ablate (default: the best predictor of UP)")
     parser.add_argument("--controls", type=int, default=3, help="number of matched control channels (default: 3)")
@@ -98,7 +98,7 @@ def study(given: argparse.Namespace) -> None:
     policy, weights = load_policy(given.weights)
     policy = policy.to(memory_format=torch.channels_last)  # about twice as fast on a CPU
     points = hook_points(policy, frames(draw_levels(2, size=9, seed=0)))
-    points.site(given.site, channel=given.channel or 0)  # raises here if the name or the channel does not exist
+    points.site(given.site, channel=given.channel or 0)  # raises an error if the name or the channel does not exist
     choice, drawn, control, pair = map(int, np.random.SeedSequence(given.seed).generate_state(4) % 2**30)
     print(f"Policy: {weights['name']}, width {weights['width']}, sha256 {weights['sha256'][:12]}")
 
@@ -131,11 +131,11 @@ def study(given: argparse.Namespace) -> None:
 def contrastive_pairs(points: Any, name: str, seed: int) -> None:
     levels = draw_levels(64, size=15, seed=seed, cheese="in distribution")
     up, right, kept_levels = pairs_with_a_moved_wall(levels, clean=Direction.UP, corrupted=Direction.RIGHT, seed=seed)
-    base = [levels[index] for index in kept_levels]  # both mazes of a pair get the textures of their level
+    base = [levels[index] for index in kept_levels]  # both mazes in a pair have the textures of their level
     clean, corrupted = (frames(write_mazes(mazes, base)) for mazes in (up, right))
     background = frames(draw_levels(200, size=15, seed=seed + 1, mouse="anywhere"))
     found = contrast(points, clean, corrupted, name, background=background)
-    print("\n1. A contrastive pair of mazes (M mouse, C cheese). One moved wall changes the path to the cheese:\n")
+    print("\n1. A contrastive pair of mazes (M: mouse, C: cheese). One moved wall changes the path to the cheese:\n")
     for lines in zip(up.picture(0).splitlines(), right.picture(0).splitlines(), strict=True):
         print("    " + "      ".join(lines))
     print(f"\nThe channels with the largest effects over {len(base)} such pairs:\n\n{found.top(5)}")
@@ -152,14 +152,14 @@ def best_channel(points: Any, given: argparse.Namespace, seed: int) -> tuple[int
     channel = int(max(candidates, key=lambda each: auc(inside["sums"][:, each], inside["cheese"]).estimate))
     chosen = "the best of the" if given.channel is None else "given by --channel;"
     first, second = len(inside["cheese"]), len(outside["cheese"])
-    print(f"\n2. Channel {channel} of {given.site} ({chosen} {len(live)} active channels). AUC of its sum as a")
-    print(f"   predictor that the first step is UP (n = {first} and {second} mazes that allow UP):\n")
+    print(f"\n2. Channel {channel} of {given.site} ({chosen} {len(live)} active channels). AUC of its sum for")
+    print(f"   predicting that the first step is UP (n = {first} and {second} mazes that allow UP):\n")
     apart = outside["cheese"] != outside["corner"]
     for target, mazes, goal, rows in (
         ("step to the cheese, cheese in the top right 5x5", inside, "cheese", slice(None)),
         ("step to the cheese, cheese elsewhere", outside, "cheese", slice(None)),
         ("step to the corner, cheese elsewhere", outside, "corner", slice(None)),
-        (f"step to the cheese, in {apart.sum()} mazes where only one of them is UP", outside, "cheese", apart),
+        (f"step to the cheese, {apart.sum()} mazes where only one of the two is UP", outside, "cheese", apart),
     ):
         score = auc(mazes["sums"][rows, channel], mazes[goal][rows])
         print(f"   {target:62} {score.estimate:.3f} ({score.low:.3f} to {score.high:.3f})")
@@ -190,7 +190,7 @@ def transferred_probe(channel: int, inside: dict[str, Any], outside: dict[str, A
 
 
 def played(policies: dict[str, Any], levels: list[bytes], seed: int, folder: Path) -> Any:
-    print(f"\n5. Rollouts on {len(levels)} levels, cheese in the bottom right corner, at most {STEPS} steps:\n")
+    print(f"\n5. Rollouts on {len(levels)} levels with the cheese in the bottom right corner, at most {STEPS} steps:\n")
     envs = MazeVectorEnv(levels, num_envs=min(len(levels), 256))
     done = {}
     for name, policy in policies.items():
@@ -202,7 +202,7 @@ def played(policies: dict[str, Any], levels: list[bytes], seed: int, folder: Pat
 
 
 def compared(rollouts: Any, controls: Any) -> list[dict[str, Any]]:
-    """Compare how often each policy finds the cheese with the original policy, level by level."""
+    """Compare how often each policy and the original policy find the cheese, level by level."""
     original, *others = rollouts
     rows = []
     for name in others:
@@ -235,7 +235,7 @@ def figure(channel: int, mazes: Sequence[Any], probe: Any, rollouts: Any, rows: 
     shown = int(np.argmax(rollouts[zeroed].terminated & ~rollouts[original].terminated))
     paths = {name: mouse_path(levels[shown], rollouts[name].actions[shown]) for name in (original, zeroed)}
     draw_trajectories(middle, levels[shown], paths)
-    effect_ranking(rows, right, label="change in the fraction of levels with the cheese found")
+    effect_ranking(rows, right, label="change in the fraction of levels in which the cheese is found")
     return drawn
 
 

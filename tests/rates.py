@@ -1,4 +1,4 @@
-"""Rates of hits in simulated data sets, for `simulations.py`."""
+"""Hit rates over simulated data sets, for `simulations.py`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from chanpatch.statistics import Interval, wilson_interval
 
 Floats = NDArray[np.float64]
 Generator = np.random.Generator
-Promise = tuple[float, float] | None  # lowest and highest promised rate; None promises nothing
-Row = Callable[[Any, Generator, int], Any]  # from a column's size, a generator and a number of trials to their results
+Promise = tuple[float, float] | None  # lowest and highest promised rate, or None
+Row = Callable[[Any, Generator, int], Any]  # maps a column's size, a generator and a number of trials to the results
 GOOD, TEST = (0.93, 1.0), (0.0, 0.05)
 
 
 class Case(NamedTuple):
-    """One cell of a table: `simulate(generator, trials)` returns one number per trial, NaN if nothing was claimed."""
+    """One cell of a table: `simulate(generator, trials)` returns one number per trial, NaN if withheld."""
 
     row: str
     column: str
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """How many of the trials with a result were hits."""
+    """The number of hits among the `n` trials with a result."""
 
     hits: int
     n: int
@@ -44,7 +44,7 @@ class Rate(NamedTuple):
         return shown + f", {1 - self.n / self.trials:.0%} withheld" * (self.n < 0.995 * self.trials)
 
     def keeps(self, promise: tuple[float, float]) -> bool:
-        """Whether the promise is within the 99.99% interval of the rate; the tables have hundreds of rates."""
+        """Return whether the 99.99% interval for the rate overlaps the promise; the tables have hundreds of rates."""
         if not self.n:
             return True
         rate = wilson_interval(self.hits, self.n, confidence=0.9999)
@@ -52,7 +52,7 @@ class Rate(NamedTuple):
 
 
 def rate_of(part: str, case: Case, scale: float = 1.0) -> Rate:
-    """The rate of a case, from a seed of its own."""
+    """Return the rate for a case, whose seed depends on its part, row and column."""
     trials = max(round(case.trials * scale), 1)
     generator = np.random.default_rng(zlib.crc32(f"{part} {case.row} {case.column}".encode()))
     found = np.asarray(case.simulate(generator, trials), dtype=np.float64)
@@ -61,13 +61,13 @@ def rate_of(part: str, case: Case, scale: float = 1.0) -> Rate:
 
 
 def grid(name: str, row: Row, columns: dict[str, Any], trials: int, promise: Any) -> Iterator[Case]:
-    """The cases of a row; a promise that is a function depends on the size."""
+    """Yield the cases in a row. If `promise` is a function, it maps a size to a promise."""
     for column, size in columns.items():
         yield Case(name, column, partial(row, size), trials, promise(size) if callable(promise) else promise)
 
 
 def each(trial: Callable[..., Any], *arguments: Any) -> Row:
-    """A row whose trials run one after another."""
+    """Return a row whose trials run one after another."""
     return lambda size, generator, trials: [trial(*arguments, size, generator) for _ in range(trials)]
 
 
@@ -76,7 +76,7 @@ def sizes(*numbers: int) -> dict[str, int]:
 
 
 def covers(interval: Interval[Any], truth: Any) -> Floats:
-    """1 if an interval contains the truth, NaN if it is withheld."""
+    """Return 1 if an interval contains the truth, 0 if it does not, and NaN if it is withheld."""
     inside = (interval.low <= truth) & (truth <= interval.high)
     return np.where(np.isnan(interval.low), np.nan, inside)
 
@@ -86,5 +86,5 @@ def excludes(interval: Interval[Any], row: Any = slice(None)) -> bool:
 
 
 def least(n: int, promise: Promise) -> Callable[[int], Promise]:
-    """A promise from this size on."""
+    """Return a promise that holds only for sizes of at least `n`."""
     return lambda size: promise if size >= n else None

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 ROWS = {  # what is counted, and the tests that count it; "tests" counts the tests themselves
-    "Laws on the models of the test suite": ("tests", ["test_laws.py", "test_law_9.py", "test_law_10.py"]),
+    "Laws, on the models in the test suite": ("tests", ["test_laws.py", "test_law_9.py", "test_law_10.py"]),
     "Generated models": ("generated models", ["test_generated_models.py"]),
     "Damaged files": ("damaged files", ["saving/test_damaged_files.py"]),
     "Interrupts": ("interrupts", ["engine/test_interrupts.py"]),

@@ -57,7 +57,7 @@ def flipped(draw: Draw) -> Row:
 
 
 def tests() -> Iterator[Case]:
-    for title, row in (("`sign_flip_test`: p <= 0.05", flipped), ("`equivalent`: true", negligible)):
+    for title, row in (("`sign_flip_test`: p <= 0.05", flipped), ("`equivalent` returns True", negligible)):
         for name in (NORMAL, T, LOGNORMAL):
             promise = TEST if name != LOGNORMAL else None
             yield from grid(f"{title}; {name}", row(DATA[name]), sizes(5, 6, 10, 30, 100), 4000, promise)

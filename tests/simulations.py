@@ -1,4 +1,4 @@
-"""Simulations of every interval and test on data whose truth is known, for docs/statistics.md.
+"""Simulations of every interval and test on data with known true values, for docs/statistics.md.
 
 python tests/simulations.py [PART ...]    prints the tables
 python tests/simulations.py --write-docs  writes them into docs/statistics.md; ten minutes
@@ -73,7 +73,7 @@ def proportions() -> Iterator[Case]:
 
 
 def stratified(rate: float, more: float, n: int, generator: Generator) -> Any:
-    """Coverage of a difference between groups that are unevenly spread over three strata with different rates."""
+    """Coverage for the difference between two groups spread unevenly over three strata with different rates."""
     strata = generator.integers(3, size=n)
     first = generator.random(n) < 0.3 + 0.2 * strata
     success = generator.random(n) < rate * (1 + strata) / 2 + more * first
@@ -91,7 +91,7 @@ def floor(generator: Generator, center: float, n: int) -> Floats:
 
 
 Scores = Callable[[Generator, int], Floats]
-SCORES: dict[str, tuple[Scores, Scores]] = {  # of positives and of negatives
+SCORES: dict[str, tuple[Scores, Scores]] = {  # how to draw scores for positives and for negatives
     "normal, equal distributions": (lambda g, n: g.normal(size=n), lambda g, n: g.normal(size=n)),
     "normal, means 1.5 apart": (lambda g, n: g.normal(1.5, 1, n), lambda g, n: g.normal(size=n)),
     "normal, means 3 apart": (lambda g, n: g.normal(3, 1, n), lambda g, n: g.normal(size=n)),
@@ -99,7 +99,7 @@ SCORES: dict[str, tuple[Scores, Scores]] = {  # of positives and of negatives
     "Student's t, 2 degrees of freedom": (lambda g, n: g.standard_t(2, n) + 2, lambda g, n: g.standard_t(2, n)),
     "normal, rounded to integers": (lambda g, n: np.round(g.normal(1, 1, n)), lambda g, n: np.round(g.normal(size=n))),
     "84% zeros, equal distributions": (lambda g, n: floor(g, 0, n), lambda g, n: floor(g, 0, n)),
-    "84% of negatives and 31% of positives zero": (lambda g, n: floor(g, 1.5, n), lambda g, n: floor(g, 0, n)),
+    "84% of negatives and 31% of positives are zero": (lambda g, n: floor(g, 1.5, n), lambda g, n: floor(g, 0, n)),
 }
 COUNTS = {f"{positives} and {negatives}": (positives, negatives)
           for positives, negatives in ((5, 50), (6, 50), (10, 10), (10, 50), (30, 30))}  # fmt: skip
@@ -120,13 +120,13 @@ def area(name: str, counts: tuple[int, int], generator: Generator) -> Any:
 
 
 def two_areas(name: str, counts: tuple[int, int], generator: Generator) -> Any:
-    """Coverage of a difference between independent inputs, such as held-out and shifted inputs."""
+    """Coverage for the AUC difference between independent inputs, such as held-out and shifted inputs."""
     one, other = (auc(scored(each, generator, *counts), np.arange(sum(counts)) < counts[0]) for each in (name, BEST))
     return covers(st.difference_interval(one, other), true_area(name) - true_area(BEST))
 
 
 def paired_areas(name: str, counts: tuple[int, int], generator: Generator) -> Any:
-    """Coverage of the difference between scores that share half of the variance of their noise."""
+    """Coverage for the AUC difference between two scores that have half of their noise variance in common."""
     labels = np.arange(sum(counts)) < counts[0]
     common, *own = generator.normal(size=(3, sum(counts)))
     if name == T2:
@@ -140,8 +140,8 @@ def paired_areas(name: str, counts: tuple[int, int], generator: Generator) -> An
 
 
 BEST, T2 = "normal, means 1.5 apart", "Student's t, 2 degrees of freedom, equal AUC"
-ZEROS = "84% of negatives zero, equal AUC"
-PAIRED = {  # how far the positives are above the negatives, in standard deviations, by the first and the second score
+ZEROS = "84% of negatives are zero, equal AUC"
+PAIRED = {  # distance from negatives to positives, in standard deviations, in the first and in the second score
     "normal, equal AUC (0.76)": (1.0, 1.0),
     "normal, AUC 0.92 and 0.64": (2.0, 0.5),
     "normal, equal AUC (0.98)": (3.0, 3.0),
@@ -153,14 +153,14 @@ PAIRED = {  # how far the positives are above the negatives, in standard deviati
 def areas() -> Iterator[Case]:
     rows = {f"`auc`: {name}": each(area, name) for name in SCORES}
     for name in ("normal, equal distributions", "normal, means 3 apart"):
-        rows[f"`difference_interval`: {name}, minus {BEST}"] = each(two_areas, name)
+        rows[f"`difference_interval`: AUC for {name}, minus AUC for {BEST}"] = each(two_areas, name)
     rows |= {f"`auc_difference_interval`: {name}": each(paired_areas, name) for name in PAIRED}
     for name, row in rows.items():
         yield from grid(name, row, COUNTS, 500, lambda counts: GOOD if min(counts) >= 10 else None)
 
 
 def precise(least: float, found: bool, inputs: int, generator: Generator) -> bool:
-    """Whether `fit_precision` finds a threshold, or one whose precision on unlimited data is below the minimum."""
+    """Return whether `fit_precision` finds a threshold or, unless `found`, one whose true precision is too low."""
     labels, seed = generator.random(inputs) < 0.4, int(generator.integers(2**31))
     try:
         probe = ThresholdProbe.fit_precision(generator.normal(2.0 * labels), labels, min_precision=least, seed=seed)
@@ -171,7 +171,7 @@ def precise(least: float, found: bool, inputs: int, generator: Generator) -> boo
 
 
 def uninformed(rate: float, inputs: int, generator: Generator) -> bool:
-    """Whether `fit_precision` finds a precision of 0.9 in a channel that is less precise at every threshold."""
+    """Return whether `fit_precision` claims precision 0.9 for a channel that is less precise at every threshold."""
     sums, labels = generator.normal(size=inputs), generator.random(inputs) < rate
     try:
         ThresholdProbe.fit_precision(sums, labels, seed=int(generator.integers(2**31)))
@@ -232,15 +232,15 @@ def coefficient(truth: float, fitted: bool, inputs: int, generator: Generator) -
 
 def coefficients() -> Iterator[Case]:
     for title, truth, fitted, promise in (
-        ("coefficient 0", 0.0, False, least(100, (0.9, 1))),
-        ("mean penalized coefficient; unpenalized 1.5", 1.5, True, None),
-        ("unpenalized coefficient 1.5", 1.5, False, None),
+        ("contains the true coefficient, 0", 0.0, False, least(100, (0.9, 1))),
+        ("contains the mean penalized coefficient; true coefficient 1.5", 1.5, True, None),
+        ("contains the true coefficient, 1.5", 1.5, False, None),
     ):
         yield from grid(title, each(coefficient, truth, fitted), sizes(10, 30, 100, 300), 100, promise)
 
 
 def by_mean(matched: bool, channel: int, generator: Generator) -> bool:
-    """Whether a channel gets a p-value of 0.05 or less if its effect only follows its mean activation."""
+    """Return whether a channel gets a p-value of at most 0.05 if effects depend only on mean activations."""
     mean = np.sort(generator.lognormal(size=64))[::-1].copy()
     background = torch.from_numpy(mean * generator.uniform(0.5, 1.5, size=(8, 64)))
     effects = mean * (1 + 0.1 * generator.normal(size=64))
@@ -282,7 +282,7 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def table(part: str) -> str:
-    """The rates of a part as a Markdown table: a row for each method and data, a column for each sample size."""
+    """Return the rates of a part as a Markdown table: one row per method and data set, one column per sample size."""
     cases = [*PARTS[part]()]
     columns, rows = list(dict.fromkeys(case.column for case in cases)), dict[str, dict[str, str]]()
     for case in cases:
@@ -297,13 +297,15 @@ def table(part: str) -> str:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("parts", nargs="*", choices=[*PARTS, []], help=f"some of {', '.join(PARTS)}; default: all")
+    arguments.add_argument(
+        "parts", nargs="*", choices=[*PARTS, []], help=f"tables to print: {', '.join(PARTS)} (default: all)"
+    )
     arguments.add_argument("--write-docs", action="store_true", help="write the tables into docs/statistics.md")
     given = arguments.parse_args()
     for part in given.parts or PARTS:
         print(f"{part}:")
         found = table(part)
-        if given.write_docs:  # part by part, so that an interrupt loses one at most
+        if given.write_docs:  # after each part, so an interrupt loses at most one
             marked = rf"(?<=<!-- {part} -->\n)[\s\S]*?(?=<!-- end -->)"
             PAGE.write_text(re.sub(marked, lambda _, found=found: f"{found}\n", PAGE.read_text(), count=1))
     return 0

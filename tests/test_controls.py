@@ -368,13 +368,13 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=1), IMAGES, count=29, seed=0),
             SiteError,
             "Site('ramp', channel=1) has 28 other live channels (3 of 32 are dead over the background), too few for "
-            "29 different controls of size 1. Use a smaller count, or a site with fewer channels.",
+            "29 different controls of size 1. Use a smaller count, or a site that selects fewer channels.",
         ),
         (
             lambda: matched_channels(POINTS, POINTS.site("ramp", channel=range(16)), IMAGES, count=1, seed=0),
             SiteError,
             "Site('ramp', channel=0:16) has 14 other live channels (3 of 32 are dead over the background), too few "
-            "for 1 different controls of size 16. Use a smaller count, or a site with fewer channels.",
+            "for 1 different controls of size 16. Use a smaller count, or a site that selects fewer channels.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=0, seed=0),
@@ -400,7 +400,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
             lambda: random_vectors(torch.zeros(1, 3), count=2, seed=0),
             EditError,
             "vector must have at least one axis and be floating point, finite and nonzero; got torch.float32 with "
-            "shape (1, 3). contrast(...).steering_vector(site) returns one.",
+            "shape (1, 3). Use contrast(...).steering_vector(site), for example.",
         ),
         (
             lambda: random_vectors([3.0, 4.0], count=2, seed=0),  # type: ignore[arg-type]
@@ -445,7 +445,7 @@ def test_a_site_without_channels_has_no_controls() -> None:
         SiteError, match=r"Site\('embed'\) has axes \(batch, row, position\). Controls need a batch axis"
     ):
         matched_channels(points, "embed", ATTENTION.inputs(9), count=1, seed=0)
-    with pytest.raises(SiteError, match="Name them with hook_points"):
+    with pytest.raises(SiteError, match="Name these axes with hook_points"):
         off_distribution(UNNAMED, zero_ablate(UNNAMED.site(".out")), ATTENTION.inputs(9), ATTENTION.inputs(9))
 
 

@@ -28,10 +28,12 @@ from chanpatch import (
     resample_ablate,
     run_with_cache,
     steer,
+    sweep,
     tap,
     zero_ablate,
 )
 from chanpatch.engine.paths import Attr, Item, replace
+from chanpatch.errors import ChanpatchError
 from chanpatch.patching import ActivationCache, Clamp, Project, Resample, Set
 from chanpatch.policies import action_distribution
 from chanpatch.registry.sites import read
@@ -84,8 +86,8 @@ def tapped(name: str = "fc") -> None:
     hook_points(Tapped(), torch.zeros(1, 2))
 
 
-def run_branching_the_other_way() -> None:
-    with patched(BRANCHING_POINTS, zero_ablate(BRANCHING_POINTS.site("left"))):
+def run_branching_the_other_way(*names: str) -> None:
+    with patched(BRANCHING_POINTS, [zero_ablate(BRANCHING_POINTS.site(name)) for name in names]):
         BRANCHING(-torch.ones(2, 2))
 
 
@@ -169,7 +171,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a pattern without matches": (
         errors.HookPointError,
         lambda: POINTS.select("block*"),
-        "No hook point matches 'block*'. `*` stops at a dot, `**` does not. (12 hook points; print the HookPoints to "
+        "No hook point matches 'block*'. `*` stops at a dot; `**` does not. (12 hook points; print the HookPoints to "
         "list them.)",
     ),
     "unknown name in a bare model": (
@@ -230,14 +232,14 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an operand of another dtype": (
         errors.EditError,
         lambda: steer(POINTS.site("conv1"), torch.zeros(1, 8, 1, 1, dtype=torch.float64)),
-        "Add at Site('conv1'): the vector is torch.float64 on cpu, but the region is torch.float32 on cpu. Convert it: "
-        "vector.to('cpu', torch.float32).",
+        "Add at Site('conv1'): the vector is torch.float64 on cpu, but the region is torch.float32 on cpu. Convert "
+        "the vector: vector.to('cpu', torch.float32).",
     ),
     "an operand on another device": (
         errors.EditError,
         lambda: steer(POINTS.site("conv1"), torch.zeros(1, 8, 1, 1, device="meta")),
         "Add at Site('conv1'): the vector is torch.float32 on meta, but the region is torch.float32 on cpu. Convert "
-        "it: vector.to('cpu', torch.float32).",
+        "the vector: vector.to('cpu', torch.float32).",
     ),
     "a mask that would broadcast": (
         errors.EditError,
@@ -248,14 +250,14 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mask that is none": (
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(1, 4)),
-        "where at Site('fc') must be a bool tensor (such as column < 12) or a function that returns one; got a "
-        "torch.float32 tensor.",
+        "where at Site('fc') must be a bool tensor (such as column < 12) or a function that returns a bool tensor; "
+        "got a torch.float32 tensor.",
     ),
     "an edit that returns None": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), print_nothing)),
-        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: a new activation, or the "
-        "given one to leave the activation unchanged.",
+        "Patch(Site('fc'), print_nothing) returned NoneType. An edit must return a tensor: either a new activation "
+        "or, to change nothing, the activation that was passed to it.",
     ),
     "an edit that returns another shape": (
         errors.EditError,
@@ -277,8 +279,9 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an edit that brings NaN in": (
         errors.NaNError,
         lambda: run(POINTS, edit(POINTS.site("fc"), divided)),
-        "Patch(Site('fc'), divided) introduced NaN into a region without NaN. Check the operands for 0/0, or a mean "
-        "over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy.",
+        "Patch(Site('fc'), divided) introduced NaN into a region that contained no NaN. Check whether an operand was "
+        "computed as 0/0 or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched() or "
+        "PatchedPolicy.",
     ),
     "an edit that is none": (
         errors.EditError,
@@ -330,7 +333,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no rows to draw from": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(0, 4), seed=0),
-        "Resample: the reference has no rows along axis 0: its shape is (0, 4).",
+        "Resample: the reference has no rows: shape (0, 4), batch_axis=0.",
     ),
     "rows drawn along another axis": (
         errors.EditError,
@@ -341,7 +344,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mean over nothing": (
         errors.SiteError,
         lambda: mean_ablate(POINTS.site("fc"), torch.zeros(3, 4), over=()),
-        "mean_ablate at Site('fc'): over is empty. Pass at least one of the axes (batch, feature).",
+        "mean_ablate at Site('fc'): the argument over= is empty. Pass at least one of the axes (batch, feature).",
     ),
     "a reduced cache": (
         errors.EditError,
@@ -370,7 +373,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a record that need not run and is none": (
         ValueError,
         lambda: recording(POINTS, ["fc", "conv1"], allow_unreached="fcc"),
-        "allow_unreached contains ['fcc'], but nothing is recorded there. Did you mean 'fc'?",
+        "allow_unreached must contain only hook points that are recorded; got ['fcc']. Did you mean 'fc'?",
     ),
     "an axis to split along that is not there": (
         errors.SiteError,
@@ -437,7 +440,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mean over an axis that is not there": (
         errors.SiteError,
         lambda: mean_ablate(POINTS.site("fc"), torch.zeros(3, 4), over=("channel",)),
-        "mean_ablate at Site('fc'): over contains ['channel'], but the axes are (batch, feature).",
+        "mean_ablate at Site('fc'): the argument over= contains ['channel'], but the axes are (batch, feature).",
     ),
     "a cache without the site": (
         errors.EditError,
@@ -452,40 +455,46 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "caches of different sites": (
         errors.SiteError,
         lambda: cache() - run_with_cache(POINTS, *CNN.inputs(2), sites="fc", stop=True),
-        "Caches with different sites cannot be combined. These sites are not in both: Site('fc'), Site('relu1').",
+        "Caches with different sites cannot be combined. Sites in only one cache: Site('fc'), Site('relu1').",
     ),
     "a reduction that cannot tell its axes": (
         errors.SiteError,
         lambda: recording(
             hook_points(build("attention").module, torch.zeros(2, 5, 6)), ".out", reduce="sum"
         ).__enter__(),
-        "reduce='sum' keeps batch, channel and feature, but Site('.out') has unnamed axes: (batch, axis1). Name them "
-        "with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
+        "reduce='sum' keeps the axes named batch, channel and feature, but Site('.out') has unnamed axes: (batch, "
+        "axis1). Name these axes with hook_points(..., axes={'.out': (...)}), or pass an einops pair.",
     ),
     "rows without a batch axis": (
         errors.BatchAxisError,
         lambda: resample_ablate(hook_points(nn.Linear(2, 2), torch.zeros(2)).site(".out"), torch.zeros(3, 2), seed=0),
-        "resample_ablate at Site('.out') needs rows. The trace could not identify the batch axis at '.out': no single "
-        "axis grew when the model ran with one more row. Name the axes of the model's input: hook_points(..., "
-        "axes={'.in[0]': (...)}).",
+        "resample_ablate at Site('.out') needs a known batch axis. The trace could not identify the batch axis at "
+        "'.out': no single axis grew when the model ran with one more row. Name the axes of the model's input: "
+        "hook_points(..., axes={'.in[0]': (...)}).",
     ),
     "a patch that never ran": (
         errors.UnreachedError,
-        run_branching_the_other_way,
+        lambda: run_branching_the_other_way("left"),
         "The patch at 'left' never ran inside patched(). Possible causes: the module was not called, its .forward() "
-        "was called directly (bypassing hooks), or it was compiled.",
+        "was called directly (bypassing hooks), or the module was compiled.",
+    ),
+    "two patches that never ran": (
+        errors.UnreachedError,
+        lambda: run_branching_the_other_way("left.in[0]", "left"),
+        "The patches at 'left.in[0]', 'left' never ran inside patched(). Possible causes: the module was not called, "
+        "its .forward() was called directly (bypassing hooks), or the module was compiled.",
     ),
     "a record that never ran": (
         errors.UnreachedError,
         record_the_other_way,
         "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
-        "directly (bypassing hooks), or it was compiled.",
+        "directly (bypassing hooks), or the module was compiled.",
     ),
     "a twin's patch that never ran": (
         errors.UnreachedError,
         call_twin_the_other_way,
         "The patch at 'left' never ran in __call__(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or it was compiled. If this patch does not have to run there, set "
+        "called directly (bypassing hooks), or the module was compiled. If a patch does not have to run there, set "
         "allow_unreached=['left'].",
     ),
     "a tap with a module's name": (
@@ -502,15 +511,15 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         errors.UnreachedError,
         open_and_close,
         "The patch at 'fc' never ran inside patched(). Possible causes: the module was not called, its .forward() was "
-        "called directly (bypassing hooks), or it was compiled. "
-        f"{type(CNN.module).__name__}.__call__() was not called while the context was open.",
+        f"called directly (bypassing hooks), or the module was compiled. {type(CNN.module).__name__}.__call__() was "
+        "not called while the context was open.",
     ),
     "no forward while it was recorded": (
         errors.UnreachedError,
         lambda: recording(BRANCHING_POINTS, "left")(print_nothing)(torch.zeros(1)),
         "Nothing was recorded at 'left'. Possible causes: the module was not called, its .forward() was called "
-        "directly (bypassing hooks), or it was compiled. Branching.__call__() was not called while the context was "
-        "open.",
+        "directly (bypassing hooks), or the module was compiled. Branching.__call__() was not called while the "
+        "context was open.",
     ),
     "a context that was closed twice": (
         RuntimeError,
@@ -582,16 +591,16 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a sparse tensor that is set": (
         errors.UnsupportedModelError,
         lambda: run_identity(torch.eye(2).to_sparse(), zero_ablate(Site(".out"))),
-        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which supports only custom functions without `where`. "
-        "Use edit(site, function), or make the tensor dense in the model.",
+        "Patch(Site('.out'), Set) is at a sparse_coo tensor, which can be patched only with a custom function and "
+        "without `where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a masked tensor that is edited in part": (
         errors.UnsupportedModelError,
         lambda: run_identity(
             masked_tensor(torch.eye(2), torch.eye(2) > 0), edit(Site(".out"), abs, where=torch.eye(2) > 0)
         ),
-        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which supports only custom functions without "
-        "`where`. Use edit(site, function), or make the tensor dense in the model.",
+        "Patch(Site('.out'), abs, where=...) is at a masked tensor, which can be patched only with a custom function "
+        "and without `where`. Use edit(site, function), or make the tensor dense in the model.",
     ),
     "a region of a masked tensor": (
         errors.UnsupportedModelError,
@@ -602,29 +611,30 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an adapter that was merged on one side": (
         errors.UnsupportedModelError,
         call_twin_of_merged,
-        "'merged' is True in the policy but False in its twin. The two share weights but not settings. If the weights "
-        "changed too, as when merging an adapter, create a new twin: PatchedPolicy(policy, patches). Otherwise, set "
-        "the attribute on both.",
+        "'merged' is True in the policy but False in its twin. A twin shares the policy's weights but not its "
+        "settings, so set the attribute to the same value in both. If the weights changed too, for example because an "
+        "adapter was merged, create a new twin instead: PatchedPolicy(policy, patches).",
     ),
     "a module that merges in train": (
         errors.UnsupportedModelError,
         lambda: PatchedPolicy(Merging(2, 2), zero_ablate(Site(".out"))),
         "The policy (Merging) changes its parameters in train(). A twin shares the policy's parameters but not its "
-        "flags, so one of the two would be wrong. Make the change permanent before creating a twin, or use patched().",
+        "flags, so either the policy or the twin would run with the wrong parameters. Make the change permanent "
+        "before creating a twin, or use patched().",
     ),
     "no policy": (
         errors.DistributionError,
         lambda: action_distribution(NoForward(), torch.zeros(1)),
         "NoForward has no forward(). Pass rollout() or action_distribution() a function that returns the policy's "
-        "logits or distribution, such as lambda observations: agent.actor(observations). For rollout_sweep(), pass a "
-        "module whose forward() returns the same.",
+        "logits or distribution, such as lambda observations: agent.actor(observations). For rollout_sweep(), pass "
+        "a module whose forward() returns the logits or distribution.",
     ),
     "no distribution": (
         errors.DistributionError,
         lambda: action_distribution(lambda observations: {"q": observations}, torch.zeros(1)),
-        "function returned a dict of 'q', which contains no action distribution. Expected logits (batch, action), a "
-        "torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. Pass a function that "
-        "selects one of these.",
+        "function returned a dict of 'q', which contains no action distribution. Expected logits of shape (batch, "
+        "action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
+        "'logits'. Pass a function that selects one of these from the output.",
     ),
 }
 
@@ -679,6 +689,34 @@ def test_an_output_that_turned_from_a_tuple_into_a_tensor_is_not_indexed_as_if_i
     with pytest.raises(errors.TraceMismatchError) as caught, patched(points, zero_ablate(points.site("0.out[0]"))):
         model(-torch.ones(2, 2))
     assert str(caught.value) == (
-        "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() with "
-        "inputs like these, and use the listed names."
+        "Hook point '0.out[0]' is not a tensor in this forward pass: found NoneType in Tensor. Call hook_points() "
+        "with inputs like the ones in this forward pass, and use the listed names."
     )
+
+
+@pytest.mark.parametrize(
+    ("mistake", "hint"),
+    [
+        (lambda points, cache: points.site("1", chanel=3), "did you mean 'channel'?"),
+        (lambda points, cache: run_with_cache(points, X, sites="1", reduce="sums"), "Did you mean 'sum'?"),
+        (lambda points, cache: mean_ablate(points.site("1"), cache, over="bach"), "Did you mean 'batch'?"),
+        (lambda points, cache: cache["11"], "Did you mean '1'?"),
+        (lambda points, cache: swept(points).effect("flip"), "Did you mean 'flips'?"),
+        (lambda points, cache: hook_points(points.model, X, method="forwart"), "Did you mean 'forward'?"),
+        (lambda points, cache: points.select("*.im[0]"), "Did you mean '.in[0]'?"),
+    ],
+)
+def test_a_near_name_is_suggested(mistake, hint):
+    points = hook_points(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), X)
+    _, cache = run_with_cache(points, X, sites="1")
+    with pytest.raises(ChanpatchError) as caught:
+        mistake(points, cache)
+    assert hint in str(caught.value)
+
+
+X = torch.zeros(2, 3, 4, 4)
+
+
+def swept(points):
+    metrics = {"flips": lambda output: output[:, 0, 0, 0], "difference": lambda output: output[:, 1, 0, 0]}
+    return sweep(points, X, patches=[zero_ablate(points.site("1", channel=0))], metric=metrics)

@@ -233,20 +233,20 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         ),
         (
             lambda: channel_map(torch.full((3, 4, 4), 255), torch.zeros(2, 2)),
-            "observation must be torch.uint8 or floats from 0 to 1; got torch.int64 from 255 to 255.",
+            "observation must be torch.uint8 or floats from 0 to 1; got torch.int64 with values from 255 to 255.",
         ),
         (
             lambda: channel_map(torch.linspace(0, 255, 16).view(1, 4, 4), torch.zeros(2, 2)),
-            "observation must be torch.uint8 or floats from 0 to 1; got torch.float32 from 0 to 255.",
+            "observation must be torch.uint8 or floats from 0 to 1; got torch.float32 with values from 0 to 255.",
         ),
         (
             lambda: channel_map(torch.zeros(3, 8, 8), ActivationCache({}, {}, {})),  # type: ignore[arg-type]
-            "activation must be a tensor (row, col), such as cache['relu3'][0, 55]; got ActivationCache.",
+            "activation must be a tensor with shape (row, col), such as cache['relu3'][0, 55]; got ActivationCache.",
         ),
         (
             lambda: channel_map(torch.zeros(64, 64, 3), torch.zeros(8, 8)),
-            "observation must be (channel, row, col) with 1 or 3 channels, and activation (row, col), finite and no "
-            "larger; got shapes (64, 64, 3) and (8, 8).",
+            "observation must have shape (channel, row, col) with 1 or 3 channels. activation must be finite, with "
+            "shape (row, col) no larger than observation; got shapes (64, 64, 3) and (8, 8).",
         ),
     ],
 )

@@ -14,7 +14,7 @@ from .saving.files import contents
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; `arguments` defaults to the command line."""
+    """Run a command; `arguments` defaults to the arguments on the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m chanpatch",
         description="Inspect patch files written by chanpatch.save().",

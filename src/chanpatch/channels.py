@@ -26,10 +26,10 @@ ROUNDING = 1e-6  # relative difference to expect between two runs in single prec
 
 
 def rounding(sites: Iterable[Site]) -> float:
-    """Return the relative difference between two runs that rounding can cause, for the least precise dtype at sites."""
+    """Return the relative difference that rounding can cause between two runs, given the sites' least precise dtype."""
     dtypes = {site.point.dtype for site in sites if site.point is not None}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=ROUNDING / 8)
-    return eps if eps > ROUNDING else 8 * eps  # ROUNDING, rounded to a power of two, in single precision
+    return eps if eps > ROUNDING else 8 * eps  # in single precision, ROUNDING to the nearest power of two
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Moments:
 
     Attributes:
         count: Number of inputs.
-        mean, lowest, highest: Mean, minimum and maximum, `(channel,)`.
-        squares: Sum of squared deviations from the mean, `(channel,)`.
+        mean, lowest, highest: Mean, minimum and maximum, each with shape `(channel,)`.
+        squares: Sum of squared deviations from the mean, with shape `(channel,)`.
 
     References:
         Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983), equation 2.1.
@@ -67,12 +67,12 @@ class Moments:
 
     @property
     def std(self) -> Floats:
-        """Standard deviation per channel, `(channel,)`, with denominator count - 1."""
+        """Standard deviation of each channel, with shape `(channel,)` and denominator count - 1."""
         spread: Floats = np.sqrt(self.squares / (self.count - 1))
         return spread
 
     def varies(self, precision: float = 0.0) -> NDArray[np.bool_]:
-        """Return which channels vary by more than both rounding error and `precision`, relative to their mean."""
+        """Return whether each channel varies, relative to its mean, by more than both rounding and `precision`."""
         beyond: NDArray[np.bool_] = self.std > max(ROUNDING, precision) * np.abs(self.mean)
         return beyond
 
@@ -87,10 +87,12 @@ def point_at(site: Site) -> HookPoint:
 
 
 def pair_count(clean: Any, corrupted: Any) -> int:
-    """Return the number of pairs; raise ContrastError if there are 0 or the two numbers of inputs differ."""
+    """Return the number of pairs; raise ContrastError if there are no pairs or the numbers of inputs differ."""
     count, other = input_count(clean), input_count(corrupted)
     if count != other or not count:
-        raise ContrastError(f"clean has {count} inputs and corrupted has {other}. Pass one of each per pair.")
+        raise ContrastError(
+            f"clean has {count} inputs and corrupted has {other}. Pass one clean and one corrupted input per pair."
+        )
     return count
 
 
@@ -99,7 +101,7 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
     left = reduced_axes(site, point_at(site).axes, reduce)
     if "batch" not in left or len(left) > 2:
         raise SiteError(
-            f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}, but must leave the batch axis and at most "
+            f"reduce={reduce!r} leaves axes ({', '.join(left)}) at {site!r}, but must keep the batch axis and at most "
             "one other axis."
         )
 
@@ -120,12 +122,12 @@ def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
         )
     layers = len(site.split("layer")) if "layer" in point.axes else 1
     if layers > 1:
-        raise error(f"{site!r} has {layers} layers, each with its own {channels[0]}s. Select one, as in layer=0.")
+        raise error(f"{site!r} has {layers} layers, each with its own {channels[0]}s. Select one layer, as in layer=0.")
     return channels[0]
 
 
 def rows(cache: ActivationCache, site: Site) -> Floats:
-    """Return a site's activations as `(input, channel)`, from the batch axis and at most one other axis."""
+    """Return a site's activations, with a batch axis and at most one other axis, as an `(input, channel)` array."""
     # Copied, because small tensors that outlive their forward pass would fragment memory.
     array: Floats = cache[site].double().movedim(cache.batch_axis(site) or 0, 0).numpy().copy()
     return array if array.ndim > 1 else array[:, None]
@@ -133,9 +135,9 @@ def rows(cache: ActivationCache, site: Site) -> Floats:
 
 @dataclass(frozen=True)
 class Collector:
-    """Collects activations at sites over many inputs, reduced in double precision.
+    """Collects activations at sites over many inputs, and reduces the activations in double precision.
 
-    `run` restores the model between forward passes, and `error` is the class of the errors.
+    `run` restores the model between forward passes, and `error` is the exception class to raise.
     """
 
     run: undisturbed
@@ -146,7 +148,7 @@ class Collector:
     error: type[ChanpatchError]
 
     def caches(self, inputs: Any) -> Iterator[ActivationCache]:
-        """Yield one cache per batch, on the CPU."""
+        """Yield one cache per batch of inputs, on the CPU."""
         whole("batch_size", self.batch_size, 1, self.error)
         taken = [each for each in self.points.values() if not each.module and each.side == "in" and each.axes]
         if isinstance(inputs, (Tensor, tuple, Mapping)) and taken and taken[0].batch_axis not in (None, 0):
@@ -165,14 +167,14 @@ class Collector:
             yield recorder.result
 
     def samples(self, name: str, inputs: Any) -> dict[Site, Floats]:
-        """Return each site's activations, `(input, channel)`; `name` names the inputs in errors."""
+        """Return each site's activations with shape `(input, channel)`; error messages call the inputs `name`."""
         parts = [*self._parts(name, inputs, rows)]
         return {site: np.concatenate([part[site] for part in parts]) for site in self.sites}
 
     def moments(
         self, background: Any, sampled: Callable[[ActivationCache, Site], Floats] = rows
     ) -> dict[Site, Moments]:
-        """Compute each site's moments over the background; raise `error` for fewer than two inputs."""
+        """Compute each site's moments over the background; raise `error` if there are fewer than two inputs."""
         moments = dict.fromkeys(self.sites, NO_MOMENTS)
         for part in self._parts("background", background, sampled):
             moments = {site: moments[site] + Moments.of(sample) for site, sample in part.items()}
@@ -186,7 +188,7 @@ class Collector:
     def _parts(
         self, name: str, inputs: Any, sampled: Callable[[ActivationCache, Site], Floats]
     ) -> Iterator[dict[Site, Floats]]:
-        """Yield each batch's activations, by site; raise `error` for NaN or infinity."""
+        """Yield each batch's activations, by site; raise `error` if an activation is NaN or infinite."""
         start = 0
         for cache in self.caches(inputs):
             part = {site: sampled(cache, site) for site in self.sites}

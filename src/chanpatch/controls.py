@@ -33,22 +33,23 @@ __all__ = [
     "MatchedChannels", "OffDistribution", "matched_channels", "off_distribution", "random_sets", "random_vectors",
 ]  # fmt: skip
 
-_NEAR = 2  # nearest channels per control to draw from; few, so that controls have similar means
-_EACH_SIDE = 0.15  # a p-value requires this fraction of controls with larger means, and with smaller means
+_NEAR = 2  # number of nearest channels to draw from, per control; kept small, so that the means are similar
+_EACH_SIDE = 0.15  # a p-value requires at least this fraction of controls with larger means, and with smaller means
 
 
 @dataclass(frozen=True, repr=False)
 class MatchedChannels(Records, Sequence[Site]):
-    """Control sites for a site, in the order in which they were drawn.
+    """Controls for a site, in the order in which they were drawn.
 
     Attributes:
         sites: One site per control.
-        apart: Mean absolute difference between the mean activations of each control's channels and the site's
-            channels, in standard deviations over the other live channels; NaN if their means are all equal.
-        pool: Number of nearest channels from which controls were drawn.
-        live: Number of other live channels. If `pool` equals `live`, the controls are not matched.
-        no_p: Reason why ranks among the controls have no p-values, or an empty string. If nearly all controls have
-            smaller means than the site, any effect that grows with the activation would rank first.
+        apart: For each control, the mean absolute difference in mean activation between the control's channels and the
+            site's channels. The difference is divided by the standard deviation of the mean activation over the other
+            live channels, and is NaN if all of these channels have the same mean activation.
+        pool: Number of channels, nearest in mean activation, from which each of a control's channels was drawn.
+        live: Number of live channels other than the site's own. If `pool` equals `live`, the controls are not matched.
+        no_p: Reason why ranks among the controls have no p-values, or an empty string. For example, if nearly all
+            controls have smaller means than the site, any effect that grows with the activation would rank first.
     """
 
     sites: tuple[Site, ...]
@@ -64,16 +65,16 @@ class MatchedChannels(Records, Sequence[Site]):
         return len(self.sites)
 
     def patches(self, verb: Callable[[Site], Patch]) -> list[Patch]:
-        """Return `verb(site)`, such as `zero_ablate(site)`, for each control site: the `controls=` of a sweep.
+        """Return one patch, `verb(site)`, for each control site. Pass the patches to a sweep as `controls=`.
 
-        The sweep omits p-values if `no_p` is set, also for other patches at these sites.
+        If `no_p` is set, the sweep omits p-values, even with other patches at the control sites.
         """
         return [*map(verb, self.sites)]
 
     def rank(self, effect: float, effects: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
-        """Rank the site's effect among the control effects, without a p-value if `no_p` is set.
+        """Rank the site's effect among the control effects. If `no_p` is set, the rank has no p-value.
 
-        Arguments and errors are the same as in `chanpatch.statistics.rank_among`.
+        The arguments and errors are the same as in `chanpatch.statistics.rank_among`.
         """
         return without_p(rank_among(effect, effects, alternative=alternative), self.no_p)
 
@@ -99,24 +100,27 @@ def matched_channels(
     seed: int = 0,
     batch_size: int = 64,
 ) -> MatchedChannels:
-    """Draw control sites with about the same mean activation from the other live channels of a hook point.
+    """Draw controls for a site from the other live channels at its hook point, matched by mean activation.
 
-    Each control has as many channels as the site, and none of the site's channels. For each channel of the site, one is
-    drawn from the `2 * count` channels nearest in mean activation, so if `count` is large relative to the number of
-    channels, the match is poor. All controls are different, but controls with several channels may overlap. Dead
-    channels, which do not vary over the background, are never controls, because patching them is uninformative.
+    Each control has as many channels as the site, but none of the site's own channels. For each of the site's channels,
+    one channel is drawn from the `2 * count` channels nearest in mean activation. The match is therefore poor if
+    `count` is large relative to the number of channels. All controls are different, but controls with several channels
+    may overlap. Dead channels, which do not vary over the background, are never drawn, because patching them is
+    uninformative.
 
     Args:
         points_or_model: Model, which is traced with the background, or its HookPoints.
-        site: Channel or channels to find controls for. Other indices, such as rows, also apply to the controls.
-        background: At least two inputs to compute the means, `(input, ...)`, as in `chanpatch.channel_sums`.
-        count: Number of controls. A p-value requires at least 19 controls, with at least 15% having larger means than
-            the site and at least 15% smaller.
-        seed: Random seed.
+        site: Site with the channel or channels to find controls for. The site's other indices, such as rows, also apply
+            to the controls.
+        background: At least two inputs over which the means are computed: `(input, ...)`, as in
+            `chanpatch.channel_sums`.
+        count: Number of controls. A p-value requires at least 19 controls, of which at least 15% have larger means than
+            the site and at least 15% have smaller means.
+        seed: Random seed for drawing the controls.
         batch_size: Same as in `chanpatch.channel_sums`.
 
     Raises:
-        HookPointError, SiteError: If the site does not exist or has no channels, or too few other channels are live.
+        HookPointError, SiteError: If the site does not exist or has no channels, or if too few other channels are live.
         StatisticsError: If an argument is invalid, or a background activation is not finite.
 
     Example:
@@ -142,7 +146,7 @@ def matched_channels(
         raise SiteError(
             f"{bound!r} has {len(others)} other live {axis}s ({int((~live).sum())} of {len(mean)} are dead over the "
             f"background), too few for {count} different controls of size {len(target)}. Use a smaller count, or a "
-            f"site with fewer {axis}s."
+            f"site that selects fewer {axis}s."
         )
     generator = np.random.default_rng(whole("seed", seed))
     found: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -164,7 +168,7 @@ def matched_channels(
 
 
 def _no_p(site: Site, own: float, controls: Floats) -> str:
-    """Return the reason why ranks among controls with these means have no p-values, or an empty string."""
+    """Return the reason why ranks among controls with the given means have no p-values; "" if there is none."""
     least = math.ceil(_EACH_SIDE * len(controls))
     for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
         if count < least:
@@ -178,7 +182,7 @@ def _no_p(site: Site, own: float, controls: Floats) -> str:
 def _drawn(
     mean: Floats, target: Sequence[int], others: NDArray[np.int64], near: int, generator: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw one control: for each channel in turn, one of the nearest unused channels."""
+    """Draw one control: for each target channel in turn, choose one of the `near` nearest channels not yet chosen."""
     free, drawn = others, []
     for channel in target:
         nearest = free[np.argsort(np.abs(mean[free] - mean[channel]), kind="stable")[:near]]
@@ -190,19 +194,19 @@ def _drawn(
 def random_sets(
     channels: Sequence[int], size: int, *, count: int, seed: int = 0, other_than: Iterable[Sequence[int]] = ()
 ) -> list[tuple[int, ...]]:
-    """Draw distinct random sets of channels of equal size, as controls for a patch of several channels.
+    """Draw distinct random sets of channels, all of the same size, as controls for a patch on several channels.
 
-    Sets may overlap with each other and with the tested set. To match the mean activation, use `matched_channels`.
+    Sets may overlap with each other and with the tested set. For matched mean activations, use `matched_channels`.
 
     Args:
         channels: Channels to draw from. Pass only live channels, because patching dead channels is uninformative.
         size: Number of channels in each set.
-        count: Number of sets. P-values from `chanpatch.statistics.rank_among` require at least 19.
+        count: Number of sets. P-values from `chanpatch.statistics.rank_among` require at least 19 sets.
         seed: Random seed.
         other_than: Sets to exclude, such as the tested set.
 
     Returns:
-        At most `count` sets, each in ascending order; fewer if too few distinct sets were found.
+        `count` sets, each in ascending order, or fewer sets if too few distinct sets were found.
 
     Raises:
         StatisticsError: If `count` is below 1, or `size` is not between 1 and the number of channels.
@@ -221,7 +225,7 @@ def random_sets(
 
 
 def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
-    """Draw vectors of the same norm in uniformly random directions, as controls for a steering vector.
+    """Draw vectors with random directions and the same norm as a steering vector, as controls for the steering vector.
 
     Args:
         vector: Floating-point tensor with the region's axes, such as `(batch, channel, row, col)`, as in `steer`.
@@ -229,8 +233,8 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
         seed: Random seed.
 
     Returns:
-        A tensor `(control, *vector.shape)` with the vector's dtype and device. Each entry along the first axis of a
-        control has the same norm as the corresponding entry of the vector.
+        A tensor with shape `(control, *vector.shape)` and the vector's dtype and device. Directions are uniformly
+        distributed. At each index along the first axis, the control has the same norm as the vector.
 
     Raises:
         EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.
@@ -247,7 +251,7 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
     if not (vector.dim() and vector.is_floating_point() and vector.isfinite().all() and vector.any()):
         raise EditError(
             "vector must have at least one axis and be floating point, finite and nonzero; got "
-            f"{vector.dtype} with shape {tuple(vector.shape)}. contrast(...).steering_vector(site) returns one."
+            f"{vector.dtype} with shape {tuple(vector.shape)}. Use contrast(...).steering_vector(site), for example."
         )
     rows = vector.detach().cpu().double().reshape(len(vector), -1)
     generator = torch.Generator().manual_seed(seed)
@@ -258,17 +262,20 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class OffDistribution(Records):
-    """How far patches push activations off-distribution: one row per channel, in the order of the sites.
+    """Measures of how far patches push activations off-distribution: one row per channel, in the order of the sites.
 
-    All values are for the channel's sum over its patched region. The table lists the largest `absolute_z` first.
+    All values refer to the sum of a channel's activations over the patched region. The printed table lists the largest
+    `absolute_z` first.
 
     Attributes:
-        sites: The channel of each row, as a site.
-        patched: Mean sum over the patched inputs.
-        mean, std, lowest, highest: Mean, standard deviation, minimum and maximum sum over the unpatched background.
-        z: Mean z-score of the patched sums relative to the background; NaN for a channel that does not vary over the
-            background.
-        absolute_z: Mean absolute z-score; about 0.8 if patched and background sums have the same normal distribution.
+        sites: Site of the channel in each row.
+        patched: Mean of the sums over the patched inputs.
+        mean, std, lowest, highest: Mean, standard deviation, minimum and maximum of the sums over the unpatched
+            background inputs.
+        z: Mean z-score of the patched sums relative to the background sums; NaN for a channel that does not vary over
+            the background.
+        absolute_z: Mean absolute z-score of the patched sums; about 0.8 if the patched and the background sums have the
+            same normal distribution.
         outside: Fraction of patched inputs whose sum is below `lowest` or above `highest`.
         inputs, background: Number of patched inputs and number of background inputs.
     """
@@ -289,7 +296,7 @@ class OffDistribution(Records):
         return len(self.sites)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel, with its site and all numbers."""
+        """Return one record per channel, with the channel's site and all of its values."""
         names = ("z", "absolute_z", "outside", "patched", "mean", "std", "lowest", "highest")
         return columns(site=map(repr, self.sites), **{name: getattr(self, name) for name in names})
 
@@ -312,7 +319,7 @@ def off_distribution(
     """Measure how far patches push activations off-distribution, channel by channel, compared with background inputs.
 
     Off-distribution activations, such as zero in a channel that is never near 0, say little about the channel's normal
-    role. Report this alongside the effect of the patch.
+    role. Report this measure alongside the effect of the patch.
 
     Args:
         points_or_model: Model, which is traced with the inputs, or its HookPoints.
@@ -324,8 +331,8 @@ def off_distribution(
 
     Raises:
         HookPointError, SiteError: If a site does not exist or has no channels.
-        StatisticsError: If there are no patches or inputs, the background has fewer than two inputs, or an activation
-            is not finite.
+        StatisticsError: If there are no patches or inputs, if the background has fewer than two inputs, or if an
+            activation is not finite.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -372,7 +379,7 @@ def off_distribution(
 def _channel_means(
     points: HookPoints, region: Site, axis: str, background: Any, batch_size: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return the mean activation of each channel of a site, and whether the channel varies over the background."""
+    """Return each channel's mean activation over the background in a region, and whether the channel varies there."""
     point = points[region.name]
     in_front = (point.batch_axis or 0, point.axes.index(axis))
 

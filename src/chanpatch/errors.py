@@ -14,13 +14,13 @@ class ChanpatchError(Exception):
 
 
 class HookPointError(ChanpatchError, KeyError):
-    """Raised for a name that does not exist in the model, or a module that the traced forward pass did not call."""
+    """Raised when a name does not exist in the model, or when the traced forward pass did not call the named module."""
 
     __str__ = Exception.__str__  # KeyError would print the message as a quoted literal
 
 
 class SiteError(ChanpatchError, ValueError):
-    """Raised for an axis or an index that does not exist at the hook point."""
+    """Raised when an axis or an index does not exist at the hook point."""
 
 
 class EditError(ChanpatchError, ValueError):
@@ -28,7 +28,7 @@ class EditError(ChanpatchError, ValueError):
 
 
 class NaNError(EditError):
-    """Raised when an edit introduces NaN into a region without NaN."""
+    """Raised when an edit introduces NaN into a region that contained no NaN."""
 
 
 class BatchAxisError(ChanpatchError, ValueError):
@@ -48,19 +48,19 @@ class ConcurrencyError(ChanpatchError, RuntimeError):
 
 
 class UnsupportedModelError(ChanpatchError, TypeError):
-    """Raised for a model that would ignore hooks, or that cannot be copied."""
+    """Raised when a model would ignore hooks, or when a model cannot be copied."""
 
 
 class DistributionError(ChanpatchError, TypeError):
-    """Raised for outputs without an action distribution, and distributions that lack inverse-CDF sampling."""
+    """Raised when an output has no action distribution, or when a distribution has no inverse-CDF sampling."""
 
 
 class MetricError(ChanpatchError, ValueError):
-    """Raised when a metric, or an action passed to one, does not match the model's output."""
+    """Raised when a metric, or an action passed to a metric, does not match the model's output."""
 
 
 class SweepError(ChanpatchError, ValueError):
-    """Raised when patches cannot be swept, or cannot be swept with the requested strategy."""
+    """Raised when patches cannot be swept at all, or cannot be swept with the requested strategy."""
 
 
 class RolloutError(ChanpatchError, ValueError):
@@ -72,7 +72,7 @@ class StatisticsError(ChanpatchError, ValueError):
 
 
 class ContrastError(ChanpatchError, ValueError):
-    """Raised for inputs that do not form pairs, and for clusters or background inputs that do not match the pairs."""
+    """Raised when inputs do not form pairs, or when clusters or background inputs do not match the pairs."""
 
 
 class ProbeError(ChanpatchError, ValueError):
@@ -80,7 +80,7 @@ class ProbeError(ChanpatchError, ValueError):
 
 
 class InterventionError(ChanpatchError, ValueError):
-    """Raised for patches that contain functions, and for patch files that are damaged or do not match the model."""
+    """Raised when a patch to be saved contains a function, or when a file is damaged or does not match the model."""
 
 
 class MissingPackageError(ChanpatchError, ImportError):
@@ -94,7 +94,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def in_one(faults: Sequence[object]) -> str:
-    """Combine error messages into one."""
+    """Combine several error messages into one message."""
     listed = [f"{len(faults)} errors:", *(f"- {each}" for each in faults)]
     return "\n".join(listed) if len(faults) > 1 else str(*faults)
 

@@ -1,4 +1,4 @@
-"""Labels of swept patches: the keys of a mapping, or names derived from the sites."""
+"""Labels for swept patches: the keys of a mapping, or names derived from the sites."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def labelled_patches(
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
     """Return (label, patches) pairs; without a mapping, labels are derived from the sites.
 
-    Raises `fault` if there are no patches, or two share a label. `what` names the patches in messages.
+    Raises `fault` if there are no patches, or if two entries share a label. Error messages call the patches `what`.
     """
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]
@@ -46,18 +46,18 @@ def _label(patch: Patch) -> str:
 
 
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:
-    """Return why ranks among these control patches have no p-values, as stored in their sites, or an empty string."""
+    """Return the reason why ranks among these controls have no p-value, or an empty string if they have p-values."""
     return next((patch.site.no_p for each in controls for patch in each if patch.site.no_p), "")
 
 
 def reference_notes(patches: Iterable[Patch]) -> list[str]:
-    """Return a note for a table with intervals if a patch uses one set of reference inputs."""
+    """Return the note to add to a table of intervals if a patch relies on a single, fixed set of reference inputs."""
     note = "Intervals ignore the sampling error in the reference of a mean or resample ablation."
     return [note] if any(map(_has_one_reference, patches)) else []
 
 
 def _has_one_reference(patch: Patch) -> bool:
-    """Return whether a patch writes activations that are averaged over or drawn from one set of reference inputs."""
+    """Return whether a patch writes activations that are averaged over, or drawn from, a fixed set of inputs."""
     edit, point = patch.edit, patch.site.point
     if isinstance(edit, Resample):
         return True
@@ -68,21 +68,21 @@ def _has_one_reference(patch: Patch) -> bool:
 
 
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
-    """Raise EditError if two labels share a stateful callable as an edit or a `where`."""
+    """Raise EditError if patches under two labels have the same stateful callable as an edit or a `where`."""
     known: dict[int, Any] = {}
     for label, patches in named:
         for function in [function for patch in patches for function in (patch.edit, patch.where)]:
             owner = state_of(function) if callable(function) else None
             if owner is not None and known.setdefault(id(owner), label) != label:
                 raise EditError(
-                    f"{edit_name(function)} is used under two labels, {known[id(owner)]!r} and {label!r}, which "
-                    "would share its state. Use a separate object for each label, or a plain function."
+                    f"{edit_name(function)} is used under two labels, {known[id(owner)]!r} and {label!r}, so the two "
+                    "labels would share its state. Use a separate object for each label, or a plain function."
                 )
 
 
 @contextmanager
 def labelled(label: object) -> Iterator[None]:
-    """Add the label to errors raised inside the context."""
+    """Add the label to any error that is raised inside the context."""
     try:
         yield
     except (EditError, UnreachedError) as fault:

@@ -38,19 +38,19 @@ def strip(
     threshold: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    r"""Draw a strip plot of one channel's sums: one column of markers per label and part of the split.
+    r"""Draw a strip plot of one channel's sums, with one column of markers per label and part of the data.
 
     Args:
-        sums: `(input,)`: sums of one channel, such as `channel_sums(...)[:, 55]`.
-        labels: `(input,)`: label of each input, such as the direction of the next step.
-        split: `(input,)`: split that each input belongs to, such as "in distribution"; at most six, each with its own
-            marker.
+        sums: Sums of one channel, with shape `(input,)`, such as `channel_sums(...)[:, 55]`.
+        labels: Label of each input, with shape `(input,)`, such as the direction of the next step.
+        split: Part of the data that each input belongs to, with shape `(input,)`, such as "in distribution". There may
+            be at most six parts; each part has its own marker.
         threshold: Value to mark with a dashed line, such as `probe.threshold`.
         ax: Axes to draw on; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If lengths differ, a sum is not finite, there are more than six splits, or `threshold` is not a
+        StatisticsError: If lengths differ, a sum is not finite, there are more than six parts, or `threshold` is not a
             number.
 
     Example:
@@ -89,14 +89,14 @@ def strip(
 
 
 def effect_ranking(records: Sequence[Mapping[str, Any]], ax: Axes | None = None, *, label: str = "effect") -> Axes:
-    """Plot effects as dots with their 95% intervals and p-values, the largest absolute effect on top.
+    """Plot effects as dots with their 95% intervals and p-values, with the largest absolute effect at the top.
 
-    Only the 20 largest effects are drawn; the title counts the rest. Controls are squares below the other effects. The
-    `.plot()` method of a result draws this figure.
+    Only the 20 largest effects are drawn; the title states how many are hidden. Controls are drawn as squares below the
+    other effects. A result's `.plot()` method draws this figure.
 
     Args:
-        records: One record per effect: `effect`, a `label` or a `site`, and optionally the interval (`low`, `high`,
-            `note`), the p-value `p`, and a bool `control`.
+        records: One record per effect, with the keys `effect` and `label` (or `site`). Optional keys are the interval
+            (`low`, `high`, `note`), the p-value `p`, and a bool `control`.
         ax: Axes to draw on; new axes if None.
         label: Label of the effect axis.
 
@@ -177,7 +177,7 @@ def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[st
         if width > 0.25 and height > 0.12:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 2}
             ax.text(left + width / 2, middle, text, ha="center", va="center", bbox=box)
-        else:  # the centers of a column's cells are half its height apart, so both texts fit in the margin
+        else:  # the centers of a column's cells are half the plot's height apart, so both texts fit
             ax.annotate(text, (column, middle), ((-0.03, 1.03)[column], middle), ha=("right", "left")[column],
                         va="center", annotation_clip=False,
                         arrowprops={"arrowstyle": "-", "linewidth": 0.8})  # fmt: skip
@@ -193,14 +193,14 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
     Contours enclose activations above half of the largest absolute value: solid if positive, dashed if negative.
 
     Args:
-        observation: `(channel, row, col)` with one or three channels; floats from 0 to 1, or uint8.
-        activation: `(row, col)`: activation of one channel, such as `cache["relu3"][0, 55]`, no larger than the
-            observation.
+        observation: Tensor with shape `(channel, row, col)` and one or three channels; floats from 0 to 1, or uint8.
+        activation: Activation of one channel, with shape `(row, col)` no larger than the observation, such as
+            `cache["relu3"][0, 55]`.
         ax: Axes to draw on; new axes if None.
 
     Raises:
         MissingPackageError: If matplotlib is not installed.
-        StatisticsError: If the axes or the values do not match this description.
+        StatisticsError: If the shapes, dtypes or values are not as described.
 
     Example:
         >>> import torch
@@ -211,19 +211,20 @@ def channel_map(observation: Tensor, activation: Tensor, ax: Axes | None = None)
     numbers = observation.float() if observation.is_floating_point() else observation  # numpy has no bfloat16
     if not isinstance(activation, Tensor):
         raise StatisticsError(
-            f"activation must be a tensor (row, col), such as cache['relu3'][0, 55]; got {type(activation).__name__}."
+            "activation must be a tensor with shape (row, col), such as cache['relu3'][0, 55]; got "
+            f"{type(activation).__name__}."
         )
     pixels, cells = numbers.detach().cpu().numpy(), activation.detach().cpu().double().numpy()
     fits = pixels.ndim == 3 and pixels.shape[0] in (1, 3) and cells.ndim == 2 and cells.size
     if not fits or (np.array(cells.shape) > pixels.shape[1:]).any() or not np.isfinite(cells).all():
         raise StatisticsError(
-            "observation must be (channel, row, col) with 1 or 3 channels, and activation (row, col), finite and no "
-            f"larger; got shapes {pixels.shape} and {cells.shape}."
+            "observation must have shape (channel, row, col) with 1 or 3 channels. activation must be finite, with "
+            f"shape (row, col) no larger than observation; got shapes {pixels.shape} and {cells.shape}."
         )
     if pixels.dtype != np.uint8 and not (observation.is_floating_point() and pixels.min() >= 0 and pixels.max() <= 1):
         raise StatisticsError(
-            f"observation must be torch.uint8 or floats from 0 to 1; got {observation.dtype} from {pixels.min():g} to "
-            f"{pixels.max():g}."
+            f"observation must be torch.uint8 or floats from 0 to 1; got {observation.dtype} with values from "
+            f"{pixels.min():g} to {pixels.max():g}."
         )
     ax = ax or _new_axes(5.5, 4.5)
     gray = pixels.mean(axis=0) / (255 if pixels.dtype == np.uint8 else 1)

@@ -25,7 +25,7 @@ ROWS = 20  # maximum rows in a table or figure
 class Records:
     """A result that prints as a table: a title, the first rows, and notes.
 
-    A subclass defines `to_records`, and may override `_lines` (the records in the table), `_title`, `_notes`, `_most`.
+    A subclass defines `to_records`, and may override `_lines` (the table's records), `_title`, `_notes` and `_most`.
     """
 
     _most: ClassVar[int | None] = ROWS  # maximum rows in the table; None for no maximum
@@ -70,7 +70,7 @@ class Records:
 class Effects(Records):
     """A result with one effect per row, in the given order; the table and `top` show the largest effects first.
 
-    A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` names its fields that have one entry
+    A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` lists the fields that have one entry
     per row.
     """
 
@@ -80,13 +80,13 @@ class Effects(Records):
 
         @property
         def effect_label(self) -> str:
-            """Axis label in figures: kind and unit of the effects, and number of inputs."""
+            """Axis label in figures: the kind and unit of the effects, and the number of inputs."""
 
     def __len__(self) -> int:
         return len(getattr(self, self._by_row[0]))
 
     def effect(self) -> NDArray[np.float64]:
-        """Return the effect of each row."""
+        """Return each row's effect."""
         raise NotImplementedError
 
     def top(self, count: int) -> Self:
@@ -106,17 +106,17 @@ class Effects(Records):
         return self.top(len(self)).to_records()
 
     def _effects(self) -> list[dict[str, Any]]:
-        """Return the records of the effects, for a figure."""
+        """Return one record per effect, for a figure."""
         return self.to_records()
 
     def _top(self, count: int, effect: NDArray[np.float64]) -> Self:
-        """Return the rows with the largest absolute effects, given the effect of each row."""
+        """Return the rows with the largest absolute effects, given each row's effect."""
         if count < 0:
             raise StatisticsError(f"The count in top() must be at least 0; got {count}.")
         return self._rows(largest_first(effect)[:count])
 
     def _rows(self, rows: NDArray[np.int64]) -> Self:
-        """Return a result that keeps only the given rows."""
+        """Return a result with only the given rows."""
         picked = {name: _picked(getattr(self, name), rows) for name in self._by_row}
         return replace(self, **picked)  # type: ignore[type-var]  # a subclass is a dataclass
 
@@ -127,13 +127,13 @@ def largest_first(values: ArrayLike) -> NDArray[np.int64]:
 
 
 def columns(**values: Iterable[Any]) -> list[dict[str, Any]]:
-    """Return records from columns of equal length; numbers in arrays become Python numbers."""
+    """Convert columns of equal length to records; numbers in arrays become Python numbers."""
     listed = [each.tolist() if isinstance(each, np.ndarray) else each for each in values.values()]
     return [dict(zip(values, row, strict=True)) for row in zip(*listed, strict=True)]
 
 
 def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the effect and interval of a record, formatted for a table."""
+    """Return the effect and interval from a record, formatted for a table."""
     interval = "-"
     if not np.isnan(record["low"]):
         interval = f"{record['low']:+.3g} to {record['high']:+.3g}" + " (few)" * (record["note"] == "few")
@@ -148,7 +148,7 @@ def shown_p(p: float) -> str:
 
 
 def interval_notes(notes: Iterable[str]) -> list[str]:
-    """Return notes that explain the marked and withheld intervals in a table, given the notes of its rows."""
+    """Return notes that explain marked and withheld intervals in a table, given the notes on individual rows."""
     found = sorted({*map(str, notes)} - {""})
     lines = ["few: an interval over fewer than ten independent rows."] * ("few" in found)
     return lines + [f"No interval (-): {reason}." for reason in found if reason != "few"]
@@ -161,14 +161,15 @@ def _picked(values: Any, rows: NDArray[np.int64]) -> Any:
 
 
 def more(hidden: int) -> list[str]:
-    """Return a line with the number of rows that a table does not show."""
+    """Return a list of lines that state how many rows the table hides; empty if the table hides no rows."""
     return [f"... {hidden} more"] if hidden else []
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a header and one line per record; the columns are the keys of the first record.
+    """Return a table as lines of text: a header, then one line per record.
 
-    Floats are shown with four significant digits, NaN as "-", None as an empty cell.
+    The columns are the keys of the first record. Floats are shown with four significant digits, NaN is shown as "-",
+    and None as an empty cell.
     """
     rows = _cells(records)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -176,7 +177,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cells(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cell texts of the header and of each record; empty if there are no records."""
+    """Return the text of each cell, with the header as the first row; empty if there are no records."""
     return [[*records[0]], *([_cell(value) for value in record.values()] for record in records)] if records else []
 
 
@@ -205,7 +206,7 @@ def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterato
     """Yield a function that advances a progress bar over `total` units (None if the total is unknown).
 
     With `progress=None`, the bar appears on a terminal after two seconds if tqdm is installed. With `progress=True`,
-    a missing tqdm raises MissingPackageError.
+    MissingPackageError is raised if tqdm is not installed.
     """
     if progress is False or (progress is None and find_spec("tqdm") is None):
         yield lambda count: None

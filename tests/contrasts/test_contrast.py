@@ -187,9 +187,11 @@ def test_intervals_of_few_pairs_are_marked_and_withheld_ones_say_why() -> None:
     clean[:7, 2] = 0
     points = hook_points(nn.Identity(), clean[:2], axes={".out": ("batch", "feature")})
     result = contrast(points, clean, torch.zeros(12, 4), ".out")
-    assert result.note.tolist() == ["", "", *["fewer than 6 of the 12 rows differ from 0"] * 2]
+    assert result.note.tolist() == ["", "", *["fewer than 6 of the 12 rows have a nonzero value"] * 2]
     assert np.isnan(result.low[2:]).all() and result.p[3] == 1
-    assert " -  " in repr(result) and "No interval (-): fewer than 6 of the 12 rows differ from 0." in repr(result)
+    assert " -  " in repr(result) and "No interval (-): fewer than 6 of the 12 rows have a nonzero value." in repr(
+        result
+    )
 
 
 @pytest.mark.parametrize("side", ["clean", "corrupted", "background"])
@@ -209,7 +211,7 @@ def test_a_search_leaves_out_what_cannot_be_reduced_and_says_why() -> None:
     points = hook_points(attention.module, *attention.inputs(2))
     result = contrast(points, *attention.inputs(8), *attention.inputs(8))
     assert set(result.skipped) == {".out"}
-    assert "Name them" in result.skipped[".out"]
+    assert "Name these axes" in result.skipped[".out"]
     assert "Skipped " in repr(result)
 
 
@@ -280,11 +282,11 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
     [
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED[:5], "conv1"),
-            "clean has 12 inputs and corrupted has 5. Pass one of each per pair.",
+            "clean has 12 inputs and corrupted has 5. Pass one clean and one corrupted input per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN[:0], CORRUPTED[:0], "conv1"),
-            "clean has 0 inputs and corrupted has 0. Pass one of each per pair.",
+            "clean has 0 inputs and corrupted has 0. Pass one clean and one corrupted input per pair.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[0, 1, 2]),
@@ -292,7 +294,7 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", clusters=[*"aabbccddeef", None]),
-            "clusters[11] must be a label; got None. Label every row, or leave that row out.",
+            "clusters[11] must be a label; got None. Give this row a label, or leave the row out.",
         ),
         (
             lambda: contrast(POINTS, CLEAN, CORRUPTED, "conv1", background=[]),
@@ -313,9 +315,9 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
-            "None of the 1 hook points can be compared. The first was skipped because: reduce=('b c h w -> b c h', "
-            "'sum') leaves axes (batch, channel, row) at Site('conv1'), but must leave the batch axis and at most "
-            "one other axis.",
+            "None of the 1 hook points can be compared. The first of these was skipped because: reduce=('b c h w -> b "
+            "c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the batch axis and at "
+            "most one other axis.",
         ),
     ],
 )
@@ -329,7 +331,7 @@ def test_a_reduction_that_leaves_too_much_is_refused() -> None:
     with pytest.raises(SiteError) as caught:
         contrast(POINTS, CLEAN, CORRUPTED, "conv1", reduce=("b c h w -> b c h", "sum"))
     assert str(caught.value) == (
-        "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must leave the "
+        "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the "
         "batch axis and at most one other axis."
     )
 
@@ -350,4 +352,4 @@ def test_differences_at_the_level_of_rounding_have_neither_a_small_p_nor_an_inte
     points = hook_points(nn.Identity(), clean, axes={".out": ("batch", "feature")})
     result = contrast(points, clean, corrupted, ".out")
     assert result.p[:2].tolist() == [1, 1] and result.p[2] < 0.001
-    assert result.note.tolist() == ["fewer than 6 of the 12 rows differ from 0"] * 2 + [""]
+    assert result.note.tolist() == ["fewer than 6 of the 12 rows have a nonzero value"] * 2 + [""]

@@ -176,7 +176,7 @@ def test_a_users_dict_is_filled_as_without_patches():
 
 WRITES = (
     "This {} writes to its input {} while an entry of that input is patched. Patches apply to a copy, so the caller "
-    "would not see the writes. Patch the module that computes the entry, or a submodule, instead."
+    "would not see the writes. Patch the module that computes the entry instead, or patch inside this module."
 )
 
 

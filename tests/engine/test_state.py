@@ -335,7 +335,7 @@ class Built(nn.Module):
 def test_a_model_that_builds_a_part_of_itself_in_its_first_forward_is_refused_until_it_has(parameter: bool) -> None:
     model, vectors = Built(parameter), torch.randn(9, 4)
     with pytest.raises(
-        UnsupportedModelError, match="'head' of Built was created by this forward pass.*Run the model once"
+        UnsupportedModelError, match="'head' in Built was created by this forward pass.*Run the model once"
     ):
         hook_points(model, vectors)
     assert model.head is None and not model._modules and not model._parameters

@@ -255,8 +255,8 @@ def test_what_is_not_one_number_per_input_is_no_metric() -> None:
     with pytest.raises(MetricError) as caught:
         measured(lambda output: output, LOGITS, OTHER)
     assert str(caught.value) == (
-        "The metric returned a torch.float32 tensor of shape (5, 4). A metric must return one number per input, "
-        "(batch,), or a single number."
+        "The metric returned a torch.float32 tensor of shape (5, 4). A metric must return one number per input, with "
+        "shape (batch,), or a single number."
     )
     assert measured(lambda output: output.mean(), LOGITS, OTHER).shape == (1,)
 
@@ -301,7 +301,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an action that the output does not have": (
         lambda: logit_difference(0, [1, 4])(LOGITS),
         MetricError,
-        "incorrect has action 4, but the output has actions 0 to 3.",
+        "incorrect includes action 4, but the output has actions 0 to 3.",
     ),
     "a negative action": (
         lambda: action_probability(-1),
@@ -326,36 +326,36 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no number": (
         lambda: action_probability("left"),
         MetricError,
-        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor "
-        "(batch,) with one action per input; got 'left'.",
+        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor of "
+        "shape (batch,) with one action per input; got 'left'.",
     ),
     "a mask": (
         lambda: action_probability(torch.tensor([True, False])),
         MetricError,
-        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor "
-        "(batch,) with one action per input; got a torch.bool tensor of shape (2,).",
+        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor of "
+        "shape (batch,) with one action per input; got a torch.bool tensor of shape (2,).",
     ),
     "a matrix of actions": (
         lambda: action_probability(torch.zeros(5, 2, dtype=torch.int64)),
         MetricError,
-        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor "
-        "(batch,) with one action per input; got a torch.int64 tensor of shape (5, 2).",
+        "actions must be an action (an int), a sequence of actions to treat as a single action, or an int64 tensor of "
+        "shape (batch,) with one action per input; got a torch.int64 tensor of shape (5, 2).",
     ),
     "actions of fewer inputs": (
         lambda: logit_difference(torch.tensor([1]), 0)(LOGITS),
         MetricError,
-        "correct has one action for each of 1 inputs, but the output has 5 inputs. Pass one action per input, or a "
-        "list of actions to treat as a single action.",
+        "correct has one action for each of 1 inputs, but the output has 5 rows. Pass one action per input, or a list "
+        "of actions to treat as a single action.",
     ),
     "a baseline of other inputs": (
         lambda: kl_divergence(LOGITS, baseline=LOGITS[:1]),
         MetricError,
-        "The output has shape (5, 4) and the baseline (1, 4). Compare outputs for the same inputs.",
+        "The output has shape (5, 4), but the baseline has shape (1, 4). Compare outputs for the same inputs.",
     ),
     "a continuous baseline of other inputs": (
         lambda: kl_divergence(Normal(LOGITS, PROBS), baseline=Normal(LOGITS[:1], PROBS[:1])),
         MetricError,
-        "The output has shape (5, 4) and the baseline (1, 4). Compare outputs for the same inputs.",
+        "The output has shape (5, 4), but the baseline has shape (1, 4). Compare outputs for the same inputs.",
     ),
     "logits of a sequence": (
         lambda: entropy(LOGITS.view(1, 5, 4)),
@@ -366,38 +366,40 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "logits of one input": (
         lambda: entropy(LOGITS[0]),
         MetricError,
-        "The output has logits of shape (4,), but this metric needs (batch, action). Reshape them to (batch, action).",
+        "The output has logits of shape (4,), but this metric needs (batch, action). Reshape the logits to (batch, "
+        "action).",
     ),
     "one column": (
         lambda: kl_divergence(LOGITS[:, :1], baseline=LOGITS[:, :1]),
         DistributionError,
-        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If this is the logit of the "
-        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (5, 1) contains the logit of only one action, whose probability is always 1. If this is "
+        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "one column of named logits": (
         lambda: entropy({"logits": LOGITS[:, :1]}),
         DistributionError,
-        "A tensor of shape (5, 1) has a single action, whose probability is always 1. If this is the logit of the "
-        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (5, 1) contains the logit of only one action, whose probability is always 1. If this is "
+        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "no distribution": (
         lambda: entropy({"state": LOGITS}),
         DistributionError,
-        "The output is a dict of 'state', which contains no action distribution. Expected logits (batch, action), a "
-        "torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. Use a metric that "
-        "selects one of these.",
+        "The output is a dict of 'state', which contains no action distribution. Expected logits of shape (batch, "
+        "action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
+        "'logits'. Use a metric that selects one of these from the output.",
     ),
     "a tuple with more than logits and a value": (
         lambda: kl_divergence((LOGITS, LOGITS[:, 0], LOGITS[:, 0]), baseline=LOGITS),
         MetricError,
-        "The output is (Tensor, Tensor, Tensor). A metric accepts tuples with one distribution, and pairs (logits, "
-        "value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0]).",
+        "The output is (Tensor, Tensor, Tensor). A metric accepts a tuple that contains one distribution, or a pair "
+        "(logits, value) whose value has shape (batch,) or (batch, 1). Select the logits: lambda output: "
+        "metric(output[0]).",
     ),
     "logits that are NaN": (
         lambda: action_flip(LOGITS, baseline=LOGITS / 0 * 0),
         DistributionError,
         "The output is a torch.float32 tensor of shape (5, 4) with NaN logits. Find the first NaN activation with "
-        "recording(...). A patch may have set values too large for later layers.",
+        "recording(...). A patch may have set values that are too large for later layers.",
     ),
     "logits of continuous actions": (
         lambda: total_variation(Normal(LOGITS, PROBS), baseline=Normal(LOGITS, PROBS)),
@@ -408,24 +410,26 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "an entropy without a formula": (
         lambda: entropy(TransformedDistribution(Normal(LOGITS, PROBS), TanhTransform())),
         DistributionError,
-        "torch.distributions has no formula for the entropy of TransformedDistribution. Estimate it from samples.",
+        "torch.distributions has no formula for the entropy of TransformedDistribution. Estimate the entropy from "
+        "samples.",
     ),
     "a divergence of two kinds": (
         lambda: kl_divergence(Normal(LOGITS[:, 0], PROBS[:, 0]), baseline=Categorical(logits=LOGITS)),
         DistributionError,
-        "torch.distributions has no formula for the KL divergence of Normal. Estimate it from samples.",
+        "torch.distributions has no formula for the KL divergence of Normal. Estimate the KL divergence from samples.",
     ),
     "two values": (
         lambda: value((LOGITS, LOGITS[:, 0], LOGITS[:, 1])),
         MetricError,
-        "The output, (Tensor, Tensor, Tensor), contains 2 tensors (batch,) or (batch, 1) that could be the value, "
-        "but there must be exactly one. Use a metric that selects the value: lambda output: output[1].",
+        "The output, (Tensor, Tensor, Tensor), contains 2 tensors of shape (batch,) or (batch, 1) that could be the "
+        "value, but must contain exactly one. Use a metric that selects the value: lambda output: output[1].",
     ),
     "no value": (
         lambda: value(LOGITS),
         MetricError,
-        "The output, a torch.float32 tensor of shape (5, 4), contains 0 tensors (batch,) or (batch, 1) that could be "
-        "the value, but there must be exactly one. Use a metric that selects the value: lambda output: output[1].",
+        "The output, a torch.float32 tensor of shape (5, 4), contains 0 tensors of shape (batch,) or (batch, 1) that "
+        "could be the value, but must contain exactly one. Use a metric that selects the value: lambda output: "
+        "output[1].",
     ),
     "a position of logits without positions": (
         lambda: at_position(entropy, -1)(LOGITS),
@@ -445,19 +449,19 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no position": (
         lambda: at_position(entropy, "last"),  # type: ignore[arg-type]
         MetricError,
-        "position must be an int or an int64 tensor (batch,); got 'last'.",
+        "position must be an int or an int64 tensor of shape (batch,); got 'last'.",
     ),
     "an effect that is none": (
         lambda: normalized_effect(logit_difference(0, 1), torch.eye(2), torch.zeros(3, 2)),
         MetricError,
-        "The mean metric is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize by. "
-        "Choose other inputs or another metric.",
+        "The metric's mean is 0 on the clean run and 0 on the corrupted run, so there is no difference to normalize "
+        "by. Choose different inputs or a different metric.",
     ),
     "an effect of a metric that compares": (
         lambda: normalized_effect(kl_divergence, LOGITS, OTHER),
         MetricError,
-        "normalized_effect() needs a metric without a baseline, but this metric has a parameter `baseline`. Use it "
-        "directly: the metric is already 0 if the output equals the baseline.",
+        "normalized_effect() needs a metric without a `baseline` parameter, but this metric has one. Use this metric "
+        "directly: it is already 0 if the output equals the baseline.",
     ),
 }
 

@@ -336,7 +336,7 @@ def test_a_tensor_inside_a_nested_output_is_patched_and_its_siblings_are_not(dic
 
 READ_ONLY = (
     "The tensor at '.out[0].logits' is inside a distribution, so it can be recorded but not patched. Patch the module "
-    "that computes it, or call tap('name', tensor) in the model's forward()."
+    "that computes the tensor, or call tap('name', tensor) in the model's forward()."
 )
 
 
@@ -465,14 +465,14 @@ def test_the_ledger_counts_the_rows_and_elements_that_where_chose(net, points, i
 def test_where_that_asks_for_rows_without_a_proved_batch_is_refused():
     points = hook_points(nn.Sequential(nn.Linear(6, 4)), torch.randn(6))
     patch = zero_ablate(points.site("0"), where=lambda context: context.rows > 0)
-    with pytest.raises(BatchAxisError, match="needs rows"), patched(points, patch):
+    with pytest.raises(BatchAxisError, match="needs a known batch axis"), patched(points, patch):
         points.model(torch.randn(6))
 
 
 def test_row_numbers_that_do_not_fit_the_forward_are_refused(net, points, image):
     patch = edit(points.site("conv"), lambda activation, *, context: activation * (context.rows.sum() > 0))
     with (
-        pytest.raises(TraceMismatchError, match="has 4 rows, but this forward pass has 3"),
+        pytest.raises(TraceMismatchError, match="has 4 rows, but the model was called for 3 rows"),
         patched(points, patch),
         forward_context(rows=[0, 1, 2]),
     ):
@@ -599,7 +599,7 @@ def test_a_model_in_float64_is_patched_in_float64(net, image, verb):
 
 def test_an_operand_of_another_dtype_is_refused_when_the_patch_is_made(net, image):
     points = hook_points(net.double(), image.double())
-    with pytest.raises(EditError, match=r"float32 on cpu, but the region is torch.float64.*Convert it"):
+    with pytest.raises(EditError, match=r"float32 on cpu, but the region is torch.float64.*Convert the"):
         steer(points.site("conv"), torch.ones(1, 4, 1, 1))
 
 
@@ -656,7 +656,7 @@ def test_rows_of_an_untraced_site_are_refused(net, image):
 
 
 def test_a_mean_over_an_axis_that_does_not_exist_is_refused(points):
-    with pytest.raises(SiteError, match=r"over contains \['head'\]"):
+    with pytest.raises(SiteError, match=r"over= contains \['head'\]"):
         mean_ablate(points.site("conv"), torch.ones(2, 4, 4, 4), over=("head",))
 
 
@@ -791,7 +791,7 @@ def test_a_bare_model_takes_any_shape(net):
 def test_a_site_that_is_not_on_the_path_is_told_with_all_others(net):
     net.unused, net.also = nn.Linear(2, 2), nn.Linear(2, 2)
     with (
-        pytest.raises(UnreachedError, match="patch at 'unused', 'also' never ran"),
+        pytest.raises(UnreachedError, match="patches at 'unused', 'also' never ran"),
         patched(net, [zero_ablate(Site(name)) for name in ("unused", "conv", "also")]),
     ):
         net(torch.randn(1, 3, 6, 6))

@@ -252,7 +252,7 @@ def test_a_quantized_region_which_would_saturate_is_refused():
     with pytest.raises(EditError) as caught, patched(model, Patch(Site(".out"), Set(1000.0))):
         model(quantized)
     assert str(caught.value) == (
-        "Set at Site('.out'): the region is quantized (torch.quint8). Dequantize it, or patch an earlier site."
+        "Set at Site('.out'): the region is quantized (torch.quint8). Dequantize the tensor, or patch an earlier site."
     )
 
 

@@ -525,7 +525,7 @@ def test_the_mean_is_refused_where_no_batch_is_proved():
 
 
 def test_caches_of_different_sites_are_not_combined(points, image):
-    with pytest.raises(SiteError, match=r"not in both: Site\('fc'\)"):
+    with pytest.raises(SiteError, match=r"in only one cache: Site\('fc'\)"):
         cache_of(points, image) + cache_of(points, image, "conv")
 
 
@@ -540,14 +540,14 @@ def test_caches_of_many_rows_and_of_one_are_not_combined(points, image):
         with pytest.raises(SiteError) as caught:
             first - second
         assert str(caught.value) == (
-            f"Site('fc') has shape {shapes[0]} in one cache and {shapes[1]} in the other. Along the batch, only the "
-            "result of cache.mean() is broadcast."
+            f"Site('fc') has shape {shapes[0]} in one cache and {shapes[1]} in the other. Only the result of "
+            "cache.mean() may be broadcast, and only along the batch axis."
         )
 
 
 def test_rows_less_their_mean_are_rows_again(points, image):
     centred = cache_of(points, image, "fc") - cache_of(points, image, "fc").mean()
-    with pytest.raises(SiteError, match="only the result of cache.mean"):
+    with pytest.raises(SiteError, match="Only the result of cache.mean"):
         centred - cache_of(points, image[:1], "fc")
 
 
@@ -743,7 +743,7 @@ def test_an_ellipsis_that_is_kept_keeps_the_names_of_its_axes(net, points, image
 
 @pytest.mark.parametrize("reduce", [("b c h w -> b c", "median"), ("b c -> b", "sum"), ("b c h w -> b d", "sum")])
 def test_a_reduction_that_does_not_apply_is_refused_at_once(points, reduce):
-    with pytest.raises(SiteError, match="cannot be applied at Site\\('conv'\\)"):
+    with pytest.raises(SiteError, match="cannot be applied to Site\\('conv'\\)"):
         recording(points, "conv", reduce=reduce)
 
 

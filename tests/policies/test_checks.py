@@ -68,7 +68,7 @@ SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
             pettingzoo_env,
             "ParallelEnv",
             "PettingZoo environments have several agents. Write a gymnasium.Env for one agent that also runs the "
-            f"others, and pass {SINGLE}",
+            f"other agents, and pass {SINGLE}",
         ),
         (
             gym_env,
@@ -117,8 +117,8 @@ class Sampled(gymnasium.Env):
 )
 def test_observations_that_are_not_numbers_are_refused(space, name):
     assert refusal(uniform, SyncVectorEnv([lambda: Sampled(space)] * 2)) == (
-        f"{name} space, which does not produce numeric arrays. Remove this part with "
-        "gymnasium.wrappers.FilterObservation(environment, names), or encode the values in a wrapper."
+        f"{name} space, which does not produce numeric arrays. Remove this part of the observation with "
+        "gymnasium.wrappers.FilterObservation(environment, names), or encode the values as numbers in a wrapper."
     )
 
 
@@ -136,7 +136,7 @@ def test_images_whose_channels_come_last_are_refused_by_a_convolution():
     message = refusal(policy, envs, outputs="logits")
     assert message.startswith("The policy failed on channels-last images (Given groups=1")
     assert message.endswith(
-        "Its convolution expects (batch, channel, height, width): pass lambda observations: "
+        "The convolution expects (batch, channel, height, width): pass lambda observations: "
         "policy(observations.permute(0, 3, 1, 2))."
     )
     turned = lambda seen: policy(seen.permute(0, 3, 1, 2))  # noqa: E731
@@ -185,9 +185,9 @@ def initial_state(rows: int) -> Any:
 def test_a_policy_with_other_arguments_is_not_called_without_them(cart_poles, settings, taken, given):
     policy = Recurrent()
     assert refusal(policy, cart_poles, **settings) == (
-        f"Recurrent expects {taken}, but a rollout passes {given}. For a recurrent policy, set initial_state=. For "
-        "other arguments, wrap the policy in a function, such as this one for sb3-contrib's RecurrentPPO: lambda seen, "
-        "state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+        f"Recurrent expects {taken}, but a rollout passes {given}. For a recurrent policy, set initial_state=. If the "
+        "policy needs other arguments, wrap it in a function, such as this one for sb3-contrib's RecurrentPPO: lambda "
+        "seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
     )
     wrapped = lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))  # noqa: E731
     assert len(rollout(wrapped, cart_poles, [0, 1], max_steps=3, initial_state=initial_state)) == 2
@@ -276,8 +276,8 @@ def test_the_module_that_differs_is_named(cart_poles):
     with pytest.raises(RolloutError) as caught:
         paired_rollouts({"one": policy, "copy": copied}, cart_poles, range(4), **MODES)
     assert str(caught.value) == (
-        "'2' (Dropout) is in training mode in 'one', but '2' (Dropout) is in eval mode in 'copy'. The comparison would "
-        "measure that difference: call eval() or train() on both."
+        "'2' (Dropout) is in training mode in 'one', but '2' (Dropout) is in eval mode in 'copy'. The comparison "
+        "would measure this difference in mode. Put both in the same mode with eval() or train()."
     )
 
 

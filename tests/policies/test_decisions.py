@@ -327,8 +327,8 @@ def test_nan_that_a_policy_returns_is_an_error_that_names_it(network, points, ca
     with pytest.raises(DistributionError) as caught:
         rollout(network, cart_poles, [0, 1], max_steps=2, outputs=outputs)
     assert str(caught.value) == (
-        "Sequential returned a torch.float32 tensor of shape (2, 2) with NaN, so no action can be chosen. Use "
-        "recording(...) to find the first activation with NaN."
+        "Sequential returned a torch.float32 tensor of shape (2, 2) that contains NaN, so no action can be chosen. "
+        "Use recording(...) to find the first activation with NaN."
     )
 
 
@@ -380,32 +380,33 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
         returning(lambda rows: Categorical(logits=torch.zeros(rows, 4)), outputs="values"),
         DistributionError,
         "function returned Categorical, which contains a distribution, but outputs='values' only applies to tensors. "
-        "Omit outputs, or for several policies, pass a dict without this policy.",
+        "Omit outputs. With several policies, pass outputs as a dict that leaves out this policy.",
     ),
     "logits that are whole numbers": (
         returning(lambda rows: torch.zeros(rows, 4, dtype=torch.int64), outputs="logits"),
         DistributionError,
-        "function returned a torch.int64 tensor of shape (2, 4), but outputs='logits' requires a float tensor (row, "
-        "action).",
+        "function returned a torch.int64 tensor of shape (2, 4), but outputs='logits' requires a float tensor with "
+        "shape (row, action).",
     ),
     "the logit of one of two actions": (
         returning(lambda rows: torch.zeros(rows, 1), outputs="logits"),
         DistributionError,
-        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If this is the logit of the "
-        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (2, 1) contains the logit of only one action, whose probability is always 1. If this is "
+        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "the value of one action, with a value": (
         returning(lambda rows: (torch.zeros(rows, 1), torch.zeros(rows)), outputs="values"),
         DistributionError,
-        "A tensor of shape (2, 1) has a single action, whose probability is always 1. If this is the logit of the "
-        "second of two actions, return torch.distributions.Bernoulli(logits=...).",
+        "A tensor of shape (2, 1) contains the logit of only one action, whose probability is always 1. If this is "
+        "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...).",
     ),
     "a tuple of other tensors": (
         returning(lambda rows: (torch.zeros(rows, 4), torch.zeros(rows), torch.zeros(rows)), outputs="logits"),
         DistributionError,
-        "function returned (Tensor, Tensor, Tensor), which contains no action distribution. Expected logits (batch, "
-        "action), a torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. Pass a "
-        "function that selects one of these: lambda observations: policy(observations)[0].",
+        "function returned (Tensor, Tensor, Tensor), which contains no action distribution. Expected logits of shape "
+        "(batch, action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a "
+        "dict with 'logits'. Pass a function that selects one of these from the output: lambda observations: "
+        "policy(observations)[0].",
     ),
     "masks of other actions": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones((3, 5))),
@@ -416,7 +417,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "masks of fewer environments": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.ones(4)),
         RolloutError,
-        "masks returned an array of shape (4,) for 3 environments. Return one row for each.",
+        "masks returned an array of shape (4,) for 3 environments. Return one row per environment.",
     ),
     "masks that allow nothing": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: np.zeros((3, 4))),
@@ -430,32 +431,32 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
             masks=lambda envs, infos: np.array([[0, -np.inf, 0, -np.inf]] * 3, np.float32),
         ),
         RolloutError,
-        "masks must return bools, or 1 for allowed and 0 for other actions; got -inf (float32). For an additive mask "
-        "(0 or -inf), return mask == 0.",
+        "masks must return bools, or 1 for allowed and 0 for disallowed actions; got -inf (float32). For an "
+        "additive mask (0 or -inf), return mask == 0.",
     ),
     "masks of whole numbers that are the allowed actions": (
         returning(lambda rows: torch.zeros(rows, 4), outputs="logits", masks=lambda envs, infos: [[0, 2, 1, 3]] * 3),
         RolloutError,
-        "masks must return bools, or 1 for allowed and 0 for other actions; got 2 (int64). For an additive mask (0 or "
-        "-inf), return mask == 0.",
+        "masks must return bools, or 1 for allowed and 0 for disallowed actions; got 2 (int64). For an additive "
+        "mask (0 or -inf), return mask == 0.",
     ),
     "masks of continuous actions": (
         returning(lambda rows: Normal(torch.zeros(rows, 4), 1.0), masks=lambda envs, infos: np.ones((3, 4))),
         RolloutError,
-        "masks only apply to a Categorical, but function returned a Normal. Pass a function that returns logits or "
-        "values.",
+        "masks can be applied only to a Categorical distribution, but function returned a Normal. Pass a policy that "
+        "returns logits or values.",
     ),
     "masks of actions": (
         returning(torch.zeros, outputs="actions", masks=lambda envs, infos: np.ones((3, 4))),
         RolloutError,
-        "masks only apply to a Categorical, but function returned actions. Pass a function that returns logits or "
-        "values.",
+        "masks can be applied only to a Categorical distribution, but function returned actions. Pass a policy that "
+        "returns logits or values.",
     ),
     "a distribution of actions": (
         lambda envs: action_distribution(nn.Linear(3, 4), torch.zeros(2, 3), outputs="actions"),
         DistributionError,
-        "Linear returns actions, not a distribution. Pass a function that returns their logits or values "
-        'instead, such as policy.q_net with outputs="values".',
+        "Linear returns actions, not a distribution. Pass a function that returns logits or action values instead, "
+        'such as policy.q_net with outputs="values".',
     ),
 }
 

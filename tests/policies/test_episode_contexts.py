@@ -223,8 +223,9 @@ def test_a_function_that_uses_the_environments_and_the_episodes_of_its_rows_is_r
             rollout(PatchedPolicy(points, patch), envs, SEEDS, max_steps=9)
     assert str(caught.value) == (
         "A function in Patch(Site('1'), Set, where=...) uses the environments and context.rows, which contains "
-        "episode numbers. To index the environments, use context.environments, which contains the sub-environment of "
-        "each row. Read everything else, such as the spaces, before the rollout, outside of the function."
+        "episode numbers. To index the environments, use context.environments, which contains the index of each row's "
+        "sub-environment. If the function needs anything else from the environments, such as their spaces, read it "
+        "before the rollout, outside the function."
     )
 
 
@@ -367,8 +368,8 @@ def test_a_callable_object_as_edit_under_two_labels_is_refused(points, site):
     with pytest.raises(EditError) as caught:
         rollout_sweep(points, walks(), SEEDS, dict.fromkeys(["one", "two"], edit(site, previous)), max_steps=9)
     assert str(caught.value) == (
-        "Previous is used under two labels, 'one' and 'two', which would share its state. Use a separate object for "
-        "each label, or a plain function."
+        "Previous is used under two labels, 'one' and 'two', so the two labels would share its state. Use a separate "
+        "object for each label, or a plain function."
     )
 
 
@@ -400,11 +401,11 @@ def test_a_callable_object_as_edit_at_two_sites_is_refused(points, site):
     with pytest.raises(EditError) as caught:
         PatchedPolicy(points, [edit(points.site("0"), previous), edit(site, previous)])
     assert str(caught.value) == (
-        "Previous is the edit at both Site('0') and Site('1'), which would share state. Use a separate object for each "
-        "patch, or a plain function."
+        "Previous is the edit at both Site('0') and Site('1'), so the two patches would share its state. Use a "
+        "separate object for each patch, or a plain function."
     )
     for one, two in ((previous, previous), (previous.method, previous.method), (previous, previous.__call__)):
-        with pytest.raises(EditError, match="which would share state"):
+        with pytest.raises(EditError, match="would share its state"):
             patched(points, [edit(site, one), edit(site, two)])
 
 

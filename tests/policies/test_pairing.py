@@ -90,7 +90,7 @@ ENVIRONMENTS = {
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_the_same_policy_twice_is_an_error_if_the_seed_does_not_decide_the_episode(name):
-    with pytest.raises(RolloutError, match="so the seed does not determine the episode"):
+    with pytest.raises(RolloutError, match="the seed does not determine the episode"):
         paired_rollouts({"one": fair, "same": fair}, ENVIRONMENTS[name](), SEEDS, max_steps=9)
 
 
@@ -168,24 +168,24 @@ def test_the_error_names_the_policies_the_episode_and_the_likely_reason():
     with pytest.raises(RolloutError) as caught:
         paired_rollouts({"one": fair, "same": fair}, games("level"), [7, 3], max_steps=9)
     assert str(caught.value) == (
-        "'one' and 'same' cannot be compared: episode 0 (seed 7) differs at step 0, before the actions differ, so the "
-        "seed does not determine the episode. Likely reasons: the environment ignores the seed or has another source "
-        "of randomness, or a wrapper carries state across episodes (EpisodicLifeEnv: lives; NormalizeObservation, "
-        "NormalizeReward, VecNormalize: running statistics). Remove this wrapper, or freeze the statistics "
-        "(update_running_mean = False)."
+        "'one' and 'same' cannot be compared because episode 0 (seed 7) differs at step 0, before the actions "
+        "differ: the seed does not determine the episode. Likely reasons: the environment ignores the seed or has "
+        "another source of randomness, or a wrapper carries state across episodes (EpisodicLifeEnv: lives; "
+        "NormalizeObservation, NormalizeReward, VecNormalize: running statistics). Remove such a wrapper, or freeze "
+        "its statistics (update_running_mean = False)."
     )
 
 
 @pytest.mark.parametrize(
     ("changed", "shown"),
-    [({"sampling_seed": 1}, "sampling_seed is 0 and 1"), ({"max_steps": 3}, "max_steps is 9 and 3"),
-     ({"greedy": True}, "greedy is False and True")],
+    [({"sampling_seed": 1}, "sampling_seed differs: 0 vs. 1"), ({"max_steps": 3}, "max_steps differs: 9 vs. 3"),
+     ({"greedy": True}, "greedy differs: False vs. True")],
 )  # fmt: skip
 def test_rollouts_with_other_settings_are_not_compared(changed, shown):
     one, other = (rollout(fair, games(), SEEDS, **{"max_steps": 9, **each}) for each in ({}, changed))
     with pytest.raises(RolloutError) as caught:
         PairedRollouts({"one": one, "other": other})
-    assert str(caught.value) == f"'one' and 'other' cannot be compared: {shown}."
+    assert str(caught.value) == f"'one' and 'other' cannot be compared because {shown}."
 
 
 def test_controls_are_compared_with_the_original_too():

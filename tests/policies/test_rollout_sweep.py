@@ -331,7 +331,7 @@ def refused(error, policy, patches):
 
 def test_a_site_whose_batch_axis_is_not_proved_is_refused(policy):
     assert refused(BatchAxisError, policy, {"ablated": zero_ablate(Site("layers.1"))}) == (
-        "rollout_sweep cannot restrict the patch at Site('layers.1') to its own rows. Create the site with "
+        "rollout_sweep cannot limit the patch at Site('layers.1') to the rows of its label. Create the site with "
         "hook_points(model, *inputs).site(...), which identifies the batch axis."
     )
 
@@ -348,7 +348,7 @@ def test_a_site_without_rows_in_the_trace_is_refused(policy):
     points = hook_points(Tabled(), torch.zeros(2, 4))
     message = refused(BatchAxisError, points, {"ablated": zero_ablate(points.site("table"))})
     assert message.startswith(
-        "rollout_sweep cannot restrict the patch at Site('table') to its own rows. The trace could"
+        "rollout_sweep cannot limit the patch at Site('table') to the rows of its label. The trace could"
     )
 
 
@@ -373,7 +373,7 @@ def test_patches_without_labels_are_labelled_by_their_sites(points, one):
 
 def test_the_label_of_the_policy_without_patches_is_refused(points):
     assert refused(RolloutError, points, {"original": zero_ablate(points.site("layers.1"))}) == (
-        "patches has the label 'original', which is reserved for the unpatched policy. Use another label."
+        "patches has the label 'original', which is reserved for the unpatched policy. Use a different label."
     )
 
 
@@ -395,7 +395,7 @@ def test_the_patch_that_brought_nan_is_named(points):
     }
     message = refused(NaNError, points, patches)
     assert message.startswith(
-        "'broken': Patch(Site('layers.1', feature=3), Scale) introduced NaN into a region without NaN."
+        "'broken': Patch(Site('layers.1', feature=3), Scale) introduced NaN into a region that contained no NaN."
     )
 
 
@@ -466,8 +466,9 @@ def test_a_sweep_inside_an_open_context_on_the_policy_is_refused(policy, points)
         with pytest.raises(RolloutError) as caught, context:
             rollout_sweep(points, drifting(4), SEEDS, zero_ablate(points.site("layers.1")), max_steps=2)
         assert str(caught.value) == (
-            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
-            "Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, patches)."
+            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not "
+            "affect. Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, "
+            "patches)."
         )
 
 

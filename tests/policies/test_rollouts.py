@@ -504,7 +504,7 @@ def test_paired_rollouts_print_as_one_row_per_policy_with_its_difference_to_the_
     assert filled[4][2:4] == ["+0", "-"]  # the same draws behind the actions
     assert repr(pairs).splitlines()[-2:] == [
         "few: an interval over fewer than ten independent rows.",
-        "No interval (-): fewer than 6 of the 8 rows differ from 0.",
+        "No interval (-): fewer than 6 of the 8 rows have a nonzero value.",
     ]
 
 
@@ -547,12 +547,12 @@ def test_fewer_than_six_seeds_have_no_interval_however_often_they_are_repeated()
 def test_returns_that_differ_by_rounding_alone_have_no_interval():
     first = rollout(POLICIES["fair"], cart_poles(4), range(8), max_steps=99)
     pairs = PairedRollouts({"fair": first, "same": replace(first, returns=first.returns * (1 + 3e-16))})
-    assert pairs.effect()[0] > 0 and pairs.interval().note[0] == "fewer than 6 of the 8 rows differ from 0"
+    assert pairs.effect()[0] > 0 and pairs.interval().note[0] == "fewer than 6 of the 8 rows have a nonzero value"
 
 
 def test_rollouts_over_other_episodes_are_not_compared():
     one, other = (rollout(POLICIES["fair"], cart_poles(4), seeds, max_steps=9) for seeds in (range(4), range(1, 5)))
-    with pytest.raises(RolloutError, match="cannot be compared: they were rolled out with different seeds"):
+    with pytest.raises(RolloutError, match="cannot be compared because their rollouts used different seeds"):
         PairedRollouts({"one": one, "other": other}).comparisons()
 
 
@@ -595,9 +595,9 @@ def refused(error, **changed):
 def test_a_distribution_without_a_known_inverse_cdf_is_refused():
     policy = lambda x: Independent(Beta(torch.ones(len(x), 1), torch.ones(len(x), 1)), 1)  # noqa: E731
     assert refused(DistributionError, policy=policy) == (
-        "A rollout cannot sample actions from Beta: paired sampling requires the inverse CDF, which is available for "
-        "Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Pass a function "
-        "that calls the policy and returns one of these."
+        "A rollout cannot sample actions from Beta: paired sampling requires the inverse CDF, which is available "
+        "for Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Pass a "
+        "function that calls the policy and returns one of these distributions."
     )
 
 
@@ -611,7 +611,7 @@ def test_a_single_environment_is_refused():
 def test_environments_that_take_only_one_seed_are_refused():
     assert refused(RolloutError, envs=gymnasium.make_vec("CartPole-v1", num_envs=2)) == (
         "CartPoleVectorEnv cannot be reset with one seed per sub-environment. Use a SyncVectorEnv or an "
-        'AsyncVectorEnv, such as gymnasium.make_vec(..., vectorization_mode="sync").'
+        'AsyncVectorEnv, for example gymnasium.make_vec(..., vectorization_mode="sync").'
     )
 
 
@@ -631,8 +631,8 @@ def stateful(state):
     [
         (
             torch.zeros(2, 8),
-            "initial_state must be a function that maps a number of rows to their state, such as lambda rows: "
-            "torch.zeros(1, rows, 64); got Tensor.",
+            "initial_state must be a function that returns the state for a given number of rows, such as lambda "
+            "rows: torch.zeros(1, rows, 64); got Tensor.",
         ),
         (
             lambda rows: (torch.zeros(rows, 2), torch.zeros(1, 2, 8)),
@@ -651,13 +651,13 @@ def stateful(state):
         ),
         (
             lambda rows: [torch.zeros(8)] * rows,
-            "initial_state(2) contains 2 tensors and initial_state(3) contains 3. A state must contain at least "
-            "one tensor, and the same tensors for any number of rows.",
+            "initial_state(2) contains 2 tensors and initial_state(3) contains 3. A state must contain at least one "
+            "tensor, and tensors in the same places for any number of rows.",
         ),
         (
             lambda rows: None,
-            "initial_state(2) contains 0 tensors and initial_state(3) contains 0. A state must contain at least "
-            "one tensor, and the same tensors for any number of rows.",
+            "initial_state(2) contains 0 tensors and initial_state(3) contains 0. A state must contain at least one "
+            "tensor, and tensors in the same places for any number of rows.",
         ),
     ],
 )
@@ -688,7 +688,7 @@ def test_a_recurrent_policy_that_returns_no_pair_is_refused():
     initial_state = lambda rows: torch.zeros(rows, 8)  # noqa: E731
     message = (
         "With initial_state, the policy must return (output, new state); got {}. Pass a function that accepts "
-        "(observations, state) and returns that pair."
+        "(observations, state) and returns such a pair."
     )
     alone, many = lambda x, state: torch.zeros(len(x), 2), lambda x, state: (x, x, state)  # noqa: E731
     assert refused(RolloutError, policy=alone, initial_state=initial_state) == message.format("Tensor")
@@ -722,8 +722,8 @@ def test_a_policy_that_refuses_bytes_is_told_to_convert_them(layer):
     message = refused(RolloutError, policy=policy, envs=envs)
     assert message.startswith("The policy failed on observations of dtype torch.uint8 (")
     assert message.endswith(
-        "). A rollout does not preprocess observations. Convert them the same way as in training, in the policy or "
-        "in a wrapper function such as lambda observations: policy(observations.float() / 255)."
+        "). A rollout does not preprocess observations. Convert the observations as in training, inside the policy "
+        "or in a wrapper function such as lambda observations: policy(observations.float() / 255)."
     )
 
 
@@ -740,8 +740,8 @@ def test_a_state_that_the_policy_keeps_for_more_rows_than_still_run_gets_advice(
     message = refused(RolloutError, policy=Keeping(), max_steps=99, envs=cart_poles(3), outputs="logits")
     assert message == (
         "The policy failed when the number of running episodes fell from 3 to 2 (Input batch size 2 doesn't match "
-        "hidden0 batch size 3). If the policy stores a recurrent state with one row per environment, return the "
-        "state and set initial_state=, or use a single environment."
+        "hidden0 batch size 3). If the policy stores a recurrent state with one row per environment, return that "
+        "state from the policy and set initial_state=, or use a single environment."
     )
 
 
@@ -762,7 +762,7 @@ def test_a_mistake_of_dtypes_that_is_not_about_the_observations_stays_as_it_is()
         ({"seeds": []}, "seeds is empty: pass one seed per episode."),
         ({"seeds": [3, -4]}, "A seed must be a whole number, at least 0; got -4."),
         ({"seeds": [0.5]}, "A seed must be a whole number, at least 0; got 0.5."),
-        ({"seeds": [3, 2**64]}, "A seed must be less than 2**63, to fit into int64; got 18446744073709551616."),
+        ({"seeds": [3, 2**64]}, "A seed must be less than 2**63, to fit in int64; got 18446744073709551616."),
         ({"sampling_seed": -1}, "sampling_seed must be a whole number, at least 0; got -1."),
         ({"max_steps": 0}, "max_steps must be a whole number, at least 1; got 0."),
         ({"max_steps": 2.5}, "max_steps must be a whole number, at least 1; got 2.5."),

@@ -26,8 +26,8 @@ MIXES = (
     "the labels would affect each other. Use paired_rollouts with one PatchedPolicy per label instead."
 )
 PATCH_DRAWS = (
-    "A patch at 'net.1' draws random numbers from a generator. In a sweep, each label would get different numbers, so "
-    "equal patches would have different effects. Draw with context.uniform(shape), which depends only on the episode "
+    "A patch at 'net.1' draws random numbers from a generator. In a sweep, each label would get different numbers, "
+    "so equal patches would have different effects. Use context.uniform(shape), which depends only on the episode "
     "and the step."
 )
 

@@ -114,9 +114,9 @@ def test_a_flag_of_the_class_that_an_instance_sets_is_compared(side, x):
         twin(x)
     on_policy = side == "policy"
     assert str(caught.value) == (
-        f"'0.0.merged' is {on_policy} in the policy but {not on_policy} in its twin. The two share weights but not "
-        "settings. If the weights changed too, as when merging an adapter, create a new twin: "
-        "PatchedPolicy(policy, patches). Otherwise, set the attribute on both."
+        f"'0.0.merged' is {on_policy} in the policy but {not on_policy} in its twin. A twin shares the policy's "
+        "weights but not its settings, so set the attribute to the same value in both. If the weights changed too, "
+        "for example because an adapter was merged, create a new twin instead: PatchedPolicy(policy, patches)."
     )
 
 

@@ -218,9 +218,9 @@ def test_a_policy_that_sb3_trained_on_images_with_channels_first_does_not_see_th
     with pytest.raises(RolloutError) as caught:
         rollout(policy, SyncVectorEnv([Image] * 2), SEEDS, max_steps=2)
     assert str(caught.value) == (
-        f"{type(policy).__name__} was built for observations of shape (3, 40, 36), but the environments return "
-        "(40, 36, 3). In training, Stable-Baselines3 moves image channels first and may stack frames: wrap each "
-        "environment to do the same."
+        f"{type(policy).__name__} was built for observations of shape (3, 40, 36), but the environments return (40, "
+        "36, 3). During training, Stable-Baselines3 moves image channels to the first axis and may stack frames: "
+        "wrap each environment to do the same."
     )
     turned = lambda: gymnasium.wrappers.TransformObservation(  # noqa: E731
         Image(), lambda image: image.transpose(2, 0, 1), gymnasium.spaces.Box(0, 255, (3, 40, 36), np.uint8)

@@ -271,7 +271,7 @@ def test_a_patch_that_a_root_call_did_not_reach_is_an_error_of_that_call(on_acto
         on_actor.value(vector)
     assert str(caught.value) == (
         "The patch at 'actor' never ran in value(). Possible causes: the module was not called, or its .forward() was "
-        "called directly (bypassing hooks). If this patch does not have to run there, set allow_unreached=['actor']."
+        "called directly (bypassing hooks). If a patch does not have to run there, set allow_unreached=['actor']."
     )
 
 
@@ -1184,8 +1184,8 @@ def test_a_twin_is_not_recorded_without_its_patches(record, policy, vector):
     with pytest.raises(UnsupportedModelError) as caught:
         record(twin, vector)
     assert str(caught.value) == (
-        "torch.export and torch.fx would drop a twin's patches or freeze them. Export the policy instead: inside "
-        "patched(policy, patches), torch.export keeps the patches."
+        "torch.export and torch.fx would drop or freeze a twin's patches. Instead, export the policy inside "
+        "patched(policy, patches): torch.export then keeps the patches."
     )
     assert twin(vector) is not None
 

@@ -57,7 +57,7 @@ def test_a_linear_probe_prints_as_a_table():
     labels = np.arange(80) % 4 == 0
     probe = linear_probe(random().normal(size=(80, 2)) + 9 * labels[:, None], labels)
     lines = repr(probe).splitlines()
-    assert lines[0] == "Linear probe, 5 folds of 80 inputs"
+    assert lines[0] == "Linear probe, 5-fold cross-validation on 80 inputs"
     assert lines[3].split() == ["base", "rate", "0.75", "80"]
     assert probe.to_pandas()["quantity"].tolist() == ["accuracy", "base rate", "gain", "AUC"]
 

@@ -66,7 +66,8 @@ def test_coefficients_have_intervals_over_the_inputs_of_the_fit() -> None:
         (lambda: LogisticProbe.fit(SUMS, LABELS, penalty=0), "penalty must be positive, such as 1.0; got 0."),
         (
             lambda: LogisticProbe.fit(SUMS, LABELS[:9]),
-            "labels must have one boolean for each of the 200 inputs, such as directions == 0; got bool of shape (9,).",
+            "labels must have one boolean for each of the 200 inputs, such as directions == 0; got dtype bool and "
+            "shape (9,).",
         ),
     ],
 )

@@ -97,12 +97,13 @@ def test_reductions_that_are_none_are_refused(cnn):
     for reduce, message in (
         (
             "median",
-            "reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got 'median'.",
+            "reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got 'median'. "
+            "Did you mean 'mean'?",
         ),
         (
             ("b c h w -> b c h", "sum"),
-            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('relu1'), but must leave "
-            "the batch axis and at most one other axis.",
+            "reduce=('b c h w -> b c h', 'sum') leaves axes (batch, channel, row) at Site('relu1'), but must keep the "
+            "batch axis and at most one other axis.",
         ),
     ):
         with pytest.raises(errors.SiteError) as caught:
@@ -198,7 +199,7 @@ REFUSED = {
         lambda: channel_sums(
             hook_points(nn.LSTM(3, 4, 2, batch_first=True), torch.randn(9, 7, 3)), torch.randn(9, 7, 3), ".out[1][0]"
         ),
-        "Site('.out[1][0]') has 2 layers, each with its own features. Select one, as in layer=0.",
+        "Site('.out[1][0]') has 2 layers, each with its own features. Select one layer, as in layer=0.",
     ),
     "an empty batch": (
         lambda: channel_sums(plain(), torch.zeros(2, 3, 8, 8), "relu1", batch_size=0),

@@ -245,7 +245,8 @@ REFUSED = {
     ),
     "labels that are no booleans": (
         lambda: ThresholdProbe.fit(SUMS, LABELS.astype(int) + 1),
-        "labels must have one boolean for each of the 20 inputs, such as directions == 0; got int64 of shape (20,).",
+        "labels must have one boolean for each of the 20 inputs, such as directions == 0; got dtype int64 and shape "
+        "(20,).",
     ),
     "too few of a label": (
         lambda: ThresholdProbe.fit(SUMS, SUMS < 3),
@@ -257,7 +258,7 @@ REFUSED = {
     ),
     "a channel that does not vary": (
         lambda: ThresholdProbe.fit(np.full(20, 3.0), LABELS),
-        "All 10 sums in the fitting half are 3. Use a channel that varies, or pass more inputs.",
+        "All 10 sums in the fitting half equal 3. Use a channel that varies, or pass more inputs.",
     ),
     "a precision in percent": (
         lambda: ThresholdProbe.fit_precision(SUMS, LABELS, min_precision=99),

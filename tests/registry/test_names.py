@@ -113,33 +113,34 @@ def test_a_star_takes_no_input_of_the_model_itself() -> None:
 MESSAGES: dict[str, tuple[Any, str]] = {
     "blocks": (
         lambda: POINTS.select("h.?"),
-        "'h.?' does not match h.10.out[0], h.11.out[0], because '?' matches one character. Use 'h.*' to include them, "
-        "or pass a list of names.",
+        "'h.?' does not match h.10.out[0], h.11.out[0], because '?' matches exactly one character. Use 'h.*' to "
+        "include these hook points, or pass a list of names.",
     ),
     "calls": (
         lambda: POINTS.select("pattern#?"),
-        "'pattern#?' does not match pattern#10, pattern#11, because '?' matches one character. Use 'pattern#*' to "
-        "include them, or pass a list of names.",
+        "'pattern#?' does not match pattern#10, pattern#11, because '?' matches exactly one character. Use "
+        "'pattern#*' to include these hook points, or pass a list of names.",
     ),
     "many": (
         lambda: run_with_cache(POINTS, INPUT, sites=["ln_f", "h.?.mlp.**#0"]),
         "'h.?.mlp.**#0' does not match h.10.mlp.up#0, h.10.mlp.act#0, h.10.mlp#0, h.11.mlp.up#0, h.11.mlp.act#0, "
-        "h.11.mlp#0, because '?' matches one character. Use 'h.*.mlp.**#0' to include them, or pass a list of names.",
+        "h.11.mlp#0, because '?' matches exactly one character. Use 'h.*.mlp.**#0' to include these hook points, or "
+        "pass a list of names.",
     ),
     "more": (
         lambda: hook_points(MODEL, INPUT, axes={"h.?.**": ("batch", "feature")}),
         "'h.?.**' does not match h.10.attn.out, h.10.attn.out[0], h.10.attn.out[1], h.10.mlp.up#0, h.10.mlp.act#0, "
-        "h.10.mlp#0, ... (20 in all), because '?' matches one character. Use 'h.*.**' to include them, or pass a list "
-        "of names.",
+        "h.10.mlp#0, ... (20 in all), because '?' matches exactly one character. Use 'h.*.**' to include these hook "
+        "points, or pass a list of names.",
     ),
     "a misspelt part": (
         lambda: POINTS.select("h.*.attm.out[0]"),
-        "No hook point matches 'h.*.attm.out[0]'. Did you mean 'h.9.attn.out[0]'? `*` stops at a dot, `**` does not. "
+        "No hook point matches 'h.*.attm.out[0]'. Did you mean 'h.9.attn.out[0]'? `*` stops at a dot; `**` does not. "
         "(258 hook points; print the HookPoints to list them.)",
     ),
     "a star for several parts": (
         lambda: POINTS.select("*.act"),
-        "No hook point matches '*.act'. '**.act' would match 24: `*` stops at a dot, `**` does not. (258 hook points; "
+        "No hook point matches '*.act'. '**.act' would match 24: `*` stops at a dot; `**` does not. (258 hook points; "
         "print the HookPoints to list them.)",
     ),
     "a call of a module that is called once": (
@@ -149,7 +150,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a star for several parts in axes": (
         lambda: hook_points(MODEL, INPUT, axes={"*.act": ("batch", "feature")}),
-        "axes={'*.act': ...}: no hook point matches this pattern. '**.act' would match 24: `*` stops at a dot, `**` "
+        "axes={'*.act': ...}: no hook point matches this pattern. '**.act' would match 24: `*` stops at a dot; `**` "
         "does not.",
     ),
     "a misspelt part in axes": (
@@ -158,7 +159,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a pattern as the name of one": (
         lambda: POINTS.site("h.*", feature=0),
-        "'h.*' is a pattern, but a single hook point is expected. Use a name in points.select('h.*').",
+        "'h.*' is a pattern, but one hook point is expected. Use a name from points.select('h.*').",
     ),
     "a pattern for a bare model": (
         lambda: recording(MODEL, "h.*").__enter__(),

@@ -169,7 +169,7 @@ def test_the_table_says_where_no_batch_is_proved_and_what_was_not_called():
             return self.fc(vector).sum(0)
 
     lines = repr(hook_points(Silent(), torch.randn(2, 6))).splitlines()
-    assert lines[-2:] == ["Batch axis unknown for 1 of them: .out", "Not called: never"]
+    assert lines[-2:] == ["Hook points with unknown batch axis (1): .out", "Not called: never"]
 
 
 def test_the_html_table_has_a_row_per_hook_point_and_escapes_names(blocks):
@@ -230,7 +230,7 @@ def test_the_html_table_says_what_was_not_called_and_where_the_batch_is_not_prov
             return torch.ones(3)
 
     page = hook_points(Silent(), torch.randn(2, 6))._repr_html_()
-    assert page.endswith("<p>Batch axis unknown for 1 of them: .out</p><p>Not called: never</p>")
+    assert page.endswith("<p>Hook points with unknown batch axis (1): .out</p><p>Not called: never</p>")
 
 
 class Projected(NamedTuple):

@@ -471,7 +471,7 @@ def test_a_batch_that_only_a_later_module_knows_is_refused_until_axes_names_it()
     sequence = torch.randn(7, 3, 5)
     points = hook_points(LateEncoder().eval(), sequence)
     assert set(batch_axes(points).values()) == {None}
-    assert "Batch axis unknown for" in repr(points)
+    assert "Hook points with unknown batch axis" in repr(points)
     with pytest.raises(BatchAxisError, match=r"Name the axes of the model's input: hook_points\(\.\.\., axes="):
         resample_ablate(points.site("head"), torch.zeros(7, 3, 2), seed=0)
 
@@ -631,5 +631,5 @@ def test_a_container_that_refuses_one_row_more_leaves_the_batch_axis_unproved():
 
 
 def test_numpy_arrays_are_given_as_tensors_where_the_model_takes_none():
-    with pytest.raises(TypeError, match=r"Linear accepts no NumPy arrays\. Pass torch\.as_tensor\(array\)"):
+    with pytest.raises(TypeError, match=r"Linear does not accept NumPy arrays\. Pass torch\.as_tensor\(array\)"):
         hook_points(nn.Linear(4, 2), np.zeros((3, 4), np.float32))

@@ -359,13 +359,13 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
         ),
         "3 errors:\n"
         "- Patch 2, Patch(Site('fc'), halved), cannot be saved: its edit halved is code, but a file can only contain "
-        "data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several patches at "
-        "one site apply in order.\n"
-        "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, but a file can only "
-        "contain data. Express it with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several "
+        "data. Express the edit with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; several "
         "patches at one site apply in order.\n"
-        "- Patch 4, Patch(Site('fc'), Set, where=...), cannot be saved: its where is a function, but a file can only "
-        "contain data. Pass the mask that the function returns: a bool tensor.",
+        "- Patch 3, Patch(Site('fc'), Doubled), cannot be saved: its edit Doubled is code, but a file can only "
+        "contain data. Express the edit with Set, Add, Scale, Clamp, Project, Resample from chanpatch.patching; "
+        "several patches at one site apply in order.\n"
+        "- Patch 4, Patch(Site('fc'), Set, where=...), cannot be saved: its `where` is a function, but a file can only "
+        "contain data. Instead, pass the bool tensor that the function returns.",
     ),
     "a dtype that safetensors has not": (
         InterventionError,
@@ -376,7 +376,7 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "a sparse operand": (
         InterventionError,
         lambda file: save(file, Patch(Site("fc"), Set(torch.eye(4).to_sparse()))),
-        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value has layout torch.sparse_coo. Make it "
+        "Patch 1, Patch(Site('fc'), Set), cannot be saved: its value has layout torch.sparse_coo. Make the tensor "
         "dense: value.to_dense().",
     ),
     "an operand without numbers": (
@@ -387,7 +387,7 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "no patches": (
         InterventionError,
         lambda file: save(file, []),
-        "There are no patches to save. Pass at least one.",
+        "There are no patches to save. Pass at least one patch.",
     ),
     "what is no patch": (
         TypeError,
@@ -397,7 +397,7 @@ NOT_SAVED: dict[str, tuple[type[Exception], Callable[[Path], Any], str]] = {
     "inputs without a model": (
         InterventionError,
         lambda file: save(file, zero_ablate(Site("fc")), inputs=torch.zeros(1)),
-        "A receipt for inputs requires the model: save(file, patches, points, inputs=inputs).",
+        "inputs were passed without a model. Call save(file, patches, points, inputs=inputs).",
     ),
     "a folder that is not there": (
         FileNotFoundError,
@@ -610,7 +610,7 @@ def test_a_file_that_is_not_there_is_pythons_own_error(file: Path) -> None:
     assert refused(FileNotFoundError, lambda: load(file)) == f"[Errno 2] No such file or directory: '{file}'"
 
 
-DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy it again, or save the patches again."
+DAMAGED = "is damaged: its contents do not match its SHA-256 checksum. Copy the file again, or save the patches again."
 METADATA: dict[str, tuple[Any, str]] = {
     "a later format": (
         record() | {"format": 3},
@@ -656,8 +656,8 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "a where that is a number": (
         record(where=1),
-        "is damaged: EditError: where at Site('fc') must be a bool tensor (such as column < 12) or a "
-        "function that returns one; got int.",
+        "is damaged: EditError: where at Site('fc') must be a bool tensor (such as column < 12) or a function that "
+        "returns a bool tensor; got int.",
     ),
     "an index that is none": (
         record(site={"name": "fc", "indices": {"feature": {"slice": ["\x1b[2J"]}}}),
@@ -1003,7 +1003,8 @@ def test_a_forward_that_does_not_repeat_gets_no_receipt_and_the_older_file_stays
     before = file.read_bytes()
     assert refused(InterventionError, lambda: save(file, patch, points, inputs=vectors)) == (
         "The patches were not saved: two forward passes gave different outputs, so a receipt could not be verified. "
-        "Make the model deterministic, such as by torch.use_deterministic_algorithms(True), or save without inputs."
+        "Make the model deterministic, for example with torch.use_deterministic_algorithms(True), or save without "
+        "inputs."
     )
     assert file.read_bytes() == before and [*file.parent.iterdir()] == [file]
 
@@ -1030,7 +1031,7 @@ def test_an_output_without_a_tensor_gets_no_receipt(file: Path) -> None:
     assert refused(
         InterventionError, lambda: save(file, zero_ablate(points.site("fc")), points, inputs=torch.randn(4, 6))
     ) == (
-        "The model returned NoneType without any tensor, so there is no output to compare. Save without inputs, or "
+        "The model's output (NoneType) contains no tensors, so there is nothing to compare. Save without inputs, or "
         "trace a method that returns a tensor: hook_points(..., method=...)."
     )
 
@@ -1051,8 +1052,8 @@ def test_verify_names_what_is_not_the_same(file: Path) -> None:
     )
     points.model.fc.register_forward_hook(lambda module, inputs, output: output.nextafter(output + 1))
     assert refused(InterventionError, lambda: verify(file, points, images)) == (
-        f"The run in '{file}' was not reproduced. Different: output. Same: hook points, weights, inputs. "
-        f"Therefore, the model's code or the environment must differ. {told}"
+        f"The run in '{file}' was not reproduced. Different: output. Same: hook points, weights, inputs. The "
+        f"difference must therefore come from the model's code or the environment. {told}"
     )
 
 

@@ -94,7 +94,7 @@ def test_groups_without_a_common_stratum_have_no_difference() -> None:
 def test_a_stratified_difference_of_other_things_than_booleans_is_refused() -> None:
     with pytest.raises(StatisticsError) as error:
         stratified_difference_interval([1, 2], [1, 0], [0, 0])
-    assert str(error.value) == ("success and first must have one boolean, and strata one label, per input.")
+    assert str(error.value) == ("success and first must have one boolean per input, and strata one label per input.")
 
 
 def test_a_share_interval_contains_the_ratios_for_which_the_mean_interval_contains_0() -> None:
@@ -130,7 +130,7 @@ def test_an_interval_over_few_inputs_with_one_label_or_outcome_is_marked_or_with
         rates = stratified_difference_interval(labels, np.arange(60) % 2, strata, resamples=99)
         assert rates.note == note.format("outcome") and np.isnan(rates.low) == (rare == 5)
     equal = auc_difference_interval(scores[0], scores[0], labels)
-    assert equal.note == "both scores rank most of the inputs equally" and np.isnan(equal.low)
+    assert equal.note == "both scores rank most of the inputs in the same order" and np.isnan(equal.low)
 
 
 def test_a_share_of_nothing_is_not_a_number_and_one_of_other_inputs_is_refused() -> None:

@@ -118,7 +118,11 @@ def test_neither_channels_of_another_scale_nor_channels_without_numbers_change_t
     found, expected = max_t_test(other), max_t_test(differences)
     assert found.p[:4].tolist() == expected.p.tolist()
     assert found.p[4] == 1 and np.isnan(found.p[5])
-    assert found.interval.note.tolist()[3:] == ["", "fewer than 6 of the 12 rows differ from 0", "a row is not finite"]
+    assert found.interval.note.tolist()[3:] == [
+        "",
+        "fewer than 6 of the 12 rows have a nonzero value",
+        "a row is not finite",
+    ]
 
 
 def test_fewer_than_six_pairs_have_no_simultaneous_p_and_no_interval():
@@ -140,9 +144,14 @@ def test_an_infinite_interval_is_withheld_with_the_reason():
     balanced = np.column_stack([random(seed).permutation(np.repeat([1.0, -1.0], 4)) for seed in range(20)])
     for interval in (max_t_test(balanced).interval, ranked_interval(balanced, seed=0)):
         assert np.isnan([interval.low, interval.high]).all()
-        assert set(interval.note.tolist()) == {"the rows are too few or too equal in size to bound the mean"}
+        assert set(interval.note.tolist()) == {
+            "there are too few rows, or their values are too similar in magnitude, to bound the mean"
+        }
     huge = mean_interval(np.arange(12) * 1e200)
-    assert math.isnan(huge.low) and huge.note == "the rows are too few or too equal in size to bound the mean"
+    assert (
+        math.isnan(huge.low)
+        and huge.note == "there are too few rows, or their values are too similar in magnitude, to bound the mean"
+    )
 
 
 def test_repeated_rows_of_one_cluster_do_not_narrow_a_ranked_interval():

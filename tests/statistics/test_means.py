@@ -81,8 +81,8 @@ def test_clusters_of_several_sizes_have_the_robust_standard_error():
     [
         ([1.0], "1 independent rows, fewer than 6"),
         (np.arange(5.0), "5 independent rows, fewer than 6"),
-        (np.zeros(10), "fewer than 6 of the 10 rows differ from 0"),
-        (np.r_[np.zeros(25), np.arange(1.0, 6)], "fewer than 6 of the 30 rows differ from 0"),
+        (np.zeros(10), "fewer than 6 of the 10 rows have a nonzero value"),
+        (np.r_[np.zeros(25), np.arange(1.0, 6)], "fewer than 6 of the 30 rows have a nonzero value"),
         (np.full(10, 0.1), "most of the 10 rows are equal"),
         (np.r_[np.ones(25), np.arange(5.0)], "most of the 30 rows are equal"),
         (0.3 + 5.6e-17 * (np.arange(12) % 2), "most of the 12 rows are equal"),
@@ -115,7 +115,7 @@ def test_six_rows_apart_from_the_most_common_one_are_enough(rows):
 def test_a_cluster_of_zeros_counts_as_one():
     labels = np.repeat(np.arange(12), 3)
     sample = np.where(labels < 7, 0.0, random().normal(size=36))
-    assert mean_interval(sample, clusters=labels).note == "fewer than 6 of the 12 clusters differ from 0"
+    assert mean_interval(sample, clusters=labels).note == "fewer than 6 of the 12 clusters have a nonzero value"
 
 
 def test_labels_of_several_types_are_clusters():

@@ -205,11 +205,11 @@ def test_where_nothing_is_accepted_the_precision_may_be_anything():
         ),
         (
             lambda: max_t_test([1.0, 2.0], clusters=["a", None]),
-            "clusters[1] must be a label; got None. Label every row, or leave that row out.",
+            "clusters[1] must be a label; got None. Give this row a label, or leave the row out.",
         ),
         (
             lambda: sign_flip_test([1.0, 2.0], clusters=[math.nan, 1.0]),
-            "clusters[0] must be a label; got nan. Label every row, or leave that row out.",
+            "clusters[0] must be a label; got nan. Give this row a label, or leave the row out.",
         ),
         (
             lambda: bootstrap_interval([1.0], np.mean, resamples=0),

@@ -253,11 +253,12 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         (lambda: mcnemar_exact(3, -2), "only_second must be a whole number, at least 0; got -2."),
         (
             lambda: paired_difference_interval(0, 0, 0, 0),
-            "All four counts are 0, but a difference of proportions needs at least one pair.",
+            "All four counts are 0, but a difference between proportions needs at least one pair.",
         ),
         (
             lambda: auc([1.0, 2.0, 3.0], [True, False]),
-            "labels must have one boolean for each of the 3 inputs, such as directions == 0; got bool of shape (2,).",
+            "labels must have one boolean for each of the 3 inputs, such as directions == 0; got dtype bool and shape "
+            "(2,).",
         ),
         (
             lambda: auc([1.0, math.nan, 2.0, 3.0], [True, False, True, False]),
@@ -265,7 +266,8 @@ def test_the_p_value_of_a_rank_is_below_any_level_no_more_often_than_that_if_the
         ),
         (
             lambda: auc([1.0, 2.0, 3.0, 4.0], [1, 2, 1, 2]),
-            "labels must have one boolean for each of the 4 inputs, such as directions == 0; got int64 of shape (4,).",
+            "labels must have one boolean for each of the 4 inputs, such as directions == 0; got dtype int64 and shape "
+            "(4,).",
         ),
         (
             lambda: auc([1.0, 2.0, 3.0], [True, True, False]),

@@ -311,6 +311,7 @@ def test_keyword_inputs_reach_the_model() -> None:
 
 def sure(inputs: Tensor) -> HookPoints:
     """A model that is sure of its actions."""
+    torch.manual_seed(1)
     with torch.no_grad():
         module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
         module[2].weight.copy_(40 * torch.eye(3))
@@ -329,8 +330,8 @@ def test_estimates_of_about_zero_beside_real_effects_are_warned_about() -> None:
         result = attribution(points, inputs, patches=patches, metric=action_probability(0))
     assert [str(warning.message) for warning in caught] == [
         "The estimates are about zero at '1', but verified patches there change the metric by up to 1. Either the "
-        "metric is flat at the clean activations (a probability near 0 or 1, a divergence from the clean output), or "
-        f"an operation in between blocks gradients (.detach(), argmax, rounding). {INSTEAD}"
+        "metric is flat at the clean activations (for example, a probability near 0 or 1, or a divergence from the "
+        f"clean output), or a later operation blocks gradients (.detach(), argmax or rounding). {INSTEAD}"
     ]
     assert caught[0].filename == __file__
     assert np.abs(result.exact).max() > 0.9
@@ -411,7 +412,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         attributed({"both": [zero_ablate(WHOLE), zero_ablate(WHOLE)]}),
         SweepError,
         "'both' has 2 patches, but attribution() estimates the effect of one patch per label. Give each patch its own "
-        "label, or use sweep() to apply several together.",
+        "label, or use sweep() to apply several patches together.",
     ),
     "one label twice": (
         attributed([zero_ablate(WHOLE), steer(WHOLE, torch.ones(1, 6, dtype=torch.float64))]),
@@ -458,15 +459,15 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a metric without a gradient": (
         attributed([zero_ablate(WHOLE)], action_flip),
         MetricError,
-        "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), .item(), "
-        "numpy). Use a differentiable metric, or sweep().",
+        "The metric has no gradient, because it is a count (such as action_flip) or leaves the autograd graph (for "
+        "example, through .detach(), .item() or numpy). Use a differentiable metric, or sweep().",
     ),
     "tokens": (
         lambda: attribution(
             TOKENS, torch.tensor([1, 2]), patches=[edit(TOKENS.site(".in[0]"), torch.clone)], metric=METRIC
         ),
         SiteError,
-        "'.in[0]' has dtype torch.int64, which has no gradient. Patch its embedding instead.",
+        "'.in[0]' has dtype torch.int64, which has no gradient. Patch the embedding instead.",
     ),
 }
 

@@ -210,7 +210,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no receiver": (
         lambda: effect("first", []),
         SiteError,
-        "There are no receivers. Pass at least one, such as 'head.in[0]'.",
+        "There are no receivers. Pass at least one receiver, such as 'head.in[0]'.",
     ),
     "several metrics": (
         lambda: path_patch(POINTS, CLEAN, CORRUPTED, "first", "head.in[0]", metric={"first": first_logit}),  # type: ignore[arg-type]
@@ -248,7 +248,7 @@ def test_a_receiver_that_comes_before_the_sender_is_refused() -> None:
         effect("second", "first.in[0]")
     assert str(caught.value) == (
         "The receiver Site('first.in[0]') does not come after the sender Site('second') in the forward pass, so no "
-        "path leads there. Print the HookPoints to see them in execution order."
+        "path connects them. Print the HookPoints to see their execution order."
     )
     with pytest.raises(SiteError, match="does not come after the sender"):
         effect("second", ["head.in[0]", "second"])
@@ -257,7 +257,9 @@ def test_a_receiver_that_comes_before_the_sender_is_refused() -> None:
 def test_unpaired_inputs_and_unknown_names_are_refused() -> None:
     with pytest.raises(ContrastError) as caught:
         path_patch(POINTS, CLEAN, CORRUPTED[:3], "first", "head.in[0]", metric=first_logit)
-    assert str(caught.value) == "clean has 5 inputs and corrupted has 3. Pass one of each per pair."
+    assert (
+        str(caught.value) == "clean has 5 inputs and corrupted has 3. Pass one clean and one corrupted input per pair."
+    )
     for names in (("frist", "head.in[0]"), ("first", "haed.in[0]")):
         with pytest.raises(HookPointError, match="Did you mean"):
             effect(*names)
@@ -353,7 +355,8 @@ def test_the_whole_models_output_is_no_receiver_unless_it_is_said_what_is_frozen
         effect("first", ".out")
     assert str(caught.value) == (
         "The receiver Site('.out') is the model's final output, where every path ends. Use the module that computes "
-        "it or that module's input (such as 'head.in[0]'), or list the hook points to freeze in frozen=[...]."
+        "this output, or the module's input (such as 'head.in[0]'). Alternatively, choose the hook points to freeze "
+        "with frozen=[...]."
     )
     torch.testing.assert_close(effect("first", ".out", frozen=()), by_hand(to_second=True, to_head=True))
 

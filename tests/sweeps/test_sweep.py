@@ -830,7 +830,7 @@ def test_a_metric_that_reads_what_a_forward_left_on_a_module_is_refused(strategy
     model(*inputs)
     patches = [zero_ablate(site) for site in points.site("first").split("feature")]
     for metric in (lambda output: model.hidden.sum(1), lambda output: model.hidden[:, 0]):
-        with pytest.raises(errors.MetricError, match="reads more than the output: each forward pass sets 'hidden'"):
+        with pytest.raises(errors.MetricError, match="A metric appears to read 'hidden', not only the model's output"):
             sweep(points, *inputs, patches=patches, metric=metric, strategy=strategy)
     held = model.hidden
     sweep(points, *inputs, patches=patches, metric=lambda output: model.second.weight.sum() * output[:, 0])

@@ -133,7 +133,7 @@ def test_several_metrics_are_measured_in_one_sweep(points: HookPoints) -> None:
 def test_with_several_metrics_one_has_to_be_named(points: HookPoints) -> None:
     result = swept(points, metric={"first": first, "second": lambda output: output[:, 1]})
     with pytest.raises(
-        errors.MetricError, match="The sweep has several metrics: 'first', 'second'. Pass the name of one."
+        errors.MetricError, match="The sweep has several metrics: 'first', 'second'. Pass the name of one metric."
     ):
         result.effect()
     with pytest.raises(errors.MetricError, match="There is no metric 'third'"):
@@ -495,8 +495,8 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a metric of actions": (
         {"metric": {"logits": lambda output: output[0]}},
         errors.MetricError,
-        "The metric 'logits' returned 4 numbers for 12 inputs. A metric must return one number per input, (batch,), or "
-        "a single number.",
+        "The metric 'logits' returned 4 numbers for 12 inputs. A metric must return one number per input, with shape "
+        "(batch,), or a single number.",
     ),
 }
 
@@ -539,7 +539,7 @@ def test_a_metric_that_writes_into_what_others_are_given_is_refused(metric: Any,
 @pytest.mark.parametrize(
     ("dtype", "shift", "note"),
     [
-        (torch.float32, 0.0, "fewer than 6 of the 12 rows differ from 0"),
+        (torch.float32, 0.0, "fewer than 6 of the 12 rows have a nonzero value"),
         (torch.float32, 0.3, "most of the 12 rows are equal"),
         (torch.float32, None, ""),
         (torch.float64, 0.0, ""),

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from chanpatch import hook_points
+from chanpatch.errors import did_you_mean
 from maze.analysis.part import Part, Study
 from maze.command import UserError
 from maze.levels import draw_levels, observe, policy_input
@@ -53,7 +54,8 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.only if name not in PARTS]:
-            raise UserError(f"--only: no part is called {', '.join(unknown)}. Parts: {', '.join(PARTS)}.")
+            hint = did_you_mean(unknown[0], PARTS)
+            raise UserError(f"--only: no part is called {', '.join(unknown)}.{hint} Parts: {', '.join(PARTS)}.")
         for name, low, high in (("n", 20, 100_000), ("seed", 0, 2**31 - 1)):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name} is {getattr(self, name)}, but it is {low} to {high} for these parts.")

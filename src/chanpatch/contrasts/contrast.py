@@ -1,4 +1,4 @@
-"""Compare pairs of inputs, channel by channel."""
+"""Compare activations on pairs of inputs, channel by channel."""
 
 from __future__ import annotations
 
@@ -36,25 +36,26 @@ def contrast(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Contrast:
-    """Measure how much each channel differs between clean and corrupted inputs.
+    """Measure how much each channel's activation differs between clean and corrupted inputs.
 
     Args:
-        points_or_model: Model, which is traced with clean inputs, or its HookPoints.
-        clean: Clean input of each pair: a tensor `(pair, ...)`, or a tuple or dict of such tensors.
-        corrupted: Corrupted input of each pair, in the same format.
-        sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, without duplicates.
-        reduce: Reduction as in `recording` that leaves the batch axis and at most one other axis. Layers of a recurrent
-            state are compared separately, unless an einops pair combines them.
-        background: At least two inputs for measuring each channel's usual variation, in the same format as `clean` or
-            as an iterable of batches.
-        absolute: Whether to rank by the mean absolute difference, if the feature can have either sign. P-values and
-            intervals are then omitted, because noise alone makes an absolute difference positive.
+        points_or_model: Model (which is then traced with clean inputs) or its HookPoints.
+        clean: The clean input of each pair: a tensor with shape `(pair, ...)`, or a tuple or dict of such tensors.
+        corrupted: The corrupted input of each pair, in the same format as `clean`.
+        sites: Sites or patterns, as in `recording`. `"all"` searches all outputs and taps, and skips sites with the
+            same activations as an earlier site.
+        reduce: Reduction, as in `recording`, that keeps the batch axis and at most one other axis. The layers of a
+            recurrent state are compared separately unless an einops pair combines them.
+        background: At least two inputs from which to measure each channel's usual variation, in the same format as
+            `clean` or as an iterable of batches.
+        absolute: Whether to rank channels by the mean absolute difference, for features that can have either sign. With
+            `absolute`, p-values and intervals are omitted, because noise alone makes an absolute difference positive.
         clusters: One label per pair. Pairs with the same label, such as rotations of one maze, are not independent.
         seed: Random seed for the sign flips.
         batch_size: Number of inputs per forward pass.
 
     Raises:
-        HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all of them.
+        HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all such sites.
         ContrastError: If clean, corrupted and clusters do not form pairs, the background is too small, or an activation
             is not finite.
 
@@ -77,7 +78,7 @@ def contrast(
     with undisturbed(points.model) as run:
         collect = Collector(run, points, chosen, reduce, batch_size, ContrastError)
         one = collect.samples("clean", clean)
-        run.put_back()  # both sides use the same initial state and random draws
+        run.put_back()  # the clean and the corrupted run use the same initial state and random draws
         other = collect.samples("corrupted", corrupted)
         run.put_back()
         usual = {} if background is None else collect.moments(background)
@@ -91,7 +92,7 @@ def contrast(
     if usual:
         std = np.concatenate([stds[site] for site in chosen])
         varies = [usual[site].varies(torch.finfo(point_at(site).dtype).eps) for site in chosen]
-        scale = np.where(np.concatenate(varies), std, np.nan)  # not a unit if it is rounding error
+        scale = np.where(np.concatenate(varies), std, np.nan)  # never divide by rounding error
     measured = np.abs(differences) if absolute else differences
     independent = len(np.unique(labels))
     no_p = _no_p(absolute, independent)
@@ -136,7 +137,7 @@ def _no_p(absolute: bool, independent: int) -> str:
 
 
 def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites to compare, in execution order, and the reason for each hook point that the search skipped."""
+    """Return the sites to compare, in execution order, and the reason why each other hook point was skipped."""
     order, is_search = [*points], isinstance(sites, str) and sites == "all"
     outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
     found: list[Site] = []
@@ -157,7 +158,7 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site
                 raise
             skipped[site.name] = str(fault)
     if not found:
-        why = f" The first was skipped because: {next(iter(skipped.values()))}" if skipped else ""
+        why = f" The first of these was skipped because: {next(iter(skipped.values()))}" if skipped else ""
         raise ContrastError(f"None of the {len(points)} hook points can be compared.{why}")
     return found, skipped
 
@@ -174,7 +175,7 @@ def _distinct(sites: list[Site], samples: list[dict[Site, Floats]]) -> tuple[lis
 
 
 def _channels_of(site: Site, count: int, reduce: Reduce) -> Sequence[Site]:
-    """Return one site per channel of the given site, or the site itself if it has no channels."""
+    """Return one site per channel, or `count` copies of the given site if its channels cannot be separated."""
     axes = point_at(site).axes
     kept = [axis for axis in reduced_axes(site, axes, reduce) if axis != "batch"]
     return site.split(kept[0]) if kept and kept[0] in axes else [site] * count

@@ -22,25 +22,26 @@ from ..results import Effects, columns, interval_notes, shown_effect, shown_p
 class Contrast(Effects):
     """Differences between clean and corrupted inputs: one row per channel, in execution order.
 
-    All values are for the channel's reduced activation (by default, its sum), in double precision. The table and the
-    figure show the largest effects first, as does `top`.
+    All values refer to the channel's reduced activation (by default, its sum over positions), in double precision. The
+    table and the figure show the largest effects first, as does `top`.
 
     Attributes:
-        sites: The channel of each row, as a site: `[zero_ablate(site) for site in result.top(16).sites]`.
-        difference: Mean of clean minus corrupted.
-        absolute: Mean absolute value of clean minus corrupted.
-        std: Standard deviation over the background inputs, or NaN if there is no background.
-        low, high: Ends of the effect's 95% interval over pairs or clusters of pairs. The intervals are simultaneous
-            over all channels, and an interval excludes 0 if and only if `p` is at most 0.05. NaN if withheld.
+        sites: Site of each row's channel, for use in patches: `[zero_ablate(site) for site in result.top(16).sites]`.
+        difference: Mean of the clean minus the corrupted activation, over pairs.
+        absolute: Mean of the absolute value of that difference, over pairs.
+        std: Standard deviation of the activation over the background inputs, or NaN if there is no background.
+        low, high: Both endpoints of the 95% interval for the effect, over pairs or clusters of pairs; NaN if the
+            interval is withheld. The intervals are simultaneous over all channels. An interval excludes 0 if and only
+            if `p` is at most 0.05.
         p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the number of
-            channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if there is a `no_p`.
-        note: `"few"` for an interval over fewer than ten pairs, the reason for a withheld interval, otherwise empty.
+            channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if `no_p` gives a reason.
+        note: `"few"` if there are fewer than ten pairs, the reason if the interval is withheld, otherwise empty.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
         clusters: Number of independent clusters of pairs.
         background: Number of background inputs.
-        skipped: Hook points that were excluded from a search, with the reason.
-        effect_label: Axis label for figures: meaning and unit of the effect, and number of pairs.
+        skipped: Hook points that the search excluded, and the reason for each.
+        effect_label: Axis label for figures: the meaning and unit of the effect, and the number of pairs.
     """
 
     sites: tuple[Site, ...]
@@ -64,7 +65,7 @@ class Contrast(Effects):
     _by_row = ("sites", "difference", "absolute", "std", "_effect", "low", "high", "p", "note")
 
     def effect(self) -> Floats:
-        """Return each channel's mean difference, or its mean absolute difference if `absolute` was set.
+        """Return each channel's mean difference, or its mean absolute difference after `contrast(absolute=True)`.
 
         With a background, the effect is divided by `std`, and is NaN for channels whose variation over the background
         is within rounding error.
@@ -72,17 +73,17 @@ class Contrast(Effects):
         return self._effect
 
     def steering_vector(self, site: str | Site) -> Tensor:
-        """Return the mean of clean minus corrupted activations at a site, as a vector for `steer`.
+        """Return the mean difference between clean and corrupted activations at a site, as a vector for `steer`.
 
         Args:
             site: Any site in the model, not necessarily part of the contrast.
 
         Returns:
-            A tensor with the region's axes, whose batch axis has length 1.
+            Tensor with the same axes as the site's region, and size 1 along the batch axis.
 
         References:
             Turner et al. 2023, "Steering language models with activation engineering", for one pair; Rimsky et al.
-            2023, "Steering Llama 2 via contrastive activation addition", for the mean over many.
+            2023, "Steering Llama 2 via contrastive activation addition", for the mean over many pairs.
         """
         bound = site_of(self._points, site)
         point = self._points[bound.name]
@@ -99,7 +100,7 @@ class Contrast(Effects):
         return torch.from_numpy(means[0] - means[1]).to(point.dtype).unsqueeze(axis)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per channel, with its site, all numbers, and `no_p`."""
+        """Return one record per channel, with its site, all its numbers, its note, and `no_p`."""
         numbers = {name.lstrip("_"): getattr(self, name) for name in self._by_row[1:]}
         return columns(site=map(repr, self.sites), **numbers, no_p=[self.no_p] * len(self))
 

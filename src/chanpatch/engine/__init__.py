@@ -1,1 +1,1 @@
-"""One forward pass: hooks, root calls, tensors in nested outputs, and state that is restored afterwards."""
+"""Internals of a forward pass: hooks, root calls, tensors in nested outputs, and state that is restored afterwards."""

@@ -1,4 +1,4 @@
-"""Other hooks into a forward pass: call observers, taps and wrapped methods."""
+"""Ways to hook into a forward pass other than `Station`: call observers, taps and wrapped methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Run the callbacks at every tap and every call of these modules, but not at calls of copies."""
+    """Run the callbacks at every tap and at every call to a given module, but not at calls to copies of the modules."""
     known = set(modules)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ def observed(
 
 
 _tap_observers: list[Callable[[str, Tensor], object]] = []
-_tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak, so patched policies can be freed
+_tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak references, so patched policies can be freed
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def tap(name: str, tensor: Tensor) -> Tensor:
         tensor: Any tensor in the forward pass.
 
     Raises:
-        HookPointError, TraceMismatchError, SiteError, EditError: As for other hook points, while a context is open.
+        HookPointError, TraceMismatchError, SiteError, EditError: For the same reasons as at other hook points.
 
     Example:
         >>> import torch
@@ -99,7 +99,7 @@ def forget_taps(session: Any) -> None:
 
 @contextmanager
 def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Replace a method with `around(method, *args, **kwargs)`; overlapping contexts may close in any order."""
+    """Wrap a method in `around(method, ...)` while the context is open; contexts may close in any order."""
     found = vars(module).get(name)
     wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
 
@@ -109,7 +109,7 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
         if not wrapper.around and vars(module).get(name) is wrapper:
             if wrapper.own is None:
                 del vars(module)[name]
-            else:  # a function assigned by the user
+            else:  # a function that the user assigned
                 vars(module)[name] = wrapper.own
 
     with finally_twice(end):
@@ -119,12 +119,12 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
 
 
 class _MethodWrapper:
-    """Instance attribute that shadows a method. Copies of the module have the original method."""
+    """Instance attribute that shadows a method. Copies of the module get the original method."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()
         self._module, self._name, self._method = module, name, getattr(module, name)
-        functools.update_wrapper(self, self._method)  # some models inspect the signatures of methods
+        functools.update_wrapper(self, self._method)  # some models inspect method signatures
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._method

@@ -1,7 +1,7 @@
-"""Mutable containers (dicts, lists, dataclasses) that a module and the module's caller share.
+"""Mutable containers (dicts, lists, dataclasses) that a module shares with its caller.
 
-A patched input is in a copy of the container, so the caller would not see later writes by the module. Such writes raise
-an error.
+If an input is patched, the module receives a copy of the container, so the caller would not see the module's writes to
+the container. Such writes raise an error.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from .paths import Attr, Item, _children, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return the patched output `after`; containers among the arguments `given` are modified in place, not copied.
+    """Return the patched output `after`; a container that was also an argument is modified in place, not copied.
 
-    A container is still copied if the container and the replaced tensor are the user's own (`users` lists ids), because
-    the user may pass the container again.
+    `before` is the unpatched output, and `given` contains the module's arguments. If the user passed both a container
+    and the replaced tensor to the model (`users` contains both ids), the container is still copied, because the user
+    may pass that container again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -55,7 +56,7 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Replace copied containers in (args, kwargs) with the copies."""
+    """Return (args, kwargs) with containers replaced by their copies, given pairs (original, copy)."""
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}
@@ -69,13 +70,13 @@ def contents(container: Any) -> list[Any]:
 
 
 def holds(container: Any, before: list[Any]) -> bool:
-    """Return whether the contents of a container are unchanged."""
+    """Return whether a container still contains the objects in `before`, and nothing else."""
     now = contents(container)
     return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def containers(tree: Any) -> Iterator[Any]:
-    """Yield all mutable containers in a tree."""
+    """Yield all mutable containers in a nested input or output."""
     if isinstance(tree, Tensor):
         return
     if _is_mutable(tree):

@@ -1,8 +1,8 @@
 """Torch hooks: one `Station` per module runs the listeners of all open sessions.
 
-Listeners run in this order: recordings of unpatched values, patches in the order they were entered, other recordings.
-Outputs are patched before any other hook on the module runs; inputs are patched after all pre-hooks. The other
-recordings run after all hooks, so they record the final tensor.
+Listeners run in this order: recordings with `before=True`, then patches in the order they were entered, then all
+other recordings. Outputs are patched before any of the user's forward hooks run, and inputs are patched after all of
+the user's pre-hooks. Recordings without `before=True` run after the user's hooks, so they contain the final tensor.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ class Place:
     name: str
     module: str = field(repr=False)  # name of the module or tap
     side: Literal["in", "out", "tap"] = field(repr=False)
-    path: Path = field(repr=False)  # path in a nested input or output
-    call: int | None = field(repr=False)  # index of the call, if the module is called more than once
+    path: Path = field(repr=False)  # path to the tensor in a nested input or output
+    call: int | None = field(repr=False)  # index of the call; None if the module is called once
 
 
 class Station:
-    """The hooks of one module, and the listeners attached to that module.
+    """The hooks on one module, and the listeners attached to that module.
 
-    A listener has a session, a place and a stage. A station calls `begin` and `end` on sessions for root calls, and
-    `enter_call` and `leave_call` for all calls.
+    Each listener has a session, a place and a stage. The station calls the session's `begin` and `end` when a root call
+    may begin or end, and `enter_call` and `leave_call` around every call to the module.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.listeners: list[Any] = []
-        self.scopes: list[Any] = []  # sessions for which a call of this module may be a root call
+        self.scopes: list[Any] = []  # sessions for which a call to this module may be a root call
         self.module_id = id(module)
         self._module = weakref.ref(module)
         self._on_inputs: list[Any] = []
-        self._on_output: list[Any] = []  # run before any other hook of the module
-        self._at_last: list[Any] = []  # record the output after all other hooks
+        self._on_output: list[Any] = []  # listeners that run before any other forward hook on the module
+        self._at_last: list[Any] = []  # listeners that record the output after all other hooks have run
         self._counting: list[Any] = []
-        self._errors_before: list[BaseException | None] = []  # exceptions in flight when each open call began
-        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # in the current call, with tensor versions
+        self._errors_before: list[BaseException | None] = []  # exception in flight when each open call began
+        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # in this call: place, tensor, version
         self._copies: list[weakref.ref[nn.Module]] = []
-        self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, and the contents
+        self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, with their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
         module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True, prepend=True)
         self._hooks = 1  # number of forward hooks
@@ -64,7 +64,8 @@ class Station:
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
-        """Return the module's station, or None. Only hooks reference a station, so both are freed together."""
+        """Return the module's station, or None if the module has no station."""
+        # Only the hooks refer to a station, so removing the hooks frees the station.
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _Hook) and hook.station.module_id == id(module):
                 return hook.station
@@ -82,7 +83,7 @@ class Station:
         return bool(self.listeners or self.scopes)
 
     def is_inside_itself(self) -> bool:
-        """Return whether the module is running inside another call of the same module."""
+        """Return whether the module is running inside another call to the same module."""
         calls, frame = 0, sys._getframe()
         while frame is not None and calls < 2:
             calls += frame.f_code is _CALL and id(frame.f_locals.get("self")) == self.module_id
@@ -90,7 +91,7 @@ class Station:
         return calls > 1
 
     def plan(self) -> None:
-        """Sort the listeners by stage, then by order of entry."""
+        """Sort the listeners by stage, then by order of entry, into the lists that the hooks run."""
         ordered = sorted(self.listeners, key=lambda listener: STAGES.index(listener.stage))
         self._on_inputs = [listener for listener in ordered if listener.place.side == "in"]
         output = [listener for listener in ordered if listener.place.side == "out"]
@@ -99,7 +100,7 @@ class Station:
         self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
     def remove(self, session: Any) -> None:
-        """Detach a session; after the last session, remove the hooks from the module and all copies."""
+        """Detach a session; when no session remains, also remove the hooks from the module and from its copies."""
         self._copied.clear()  # interrupted calls may have left entries
         self._errors_before.clear()
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
@@ -110,25 +111,25 @@ class Station:
                 drop(module, self._owns)
 
     def note_copy(self, memo: dict[int, Any]) -> None:
-        """Register a new copy of the module or of an earlier copy, so that `remove` reaches the new copy too."""
+        """Register copies of the module found in a `deepcopy` memo, so that `remove` also removes the copies' hooks."""
         originals = [self.module_id, *(id(copy()) for copy in self._copies)]
         self._copies += [weakref.ref(memo[original]) for original in originals if original in memo]
 
     def has_hooks(self, module: nn.Module) -> bool:
-        """Return whether the module still has the forward hooks of this station."""
+        """Return whether the module still has all of this station's forward hooks."""
         return sum(map(self._owns, module._forward_hooks.values())) == self._hooks
 
     def _owns(self, hook: object) -> bool:
         return isinstance(hook, _Hook) and hook.station is self
 
     def order(self) -> None:
-        """Move the station's pre-hook after all other pre-hooks, starting with the next call."""
+        """Make the station's pre-hook run after all other pre-hooks, starting with the next call to the module."""
         hooks: Any = getattr(self._module(), "_forward_pre_hooks", {})
         for key in [key for key, hook in hooks.items() if self._owns(hook)]:
             hooks.move_to_end(key)
 
     def _order_output(self, module: nn.Module) -> None:
-        """Run output patches before all other hooks, and output recordings after all other hooks."""
+        """Make output patches run before all other forward hooks, and output recordings after all of them."""
         hooks: Any = module._forward_hooks
         if not any(self._owns(hook) and hook.is_last for hook in hooks.values()):
             module.register_forward_hook(_Hook(self, self._leave_last), with_kwargs=True, always_call=True)
@@ -184,7 +185,7 @@ class Station:
                 raise UnsupportedModelError(
                     f"This {type(module).__name__} writes to its input {type(container).__name__} while an entry of "
                     "that input is patched. Patches apply to a copy, so the caller would not see the writes. Patch the "
-                    "module that computes the entry, or a submodule, instead."
+                    "module that computes the entry instead, or patch inside this module."
                 )
         if self._hooks == 1:
             self._end(failed=failed)
@@ -199,14 +200,14 @@ class Station:
         failed, patched, self._just_patched = self._has_failed(), self._just_patched, []
         if patched and not failed:
             self._refuse_replaced(module, patched, output)
-        for session, call in self._calls:  # other hooks may have called other modules
+        for session, call in self._calls:  # the user's hooks may have called other modules
             session.call = call
         changed = output if failed else self._heard(self._at_last, output)
         self._end(failed=failed)
         return None if changed is output else changed
 
     def _heard(self, listeners: list[Any], output: Any) -> Any:
-        """Pass the output through the listeners; if a listener raises, mark the call as failed."""
+        """Pass the output through the listeners and return the result; after an error, end the call as failed."""
         try:
             for listener in listeners:
                 output = listener(output)
@@ -216,7 +217,7 @@ class Station:
         return output
 
     def _has_failed(self) -> bool:
-        """Return whether an exception is ending the current call of the module."""
+        """Return whether the current call to the module is ending with an exception."""
         error = sys.exc_info()[1]
         return error is not None and bool(self._errors_before) and error is not self._errors_before[-1]
 
@@ -227,14 +228,14 @@ class Station:
             session.end(self, failed=failed)
 
     def _patched_in(self, output: Any) -> list[tuple[Place, Tensor, int | None]]:
-        """List the place, tensor and version of each patched tensor in an output."""
+        """Return (place, tensor, version) for each patched tensor in an output."""
         places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
         return [
             (place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None
         ]
 
     def _refuse_replaced(self, module: nn.Module, patched: list[tuple[Place, Tensor, int | None]], output: Any) -> None:
-        """Raise if another hook replaced or modified a patched tensor."""
+        """Raise UnsupportedModelError if another hook replaced or modified a patched tensor."""
         for place, tensor, version in patched:
             with suppress(LookupError, AttributeError, TypeError):
                 if get(output, place.path) is tensor and _version(tensor) == version:
@@ -262,7 +263,10 @@ _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
 
 class _Hook:
-    """Hook registered with torch. Copies of the module share the hook and raise if called while a context is open."""
+    """Hook that is registered with torch.
+
+    A copy of the module shares the hook, which raises an error if the copy is called while a context is open.
+    """
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
         self.station, self._run, self.is_last = station, run, run == station._leave_last
@@ -288,7 +292,7 @@ def is_ours(hook: object) -> bool:
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Remove the hooks copied from another model; twins inside the model keep their own hooks."""
+    """Remove hooks that were copied from another model; twins inside the model keep their own hooks."""
     for module in model.modules():
         own = Station.of(module)
         drop(module, lambda hook, own=own: isinstance(hook, _Hook) and hook.station is not own)  # type: ignore[misc]
@@ -296,7 +300,7 @@ def drop_hooks(model: nn.Module) -> None:
 
 def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
     """Remove the hooks for which `ours` returns True."""
-    # `Station.of` needs the pre-hook, so the pre-hook is removed last: an interrupted removal can then be repeated.
+    # `Station.of` needs the pre-hook, so the pre-hook is removed last; an interrupted removal can then be repeated.
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         hooks = vars(module).get(name, {})
         for key in [key for key, hook in hooks.items() if ours(hook)]:
@@ -319,7 +323,7 @@ def finally_twice(end: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Run compiled code eagerly, so that hooks take effect; overlapping contexts may close in any order."""
+    """Make compiled code run eagerly, so that hooks take effect; overlapping contexts may close in any order."""
     token = object()
 
     def end() -> None:
@@ -339,7 +343,7 @@ _stance: list[Any] = []  # the active stance, if any
 
 def _settle_stance() -> None:
     if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        # Nothing is compiled unless dynamo is imported. An interrupt cannot separate setting and storing the stance.
+        # Without dynamo, nothing is compiled. One call sets and stores the stance, so no interrupt can come between.
         _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
     elif _stance and not _eager:
         _stance[0].__exit__(None, None, None)
@@ -350,14 +354,14 @@ is_compiling = torch.compiler.is_dynamo_compiling  # looked up once, because eve
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Exclude a function from compilation, if a model is being compiled."""
+    """Return the function; if a model is being compiled, exclude the function from compilation."""
     if is_compiling():
         return torch._dynamo.disable(function)  # type: ignore[no-any-return, no-untyped-call]
     return function
 
 
 def refuse_checkpoint(name: str) -> None:
-    """Raise inside `torch.utils.checkpoint`, where the backward pass reruns modules outside the root call."""
+    """Raise an error inside `torch.utils.checkpoint`, whose backward pass reruns modules outside the root call."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
     frame = None if torch.is_grad_enabled() else sys._getframe()  # reentrant checkpointing disables gradients

@@ -1,4 +1,4 @@
-"""Split model inputs into batches, and copy model inputs."""
+"""Split and copy the inputs to a model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def batches(
     """Yield the positional and keyword arguments for each forward pass.
 
     A tensor, TensorDict, tuple of positional arguments or mapping of keyword arguments is split along the first axis of
-    each tensor. Tensors that all inputs share are not split; `shared` maps their paths to their lengths. Any other
-    iterable must yield batches.
+    each tensor. Tensors that all inputs share are not split; `shared` maps the path of each such tensor to its length.
+    If `inputs` is any other iterable, each of its items is one batch.
     """
     whole = isinstance(inputs, (Tensor, tuple, Mapping))
     for batch in _cut(inputs, batch_size, shared or {}) if whole else inputs:
@@ -33,7 +33,7 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return a list with the first batch (empty if there are no inputs), and inputs that still include that batch."""
+    """Return a list with the first batch (empty if there are no inputs), and the inputs, including that batch."""
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
     rest = iter(inputs)
@@ -47,7 +47,7 @@ def input_count(inputs: Inputs) -> int:
 
 
 def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[Any]:
-    """Split each tensor with one entry per input; repeat all other arguments in every batch."""
+    """Split the tensors that have one entry per input; repeat all other arguments in every batch."""
     count = input_count(inputs)
     single = isinstance(inputs, Tensor) or is_tensordict(inputs)
     for start in range(0, count, batch_size):
@@ -59,7 +59,7 @@ def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[A
 
 
 def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copy the positional and keyword arguments of a model, which may modify the copies."""
+    """Copy the positional and keyword arguments for a model, so that the model cannot modify the originals."""
     copies: Any = (inputs, dict(keywords))
     for path, tensor in [*leaves(copies)]:
         copies = replace(copies, path, tensor.clone())
@@ -69,7 +69,7 @@ def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple
 
 
 def _copied(argument: Any, memo: dict[int, Any]) -> Any:
-    """Copy an argument, such as a key-value cache, with the tensors from the memo."""
+    """Copy an argument, such as a key-value cache, but reuse the copied tensors in the memo."""
     if not isinstance(argument, nn.Module):  # a module may be part of the model
         with suppress(Exception):  # locks, generators and tensors in an autograd graph do not support copying
             return copy.deepcopy(argument, memo)

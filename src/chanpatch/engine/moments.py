@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Published:
-    """Rows of a forward pass and, in a rollout, the episodes. Created at every step, so creation must be cheap."""
+    """Rows in a forward pass and, in a rollout, episodes. One object is created per step, so creation must be cheap."""
 
-    rows: NDArray[np.int64] | None = None  # index of each row; None for 0, 1, 2, ...
+    rows: NDArray[np.int64] | None = None  # index of each row; None means 0, 1, 2, ...
     step: int | None = None  # step of the rollout; None outside a rollout
     label: Any = None  # name of the policy, or label of the patches
     environments: NDArray[np.int64] | None = None  # sub-environment of each row; None outside a rollout
     sampling_seed: int = 0
     seeds: NDArray[Any] | None = None  # seed of each episode; None outside a rollout
     repetitions: Sequence[int] = ()  # number of earlier episodes with the same seed, for each episode
-    infos: Callable[[NDArray[np.int64]], Any] | None = None  # maps sub-environments to infos
+    infos: Callable[[NDArray[np.int64]], Any] | None = None  # maps sub-environment indices to infos
     forwards: dict[int, int] = field(default_factory=dict)  # index of the last root call in this step, by session id
 
     def cut(self, rows: slice, label: Any) -> Published:
-        """Return a copy that keeps only the given rows, with another label."""
+        """Return a copy that keeps only the given rows and has a new label."""
         numbers, environments = (None if each is None else each[rows] for each in (self.rows, self.environments))
         return replace(self, label=label, rows=numbers, environments=environments)
 
@@ -44,7 +44,7 @@ published = _Current()
 
 @contextmanager
 def forward_context(*, rows: Any = None, **others: Any) -> Iterator[None]:
-    """Provide patches with the rows of a forward pass and information about the episodes."""
+    """Give patches access to the rows in a forward pass and to information about the episodes."""
     before = published.now
     published.now = Published(None if rows is None else np.asarray(rows), **others)
     try:
@@ -59,22 +59,22 @@ class Moment:
 
     inputs: tuple[Any, ...] = ()  # inputs to the root call
     call: int = 0  # index of the module's call within the root call
-    forward: int = 0  # index of the root call within a step of a rollout or within a method of a twin
+    forward: int = 0  # index of the root call within a rollout step, or within one call to a twin's method
     published: Published = field(default_factory=Published)
     running: str | None = None  # method of the root call; None outside a root call
-    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # from stateful `where`, by `call_key` and call
+    masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # masks from `where`, by `call_key` and call
 
 
 @dataclass(slots=True)
 class RootCall:
-    """A call of the model or of the traced method; module calls are counted within a root call."""
+    """A call to the model or to the traced method; calls to modules are counted separately in each root call."""
 
     station: Station | None  # station of the module that was called; None for a method
     method: str  # "__call__" for a module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     is_forward_of_method: bool = False  # a forward pass run by a method such as `generate`
-    forward: int = 0  # index within a step of a rollout, or among the method's forward passes
+    forward: int = 0  # index within a rollout step, or among the method's forward passes
     forwards: int = 0  # number of forward passes run by the method so far
     depth: int = 0  # recursion depth, if the module calls itself
     given: Sequence[Any] = ()  # tensors and containers in the arguments

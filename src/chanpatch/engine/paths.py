@@ -1,6 +1,6 @@
 """Read and replace tensors in nested outputs: tuples, lists, dicts, dataclasses and distributions.
 
-A path identifies a tensor: `[0]`, `["h"]`, `.logits`.
+A path, such as `[0]`, `["h"]` or `.logits`, identifies a tensor in an output.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
 
 
 def with_rows(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield (path, value) for every tensor with at least one axis and every whole TensorDict with a batch size."""
+    """Yield (path, value) for every tensor with at least one axis and every TensorDict with a nonempty batch size."""
     if (isinstance(tree, Tensor) and tree.dim()) or (is_tensordict(tree) and tree.batch_size):
         yield path, tree
     elif not isinstance(tree, Tensor):
@@ -66,7 +66,7 @@ def is_tensordict(tree: Any) -> bool:
 
 def shallow_copy(container: Any) -> Any:
     """Return a new container with the same contents."""
-    # copy.copy() of a TensorDict may share its internal containers.
+    # copy.copy() of a TensorDict may share internal containers with the original.
     return container.clone(recurse=False) if is_tensordict(container) else copy.copy(container)
 
 
@@ -93,7 +93,7 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         return _with(tree, step.name, child)
     if isinstance(tree, tuple):
         kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
-        # The results of functions such as torch.max need a constructor. Other constructors may have any signature.
+        # The result types of functions such as torch.max need their constructor; other types may have any constructor.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     try:
         changed = shallow_copy(tree)
@@ -112,7 +112,7 @@ def _children(tree: Any) -> Iterable[tuple[Item | Attr, Any]]:
         names = tree._fields
     elif isinstance(tree, (tuple, list)):
         return [(Item(index), child) for index, child in enumerate(tree)]
-    elif isinstance(tree, Mapping):  # before dataclasses: some output classes are both
+    elif isinstance(tree, Mapping):  # checked before dataclasses, because some output classes are both
         return [(Item(key), child) for key, child in tree.items()]
     else:
         names = field_names(tree)
@@ -135,7 +135,7 @@ def _with(instance: Any, name: str, child: Any) -> Any:
         setattr(changed, name, child)
         return changed
     if hasattr(instance, "__post_init__") and all(each.init for each in dataclasses.fields(instance)):
-        with suppress(TypeError, ValueError):  # a custom __init__, or one with an InitVar
+        with suppress(TypeError, ValueError):  # the class has a custom __init__ or an InitVar
             return dataclasses.replace(instance, **{name: child})
     object.__setattr__(changed, name, child)  # frozen dataclasses forbid setattr
     return changed
@@ -156,8 +156,8 @@ _ALTERNATIVES = ({"probs", "logits"}, {"covariance_matrix", "precision_matrix", 
 def _parameters(distribution: Distribution) -> tuple[str, ...]:
     """Return the attributes that store the parameters passed to a distribution's constructor.
 
-    If alternatives such as `probs` and `logits` exist, only the parameter that was passed rebuilds the distribution
-    exactly. That parameter is stored first.
+    If there are alternatives such as `probs` and `logits`, the distribution can be rebuilt exactly only from the
+    parameter that the user passed, which torch stores first.
     """
     given = _stored(distribution)
     names = [*_constructor(cast("Any", type(distribution))).values()]
@@ -168,7 +168,7 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
 
 
 def _stored(distribution: Distribution) -> list[str]:
-    """List the attribute names of a distribution, oldest first, after those of a wrapped distribution."""
+    """List a distribution's attribute names, oldest first, after the attribute names of a wrapped distribution."""
     held = vars(distribution)
     wrapped = held.get("_categorical", held.get("base_dist"))
     return [*([] if wrapped is None else _stored(wrapped)), *held]
@@ -196,7 +196,7 @@ def read_only(name: str) -> str:
     """Return the error message for a patch inside a distribution."""
     return (
         f"The tensor at '{name}' is inside a distribution, so it can be recorded but not patched. Patch the module "
-        "that computes it, or call tap('name', tensor) in the model's forward()."
+        "that computes the tensor, or call tap('name', tensor) in the model's forward()."
     )
 
 
@@ -209,7 +209,7 @@ def nested(name: str) -> str:
 
 
 def inside_vmap(tensor: Tensor) -> bool:
-    """Return whether a tensor is batched by `torch.vmap`, which makes the values unreadable."""
+    """Return whether a tensor is batched by `torch.vmap`, which makes its values unreadable."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):

@@ -1,6 +1,6 @@
 """Sessions: groups of listeners that are attached together, and the root call in which the listeners run.
 
-A root call is one call of the model or of the traced method. Module calls are counted within a root call.
+A root call is one call to the model or to the traced method. Calls to modules are counted separately in each root call.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _CHANGES = threading.RLock()  # held while hooks are added or removed
 
 
 class StopForward(BaseException):
-    """Raised to stop a forward pass that chanpatch started; not an Exception, so the model does not catch it."""
+    """Raised to stop a forward pass that chanpatch started; `except Exception` does not catch it."""
 
 
 class Listener:
-    """Callback of a session at one place; `act` maps a tensor to a new tensor, or returns its input unchanged."""
+    """A session's callback at one place; `act` maps a tensor to a new tensor, or returns the same object unchanged."""
 
     __slots__ = ("_path", "act", "place", "session", "stage")
 
     def __init__(self, session: Session, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
         self.session, self.place, self.stage, self.act = session, place, stage, act
         self._path = place.path
-        if place.side == "in":  # a path from (args, kwargs)
+        if place.side == "in":  # the path starts from (args, kwargs)
             positional = isinstance(place.path[0], Item) and isinstance(place.path[0].key, int)
             self._path = (Item(0 if positional else 1), *place.path)
 
@@ -65,7 +65,7 @@ class Listener:
             raise
 
     def _leaf(self, tree: Any) -> Tensor:
-        """Return the tensor at the listener's path; raise if there is none, or if the tensor is nested."""
+        """Return the tensor at the listener's path; raise if the value is not a tensor, or is a nested tensor."""
         try:
             leaf = get(tree, self._path)
         except (LookupError, AttributeError, TypeError):
@@ -73,7 +73,8 @@ class Listener:
         if not isinstance(leaf, Tensor):
             raise TraceMismatchError(
                 f"Hook point '{self.place.name}' is not a tensor in this forward pass: found {type(leaf).__name__} in "
-                f"{type(tree).__name__}. Call hook_points() with inputs like these, and use the listed names."
+                f"{type(tree).__name__}. Call hook_points() with inputs like the ones in this forward pass, and use "
+                "the listed names."
             )
         if leaf.is_nested:
             raise UnsupportedModelError(nested(self.place.name))
@@ -83,7 +84,7 @@ class Listener:
 class Session:
     """A group of listeners that are attached together, and the root call in which the listeners run.
 
-    `calls` is the number of calls of each module in the traced root call, by name; None without a trace.
+    `calls` maps the name of each module or tap to its number of calls in the trace; None without a trace.
     """
 
     confined = False  # whether only the thread that opened the session may call the model
@@ -96,7 +97,7 @@ class Session:
         self.disabled_by: set[object] = set()  # open contexts that disable the session
         self.call = 0  # index of the current module call
         self.listeners: list[Listener] = []
-        self._in_containers = False  # whether any listener is at a tensor in a container that a module returns
+        self._in_containers = False  # whether any listener's tensor is in a container that a module returns
         self.root_call: RootCall | None = None  # the current root call
         self.running: str | None = None  # method of the current root call
         self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until called
@@ -108,23 +109,23 @@ class Session:
         self._task: Any = None  # the asyncio task that opened the session
 
     def on_begin(self, call: RootCall) -> None:
-        """Prepare for a root call; an error prevents the root call."""
+        """Prepare for a root call; if this method raises an error, the root call does not begin."""
 
     def on_end(self, call: RootCall) -> None:
         """Check a root call that completed without an error."""
 
     def on_error(self, error: Exception) -> None:
-        """Annotate an exception from a method, or raise another exception."""
+        """Add a note to an exception that the root call raised, or raise another exception in its place."""
 
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
-        """Add a listener at a place, for the next time that the session is attached."""
+        """Add a listener at a place; the listener takes effect the next time the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Attach the listeners while the context is open; each call of the method is a root call.
+        """Attach the listeners while the context is open; each call to the method is a root call.
 
-        After an interrupt just before the exit, freeing this generator runs the cleanup.
+        If an interrupt arrives just before the exit, the cleanup runs when this generator is freed.
         """
         if self.confined:
             self._thread, self._task = threading.get_ident(), _current_task()
@@ -135,10 +136,10 @@ class Session:
             yield
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach all listeners, or none on failure; outermost calls of the modules in `scopes` are root calls."""
+        """Attach all listeners, or none if one fails; outermost calls to the modules in `scopes` are root calls."""
         try:
             with _CHANGES:
-                self._attach(scopes)  # a call, because an interrupt at the end of a loop here would keep the lock
+                self._attach(scopes)  # a method, because an interrupt after a loop here would leave the lock held
         except BaseException:
             self.detach()
             raise
@@ -160,7 +161,7 @@ class Session:
             self._station(module).plan()
 
     def detach(self) -> None:
-        """Detach all listeners; hooks from elsewhere stay in place."""
+        """Detach all listeners; hooks that other code registered stay in place."""
         if any(listener.place.side == "tap" for listener in self.listeners):
             forget_taps(self)
         while self._touched:
@@ -172,11 +173,11 @@ class Session:
         self._with_inputs.clear()
 
     def let_go(self) -> None:
-        """Free the listeners' tensors now, not when the garbage collector finds the reference cycle."""
+        """Free the listeners' tensors now, without waiting for the garbage collector to find the reference cycle."""
         self.listeners.clear()
 
     def _station(self, module: nn.Module) -> Station:
-        self._touched[module] = None  # first, so that an interrupt leaves no hook behind
+        self._touched[module] = None  # stored first, so that an interrupt leaves no hook behind
         return Station.of(module) or Station(module)
 
     @property
@@ -198,7 +199,7 @@ class Session:
         return Moment(inputs, self.call, call.forward, published.now, call.method, call.masks)
 
     def begin(self, station: Station, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a root call for this module call, unless the module call belongs to the current root call."""
+        """Begin a root call when a module is called, unless that call belongs to the current root call."""
         running = self.root_call
         if not self.enabled or (running is not None and running.station is None):
             return
@@ -210,7 +211,7 @@ class Session:
             self._begin(RootCall(station, "__call__", args, kwargs))
 
     def end(self, station: Station, *, failed: bool) -> None:
-        """End the root call if this module's call began the root call."""
+        """End the current root call if it began with this call to the module."""
         running = self.root_call
         if not self.enabled or running is None or running.station is not station:
             return
@@ -231,7 +232,7 @@ class Session:
             self.check_owner()
             if not method == self.method == "__call__" or outer.method == "__call__" or outer.is_forward_of_method:
                 return function(*args, **kwargs)  # a nested forward pass belongs to the outer one
-            self.root_call = RootCall(None, outer.method, args, kwargs, True, outer.forwards)  # one token of `generate`
+            self.root_call = RootCall(None, outer.method, args, kwargs, True, outer.forwards)  # one token in `generate`
             outer.forwards += 1
             try:
                 return function(*args, **kwargs)
@@ -251,7 +252,7 @@ class Session:
             self._end(call, failed=failed)
 
     def stop(self, token: object) -> NoReturn:
-        """Stop the current forward pass, and end the root calls of all sessions on the model."""
+        """Stop the current forward pass and end the root call of every session; StopForward carries the token."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
             if session.root_call is not None and session.root_call.station is station:
@@ -268,7 +269,7 @@ class Session:
                 f"A context for {type(self.root).__name__} was garbage-collected while open, and is now closed. "
                 "Use `with`, or keep the context in a variable: context = patched(model, patches); context.__enter__()."
             )
-        self.on_begin(call)  # on an error, no root call has begun
+        self.on_begin(call)  # if this raises, no root call has begun
         self.failure, self.no_call = None, ""
         for station in self._with_inputs:
             station.order()
@@ -292,7 +293,7 @@ class Session:
                 self._thread = None
 
     def check_owner(self) -> None:
-        """Raise unless the current forward pass runs in the session's thread and asyncio task."""
+        """Raise ConcurrencyError unless the current forward pass runs in the session's thread and asyncio task."""
         if self._is_elsewhere():
             where = "thread" if threading.get_ident() != self._thread else "task"
             raise ConcurrencyError(
@@ -311,7 +312,7 @@ class Session:
         return self.enabled and self.root_call is not None and not self._is_elsewhere()
 
     def enter_call(self, counted: object) -> None:
-        """Count a call of a module or tap, and set `call` to the call's index."""
+        """Count a call to a module or tap, and set `call` to that call's index."""
         if not self.enabled:
             return
         if self._thread != threading.get_ident() or self._task is not None:
@@ -326,14 +327,14 @@ class Session:
             calls.append(self.call)
 
     def leave_call(self, counted: object) -> None:
-        """Set `call` to the index of the ending call; nested calls of a module end in reverse order."""
+        """Set `call` to the index of the call that is ending; nested calls to a module end in reverse order."""
         if not self.enabled or ((self._thread != threading.get_ident() or self._task) and self._is_elsewhere()):
             return  # `enter_call` already rejected this call
         calls = None if self.root_call is None else self.root_call.calls.get(counted)
         self.call = calls.pop() if calls and len(calls) > 1 else 0
 
     def is_call(self, place: Place) -> bool:
-        """Return whether a place refers to the current call."""
+        """Return whether a place refers to the current call; raise if the calls contradict the place or the trace."""
         if self.root_call is None:
             if place.call is not None:
                 raise HookPointError(
@@ -346,7 +347,8 @@ class Session:
             known = self.calls[place.module]
             raise TraceMismatchError(
                 f"Hook point '{place.name}': '{place.module}' was called {self.call + 1} times in this model call, but "
-                f"{known} time{'s' * (known != 1)} in the trace. Call hook_points() with inputs like these."
+                f"{known} time{'s' * (known != 1)} in the trace. Call hook_points() with inputs like the ones in this "
+                "forward pass."
             )
         if place.call is None and self.call > 0:
             raise HookPointError(
@@ -364,7 +366,7 @@ def _current_task() -> Any:
 
 @contextmanager
 def disabled(sessions: Iterable[Session]) -> Iterator[None]:
-    """Disable the listeners of these sessions; overlapping contexts may close in any order."""
+    """Disable the given sessions' listeners while the context is open; overlapping contexts may close in any order."""
     token = object()
 
     def end() -> None:

@@ -1,7 +1,8 @@
 """Run the model without side effects.
 
-We restore random number generators, buffers, training flags, hooks and module attributes, including the contents of
-plain containers, arrays, tensors, dataclasses and generators in attributes. Other objects are not restored.
+After a forward pass, we restore random number generators, buffers, training flags, hooks and module attributes. We also
+restore the contents of plain containers, arrays, tensors, dataclasses and generators in attributes, but not the
+contents of other objects.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 def training_modules(model: nn.Module) -> list[str]:
-    """List the modules that training mode makes random, or dependent on the batch or on earlier calls."""
+    """List the modules in training mode whose outputs may be random, or depend on other rows or on earlier calls."""
     named = model.named_modules()
     return [f"'{name}' ({type(each).__name__})" for name, each in named if each.training and depends_on_training(each)]
 
@@ -55,7 +56,7 @@ def depends_on_training(module: nn.Module) -> bool:
 
 
 class undisturbed:
-    """Context for forward passes that chanpatch starts, without gradients or side effects.
+    """Context manager for chanpatch's own forward passes, which run without gradients or side effects.
 
     The context is reusable, but cannot be nested. Threads take turns, because random number generators are global. The
     exit raises UnsupportedModelError if a forward pass created a submodule or a parameter.
@@ -69,7 +70,7 @@ class undisturbed:
         self.snapshot = Snapshot(model.modules(), *more)
 
     def __enter__(self) -> undisturbed:
-        self._is_locked, self._is_noted = True, False  # before the lock is taken, in case of an interrupt
+        self._is_locked, self._is_noted = True, False  # set before the lock is taken, in case of an interrupt
         try:
             _ONE_AT_A_TIME.acquire()
             self._note()
@@ -132,13 +133,13 @@ class undisturbed:
         return [*random_states(self._cuda), *self.snapshot.generator_states()]
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Yield the results of forward passes; before each result, restore the model but not the generators."""
+        """Iterate over forward passes; before each one, restore the model, but not the random number generators."""
         for each in forwards:
             self.snapshot.put_back()
             yield each
 
     def kept(self, output: Any) -> Any:
-        """Clone the tensors in an output that restoring the model would overwrite."""
+        """Return the output, with clones in place of the tensors that restoring the model would overwrite."""
         restored = {storage(tensor) for tensor in self.snapshot.tensors()} - {0}
         for path, tensor in [*leaves(output)] if restored else ():
             if storage(tensor) in restored:
@@ -157,7 +158,7 @@ def random_states(cuda: Iterable[torch.device] = ()) -> list[object]:
 class Snapshot:
     """Snapshot of modules and attribute dicts, taken by `note`; objects whose ids are in `apart` are not restored.
 
-    For parameters, only the names are saved, because libraries that shard or offload a model replace parameters.
+    For parameters, only the names are saved, because libraries that shard or offload a model replace the parameters.
     """
 
     def __init__(
@@ -168,10 +169,10 @@ class Snapshot:
         self._dicts += attributes
         self._apart = {*apart}
         self._noted: list[dict[Any, Any]] = []
-        self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, each with the saved contents
+        self._held: list[tuple[Any, Any]] = []  # containers, arrays and tensors, each with its saved contents
 
     def note(self) -> Snapshot:
-        """Save the current state; if nothing has changed since the last call, copy only the generators."""
+        """Save the current state; if nothing has changed since the last call, save only the generators' states."""
         if not self._noted or self.changed() or self.rewritten():
             self._noted = [dict(each) for each in self._dicts]
             self._parts = [_parts(own) for _, own in self._owns]
@@ -183,28 +184,28 @@ class Snapshot:
         return self
 
     def changed(self) -> bool:
-        """Return whether an attribute, buffer, submodule or hook was set, replaced or removed."""
+        """Return whether an attribute, buffer, submodule or hook was set, replaced or removed since `note`."""
         keys, values = itertools.chain(*self._dicts), itertools.chain(*map(dict.values, self._dicts))
         return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
     def put_back(self) -> None:
-        """Restore everything except generators; raise UnsupportedModelError for a new submodule or parameter."""
+        """Restore all but the generators; raise UnsupportedModelError if a submodule or parameter was created."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:
-                built.append(f"'{name}' of {kind}")
+                built.append(f"'{name}' in {kind}")
                 own["_parameters"].pop(name, None)
         if self.changed():
             for each, noted in zip(self._dicts, self._noted, strict=True):
                 _put_back(each, noted)
-            self._note_bound()  # a method may stay wrapped for a long time
+            self._note_bound()  # a method that stays wrapped is not a change
         for held, content in self._held:
             if not _same(held, content):
                 _refill(held, content)
         if built:
             raise UnsupportedModelError(
                 f"{built[0]} was created by this forward pass, and would be created again by each forward pass that "
-                "chanpatch runs. Run the model once before you pass the model to chanpatch."
+                "chanpatch runs. Run the model once before you pass it to chanpatch."
             )
 
     def rewritten(self) -> list[Any]:
@@ -212,13 +213,13 @@ class Snapshot:
         return [held for held, content in self._held if not _same(held, content)]
 
     def keep_hooks(self) -> None:
-        """Make `put_back` keep the current hooks, because contexts may have closed since `note`."""
+        """Make `put_back` keep the current hooks, because contexts may have closed since `note` ran."""
         hooks = {id(own[name]) for _, own in self._owns for name in ("_forward_hooks", "_forward_pre_hooks")}
         pairs = zip(self._dicts, self._noted, strict=False)  # `note` may not have run yet
         self._noted = [dict(each) if id(each) in hooks else noted for each, noted in pairs]
 
     def put_back_generators(self) -> None:
-        """Restore the random generators in the model."""
+        """Restore the random number generators in the model."""
         for generator, state in zip(self._generators, self._states, strict=True):
             if isinstance(generator, np.random.Generator):
                 generator.bit_generator.state = state
@@ -226,7 +227,7 @@ class Snapshot:
                 getattr(generator, "setstate" if isinstance(generator, random.Random) else "set_state")(state)
 
     def generator_states(self) -> list[str]:
-        """Return the current states of the random generators in the model, for comparison."""
+        """Return the current states of the random number generators in the model, for comparison."""
         return [*map(generator_state, self._generators)]
 
     def tensors(self) -> list[Tensor]:
@@ -291,7 +292,7 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
 
 
 def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
-    """Find the objects in attributes, at any depth, that a forward pass may modify."""
+    """Find the objects, at any depth in the attribute dicts, that a forward pass may modify; skip ids in `apart`."""
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
@@ -308,7 +309,7 @@ def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
 
 
 def may_be_written(tensor: Any) -> bool:
-    """Return whether an object is a tensor that a forward pass may write into; parameters are not."""
+    """Return whether an object is a tensor, but not a parameter, that a forward pass may write to."""
     if not isinstance(tensor, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False  # tensors left over from a finished transform are unreadable
     weight = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
@@ -322,7 +323,7 @@ def _content(held: Any) -> Any:
 
 
 def _same(held: Any, content: Any) -> bool:
-    """Return whether two arrays or tensors have equal values, or two containers have the same objects in order."""
+    """Return whether arrays or tensors have equal values, or containers have the same objects in the same order."""
     if isinstance(held, Tensor):
         dense = [each if each.layout == torch.strided else each.to_dense() for each in (held, content)]
         return torch.equal(*dense)
@@ -353,7 +354,7 @@ def _refill(held: Any, content: Any) -> None:
 
 
 def storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's storage, or 0 if unknown."""
+    """Return the address of a tensor's storage, or 0 if the tensor does not have a known address."""
     if tensor.layout == torch.strided and not tensor.is_meta:
         with suppress(RuntimeError):  # a wrapper around other tensors has no storage
             return tensor.untyped_storage().data_ptr()

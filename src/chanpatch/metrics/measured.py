@@ -15,14 +15,15 @@ from .outputs import described
 
 Metric: TypeAlias = Callable[..., Tensor]
 
-_EXPECTED = "A metric must return one number per input, (batch,), or a single number."
+_EXPECTED = "A metric must return one number per input, with shape (batch,), or a single number."
 
 
 def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric") -> Tensor:
-    """Compute a metric: `(batch,)` or `(1,)`. A keyword-only parameter `baseline` receives the unpatched output.
+    """Compute a metric, check its result, and return the result with shape `(batch,)` or `(1,)`.
 
-    Raises MetricError, with a message that begins with `name`, if the metric is not callable, returns another shape or
-    type, or modifies its arguments.
+    `baseline`, the unpatched output, is passed only to metrics with a keyword-only parameter of that name. If the
+    metric is not callable, returns a result with another shape or type, or modifies its arguments, this function raises
+    MetricError with a message that begins with `name`.
     """
     if not callable(metric):
         raise MetricError(
@@ -55,14 +56,14 @@ def compares(metric: Metric) -> bool:
         parameter = inspect.signature(metric).parameters.get("baseline")
     except (TypeError, ValueError):  # some builtins have no signature
         return False
-    given = getattr(inspect.unwrap(metric), "keywords", {})  # set by a functools.partial
+    given = getattr(inspect.unwrap(metric), "keywords", {})  # arguments that functools.partial has already set
     return "baseline" not in given and parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
 
 
 class Metrics:
-    """One or more metrics by name. `baseline` contains the metrics of the unpatched output, float64 `(input,)`.
+    """One or more named metrics. `baseline` maps each name to the metric's values on the unpatched output (float64).
 
-    `inputs` is the number of inputs, or None if unknown.
+    `inputs` is the number of inputs, or None if this number is unknown.
     """
 
     def __init__(self, metric: Metric | Mapping[str, Metric], baseline: Any, inputs: int | None) -> None:
@@ -79,7 +80,7 @@ class Metrics:
                 )
 
     def __call__(self, output: Any) -> dict[str, Tensor]:
-        """Return the metrics of an output, as float64 tensors on the CPU."""
+        """Compute all metrics for an output; return a dict from name to values, as float64 tensors on the CPU."""
         found = {}
         for name, function in self._functions.items():
             with torch.no_grad():

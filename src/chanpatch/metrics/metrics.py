@@ -1,9 +1,9 @@
-"""Metrics for policies and classifiers: functions that map an output to `(batch,)`.
+"""Metrics for policies and classifiers: functions that map an output to one number per input.
 
-The metrics accept logits `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` with a value
-`(batch,)` or `(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that contain one
-distribution. Sequence logits, `(batch, position, action)`, need `at_position`. All metrics except `action_flip` are
-differentiable.
+The metrics accept logits with shape `(batch, action)`, `torch.distributions` objects, pairs `(logits, value)` in which
+the value has shape `(batch,)` or `(batch, 1)`, Stable-Baselines3 distributions, and tuples, dicts and objects that
+contain one distribution. They return a tensor with shape `(batch,)`. For sequence logits with shape
+`(batch, position, action)`, use `at_position`. All metrics except `action_flip` are differentiable.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .outputs import Actions, Choice, described, distribution_of, is_categorical
 
 
 def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
-    """Return a metric: the logit of `correct` minus the logit of `incorrect`, which is their log odds.
+    """Return a metric: the logit of `correct` minus the logit of `incorrect` (the log odds).
 
-    The logit of a set of actions is the log-sum-exp of their logits, so the difference between two sets is the log
-    ratio of their probabilities.
+    The logit of a set of actions is the log-sum-exp of the actions' logits, so the difference between two sets is the
+    log ratio of the sets' probabilities.
 
     Args:
-        correct: Action, sequence of actions to treat as a single action, or int64 tensor `(batch,)` with one action per
-            input.
-        incorrect: Action or actions in the same form.
+        correct: An action, a sequence of actions to treat as a single action, or an int64 tensor of shape `(batch,)`
+            with one action per input.
+        incorrect: The action or actions to compare with, in the same format as `correct`.
 
     Raises:
-        MetricError: If the actions are invalid. The metric raises it if the output lacks an action or has sequence
-            logits.
+        MetricError: If the actions are invalid. The returned metric raises MetricError if the output lacks one of the
+            actions or has sequence logits.
 
     Example:
         >>> logit_difference(0, 2)(torch.tensor([[3.0, 0.0, 1.0]]))
@@ -48,7 +48,7 @@ def logit_difference(correct: Actions, incorrect: Actions) -> Metric:
 
 
 def log_probability(actions: Actions) -> Metric:
-    """Return a metric: the log probability of an action, or of a set of actions combined, in nats.
+    """Return a metric: the log probability, in nats, of an action or of a set of actions combined.
 
     Arguments and errors are the same as for `logit_difference`.
 
@@ -60,7 +60,7 @@ def log_probability(actions: Actions) -> Metric:
 
 
 def action_probability(actions: Actions) -> Metric:
-    """Return a metric: the probability of an action, or of a set of actions combined, from 0 to 1.
+    """Return a metric: the probability of an action, or the total probability of a set of actions.
 
     Arguments and errors are the same as for `logit_difference`.
 
@@ -75,16 +75,16 @@ def action_probability(actions: Actions) -> Metric:
 def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
     """Return the Kullback-Leibler divergence `KL(baseline || output)` between action distributions, in nats.
 
-    The divergence is infinite if the output excludes an action that the baseline may take. For continuous actions, it
-    is summed over dimensions.
+    The divergence is infinite if the output gives probability 0 to an action that is possible under the baseline. For
+    continuous actions, the divergence is summed over action dimensions.
 
     Args:
         output: Output of the patched model.
         baseline: Output of the unpatched model on the same inputs.
 
     Raises:
-        DistributionError: If there is no distribution, or torch has no formula for the divergence.
-        MetricError: If the shapes differ, or the logits are sequences.
+        DistributionError: If an output contains no distribution, or torch has no formula for the divergence.
+        MetricError: If the two outputs have different shapes, or an output has sequence logits.
 
     Example:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), baseline=torch.tensor([[100.0, 0.0]]))
@@ -99,9 +99,10 @@ def kl_divergence(output: Any, *, baseline: Any) -> Tensor:
 
 
 def total_variation(output: Any, *, baseline: Any) -> Tensor:
-    """Return the total variation distance between action distributions: 0 if equal, 1 if disjoint.
+    """Return the total variation distance between action distributions: 0 if they are equal, 1 if they are disjoint.
 
-    This is half the sum of the absolute differences in probability. Arguments are the same as for `kl_divergence`.
+    The distance is half the sum of the absolute differences in probability. Arguments are the same as for
+    `kl_divergence`.
 
     Raises:
         DistributionError: If either output has no logits.
@@ -116,9 +117,10 @@ def total_variation(output: Any, *, baseline: Any) -> Tensor:
 
 
 def action_flip(output: Any, *, baseline: Any) -> Tensor:
-    """Return 1 if the most probable action differs from the baseline's, else 0. The mean is the flip rate.
+    """Return 1 for each input whose most probable action differs from the baseline's, and 0 for all other inputs.
 
-    Ties go to the first action. Arguments and errors are the same as for `total_variation`.
+    The mean is the flip rate. If several actions are equally probable, the first of them counts as the most probable.
+    Arguments and errors are the same as for `total_variation`.
 
     Example:
         >>> action_flip(torch.eye(2), baseline=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -132,8 +134,8 @@ def entropy(output: Any) -> Tensor:
     """Return the entropy of the output's distribution in nats, summed over the dimensions of a continuous action.
 
     Raises:
-        DistributionError: If there is no distribution, or torch has no formula for its entropy.
-        MetricError: If the logits are sequences.
+        DistributionError: If the output contains no distribution, or torch has no entropy formula for the distribution.
+        MetricError: If the output has sequence logits.
 
     Example:
         >>> entropy(torch.zeros(1, 2))
@@ -149,8 +151,9 @@ def entropy(output: Any) -> Tensor:
 def value(output: Any) -> Tensor:
     """Return a policy's value estimate.
 
-    The value is the entry `value` or `values` of a dict or an object. If the output is a tensor `(batch,)` or
-    `(batch, 1)`, it is the value. In a tuple, the value is the only such tensor after the logits or the distribution.
+    In a dict or an object, the value is the entry or attribute named `value` or `values`. An output tensor with shape
+    `(batch,)` or `(batch, 1)` is itself the value. In a tuple, the value is the only such tensor after the logits or
+    the distribution.
 
     Raises:
         MetricError: If no tensor, or more than one, could be the value.
@@ -162,22 +165,25 @@ def value(output: Any) -> Tensor:
     candidates = value_candidates(output)
     if len(candidates) != 1:
         raise MetricError(
-            f"The output, {described(output)}, contains {len(candidates)} tensors (batch,) or (batch, 1) that could be "
-            "the value, but there must be exactly one. Use a metric that selects the value: lambda output: output[1]."
+            f"The output, {described(output)}, contains {len(candidates)} tensors of shape (batch,) or (batch, 1) that "
+            "could be the value, but must contain exactly one. Use a metric that selects the value: lambda output: "
+            "output[1]."
         )
     return candidates[0].reshape(-1)
 
 
 def at_position(metric: Metric, position: int | Tensor) -> Metric:
-    """Return a metric for sequence logits `(batch, position, action)`, computed at one position in each sequence.
+    """Return a metric that applies `metric` at one position of sequence logits, `(batch, position, action)`.
 
     Args:
-        metric: Metric for logits `(batch, action)`. A baseline is read at the same position.
-        position: Position in every sequence, such as -1 for the last, or an int64 tensor `(batch,)` with one position
-            per input, such as `lengths - 1` for padded sequences.
+        metric: Metric for logits with shape `(batch, action)`. If it uses a baseline, the same position is selected
+            from the baseline.
+        position: Position in every sequence, such as -1 for the last position, or an int64 tensor of shape `(batch,)`
+            with one position per input, such as `lengths - 1` for padded sequences.
 
     Raises:
-        MetricError: If the position is invalid. The metric raises it if the logits have no such axis or position.
+        MetricError: If the position is invalid. The returned metric raises MetricError if the logits have no position
+            axis or no such position.
 
     Example:
         >>> logits = torch.zeros(2, 5, 4)
@@ -187,7 +193,7 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
     """
     numbers = position.tolist() if isinstance(position, Tensor) else [position]
     if not numbers or not all(type(number) is int for number in numbers):
-        raise MetricError(f"position must be an int or an int64 tensor (batch,); got {shown(position)}.")
+        raise MetricError(f"position must be an int or an int64 tensor of shape (batch,); got {shown(position)}.")
 
     def selected(output: Any) -> Tensor:
         logits = logits_of(output)
@@ -205,7 +211,7 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
             raise MetricError(f"position has {len(numbers)} entries for {inputs} inputs. Pass one position per input.")
         return logits[torch.arange(inputs, device=logits.device), position.to(logits.device)]
 
-    @functools.wraps(metric)  # keeps the signature, which shows whether the metric compares
+    @functools.wraps(metric)  # keeps the signature, in which compares() looks for `baseline`
     def there(output: Any, **baseline: Any) -> Tensor:
         return metric(selected(output), **{name: selected(other) for name, other in baseline.items()})
 
@@ -215,15 +221,16 @@ def at_position(metric: Metric, position: int | Tensor) -> Metric:
 def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """Return a metric rescaled so that its mean is 0 on the corrupted run and 1 on the clean run.
 
-    On a patched corrupted run, the mean is the fraction of the clean run's effect that the patch restores.
+    On a corrupted run with a patch, the mean is the fraction of the difference between the clean and the corrupted run
+    that the patch restores.
 
     Args:
-        metric: Metric without a parameter `baseline`.
+        metric: Metric without a `baseline` parameter.
         clean: Output of the model on the clean inputs.
         corrupted: Output of the model on the corrupted inputs.
 
     Raises:
-        MetricError: If the two means are equal, or the metric has a parameter `baseline`.
+        MetricError: If the metric has equal means on both runs, or has a `baseline` parameter.
 
     Example:
         >>> clean, corrupted = torch.tensor([[4.0, 0.0]]), torch.tensor([[0.0, 0.0]])
@@ -236,14 +243,14 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
     """
     if compares(metric):
         raise MetricError(
-            "normalized_effect() needs a metric without a baseline, but this metric has a parameter `baseline`. Use it "
-            "directly: the metric is already 0 if the output equals the baseline."
+            "normalized_effect() needs a metric without a `baseline` parameter, but this metric has one. Use this "
+            "metric directly: it is already 0 if the output equals the baseline."
         )
     one, zero = metric(clean).detach().mean(), metric(corrupted).detach().mean()
     if torch.isclose(one, zero, atol=0.0):
         raise MetricError(
-            f"The mean metric is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
-            "difference to normalize by. Choose other inputs or another metric."
+            f"The metric's mean is {one:.6g} on the clean run and {zero:.6g} on the corrupted run, so there is no "
+            "difference to normalize by. Choose different inputs or a different metric."
         )
 
     def normalized_effect(output: Any) -> Tensor:
@@ -253,7 +260,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
 
 
 def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
-    """Return a metric that applies a function to the normalized logits; results show `name`."""
+    """Return a metric that applies `compute` to the output's normalized logits; results show the metric as `name`."""
 
     def metric(output: Any) -> Tensor:
         return compute(_log_probabilities(output))
@@ -263,11 +270,11 @@ def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
 
 
 def _log_probabilities(output: Any) -> Tensor:
-    """Return the normalized logits, `(batch, action)`."""
+    """Return the output's normalized logits; raise MetricError if their shape is not `(batch, action)`."""
     logits = logits_of(output)
     if logits.dim() != 2:
         last = "Use at_position(metric, -1) for the last position."
-        advice = last if logits.dim() == 3 else "Reshape them to (batch, action)."
+        advice = last if logits.dim() == 3 else "Reshape the logits to (batch, action)."
         raise MetricError(
             f"The output has logits of shape {tuple(logits.shape)}, but this metric needs (batch, action). {advice}"
         )
@@ -283,21 +290,23 @@ def _compared(output: Any, baseline: Any) -> tuple[Tensor, Tensor]:
 def _check_same_shape(ours: Sequence[int], theirs: Sequence[int]) -> None:
     if tuple(ours) != tuple(theirs):
         raise MetricError(
-            f"The output has shape {tuple(ours)} and the baseline {tuple(theirs)}. Compare outputs for the same inputs."
+            f"The output has shape {tuple(ours)}, but the baseline has shape {tuple(theirs)}. Compare outputs for the "
+            "same inputs."
         )
 
 
 def _expected(probabilities: Tensor, quantity: Tensor) -> Tensor:
-    """Return the expected quantity; actions with probability 0 contribute 0, even if their quantity is infinite."""
+    """Return the expectation of `quantity` over actions; an action with probability 0 contributes 0, never NaN."""
     return (torch.where(probabilities > 0, quantity, 0.0) * probabilities).sum(-1)
 
 
 def _summed(found: Distribution, what: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Compute a quantity of a continuous distribution, summed over the action dimensions."""
+    """Compute a quantity of a continuous distribution, and sum it over the action dimensions."""
     try:
         result = compute()
     except NotImplementedError:
         raise DistributionError(
-            f"torch.distributions has no formula for the {what} of {type(found).__name__}. Estimate it from samples."
+            f"torch.distributions has no formula for the {what} of {type(found).__name__}. Estimate the {what} from "
+            "samples."
         ) from None
     return result.flatten(1).sum(-1) if result.dim() > 1 else result

@@ -17,7 +17,10 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return the distribution in an output (the output itself, an entry, or from named logits), or None."""
+    """Return an output's distribution: the output itself, its only distribution, or the one that its logits define.
+
+    The logits must be in a field named `logits`. Return None if there is no distribution, or if there are several.
+    """
     if isinstance(output, Distribution):
         return output
     if isinstance(output, Mapping):
@@ -33,12 +36,12 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return an entry that is a distribution or logits as a distribution; None for any other entry."""
+    """Return an entry if it is a distribution, the distribution that it defines if it is a tensor, otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
 def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
-    """Return an output that is a tensor, or the first tensor of a pair `(tensor, value)`; otherwise None."""
+    """Return the output if it is a tensor, its first tensor if it is a pair `(tensor, value)`, and otherwise None."""
     if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(item, Tensor) for item in output):
         first, value = output
         is_value = value.is_floating_point() and value.shape in (first.shape[:1], (*first.shape[:1], 1))
@@ -47,34 +50,36 @@ def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution defined by logits, or None if the tensor cannot be logits; raise for a single column."""
+    """Return the distribution that logits define; None for other tensors. Logits for one action raise an error."""
     if not logits.is_floating_point() or not logits.dim():
         return None
     if logits.shape[-1] == 1:
         raise DistributionError(
-            f"A tensor of shape {tuple(logits.shape)} has a single action, whose probability is always 1. If this is "
-            "the logit of the second of two actions, return torch.distributions.Bernoulli(logits=...)."
+            f"A tensor of shape {tuple(logits.shape)} contains the logit of only one action, whose probability is "
+            "always 1. If this is the logit of the second of two actions, return "
+            "torch.distributions.Bernoulli(logits=...)."
         )
-    # Values inside vmap and empty tensors cannot be validated. Pass the argument, because the first torch.compile in a
-    # process changes the default.
+    # Values inside vmap and empty tensors cannot be validated. Pass validate_args explicitly, because the first
+    # torch.compile in a process changes the default.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
 
 
 def is_squashed(output: Any) -> bool:
-    """Return whether Stable-Baselines3 applies a tanh after the output's distribution."""
+    """Return whether Stable-Baselines3 applies a tanh to samples from the output's distribution."""
     return getattr(output, "bijector", None) is not None or type(output).__name__.startswith("Squashed")
 
 
 def no_distribution(output: Any, subject: str, advice: str) -> DistributionError:
-    """Return the error for an output without a distribution."""
+    """Return the error for output without a distribution; its message has `subject` first, `advice` last."""
     return DistributionError(
-        f"{subject} {described(output)}, which contains no action distribution. Expected logits (batch, action), a "
-        f"torch.distributions object, a tuple with one, (logits, value), or a dict with 'logits'. {advice}"
+        f"{subject} {described(output)}, which contains no action distribution. Expected logits of shape (batch, "
+        f"action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
+        f"'logits'. {advice}"
     )
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution in an output, or the distribution from its logits; raise an error otherwise."""
+    """Return the distribution in an output, or the distribution that its logits define; otherwise, raise an error."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
@@ -82,15 +87,16 @@ def distribution_of(output: Any) -> Distribution:
     except ValueError as fault:
         raise DistributionError(
             f"The output is {described(output)} with NaN logits. Find the first NaN activation with recording(...). A "
-            "patch may have set values too large for later layers."
+            "patch may have set values that are too large for later layers."
         ) from fault
     if found is None and isinstance(output, (tuple, list)):
         raise MetricError(
-            f"The output is {described(output)}. A metric accepts tuples with one distribution, and pairs (logits, "
-            "value) with a value (batch,) or (batch, 1). Select the logits: lambda output: metric(output[0])."
+            f"The output is {described(output)}. A metric accepts a tuple that contains one distribution, or a pair "
+            "(logits, value) whose value has shape (batch,) or (batch, 1). Select the logits: lambda output: "
+            "metric(output[0])."
         )
     if found is None:
-        raise no_distribution(output, "The output is", "Use a metric that selects one of these.")
+        raise no_distribution(output, "The output is", "Use a metric that selects one of these from the output.")
     return found
 
 
@@ -100,7 +106,7 @@ def is_categorical(found: Distribution) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the normalized logits in an output, `(..., action)`; raise DistributionError if it has no logits."""
+    """Return an output's normalized logits, with shape `(..., action)`; raise DistributionError if it has no logits."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
@@ -112,9 +118,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 class Choice:
-    """Actions treated as a single action, with the log-sum-exp of their logits, as in `logit_difference`.
+    """Compute the logit of one action, of a set of actions treated as one, or of one action per input (a tensor).
 
-    Raises MetricError if the actions are invalid or the logits lack an action. `name` appears in the message.
+    The logit of a set is the log-sum-exp of its actions' logits, as in `logit_difference`. If the actions are invalid,
+    or the logits lack an action, this class raises a MetricError that refers to the actions as `name`.
     """
 
     def __init__(self, name: str, actions: Actions) -> None:
@@ -128,7 +135,7 @@ class Choice:
         except TypeError:
             raise MetricError(
                 f"{name} must be an action (an int), a sequence of actions to treat as a single action, or an int64 "
-                f"tensor (batch,) with one action per input; got {shown(actions)}."
+                f"tensor of shape (batch,) with one action per input; got {shown(actions)}."
             ) from None
         if not numbers or min(numbers) < 0:
             raise MetricError(f"{name} is {shown(actions)}. Pass at least one action; actions are numbered from 0.")
@@ -137,23 +144,25 @@ class Choice:
         self._numbers, self._highest = torch.tensor(numbers), max(numbers)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Return the logit of the actions, `(batch,)`, from logits `(batch, action)`."""
+        """Return the logit of the chosen actions, with shape `(batch,)`, from logits with shape `(batch, action)`."""
         count = logits.shape[-1]
         if self._highest >= count:
-            raise MetricError(f"{self.name} has action {self._highest}, but the output has actions 0 to {count - 1}.")
+            raise MetricError(
+                f"{self.name} includes action {self._highest}, but the output has actions 0 to {count - 1}."
+            )
         numbers = self._numbers.to(logits.device)
         if not self.per_input:
             return logits.index_select(-1, numbers).logsumexp(-1)
         if len(numbers) != len(logits):
             raise MetricError(
                 f"{self.name} has one action for each of {len(numbers)} inputs, but the output has {len(logits)} "
-                "inputs. Pass one action per input, or a list of actions to treat as a single action."
+                "rows. Pass one action per input, or a list of actions to treat as a single action."
             )
         return logits.gather(-1, numbers.unsqueeze(-1)).squeeze(-1)
 
 
 def value_candidates(output: Any) -> list[Tensor]:
-    """Return the tensors in an output, `(batch,)` or `(batch, 1)`, that could be the value."""
+    """Return the tensors in an output that have shape `(batch,)` or `(batch, 1)` and could be the value."""
     names = ("value", "values")
     entries = output if isinstance(output, Mapping) else {name: getattr(output, name, None) for name in names}
     found: Sequence[Any] = [output] if isinstance(output, Tensor) else [entries.get(name) for name in names]
@@ -175,5 +184,5 @@ def described(output: Any) -> str:
 
 
 def shown(argument: Any) -> str:
-    """Return the repr of an argument, or a description if it is a tensor with axes."""
+    """Return an argument's repr, or a description if the argument is a tensor with axes."""
     return described(argument) if isinstance(argument, Tensor) and argument.dim() else repr(argument)

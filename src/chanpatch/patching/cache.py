@@ -18,16 +18,17 @@ from ..results import Records
 
 
 class ActivationCache(Records, Mapping[Site, Tensor]):
-    """Activations by site.
+    """Recorded activations, with sites as keys.
 
-    A key may also be a name, which stands for the whole hook point or, if that is not in the cache, for the only cached
-    site at the hook point. A pattern such as `"h.*"` works if exactly one site matches. The operators +, -, * and /
-    accept a number or a cache with the same sites, as in `clean - corrupted`. Small integer dtypes become int64.
+    A key may also be a name. If the whole hook point was recorded, the name refers to the whole hook point; otherwise,
+    the name refers to the only recorded site at the hook point. A pattern such as `"h.*"` works if exactly one site
+    matches. The operators +, -, * and / accept a number or a cache with the same sites, as in `clean - corrupted`, and
+    convert small integer dtypes to int64.
 
     Args:
-        activations: Activation at each site, with the axes of the region, or the axes left by a reduction.
+        activations: Activation at each site, with all axes of the region or, after a reduction, the remaining axes.
         axes: Axis names for each activation.
-        batch_axes: Index of the batch axis in each activation; None if unknown.
+        batch_axes: Index of the batch axis in each activation; None if the batch axis is unknown.
     """
 
     _most = None
@@ -57,7 +58,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return self._axes[self._site(key)]
 
     def batch_axis(self, key: Site | str) -> int | None:
-        """Return the index of the batch axis in an activation, or None if unknown."""
+        """Return the index of the batch axis in an activation, or None if the batch axis is unknown."""
         return self._batch_axes[self._site(key)]
 
     def _site(self, key: Site | str | HookPoint) -> Site:
@@ -96,7 +97,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             )
         if set(self) != set(other):
             apart = ", ".join(sorted(repr(site) for site in set(self) ^ set(other)))
-            raise SiteError(f"Caches with different sites cannot be combined. These sites are not in both: {apart}.")
+            raise SiteError(f"Caches with different sites cannot be combined. Sites in only one cache: {apart}.")
         repeats = self._is_mean or other._is_mean
         for site, activation in self.items():
             lengths, others, rows = tuple(activation.shape), tuple(other[site].shape), self._batch_axes[site]
@@ -104,8 +105,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             pairs = enumerate(itertools.zip_longest(lengths, others, fillvalue=-1))
             if any(m != n and (axis in fixed or -1 in (m, n) or 1 not in (m, n)) for axis, (m, n) in pairs):
                 raise SiteError(
-                    f"{site!r} has shape {lengths} in one cache and {others} in the other. Along the batch, only the "
-                    "result of cache.mean() is broadcast."
+                    f"{site!r} has shape {lengths} in one cache and {others} in the other. Only the result of "
+                    "cache.mean() may be broadcast, and only along the batch axis."
                 )
         combined = self._like(lambda activation, site: operation(_widened(activation), _widened(other[site])))
         combined._is_mean = self._is_mean and other._is_mean
@@ -135,11 +136,11 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return means
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
-        """Return a copy of the cache on another device or with another dtype; arguments as in `Tensor.to`."""
+        """Return a copy of the cache on another device or with another dtype. Arguments are passed to `Tensor.to`."""
         return self._like(lambda activation, site: activation.to(*args, **kwargs))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per element: site, index along each axis, value."""
+        """Return one record per element, with the site, the index along each axis, and the value."""
         records = []
         for site, activation in self.items():
             values = activation.detach().cpu().flatten().tolist()
@@ -162,17 +163,17 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return f"ActivationCache of {len(self)} sites"
 
     def _append(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
-        """Append the activation from one forward pass; the parts are concatenated along the batch."""
+        """Append an activation from one forward pass; a site's activations are concatenated along the batch axis."""
         if site in self._parts and batch_axis is None:
             raise BatchAxisError(
-                f"{site!r} was recorded in two forward passes, which cannot be concatenated. {no_batch(site)} "
-                "Alternatively, open one recording per forward pass."
+                f"{site!r} was recorded in two forward passes, whose activations cannot be concatenated. "
+                f"{no_batch(site)} Alternatively, open one recording per forward pass."
             )
         self._parts.setdefault(site, []).append(activation)
         self._axes[site], self._batch_axes[site] = axes, batch_axis
 
 
 def _widened(activation: Tensor) -> Tensor:
-    """Convert small integer dtypes to int64, so that arithmetic does not wrap around."""
+    """Convert small integer dtypes to int64, so that arithmetic does not overflow."""
     small = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
     return activation.long() if activation.dtype in small else activation

@@ -43,10 +43,10 @@ class ContextSession(Session):
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         refuse_unhookable(self.modules)
-        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules between the root and the listeners
+        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules from the root to the listeners
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach the listeners, and store the modules between the root and the listeners."""
+        """Attach the listeners, and store the modules on the path from the root to each listener."""
         names = dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap")
         ways = [itertools.accumulate(name.split("."), "{}.{}".format) for name in names if name]
         self._way = []
@@ -74,11 +74,11 @@ class ContextSession(Session):
             )
 
     def finish(self, error: Exception | None) -> None:
-        """Check the context on exit; may raise, or annotate or replace an exception in flight."""
+        """Check the context on exit, and raise any errors found; an exception in flight (`error`) may be replaced."""
 
 
 class Exit:
-    """Descriptor that detects `with`, which looks up `__exit__` on entry; a direct call of `__enter__` does not."""
+    """Descriptor that detects `with`: `with` looks up `__exit__` on entry, but a call to `__enter__` does not."""
 
     def __init__(self, leave: Callable[..., None]) -> None:
         self._leave = leave
@@ -91,9 +91,10 @@ class Exit:
 
 
 class Held(ContextDecorator):
-    """A context that `with` or a variable must keep alive while open.
+    """A context that a `with` statement or a variable must keep alive while the context is open.
 
-    If a context is entered with `__enter__()` and freed while open, the next root call in each session raises.
+    If a context is entered with `__enter__()` and freed while it is open, the next root call in each session raises an
+    error.
     """
 
     is_held = False
@@ -120,11 +121,11 @@ class Held(ContextDecorator):
 
 
 class Opened(Held, Generic[Result]):
-    """Context manager and decorator that opens a session; the function `session` creates one per entry."""
+    """Context manager and decorator that opens a session; each entry calls `session` to create a new one."""
 
     def __init__(self, session: Callable[[], ContextSession]) -> None:
         self._new = session
-        self._next: ContextSession | None = session()  # built eagerly, so errors surface here
+        self._next: ContextSession | None = session()  # built eagerly, so that errors surface here
 
     def _recreate_cm(self) -> Opened[Result]:
         return Opened(self._new)
@@ -137,7 +138,7 @@ class Opened(Held, Generic[Result]):
         try:
             self.hold(session, context)
             return session.result  # type: ignore[no-any-return]
-        except BaseException:  # an interrupt before the body of `with`
+        except BaseException:  # an interrupt arrived before the body of `with`
             self.forget(context)
             raise
 
@@ -159,7 +160,7 @@ class Opened(Held, Generic[Result]):
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Check patches and bind sites to the trace; without a trace, only names and types are checked."""
+    """Check patches and bind their sites to the trace; without a trace, check only types and the sites' names."""
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
@@ -174,15 +175,15 @@ def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Pa
 
 
 def _refuse_shared_edits(patches: Iterable[Patch]) -> None:
-    """Raise if two patches have the same stateful callable as the edit."""
+    """Raise EditError if two patches have the same stateful callable as their edit."""
     known: dict[object, Patch] = {}
     for patch in patches:
         if state_of(patch.edit) is None:
             continue
         if first := known.get(key := call_key(patch.edit)):
             raise EditError(
-                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, which would share "
-                "state. Use a separate object for each patch, or a plain function."
+                f"{edit_name(patch.edit)} is the edit at both {first.site!r} and {patch.site!r}, so the two "
+                "patches would share its state. Use a separate object for each patch, or a plain function."
             )
         known[key] = patch
 
@@ -197,7 +198,7 @@ class Patching(ContextSession):
         self.check_nan = check_nan
         self.patches = checked_patches(points_or_model, patches)
         names = [patch.site.name for patch in self.patches]
-        self.allow_unreached = allowed_names(allow_unreached, names, "there is no patch")
+        self.allow_unreached = allowed_names(allow_unreached, names, "patched")
         self.firings: list[Firing] = []
         for patch in self.patches:
             point = resolve(self.modules, patch.site)
@@ -211,34 +212,36 @@ class Patching(ContextSession):
             firing.reached, firing.nan = False, None
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """List the hook points whose patches did not run, among all patches or patches with these indices."""
+        """List the hook points whose patches have not run; `among` contains the indices of the patches to check."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
 
 
-def allowed_names(names: str | Iterable[str], known: Iterable[str], nothing: str) -> frozenset[str]:
-    """Return the names in `allow_unreached`; raise ValueError for an unknown name."""
+def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -> frozenset[str]:
+    """Return the names in `allow_unreached` as a set; raise ValueError if a name is not in `known`."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):
         hint = did_you_mean(min(unknown), known)
-        raise ValueError(f"allow_unreached contains {sorted(unknown)}, but {nothing} there.{hint}")
+        raise ValueError(f"allow_unreached must contain only hook points that are {used}; got {sorted(unknown)}.{hint}")
     return allowed
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`."""
-    if listed := ", ".join(f"'{name}'" for name in names):
+    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`, a plural ending `{es}`."""
+    if listed := [f"'{name}'" for name in names]:
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
-        causes += f"hooks){', or it was compiled' * compiled}"
-        raise UnreachedError(f"{fault.format(listed)}. Possible causes: {causes}.{advice}")
+        causes += f"hooks){', or the module was compiled' * compiled}"
+        fault = fault.format(", ".join(listed), es="es" * (len(listed) > 1))
+        raise UnreachedError(f"{fault}. Possible causes: {causes}.{advice}")
 
 
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
     """Raise NaNError for the first patch that introduced NaN since the last call.
 
-    If an exception is in flight (`cause`), replace an exception from a distribution, and add a note to any other.
+    If an exception (`cause`) is in flight and came from a distribution, NaNError replaces that exception. Any other
+    exception gets a note, unless the exception is one of chanpatch's own.
     """
     found = [(firing.patch, firing.nan) for firing in firings if firing.nan is not None]
     for firing in firings:
@@ -258,8 +261,8 @@ def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None
 def nan_error(patch: Patch) -> NaNError:
     """Return the error for a patch that introduced NaN."""
     return NaNError(
-        f"{patch!r} introduced NaN into a region without NaN. Check the operands for 0/0, or a mean over zero rows. "
-        "If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
+        f"{patch!r} introduced NaN into a region that contained no NaN. Check whether an operand was computed as 0/0 "
+        "or as a mean over zero rows. If NaN is intended, pass check_nan=False to patched() or PatchedPolicy."
     )
 
 
@@ -272,22 +275,23 @@ def _of_a_distribution(error: Exception) -> bool:
 def patched(
     points_or_model: Model, patches: Patches, *, allow_unreached: Iterable[str] = (), check_nan: bool = True
 ) -> Opened[Ledger]:
-    """Patch a model while the context is open, or, as a decorator, during each call of a function.
+    """Patch a model while the context is open or, as a decorator, during each call to the decorated function.
 
     Args:
-        points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
+        points_or_model: Model or HookPoints. With HookPoints, every site is checked against the trace.
         patches: One or more patches, in order of application. In nested contexts, outer patches run first.
-        allow_unreached: Names of hook points whose patches do not have to run.
+        allow_unreached: Names of hook points at which a patch does not have to run.
         check_nan: Whether to raise if a patch introduces NaN.
 
     Yields:
-        Ledger with the number of firings of each patch.
+        Ledger that counts the firings of each patch.
 
     Raises:
         HookPointError, SiteError: If a site does not exist.
         ValueError: If `allow_unreached` contains a name without a patch.
         UnsupportedModelError: If the model would ignore hooks.
-        EditError, NaNError, ConcurrencyError: During a forward pass.
+        EditError, NaNError, ConcurrencyError: During a forward pass, if a patch fails or the model runs
+            in another thread.
         UnreachedError: On exit, if a patch never ran.
 
     Example:
@@ -314,4 +318,4 @@ class _Patched(Patching):
     def finish(self, error: Exception | None) -> None:
         raise_nan(self.firings, error)
         if error is None:
-            check_reached("The patch at {} never ran inside patched()", self.unreached(), advice=self.no_call)
+            check_reached("The patch{es} at {} never ran inside patched()", self.unreached(), advice=self.no_call)

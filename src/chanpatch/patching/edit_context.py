@@ -29,7 +29,7 @@ class Context:
         inputs: Inputs to the model call; for a policy, the observations.
         step: Step of the rollout; None outside a rollout.
         call: Index of the module's call within the model call.
-        forward: Index of the model call within a step of a rollout, or within a method of a patched policy that runs
+        forward: Index of the model call within a rollout step, or within a call to a patched policy's method that runs
             several forward passes, such as `generate`; otherwise 0.
         label: Name of the policy in paired_rollouts, or label of the patch in rollout_sweep; otherwise None.
     """
@@ -42,30 +42,31 @@ class Context:
 
     @property
     def rows(self) -> Tensor:
-        """Index of each row, int64 `(row,)`: in a rollout, the index of the episode; otherwise 0, 1, 2, ..."""
+        """Index of each row, int64 with shape `(row,)`: in a rollout, the episode's index; otherwise 0, 1, 2, ..."""
         return self._of_rows(self.moment.published.rows)
 
     @property
     def environments(self) -> Tensor:
-        """Index of the sub-environment for each row, int64 `(row,)`; outside a rollout, the same as `rows`."""
+        """Index of each row's sub-environment, int64 with shape `(row,)`; outside a rollout, the same as `rows`."""
         own = self.moment.published.environments
         return self.rows if own is None else self._of_rows(own)
 
     @property
     def seeds(self) -> Tensor:
-        """Seed of the episode for each row, int64 `(row,)`."""
+        """Seed of each row's episode, int64 with shape `(row,)`."""
         return torch.tensor(self._in_rollout("seeds")[self.rows.numpy()].astype(np.int64))
 
     @property
     def infos(self) -> Any:
-        """Infos from the last step or reset of the environments, for the region's rows only."""
+        """Infos from the environments' last step or reset, for the region's rows only."""
         return self._in_rollout("infos")(self.environments.numpy())
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
-        """Draw random numbers in [0, 1), `(row, *shape)`, with the region's dtype and device.
+        """Draw random numbers in [0, 1) with shape `(row, *shape)` and the region's dtype and device.
 
-        The numbers depend only on the site, the call and the row, so repeated draws are equal. In a rollout, the row is
-        replaced by the sampling seed, the step, the episode's seed and the number of earlier episodes with that seed.
+        The numbers depend only on the site, the call and the row, so repeated draws are equal. In a rollout, they
+        depend on the sampling seed, the step, the episode's seed and the number of earlier episodes with that seed, but
+        not on the row.
         """
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
         drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)
@@ -74,7 +75,7 @@ class Context:
         return torch.from_numpy(drawn).to(leaf.device, dtype).clamp_(max=below_one)
 
     def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
-        """Return a key for the random numbers of each row in a rollout; an empty list outside a rollout."""
+        """In a rollout, return each row's key for random numbers; otherwise, return an empty list."""
         if (published := self.moment.published).seeds is None:
             return []
         own = published.sampling_seed, self.step if each_step else None, self.call
@@ -99,17 +100,17 @@ class Context:
         """Select the entries for the region's rows; `numbers` defaults to 0, 1, 2, ..."""
         site, axis, leaf, positions = self._region
         if axis is None:
-            raise BatchAxisError(f"The patch at {site!r} needs rows. {no_batch(site)}")
+            raise BatchAxisError(f"The patch at {site!r} needs a known batch axis. {no_batch(site)}")
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:
-            raise TraceMismatchError(f"{site!r} has {batch} rows, but this forward pass has {len(each)}.")
+            raise TraceMismatchError(f"{site!r} has {batch} rows, but the model was called for {len(each)} rows.")
         chosen = positions.get(axis, slice(None))
         return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
 
 
 def state_of(function: Any) -> Any:
-    """Return the user's stateful object behind a callable or method; None for functions and modules."""
+    """Return the user's stateful object that a callable or method runs on; None for functions and modules."""
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)
@@ -131,7 +132,7 @@ def call_key(function: Any) -> tuple[object, ...]:
 
 
 def uniform(keys: Sequence[tuple[Any, ...]], shape: Sequence[int] = ()) -> NDArray[np.float64]:
-    """Draw random numbers in [0, 1), `(key, *shape)`; each row depends only on the key."""
+    """Draw random numbers in [0, 1) with shape `(key, *shape)`; each row depends only on its own key."""
     drawn = np.empty((len(keys), *shape))
     for row, key in enumerate(keys):
         digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()

@@ -1,7 +1,8 @@
 """Edits: pure functions that map the activation in a region to a new activation.
 
-An operand is a real number, or a tensor with as many axes as the region, each with the region's length or length 1:
-`(1, channel, 1, 1)` at `(batch, channel, row, col)`. Other operands raise EditError.
+An operand is a real number, or a tensor with as many axes as the region. Each axis of the tensor must have the region's
+length or length 1. For a region with shape `(batch, channel, row, col)`, the shape `(1, channel, 1, 1)` is allowed.
+Other operands raise EditError.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Set:
 
 @dataclass(frozen=True, eq=False)
 class Add:
-    """Add a vector times a coefficient to the activation.
+    """Add a vector, multiplied by a coefficient, to the activation.
 
     Args:
         vector: Real number or tensor.
@@ -130,11 +131,12 @@ class Project:
     """Remove the component along a direction (directional ablation).
 
     Args:
-        direction: Tensor with length 1 along all axes that the direction does not span: `direction.view(1, -1, 1, 1)`
-            is a direction in channel space, and the component is removed at every row, column and batch entry.
+        direction: Tensor with size 1 along every axis that the direction does not span. For example,
+            `direction.view(1, -1, 1, 1)` is a direction in channel space, and the component along the direction is
+            removed separately at every row, column and batch entry.
 
     Raises:
-        EditError: If the direction is zero.
+        EditError: If every element of the direction is zero.
 
     Example:
         >>> Project(torch.tensor([[1.0, 0.0]]))(torch.tensor([[3.0, 4.0]]))
@@ -163,15 +165,15 @@ class Project:
 class Resample:
     """Replace each row with a row from a reference set, drawn at random with replacement.
 
-    The draw depends only on the seed, the module's call index and the row's index. In a rollout, the row's index is
-    replaced by the sampling seed, the episode's seed, the number of earlier episodes with that seed and, with
-    `per="step"`, the step.
+    The draw depends only on the seed, the module's call index and the row's index. In a rollout, the draw depends
+    on the sampling seed, the episode's seed, the number of earlier episodes with that seed and, with `per="step"`, the
+    step, but not on the row's index.
 
     Args:
         reference: Tensor with the region's axes; the reference set consists of the rows along the batch axis.
         seed: Random seed, an integer.
         batch_axis: Index of the batch axis.
-        per: Whether a rollout draws once per `"episode"` or at every `"step"`.
+        per: Whether a rollout draws a new row once per `"episode"` or at every `"step"`.
 
     Raises:
         EditError: If the reference has no rows, or `per` is neither `"episode"` nor `"step"`.
@@ -187,7 +189,7 @@ class Resample:
         _check(self, "seed", self.seed, Integral)
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
-            raise EditError(f"Resample: the reference has no rows along axis {self.batch_axis}: its shape is {shape}.")
+            raise EditError(f"Resample: the reference has no rows: shape {shape}, batch_axis={self.batch_axis}.")
         if self.per not in get_args(Per):
             raise EditError(f"Resample: per must be 'episode' or 'step'; got {self.per!r}.")
 
@@ -205,7 +207,7 @@ _EXPECTED = {Real: "a real number (int or float)", Integral: "an integer", Tenso
 
 
 def _check(edit: object, name: str, operand: object, *kinds: type) -> None:
-    """Raise EditError unless an operand has one of these types."""
+    """Raise EditError unless an operand has one of the given types."""
     if not isinstance(operand, kinds) or isinstance(operand, Fraction):  # torch does not accept fractions
         short = isinstance(operand, (str, complex, int, float))
         shown = repr(operand) if short else type(operand).__name__
@@ -224,7 +226,7 @@ def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: T
 
 
 def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
-    """Draw a donor index below `count` for each row, outside a rollout."""
+    """For each row, draw the index of a reference row, from 0 to `count - 1`; used only outside rollouts."""
     numbers = rows.cpu().numpy().astype(np.uint64)
     draws = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, call], dtype=np.uint64)))
     uniform = draws.random(int(numbers.max(initial=0)) + 1)[numbers]
@@ -232,7 +234,7 @@ def donor_rows(seed: int, call: int, rows: Tensor, count: int) -> Tensor:
 
 
 def region_lengths(site: Site, point: HookPoint) -> list[int | None]:
-    """Return the axis lengths of a region at a traced hook point; None for the batch."""
+    """Return the axis lengths of a region at a traced hook point, with None for the batch axis."""
     chosen = {axis: len(index) for axis, index in site.indices if isinstance(index, tuple)}
     return [
         None if number == point.batch_axis else chosen.get(axis, point.length(axis))
@@ -246,13 +248,15 @@ _VERBS = {Set: "sets", Add: "adds", Scale: "multiplies", Clamp: "limits", Projec
 def check_operands(
     edit: Edit, site: Site, axes: Axes, lengths: Sequence[int | None], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Raise if an operand of a built-in edit has the wrong shape, dtype or device, or is out of range."""
+    """Raise EditError if a built-in edit's operand has the wrong shape, dtype or device, or is out of range."""
     verb = next((verb for kind, verb in _VERBS.items() if isinstance(edit, kind)), None)
     if verb is None:
         return
     subject = f"{type(edit).__name__} at {site!r}"
     if str(dtype).startswith(("torch.quint", "torch.qint")):
-        raise EditError(f"{subject}: the region is quantized ({dtype}). Dequantize it, or patch an earlier site.")
+        raise EditError(
+            f"{subject}: the region is quantized ({dtype}). Dequantize the tensor, or patch an earlier site."
+        )
     if isinstance(edit, Resample):
         number = axes.index("batch") if "batch" in axes else edit.batch_axis
         if number != edit.batch_axis:
@@ -270,14 +274,14 @@ def check_operands(
             if operand.dtype != dtype or operand.device != device:
                 raise EditError(
                     f"{subject}: the {name} is {operand.dtype} on {operand.device}, but the region is "
-                    f"{dtype} on {device}. Convert it: {name}.to('{device}', {dtype})."
+                    f"{dtype} on {device}. Convert the {name}: {name}.to('{device}', {dtype})."
                 )
         elif verb != "draws" and operand is not None:
             _check_number(f"{subject}: the {name}", dtype, operand)
 
 
 def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
-    """Raise if a number is outside a dtype's range; floating-point dtypes also accept infinities and NaN."""
+    """Raise EditError if a number is outside a dtype's range; floating-point dtypes also accept infinities and NaN."""
     inexact = dtype.is_floating_point or dtype.is_complex
     limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
     low, high = (0, 1) if dtype == torch.bool else (limits.min, limits.max)
@@ -288,24 +292,25 @@ def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
 
 
 def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:
-    """Raise unless a `where` is a bool tensor that matches the region."""
+    """Raise EditError unless a mask is a bool tensor that matches the region."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
-            f"where at {site!r} must be a bool tensor (such as column < 12) or a function that returns one; got {got}."
+            f"where at {site!r} must be a bool tensor (such as column < 12) or a function that returns a bool tensor; "
+            f"got {got}."
         )
     if lengths is not None:
         check_shape(f"where at {site!r}", "mask", mask, axes, lengths, "selects")
 
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
-    """Return whether a tensor has these axis lengths (None for any length); `or_one` also accepts length 1."""
+    """Return whether a tensor has the given axis lengths (None for any length); `or_one` also accepts length 1."""
     pairs = zip(operand.shape, lengths, strict=False)
     return operand.dim() == len(lengths) and all(want in (None, n) or (or_one and n == 1) for n, want in pairs)
 
 
 def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
-    """Raise unless the operand has as many axes as the region, each with the region's length or length 1."""
+    """Raise EditError unless the operand has as many axes as the region, each with the region's length or length 1."""
     if fits(operand, lengths, or_one=True):
         return
     rows = axes.index("batch") if "batch" in axes else 0

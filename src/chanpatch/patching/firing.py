@@ -26,9 +26,9 @@ from .patch import Mask, Patch, edit_name
 
 
 class Located:
-    """Location of a site in a tensor, computed once per tensor type, shape, dtype, device and layout.
+    """Location of a site in a tensor, computed again only if the tensor's type, shape, dtype, device or layout changes.
 
-    `axes` and `batch_axis` describe the tensor; `positions` are the selected positions, by axis number.
+    `axes` and `batch_axis` describe the tensor; `positions` maps axis numbers to the selected positions.
     """
 
     wants_names = False  # whether all axis names and the batch axis must be known
@@ -84,9 +84,10 @@ class Firing(Located):
     """One patch at one hook point; without a trace, axis names are inferred from `module`.
 
     Attributes:
-        reached: Whether the patch ran since the last reset.
-        nan: Bool tensor, True if the patch introduced NaN since the last reset; None if nothing was checked or found.
-        counts: Number of firings, rows (None without a batch axis) and elements, by method of the root call.
+        reached: Whether the patch has run since the last reset.
+        nan: Bool tensor that is True if the patch has introduced NaN since the last reset. None if nothing has been
+            checked or, on the CPU, if no NaN has been found.
+        counts: Number of firings, rows (None if the batch axis is unknown) and elements, for each root call's method.
     """
 
     def __init__(self, patch: Patch, point: Place, module: nn.Module | None = None, *, check_nan: bool = True) -> None:
@@ -114,7 +115,7 @@ class Firing(Located):
             return written(leaf, self.positions, self._constant)
         region = read(leaf, self.positions)
         context = None
-        if self.wants_names:  # the edit or the `where` function has a parameter `context`
+        if self.wants_names:  # the edit or the `where` function needs the context
             context = Context(moment, self.site, self.batch_axis, leaf, self.positions)
         mask = None if self.patch.where is None else self._mask(self.patch.where, region, context)
         new = self._edited(region, context)
@@ -150,8 +151,8 @@ class Firing(Located):
         ours = type(self._edit).__module__ == Set.__module__
         if (ours or self.patch.where is not None) and (layout := unusual_layout(leaf)):
             raise UnsupportedModelError(
-                f"{self.patch!r} is at a {layout} tensor, which supports only custom functions without `where`. Use "
-                "edit(site, function), or make the tensor dense in the model."
+                f"{self.patch!r} is at a {layout} tensor, which can be patched only with a custom function and without "
+                "`where`. Use edit(site, function), or make the tensor dense in the model."
             )
         self._kind = region.shape, region.dtype, region.device
         self._size = _touched(region.shape, self.batch_axis)
@@ -169,7 +170,7 @@ class Firing(Located):
                 self._filled = written(mask, self.positions, torch.ones_like(region, dtype=torch.bool))
 
     def _edited(self, region: Tensor, context: Context | None) -> Tensor:
-        counted = not region.is_inference()  # without torch's count of writes, a copy reveals in-place edits
+        counted = not region.is_inference()  # if torch does not count writes, a copy reveals in-place edits
         given, version = (region, region._version) if counted else (region.clone(), 0)
         new = self._edit(given, context=context) if self._takes_context else self._edit(given)
         if given._version != version if counted else not torch.isclose(given, region, 0, 0, equal_nan=True).all():
@@ -181,7 +182,7 @@ class Firing(Located):
 
     def _mask(self, mask: Mask, region: Tensor, context: Context | None) -> Tensor:
         if not isinstance(mask, Tensor):
-            given: Any = context and context.mask_of(mask)  # with a `where` function, there is always a context
+            given: Any = context and context.mask_of(mask)  # if `where` is a function, there is always a context
             mask = torch.full((1,) * region.dim(), given) if isinstance(given, bool) else given
             check_mask(mask, self.site, self.axes, region.shape)
         return mask.to(region.device)  # masks are often made on the CPU
@@ -189,8 +190,8 @@ class Firing(Located):
     def _check_result(self, new: Any, region: Tensor) -> None:
         if not isinstance(new, Tensor):
             raise EditError(
-                f"{self.patch!r} returned {type(new).__name__}. An edit must return a tensor: a new activation, or the "
-                "given one to leave the activation unchanged."
+                f"{self.patch!r} returned {type(new).__name__}. An edit must return a tensor: either a new activation "
+                "or, to change nothing, the activation that was passed to it."
             )
         if (new.shape, new.dtype, new.device) != self._kind:
             what = next(what for what in ("shape", "dtype", "device") if getattr(new, what) != getattr(region, what))
@@ -201,7 +202,7 @@ class Firing(Located):
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Count the rows (None without a batch axis) and elements in the region or, with a mask, in the mask."""
+    """Count the rows (None without a batch axis) and elements in a region, or only those that a mask selects."""
     rows: Any = None if batch_axis is None else region[batch_axis]
     if mask is None:
         return rows, region.numel()
@@ -213,7 +214,7 @@ def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = N
 
 
 class Ledger(Records):
-    """Number of firings, and of rows and elements written, by patch and method."""
+    """Number of firings, rows written and elements written, for each patch and method."""
 
     _most = None
 
@@ -221,7 +222,7 @@ class Ledger(Records):
         self._firings = firings
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per patch and method: method, site, edit, firings, rows, elements.
+        """Return one record per patch and method, with the method, site, edit, firings, rows and elements.
 
         If a patch never fired, all counts are 0. `rows` is None if the batch axis is unknown.
         """
@@ -249,13 +250,13 @@ class Ledger(Records):
 
 
 def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
-    """Raise if a tensor differs from the traced tensor in anything but the batch and the device."""
+    """Raise TraceMismatchError if a tensor differs from the trace in anything but batch size and device."""
     lengths = [None if axis == "batch" else point.length(axis) for axis in point.axes]
     if not fits(leaf, lengths):
         raise TraceMismatchError(
             f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward pass, but axes "
-            f"{shown_axes(point.axes, lengths)} in the trace. Call hook_points() with inputs like these. For inputs "
-            f"of varying length, use a site without a trace: Site('{point.name}')."
+            f"{shown_axes(point.axes, lengths)} in the trace. Call hook_points() with inputs like the ones in this "
+            f"forward pass. For inputs of varying length, use a site without a trace: Site('{point.name}')."
         )
     if leaf.dtype != point.dtype:
         raise TraceMismatchError(

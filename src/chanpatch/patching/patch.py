@@ -30,8 +30,8 @@ class Patch:
         site: Site to patch.
         edit: Callable that maps the region's activation to a new tensor with the same shape, dtype and device. A
             keyword-only parameter `context` receives a `chanpatch.patching.Context`.
-        where: Elements to replace; None for all. Either a bool tensor with as many axes as the region, each with the
-            region's length or length 1, or a function that maps the context to such a tensor, True or False.
+        where: Elements to replace; None for all elements. Pass either a bool tensor with as many axes as the region,
+            each with the region's length or length 1, or a function that maps the context to such a tensor or a bool.
 
     Raises:
         TypeError: If `site` is not a Site.
@@ -72,7 +72,7 @@ class Patch:
 
 
 def _takes_context(edit: Edit) -> bool:
-    """Return whether an edit has a keyword-only parameter `context`; raise for any other required parameter."""
+    """Return whether an edit has a keyword-only parameter `context`; raise EditError for other required parameters."""
     if type(edit).__module__ == Set.__module__:
         return isinstance(edit, Resample)
     try:

@@ -14,7 +14,7 @@ from ..engine.hooks import Place
 from ..engine.moments import RootCall
 from ..engine.paths import inside_vmap
 from ..engine.sessions import Session, StopForward
-from ..errors import SiteError, UnsupportedModelError
+from ..errors import SiteError, UnsupportedModelError, did_you_mean
 from ..registry.points import HookPoints, resolve, sites_of
 from ..registry.sites import Axes, HookPoint, Site, read, written
 from .cache import ActivationCache
@@ -38,25 +38,25 @@ def recording(
 ) -> Opened[ActivationCache]:
     """Record sites while the context is open; activations from several forward passes are concatenated along the batch.
 
-    As a decorator, `recording` records each call of the function into a separate cache.
+    If `recording` is used as a decorator, each call to the function has a separate cache.
 
     Args:
-        points_or_model: Model, or HookPoints, in which case every site is checked against the trace.
-        sites: Names, sites or hook points, or HookPoints to record all hook points. With HookPoints, names may be
+        points_or_model: Model or HookPoints. With HookPoints, every site is checked against the trace.
+        sites: Names, sites or hook points; pass HookPoints to record every hook point. With a trace, names may be
             patterns such as `"h.*"` (see `HookPoints.select`).
         reduce: `"sum"`, `"mean"`, `"max"` or `"norm"` over all axes except batch, channel and feature, or an einops
             pair such as `("b c h w -> b c", "sum")`. Only the result is stored.
         before: Whether to record activations before patches are applied.
         detach: Whether to detach records from the graph. If False, the forward pass continues from each unreduced
             record, so `torch.autograd.grad(output, cache[site])` is the gradient at the site.
-        device: Device for the records; None for the device of each activation.
-        allow_unreached: Names of hook points that do not have to run.
+        device: Device for the records; None to keep each record on its activation's device.
+        allow_unreached: Names of hook points that the model does not have to reach.
 
     Yields:
         Cache that fills as the model runs.
 
     Raises:
-        HookPointError, SiteError: If there are no sites, or a site does not exist or cannot be reduced.
+        HookPointError, SiteError: If there are no sites, or if a site does not exist or cannot be reduced.
         ValueError: If a name in `allow_unreached` is not recorded.
         UnsupportedModelError: If the model would ignore hooks.
         UnreachedError: On exit, if a site was never reached.
@@ -84,21 +84,21 @@ def run_with_cache(  # noqa: D417
     detach: bool = True,
     **keywords: Any,
 ) -> Any:
-    """Run the model once; return the output and a cache of the recorded sites.
+    """Run the model once; return the output and a cache of recorded activations.
 
     Args:
-        points_or_model: Model, or HookPoints, in which case the traced method runs.
+        points_or_model: Model or HookPoints. With HookPoints, the traced method runs.
         inputs: Positional arguments for the model.
-        sites, reduce, device, detach: As in recording.
+        sites, reduce, device, detach: Same as in recording.
         stop: Whether to stop the forward pass once every site is recorded, and return only the cache. The forward pass
-            still completes if the model temporarily replaces parameters, or if a site lacks a trace and a call index.
+            still completes if the model temporarily replaces parameters, or if a site has no trace and no call index.
         keywords: Keyword arguments for the model.
 
     Returns:
-        `(output, cache)`, or only the cache if `stop`.
+        `(output, cache)`, or only the cache if `stop` is True.
 
     Raises:
-        HookPointError, SiteError, UnreachedError: As in recording.
+        HookPointError, SiteError, UnreachedError: Same as in recording.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU())
@@ -131,7 +131,7 @@ class Recorder(ContextSession):
         self.result = ActivationCache({}, {}, {})
         self.reduce, self.double, self.device, self.keeps_graph = reduce, double, device, not detach
         self._sites = sites_of(points_or_model, sites)
-        self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "nothing is recorded")
+        self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "recorded")
         self.missing: set[Site] = set()
         self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:
@@ -149,7 +149,7 @@ class Recorder(ContextSession):
             except StopForward as ended:
                 if ended.args != (self,):
                     raise
-                torch.set_grad_enabled(gradients)  # the forward pass may have changed the mode temporarily
+                torch.set_grad_enabled(gradients)  # the forward pass may have disabled gradients temporarily
         self.finish(None)
         self.let_go()
         return output
@@ -190,8 +190,10 @@ class _Record(Located):
         if not recorder.keeps_graph:
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce, double=recorder.double)
-        in_forward = value is region and recorder.keeps_graph  # continue from the record, a graph node
-        copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())  # index lists already copy
+        in_forward = value is region and recorder.keeps_graph  # the forward pass continues from the record
+        copied = any(
+            isinstance(chosen, Tensor) for chosen in self.positions.values()
+        )  # indexing with lists already copies
         if in_forward or (not copied and (value is region or value._is_view())):
             value = value.clone()
         if recorder.device is not None:
@@ -214,7 +216,7 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or needs axis names."""
+    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or an axis lacks a name."""
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):
@@ -226,11 +228,13 @@ def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
     if reduce not in _BUILT_IN:
         raise SiteError(
             f"reduce must be 'sum', 'mean', 'max', 'norm' or a pair such as ('b c h w -> b c', 'sum'); got {reduce!r}."
+            + did_you_mean(str(reduce), _BUILT_IN)
         )
     if any(re.fullmatch(r"axis\d+", axis) for axis in axes):
         raise SiteError(
-            f"reduce={reduce!r} keeps batch, channel and feature, but {site!r} has unnamed axes: ({', '.join(axes)}). "
-            f"Name them with hook_points(..., axes={{'{site.name}': (...)}}), or pass an einops pair."
+            f"reduce={reduce!r} keeps the axes named batch, channel and feature, but {site!r} has unnamed axes: "
+            f"({', '.join(axes)}). Name these axes with hook_points(..., axes={{'{site.name}': (...)}}), or pass an "
+            "einops pair."
         )
     return tuple(axis for axis in axes if axis in _KEPT)
 
@@ -249,7 +253,7 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, do
                 f"{site!r} is {region.dtype}, which cannot be converted to real double precision. Call "
                 "tap('name', torch.view_as_real(tensor)) in the model's forward(), and use the site 'name'."
             )
-        region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # Apple GPUs lack doubles
+        region = region.to(torch.float32 if region.device.type == "mps" else torch.float64)  # mps lacks float64
     kept = reduced_axes(site, axes, reduce)
     if reduce is None or kept == axes:
         return region.abs() if reduce == "norm" else region  # the sum, mean and maximum of one element are equal
@@ -262,6 +266,6 @@ def reduced(region: Tensor, site: Site, axes: Axes, reduce: Reduce | None, *, do
         return _BUILT_IN[reduce](region, dim=over)  # type: ignore[no-any-return]
     except (einops.EinopsError, RuntimeError, TypeError) as fault:
         raise SiteError(
-            f"reduce={reduce!r} cannot be applied at {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "
+            f"reduce={reduce!r} cannot be applied to {site!r}, a {region.dtype} region with axes ({', '.join(axes)}). "
             f"{str(fault).strip()}"
         ) from fault

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from ..errors import BatchAxisError, EditError, SiteError
+from ..errors import BatchAxisError, EditError, SiteError, did_you_mean
 from ..registry.sites import Site, no_batch, read
 from .edits import Add, Edit, Per, Resample, Set, fits, region_lengths
 from .patch import Mask, Patch
@@ -20,7 +20,7 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
     """Return a patch that sets the region to zero.
 
     Args:
-        site, where: As in Patch.
+        site, where: Same as in Patch.
 
     Example:
         >>> zero_ablate(Site("fc", feature=1)).edit
@@ -32,12 +32,12 @@ def zero_ablate(site: Site, *, where: Mask | None = None) -> Patch:
 def mean_ablate(
     site: Site, reference: Source, *, over: str | Sequence[str] = ("batch",), where: Mask | None = None
 ) -> Patch:
-    """Return a patch that sets the region to the mean over a reference set; the site must be traced.
+    """Return a patch that sets the region to its mean over a reference set; the site must be traced.
 
     Args:
-        site, where: As in Patch.
-        reference: ActivationCache, or tensor with the axes of the region or the hook point, with any number of rows.
-            Confidence intervals for the effect treat the reference as fixed.
+        site, where: Same as in Patch.
+        reference: ActivationCache or tensor, with any number of rows. A tensor must have the axes of the region or of
+            the whole hook point. Confidence intervals for the effect treat the reference as fixed.
         over: Axis or axes to average over.
 
     Raises:
@@ -61,9 +61,14 @@ def mean_ablate(
     axes = site.point.axes
     over = (over,) if isinstance(over, str) else tuple(over)
     if not over:
-        raise SiteError(f"mean_ablate at {site!r}: over is empty. Pass at least one of the axes ({', '.join(axes)}).")
+        raise SiteError(
+            f"mean_ablate at {site!r}: the argument over= is empty. Pass at least one of the axes ({', '.join(axes)})."
+        )
     if unknown := [axis for axis in over if axis not in axes]:
-        raise SiteError(f"mean_ablate at {site!r}: over contains {unknown}, but the axes are ({', '.join(axes)}).")
+        raise SiteError(
+            f"mean_ablate at {site!r}: the argument over= contains {unknown}, but the axes are ({', '.join(axes)})."
+            + did_you_mean(str(unknown[0]), axes)
+        )
     if not region.is_floating_point():
         raise EditError(f"mean_ablate at {site!r}: the reference must be floating-point; got {region.dtype}.")
     return Patch(site, Set(region.mean(dim=[axes.index(axis) for axis in over], keepdim=True)), where)
@@ -75,10 +80,10 @@ def resample_ablate(
     """Return a patch that replaces each row with a random row from a reference set (see Resample).
 
     Args:
-        site, where: As in Patch.
-        reference: As in mean_ablate.
+        site, where: Same as in Patch.
+        reference: Same as in mean_ablate.
         seed: Random seed, an integer.
-        per: Whether a rollout draws once per `"episode"` or at every `"step"`.
+        per: Whether a rollout draws a new row once per `"episode"` or at every `"step"`.
 
     Raises:
         BatchAxisError: If the hook point's batch axis is unknown.
@@ -95,7 +100,7 @@ def resample_ablate(
     """
     region = _region(site, reference)
     if site.point is None or site.point.batch_axis is None:
-        raise BatchAxisError(f"resample_ablate at {site!r} needs rows. {no_batch(site)}")
+        raise BatchAxisError(f"resample_ablate at {site!r} needs a known batch axis. {no_batch(site)}")
     return Patch(site, Resample(region, seed, site.point.batch_axis, per), where)
 
 
@@ -103,9 +108,9 @@ def patch_in(site: Site, source: Source | float, *, where: Mask | None = None) -
     """Return a patch that replaces the region with an activation from another run (activation patching).
 
     Args:
-        site, where: As in Patch.
-        source: ActivationCache, number, or tensor with the axes of the region or the hook point. The batch must have
-            the same length as in the patched run, or length 1.
+        site, where: Same as in Patch.
+        source: ActivationCache, number, or tensor with the axes of the region or of the whole hook point. The batch
+            axis must have the same length as in the patched run, or length 1.
 
     Example:
         >>> patch_in(Site(".out"), torch.tensor([[1.0, 2.0, 3.0]])).edit.value
@@ -121,8 +126,8 @@ def steer(site: Site, vector: Source | float, coefficient: float = 1.0, *, where
     """Return a patch that adds a steering vector to the region.
 
     Args:
-        site, where: As in Patch.
-        vector: As `source` in patch_in, but any axis may have length 1.
+        site, where: Same as in Patch.
+        vector: Same as `source` in patch_in, except that any axis of a tensor may have length 1.
         coefficient: Multiplier for the vector.
 
     Example:
@@ -139,7 +144,7 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
     """Return a patch that applies a custom function.
 
     Args:
-        site, function, where: As `site`, `edit` and `where` in Patch.
+        site, function, where: Same as `site`, `edit` and `where` in Patch.
 
     Example:
         >>> halve = edit(Site("fc", feature=3), lambda activation: activation / 2)
@@ -148,7 +153,7 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
 
 
 def _region(site: Site, source: Any) -> Any:
-    """Return the region's activation from a tensor or cache for the site or the whole hook point."""
+    """Return the region's activation from a source that covers either the region or the whole hook point."""
     point, whole = site.point, Site(site.name)
     if isinstance(source, torch.Tensor):
         covers = point is not None and fits(source, [point.length(axis) for axis in point.axes])

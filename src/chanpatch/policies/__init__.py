@@ -1,4 +1,4 @@
-"""Run a policy with patches, and compare the behavior with and without them.
+"""Run a policy with patches, and compare its behavior with and without the patches.
 
 twin = PatchedPolicy(policy, zero_ablate(points.site("embedder.relu3", channel=55)))
 paired_rollouts({"original": policy, "patched": twin}, envs, seeds=range(100), max_steps=256)

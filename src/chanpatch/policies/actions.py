@@ -1,4 +1,4 @@
-"""Sample actions from distributions. The random numbers depend only on the episode."""
+"""Sample actions from distributions, using random numbers that depend only on the episode."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Gen
 
 
 def repetitions(seeds: Sequence[int]) -> list[int]:
-    """For each seed, count the earlier occurrences of the same seed in the list."""
+    """For each seed in the list, return how many times the same seed occurs earlier in the list."""
     times: Counter[int] = Counter()
     found = []
     for seed in seeds:
@@ -45,7 +45,8 @@ def chosen_actions(
 ) -> NDArray[Any]:
     """Return one action per row, in the format that the environments expect.
 
-    With one generator (stream) per row, actions are sampled; with None, they are the mode of the distribution.
+    `streams` contains one random generator per row, used for sampling. If `streams` is None, the action in each row is
+    the mode of that row's distribution.
     """
     choice, space = decision.choice, envs.single_action_space
     if isinstance(choice, Tensor):
@@ -72,13 +73,13 @@ def chosen_actions(
     if wrong := _mismatch(actions, distribution, space):
         raise RolloutError(
             f"The policy's {type(distribution).__name__} {wrong}, but the environment expects {space}. Pass a "
-            "function that calls the policy and returns a distribution over these actions."
+            "function that calls the policy and returns a distribution over the environment's actions."
         )
     return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # Discrete(2, start=1)
 
 
 def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli | Normal, bool]:
-    """Return the distribution to sample from, and whether a tanh is applied to the sample."""
+    """Return the distribution to sample from, and whether a tanh must be applied to the sample."""
     squashed = False
     while isinstance(distribution, Independent) or _is_tanh(distribution):
         squashed |= _is_tanh(distribution)
@@ -87,13 +88,13 @@ def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli 
         raise DistributionError(
             f"A rollout cannot sample actions from {type(distribution).__name__}: paired sampling requires the "
             "inverse CDF, which is available for Categorical, Bernoulli and Normal, alone or inside Independent, and "
-            "for the tanh of a Normal. Pass a function that calls the policy and returns one of these."
+            "for the tanh of a Normal. Pass a function that calls the policy and returns one of these distributions."
         )
     return distribution, squashed
 
 
 def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
-    """Return the actions, or the parameters of the distribution."""
+    """Return the tensors that define a choice: the actions themselves, or the parameters of the distribution."""
     if isinstance(choice, Tensor):
         return [choice]
     distribution, _ = _untransformed(choice)
@@ -106,7 +107,7 @@ def _is_tanh(distribution: Distribution) -> bool:
 
 
 def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) -> NDArray[Any]:
-    """Map actions to a Box if the policy requires this, and check the shape of the actions."""
+    """If the policy requires it, clip or rescale actions to fit a Box. Raise an error if the shape is wrong."""
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
     if decision.to_box is not None and is_box and actions.size == len(actions) * space.low.size:
         actions = decision.to_box(actions.reshape(-1, *space.low.shape), space)
@@ -119,7 +120,7 @@ def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) ->
 
 
 def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
-    """Check actions that a policy returned, and cast them to the dtype of the action space."""
+    """Check that a policy's actions are in the action space, and return the actions in the dtype of the space."""
     with np.errstate(invalid="ignore"):  # NaN raises an error below
         found = actions.astype(space.dtype)
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
@@ -132,14 +133,14 @@ def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
 
 
 def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
-    """Return why a distribution does not match a discrete space, or an empty string if the two match."""
+    """Return the reason why a distribution does not fit a discrete action space, or an empty string if it does."""
     spaces = imported("gymnasium.spaces")
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return ""
     if isinstance(distribution, Normal):
         return "is continuous"
     has = distribution.probs.shape[-1] if isinstance(distribution, Categorical) else 2
-    if isinstance(space, spaces.MultiDiscrete):  # dimensions with fewer choices may have padded logits
+    if isinstance(space, spaces.MultiDiscrete):  # the logits of dimensions with fewer choices may be padded
         fits = has >= space.nvec.max() and (actions < space.nvec).all()
     else:
         fits = has == (space.n if isinstance(space, spaces.Discrete) else 2)
@@ -147,7 +148,7 @@ def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Nor
 
 
 def _inverse_cdf(distribution: Categorical | Bernoulli | Normal, uniform: Tensor) -> Tensor:
-    """Apply the inverse CDF of a distribution to uniform draws in [0, 1)."""
+    """Turn random numbers that are uniform in [0, 1) into samples by applying the inverse CDF of a distribution."""
     if isinstance(distribution, Categorical):
         cumulative = distribution.probs.cpu().double().cumsum(-1)
         reached = uniform * cumulative[..., -1]  # the last value is 1 up to rounding

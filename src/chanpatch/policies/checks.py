@@ -20,25 +20,34 @@ from ..patching.patch import Patch
 from ..registry.points import HookPoints, no_module
 from ..results import imported
 from .actions import numbers_of
-from .copies import STATE, held_modules, names_in, parts_of_environments, used_by
+from .copies import (
+    STATE,
+    firings_inside,
+    functions_of,
+    held_modules,
+    names_in,
+    parts_of_environments,
+    patches_inside,
+    used_by,
+)
 from .decisions import Decision
 from .results import Rollout
 from .stable_baselines import as_in_predict, is_sb3_policy
 
 _SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
-_ADVICE = {  # by the library that the environments come from
+_ADVICE = {  # by the library that defines the environments
     "stable_baselines3": "Build a vector environment from a function that creates one environment: "
     "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
     "gym3": "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
     f"for that seed, and pass {_SINGLE}",
     "pettingzoo": "PettingZoo environments have several agents. Write a gymnasium.Env for one agent that also runs the "
-    f"others, and pass {_SINGLE}",
+    f"other agents, and pass {_SINGLE}",
     "gym": f"Convert an environment to gymnasium, for example with shimmy.GymV26CompatibilityV0, and pass {_SINGLE}",
 }
 
 
 def check_envs(envs: Any) -> None:
-    """Raise an error unless `envs` is a vector environment from gymnasium 1.1 or later with numeric observations."""
+    """Raise an error unless `envs` is a vector environment with numeric observations, from gymnasium 1.1 or later."""
     vector = imported("gymnasium.vector")
     if not hasattr(vector, "AutoresetMode"):
         version = imported("gymnasium").__version__
@@ -52,32 +61,33 @@ def check_envs(envs: Any) -> None:
     if getattr(envs, "single_observation_space", None) is None:
         raise RolloutError(
             f"{type(envs).__name__} has no single_observation_space. Set the environment's spaces in __init__, as "
-            "described in the documentation of gymnasium.vector.VectorEnv."
+            "described in the documentation for gymnasium.vector.VectorEnv."
         )
     _check_numbers(envs.single_observation_space)
 
 
 def _check_numbers(space: Any, name: str = "observations") -> None:
-    """Raise an error if a space, or a part of the space, does not produce numeric arrays in a vector environment."""
+    """Raise an error if a vector environment cannot return samples from a space, or from a part of it, as numbers."""
     spaces = imported("gymnasium.spaces")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
             _check_numbers(part, f"{name}[{key!r}]")
     elif space.shape is None or np.dtype(space.dtype).kind not in "biufc":
         raise RolloutError(
-            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove this part with "
-            "gymnasium.wrappers.FilterObservation(environment, names), or encode the values in a wrapper."
+            f"{name} is a {type(space).__name__} space, which does not produce numeric arrays. Remove this part of the "
+            "observation with gymnasium.wrappers.FilterObservation(environment, names), or encode the values as "
+            "numbers in a wrapper."
         )
 
 
 def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
-    """Return the traced method of a model or its twin, or the model itself if `__call__` was traced."""
+    """Return the method of `model` that has the traced method's name; for `__call__`, return `model` itself."""
     method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
     return model if method == "__call__" else getattr(model, method)
 
 
 def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> Any:
-    """Return the function or module that a rollout calls.
+    """Check that a rollout can call a policy, and return the function or module to call.
 
     Raises:
         RolloutError: If the policy is not callable, requires masks or other arguments, or expects other observations.
@@ -110,14 +120,14 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
         raise RolloutError(
             f"{name} expects ({', '.join(signature.parameters)}), but a rollout passes "
             f"{'(observations, state)' if stateful else '(observations)'}. For a recurrent policy, set initial_state=. "
-            "For other arguments, wrap the policy in a function, such as this one for sb3-contrib's RecurrentPPO: "
-            "lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+            "If the policy needs other arguments, wrap it in a function, such as this one for sb3-contrib's "
+            "RecurrentPPO: lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
         ) from None
     return policy
 
 
 def _masking(policy: Any) -> str:
-    """Return the class name of the policy, or of a module that it uses, if that module expects action masks."""
+    """Return the class name of a module in the policy that expects action masks, or "" if there is no such module."""
     for module in (module for held in held_modules(policy) for module in held.modules()):
         own = getattr(module, "get_distribution", None)
         with suppress(TypeError, ValueError):  # some builtins have no signature
@@ -127,13 +137,13 @@ def _masking(policy: Any) -> str:
 
 
 def _check_observations(policy: Any, envs: Any) -> None:
-    """Raise an error if a Stable-Baselines3 policy was built for observations of different shapes."""
+    """Raise an error if the observations from `envs` do not have the shape that a Stable-Baselines3 policy expects."""
     built, given = _shapes(policy.observation_space), _shapes(envs.single_observation_space)
     if built != given:
         raise RolloutError(
             f"{type(policy).__name__} was built for observations of shape {built}, but the environments return "
-            f"{given}. In training, Stable-Baselines3 moves image channels first and may stack frames: wrap each "
-            "environment to do the same."
+            f"{given}. During training, Stable-Baselines3 moves image channels to the first axis and may stack frames: "
+            "wrap each environment to do the same."
         )
 
 
@@ -145,7 +155,8 @@ def _shapes(space: Any) -> Any:
 def check_modes(policies: Mapping[str, Any]) -> None:
     """Raise RolloutError if a module such as dropout is in training mode in one policy and in eval mode in another.
 
-    The first policy is compared with each of the others, and each twin with its original policy.
+    The modes in the first policy are compared with those in each other policy. The modes in each twin are compared with
+    those in the twin's original policy.
     """
     held = {f"'{label}'": nn.ModuleList(held_modules(policy)) for label, policy in policies.items()}
     first, *others = held.items()
@@ -159,7 +170,10 @@ def check_modes(policies: Mapping[str, Any]) -> None:
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
-    """Compare modules by name. If all modes on one side differ from the other side, also compare modules in order."""
+    """Raise RolloutError if modules with the same name are in different modes.
+
+    If all modules on one side are in training mode and all on the other in eval mode, also compare modules in order.
+    """
     with as_in_predict(one), as_in_predict(other):
         ours, theirs = (
             {name: each for name, each in side.named_modules() if depends_on_training(each)} for side in (one, other)
@@ -173,7 +187,8 @@ def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: n
                 modes = ["in training mode" if flag else "in eval mode" for flag in flags]
                 raise RolloutError(
                     f"{_module(name, ours)} is {modes[0]} in {label}, but {_module(other_name, theirs)} is {modes[1]} "
-                    f"in {other_label}. The comparison would measure that difference: call eval() or train() on both."
+                    f"in {other_label}. The comparison would measure this difference in mode. Put both in the same "
+                    "mode with eval() or train()."
                 )
 
 
@@ -197,28 +212,29 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
             if any(id(each) in own for each in used):
                 raise RolloutError(
                     f"A function in {patch!r} uses the environments and context.rows, which contains episode numbers. "
-                    "To index the environments, use context.environments, which contains the sub-environment of each "
-                    "row. Read everything else, such as the spaces, before the rollout, outside of the function."
+                    "To index the environments, use context.environments, which contains the index of each row's "
+                    "sub-environment. If the function needs anything else from the environments, such as their "
+                    "spaces, read it before the rollout, outside the function."
                 )
 
 
 def check_rows(
     run: undisturbed, again: undisturbed, decision: Decision, alone: Callable[[], Decision], *, mixed: bool
 ) -> None:
-    """Raise RolloutError if the rows without patches depend on other rows, or on random numbers that the policy draws.
+    """Raise RolloutError if the policy's output for unpatched rows depends on other rows or on random draws.
 
-    Each label in a sweep then gets the same results as in a rollout of its own.
+    If there is no such dependence, each label in a sweep gets the same results as in a rollout of its own.
 
     Args:
-        run: Context that has saved the state before the first step.
-        again: The same context, not entered, which restores the state after that step.
-        decision: Decision for all rows in that step. Rows without patches come first.
-        alone: Function that returns the decision for the first rows, from a forward pass without the other rows.
-        mixed: Whether the step also had rows with patches.
+        run: Open context that saved the policy's state before the first step.
+        again: Context of the same kind that has not been opened; used here to restore the state after the first step.
+        decision: Decision for all rows in the first step. Unpatched rows come first.
+        alone: Function that runs the policy on only the first few (unpatched) rows, and returns the decision for them.
+        mixed: Whether the first step also included patched rows.
     """
     with again:
         states = again.random_states()
-        after = alone() if mixed else None  # with a state that all rows have updated
+        after = alone() if mixed else None  # starting from the state after the step with all rows
         run.snapshot.put_back()
         first = alone()
         draws = states != again.random_states()
@@ -236,8 +252,54 @@ def check_rows(
             )
 
 
+def noted_logs(policy: Any) -> tuple[Snapshot, Snapshot]:
+    """Return two snapshots of the containers and ledgers that a policy uses; only the first is noted already."""
+    logs = [each for each in used_by(policy, *functions_of(patches_inside(policy))) if _may_keep_state(each)]
+    logs += [firing.counts for firing in firings_inside(policy)]
+    first, second = (Snapshot((), [dict(enumerate(logs))]) for _ in range(2))
+    return first.note(), second
+
+
+def check_repeats(
+    logs: tuple[Snapshot, Snapshot],
+    run: undisturbed,
+    again: undisturbed,
+    decision: Decision,
+    repeat: Callable[[], Decision],
+    *,
+    mixed: bool,
+) -> None:
+    """Raise RolloutError if a policy's first decision changes when it is repeated from the same state.
+
+    Draws from generators that a rollout restores are allowed. The repeated pass leaves no entry in logs and ledgers.
+
+    Args:
+        logs: Result of `noted_logs` before the first step.
+        run: Open context that saved the policy's state before the first step.
+        again: Context of the same kind that has not been opened; used here to restore the state after the first step.
+        decision: Decision in the first step.
+        repeat: Function that runs the policy again on the same rows, and returns the decision.
+        mixed: Always False, because a single policy has no patched rows.
+    """
+    before, after = logs
+    after.note()
+    before.put_back()
+    with again:
+        states = again.random_states()
+        run.snapshot.put_back()
+        repeated = repeat()
+        draws = states != again.random_states()
+    after.put_back()
+    if not draws and not _close(decision, repeated):
+        raise RolloutError(
+            "The policy's first output changes when the same forward pass is repeated, so the policy would differ from "
+            "itself. It draws from a generator that it creates in each call, or it keeps state that a rollout cannot "
+            "restore. Store the generator or the state in an attribute."
+        )
+
+
 def _close(decision: Decision, alone: Decision) -> bool:
-    """Return whether the first rows of a decision equal another decision, up to rounding."""
+    """Return whether the first rows of `decision` equal `alone`, the decision for only those rows, up to rounding."""
     pairs = zip(_numbers(decision), _numbers(alone), strict=True)
     return all(_same(every[: len(own)], own) for every, own in pairs)
 
@@ -251,20 +313,20 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other)
     tolerance = min(100 * torch.finfo(other.dtype).eps, 1e-2)
     if other.is_cuda:
-        tolerance = max(tolerance, 1e-3)  # kernels for another number of rows may round to TF32
+        tolerance = max(tolerance, 1e-3)  # kernels for a different number of rows may round to TF32
     finite = other[other.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 class SharedState:
-    """Check that policies or labels do not affect each other through containers or iterators that they share.
+    """Check that policies or labels do not affect each other through shared containers or iterators.
 
-    A rollout does not restore such containers, so that functions can keep a log.
+    A rollout does not restore such containers, so that a function can use a container as a log.
 
     Args:
-        users: Functions and modules of each policy or label, by name.
-        envs: The environments, whose own containers are ignored.
+        users: Functions and modules that each policy or label uses, by the name of the policy or label.
+        envs: The environments. Containers inside the environments are ignored.
     """
 
     def __init__(self, users: Mapping[Any, Iterable[Any]], envs: Any) -> None:
@@ -280,7 +342,7 @@ class SharedState:
     def checked(self, subject: str, run: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> Any:
         """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
 
-        The second run starts from the state that the first run left, which is restored afterwards.
+        `again` starts from the shared state that `run` left behind. Afterwards, that state is restored.
         """
         self._snapshot.note()
         rollouts = run()
@@ -294,15 +356,15 @@ class SharedState:
             kind = type(changed[0]).__name__
             users = [repr(user) for user, used in self._used.items() if id(changed[0]) in used]
             raise RolloutError(
-                f"Playing the episodes {subject} again gives different results, because {', '.join(users[:4])} share a "
-                f"{kind} that changes during the episodes. Use a separate function and {kind} for each, or store the "
-                "state in attributes of an object, which a rollout restores."
+                f"Replaying the episodes {subject} gives different results, because {', '.join(users[:4])} share a "
+                f"{kind} that changes during the episodes. Use a separate function and {kind} for each of them. "
+                "Alternatively, store the state in attributes of an object: a rollout restores such attributes."
             )
         return rollouts
 
 
 def _may_keep_state(item: Any) -> bool:
-    is_log = isinstance(item, io.IOBase)  # a file, which is an iterator too
+    is_log = isinstance(item, io.IOBase)  # files are also iterators
     return not is_log and (isinstance(item, (*CONTAINERS, Iterator)) or may_be_written(item))
 
 

@@ -1,4 +1,4 @@
-"""Compute checksums of observations, to verify that two rollouts are paired."""
+"""Compute checksums of observations, which are used to verify that two rollouts are paired."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def checksums(observations: Any, count: int) -> NDArray[np.uint64]:
-    """Return a checksum for each of `count` sub-environments: uint64 `(environment,)`.
+    """Return one checksum per sub-environment (`count` in all), as uint64 with shape `(environment,)`.
 
     Observations may be arrays, tensors, strings, other objects, or dicts or tuples of these.
     """
@@ -50,5 +50,9 @@ def _of_object(each: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _weights(words: int) -> NDArray[np.uint64]:
-    """Return random odd weights: any change to one word, and nearly any other change, alters the weighted sum."""
+    """Return random odd weights.
+
+    Because the weights are odd, the weighted sum changes whenever a single word changes. Because they are random, the
+    sum almost always changes if several words change.
+    """
     return np.random.Philox(0).random_raw(words) | np.uint64(1)

@@ -1,4 +1,4 @@
-"""Copy policies with shared weights, and find the objects that a policy, function or environment uses."""
+"""Copy policies without copying their weights, and find the objects that a policy, function or environment uses."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ STATE = "_chanpatch"  # the attribute of a twin that stores its patches
 
 
 def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
-    """Copy a module tree without chanpatch's hooks; the copy shares the parameters and buffers.
+    """Copy a module tree without chanpatch's hooks. The copy shares its parameters and buffers with the policy.
 
-    `plain` is the same tree without patches, or the policy itself if it has no patches.
+    `plain` is the tree to copy: the policy itself or, if the policy is a twin, the same tree without the patches.
     """
     stored = [*_reachable([policy], _stored_in)]
     _refuse_references_to(policy, stored)
@@ -51,7 +51,7 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
 def refuse_writing_modes(policy: nn.Module) -> None:
     """Raise an error if a module's own `train` or `eval` changes its parameters, for example to merge an adapter.
 
-    The methods are tested on a copy with other parameters, so overrides that only set flags are accepted.
+    The two methods are called on a copy that has its own parameters. Overrides that only set flags are thus accepted.
     """
     for name, module in policy.named_modules():
         modes = {each: getattr(type(module), each) for each in ("train", "eval")}
@@ -60,13 +60,16 @@ def refuse_writing_modes(policy: nn.Module) -> None:
             raise UnsupportedModelError(
                 f"{repr(name) if name else 'The policy'} ({type(module).__name__}) changes its parameters in "
                 f"{' and '.join(f'{each}()' for each in own)}. A twin shares the policy's parameters but not its "
-                "flags, so one of the two would be wrong. Make the change permanent before creating a twin, or use "
-                "patched()."
+                "flags, so either the policy or the twin would run with the wrong parameters. Make the change "
+                "permanent before creating a twin, or use patched()."
             )
 
 
 def _writes_weights(module: nn.Module) -> bool:
-    """Return whether `train` or `eval` changes the parameters of a copy; False if copying or either call fails."""
+    """Return whether `train` or `eval` changes the parameters of a copy of a module.
+
+    Return False if the module cannot be copied, or if one of the two calls fails.
+    """
     with suppress(Exception):
         trials = {
             id(weight): nn.Parameter(torch.full_like(weight, _TRIAL), requires_grad=weight.requires_grad)
@@ -81,11 +84,11 @@ def _writes_weights(module: nn.Module) -> bool:
     return False
 
 
-_TRIAL = 2  # adding, subtracting, multiplying or dividing parameters with this value changes them
+_TRIAL = 2  # the sum, difference, product and quotient of two parameters with this value differ from the value
 
 
 def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
-    """Return a deepcopy memo that shares weights and clones non-leaf tensors, which deepcopy does not support."""
+    """Return a memo for deepcopy to share the weights, and to clone non-leaf tensors, which deepcopy cannot copy."""
     tensors = [item for item in stored if isinstance(item, Tensor)]
     clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
     weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
@@ -95,8 +98,8 @@ def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
 def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
     """Raise an error if a function, hook or weak reference stored on a policy refers back to the policy.
 
-    In a copy, the function would run the original's modules, or fill a container that only the original reads.
-    UnreachedError detects this only if no other call reaches the patch.
+    In a copy, such a function would run the original's modules, or fill a container that only the original reads. The
+    copy's patches might then have no effect, and UnreachedError is raised only if no other call reaches the patch.
     """
     own = {id(item) for item in stored if isinstance(item, (nn.Module, list, set, deque, dict))}
     for item in stored:
@@ -106,32 +109,37 @@ def _refuse_references_to(policy: nn.Module, stored: list[Any]) -> None:
             name = "a weak reference" if is_weak else f"the function {item.__qualname__}"
             raise UnsupportedModelError(
                 f"{type(policy).__name__} stores {name} (in an attribute or as a hook) that refers to the policy "
-                "itself or to a container in the policy. In a twin, the reference would still lead to the unpatched "
+                "itself or to a container in the policy. In a twin, that reference would still point to the unpatched "
                 "original. Use a method instead, or use patched()."
             )
 
 
 def held_modules(policy: Any) -> list[nn.Module]:
-    """Return the modules that a policy uses, including the policy itself but not its submodules."""
+    """Return the modules that a policy uses, including the policy itself if it is a module, but not its submodules."""
     return [item for item in used_by(policy) if isinstance(item, nn.Module)]
 
 
 def patches_inside(policy: Any) -> list[Patch]:
     """Return the patches of all twins that a policy contains or uses."""
+    return [firing.patch for firing in firings_inside(policy)]
+
+
+def firings_inside(policy: Any) -> list[Any]:
+    """Return the firings, one per patch, of all twins that a policy contains or uses."""
     modules = {module: None for held in held_modules(policy) for module in held.modules()}
-    return [patch for module in modules if STATE in vars(module) for patch in vars(module)[STATE].patches]
+    return [firing for module in modules if STATE in vars(module) for firing in vars(module)[STATE].firings]
 
 
 def functions_of(patches: Iterable[Patch]) -> list[Any]:
-    """Return the edits of patches and their `where` functions."""
+    """Return the edit and the `where` of each patch."""
     return [function for patch in patches for function in (patch.edit, patch.where)]
 
 
 def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]], list[int]]:
-    """Return the modules and attributes that a rollout restores, and the ids of objects that it does not restore.
+    """Return the state that a rollout restores: modules, dicts of attributes, and the ids of objects not to restore.
 
-    Random generators, and nonlocal and global variables, are returned as another dict of attributes. Objects that the
-    environments contain are not restored.
+    The last dict contains random generators, and the nonlocal and global variables that functions assign to. The ids
+    are those of objects that the environments contain, which are not restored.
     """
     held = used_by(policy, *functions_of(patches_inside(policy)))
     modules = nn.ModuleList(item for item in held if isinstance(item, nn.Module))
@@ -144,12 +152,12 @@ def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]],
 
 
 def used_by(*roots: Any) -> list[Any]:
-    """Return the given objects, and all objects that they may use when called."""
+    """Return the given objects, and all objects that may be used when the given objects are called."""
     return [*_reachable(roots, _parts_that_act)]
 
 
 def parts_of_environments(envs: Any) -> Iterator[Any]:
-    """Yield the objects that environments contain, except the contents of modules."""
+    """Yield the environments and all objects that they contain, except the contents of modules."""
     return _reachable([envs], lambda item: () if isinstance(item, nn.Module) else _stored_in(item))
 
 
@@ -163,16 +171,16 @@ def _reachable(roots: Iterable[Any], parts: Callable[[Any], Iterable[Any]]) -> I
 
 
 def _stored_in(item: Any) -> Iterable[Any]:
-    """Return the items of a container and the attributes of an object, which a deep copy would copy too."""
+    """Return the parts of an object that deepcopy would copy with the object: its items and its attributes."""
     if isinstance(item, (type, types.ModuleType, types.FunctionType)) or is_ours(item):
         return ()
     own = getattr(item, "__dict__", {})
-    # Hooks for state_dict are never run in a forward pass.
+    # Hooks for state_dict never run during a forward pass.
     return [*_items(item), *(part for name, part in own.items() if name != STATE and "state_dict" not in name)]
 
 
 def _parts_that_act(item: Any) -> Iterable[Any]:
-    """Return the objects that an object may use directly when called."""
+    """Return the objects that may be used directly when an object is called."""
     if isinstance(item, nn.Module):
         owns = [vars(module).items() for module in item.modules()]
         return [part for own in owns for name, part in own if name not in _TORCHS_OWN and name != STATE]
@@ -185,7 +193,8 @@ def _parts_that_act(item: Any) -> Iterable[Any]:
 def _referenced_by(item: Any) -> Iterable[Any]:
     """Return the items of a container, and the objects that a function or a weak reference refers to.
 
-    A function refers to its defaults, attributes and closure, and to globals, which are skipped in libraries.
+    A function refers to its default arguments, its attributes, and the variables in its closure and among its globals.
+    For functions from a library, the globals are skipped.
     """
     if isinstance(item, weakref.ref):
         return (item(),)
@@ -220,14 +229,17 @@ def _written_by(function: types.FunctionType) -> list[types.CellType | GlobalVar
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType, *operations: str) -> list[str]:
-    """Return the names that the given bytecode operations use in a code object and in functions defined inside."""
+    """Return the names used by the given bytecode operations in a code object, or in functions defined inside it."""
     own = [each.argval for each in dis.get_instructions(code) if each.opname in operations]
     inside = [names_in(each, *operations) for each in code.co_consts if isinstance(each, types.CodeType)]
     return [*dict.fromkeys(itertools.chain(own, *inside))]
 
 
 def _is_plain(item: Any) -> bool:
-    """Return whether an object keeps its state in attributes and is not a module, environment or library object."""
+    """Return whether an object keeps its state in attributes and belongs to the user's own code.
+
+    Modules, classes, environments, replay buffers and objects from libraries, except SimpleNamespace, do not count.
+    """
     if isinstance(item, types.FunctionType):
         return not _is_from_library(item.__module__)
     apart = [getattr(sys.modules.get(module), name, ()) for module, name in _APART]
@@ -241,7 +253,7 @@ def _is_from_library(module: Any) -> bool:
 
 _LIBRARIES = {"chanpatch", "gymnasium", "numpy", "torch", *sys.stdlib_module_names}
 _TORCHS_OWN = vars(nn.Module()).keys()
-_APART = (  # environments, and the replay memory of an algorithm, which may be large
+_APART = (  # classes whose objects are not restored: environments, and replay buffers, which may be large
     ("gym", "Env"),
     ("gymnasium", "Env"),
     ("gymnasium.vector", "VectorEnv"),

@@ -1,4 +1,4 @@
-"""Interpret policy outputs as distributions over actions, or as actions."""
+"""Interpret the output of a policy as a distribution over actions, or as the actions themselves."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Decision(NamedTuple):
     """A policy's decision for a batch of observations.
 
     Attributes:
-        choice: Distribution over actions, or the actions.
-        to_box: Function of actions and a Box that clips or rescales the actions, as Stable-Baselines3 does.
-        values: Action values, if the policy returned these.
+        choice: The distribution over actions, or the actions themselves.
+        to_box: Function that receives actions and a Box, and clips or rescales the actions as Stable-Baselines3 does;
+            None if the actions are used as they are.
+        values: Action values, or None if the policy did not return action values.
     """
 
     choice: Distribution | Tensor
@@ -43,25 +44,25 @@ def action_distribution(
     """Return a policy's distribution over actions for a batch of observations.
 
     The policy may return a distribution, a tuple that contains a distribution, or a dict or object that contains
-    `logits` or a distribution. For a MultiDiscrete action, the policy may return a list with one Categorical per part;
-    their logits are padded to `(row, part, choice)`. Policies with a `get_distribution` method, and all
-    Stable-Baselines3 policies, are supported too.
+    `logits` or a distribution. For a MultiDiscrete action, the policy may return a list with one Categorical per part.
+    The logits of all parts are then padded and stacked, with shape `(row, part, choice)`. Policies with a
+    `get_distribution` method, and all Stable-Baselines3 policies, are also supported.
 
     Args:
-        policy: Module or function of observations.
+        policy: Module or function that accepts a batch of observations.
         observations: Batch of observations.
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`, or
-            `"values"` to select the action with the highest value. Rollouts also accept `"actions"`.
+            `"values"`, which selects the action with the highest value. Rollouts also accept `"actions"`.
 
     Raises:
-        DistributionError: If the output contains no distribution, or is a tensor and `outputs` is None.
+        DistributionError: If the output contains no distribution, or if the output is a tensor and `outputs` is None.
     """
     check_outputs(outputs)
     choice = decision_in(output_of(policy, observations, outputs), type(policy).__name__, outputs).choice
     if isinstance(choice, Tensor):
         raise DistributionError(
-            f"{type(policy).__name__} returns actions, not a distribution. Pass a function that returns their logits "
-            'or values instead, such as policy.q_net with outputs="values".'
+            f"{type(policy).__name__} returns actions, not a distribution. Pass a function that returns logits or "
+            'action values instead, such as policy.q_net with outputs="values".'
         )
     return choice
 
@@ -73,7 +74,7 @@ def check_outputs(outputs: Any) -> None:
 
 
 def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | None = None) -> Any:
-    """Run a policy and return its output; for a Stable-Baselines3 policy, return a distribution or a Decision."""
+    """Run a policy and return its output. A Stable-Baselines3 policy returns a distribution or a Decision."""
     own = getattr(policy, "get_distribution", None)
     try:
         if callable(own):
@@ -87,12 +88,15 @@ def output_of(policy: Callable[..., Any], observations: Any, outputs: Outputs | 
         raise DistributionError(
             f"{type(policy).__name__} has no forward(). Pass rollout() or action_distribution() a function that "
             "returns the policy's logits or distribution, such as lambda observations: agent.actor(observations). For "
-            "rollout_sweep(), pass a module whose forward() returns the same."
+            "rollout_sweep(), pass a module whose forward() returns the logits or distribution."
         ) from error
 
 
 def _output_of_sb3(policy: Any, observations: Any) -> Any:
-    """Return the distribution of a policy without `get_distribution`, or actions that are not yet mapped to the Box."""
+    """Run a Stable-Baselines3 policy that has no `get_distribution`.
+
+    Return the actor's distribution or, if the actor has none, a Decision with the deterministic action.
+    """
     actor = getattr(policy, "actor", policy)
     if not hasattr(actor, "get_action_dist_params"):
         return Decision(
@@ -108,8 +112,8 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
     Args:
         output: Output of the policy.
         subject: Name of the policy, for error messages.
-        outputs: Meaning of a tensor, as in `action_distribution`.
-        masks: True for allowed actions: `(row, action)`.
+        outputs: Meaning of a tensor that the policy returns, as in `action_distribution`.
+        masks: Which actions are allowed, as a bool array `(row, action)`; None if all actions are allowed.
     """
     try:
         decision = output if isinstance(output, Decision) else _decision_in(output, subject, outputs)
@@ -117,8 +121,8 @@ def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArr
         if isinstance(fault, ChanpatchError):
             raise
         raise DistributionError(
-            f"{subject} returned {described(output)} with NaN, so no action can be chosen. Use recording(...) to "
-            "find the first activation with NaN."
+            f"{subject} returned {described(output)} that contains NaN, so no action can be chosen. Use recording(...) "
+            "to find the first activation with NaN."
         ) from fault
     return decision if masks is None else _masked(decision, masks, subject)
 
@@ -128,13 +132,16 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
         if outputs in ("values", "actions"):
             raise DistributionError(
                 f"{subject} returned {described(output)}, which contains a distribution, but outputs={outputs!r} only "
-                "applies to tensors. Omit outputs, or for several policies, pass a dict without this policy."
+                "applies to tensors. Omit outputs. With several policies, pass outputs as a dict that leaves out this "
+                "policy."
             )
         return Decision(found, box_mapping(output))
     tensor = tensor_in(output, 1 if outputs == "actions" else 2)
     if not isinstance(tensor, Tensor):
         example = ": lambda observations: policy(observations)[0]" if isinstance(output, (tuple, list)) else ""
-        raise no_distribution(output, f"{subject} returned", f"Pass a function that selects one of these{example}.")
+        raise no_distribution(
+            output, f"{subject} returned", f"Pass a function that selects one of these from the output{example}."
+        )
     if outputs is None:
         raise DistributionError(
             f"{subject} returned {described(output)}, which may contain logits, values or actions. Specify "
@@ -144,15 +151,16 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
         return Decision(tensor)
     if (found := categorical(tensor)) is None:
         raise DistributionError(
-            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor (row, action)."
+            f"{subject} returned {described(output)}, but outputs={outputs!r} requires a float tensor with shape (row, "
+            "action)."
         )
     return Decision(found) if outputs == "logits" else Decision(_greedy(tensor), values=tensor)
 
 
 def _joined(output: Any) -> Categorical | None:
-    """Join the distributions for the parts of a MultiDiscrete action into one: `(row, part, choice)`.
+    """Join the Categoricals for the parts of a MultiDiscrete action into one Categorical.
 
-    Return None if the output is not a list of at least two Categoricals.
+    Its logits have shape `(row, part, choice)`. Return None if the output is not a list of at least two Categoricals.
     """
     parts = getattr(output, "distribution", output)
     is_list = isinstance(parts, (list, tuple)) and len(parts) > 1
@@ -169,13 +177,13 @@ def _greedy(values: Tensor) -> Categorical:
 
 
 def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decision:
-    """Exclude the actions that are not allowed."""
+    """Return a decision that never selects an action for which the mask is False."""
     choice, values = decision.choice, decision.values
     if not isinstance(choice, Categorical):
         returned = "actions" if isinstance(choice, Tensor) else f"a {type(choice).__name__}"
         raise RolloutError(
-            f"masks only apply to a Categorical, but {subject} returned {returned}. Pass a function that returns "
-            "logits or values."
+            f"masks can be applied only to a Categorical distribution, but {subject} returned {returned}. Pass a "
+            "policy that returns logits or values."
         )
     scores = choice.logits if values is None else values
     if masks.shape != scores.shape:
@@ -192,18 +200,19 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
 
 
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
-    """Return the allowed actions in all sub-environments, bool `(environment, action)`, or None without masks."""
+    """Return which actions are allowed as a bool array `(environment, action)`, or None if `masks` is None."""
     if masks is None:
         return None
     found = np.array(masks(envs, infos))
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(
-            f"masks returned an array of shape {found.shape} for {envs.num_envs} environments. Return one row for each."
+            f"masks returned an array of shape {found.shape} for {envs.num_envs} environments. Return one row per "
+            "environment."
         )
     others = found[~np.isin(found, (0, 1))]
     if others.size:
         raise RolloutError(
-            f"masks must return bools, or 1 for allowed and 0 for other actions; got {others[0]} ({found.dtype}). For "
-            "an additive mask (0 or -inf), return mask == 0."
+            f"masks must return bools, or 1 for allowed and 0 for disallowed actions; got {others[0]} ({found.dtype}). "
+            "For an additive mask (0 or -inf), return mask == 0."
         )
     return found.astype(np.bool_)

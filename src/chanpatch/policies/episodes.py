@@ -23,7 +23,7 @@ from ..registry.names import path_text
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
 from .actions import chosen_actions, draw_streams, repetitions
-from .checks import check_envs, check_rows, checked_policy
+from .checks import check_envs, check_repeats, check_rows, checked_policy, noted_logs
 from .checksums import checksums
 from .copies import held_state
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
@@ -43,7 +43,7 @@ _CHANNELS_REJECTED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) c
 
 
 class Options(NamedTuple):
-    """Options of `rollout`, `paired_rollouts` and `rollout_sweep`."""
+    """Options for `rollout`, `paired_rollouts` and `rollout_sweep`."""
 
     max_steps: int
     sampling_seed: int
@@ -66,8 +66,8 @@ def play(
 ) -> list[Rollout]:
     """Play all episodes `times` times with the same random numbers, and return one rollout per repetition.
 
-    `around` maps the repetition of each row, int64 `(row,)`, to a context for the forward pass. `label` is the policy's
-    name.
+    Before each forward pass, `around` receives the number of each row's repetition as int64 `(row,)`, and returns the
+    context manager in which the forward pass runs. `label` is the policy's name.
     """
     check_envs(envs)
     check_outputs(options.outputs)
@@ -80,22 +80,28 @@ def play(
     bar = progress_bar(options.progress, len(waves) * options.max_steps, "step")
     with as_in_predict(held), undisturbed(held, *state) as run, bar as advance:
         player = _Player(policy, envs, log, options, around)
-        check = functools.partial(check_rows, run, undisturbed(held, *state)) if times > 1 else None
+        again = undisturbed(held, *state)
+        check: Any = functools.partial(check_rows, run, again) if times > 1 else None
+        if times == 1 and label is not None:  # one of several policies
+            check = functools.partial(check_repeats, noted_logs(policy), run, again)
         for start in waves:
-            run.snapshot.put_back()  # an episode must not depend on earlier ones
+            run.snapshot.put_back()  # an episode must not depend on earlier episodes
             player.play(np.arange(start, min(start + envs.num_envs, log.plays)), advance, check)
     return log.rollouts()
 
 
 class _Log:
-    """Results and random generators by play (one repetition of an episode), ordered by repetition and then episode."""
+    """The results and random generators for all plays, sorted by repetition and then by episode.
+
+    A play is one repetition of an episode.
+    """
 
     def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
         if not isinstance(seeds, Iterable):
             raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
         checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
         if max(checked, default=0) >= 2**63:
-            raise RolloutError(f"A seed must be less than 2**63, to fit into int64; got {max(checked)}.")
+            raise RolloutError(f"A seed must be less than 2**63, to fit in int64; got {max(checked)}.")
         if not checked:
             raise RolloutError("seeds is empty: pass one seed per episode.")
         self.episodes, self.plays = len(checked), times * len(checked)
@@ -110,13 +116,13 @@ class _Log:
         self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, checked)]
         self.returns = np.zeros(self.plays)
         self.terminated, self.truncated = np.zeros((2, self.plays), dtype=np.bool_)
-        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # plays and their actions at each step
-        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # plays and their checksums at each step
+        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # per step: plays, their actions
+        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # per step: plays, their checksums
 
     def add(
         self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
     ) -> None:
-        """Add one step of the given plays; `seen` contains checksums of the observations after the step."""
+        """Add one step to the results of the given plays. `seen` contains the checksums of the new observations."""
         self.returns[plays] += rewards
         self.taken.append((plays, actions))
         self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
@@ -132,14 +138,14 @@ class _Log:
 
 
 def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
-    """Return one array `(step, ...)` per play, given the plays and values at each step."""
+    """Convert pairs (plays, values), one pair per step, to one array of values `(step, ...)` per play."""
     plays, values = map(np.concatenate, zip(*steps, strict=True))
     order = np.argsort(plays, kind="stable")
     return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
 
 
 class _Player:
-    """A policy in a vector environment, with the recurrent state of each running episode."""
+    """A policy that plays in a vector environment, together with the recurrent states of the running episodes."""
 
     _allowed: NDArray[np.bool_] | None
 
@@ -155,7 +161,7 @@ class _Player:
     ) -> None:
         """Play one wave in parallel until all its episodes have finished, and advance the progress bar.
 
-        `check`, if any, is `check_rows` for this rollout.
+        `check` is None, or a check of the first decision with the same last three arguments as `check_rows`.
         """
         envs, log, options = self._envs, self._log, self._options
         self._reset(wave)
@@ -169,7 +175,7 @@ class _Player:
             chosen = chosen_actions(decision, streams, len(plays), envs)
             if actions is None:
                 actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
-            if self._allowed is not None:  # finished sub-environments get an allowed action, not their last one
+            if self._allowed is not None:  # give finished sub-environments an allowed action, not their last action
                 actions[:] = self._allowed.argmax(-1) + getattr(envs.single_action_space, "start", 0)
             actions[self._running] = chosen
             self._observations, rewards, terminated, truncated, self._infos = envs.step(actions)
@@ -178,7 +184,7 @@ class _Player:
             # The infos may lack a mask after the last episode.
             self._allowed = allowed_actions(options.masks, envs, self._infos) if continues.any() else None
             seen = self._seen()
-            seen[over] = 0  # some environments already return the next episode's observation
+            seen[over] = 0  # at the end of an episode, some environments return the next episode's observation
             log.add(plays, chosen, np.asarray(rewards[self._running], np.float64), seen[self._running])
             if over.any():
                 log.terminated[plays], log.truncated[plays] = terminated[self._running], truncated[self._running]
@@ -191,15 +197,15 @@ class _Player:
         log.truncated[wave[self._running]] = True
 
     def _reset(self, wave: NDArray[np.int64]) -> None:
-        """Reset the environments for a new wave. In the last wave, some sub-environments may have no episode."""
-        self._wave, self._running = wave, np.arange(len(wave))  # sub-environments whose episode has not finished
+        """Reset the environments for a new wave. The last wave may have fewer episodes than sub-environments."""
+        self._wave, self._running = wave, np.arange(len(wave))  # the sub-environments whose episodes have not finished
         try:
             seeds = [self._log.seeds[number] for number in np.resize(wave, self._envs.num_envs)]
             self._observations, self._infos = self._envs.reset(seed=seeds)
         except imported("gymnasium").error.Error as error:
             raise RolloutError(
                 f"{type(self._envs.unwrapped).__name__} cannot be reset with one seed per sub-environment. Use a "
-                'SyncVectorEnv or an AsyncVectorEnv, such as gymnasium.make_vec(..., vectorization_mode="sync").'
+                'SyncVectorEnv or an AsyncVectorEnv, for example gymnasium.make_vec(..., vectorization_mode="sync").'
             ) from error
         self._begin()
         self._allowed = allowed_actions(self._options.masks, self._envs, self._infos)
@@ -213,12 +219,12 @@ class _Player:
                 self._allowed[over] = allowed_actions(self._options.masks, self._envs, infos)[over]
 
     def _seen(self) -> NDArray[np.uint64]:
-        """Return a checksum of each sub-environment's observation and mask."""
+        """Return one checksum per sub-environment, computed from the observation and, if there are masks, the mask."""
         both = self._observations if self._allowed is None else (self._observations, self._allowed)
         return checksums(both, self._envs.num_envs)
 
     def _begin(self) -> None:
-        """Set the initial recurrent state of the running episodes."""
+        """Set the recurrent state of the running episodes to the initial state."""
         self._rows_before, self._state = len(self._running), None
         if self._options.initial_state is not None:
             self._state = self._options.initial_state(len(self._running))
@@ -226,25 +232,25 @@ class _Player:
                 self._state = replace(self._state, path, self._placed(tensor))
 
     def _keep(self, continues: NDArray[np.bool_]) -> None:
-        """Drop the rows of finished episodes."""
+        """Keep only the rows of episodes that continue; drop the rows of finished episodes."""
         self._rows_before, self._running = len(self._running), self._running[continues]
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(continues))
 
     def _check_rows(self, decision: Decision, check: Callable[..., None]) -> None:
-        """Check the first decision in a wave that contains rows without patches, which come first.
+        """Run `check` on the first decision in a wave if the wave contains unpatched rows, which come first.
 
-        Only the first of several waves without any patches is checked.
+        If several waves have only unpatched rows, only the first of these waves is checked.
         """
         plays = self._wave[self._running]
         own = int((plays < self._log.episodes).sum())
         mixed = own < len(plays)
         if own and (mixed or not plays[0]):
-            # Rows with and without patches have equal observations at first, so leave out some rows.
+            # At first, patched and unpatched rows have equal observations, so leave out some unpatched rows too.
             count = min(own, max(2, own // 2)) if mixed else own
             check(decision, functools.partial(self._first_decision, count), mixed=mixed)
 
     def _first_decision(self, count: int) -> Decision:
-        """Return the first decision for the first rows, from a forward pass without the other rows."""
+        """Repeat the first decision with only the first `count` rows in the batch, and return the new decision."""
         other = copy.copy(self)
         other._running = self._running[:count]
         other._begin()
@@ -279,7 +285,7 @@ class _Player:
             got = f"{len(returned)} items" if isinstance(returned, (tuple, list)) else type(returned).__name__
             raise RolloutError(
                 f"With initial_state, the policy must return (output, new state); got {got}. Pass a function that "
-                "accepts (observations, state) and returns that pair."
+                "accepts (observations, state) and returns such a pair."
             )
         shapes, before = ({path: tuple(leaf.shape) for path, leaf in leaves(s)} for s in (returned[1], self._state))
         for path in dict.fromkeys([*before, *shapes]):
@@ -293,7 +299,7 @@ class _Player:
         return returned[0]
 
     def _tensors(self, observations: Any) -> Any:
-        """Return the rows of running episodes as tensors, from an array or from each array in a dict or tuple."""
+        """Convert observations, which may be in dicts and tuples, to tensors with only the running episodes' rows."""
         if isinstance(observations, Mapping):
             return {name: self._tensors(part) for name, part in observations.items()}
         if isinstance(observations, tuple):
@@ -307,33 +313,39 @@ class _Player:
         return tensor.to(self._like.device, self._like.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _advice(self, error: RuntimeError, observations: Any) -> str:
-        """Explain an error that comes from the observations' dtype, layout or number of rows; for others, return ""."""
+        """Return advice on an error that was caused by the observations' dtype, layout or number of rows.
+
+        For other errors, return an empty string.
+        """
         text, rows, before = str(error), len(self._running), self._rows_before
         usual = torch.get_default_dtype() if self._like is None else self._like.dtype
         others = {str(tensor.dtype) for _, tensor in leaves(observations) if tensor.dtype != usual}
         if others and _DTYPE_REJECTED.search(text):
             return (
                 f"on observations of dtype {', '.join(sorted(others))} ({text}). A rollout does not preprocess "
-                "observations. Convert them the same way as in training, in the policy or in a wrapper function such "
-                "as lambda observations: policy(observations.float() / 255)."
+                "observations. Convert the observations as in training, inside the policy or in a wrapper function "
+                "such as lambda observations: policy(observations.float() / 255)."
             )
         found = _CHANNELS_REJECTED.search(text)
         if found and found[1] == found[2]:
             return (
-                f"on channels-last images ({text}). Its convolution expects (batch, channel, height, width): pass "
+                f"on channels-last images ({text}). The convolution expects (batch, channel, height, width): pass "
                 "lambda observations: policy(observations.permute(0, 3, 1, 2))."
             )
         if rows < before and {str(rows), str(before)} <= {*re.findall(r"\d+", text)}:
             return (
                 f"when the number of running episodes fell from {before} to {rows} ({text}). If the policy stores a "
-                "recurrent state with one row per environment, return the state and set initial_state=, or use a "
-                "single environment."
+                "recurrent state with one row per environment, return that state from the policy and set "
+                "initial_state=, or use a single environment."
             )
         return ""
 
 
 def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
-    """Return the infos of the given sub-environments, from arrays and lists with one entry per sub-environment."""
+    """Select the entries for the chosen sub-environments from infos.
+
+    Lists and arrays are indexed if they have one entry per sub-environment. Other values are returned unchanged.
+    """
     if isinstance(infos, Mapping):
         return {name: _infos_of(part, num_envs, chosen) for name, part in infos.items()}
     if isinstance(infos, (list, tuple)) and len(infos) == num_envs:
@@ -343,24 +355,24 @@ def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Select the given rows of each tensor in a tree."""
+    """Select the given rows of each tensor in a tree, along the tensor's batch axis in `batch_axes`."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree
 
 
 def state_batch_axes(initial_state: InitialState) -> BatchAxes:
-    """Return the batch axis of each tensor in a recurrent state: the axis whose length is the number of rows."""
+    """Return the batch axis (the axis whose length is the number of rows) of each tensor in a recurrent state."""
     if not callable(initial_state):
         raise RolloutError(
-            "initial_state must be a function that maps a number of rows to their state, such as lambda rows: "
+            "initial_state must be a function that returns the state for a given number of rows, such as lambda rows: "
             f"torch.zeros(1, rows, 64); got {type(initial_state).__name__}."
         )
     two, three = (dict(leaves(initial_state(rows))) for rows in (2, 3))
     if not two or two.keys() != three.keys():
         raise RolloutError(
             f"initial_state(2) contains {len(two)} tensors and initial_state(3) contains {len(three)}. A state must "
-            "contain at least one tensor, and the same tensors for any number of rows."
+            "contain at least one tensor, and tensors in the same places for any number of rows."
         )
     axes = {}
     for path in two:

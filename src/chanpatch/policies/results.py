@@ -17,7 +17,7 @@ from ..statistics.interval import Interval, picked
 from ..statistics.means import snapped
 from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
 
-_ROUNDING = 1e-12  # relative error of a sum of rewards
+_ROUNDING = 1e-12  # relative rounding error in a sum of rewards
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -26,14 +26,14 @@ class Rollout(Records):
 
     Attributes:
         seeds: Seed of each episode.
-        returns: Sum of rewards in each episode.
+        returns: Sum of the rewards in each episode.
         lengths: Number of steps in each episode.
         terminated: Whether each episode reached a terminal state.
         truncated: Whether each episode was cut off by the environment or at `max_steps`.
-        actions: One array `(step, ...)` per episode.
-        seen: One array `(1 + step,)` per episode: a checksum of the first observation, then a checksum of the reward
-            and the observation at each step.
-        settings: `max_steps`, `sampling_seed`, `greedy`, and whether actions were `masked`.
+        actions: One array of actions, with shape `(step, ...)`, per episode.
+        seen: One array of checksums, with shape `(1 + step,)`, per episode: first a checksum of the first observation,
+            then a checksum of the reward and the observation at each step.
+        settings: Arguments `max_steps`, `sampling_seed` and `greedy`; and `masked`, whether there were action masks.
     """
 
     seeds: tuple[int, ...]
@@ -49,7 +49,7 @@ class Rollout(Records):
         return len(self.seeds)
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per episode: seed, return, length, terminated, truncated."""
+        """Return one dict per episode, with keys seed, return, length, terminated and truncated."""
         ends = {"terminated": self.terminated, "truncated": self.truncated}
         return columns(seed=self.seeds, **{"return": self.returns}, length=self.lengths, **ends)
 
@@ -62,19 +62,20 @@ class Rollout(Records):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PairedRollouts(Effects, Mapping[str, Rollout]):
-    """Rollouts of several policies in the same episodes, by name. The first is compared with each of the others.
+    """Rollouts of several policies in the same episodes. The first policy is compared with each of the others.
 
     Attributes:
-        rollouts: Rollouts by name.
+        rollouts: Rollout of each policy, by the policy's name.
         remarks: Notes on the intervals, shown below the table.
 
     Raises:
-        RolloutError: If seeds or settings differ, or if an episode differs between policies before their actions do.
+        RolloutError: If two policies have different seeds or settings, or if an episode differs between two policies
+            before their actions differ.
     """
 
     rollouts: Mapping[str, Rollout]
     remarks: tuple[str, ...] = field(default=(), kw_only=True)
-    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # all rollouts, if `top` selected these
+    _whole: PairedRollouts | None = field(default=None, kw_only=True)  # the result before `top` selected policies
 
     def __post_init__(self) -> None:
         self._check_pairs(self.rollouts)
@@ -94,20 +95,20 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return tuple(self)[1:]
 
     def differences(self) -> NDArray[np.float64]:
-        """Return each policy's return minus the first policy's in the same episode: `(policy, episode)`."""
+        """Return each policy's return minus the first policy's in the same episode, with shape `(policy, episode)`."""
         return self._differences([self[label] for label in self.labels])
 
     def effect(self) -> NDArray[np.float64]:
-        """Return each policy's mean return minus the first policy's: `(policy,)`."""
+        """Return each policy's mean return minus the first policy's mean return, with shape `(policy,)`."""
         found: NDArray[np.float64] = self.differences().mean(axis=1)
         return found
 
     def interval(self, *, seed: int = 0) -> Interval[NDArray[np.float64]]:
-        """Return the effects with 95% intervals over episodes; episodes with the same seed form a cluster.
+        """Return the effects with 95% intervals over episodes. Episodes with the same seed form one cluster.
 
         The intervals are simultaneous over all policies, so they remain valid after selection by `top`. As in
-        `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are marked, and intervals from fewer
-        seeds are withheld.
+        `chanpatch.statistics.mean_interval`, intervals from six to nine seeds are marked, and intervals from fewer than
+        six seeds are withheld.
         """
         whole = self._whole or self
         if not whole.labels:
@@ -124,12 +125,12 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return self._compared({label: self[label] for label in self.labels}, self.interval())
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per policy and episode: policy, seed, return, length, terminated, truncated."""
+        """Return one dict per policy and episode, with keys policy, seed, return, length, terminated and truncated."""
         return [{"policy": name, **record} for name in self for record in self[name].to_records()]
 
     @property
     def effect_label(self) -> str:
-        """Axis label for figures."""
+        """Label of the effect axis in figures."""
         return f"difference in mean return, n = {self._episodes}"
 
     def _effects(self) -> list[dict[str, Any]]:
@@ -173,7 +174,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return ranked_interval(self._snapped(differences), clusters=self._original.seeds, seed=seed)
 
     def _snapped(self, differences: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Set differences within rounding error of zero to zero: `(episode, policy)`."""
+        """Remove rounding error from the differences, and transpose them to `(episode, policy)`."""
         return snapped(differences.T, self._original.returns[:, None], _ROUNDING)
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
@@ -198,28 +199,30 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
-    """Raise an error if seeds or settings differ, or if an episode differs before the actions differ."""
+    """Raise an error if two rollouts differ in seeds or settings, or if an episode differs before the actions do."""
     if first.seeds != other.seeds:
-        raise RolloutError(f"{names} cannot be compared: they were rolled out with different seeds.")
+        raise RolloutError(f"{names} cannot be compared because their rollouts used different seeds.")
     for name, value in first.settings.items():
         if other.settings[name] != value:
-            raise RolloutError(f"{names} cannot be compared: {name} is {value} and {other.settings[name]}.")
+            raise RolloutError(
+                f"{names} cannot be compared because {name} differs: {value} vs. {other.settings[name]}."
+            )
     ends = [[*zip(each.lengths, each.terminated, each.truncated, strict=True)] for each in (first, other)]
     for episode, seed in enumerate(first.seeds):
         taken, others = first.actions[episode], other.actions[episode]
         shorter = min(len(taken), len(others))
         apart = (taken[:shorter] != others[:shorter]).reshape(shorter, -1).any(axis=1)
-        steps = int(apart.argmax()) if apart.any() else shorter  # before the first action that differs
+        steps = int(apart.argmax()) if apart.any() else shorter  # number of steps before the first action that differs
         unlike = first.seen[episode][: steps + 1] != other.seen[episode][: steps + 1]
         if unlike.any() or (not apart.any() and ends[0][episode] != ends[1][episode]):
             when = int(unlike.argmax()) if unlike.any() else steps
             masks = "masks are random, or " if first.settings.get("masked") else ""
             raise RolloutError(
-                f"{names} cannot be compared: episode {episode} (seed {seed}) differs at step {when}, before the "
-                f"actions differ, so the seed does not determine the episode. Likely reasons: {masks}the environment "
+                f"{names} cannot be compared because episode {episode} (seed {seed}) differs at step {when}, before "
+                f"the actions differ: the seed does not determine the episode. Likely reasons: {masks}the environment "
                 "ignores the seed or has another source of randomness, or a wrapper carries state across episodes "
                 "(EpisodicLifeEnv: lives; NormalizeObservation, NormalizeReward, VecNormalize: running statistics). "
-                "Remove this wrapper, or freeze the statistics (update_running_mean = False)."
+                "Remove such a wrapper, or freeze its statistics (update_running_mean = False)."
             )
 
 
@@ -231,8 +234,8 @@ class SweptRollouts(PairedRollouts):
     """Rollouts of the unpatched policy, labeled `"original"`, and of the policy with each label's patches.
 
     Attributes:
-        rollouts: Rollouts by label. The unpatched policy comes first; control patches are not included.
-        controls: Rollouts with the control patches by label, or None.
+        rollouts: Rollouts by label, without the controls. The rollout of the unpatched policy comes first.
+        controls: Rollouts with the control patches, by label; None if there are no controls.
         no_p: Reason why ranks among the controls have no p-values, or an empty string.
     """
 
@@ -246,8 +249,9 @@ class SweptRollouts(PairedRollouts):
     def ranks(self, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
         """Rank each effect among the control effects, as `chanpatch.statistics.rank_among` does.
 
-        A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if
-        the effect is not finite. All ranks are None if there are no controls or if a control effect is not finite.
+        A p-value requires at least 19 controls, and is valid only for a patch that was not selected for its effect. A
+        rank is None if the effect is not finite. All ranks are None if there are no controls, or if a control effect is
+        not finite.
         """
         controls = self._differences([*(self.controls or {}).values()])
         effects, others = (self._snapped(each).mean(axis=0) for each in (self.differences(), controls))

@@ -1,4 +1,4 @@
-"""Roll out many sets of patches in one vector environment, each set in its own rows."""
+"""Roll out a policy with many sets of patches in one vector environment; each set has its own rows in the batch."""
 
 from __future__ import annotations
 
@@ -55,19 +55,20 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 ) -> SweptRollouts:
     """Roll out a policy unpatched and with each label's patches, in the same episodes.
 
-    The result equals `paired_rollouts` with one PatchedPolicy per label, but takes fewer forward passes: each
-    combination of label and episode has its own row in the vector environment. A patch receives only the rows of its
-    own label: activations, inputs, and episode numbers in `context.rows`. Use as many sub-environments as fit in one
-    forward pass.
+    The result equals that of `paired_rollouts` with one PatchedPolicy per label, but requires fewer forward passes:
+    each combination of label and episode has its own row in the vector environment. A patch receives
+    activations, inputs and episode numbers (`context.rows`) only for the rows of its own label. Use as many
+    sub-environments as fit in one forward pass.
 
-    Equality requires that the policy treats each row independently, and that patches use no randomness except
-    `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has one.
+    For the results to be equal, the policy must treat each row independently, and patches may draw random numbers only
+    through `resample_ablate` and `context.uniform`. Wrap a policy without a `forward` method in a small module that has
+    a `forward` method.
 
     Args:
         policy: Module or its HookPoints.
-        patches: One or more patches per label: a mapping from labels to patches, or a sequence, which is labeled by
-            site. Create the sites from traced HookPoints, so that their batch axes are known.
-        controls: Control patches in the same format, to rank the effects among. P-values require at least 19 controls.
+        patches: One or more patches per label: a mapping from labels to patches, or a sequence of patches, which are
+            labeled by their sites. Create the sites from traced HookPoints, so that their batch axes are known.
+        controls: Control patches in the same format, used to rank the effects. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
         envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
 
@@ -97,7 +98,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     for name, each in (("patches", asked), ("controls", others)):
         if ORIGINAL in dict(each):
             raise RolloutError(
-                f"{name} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use another label."
+                f"{name} has the label '{ORIGINAL}', which is reserved for the unpatched policy. Use a different label."
             )
     refuse_shared_state(both)
     refuse_environments_by_rows([*patches_inside(policy), *(patch for _, each in both for patch in each)], envs)
@@ -120,7 +121,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 
 
 def _check_independent(model: nn.Module) -> None:
-    """Raise an error if training mode would mix rows, or if an open context patches or records the model."""
+    """Raise an error if training mode would make rows depend on each other, or if a context is open on the model."""
     with as_in_predict(model):
         together = training_modules(model)
     if together:
@@ -131,15 +132,16 @@ def _check_independent(model: nn.Module) -> None:
     stations = [station for module in model.modules() if (station := Station.of(module))]
     if any(listener.session.confined for station in stations for listener in station.listeners):
         raise RolloutError(
-            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not reach. "
-            "Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, patches)."
+            "rollout_sweep runs a copy of the policy, which the open patched() or recording() context does not "
+            "affect. Close the context. To apply the context's patches under every label, pass PatchedPolicy(policy, "
+            "patches)."
         )
 
 
 class _Interventions:
     """A policy that applies each label's patches only to that label's rows.
 
-    Interventions are numbered from 1, in the order of the labels; 0 is the unpatched policy.
+    The labels' interventions are numbered from 1, in the order of the labels. Number 0 is the unpatched policy.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class _Interventions:
         self._labels = (ORIGINAL, *(label for label, _ in patches))
         self._state_axes = state_axes
         self._cuts: dict[int, slice] = {}  # the rows of each intervention in this forward pass
-        self._is_reversed = False  # whether the last intervention is patched first
+        self._is_reversed = False  # whether interventions are applied in reverse order
         self._firings: list[list[Firing]] = [[]]
         points: dict[str, HookPoint] = {}
         for _, each in patches:
@@ -172,7 +174,7 @@ class _Interventions:
 
     @contextmanager
     def forward(self, interventions: NDArray[np.int64], *, is_reversed: bool = False) -> Iterator[None]:
-        """Assign the rows of a forward pass to interventions, and check for NaN when the forward pass ends."""
+        """In one forward pass, apply the intervention with the given number to each row; check for NaN at the end."""
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
         self._cuts = {number: slice(*cut) for number, *cut in zip(numbers, starts, ends, strict=True)}
@@ -185,7 +187,7 @@ class _Interventions:
         self._raise_nan()
 
     def _patched(self, point: HookPoint, activation: Tensor, *, context: Context) -> Tensor:
-        """Return the activation at a hook point with the rows of each intervention patched."""
+        """Apply each intervention's patches to that intervention's rows of the activation at a hook point."""
         axis: Any = point.batch_axis
         context.rows  # noqa: B018  # raises an error if the number of rows is wrong
         is_checked = context.step is not None and not context.step & (context.step - 1)  # 0, 1, 2, 4, 8, ...
@@ -204,13 +206,13 @@ class _Interventions:
         if states and states != self._random_states():
             raise RolloutError(
                 f"A patch at '{point.name}' draws random numbers from a generator. In a sweep, each label would get "
-                "different numbers, so equal patches would have different effects. Draw with context.uniform(shape), "
-                "which depends only on the episode and the step."
+                "different numbers, so equal patches would have different effects. Use context.uniform(shape), which "
+                "depends only on the episode and the step."
             )
         if self._modules.changed() or self._modules.rewritten():
             raise RolloutError(
-                f"A module that several labels use as edit at '{point.name}' changes its own buffers or attributes, so "
-                "the labels would affect each other. Use a separate module for each label."
+                f"A module that several labels use as an edit at '{point.name}' changes its own buffers or attributes, "
+                "so the labels would affect each other. Use a separate module for each label."
             )
         return activation if all(map(operator.is_, new.values(), parts)) else torch.cat([*new.values()], axis)
 
@@ -231,5 +233,7 @@ class _Interventions:
 
 def _point_with_rows(site: Site) -> HookPoint:
     if site.point is None or site.point.batch_axis is None:
-        raise BatchAxisError(f"rollout_sweep cannot restrict the patch at {site!r} to its own rows. {no_batch(site)}")
+        raise BatchAxisError(
+            f"rollout_sweep cannot limit the patch at {site!r} to the rows of its label. {no_batch(site)}"
+        )
     return site.point

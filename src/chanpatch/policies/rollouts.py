@@ -33,30 +33,30 @@ def rollout(
 ) -> Rollout:
     """Play one episode per seed.
 
-    The policy is called once per step on a batch of all running episodes. Patches receive the step, the episodes and
-    the sub-environments in `context`. If the policy treats each row independently, the result does not depend on the
-    number of environments or on the other seeds. Episodes with the same seed share a level but use different random
-    numbers to sample actions.
+    The policy is called once per step on a batch of all running episodes. Patches receive the step, the episode
+    numbers and the sub-environments in `context`. If the policy treats each row independently, an episode does not
+    depend on the number of environments or on the other seeds. Episodes with the same seed share a level but use
+    different random numbers to sample actions.
 
     Stable-Baselines3 policies act as in their own `predict`: actions in a Box are clipped, or rescaled if the policy
     squashes actions, and policies without a distribution act deterministically. Actions from other policies are not
-    clipped. For a Box space, wrap the environments in gymnasium's ClipAction.
+    clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before new episodes
-    and at the end. So are the attributes of your own objects, and nonlocal and global variables, if the policy or its
-    patches use them. Environments are not restored. To keep a log, append to a list in a closure or a global. If
-    several policies share such a list, paired_rollouts plays their episodes twice to check that the list does not
-    change the episodes.
+    and at the end. The attributes of your own objects, and nonlocal and global variables, are also restored if the
+    policy or its patches use them. Environments are not restored. To keep a log, append to a list in a closure or a
+    global variable. If several policies share such a list, paired_rollouts plays the episodes twice to check that the
+    list does not change the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
-    starts from its own initial state. Wrap a policy that expects other arguments, such as sb3-contrib's RecurrentPPO:
-    `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that stores its
-    state internally works only in a single environment, because the batch shrinks as episodes end.
+    starts from its own initial state. If a policy expects other arguments, wrap it in a function; for sb3-contrib's
+    RecurrentPPO: `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that
+    stores its state internally works only with a single environment, because the batch shrinks as episodes end.
 
     Args:
-        policy: Module, HookPoints or function of observations. The output must be a tensor or contain an action
-            distribution (see `chanpatch.policies.action_distribution`). Observations are moved to the module's device
-            and, if they are floating point, cast to the module's dtype.
+        policy: Module, HookPoints or function that accepts observations. The output must be a tensor or contain an
+            action distribution (see `chanpatch.policies.action_distribution`). Observations are moved to the module's
+            device and, if they are floating point, cast to the module's dtype.
         envs: Vector environment whose `reset` accepts one seed per sub-environment, in any autoreset mode.
         seeds: Nonnegative seeds for resetting the environment, one per episode.
         max_steps: Maximum number of steps per episode.
@@ -65,20 +65,21 @@ def rollout(
         outputs: Meaning of a tensor that the policy returns, alone or in a pair `(tensor, value)`: `"logits"`;
             `"values"`, to select the action with the highest value; or `"actions"`, which are used unchanged. If a
             policy samples actions itself, return its distribution instead, so that paired rollouts use the same draws.
-        masks: Function of the environments and the infos from the last step that returns the allowed actions, bool
-            `(environment, action)`: `lambda envs, infos: np.stack(envs.call("action_masks"))` or
-            `lambda envs, infos: infos["action_mask"]`. The function is called before each step.
-        initial_state: For a recurrent policy, a function that maps a number of rows to their initial state: a tensor,
-            or tensors in tuples and dicts, such as `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))`
-            for an LSTM. Each tensor must have exactly one batch axis, whose length is the number of rows.
-        progress: Whether to show a progress bar. By default, a bar appears in a terminal after two seconds.
+        masks: Function that receives the environments and the infos from the last step, and returns which actions are
+            allowed, as a bool array `(environment, action)`. The function is called before each step. Examples:
+            `lambda envs, infos: np.stack(envs.call("action_masks"))` or `lambda envs, infos: infos["action_mask"]`.
+        initial_state: For a recurrent policy, a function that returns the initial state for a given number of rows: a
+            tensor, or tensors in tuples and dicts, such as
+            `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for an LSTM. Each tensor must have
+            exactly one batch axis, whose length is the number of rows.
+        progress: Whether to show a progress bar. By default, a bar is shown in a terminal after two seconds.
 
     Raises:
         DistributionError: If the policy returns a tensor but `outputs` is None, if the inverse CDF of the policy's
             distribution is not available, or if the output contains neither a tensor nor a distribution.
         MissingPackageError: If gymnasium is not installed or is older than 1.1.
-        RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid, or if a
-            module that depends on training mode, such as dropout, has different modes in a twin and in its policy.
+        RolloutError: If seeds, `max_steps`, environments, observations, states, masks or actions are invalid; or if a
+            module such as dropout is in training mode in a twin but not in the original, or vice versa.
 
     Example:
         >>> import gymnasium, torch
@@ -116,15 +117,17 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     Args:
         policies: Policies by name, such as `{"original": policy, "patched": PatchedPolicy(policy, patches)}`. The
             first policy is compared with each of the others.
-        outputs: Meaning of tensors, as in `rollout`: a string for all policies, or a mapping from names to strings.
+        outputs: Meaning of tensors that policies return, as in `rollout`: one string for all policies, or a dict that
+            maps policies' names to strings.
         envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, progress: Same as in `rollout`, for all
             policies.
 
     Raises:
-        ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module that depends on
-            training mode, such as dropout, has different modes in two policies; if two policies use the same callable
-            object as an edit or `where`; if an episode differs between two policies before their actions differ; or if
-            policies share a list or another container that changes their episodes.
+        ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module such as
+            dropout is in training mode in one policy but not in another; if two policies use the same callable
+            object as an edit or `where`; if an episode differs between two policies before their actions differ; if
+            policies share a list or another container that changes their episodes; or if a policy's first output
+            changes when it is repeated.
 
     Example:
         >>> import gymnasium, torch

@@ -17,11 +17,12 @@ from ..errors import UnsupportedModelError
 
 
 class Settings:
-    """Module attributes that must be equal in a twin and its policy.
+    """Module attributes that must be equal in a twin and in its original policy.
 
-    Settings are bool, int, float, str and None attributes, containers of at most 64 of these, and whether an attribute
-    is a function. Modules without parameters and attributes that torch sets are skipped. So are attributes that change
-    in the first call of any kind (method, or module that is called).
+    The settings are attributes whose values are bool, int, float, str or None, or containers of at most 64 such values.
+    Any other attribute must only be a function in both modules or in neither. Modules without parameters, and
+    attributes that torch sets, are skipped. Attributes that change during the first call of a kind are also skipped.
+    Calls to the same method or submodule are of the same kind.
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:
@@ -30,21 +31,24 @@ class Settings:
             for (name, module), other in zip(twin.named_modules(), original.modules(), strict=True)
             if next(other.parameters(), None) is not None
         ]
-        self._changing: set[tuple[str, str]] = set()  # modules and attributes that calls change
+        self._changing: set[tuple[str, str]] = set()  # (module, attribute) pairs that calls change
         self._known_calls: dict[object, bool] = {}  # whether each kind of call runs modules
         self._before: dict[tuple[str, str], Any] | None = None  # the twin's settings before the first call of a kind
         self._plan()
 
     def begin(self, kind: object) -> None:
-        """Raise an error if a setting differs. In the first call of each kind, `end` checks instead."""
+        """Raise an error if a setting differs between the twin and the policy.
+
+        In the first call of a kind, `end` checks this instead.
+        """
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind):
             self.check()
 
     def end(self, kind: object, *, runs_modules: bool) -> None:
-        """After the first call of each kind, record which settings changed, and raise an error if others differ."""
+        """After the first call of a kind, record which settings the call changed, and compare the other settings."""
         if self._before is None and runs_modules and not self._known_calls[kind]:
-            del self._known_calls[kind]  # the next call is treated as the first
+            del self._known_calls[kind]  # treat the next call as the first of its kind
         elif self._before is not None:
             self._known_calls[kind] = runs_modules
             if runs_modules:
@@ -54,7 +58,7 @@ class Settings:
                 self._compare()
 
     def check(self) -> None:
-        """Raise an error if a setting differs and a call has already run."""
+        """Raise an error if a setting differs between the twin and the policy. Before the first call, do nothing."""
         if not any(self._known_calls.values()):
             return
         with suppress(KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
@@ -75,9 +79,9 @@ class Settings:
                 if (name, attribute) not in self._changing and _plain(own) != _plain(given):
                     raise UnsupportedModelError(
                         f"'{'.'.join(filter(None, (name, attribute)))}' is {_shown(given)} in the policy but "
-                        f"{_shown(own)} in its twin. The two share weights but not settings. If the weights changed "
-                        "too, as when merging an adapter, create a new twin: PatchedPolicy(policy, patches). "
-                        "Otherwise, set the attribute on both."
+                        f"{_shown(own)} in its twin. A twin shares the policy's weights but not its settings, so set "
+                        "the attribute to the same value in both. If the weights changed too, for example because an "
+                        "adapter was merged, create a new twin instead: PatchedPolicy(policy, patches)."
                     )
         self._plan()
 
@@ -89,7 +93,7 @@ class Settings:
             settings = [each for each in names if _plain(module[each]) not in (FunctionType, _OTHER)]
             values = operator.itemgetter(*settings) if settings else type
             planned.append((module, other, (len(module), len(other)), values))
-        self._planned = planned  # last, so an interrupt cannot leave it incomplete
+        self._planned = planned  # assigned last, so an interrupt cannot leave an incomplete plan
 
     def _of_twin(self) -> dict[tuple[str, str], Any]:
         return {
@@ -101,7 +105,7 @@ class Settings:
 
 
 _TORCHS_OWN = {*vars(nn.Module), *vars(nn.Module()), "_is_torch_compile", "_ddp_params_and_buffers_to_ignore"}
-_TORCHS_OWN.remove("forward")  # which an instance may override
+_TORCHS_OWN.remove("forward")  # an instance may override `forward`
 _OTHER = type  # stands for a value that is not a setting; deepcopy returns the same object
 _MOST = 64
 

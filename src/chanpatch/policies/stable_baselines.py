@@ -15,13 +15,13 @@ from ..metrics.outputs import is_squashed
 
 
 def is_sb3_policy(policy: object) -> bool:
-    """Return whether a policy is from Stable-Baselines3, which does not have to be installed."""
+    """Return whether a policy is from Stable-Baselines3. The library does not have to be installed."""
     return _is_a(policy, "policies", "BasePolicy")
 
 
 @contextmanager
 def as_in_predict(model: nn.Module) -> Iterator[None]:
-    """Put Stable-Baselines3 policies in a model in eval mode, as `predict` does, and restore their flags at exit."""
+    """Switch the Stable-Baselines3 policies in a model to eval mode, as `predict` does, and restore them on exit."""
     policies = [each for each in model.modules() if is_sb3_policy(each)]
     flags = [(module, module.training) for policy in policies for module in policy.modules()]
     try:
@@ -34,7 +34,7 @@ def as_in_predict(model: nn.Module) -> Iterator[None]:
 
 
 def box_mapping(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
-    """Return the function that maps actions to a Box, or None if the output is not a Stable-Baselines3 distribution."""
+    """Return the function that maps actions to a Box; None if the output is not a Stable-Baselines3 distribution."""
     while isinstance(output, (tuple, list)) and output:  # (distribution, value)
         output = output[0]
     if not _is_a(output, "distributions", "Distribution"):
@@ -43,13 +43,13 @@ def box_mapping(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] |
 
 
 def rescaled(actions: NDArray[Any], box: Any) -> NDArray[Any]:
-    """Map actions from [-1, 1] to a Box."""
+    """Rescale actions from [-1, 1] to the bounds of a Box."""
     found: NDArray[Any] = box.low + 0.5 * (actions + 1) * (box.high - box.low)
     return found
 
 
 def clipped(actions: NDArray[Any], box: Any) -> NDArray[Any]:
-    """Clip actions to a Box."""
+    """Clip actions to the bounds of a Box."""
     return np.clip(actions, box.low, box.high)
 
 

@@ -1,4 +1,4 @@
-"""Create a patched twin of a policy, which shares the policy's weights."""
+"""Create patched twins, which share the weights of the original policy."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from .settings import Settings
 class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be registered as subclasses
     """A twin of a policy that always runs with the given patches.
 
-    The twin is a copy of the module tree that shares the original's parameters and buffers, but has its own flags, such
-    as `training`. The patches apply in all methods and submodules of the twin, and never in the original.
-    `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. Every call from outside, to a method
-    of the twin or to a submodule, raises an error if a patch inside the called module does not run.
+    The twin is a copy of the policy's module tree. The copy shares the original's parameters and buffers, but has its
+    own flags, such as `training`. The patches apply in all methods and submodules of the twin, and never in the
+    original. `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. Every external call to a
+    method of the twin or to a submodule raises an error if a patch inside the called module does not run.
 
     Args:
         policy: Any module, or its HookPoints. With HookPoints, every site is checked against the trace.
-        patches: One or more patches, applied in the order given. A twin of a twin applies the patches of both.
+        patches: One or more patches, applied in the given order. A twin of a twin applies the patches of both.
         allow_unreached: Names of hook points whose patches do not have to run in every call.
         check_nan: Whether to raise an error if a patch introduces NaN.
 
     Raises:
-        HookPointError, SiteError: If sites do not exist. One error lists all of these sites.
+        HookPointError, SiteError: If sites do not exist. One error lists all missing sites.
         UnsupportedModelError: If the policy cannot be copied, ignores hooks, or changes its weights in `train()` or
-            `eval()`. During a call, if a parameter, buffer or submodule was replaced, or a setting (an attribute that
-            is a flag, number or string) was changed, in only the policy or only the twin.
+            `eval()`. The error is also raised during a call if the policy and the twin no longer have the same
+            parameters, buffers, submodules and settings (attributes that are flags, numbers or strings).
         UnreachedError, NaNError: At the end of a call, if a patch did not run or introduced NaN.
 
     Example:
@@ -88,12 +88,12 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
     @property
     def patches(self) -> tuple[Patch, ...]:
-        """Patches, in the order in which they are applied."""
+        """The twin's patches, in the order in which they are applied."""
         return _state(self).patches
 
     @property
     def ledger(self) -> Ledger:
-        """Number of firings, rows and elements of each patch so far, by method."""
+        """The number of firings so far, and of rows and elements written, for each patch and method."""
         ledger: Ledger = _state(self).result
         return ledger
 
@@ -117,7 +117,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
 
 class Disabled(Held):
-    """Context in which a twin runs without its patches. Several such contexts may close in any order."""
+    """Context in which a twin runs without its patches. If several contexts are open, they may close in any order."""
 
     def __init__(self, state: _TwinState) -> None:
         self._state = state
@@ -149,7 +149,7 @@ def _copied(policy: nn.Module) -> nn.Module:
 
 
 class _TwinState(Patching):
-    """A twin's session, which is always attached, and the original policy."""
+    """The session that applies a twin's patches. The session is always attached, and refers to the original policy."""
 
     confined = False
 
@@ -190,7 +190,7 @@ class _TwinState(Patching):
             return self.run(name, method, args, kwargs)
 
     def on_error(self, error: Exception) -> None:
-        """Raise NaNError instead if the error was caused by NaN that a patch introduced."""
+        """If the error was caused by NaN that a patch introduced, raise NaNError instead."""
         raise_nan(self.firings, error)
 
     def on_begin(self, call: RootCall) -> None:
@@ -198,11 +198,11 @@ class _TwinState(Patching):
         self.forget()
         if _symbolic_trace._is_fx_tracing_flag or _is_exporting():  # torch's own accessor logs a warning
             raise UnsupportedModelError(
-                "torch.export and torch.fx would drop a twin's patches or freeze them. Export the policy instead: "
-                "inside patched(policy, patches), torch.export keeps the patches."
+                "torch.export and torch.fx would drop or freeze a twin's patches. Instead, export the policy inside "
+                "patched(policy, patches): torch.export then keeps the patches."
             )
-        # Comparing dicts is much faster than a loop over their items. It checks identity first, and only one-element
-        # tensors can be equal without being identical.
+        # Comparing dicts is much faster than looping over items. The comparison checks identity first, and only
+        # one-element tensors can be equal without being identical.
         try:
             shared = self._held == self._expected
         except RuntimeError:  # two larger tensors are compared, so they are not identical
@@ -212,14 +212,14 @@ class _TwinState(Patching):
         if not shared:
             raise UnsupportedModelError(
                 f"'{self._replaced()}' was replaced in the policy or its twin after the twin was created, so the two "
-                "no longer share all weights. Create a new twin: PatchedPolicy(policy, patches). A method of the "
-                "policy should update the tensor with copy_(), or store it in a plain attribute. With "
-                "torch.func.functional_call, use the policy inside patched()."
+                "no longer share all weights. Create a new twin with PatchedPolicy(policy, patches) or, for "
+                "torch.func.functional_call, use the policy inside patched(). If the policy's own code replaced the "
+                "tensor, update the tensor with copy_() instead, or store the tensor in a plain attribute."
             )
         self.settings.begin(_kind(call))
 
     def _replaced(self) -> str:
-        """Return the name of the first parameter, buffer or submodule that was replaced."""
+        """Return the name of the first parameter, buffer or submodule that was replaced in the policy or the twin."""
         return next(
             f"{name}.{key}" if name else key
             for name, held, expected in self._pairs
@@ -228,7 +228,7 @@ class _TwinState(Patching):
         )
 
     def on_end(self, call: RootCall) -> None:
-        """Raise an error if a patch introduced NaN, or did not run although this call should have reached its site."""
+        """Raise an error if a patch introduced NaN, or if a patch did not run although the call should reach it."""
         if self.check_nan:
             raise_nan(self.firings)
         runs_modules = call.station is not None or call.method in self._running_methods
@@ -237,9 +237,11 @@ class _TwinState(Patching):
             return
         inside = None if call.station is None else self._inside.get(call.station.module_id, ())
         if runs_modules and (names := self.unreached(inside)):
-            advice = f" If this patch does not have to run there, set allow_unreached={names!r}."
-            compiled = call.method == "__call__"  # a method is checked only if it is known to run modules
-            check_reached(f"The patch at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice)
+            advice = f" If a patch does not have to run there, set allow_unreached={names!r}."
+            compiled = call.method == "__call__"  # methods are checked only if they are known to run modules
+            check_reached(
+                f"The patch{{es}} at {{}} never ran in {call.method}()", names, compiled=compiled, advice=advice
+            )
 
 
 def _kind(call: RootCall) -> object:
@@ -247,7 +249,7 @@ def _kind(call: RootCall) -> object:
 
 
 def _patches_inside(twin: nn.Module, patches: Sequence[Patch]) -> dict[nn.Module, set[int]]:
-    """Map each module that contains patched modules to the indices of their patches."""
+    """Map each module that is patched or contains patched modules to the indices of the patches inside it."""
     modules = dict(twin.named_modules(remove_duplicate=False))
     patched = [modules.get(resolve(modules, patch.site).module) for patch in patches]
     inside: dict[nn.Module, set[int]] = {}
@@ -268,7 +270,10 @@ _classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDicti
 
 
 def _twin_class(kind: Any, taken: frozenset[str]) -> type:
-    """Return a subclass of a policy's class whose methods start root calls. Names in `taken` are not overridden."""
+    """Return a subclass of a policy's class in which every method starts a root call.
+
+    PatchedPolicy's own members, such as `ledger`, are added unless their names are in `taken`.
+    """
     if (known := _classes.get((kind, taken))) is not None:
         return known
     members: dict[str, Any] = {name: vars(PatchedPolicy)[name] for name in _OFFERED if name not in taken}

@@ -5,8 +5,8 @@
     probe = ThresholdProbe.fit(sums[:, 121], directions == 0)
     probe.transfer(shifted_sums[:, 121], shifted_directions == 0)
 
-A threshold or a label is chosen on one half of the inputs and scored on the other. Inputs are treated as
-independent: use one input per level, or the intervals are too narrow.
+A threshold or a label is chosen on one half of the inputs and scored on the other half. Inputs are treated as
+independent, so use only one input per level; with several, the intervals are too narrow.
 """
 
 from .labels import ChannelLabel, ChannelLabels, label_channels

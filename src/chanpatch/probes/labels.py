@@ -18,23 +18,23 @@ from ..statistics.interval import Booleans, Floats, Interval, booleans, finite, 
 from ..statistics.ranking import areas, auc
 from ..statistics.resampling import halves
 
-PERMUTATIONS = 9_999  # minimum
+PERMUTATIONS = 9_999  # minimum number of permutations
 
 
 @dataclass(frozen=True)
 class ChannelLabel:
-    """Label of one channel.
+    """Label for one channel.
 
     Attributes:
         channel: Index of the channel.
         label: Label such as `"UP"` or `"DOWN or LEFT"`, or None if the held-out half does not confirm the candidate.
-        candidate: Label chosen on the first half, or None for a dead channel.
-        auc: Probability that the sum is larger for an input with the candidate label than for one without, on the
-            held-out half, with its 95% interval; None for a dead channel.
+        candidate: Label chosen on the first half of the inputs, or None for a dead channel.
+        auc: Probability that the sum is larger for an input with the candidate label than for an input without it, and
+            the 95% interval, both computed on the held-out half; None for a dead channel.
         p: One-sided permutation p-value for the AUC on the held-out half; NaN for a dead channel.
-        adjusted_p: `p` corrected for the number of channels: the fraction of permutations in which any channel's
-            standardized AUC is at least as large.
-        note: Reason why there is no label, or an empty string.
+        adjusted_p: `p` corrected for the number of channels: the fraction of permutations in which the largest
+            standardized AUC over all channels is at least as large as this channel's.
+        note: Reason for a missing label, or an empty string.
     """
 
     channel: int
@@ -48,13 +48,13 @@ class ChannelLabel:
 
 @dataclass(frozen=True, repr=False)
 class ChannelLabels(Records, Sequence[ChannelLabel]):
-    """Labels of all channels, by channel index. The table lists labeled channels first.
+    """Labels for all channels, in order of channel index. The table lists labeled channels first.
 
     Attributes:
-        channels: One entry per channel.
-        chosen_on: Number of inputs on which the candidates were chosen.
-        scored_on: Number of held-out inputs on which the candidates were scored.
-        level: Largest adjusted p-value at which a channel is labeled.
+        channels: Label and scores for each channel.
+        chosen_on: Number of inputs used to choose the candidates.
+        scored_on: Number of held-out inputs used to score the candidates.
+        level: Largest adjusted p-value at which a channel gets a label.
     """
 
     channels: tuple[ChannelLabel, ...]
@@ -97,7 +97,7 @@ class ChannelLabels(Records, Sequence[ChannelLabel]):
         )
 
     def _ranked(self) -> list[ChannelLabel]:
-        """Return the labeled channels, then the others, each in descending order of AUC."""
+        """Return the labeled channels, followed by the others, both in descending order of AUC."""
         return sorted(self, key=lambda each: (each.label is None, -each.auc.estimate if each.auc else 1.0))
 
 
@@ -112,20 +112,22 @@ def label_channels(
 ) -> ChannelLabels:
     """Find the label, or the union of labels, that each channel's sum predicts best.
 
-    Each channel's candidate is chosen on one half of the inputs: the union of labels with the largest area under the
-    ROC curve (AUC), minus `penalty` for every label after the first. On the other half, the candidate's AUC is compared
-    with its AUCs under permuted labels. The candidate becomes the channel's label if the p-value, corrected for the
-    number of channels, is at most `level`. Channels that are constant on either half are dead and get no label.
+    Each channel's candidate is chosen on one half of the inputs. It is the union of labels with the largest area under
+    the ROC curve (AUC), after subtracting `penalty` for every label beyond the first. On the other half, the
+    candidate's AUC is compared with its AUCs for permuted labels. The candidate becomes the channel's label if the
+    p-value, corrected for the number of channels, is at most `level`. Channels that are constant on either half are
+    dead and get no label.
 
     Args:
-        sums: Channel sums, `(input, channel)`.
-        labels: Index of each input's label, `(input,)`; or booleans or 0 and 1, `(input, label)`. At least four inputs
-            must have each label and at least four must not; both are split evenly between the halves.
-        names: One name per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`; two to ten.
-        seed: Random seed for the halves and the permutations.
-        penalty: Penalty per additional label, in units of AUC.
-        level: Largest adjusted p-value at which a channel is labeled, between 0 and 1. At least 9,999 permutations are
-            drawn, and more if an adjusted p-value could not reach the level otherwise.
+        sums: Channel sums with shape `(input, channel)`.
+        labels: Index of each input's label, with shape `(input,)`, or one column per label, with booleans (or 0 and 1)
+            and shape `(input, label)`. At least four inputs must have each label, and at least four must not have it;
+            both groups are split evenly between the halves.
+        names: Two to ten names, one per label, such as `("UP", "DOWN", "LEFT", "RIGHT")`.
+        seed: Random seed for the split into halves and the permutations.
+        penalty: Penalty for every label beyond the first in a union, in units of AUC.
+        level: Largest adjusted p-value at which a channel gets a label, between 0 and 1. At least 9,999 permutations
+            are drawn; more are drawn if 9,999 could not reach the level.
 
     Raises:
         ProbeError: If sums, labels and names are invalid or do not match, or a label is too rare.
@@ -156,7 +158,7 @@ def label_channels(
             unions.append(union)
             members.append(has_label)
     if not unions:
-        raise ProbeError("No label has two positives and two negatives in each half of the inputs. Pass more inputs.")
+        raise ProbeError("No label has at least two positives and two negatives in each half. Pass more inputs.")
     in_union = np.stack(members)  # (union, input)
     alive = np.flatnonzero((np.ptp(array[first], axis=0) > 0) & (np.ptp(array[second], axis=0) > 0))
     permutations = max(PERMUTATIONS, math.ceil(1 / level) - 1)
@@ -180,7 +182,7 @@ def _unions(labels: int) -> list[tuple[int, ...]]:
 
 
 def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
-    """Return whether each input has each label, `(input, label)`."""
+    """Check labels and names; return whether each input has each label, with shape `(input, label)`."""
     array = np.asarray(labels)
     if not 2 <= len(names) <= 10 or len(set(names)) < len(names):
         raise ProbeError(f"names must contain two to ten different names, one per label; got {tuple(names)}.")
@@ -204,8 +206,9 @@ def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Boolean
 
 
 def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int) -> tuple[Floats, Floats]:
-    """Return each channel's permutation p-value for its labels, `(channel, input)`, and the corrected p-value.
+    """Return each channel's permutation p-value, and the same p-value corrected for the number of channels.
 
+    `sums` has shape `(input, channel)`. `members` has shape `(channel, input)`; each row marks one channel's positives.
     The correction compares each channel's AUC, standardized over permutations, with the maximum over all channels.
     """
     import scipy.stats
@@ -213,10 +216,10 @@ def _permutation_p(sums: Floats, members: Booleans, permutations: int, seed: int
     ranks = scipy.stats.rankdata(sums, axis=0)
     inputs, positives = len(ranks), members.sum(axis=1)
     spread = np.sqrt(positives * (inputs - positives) / (inputs - 1)) * ranks.std(axis=0)
-    scores = (ranks - ranks.mean(axis=0)) / spread  # their sum over positives is the standardized AUC
+    scores = (ranks - ranks.mean(axis=0)) / spread  # their sum over the positives is the standardized AUC
     own = (members.T * scores).sum(axis=0) - 1e-9  # rounding must not break ties
     kinds, kind = np.unique(members, axis=0, return_inverse=True)
-    generator = np.random.default_rng((seed, 1))  # independent of the draws for the halves
+    generator = np.random.default_rng((seed, 1))  # independent of the random split into halves
     reached, largest = np.zeros(sums.shape[1]), np.full(permutations, -np.inf)
     for start in range(0, permutations, 1000):
         some = slice(start, min(start + 1000, permutations))

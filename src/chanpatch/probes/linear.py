@@ -1,4 +1,4 @@
-"""Predict one label from all channels."""
+"""Predict one label from all channels, and cross-validate the predictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..statistics.ranking import auc
 
 @dataclass(frozen=True, repr=False)
 class LinearProbe(Records):
-    """Cross-validated scores of a linear probe on all channels.
+    """Cross-validated scores for a linear probe that uses all channels.
 
     The 95% intervals treat the predictions as coming from one fixed classifier; they ignore that each fold is fitted
     separately.
@@ -24,7 +24,7 @@ class LinearProbe(Records):
     Attributes:
         accuracy: Fraction of inputs whose label is predicted correctly.
         auc: Probability that a random positive scores higher than a random negative.
-        base_rate: Fraction of inputs with the more frequent label, the accuracy of always predicting it.
+        base_rate: Fraction of inputs with the more frequent label: the accuracy of always predicting that label.
         gain: Accuracy minus base rate on the same inputs.
         p: Two-sided exact McNemar p-value for the null hypothesis of zero gain.
         n: Number of inputs.
@@ -52,17 +52,18 @@ class LinearProbe(Records):
         )
 
     def _title(self) -> str:
-        return f"Linear probe, {self.folds} folds of {self.n} inputs"
+        return f"Linear probe, {self.folds}-fold cross-validation on {self.n} inputs"
 
 
 def linear_probe(sums: ArrayLike, labels: ArrayLike, *, folds: int = 5, seed: int = 0) -> LinearProbe:
     """Measure by cross-validation how well logistic regression on all channels predicts a label.
 
-    Channels are scaled to unit variance on each fold's training inputs. Regularization is scikit-learn's default (C=1).
+    Channels are scaled to unit variance on each fold's training inputs. The regularization is scikit-learn's default,
+    C=1.
 
     Args:
-        sums: Channel sums, `(input, channel)`.
-        labels: Booleans or 0 and 1, `(input,)`, with at least one input of each label per fold.
+        sums: Channel sums with shape `(input, channel)`.
+        labels: Booleans (or 0 and 1) with shape `(input,)`, with at least `folds` positives and `folds` negatives.
         folds: Number of folds, at least 2.
         seed: Random seed for the split into folds.
 

@@ -16,20 +16,20 @@ from ..statistics.proportions import paired_counts, paired_difference_interval, 
 from ..statistics.ranking import auc
 from ..statistics.resampling import bootstrap_interval
 
-_STEPS = 50  # of Newton's method; fewer than ten are usual
-_FLAT = 1e-6  # penalty on the intercept, which stays finite if all labels are equal
+_STEPS = 50  # maximum number of Newton steps; fewer than ten are usually enough
+_FLAT = 1e-6  # penalty that keeps the intercept finite if all labels are equal
 
 
 @dataclass(frozen=True, repr=False)
 class ProbeScores(Records):
-    """Scores of a probe on held-out inputs, with 95% intervals.
+    """Scores for a probe on held-out inputs, with 95% intervals.
 
     Attributes:
         accuracy: Fraction of inputs whose label is predicted correctly.
-        base_rate: Accuracy of always predicting the label that was more frequent in the training data.
+        base_rate: Accuracy of always predicting the more frequent label in the training data.
         gain: Accuracy minus base rate on the same inputs.
         auc: Probability that a random positive scores higher than a random negative; None if either label occurs fewer
-            than twice.
+            than two times.
         n: Number of inputs.
     """
 
@@ -53,16 +53,17 @@ class ProbeScores(Records):
 
 @dataclass(frozen=True, eq=False)
 class LogisticProbe:
-    """A logistic regression on all channels. Scores on shifted inputs show how well the probe transfers.
+    """A logistic regression on all channels. Score the probe on shifted inputs to measure how well it transfers.
 
     To cross-validate on a single data set, use `chanpatch.probes.linear_probe`.
 
     Attributes:
-        intercept: Log odds of the label if every channel is at its mean.
-        coefficients: Change in log odds per standard deviation of each channel, `(channel,)`.
-        mean: Mean over the training inputs, `(channel,)`.
-        std: Standard deviation over the training inputs, `(channel,)`; 1 for a channel that does not vary.
-        majority: Label that was more frequent in the training data.
+        intercept: Log odds of the label if every channel has its mean value.
+        coefficients: Change in log odds per standard deviation of each channel, with shape `(channel,)`.
+        mean: Mean of each channel over the training inputs, with shape `(channel,)`.
+        std: Standard deviation of each channel over the training inputs, with shape `(channel,)`; 1 for channels that
+            do not vary.
+        majority: The more frequent label in the training data.
         fitted_on: Number of training inputs.
 
     Example:
@@ -82,12 +83,12 @@ class LogisticProbe:
 
     @classmethod
     def fit(cls, sums: ArrayLike, labels: ArrayLike, *, penalty: float = 1.0) -> LogisticProbe:
-        """Fit a regression by maximum penalized likelihood, with channels scaled to unit variance.
+        """Fit a logistic regression by penalized maximum likelihood, with channels scaled to unit variance.
 
         Args:
-            sums: Channel sums or other features, `(input, channel)`.
-            labels: Booleans or 0 and 1, `(input,)`.
-            penalty: L2 penalty: weight of half the squared norm of the coefficients.
+            sums: Channel sums or other features, with shape `(input, channel)`.
+            labels: Booleans (or 0 and 1) with shape `(input,)`.
+            penalty: L2 penalty: the weight of half the squared norm of the coefficients in the loss.
 
         Raises:
             ProbeError: If sums and labels are invalid or do not match, or the penalty is not positive.
@@ -105,7 +106,7 @@ class LogisticProbe:
         return cls(float(intercept), np.array(coefficients), mean, std, majority, len(array))
 
     def predict(self, sums: ArrayLike) -> Floats:
-        """Predict the probability that each input has the label, `(input,)`, from sums `(input, channel)`."""
+        """Return the probability of the label for each input, `(input,)`, from sums with shape `(input, channel)`."""
         array = finite("sums", sums, ("input", "channel"), ProbeError)
         return _probability(self.intercept + self._scaled(array) @ self.coefficients)
 
@@ -113,8 +114,8 @@ class LogisticProbe:
         """Score the probe's predictions on other inputs.
 
         Args:
-            sums: Sums of the same channels as in `fit`, `(input, channel)`.
-            labels: Booleans or 0 and 1, `(input,)`.
+            sums: Sums of the same channels as in `fit`, with shape `(input, channel)`.
+            labels: Booleans (or 0 and 1) with shape `(input,)`.
 
         Raises:
             ProbeError: If sums and labels are invalid, or do not match each other or the probe.
@@ -134,11 +135,11 @@ class LogisticProbe:
     def coefficient_interval(
         self, sums: ArrayLike, labels: ArrayLike, *, penalty: float = 1.0, resamples: int = 999, seed: int = 0
     ) -> Interval[Floats]:
-        """Return the coefficients with 95% bootstrap intervals, `(channel,)`.
+        """Return the coefficients and their 95% bootstrap intervals, as arrays with shape `(channel,)`.
 
-        Pass the training inputs and the penalty of the fit. All resamples use the scaling of the fit. The intervals do
-        not correct for the penalty, which shrinks large coefficients. With six to nine inputs of either label, the
-        notes are `"few"`; with fewer, the intervals are withheld.
+        Pass the inputs and the penalty that were passed to `fit`. All resamples use the channel scaling from `fit`. The
+        intervals do not correct for the penalty, which shrinks large coefficients. If six to nine inputs have the rarer
+        label, the notes are `"few"`; if fewer than six have it, the intervals are withheld.
         """
         array, positive = _checked(sums, labels)
         sample = np.column_stack([self._scaled(array), positive])
@@ -159,7 +160,7 @@ def _checked(sums: ArrayLike, labels: ArrayLike) -> tuple[Floats, Booleans]:
 
 
 def _fitted(scaled: Floats, positive: Booleans, penalty: float) -> Floats:
-    """Return the intercept and the coefficients, `(1 + channel,)`, by Newton's method."""
+    """Fit the intercept and the coefficients by Newton's method; return one array with shape `(1 + channel,)`."""
     design = np.column_stack([np.ones(len(scaled)), scaled])
     ridge = np.diag([_FLAT, *[penalty] * scaled.shape[1]])
     found = np.zeros(design.shape[1])
@@ -167,7 +168,7 @@ def _fitted(scaled: Floats, positive: Booleans, penalty: float) -> Floats:
         predicted = _probability(design @ found)
         gradient = design.T @ (positive - predicted) - ridge @ found
         step = np.linalg.solve((design * (predicted * (1 - predicted))[:, None]).T @ design + ridge, gradient)
-        found += np.clip(step, -2.0, 2.0)  # a whole step can overshoot if probabilities are near 0 or 1
+        found += np.clip(step, -2.0, 2.0)  # a full step can overshoot if probabilities are near 0 or 1
         if np.abs(step).max() < 1e-8:
             break
     return found

@@ -1,4 +1,4 @@
-"""Compute channel sums for many inputs, reduced inside the hook."""
+"""Compute channel sums for many inputs; the hook itself reduces the activations."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def channel_sums(
     reduce: Reduce = "sum",
     batch_size: int = 64,
 ) -> NDArray[np.float64]:
-    """Compute the sum of each channel over its positions for every input, `(input, channel)`.
+    """Sum each channel over its positions, for every input; the result has shape `(input, channel)`.
 
-    The model runs without gradients or side effects, and only up to the site. The sums are in double precision.
+    The model runs without gradients or side effects, and only up to the site. Sums are computed in double precision.
 
     Args:
-        points_or_model: Model, which is traced with the first batch, or its HookPoints.
-        inputs: All inputs, `(input, ...)`: a tensor, a tuple of positional arguments, a dict of keyword arguments, or
-            any other iterable of such batches.
+        points_or_model: Model (which is then traced with the first batch) or its HookPoints.
+        inputs: All inputs, with shape `(input, ...)`: a tensor, a tuple of positional arguments, a dict of keyword
+            arguments, or any other iterable of such batches.
         site: Site with a channel or feature axis.
         reduce: Reduction over positions, as in `recording`: `"sum"`, `"mean"`, `"max"`, `"norm"` (Euclidean), or an
-            einops pair that leaves the batch axis and at most one other axis.
-        batch_size: Number of inputs per forward pass. The batches of an iterable are not split.
+            einops pair that keeps the batch axis and at most one other axis.
+        batch_size: Number of inputs per forward pass. Batches from an iterable are not split.
 
     Raises:
-        HookPointError, SiteError: If the site does not exist, its axes have no names, or it cannot be reduced.
+        HookPointError, SiteError: If the site does not exist, has unnamed axes, or cannot be reduced.
         ProbeError: If the site has no channels, its batch axis is unknown, there are no inputs, or the first axis of
-            the inputs is not the batch.
+            the inputs is not the batch axis.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Predict a label by a threshold on one channel's sum, and measure transfer under distribution shift."""
+"""Predict a label with a threshold on one channel's sum, and measure how it transfers under distribution shift."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _NAMES = {
     "base_rate": "base rate",
 }
 _SIDES = ("fit", "shifted", "drop")
-_LEVEL = 0.05  # probability that `fit_precision` misses its minimum
+_LEVEL = 0.05  # maximum probability that the precision after `fit_precision` is below the minimum
 
 
 @dataclass(frozen=True)
 class ThresholdScores:
-    """Scores of a threshold classifier, each with a 95% interval.
+    """Scores for a threshold classifier, each with a 95% interval.
 
     Attributes:
         auc: Probability that a random positive lies further toward the accepted side than a random negative.
-        precision: Fraction of accepted inputs that are positive; NaN with interval 0 to 1 if no input was accepted.
+        precision: Fraction of accepted inputs that are positive; NaN, with interval 0 to 1, if no input is accepted.
         recall: Fraction of positives that are accepted (true-positive rate).
         false_positive_rate: Fraction of negatives that are accepted.
         acceptance: Fraction of all inputs that are accepted.
-        base_rate: Fraction of all inputs that are positive, the precision of accepting everything.
+        base_rate: Fraction of all inputs that are positive: the precision of accepting every input.
         n: Number of inputs.
     """
 
@@ -67,14 +67,14 @@ class ThresholdScores:
 
 @dataclass(frozen=True, repr=False)
 class ThresholdProbe(Records):
-    """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other.
+    """A threshold on a channel's sum, fitted on one half of the inputs and scored on the other half.
 
     Attributes:
         threshold: Threshold, halfway between two sums in the fitting half.
-        direction: `"above"` accepts sums greater than the threshold, `"below"` all other sums.
-        criterion: Criterion by which the threshold was chosen.
+        direction: `"above"` accepts sums greater than the threshold; `"below"` accepts all other sums.
+        criterion: Criterion used to choose the threshold.
         fitted_on: Number of inputs in the fitting half.
-        held_out: Scores on the other half.
+        held_out: Scores on the other half of the inputs.
 
     Example:
         >>> labels = np.arange(200) % 4 == 0
@@ -92,11 +92,12 @@ class ThresholdProbe(Records):
 
     @classmethod
     def fit(cls, sums: ArrayLike, labels: ArrayLike, *, seed: int = 0) -> ThresholdProbe:
-        """Choose the threshold and side that maximize true-positive rate minus false-positive rate.
+        """Choose the threshold and direction that maximize the true-positive rate minus the false-positive rate.
 
         Args:
-            sums: One channel's sums, `(input,)`.
-            labels: Booleans or 0 and 1, `(input,)`. At least four of each, which are split evenly between the halves.
+            sums: One channel's sums, with shape `(input,)`.
+            labels: Booleans (or 0 and 1) with shape `(input,)`, with at least four positives and four negatives. Each
+                group is split evenly between the halves.
             seed: Random seed for the split into halves.
 
         Raises:
@@ -120,27 +121,27 @@ class ThresholdProbe(Records):
         """Choose the threshold that accepts the most inputs while reaching the required precision with 95% confidence.
 
         The confidence holds for the whole search over thresholds: the precision on new inputs is below `min_precision`
-        with at most 5% probability. Sums above the threshold are accepted if positives have larger sums, otherwise
-        sums below the threshold.
+        with at most 5% probability. Sums above the threshold are accepted if positives tend to have larger sums;
+        otherwise, sums below the threshold are accepted.
 
         Args:
             sums, labels, seed: Same as in `fit`.
             min_precision: Minimum fraction of accepted inputs that must be positive.
 
         Raises:
-            ProbeError: For the same reasons as `fit`, or if no threshold reaches that precision with 95% confidence.
+            ProbeError: For the same reasons as `fit`, or if no threshold reaches `min_precision` with 95% confidence.
 
         References:
             Angelopoulos et al., "Learn then test: calibrating predictive algorithms to achieve risk control" (2021),
-            for the tests of thresholds; Wiens and Dmitrienko, "The fallback procedure for evaluating a single family
-            of hypotheses" (2005), for their levels.
+            for testing thresholds; Wiens and Dmitrienko, "The fallback procedure for evaluating a single family of
+            hypotheses" (2005), for the levels of the tests.
         """
         if not 0 < min_precision <= 1:
             raise ProbeError(f"min_precision must be between 0 and 1, such as 0.9; got {min_precision!r}.")
         (fitted, positive), held_out = _halved(sums, labels, seed)
         thresholds, hits, alarms = _candidates(fitted, positive)
         direction: Direction = "above" if auc(fitted, positive).estimate >= 0.5 else "below"
-        if direction == "above":  # the strictest first
+        if direction == "above":  # put the strictest threshold first
             thresholds, hits, alarms = thresholds[::-1], hits[::-1], alarms[::-1]
         else:
             hits, alarms = positive.sum() - hits, (~positive).sum() - alarms
@@ -158,15 +159,15 @@ class ThresholdProbe(Records):
         return cls(threshold, direction, criterion, len(fitted), _scores(*held_out, threshold, direction))
 
     def predict(self, sums: ArrayLike) -> NDArray[np.bool_]:
-        """Return whether each sum is accepted, as a bool array of the same shape; sums must be finite."""
+        """Return whether each sum is accepted, as a boolean array of the same shape. Sums must be finite."""
         return _accepted(finite("sums", sums, error=ProbeError), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:
-        """Score the threshold on shifted data, alongside its scores on the held-out half.
+        """Score the threshold on shifted data; return these scores along with those on the held-out half.
 
         Args:
-            sums: Sums of the same channel for shifted inputs, `(input,)`.
-            labels: Booleans or 0 and 1, `(input,)`. At least two of each.
+            sums: Sums of the same channel for shifted inputs, with shape `(input,)`.
+            labels: Booleans (or 0 and 1) with shape `(input,)`, with at least two positives and two negatives.
 
         Raises:
             ProbeError: If sums and labels are invalid or do not match, or a label is too rare.
@@ -194,7 +195,7 @@ class ThresholdProbe(Records):
 
 @dataclass(frozen=True, repr=False)
 class Transfer(Records):
-    """Scores of a threshold on shifted data, alongside its scores on the held-out half.
+    """Scores for a threshold on shifted data, alongside the same threshold's scores on the held-out half.
 
     Precision depends on the base rate; recall, false-positive rate and AUC do not. Precisions are therefore compared at
     the base rate of the held-out half.
@@ -214,21 +215,21 @@ class Transfer(Records):
 
     @property
     def drops(self) -> dict[str, Interval]:
-        """Fit minus shifted, with intervals, for auc, recall, false_positive_rate and reweighted_precision."""
+        """Held-out minus shifted scores, with intervals: auc, recall, false_positive_rate and reweighted_precision."""
         fit, shifted = self._sides
         names = ("auc", "recall", "false_positive_rate", "reweighted_precision")
         return {name: difference_interval(fit[name], shifted[name]) for name in names}
 
     @property
     def _sides(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The scores on the held-out half and on shifted data, including precisions at the same base rate."""
+        """The scores on the held-out half and on shifted data, including two precisions at the same base rate."""
         return (
             vars(self.fit) | {"reweighted_precision": self.fit.precision},
             vars(self.shifted) | {"reweighted_precision": self.reweighted_precision},
         )
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with fit, shifted and drop, each with its interval and note."""
+        """Return one dict per quantity, with fit, shifted and drop, and an interval and a note for each of them."""
         sides = dict(zip(_SIDES, (*self._sides, self.drops), strict=True))
         names = {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
         records: list[dict[str, Any]] = []
@@ -254,23 +255,23 @@ class Transfer(Records):
 
 
 def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats, Booleans], tuple[Floats, Booleans]]:
-    """Check sums and labels, and split them into a half to fit on and a half to score on."""
+    """Validate the sums and labels, then split them into one half for fitting and one for scoring."""
     array = finite("sums", sums, ("input",), ProbeError)
     positive = two_groups(labels, len(array), 4, ProbeError)
     fitting, scoring = halves(positive, seed)
     if np.ptp(array[fitting]) == 0:
         raise ProbeError(
-            f"All {len(fitting)} sums in the fitting half are {array[fitting[0]]:g}. Use a channel that varies, or "
+            f"All {len(fitting)} sums in the fitting half equal {array[fitting[0]]:g}. Use a channel that varies, or "
             "pass more inputs."
         )
     return (array[fitting], positive[fitting]), (array[scoring], positive[scoring])
 
 
 def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
-    """Return all thresholds between sums, in ascending order, and the numbers of positives and negatives above each."""
+    """Return thresholds between sums, in ascending order, and the numbers of positives and negatives above each."""
     order = np.argsort(sums, kind="stable")
     ascending, positive = sums[order], labels[order]
-    last = np.flatnonzero(np.diff(ascending))  # end of each run of equal sums
+    last = np.flatnonzero(np.diff(ascending))  # last index of each run of equal sums
     under, over = ascending[last], ascending[last + 1]
     halfway = under + (over - under) / 2
     hits, alarms = (each.sum() - each.cumsum()[last] for each in (positive, ~positive))
@@ -278,17 +279,18 @@ def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
 
 
 def _precise(hits: Rows, alarms: Rows, least: float) -> tuple[Floats, Booleans]:
-    """Test the precision at each threshold, strictest first; return p-values and which thresholds pass.
+    """Test the precision at each threshold, strictest first; return the p-values, and whether each threshold passes.
 
-    The tests start at the smallest number of accepted inputs that could pass, at twice that number, and so on. Each
-    start receives half of the remaining level. If a threshold passes, its level is added to that of the next threshold.
+    Testing starts at the first threshold that accepts enough inputs to be able to pass, starts again at the first
+    threshold that accepts twice as many inputs, and so on. Each start receives half of the remaining significance
+    level. If a threshold passes, its level carries over to the next threshold.
     """
     import scipy.stats
 
     accepted = hits + alarms
     p = scipy.stats.binom.sf(hits - 1, accepted, least)
     levels, precise = np.zeros(len(p)), np.zeros(len(p), dtype=np.bool_)
-    level = _LEVEL / 4  # half of the level for one of two sides
+    level = _LEVEL / 4  # half of the level for each direction, and half of that for the first start
     count = math.ceil(math.log(level) / math.log(least)) if least < 1 else math.inf
     while (start := int(np.searchsorted(accepted, count))) < len(p):
         levels[start] += level

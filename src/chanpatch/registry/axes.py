@@ -1,7 +1,7 @@
 """Infer axis names from a module's type, never from the number of axes alone.
 
 Convolution, pooling, linear, recurrent, attention and embedding modules have known axis names. Elementwise modules and
-functions propagate the names of the input axes. All other axes are named `axis0`, `axis1`, ...
+functions propagate the axis names of their inputs. All other axes are named `axis0`, `axis1`, ...
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _ATTENTION = (nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncode
 
 
 def axis_names(module: nn.Module, side: str, path: Path, ndim: int, inputs: Names | None) -> Names:
-    """Return the axis names for one input or output tensor of a module; None for an unnamed axis.
+    """Return the axis names for one input or output tensor of a module, with None for each unnamed axis.
 
-    `inputs` are the axis names of the module's first input, if known.
+    `inputs` contains the axis names of the module's first input, if known.
     """
     torch_names = (kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
     spatial = next(filter(None, map(_SPATIAL.fullmatch, torch_names)), None)
@@ -107,20 +107,20 @@ class NamePropagation(TorchFunctionMode):
         self._named: dict[int, tuple[Names, Tensor]] = {}  # by id; storing the tensors keeps the ids valid
 
     def names(self, tensor: Tensor) -> Names:
-        """Return the axis names of a tensor; None for unknown names."""
+        """Return the axis names of a tensor, with None for each unknown name."""
         known, _ = self._named.get(id(tensor), ((), tensor))
         return known if len(known) == tensor.dim() else (None,) * tensor.dim()
 
     def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Fill in unknown axis names; known names are kept."""
+        """Fill in the unknown axis names of a tensor; known names are kept."""
         self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
 
     def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Override the known axis names."""
+        """Set the axis names of a tensor, and override any known names."""
         self._named[id(tensor)] = tuple(names), tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, and copy axis names to the result from operands of the same shape."""
+        """Run the function, and copy axis names to the result from operands with the same shape."""
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and getattr(func, "__name__", "").strip("_") in _ELEMENTWISE_FUNCTIONS:
             for _, operand in leaves((args, kwargs)):

@@ -1,4 +1,4 @@
-"""Grammar of hook-point names: `module`, `#call`, `.in` or `.out`, and a path; or the name of a tap.
+"""Grammar for hook-point names: a module's name, `#call`, `.in` or `.out`, and a path; or just the name of a tap.
 
 Only this file formats, parses and matches names.
 """
@@ -21,7 +21,7 @@ _STEP = re.compile(r"""\[(\d+|"[^"]*"|'[^']*')\]|\.([A-Za-z_]\w*)""")
 
 
 def written_name(module: str, side: str, path: Path, call: int | None) -> str:
-    """Return the name of a hook point; `call` is None if the module or tap is called once."""
+    """Return the name of a hook point; `call` is None if the module or tap is called only once."""
     base = module if call is None else f"{module}#{call}"
     if side == "tap" or (side == "out" and module and not path):
         return base
@@ -29,7 +29,7 @@ def written_name(module: str, side: str, path: Path, call: int | None) -> str:
 
 
 def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
-    """Parse a hook point's name, given the modules; raise HookPointError for an unknown module or a malformed name."""
+    """Parse a hook point's name, given the modules by name; raise HookPointError if the name is not valid."""
     for match in reversed([*_SIDE.finditer(name)]):  # a module may be named "out": the longest name wins
         base, path = name[: match.start()], parsed_path(name[match.end() :])
         module, _, call = (base, "", "") if base in known else base.partition("#")
@@ -79,7 +79,7 @@ def is_pattern(name: str) -> bool:
 
 
 def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ()) -> list[str]:
-    """Return a hook point's name and aliases with a line break after the module (None: inferred), for `selected`."""
+    """Return a name and its aliases, each with a line break after the module's name (inferred if `module` is None)."""
     if module is None:
         module = re.sub(r"(?s)(#\d+)?(\.(in|out)(\[.*)?)?$", "", name, count=1)
     end = name[len(module) :]
@@ -88,15 +88,15 @@ def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ())
 
 
 def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the names of the hook points that match a pattern, in the order given.
+    """Return the names of the hook points that match a pattern, in the order of `names`.
 
     Names consist of parts separated by dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding
-    part. `*` matches any text within a part, `**` any number of parts, `?` one character. Without `#k`, a pattern
+    part. `*` matches any text within a part, `**` any number of parts, and `?` one character. Without `#k`, a pattern
     matches all calls; without `.in` or `.out`, all outputs. The start of a path matches all tensors under that path.
-    `names` contains the `spellings` of each hook point.
+    `names` maps each hook point's name to its `spellings`.
 
     Raises:
-        HookPointError: If `?` would miss multi-digit indices in a list, such as h.10 with `h.?`.
+        HookPointError: If `?` would miss indices with several digits, as `h.?` would miss h.10.
     """
     if pattern in names:
         return [pattern]
@@ -107,8 +107,8 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
         if chosen and left_out:
             shown = ", ".join(left_out[:6]) + (f", ... ({len(left_out)} in all)" if len(left_out) > 6 else "")
             raise HookPointError(
-                f"'{pattern}' does not match {shown}, because '?' matches one character. Use "
-                f"'{re.sub(r'[?]+', '*', pattern)}' to include them, or pass a list of names."
+                f"'{pattern}' does not match {shown}, because '?' matches exactly one character. Use "
+                f"'{re.sub(r'[?]+', '*', pattern)}' to include these hook points, or pass a list of names."
             )
         if chosen:
             return [*chosen]
@@ -116,19 +116,20 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
-    """Suggest a similar pattern that has matches, for an error message."""
+    """Return a sentence that suggests a similar pattern with matches, or an empty string; for an error message."""
     like = {
         re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call index.",
-        re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot, `**` does not.",
+        re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot; `**` does not.",
     }
     found = ((each, why, len(selected(each, names))) for each, why in like.items())
     return next((f" '{each}' would match {count}: {why}" for each, why, count in found if count), "")
 
 
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
-    """Compile a pattern, whose module part ends at `end`, to a regular expression that matches spellings.
+    """Compile a pattern to a regular expression that matches spellings.
 
-    `numbers` is a template for text that consecutive `?` match too; `%d` stands for the number of `?`.
+    `end` is the index at which the module part of the pattern ends. `numbers` is a regular expression for other text
+    that a run of `?` may match, in which `%d` is the length of the run.
     """
 
     def regex(text: str, any_text: str) -> str:

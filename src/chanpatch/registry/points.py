@@ -21,14 +21,14 @@ from .trace import traced_run
 
 
 class HookPoints(Records, Mapping[str, HookPoint]):
-    """Hook points of a model by name, in execution order, as returned by `chanpatch.hook_points`.
+    """A model's hook points by name, in execution order, as returned by `chanpatch.hook_points`.
 
     Attributes:
         model: The traced model.
-        method: Name of the traced method; `"__call__"` is a call of the model itself.
-        calls: Number of calls of each module and tap, by name.
+        method: Name of the traced method; `"__call__"` is a call to the model itself.
+        calls: Number of calls to each module and tap, by name.
         not_called: Names of the modules that the traced forward pass did not call.
-        steady: Whether the traced forward pass left the parameters unchanged; if not, forward passes always complete.
+        steady: Whether the traced forward pass left all parameters unchanged; if not, no forward pass is stopped early.
     """
 
     _most = None
@@ -65,17 +65,17 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
         Args:
             pattern: Pattern, such as `"embedder.block*.res?"`. `*` matches any text without a dot, `**` any number of
-                dot-separated parts, `?` one character. A pattern that ends in a module name matches that module's
-                outputs in every call: `"h.*"` matches `h.0`, or `h.0.out[0]`, ... if there are several outputs.
-                `"h.*.in[0]"` and `"h.*.out[1]"` match one input or output; `"**.in"` matches all inputs.
+                dot-separated parts, and `?` one character. A pattern that ends in a module name matches that module's
+                outputs in every call: `"h.*"` matches `h.0` or, if `h.0` has several outputs, `h.0.out[0]`, ...
+                `"h.*.in[0]"` matches first inputs, `"h.*.out[1]"` second outputs, and `"**.in"` all inputs.
 
         Raises:
-            HookPointError: If no name matches, or `?` would miss multi-digit indices (such as h.10 with `"h.?"`).
+            HookPointError: If no name matches, or `?` would miss indices with several digits, such as h.10.
         """
         points = {p.name: spellings(p.name, p.module, p.aliases) for p in self._points.values()}
         chosen = [self._points[name] for name in selected(pattern, points)]
         if not chosen:
-            dots = " `*` stops at a dot, `**` does not." if "*" in pattern else ""
+            dots = " `*` stops at a dot; `**` does not." if "*" in pattern else ""
             hint = alternative(pattern, points) or did_you_mean(pattern, self._names()) + dots
             raise HookPointError(f"No hook point matches '{pattern}'.{hint} {self._advice()}")
         facts = {name: getattr(self, name) for name in ("method", "calls", "not_called", "steady")}
@@ -86,7 +86,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
 
         Args:
             name: Name of the hook point.
-            indices: Index for each restricted axis, such as `channel=[55, 121]` or `row=slice(2, 5)`.
+            indices: Index along each restricted axis, such as `channel=[55, 121]` or `row=slice(2, 5)`.
 
         Raises:
             HookPointError: If the hook point does not exist.
@@ -95,7 +95,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self.bind(Site(name, *_unnamed, **indices))
 
     def bind(self, site: Site) -> Site:
-        """Bind a site to the traced hook point; raises the same errors as `site`."""
+        """Bind a site to the traced hook point; raise the same errors as `site`."""
         point = self[site.name]
         return site if site.point == point else normalized(site, point)
 
@@ -105,7 +105,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return getattr(self.model, self.method)(*args, **kwargs)
 
     def _rewritten(self, name: str) -> str:
-        """Return the registry's spelling of a name: `fc` for `fc.out`."""
+        """Return the registry's spelling of a name, such as `fc` for `fc.out`."""
         with suppress(HookPointError):
             point = parsed_name(dict(self.model.named_modules(remove_duplicate=False)), name)
             name = written_name(point.module, point.side, point.path, point.call)
@@ -123,7 +123,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         if fired:
             return f"'{name}' does not identify a hook point. Use one of these names: {', '.join(fired)}."
         if is_pattern(name):
-            return f"'{name}' is a pattern, but a single hook point is expected. Use a name in points.select('{name}')."
+            return f"'{name}' is a pattern, but one hook point is expected. Use a name from points.select('{name}')."
         return f"{unknown_name(name, modules, self._names())} {self._advice()}"
 
     def _names(self) -> list[str]:
@@ -156,7 +156,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
     def _notes(self) -> list[str]:
         unproved = [point.name for point in self._points.values() if point.batch_axis is None]
         shown = unproved if len(unproved) <= 6 else [*unproved[:6], "..."]
-        named = {f"Batch axis unknown for {len(unproved)} of them": shown, "Not called": self.not_called}
+        named = {f"Hook points with unknown batch axis ({len(unproved)})": shown, "Not called": self.not_called}
         return [f"{note}: {', '.join(names)}" for note, names in named.items() if names]
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -177,18 +177,19 @@ def hook_points(
 
     Args:
         model: Any module.
-        example_inputs: Inputs with at least one row; the model receives copies. In the second run, each input grows
-            along the axis named "batch" (by `axes`, or by a module such as a sequence-first LSTM). An input with
-            unnamed axes grows along the first axis if that axis has the length of the batch.
+        example_inputs: Inputs with at least one row; the model receives copies. In the second run, each input gets one
+            more row along the axis named "batch" (by `axes`, or by a module such as a sequence-first LSTM). An input
+            with unnamed axes gets one more row along the first axis if that axis is as long as the batch.
         method: Name of the method to trace, if not `__call__`. The method's inputs are named `.in[0]`, ...
-        axes: Axis names by pattern (see `HookPoints.select`), for axes that module types do not name:
-            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate names.
+        axes: Axis names by pattern (see `HookPoints.select`), for axes whose names cannot be inferred:
+            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate axis names.
         example_keywords: Keyword arguments for the model.
 
     Raises:
-        UnsupportedModelError: If the model is compiled, scripted or lazy, or uses nested tensors.
+        UnsupportedModelError: If the model is compiled or scripted, has lazy parameters, or uses nested tensors.
         BatchAxisError: If the example inputs have no rows.
-        HookPointError: If `axes` names a hook point that did not fire, or two hook points have the same name.
+        HookPointError: If the model has no such method, no hook point matches a pattern in `axes`, or two hook points
+            have the same name.
         SiteError: If `axes` has the wrong number of names for a hook point, or repeats a name.
 
     Example:
@@ -206,13 +207,14 @@ def hook_points(
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return the given hook points, or trace a model with the given inputs (or the first batch of an iterable)."""
+    """Return hook points unchanged, or trace a model with the inputs (the first batch, if `inputs` yields batches)."""
     if isinstance(points_or_model, HookPoints):
         return points_or_model
     model = model_of(points_or_model)
     if inputs is None:
         raise TypeError(
-            f"There are no inputs to trace the {type(model).__name__} with. Pass hook_points(model, ...) instead."
+            f"There are no inputs to trace the {type(model).__name__} with. Pass hook_points(model, ...) instead of "
+            "the model."
         )
     each = [inputs] if isinstance(inputs, (Tensor, tuple, Mapping)) else inputs
     for arguments, named in batches(each, 1):
@@ -225,7 +227,7 @@ def names_by_trace(
 ) -> Mapping[str, tuple[Axes, int | None]]:
     """Trace a model to find the axis names and batch axis of each hook point; return an empty dict on failure.
 
-    The trace may run in the middle of a forward pass with listeners, which are disabled during the trace.
+    The trace may run in the middle of another forward pass, so all listeners are disabled during the trace.
     """
     if model not in _names:
         stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
@@ -242,7 +244,7 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return the hook point of a site, traced or parsed from the name; raise HookPointError if unknown."""
+    """Return a site's traced hook point or, without a trace, its parsed name; raise HookPointError if unknown."""
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
@@ -266,7 +268,7 @@ def sites_of(
 
 
 def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
-    """Convert a name, pattern, hook point or site to a checked site; raise SiteError for more than one site."""
+    """Convert a name, pattern, hook point or site to a checked site; raise SiteError if there are several sites."""
     found = sites_of(points, site)
     if len(found) > 1:
         raise SiteError(f"Expected one site, but got {len(found)}: {', '.join(map(repr, found))}.")
@@ -274,7 +276,7 @@ def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Check sites against a trace, or only the names against a model; report all errors together."""
+    """Check sites against a trace; without a trace, check only names against a model. Report all errors together."""
     found, faults = [], []
     model = model_of(points_or_model)
     modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
@@ -307,22 +309,22 @@ def no_module(given: object) -> str:
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the model, the method, and, if traced, the number of calls by module; the arguments of a Session."""
+    """Return the arguments for a Session: the model, the method and, if traced, the number of calls to each module."""
     if isinstance(points_or_model, HookPoints):
         return points_or_model.model, points_or_model.method, points_or_model.calls
     return model_of(points_or_model), "__call__", None
 
 
 def refuse_unhookable(modules: Mapping[str, nn.Module]) -> None:
-    """Raise if a module would ignore hooks."""
+    """Raise UnsupportedModelError if a module would ignore hooks."""
     for name, module in modules.items():
         why = ""
         if "_orig_mod" in module._modules:
             why = "is compiled with torch.compile, so hooks added after the first call are ignored. Pass the original "
-            why += "module (compiled._orig_mod), or create a PatchedPolicy from the original module and compile that."
+            why += "module (compiled._orig_mod), or compile a PatchedPolicy created from the original module."
         elif module._compiled_call_impl or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-            why = "was compiled in place, so hooks added now are ignored. Use an uncompiled copy, or create a "
-            why += "PatchedPolicy from an uncompiled copy and compile that."
+            why = "was compiled in place, so hooks added now are ignored. Use an uncompiled copy, or compile a "
+            why += "PatchedPolicy created from an uncompiled copy."
         elif isinstance(module, torch.jit.ScriptModule):
             why = "is a TorchScript module, which runs submodules without hooks. Pass the original Python module."
         elif isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:

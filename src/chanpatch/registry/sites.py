@@ -74,7 +74,7 @@ class Site:
         vars(self).update(name=name, indices=tuple(sorted(selections.items())), point=None)  # a frozen dataclass
 
     def split(self, axis: str) -> tuple[Site, ...]:
-        """Return one site per index of an axis, in order.
+        """Return one site per index along an axis, in order.
 
         Raises:
             SiteError: If the axis does not exist or its length is unknown.
@@ -96,13 +96,13 @@ class Site:
         raise SiteError(f"{self!r} cannot be split along '{axis}': {why}")
 
     def at(self, point: HookPoint | None) -> Site:
-        """Return the same site bound to a traced hook point, without checks."""
+        """Return the same site, bound to a traced hook point without checking axes and indices."""
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
-        """Return the selected positions in a tensor, by axis number; raise SiteError for unknown axes and indices."""
+        """Return the selected positions in a tensor, by axis number; raise SiteError for invalid axes or indices."""
         found: dict[int, slice | list[int]] = {}
         faults = []
         for axis, selection in self.indices:
@@ -174,7 +174,7 @@ def _positions(selection: Selection, length: int, axis: str) -> list[int]:
     outside = [str(position) for position in selection if not -length <= position < length]
     if outside:
         more = f" and {len(outside) - 8} more" * (len(outside) > 8)
-        raise ValueError(f"{axis} {', '.join(outside[:8])}{more} is out of range")
+        raise ValueError(f"{axis} {', '.join(outside[:8])}{more} {'is' if len(outside) == 1 else 'are'} out of range")
     chosen = [position % length for position in selection]
     if len(set(chosen)) < len(chosen):
         twice = next(position for position, times in Counter(chosen).items() if times > 1)
@@ -205,7 +205,7 @@ class HookPoint(Place):
             has the name passed to `tap`.
         axes: Axis names, such as `(batch, channel, row, col)`.
         shape: Lengths of all axes except the batch axis.
-        batch_axis: Index of the batch axis, found by running the model with one more row; None if unknown.
+        batch_axis: Index of the batch axis, found by running the model with one more row; None if not found.
         dtype, device: Dtype and device of the tensor.
         module_type: Class name of the module, or `tap`.
         parameters: Number of parameters in the module, including its submodules.
@@ -224,7 +224,7 @@ class HookPoint(Place):
     read_only: bool = field(default=False, repr=False)
 
     def length(self, axis: str) -> int | None:
-        """Return the length of an axis; None for the batch axis."""
+        """Return the length of an axis, or None for the batch axis, whose length varies."""
         position = self.axes.index(axis)
         if position == self.batch_axis:
             return None
@@ -265,7 +265,11 @@ def unusual_layout(tensor: Tensor) -> str:
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at these positions; raise UnsupportedModelError for part of a sparse or masked tensor."""
+    """Return the region at the given positions.
+
+    Raises:
+        UnsupportedModelError: If the region is only part of a sparse or masked tensor.
+    """
     if positions and (layout := unusual_layout(tensor)):
         raise UnsupportedModelError(
             f"Cannot select part of a {layout} tensor. Use the whole hook point, or make the tensor dense in the "
@@ -289,7 +293,7 @@ def written(tensor: Tensor, positions: Positions, region: Tensor) -> Tensor:
     (axis, chosen), *others = positions.items()
     if others:
         region = written(read(tensor, {axis: chosen}), dict(others), region)
-    if isinstance(chosen, slice) and not tensor.is_complex():  # slice_scatter lacks complex gradients
+    if isinstance(chosen, slice) and not tensor.is_complex():  # slice_scatter has no complex gradients
         return torch.slice_scatter(tensor, region, axis, chosen.start, chosen.stop)
     numbers = torch.arange(tensor.shape[axis])[chosen] if isinstance(chosen, slice) else torch.as_tensor(chosen)
     index = numbers.to(tensor.device)

@@ -68,12 +68,12 @@ class Trace:
         return self
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return the name of a hook point, or the alias for another name of the module."""
+        """Return the name of a hook point; with another name for its module, return the corresponding alias."""
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
     def aliases(self, fired: _Fired) -> tuple[str, ...]:
-        """Return the other names of a hook point, if the module is shared."""
+        """Return the other names of a hook point whose module is shared."""
         names = () if fired.side == "tap" else self.module_names[self.model.get_submodule(fired.module)][1:]
         return tuple(self.name(fired, other) for other in names)
 
@@ -89,7 +89,7 @@ class Trace:
         self._stack.append((module, call, self.known.names(given[0].tensor) if given else None))
 
     def _on_output(self, module: nn.Module, output: Any) -> None:
-        while self._stack[-1][0] is not module:  # a call that raised a caught exception has no output
+        while self._stack[-1][0] is not module:  # a call has no output if the model caught its exception
             self._stack.pop()
         _, call, inputs = self._stack.pop()
         for path, tensor in leaves(output):
@@ -117,16 +117,19 @@ class Trace:
 def traced_run(
     model: nn.Module, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], axes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trace a model; return arguments for HookPoints: points, calls, not_called, steady."""
+    """Trace a model; return the keyword arguments points, calls, not_called and steady for HookPoints."""
+    if not callable(getattr(model, method, None)):
+        raise HookPointError(f"{type(model).__name__} has no method '{method}'.{did_you_mean(method, dir(model))}")
     _refuse_untraceable(model, (inputs, keywords))
     try:
         trace = Trace(model, totals={id(weight): _total(weight) for weight in model.parameters()})
         steady = trace.run(method, inputs, keywords).steady
     except TypeError as fault:
         if any(isinstance(each, np.ndarray) for each in (*inputs, *keywords.values())):
-            raise TypeError(f"{type(model).__name__} accepts no NumPy arrays. Pass torch.as_tensor(array).") from fault
+            kind = type(model).__name__
+            raise TypeError(f"{kind} does not accept NumPy arrays. Pass torch.as_tensor(array).") from fault
         raise
-    if axes:  # run again, so that these names propagate downstream
+    if axes:  # run again, so that the given names propagate downstream
         trace = Trace(model, _names_by_place(trace, axes)).run(method, inputs, keywords)
     _refuse_shared_names(trace)
     proved = _proved_batches(method, inputs, keywords, trace)
@@ -139,7 +142,8 @@ def traced_run(
 
 
 def _total(weight: Tensor) -> Any:
-    """Return the sum of a parameter, or None. A forward pass that changes the sum must not be stopped early."""
+    """Return the sum of a parameter, or None if the sum cannot be read."""
+    # If a forward pass changes the sum, later forward passes must not be stopped early.
     if type(weight.data) is not Tensor or weight.is_meta or weight.layout != torch.strided or weight.is_quantized:
         return None
     with suppress(RuntimeError):  # some dtypes do not support sums, and values are unreadable inside vmap
@@ -149,7 +153,7 @@ def _total(weight: Tensor) -> Any:
 
 
 def _refuse_shared_names(trace: Trace) -> None:
-    """Raise if two hook points have the same name, or if a tap has the name of a module."""
+    """Raise HookPointError if two hook points have the same name, or if a tap has the same name as a module."""
     counts, modules = Counter(map(trace.name, trace.fired)), dict(trace.model.named_modules(remove_duplicate=False))
     for fired in sorted(trace.fired, key=lambda each: each.side != "tap"):
         name = trace.name(fired)
@@ -164,7 +168,7 @@ def _refuse_shared_names(trace: Trace) -> None:
 
 
 def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
-    """Return the user's axis names by place."""
+    """Return the user's axis names for each place that matches a pattern in `axes`."""
     given: dict[_Place, tuple[str, ...]] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
@@ -186,7 +190,7 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
 
 
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> dict[str, int]:
-    """Return the batch axes that a second run with one more row identifies, by hook point."""
+    """Map hook points' names to their batch axes, if a second run with one more row identifies the batch axes."""
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
     certain: list[int] = []  # lengths of axes named "batch"
@@ -209,7 +213,10 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Return, by hook point, the only axis that grew from `rows` to `rows + 1`, unless the name rules out a batch."""
+    """Map hook points' names to the axis that grew from `rows` to `rows + 1`.
+
+    Hook points are left out if another axis also changed, or if the axis has a name other than "batch".
+    """
     found = {}
     for fired in trace.fired:
         name, before = trace.name(fired), fired.tensor.shape
@@ -250,7 +257,7 @@ def _point(trace: Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
 
 
 def _refuse_untraceable(model: nn.Module, inputs: Any) -> None:
-    """Raise for lazy parameters, and for inputs without rows."""
+    """Raise an error if the model has lazy parameters, or if the inputs have no rows."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise UnsupportedModelError(

@@ -1,4 +1,4 @@
-"""Save, load and verify files of patches."""
+"""Save patches to files, load patches from files, and verify saved runs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ class Contents(Records):
 
     Attributes:
         patches: Patches in the order in which they are applied.
-        hook_points: Module type, axes, shape and dtype of each patch's hook point; None if the site was not traced.
+        hook_points: For each patch, the module type, axes, shape and dtype of its hook point; None if the site was not
+            traced.
         chanpatch: Version of chanpatch that saved the file.
-        receipt: Receipt for a run with the patches; None if the patches were saved without inputs.
-        checksum: SHA-256 of operands and metadata, checked on reading; None for format 1, which has no checksum.
+        receipt: Receipt for the run with the patches; None if the patches were saved without inputs.
+        checksum: SHA-256 of the operands and metadata, which is checked when the file is read; None for format 1,
+            which has no checksum.
     """
 
     patches: tuple[Patch, ...]
@@ -44,7 +46,7 @@ class Contents(Records):
     _most = None
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per patch: patch, site, edit, where, hook point."""
+        """Return one record per patch, with the keys patch (a number), site, edit, where and hook point."""
         return [
             {
                 "patch": number,
@@ -81,20 +83,22 @@ def save(
 ) -> None:
     """Save patches as data in one safetensors file.
 
-    A failure leaves an existing file unchanged. With `inputs`, the file contains a receipt, for which the model runs
-    twice: with these patches, and with the patches read back from the file. Operands are saved without their autograd
-    graph.
+    If saving fails, an existing file stays unchanged. If `inputs` are given, the file also contains a receipt. To
+    create and check the receipt, the model runs twice: once with the given patches, and once with the patches read back
+    from the file. Operands are saved without their autograd graph.
 
     Args:
         file: Path of the file, usually ending in `.safetensors`.
-        patches: One or more patches, in order. Edits must be from `chanpatch.patching`; `where` cannot be a function.
+        patches: One or more patches, in the order in which they are applied. Edits must be from `chanpatch.patching`;
+            `where` cannot be a function.
         points_or_model: Hook points to check the patches against, or the model, which is traced with the inputs.
         inputs: Model inputs for the receipt: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
 
     Raises:
-        InterventionError: If patches contain functions or tensors that safetensors cannot store, there are inputs but
-            no model, `file` is not a regular file, or the run is not reproduced bit for bit.
-        HookPointError, SiteError: If the model does not have a site.
+        InterventionError: If a patch contains a function, or a tensor that safetensors cannot store; if there are no
+            patches; if there are inputs but no model; if `file` is a folder, pipe or device; or if the second run does
+            not reproduce the first bit for bit.
+        HookPointError, SiteError: If a site does not exist in the model.
         UnreachedError: If a patch never runs on the inputs.
         MissingPackageError: If safetensors is not installed.
 
@@ -113,18 +117,18 @@ def save(
     points = None if points_or_model is None else traced(points_or_model, inputs)
     chosen = checked_patches(points, patches)
     if not chosen:
-        raise InterventionError("There are no patches to save. Pass at least one.")
+        raise InterventionError("There are no patches to save. Pass at least one patch.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"Cannot save '{path.name}': the folder '{path.parent}' does not exist.")
     if inputs is not None and points is None:
-        raise InterventionError("A receipt for inputs requires the model: save(file, patches, points, inputs=inputs).")
+        raise InterventionError("inputs were passed without a model. Call save(file, patches, points, inputs=inputs).")
     receipt = None if inputs is None or points is None else receipt_of(points, chosen, inputs)
     with _partial(path, encoded(chosen, receipt)) as partial:
         if points and inputs is not None and receipt_of(points, load(partial, points), inputs) != receipt:
             raise InterventionError(
                 "The patches were not saved: two forward passes gave different outputs, so a receipt could not be "
-                "verified. Make the model deterministic, such as by torch.use_deterministic_algorithms(True), or save "
-                "without inputs."
+                "verified. Make the model deterministic, for example with torch.use_deterministic_algorithms(True), or "
+                "save without inputs."
             )
         os.replace(partial, path)
 
@@ -134,12 +138,12 @@ def load(file: str | os.PathLike[str], points: HookPoints | None = None) -> list
 
     Args:
         file: Path of a file written by `save`.
-        points: Hook points to check the patches against: names, axes, shapes, dtypes and module types must match.
-            Operands go to the devices of their hook points, or stay on the CPU if there are no points.
+        points: Hook points to check the patches against: names, axes, shapes, dtypes and module types must match. Each
+            operand is moved to the device of its hook point; if `points` is None, operands stay on the CPU.
 
     Raises:
         InterventionError: If the file is damaged, was not written by `save`, has an unknown format, or does not match
-            the points (all mismatches are reported).
+            the hook points. One error lists all mismatches.
         OSError: If the file cannot be read.
         MissingPackageError: If safetensors is not installed.
     """
@@ -173,11 +177,11 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
     Args:
         file: Path of a file written by `save` with inputs.
         points_or_model: Hook points of the model, or the model, which is traced with the inputs.
-        inputs: The inputs that the file was saved with.
+        inputs: The inputs that were passed to `save`.
 
     Raises:
-        InterventionError: If hook points, weights, inputs or the patched output differ, or the file has no receipt, or
-            for the same reasons as `load`.
+        InterventionError: If the hook points, the weights, the inputs or the patched output differ from those in the
+            file; if the file has no receipt; or for the same reasons as in `load`.
     """
     points = traced(points_or_model, inputs)
     saved, patches = contents(file).receipt, load(file, points)
@@ -191,7 +195,7 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
         return saved
     changed = [name for name in ("weights", "inputs", "output") if getattr(here, name) != getattr(saved, name)]
     same = [name for name in ("hook points", "weights", "inputs", "output") if name not in changed]
-    cause = " Therefore, the model's code or the environment must differ." if changed == ["output"] else ""
+    cause = " The difference must therefore come from the model's code or the environment." * (changed == ["output"])
     raise InterventionError(
         f"The run in '{file}' was not reproduced. Different: {', '.join(changed)}. Same: {', '.join(same)}.{cause} "
         f"In the file: {printable(saved.environment)}. Here: {here.environment}."
@@ -221,14 +225,17 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 
 @contextmanager
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a hidden file next to `path`, and remove the file on exit, along with files left by killed processes."""
+    """Write a hidden file next to `path`, and remove the hidden file on exit.
+
+    First, remove hidden files that were left behind by processes that were killed.
+    """
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # another thread may have removed the file
             if time.time() - left.lstat().st_mtime > 60:
                 left.unlink()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as stream:  # exclusive: does not write to an existing file or link
+        with partial.open("xb") as stream:  # "x" raises an error if a file or link with this name exists
             stream.write(content)
         yield partial
     finally:

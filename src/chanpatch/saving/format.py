@@ -1,11 +1,11 @@
-"""The file format: safetensors, with operands and masks as tensors and everything else as JSON in the metadata.
+"""The file format: a safetensors file with operands and masks as tensors, and everything else as JSON in the metadata.
 
     metadata["chanpatch"] = {"format": 2, "chanpatch": version, "patches": [record, ...], "receipt": {...} or null,
               "sha256": checksum of the other entries and the tensors}
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest};
-              `per` of Resample is "step" or omitted, as in files that predate the option
+              for Resample, `per` is "step" or omitted, as in files from before the option existed
 
 `encoded` writes this format, and `decoded` reads it without running code from the file. `decoded` also reads format 1,
 which has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
@@ -36,13 +36,13 @@ from ..registry.sites import Flags, HookPoint, Site, Span
 from ..results import imported
 from .receipts import Receipt, digest
 
-_FORMATS = (1, 2)  # the last format is used for writing
-_KEY = "chanpatch"  # the only metadata entry: safetensors does not write several entries in a fixed order
+_FORMATS = (1, 2)  # the formats that can be read; files are written in the last one
+_KEY = "chanpatch"  # the key of the only metadata entry: safetensors does not fix the order of several entries
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
 def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
-    """Return the bytes of a file; raise InterventionError, naming all patches that cannot be saved."""
+    """Return the content of a patch file as bytes. If patches cannot be saved, raise one error that lists them."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     records, faults = [], []
     for number, patch in enumerate(patches, start=1):
@@ -67,12 +67,13 @@ def encoded(patches: Iterable[Patch], receipt: Receipt | None) -> bytes:
 def decoded(
     file: str | os.PathLike[str], points: Mapping[str, HookPoint] | None
 ) -> tuple[tuple[Patch, ...], tuple[str | None, ...], str, Receipt | None, str | None]:
-    """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum; raise as `load` does.
+    """Return a file's patches, hook points (as text), chanpatch version, receipt and checksum.
 
-    Operands go to the devices of their hook points, or to the CPU if a device is unknown.
+    Each operand is moved to the device of its hook point, or to the CPU if that device is unknown. The errors are the
+    same as in `load`.
     """
     safetensors, path = imported("safetensors"), regular(file)
-    path.open("rb").close()  # let Python raise for unreadable files
+    path.open("rb").close()  # if the file cannot be read, Python raises an error here
     try:
         with safetensors.safe_open(path, framework="pt") as archive:
             text = (archive.metadata() or {}).get(_KEY)
@@ -88,7 +89,7 @@ def decoded(
             checksum = metadata.pop("sha256", None)
             if (metadata["format"] > 1 or checksum is not None) and checksum != _checksum(metadata, stored):
                 raise InterventionError(
-                    "is damaged: its contents do not match its SHA-256 checksum. Copy it again, or save the "
+                    "is damaged: its contents do not match its SHA-256 checksum. Copy the file again, or save the "
                     "patches again."
                 )
 
@@ -115,7 +116,7 @@ def decoded(
 
 
 def regular(file: str | os.PathLike[str]) -> Path:
-    """Return the path of a regular file or a new file; raise InterventionError for folders, devices and pipes."""
+    """Return `file` as a Path. Raise InterventionError if the path is a folder, a pipe or a device."""
     if not isinstance(file, (str, os.PathLike)):
         kind = type(file).__name__
         raise TypeError(f"The first argument must be a path, as in save(file, patches) or load(file); got {kind}.")
@@ -126,12 +127,12 @@ def regular(file: str | os.PathLike[str]) -> Path:
 
 
 def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the metadata (without a checksum) and the tensors."""
+    """Return the SHA-256 of the metadata, which must not contain the checksum yet, and the tensors."""
     return hashlib.sha256(f"{json.dumps(metadata)}\n{digest(tensors)}".encode()).hexdigest()
 
 
 def trace_of(point: HookPoint) -> str:
-    """Return the text stored for a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
+    """Return the text that is saved for a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
     return _trace(point.module_type, point.axes, map(point.length, point.axes), str(point.dtype).removeprefix("torch."))
 
 
@@ -141,7 +142,7 @@ def _trace(module_type: str, axes: Iterable[str], lengths: Iterable[int | None],
 
 
 def _trace_text(saved: Any) -> str | None:
-    """Return the text for a saved hook point. Format 1 stores the length of every axis except a batch axis."""
+    """Return the text for a saved hook point. Format 1 stores a dict with the length of each axis except `batch`."""
     if not isinstance(saved, dict):
         return None if saved is None else str(saved)
     axes, lengths = saved["axes"], [*saved["shape"]]
@@ -151,7 +152,7 @@ def _trace_text(saved: Any) -> str | None:
 
 
 def printable(text: str) -> str:
-    """Escape control characters: a terminal would interpret them, and the file may be untrusted."""
+    """Escape control characters, because a terminal would interpret them and the file may be untrusted."""
     return re.sub(r"[^\n -~]", lambda found: found[0] if found[0].isprintable() else ascii(found[0])[1:-1], text)
 
 
@@ -159,13 +160,13 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
     edit: Any = patch.edit
     if type(edit) not in _EDITS.values():
         raise InterventionError(
-            f"its edit {edit_name(edit)} is code, but a file can only contain data. Express it with "
+            f"its edit {edit_name(edit)} is code, but a file can only contain data. Express the edit with "
             f"{', '.join(_EDITS)} from chanpatch.patching; several patches at one site apply in order."
         )
     if patch.where is not None and not isinstance(patch.where, Tensor):
         raise InterventionError(
-            "its where is a function, but a file can only contain data. Pass the mask that the function returns: a "
-            "bool tensor."
+            "its `where` is a function, but a file can only contain data. Instead, pass the bool tensor that the "
+            "function returns."
         )
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}
     if operands.get("per") == "episode":
@@ -202,7 +203,7 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
 
 
 def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) -> Any:
-    """Return an operand as JSON; a tensor is added to the file's tensors, once for all patches that use it."""
+    """Return an operand as JSON. If the operand is a tensor, add it to `tensors` unless another patch has added it."""
     if isinstance(operand, Tensor):
         _refuse_unstorable(operand, name)
         # Keep the memory order: sums over channels-last and contiguous tensors round differently.
@@ -223,7 +224,7 @@ def _refuse_unstorable(tensor: Tensor, name: str) -> None:
     if tensor.is_meta:
         raise InterventionError(f"its {name} is on the meta device, so it has no values.")
     if tensor.layout != torch.strided:
-        raise InterventionError(f"its {name} has layout {tensor.layout}. Make it dense: {name}.to_dense().")
+        raise InterventionError(f"its {name} has layout {tensor.layout}. Make the tensor dense: {name}.to_dense().")
     try:
         imported("safetensors.torch").save({name: torch.empty(0, dtype=tensor.dtype)})
     except (KeyError, RuntimeError) as fault:  # RuntimeError for quantized dtypes

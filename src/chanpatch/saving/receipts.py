@@ -1,4 +1,4 @@
-"""Receipts: digests of a run with patches, to check whether another run is identical bit for bit."""
+"""Receipts: digests of a run with patches, used to check whether another run is identical bit for bit."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ..registry.points import HookPoints
 
 @dataclass(frozen=True)
 class Receipt:
-    """Digests of a run with patches. Two receipts are equal if the runs were identical bit for bit.
+    """Digests of a run with patches. Two receipts are equal if the two runs were identical bit for bit.
 
     Attributes:
         weights, inputs, output: SHA-256 of the name, dtype, shape and bytes of every tensor in the model's
-            `state_dict`, in the inputs, and in the patched output.
-        environment: Version of torch, devices, threads and training mode, which can explain differences in the last
-            bits. The environment is not compared.
+            `state_dict`, in the inputs, and in the patched output, respectively.
+        environment: Version of torch, devices, number of threads and training mode. These can explain differences in
+            the last bits. The environments of two receipts are not compared.
     """
 
     weights: str
@@ -41,7 +41,7 @@ class Receipt:
 
 
 def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
-    """Return the receipt for a run with random seed 0; raise InterventionError if the output contains no tensor."""
+    """Run the model with random seed 0, and return the receipt. Raise an error if the output contains no tensor."""
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
     with undisturbed(model) as run, patched(points, patches, check_nan=False):
@@ -49,7 +49,7 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
         output = run.kept(points.run(args, keywords))
         if next(leaves(output), None) is None:
             raise InterventionError(
-                f"The model returned {type(output).__name__} without any tensor, so there is no output to compare. "
+                f"The model's output ({type(output).__name__}) contains no tensors, so there is nothing to compare. "
                 "Save without inputs, or trace a method that returns a tensor: hook_points(..., method=...)."
             )
     return Receipt(digest(model.state_dict()), digest((args, keywords)), digest(output), _environment(points))
@@ -71,7 +71,7 @@ def digest(tree: Any) -> str:
     for name, tensor in sorted(((path_text(path), leaf) for path, leaf in leaves(tree)), key=lambda pair: pair[0]):
         dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
         found.update(f"{name} {dense.dtype} {tuple(dense.shape)}\n".encode())
-        if not dense.is_meta:  # offloaded weights are stored elsewhere
+        if not dense.is_meta:  # offloaded weights are on the meta device, which stores no values
             flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
             found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -15,18 +15,18 @@ from .resampling import bootstrap_interval
 
 _CONFIDENCE = 0.95
 _BISECTIONS = 40
-_ROUNDING = 1e-12  # relative to a part, such as a part that is exactly half of the total in every row
+_ROUNDING = 1e-12  # rounding error of `parts - estimate * totals`, relative to the size of both terms
 
 
 def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
-    """Return `chanpatch.statistics.auc` for each channel, without intervals; fast enough for a bootstrap.
+    """Compute `chanpatch.statistics.auc` for each channel, without intervals; fast enough for a bootstrap.
 
     Args:
-        scores: `(input, channel)`: finite numbers, such as the sums from `chanpatch.channel_sums`.
+        scores: Finite numbers with shape `(input, channel)`, such as the sums from `chanpatch.channel_sums`.
         labels: One boolean (or 0 or 1) per input.
 
     Returns:
-        `(channel,)`: within 0 and 1; NaN if all labels are equal.
+        AUCs from 0 to 1, with shape `(channel,)`; NaN if all labels are equal.
 
     Raises:
         StatisticsError: If there is not one label per input, or a score is not finite.
@@ -43,19 +43,19 @@ def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
 def auc_difference_interval(first: ArrayLike, second: ArrayLike, labels: ArrayLike) -> Interval:
     """Return the difference in AUC between two scores on the same inputs, first minus second, and its 95% interval.
 
-    With six to nine inputs of either label, its note is `"few"`. The interval is withheld if there are fewer or if
-    both scores rank most of the inputs equally.
+    If six to nine inputs have the rarer label, the interval's note is `"few"`. The interval is withheld if fewer than
+    six inputs have the rarer label, or if both scores rank most of the inputs in the same order.
 
     Args:
         first: One finite score per input, such as the output of a probe.
-        second: One finite score per input to compare with, such as a channel's sum.
-        labels: One boolean (or 0 or 1) per input, with at least two of each.
+        second: One finite score per input to compare with `first`, such as a channel's sum.
+        labels: One boolean (or 0 or 1) per input, with at least two positives and two negatives.
 
     Returns:
-        Difference and interval within -1 and 1.
+        Difference and interval, between -1 and 1.
 
     Raises:
-        StatisticsError: If lengths differ, a score is not finite, or a label occurs fewer than twice.
+        StatisticsError: If the lengths differ, a score is not finite, or a label occurs fewer than two times.
 
     Example:
         >>> labels = np.arange(200) % 2 == 0
@@ -76,7 +76,7 @@ def auc_difference_interval(first: ArrayLike, second: ArrayLike, labels: ArrayLi
     positive, negative = one[0] - other[0], one[1] - other[1]
     note = too_few(min(positive.size, negative.size), "inputs with one label")
     if note in ("", "few") and separated(positive, negative):
-        note = "both scores rank most of the inputs equally"
+        note = "both scores rank most of the inputs in the same order"
     estimate, margin = positive.mean(), placement_margin(positive, negative, _CONFIDENCE)
     low, high = np.clip([estimate - margin, estimate + margin], -1.0, 1.0)
     return noted(estimate, low, high, _CONFIDENCE, np.asarray(note, dtype="<U100"))
@@ -88,13 +88,13 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
     Args:
         first: One finite number per input.
         second: One finite number per input to correlate with the first.
-        strata: Label per input; None if all inputs form one stratum.
+        strata: Stratum label for each input, or None if all inputs form one stratum.
 
     Returns:
-        A number from -1 to 1; NaN with fewer than three inputs, or if one sample does not vary within any stratum.
+        A number from -1 to 1; NaN if there are fewer than three inputs, or if a sample is constant in every stratum.
 
     Raises:
-        StatisticsError: If lengths differ, or a number is not finite.
+        StatisticsError: If the lengths differ, or a number is not finite.
 
     Example:
         >>> rank_correlation([1, 2, 3, 4], [1, 4, 9, 16])
@@ -108,7 +108,7 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
         raise StatisticsError("first, second and strata must have equal lengths, one entry per input.")
     size, ranks = np.bincount(stratum), []
     for sample in samples:
-        # Ranks over all inputs, one stratum after the other; subtracting a stratum's mean removes its offset.
+        # Rank all inputs, one stratum after the other; subtracting a stratum's mean rank removes its offset.
         rank = scipy.stats.rankdata(np.unique(sample, return_inverse=True)[1] + stratum * len(sample))
         ranks.append((rank - (np.bincount(stratum, rank) / size)[stratum]) / size[stratum])
     scale = float(np.sqrt((ranks[0] @ ranks[0]) * (ranks[1] @ ranks[1])))
@@ -118,24 +118,25 @@ def rank_correlation(first: ArrayLike, second: ArrayLike, strata: ArrayLike | No
 def stratified_difference_interval(
     success: ArrayLike, first: ArrayLike, strata: ArrayLike, *, resamples: int = 9999, seed: int = 0
 ) -> Interval:
-    """Return the difference in success rate between two groups within strata, and its 95% bootstrap interval.
+    """Compare the success rates of two groups within strata: return the difference and its 95% bootstrap interval.
 
     Use this to compare two groups at equal values of a third quantity, such as the distance to a goal. Strata with only
-    one group are left out; the others have Mantel-Haenszel weights. With six to nine successes or failures in these
-    strata, the note is `"few"`; with fewer, the interval is withheld.
+    one group are excluded; the others are combined with Mantel-Haenszel weights. With six to nine successes or failures
+    in the combined strata, the interval's note is `"few"`; with fewer than six, the interval is withheld.
 
     Args:
         success: One boolean (or 0 or 1) per input.
-        first: Whether the input belongs to the first group.
-        strata: Label per input, such as a bin of a distance.
+        first: One boolean (or 0 or 1) per input: whether the input belongs to the first group.
+        strata: Stratum label for each input, such as a bin of distances.
         resamples: Number of resamples.
         seed: Random seed.
 
     Returns:
-        First group minus second group, within -1 and 1. All three numbers are NaN if no stratum has both groups.
+        First rate minus second rate, between -1 and 1, and its interval. The estimate and the interval are NaN if no
+        stratum contains both groups.
 
     Raises:
-        StatisticsError: If lengths differ, or `success` or `first` is not boolean.
+        StatisticsError: If the lengths differ, or `success` or `first` is not boolean.
 
     Example:
         >>> interval = stratified_difference_interval([1, 0, 1, 0], [1, 1, 0, 0], ["near", "far", "near", "near"])
@@ -147,7 +148,7 @@ def stratified_difference_interval(
     """
     one, other, stratum = booleans(success), booleans(first), _numbered(strata)
     if one is None or other is None or one.ndim != 1 or not one.shape == other.shape == stratum.shape or not one.size:
-        raise StatisticsError("success and first must have one boolean, and strata one label, per input.")
+        raise StatisticsError("success and first must have one boolean per input, and strata one label per input.")
     count = int(stratum.max()) + 1
 
     def difference(rows: Floats) -> float:
@@ -167,16 +168,18 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
     """Return the fraction of a total effect that a part accounts for, and its 95% interval.
 
     The fraction is a ratio of means over the same inputs, such as the effect of patching some channels divided by the
-    effect of patching all channels. It may lie below 0 or above 1. The interval contains the ratios r for which
-    `mean_interval` for `part - r * total` contains 0. It is withheld if the interval for the total contains 0.
+    effect of patching all channels. The fraction may lie below 0 or above 1. The interval contains every ratio r for
+    which the `mean_interval` of `part - r * total` contains 0. The interval is withheld if the interval for the total
+    contains 0.
 
     Args:
-        part: `(input, ...)`: effect of the part on each input, such as a change in log odds.
-        total: `(input, ...)`: total effect on the same inputs.
+        part: Effect of the part on each input, such as a change in log odds, with shape `(input, ...)`.
+        total: Total effect on the same inputs, with the same shape.
         clusters: Same as for `mean_interval`.
 
     Returns:
-        Floats if the samples have one axis, otherwise arrays with the other axes; NaN if the mean total is 0.
+        An interval of floats if the samples have one axis, otherwise of arrays with the remaining axes. The estimate is
+        NaN if the mean total is 0.
 
     Raises:
         StatisticsError: If the shapes differ, a number is not finite, or there are no inputs.
@@ -198,7 +201,7 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
     rest = snapped(parts - estimate * totals, np.abs(parts) + np.abs(estimate * totals), _ROUNDING)
     scale, limits = rest.std(axis=0) / np.abs(average), []
     for side in (-1.0, 1.0):
-        inside, outside = np.zeros(estimate.shape), np.ones(estimate.shape)  # ratios, mapped from (0, inf) to (0, 1)
+        inside, outside = np.zeros(estimate.shape), np.ones(estimate.shape)  # distances, mapped from (0, inf) to (0, 1)
         for _ in range(_BISECTIONS):
             middle = (inside + outside) / 2
             ratio = estimate + side * scale * middle / (1 - middle)

@@ -1,4 +1,4 @@
-"""Corrections for multiple tests, and equivalence within a margin."""
+"""Corrections for multiple tests, and a test for equivalence within a margin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .interval import Interval
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Adjust p-values to control the family-wise error rate (Holm-Bonferroni); the shape is kept.
+    """Adjust p-values to control the family-wise error rate (Holm-Bonferroni); return an array of the same shape.
 
     Args:
         p_values: P-values of any shape, one per test. NaN entries stay NaN and do not count as tests.
@@ -56,14 +56,15 @@ def benjamini_hochberg(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def equivalent(difference: Interval[Any], margin: float) -> Any:
-    """Return whether a difference is negligible: its whole interval lies between -margin and margin.
+    """Return whether a difference is negligible, that is, whether its whole interval lies between -margin and margin.
 
-    A nonsignificant difference is not necessarily negligible. This function is the two one-sided tests procedure (TOST)
-    at level `(1 - confidence) / 2`: 0.025 for a 95% interval, the usual 0.05 for a 90% interval. NaN gives False.
+    A nonsignificant difference is not necessarily negligible. This function implements two one-sided tests (TOST) at
+    level `(1 - confidence) / 2`: 0.025 for a 95% interval, or the usual 0.05 for a 90% interval. If the interval is
+    withheld, the result is False.
 
     Args:
-        difference: Difference and its interval, or arrays of these.
-        margin: Largest negligible difference, in the same unit, chosen before seeing the data.
+        difference: Difference and its interval, or arrays of differences and intervals.
+        margin: Largest negligible difference, in the same unit. Choose the margin before seeing the data.
 
     Raises:
         StatisticsError: If the margin is not positive.

@@ -1,4 +1,4 @@
-"""Sign-flip tests for paired differences, for each channel separately and for all channels jointly."""
+"""Sign-flip tests for paired differences, for each channel separately and for all channels at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .means import clustered, mean, mean_interval, noted, totals, withheld
 
 _BLOCK = 256  # number of channels to flip at a time, to limit memory
 _SIGNS = 2**22  # number of signs to draw at a time, to limit memory to 32 MB
-FLIPS = 9_999  # 10,000 with the observed pattern
+FLIPS = 9_999  # 10,000 including the observed pattern
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MaxT:
     """Result of `max_t_test`.
 
     Attributes:
-        p: P-value per channel, corrected for all channels tested.
+        p: P-value for each channel, corrected for the number of channels.
         interval: Simultaneous interval for each mean. Unless it is withheld, it excludes 0 if and only if `p` is at
             most `1 - confidence`.
     """
@@ -39,21 +39,22 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
     resamples: int = FLIPS,
     seed: int = 0,
 ) -> MaxT:
-    """Return p-values and intervals for mean differences that hold jointly for all channels, even the largest.
+    """Test all channels' mean differences at once; p-values and intervals are valid even for the largest difference.
 
-    Each flip changes the signs of whole pairs and records the largest absolute t statistic over channels. A channel's
-    corrected p-value is the fraction of flips whose largest t reaches the channel's own. The half-width of the
-    intervals, in standard errors, is the `confidence` quantile of the largest t. The test is exact for differences
-    symmetric around zero: if no channel differs, any false claim has probability at most `1 - confidence`.
+    Each flip draws one sign per pair or cluster, multiplies its differences in all channels by that sign, and records
+    the largest absolute t statistic over channels. A channel's corrected p-value is the fraction of flips whose largest
+    t is at least as large as the channel's own t. The half-width of the intervals, in standard errors, is the
+    `confidence` quantile of the largest t. The test is exact if the differences are symmetric around zero: if no
+    channel differs, the probability of any false claim is then at most `1 - confidence`.
 
     Args:
-        differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
+        differences: One difference per pair, with shape `(pair, ...)`. The other axes, such as channel, are kept.
         clusters, resamples, seed: Same as for `sign_flip_test`.
         confidence: Nominal joint coverage of all intervals, between 0 and 1.
 
     Returns:
-        Floats if `differences` has one axis, otherwise arrays with the other axes. P-values are NaN for channels that
-        contain NaN or infinity, and for all channels if there are fewer than six pairs or clusters. Intervals are
+        Floats if `differences` has one axis, otherwise arrays with the remaining axes. P-values are NaN for channels
+        that contain NaN or infinity, and for all channels if there are fewer than six pairs or clusters. Intervals are
         withheld as in `mean_interval`.
 
     Raises:
@@ -85,7 +86,7 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
         largest[some] = np.maximum(largest[some], flipped.max(axis=1))
     largest = np.sort(largest if exact else np.append(largest, observed.max()))
     reached = len(largest) - np.searchsorted(largest, observed * (1 - 1e-9))  # rounding must not break ties
-    allowed = int((1 - confidence) * len(largest) + 1e-9)  # flips that may exceed the bound
+    allowed = int((1 - confidence) * len(largest) + 1e-9)  # number of flips that may exceed the bound
     bound = largest[-1 - allowed] * (1 + 1e-9)
     with np.errstate(invalid="ignore", divide="ignore"):
         t = bound * np.sqrt((many - 1) / np.maximum(many - bound**2, 0.0))
@@ -96,10 +97,10 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
 
 
 def ranked_interval(differences: Floats, *, clusters: ArrayLike | None = None, seed: int) -> Interval[Floats]:
-    """Return intervals for mean differences `(row, channel)` that stay valid if channels are selected by rank.
+    """Return intervals for the means of differences, `(row, channel)`, valid even for channels selected by rank.
 
-    Each interval contains the channel's simultaneous interval and its own interval, which is corrected for skewness.
-    With more than 3,000 rows, fewer sign patterns are drawn, to limit the time.
+    Each interval contains both the channel's simultaneous interval and its individual `mean_interval`, which is
+    corrected for skewness. With more than 3,000 rows, fewer sign patterns are drawn, to save time.
     """
     flips = min(FLIPS, max(999, 2**25 // len(differences)))
     one = mean_interval(differences, clusters=clusters)
@@ -111,22 +112,23 @@ def ranked_interval(differences: Floats, *, clusters: ArrayLike | None = None, s
 def sign_flip_test(
     differences: ArrayLike, *, clusters: ArrayLike | None = None, resamples: int = FLIPS, seed: int = 0
 ) -> Any:
-    """Return two-sided p-values for the null that paired differences are symmetric around zero, per channel.
+    """Return each channel's two-sided p-value for the null hypothesis that differences are symmetric around zero.
 
-    The p-value is the fraction of sign patterns whose mean is at least as far from zero as the observed mean. All
-    patterns are used if there are at most `2 * resamples`; otherwise, `resamples` patterns are drawn and the observed
-    one is added. For skewed differences with mean zero, the test is approximate and improves with more pairs. The
+    The p-value is the fraction of sign patterns whose mean is at least as far from zero as the observed mean. If
+    there are at most `2 * resamples` patterns, all are used; otherwise, `resamples` patterns are drawn and the observed
+    pattern is added. For skewed differences with mean zero, the test is approximate and improves with more pairs. The
     p-values are not corrected for the number of channels; use `max_t_test` for that.
 
     Args:
-        differences: `(pair, ...)`: one difference per pair; the other axes, such as channel, are kept.
-        clusters: Label per pair; pairs with the same label flip together. None if all pairs are independent.
-        resamples: Number of sign patterns to draw if they are not all used.
+        differences: One difference per pair, with shape `(pair, ...)`. The other axes, such as channel, are kept.
+        clusters: Cluster label for each pair, or None if all pairs are independent. Pairs with the same label flip
+            together.
+        resamples: Number of sign patterns to draw if not all patterns are used.
         seed: Random seed.
 
     Returns:
-        A float if `differences` has one axis, otherwise an array with the other axes; NaN for channels that contain NaN
-        or infinity. The smallest p-value is `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
+        A float if `differences` has one axis, otherwise an array with the remaining axes; NaN for channels that contain
+        NaN or infinity. The smallest possible p-value is `2 / 2**k` for k clusters (0.031 for six, 0.063 for five), or
         `1 / (resamples + 1)` if patterns are drawn.
 
     Raises:
@@ -154,16 +156,17 @@ def sign_flip_test(
 
 
 def _patterns(many: int, resamples: int) -> tuple[int, bool]:
-    """Return the number of sign patterns to use, and whether these are all of them, up to mirror images."""
+    """Return the number of sign patterns to use, and whether they include every pattern or its mirror image."""
     drawn = whole("resamples", resamples, least=1)
     exact = many - 1 <= np.log2(drawn)
     return 2 ** (many - 1) if exact else drawn, bool(exact)
 
 
 def _flipped(sums: Floats, patterns: int, seed: int | None) -> Iterator[tuple[slice, slice, Floats]]:
-    """Yield a slice of patterns, a block of channels, and absolute totals of the flipped sums, `(pattern, channel)`.
+    """Flip the signs of each cluster's sums; yield the absolute totals over clusters, one block at a time.
 
-    With a seed, the patterns are drawn at random; without one, they are all used in order.
+    For each block, yield the slice of patterns, the slice of channels, and the totals with shape `(pattern, channel)`.
+    With a seed, the patterns are drawn at random; without a seed, all patterns are used in order.
     """
     many, channels = sums.shape
     generator = None if seed is None else np.random.default_rng(whole("seed", seed))

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
 Number = TypeVar("Number", default=float)
 
-FEWEST = 6  # independent rows needed for an interval or a sign-flip test: with fewer, p cannot be below 0.05
+FEWEST = 6  # minimum number of independent rows for an interval or a sign-flip test: with fewer, p is above 0.05
 FEW = 10  # with fewer independent rows, skewness cannot be estimated
 
 
@@ -27,10 +27,10 @@ class Interval(Generic[Number]):
 
     Attributes:
         estimate: Point estimate.
-        low, high: Ends of the interval; NaN if the interval is withheld.
+        low, high: Both endpoints of the interval; NaN if the interval is withheld.
         confidence: Nominal coverage.
-        note: `"few"` for six to nine independent rows, the reason for a withheld interval, otherwise an empty string.
-            With many channels, an array of these strings.
+        note: `"few"` if there are six to nine independent rows, the reason if the interval is withheld, otherwise an
+            empty string. With many channels, an array of such strings.
     """
 
     estimate: Number
@@ -41,7 +41,7 @@ class Interval(Generic[Number]):
 
 
 def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = StatisticsError) -> int:
-    """Return a whole number as an int; raise the error if the number is not whole or is less than `least`."""
+    """Return a whole number as an int; raise `error` if the number is not whole or is less than `least`."""
     try:
         found = operator.index(number)
     except TypeError:
@@ -52,25 +52,28 @@ def whole(name: str, number: int, least: int = 0, error: type[ChanpatchError] = 
 
 
 def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
-    """Return the intervals for the given channel numbers."""
+    """Return the intervals for the channels with the given indices."""
     estimate, low, high = (each[list(rows)] for each in (interval.estimate, interval.low, interval.high))
     return Interval(estimate, low, high, interval.confidence, interval.note[list(rows)])
 
 
 def too_few(independent: int, kind: str = "rows") -> str:
-    """Return the note for an interval over this many independent rows: a reason to withhold it, `"few"`, or ""."""
+    """Return the note for an interval over `independent` rows.
+
+    The note is either the reason why the interval is withheld, or `"few"`, or an empty string.
+    """
     if independent < FEWEST:
         return f"{independent} independent {kind}, fewer than {FEWEST}"
     return "few" if independent < FEW else ""
 
 
 def few_others(others: Any, rows: int) -> Any:
-    """Return whether so few rows differ from the most common value that their spread cannot be estimated."""
+    """Return whether `others`, the number of rows unlike the most common row, is too small to estimate the spread."""
     return others < min(FEWEST, rows / 2)
 
 
 def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:
-    """Return the estimate, low and high as record columns with these names; all None if there is no interval."""
+    """Return an interval's estimate, low and high under the given names; all are None if there is no interval."""
     numbers = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
     return dict(zip(names, numbers, strict=True))
 
@@ -78,7 +81,7 @@ def interval_columns(interval: Interval | None, *names: str) -> dict[str, float 
 def finite(
     name: str, values: ArrayLike, axes: tuple[str, ...] | None = None, error: type[ChanpatchError] = StatisticsError
 ) -> Floats:
-    """Return values as floats; raise the error if a value is not finite or the array does not have these axes."""
+    """Return values as floats; raise `error` if a value is not finite or the array does not have the given axes."""
     array = np.asarray(values, dtype=np.float64)
     if axes is not None and (array.ndim != len(axes) or not array.size):
         raise error(f"{name} must have nonempty axes ({', '.join(axes)}); got shape {array.shape}.")
@@ -88,12 +91,12 @@ def finite(
 
 
 def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[ChanpatchError] = StatisticsError) -> Booleans:
-    """Return labels as booleans, one per input; raise the error if either label occurs fewer than `fewest` times."""
+    """Return labels as booleans, one per input; raise `error` if either label occurs fewer than `fewest` times."""
     array, positive = np.asarray(labels), booleans(labels)
     if array.shape != (inputs,) or positive is None:
         raise error(
-            f"labels must have one boolean for each of the {inputs} inputs, such as directions == 0; got {array.dtype} "
-            f"of shape {array.shape}."
+            f"labels must have one boolean for each of the {inputs} inputs, such as directions == 0; got dtype "
+            f"{array.dtype} and shape {array.shape}."
         )
     positives = int(positive.sum())
     if min(positives, inputs - positives) < fewest:
@@ -105,7 +108,7 @@ def two_groups(labels: ArrayLike, inputs: int, fewest: int, error: type[Chanpatc
 
 
 def booleans(labels: ArrayLike) -> Booleans | None:
-    """Return labels (booleans, or 0 and 1 in any dtype) as booleans; None if there are other values."""
+    """Return labels (booleans, or 0 and 1 in any dtype) as booleans, or None if they contain other values."""
     array = np.asarray(labels)
     if array.dtype.kind not in "biuf" or not ((array == 0) | (array == 1)).all():
         return None
@@ -113,9 +116,9 @@ def booleans(labels: ArrayLike) -> Booleans | None:
 
 
 def quantile(confidence: float, freedom: int | None = None) -> float:
-    """Return how many standard deviations around the mean contain this fraction of a normal or t distribution.
+    """Return the two-sided critical value of a normal distribution, or of Student's t for `freedom` degrees of freedom.
 
-    `freedom` is the degrees of freedom of the t distribution.
+    A fraction `confidence` of the distribution lies between minus this value and this value.
     """
     import scipy.stats
 
@@ -126,7 +129,7 @@ def quantile(confidence: float, freedom: int | None = None) -> float:
 
 
 def wilson(proportion: float, n: int, confidence: float) -> Interval:
-    """Return the Wilson score interval for a proportion over n trials."""
+    """Return the Wilson score interval for a proportion in n trials."""
     z = quantile(confidence)
     center = (proportion + z * z / (2 * n)) / (1 + z * z / n)
     margin = z * (proportion * (1 - proportion) / n + (z / (2 * n)) ** 2) ** 0.5 / (1 + z * z / n)

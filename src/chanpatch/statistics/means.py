@@ -1,4 +1,4 @@
-"""Confidence intervals for means, per channel, and reasons to withhold them."""
+"""Confidence intervals for the mean of each channel, and reasons to withhold intervals."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
     """Return the mean of a sample and its confidence interval, for each channel separately.
 
     With at least ten independent rows, the interval contains both Student's t interval and a t interval corrected for
-    skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is a t
-    interval and its note is `"few"`. The interval is withheld (its ends are NaN, with the reason in its note) if
-    fewer than six rows or clusters are independent, fewer than six differ from 0, or most are equal.
+    skewness by Hall's transformation, so it is valid for symmetric and skewed samples. With six to nine rows, it is
+    Student's t interval, and its note is `"few"`. The interval is withheld if there are fewer than six independent rows
+    or clusters, fewer than six of them have a nonzero value, or most of them are equal. In that case, both endpoints of
+    the interval are NaN, and its note contains the reason.
 
     Args:
-        sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair. The other axes,
-            such as channel, are kept.
-        clusters: Label per row; rows with the same label, such as rotations of one maze, are not independent. None if
-            all rows are independent.
+        sample: One row per input or, for a paired comparison, one difference per pair, with shape `(row, ...)`. The
+            other axes, such as channel, are kept.
+        clusters: Cluster label for each row, or None if all rows are independent. Rows with the same label, such as
+            rotations of one maze, are not independent.
         confidence: Nominal coverage, between 0 and 1.
 
     Returns:
-        Floats and a string if `sample` has one axis, otherwise arrays with the other axes.
+        An interval of floats, with a string as its note, if `sample` has one axis; otherwise, an interval of arrays
+        with the remaining axes.
 
     Raises:
         StatisticsError: If there are no rows, or another argument is invalid.
@@ -50,11 +52,11 @@ def mean_interval(sample: ArrayLike, *, clusters: ArrayLike | None = None, confi
 
 
 def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats, Floats]:
-    """Return the lower and upper limits for the mean, including limits that `mean_interval` withholds."""
+    """Return the lower and upper limits for the mean, even if `mean_interval` would withhold them."""
     many = int(cluster.max()) + 1
     estimate, t = mean(rows), quantile(confidence, many - 1)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        # Relative to the mean, so that clusters of different sizes are weighted by their rows.
+        # Subtract the mean first, so that clusters of different sizes are weighted by their numbers of rows.
         influence = totals(rows - estimate, cluster) * (many / len(rows))
         error = np.sqrt((influence**2).sum(axis=0) / (many * max(many - 1, 1)))
         below, above = np.array(-t), np.array(t)
@@ -67,7 +69,7 @@ def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats,
 
 def mean(rows: Floats) -> Floats:
     """Return the mean over the rows."""
-    # Relative to the first row, so that the mean of equal rows is exact.
+    # Average the differences from the first row, so that the mean of equal rows is exact.
     with np.errstate(invalid="ignore"):  # for channels that contain infinity
         average: Floats = rows[0] + np.mean(rows - rows[0], axis=0)
     return average
@@ -82,10 +84,10 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
 
 
 def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
-    """Remove rounding error from the differences `(row, ...)` between numbers of this size.
+    """Remove rounding error from differences, with shape `(row, ...)`, between numbers whose magnitude is `size`.
 
-    A difference is set to 0, or to the channel's median, if it is that close relative to the size of its own row or the
-    median size.
+    A difference is set to 0, or to the channel's median difference, if it is close to that number: within `rounding`
+    times the row's own size or the median size, whichever is larger.
     """
     size = np.where(np.isfinite(size), np.abs(size), 0.0)
     slack = rounding * np.maximum(size, np.median(size, axis=0))
@@ -96,7 +98,7 @@ def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
 
 
 def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
-    """Return, per channel, the reason why its mean has no interval, or an empty string."""
+    """Return the reason to withhold the interval for each channel's mean, or an empty string."""
     many = int(cluster.max()) + 1
     kind = "rows" if many == len(rows) else "clusters"
     why = np.full(rows.shape[1:], too_few(many, kind), dtype="<U100")
@@ -106,21 +108,22 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
     nonzero = _clusters_with(rows != 0, cluster)
     off = _clusters_with(rows != np.sort(rows, axis=0)[len(rows) // 2], cluster)
     why[few_others(off, many)] = f"most of the {many} {kind} are equal"
-    why[nonzero < FEWEST] = f"fewer than {FEWEST} of the {many} {kind} differ from 0"
+    why[nonzero < FEWEST] = f"fewer than {FEWEST} of the {many} {kind} have a nonzero value"
     why[~np.isfinite(rows).all(axis=0)] = "a row is not finite"
     return why
 
 
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
-    """Return an interval; its ends are NaN if the note is a reason to withhold it or an end is infinite."""
+    """Return an interval; both endpoints are NaN if the note is a reason to withhold it, or if either is not finite."""
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
-    note = np.where(allowed & ~bounded, "the rows are too few or too equal in size to bound the mean", note)
+    unbounded = "there are too few rows, or their values are too similar in magnitude, to bound the mean"
+    note = np.where(allowed & ~bounded, unbounded, note)
     low, high = (np.where(allowed & bounded, each, np.nan) for each in (low, high))
     return Interval(estimate[()], low[()], high[()], confidence, note[()])
 
 
 def limited(interval: Interval[Any], independent: int, kind: str) -> Interval[Any]:
-    """Return an interval, marked `"few"` or withheld if it depends on few independent inputs of this kind."""
+    """Mark an interval `"few"`, or withhold it, if it depends on too few independent inputs of the given kind."""
     note = too_few(independent, kind)
     notes = np.where(np.isin(interval.note, ("", "few")) & (note != ""), note, interval.note)
     estimate, low, high = map(np.asarray, (interval.estimate, interval.low, interval.high))
@@ -128,7 +131,7 @@ def limited(interval: Interval[Any], independent: int, kind: str) -> Interval[An
 
 
 def totals(rows: Floats, cluster: Rows) -> Floats:
-    """Return the sum over the rows of each cluster: `(cluster, ...)`."""
+    """Return the sum over the rows in each cluster, with shape `(cluster, ...)`."""
     if len(rows) == cluster.max() + 1:
         return rows[np.argsort(cluster)]
     sums = np.zeros((int(cluster.max()) + 1, *rows.shape[1:]))
@@ -137,7 +140,7 @@ def totals(rows: Floats, cluster: Rows) -> Floats:
 
 
 def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
-    """Return, per channel, the number of clusters that contain a marked row."""
+    """Return the number of clusters that contain a marked row, for each channel."""
     count: Rows = (totals(marked.astype(np.float64), cluster) > 0).sum(axis=0)
     return count
 
@@ -160,7 +163,7 @@ def cluster_numbers(clusters: ArrayLike | None, rows: int, error: type[Chanpatch
         raise error(f"clusters must have one label for each of the {rows} rows; got shape {labels.shape}.")
     for row, label in enumerate(labels.tolist()):
         if label is None or label != label:  # NaN
-            raise error(f"clusters[{row}] must be a label; got {label}. Label every row, or leave that row out.")
+            raise error(f"clusters[{row}] must be a label; got {label}. Give this row a label, or leave the row out.")
     known: dict[Any, int] = {}
     if labels.dtype == object:  # labels of different types cannot be sorted
         return np.array([known.setdefault(label, len(known)) for label in labels.tolist()])

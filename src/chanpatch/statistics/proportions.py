@@ -13,7 +13,7 @@ from .interval import FEWEST, Interval, booleans, too_few, whole, wilson
 
 
 class PairedCounts(NamedTuple):
-    """Counts from a paired comparison; unpack them as in `paired_difference_interval(*counts)`."""
+    """Numbers of pairs, by outcome, in a paired comparison; unpack them as in `paired_difference_interval(*counts)`."""
 
     both: int
     only_first: int
@@ -22,10 +22,10 @@ class PairedCounts(NamedTuple):
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
-    """Return a proportion and its Wilson score interval, within 0 and 1 and with nonzero width even at 0 or 1.
+    """Return a proportion and its Wilson score interval, which lies between 0 and 1 and never has zero width.
 
     Args:
-        successes: Number of successful trials, 0 to `n`.
+        successes: Number of successful trials, from 0 to `n`.
         n: Number of trials, at least 1.
         confidence: Nominal coverage, between 0 and 1.
 
@@ -47,7 +47,7 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> Interva
 
 
 def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
-    """Count the pairs in which both succeeded, only the first, only the second, and neither.
+    """Count the pairs in which both inputs succeeded, only the first, only the second, or neither.
 
     Each argument has one boolean (or 0 or 1) per pair.
 
@@ -70,7 +70,7 @@ def paired_counts(first: ArrayLike, second: ArrayLike) -> PairedCounts:
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Return the two-sided exact p-value for the null that two paired proportions are equal; 1 if no pair differs.
+    """Return the two-sided exact p-value for equality of two paired proportions (McNemar's test); 1 if no pair differs.
 
     The arguments are counts from `paired_counts`.
 
@@ -94,11 +94,11 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
 def paired_difference_interval(
     both: int, only_first: int, only_second: int, neither: int, confidence: float = 0.95
 ) -> Interval:
-    """Return the first proportion minus the second, over the same pairs, and its interval within -1 and 1.
+    """Return the difference between two paired proportions, first minus second, and its interval in [-1, 1].
 
     The interval combines the Wilson intervals for both proportions with the correlation between paired outcomes, so its
-    width is nonzero even if all pairs agree. With six to nine pairs, its note is `"few"`; with fewer, the interval is
-    withheld. The counts come from `paired_counts`, and `confidence` is the nominal coverage.
+    width is nonzero even if all pairs agree. With six to nine pairs, the note is `"few"`; with fewer than six, the
+    interval is withheld. The counts come from `paired_counts`, and `confidence` is the nominal coverage.
 
     Raises:
         StatisticsError: If a count or the confidence is invalid, or all counts are 0.
@@ -116,7 +116,7 @@ def paired_difference_interval(
     counts = PairedCounts(*(whole(name, number) for name, number in given.items()))
     n = sum(counts)
     if n == 0:
-        raise StatisticsError("All four counts are 0, but a difference of proportions needs at least one pair.")
+        raise StatisticsError("All four counts are 0, but a difference between proportions needs at least one pair.")
     first = wilson_interval(counts.both + counts.only_first, n, confidence)
     second = wilson_interval(counts.both + counts.only_second, n, confidence)
     low, high = _combined(first, second, _corrected_phi(counts))
@@ -146,21 +146,21 @@ def difference_interval(first: Interval, second: Interval) -> Interval:
     """
     _check_one_confidence(first, second)
     low, high = _combined(first, second, correlation=0.0)
-    # Keep a reason to withhold an interval, which is longer than "few".
+    # Keep the longer note: a reason to withhold an interval is longer than "few".
     note = max(first.note, second.note, key=len)
     return Interval(first.estimate - second.estimate, low, high, first.confidence, note)
 
 
 def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Interval, base_rate: float) -> Interval:
-    """Return the precision at another base rate, by Bayes' rule, and its interval within 0 and 1.
+    """Return the precision at another base rate, by Bayes' rule, and its interval in [0, 1].
 
     Precision increases with the fraction of positives in the data, so precisions on two data sets are comparable only
-    at the same base rate. The interval treats the base rate as known. If nothing was accepted, the precision is NaN and
-    its interval is 0 to 1.
+    at the same base rate. The interval treats the base rate as known. If no input was accepted, the precision is NaN
+    and its interval is 0 to 1.
 
     Args:
-        true_positive_rate: Fraction of positives that are accepted.
-        false_positive_rate: Fraction of negatives that are accepted.
+        true_positive_rate: Fraction of positives that are accepted, and its interval.
+        false_positive_rate: Fraction of negatives that are accepted, and its interval.
         base_rate: Fraction of positives in the target population, between 0 and 1.
 
     Raises:
@@ -192,7 +192,10 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
 
 
 def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
-    """Return the interval ends for a difference; the distances to them combine by the law of cosines."""
+    """Return both endpoints of the interval for a difference, first minus second.
+
+    The law of cosines combines each estimate's distances to the endpoints of its own interval.
+    """
 
     def distance(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
@@ -205,10 +208,10 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 
 
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
-    """Return the lower end for above / below: the ratio for which the interval of `above - ratio * below` ends at 0."""
+    """Return the lower endpoint for above / below: the ratio at which `above - ratio * below` has lower endpoint 0."""
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
-    root = math.sqrt(max(squared, 0.0))  # 0 up to rounding if both intervals have zero width
+    root = math.sqrt(max(squared, 0.0))  # squared is 0, up to rounding, if both intervals have zero width
     return numerator / (above * below + root) if numerator else 0.0
 
 
@@ -220,7 +223,7 @@ def _check_one_confidence(first: Interval, second: Interval) -> None:
 
 
 def _corrected_phi(counts: PairedCounts) -> float:
-    """Return the correlation between paired outcomes, continuity-corrected if it is positive, 0 if it is undefined."""
+    """Return the correlation between paired outcomes: continuity-corrected if positive, and 0 if undefined."""
     both, only_first, only_second, neither = counts
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if margins == 0:

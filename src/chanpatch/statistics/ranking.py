@@ -20,17 +20,18 @@ Alternative = Literal["two-sided", "greater", "less"]
 def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
     """Return the area under the ROC curve (the probability that a positive outscores a negative) and its interval.
 
-    Ties count as one half. Below 0.5, positives have the lower scores. The interval lies within 0 and 1, and the two
-    groups may differ in variance. With six to nine inputs of either label, its note is `"few"`; with fewer, the
-    interval is withheld.
+    Ties count as one half. If the area is below 0.5, positives tend to have the lower scores. The interval lies between
+    0 and 1 and allows the two groups to differ in variance. If six to nine inputs have the rarer label, the
+    interval's note is `"few"`; if fewer than six have it, the interval is withheld.
 
     Args:
         scores: One finite number per input.
-        labels: One boolean (or 0 or 1) per input, with at least two of each.
+        labels: One boolean (or 0 or 1) per input, with at least two positives and two negatives.
         confidence: Nominal coverage, between 0 and 1.
 
     Raises:
-        StatisticsError: If there is not one label per score, a score is not finite, or a label occurs fewer than twice.
+        StatisticsError: If there is not one label per score, a score is not finite, or a label occurs fewer than two
+            times.
 
     Example:
         >>> scores = np.arange(24)
@@ -53,7 +54,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     if fewest < FEWEST:
         return Interval(area, math.nan, math.nan, confidence, note)
     if separated(positive, negative):
-        # The groups are separated or tied, so the variance is unknown. Disjoint pairs are independent trials instead.
+        # The groups are separated or tied, so the variance is unknown. Treat disjoint pairs as independent.
         return replace(wilson(area, fewest, confidence), note=note)
     ends = np.array([-margin, margin]) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + ends)
@@ -61,33 +62,36 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
 
 
 def placements(score: Floats, label: Booleans) -> tuple[Floats, Floats]:
-    """Return each positive's fraction of negatives below it, and each negative's fraction of positives above it."""
+    """Return the fraction of negatives below each positive, and the fraction of positives above each negative."""
     import scipy.stats
 
     positive, negative = score[label], score[~label]
     rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
-    # The fraction of the other group that an input beats: its rank among all inputs minus its rank in its own group.
+    # An input's rank among all inputs, minus its rank in its own group, is the number of others that it beats.
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
     beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
     return beaten, beaten_by
 
 
 def placement_margin(positive: Floats, negative: Floats, confidence: float) -> float:
-    """Return half the width of DeLong's interval for an AUC, or for a difference if the placements are differences."""
+    """Return half the width of DeLong's interval for an AUC, given the placements of positives and of negatives.
+
+    Given the differences in placements between two scores, return half the width for the difference in AUC.
+    """
     variance = positive.var(ddof=1) / positive.size + negative.var(ddof=1) / negative.size
     return quantile(confidence, min(positive.size, negative.size) - 1) * math.sqrt(variance)
 
 
 def separated(positive: Floats, negative: Floats) -> bool:
-    """Return whether the placements of either group are mostly equal, so that their variance is unknown."""
+    """Return whether the placements of either group are mostly equal, so that their variance cannot be estimated."""
     groups = (positive, negative)
     return any(few_others((each != np.sort(each)[each.size // 2]).sum(), each.size) for each in groups)
 
 
 def areas(scores: Floats, positive: Booleans) -> Floats:
-    """Return the AUC of each channel for each set of positives: `(set, channel)`; NaN if all labels are equal.
+    """Return each channel's AUC for each set of positives, `(set, channel)`; NaN if all labels are equal.
 
-    `scores` is `(input, channel)`, and `positive` is `(set, input)`.
+    `scores` has shape `(input, channel)`, and `positive` has shape `(set, input)`.
     """
     import scipy.stats
 
@@ -100,12 +104,12 @@ def areas(scores: Floats, positive: Booleans) -> Floats:
 
 @dataclass(frozen=True)
 class Rank:
-    """Rank of an effect among the effects of controls. Rank 1 is the largest effect, or the lowest for `"less"`.
+    """Rank of an effect among the effects of controls. Rank 1 is the largest effect, or the lowest one for `"less"`.
 
     Attributes:
-        rank: 1 plus the number of controls that rank at least as high: 1 to `controls + 1`.
+        rank: 1 plus the number of controls that rank at least as high, from 1 to `controls + 1`.
         controls: Number of controls.
-        p: `rank / (controls + 1)`, or None if there is a reason in `no_p`, such as fewer than 19 controls.
+        p: `rank / (controls + 1)`, or None if `no_p` gives a reason, such as fewer than 19 controls.
         no_p: Reason why there is no p-value; empty if there is one.
     """
 
@@ -122,15 +126,16 @@ class Rank:
 def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
     """Rank an effect among the effects of controls, and compute the p-value of the rank.
 
-    The p-value is the probability that a random one of `controls + 1` exchangeable effects ranks at least as high. It
-    is meaningless if the channel was selected for its large effect or the controls are not exchangeable with it.
-    For a directional claim, leave out channels that encode the opposite, or use a one-sided alternative.
+    The p-value is the probability that an effect chosen at random from among the effect and the controls ranks at least
+    as high. The p-value is meaningless if the channel was selected for its large effect, or if the channel and the
+    controls are not exchangeable. For a directional claim, use a one-sided alternative, or exclude channels that
+    encode the opposite feature.
 
     Args:
         effect: Effect of the patch to rank, a finite number.
-        controls: `(control,)`: effects of the controls in the same unit. Ties count against the effect.
-        alternative: Rank 1 is the largest absolute value (`"two-sided"`), the largest value (`"greater"`) or the
-            lowest (`"less"`).
+        controls: Effects of the controls in the same unit, with shape `(control,)`. Ties count against the effect.
+        alternative: Which effect has rank 1: the effect with the largest absolute value (`"two-sided"`), the largest
+            effect (`"greater"`) or the lowest effect (`"less"`).
 
     Raises:
         StatisticsError: If there are no controls, an effect is not finite, or the alternative is unknown.
@@ -163,7 +168,7 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
 
 
 def without_p(rank: Rank, no_p: str) -> Rank:
-    """Return a rank, without its p-value if there is a reason to omit the p-value."""
+    """Return a rank; remove its p-value if `no_p` gives a reason to do so."""
     return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
 
 
@@ -182,7 +187,7 @@ def ranks_among(
 def ranked_records(
     records: Iterable[dict[str, Any]], ranks: Iterable[Rank | None], controls: Iterable[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return records of effects with their ranks, followed by records of the controls, without ranks."""
+    """Add ranks to the records of effects, and append the records of controls, which have no ranks."""
     none = {"rank": None, "p": None, "no_p": "no rank among the controls"}
     ranked = [
         {**record, "control": False, **(none if rank is None else {"rank": rank.rank, "p": rank.p, "no_p": rank.no_p})}

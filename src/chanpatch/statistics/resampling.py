@@ -23,24 +23,25 @@ def bootstrap_interval(
     resamples: int = 9999,
     seed: int = 0,
 ) -> Interval[Any]:
-    """Return any statistic of a sample and its bootstrap interval; for means, `mean_interval` is better.
+    """Return a statistic of a sample and its bootstrap interval. For a mean, use `mean_interval` instead.
 
-    The interval is bias-corrected and accelerated (BCa), at an expanded level that makes intervals for normal means as
-    wide as Student's t interval. With six to nine rows, its note is `"few"`. The interval is withheld (its ends are
-    NaN, and its note contains the reason) if fewer than six rows or clusters are independent or all resamples give the
-    same number.
+    The interval is bias-corrected and accelerated (BCa), at an expanded level that makes intervals for means of normal
+    data as wide as Student's t interval. With six to nine rows, its note is `"few"`. The interval is withheld if
+    there are fewer than six independent rows or clusters, if all resamples give the same number, or if a resample
+    gives a number that is not finite. In that case, both endpoints are NaN, and the note contains the reason.
 
     Args:
-        sample: `(row, ...)`: one row per input or, for a paired comparison, one difference per pair.
-        statistic: Function that reduces the first axis of `(row, ...)`, regardless of row order.
-        clusters: Label per row; rows with the same label, such as rotations of one maze, are drawn together. None if
-            all rows are independent.
+        sample: One row per input or, for a paired comparison, one difference per pair, with shape `(row, ...)`.
+        statistic: Function that reduces the first axis of an array with shape `(row, ...)`. Row order must not affect
+            the result.
+        clusters: Cluster label for each row, or None if all rows are independent. Rows with the same label, such as
+            rotations of one maze, are drawn together.
         confidence: Nominal coverage, between 0 and 1.
         resamples: Number of resamples.
         seed: Random seed.
 
     Returns:
-        Floats if the statistic is a single number, otherwise arrays of its shape.
+        An interval of floats if the statistic is a single number, otherwise of arrays with the statistic's shape.
 
     Raises:
         StatisticsError: If there are no rows, or another argument is invalid.
@@ -76,7 +77,7 @@ def bootstrap_interval(
 
 
 def halves(labels: NDArray[Any], seed: int) -> tuple[Rows, Rows]:
-    """Return the rows of two random halves, stratified by labels `(input,)` or `(input, label)`."""
+    """Return the row numbers of two random halves, stratified by labels with shape `(input,)` or `(input, label)`."""
     generator = np.random.default_rng(whole("seed", seed))
     kinds = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     order = generator.permutation(len(labels))
@@ -85,7 +86,7 @@ def halves(labels: NDArray[Any], seed: int) -> tuple[Rows, Rows]:
 
 
 def _accelerated(estimate: Floats, resampled: Floats, jackknife: Floats, z: float) -> Floats:
-    """Return the two ends of the BCa interval: `(end, ...)`."""
+    """Return both endpoints of the BCa interval, in one array with shape `(endpoint, ...)`."""
     from scipy.special import ndtr, ndtri
 
     below = ((resampled < estimate).sum(axis=0) + (resampled <= estimate).sum(axis=0)) / 2
@@ -101,7 +102,7 @@ def _accelerated(estimate: Floats, resampled: Floats, jackknife: Floats, z: floa
 
 
 def _replicated(rows: Floats, statistic: Statistic, times: Iterable[Rows]) -> Floats:
-    """Return the statistic of each resample, `(resample, ...)`; `times` has the number of copies of each row."""
+    """Return the statistic for each resample, `(resample, ...)`; `times` yields the number of copies of each row."""
     return np.stack([np.asarray(statistic(np.repeat(rows, each, axis=0)), dtype=np.float64) for each in times])
 
 

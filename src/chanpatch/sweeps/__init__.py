@@ -1,4 +1,4 @@
-"""Sweep many patches: measure how each changes a metric, estimate these changes from gradients, or isolate one path.
+"""Measure or estimate how each of many patches changes a metric, or measure the effect along a single path.
 
 sites = points.site("embedder.relu3").split("channel")
 result = sweep(points, observations, patches=[zero_ablate(site) for site in sites], metric=logit_difference(0, 1))

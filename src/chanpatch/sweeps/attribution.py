@@ -1,4 +1,4 @@
-"""Estimate the effects of many patches from gradients, and verify some of the estimates by forward passes."""
+"""Estimate the effects of many patches from gradients, and verify some of the estimates with forward passes."""
 
 from __future__ import annotations
 
@@ -40,30 +40,33 @@ def attribution(  # noqa: D417  # the arguments of sweep are documented there
 ) -> Attribution:
     """Estimate from gradients how much each of many patches changes a metric.
 
-    The estimate is the change in a patch's region times the metric's gradient there, summed over the region. The
-    estimate is exact if the metric is linear in the activation. All patches together require three forward passes, one
-    backward pass, and memory for one region per patch.
+    Each estimate is the change that a patch makes in its region times the metric's gradient there, summed over the
+    region. The estimate is exact if the metric is linear in the activation. All patches together require three forward
+    passes, one backward pass, and memory for one region per patch.
 
     With `steps` above 1, the gradient is averaged along the straight line from the clean to the patched activation
-    (integrated gradients, midpoint rule). Patches at one hook point with disjoint regions move along the line together,
-    with one forward and one backward pass per step. With many steps, the estimates add up to the joint effect.
+    (integrated gradients, midpoint rule). Patches at one hook point whose regions do not overlap move along the line
+    together, with one forward and one backward pass per step. With many steps, the estimates for these patches add up
+    to their joint effect.
 
     Args:
         points_or_model, inputs, keywords, progress: Same as for `sweep`.
         patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites.
         metric: A differentiable function of the output, as for `sweep`.
-        steps: Number of points on the line at which the gradient is computed; 1 uses the clean activation.
-        verify: Number of patches with the largest estimates, and number of random patches, to verify by forward passes.
-        seed: Random seed.
+        steps: Number of points on the line at which the gradient is computed. With 1, only the gradient at the
+            clean activation is used.
+        verify: Number of patches with the largest estimates that are verified by forward passes. The same number of
+            randomly drawn patches is also verified.
+        seed: Random seed for drawing patches.
 
     Raises:
-        SweepError: If there are no patches, two share a label, or one label has several patches.
-        HookPointError, SiteError: If a site does not exist or its dtype is not floating-point.
+        SweepError: If there are no patches, if two patches share a label, or if one label has several patches.
+        HookPointError, SiteError: If a site does not exist, or if its activation does not have a floating-point dtype.
         MetricError: If the metric has no gradient, or does not return `(batch,)`.
 
     Warns:
-        RuntimeWarning: If a patched activation is modified in place and also read elsewhere, or the verified effects
-            contradict the estimates.
+        RuntimeWarning: If the model modifies a patched activation in place and also reads it elsewhere, or if the
+            verified effects contradict the estimates.
 
     Example:
         >>> from chanpatch import hook_points, zero_ablate
@@ -122,18 +125,18 @@ def _only_patch(entry: Entry, points: HookPoints) -> Patch:
     if len(entry.patches) > 1:
         raise SweepError(
             f"{entry.label!r} has {len(entry.patches)} patches, but attribution() estimates the effect of one patch "
-            "per label. Give each patch its own label, or use sweep() to apply several together."
+            "per label. Give each patch its own label, or use sweep() to apply several patches together."
         )
     point = points[entry.patches[0].site.name]
     if not point.dtype.is_floating_point:
-        raise SiteError(f"'{point.name}' has dtype {point.dtype}, which has no gradient. Patch its embedding instead.")
+        raise SiteError(f"'{point.name}' has dtype {point.dtype}, which has no gradient. Patch the embedding instead.")
     return entry.patches[0]
 
 
 def _lines(
     patches: Sequence[Patch], changes: Sequence[_Change], clean: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, list[int]]]:
-    """Partition the patches into sets at one hook point with disjoint regions; yield (hook point, indices)."""
+    """Group patches with the same hook point and disjoint regions. Yield each group as (hook point, patch indices)."""
     waiting = list(range(len(patches)))
     while waiting:
         name = patches[waiting[0]].site.name
@@ -152,18 +155,18 @@ def _lines(
 
 _Change: TypeAlias = tuple[Positions, Tensor]  # a region, and the change that a patch makes there
 _INSTEAD = "Use more steps (steps=20), a metric based on logits (logit_difference), or sweep()."
-_FEWEST_RANKED = 10  # random patches; with fewer, the rank correlation is often low by chance
+_FEWEST_RANKED = 10  # if fewer random patches are ranked, the rank correlation is often low by chance
 
 
 def _poor_estimates(found: Attribution, run: _Runs) -> str:
-    """Return a warning if the verified effects show that the estimates are wrong; otherwise an empty string."""
+    """Return the text of a warning if the verified effects show that the estimates are wrong, or an empty string."""
     names = sorted({patch.site.name for patch in found.patches})
     if run.shares_memory:
         return (
             "Replacing an activation with an equal copy changes the model's output: a module modifies its input in "
-            f"place, and that input is also read elsewhere. One of {', '.join(map(repr, names))} is such an input, so "
-            "the estimates are wrong; the exact effects are correct. Patch the module's output, or build the module "
-            "with inplace=False."
+            "place, and that input is also read elsewhere. This input is among the patched hook points "
+            f"({', '.join(map(repr, names))}), so the estimates are wrong; the exact effects are correct. Patch the "
+            "module's output, or build the module with inplace=False."
         )
     missed = {}
     for name in names:
@@ -174,9 +177,9 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
     if missed:
         return (
             f"The estimates are about zero at {', '.join(map(repr, missed))}, but verified patches there change the "
-            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations (a "
-            "probability near 0 or 1, a divergence from the clean output), or an operation in between blocks "
-            f"gradients (.detach(), argmax, rounding). {_INSTEAD}"
+            f"metric by up to {max(missed.values()):.2g}. Either the metric is flat at the clean activations (for "
+            "example, a probability near 0 or 1, or a divergence from the clean output), or a later operation blocks "
+            f"gradients (.detach(), argmax or rounding). {_INSTEAD}"
         )
     changed = np.abs(found.exact[found.drawn]).max(initial=0) > run.rounding
     if changed and found.sample >= _FEWEST_RANKED and found.rank_correlation < 0.5:
@@ -188,7 +191,7 @@ def _poor_estimates(found: Attribution, run: _Runs) -> str:
 
 
 class _Runs(Forward):
-    """Forward passes that return the metric and its gradients."""
+    """Run the forward passes of an attribution, and compute the metric and its gradients."""
 
     def __init__(self, points: HookPoints, inputs: tuple[Any, ...], keywords: dict[str, Any], metric: Metric) -> None:
         super().__init__(points, inputs, keywords)
@@ -199,10 +202,10 @@ class _Runs(Forward):
         self._scale = float(self._clean.nan_to_num().abs().max())
         self.input_count = len(self._clean)
         self.rounding = 1e-6 * self._scale  # smaller changes in the metric may be rounding error
-        self.shares_memory = False  # whether a patched activation is read elsewhere and modified in place
+        self.shares_memory = False  # whether a patched activation is modified in place and also read elsewhere
 
     def gradients(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the clean activations at hook points and the metric's gradients there."""
+        """Return the clean activation at each hook point, and the metric's gradient at each hook point."""
         watched = [edit(self.points.site(name), _differentiable) for name in names]
         with (
             self.running(),
@@ -210,7 +213,7 @@ class _Runs(Forward):
             patched(self.points, watched),
             recording(self.points, names, detach=False) as cache,
         ):
-            values = self._measured()  # with each activation replaced by an equal copy
+            values = self._measured()  # in this run, each activation is replaced by an equal copy
             clean = {name: cache[name] for name in names}
             for name, activation in clean.items():
                 if not activation.requires_grad:
@@ -241,7 +244,7 @@ class _Runs(Forward):
     def mean_gradient(
         self, name: str, clean: Tensor, changes: Sequence[_Change], steps: int, advance: Callable[[int], object]
     ) -> Tensor:
-        """Return the metric's gradient, averaged along the line from the clean to the patched activation."""
+        """Return the metric's gradient, averaged along the line from the clean activation to the patched activation."""
         moved, total = torch.zeros_like(clean), torch.zeros_like(clean)
         for positions, difference in changes:
             moved = written(moved, positions, difference)
@@ -253,7 +256,7 @@ class _Runs(Forward):
         return total / steps
 
     def exact(self, patch: Patch) -> float:
-        """Return the mean change in the metric, measured by a forward pass with the patch."""
+        """Run the model with a patch, and return the mean change in the metric."""
         with self.running(), patched(self.points, patch):
             return float((self._measured() - self._clean).double().mean())
 
@@ -266,11 +269,14 @@ def _differentiable(activation: Tensor) -> Tensor:
 
 
 def _gradients(values: Tensor, activations: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of the summed values at each activation; zero if the activation has no influence."""
+    """Return the gradient of the sum of the values with respect to each activation.
+
+    The gradient is zero for an activation on which the values do not depend.
+    """
     if not values.requires_grad:
         raise MetricError(
-            "The metric has no gradient: it is a count (action_flip) or leaves the autograd graph (.detach(), "
-            ".item(), numpy). Use a differentiable metric, or sweep()."
+            "The metric has no gradient, because it is a count (such as action_flip) or leaves the autograd graph (for "
+            "example, through .detach(), .item() or numpy). Use a differentiable metric, or sweep()."
         )
     found = torch.autograd.grad(values.sum(), [*activations.values()], retain_graph=True, materialize_grads=True)
     return dict(zip(activations, found, strict=True))

@@ -33,28 +33,30 @@ def path_patch(
 ) -> Tensor:
     """Measure the effect of a sender on a metric along the direct path to the receivers.
 
-    First, the sender's activation is patched in from the corrupted run, and frozen modules between the sender and the
-    receivers keep their clean activations. The receivers' resulting activations are then patched into a clean run, and
-    affect the output there along every path.
+    First, the model runs on the clean inputs with the sender's activation patched in from the corrupted run, while
+    frozen modules between the sender and the receivers keep their clean activations. The resulting activations at the
+    receivers are then patched into a second run on the clean inputs. In that run, nothing is frozen, so the receivers
+    affect the output along every path.
 
     Args:
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
         clean: Clean inputs: a tensor `(batch, ...)`, a tuple of positional arguments, or a dict of keyword arguments.
         corrupted: Corrupted inputs in the same form, one for each clean input.
-        sender: First hook point on the path.
-        receivers: Last hook points on the path, such as module inputs. A path may pass through other receivers.
-        metric: A single metric, as for `sweep`.
-        frozen: Hook points to freeze if they lie between the sender and the last receiver. The default is the outputs
-            of modules that have weights and contain no other such module (Linear, Conv2d, Embedding, LSTM,
-            MultiheadAttention), except norms. `()` freezes nothing, so every path from the sender to the receivers
-            counts. The sender, modules that contain the sender, and receiver modules are never frozen.
+        sender: Hook point at which the path begins.
+        receivers: Hook points at which the path ends, such as module inputs. A path may pass through several receivers.
+        metric: A function of the model's output, as for `sweep`.
+        frozen: Hook points to freeze if they lie between the sender and the last receiver. By default, these are the
+            outputs of modules that have weights and contain no other module with weights (such as Linear, Conv2d,
+            Embedding, LSTM and MultiheadAttention), except norms. With `()`, nothing is frozen, so every path from the
+            sender to the receivers counts. The sender, modules that contain the sender, and receiver modules are never
+            frozen.
 
     Returns:
-        `(batch,)`: the metric with the path patched minus the metric of the clean run.
+        A tensor with shape `(batch,)`: the metric in the run with the path patched minus the metric in the clean run.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist, a receiver does not come after the sender, or the sites
-            frozen by default block every path from the sender to the receivers.
+        HookPointError, SiteError: If a site does not exist, if a receiver does not come after the sender, or if the
+            sites frozen by default block every path from the sender to the receivers.
         ContrastError: If `clean` and `corrupted` have different numbers of inputs.
         MetricError: If the metric does not return `(batch,)`.
 
@@ -74,12 +76,12 @@ def path_patch(
     points = traced(points_or_model, clean)
     pair_count(clean, corrupted)
     if not isinstance(receivers, (str, Site, HookPoint)) and not (receivers := [*receivers]):
-        raise SiteError("There are no receivers. Pass at least one, such as 'head.in[0]'.")
+        raise SiteError("There are no receivers. Pass at least one receiver, such as 'head.in[0]'.")
     sending, receiving = site_of(points, sender), sites_of(points, receivers)
     held = _between(points, sending, receiving, frozen)
     clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
     source = corrupted_run.until(sending)
-    whole = [points.site(site.name) for site in receiving]  # other elements may change even if a region does not
+    whole = [points.site(site.name) for site in receiving]  # the activation may change outside a region
     ends = [*receiving, *whole]
     with recording(points, [sending, *held, *ends]) as cache:
         baseline = clean_run()
@@ -107,7 +109,7 @@ def path_patch(
 
 
 def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, metric: Metric, baseline: Any) -> Tensor:
-    """Return the metric of a forward pass with the cached activations patched in."""
+    """Run the model with the cached activations patched in at the sites, and return the metric."""
     with forward.running() as run:
         with patched(forward.points, [patch_in(site, cache) for site in sites]):
             output = run.kept(forward.output())
@@ -115,24 +117,24 @@ def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, m
 
 
 def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen: Any) -> list[Site]:
-    """Return the sites to freeze: those between the sender and the last receiver."""
+    """Check the receivers, and return the sites to freeze. These lie between the sender and the last receiver."""
     order = {name: number for number, name in enumerate(points)}
     before = [site for site in receivers if order[site.name] <= order[sender.name]]
     if before:
         raise SiteError(
             f"The receiver {before[0]!r} does not come after the sender {sender!r} in the forward pass, so no path "
-            "leads there. Print the HookPoints to see them in execution order."
+            "connects them. Print the HookPoints to see their execution order."
         )
     whole = [site for site in receivers if not points[site.name].module]
     if whole and frozen is None:
         raise SiteError(
             f"The receiver {whole[0]!r} is the model's final output, where every path ends. Use the module that "
-            "computes it or that module's input (such as 'head.in[0]'), or list the hook points to freeze in "
-            "frozen=[...]."
+            "computes this output, or the module's input (such as 'head.in[0]'). Alternatively, choose the hook points "
+            "to freeze with frozen=[...]."
         )
     start, ends = points[sender.name], [points[site.name] for site in receivers]
     first, last = order[start.name], max(order[end.name] for end in ends)
-    # Calls that contain the sender began before the sender. They include its module's call only for an input.
+    # Calls that contain the sender began before the sender ran. For an input, this includes its own module's call.
     exempt = {(each.module, each.call) for each in points.values() if each.side == "in" and order[each.name] <= first}
     exempt -= {(start.module, start.call)} if start.side == "out" else set()
     exempt |= {(end.module, end.call) for end in ends}
@@ -148,7 +150,7 @@ def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen
 
 
 def _with_weights(points: HookPoints) -> list[HookPoint]:
-    """Return the outputs of modules that have weights, contain no other module with weights, and are not norms."""
+    """Return the outputs of modules that have weights, except norms and modules that contain modules with weights."""
     # A parametrization computes weights, not activations.
     weighted = [p for p in points.values() if p.parameters and "parametrizations" not in p.module.split(".")]
     modules = {point.module for point in weighted}

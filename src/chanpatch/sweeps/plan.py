@@ -1,4 +1,4 @@
-"""Plan a sweep: label the patches, run the model once without patches, and group patches that share a prefix."""
+"""Plan a sweep: label the patches, run the model once without patches, and group the patches that share a prefix."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..registry.points import HookPoints
 from ..registry.sites import HookPoint, Site
 from .prefix import Prefix, fresh
 
-_LIVE = 6  # activations in memory at once in a forward pass: a module's input and output, a residual, temporary copies
-_FEWEST_ALIKE = 3  # minimum number of entries with equal later patches in a separate group
-_FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on one input saves no time
+_LIVE = 6  # number of activations assumed in memory at once: a module's input and output, a residual, and copies
+_FEWEST_ALIKE = 3  # minimum number of entries that form a separate group because their later patches are equal
+_FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on a single input saves no time
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
     point: HookPoint
     entries: tuple[Entry, ...]
-    later: tuple[Patch, ...] | None  # the patches at other hook points; None if they differ between entries
+    later: tuple[Patch, ...] | None  # the patches at later hook points; None if the entries have different ones
     skippable: int  # number of module calls that finish before the hook point
     bytes_each: int  # approximate memory per entry in a batched forward pass
     on_cpu: bool
@@ -68,13 +68,13 @@ class Forward:
         row: int | None = None,
     ) -> None:
         self.points, self.inputs, self.check_nan = points, (inputs, dict(keywords)), check_nan
-        self.row = row  # the batch row in `inputs`; None for the whole batch
+        self.row = row  # index in the whole batch of the one row that `inputs` contains; None for the whole batch
         self.undisturbed = undisturbed(points.model)
         self.prefix = Prefix(points.model, self.undisturbed.snapshot)
-        self.rebound: list[tuple[dict[str, Any], str]] = []  # attributes set by the last call
+        self.rebound: list[tuple[dict[str, Any], str]] = []  # the attributes that the last call set
 
     def __call__(self) -> Any:
-        """Return the model's output."""
+        """Run the model without side effects and return its output."""
         with self.running() as run:
             before = [(vars(module), vars(module).copy()) for module in self.points.model.modules()]
             output = run.kept(self.output())
@@ -102,14 +102,14 @@ class Forward:
         return fresh(self.points.run(*self.inputs))  # a model may return the same dict in every call
 
     def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
-        """Run the model up to a site and return the activation there."""
+        """Run the model up to a site, and return a cache that contains the activation at the site."""
         args, kwargs = copied_inputs(*self.inputs)
         with self.running(skip):
             cache: ActivationCache = run_with_cache(self.points, *args, sites=site, stop=True, **kwargs)
             return cache
 
     def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
-        """Apply patches to the activation at their hook point; return the result and NaN flags of checked patches."""
+        """Apply patches to the activation at their hook point; return the new activation and the patches' NaN flags."""
         args, kwargs = self.inputs
         inputs, flags, masks = (*args, *kwargs.values()), [], dict[tuple[object, ...], Any]()
         for patch in patches:
@@ -121,7 +121,7 @@ class Forward:
         return activation, flags
 
     def ends(self) -> list[Forward]:
-        """Return two forward passes, one on the first row and one on the last; empty if these would save no time."""
+        """Return two Forwards, one on only the first row and one on only the last row; none if this saves no time."""
         count = input_count(self.inputs)
         if count < _FEWEST_TO_CUT or published.now.rows is not None:
             return []
@@ -132,7 +132,7 @@ class Forward:
 
 @contextmanager
 def _usual_attention() -> Iterator[None]:
-    """Disable torch's fused attention: vmap does not support it, and hooks change which modules it calls."""
+    """Disable torch's fused attention, which vmap does not support and which torch uses only if there are no hooks."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -142,7 +142,7 @@ def _usual_attention() -> Iterator[None]:
 
 
 def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: int = 0) -> list[Entry]:
-    """Return one entry per label, numbered from `start`. Error messages call the patches `what`."""
+    """Return one entry per label, numbered from `start`. `what` is the argument's name, for error messages."""
     named = labelled_patches(patches, what, SweepError)
     for label, each in named:
         if not each:
@@ -154,13 +154,13 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     ]
 
 
-_Seen: TypeAlias = tuple[int, bool, int]  # clean activation: size in bytes, whether on a CPU, number of earlier calls
+_Seen: TypeAlias = tuple[int, bool, int]  # of a clean activation: bytes, whether on a CPU, number of earlier calls
 
 
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
-    """Run the model once without patches; return the output, and the groups in execution order.
+    """Run the model once without patches; return the output, and the groups of entries in execution order.
 
-    The prefix stores up to `max_bytes` of module outputs.
+    During the run, the prefix stores module outputs of up to `max_bytes` in total.
     """
     points, prefix = forward.points, forward.prefix
     session = ContextSession(points)
@@ -214,7 +214,7 @@ def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen
 
 
 def _key(operand: Any) -> Any:
-    """Return a key that is equal for two edits or masks only if they are equivalent."""
+    """Return a key for an edit or mask. Two keys are equal only if the edits or masks are equivalent."""
     if isinstance(operand, Tensor):
         return operand.data_ptr(), operand.shape, operand.stride(), operand.dtype
     if type(operand).__module__ == Set.__module__:

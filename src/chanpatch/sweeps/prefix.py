@@ -1,4 +1,4 @@
-"""The prefix: module calls before the patches, which run once. Later forward passes reuse the outputs."""
+"""The prefix: the module calls before the patches. The prefix runs once; later forward passes reuse its outputs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..engine.state import Snapshot, storage
 
 
 class StrategyError(Exception):
-    """Raised if a fast strategy does not work for the model or the patches."""
+    """Raised when a fast strategy does not work for the model or the patches."""
 
 
 @dataclass
@@ -31,11 +31,11 @@ class _Call:
     """One module call in the remembered forward pass."""
 
     module: nn.Module
-    output: Any  # returned by forward(), before any hook
+    output: Any  # the value returned by forward(), before any hook changed it
     versions: list[tuple[Tensor, int]]  # the output's tensors, with their versions after the call
-    left: Snapshot | None  # the state of the module after the call
-    known: bool  # whether the output may replace the call
-    copied: bool = False  # whether each forward pass needs a copy, because a later module modifies the output in place
+    left: Snapshot | None  # the state of the module after the call; None if not known
+    known: bool  # whether later forward passes may reuse the output instead of running the call
+    copied: bool = False  # whether to copy the output for each pass, because a module modifies it in place
 
     @property
     def unwritten(self) -> bool:
@@ -43,11 +43,11 @@ class _Call:
 
 
 class Prefix:
-    """The module calls in one forward pass and their outputs, which later forward passes reuse.
+    """The module calls in one forward pass, with the outputs that later forward passes reuse.
 
-    An output is reused if no submodule has hooks, the call draws no random numbers, and the output shares no memory
-    with the arguments. Other calls run in every forward pass. Hooks on a skipped module still run, with the stored
-    output. The caller restores the model.
+    The output of a call is reused if no submodule has hooks, the call draws no random numbers, and the output shares no
+    memory with the arguments. All other calls run in every forward pass. The hooks on a skipped module itself still
+    run, and receive the stored output. The caller must restore the model after each forward pass.
     """
 
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
@@ -55,21 +55,22 @@ class Prefix:
         self._taps: Collection[str] = ()
         self._free_bytes = 0
         self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
-        self.calls: list[_Call] = []  # in the order in which they finished
-        self._sizes: dict[int, int] = {}  # size in bytes of the largest tensor, by the number of finished calls
+        self.calls: list[_Call] = []  # in the order in which the calls finished
+        self._sizes: dict[int, int] = {}  # bytes in the largest tensor computed, by the number of calls finished before
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
-        self.finished = self._skipped = 0  # numbers of calls in the current forward pass
+        self.finished = self._skipped = 0  # numbers of calls finished, or to skip, in the current forward pass
 
     def largest_after(self, number: int) -> int:
-        """Return the size in bytes of the largest tensor computed after this number of calls."""
+        """Return the size in bytes of the largest tensor that was computed after the first `number` calls finished."""
         return max((size for position, size in self._sizes.items() if position >= number), default=0)
 
     @contextmanager
     def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
-        """Store the module calls of the forward pass that runs inside this context.
+        """Store the module calls in the forward pass that runs inside this context.
 
-        A call is not stored if one of the taps runs during the call, or if the stored outputs would exceed `max_bytes`.
+        The output of a call is not stored if a tap in `taps` runs during the call, or if all stored outputs together
+        would exceed `max_bytes`.
         """
         self._taps, self._free_bytes = taps, max_bytes
         modules = [*self._model.modules()]
@@ -83,7 +84,7 @@ class Prefix:
 
     @contextmanager
     def skipped(self, number: int) -> Iterator[None]:
-        """Skip the first `number` calls in the forward pass that runs inside this context, and reuse their outputs."""
+        """In the forward pass that runs inside this context, skip the first `number` calls and reuse their outputs."""
         self.finished, self._inside, self._skipped = 0, False, number
         for call in self.calls[:number]:
             if call.known and call.left:
@@ -103,7 +104,7 @@ class Prefix:
         output = self._run(forward, *args, **kwargs)
         returned = [tensor for _, tensor in leaves(output)]
         size = sum(tensor.nbytes for tensor in returned)
-        # Skipping a draw would change later draws. Inference tensors have no version counter to reveal in-place writes.
+        # Skipping a call that draws would change later draws. In-place writes to inference tensors cannot be detected.
         known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
         if known and not any(tensor.is_inference() or storage(tensor) in given for tensor in returned):
             self._free_bytes -= size
@@ -133,7 +134,7 @@ class Prefix:
             self.finished += 1
 
     def _keep_apart(self, written: Collection[int]) -> None:
-        """Copy the stored outputs that a module is about to modify in place."""
+        """Copy the stored outputs that a module may modify in place. `written` contains the storages of its inputs."""
         for call in self.calls:
             if call.known and any(storage(tensor) in written for tensor, _ in call.versions):
                 call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
@@ -152,7 +153,7 @@ class Prefix:
 
 
 class _Sizes(TorchFunctionMode):
-    """Report the size in bytes of each tensor that a torch function computes, except views of its arguments."""
+    """Report the size in bytes of each tensor that a torch function returns, except views of its arguments."""
 
     def __init__(self, report: Callable[[int], None]) -> None:
         super().__init__()
@@ -169,7 +170,10 @@ class _Sizes(TorchFunctionMode):
 
 
 def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Return the size in bytes of attention scores, which only vmap materializes on a CPU; 0 for other functions."""
+    """Return the size in bytes of the attention scores that vmap, but not the loop, stores on a CPU.
+
+    For functions other than attention, return 0.
+    """
     named = {**dict(zip(_OF_ATTENTION, args, strict=False)), **kwargs}
     if function == "scaled_dot_product_attention" and named["query"].is_cpu:
         keys: int = named["key"].shape[-2]
@@ -184,7 +188,7 @@ _OF_ATTENTION = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
 def fresh(tree: Any) -> Any:
-    """Copy the containers in an output, but not the tensors."""
+    """Copy the containers in an output, but not the tensors inside them."""
     if type(tree) is list:
         return [*map(fresh, tree)]
     if isinstance(tree, tuple):
@@ -207,7 +211,7 @@ def fresh(tree: Any) -> Any:
 
 
 def _copy(output: Any) -> Any:
-    """Copy the tensors in an output."""
+    """Return an output with a copy of each tensor."""
     for path, tensor in [*leaves(output)]:
         output = replace(output, path, tensor.clone())
     return output
@@ -215,7 +219,7 @@ def _copy(output: Any) -> Any:
 
 @contextmanager
 def _wrapped(modules: Iterable[nn.Module], around: Callable[..., Any]) -> Iterator[None]:
-    """Call `around(module, forward, ...)` instead of each module's forward."""
+    """Inside this context, call `around(module, forward, ...)` instead of each module's `forward(...)`."""
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(wrapped_method(module, "forward", partial(around, module)))

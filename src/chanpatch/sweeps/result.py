@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..channels import rounding
-from ..errors import MetricError
+from ..errors import MetricError, did_you_mean
 from ..labels import reference_notes
 from ..patching.patch import Patch
 from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
@@ -26,13 +26,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Swept:
-    """Strategy used for the entries whose patches begin at one hook point.
+    """The strategy that a sweep used for the entries whose first patch is at a given hook point.
 
     Attributes:
-        point: The hook point.
-        patches: Number of entries that begin there, including controls.
+        point: Name of the hook point.
+        patches: Number of these entries, including controls.
         strategy: `"vmap"`, `"resume"` or `"loop"`.
-        why: Reason why this strategy was used, and not a faster strategy.
+        why: Reason why the sweep used this strategy and not a faster one.
     """
 
     point: str
@@ -45,17 +45,18 @@ class Swept:
 class SweepResult(Effects):
     """Effects of patches on one or more metrics: one row per label, in the given order.
 
-    If there are several metrics, pass the name of one to the methods.
+    If there are several metrics, pass a metric's name to the methods below.
 
     Attributes:
         labels: Label of each row.
-        patches: Patches of each row, in the order in which they are applied.
-        values: Metrics of the patched outputs, by name: `(patch, input)`. A metric of the whole batch has one column.
-        baseline: Metrics of the unpatched output, by name: `(input,)`.
-        controls: Results for the control patches of the same sweep, or None.
-        groups: Strategies used for the finished rows, by the hook point at which their patches begin.
+        patches: Patches for each row, in the order in which they are applied.
+        values: Values of each metric on the patched outputs, by the metric's name, with shape `(patch, input)`. If a
+            metric returns a single number, the shape is `(patch, 1)`.
+        baseline: Values of each metric on the unpatched output, by the metric's name, with shape `(input,)`.
+        controls: Results for the control patches in the same sweep; None if there are no controls.
+        groups: Strategy used for each group of finished rows. In a group, all first patches are at the same hook point.
         complete: Whether all patches were run; False only in the partial result of an interrupted sweep.
-        no_p: Reason why ranks among the controls have no p-values, if the controls specify one.
+        no_p: Reason why ranks among the controls have no p-values, or an empty string.
     """
 
     labels: tuple[Any, ...]
@@ -66,20 +67,20 @@ class SweepResult(Effects):
     groups: tuple[Swept, ...]
     complete: bool = True
     no_p: str = ""
-    _whole: SweepResult | None = None  # the result from which `top` selected rows
+    _whole: SweepResult | None = None  # the result from which `top` selected the rows
     _by_row = ("labels", "patches", "values")
 
     def differences(self, metric: str | None = None) -> Floats:
-        """Return the metric with each patch minus the metric without it: `(patch, input)`.
+        """Return the metric with each patch minus the metric without the patch, with shape `(patch, input)`.
 
         Raises:
-            MetricError: If no metric has this name, or the sweep has several metrics and `metric` is None.
+            MetricError: If no metric has this name, or if `metric` is None although the sweep has several metrics.
         """
         name = self._named(metric)
         return self.values[name] - self.baseline[name]
 
     def effect(self, metric: str | None = None) -> Floats:
-        """Return the mean difference over the inputs, in the metric's unit: `(patch,)`."""
+        """Return the difference averaged over the inputs, in the metric's unit, with shape `(patch,)`."""
         found: Floats = self.differences(metric).mean(axis=1)
         return found
 
@@ -87,9 +88,9 @@ class SweepResult(Effects):
         """Return the effects with 95% confidence intervals, which treat the inputs as independent.
 
         The intervals hold jointly for all patches in the sweep, so they are also valid for patches selected by `top`.
-        Each interval contains those from `mean_interval` and from `max_t_test` with the given seed (both in
-        `chanpatch.statistics`). Intervals over six to nine inputs are marked, and intervals over fewer are withheld.
-        Differences within rounding error count as equal.
+        Each interval contains the intervals from `chanpatch.statistics.mean_interval` and `max_t_test` for the given
+        seed. Intervals over six to nine inputs are marked, and intervals over fewer than six are withheld.
+        Differences that are equal up to rounding error are treated as equal.
         """
         whole = self._whole or self
         row = {label: number for number, label in enumerate(whole.labels)}
@@ -97,10 +98,11 @@ class SweepResult(Effects):
         return picked(every, [row[label] for label in self.labels])
 
     def ranks(self, metric: str | None = None, *, alternative: Alternative = "two-sided") -> list[Rank | None]:
-        """Rank each effect among the control effects with `chanpatch.statistics.rank_among`.
+        """Rank each effect among the control effects, as `chanpatch.statistics.rank_among` does.
 
-        A p-value requires at least 19 controls, and a patch that was not selected for its effect. A rank is None if its
-        effect is not finite. All ranks are None if there are no controls or a control's effect is not finite.
+        A p-value requires at least 19 controls, and is valid only for a patch that was not selected for its effect. A
+        rank is None if the effect is not finite. All ranks are None if there are no controls, or if a control effect is
+        not finite.
         """
         effects = np.zeros(0) if self.controls is None else self.controls._snapped(metric).mean(axis=0)
         return ranks_among(self._snapped(metric).mean(axis=0), effects, alternative, self.no_p)
@@ -116,16 +118,17 @@ class SweepResult(Effects):
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per patch and metric, with the controls last.
 
-        The fields are label, metric, effect, the effect's interval (`low`, `high`, `note`), and the mean metric with
-        the patch (`patched`) and without (`baseline`). With controls, each record also has control, rank, p and no_p
-        (the reason for a missing p).
+        Each record contains the `label`, the name of the `metric`, the `effect` with an interval (`low`, `high`,
+        `note`), and the mean of the metric with the patch (`patched`) and without the patch (`baseline`). With
+        controls, each record also contains `control` (True for controls), `rank`, `p`, and `no_p`, the reason for a
+        missing p-value.
         """
         if self.controls is None:
             return self._records()
         return ranked_records(self._records(), self._ranks(), self.controls._records())
 
     def plot(self, metric: str | None = None, ax: Axes | None = None) -> Axes:  # type: ignore[override]
-        """Plot the largest effects and their intervals, on new axes if `ax` is None."""
+        """Plot the largest effects with their intervals on `ax`, or on new axes if `ax` is None."""
         return super(SweepResult, self._only(self._named(metric))).plot(ax)
 
     @property
@@ -170,12 +173,12 @@ class SweepResult(Effects):
         return notes
 
     def _snapped(self, metric: str | None) -> Floats:
-        """Return the differences without rounding error: `(input, patch)`."""
+        """Remove rounding error from the differences, and transpose them to `(input, patch)`."""
         same = rounding(patch.site for patches in self.patches for patch in patches)
         return snapped(self.differences(metric).T, self.baseline[self._named(metric)][:, None], same)
 
     def _ranks(self) -> list[Rank | None]:
-        """Return the ranks for every metric, grouped by patch."""
+        """Return all ranks in one list: for each patch, the ranks for all metrics."""
         each = [self.ranks(name) for name in self.values]
         return [rank for ranks in zip(*each, strict=True) for rank in ranks]
 
@@ -200,10 +203,13 @@ class SweepResult(Effects):
     def _named(self, metric: str | None) -> str:
         names = ", ".join(map(repr, self.values))
         if metric is None and len(self.values) > 1:
-            raise MetricError(f"The sweep has several metrics: {names}. Pass the name of one.")
+            raise MetricError(f"The sweep has several metrics: {names}. Pass the name of one metric.")
         name = next(iter(self.values)) if metric is None else metric
         if name not in self.values:
-            raise MetricError(f"There is no metric {name!r}. The metrics are: {names}.")
+            raise MetricError(
+                f"There is no metric {name!r}.{did_you_mean(str(name), self.values)} The metrics of this sweep are: "
+                f"{names}."
+            )
         return name
 
     def _only(self, name: str) -> SweepResult:
@@ -221,14 +227,14 @@ class Attribution(Effects):
 
     Attributes:
         labels: Label of each row.
-        patches: Patch of each row.
-        exact: Effects measured by forward passes with the patch; NaN for patches that were not run.
-        drawn: Whether each row is in the random sample.
-        rank_correlation: Spearman correlation between estimates and exact effects in the random sample. NaN if
-            undefined or if the sample has fewer than three patches.
+        patches: The patch for each row.
+        exact: Effect of each patch as measured by a forward pass; NaN for patches that were not run.
+        drawn: Whether each row's patch is in the random sample.
+        rank_correlation: Spearman correlation between the estimates and the exact effects in the random sample; NaN if
+            the correlation is undefined, or if the sample contains fewer than three patches.
         sample: Number of patches in the random sample.
         inputs: Number of inputs.
-        steps: Number of points between the clean and the patched activation at which the gradient was computed.
+        steps: Number of points on the line from the clean to the patched activation at which the gradient was computed.
     """
 
     labels: tuple[Any, ...]
@@ -243,7 +249,7 @@ class Attribution(Effects):
     _by_row = ("labels", "patches", "_effect", "exact", "drawn")
 
     def effect(self) -> Floats:
-        """Return the estimated mean change in the metric over the inputs: `(patch,)`."""
+        """Return the estimated change in the metric, averaged over the inputs, with shape `(patch,)`."""
         return self._effect
 
     @property
@@ -252,7 +258,7 @@ class Attribution(Effects):
         return f"estimated mean change, {self.inputs} inputs"
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per patch, with label, effect (the estimate), exact (None if not measured) and drawn."""
+        """Return one record per patch: `label`, `effect` (estimated), `exact` (None if not measured) and `drawn`."""
         exact = [None if np.isnan(each) else each for each in self.exact.tolist()]
         return columns(label=self.labels, effect=self._effect, exact=exact, drawn=self.drawn)
 
@@ -270,7 +276,7 @@ class Attribution(Effects):
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """A KeyboardInterrupt (Ctrl-C) during a sweep.
+    """Raised when a sweep is interrupted with Ctrl-C.
 
     Attributes:
         partial: Result for the finished patches.
@@ -278,7 +284,7 @@ class SweepInterrupted(KeyboardInterrupt):
 
     def __init__(self, partial: SweepResult, asked_for: int) -> None:
         super().__init__(
-            f"{len(partial)} of {asked_for} patches finished. This exception's attribute `partial` contains their "
-            "result: `except SweepInterrupted as stopped: stopped.partial`, or `sys.last_value.partial` at a prompt."
+            f"{len(partial)} of {asked_for} patches finished. Their results are in this exception's attribute "
+            "`partial`: `except SweepInterrupted as stopped: stopped.partial`, or `sys.last_value.partial` at a prompt."
         )
         self.partial = partial

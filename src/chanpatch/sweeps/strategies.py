@@ -1,7 +1,7 @@
 """Three ways to run the same patches: the plain loop, a loop that skips the prefix, and `torch.vmap` over many patches.
 
-A fast strategy is used for a group of patches only if it gives the same numbers as the plain loop. Its generator keeps
-no context open between outputs, because the plain loop may run in between.
+A fast strategy is used for a group of patches only if it gives the same numbers as the plain loop. The generator for a
+fast strategy does not keep a context open between two outputs, because the plain loop may run in between.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from .result import Swept
 
 Strategy: TypeAlias = Literal["auto", "vmap", "resume", "loop"]
 _Fast: TypeAlias = Literal["vmap", "resume"]
-_Alone: TypeAlias = tuple[Entry, Forward, Any]  # the loop's output for one input, or None if the loop failed
-_COMPARED = 2  # patches per group that the plain loop also runs
-_MASK = 1e4  # larger values, such as -1e8 for a forbidden action, do not set the scale for rounding errors
-_CPU_BYTES = 3 * 2**24  # on a CPU, larger chunks exceed the caches and are slower
-_FEWEST = 8  # patches per chunk needed for a speed-up on a CPU: vmap saves overhead, but disables fused attention
+_Alone: TypeAlias = tuple[Entry, Forward, Any]  # the last item is the loop's output, or None if the loop failed
+_COMPARED = 2  # number of patches in each group that the plain loop also runs
+_MASK = 1e4  # larger values, such as -1e8 for a forbidden action, do not count in the scale of the rounding error
+_CPU_BYTES = 3 * 2**24  # on a CPU, chunks that use more memory do not fit into the caches and are slower
+_FEWEST = 8  # minimum number of patches per chunk for a speed-up on a CPU, where vmap disables fused attention
 
 
 @dataclass
@@ -46,12 +46,12 @@ class Execution:
 
     forward: Forward
     baseline: Any  # the output of the clean run
-    strategy: Strategy  # requested by the user
-    max_bytes: int  # for one batched forward pass
+    strategy: Strategy  # the strategy that the user requested
+    max_bytes: int  # memory limit for one batched forward pass
     metrics: Metrics
     advance: Callable[[int], object]  # moves the progress bar
-    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # metrics of finished entries, by number
-    done: list[Swept] = field(default_factory=list)  # how the finished groups were run
+    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # metrics of the finished entries, by entry number
+    done: list[Swept] = field(default_factory=list)  # the strategies used for the finished groups
 
     def __post_init__(self) -> None:
         self._opaque = _opaque(self.baseline)
@@ -59,7 +59,7 @@ class Execution:
         self._random = training_modules(self.forward.points.model)
 
     def run(self, group: Group) -> None:
-        """Run the entries of a group."""
+        """Run all entries in a group and store their metrics."""
         name = group.point.name
         order = [group.entries[0], *group.entries[-1:], *group.entries[1:-1]][: len(group.entries)]
         is_small = self.strategy == "auto" and len(order) <= _COMPARED
@@ -88,13 +88,13 @@ class Execution:
         self.done.append(Swept(name, len(order), "loop", "; ".join(reasons) or "requested"))
 
     def _measure(self, entry: Entry, output: Any) -> None:
-        """Store the metrics for an entry, replacing values from a failed strategy."""
+        """Compute and store the metrics for an entry, replacing any values stored by a strategy that later failed."""
         measured = self.metrics(output)
         self.advance(entry.number not in self.rows)
         self.rows[entry.number] = measured
 
     def _candidates(self, group: Group, *, is_small: bool) -> tuple[list[_Fast], list[str]]:
-        """Return the fast strategies to try, and the reasons for ruling out the others."""
+        """Return the fast strategies to try, and the reasons why the other fast strategies were ruled out."""
         if self.strategy == "loop":
             return [], []
         if self._random:
@@ -105,7 +105,7 @@ class Execution:
             return ["resume"], []
         resume: list[_Fast] = ["resume"] if self.strategy == "auto" else []
         if self._opaque:
-            return resume, [f"vmap: the output contains a {self._opaque}, in which tensors cannot be found"]
+            return resume, [f"vmap: the output contains a {self._opaque}, whose tensors cannot be found"]
         if group.later is None:
             return resume, ["vmap: the entries have different patches at later hook points"]
         if resume and group.on_cpu and _FEWEST * group.bytes_each > _CPU_BYTES:
@@ -115,7 +115,7 @@ class Execution:
     def _try(
         self, strategy: _Fast, group: Group, order: Sequence[Entry], alone: Sequence[_Alone]
     ) -> tuple[Entry | None, str]:
-        """Run the entries with a fast strategy; return the entry that failed (None if all worked) and the reason."""
+        """Run the entries with a fast strategy. Return the entry that failed (or None) and the reason."""
         if strategy == "vmap":
             outputs = vmapped(self.forward, group, order, self.baseline, self.max_bytes)
         else:
@@ -133,12 +133,13 @@ class Execution:
     def _compare(self, entry: Entry, output: Any, alone: Sequence[_Alone]) -> None:
         """Raise StrategyError unless the plain loop gives the same output, up to rounding.
 
-        If the outputs for a single input differ, compare whole batches, because the model or the patch may mix inputs.
+        First, compare the outputs for single inputs. If these differ, compare the outputs for the whole batch, because
+        the model or the patch may mix inputs.
         """
         if alone and not any(_difference(expected, output, end.row) for _, end, expected in alone):
             return
         expected = loop(self.forward, entry)
-        if self._opaque or next(leaves(self.baseline), None) is None:  # some tensors cannot be compared
+        if self._opaque or next(leaves(self.baseline), None) is None:  # some tensors in the output cannot be compared
             expected, output = (expected, self.metrics(expected)), (output, self.metrics(output))
         difference = _difference(expected, output)
         if difference:
@@ -151,9 +152,9 @@ def _output_or_none(forward: Forward, entry: Entry) -> Any:
 
 
 def _difference(expected: Any, output: Any, row: int | None = None) -> str:
-    """Describe the first difference between two outputs beyond rounding; "" if the outputs agree.
+    """Describe the first difference between two outputs that is not due to rounding; return "" if the outputs agree.
 
-    With `row`, `expected` is the output for that row alone.
+    If `row` is given, `expected` is the output for that row alone, and only that row of `output` is compared.
     """
     one, other = [*leaves(expected)], [*leaves(output)]
     if not one or [path for path, _ in one] != [path for path, _ in other]:
@@ -167,18 +168,18 @@ def _difference(expected: Any, output: Any, row: int | None = None) -> str:
 
 
 def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
-    """Return whether part of an output equals the wanted tensor, up to rounding at the scale of the whole output."""
+    """Return whether part of an output equals the tensor that is wanted, up to rounding errors in the whole output."""
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(part, wanted)
-    half = wanted.dtype in (torch.float16, torch.bfloat16)  # rounding may be as large as a patch's effect
-    tolerance = 0.0 if half else 100 * torch.finfo(wanted.dtype).eps  # long sums lose some digits
+    half = wanted.dtype in (torch.float16, torch.bfloat16)  # here, rounding may be as large as a patch's effect
+    tolerance = 0.0 if half else 100 * torch.finfo(wanted.dtype).eps  # long sums lose a few digits
     usual = [each[each < _MASK] for each in (whole.abs(), wanted.abs())]
     scale = max((float(each.max()) for each in usual if each.numel()), default=0.0)
     return torch.allclose(part, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def _opaque(tree: Any) -> str:
-    """Return the type name of an object in an output that may contain hidden tensors, or ""."""
+    """Return the type name of the first object in an output that may contain hidden tensors; "" if there is none."""
     children = [child for _, child in _children(tree)]
     if isinstance(tree, TransformedDistribution) or not (children or isinstance(tree, _PLAIN)):
         return type(tree).__name__
@@ -189,17 +190,17 @@ _PLAIN = (Tensor, str, bytes, int, float, complex, type(None), tuple, list, Mapp
 
 
 def loop(forward: Forward, entry: Entry, *, skip: int = 0) -> Any:
-    """Return the output with an entry's patches applied, after skipping the first `skip` module calls."""
+    """Run the model with an entry's patches, skipping the first `skip` module calls, and return the output."""
     with (
         labelled(entry.label),
-        forward.running(skip) as run,  # hooks added before would require a new snapshot in each step
+        forward.running(skip) as run,  # open this first: if hooks are added earlier, each pass needs a new snapshot
         patched(forward.points, entry.patches, check_nan=forward.check_nan),
     ):
         return run.kept(forward.output())
 
 
 def resumed(forward: Forward, group: Group, entries: Sequence[Entry]) -> Iterator[Any]:
-    """Yield the output for each entry, using the plain loop without the prefix."""
+    """Yield the output for each entry, running one entry at a time and skipping the prefix."""
     for entry in entries:
         with _refused(but=EditError):
             output = loop(forward, entry, skip=group.skippable)
@@ -213,7 +214,7 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
         site = Site(group.point.name)
         clean = forward.until(site, skip=group.skippable)[site]
     room = min(max_bytes, _CPU_BYTES) if group.on_cpu else max_bytes
-    size = max(1, room // max(1, group.bytes_each))  # activations with zero rows use no memory
+    size = max(1, room // max(1, group.bytes_each))  # bytes_each is 0 for activations with zero rows
     for start in range(0, len(entries), size):
         chosen = entries[start : start + size]
         stack = _edited(forward, group, clean, chosen)
@@ -227,7 +228,7 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
 
 @contextmanager
 def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
-    """Convert errors to StrategyError, except errors of type `but`."""
+    """Convert all errors raised inside this context to StrategyError, except errors of type `but`."""
     try:
         yield
     except (but, StrategyError):
@@ -237,7 +238,7 @@ def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
 
 
 def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
-    """Apply each entry's patches at the group's hook point; return the activations, `(entry, *activation)`."""
+    """Apply each entry's patches at the group's hook point; return the stack of results: `(entry, *activation)`."""
     stack = clean.new_empty((len(entries), *clean.shape))
     flags: list[_Flag] = []
     with forward.undisturbed as run:
@@ -257,11 +258,11 @@ def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Ent
     return stack
 
 
-_Flag: TypeAlias = tuple[Tensor, Entry, Patch]  # whether the patch introduced NaN for the entry
+_Flag: TypeAlias = tuple[Tensor, Entry, Patch]  # the tensor is True if the patch introduced NaN for the entry
 
 
 def _raise_nan(flags: Sequence[_Flag]) -> None:
-    """Raise an error for the first patch that introduced NaN, with a single read from the device."""
+    """Raise an error for the first patch that introduced NaN. If no patch did, read from the device only once."""
     if flags and torch.stack([flag for flag, *_ in flags]).any():
         entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
         with labelled(entry.label):
@@ -271,7 +272,7 @@ def _raise_nan(flags: Sequence[_Flag]) -> None:
 def _suffixes(
     forward: Forward, group: Group, entries: Sequence[Entry], stack: Tensor, paths: Sequence[Path]
 ) -> list[Tensor]:
-    """Run the suffix on a stack of activations; return the output tensors at the paths, `(entry, ...)` each."""
+    """Run the suffix on stacked activations; for each path, return the output tensor with shape `(entry, ...)`."""
     session = Patching(forward.points, group.later or (), check_nan=forward.check_nan)
     waiting: list[Tensor] = []
 
@@ -304,10 +305,13 @@ def _suffixes(
 
 @contextmanager
 def _vmap_compatible(device: torch.device) -> Iterator[None]:
-    """Disable distribution validation and fused attention, which vmap lacks; reject vmap's slow fallback."""
+    """Disable fused attention and the argument checks of distributions, because vmap supports neither.
+
+    Inside this context, an error is also raised if vmap would fall back to a slow loop.
+    """
     validates = Distribution._validate_args
     Distribution.set_default_validate_args(False)
-    on_cpu = device.type == "cpu"  # vmap supports the kernels of other devices
+    on_cpu = device.type == "cpu"  # on other devices, vmap supports fused attention
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
             warnings.filterwarnings("error", message="There is a performance drop")

@@ -1,4 +1,4 @@
-"""Public entry point: measure the effect of each of many patches. docs/architecture.md traces a sweep, file by file."""
+"""Public entry point: measure the effects of many patches. docs/architecture.md follows a sweep, file by file."""
 
 from __future__ import annotations
 
@@ -37,30 +37,33 @@ def sweep(
     """Measure the effect of each of many patches on a metric, on the same inputs.
 
     The numbers equal those from a loop that runs the model inside `patched` for each patch. Each forward pass runs
-    without gradients, and restores random number generators, buffers, attributes and training flags. Your own hooks run
-    in every forward pass. Hooks that store tensors need `strategy="resume"` or `"loop"`, because `"vmap"` passes them
-    `torch.vmap` tensors.
+    without gradients. Afterwards, random number generators, buffers, attributes and training flags are restored. Your
+    own hooks run in every forward pass. If your hooks store tensors, use `strategy="resume"` or `"loop"`, because with
+    `"vmap"`, hooks receive `torch.vmap` tensors.
 
     Args:
         points_or_model: The model, which is traced with the inputs, or its HookPoints.
-        inputs: Positional inputs of the model; each forward pass gets copies.
+        inputs: Positional inputs to the model. Each forward pass receives copies of the inputs.
         patches: A mapping from labels to patches, or a sequence of patches, which are labeled by their sites. Each
-            entry is one patch or several that are applied together.
-        metric: A function of the model's output, or a dict of such functions. Each returns one number per input,
-            `(batch,)`, or a single number. A keyword-only parameter `baseline` receives the unpatched output.
-        controls: Control patches in the same form, to rank effects against: `matched_channels(...).patches(verb)`.
+            label has one patch, or several patches that are applied together.
+        metric: A function of the model's output, or a dict of such functions. Each function returns one number per
+            input, with shape `(batch,)`, or a single number. If a function has a keyword-only parameter `baseline`,
+            the unpatched output is passed to that parameter.
+        controls: Control patches in the same form, used to rank the effects, such as
+            `matched_channels(...).patches(zero_ablate)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
-            runs the modules after a patch for many patches at a time. `"auto"` uses, at each hook point, the fastest
-            strategy that matches the loop on two patches, or the loop if dropout or batch norm is in training mode.
+            runs the modules after a patch for many patches at a time. At each hook point, `"auto"` uses the fastest
+            strategy that gives the same numbers as the loop for two patches. If dropout or batch norm is in training
+            mode, `"auto"` uses the loop.
         max_bytes: Approximate memory limit for the activations in one batched forward pass and, separately, for stored
             outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
         progress: Whether to show a progress bar. None shows a bar on a terminal if tqdm is installed.
-        keywords: Keyword inputs of the model.
+        keywords: Keyword inputs to the model.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist; one error lists all such sites.
-        SweepError: If there are no patches, two share a label, `max_bytes` is invalid, or the strategy does not work.
+        HookPointError, SiteError: If sites do not exist. One error lists all missing sites.
+        SweepError: If there are no patches, if two share a label, if `max_bytes` is invalid, or if the strategy fails.
         MetricError: If a metric returns neither one number per input nor a single number.
         EditError, NaNError, UnreachedError, UnsupportedModelError: Same as for `patched`.
         SweepInterrupted: On Ctrl-C; the exception contains the result for the finished patches.
@@ -102,7 +105,7 @@ def sweep(
 
 
 def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
-    """Raise MetricError if a metric reads an attribute that forward passes set and `sweep` then restores."""
+    """Raise MetricError if a metric reads an attribute that each forward pass sets and that `sweep` then restores."""
     if not forward.rebound:
         return
     with forward.undisturbed:  # restores the attributes
@@ -116,13 +119,14 @@ def _refuse_attributes(metrics: Metrics, output: Any, forward: Forward) -> None:
     if not again or not all(torch.allclose(again[name], before[name], equal_nan=True) for name in before):
         names = ", ".join(f"'{attribute}'" for _, attribute in forward.rebound)
         raise MetricError(
-            f"A metric reads more than the output: each forward pass sets {names}, and sweep() restores these "
-            "attributes before calling the metric. Make the model return the tensor that the metric needs."
+            f"A metric appears to read {names}, not only the model's output. Each forward pass sets these attributes, "
+            "but sweep() restores them before it calls the metric. Make the model return the tensor that the metric "
+            "needs."
         )
 
 
 def _count(points: HookPoints, output: Any) -> int | None:
-    """Return the number of rows in an output, or None if the batch axis is unknown."""
+    """Return the number of rows in an output, or None if the output's batch axis is unknown."""
     for point in points.values():
         if not point.module and point.side == "out" and point.batch_axis is not None:
             with suppress(LookupError, AttributeError, TypeError):  # the output differs from the traced output
@@ -131,7 +135,7 @@ def _count(points: HookPoints, output: Any) -> int | None:
 
 
 def _result(entries: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics) -> SweepResult:
-    """Return the result for the finished entries, with the other entries as controls."""
+    """Return the result for those entries that have finished, with `others` as the controls."""
     done = [entry for entry in entries if entry.number in execution.rows]
     baseline = {name: before.numpy() for name, before in metrics.baseline.items()}
     return SweepResult(

@@ -387,6 +387,7 @@ def test_the_caps_that_are_told_are_those_of_the_parts():
     ("changed", "message"),
     [
         ({"only": ("squares", "cubes")}, "--only: no part is called cubes. Parts: squares."),
+        ({"only": ("square",)}, "--only: no part is called square. Did you mean 'squares'? Parts: squares."),
         ({"n": 3}, "--n is 3, but it is 20 to 100000 for these parts."),
         ({"seed": -1}, "--seed is -1, but it is 0 to 2147483647 for these parts."),
     ],
