@@ -244,13 +244,13 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "a mask that would broadcast": (
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(4, dtype=torch.bool)),
-        "where at Site('fc'): the mask has shape (4,), but the region has axes (batch, feature) = (any, 4). Each axis "
-        "of the mask must have the region's length or length 1: mask.view(1, 4) selects along feature.",
+        "`where` at Site('fc'): the mask has shape (4,), but the region has axes (batch, feature) = (any, 4). Each "
+        "axis of the mask must have the region's length or length 1: mask.view(1, 4) selects along feature.",
     ),
     "a mask that is none": (
         errors.EditError,
         lambda: zero_ablate(POINTS.site("fc"), where=torch.ones(1, 4)),
-        "where at Site('fc') must be a bool tensor (such as column < 12) or a function that returns a bool tensor; "
+        "`where` at Site('fc') must be a bool tensor (such as column < 12) or a function that returns a bool tensor; "
         "got a torch.float32 tensor.",
     ),
     "an edit that returns None": (

@@ -234,7 +234,7 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 
     Returns:
         A tensor with shape `(control, *vector.shape)` and the vector's dtype and device. Directions are uniformly
-        distributed. At each index along the first axis, the control has the same norm as the vector.
+        distributed. Each control has the same norm as the vector at each index along the vector's first axis.
 
     Raises:
         EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.

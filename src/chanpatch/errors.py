@@ -52,7 +52,7 @@ class UnsupportedModelError(ChanpatchError, TypeError):
 
 
 class DistributionError(ChanpatchError, TypeError):
-    """Raised when an output has no action distribution, or when a distribution has no inverse-CDF sampling."""
+    """Raised when an output has no action distribution, or a distribution does not support inverse-CDF sampling."""
 
 
 class MetricError(ChanpatchError, ValueError):

@@ -656,7 +656,7 @@ METADATA: dict[str, tuple[Any, str]] = {
     ),
     "a where that is a number": (
         record(where=1),
-        "is damaged: EditError: where at Site('fc') must be a bool tensor (such as column < 12) or a function that "
+        "is damaged: EditError: `where` at Site('fc') must be a bool tensor (such as column < 12) or a function that "
         "returns a bool tensor; got int.",
     ),
     "an index that is none": (

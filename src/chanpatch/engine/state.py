@@ -283,7 +283,7 @@ def _parts(own: dict[str, Any]) -> set[str]:
 
 
 def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
-    """Restore one dict, except for chanpatch's hooks and a module's methods, which may be wrapped."""
+    """Restore a dict, but leave chanpatch's hooks and module methods alone, because methods may be wrapped."""
     stays = callable if "_modules" in each else is_ours
     kept = {key: value for key, value in each.items() if stays(value)}
     wanted = {key: value for key, value in noted.items() if key in each or not stays(value)} | kept

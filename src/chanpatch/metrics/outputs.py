@@ -70,7 +70,7 @@ def is_squashed(output: Any) -> bool:
 
 
 def no_distribution(output: Any, subject: str, advice: str) -> DistributionError:
-    """Return the error for output without a distribution; its message has `subject` first, `advice` last."""
+    """Return the error for output without a distribution; its message starts with `subject` and ends with `advice`."""
     return DistributionError(
         f"{subject} {described(output)}, which contains no action distribution. Expected logits of shape (batch, "
         f"action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "

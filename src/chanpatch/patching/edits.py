@@ -296,11 +296,12 @@ def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | N
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
-            f"where at {site!r} must be a bool tensor (such as column < 12) or a function that returns a bool tensor; "
+            f"`where` at {site!r} must be a bool tensor (such as column < 12) or a function that returns a bool "
+            "tensor; "
             f"got {got}."
         )
     if lengths is not None:
-        check_shape(f"where at {site!r}", "mask", mask, axes, lengths, "selects")
+        check_shape(f"`where` at {site!r}", "mask", mask, axes, lengths, "selects")
 
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:

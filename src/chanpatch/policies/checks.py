@@ -292,9 +292,9 @@ def check_repeats(
     after.put_back()
     if not draws and not _close(decision, repeated):
         raise RolloutError(
-            "The policy's first output changes when the same forward pass is repeated, so the policy would differ from "
-            "itself. It draws from a generator that it creates in each call, or it keeps state that a rollout cannot "
-            "restore. Store the generator or the state in an attribute."
+            "The policy's first output changes when the same forward pass is repeated, so even a comparison of the "
+            "policy with itself would show a difference. The policy draws from a generator that it creates on each "
+            "call, or it keeps state that a rollout cannot restore. Store the generator or the state in an attribute."
         )
 
 

@@ -39,7 +39,7 @@ class Settings:
     def begin(self, kind: object) -> None:
         """Raise an error if a setting differs between the twin and the policy.
 
-        In the first call of a kind, `end` checks this instead.
+        On the first call of each kind, `end` does this check instead.
         """
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind):

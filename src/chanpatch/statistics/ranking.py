@@ -126,8 +126,8 @@ class Rank:
 def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative = "two-sided") -> Rank:
     """Rank an effect among the effects of controls, and compute the p-value of the rank.
 
-    The p-value is the probability that an effect chosen at random from among the effect and the controls ranks at least
-    as high. The p-value is meaningless if the channel was selected for its large effect, or if the channel and the
+    The p-value is the fraction of all effects (this effect and the controls) that rank at least as high as this effect.
+    The p-value is meaningless if the channel was selected for its large effect, or if the channel and the
     controls are not exchangeable. For a directional claim, use a one-sided alternative, or exclude channels that
     encode the opposite feature.
 

@@ -74,7 +74,7 @@ class SweepResult(Effects):
         """Return the metric with each patch minus the metric without the patch, with shape `(patch, input)`.
 
         Raises:
-            MetricError: If no metric has this name, or if `metric` is None although the sweep has several metrics.
+            MetricError: If no metric has this name, or if `metric` is None and the sweep has several metrics.
         """
         name = self._named(metric)
         return self.values[name] - self.baseline[name]
