@@ -168,7 +168,7 @@ def matched_channels(
 
 
 def _no_p(site: Site, own: float, controls: Floats) -> str:
-    """Return the reason why ranks among controls with the given means have no p-values; "" if there is none."""
+    """Return the reason why ranks among controls with the given means have no p-values, or "" if they have."""
     least = math.ceil(_EACH_SIDE * len(controls))
     for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
         if count < least:

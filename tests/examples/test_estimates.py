@@ -29,7 +29,7 @@ CHOSEN_ON = {
 
 SETTING = "a setting, or chosen by a rule: nothing is estimated"
 ONE = "of one maze"
-OTHER = "how the controls came out, each of which has an interval of its own or none is told"
+OTHER = "how the controls came out, each of which has its own interval or no interval is shown"
 P = "a p-value"
 NO_ESTIMATES = {
     "threshold": SETTING,

@@ -42,9 +42,9 @@ def test_our_first_pair_is_averaged_over_textures_and_facings_in_four_rotations(
 
 
 def test_every_pair_made_from_a_level_is_counted_once(tables):
-    told = tables["told"][0]
-    assert 0 <= told["falls"] <= told["pairs"] <= 8
-    assert told["share"] == pytest.approx(told["falls"] / told["pairs"])
+    counted = tables["falls"][0]
+    assert 0 <= counted["falls"] <= counted["pairs"] <= 8
+    assert counted["share"] == pytest.approx(counted["falls"] / counted["pairs"])
     assert sorted(row["channel"] for row in tables["automatic"]) == list(range(32))
 
 
@@ -54,10 +54,10 @@ def test_every_pair_made_from_a_level_is_counted_once(tables):
 )
 def test_the_finding_agrees_when_the_up_side_is_higher_in_most_pairs_from_levels(tables, low, high, agrees, changes):
     changed = copy.deepcopy(tables)
-    changed["told"][0] |= {"share_low": low, "share_high": high}
-    told = part.finding(changed)
-    assert told.agrees == agrees
-    assert changes in told.follows
+    changed["falls"][0] |= {"share_low": low, "share_high": high}
+    counted = part.finding(changed)
+    assert counted.agrees == agrees
+    assert changes in counted.follows
 
 
 def test_the_figure_draws_all_pairs_in_each_rotation(tables):

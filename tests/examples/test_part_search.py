@@ -39,9 +39,9 @@ def test_a_channel_is_chosen_either_way_round_on_its_own_mazes_and_scored_so_on_
     telling = [abs(each - 0.5) for each in areas]
     assert telling[row["channel"]] == pytest.approx(max(telling))
     assert row["chosen_by"] == pytest.approx(0.5 + max(telling))
-    assert row["told_by"] == ("high sums" if areas[row["channel"]] >= 0.5 else "low sums")
+    assert row["works_by"] == ("high sums" if areas[row["channel"]] >= 0.5 else "low sums")
     scored = channel_areas(study, "search in", 12, hook_point)[row["channel"]]
-    assert row["in"] == pytest.approx(scored if row["told_by"] == "high sums" else 1 - scored)
+    assert row["in"] == pytest.approx(scored if row["works_by"] == "high sums" else 1 - scored)
     assert row["n_in"] == row["n_out"] == 12
 
 
@@ -96,7 +96,7 @@ def test_the_best_hook_point_is_the_one_of_the_choice_mazes(tables):
     for row in changed["hook_points"]:
         row |= {"in": 0.9, "out": 0.9, "chosen_by": 0.8}
     row = changed["hook_points"][-1]
-    row |= {"in": 0.6, "chosen_by": 0.81, "told_by": "low sums"}
+    row |= {"in": 0.6, "chosen_by": 0.81, "works_by": "low sums"}
     told = f"{row['hook_point']} for {row['direction']} channel {row['channel']}, by low sums, AUC 0.600"
     assert told in part.finding(changed).follows
 

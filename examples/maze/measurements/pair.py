@@ -53,8 +53,8 @@ def measure(study: Study) -> dict[str, Table]:
     ]
     up, right = (level_sums(study.points, SITE, side)[:, channel] for side in pairs)
     falls, n = int((up > right).sum()), len(up)
-    told = {"channel": channel, "pairs": n, "falls": falls, **intervals(share=share(falls, n))}
-    return {"pictures": pictures, "automatic": channels, "told": [told]}
+    counted = {"channel": channel, "pairs": n, "falls": falls, **intervals(share=share(falls, n))}
+    return {"pictures": pictures, "automatic": channels, "falls": [counted]}
 
 
 def figure(tables: Tables) -> Figure:
@@ -71,7 +71,7 @@ def figure(tables: Tables) -> Figure:
 
 
 def finding(tables: Tables) -> Finding:
-    (pairs,) = tables["told"]
+    (pairs,) = tables["falls"]
     rows = [row for row in tables["pictures"] if "UP" in (row["first_step_0"], row["first_step_1"])]
     higher = sum((row["sum_0"] > row["sum_1"]) == (row["first_step_0"] == "UP") for row in rows)
     sums = ", ".join(f"{row['sum_0']:.1f}/{row['sum_1']:.1f}" for row in chosen(tables["pictures"], pair=0))

@@ -118,7 +118,7 @@ def _hook_points(study: Study) -> Table:
                 "hook_point": point,
                 "direction": direction.name,
                 "channel": channel,
-                "told_by": "high sums" if sign > 0 else "low sums",
+                "works_by": "high sums" if sign > 0 else "low sums",
                 "live": len(live),
                 "chosen_by": 0.5 + abs(areas[best] - 0.5),
             }
@@ -187,7 +187,7 @@ def finding(tables: Tables) -> Finding:
 
 
 def _areas(row: Row) -> str:
-    turned = "" if row["told_by"] == "high sums" else ", by low sums"
+    turned = "" if row["works_by"] == "high sums" else ", by low sums"
     return (
         f"{row['direction']} channel {row['channel']}{turned}, AUC {shown(row, 'in')} in and {shown(row, 'out')} out "
         f"(n={row['n_in']}, {row['n_out']})"

@@ -57,7 +57,7 @@ PREDICTED = {
 }
 # The number that decides each part.
 NUMBERS = PREDICTED | {
-    "pair": Estimate("told", "share", ".0%", n="pairs"),
+    "pair": Estimate("falls", "share", ".0%", n="pairs"),
     "search": Estimate("contrast", "effect", "+.1f", _UP, "pairs"),
     "ranking": Estimate("agreement", "spearman", "+.2f", n="channels"),
     "sums": Estimate("precise", "drop", "+.2f", _PRECISION, "n_shifted"),

@@ -31,7 +31,7 @@ def point(parts: Parts) -> Figure:
         sums = {row[f"first_step_{index}"]: row[f"sum_{index}"] for index in range(2)}
         if "UP" in sums:
             left.plot([1, 0], [sums.pop("UP"), *sums.values()], "o-", color=CHANNEL, alpha=0.7)
-    (pairs,) = parts["pair"]["told"]
+    (pairs,) = parts["pair"]["falls"]
     title = f"UP is higher in\n{shown(pairs, 'share', '.0%')}, n={pairs['pairs']}"
     left.set(xticks=[0, 1], xticklabels=["not UP", "UP"], xlim=(-0.3, 1.3), ylabel="sum of the UP channel", title=title)
     rows = chosen(parts["sums"]["sums"], direction="UP", split=IN)

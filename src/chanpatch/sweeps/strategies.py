@@ -179,7 +179,7 @@ def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
 
 
 def _opaque(tree: Any) -> str:
-    """Return the type name of the first object in an output that may contain hidden tensors; "" if there is none."""
+    """Return the type name of the first object in an output that may contain hidden tensors, or ""."""
     children = [child for _, child in _children(tree)]
     if isinstance(tree, TransformedDistribution) or not (children or isinstance(tree, _PLAIN)):
         return type(tree).__name__

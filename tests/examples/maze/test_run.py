@@ -1,4 +1,4 @@
-"""Runs of the study: parts on disk, and the report that is told from them."""
+"""Runs of the study: the parts on disk, and the report made from them."""
 
 import json
 import re
