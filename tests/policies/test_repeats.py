@@ -218,3 +218,16 @@ def test_the_repeated_pass_leaves_no_entry_in_logs_and_ledgers():
     steps = int(pairs["patched"].lengths.sum())
     assert len(seen) == steps
     assert [record["firings"] for record in twin.ledger.to_records()] == [steps]
+
+
+def test_one_policy_under_two_names_has_equal_episodes_or_is_refused():
+    def late(activation, *, context):
+        return unseeded(activation) * 5 if context.step > 2 else activation
+
+    twin = PatchedPolicy(POINTS, patch(late))
+    with pytest.raises(RolloutError) as caught:
+        paired_rollouts({"one": twin, "same": twin}, walks(), range(5), **SETTINGS)
+    assert str(caught.value) == (
+        "'one' and 'same' are the same policy, but their episodes differ. The policy draws from a generator that a "
+        "rollout cannot restore, or it keeps such state. Store the generator or the state in an attribute."
+    )

@@ -363,6 +363,15 @@ class SharedState:
         return rollouts
 
 
+def check_equal(one: str, other: str, rollouts: Mapping[str, Rollout]) -> None:
+    """Raise RolloutError if one policy, under two names, played different episodes."""
+    if not _equal(rollouts[one], rollouts[other]):
+        raise RolloutError(
+            f"{one!r} and {other!r} are the same policy, but their episodes differ. The policy draws from a generator "
+            "that a rollout cannot restore, or it keeps such state. Store the generator or the state in an attribute."
+        )
+
+
 def _may_keep_state(item: Any) -> bool:
     is_log = isinstance(item, io.IOBase)  # files are also iterators
     return not is_log and (isinstance(item, (*CONTAINERS, Iterator)) or may_be_written(item))

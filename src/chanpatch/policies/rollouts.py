@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RolloutError
 from ..labels import reference_notes, refuse_shared_state
-from .checks import SharedState, check_modes, refuse_environments_by_rows
+from .checks import SharedState, check_equal, check_modes, refuse_environments_by_rows
 from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
 from .episodes import InitialState, Options, play
@@ -162,4 +163,8 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         run = functools.partial(play, policy, envs, seeds, own, label=name)
         (rollouts[name],) = shared.checked(f"of {name!r}", run, run)
     remarks = reference_notes(patch for own in patches.values() for patch in own)
-    return PairedRollouts(rollouts, remarks=tuple(remarks))
+    pairs = PairedRollouts(rollouts, remarks=tuple(remarks))
+    for one, other in itertools.combinations(policies, 2):
+        if policies[one] is policies[other] and each.get(one) == each.get(other):
+            check_equal(one, other, rollouts)
+    return pairs
