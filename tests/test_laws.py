@@ -192,15 +192,15 @@ def test_a_copy_made_inside_a_context_has_no_hook_of_ours_when_that_closes(model
 
 
 def test_an_interrupt_while_a_context_is_entered_leaves_no_hook(plain_cnn: Model, monkeypatch: Any) -> None:
-    register = nn.Module.register_forward_hook
+    on = Station.on
 
-    def interrupted_after(*args: Any, **kwargs: Any) -> None:
-        register(*args, **kwargs)
+    def interrupted_after(module: nn.Module) -> None:
+        on(module)
         raise KeyboardInterrupt
 
     context = patched(plain_cnn.module, zero_ablate(Site("conv1")))
     with monkeypatch.context() as during, pytest.raises(KeyboardInterrupt):
-        during.setattr(nn.Module, "register_forward_hook", interrupted_after)
+        during.setattr(Station, "on", interrupted_after)
         context.__enter__()
     assert not hooks(plain_cnn.module) + hook_flags(plain_cnn.module)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import chanpatch
 from chanpatch import PatchedPolicy, Site, hook_points, patched, recording, run_with_cache, steer, tap, zero_ablate
 from chanpatch.engine import calls, hooks, sessions, state
-from chanpatch.engine.hooks import compiled_code_runs_eagerly
+from chanpatch.engine.hooks import RunEagerly
 from chanpatch.engine.sessions import StopForward
 
 FOLDER = str(Path(chanpatch.__file__).parent)
@@ -103,7 +103,7 @@ def stops_early(case: Case) -> None:
 
 
 def runs_eagerly(case: Case) -> None:
-    with compiled_code_runs_eagerly(), compiled_code_runs_eagerly():
+    with RunEagerly(), RunEagerly():
         pass
 
 

@@ -5,47 +5,53 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from .hooks import STAGES, compiled_code_runs_eagerly, drop, finally_twice
+from .hooks import STAGES, RunEagerly, Undoable, drop, keys_of
 
 
-@contextmanager
-def observed(
-    modules: Iterable[nn.Module],
-    on_inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object] | None = None,
-    on_output: Callable[[nn.Module, Any], object] | None = None,
-    on_tap: Callable[[str, Tensor], object] | None = None,
-) -> Iterator[None]:
-    """Run the callbacks at every tap and at every call to a given module, but not at calls to copies of the modules."""
-    known = set(modules)
+class Observed(Undoable):
+    """Context in which callbacks run at every tap, and at every call to a given module, but not to a module's copies.
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if on_inputs is not None and module in known:
-            on_inputs(module, args, kwargs)
+    `on_inputs` receives (module, args, kwargs), `on_output` (module, output), and `on_tap` (name, tensor).
+    """
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if on_output is not None and module in known:
-            on_output(module, output)
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        on_inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], object] | None = None,
+        on_output: Callable[[nn.Module, Any], object] | None = None,
+        on_tap: Callable[[str, Tensor], object] | None = None,
+    ) -> None:
+        self._modules, self._eagerly, self._on_tap = (known := set(modules)), RunEagerly(), on_tap
 
-    def end() -> None:
-        if on_tap in _tap_observers:
-            _tap_observers.remove(on_tap)
-        for module in known:
-            drop(module, lambda hook: hook is before or hook is after)
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if on_inputs is not None and module in known:
+                on_inputs(module, args, kwargs)
 
-    with finally_twice(end):
-        for module in known:
-            module.register_forward_pre_hook(before, with_kwargs=True)
-            module.register_forward_hook(after)
-        if on_tap is not None:
-            _tap_observers.append(on_tap)
-        with compiled_code_runs_eagerly():
-            yield
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if on_output is not None and module in known:
+                on_output(module, output)
+
+        self._before, self._after = before, after  # functions, so that a copy of a module has the same hooks
+
+    def _do(self) -> None:
+        for module in self._modules:
+            module.register_forward_pre_hook(self._before, with_kwargs=True)
+            module.register_forward_hook(self._after)
+        if self._on_tap is not None:
+            _tap_observers.append(self._on_tap)
+        self._eagerly.__enter__()
+
+    def _undo(self) -> None:
+        if self._on_tap in _tap_observers:
+            _tap_observers.remove(self._on_tap)
+        for module in self._modules:
+            drop(module, keys_of(module, lambda hook: hook is self._before or hook is self._after))
+        self._eagerly.__exit__()
 
 
 _tap_observers: list[Callable[[str, Tensor], object]] = []
@@ -97,25 +103,27 @@ def forget_taps(session: Any) -> None:
             _tap_sessions.pop(name, None)
 
 
-@contextmanager
-def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Wrap a method in `around(method, ...)` while the context is open; contexts may close in any order."""
-    found = vars(module).get(name)
-    wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
+class WrappedMethod(Undoable):
+    """Context in which `around(method, ...)` runs instead of a module's method; contexts may close in any order."""
 
-    def end() -> None:
-        if around in wrapper.around:
-            wrapper.around.remove(around)
-        if not wrapper.around and vars(module).get(name) is wrapper:
+    def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
+        found = vars(module).get(name)
+        self._wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
+        self._attributes, self._name, self._around = vars(module), name, around
+
+    def _do(self) -> None:
+        self._attributes[self._name] = self._wrapper
+        self._wrapper.around.append(self._around)
+
+    def _undo(self) -> None:
+        wrapper = self._wrapper
+        if self._around in wrapper.around:
+            wrapper.around.remove(self._around)
+        if not wrapper.around and self._attributes.get(self._name) is wrapper:
             if wrapper.own is None:
-                del vars(module)[name]
+                del self._attributes[self._name]
             else:  # a function that the user assigned
-                vars(module)[name] = wrapper.own
-
-    with finally_twice(end):
-        vars(module)[name] = wrapper
-        wrapper.around.append(around)
-        yield
+                self._attributes[self._name] = wrapper.own
 
 
 class _MethodWrapper:

@@ -8,12 +8,13 @@ the user's pre-hooks. Recordings without `before=True` run after the user's hook
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from ..errors import ConcurrencyError, UnsupportedModelError
 from .containers import containers, contents, copied_containers, holds, with_copies, written_into
 from .paths import Path, get
+
+if TYPE_CHECKING:
+    from collections import OrderedDict
 
 Stage: TypeAlias = Literal["before", "patch", "after"]
 STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # execution order of the listeners at one place
@@ -45,7 +49,7 @@ class Station:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.listeners: list[Any] = []
+        self.listeners: list[Any] = []  # empty, like `scopes`, while no session is attached
         self.scopes: list[Any] = []  # sessions for which a call to this module may be a root call
         self.module_id = id(module)
         self._module = weakref.ref(module)
@@ -57,19 +61,38 @@ class Station:
         self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # in this call: place, tensor, version
         self._copies: list[weakref.ref[nn.Module]] = []
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, with their contents
-        module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)
-        module.register_forward_hook(_Hook(self, self._leave), with_kwargs=True, always_call=True, prepend=True)
-        self._hooks = 1  # number of forward hooks
+        self._hooks = 0  # number of forward hooks on the module
         self._calls: list[tuple[Any, int]] = []
+        self._keys = next(_KEYS), next(_KEYS)
+        self._before, self._first, self._last = (_Hook(self, each) for each in (self._enter, self._leave, self._finish))
 
     @staticmethod
     def of(module: nn.Module) -> Station | None:
-        """Return the module's station, or None if the module has no station."""
-        # Only the hooks refer to a station, so removing the hooks frees the station.
+        """Return the module's station if the station's hooks are on the module."""
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, _Hook) and hook.station.module_id == id(module):
                 return hook.station
         return None
+
+    @staticmethod
+    def on(module: nn.Module) -> Station:
+        """Return the module's station; if no session is attached, put the station's hooks on the module."""
+        if (station := _stations.get(module)) is None:
+            station = _stations[module] = Station(module)
+        if not station.is_open:
+            vars(station).pop("inside", None)
+            module._forward_pre_hooks_with_kwargs[station._keys[0]] = True
+            module._forward_pre_hooks[station._keys[0]] = station._before
+            station._put(module, 0, station._first)
+        return station
+
+    def _put(self, module: nn.Module, number: int, hook: _Hook) -> None:
+        """Add the first or the last forward hook as `register_forward_hook` does, but with the station's own key."""
+        key, hooks = self._keys[number], cast("OrderedDict[int, Any]", module._forward_hooks)
+        module._forward_hooks_with_kwargs[key] = module._forward_hooks_always_called[key] = True
+        hooks[key] = hook
+        hooks.move_to_end(key, last=bool(number))
+        self._hooks = number + 1
 
     @functools.cached_property
     def inside(self) -> frozenset[int]:
@@ -92,11 +115,12 @@ class Station:
 
     def plan(self) -> None:
         """Sort the listeners by stage, then by order of entry, into the lists that the hooks run."""
-        ordered = sorted(self.listeners, key=lambda listener: STAGES.index(listener.stage))
-        self._on_inputs = [listener for listener in ordered if listener.place.side == "in"]
-        output = [listener for listener in ordered if listener.place.side == "out"]
-        self._on_output = [listener for listener in output if listener.stage != "after"]
-        self._at_last = [listener for listener in output if listener.stage == "after"]
+        self._on_inputs, self._on_output, self._at_last = [], [], []
+        for stage in STAGES if self.listeners else ():
+            output = self._at_last if stage == "after" else self._on_output
+            for listener in self.listeners:
+                if listener.stage == stage:
+                    (self._on_inputs if listener.place.side == "in" else output).append(listener)
         self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
     def remove(self, session: Any) -> None:
@@ -106,9 +130,12 @@ class Station:
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
         self.scopes = [other for other in self.scopes if other is not session]
         self.plan()
-        for each in () if self.is_open else (self._module, *self._copies):
-            if (module := each()) is not None:
-                drop(module, self._owns)
+        if not self.is_open:
+            self._calls, self._just_patched = [], []
+            for each in (self._module, *self._copies):
+                if (module := each()) is not None:
+                    drop(module, self._keys)
+            self._copies.clear()
 
     def note_copy(self, memo: dict[int, Any]) -> None:
         """Register copies of the module found in a `deepcopy` memo, so that `remove` also removes the copies' hooks."""
@@ -117,26 +144,18 @@ class Station:
 
     def has_hooks(self, module: nn.Module) -> bool:
         """Return whether the module still has all of this station's forward hooks."""
-        return sum(map(self._owns, module._forward_hooks.values())) == self._hooks
-
-    def _owns(self, hook: object) -> bool:
-        return isinstance(hook, _Hook) and hook.station is self
+        return all(key in module._forward_hooks for key in self._keys[: self._hooks])
 
     def order(self) -> None:
         """Make the station's pre-hook run after all other pre-hooks, starting with the next call to the module."""
         hooks: Any = getattr(self._module(), "_forward_pre_hooks", {})
-        for key in [key for key, hook in hooks.items() if self._owns(hook)]:
-            hooks.move_to_end(key)
+        if self._keys[0] in hooks:
+            hooks.move_to_end(self._keys[0])
 
     def _order_output(self, module: nn.Module) -> None:
         """Make output patches run before all other forward hooks, and output recordings after all of them."""
-        hooks: Any = module._forward_hooks
-        if not any(self._owns(hook) and hook.is_last for hook in hooks.values()):
-            module.register_forward_hook(_Hook(self, self._leave_last), with_kwargs=True, always_call=True)
-        self._hooks = 2
-        first, last = sorted(filter(lambda key: self._owns(hooks[key]), hooks), key=lambda key: hooks[key].is_last)
-        hooks.move_to_end(first, last=False)
-        hooks.move_to_end(last)
+        self._put(module, 0, self._first)
+        self._put(module, 1, self._last)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if id(module) != self.module_id:
@@ -144,13 +163,12 @@ class Station:
         self._errors_before.append(sys.exc_info()[1])
         if len(module._forward_hooks) > self._hooks or (self._at_last and self._hooks == 1):
             self._order_output(module)
-        listening = bool(self._on_inputs) and any(listener.session.enabled for listener in self._on_inputs)
-        late = listening and not is_ours(next(reversed(module._forward_pre_hooks.values())))
+        late = bool(self._on_inputs) and not is_ours(next(reversed(module._forward_pre_hooks.values())))
         for session in self.scopes:
             session.begin(self, args, kwargs)
         for session in self._counting:
             session.enter_call(self)
-        if not listening:
+        if not self._on_inputs or not any(listener.session.enabled for listener in self._on_inputs):
             return None
         if late:
             self.order()
@@ -194,7 +212,7 @@ class Station:
             self._just_patched = [] if changed is output else self._patched_in(changed)
         return None if changed is output else changed
 
-    def _leave_last(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if id(module) != self.module_id:
             return None
         failed, patched, self._just_patched = self._has_failed(), self._just_patched, []
@@ -259,6 +277,8 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version  # torch does not count writes in inference mode
 
 
+_stations: weakref.WeakKeyDictionary[nn.Module, Station] = weakref.WeakKeyDictionary()
+_KEYS = itertools.count(-1, -1)  # torch numbers its hooks from 0 upward
 _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
 
@@ -269,7 +289,7 @@ class _Hook:
     """
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
-        self.station, self._run, self.is_last = station, run, run == station._leave_last
+        self.station, self._run = station, run
 
     def __call__(self, module: nn.Module, *passed: Any) -> Any:
         run = eager(self._run) if is_compiling() else self._run
@@ -295,46 +315,77 @@ def drop_hooks(model: nn.Module) -> None:
     """Remove hooks that were copied from another model; twins inside the model keep their own hooks."""
     for module in model.modules():
         own = Station.of(module)
-        drop(module, lambda hook, own=own: isinstance(hook, _Hook) and hook.station is not own)  # type: ignore[misc]
+        drop(module, keys_of(module, lambda hook, own=own: isinstance(hook, _Hook) and hook.station is not own))  # type: ignore[misc]
 
 
-def drop(module: nn.Module, ours: Callable[[Any], bool]) -> None:
-    """Remove the hooks for which `ours` returns True."""
+def keys_of(module: nn.Module, ours: Callable[[Any], bool]) -> list[Any]:
+    """Return the keys of the module's hooks for which `ours` returns True."""
+    hooks: Any = (*module._forward_hooks.items(), *module._forward_pre_hooks.items())
+    return [key for key, hook in hooks if ours(hook)]
+
+
+def drop(module: nn.Module, keys: Iterable[Any]) -> None:
+    """Remove the hooks with the given keys."""
     # `Station.of` needs the pre-hook, so the pre-hook is removed last; an interrupted removal can then be repeated.
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        hooks = vars(module).get(name, {})
-        for key in [key for key, hook in hooks.items() if ours(hook)]:
-            for flags in ("_with_kwargs", "_always_called"):
-                vars(module).get(f"{name}{flags}", {}).pop(key, None)
-            del hooks[key]
+    for key in keys:
+        module._forward_hooks.pop(key, None)
+        module._forward_hooks_with_kwargs.pop(key, None)
+        module._forward_hooks_always_called.pop(key, None)
+    for key in keys:
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+        module._forward_pre_hooks.pop(key, None)
 
 
-@contextmanager
-def finally_twice(end: Callable[[], object]) -> Iterator[None]:
-    """Call `end` twice on exit, so cleanup completes even if an interrupt stops the first call."""
-    try:
+class Undoable:
+    """Context whose `_undo` is repeated after an interrupt, and runs when a context that was not exited is freed.
+
+    Nothing that a context changes may refer to the context itself, which would then not be freed.
+    """
+
+    _is_open = False
+
+    def _do(self) -> object:
+        """Enter the context."""
+
+    def _undo(self) -> object:
+        """Leave the context. This method may be called again, also if `_do` or `_undo` was interrupted."""
+
+    def __enter__(self) -> None:
+        self._is_open = True
         try:
-            yield
+            self._do()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._leave()
         finally:
-            end()
-    finally:
-        end()
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._is_open:
+            self._undo()
+            self._is_open = False
+
+    __del__ = __exit__
 
 
-@contextmanager
-def compiled_code_runs_eagerly() -> Iterator[None]:
-    """Make compiled code run eagerly, so that hooks take effect; overlapping contexts may close in any order."""
-    token = object()
+class RunEagerly(Undoable):
+    """Context in which compiled code runs eagerly, so that hooks take effect; contexts may close in any order."""
 
-    def end() -> None:
-        if token in _eager:
-            _eager.remove(token)
+    def __init__(self) -> None:
+        self._token = object()
+
+    def _do(self) -> None:
+        _eager.append(self._token)
         _settle_stance()
 
-    with finally_twice(end):
-        _eager.append(token)
+    def _undo(self) -> None:
+        if self._token in _eager:
+            _eager.remove(self._token)
         _settle_stance()
-        yield
 
 
 _eager: list[object] = []

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
-from .calls import forget_taps, hear_tap, wrapped_method
+from .calls import WrappedMethod, forget_taps, hear_tap
 from .containers import containers
-from .hooks import Place, Stage, Station, compiled_code_runs_eagerly, finally_twice, refuse_checkpoint
+from .hooks import Place, RunEagerly, Stage, Station, Undoable, refuse_checkpoint
 from .moments import Moment, RootCall, published
 from .paths import Item, get, in_distribution, leaves, nested, read_only, replace
 
@@ -121,19 +121,9 @@ class Session:
         """Add a listener at a place; the listener takes effect the next time the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Attach the listeners while the context is open; each call to the method is a root call.
-
-        If an interrupt arrives just before the exit, the cleanup runs when this generator is freed.
-        """
-        if self.confined:
-            self._thread, self._task = threading.get_ident(), _current_task()
-        is_call = self.method == "__call__"
-        around = nullcontext() if is_call else wrapped_method(self.root, self.method, self._as_root_call)
-        with compiled_code_runs_eagerly(), finally_twice(self.detach), around:
-            self.attach([self.root] if is_call else [])
-            yield
+    def attached(self) -> Attached:
+        """Attach the listeners while the context is open; each call to the method is a root call."""
+        return Attached(self)
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Attach all listeners, or none if one fails; outermost calls to the modules in `scopes` are root calls."""
@@ -178,7 +168,7 @@ class Session:
 
     def _station(self, module: nn.Module) -> Station:
         self._touched[module] = None  # stored first, so that an interrupt leaves no hook behind
-        return Station.of(module) or Station(module)
+        return Station.on(module)
 
     @property
     def in_method(self) -> bool:
@@ -220,7 +210,8 @@ class Session:
         else:
             self._end(running, failed=failed)
 
-    def _as_root_call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def run_method(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call the traced method, as a root call or within the current root call, and return the output."""
         return self.run(self.method, function, args, kwargs)
 
     def run(self, method: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -292,6 +283,10 @@ class Session:
             if not self.confined:
                 self._thread = None
 
+    def own(self) -> None:
+        """Allow calls to the model only from the current thread and asyncio task."""
+        self._thread, self._task = threading.get_ident(), _current_task()
+
     def check_owner(self) -> None:
         """Raise ConcurrencyError unless the current forward pass runs in the session's thread and asyncio task."""
         if self._is_elsewhere():
@@ -358,24 +353,48 @@ class Session:
         return place.call is None or place.call == self.call
 
 
+class Attached(Undoable):
+    """Context in which a session is attached."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._eagerly = session, RunEagerly()
+        is_call = session.method == "__call__"
+        self._around = None if is_call else WrappedMethod(session.root, session.method, session.run_method)
+
+    def _do(self) -> None:
+        session = self._session
+        if session.confined:
+            session.own()
+        self._eagerly.__enter__()
+        if self._around is not None:
+            self._around.__enter__()
+        session.attach([session.root] if self._around is None else [])
+
+    def _undo(self) -> None:
+        self._session.detach()
+        self._eagerly.__exit__()
+        if self._around is not None:
+            self._around.__exit__()
+
+
 def _current_task() -> Any:
     asyncio = sys.modules.get("asyncio")
     loop = None if asyncio is None else asyncio._get_running_loop()
     return None if asyncio is None or loop is None else asyncio.current_task(loop)
 
 
-@contextmanager
-def disabled(sessions: Iterable[Session]) -> Iterator[None]:
-    """Disable the given sessions' listeners while the context is open; overlapping contexts may close in any order."""
-    token = object()
+class DisabledSessions(Undoable):
+    """Context in which the listeners of the given sessions do not run; overlapping contexts may close in any order."""
 
-    def end() -> None:
-        for session in sessions:
-            session.disabled_by.discard(token)
-            session.enabled = not session.disabled_by
+    def __init__(self, sessions: Iterable[Session]) -> None:
+        self._sessions, self._token = tuple(sessions), object()
 
-    with finally_twice(end):
-        for session in sessions:
-            session.disabled_by.add(token)
+    def _do(self) -> None:
+        for session in self._sessions:
+            session.disabled_by.add(self._token)
             session.enabled = False
-        yield
+
+    def _undo(self) -> None:
+        for session in self._sessions:
+            session.disabled_by.discard(self._token)
+            session.enabled = not session.disabled_by

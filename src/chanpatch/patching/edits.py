@@ -252,17 +252,17 @@ def check_operands(
     verb = next((verb for kind, verb in _VERBS.items() if isinstance(edit, kind)), None)
     if verb is None:
         return
-    subject = f"{type(edit).__name__} at {site!r}"
-    if str(dtype).startswith(("torch.quint", "torch.qint")):
+    kind = type(edit).__name__
+    if dtype in _QUANTIZED:
         raise EditError(
-            f"{subject}: the region is quantized ({dtype}). Dequantize the tensor, or patch an earlier site."
+            f"{kind} at {site!r}: the region is quantized ({dtype}). Dequantize the tensor, or patch an earlier site."
         )
     if isinstance(edit, Resample):
         number = axes.index("batch") if "batch" in axes else edit.batch_axis
         if number != edit.batch_axis:
             raise EditError(
-                f"{subject} has batch_axis={edit.batch_axis}, but the batch is axis {number} of ({', '.join(axes)}). "
-                f"Use Resample(reference, seed, batch_axis={number})."
+                f"{kind} at {site!r} has batch_axis={edit.batch_axis}, but the batch is axis {number} of "
+                f"({', '.join(axes)}). Use Resample(reference, seed, batch_axis={number})."
             )
         lengths = [*lengths[:number], None, *lengths[number + 1 :]]  # any number of rows
     operands = {item.name: getattr(edit, item.name) for item in fields(edit)}  # type: ignore[arg-type]
@@ -270,25 +270,30 @@ def check_operands(
         operands["vector times its coefficient"] = edit.coefficient * edit.vector
     for name, operand in operands.items():
         if isinstance(operand, Tensor):
-            check_shape(subject, name, operand, axes, lengths, verb)
+            if not fits(operand, lengths, or_one=True):
+                raise shape_error(f"{kind} at {site!r}", name, operand, axes, lengths, verb)
             if operand.dtype != dtype or operand.device != device:
                 raise EditError(
-                    f"{subject}: the {name} is {operand.dtype} on {operand.device}, but the region is "
+                    f"{kind} at {site!r}: the {name} is {operand.dtype} on {operand.device}, but the region is "
                     f"{dtype} on {device}. Convert the {name}: {name}.to('{device}', {dtype})."
                 )
-        elif verb != "draws" and operand is not None:
-            _check_number(f"{subject}: the {name}", dtype, operand)
+        elif verb != "draws" and operand is not None and (fault := _out_of_range(dtype, operand)):
+            raise EditError(f"{kind} at {site!r}: the {name} must be {fault}")
 
 
-def _check_number(subject: str, dtype: torch.dtype, number: float) -> None:
-    """Raise EditError if a number is outside a dtype's range; floating-point dtypes also accept infinities and NaN."""
+_QUANTIZED = (torch.quint8, torch.qint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+
+
+def _out_of_range(dtype: torch.dtype, number: float) -> str:
+    """Describe the range of a dtype if a number is outside it; floating-point dtypes include infinities and NaN."""
     inexact = dtype.is_floating_point or dtype.is_complex
     limits = (torch.finfo if inexact else torch.iinfo)(dtype if dtype != torch.bool else torch.uint8)
     low, high = (0, 1) if dtype == torch.bool else (limits.min, limits.max)
     inside = low <= number <= high and (inexact or number == int(number))
     if not inside and (not inexact or -math.inf < number < math.inf):
         expected = f"{'a number' if inexact else 'an integer'} from {low} to {high}"
-        raise EditError(f"{subject} must be {expected}, because the region's dtype is {dtype}; got {number}.")
+        return f"{expected}, because the region's dtype is {dtype}; got {number}."
+    return ""
 
 
 def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | None] | None = None) -> None:
@@ -300,8 +305,8 @@ def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | N
             "tensor; "
             f"got {got}."
         )
-    if lengths is not None:
-        check_shape(f"`where` at {site!r}", "mask", mask, axes, lengths, "selects")
+    if lengths is not None and not fits(mask, lengths, or_one=True):
+        raise shape_error(f"`where` at {site!r}", "mask", mask, axes, lengths, "selects")
 
 
 def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False) -> bool:
@@ -310,10 +315,10 @@ def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False
     return operand.dim() == len(lengths) and all(want in (None, n) or (or_one and n == 1) for n, want in pairs)
 
 
-def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
-    """Raise EditError unless the operand has as many axes as the region, each with the region's length or length 1."""
-    if fits(operand, lengths, or_one=True):
-        return
+def shape_error(
+    subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str
+) -> EditError:
+    """Return the error for an operand whose axes do not match the region's."""
     rows = axes.index("batch") if "batch" in axes else 0
     # A mask with the length of the batch probably selects rows; any other vector probably does not.
     tried = [*[rows] * (noun == "mask"), *(number for number in range(len(axes)) if number != rows)]
@@ -322,7 +327,7 @@ def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: S
     if operand.dim() == 1 and number is not None:
         view = ", ".join(str(len(operand)) if axis == number else "1" for axis in range(len(axes)))
         advice = f": {noun}.view({view}) {verb} along {axes[number]}"
-    raise EditError(
+    return EditError(
         f"{subject}: the {noun} has shape {tuple(operand.shape)}, but the region has axes {shown_axes(axes, lengths)}. "
         f"Each axis of the {noun} must have the region's length or length 1{advice}."
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from numbers import Real
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ class Located:
             self._check(leaf)
         if type(leaf) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
             self._known = known  # positions from inside a transform or for a tensor subclass are not reused
+            self._remember()
 
     def _bare_axes(self, point: Place, leaf: Tensor, moment: Moment | Session) -> tuple[Axes, int | None]:
         """Infer the axis names and batch axis from the module's type or, if that is not enough, from a trace."""
@@ -78,6 +80,9 @@ class Located:
 
     def _check(self, leaf: Tensor) -> None:
         """Raise if the patch or the recording does not match the region."""
+
+    def _remember(self) -> None:
+        """Store the location for later contexts with the same patch."""
 
 
 class Firing(Located):
@@ -102,16 +107,20 @@ class Firing(Located):
         self._check_nan = check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
         self._size: tuple[Any, Any] = (None, 0)  # rows and elements of the region
-        self._constant: Tensor | None = None  # the new region, if it does not depend on the activation
+        self._is_constant = False  # whether the new region does not depend on the activation
+        self._constant: Tensor | None = None  # the new region from the last firing, if it is constant
         self._filled: Tensor | None = None  # mask of the region, for a fast fill with a number
+        if point is patch.site.point and (fit := _FITS.get(patch)) and fit["_check_nan"] == self._check_nan:
+            vars(self).update(fit)
 
     def __call__(self, leaf: Tensor, moment: Moment | Session) -> Tensor:
         """Return the tensor with the region patched, or the same object if the edit returned its input."""
         self.locate(leaf, moment)
+        if self._filled is not None and leaf.is_contiguous():
+            self._count(moment, None)
+            return leaf.masked_fill(self._filled, self._sets)
         if self._constant is not None:
             self._count(moment, None)
-            if self._filled is not None and leaf.is_contiguous():
-                return leaf.masked_fill(self._filled, self._sets)
             return written(leaf, self.positions, self._constant)
         region = read(leaf, self.positions)
         context = None
@@ -128,6 +137,8 @@ class Firing(Located):
                 self._look_for_nan(region, new)
             patched = written(leaf, self.positions, new)
         self._count(moment, mask)
+        if self._is_constant and self._known is not None:
+            self._constant = new
         return patched
 
     def _count(self, moment: Moment | Session, mask: Tensor | None) -> None:
@@ -163,11 +174,14 @@ class Firing(Located):
         number = isinstance(self._sets, Real)
         fits = number or (self._sets is not None and self._sets.shape == region.shape)
         # Whole activations are excluded, because the strides may differ.
-        if fits and self.positions and not self._check_nan and self.patch.where is None:
-            self._constant = self._edit(region)
-            if number and leaf.numel() <= 2**10 and leaf.is_floating_point():  # faster for small tensors
-                mask = torch.zeros_like(leaf, dtype=torch.bool)
-                self._filled = written(mask, self.positions, torch.ones_like(region, dtype=torch.bool))
+        self._is_constant = bool(fits and self.positions and not self._check_nan and self.patch.where is None)
+        if self._is_constant and number and leaf.numel() <= 2**10 and leaf.is_floating_point():  # faster if small
+            mask = torch.zeros_like(leaf, dtype=torch.bool)
+            self._filled = written(mask, self.positions, torch.ones_like(region, dtype=torch.bool))
+
+    def _remember(self) -> None:
+        if self._point is self.site.point:
+            _FITS[self.patch] = {name: getattr(self, name) for name in _FIT}
 
     def _edited(self, region: Tensor, context: Context | None) -> Tensor:
         counted = not region.is_inference()  # if torch does not count writes, a copy reveals in-place edits
@@ -199,6 +213,11 @@ class Firing(Located):
             if what == "shape":
                 got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
             raise EditError(f"{self.patch!r} returned a tensor of {what} {got}, but the region has {what} {expected}.")
+
+
+# The results of `locate` for patches at traced hook points, because contexts are often opened with the same patch.
+_FITS: WeakKeyDictionary[Patch, dict[str, Any]] = WeakKeyDictionary()
+_FIT = ("axes", "batch_axis", "positions", "_known", "_check_nan", "_kind", "_size", "_is_constant", "_filled")
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:

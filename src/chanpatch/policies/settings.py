@@ -7,7 +7,6 @@ import operator
 import reprlib
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -42,8 +41,8 @@ class Settings:
         On the first call of each kind, `end` does this check instead.
         """
         self._before = None if kind in self._known_calls else self._of_twin()
-        if self._known_calls.get(kind):
-            self.check()
+        if self._known_calls.get(kind) and not self._is_equal():
+            self._compare()
 
     def end(self, kind: object, *, runs_modules: bool) -> None:
         """After the first call of a kind, record which settings the call changed, and compare the other settings."""
@@ -59,15 +58,18 @@ class Settings:
 
     def check(self) -> None:
         """Raise an error if a setting differs between the twin and the policy. Before the first call, do nothing."""
-        if not any(self._known_calls.values()):
-            return
-        with suppress(KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
-            if all(
-                (len(own), len(other)) == sizes and values(own) == values(other)
-                for own, other, sizes, values in self._planned
-            ):
-                return
-        self._compare()
+        if any(self._known_calls.values()) and not self._is_equal():
+            self._compare()
+
+    def _is_equal(self) -> bool:
+        """Compare the planned settings of the twin and the policy, without looking for new settings."""
+        try:
+            for own, other, count, others, values in self._planned:
+                if len(own) != count or len(other) != others or values(own) != values(other):
+                    return False
+        except (KeyError, RuntimeError, ValueError):  # a setting was deleted, or became a tensor or an array
+            return False
+        return True
 
     def _compare(self) -> None:
         for name, module, other, kind in self._modules:
@@ -87,12 +89,12 @@ class Settings:
 
     def _plan(self) -> None:
         """Prepare a fast comparison of the current settings."""
-        planned: list[tuple[Any, Any, tuple[int, int], Callable[[Any], Any]]] = []
+        planned: list[tuple[Any, Any, int, int, Callable[[Any], Any]]] = []
         for name, module, other, _ in self._modules:
             names = [each for each in module.keys() & other.keys() - _TORCHS_OWN if (name, each) not in self._changing]
             settings = [each for each in names if _plain(module[each]) not in (FunctionType, _OTHER)]
             values = operator.itemgetter(*settings) if settings else type
-            planned.append((module, other, (len(module), len(other)), values))
+            planned.append((module, other, len(module), len(other), values))
         self._planned = planned  # assigned last, so an interrupt cannot leave an incomplete plan
 
     def _of_twin(self) -> dict[tuple[str, str], Any]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.fx import _symbolic_trace
 
-from ..engine.calls import observed
+from ..engine.calls import Observed
 from ..engine.hooks import eager, is_compiling
 from ..engine.moments import RootCall
-from ..engine.sessions import disabled
+from ..engine.sessions import DisabledSessions
 from ..errors import UnsupportedModelError
 from ..patching.contexts import Exit, Held, Patching, check_reached, checked_patches, raise_nan
 from ..patching.firing import Ledger
@@ -124,7 +124,7 @@ class Disabled(Held):
 
     def __enter__(self) -> None:
         self._state.settings.check()
-        self.hold(self._state, disabled([self._state]))
+        self.hold(self._state, DisabledSessions([self._state]))
 
     @Exit
     def __exit__(self, *error: object) -> None:
@@ -186,7 +186,7 @@ class _TwinState(Patching):
         """Run a method of the twin as a root call, unless another root call is running."""
         if name in self._running_methods or self.in_method or not self.enabled:
             return self.run(name, method, args, kwargs)
-        with observed(self._modules, on_inputs=lambda *_: self._running_methods.add(name)):
+        with Observed(self._modules, on_inputs=lambda *_: self._running_methods.add(name)):
             return self.run(name, method, args, kwargs)
 
     def on_error(self, error: Exception) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..engine.hooks import Place, Station
 from ..engine.inputs import Inputs, batches, copied_inputs
-from ..engine.sessions import disabled
+from ..engine.sessions import DisabledSessions
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
 from ..results import Records
 from .names import alternative, is_pattern, parsed_name, selected, spellings, unknown_name, written_name
@@ -233,7 +233,7 @@ def names_by_trace(
         stations = [station for module in model.modules() if (station := Station.of(module)) is not None]
         sessions = {at.session for each in stations for at in each.listeners}.union(*(each.scopes for each in stations))
         found = {}
-        with suppress(Exception), disabled(sessions):
+        with suppress(Exception), DisabledSessions(sessions):
             points = hook_points(model, *args, method=method, **kwargs).values()
             found = {name: (each.axes, each.batch_axis) for each in points for name in (each.name, *each.aliases)}
         _names[model] = found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
-from ..engine.calls import observed, wrapped_method
+from ..engine.calls import Observed, WrappedMethod
 from ..engine.paths import field_names, is_tensordict, leaves, replace, shallow_copy
 from ..engine.state import Snapshot, storage
 
@@ -77,7 +77,7 @@ class Prefix:
         all_hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         hooked = {each for each in modules if all_hooked or each._forward_hooks or each._forward_pre_hooks}
         self._quiet = {module: not hooked & {*module.modules()} - {module} for module in modules}
-        with observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Sizes(self._on_size):
+        with Observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Sizes(self._on_size):
             yield
         for call in self.calls:
             call.known &= call.unwritten
@@ -222,5 +222,5 @@ def _wrapped(modules: Iterable[nn.Module], around: Callable[..., Any]) -> Iterat
     """Inside this context, call `around(module, forward, ...)` instead of each module's `forward(...)`."""
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(wrapped_method(module, "forward", partial(around, module)))
+            stack.enter_context(WrappedMethod(module, "forward", partial(around, module)))
         yield
