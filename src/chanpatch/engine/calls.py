@@ -21,7 +21,10 @@ def observed(
     on_output: Callable[[nn.Module, Any], object] | None = None,
     on_tap: Callable[[str, Tensor], object] | None = None,
 ) -> Iterator[None]:
-    """Run the callbacks at every tap and at every call to a given module, but not at calls to copies of the modules."""
+    """While the context is open, run `on_tap` at every tap, and the other callbacks at every call to a given module.
+
+    Calls to copies of the modules do not run the callbacks.
+    """
     known = set(modules)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -53,7 +56,7 @@ _tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak refe
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
-    """Turn a tensor in a `forward` method into a hook point, and return the tensor, patched if a patch is active.
+    """Turn a tensor in a `forward` method into a hook point. Return the tensor; if a patch is active, patch it first.
 
     Args:
         name: Name of the hook point. If the tap runs several times per forward pass, the hook points are `name#0`,
@@ -85,7 +88,7 @@ def tap(name: str, tensor: Tensor) -> Tensor:
 
 
 def hear_tap(name: str, session: Any) -> None:
-    """Subscribe a session to a tap."""
+    """Subscribe a session to all taps with the given name."""
     _tap_sessions.setdefault(name, weakref.WeakKeyDictionary())[session] = None
 
 
@@ -99,7 +102,10 @@ def forget_taps(session: Any) -> None:
 
 @contextmanager
 def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """Wrap a method in `around(method, ...)` while the context is open; contexts may close in any order."""
+    """While the context is open, a call to the module's method runs `around(method, *args, **kwargs)` instead.
+
+    Several contexts may wrap the same method, and may close in any order.
+    """
     found = vars(module).get(name)
     wrapper = found if isinstance(found, _MethodWrapper) else _MethodWrapper(module, name)
 
@@ -119,7 +125,10 @@ def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> 
 
 
 class _MethodWrapper:
-    """Instance attribute that shadows a method. Copies of the module get the original method."""
+    """Instance attribute that shadows a module's method and runs the functions in `around`.
+
+    A copy of the module gets the original method instead of the wrapper.
+    """
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()

@@ -95,7 +95,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self.bind(Site(name, *_unnamed, **indices))
 
     def bind(self, site: Site) -> Site:
-        """Bind a site to the traced hook point; raise the same errors as `site`."""
+        """Check a site against the trace and bind it to the traced hook point. The errors are the same as in `site`."""
         point = self[site.name]
         return site if site.point == point else normalized(site, point)
 
@@ -207,7 +207,10 @@ def hook_points(
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return hook points unchanged, or trace a model with the inputs (the first batch, if `inputs` yields batches)."""
+    """Return hook points unchanged, or trace a model with the inputs.
+
+    If `inputs` is an iterable of batches, the model is traced with the first batch.
+    """
     if isinstance(points_or_model, HookPoints):
         return points_or_model
     model = model_of(points_or_model)
@@ -244,7 +247,11 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return a site's traced hook point or, without a trace, its parsed name; raise HookPointError if unknown."""
+    """Return the traced hook point to which a site is bound; if there is none among the modules, parse the site's name.
+
+    Raises:
+        HookPointError: If the name is parsed and is not valid.
+    """
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
@@ -276,7 +283,10 @@ def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Check sites against a trace; without a trace, check only names against a model. Report all errors together."""
+    """Check sites against the traced hook points and return the bound sites.
+
+    If a model is passed instead of hook points, only the sites' names are checked. All errors are reported together.
+    """
     found, faults = [], []
     model = model_of(points_or_model)
     modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
@@ -303,13 +313,13 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
 
 
 def no_module(given: object) -> str:
-    """Describe an object that is not a module, for an error message, and suggest an attribute that is a module."""
+    """For an error message, name the type of an object that is not a module; suggest an attribute that is a module."""
     held = [name for name, item in getattr(given, "__dict__", {}).items() if isinstance(item, nn.Module)]
     return f"{type(given).__name__}.{f' Pass its module .{held[0]} instead.' if held else ''}"
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the arguments for a Session: the model, the method and, if traced, the number of calls to each module."""
+    """Return the arguments for a Session: the model, the method and, for HookPoints, the number of calls by name."""
     if isinstance(points_or_model, HookPoints):
         return points_or_model.model, points_or_model.method, points_or_model.calls
     return model_of(points_or_model), "__call__", None
