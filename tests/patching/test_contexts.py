@@ -485,17 +485,17 @@ def test_row_numbers_that_do_not_fit_the_forward_are_refused(net, points, image)
 def test_an_edit_with_a_context_is_told_inputs_step_rows_and_call(shared_module):
     (vector,) = shared_module.inputs(3)
     points = hook_points(shared_module.module, vector)
-    told = []
+    contexts = []
 
     def ask(activation, *, context):
-        told.append((context.inputs[0] is vector, context.step, context.rows.tolist(), context.call))
+        contexts.append((context.inputs[0] is vector, context.step, context.rows.tolist(), context.call))
         return activation
 
     with patched(points, [edit(points.site("relu#0"), ask), edit(points.site("relu#1"), ask)]):
         shared_module.module(vector)
         with forward_context(step=9, rows=torch.tensor([4, 5, 6])):
             shared_module.module(vector)
-    assert told == [(True, None, [0, 1, 2], call) for call in (0, 1)] + [(True, 9, [4, 5, 6], c) for c in (0, 1)]
+    assert contexts == [(True, None, [0, 1, 2], call) for call in (0, 1)] + [(True, 9, [4, 5, 6], c) for c in (0, 1)]
 
 
 def test_an_edit_with_a_positional_parameter_called_context_gets_none(net, points, image):

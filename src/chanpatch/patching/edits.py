@@ -221,7 +221,7 @@ def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: T
     if not (result.is_floating_point() or result.is_complex() or result.dtype == torch.bool):
         exact = arithmetic(region.float(), operand.float() if isinstance(operand, Tensor) else operand)
         if ((exact - result).abs() > torch.iinfo(result.dtype).max / 2).any():
-            raise EditError(f"{type(edit).__name__}: the result overflows {result.dtype}.")
+            raise EditError(f"{type(edit).__name__}: the result does not fit in the region's dtype, {result.dtype}.")
     return result
 
 
@@ -297,8 +297,7 @@ def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | N
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
             f"`where` at {site!r} must be a bool tensor (such as column < 12) or a function that returns a bool "
-            "tensor; "
-            f"got {got}."
+            f"tensor; got {got}."
         )
     if lengths is not None:
         check_shape(f"`where` at {site!r}", "mask", mask, axes, lengths, "selects")

@@ -41,7 +41,7 @@ class Located:
         self._known: tuple[Any, ...] | None = None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
-        """Locate the site in a tensor; raise if the tensor does not match the trace or the site."""
+        """Locate the site in a tensor; raise an error if the tensor does not match the trace or the site."""
         known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
@@ -77,7 +77,7 @@ class Located:
         return axes, axes.index("batch") if "batch" in axes else None
 
     def _check(self, leaf: Tensor) -> None:
-        """Raise if the patch or the recording does not match the region."""
+        """Raise an error if the patch or recording cannot be applied to the site's region of the tensor."""
 
 
 class Firing(Located):
@@ -101,7 +101,7 @@ class Firing(Located):
         self._sets: Any = patch.edit.value if type(patch.edit) is Set else None
         self._check_nan = check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
-        self._size: tuple[Any, Any] = (None, 0)  # rows and elements of the region
+        self._size: tuple[Any, Any] = (None, 0)  # number of rows and elements in the region
         self._constant: Tensor | None = None  # the new region, if it does not depend on the activation
         self._filled: Tensor | None = None  # mask of the region, for a fast fill with a number
 
@@ -202,7 +202,10 @@ class Firing(Located):
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Count the rows (None without a batch axis) and elements in a region, or only those that a mask selects."""
+    """Return the number of rows and the number of elements in a region; with a mask, count only what the mask selects.
+
+    If the batch axis is unknown, the number of rows is None.
+    """
     rows: Any = None if batch_axis is None else region[batch_axis]
     if mask is None:
         return rows, region.numel()

@@ -135,7 +135,7 @@ def _count(points: HookPoints, output: Any) -> int | None:
 
 
 def _result(entries: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics) -> SweepResult:
-    """Return the result for those entries that have finished, with `others` as the controls."""
+    """Return the result for the entries that have finished, with `others` as the control entries."""
     done = [entry for entry in entries if entry.number in execution.rows]
     baseline = {name: before.numpy() for name, before in metrics.baseline.items()}
     return SweepResult(
