@@ -168,7 +168,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a pattern of several where one is expected": (
         lambda: channel_sums(POINTS, INPUT, "h.1?"),
-        "Expected one site, but got 2: Site('h.10.out[0]'), Site('h.11.out[0]').",
+        "Expected one site, but got 2: Site('h.10.out[0]'), Site('h.11.out[0]'). Pass one of these sites.",
     ),
     "a pattern of several in a cache": (
         lambda: run_with_cache(POINTS, INPUT, sites="h.1?", stop=True)["h.*"],

@@ -56,7 +56,7 @@ _tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak refe
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
-    """Turn a tensor in a `forward` method into a hook point. Return the tensor; if a patch is active, patch it first.
+    """Turn a tensor in a `forward` method into a hook point, and return the tensor (patched, if a patch is active).
 
     Args:
         name: Name of the hook point. If the tap runs several times per forward pass, the hook points are `name#0`,
@@ -102,7 +102,7 @@ def forget_taps(session: Any) -> None:
 
 @contextmanager
 def wrapped_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """While the context is open, a call to the module's method runs `around(method, *args, **kwargs)` instead.
+    """While the context is open, make each call to a module's method run `around(method, *args, **kwargs)` instead.
 
     Several contexts may wrap the same method, and may close in any order.
     """

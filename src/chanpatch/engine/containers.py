@@ -57,7 +57,10 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Replace every argument that is the original in a pair (original, copy) by the copy, and return (args, kwargs)."""
+    """Return the arguments with each original container replaced by its copy.
+
+    `arguments` is a pair (args, kwargs), and `copied` contains pairs (original, copy).
+    """
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}

@@ -228,7 +228,7 @@ class Station:
             session.end(self, failed=failed)
 
     def _patched_in(self, output: Any) -> list[tuple[Place, Tensor, int | None]]:
-        """Return (place, tensor, version) for each patched tensor in an output. In-place writes raise the version."""
+        """Return (place, tensor, version) for each patched tensor in an output; in-place writes increment `version`."""
         places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
         return [
             (place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None

@@ -33,9 +33,9 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return a list with the first batch, and all inputs, including the first batch even if `inputs` is an iterator.
+    """Return (first, inputs): a list that contains the first batch, and all inputs, including the first batch.
 
-    The list is empty if there are no inputs.
+    The list is empty if there are no inputs. The returned inputs replace `inputs`, which may be a used iterator.
     """
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs

@@ -31,7 +31,7 @@ class StopForward(BaseException):
 class Listener:
     """A session's callback for the tensor at one place.
 
-    `act` receives the tensor and the session, and returns a new tensor, or the same object to leave it unchanged.
+    `act` receives the tensor and the session. It returns a new tensor, or the same object if nothing is to be changed.
     """
 
     __slots__ = ("_path", "act", "place", "session", "stage")
@@ -68,7 +68,7 @@ class Listener:
             raise
 
     def _leaf(self, tree: Any) -> Tensor:
-        """Return the tensor at the listener's path; raise if the value is not a tensor, or is a nested tensor."""
+        """Return the tensor at the listener's path; raise an error if the value there is not a tensor, or is nested."""
         try:
             leaf = get(tree, self._path)
         except (LookupError, AttributeError, TypeError):

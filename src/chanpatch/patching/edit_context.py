@@ -99,7 +99,9 @@ class Context:
     def _in_rollout(self, name: str) -> Any:
         found = getattr(self.moment.published, name)
         if found is None:
-            raise RolloutError(f"The patch at {self._region[0]!r} uses context.{name}, which requires a rollout.")
+            raise RolloutError(
+                f"The patch at {self._region[0]!r} uses context.{name}, which is available only in a rollout."
+            )
         return found
 
     def _of_rows(self, numbers: NDArray[np.int64] | None) -> Tensor:
@@ -110,7 +112,7 @@ class Context:
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:
-            raise TraceMismatchError(f"{site!r} has {batch} rows, but the model was called for {len(each)} rows.")
+            raise TraceMismatchError(f"{site!r} has {batch} rows, but the model was called with {len(each)} rows.")
         chosen = positions.get(axis, slice(None))
         return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
 

@@ -189,7 +189,9 @@ class Resample:
         _check(self, "seed", self.seed, Integral)
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
-            raise EditError(f"Resample: the reference has no rows: shape {shape}, batch_axis={self.batch_axis}.")
+            raise EditError(
+                f"Resample: the reference has shape {shape}, which has no rows along batch_axis={self.batch_axis}."
+            )
         if self.per not in get_args(Per):
             raise EditError(f"Resample: per must be 'episode' or 'step'; got {self.per!r}.")
 

@@ -198,7 +198,9 @@ class Firing(Located):
             got, expected = getattr(new, what), getattr(region, what)
             if what == "shape":
                 got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
-            raise EditError(f"{self.patch!r} returned a tensor of {what} {got}, but the region has {what} {expected}.")
+            raise EditError(
+                f"{self.patch!r} returned a tensor with {what} {got}, but the region has {what} {expected}."
+            )
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:

@@ -100,7 +100,7 @@ _ELEMENTWISE_FUNCTIONS = frozenset(f"{_ARITHMETIC} {_ACTIVATIONS} {_LAYERS} {_CO
 
 
 class NamePropagation(TorchFunctionMode):
-    """Mode in which elementwise torch functions propagate axis names from operands to results."""
+    """Torch function mode in which elementwise functions propagate axis names from operands to results."""
 
     def __init__(self) -> None:
         super().__init__()

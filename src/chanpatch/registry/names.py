@@ -100,8 +100,7 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
     Names consist of parts separated by dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding
     part. `*` matches any text within a part, `**` any number of parts, and `?` one character. Without `#k`, a pattern
     matches all calls; without `.in` or `.out`, all outputs. A pattern that ends with the start of a path matches all
-    tensors under that path.
-    `names` maps each hook point's name to its `spellings`.
+    tensors under that path. `names` maps each hook point's name to its `spellings`.
 
     Raises:
         HookPointError: If `?` would miss indices with several digits, as `h.?` would miss h.10.

@@ -82,7 +82,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return HookPoints(self.model, chosen, **facts)
 
     def site(self, name: str, /, *_unnamed: Any, **indices: Index) -> Site:
-        """Return a site, checked against the trace.
+        """Create a site, and check the site against the trace.
 
         Args:
             name: Name of the hook point.
@@ -105,7 +105,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return getattr(self.model, self.method)(*args, **kwargs)
 
     def _rewritten(self, name: str) -> str:
-        """Return the registry's spelling of a name, such as `fc` for `fc.out`."""
+        """Return a hook point's name as the registry spells the name, such as `fc` for `fc.out`."""
         with suppress(HookPointError):
             point = parsed_name(dict(self.model.named_modules(remove_duplicate=False)), name)
             name = written_name(point.module, point.side, point.path, point.call)
@@ -247,10 +247,10 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return the traced hook point to which a site is bound; if there is none among the modules, parse the site's name.
+    """Return the place of a site in a model, given the model's modules by name.
 
-    Raises:
-        HookPointError: If the name is parsed and is not valid.
+    The place is the traced hook point to which the site is bound. If the site is not bound to a hook point in this
+    model, the site's name is parsed; HookPointError is raised if the name is not valid.
     """
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
@@ -270,7 +270,9 @@ def sites_of(
             named.append(Site(item.name).at(item) if isinstance(item, HookPoint) else
                          item if isinstance(item, Site) else Site(item))  # fmt: skip
     if not named:
-        raise SiteError("There are no sites to record: sites is empty. Pass at least one site, as in sites=['conv1'].")
+        raise SiteError(
+            "There are no sites to record: the argument sites= is empty. Pass at least one site, as in sites=['conv1']."
+        )
     return tuple(dict.fromkeys(bound(points_or_model, named)))
 
 
@@ -278,7 +280,9 @@ def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
     """Convert a name, pattern, hook point or site to a checked site; raise SiteError if there are several sites."""
     found = sites_of(points, site)
     if len(found) > 1:
-        raise SiteError(f"Expected one site, but got {len(found)}: {', '.join(map(repr, found))}.")
+        raise SiteError(
+            f"Expected one site, but got {len(found)}: {', '.join(map(repr, found))}. Pass one of these sites."
+        )
     return found[0]
 
 

@@ -84,7 +84,7 @@ def sweep(
     if strategy not in ("auto", "vmap", "resume", "loop"):
         raise SweepError(f"strategy must be 'auto', 'vmap', 'resume' or 'loop'; got {strategy!r}.")
     if type(max_bytes) is not int or max_bytes < 1:
-        raise SweepError(f"max_bytes must be a positive number of bytes, such as 2**28; got {max_bytes!r}.")
+        raise SweepError(f"max_bytes must be a positive integer, such as 2**28; got {max_bytes!r}.")
     with torch.inference_mode(False):
         points = traced(points_or_model, inputs, keywords)
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
