@@ -69,7 +69,7 @@ def _has_one_reference(patch: Patch) -> bool:
 
 
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
-    """Raise EditError if patches under two labels have the same stateful callable as an edit or a `where`."""
+    """Raise EditError if patches under two labels have the same stateful callable as an edit or a `where` function."""
     known: dict[int, Any] = {}
     for label, patches in named:
         for function in [function for patch in patches for function in (patch.edit, patch.where)]:

@@ -141,7 +141,7 @@ def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown_p(p: float) -> str:
-    """Format a p-value for a table. Below 0.001, the exact value would depend on the number of resamples."""
+    """Format a p-value for a table: "-" for NaN, and "<0.001" for values that depend on the number of resamples."""
     if np.isnan(p):
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.2g}"

@@ -54,7 +54,7 @@ class Station:
         self._at_last: list[Any] = []  # listeners that record the output after all other hooks have run
         self._counting: list[Any] = []
         self._errors_before: list[BaseException | None] = []  # for each open call, the exception in flight at its start
-        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # (place, tensor, version)
+        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # (place, tensor, version), in this call
         self._copies: list[weakref.ref[nn.Module]] = []
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, with their contents
         module.register_forward_pre_hook(_Hook(self, self._enter), with_kwargs=True)

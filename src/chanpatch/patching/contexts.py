@@ -61,7 +61,7 @@ class ContextSession(Session):
             self.check_modules()
 
     def check_modules(self) -> None:
-        """Raise UnsupportedModelError if a module with a listener lost its hooks, or it or a parent was replaced."""
+        """Raise UnsupportedModelError if hooks or modules on the path to a listener were removed or replaced."""
         lost = [name for name, module, children, part in self._on_path if children.get(part) is not module]
         for listener in () if lost else self.listeners:
             module = self.modules.get(listener.place.module)
@@ -104,7 +104,7 @@ class Held(ContextDecorator):
     _open: tuple[tuple[Any, AbstractContextManager[None]], ...] = ()  # pairs (session, context)
 
     def hold(self, session: Any, context: AbstractContextManager[None]) -> None:
-        """Enter the context of a session, and keep references to the session and the context."""
+        """Enter a session's context, and keep references to the session and the context."""
         self._open = (*self._open, (session, context))
         context.__enter__()
 
@@ -165,7 +165,8 @@ class Opened(Held, Generic[Result]):
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
     """Check patches, and return the patches with their sites bound to the trace.
 
-    For a model without a trace, only the types and the sites' names are checked; for None, only the types.
+    If a model is passed instead of HookPoints, only the types and the sites' names are checked. If None is passed, only
+    the types are checked.
     """
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
@@ -218,14 +219,14 @@ class Patching(ContextSession):
             firing.reached, firing.nan = False, None
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """List the hook points whose patches have not run; `among` contains the indices of the patches to check."""
+        """List the hook points whose patches have not run, among the patches with the given indices (by default, all)."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
 
 
 def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -> frozenset[str]:
-    """Return the argument `allow_unreached` (here `names`) as a set; raise ValueError if a name is not in `known`."""
+    """Return `names`, the argument `allow_unreached`, as a set; raise ValueError if a name is not in `known`."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):

@@ -118,7 +118,7 @@ class Context:
 
 
 def state_of(function: Any) -> Any:
-    """Return the user's object whose state a callable may use, such as the object of a bound method.
+    """Return the user-defined object whose state a callable may use, such as the object that a method is bound to.
 
     For plain functions, modules, and objects from torch or chanpatch, return None.
     """

@@ -312,7 +312,10 @@ def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False
 
 
 def check_shape(subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str) -> None:
-    """Raise EditError unless the operand has as many axes as the region, each with the region's length or length 1."""
+    """Raise EditError unless the operand has as many axes as the region, each with the region's length or length 1.
+
+    In the error message, `subject` names the edit and the site, `noun` the operand, and `verb` the action of the edit.
+    """
     if fits(operand, lengths, or_one=True):
         return
     rows = axes.index("batch") if "batch" in axes else 0

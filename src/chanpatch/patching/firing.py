@@ -81,7 +81,7 @@ class Located:
 
 
 class Firing(Located):
-    """One patch at one hook point; without a trace, axis names are inferred from `module`.
+    """One patch at one hook point. If the model was not traced, axis names are inferred from `module`.
 
     Attributes:
         reached: Whether the patch has run since the last reset.

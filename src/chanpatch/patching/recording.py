@@ -112,7 +112,7 @@ def run_with_cache(  # noqa: D417
 
 
 class Recorder(ContextSession):
-    """Session that records sites; with `double`, reductions run in double precision."""
+    """Session that records sites. If `double` is True, reductions run in double precision."""
 
     def __init__(
         self,

@@ -262,7 +262,7 @@ _Flag: TypeAlias = tuple[Tensor, Entry, Patch]  # the tensor is True if the patc
 
 
 def _raise_nan(flags: Sequence[_Flag]) -> None:
-    """Raise NaNError for the first patch that introduced NaN. If there is none, read from the device only once."""
+    """Raise NaNError for the first patch that introduced NaN. If no patch did, the device is read only once."""
     if flags and torch.stack([flag for flag, *_ in flags]).any():
         entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
         with labelled(entry.label):
