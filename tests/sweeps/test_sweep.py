@@ -174,7 +174,7 @@ def test_a_branch_that_depends_on_numbers_is_run_one_patch_at_a_time() -> None:
 
 
 class Whisper(nn.Module):
-    """Passes sums to a later module through an attribute instead of the output, and removes each sum once it is used."""
+    """Passes sums to a later module through an attribute instead of the output, and removes each sum after use."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -219,7 +219,7 @@ class Patching(ContextSession):
             firing.reached, firing.nan = False, None
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """List the hook points whose patches have not run, among the patches with the given indices (by default, all)."""
+        """List the hook points whose patches have not run; `among` limits the list to the patches at these indices."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
