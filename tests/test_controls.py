@@ -136,7 +136,7 @@ def test_controls_tell_how_near_they_are_in_spreads_of_the_other_live_channels()
     assert found.to_pandas()["site"].tolist() == list(map(repr, found))
 
 
-EDGE = "is at the edge of its pool: {} of 19 controls have a {} mean activation, but at least 3 are required"
+EDGE = "{} of 19 controls have a {} mean activation than {!r}, but at least 3 are required"
 
 
 def ranked_by_mean(channels: int) -> HookPoints:
@@ -152,7 +152,7 @@ def test_at_the_edge_of_its_pool_an_effect_has_a_rank_and_no_p_and_the_reason_is
     found = matched_channels(points, site, background, count=19)
     means = [60.0 - dict(control.indices)["feature"][0] for control in found]
     beyond = sum(mean > 60 - feature if side == "larger" else mean < 60 - feature for mean in means)
-    assert found.no_p == f"{site!r} {EDGE.format(beyond, side)}"
+    assert found.no_p == EDGE.format(beyond, side, site)
     effects = means
     rank = found.rank(60.0 - feature, effects)
     assert (rank.rank, rank.p, rank.no_p) == (rank_among(60.0 - feature, effects).rank, None, found.no_p)
@@ -342,7 +342,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: off_distribution(POINTS, [], IMAGES, IMAGES),
             StatisticsError,
-            "patches is empty: pass at least one patch.",
+            "The argument patches= is empty. Pass at least one patch.",
         ),
         (
             lambda: matched_channels(POINTS, "ramp", IMAGES, count=1, seed=0, batch_size=0),
@@ -394,7 +394,7 @@ WITH_NAN[9, 0, 0, 0] = torch.nan
         (
             lambda: off_distribution(POINTS, zero_ablate(POINTS.site("ramp")), IMAGES[:0], IMAGES),
             StatisticsError,
-            "inputs is empty: pass at least one input.",
+            "The argument inputs= is empty. Pass at least one input.",
         ),
         (
             lambda: random_vectors(torch.zeros(1, 3), count=2, seed=0),

@@ -262,13 +262,14 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "an edit that returns another shape": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), first_rows)),
-        "Patch(Site('fc'), first_rows) returned a tensor of shape (1, 4), but the region has shape (4, 4) (axes "
+        "Patch(Site('fc'), first_rows) returned a tensor with shape (1, 4), but the region has shape (4, 4) (axes "
         "batch, feature).",
     ),
     "an edit that returns another dtype": (
         errors.EditError,
         lambda: run(POINTS, edit(POINTS.site("fc"), doubled)),
-        "Patch(Site('fc'), doubled) returned a tensor of dtype torch.float64, but the region has dtype torch.float32.",
+        "Patch(Site('fc'), doubled) returned a tensor with dtype torch.float64, but the region has dtype "
+        "torch.float32.",
     ),
     "an edit that writes in place": (
         errors.EditError,
@@ -333,7 +334,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no rows to draw from": (
         errors.EditError,
         lambda: resample_ablate(POINTS.site("fc"), torch.zeros(0, 4), seed=0),
-        "Resample: the reference has no rows: shape (0, 4), batch_axis=0.",
+        "Resample: the reference has shape (0, 4), which has no rows along batch_axis=0.",
     ),
     "rows drawn along another axis": (
         errors.EditError,
@@ -368,7 +369,7 @@ MESSAGES: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no sites": (
         errors.SiteError,
         lambda: recording(POINTS, []),
-        "There are no sites to record: sites is empty. Pass at least one site, as in sites=['conv1'].",
+        "There are no sites to record: the argument sites= is empty. Pass at least one site, as in sites=['conv1'].",
     ),
     "a record that need not run and is none": (
         ValueError,

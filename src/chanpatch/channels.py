@@ -29,7 +29,7 @@ def rounding(sites: Iterable[Site]) -> float:
     """Return the relative difference that rounding can cause between two runs, given the sites' least precise dtype."""
     dtypes = {site.point.dtype for site in sites if site.point is not None}
     eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=ROUNDING / 8)
-    return eps if eps > ROUNDING else 8 * eps  # in single precision, ROUNDING to the nearest power of two
+    return eps if eps > ROUNDING else 8 * eps  # in single precision, 8 * eps is about ROUNDING
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Moments:
         return spread
 
     def varies(self, precision: float = 0.0) -> NDArray[np.bool_]:
-        """Return whether each channel varies, relative to its mean, by more than both rounding and `precision`."""
+        """Return whether each channel's std, relative to its mean, exceeds both rounding error and `precision`."""
         beyond: NDArray[np.bool_] = self.std > max(ROUNDING, precision) * np.abs(self.mean)
         return beyond
 
@@ -107,7 +107,10 @@ def check_leaves_channels(site: Site, reduce: Reduce) -> None:
 
 
 def channel_axis(site: Site, what: str, error: type[ChanpatchError]) -> str:
-    """Return the name of a bound site's channel or feature axis; raise `error` unless there is exactly one."""
+    """Return the name of a bound site's channel or feature axis; raise `error` unless there is exactly one such axis.
+
+    `what` is the plural noun for the caller's results, such as "Controls", in error messages.
+    """
     point = point_at(site)
     if "batch" in dict(site.indices):
         raise error(f"{site!r} selects rows. {what} use all inputs: omit batch=, and pass only the selected inputs.")
@@ -148,7 +151,7 @@ class Collector:
     error: type[ChanpatchError]
 
     def caches(self, inputs: Any) -> Iterator[ActivationCache]:
-        """Yield one cache per batch of inputs, on the CPU."""
+        """Run the model on each batch of inputs, and yield one cache per batch, with the activations on the CPU."""
         whole("batch_size", self.batch_size, 1, self.error)
         taken = [each for each in self.points.values() if not each.module and each.side == "in" and each.axes]
         if isinstance(inputs, (Tensor, tuple, Mapping)) and taken and taken[0].batch_axis not in (None, 0):

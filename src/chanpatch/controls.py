@@ -168,13 +168,13 @@ def matched_channels(
 
 
 def _no_p(site: Site, own: float, controls: Floats) -> str:
-    """Return the reason why ranks among controls with the given means have no p-values, or "" if they have."""
+    """Return the reason why ranks among controls with the given means have no p-values, or "" if they have p-values."""
     least = math.ceil(_EACH_SIDE * len(controls))
     for side, count in (("larger", int((controls >= own).sum())), ("smaller", int((controls <= own).sum()))):
         if count < least:
             return (
-                f"{site!r} is at the edge of its pool: {count} of {len(controls)} controls have a {side} mean "
-                f"activation, but at least {least} are required"
+                f"{count} of {len(controls)} controls have a {side} mean activation than {site!r}, but at least "
+                f"{least} are required"
             )
     return ""
 
@@ -234,7 +234,7 @@ def random_vectors(vector: Tensor, *, count: int, seed: int = 0) -> Tensor:
 
     Returns:
         A tensor with shape `(control, *vector.shape)` and the vector's dtype and device. Directions are uniformly
-        distributed. Each control has the same norm as the vector at each index along the vector's first axis.
+        distributed. At each index along the vector's first axis, each control has the same norm as the vector.
 
     Raises:
         EditError: If the vector has no axes, is not a floating-point tensor, is not finite, or is zero.
@@ -318,8 +318,8 @@ def off_distribution(
 ) -> OffDistribution:
     """Measure how far patches push activations off-distribution, channel by channel, compared with background inputs.
 
-    Off-distribution activations, such as zero in a channel that is never near 0, say little about the channel's normal
-    role. Report this measure alongside the effect of the patch.
+    An off-distribution activation (for example, zero in a channel whose activation is never near 0) says little about
+    the channel's normal role. Report this measure alongside the effect of the patch.
 
     Args:
         points_or_model: Model, which is traced with the inputs, or its HookPoints.
@@ -347,12 +347,12 @@ def off_distribution(
     points = traced(points_or_model, inputs)
     chosen = (patches,) if isinstance(patches, Patch) else tuple(patches)
     if not chosen:
-        raise StatisticsError("patches is empty: pass at least one patch.")
+        raise StatisticsError("The argument patches= is empty. Pass at least one patch.")
     sites = sites_of(points, [patch.site for patch in chosen])
     parts = tuple(part for site in sites for part in site.split(channel_axis(site, "Controls", SiteError)))
     count = input_count(inputs)
     if not count:
-        raise StatisticsError("inputs is empty: pass at least one input.")
+        raise StatisticsError("The argument inputs= is empty. Pass at least one input.")
     with undisturbed(points.model) as run:
         with patched(points, chosen):
             samples = Collector(run, points, sites, "sum", count, StatisticsError).samples("inputs", inputs)

@@ -21,9 +21,10 @@ Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | I
 def labelled_patches(
     patches: Patches | Patch, what: str, fault: type[ChanpatchError]
 ) -> list[tuple[Any, tuple[Patch, ...]]]:
-    """Return (label, patches) pairs; without a mapping, labels are derived from the sites.
+    """Return pairs (label, patches). If `patches` is not a mapping, the labels are derived from the sites.
 
-    Raises `fault` if there are no patches, or if two entries share a label. Error messages call the patches `what`.
+    Raise an exception of class `fault` if there are no patches, or if two entries share a label. `what` is the word for
+    the patches in error messages.
     """
     if isinstance(patches, Mapping):
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]
@@ -31,7 +32,7 @@ def labelled_patches(
         listed = [checked_patches(None, each) for each in (patches if isinstance(patches, Iterable) else [patches])]
         named = [(" + ".join(_label(patch) for patch in each), each) for each in listed]
     if not named:
-        raise fault(f"There are no {what}: the mapping or sequence is empty.")
+        raise fault(f"There are no {what}: the mapping or sequence is empty. Pass at least one patch.")
     for label, times in Counter(label for label, _ in named).items():
         if times > 1:
             raise fault(
@@ -68,7 +69,7 @@ def _has_one_reference(patch: Patch) -> bool:
 
 
 def refuse_shared_state(named: Iterable[tuple[Any, Iterable[Patch]]]) -> None:
-    """Raise EditError if patches under two labels have the same stateful callable as an edit or a `where`."""
+    """Raise EditError if patches under two labels have the same stateful callable as an edit or a `where` function."""
     known: dict[int, Any] = {}
     for label, patches in named:
         for function in [function for patch in patches for function in (patch.edit, patch.where)]:

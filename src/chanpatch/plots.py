@@ -38,7 +38,7 @@ def strip(
     threshold: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    r"""Draw a strip plot of one channel's sums, with one column of markers per label and part of the data.
+    r"""Draw a strip plot of one channel's sums, with a column of markers for each label and part of the data.
 
     Args:
         sums: Sums of one channel, with shape `(input,)`, such as `channel_sums(...)[:, 55]`.

@@ -110,7 +110,7 @@ class Effects(Records):
         return self.to_records()
 
     def _top(self, count: int, effect: NDArray[np.float64]) -> Self:
-        """Return the rows with the largest absolute effects, given each row's effect."""
+        """Return the `count` rows with the largest absolute effects, given each row's effect."""
         if count < 0:
             raise StatisticsError(f"The count in top() must be at least 0; got {count}.")
         return self._rows(largest_first(effect)[:count])
@@ -141,7 +141,7 @@ def shown_effect(name: str, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def shown_p(p: float) -> str:
-    """Format a p-value for a table; below 0.001, the digits would depend on the number of resamples."""
+    """Format a p-value for a table: "-" for NaN, and "<0.001" for values that depend on the number of resamples."""
     if np.isnan(p):
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.2g}"

@@ -315,8 +315,8 @@ LSTM = hook_points(nn.LSTM(3, 4), torch.randn(70, 10, 3))
         ),
         (
             lambda: contrast(POINTS.select("conv1"), CLEAN, CORRUPTED, reduce=("b c h w -> b c h", "sum")),
-            "None of the 1 hook points can be compared. The first of these was skipped because: reduce=('b c h w -> b "
-            "c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the batch axis and at "
+            "None of the 1 hook points can be compared. The first hook point was skipped because: reduce=('b c h w -> "
+            "b c h', 'sum') leaves axes (batch, channel, row) at Site('conv1'), but must keep the batch axis and at "
             "most one other axis.",
         ),
     ],

@@ -192,7 +192,7 @@ def test_an_error_that_the_model_catches_is_raised_at_the_end_of_the_root_call(
 def test_a_result_that_does_not_fit_is_raised_although_the_model_catches_it(vectors: Tensor) -> None:
     net = Catching()
     with (
-        pytest.raises(EditError, match="returned a tensor of dtype torch.float64"),
+        pytest.raises(EditError, match="returned a tensor with dtype torch.float64"),
         patched(net, edit(Site("relu"), Tensor.double)),
     ):
         net(vectors)

@@ -472,7 +472,7 @@ def test_where_that_asks_for_rows_without_a_proved_batch_is_refused():
 def test_row_numbers_that_do_not_fit_the_forward_are_refused(net, points, image):
     patch = edit(points.site("conv"), lambda activation, *, context: activation * (context.rows.sum() > 0))
     with (
-        pytest.raises(TraceMismatchError, match="has 4 rows, but the model was called for 3 rows"),
+        pytest.raises(TraceMismatchError, match="has 4 rows, but the model was called with 3 rows"),
         patched(points, patch),
         forward_context(rows=[0, 1, 2]),
     ):
@@ -485,17 +485,17 @@ def test_row_numbers_that_do_not_fit_the_forward_are_refused(net, points, image)
 def test_an_edit_with_a_context_is_told_inputs_step_rows_and_call(shared_module):
     (vector,) = shared_module.inputs(3)
     points = hook_points(shared_module.module, vector)
-    told = []
+    contexts = []
 
     def ask(activation, *, context):
-        told.append((context.inputs[0] is vector, context.step, context.rows.tolist(), context.call))
+        contexts.append((context.inputs[0] is vector, context.step, context.rows.tolist(), context.call))
         return activation
 
     with patched(points, [edit(points.site("relu#0"), ask), edit(points.site("relu#1"), ask)]):
         shared_module.module(vector)
         with forward_context(step=9, rows=torch.tensor([4, 5, 6])):
             shared_module.module(vector)
-    assert told == [(True, None, [0, 1, 2], call) for call in (0, 1)] + [(True, 9, [4, 5, 6], c) for c in (0, 1)]
+    assert contexts == [(True, None, [0, 1, 2], call) for call in (0, 1)] + [(True, 9, [4, 5, 6], c) for c in (0, 1)]
 
 
 def test_an_edit_with_a_positional_parameter_called_context_gets_none(net, points, image):
@@ -663,10 +663,10 @@ def test_a_mean_over_an_axis_that_does_not_exist_is_refused(points):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (lambda region: region[:, :1], "returned a tensor of shape"),
-        (lambda region: region.double(), "returned a tensor of dtype torch.float64"),
+        (lambda region: region[:, :1], "returned a tensor with shape"),
+        (lambda region: region.double(), "returned a tensor with dtype torch.float64"),
         (lambda region: None, "returned NoneType"),
-        (lambda region: region.to("meta"), "returned a tensor of device meta"),
+        (lambda region: region.to("meta"), "returned a tensor with device meta"),
     ],
     ids=["shape", "dtype", "none", "device"],
 )

@@ -140,18 +140,18 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a star for several parts": (
         lambda: POINTS.select("*.act"),
-        "No hook point matches '*.act'. '**.act' would match 24: `*` stops at a dot; `**` does not. (258 hook points; "
-        "print the HookPoints to list them.)",
+        "No hook point matches '*.act'. '**.act' would match 24 hook points: `*` stops at a dot; `**` does not. (258 "
+        "hook points; print the HookPoints to list them.)",
     ),
     "a call of a module that is called once": (
         lambda: POINTS.select("h.*#0"),
-        "No hook point matches 'h.*#0'. 'h.*' would match 12: a module that is called once has no call index. (258 "
-        "hook points; print the HookPoints to list them.)",
+        "No hook point matches 'h.*#0'. 'h.*' would match 12 hook points: a module that is called once has no call "
+        "index. (258 hook points; print the HookPoints to list them.)",
     ),
     "a star for several parts in axes": (
         lambda: hook_points(MODEL, INPUT, axes={"*.act": ("batch", "feature")}),
-        "axes={'*.act': ...}: no hook point matches this pattern. '**.act' would match 24: `*` stops at a dot; `**` "
-        "does not.",
+        "axes={'*.act': ...}: no hook point matches this pattern. '**.act' would match 24 hook points: `*` stops at "
+        "a dot; `**` does not.",
     ),
     "a misspelt part in axes": (
         lambda: hook_points(MODEL, INPUT, axes={"h.*.attm": ("batch", "feature")}),
@@ -168,7 +168,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     ),
     "a pattern of several where one is expected": (
         lambda: channel_sums(POINTS, INPUT, "h.1?"),
-        "Expected one site, but got 2: Site('h.10.out[0]'), Site('h.11.out[0]').",
+        "Expected one site, but got 2: Site('h.10.out[0]'), Site('h.11.out[0]'). Pass one of these sites.",
     ),
     "a pattern of several in a cache": (
         lambda: run_with_cache(POINTS, INPUT, sites="h.1?", stop=True)["h.*"],

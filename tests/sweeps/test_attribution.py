@@ -407,7 +407,11 @@ def attributed(patches: Any, metric: Metric = METRIC, **options: Any) -> Callabl
 
 
 FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no patches": (attributed([]), SweepError, "There are no patches: the mapping or sequence is empty."),
+    "no patches": (
+        attributed([]),
+        SweepError,
+        "There are no patches: the mapping or sequence is empty. Pass at least one patch.",
+    ),
     "several sites": (
         attributed({"both": [zero_ablate(WHOLE), zero_ablate(WHOLE)]}),
         SweepError,
@@ -467,7 +471,7 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             TOKENS, torch.tensor([1, 2]), patches=[edit(TOKENS.site(".in[0]"), torch.clone)], metric=METRIC
         ),
         SiteError,
-        "'.in[0]' has dtype torch.int64, which has no gradient. Patch the embedding instead.",
+        "'.in[0]' has dtype torch.int64, so it has no gradient. Patch the embedding instead.",
     ),
 }
 

@@ -205,7 +205,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "two senders": (
         lambda: effect(["first", "second"], "head.in[0]"),
         SiteError,
-        "Expected one site, but got 2: Site('first'), Site('second').",
+        "Expected one site, but got 2: Site('first'), Site('second'). Pass one of these sites.",
     ),
     "no receiver": (
         lambda: effect("first", []),

@@ -174,22 +174,22 @@ def test_a_branch_that_depends_on_numbers_is_run_one_patch_at_a_time() -> None:
 
 
 class Whisper(nn.Module):
-    """Tells a later module something that its output does not hold, and that is forgotten once it was heard."""
+    """Passes sums to a later module through an attribute instead of the output, and removes each sum after use."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last, self.heard = nn.Linear(6, 8), nn.Linear(8, 4), []
+        self.first, self.last, self.sums = nn.Linear(6, 8), nn.Linear(8, 4), []
 
         class Ear(nn.Module):
             def forward(ear, vector: Tensor) -> Tensor:
-                self.heard.append(vector.sum(1, keepdim=True))
+                self.sums.append(vector.sum(1, keepdim=True))
                 return vector.clone()
 
         self.ear = Ear()
 
     def forward(self, vector: Tensor) -> Tensor:
         output = self.last(self.first(self.ear(vector)))
-        return output + (self.heard.pop() if self.heard else 0)
+        return output + (self.sums.pop() if self.sums else 0)
 
 
 def test_a_fast_strategy_with_other_numbers_than_the_loop_is_not_taken_and_the_result_says_so() -> None:

@@ -289,7 +289,7 @@ def test_nan_that_a_later_patch_brings_is_an_error_too(points: HookPoints) -> No
 
 def test_an_edit_that_fails_is_named(points: HookPoints) -> None:
     patches = {**dict(enumerate(zeroed(points))), "short": edit(points.site("1"), lambda activation: activation[:1])}
-    with pytest.raises(errors.EditError, match="'short': Patch.*returned a tensor of shape"):
+    with pytest.raises(errors.EditError, match="'short': Patch.*returned a tensor with shape"):
         swept(points, patches=patches)
 
 
@@ -475,17 +475,17 @@ FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a fraction of a byte": (
         {"max_bytes": 1e6},
         errors.SweepError,
-        "max_bytes must be a positive number of bytes, such as 2**28; got 1000000.0.",
+        "max_bytes must be a positive integer, such as 2**28; got 1000000.0.",
     ),
     "no bound": (
         {"max_bytes": None},
         errors.SweepError,
-        "max_bytes must be a positive number of bytes, such as 2**28; got None.",
+        "max_bytes must be a positive integer, such as 2**28; got None.",
     ),
     "no bytes": (
         {"max_bytes": 0},
         errors.SweepError,
-        "max_bytes must be a positive number of bytes, such as 2**28; got 0.",
+        "max_bytes must be a positive integer, such as 2**28; got 0.",
     ),
     "a function that makes patches": (
         {"patches": zero_ablate},

@@ -56,8 +56,8 @@ def contrast(
 
     Raises:
         HookPointError, SiteError: If sites do not exist or cannot be reduced; one error lists all such sites.
-        ContrastError: If clean, corrupted and clusters do not form pairs, the background is too small, or an activation
-            is not finite.
+        ContrastError: If clean and corrupted inputs do not form pairs, clusters do not match the pairs, the background
+            is too small, or an activation is not finite.
 
     Example:
         >>> import torch
@@ -128,7 +128,7 @@ def contrast(
 
 
 def _no_p(absolute: bool, independent: int) -> str:
-    """Return the reason why there are no p-values, or an empty string."""
+    """Return the reason why a contrast has no p-values, or an empty string if it has p-values."""
     if absolute:
         return "noise alone makes a mean absolute difference positive; use signed differences."
     if independent < FEWEST:
@@ -137,7 +137,7 @@ def _no_p(absolute: bool, independent: int) -> str:
 
 
 def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites to compare, in execution order, and the reason why each other hook point was skipped."""
+    """Return the sites to compare, in execution order, and, by name, why each of the other hook points was skipped."""
     order, is_search = [*points], isinstance(sites, str) and sites == "all"
     outputs = [points.site(point.name) for point in points.values() if point.side != "in"]
     found: list[Site] = []
@@ -158,13 +158,13 @@ def _searched(points: HookPoints, sites: Any, reduce: Reduce) -> tuple[list[Site
                 raise
             skipped[site.name] = str(fault)
     if not found:
-        why = f" The first of these was skipped because: {next(iter(skipped.values()))}" if skipped else ""
+        why = f" The first hook point was skipped because: {next(iter(skipped.values()))}" if skipped else ""
         raise ContrastError(f"None of the {len(points)} hook points can be compared.{why}")
     return found, skipped
 
 
 def _distinct(sites: list[Site], samples: list[dict[Site, Floats]]) -> tuple[list[Site], dict[str, str]]:
-    """Return the sites with distinct activations, and the reason why each duplicate was skipped."""
+    """Return the sites with distinct activations and, by name, the reason why each duplicate was skipped."""
     first: dict[tuple[bytes, ...], Site] = {}
     repeated = {}
     for site in sites:

@@ -34,8 +34,8 @@ class Contrast(Effects):
             interval is withheld. The intervals are simultaneous over all channels. An interval excludes 0 if and only
             if `p` is at most 0.05.
         p: Two-sided sign-flip p-value for the null hypothesis of zero mean difference, corrected for the number of
-            channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if `no_p` gives a reason.
-        note: `"few"` if there are fewer than ten pairs, the reason if the interval is withheld, otherwise empty.
+            channels by `chanpatch.statistics.max_t_test`, so it is valid for `top(1)`. NaN if `no_p` is not empty.
+        note: `"few"` if there are fewer than ten pairs, the reason why the interval is withheld, or an empty string.
         no_p: Reason why there are no p-values, or an empty string.
         pairs: Number of pairs.
         clusters: Number of independent clusters of pairs.

@@ -14,7 +14,9 @@ from .hooks import STAGES, RunEagerly, Undoable, drop, keys_of
 
 
 class Observed(Undoable):
-    """Context in which callbacks run at every tap, and at every call to a given module, but not to a module's copies.
+    """While the context is open, run `on_tap` at every tap, and the other callbacks at every call to a given module.
+
+    Calls to copies of the modules do not run the callbacks.
 
     `on_inputs` receives (module, args, kwargs), `on_output` (module, output), and `on_tap` (name, tensor).
     """
@@ -59,7 +61,7 @@ _tap_sessions: dict[str, weakref.WeakKeyDictionary[Any, None]] = {}  # weak refe
 
 
 def tap(name: str, tensor: Tensor) -> Tensor:
-    """Turn a tensor in a `forward` method into a hook point, and return the tensor, patched if a patch is active.
+    """Turn a tensor in a `forward` method into a hook point, and return the tensor (patched, if a patch is active).
 
     Args:
         name: Name of the hook point. If the tap runs several times per forward pass, the hook points are `name#0`,
@@ -91,7 +93,7 @@ def tap(name: str, tensor: Tensor) -> Tensor:
 
 
 def hear_tap(name: str, session: Any) -> None:
-    """Subscribe a session to a tap."""
+    """Subscribe a session to all taps with the given name."""
     _tap_sessions.setdefault(name, weakref.WeakKeyDictionary())[session] = None
 
 
@@ -104,7 +106,10 @@ def forget_taps(session: Any) -> None:
 
 
 class WrappedMethod(Undoable):
-    """Context in which `around(method, ...)` runs instead of a module's method; contexts may close in any order."""
+    """While the context is open, make each call to a module's method run `around(method, *args, **kwargs)` instead.
+
+    Several contexts may wrap the same method, and may close in any order.
+    """
 
     def __init__(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         found = vars(module).get(name)
@@ -127,7 +132,10 @@ class WrappedMethod(Undoable):
 
 
 class _MethodWrapper:
-    """Instance attribute that shadows a method. Copies of the module get the original method."""
+    """Instance attribute that shadows a module's method and runs the functions in `around`.
+
+    A copy of the module gets the original method instead of the wrapper.
+    """
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.own, self.around = vars(module).get(name), list[Callable[..., Any]]()

@@ -1,7 +1,7 @@
 """Mutable containers (dicts, lists, dataclasses) that a module shares with its caller.
 
-If an input is patched, the module receives a copy of the container, so the caller would not see the module's writes to
-the container. Such writes raise an error.
+If a tensor in such a container is patched as an input, the module receives a copy of the container, so the caller would
+not see the module's writes to the container. Such writes raise an error.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from .paths import Attr, Item, _children, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
-    """Return the patched output `after`; a container that was also an argument is modified in place, not copied.
+    """Return the patched output. A container that was also an argument is patched in place instead of copied.
 
-    `before` is the unpatched output, and `given` contains the module's arguments. If the user passed both a container
-    and the replaced tensor to the model (`users` contains both ids), the container is still copied, because the user
-    may pass that container again.
+    `before` is the unpatched output, `after` is the patched output with copied containers, `given` contains the
+    module's arguments, and `users` contains the ids of the objects that the user passed to the model. If the user
+    passed both a container and the replaced tensor, the container is still copied, because the user may pass that
+    container again.
     """
     shared = {id(container) for container in containers(given)}
     return _written_into(before, after, shared, users) if shared else after
@@ -46,7 +47,7 @@ def _written_into(before: Any, after: Any, shared: Container[int], users: Contai
 
 
 def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield (original, copy) for each mutable container that a patch copied."""
+    """Yield (original, copy) for each mutable container in `before` that was copied to make the patched `after`."""
     if before is after or isinstance(before, Tensor):
         return
     if _is_mutable(before):
@@ -56,7 +57,10 @@ def copied_containers(before: Any, after: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def with_copies(arguments: Any, copied: Sequence[tuple[Any, Any]]) -> Any:
-    """Return (args, kwargs) with containers replaced by their copies, given pairs (original, copy)."""
+    """Return the arguments with each original container replaced by its copy.
+
+    `arguments` is a pair (args, kwargs), and `copied` contains pairs (original, copy).
+    """
     copies = {id(own): copy for own, copy in copied}
     args, kwargs = arguments
     changed = {key: copies.get(id(argument), argument) for key, argument in kwargs.items()}

@@ -38,7 +38,7 @@ class Place:
     module: str = field(repr=False)  # name of the module or tap
     side: Literal["in", "out", "tap"] = field(repr=False)
     path: Path = field(repr=False)  # path to the tensor in a nested input or output
-    call: int | None = field(repr=False)  # index of the call; None if the module is called once
+    call: int | None = field(repr=False)  # index of the module call; None if there is only one
 
 
 class Station:
@@ -57,11 +57,11 @@ class Station:
         self._on_output: list[Any] = []  # listeners that run before any other forward hook on the module
         self._at_last: list[Any] = []  # listeners that record the output after all other hooks have run
         self._counting: list[Any] = []
-        self._errors_before: list[BaseException | None] = []  # exception in flight when each open call began
-        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # in this call: place, tensor, version
+        self._errors_before: list[BaseException | None] = []  # for each open call, the exception in flight at its start
+        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # (place, tensor, version), in this call
         self._copies: list[weakref.ref[nn.Module]] = []
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, with their contents
-        self._hooks = 0  # number of forward hooks on the module
+        self._hooks = 0  # number of forward hooks that this station has put on the module
         self._calls: list[tuple[Any, int]] = []
         self._keys = next(_KEYS), next(_KEYS)
         self._before, self._first, self._last = (_Hook(self, each) for each in (self._enter, self._leave, self._finish))
@@ -114,7 +114,7 @@ class Station:
         return calls > 1
 
     def plan(self) -> None:
-        """Sort the listeners by stage, then by order of entry, into the lists that the hooks run."""
+        """Rebuild the lists of listeners that the hooks run, sorted by stage, then by the order of attachment."""
         self._on_inputs, self._on_output, self._at_last = [], [], []
         for stage in STAGES if self.listeners else ():
             output = self._at_last if stage == "after" else self._on_output
@@ -124,7 +124,7 @@ class Station:
         self._counting = list(dict.fromkeys([listener.session for listener in self.listeners]))
 
     def remove(self, session: Any) -> None:
-        """Detach a session; when no session remains, also remove the hooks from the module and from its copies."""
+        """Detach a session. If no session remains, also remove the hooks from the module and from its copies."""
         self._copied.clear()  # interrupted calls may have left entries
         self._errors_before.clear()
         self.listeners = [listener for listener in self.listeners if listener.session is not session]
@@ -225,7 +225,7 @@ class Station:
         return None if changed is output else changed
 
     def _heard(self, listeners: list[Any], output: Any) -> Any:
-        """Pass the output through the listeners and return the result; after an error, end the call as failed."""
+        """Pass the output through the listeners and return the result. If a listener fails, end the call as failed."""
         try:
             for listener in listeners:
                 output = listener(output)
@@ -246,7 +246,7 @@ class Station:
             session.end(self, failed=failed)
 
     def _patched_in(self, output: Any) -> list[tuple[Place, Tensor, int | None]]:
-        """Return (place, tensor, version) for each patched tensor in an output."""
+        """Return (place, tensor, version) for each patched tensor in an output; in-place writes increment `version`."""
         places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
         return [
             (place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None
@@ -312,7 +312,7 @@ def is_ours(hook: object) -> bool:
 
 
 def drop_hooks(model: nn.Module) -> None:
-    """Remove hooks that were copied from another model; twins inside the model keep their own hooks."""
+    """Remove hooks that were copied with the model's modules from another model; keep the modules' own hooks."""
     for module in model.modules():
         own = Station.of(module)
         drop(module, keys_of(module, lambda hook, own=own: isinstance(hook, _Hook) and hook.station is not own))  # type: ignore[misc]
@@ -325,7 +325,7 @@ def keys_of(module: nn.Module, ours: Callable[[Any], bool]) -> list[Any]:
 
 
 def drop(module: nn.Module, keys: Iterable[Any]) -> None:
-    """Remove the hooks with the given keys."""
+    """Remove the forward hooks and pre-hooks with the given keys from a module."""
     # `Station.of` needs the pre-hook, so the pre-hook is removed last; an interrupted removal can then be repeated.
     for key in keys:
         module._forward_hooks.pop(key, None)
@@ -394,7 +394,8 @@ _stance: list[Any] = []  # the active stance, if any
 
 def _settle_stance() -> None:
     if _eager and not _stance and "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-        # Without dynamo, nothing is compiled. One call sets and stores the stance, so no interrupt can come between.
+        # If dynamo is not loaded, no code is compiled. Setting and storing the stance is one call, as an interrupt
+        # could otherwise separate the two steps.
         _stance.extend(map(torch.compiler.set_stance, ["force_eager"]))
     elif _stance and not _eager:
         _stance[0].__exit__(None, None, None)
@@ -412,7 +413,10 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_checkpoint(name: str) -> None:
-    """Raise an error inside `torch.utils.checkpoint`, whose backward pass reruns modules outside the root call."""
+    """Raise UnsupportedModelError if the hook point `name` is patched inside `torch.utils.checkpoint`.
+
+    The backward pass of a checkpoint reruns modules outside the root call.
+    """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     inside = torch._C._current_graph_task_id() != -1 or (hooks and hooks[0].__module__ == "torch.utils.checkpoint")
     frame = None if torch.is_grad_enabled() else sys._getframe()  # reentrant checkpointing disables gradients

@@ -33,7 +33,10 @@ def batches(
 
 
 def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[list[Inputs], Inputs | Iterable[Inputs]]:
-    """Return a list with the first batch (empty if there are no inputs), and the inputs, including that batch."""
+    """Return (first, inputs): a list that contains the first batch, and all inputs, including the first batch.
+
+    The list is empty if there are no inputs. The returned inputs replace `inputs`, which may be a used iterator.
+    """
     if isinstance(inputs, (Tensor, tuple, Mapping)):
         return [*itertools.islice(_cut(inputs, max(1, batch_size), {}), 1)], inputs
     rest = iter(inputs)
@@ -42,12 +45,12 @@ def first_batch(inputs: Inputs | Iterable[Inputs], batch_size: int) -> tuple[lis
 
 
 def input_count(inputs: Inputs) -> int:
-    """Return the number of inputs: the length of the first tensor with at least one axis."""
+    """Return the number of inputs: the length of the first tensor that has axes, or 0 if there is no such tensor."""
     return next((len(tensor) for _, tensor in with_rows(inputs)), 0)
 
 
 def _cut(inputs: Any, batch_size: int, shared: Mapping[Path, int]) -> Iterator[Any]:
-    """Split the tensors that have one entry per input; repeat all other arguments in every batch."""
+    """Yield batches: the tensors that have one entry per input are split, and all other arguments are repeated."""
     count = input_count(inputs)
     single = isinstance(inputs, Tensor) or is_tensordict(inputs)
     for start in range(0, count, batch_size):
@@ -69,7 +72,10 @@ def copied_inputs(inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple
 
 
 def _copied(argument: Any, memo: dict[int, Any]) -> Any:
-    """Copy an argument, such as a key-value cache, but reuse the copied tensors in the memo."""
+    """Return a copy of an argument, such as a key-value cache, that contains the copied tensors in the memo.
+
+    An argument that is a module or cannot be copied is returned unchanged.
+    """
     if not isinstance(argument, nn.Module):  # a module may be part of the model
         with suppress(Exception):  # locks, generators and tensors in an autograd graph do not support copying
             return copy.deepcopy(argument, memo)

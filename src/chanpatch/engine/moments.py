@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Published:
-    """Rows in a forward pass and, in a rollout, episodes. One object is created per step, so creation must be cheap."""
+    """Information for patches about the rows in a forward pass and, in a rollout, about the episodes.
+
+    One object is created per step, so creation must be cheap.
+    """
 
     rows: NDArray[np.int64] | None = None  # index of each row; None means 0, 1, 2, ...
     step: int | None = None  # step of the rollout; None outside a rollout
@@ -44,7 +47,7 @@ published = _Current()
 
 @contextmanager
 def forward_context(*, rows: Any = None, **others: Any) -> Iterator[None]:
-    """Give patches access to the rows in a forward pass and to information about the episodes."""
+    """While the context is open, give patches access to the row indices and to the other fields of `Published`."""
     before = published.now
     published.now = Published(None if rows is None else np.asarray(rows), **others)
     try:
@@ -78,5 +81,5 @@ class RootCall:
     forwards: int = 0  # number of forward passes run by the method so far
     depth: int = 0  # recursion depth, if the module calls itself
     given: Sequence[Any] = ()  # tensors and containers in the arguments
-    calls: dict[object, list[int]] = field(default_factory=dict)  # by station or tap: [count, *indices of open calls]
+    calls: dict[object, list[int]] = field(default_factory=dict)  # per station or tap: [count, *indices of open calls]
     masks: dict[tuple[object, ...], Any] = field(default_factory=dict)  # as in Moment

@@ -71,7 +71,7 @@ def shallow_copy(container: Any) -> Any:
 
 
 def get(tree: Any, path: Path) -> Any:
-    """Return the value at a path; raise LookupError, AttributeError or TypeError for a path that does not exist."""
+    """Return the value at a path; raise LookupError, AttributeError or TypeError if the path does not exist."""
     for step in path:
         if isinstance(tree, Tensor):
             raise TypeError(f"A tensor has no entry {step}.")
@@ -80,7 +80,7 @@ def get(tree: Any, path: Path) -> Any:
 
 
 def replace(tree: Any, path: Path, leaf: Any) -> Any:
-    """Return the output with one leaf replaced; containers around the leaf are copied.
+    """Return the output with the value at the path replaced by `leaf`. The containers around the leaf are copied.
 
     Raises:
         UnsupportedModelError: If a container cannot be copied.
@@ -93,7 +93,7 @@ def replace(tree: Any, path: Path, leaf: Any) -> Any:
         return _with(tree, step.name, child)
     if isinstance(tree, tuple):
         kind, items = type(tree), (*tree[: step.key], child, *tree[step.key + 1 :])
-        # The result types of functions such as torch.max need their constructor; other types may have any constructor.
+        # Result types of functions such as torch.max need their constructor; others may have any constructor arguments.
         return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
     try:
         changed = shallow_copy(tree)
@@ -143,7 +143,7 @@ def _with(instance: Any, name: str, child: Any) -> Any:
 
 @cache
 def _constructor(kind: Any) -> dict[str, str]:
-    """Map each constructor argument to the attribute that stores it."""
+    """Map the name of each constructor argument of a distribution class to the attribute that stores the argument."""
     names = [*inspect.signature(kind.__init__).parameters][1:]
     return {
         name: {"base_distribution": "base_dist", "validate_args": "_validate_args"}.get(name, name) for name in names
@@ -168,14 +168,17 @@ def _parameters(distribution: Distribution) -> tuple[str, ...]:
 
 
 def _stored(distribution: Distribution) -> list[str]:
-    """List a distribution's attribute names, oldest first, after the attribute names of a wrapped distribution."""
+    """List a distribution's attribute names in the order in which they were set.
+
+    If the distribution wraps another distribution, the attribute names of the wrapped distribution come first.
+    """
     held = vars(distribution)
     wrapped = held.get("_categorical", held.get("base_dist"))
     return [*([] if wrapped is None else _stored(wrapped)), *held]
 
 
 def _rebuilt(distribution: Distribution, changed: str, parameter: Any) -> Distribution:
-    """Rebuild a distribution with one parameter replaced."""
+    """Return a new distribution with the parameter named `changed` replaced by `parameter`."""
     kind: Any = type(distribution)
     if kind.__module__.split(".")[:2] != ["torch", "distributions"]:
         raise UnsupportedModelError(f"{kind.__name__} is not a torch.distributions class, so it cannot be rebuilt.")

@@ -29,7 +29,10 @@ class StopForward(BaseException):
 
 
 class Listener:
-    """A session's callback at one place; `act` maps a tensor to a new tensor, or returns the same object unchanged."""
+    """A session's callback for the tensor at one place.
+
+    `act` receives the tensor and the session. It returns a new tensor, or the same object if nothing is to be changed.
+    """
 
     __slots__ = ("_path", "act", "place", "session", "stage")
 
@@ -65,7 +68,7 @@ class Listener:
             raise
 
     def _leaf(self, tree: Any) -> Tensor:
-        """Return the tensor at the listener's path; raise if the value is not a tensor, or is a nested tensor."""
+        """Return the tensor at the listener's path; raise an error if the value there is not a tensor, or is nested."""
         try:
             leaf = get(tree, self._path)
         except (LookupError, AttributeError, TypeError):
@@ -84,7 +87,8 @@ class Listener:
 class Session:
     """A group of listeners that are attached together, and the root call in which the listeners run.
 
-    `calls` maps the name of each module or tap to its number of calls in the trace; None without a trace.
+    `calls` maps the name of each module or tap to its number of calls in the trace. If the model was not traced,
+    `calls` is None.
     """
 
     confined = False  # whether only the thread that opened the session may call the model
@@ -100,7 +104,8 @@ class Session:
         self._in_containers = False  # whether any listener's tensor is in a container that a module returns
         self.root_call: RootCall | None = None  # the current root call
         self.running: str | None = None  # method of the current root call
-        self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."  # until called
+        # Sentence for error messages; empty as soon as a root call has begun.
+        self.no_call = f" {type(root).__name__}.{method}() was not called while the context was open."
         self.failure: BaseException | None = None  # error from a listener, raised even if the model catches the error
         self.dropped: AbstractContextManager[None] | None = None  # a context that was freed while open
         self._touched: dict[nn.Module, None] = {}
@@ -122,11 +127,14 @@ class Session:
         self.listeners.append(Listener(self, place, stage, act))
 
     def attached(self) -> Attached:
-        """Attach the listeners while the context is open; each call to the method is a root call."""
+        """Attach the listeners while the context is open. Each call to the session's method is then a root call."""
         return Attached(self)
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
-        """Attach all listeners, or none if one fails; outermost calls to the modules in `scopes` are root calls."""
+        """Attach all listeners, or none of them if one cannot be attached.
+
+        Outermost calls to the modules in `scopes` are root calls.
+        """
         try:
             with _CHANGES:
                 self._attach(scopes)  # a method, because an interrupt after a loop here would leave the lock held
@@ -243,7 +251,7 @@ class Session:
             self._end(call, failed=failed)
 
     def stop(self, token: object) -> NoReturn:
-        """Stop the current forward pass and end the root call of every session; StopForward carries the token."""
+        """Stop the forward pass by raising StopForward(token), after ending all root calls to the model."""
         station = Station.of(self.root)
         for session in () if station is None else tuple(station.scopes):
             if session.root_call is not None and session.root_call.station is station:
@@ -329,7 +337,12 @@ class Session:
         self.call = calls.pop() if calls and len(calls) > 1 else 0
 
     def is_call(self, place: Place) -> bool:
-        """Return whether a place refers to the current call; raise if the calls contradict the place or the trace."""
+        """Return whether a place refers to the current call to its module or tap.
+
+        Raises:
+            HookPointError: If the place needs a call index, or if its call index cannot be used.
+            TraceMismatchError: If the module or tap was called more often than in the trace.
+        """
         if self.root_call is None:
             if place.call is not None:
                 raise HookPointError(

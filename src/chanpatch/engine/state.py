@@ -133,7 +133,10 @@ class undisturbed:
         return [*random_states(self._cuda), *self.snapshot.generator_states()]
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
-        """Iterate over forward passes; before each one, restore the model, but not the random number generators."""
+        """Yield the given items, one per forward pass.
+
+        Before each item, restore the model, but not the random number generators.
+        """
         for each in forwards:
             self.snapshot.put_back()
             yield each
@@ -189,7 +192,7 @@ class Snapshot:
         return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
 
     def put_back(self) -> None:
-        """Restore all but the generators; raise UnsupportedModelError if a submodule or parameter was created."""
+        """Restore everything but the generators; raise UnsupportedModelError if a submodule or parameter was added."""
         built = []
         for (kind, own), parts in zip(self._owns, self._parts, strict=True):
             for name in _parts(own) - parts:
@@ -283,7 +286,11 @@ def _parts(own: dict[str, Any]) -> set[str]:
 
 
 def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
-    """Restore a dict, but leave chanpatch's hooks and module methods alone, because methods may be wrapped."""
+    """Restore a dict to its saved contents, `noted`.
+
+    In a dict of hooks, chanpatch's hooks stay as they are. In a module's attribute dict, callables stay as they are,
+    because a method may be wrapped.
+    """
     stays = callable if "_modules" in each else is_ours
     kept = {key: value for key, value in each.items() if stays(value)}
     wanted = {key: value for key, value in noted.items() if key in each or not stays(value)} | kept
@@ -292,7 +299,10 @@ def _put_back(each: dict[Any, Any], noted: dict[Any, Any]) -> None:
 
 
 def _reachable(dicts: Iterable[dict[str, Any]], apart: set[int]) -> list[Any]:
-    """Find the objects, at any depth in the attribute dicts, that a forward pass may modify; skip ids in `apart`."""
+    """Return all objects, at any depth in the attribute dicts, that a forward pass may modify.
+
+    Objects whose ids are in `apart` are skipped.
+    """
     waiting = [value for each in dicts for name, value in each.items() if name not in _OF_TORCH]
     found: dict[int, Any] = {}
     while waiting:
@@ -323,7 +333,10 @@ def _content(held: Any) -> Any:
 
 
 def _same(held: Any, content: Any) -> bool:
-    """Return whether arrays or tensors have equal values, or containers have the same objects in the same order."""
+    """Return whether an object still has its saved content.
+
+    Arrays and tensors are compared by value. Containers must contain the same objects in the same order.
+    """
     if isinstance(held, Tensor):
         dense = [each if each.layout == torch.strided else each.to_dense() for each in (held, content)]
         return torch.equal(*dense)

@@ -35,7 +35,7 @@ Patches: TypeAlias = Patch | Iterable[Patch]
 
 
 class ContextSession(Session):
-    """Session that patches or records a model; raises if the model would ignore hooks."""
+    """Session that patches or records a model. The constructor raises an error if the model would ignore hooks."""
 
     confined = True
     result: Any  # the value that the context yields
@@ -43,26 +43,26 @@ class ContextSession(Session):
     def __init__(self, points_or_model: Model) -> None:
         super().__init__(*root_of(points_or_model))
         refuse_unhookable(self.modules)
-        self._way: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules from the root to the listeners
+        self._on_path: list[tuple[str, nn.Module, dict[str, Any], str]] = []  # modules from the root to the listeners
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Attach the listeners, and store the modules on the path from the root to each listener."""
         names = dict.fromkeys(each.place.module for each in self.listeners if each.place.side != "tap")
-        ways = [itertools.accumulate(name.split("."), "{}.{}".format) for name in names if name]
-        self._way = []
-        for name in dict.fromkeys(itertools.chain(*ways)):
+        paths = [itertools.accumulate(name.split("."), "{}.{}".format) for name in names if name]
+        self._on_path = []
+        for name in dict.fromkeys(itertools.chain(*paths)):
             parent, _, part = name.rpartition(".")
-            self._way.append((name, self.modules[name], vars(self.modules[parent])["_modules"], part))
+            self._on_path.append((name, self.modules[name], vars(self.modules[parent])["_modules"], part))
         super().attach(scopes)
 
     def on_begin(self, call: RootCall) -> None:
-        """Raise if a module with a listener, or a parent of that module, was replaced."""
-        if any([held.get(part) is not module for _, module, held, part in self._way]):
-            self.check_way()
+        """Raise UnsupportedModelError if a module with a listener, or a parent of that module, was replaced."""
+        if any([children.get(part) is not module for _, module, children, part in self._on_path]):
+            self.check_modules()
 
-    def check_way(self) -> None:
-        """Raise if a module with a listener lost its hooks, or if that module or a parent was replaced."""
-        lost = [name for name, module, held, part in self._way if held.get(part) is not module]
+    def check_modules(self) -> None:
+        """Raise UnsupportedModelError if hooks or modules on the path to a listener were removed or replaced."""
+        lost = [name for name, module, children, part in self._on_path if children.get(part) is not module]
         for listener in () if lost else self.listeners:
             module = self.modules.get(listener.place.module)
             if module is not None and ((station := Station.of(module)) is None or not station.has_hooks(module)):
@@ -74,7 +74,10 @@ class ContextSession(Session):
             )
 
     def finish(self, error: Exception | None) -> None:
-        """Check the context on exit, and raise any errors found; an exception in flight (`error`) may be replaced."""
+        """Check the session when its context exits, and raise an error if a check fails.
+
+        If the context exits with an exception, `error` is that exception, which the new error may replace.
+        """
 
 
 class Exit:
@@ -101,7 +104,7 @@ class Held(ContextDecorator):
     _open: tuple[tuple[Any, AbstractContextManager[None]], ...] = ()  # pairs (session, context)
 
     def hold(self, session: Any, context: AbstractContextManager[None]) -> None:
-        """Enter the context of a session, and keep references to the session and the context."""
+        """Enter a session's context, and keep references to the session and the context."""
         self._open = (*self._open, (session, context))
         context.__enter__()
 
@@ -121,7 +124,7 @@ class Held(ContextDecorator):
 
 
 class Opened(Held, Generic[Result]):
-    """Context manager and decorator that opens a session; each entry calls `session` to create a new one."""
+    """Context manager and decorator that opens a session. Each entry calls `session()` to create a new session."""
 
     def __init__(self, session: Callable[[], ContextSession]) -> None:
         self._new = session
@@ -149,7 +152,7 @@ class Opened(Held, Generic[Result]):
             if error is None:
                 if session.failure is not None:
                     raise session.failure
-                session.check_way()
+                session.check_modules()
             context.__exit__(None, None, None)
             if error is None or isinstance(error, Exception):
                 session.finish(error)
@@ -160,7 +163,11 @@ class Opened(Held, Generic[Result]):
 
 
 def checked_patches(points_or_model: Model | None, patches: Patches) -> tuple[Patch, ...]:
-    """Check patches and bind their sites to the trace; without a trace, check only types and the sites' names."""
+    """Check patches, and return the patches with their sites bound to the trace.
+
+    If a model is passed instead of HookPoints, only the types and the sites' names are checked. If None is passed, only
+    the types are checked.
+    """
     each = tuple(patches) if isinstance(patches, Iterable) else (patches,)
     for patch in each:
         if not isinstance(patch, Patch):
@@ -212,14 +219,14 @@ class Patching(ContextSession):
             firing.reached, firing.nan = False, None
 
     def unreached(self, among: Iterable[int] | None = None) -> list[str]:
-        """List the hook points whose patches have not run; `among` contains the indices of the patches to check."""
+        """List the hook points whose patches have not run; `among` limits the list to the patches at these indices."""
         firings = self.firings if among is None else [self.firings[number] for number in sorted(among)]
         names = dict.fromkeys(firing.site.name for firing in firings if not firing.reached)
         return [name for name in names if name not in self.allow_unreached]
 
 
 def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -> frozenset[str]:
-    """Return the names in `allow_unreached` as a set; raise ValueError if a name is not in `known`."""
+    """Return `names`, the argument `allow_unreached`, as a set; raise ValueError if a name is not in `known`."""
     allowed = frozenset([names] if isinstance(names, str) else names)
     known = list(known)
     if unknown := allowed.difference(known):
@@ -229,7 +236,11 @@ def allowed_names(names: str | Iterable[str], known: Iterable[str], used: str) -
 
 
 def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, advice: str = "") -> None:
-    """Raise UnreachedError unless `names` is empty; the names replace `{}` in `fault`, a plural ending `{es}`."""
+    """Raise UnreachedError unless `names` is empty.
+
+    The message begins with `fault`, in which the names replace `{}`, and a plural ending (if any) replaces `{es}`.
+    `compiled` is whether to mention a compiled module as a possible cause.
+    """
     if listed := [f"'{name}'" for name in names]:
         causes = f"the module was not called, {'or ' * (not compiled)}its .forward() was called directly (bypassing "
         causes += f"hooks){', or the module was compiled' * compiled}"
@@ -238,7 +249,7 @@ def check_reached(fault: str, names: Iterable[str], *, compiled: bool = True, ad
 
 
 def raise_nan(firings: Sequence[Firing], cause: Exception | None = None) -> None:
-    """Raise NaNError for the first patch that introduced NaN since the last call.
+    """Raise NaNError for the first patch that introduced NaN since the last call to this function.
 
     If an exception (`cause`) is in flight and came from a distribution, NaNError replaces that exception. Any other
     exception gets a note, unless the exception is one of chanpatch's own.

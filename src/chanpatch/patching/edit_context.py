@@ -64,9 +64,9 @@ class Context:
     def uniform(self, shape: Sequence[int]) -> Tensor:
         """Draw random numbers in [0, 1) with shape `(row, *shape)` and the region's dtype and device.
 
-        The numbers depend only on the site, the call and the row, so repeated draws are equal. In a rollout, they
-        depend on the sampling seed, the step, the episode's seed and the number of earlier episodes with that seed, but
-        not on the row.
+        The numbers depend only on the site, the call and the row, so repeated draws are equal. In a rollout, the
+        numbers depend on the sampling seed, the step, the episode's seed and the number of earlier episodes with that
+        seed, but not on the row.
         """
         keys = self.draw_keys(each_step=True) or [(self.call, row) for row in self.rows.tolist()]
         drawn = uniform([(repr(self._region[0]), *key) for key in keys], shape)
@@ -75,14 +75,20 @@ class Context:
         return torch.from_numpy(drawn).to(leaf.device, dtype).clamp_(max=below_one)
 
     def draw_keys(self, *, each_step: bool) -> list[tuple[int | None, ...]]:
-        """In a rollout, return each row's key for random numbers; otherwise, return an empty list."""
+        """Return one key per row, from which random numbers are drawn in a rollout. Outside a rollout, return [].
+
+        If `each_step` is True, the keys contain the step, so each step of a rollout has new random numbers.
+        """
         if (published := self.moment.published).seeds is None:
             return []
         own = published.sampling_seed, self.step if each_step else None, self.call
         return [(*own, published.seeds[row], published.repetitions[row]) for row in self.rows.tolist()]
 
     def mask_of(self, where: Callable[[Context], Any]) -> Any:
-        """Return the mask from a `where` function; a stateful function runs once per root call and call index."""
+        """Return the mask that a `where` function returns for this context.
+
+        A stateful function runs only once for each root call and module-call index; the mask is then reused.
+        """
         if state_of(where) is None:
             return where(self)
         masks, key = self.moment.masks, (*call_key(where), self.call)
@@ -93,24 +99,29 @@ class Context:
     def _in_rollout(self, name: str) -> Any:
         found = getattr(self.moment.published, name)
         if found is None:
-            raise RolloutError(f"The patch at {self._region[0]!r} uses context.{name}, which requires a rollout.")
+            raise RolloutError(
+                f"The patch at {self._region[0]!r} uses context.{name}, which is available only in a rollout."
+            )
         return found
 
     def _of_rows(self, numbers: NDArray[np.int64] | None) -> Tensor:
-        """Select the entries for the region's rows; `numbers` defaults to 0, 1, 2, ..."""
+        """Return the entries of `numbers` (one per row of the batch; None means 0, 1, 2, ...) for the region's rows."""
         site, axis, leaf, positions = self._region
         if axis is None:
             raise BatchAxisError(f"The patch at {site!r} needs a known batch axis. {no_batch(site)}")
         batch = leaf.shape[axis]
         each = torch.arange(batch) if numbers is None else torch.tensor(numbers)
         if len(each) != batch:
-            raise TraceMismatchError(f"{site!r} has {batch} rows, but the model was called for {len(each)} rows.")
+            raise TraceMismatchError(f"{site!r} has {batch} rows, but the model was called with {len(each)} rows.")
         chosen = positions.get(axis, slice(None))
         return each[chosen.cpu() if isinstance(chosen, Tensor) else chosen]
 
 
 def state_of(function: Any) -> Any:
-    """Return the user's stateful object that a callable or method runs on; None for functions and modules."""
+    """Return the user-defined object whose state a callable may use, such as the object that a method is bound to.
+
+    For plain functions, modules, and objects from torch or chanpatch, return None.
+    """
     while isinstance(function, functools.partial):
         function = function.func
     owner = getattr(function, "__self__", function)

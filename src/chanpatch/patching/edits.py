@@ -189,7 +189,9 @@ class Resample:
         _check(self, "seed", self.seed, Integral)
         shape = tuple(self.reference.shape)
         if not 0 <= self.batch_axis < len(shape) or not shape[self.batch_axis]:
-            raise EditError(f"Resample: the reference has no rows: shape {shape}, batch_axis={self.batch_axis}.")
+            raise EditError(
+                f"Resample: the reference has shape {shape}, which has no rows along batch_axis={self.batch_axis}."
+            )
         if self.per not in get_args(Per):
             raise EditError(f"Resample: per must be 'episode' or 'step'; got {self.per!r}.")
 
@@ -221,7 +223,7 @@ def _unwrapped(edit: object, arithmetic: Callable[[Any, Any], Tensor], region: T
     if not (result.is_floating_point() or result.is_complex() or result.dtype == torch.bool):
         exact = arithmetic(region.float(), operand.float() if isinstance(operand, Tensor) else operand)
         if ((exact - result).abs() > torch.iinfo(result.dtype).max / 2).any():
-            raise EditError(f"{type(edit).__name__}: the result overflows {result.dtype}.")
+            raise EditError(f"{type(edit).__name__}: the result does not fit in the region's dtype, {result.dtype}.")
     return result
 
 
@@ -302,8 +304,7 @@ def check_mask(mask: Any, site: Site, axes: Axes = (), lengths: Sequence[int | N
         got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
         raise EditError(
             f"`where` at {site!r} must be a bool tensor (such as column < 12) or a function that returns a bool "
-            "tensor; "
-            f"got {got}."
+            f"tensor; got {got}."
         )
     if lengths is not None and not fits(mask, lengths, or_one=True):
         raise shape_error(f"`where` at {site!r}", "mask", mask, axes, lengths, "selects")
@@ -318,7 +319,10 @@ def fits(operand: Tensor, lengths: Sequence[int | None], *, or_one: bool = False
 def shape_error(
     subject: str, noun: str, operand: Tensor, axes: Axes, lengths: Sequence[int | None], verb: str
 ) -> EditError:
-    """Return the error for an operand whose axes do not match the region's."""
+    """Return the error for an operand whose axes do not match the region's axes.
+
+    In the message, `subject` names the edit and the site, `noun` the operand, and `verb` the action of the edit.
+    """
     rows = axes.index("batch") if "batch" in axes else 0
     # A mask with the length of the batch probably selects rows; any other vector probably does not.
     tried = [*[rows] * (noun == "mask"), *(number for number in range(len(axes)) if number != rows)]

@@ -42,7 +42,7 @@ class Located:
         self._known: tuple[Any, ...] | None = None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
-        """Locate the site in a tensor; raise if the tensor does not match the trace or the site."""
+        """Locate the site in a tensor; raise an error if the tensor does not match the trace or the site."""
         known = type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.layout
         if known == self._known:
             return
@@ -79,14 +79,14 @@ class Located:
         return axes, axes.index("batch") if "batch" in axes else None
 
     def _check(self, leaf: Tensor) -> None:
-        """Raise if the patch or the recording does not match the region."""
+        """Raise an error if the patch or recording cannot be applied to the site's region of the tensor."""
 
     def _remember(self) -> None:
         """Store the location for later contexts with the same patch."""
 
 
 class Firing(Located):
-    """One patch at one hook point; without a trace, axis names are inferred from `module`.
+    """One patch at one hook point. If the model was not traced, axis names are inferred from `module`.
 
     Attributes:
         reached: Whether the patch has run since the last reset.
@@ -106,7 +106,7 @@ class Firing(Located):
         self._sets: Any = patch.edit.value if type(patch.edit) is Set else None
         self._check_nan = check_nan and (not isinstance(self._sets, Real) or math.isnan(self._sets))
         self._kind: Any = None  # shape, dtype and device of the region
-        self._size: tuple[Any, Any] = (None, 0)  # rows and elements of the region
+        self._size: tuple[Any, Any] = (None, 0)  # number of rows and elements in the region
         self._is_constant = False  # whether the new region does not depend on the activation
         self._constant: Tensor | None = None  # the new region from the last firing, if it is constant
         self._filled: Tensor | None = None  # mask of the region, for a fast fill with a number
@@ -212,7 +212,9 @@ class Firing(Located):
             got, expected = getattr(new, what), getattr(region, what)
             if what == "shape":
                 got, expected = tuple(got), f"{tuple(expected)} (axes {', '.join(self.axes)})"
-            raise EditError(f"{self.patch!r} returned a tensor of {what} {got}, but the region has {what} {expected}.")
+            raise EditError(
+                f"{self.patch!r} returned a tensor with {what} {got}, but the region has {what} {expected}."
+            )
 
 
 # The results of `locate` for patches at traced hook points, because contexts are often opened with the same patch.
@@ -221,7 +223,10 @@ _FIT = ("axes", "batch_axis", "positions", "_known", "_check_nan", "_kind", "_si
 
 
 def _touched(region: torch.Size, batch_axis: int | None, mask: Tensor | None = None) -> tuple[Any, Any]:
-    """Count the rows (None without a batch axis) and elements in a region, or only those that a mask selects."""
+    """Return the number of rows and the number of elements in a region; with a mask, count only what the mask selects.
+
+    If the batch axis is unknown, the number of rows is None.
+    """
     rows: Any = None if batch_axis is None else region[batch_axis]
     if mask is None:
         return rows, region.numel()

@@ -72,7 +72,11 @@ class Patch:
 
 
 def _takes_context(edit: Edit) -> bool:
-    """Return whether an edit has a keyword-only parameter `context`; raise EditError for other required parameters."""
+    """Return whether an edit has a keyword-only parameter `context`.
+
+    Raises:
+        EditError: If the edit requires any parameter besides the activation and `context`.
+    """
     if type(edit).__module__ == Set.__module__:
         return isinstance(edit, Resample)
     try:

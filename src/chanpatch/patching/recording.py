@@ -36,7 +36,7 @@ def recording(
     device: torch.device | str | None = None,
     allow_unreached: Iterable[str] = (),
 ) -> Opened[ActivationCache]:
-    """Record sites while the context is open; activations from several forward passes are concatenated along the batch.
+    """Record activations while the context is open, and concatenate several forward passes along the batch axis.
 
     If `recording` is used as a decorator, each call to the function has a separate cache.
 
@@ -112,7 +112,7 @@ def run_with_cache(  # noqa: D417
 
 
 class Recorder(ContextSession):
-    """Session that records sites; with `double`, reductions run in double precision."""
+    """Session that records sites. If `double` is True, reductions run in double precision."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Recorder(ContextSession):
         self.missing = set(self._sites)
 
     def finish(self, error: Exception | None) -> None:
-        """Raise if a site was never reached."""
+        """Raise UnreachedError if a site was never reached, unless the context exits with an exception."""
         missing = [site.name for site in self._sites if site not in self.result and site.name not in self._allowed]
         if error is None:
             check_reached("Nothing was recorded at {}", dict.fromkeys(missing), advice=self.no_call)
@@ -191,9 +191,8 @@ class _Record(Located):
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce, double=recorder.double)
         in_forward = value is region and recorder.keeps_graph  # the forward pass continues from the record
-        copied = any(
-            isinstance(chosen, Tensor) for chosen in self.positions.values()
-        )  # indexing with lists already copies
+        # Indexing with a list already makes a copy.
+        copied = any(isinstance(chosen, Tensor) for chosen in self.positions.values())
         if in_forward or (not copied and (value is region or value._is_view())):
             value = value.clone()
         if recorder.device is not None:
@@ -216,7 +215,7 @@ _TOKEN = re.compile(r"\([^)]*\)|\S+")
 
 
 def reduced_axes(site: Site, axes: Axes, reduce: Reduce | None) -> Axes:
-    """Return the axes left by a reduction; raise SiteError if the reduction is unknown or an axis lacks a name."""
+    """Return the axes that remain after a reduction; raise SiteError if `reduce` is unknown or an axis is unnamed."""
     if reduce is None:
         return axes
     if isinstance(reduce, tuple):

@@ -100,7 +100,7 @@ _ELEMENTWISE_FUNCTIONS = frozenset(f"{_ARITHMETIC} {_ACTIVATIONS} {_LAYERS} {_CO
 
 
 class NamePropagation(TorchFunctionMode):
-    """Mode in which elementwise torch functions propagate axis names from operands to results."""
+    """Torch function mode in which elementwise functions propagate axis names from operands to results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class NamePropagation(TorchFunctionMode):
         return known if len(known) == tensor.dim() else (None,) * tensor.dim()
 
     def learn(self, tensor: Tensor, names: Sequence[str | None]) -> None:
-        """Fill in the unknown axis names of a tensor; known names are kept."""
+        """Fill in the unknown axis names of a tensor, and keep the known names."""
         self.rename(tensor, [a or b for a, b in zip(self.names(tensor), names, strict=True)])
 
     def rename(self, tensor: Tensor, names: Sequence[str | None]) -> None:

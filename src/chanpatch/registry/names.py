@@ -29,12 +29,16 @@ def written_name(module: str, side: str, path: Path, call: int | None) -> str:
 
 
 def parsed_name(known: Mapping[str, nn.Module], name: str) -> Place:
-    """Parse a hook point's name, given the modules by name; raise HookPointError if the name is not valid."""
-    for match in reversed([*_SIDE.finditer(name)]):  # a module may be named "out": the longest name wins
+    """Parse a hook point's name into a place. `known` maps module names to modules.
+
+    Raises:
+        HookPointError: If the name is not valid.
+    """
+    for match in reversed([*_SIDE.finditer(name)]):  # a module may be named "out", so try the longest name first
         base, path = name[: match.start()], parsed_path(name[match.end() :])
         module, _, call = (base, "", "") if base in known else base.partition("#")
         side: Literal["in", "out"] = "in" if match[1] == "in" else "out"
-        is_tensor = path if side == "in" else match[1] or module  # all inputs together are not one tensor
+        is_tensor = path if side == "in" else match[1] or module  # "conv1.in" means all inputs, not one tensor
         if module in known and path is not None and is_tensor and (call.isdigit() or not call):
             return Place(name, module, side, path, int(call) if call else None)
     if is_pattern(name):
@@ -79,7 +83,10 @@ def is_pattern(name: str) -> bool:
 
 
 def spellings(name: str, module: str | None = None, aliases: Iterable[str] = ()) -> list[str]:
-    """Return a name and its aliases, each with a line break after the module's name (inferred if `module` is None)."""
+    """Return a hook point's name and aliases, each with a line break after the module's name, for pattern matching.
+
+    If `module` is None, the module's name is inferred from the hook point's name.
+    """
     if module is None:
         module = re.sub(r"(?s)(#\d+)?(\.(in|out)(\[.*)?)?$", "", name, count=1)
     end = name[len(module) :]
@@ -92,15 +99,15 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
     Names consist of parts separated by dots outside brackets; `#k`, `.in[...]` and `.out[...]` belong to the preceding
     part. `*` matches any text within a part, `**` any number of parts, and `?` one character. Without `#k`, a pattern
-    matches all calls; without `.in` or `.out`, all outputs. The start of a path matches all tensors under that path.
-    `names` maps each hook point's name to its `spellings`.
+    matches all calls; without `.in` or `.out`, all outputs. A pattern that ends with the start of a path matches all
+    tensors under that path. `names` maps each hook point's name to its `spellings`.
 
     Raises:
         HookPointError: If `?` would miss indices with several digits, as `h.?` would miss h.10.
     """
     if pattern in names:
         return [pattern]
-    for match in reversed([*_SIDE.finditer(pattern)]):  # a module may be named "out": the longest name wins
+    for match in reversed([*_SIDE.finditer(pattern)]):  # a module may be named "out", so try the longest name first
         one, longer = (_compiled(pattern, match.start(), numbers) for numbers in ("", r"|\d{%d,}"))
         chosen = dict.fromkeys(name for name, each in names.items() if any(map(one.fullmatch, each)))
         left_out = [name for name, each in names.items() if any(map(longer.fullmatch, each)) and name not in chosen]
@@ -116,20 +123,23 @@ def selected(pattern: str, names: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def alternative(pattern: str, names: Mapping[str, Iterable[str]]) -> str:
-    """Return a sentence that suggests a similar pattern with matches, or an empty string; for an error message."""
+    """For an error message, suggest a similar pattern that has matches; return an empty string if none has matches."""
     like = {
         re.sub(r"#[\d*?]+", "", pattern): "a module that is called once has no call index.",
         re.sub(r"^\*\.", "**.", pattern): "`*` stops at a dot; `**` does not.",
     }
     found = ((each, why, len(selected(each, names))) for each, why in like.items())
-    return next((f" '{each}' would match {count}: {why}" for each, why, count in found if count), "")
+    return next(
+        (f" '{each}' would match {count} hook point{'s' * (count != 1)}: {why}" for each, why, count in found if count),
+        "",
+    )
 
 
 def _compiled(pattern: str, end: int, numbers: str) -> re.Pattern[str]:
     """Compile a pattern to a regular expression that matches spellings.
 
-    `end` is the index at which the module part of the pattern ends. `numbers` is a regular expression for other text
-    that a run of `?` may match, in which `%d` is the length of the run.
+    `end` is the index at which the module part of the pattern ends. `numbers` is an additional regular expression for
+    each run of `?` in the pattern. Any `%d` in `numbers` stands for the length of the run.
     """
 
     def regex(text: str, any_text: str) -> str:

@@ -82,7 +82,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return HookPoints(self.model, chosen, **facts)
 
     def site(self, name: str, /, *_unnamed: Any, **indices: Index) -> Site:
-        """Return a site, checked against the trace.
+        """Create a site, and check the site against the trace.
 
         Args:
             name: Name of the hook point.
@@ -95,7 +95,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return self.bind(Site(name, *_unnamed, **indices))
 
     def bind(self, site: Site) -> Site:
-        """Bind a site to the traced hook point; raise the same errors as `site`."""
+        """Check a site against the trace and bind it to the traced hook point. The errors are the same as in `site`."""
         point = self[site.name]
         return site if site.point == point else normalized(site, point)
 
@@ -105,7 +105,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
         return getattr(self.model, self.method)(*args, **kwargs)
 
     def _rewritten(self, name: str) -> str:
-        """Return the registry's spelling of a name, such as `fc` for `fc.out`."""
+        """Return a hook point's name as the registry spells the name, such as `fc` for `fc.out`."""
         with suppress(HookPointError):
             point = parsed_name(dict(self.model.named_modules(remove_duplicate=False)), name)
             name = written_name(point.module, point.side, point.path, point.call)
@@ -207,7 +207,10 @@ def hook_points(
 def traced(
     points_or_model: HookPoints | nn.Module, inputs: Inputs | Iterable[Inputs] | None, keywords: Mapping[str, Any] = {}
 ) -> HookPoints:
-    """Return hook points unchanged, or trace a model with the inputs (the first batch, if `inputs` yields batches)."""
+    """Return hook points unchanged, or trace a model with the inputs.
+
+    If `inputs` is an iterable of batches, the model is traced with the first batch.
+    """
     if isinstance(points_or_model, HookPoints):
         return points_or_model
     model = model_of(points_or_model)
@@ -244,7 +247,11 @@ _names: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Axes, int | None]]] = We
 
 
 def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
-    """Return a site's traced hook point or, without a trace, its parsed name; raise HookPointError if unknown."""
+    """Return the place of a site in a model, given the model's modules by name.
+
+    The place is the traced hook point to which the site is bound. If the site is not bound to a hook point in this
+    model, the site's name is parsed; HookPointError is raised if the name is not valid.
+    """
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
@@ -263,7 +270,9 @@ def sites_of(
             named.append(Site(item.name).at(item) if isinstance(item, HookPoint) else
                          item if isinstance(item, Site) else Site(item))  # fmt: skip
     if not named:
-        raise SiteError("There are no sites to record: sites is empty. Pass at least one site, as in sites=['conv1'].")
+        raise SiteError(
+            "There are no sites to record: the argument sites= is empty. Pass at least one site, as in sites=['conv1']."
+        )
     return tuple(dict.fromkeys(bound(points_or_model, named)))
 
 
@@ -271,12 +280,17 @@ def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
     """Convert a name, pattern, hook point or site to a checked site; raise SiteError if there are several sites."""
     found = sites_of(points, site)
     if len(found) > 1:
-        raise SiteError(f"Expected one site, but got {len(found)}: {', '.join(map(repr, found))}.")
+        raise SiteError(
+            f"Expected one site, but got {len(found)}: {', '.join(map(repr, found))}. Pass one of these sites."
+        )
     return found[0]
 
 
 def bound(points_or_model: HookPoints | nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Check sites against a trace; without a trace, check only names against a model. Report all errors together."""
+    """Check sites against the traced hook points and return the bound sites.
+
+    If a model is passed instead of hook points, only the sites' names are checked. All errors are reported together.
+    """
     found, faults = [], []
     model = model_of(points_or_model)
     modules = dict(model.named_modules(remove_duplicate=False)) if model is points_or_model else {}
@@ -303,13 +317,13 @@ def model_of(points_or_model: HookPoints | nn.Module) -> nn.Module:
 
 
 def no_module(given: object) -> str:
-    """Describe an object that is not a module, for an error message, and suggest an attribute that is a module."""
+    """For an error message, name the type of an object that is not a module; suggest an attribute that is a module."""
     held = [name for name, item in getattr(given, "__dict__", {}).items() if isinstance(item, nn.Module)]
     return f"{type(given).__name__}.{f' Pass its module .{held[0]} instead.' if held else ''}"
 
 
 def root_of(points_or_model: HookPoints | nn.Module) -> tuple[nn.Module, str, dict[str, int] | None]:
-    """Return the arguments for a Session: the model, the method and, if traced, the number of calls to each module."""
+    """Return the arguments for a Session: the model, the method and, for HookPoints, the number of calls by name."""
     if isinstance(points_or_model, HookPoints):
         return points_or_model.model, points_or_model.method, points_or_model.calls
     return model_of(points_or_model), "__call__", None

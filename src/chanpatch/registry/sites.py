@@ -96,7 +96,7 @@ class Site:
         raise SiteError(f"{self!r} cannot be split along '{axis}': {why}")
 
     def at(self, point: HookPoint | None) -> Site:
-        """Return the same site, bound to a traced hook point without checking axes and indices."""
+        """Return the same site bound to a traced hook point, without checking the axes and indices."""
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
@@ -265,7 +265,7 @@ def unusual_layout(tensor: Tensor) -> str:
 
 
 def read(tensor: Tensor, positions: Positions) -> Tensor:
-    """Return the region at the given positions.
+    """Return the region of a tensor at the given positions.
 
     Raises:
         UnsupportedModelError: If the region is only part of a sparse or masked tensor.

@@ -39,7 +39,8 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 class Trace:
     """The tensors at all hook points in one run, with axis names; names in `given` override inferred names.
 
-    `totals` maps the id of each parameter to the parameter's sum before the run, for comparison during the run.
+    `totals` maps the id of each parameter to the parameter's sum before the run. During the run, these sums are
+    compared with the current sums, to detect changed parameters.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Trace:
         return self
 
     def name(self, fired: _Fired, module: str | None = None) -> str:
-        """Return the name of a hook point; with another name for its module, return the corresponding alias."""
+        """Return the name of a hook point. If `module` is another name for the module, return that alias."""
         call = fired.call if self.calls[fired.module] > 1 else None
         return written_name(fired.module if module is None else module, fired.side, fired.path, call)
 
@@ -117,7 +118,7 @@ class Trace:
 def traced_run(
     model: nn.Module, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], axes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trace a model; return the keyword arguments points, calls, not_called and steady for HookPoints."""
+    """Trace a model, and return the keyword arguments `points`, `calls`, `not_called` and `steady` for HookPoints."""
     if not callable(getattr(model, method, None)):
         raise HookPointError(f"{type(model).__name__} has no method '{method}'.{did_you_mean(method, dir(model))}")
     _refuse_untraceable(model, (inputs, keywords))
@@ -190,7 +191,10 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
 
 
 def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> dict[str, int]:
-    """Map hook points' names to their batch axes, if a second run with one more row identifies the batch axes."""
+    """Run the model again with one more row, and map each hook point's name to the batch axis.
+
+    Hook points whose batch axis cannot be identified are left out.
+    """
     grown: Any = (inputs, dict(keywords))
     growing: list[tuple[Path, Any, int]] = []
     certain: list[int] = []  # lengths of axes named "batch"
@@ -213,9 +217,9 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
 
 
 def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
-    """Map hook points' names to the axis that grew from `rows` to `rows + 1`.
+    """Map each hook point's name to the index of the axis whose length grew from `rows` to `rows + 1`.
 
-    Hook points are left out if another axis also changed, or if the axis has a name other than "batch".
+    A hook point is left out if another of its axes also changed, or if the axis has a name other than "batch".
     """
     found = {}
     for fired in trace.fired:

@@ -129,7 +129,7 @@ def _only_patch(entry: Entry, points: HookPoints) -> Patch:
         )
     point = points[entry.patches[0].site.name]
     if not point.dtype.is_floating_point:
-        raise SiteError(f"'{point.name}' has dtype {point.dtype}, which has no gradient. Patch the embedding instead.")
+        raise SiteError(f"'{point.name}' has dtype {point.dtype}, so it has no gradient. Patch the embedding instead.")
     return entry.patches[0]
 
 

@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
     point: HookPoint
     entries: tuple[Entry, ...]
-    later: tuple[Patch, ...] | None  # the patches at later hook points; None if the entries have different ones
+    later: tuple[Patch, ...] | None  # patches at later hook points; None if these differ between the entries
     skippable: int  # number of module calls that finish before the hook point
     bytes_each: int  # approximate memory per entry in a batched forward pass
     on_cpu: bool
@@ -121,7 +121,10 @@ class Forward:
         return activation, flags
 
     def ends(self) -> list[Forward]:
-        """Return two Forwards, one on only the first row and one on only the last row; none if this saves no time."""
+        """Return two Forwards: one on the first row only, and one on the last row only.
+
+        If forward passes on a single row would not save time, return an empty list.
+        """
         count = input_count(self.inputs)
         if count < _FEWEST_TO_CUT or published.now.rows is not None:
             return []
@@ -154,7 +157,7 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     ]
 
 
-_Seen: TypeAlias = tuple[int, bool, int]  # of a clean activation: bytes, whether on a CPU, number of earlier calls
+_Seen: TypeAlias = tuple[int, bool, int]  # size in bytes, whether on a CPU, number of calls finished before
 
 
 def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
@@ -192,7 +195,10 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
 
 
 def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen]) -> Iterator[Group]:
-    """Group entries by the hook point of their first patch, then by their later patches."""
+    """Yield groups of entries with the first patch at the same hook point and with equal later patches.
+
+    Small groups at the same hook point are merged.
+    """
     order = {name: number for number, name in enumerate(seen)}
     begun: dict[str, dict[Any, tuple[tuple[Patch, ...], list[Entry]]]] = {name: {} for name in seen}
     for entry in entries:

@@ -39,6 +39,7 @@ class _Call:
 
     @property
     def unwritten(self) -> bool:
+        """Whether the output's tensors have not been modified in place since the call."""
         return all(tensor._version == version for tensor, version in self.versions)
 
 

@@ -115,7 +115,7 @@ class Execution:
     def _try(
         self, strategy: _Fast, group: Group, order: Sequence[Entry], alone: Sequence[_Alone]
     ) -> tuple[Entry | None, str]:
-        """Run the entries with a fast strategy. Return the entry that failed (or None) and the reason."""
+        """Run the entries with a fast strategy, and return (failed entry or None, reason for rejecting or using it)."""
         if strategy == "vmap":
             outputs = vmapped(self.forward, group, order, self.baseline, self.max_bytes)
         else:
@@ -168,7 +168,7 @@ def _difference(expected: Any, output: Any, row: int | None = None) -> str:
 
 
 def _close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
-    """Return whether part of an output equals the tensor that is wanted, up to rounding errors in the whole output."""
+    """Return whether `part` equals `wanted` up to rounding error, given the `whole` output that contains `part`."""
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return torch.equal(part, wanted)
     half = wanted.dtype in (torch.float16, torch.bfloat16)  # here, rounding may be as large as a patch's effect
@@ -238,7 +238,7 @@ def _refused(*, but: type[Exception] = StrategyError) -> Iterator[None]:
 
 
 def _edited(forward: Forward, group: Group, clean: Tensor, entries: Sequence[Entry]) -> Tensor:
-    """Apply each entry's patches at the group's hook point; return the stack of results: `(entry, *activation)`."""
+    """Apply each entry's patches at the group's hook point, and stack the results with shape `(entry, *activation)`."""
     stack = clean.new_empty((len(entries), *clean.shape))
     flags: list[_Flag] = []
     with forward.undisturbed as run:
@@ -262,7 +262,7 @@ _Flag: TypeAlias = tuple[Tensor, Entry, Patch]  # the tensor is True if the patc
 
 
 def _raise_nan(flags: Sequence[_Flag]) -> None:
-    """Raise an error for the first patch that introduced NaN. If no patch did, read from the device only once."""
+    """Raise NaNError for the first patch that introduced NaN. If no patch did, the device is read only once."""
     if flags and torch.stack([flag for flag, *_ in flags]).any():
         entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
         with labelled(entry.label):

@@ -84,7 +84,7 @@ def sweep(
     if strategy not in ("auto", "vmap", "resume", "loop"):
         raise SweepError(f"strategy must be 'auto', 'vmap', 'resume' or 'loop'; got {strategy!r}.")
     if type(max_bytes) is not int or max_bytes < 1:
-        raise SweepError(f"max_bytes must be a positive number of bytes, such as 2**28; got {max_bytes!r}.")
+        raise SweepError(f"max_bytes must be a positive integer, such as 2**28; got {max_bytes!r}.")
     with torch.inference_mode(False):
         points = traced(points_or_model, inputs, keywords)
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
@@ -135,7 +135,7 @@ def _count(points: HookPoints, output: Any) -> int | None:
 
 
 def _result(entries: Sequence[Entry], others: Sequence[Entry], execution: Execution, metrics: Metrics) -> SweepResult:
-    """Return the result for those entries that have finished, with `others` as the controls."""
+    """Return the result for the entries that have finished, with `others` as the control entries."""
     done = [entry for entry in entries if entry.number in execution.rows]
     baseline = {name: before.numpy() for name, before in metrics.baseline.items()}
     return SweepResult(
