@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import chanpatch
+from chanpatch.patching import firing
 
 SOURCE = Path(chanpatch.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,7 @@ def functions_that_run(code: str, names: dict[str, Any]) -> dict[str, set[str]]:
             ran[path.relative_to(SOURCE).as_posix()].add(frame.f_code.co_name)
 
     exec(code, names)
+    firing._FITS.clear()  # as for new patches
     gc.collect()
     gc.disable()  # contexts and twins of other tests may be freed while the code runs
     sys.setprofile(note)

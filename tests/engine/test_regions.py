@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanpatch.engine.hooks import Place
 from chanpatch.engine.moments import Moment
+from chanpatch.engine.paths import Place
 from chanpatch.errors import UnsupportedModelError
 from chanpatch.patching import Patch, Set, patch_in, patched, zero_ablate
 from chanpatch.patching.firing import Firing

@@ -1,4 +1,4 @@
-"""Ways to hook into a forward pass other than `Station`: call observers, taps and wrapped methods."""
+"""Ways to change a forward pass other than `Station`: call observers, taps, wrapped methods, disabled sessions."""
 
 from __future__ import annotations
 
@@ -150,3 +150,20 @@ class _MethodWrapper:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return types.MethodType(getattr(type(self._module), self._name), memo.get(id(self._module), self._module))
+
+
+class DisabledSessions(Undoable):
+    """Context in which the listeners of the given sessions do not run; overlapping contexts may close in any order."""
+
+    def __init__(self, sessions: Iterable[Any]) -> None:
+        self._sessions, self._token = tuple(sessions), object()
+
+    def _do(self) -> None:
+        for session in self._sessions:
+            session.disabled_by.add(self._token)
+            session.enabled = False
+
+    def _undo(self) -> None:
+        for session in self._sessions:
+            session.disabled_by.discard(self._token)
+            session.enabled = not session.disabled_by

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Container, Iterator, MutableMapping, Sequence
+from collections.abc import Container, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
-from .paths import Attr, Item, _children, is_tensordict, replace
+from ..errors import UnsupportedModelError
+from .paths import Attr, Item, _children, get, is_tensordict, replace
 
 
 def written_into(before: Any, after: Any, given: Any, users: Container[int]) -> Any:
@@ -104,3 +106,25 @@ def _put(container: Any, step: Item | Attr, child: Any) -> None:
         setattr(container, step.name, child)
     else:
         container[step.key] = child
+
+
+def patched_tensors(places: Iterable[Any], output: Any) -> list[tuple[Any, Tensor, int | None]]:
+    """Return (place, tensor, version) for each patched tensor in an output."""
+    return [(place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None]
+
+
+def refuse_replaced(patched: Iterable[tuple[Any, Tensor, int | None]], output: Any, others: Iterable[object]) -> None:
+    """Raise UnsupportedModelError if one of the other hooks on a module replaced or modified a patched tensor."""
+    for place, tensor, version in patched:
+        with suppress(LookupError, AttributeError, TypeError):
+            if get(output, place.path) is tensor and _version(tensor) == version:
+                continue
+        names = ", ".join(str(getattr(hook, "__qualname__", hook)) for hook in others)
+        raise UnsupportedModelError(
+            f"A forward hook ({names}) replaced or modified the patched tensor at '{place.name}'. Remove the hook "
+            "while the patch is active, or patch the input of the next module instead."
+        )
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version  # torch does not count writes in inference mode

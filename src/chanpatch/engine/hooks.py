@@ -12,33 +12,25 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, cast
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConcurrencyError, UnsupportedModelError
-from .containers import containers, contents, copied_containers, holds, with_copies, written_into
-from .paths import Path, get
-
-if TYPE_CHECKING:
-    from collections import OrderedDict
+from .containers import (
+    containers,
+    contents,
+    copied_containers,
+    holds,
+    patched_tensors,
+    refuse_replaced,
+    with_copies,
+    written_into,
+)
 
 Stage: TypeAlias = Literal["before", "patch", "after"]
 STAGES: tuple[Stage, ...] = ("before", "patch", "after")  # execution order of the listeners at one place
-
-
-@dataclass(frozen=True)
-class Place:
-    """Location of a tensor, as encoded in a hook point's name."""
-
-    name: str
-    module: str = field(repr=False)  # name of the module or tap
-    side: Literal["in", "out", "tap"] = field(repr=False)
-    path: Path = field(repr=False)  # path to the tensor in a nested input or output
-    call: int | None = field(repr=False)  # index of the module call; None if there is only one
 
 
 class Station:
@@ -58,7 +50,7 @@ class Station:
         self._at_last: list[Any] = []  # listeners that record the output after all other hooks have run
         self._counting: list[Any] = []
         self._errors_before: list[BaseException | None] = []  # for each open call, the exception in flight at its start
-        self._just_patched: list[tuple[Place, Tensor, int | None]] = []  # (place, tensor, version), in this call
+        self._just_patched: list[tuple[Any, Tensor, int | None]] = []  # (place, tensor, version), in this call
         self._copies: list[weakref.ref[nn.Module]] = []
         self._copied: dict[int, tuple[Any, list[Any]]] = {}  # copied containers in open calls, with their contents
         self._hooks = 0  # number of forward hooks that this station has put on the module
@@ -77,8 +69,7 @@ class Station:
     @staticmethod
     def on(module: nn.Module) -> Station:
         """Return the module's station; if no session is attached, put the station's hooks on the module."""
-        if (station := _stations.get(module)) is None:
-            station = _stations[module] = Station(module)
+        station = Station.of(module) or _idle.pop(module, None) or Station(module)
         if not station.is_open:
             vars(station).pop("inside", None)
             module._forward_pre_hooks_with_kwargs[station._keys[0]] = True
@@ -86,12 +77,12 @@ class Station:
             station._put(module, 0, station._first)
         return station
 
-    def _put(self, module: nn.Module, number: int, hook: _Hook) -> None:
+    def _put(self, module: Any, number: int, hook: _Hook) -> None:
         """Add the first or the last forward hook as `register_forward_hook` does, but with the station's own key."""
-        key, hooks = self._keys[number], cast("OrderedDict[int, Any]", module._forward_hooks)
+        key = self._keys[number]
         module._forward_hooks_with_kwargs[key] = module._forward_hooks_always_called[key] = True
-        hooks[key] = hook
-        hooks.move_to_end(key, last=bool(number))
+        module._forward_hooks[key] = hook
+        module._forward_hooks.move_to_end(key, last=bool(number))
         self._hooks = number + 1
 
     @functools.cached_property
@@ -136,6 +127,8 @@ class Station:
                 if (module := each()) is not None:
                     drop(module, self._keys)
             self._copies.clear()
+            if (module := self._module()) is not None:
+                _idle[module] = self
 
     def note_copy(self, memo: dict[int, Any]) -> None:
         """Register copies of the module found in a `deepcopy` memo, so that `remove` also removes the copies' hooks."""
@@ -209,7 +202,9 @@ class Station:
             self._end(failed=failed)
         else:
             self._calls = [(session, session.call) for session in self._counting]
-            self._just_patched = [] if changed is output else self._patched_in(changed)
+            if changed is not output:
+                places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
+                self._just_patched = patched_tensors(places, changed)
         return None if changed is output else changed
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -217,7 +212,7 @@ class Station:
             return None
         failed, patched, self._just_patched = self._has_failed(), self._just_patched, []
         if patched and not failed:
-            self._refuse_replaced(module, patched, output)
+            refuse_replaced(patched, output, [hook for hook in module._forward_hooks.values() if not is_ours(hook)])
         for session, call in self._calls:  # the user's hooks may have called other modules
             session.call = call
         changed = output if failed else self._heard(self._at_last, output)
@@ -245,26 +240,6 @@ class Station:
         for session in self.scopes:
             session.end(self, failed=failed)
 
-    def _patched_in(self, output: Any) -> list[tuple[Place, Tensor, int | None]]:
-        """Return (place, tensor, version) for each patched tensor in an output; in-place writes increment `version`."""
-        places = [each.place for each in self._on_output if each.stage == "patch" and each.session.enabled]
-        return [
-            (place, tensor, _version(tensor)) for place in places if (tensor := get(output, place.path)) is not None
-        ]
-
-    def _refuse_replaced(self, module: nn.Module, patched: list[tuple[Place, Tensor, int | None]], output: Any) -> None:
-        """Raise UnsupportedModelError if another hook replaced or modified a patched tensor."""
-        for place, tensor, version in patched:
-            with suppress(LookupError, AttributeError, TypeError):
-                if get(output, place.path) is tensor and _version(tensor) == version:
-                    continue
-            others = [hook for hook in module._forward_hooks.values() if not is_ours(hook)]
-            names = ", ".join(str(getattr(hook, "__qualname__", hook)) for hook in others)
-            raise UnsupportedModelError(
-                f"A forward hook ({names}) replaced or modified the patched tensor at '{place.name}'. Remove the hook "
-                "while the patch is active, or patch the input of the next module instead."
-            )
-
     def _refuse_copy(self, module: nn.Module) -> None:
         if self.is_open:
             raise ConcurrencyError(
@@ -273,11 +248,8 @@ class Station:
             )
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version  # torch does not count writes in inference mode
-
-
-_stations: weakref.WeakKeyDictionary[nn.Module, Station] = weakref.WeakKeyDictionary()
+# Stations without hooks, for later contexts. The hooks refer to all other stations, so a module frees its station.
+_idle: weakref.WeakKeyDictionary[nn.Module, Station] = weakref.WeakKeyDictionary()
 _KEYS = itertools.count(-1, -1)  # torch numbers its hooks from 0 upward
 _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
@@ -337,10 +309,9 @@ def drop(module: nn.Module, keys: Iterable[Any]) -> None:
 
 
 class Undoable:
-    """Context whose `_undo` is repeated after an interrupt, and runs when a context that was not exited is freed.
+    """Context whose `_undo` is repeated after an interrupt, and runs when the context is freed while it is open."""
 
-    Nothing that a context changes may refer to the context itself, which would then not be freed.
-    """
+    # Nothing that a context changes may refer to the context itself, which would then not be freed.
 
     _is_open = False
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,17 @@ class Attr(NamedTuple):
 
 
 Path = tuple["Item | Attr", ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Location of a tensor, as encoded in a hook point's name."""
+
+    name: str
+    module: str = dataclasses.field(repr=False)  # name of the module or tap
+    side: Literal["in", "out", "tap"] = dataclasses.field(repr=False)
+    path: Path = dataclasses.field(repr=False)  # path to the tensor in a nested input or output
+    call: int | None = dataclasses.field(repr=False)  # index of the module call; None if there is only one
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..errors import ConcurrencyError, HookPointError, TraceMismatchError, UnsupportedModelError
 from .calls import WrappedMethod, forget_taps, hear_tap
 from .containers import containers
-from .hooks import Place, RunEagerly, Stage, Station, Undoable, refuse_checkpoint
+from .hooks import RunEagerly, Stage, Station, Undoable, refuse_checkpoint
 from .moments import Moment, RootCall, published
-from .paths import Item, get, in_distribution, leaves, nested, read_only, replace
+from .paths import Item, Place, get, in_distribution, leaves, nested, read_only, replace
 
 _CHANGES = threading.RLock()  # held while hooks are added or removed
 
@@ -125,10 +125,6 @@ class Session:
     def listen(self, place: Place, stage: Stage, act: Callable[[Tensor, Session], Tensor]) -> None:
         """Add a listener at a place; the listener takes effect the next time the session is attached."""
         self.listeners.append(Listener(self, place, stage, act))
-
-    def attached(self) -> Attached:
-        """Attach the listeners while the context is open. Each call to the session's method is then a root call."""
-        return Attached(self)
 
     def attach(self, scopes: Iterable[nn.Module] = ()) -> None:
         """Attach all listeners, or none of them if one cannot be attached.
@@ -367,7 +363,7 @@ class Session:
 
 
 class Attached(Undoable):
-    """Context in which a session is attached."""
+    """While the context is open, a session is attached. Each call to the session's method is then a root call."""
 
     def __init__(self, session: Session) -> None:
         self._session, self._eagerly = session, RunEagerly()
@@ -394,20 +390,3 @@ def _current_task() -> Any:
     asyncio = sys.modules.get("asyncio")
     loop = None if asyncio is None else asyncio._get_running_loop()
     return None if asyncio is None or loop is None else asyncio.current_task(loop)
-
-
-class DisabledSessions(Undoable):
-    """Context in which the listeners of the given sessions do not run; overlapping contexts may close in any order."""
-
-    def __init__(self, sessions: Iterable[Session]) -> None:
-        self._sessions, self._token = tuple(sessions), object()
-
-    def _do(self) -> None:
-        for session in self._sessions:
-            session.disabled_by.add(self._token)
-            session.enabled = False
-
-    def _undo(self) -> None:
-        for session in self._sessions:
-            session.disabled_by.discard(self._token)
-            session.enabled = not session.disabled_by

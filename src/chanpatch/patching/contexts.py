@@ -14,7 +14,7 @@ from torch import nn
 
 from ..engine.hooks import Station
 from ..engine.moments import RootCall
-from ..engine.sessions import Session
+from ..engine.sessions import Attached, Session
 from ..errors import (
     ChanpatchError,
     DistributionError,
@@ -137,7 +137,7 @@ class Opened(Held, Generic[Result]):
         session, self._next = self._next, None
         if session is None or session.modules != dict(session.root.named_modules(remove_duplicate=False)):
             session = self._new()  # a module was replaced
-        context = session.attached()
+        context = Attached(session)
         try:
             self.hold(session, context)
             return session.result  # type: ignore[no-any-return]

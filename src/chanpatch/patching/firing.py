@@ -12,9 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..engine.hooks import Place
 from ..engine.moments import Moment
-from ..engine.paths import inside_vmap
+from ..engine.paths import Place, inside_vmap
 from ..engine.sessions import Session
 from ..errors import EditError, TraceMismatchError, UnsupportedModelError
 from ..registry.axes import axis_names

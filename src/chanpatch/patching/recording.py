@@ -10,10 +10,9 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from ..engine.hooks import Place
 from ..engine.moments import RootCall
-from ..engine.paths import inside_vmap
-from ..engine.sessions import Session, StopForward
+from ..engine.paths import Place, inside_vmap
+from ..engine.sessions import Attached, Session, StopForward
 from ..errors import SiteError, UnsupportedModelError, did_you_mean
 from ..registry.points import HookPoints, resolve, sites_of
 from ..registry.sites import Axes, HookPoint, Site, read, written
@@ -143,7 +142,7 @@ class Recorder(ContextSession):
     def run_once(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
         """Run the model and return the output, or None if the forward pass was stopped early."""
         output, gradients = None, torch.is_grad_enabled()
-        with self.attached():
+        with Attached(self):
             try:
                 output = getattr(self.root, self.method)(*inputs, **keywords)
             except StopForward as ended:

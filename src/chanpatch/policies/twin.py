@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.fx import _symbolic_trace
 
-from ..engine.calls import Observed
+from ..engine.calls import DisabledSessions, Observed
 from ..engine.hooks import eager, is_compiling
 from ..engine.moments import RootCall
-from ..engine.sessions import DisabledSessions
 from ..errors import UnsupportedModelError
 from ..patching.contexts import Exit, Held, Patching, check_reached, checked_patches, raise_nan
 from ..patching.firing import Ledger

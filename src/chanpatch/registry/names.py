@@ -12,8 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..engine.hooks import Place
-from ..engine.paths import Attr, Item, Path
+from ..engine.paths import Attr, Item, Path, Place
 from ..errors import HookPointError, did_you_mean
 
 _SIDE = re.compile(r"\.(in|out)(?![^.\[])|$")

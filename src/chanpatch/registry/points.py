@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..engine.hooks import Place, Station
+from ..engine.calls import DisabledSessions
+from ..engine.hooks import Station
 from ..engine.inputs import Inputs, batches, copied_inputs
-from ..engine.sessions import DisabledSessions
+from ..engine.paths import Place
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
 from ..results import Records
 from .names import alternative, is_pattern, parsed_name, selected, spellings, unknown_name, written_name

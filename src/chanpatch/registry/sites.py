@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.hooks import Place
-from ..engine.paths import inside_vmap
+from ..engine.paths import Place, inside_vmap
 from ..errors import SiteError, UnsupportedModelError, did_you_mean
 
 Positions = Mapping[int, "slice | list[int] | Tensor"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..engine.inputs import batches, copied_inputs, input_count
 from ..engine.moments import Moment, forward_context, published
-from ..engine.sessions import Session
+from ..engine.sessions import Attached, Session
 from ..engine.state import undisturbed
 from ..errors import SweepError, UnreachedError
 from ..labels import Patches, labelled_patches, refuse_shared_state
@@ -180,7 +180,7 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
     for name in first_at:
         session.listen(points[name], "patch", partial(note, name))
     taps = {points[name].module for name in first_at if points[name].side == "tap"}
-    with session.attached(), prefix.remembered(taps, max_bytes):
+    with Attached(session), prefix.remembered(taps, max_bytes):
         output = forward()
     session.let_go()
     for name, entry in first_at.items():

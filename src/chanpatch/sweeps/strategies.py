@@ -18,7 +18,7 @@ from torch.distributions import Distribution, TransformedDistribution
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..engine.paths import Path, _children, leaves, replace
-from ..engine.sessions import Session
+from ..engine.sessions import Attached, Session
 from ..engine.state import training_modules
 from ..errors import EditError, NaNError, SweepError
 from ..labels import labelled
@@ -291,7 +291,7 @@ def _suffixes(
 
     session.listen(group.point, "patch", put)
     try:
-        with forward.running(group.skippable), session.attached(), _vmap_compatible(stack.device):
+        with forward.running(group.skippable), Attached(session), _vmap_compatible(stack.device):
             tensors, nan = torch.vmap(one)(stack)
         if waiting or session.unreached():
             raise StrategyError("a patch was not reached")
