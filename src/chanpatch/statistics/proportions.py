@@ -194,7 +194,8 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
 def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
     """Return both endpoints of the interval for a difference, first minus second.
 
-    Each endpoint combines, by the law of cosines, the distances of both estimates to an endpoint of their own interval.
+    For each endpoint, each estimate's distance to one endpoint of its own interval is computed, and the two distances
+    are combined by the law of cosines.
     """
 
     def distance(x: float, y: float) -> float:

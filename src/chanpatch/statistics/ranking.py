@@ -54,7 +54,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     if fewest < FEWEST:
         return Interval(area, math.nan, math.nan, confidence, note)
     if separated(positive, negative):
-        # The scores are separated or tied, so the variance is unknown. Treat disjoint pairs of inputs as independent.
+        # The groups' scores are separated or tied, so the variance is unknown. Treat disjoint pairs as independent.
         return replace(wilson(area, fewest, confidence), note=note)
     ends = np.array([-margin, margin]) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + ends)

@@ -104,13 +104,13 @@ def with_an_edited_digit(folder):
 
 
 DAMAGE = [
-    (cut, "squares.csv is not as it was measured"),
-    (with_an_edited_digit, "squares.csv is not as it was measured"),
+    (cut, "squares.csv was changed after it was measured"),
+    (with_an_edited_digit, "squares.csv was changed after it was measured"),
     (lambda folder: (folder / "squares.csv").unlink(), "squares.csv is missing"),
     (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
     (
         lambda folder: (folder / "manifest.json").write_text("{"),
-        "manifest.json is damaged, or from before it held digests",
+        "manifest.json is damaged, or is from an older version that did not store digests",
     ),
 ]
 
