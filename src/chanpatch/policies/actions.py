@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
-    """Return one random generator per episode. Even episodes with the same seed get different generators."""
+    """Return one random generator per episode, with a different stream even for episodes that have the same seed."""
     whole("sampling_seed", sampling_seed, error=RolloutError)
     keys = zip(seeds, repetitions(seeds), strict=True)
     sources = [np.random.SeedSequence(sampling_seed, spawn_key=key) for key in keys]

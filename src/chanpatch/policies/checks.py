@@ -232,8 +232,8 @@ def check_rows(
 
     Args:
         run: Open context that saved the policy's state before the first step.
-        again: Second context of the same kind, not open yet. The check runs inside it, so that the state after the
-            first step is restored when the check is done.
+        again: Second context of the same kind, not open yet. The check runs inside this context, so that the state
+            after the first step is restored when the check is done.
         decision: Decision for all rows in the first step. Unpatched rows come first.
         alone: Function that runs the policy on only the first few (unpatched) rows, and returns the decision for them.
         mixed: Whether the first step also included patched rows.
@@ -286,8 +286,8 @@ def check_repeats(
     Args:
         logs: Result of `noted_logs` before the first step.
         run: Open context that saved the policy's state before the first step.
-        again: Second context of the same kind, not open yet. The check runs inside it, so that the state after the
-            first step is restored when the check is done.
+        again: Second context of the same kind, not open yet. The check runs inside this context, so that the state
+            after the first step is restored when the check is done.
         decision: Decision in the first step.
         repeat: Function that runs the policy again on the same rows, and returns the new decision.
         mixed: Unused. Accepted so that this function can be called like `check_rows`.
@@ -336,7 +336,7 @@ class SharedState:
     A rollout does not restore containers that functions share, because a function may use a container as a log.
 
     Args:
-        users: For the name of each policy or label: the functions and modules that it uses.
+        users: Dict that maps the name of each policy or label to the functions and modules that it uses.
         envs: The environments. Containers inside the environments are ignored.
     """
 
@@ -353,8 +353,8 @@ class SharedState:
     def checked(self, subject: str, run: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> Any:
         """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
 
-        `again` starts from the shared state that `run` left behind, and the same state is restored afterwards.
-        `subject` says, for error messages, which episodes are replayed (such as "of the sweep").
+        `again` starts from the shared state that `run` left behind, and that state is restored after `again`. `subject`
+        is part of the error message: the owner of the episodes, such as "of the sweep".
         """
         self._snapshot.note()
         rollouts = run()

@@ -49,7 +49,7 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def refuse_writing_modes(policy: nn.Module) -> None:
-    """Raise an error if a module overrides `train` or `eval` to change its parameters, such as to merge an adapter.
+    """Raise an error if a module overrides `train` or `eval` with code that changes parameters (merges an adapter).
 
     The two methods are tried on a copy that has its own parameters. Overrides that only set flags are thus accepted.
     """
@@ -88,7 +88,7 @@ _TRIAL = 2  # the sum, difference, product and quotient of two parameters with t
 
 
 def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
-    """Return a memo with which deepcopy shares a policy's weights, and clones non-leaf tensors instead of failing."""
+    """Return a memo for deepcopy: weights are shared, and non-leaf tensors, which deepcopy cannot copy, are clones."""
     tensors = [item for item in stored if isinstance(item, Tensor)]
     clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
     weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
@@ -136,10 +136,10 @@ def functions_of(patches: Iterable[Patch]) -> list[Any]:
 
 
 def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]], list[int]]:
-    """Return the modules and the dicts of attributes that a rollout restores, and the ids of objects not to restore.
+    """Return three things: modules and dicts that a rollout restores, and ids of objects that it does not restore.
 
-    The last dict contains random generators, and the nonlocal and global variables that functions assign to. The
-    objects not to restore are those inside the environments.
+    The dicts contain the attributes of objects. The last dict contains random generators, and the nonlocal and global
+    variables that functions assign to. The ids belong to the objects inside the environments.
     """
     held = used_by(policy, *functions_of(patches_inside(policy)))
     modules = nn.ModuleList(item for item in held if isinstance(item, nn.Module))

@@ -162,7 +162,7 @@ class _Player:
     ) -> None:
         """Play one wave in parallel until all its episodes have finished, and advance the progress bar.
 
-        `check` is None, or a function that checks the first decision. Its arguments are the last three of `check_rows`.
+        If `check` is not None, call it on the first decision, with the last three arguments of `check_rows`.
         """
         envs, log, options = self._envs, self._log, self._options
         self._reset(wave)
@@ -246,7 +246,7 @@ class _Player:
         own = int((plays < self._log.episodes).sum())
         mixed = own < len(plays)
         if own and (mixed or not plays[0]):
-            # At first, patched and unpatched rows have equal observations, so leave out some unpatched rows too.
+            # In the first step, patched and unpatched rows have equal observations: leave out some unpatched rows too.
             count = min(own, max(2, own // 2)) if mixed else own
             check(decision, functools.partial(self._first_decision, count), mixed=mixed)
 

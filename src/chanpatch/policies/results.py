@@ -96,7 +96,10 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return tuple(self)[1:]
 
     def differences(self) -> NDArray[np.float64]:
-        """Return the differences from the first policy's return in each episode, with shape `(policy, episode)`."""
+        """Return the difference between each other policy's return and the first policy's return in each episode.
+
+        The shape is `(policy, episode)`.
+        """
         return self._differences([self[label] for label in self.labels])
 
     def effect(self) -> NDArray[np.float64]:

@@ -224,7 +224,7 @@ class _Interventions:
         return [*random_states(self._cuda), *map(generator_state, self._generators)]
 
     def _inputs(self, inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
-        """Return the given rows of the observations and, for a recurrent policy, of the state."""
+        """Return the given rows of the observations and, if the policy is recurrent, of the recurrent state."""
         observations, *state = inputs
         axes = {path: 0 for path, _ in leaves(observations)}
         return (rows_of(observations, axes, rows), *(rows_of(each, self._state_axes, rows) for each in state))

@@ -48,7 +48,7 @@ class Settings:
     def end(self, kind: object, *, runs_modules: bool) -> None:
         """After the first call to a method or submodule, record which settings the call changed, and check the others.
 
-        `runs_modules` is whether the call may run modules. If not, nothing is checked.
+        If the call cannot run modules (`runs_modules` is False), do nothing.
         """
         if self._before is None and runs_modules and not self._known_calls[kind]:
             del self._known_calls[kind]  # treat the next call as the first of its kind
