@@ -74,12 +74,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def check(given: argparse.Namespace) -> None:
-    """Raise an error for invalid options."""
+    """Raise an error if a package is missing or an option is invalid."""
     if missing is not None:
         raise missing
     for name, low, high in (("n", 10, 1_000_000), ("seed", 0, 2**31 - 1), ("controls", 1, 1000), ("size", 7, 25)):
         if not low <= getattr(given, name) <= high:
-            raise UserError(f"--{name} must be {low} to {high}; got {getattr(given, name)}.")
+            raise UserError(f"--{name} must be between {low} and {high}; got {getattr(given, name)}.")
     if given.size % 2 == 0:
         raise UserError(f"--size must be odd; got {given.size}.")
     if given.channel is not None and given.channel < 0:
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def study(given: argparse.Namespace) -> None:
-    """Run the six steps."""
+    """Run the six steps of the study."""
     check(given)
     policy, weights = load_policy(given.weights)
     policy = policy.to(memory_format=torch.channels_last)  # about twice as fast on a CPU
@@ -167,7 +167,7 @@ def best_channel(points: Any, given: argparse.Namespace, seed: int) -> tuple[int
 
 
 def sums(points: Any, given: argparse.Namespace, seed: int, cheese: str) -> dict[str, Any]:
-    """Return channel sums, and whether the paths to cheese and corner start with UP, in mazes that allow UP."""
+    """Return channel sums, and whether the paths to cheese and corner start with UP, for mazes in which UP is free."""
     levels = draw_levels(LEVELS, size=given.size, seed=seed, cheese=cheese, mouse="anywhere")
     mazes = read_mazes(levels)
     free = legal_moves(mazes)[np.arange(len(mazes)), Direction.UP, mazes.mouse[:, 0], mazes.mouse[:, 1]]
@@ -202,7 +202,7 @@ def played(policies: dict[str, Any], levels: list[bytes], seed: int, folder: Pat
 
 
 def compared(rollouts: Any, controls: Any) -> list[dict[str, Any]]:
-    """Compare how often each policy and the original policy find the cheese, level by level."""
+    """Compare, level by level, how often each patched policy and the original find the cheese. Return the rows."""
     original, *others = rollouts
     rows = []
     for name in others:
@@ -240,7 +240,7 @@ def figure(channel: int, mazes: Sequence[Any], probe: Any, rollouts: Any, rows: 
 
 
 def frames(levels: list[bytes]) -> Any:
-    """Render levels as the policy's inputs: float32 (level, channel=3, row=64, col=64)."""
+    """Render levels as inputs for the policy: float32 with shape (level, channel=3, row=64, col=64)."""
     return torch.from_numpy(policy_input(observe(levels)))
 
 

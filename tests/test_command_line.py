@@ -52,16 +52,16 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
         assert (end.value.code, printed.out, printed.err) == (1, "", message)
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
+@pytest.mark.parametrize(("arguments", "text"), [
     (["--help"], "Inspect patch files written by chanpatch.save()."),
     (["--help"], "print the contents of a patch file"),
     (["show", "--help"], "No code from the file is executed."),
 ])  # fmt: skip
-def test_help_says_what_there_is(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_what_there_is(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 0
-    assert told in " ".join(capsys.readouterr().out.split())
+    assert text in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_a_command_it_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -499,7 +499,7 @@ def test_the_ledger_counts_firings_rows_and_elements(model: Model) -> None:
     assert (record["firings"], record["rows"], record["elements"]) == (2, 7, 7 * elements)
 
 
-# Law 8: faults are told at the earliest call that can know, all at once.
+# Law 8: faults are reported at the earliest call that can know, all at once.
 
 
 def test_with_hook_points_all_faults_of_a_site_are_told_when_it_is_made(model: Model) -> None:

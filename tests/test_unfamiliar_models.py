@@ -99,7 +99,7 @@ class GPT(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Computes its middle anew in the backward pass."""
+    """Recomputes its middle part in the backward pass."""
 
     def __init__(self, *, reentrant: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Exit status of the study's commands, and one-line errors for users."""
+"""Exit statuses of the study's commands, and one-line error messages for users."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ class UserError(ValueError):
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status: the command's own, 0 for None, 2 for a user's error, 130 for Ctrl-C.
+    """Run a command and return the exit status: the number that the command returns, or 0 if it returns None.
 
-    The command imports its packages itself, so that a missing package gives a one-line error.
+    The status is 2 after an error that the user can fix, and 130 after Ctrl-C. Import packages inside the command, so
+    that a missing package gives a one-line error message.
     """
     try:
         check_python()
@@ -32,7 +33,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
 
 
 def _message(error: Exception) -> str | None:
-    """The message for the user; None for a bug."""
+    """Return the message to print for an error that the user can fix, or None for any other error."""
     if isinstance(error, (UserError, MissingRequirement, OSError)):
         return str(error)
     if isinstance(error, ImportError):

@@ -1,18 +1,18 @@
-"""Random procgen levels with a chosen place for cheese and mouse, and their observations.
+"""Draw random procgen levels with chosen places for the cheese and the mouse, and render observations of levels.
 
 | `cheese=` | its square |
 |---|---|
 | `"as drawn"` | procgen's own choice: any free square |
 | `"in distribution"` | a random free square of the top right 5x5, as in training |
 | `"out of distribution"` | a random free square anywhere else |
-| `"top left"`, `"top right"`, `"bottom right"` | that corner, free in every procgen maze |
-| `(low, high)` | a random free square at this distance in cells from the top right corner, without `high` itself |
+| `"top left"`, `"top right"`, `"bottom right"` | the corner with that name, which is free in every procgen maze |
+| `(low, high)` | a random free square whose distance to the top right corner, in cells, is in [low, high) |
 
 | `mouse=` | its square |
 |---|---|
 | `"start"` | the bottom left corner, as in procgen |
 | `"anywhere"` | a random free square |
-| `"decision square"` | see `paths.decision_squares`; levels without one are skipped |
+| `"decision square"` | see `paths.decision_squares`; levels without a decision square are skipped |
 
 The cheese is never on the start square, and the mouse is never on the cheese.
 """
@@ -42,17 +42,18 @@ _BATCH = 64  # sub-environments: enough to hide the cost of a call, few enough t
 def draw_levels(
     count: int, *, seed: int, size: int | None = None, cheese: CheesePlace = "as drawn", mouse: str = "start"
 ) -> list[bytes]:
-    """Draw the states of procgen levels. With the same seed, a smaller count gives the first of these levels.
+    """Draw random procgen levels, and return their states. A larger count with the same seed only adds levels.
 
     Args:
         count: Number of levels.
         seed: Random seed, 0 to 2**31 - 1.
-        size: Side of the inner maze, odd, 3 to 25; None draws all sides equally often, as procgen does.
+        size: Side length of the inner maze, an odd number from 3 to 25. If None, all side lengths are equally likely,
+            as in procgen.
         cheese: One of `CHEESE_PLACES`, or a range of distances.
         mouse: One of `MOUSE_PLACES`; the mouse faces left, as in a fresh level.
 
     Raises:
-        UserError: The seed, size or place is invalid, or no level has this combination.
+        UserError: If the seed, the size or a place is invalid, or if no level allows their combination.
     """
     _check_request(seed, size, cheese, mouse)
     rng = np.random.default_rng(seed)
@@ -67,7 +68,7 @@ def draw_levels(
 
 
 def cheese_squares(mazes: Mazes, place: CheesePlace) -> NDArray[np.bool_]:
-    """The squares where the cheese may be: bool (batch, row, col)."""
+    """Return the squares where the cheese may be: bool with shape (batch, row, col)."""
     side = mazes.grid.shape[-1]
     row, col = np.arange(side)[:, None], np.arange(side)
     last = mazes.size[:, None, None] - 1
@@ -87,9 +88,10 @@ def cheese_squares(mazes: Mazes, place: CheesePlace) -> NDArray[np.bool_]:
 
 
 def random_squares(candidates: NDArray[np.bool_], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw a random square in each maze, (batch, 2), from candidates, bool (batch, row, col).
+    """Draw one of the candidate squares in each maze at random, and return their cells with shape (batch, 2).
 
-    One number is drawn per maze, so the squares in the first mazes do not depend on the size of the batch.
+    `candidates` is bool with shape (batch, row, col). One random number is drawn per maze, so the squares in the first
+    mazes do not depend on the size of the batch.
     """
     batch, rows, cols = candidates.shape
     flat = candidates.reshape(batch, rows * cols)
@@ -102,30 +104,30 @@ def random_squares(candidates: NDArray[np.bool_], rng: np.random.Generator) -> N
 
 
 def observe(states: Sequence[bytes]) -> NDArray[np.uint8]:
-    """Render states as images: uint8 (batch, row=64, col=64, channel=3), the top row first."""
+    """Render states as images: uint8 with shape (batch, row=64, col=64, channel=3), the top row first."""
     frames = np.empty((len(states), 64, 64, 3), dtype=np.uint8)
     width = min(_BATCH, max(len(states), 1))
     environment = procgen_mazes(width)
     for first in tqdm(range(0, len(states), width), desc="observations", unit="batch", delay=2, leave=False):
         batch = list(states[first : first + width])
-        read_mazes(batch)  # raises on bytes with which procgen would end the process
-        # A short last batch is filled up, because procgen sets all sub-environments at once.
+        read_mazes(batch)  # raises an error for bytes that would make procgen end the process
+        # Pad a short last batch, because procgen sets the states of all sub-environments at once.
         environment.set_state(batch + batch[:1] * (width - len(batch)))
         frames[first : first + width] = environment.observe()[1]["rgb"][: len(batch)]
     return frames
 
 
 def policy_input(frames: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Convert images into the policy's input: float32 (batch, channel=3, row=64, col=64) in [0, 1]."""
+    """Convert images into the policy's input: float32 in [0, 1] with shape (batch, channel=3, row=64, col=64)."""
     return np.ascontiguousarray(frames.transpose(0, 3, 1, 2), dtype=np.float32) / np.float32(255)
 
 
 def _arranged(
     states: list[bytes], rng: np.random.Generator, size: int | None, cheese: CheesePlace, mouse: str
 ) -> list[bytes]:
-    """Put the cheese and the mouse in their places, in those states that allow it."""
+    """Put the cheese and the mouse in the requested places. Leave out states in which this is impossible."""
     mazes = read_mazes(states)
-    squares = cheese_squares(mazes, cheese)  # the smallest mazes have none outside the top right 5x5
+    squares = cheese_squares(mazes, cheese)  # the smallest mazes have no squares outside the top right 5x5
     usable = squares.any(axis=(1, 2)) & (True if size is None else mazes.size == size)
     kept, mazes = np.nonzero(usable)[0], mazes[usable]
     mazes = mazes.moved(cheese=random_squares(squares[usable], rng))
@@ -145,11 +147,13 @@ def _check_request(seed: int, size: int | None, cheese: CheesePlace, mouse: str)
         row, col = np.indices((size or WORLD,) * 2)  # from the corner
         distances = np.hypot(row, col)[(row % 2 + col % 2 < 2) & (row + col < row[-1, -1] * 2)]
         if not ((distances >= cheese[0]) & (distances < cheese[1])).any():
-            raise UserError(f"cheese is {cheese}, but no square is that far from the top right corner, in cells.")
+            raise UserError(
+                f"cheese is {cheese}, but no square's distance (in cells) from the top right corner is in this range."
+            )
     if not 0 <= seed < 2**31:
-        raise UserError(f"seed must be 0 to {2**31 - 1}; got {seed}.")
+        raise UserError(f"seed must be between 0 and {2**31 - 1}; got {seed}.")
     if size is not None and (size % 2 == 0 or not 3 <= size <= WORLD):
-        raise UserError(f"size must be odd and 3 to {WORLD}, as in procgen's hard mazes; got {size}.")
+        raise UserError(f"size must be an odd number from 3 to {WORLD}, as in procgen's hard mazes; got {size}.")
     if size is not None and cheese == "out of distribution" and size <= REGION:
         raise UserError(f"Mazes with size={size} have no square outside the top right {REGION}x{REGION}.")
     if mouse == "decision square" and cheese == "top right":

@@ -1,7 +1,7 @@
 """Distances, first steps, paths and decision squares in a batch of mazes.
 
 procgen's mazes are trees, with one path between any two free squares. These functions also support edited mazes with
-loops or islands. Targets are one cell per maze, (batch, 2), or one cell for all mazes, (2,).
+loops or islands. Targets have shape (batch, 2), with one cell per maze, or shape (2,), with one cell for all mazes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from maze.states import Mazes
 
 
 class Direction(IntEnum):
-    """The four moves, in the order of all axes named direction."""
+    """The four moves, in the order in which they appear on every axis named `direction`."""
 
     LEFT = 0
     DOWN = 1
@@ -29,12 +29,15 @@ START = (0, 0)  # the mouse's first cell in procgen: the bottom left one, free i
 
 
 def top_right(mazes: Mazes) -> NDArray[np.int64]:
-    """The top right cell of every maze: (batch, 2)."""
+    """Return the top right cell of every maze, with shape (batch, 2)."""
     return np.stack([mazes.size - 1, mazes.size - 1], axis=1)
 
 
 def distances(mazes: Mazes, targets: ArrayLike) -> NDArray[np.float32]:
-    """Steps from every cell to the target: (batch, row, col); infinite in walls and in cells without a path."""
+    """Return the number of steps from every cell to the target, with shape (batch, row, col).
+
+    The number is infinite in walls and in cells without a path to the target.
+    """
     # A breadth-first search in all mazes at once. The padding is a wall, so no step leaves the grid.
     free = np.pad(mazes.free, ((0, 0), (1, 1), (1, 1)))
     found = np.full(free.shape, np.inf, dtype=np.float32)
@@ -52,29 +55,31 @@ def distances(mazes: Mazes, targets: ArrayLike) -> NDArray[np.float32]:
 
 
 def legal_moves(mazes: Mazes) -> NDArray[np.bool_]:
-    """The moves between free cells: bool (batch, direction, row, col)."""
+    """Return whether each move leads from a free cell to a free cell: bool with shape (batch, direction, row, col)."""
     return _neighbors(mazes.free, beyond=False) & mazes.free[:, None]
 
 
 def direction_field(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
-    """The moves that shorten the path to the target: bool (batch, direction, row, col).
+    """Return whether each move shortens the path to the target: bool with shape (batch, direction, row, col).
 
-    No move does at the target, in walls and in cells without a path. At all other cells of a tree, exactly one does.
+    At the target, in walls and in cells without a path, no move shortens the path. At all other cells of a tree,
+    exactly one move does.
     """
     return _downhill(distances(mazes, targets))
 
 
 def first_steps(mazes: Mazes, targets: ArrayLike) -> NDArray[np.bool_]:
-    """The moves that shorten the mouse's path to the target: bool (batch, direction)."""
+    """Return whether each move shortens the mouse's path to the target: bool with shape (batch, direction)."""
     row, col = mazes.mouse.T
     return direction_field(mazes, targets)[np.arange(len(mazes)), :, row, col]
 
 
 def shortest_paths(mazes: Mazes, targets: ArrayLike) -> list[NDArray[np.int64]]:
-    """The shortest path from the mouse to the target in every maze: cells (step, 2), including both ends.
+    """Return the shortest path from the mouse to the target in every maze.
 
-    If several paths are equally short, the first move in the order of `Direction` is taken at every square. Raises
-    `ValueError` if a target cannot be reached.
+    Each path is an array of cells with shape (step, 2) that includes both ends. If several paths are equally short, the
+    path makes the first possible move, in the order of `Direction`, at every square. Raises `ValueError` if a target
+    cannot be reached.
     """
     every = np.arange(len(mazes))
     distance = distances(mazes, targets)
@@ -95,14 +100,14 @@ def shortest_paths(mazes: Mazes, targets: ArrayLike) -> list[NDArray[np.int64]]:
 
 
 def decision_squares(mazes: Mazes) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The square at which the paths from `START` to the cheese and to the top right corner separate.
+    """Find the square at which the paths from `START` to the cheese and to the top right corner separate.
 
-    This square has the smallest sum of distances to the start, the cheese and the corner; ties go to the lowest,
-    leftmost square.
+    This square has the smallest sum of distances to the start, the cheese and the corner. If several squares have the
+    smallest sum, the lowest and then the leftmost of these squares is used.
 
     Returns:
-        Cells (batch, 2), and bool (batch,): whether the paths separate, so that neither goal is on the path to the
-        other. If they do not, the cell is that of the nearer goal.
+        Cells with shape (batch, 2); and bool with shape (batch,): whether the paths separate, so that neither goal is
+        on the path to the other. If the paths do not separate, the cell is that of the nearer goal.
     """
     corner, cheese = top_right(mazes), mazes.cheese
     total = distances(mazes, START) + distances(mazes, cheese) + distances(mazes, corner)
@@ -118,7 +123,10 @@ def _downhill(distance: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def _neighbors(cells: NDArray[Any], *, beyond: float | bool) -> NDArray[Any]:
-    """The neighbor of every cell in each direction: (batch, direction, row, col), `beyond` off the edge."""
+    """Return the value of every cell's neighbor in each direction, with shape (batch, direction, row, col).
+
+    Neighbors outside the grid have the value `beyond`.
+    """
     padded = np.pad(cells, ((0, 0), (1, 1), (1, 1)), constant_values=beyond)
     rows, cols = cells.shape[1:]
     return np.stack(

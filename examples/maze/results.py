@@ -1,4 +1,4 @@
-"""Results on disk: written as a whole, by one run at a time, and checked on reading.
+"""Results on disk. Files are written completely or not at all, by one run at a time, and are checked when read.
 
 with locked(folder), replaced(folder / "figure.png") as partial:
     figure.savefig(partial)
@@ -33,11 +33,11 @@ MANIFEST, LOCK = "manifest.json", "run.lock"
 
 
 class Damaged(Exception):
-    """A file differs from the file that was written; the message names the file."""
+    """Raised if a file is missing or differs from the file that was written. The message names the file."""
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError if `folder`, which need not exist yet, cannot be written to."""
+    """Raise UserError if `folder` cannot be written to. The folder does not have to exist yet."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UserError(f"--out is '{folder}', but '{nearest}' is a file. Name a folder.")
@@ -47,10 +47,10 @@ def check_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder` until the block ends; the lock of a dead process does not count.
+    """Keep other runs out of `folder` until the block ends. A lock that a dead process left behind is ignored.
 
     Raises:
-        UserError: another run works in the folder.
+        UserError: If another run is using the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -63,17 +63,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any], name: str = MANIFEST) -> None:
-    """Write facts about the results in a folder, with SHA-256 digests of its tables and of the manifest."""
+    """Write a manifest to a folder: the given facts, and SHA-256 digests of the folder's tables and of the manifest."""
     files = {file.name: _digest(file.read_bytes()) for file in sorted(folder.glob("*.csv"))}
     manifest = {**facts, "files": files}
     replace_text(folder / name, json.dumps({**manifest, "digest": _manifest_digest(manifest)}, indent=2) + "\n")
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """Return the facts of `write_manifest` after checking the digests.
+    """Check the digests in a folder's manifest, and return the facts that `write_manifest` wrote.
 
     Raises:
-        Damaged: the manifest or a table is missing or changed.
+        Damaged: If the manifest or a table is missing or was changed.
     """
     try:
         manifest = json.loads((folder / name).read_bytes())
@@ -83,14 +83,14 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     except FileNotFoundError:
         raise Damaged(f"{name} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise Damaged(f"{name} is damaged, or from before it held digests") from None
+        raise Damaged(f"{name} is damaged, or is from an older version that did not store digests") from None
     for file, expected in manifest["files"].items():
         try:
             content = (folder / file).read_bytes()
         except OSError:
             raise Damaged(f"{file} is missing") from None
         if _digest(content) != expected:
-            raise Damaged(f"{file} is not as it was measured")
+            raise Damaged(f"{file} was changed after it was measured")
     return dict(manifest)
 
 
@@ -103,7 +103,7 @@ def _manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def read_arrays(file: Path) -> dict[str, NDArray[Any]] | None:
-    """The arrays in an .npz file; None, with a printed line, if the file is damaged."""
+    """Return the arrays in an .npz file. If the file is damaged, print a message and return None."""
     try:
         with np.load(io.BytesIO(file.read_bytes())) as arrays:
             return dict(arrays)
@@ -114,10 +114,10 @@ def read_arrays(file: Path) -> dict[str, NDArray[Any]] | None:
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Yields a temporary path that replaces `file` if the block ends without an error."""
+    """Yield a temporary path. If the block ends without an error, the file at this path replaces `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.stem}.partial{file.suffix}")  # savefig and savez need the suffix
-    partial.unlink(missing_ok=True)  # left by a killed run, or a link
+    partial.unlink(missing_ok=True)  # left behind by a killed run, or a link
     try:
         partial.open("x").close()
         yield partial
@@ -132,7 +132,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def replace_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as CSV; the keys of the first row are the header."""
+    """Write rows to a CSV file. The keys of the first row are the header."""
     rows = list(rows)
     with replaced(file) as partial, partial.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
@@ -141,14 +141,15 @@ def replace_table(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """A short name that is equal for equal settings only."""
+    """Return a short name for settings. Two names are equal only if the settings are equal."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def versions() -> dict[str, str]:
-    """The versions behind the numbers; `source` changes with any line of code that a number may depend on.
+    """Return the versions of the software that the numbers may depend on.
 
-    The report's own code only presents numbers, so a new layout keeps the measured parts.
+    `source` changes with any source file, except for the files in `report/`. These only present numbers, so parts that
+    were measured before remain valid if the report gets a new layout.
     """
     digest = hashlib.sha256()
     for package in (Path(chanpatch.__file__).parent, Path(__file__).parent):

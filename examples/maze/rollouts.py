@@ -1,4 +1,4 @@
-"""Rollouts kept on disk, so that an interrupted run can continue."""
+"""Store rollouts on disk, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PER_STEP = ("actions", "seen")  # fields with one array per episode, stored end
 
 
 def kept(file: Path, play: Callable[[], Rollout]) -> Rollout:
-    """Return the rollout in a file; play it and write the file if the file is missing or damaged."""
+    """Return the rollout stored in a file. If the file is missing or damaged, call `play` and store the result."""
     arrays = read_arrays(file) if file.exists() else None
     if arrays is None:
         rollout = play()

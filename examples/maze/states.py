@@ -1,7 +1,7 @@
 """procgen maze states as arrays: read from the state bytes, edited as a batch, written back.
 
-A state is the bytes that procgen's `get_state` returns, about 23 kB. Only the grid, the side of the inner maze and the
-mouse are read and written. Everything else is kept, so an edited level looks and runs like the original.
+A state is the byte string that procgen's `get_state` returns, about 23 kB. Only the grid, the side length of the inner
+maze and the mouse are read and written. Everything else is kept, so an edited level looks and runs like the original.
 
 Layout, little-endian; both generator strings, and a third one before the grid, vary in length:
 
@@ -39,22 +39,24 @@ _PICTURE = {"#": WALL, ".": FREE, "M": FREE, "C": CHEESE}
 
 
 class StateError(ValueError):
-    """The bytes are not a hard maze state, or procgen could not generate the maze."""
+    """Raised if bytes are not the state of a hard maze, or if procgen could not have generated a maze."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mazes:
-    """A batch of mazes. Cells are (row, col) of the inner maze, row 0 at the bottom.
+    """A batch of mazes. A cell is a pair (row, col) in the inner maze, and row 0 is at the bottom.
 
     Attributes:
-        grid: int32 (batch, row, col), `CHEESE`, `WALL` and `FREE`; `grid[i, 0, 0]` is the bottom left cell. The grid is
-            as large as the largest maze in the batch; smaller mazes are surrounded by walls.
-        size: int (batch,), side of each inner maze, odd, 3 to 25.
-        mouse: int (batch, 2), the mouse's cell.
-        facing_right: bool (batch,), the mouse's last horizontal move, even into a wall. It faces left in a fresh level.
+        grid: `CHEESE`, `WALL` or `FREE` for each cell: int32 with shape (batch, row, col). `grid[i, 0, 0]` is the
+            bottom left cell. The grid is as large as the largest maze in the batch; smaller mazes are surrounded by
+            walls.
+        size: Side length of each inner maze, an odd number from 3 to 25: int with shape (batch,).
+        mouse: The mouse's cell: int with shape (batch, 2).
+        facing_right: Whether the mouse's last horizontal move, even if into a wall, was to the right: bool with shape
+            (batch,). In a new level, the mouse faces left.
 
     Raises:
-        StateError: procgen could not generate a maze. The message names all faults of the first bad maze.
+        StateError: If procgen could not have generated a maze. The message names all faults of the first bad maze.
     """
 
     grid: NDArray[np.int32]
@@ -70,17 +72,19 @@ class Mazes:
         inside = np.clip(self.mouse, 0, size - 1)
         under_mouse = self.grid[(np.arange(len(self)), *np.minimum(inside, side - 1).T)]
         faults = {
-            "its side is not odd and 3 to 25": (self.size % 2 == 0) | (self.size < 3) | (self.size > min(side, WORLD)),
-            "its grid contains other codes than 2 (cheese), 51 (wall) and 100 (free)": other_codes,
-            "its free cells do not span a square with its side": spanned != self.size,
+            "its side length is not an odd number from 3 to 25": (self.size % 2 == 0)
+            | (self.size < 3)
+            | (self.size > min(side, WORLD)),
+            "its grid contains codes other than 2 (cheese), 51 (wall) and 100 (free)": other_codes,
+            "its free cells do not span a square with its side length": spanned != self.size,
             "it has more than one cheese": (self.grid == CHEESE).sum(axis=(1, 2)) > 1,
-            "its mouse is outside or in a wall": (self.mouse != inside).any(axis=1) | (under_mouse == WALL),
+            "its mouse is outside the maze or in a wall": (self.mouse != inside).any(axis=1) | (under_mouse == WALL),
             "its mouse is on the cheese": under_mouse == CHEESE,
         }
         for i in np.flatnonzero(np.any(list(faults.values()), axis=0)):
             named = "; ".join(fault for fault, rows in faults.items() if rows[i])
             raise StateError(
-                f"Maze {i} cannot be a procgen maze: {named}. (side {self.size[i]}, mouse at {_cell(self.mouse[i])})"
+                f"Maze {i} (side {self.size[i]}, mouse at {_cell(self.mouse[i])}) cannot be a procgen maze: {named}."
             )
 
     def __len__(self) -> int:
@@ -88,17 +92,20 @@ class Mazes:
 
     def __getitem__(self, rows: slice | Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Mazes:
         if not isinstance(rows, slice) and np.ndim(rows) != 1:
-            raise TypeError(f"Mazes[{rows!r}]: index with a slice, a list of indices or a mask; one maze is [[i]].")
+            raise TypeError(
+                f"Mazes cannot be indexed with {rows!r}. Use a slice, a list of indices or a mask, such as mazes[[0]] "
+                "for the first maze."
+            )
         return Mazes(self.grid[rows], self.size[rows], self.mouse[rows], self.facing_right[rows])
 
     @property
     def free(self) -> NDArray[np.bool_]:
-        """The cells that the mouse can enter, including the cheese: (batch, row, col)."""
+        """Whether the mouse can enter each cell, including the cheese's cell: bool with shape (batch, row, col)."""
         return self.grid != WALL
 
     @property
     def cheese(self) -> NDArray[np.int64]:
-        """The cheese's cell: (batch, 2). Raises StateError if a maze has no cheese."""
+        """The cheese's cell, with shape (batch, 2). Raises StateError if a maze has no cheese."""
         for i in np.flatnonzero(~(self.grid == CHEESE).any(axis=(1, 2))):
             raise StateError(f"Maze {i} of {len(self)} has no cheese.")
         return np.argwhere(self.grid == CHEESE)[:, 1:]
@@ -110,7 +117,10 @@ class Mazes:
         mouse: ArrayLike | None = None,
         facing_right: ArrayLike | None = None,
     ) -> Mazes:
-        """Return copies with the given values, each one per maze or one for all; None keeps the present ones."""
+        """Return copies of the mazes with the given values: one value per maze, or one value for all mazes.
+
+        If an argument is None, the mazes keep their present values.
+        """
         changes: dict[str, NDArray[Any]] = {}
         if cheese is not None:
             cells = self._cells(cheese)
@@ -131,7 +141,7 @@ class Mazes:
         return replace(self, grid=np.where(self.grid == CHEESE, np.int32(FREE), self.grid))
 
     def picture(self, index: int) -> str:
-        """Draw one maze as `mazes_from_pictures` reads it, top row first."""
+        """Draw one maze as text in the format that `mazes_from_pictures` reads, with the top row first."""
         side = self.size[index]
         grid = self.grid[index, :side, :side]
         cells = np.select([grid == CHEESE, grid == FREE], ["C", "."], "#")
@@ -143,10 +153,10 @@ class Mazes:
 
 
 def read_mazes(states: Sequence[bytes]) -> Mazes:
-    """Return the mazes in `states`. The side of each maze is determined from its walls.
+    """Return the mazes in `states`. The side length of each maze is determined from its walls.
 
     Raises:
-        StateError: The bytes are not a hard maze state, or a mouse is not in its maze.
+        StateError: If bytes are not the state of a hard maze, or if a mouse is not in a free cell of its maze.
     """
     mice = [struct.unpack_from("<ff52xi", state, _mouse_offset(i, state)) for i, state in enumerate(states)]
     x_y_mirrored = np.array(mice, dtype=np.float64).reshape(-1, 3)
@@ -162,10 +172,11 @@ def read_mazes(states: Sequence[bytes]) -> Mazes:
 def write_mazes(mazes: Mazes, states: Sequence[bytes] | bytes) -> list[bytes]:
     """Return copies of `states` with maze i written into state i, for procgen's `set_state`.
 
-    A single state serves all mazes. The stored side is written only if the side of the walls changes.
+    If `states` is the bytes of a single state, that state is used for all mazes. The stored side length is replaced
+    only if the walls now have a different side length.
 
     Raises:
-        StateError: The bytes are not a hard maze state, or the numbers of states and mazes differ.
+        StateError: If bytes are not the state of a hard maze, or if the numbers of states and mazes differ.
     """
     if isinstance(states, bytes):
         states = [states] * len(mazes)
@@ -192,7 +203,10 @@ def write_mazes(mazes: Mazes, states: Sequence[bytes] | bytes) -> list[bytes]:
 
 
 def mazes_from_pictures(*pictures: str) -> Mazes:
-    """Read mazes from drawings, a line or word per row, top row first: `#` wall, `.` free, `M` mouse, `C` cheese."""
+    """Read mazes from drawings: `#` is a wall, `.` a free cell, `M` the mouse and `C` the cheese.
+
+    A drawing has one line or word per row of the maze, with the top row first.
+    """
     rows = [picture.split()[::-1] for picture in pictures]
     size = np.array([len(lines) for lines in rows], dtype=np.int64)
     side = int(size.max(initial=3))
@@ -211,7 +225,10 @@ def mazes_from_pictures(*pictures: str) -> Mazes:
 
 
 def _squares(grid: NDArray[np.int32], first: NDArray[np.int64], side: int) -> NDArray[np.int32]:
-    """Cut a square out of each grid, with its bottom left cell at (first, first); cells off the grid are walls."""
+    """Cut a square with the given side length out of each grid. Its bottom left cell is (first, first) in the grid.
+
+    Cells of the square that are outside the grid are walls.
+    """
     walled = np.pad(grid, ((0, 0), (0, 1), (0, 1)), constant_values=WALL)
     at = np.clip(first[:, None] + np.arange(side), -1, grid.shape[1])
     return walled[np.arange(len(grid))[:, None, None], at[:, :, None], at[:, None, :]]
@@ -222,7 +239,7 @@ def _world(state: bytes) -> NDArray[np.int32]:
 
 
 def _sides(world: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The side of the smallest square in the middle of each world that contains all free cells."""
+    """Return the side length of the smallest square that is centered in each world and contains all free cells."""
     return 2 * np.where(world == WALL, 1, _RING).max(axis=(1, 2), initial=1) + 1
 
 
@@ -243,7 +260,7 @@ def _check_mice(world: NDArray[np.int32], y_x: NDArray[np.float64], mirrored: ND
 
 
 def _mouse_offset(index: int, state: bytes) -> int:
-    """Check the layout of a state and return the offset of the mouse's x."""
+    """Check the layout of a state, and return the byte offset of the mouse's x coordinate."""
     try:
         maze_side, world_side, end_mark = struct.unpack_from("<iii", state, len(state) - 12)
         (grid_cells,) = struct.unpack_from("<i", state, len(state) - _GRID_FROM_END - 4)
@@ -252,7 +269,7 @@ def _mouse_offset(index: int, state: bytes) -> int:
         mouse_at = 164 + first + second
         cells, entities = struct.unpack_from("<ii", state, mouse_at - 8)
     except struct.error:
-        raise StateError(f"State {index} is not a procgen maze state: its {len(state)} bytes are too few.") from None
+        raise StateError(f"State {index} is not a procgen maze state: it has only {len(state)} bytes.") from None
     found = (end_mark, world_side, grid_cells, cells, entities)
     if found != (_END_MARK, WORLD, _CELLS, _CELLS, 1) or maze_side % 2 == 0 or not 3 <= maze_side <= WORLD:
         raise StateError(

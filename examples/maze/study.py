@@ -1,6 +1,7 @@
 """Why does a mouse trained with the cheese in the top right corner go to the corner when the cheese is elsewhere?
 
-The study repeats every measurement in the post that asked this, on real procgen and a trained policy, in parts:
+The study repeats every measurement in the post that asked this question, in procgen itself and with a trained policy.
+It has these parts:
 
   pair            which channels respond to the one wall that decides the first step to the cheese
   search          which hook points encode the path
@@ -8,27 +9,27 @@ The study repeats every measurement in the post that asked this, on real procgen
   sums            a channel's sum as a predictor of the path, in distribution and out of it
   decision        on squares at which the paths to cheese and corner separate: the channel and the mouse's choice
   ablation        exact effects of ablating channels on reaching the cheese, with all other channels as controls
-  distance        the choice against the distance of the cheese from the corner
-  top16           an eighth of the channels zeroed: the vector field
-  spatial         is the channel active around the mouse only
-  sizes           do the channels predict the same in mazes of all sizes
-  parity          are there other channels for odd and even squares
-  generator       the rules of procgen's mazes
+  distance        how the choice depends on the distance between the cheese and the corner
+  top16           the vector field after an eighth of the channels is set to zero
+  spatial         whether the channel is active only around the mouse
+  sizes           whether the channels predict the same in mazes of all sizes
+  parity          whether there are different channels for odd and even squares
+  generator       the rules by which procgen generates mazes
   cheese-vector   subtract the cheese's part of the activation
   corner-vector   add the corner's part of the activation
   retarget        make the mouse go to a square without cheese
   statistics      predict the choice from distances
-  random-mazes    do the channels keep their labels in mazes that procgen never makes
-  hypothesis      does the sum of all pushes predict the choice
-  default         is the corner the default, with the cheese removed from the picture
+  random-mazes    whether the channels keep their labels in mazes that procgen never generates
+  hypothesis      whether the sum of all pushes predicts the choice
+  default         whether the corner is the default goal when the cheese is removed from the picture
   share           how much of the cheese's effect the best channels carry
-  direction       does one direction carry the preference for the corner
-  dose            the effect of the UP channel by its dose
-  counterfactual  the mouse whose best channels act as without cheese
+  direction       whether one direction carries the preference for the corner
+  dose            how the effect of the UP channel depends on the dose
+  counterfactual  the choice when the best channels are as active as without the cheese
 
-Channels are chosen by fixed rules on mazes with no other use. A folder under --out contains the report (report.html
-and report.md), the tables as CSV and the figures as PNG. After an interruption, the same command continues. The report
-ends with the seconds of each part.
+Channels are chosen by fixed rules, on mazes that are not used for anything else. A folder under --out contains the
+report (report.html and report.md), the tables as CSV and the figures as PNG. After an interruption, the same command
+continues where it stopped. The report ends with the run time of each part, in seconds.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def arguments() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--only", metavar="PART,...", default="", help="parts to run (default: all)")
-    add("--n", type=int, default=200, help=f"levels (default: %(default)s); {limits()}")
-    add("--seed", type=int, default=0, help="seed of levels, draws and controls (default: %(default)s)")
+    add("--n", type=int, default=200, help=f"number of levels (default: %(default)s); {limits()}")
+    add("--seed", type=int, default=0, help="random seed for levels, draws and controls (default: %(default)s)")
     which = parser.add_mutually_exclusive_group()
     files = (
         ".pth or .safetensors files: the main policy, and others to compare (default: the shipped policy of width 1)"

@@ -1,6 +1,6 @@
 """Train a maze policy: the IMPALA network of the published checkpoints, with the cheese always in the top right 5x5.
 
-There are two algorithms. Both train on any number of procgen's hard mazes, with all sides from 3 to 25:
+There are two algorithms. Both train on any number of procgen's hard mazes, with all side lengths from 3 to 25:
 
   imitation   Learn the first step of the shortest path to the cheese. Two auxiliary losses speed up the beginning:
               maps of the direction to take from every square (field) and of the mouse's cell (cell), read from block 2.
@@ -40,12 +40,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # options of one algorithm
 
 
 def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """Return an argparse type: a number in a range."""
+    """Return a function that argparse calls to parse a number, and that rejects numbers outside the given range."""
 
     def parsed(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:  # written so that NaN is rejected too
-            raise argparse.ArgumentTypeError(f"must be {low} to {high}; got {text}")
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}; got {text}")
         return value
 
     parsed.__name__ = kind.__name__  # argparse prints this name if the text is not a number
@@ -63,7 +63,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--start", type=Path, metavar="WEIGHTS", help="initial weights, .safetensors or .pth (default: random)")
     seed = "random seed for weights, levels and draws (default: %(default)s)"
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, help=seed)
-    large = "draw sides with probability proportional to side ** POWER, 0 for all equally (default: %(default)g)"
+    large = "draw each side length with probability proportional to side ** POWER (default: %(default)g; 0: uniform)"
     add("--large", type=number(float, 0, 8), default=1.0, metavar="POWER", help=large)
     budget = "length of the run (default: %(default)s)"
     add("--observations", type=number(int, 1, 10**12), default=2_500_000, metavar="N", help=budget)
@@ -77,7 +77,7 @@ def arguments() -> argparse.ArgumentParser:
     mazes = "ppo: number of simultaneous mazes (default: 64)"
     add("--environments", type=number(int, 1, 4096), metavar="N", help=mazes)
     add("--out", type=Path, metavar="FOLDER", help="(default: results/train/ and the main settings)")
-    keep = "keep the policy every so many minutes, in FOLDER/kept"
+    keep = "save a copy of the policy in FOLDER/kept at this interval"
     add("--keep-every", type=number(float, 0.01, 1e4), metavar="MINUTES", help=keep)
     half = "compute convolutions and products in bfloat16 (default: with cuda)"
     add("--bfloat16", action=argparse.BooleanOptionalAction, help=half)
@@ -94,7 +94,7 @@ def main(given: list[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train with these options; return the exit status."""
+    """Train a policy with the given options, and return the exit status."""
     import torch  # here and below, so that --help answers at once
 
     from maze.policy.network import load_policy, new_policy
@@ -135,7 +135,10 @@ def _device() -> Any:
 
 
 def _settings(options: argparse.Namespace, facts: dict[str, Any], device: str) -> argparse.Namespace:
-    """The options that determine the result, with the algorithm's defaults; random weights have no facts."""
+    """Return the options that determine the result, with the algorithm's defaults filled in.
+
+    `facts` describes the initial weights. It is empty if the initial weights are random.
+    """
     from maze.command import UserError
 
     given = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "keep_every")}

@@ -128,7 +128,7 @@ def x() -> Tensor:
 
 
 @torch.no_grad()
-def anew(model: nn.Module, x: Tensor, *patches: Any) -> Tensor:
+def run_fresh_copy(model: nn.Module, x: Tensor, *patches: Any) -> Tensor:
     """Return what a copy of the model, which has run nothing yet, returns."""
     fresh = copy.deepcopy(model)
     if isinstance(model, Drawing) and isinstance(model.generator, torch.Generator):
@@ -141,14 +141,14 @@ def anew(model: nn.Module, x: Tensor, *patches: Any) -> Tensor:
 def test_a_sweep_gives_the_numbers_of_models_that_have_run_nothing_yet(model, x, strategy) -> None:
     points = hook_points(model, x)
     patches = [zero_ablate(points.site("enc", feature=k)) for k in range(8)]
-    expected = [first(anew(model, x, zero_ablate(points.site("enc", feature=k)))) for k in range(8)]
+    expected = [first(run_fresh_copy(model, x, zero_ablate(points.site("enc", feature=k)))) for k in range(8)]
     result = sweep(points, x, patches=patches, metric={"metric": first}, strategy=strategy)
     np.testing.assert_allclose(result.values["metric"], torch.stack(expected), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(result.baseline["metric"], first(anew(model, x)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result.baseline["metric"], first(run_fresh_copy(model, x)), rtol=1e-4, atol=1e-5)
 
 
 def test_tracing_and_sweeping_leave_the_next_forward_as_it_would_have_been(model, x) -> None:
-    expected = anew(model, x)
+    expected = run_fresh_copy(model, x)
     points = hook_points(model, x)
     sweep(points, x, patches=[steer(points.site("enc"), torch.zeros(1, 1))], metric=first)
     channel_sums(points, x, "enc", batch_size=5)
@@ -197,14 +197,14 @@ def test_attribution_gives_the_exact_effect_of_a_model_that_has_run_nothing_yet(
     for made in (Recurrent, lambda: Drawing(random.Random(0))):
         points = hook_points(made().eval(), x)
         patch = zero_ablate(points.site("enc"))
-        expected = first(anew(points.model, x, patch) - anew(points.model, x)).mean()
+        expected = first(run_fresh_copy(points.model, x, patch) - run_fresh_copy(points.model, x)).mean()
         found = attribution(points, x, patches=[patch], metric=first)
         np.testing.assert_allclose(found.exact, [expected], rtol=1e-4, atol=1e-6)
 
 
 def test_a_path_is_measured_against_a_baseline_that_stays(x) -> None:
     points = hook_points(StaticOutput("buffer").eval(), x)
-    expected = first(anew(points.model, x.flip(0)) - anew(points.model, x))
+    expected = first(run_fresh_copy(points.model, x.flip(0)) - run_fresh_copy(points.model, x))
     found = path_patch(points, x, x.flip(0), "enc", "head.in[0]", metric=first)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

@@ -24,8 +24,8 @@ def test_the_interval_of_a_difference_is_what_it_is_without_a_background(pairs):
     }
     for record in contrast(points, clean, corrupted, ".out").to_records():
         row = rows[record["site"]]
-        told = [row["difference"], row["difference_low"], row["difference_high"]]
-        assert told == pytest.approx([record["effect"], record["low"], record["high"]])
+        measured = [row["difference"], row["difference_low"], row["difference_high"]]
+        assert measured == pytest.approx([record["effect"], record["low"], record["high"]])
         assert (row["pairs"], row["background"]) == (8, 20)
 
 

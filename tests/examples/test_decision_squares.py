@@ -122,8 +122,8 @@ def test_on_the_posts_own_network_the_channels_and_the_threshold_are_the_posts(t
     rows = threshold_rows(study, thresholds(study, [Direction.UP, Direction.RIGHT]))
     assert [row["channel"] for row in rows] == ([121, 73] if given else [7, 7])
     for row in rows:
-        told = row["threshold"], row["accepts"], row["criterion"], row["n_fit"], row["as_precise_as_asked"]
-        assert (told == (30.0, "above", "the post's, on its own network", 0, None)) == given
+        chosen = row["threshold"], row["accepts"], row["criterion"], row["n_fit"], row["as_precise_as_asked"]
+        assert (chosen == (30.0, "above", "the post's, on its own network", 0, None)) == given
         assert row["n_held_out"] > 0 and (given or row["n_fit"] > 0)
         assert ("the post's, on its own network" in _limit(row)) == given
         assert not (given and "none has 0.99" in _limit(row))

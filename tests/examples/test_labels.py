@@ -1,4 +1,4 @@
-"""What every channel stands for, told where the walls do not tell it already."""
+"""The labels of channels, and what the walls alone explain."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def selection():
 
 
 @pytest.fixture
-def told(levels, selection, monkeypatch):
+def labelled(levels, selection, monkeypatch):
     monkeypatch.setattr(labels, "level_sums", lambda points, site, at: made_up_sums(at, 1)[0])
     return labelled_channels(shipped_points(), selection, levels, seed=5)
 
@@ -54,25 +54,30 @@ def test_the_mouse_is_put_where_three_ways_or_more_part_and_nothing_else_is_chan
     np.testing.assert_array_equal(after.grid, before.grid)
 
 
-def test_channels_get_the_directions_that_their_sums_tell(told):
-    assert [each.label for each in told[:2]] == ["UP", "LEFT or DOWN"]
-    assert [told[3].label, told[3].candidate, told[3].n_choice, told[3].auc_choice] == [None, None, 0, None]
+def test_channels_get_the_directions_that_their_sums_tell(labelled):
+    assert [each.label for each in labelled[:2]] == ["UP", "LEFT or DOWN"]
+    assert [labelled[3].label, labelled[3].candidate, labelled[3].n_choice, labelled[3].auc_choice] == [
+        None,
+        None,
+        0,
+        None,
+    ]
 
 
-def test_the_area_where_there_is_a_choice_is_that_of_mazes_with_moves_inside_and_outside_the_label(told, selection):
+def test_the_area_where_there_is_a_choice_is_that_of_mazes_with_moves_inside_and_outside_the_label(labelled, selection):
     rows = [
         row
         for row in range(len(selection.first))
         if selection.legal[row, [0, 1]].any() and selection.legal[row, [2, 3]].any()
     ]
     expected = auc(selection.sums[rows, 1], np.isin(selection.first[rows], [0, 1]))
-    assert (told[1].n_choice, told[1].auc_choice) == (len(rows), expected)
+    assert (labelled[1].n_choice, labelled[1].auc_choice) == (len(rows), expected)
 
 
-def test_a_channel_that_notices_walls_only_tells_nothing_where_there_is_a_choice(told, selection):
+def test_a_channel_that_notices_walls_only_tells_nothing_where_there_is_a_choice(labelled, selection):
     of_walls = auc(selection.sums[:, WALLS], selection.legal[:, Direction.UP])
     assert of_walls.estimate > 0.95
-    assert told[WALLS].auc_choice.low < 0.6
+    assert labelled[WALLS].auc_choice.low < 0.6
 
 
 @pytest.mark.parametrize(

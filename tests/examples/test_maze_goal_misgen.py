@@ -97,8 +97,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(finished: tup
         (["--channel", "32"], "channel 32 is out of range"),
         (["--channel", "-1"], "--channel must be at least 0; got -1."),
         (["--size", "14"], "--size must be odd; got 14."),
-        (["--n", "0"], "--n must be 10 to 1000000; got 0."),
-        (["--seed", "-1"], "--seed must be 0 to 2147483647; got -1."),
+        (["--n", "0"], "--n must be between 10 and 1000000; got 0."),
+        (["--seed", "-1"], "--seed must be between 0 and 2147483647; got -1."),
         (["--weights", "nowhere.pth"], "The weights 'nowhere.pth' cannot be read: No such file or directory."),
     ],
 )

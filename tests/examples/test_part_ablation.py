@@ -235,8 +235,8 @@ def test_the_finding_names_the_channel_that_changes_most_with_its_label_and_whet
     for channel, named in ((23, "Channel 23 (UP, not chosen by the rule)"), (30, "chosen for RIGHT)")):
         changed = copy.deepcopy(tables)
         row_of(changed, f"channel {channel}").update(effect=-0.9, effect_low=-0.95, effect_high=-0.85)
-        told = part.finding(changed).follows
-        assert named in told and "has the largest effect, -0.900 (-0.950 to -0.850)." in told
+        summary = part.finding(changed).follows
+        assert named in summary and "has the largest effect, -0.900 (-0.950 to -0.850)." in summary
 
 
 def test_what_was_chosen_comes_first_in_the_table(tables):

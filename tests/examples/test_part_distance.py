@@ -71,7 +71,7 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
 
 
 @pytest.mark.parametrize(
-    ("shares", "told"),
+    ("shares", "sentence"),
     [
         ((0.9, 0.4, 0.4, 0.1), "never rises over the 4 bins"),
         (
@@ -80,12 +80,12 @@ def test_the_finding_changes_with_the_cells_it_is_made_of(tables):
         ),
     ],
 )
-def test_a_fall_that_is_not_steady_is_told_as_such(shares, told):
+def test_a_fall_that_is_not_steady_is_told_as_such(shares, sentence):
     rows = [
         {"from": 4 * place, "below": 4 * place + 4, "n": 50, "share": share, "share_low": 0.1, "share_high": 0.3}
         for place, share in enumerate(shares)
     ]
-    assert told in part._course(rows)
+    assert sentence in part._course(rows)
 
 
 def test_only_the_correlation_of_the_mouses_choice_over_all_levels_decides(tables):

@@ -77,10 +77,10 @@ def test_the_finding_reacts_to_one_level_that_breaks_a_rule(tables):
     changed["overall"][2]["holds"] -= 1
     row = next(row for row in changed["facts"] if row["fact"] == NAMES["odd"])
     row["holds"] -= 1
-    told = part.finding(changed)
-    assert told.agrees == "no"
-    assert "A maze is not always decided" in told.follows
-    assert f"first broken one: {NAMES['odd']}, size {row['size']}" in told.ours
+    finding = part.finding(changed)
+    assert finding.agrees == "no"
+    assert "A maze is not always decided" in finding.follows
+    assert f"first broken one: {NAMES['odd']}, size {row['size']}" in finding.ours
 
 
 def test_the_figure_has_one_line_per_fact(tables):

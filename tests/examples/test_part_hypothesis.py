@@ -80,8 +80,8 @@ def test_towards_the_cheese_is_its_share_of_the_two_ways():
 def test_accuracy_counts_levels_on_which_the_mouse_goes_one_of_the_two_ways():
     moves = [[0.9, 0.1, 0, 0], [0.4, 0.6, 0, 0], [0.1, 0.2, 0.7, 0]]
     some = seen([0] * 3, [1] * 3, moves, np.zeros((3, 1)))
-    told = {BASE: np.ones(3, dtype=bool), PUSH: np.array([True, False, True])}
-    base, push = part._scored("in", some, told)
+    as_predicted = {BASE: np.ones(3, dtype=bool), PUSH: np.array([True, False, True])}
+    base, push = part._scored("in", some, as_predicted)
     assert (base["n"], base["went_elsewhere"], base["accuracy"], push["accuracy"]) == (2, 1, 0.5, 1.0)
     assert push["gain"] == 0.5 and base["gain"] is None
 

@@ -86,8 +86,8 @@ def with_one_channel_in_every_case(tables):
 
 
 def test_cases_in_which_both_classes_choose_one_channel_are_counted(tables):
-    told = part.finding(with_one_channel_in_every_case(tables))
-    assert "In 8 of 8 cases" in told.follows and told.follows.endswith("in 0.")
+    finding = part.finding(with_one_channel_in_every_case(tables))
+    assert "In 8 of 8 cases" in finding.follows and finding.follows.endswith("in 0.")
 
 
 @pytest.mark.parametrize(("low", "worse"), [(0.125, 1), (-0.125, 0)])
@@ -95,9 +95,9 @@ def test_the_other_classs_channel_is_worse_only_beyond_the_interval(tables, low,
     changed = with_one_channel_in_every_case(tables)
     row = next(row for row in changed["transfer"] if (row["direction"], row["square"]) == ("UP", "odd, even"))
     row |= {"channel_other": 7, "loss": 0.25, "loss_low": low, "loss_high": 0.5}
-    told = part.finding(changed)
-    assert "In 7 of 8 cases" in told.follows
-    assert f"the other class's channel is worse, interval above 0, in {worse}." in told.follows
+    finding = part.finding(changed)
+    assert "In 7 of 8 cases" in finding.follows
+    assert f"the other class's channel is worse, interval above 0, in {worse}." in finding.follows
 
 
 def test_tables_without_estimates_are_drawn_and_told(tables):

@@ -115,11 +115,11 @@ def test_the_finding_reads_the_largest_share(tables):
         row |= {"walls": 0.61, "beyond_walls_low": 0.05, "beyond_walls_high": 0.2}
         if row["share"] == 0.5 and row["direction"] == "UP":
             row |= {"auc": 0.4321, "beyond_walls_low": -0.3, "minus_matched_low": -0.2, "minus_matched_high": -0.05}
-    told = part.finding(changed)
-    assert told.agrees == "not comparable"
-    assert "0.432" in told.ours
-    assert "(at most 0.61) for LEFT, DOWN, RIGHT." in told.follows
-    assert "equal path lengths for UP." in told.follows
+    finding = part.finding(changed)
+    assert finding.agrees == "not comparable"
+    assert "0.432" in finding.ours
+    assert "(at most 0.61) for LEFT, DOWN, RIGHT." in finding.follows
+    assert "equal path lengths for UP." in finding.follows
 
 
 def test_mazes_without_any_area_are_drawn_and_told(tables):

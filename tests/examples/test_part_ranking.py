@@ -16,13 +16,13 @@ from maze.states import write_mazes
 KNOWN, UNKNOWN = Interval(0.8, 0.75, 0.85, 0.95), Interval(0.5, 0.4, 0.6, 0.95)
 
 
-def study_with_told_channels(live):
+def study_with_labelled_channels(live):
     """Channel 27 stands for UP, channel 13 for LEFT or DOWN, and the others for nothing."""
     study = small_study(4, live)
-    told = {27: LabelledChannel("UP", "UP", 40, Interval(0.9, 0.8, 0.95, 0.95), 0.01, 60, KNOWN)}
-    told[13] = replace(told[27], label="LEFT or DOWN", candidate="LEFT or DOWN", n_choice=70)
+    labels = {27: LabelledChannel("UP", "UP", 40, Interval(0.9, 0.8, 0.95, 0.95), 0.01, 60, KNOWN)}
+    labels[13] = replace(labels[27], label="LEFT or DOWN", candidate="LEFT or DOWN", n_choice=70)
     nothing = LabelledChannel(None, "RIGHT", 40, Interval(0.5, 0.4, 0.6, 0.95), 1.0, 50, UNKNOWN)
-    study.__dict__["labels"] = [told.get(channel, nothing) for channel in range(32)]
+    study.__dict__["labels"] = [labels.get(channel, nothing) for channel in range(32)]
     return study
 
 
@@ -35,7 +35,7 @@ def few_textures():
 
 @pytest.fixture(scope="module")
 def tables():
-    return part.measure(study_with_told_channels(tuple(range(32))))
+    return part.measure(study_with_labelled_channels(tuple(range(32))))
 
 
 def test_the_difference_is_the_mean_of_the_absolute_one_over_rotations_textures_and_facings(tables):
@@ -68,9 +68,9 @@ def read(tables):
 
 
 def test_the_finding_agrees_when_the_first_ten_stand_for_directions_and_says_how_many_others_do(read):
-    told = part.finding(read)
-    assert told.agrees == "yes" and "10 of the first 10 stand for a direction" in told.ours
-    assert "22 of the 22 live channels that the pair ranks lower stand for a direction" in told.follows
+    finding = part.finding(read)
+    assert finding.agrees == "yes" and "10 of the first 10 stand for a direction" in finding.ours
+    assert "22 of the 22 live channels that the pair ranks lower stand for a direction" in finding.follows
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_channel_that_notices_walls_or_opposite_directions_is_no_reading(chang
 
 
 def test_few_live_channels_are_ranked_and_drawn():
-    tables = part.measure(study_with_told_channels((13, 27)))
+    tables = part.measure(study_with_labelled_channels((13, 27)))
     assert {row["channel"] for row in tables["ranking"]} == {13, 27}
     assert part.figure(tables).axes
     assert part.finding(tables).agrees == "yes"

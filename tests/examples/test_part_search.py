@@ -97,8 +97,8 @@ def test_the_best_hook_point_is_the_one_of_the_choice_mazes(tables):
         row |= {"in": 0.9, "out": 0.9, "chosen_by": 0.8}
     row = changed["hook_points"][-1]
     row |= {"in": 0.6, "chosen_by": 0.81, "works_by": "low sums"}
-    told = f"{row['hook_point']} for {row['direction']} channel {row['channel']}, by low sums, AUC 0.600"
-    assert told in part.finding(changed).follows
+    sentence = f"{row['hook_point']} for {row['direction']} channel {row['channel']}, by low sums, AUC 0.600"
+    assert sentence in part.finding(changed).follows
 
 
 def test_areas_that_could_not_be_estimated_are_left_out(tables):

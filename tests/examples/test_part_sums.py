@@ -78,8 +78,8 @@ def test_the_areas_are_told_and_not_judged(tables, inside, outside, drop):
         value = inside if row["split"] == part.SPLITS[0] else outside
         for name, of in (("cheese", value), ("drop", drop)):
             row |= {name: of, f"{name}_low": of - 0.1, f"{name}_high": of + 0.1}
-    told = part.finding(changed)
-    assert told.agrees == "yes" and f"AUC in distribution {inside:.3f}" in told.ours
+    finding = part.finding(changed)
+    assert finding.agrees == "yes" and f"AUC in distribution {inside:.3f}" in finding.ours
 
 
 @pytest.mark.parametrize(("low", "high", "agrees"), [(0.1, 0.3, "yes"), (-0.1, 0.3, "undecided"), (-0.3, -0.1, "no")])
@@ -151,9 +151,9 @@ def test_the_area_in_distribution_is_over_all_mazes_as_it_needs_no_fit(tables):
     assert (inside["n"], outside["n"]) == (20, 20)
     assert outside["drop"] == pytest.approx(inside["cheese"] - outside["cheese"]) and inside["drop"] is None
     assert not any(row["quantity"] == "AUC" for row in tables["transfer"] + tables["precise"])
-    told = part.finding(tables).ours
-    assert f"AUC in distribution {inside['cheese']:.3f}" in told and f"n={inside['n']}; out" in told
-    assert f"out of it {outside['cheese']:.3f}" in told
+    ours = part.finding(tables).ours
+    assert f"AUC in distribution {inside['cheese']:.3f}" in ours and f"n={inside['n']}; out" in ours
+    assert f"out of it {outside['cheese']:.3f}" in ours
 
 
 @pytest.mark.parametrize("name", ["search", "ranking", "sums", "sizes", "parity", "random-mazes", "hypothesis"])

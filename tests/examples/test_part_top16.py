@@ -139,8 +139,8 @@ def test_the_finding_tells_the_ranks_and_the_range_of_the_controls(tables):
             row |= {"rank": 7, "rank_p": 0.35}
         if row["chosen"] == part.TOP:
             row |= {"rank": 9, "rank_p": 0.45}
-    told = part.finding(changed).follows
-    assert "-0.987 to +0.988" in told and "ranks 7 and 9 of 6 (p = 0.35 and 0.45)" in told
+    summary = part.finding(changed).follows
+    assert "-0.987 to +0.988" in summary and "ranks 7 and 9 of 6 (p = 0.35 and 0.45)" in summary
 
 
 def test_the_figure_shows_three_fields_and_the_effects(tables):

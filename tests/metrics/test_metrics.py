@@ -360,14 +360,14 @@ FAULTS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "logits of a sequence": (
         lambda: entropy(LOGITS.view(1, 5, 4)),
         MetricError,
-        "The output has logits of shape (1, 5, 4), but this metric needs (batch, action). Use at_position(metric, -1) "
-        "for the last position.",
+        "The output has logits of shape (1, 5, 4), but this metric needs shape (batch, action). Use "
+        "at_position(metric, -1) for the last position.",
     ),
     "logits of one input": (
         lambda: entropy(LOGITS[0]),
         MetricError,
-        "The output has logits of shape (4,), but this metric needs (batch, action). Reshape the logits to (batch, "
-        "action).",
+        "The output has logits of shape (4,), but this metric needs shape (batch, action). Reshape the logits to "
+        "(batch, action).",
     ),
     "one column": (
         lambda: kl_divergence(LOGITS[:, :1], baseline=LOGITS[:, :1]),

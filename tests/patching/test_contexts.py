@@ -797,7 +797,7 @@ def test_a_site_that_is_not_on_the_path_is_told_with_all_others(net):
         net(torch.randn(1, 3, 6, 6))
 
 
-# --- at the call, and anew at each entry ---
+# --- at the call, and again at each entry ---
 
 
 def test_patched_as_a_decorator_patches_every_call(net, image):

@@ -374,7 +374,7 @@ FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
     "kinds of policies that are not there": (
         lambda envs: paired_rollouts({"a": nn.Linear(3, 4)}, envs, [0], max_steps=2, outputs={"b": "logits"}),
         RolloutError,
-        "outputs has key 'b', but the policies are 'a'.",
+        "outputs has the key 'b', but the policies are named 'a'.",
     ),
     "values that are a distribution": (
         returning(lambda rows: Categorical(logits=torch.zeros(rows, 4)), outputs="values"),

@@ -228,6 +228,6 @@ def test_one_policy_under_two_names_has_equal_episodes_or_is_refused():
     with pytest.raises(RolloutError) as caught:
         paired_rollouts({"one": twin, "same": twin}, walks(), range(5), **SETTINGS)
     assert str(caught.value) == (
-        "'one' and 'same' are the same policy, but their episodes differ. The policy draws from a generator that a "
-        "rollout cannot restore, or it keeps such state. Store the generator or the state in an attribute."
+        "'one' and 'same' are the same policy, but their episodes differ. The policy draws from a generator or keeps "
+        "state that a rollout cannot restore. Store the generator or the state in an attribute."
     )

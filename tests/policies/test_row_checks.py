@@ -18,8 +18,9 @@ from chanpatch.policies import rollout_sweep
 
 SETTINGS = {"max_steps": 20, "outputs": "logits"}
 DRAWS = (
-    "The policy draws random numbers in its forward pass. In a sweep, each label would get different numbers, so a "
-    "patch that changes nothing would have an effect. Use paired_rollouts with one PatchedPolicy per label instead."
+    "The policy draws random numbers in its forward pass. In a sweep, each label would get different numbers, so even "
+    "a patch that changes nothing would appear to have an effect. Use paired_rollouts with one PatchedPolicy per label "
+    "instead."
 )
 MIXES = (
     "The policy's output for a row depends on the other rows in the batch, for example through batch statistics, so "

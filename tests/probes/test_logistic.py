@@ -61,7 +61,7 @@ def test_coefficients_have_intervals_over_the_inputs_of_the_fit() -> None:
     [
         (
             lambda: LogisticProbe.fit(SUMS, LABELS).predict(SUMS[:, :2]),
-            "sums has 2 channels, but the probe was fitted on 3.",
+            "sums has 2 channels, but the probe was fitted on 3 channels.",
         ),
         (lambda: LogisticProbe.fit(SUMS, LABELS, penalty=0), "penalty must be positive, such as 1.0; got 0."),
         (

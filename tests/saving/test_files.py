@@ -1040,20 +1040,20 @@ def test_verify_names_what_is_not_the_same(file: Path) -> None:
     points, (images,) = traced(build("plain_cnn"))
     save(file, zero_ablate(points.site("relu1", channel=1)), points, inputs=images)
     here = f"torch {torch.__version__}, cpu, {torch.get_num_threads()} threads, eval mode"
-    told = f"In the file: {here}. Here: {here}."
+    environments = f"Environment in the file: {here}; environment here: {here}."
 
     assert refused(InterventionError, lambda: verify(file, points, images[:2])) == (
-        f"The run in '{file}' was not reproduced. Different: inputs, output. Same: hook points, weights. {told}"
+        f"The run in '{file}' was not reproduced. Different: inputs, output. Same: hook points, weights. {environments}"
     )
     torch.manual_seed(1)
     other = hook_points(PlainCNN().eval(), images)
     assert refused(InterventionError, lambda: verify(file, other, images)) == (
-        f"The run in '{file}' was not reproduced. Different: weights, output. Same: hook points, inputs. {told}"
+        f"The run in '{file}' was not reproduced. Different: weights, output. Same: hook points, inputs. {environments}"
     )
     points.model.fc.register_forward_hook(lambda module, inputs, output: output.nextafter(output + 1))
     assert refused(InterventionError, lambda: verify(file, points, images)) == (
         f"The run in '{file}' was not reproduced. Different: output. Same: hook points, weights, inputs. The "
-        f"difference must therefore come from the model's code or the environment. {told}"
+        f"difference must therefore come from the model's code or the environment. {environments}"
     )
 
 

@@ -22,8 +22,8 @@ def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric
     """Compute a metric, check its result, and return the result with shape `(batch,)` or `(1,)`.
 
     `baseline`, the unpatched output, is passed only to metrics with a keyword-only parameter of that name. If the
-    metric is not callable, returns a result with another shape or type, or modifies its arguments, this function raises
-    MetricError with a message that begins with `name`.
+    metric is not callable, modifies its arguments, or does not return one number per input or a single number, this
+    function raises MetricError with a message that begins with `name`.
     """
     if not callable(metric):
         raise MetricError(

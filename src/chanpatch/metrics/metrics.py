@@ -173,11 +173,11 @@ def value(output: Any) -> Tensor:
 
 
 def at_position(metric: Metric, position: int | Tensor) -> Metric:
-    """Return a metric that applies `metric` at one position of sequence logits, `(batch, position, action)`.
+    """Return a metric that applies `metric` at one position of logits with shape `(batch, position, action)`.
 
     Args:
-        metric: Metric for logits with shape `(batch, action)`. If it uses a baseline, the same position is selected
-            from the baseline.
+        metric: Metric for logits with shape `(batch, action)`. If the metric uses a baseline, the same position is
+            selected from the baseline.
         position: Position in every sequence, such as -1 for the last position, or an int64 tensor of shape `(batch,)`
             with one position per input, such as `lengths - 1` for padded sequences.
 
@@ -260,7 +260,7 @@ def normalized_effect(metric: Metric, clean: Any, corrupted: Any) -> Metric:
 
 
 def _metric(name: str, compute: Callable[[Tensor], Tensor]) -> Metric:
-    """Return a metric that applies `compute` to the output's normalized logits; results show the metric as `name`."""
+    """Return a metric that applies `compute` to an output's normalized logits. `name` is its name in results."""
 
     def metric(output: Any) -> Tensor:
         return compute(_log_probabilities(output))
@@ -276,7 +276,8 @@ def _log_probabilities(output: Any) -> Tensor:
         last = "Use at_position(metric, -1) for the last position."
         advice = last if logits.dim() == 3 else "Reshape the logits to (batch, action)."
         raise MetricError(
-            f"The output has logits of shape {tuple(logits.shape)}, but this metric needs (batch, action). {advice}"
+            f"The output has logits of shape {tuple(logits.shape)}, but this metric needs shape (batch, action). "
+            f"{advice}"
         )
     return logits
 
@@ -296,12 +297,15 @@ def _check_same_shape(ours: Sequence[int], theirs: Sequence[int]) -> None:
 
 
 def _expected(probabilities: Tensor, quantity: Tensor) -> Tensor:
-    """Return the expectation of `quantity` over actions; an action with probability 0 contributes 0, never NaN."""
+    """Return the mean of `quantity`, weighted by action probabilities. Impossible actions contribute 0, never NaN."""
     return (torch.where(probabilities > 0, quantity, 0.0) * probabilities).sum(-1)
 
 
 def _summed(found: Distribution, what: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Compute a quantity of a continuous distribution, and sum it over the action dimensions."""
+    """Return the quantity of `found` that `compute` returns, summed over action dimensions.
+
+    If torch has no formula for the quantity, raise an error in which the quantity is called `what`.
+    """
     try:
         result = compute()
     except NotImplementedError:

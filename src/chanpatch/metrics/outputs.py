@@ -17,9 +17,10 @@ Actions: TypeAlias = "int | Sequence[int] | Tensor"
 
 
 def distribution_in(output: Any) -> Distribution | None:
-    """Return an output's distribution: the output itself, its only distribution, or the one that its logits define.
+    """Find the action distribution in an output.
 
-    The logits must be in a field named `logits`. Return None if there is no distribution, or if there are several.
+    This is the output itself, the only distribution that the output contains, or the distribution that the logits in a
+    field named `logits` define. Return None if there is no distribution, or if there are several.
     """
     if isinstance(output, Distribution):
         return output
@@ -36,12 +37,15 @@ def distribution_in(output: Any) -> Distribution | None:
 
 
 def _named(found: Any) -> Distribution | None:
-    """Return an entry if it is a distribution, the distribution that it defines if it is a tensor, otherwise None."""
+    """Return `found` if it is a distribution, the Categorical with logits `found` if it is a tensor, otherwise None."""
     return categorical(found) if isinstance(found, Tensor) else found if isinstance(found, Distribution) else None
 
 
 def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
-    """Return the output if it is a tensor, its first tensor if it is a pair `(tensor, value)`, and otherwise None."""
+    """Return an output that is a tensor, or the tensor in an output that is a pair `(tensor, value)`; otherwise, None.
+
+    The tensor in a pair must have at least `least_axes` axes.
+    """
     if isinstance(output, (tuple, list)) and len(output) == 2 and all(isinstance(item, Tensor) for item in output):
         first, value = output
         is_value = value.is_floating_point() and value.shape in (first.shape[:1], (*first.shape[:1], 1))
@@ -50,7 +54,10 @@ def tensor_in(output: Any, least_axes: int = 2) -> Tensor | None:
 
 
 def categorical(logits: Tensor) -> Categorical | None:
-    """Return the distribution that logits define; None for other tensors. Logits for one action raise an error."""
+    """Return the distribution that logits define, or None if `logits` is not a float tensor with at least one axis.
+
+    Raise DistributionError if there is only one logit per distribution.
+    """
     if not logits.is_floating_point() or not logits.dim():
         return None
     if logits.shape[-1] == 1:
@@ -59,7 +66,7 @@ def categorical(logits: Tensor) -> Categorical | None:
             "always 1. If this is the logit of the second of two actions, return "
             "torch.distributions.Bernoulli(logits=...)."
         )
-    # Values inside vmap and empty tensors cannot be validated. Pass validate_args explicitly, because the first
+    # Logits inside vmap and empty logits cannot be validated. Pass validate_args explicitly, because the first
     # torch.compile in a process changes the default.
     return Categorical(logits=logits, validate_args=bool(logits.numel()) and not inside_vmap(logits))
 
@@ -70,7 +77,10 @@ def is_squashed(output: Any) -> bool:
 
 
 def no_distribution(output: Any, subject: str, advice: str) -> DistributionError:
-    """Return the error for output without a distribution; its message starts with `subject` and ends with `advice`."""
+    """Return the error to raise for an output without a distribution.
+
+    The error's message starts with `subject` and ends with `advice`.
+    """
     return DistributionError(
         f"{subject} {described(output)}, which contains no action distribution. Expected logits of shape (batch, "
         f"action), a torch.distributions object, a tuple with such an object, a pair (logits, value), or a dict with "
@@ -79,7 +89,7 @@ def no_distribution(output: Any, subject: str, advice: str) -> DistributionError
 
 
 def distribution_of(output: Any) -> Distribution:
-    """Return the distribution in an output, or the distribution that its logits define; otherwise, raise an error."""
+    """Return the action distribution that an output contains or defines by logits. If there is none, raise an error."""
     try:
         found = distribution_in(output)
         if found is None and (logits := tensor_in(output)) is not None:
@@ -106,7 +116,7 @@ def is_categorical(found: Distribution) -> bool:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return an output's normalized logits, with shape `(..., action)`; raise DistributionError if it has no logits."""
+    """Return an output's normalized logits, with shape `(..., action)`. If there are none, raise DistributionError."""
     found = distribution_of(output)
     if not is_categorical(found):
         raise DistributionError(
@@ -184,5 +194,5 @@ def described(output: Any) -> str:
 
 
 def shown(argument: Any) -> str:
-    """Return an argument's repr, or a description if the argument is a tensor with axes."""
+    """Return an argument's repr or, if the argument is a tensor with at least one axis, its dtype and shape."""
     return described(argument) if isinstance(argument, Tensor) and argument.dim() else repr(argument)

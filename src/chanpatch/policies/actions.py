@@ -1,4 +1,4 @@
-"""Sample actions from distributions, using random numbers that depend only on the episode."""
+"""Sample actions from distributions, using random numbers that depend only on the sampling seed and the episode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def draw_streams(sampling_seed: int, seeds: Sequence[int]) -> list[np.random.Generator]:
-    """Return one random generator per episode. Episodes with the same seed get different generators."""
+    """Return one random generator per episode, with a different stream even for episodes that have the same seed."""
     whole("sampling_seed", sampling_seed, error=RolloutError)
     keys = zip(seeds, repetitions(seeds), strict=True)
     sources = [np.random.SeedSequence(sampling_seed, spawn_key=key) for key in keys]
@@ -79,7 +79,7 @@ def chosen_actions(
 
 
 def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli | Normal, bool]:
-    """Return the distribution to sample from, and whether a tanh must be applied to the sample."""
+    """Unwrap a distribution. Return the innermost distribution, and whether tanh must be applied to its samples."""
     squashed = False
     while isinstance(distribution, Independent) or _is_tanh(distribution):
         squashed |= _is_tanh(distribution)
@@ -107,7 +107,10 @@ def _is_tanh(distribution: Distribution) -> bool:
 
 
 def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) -> NDArray[Any]:
-    """If the policy requires it, clip or rescale actions to fit a Box. Raise an error if the shape is wrong."""
+    """Return the actions, clipped or rescaled with `decision.to_box` if the space is a Box.
+
+    Raise an error if the actions do not have the shape that the space expects.
+    """
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
     if decision.to_box is not None and is_box and actions.size == len(actions) * space.low.size:
         actions = decision.to_box(actions.reshape(-1, *space.low.shape), space)
@@ -120,7 +123,7 @@ def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) ->
 
 
 def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
-    """Check that a policy's actions are in the action space, and return the actions in the dtype of the space."""
+    """Return a policy's actions in the dtype of the action space. Raise an error if an action is not in the space."""
     with np.errstate(invalid="ignore"):  # NaN raises an error below
         found = actions.astype(space.dtype)
     is_box = isinstance(space, imported("gymnasium.spaces").Box)
@@ -133,7 +136,7 @@ def _checked(actions: NDArray[Any], space: Space[Any]) -> NDArray[Any]:
 
 
 def _mismatch(actions: NDArray[Any], distribution: Categorical | Bernoulli | Normal, space: Space[Any]) -> str:
-    """Return the reason why a distribution does not fit a discrete action space, or an empty string if it does."""
+    """Return why a distribution does not fit a discrete action space, or "" if it fits or the space is not discrete."""
     spaces = imported("gymnasium.spaces")
     if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         return ""

@@ -47,7 +47,7 @@ _ADVICE = {  # by the library that defines the environments
 
 
 def check_envs(envs: Any) -> None:
-    """Raise an error unless `envs` is a vector environment with numeric observations, from gymnasium 1.1 or later."""
+    """Check that gymnasium is 1.1 or later, and that `envs` is a vector environment with numeric observations."""
     vector = imported("gymnasium.vector")
     if not hasattr(vector, "AutoresetMode"):
         version = imported("gymnasium").__version__
@@ -67,7 +67,7 @@ def check_envs(envs: Any) -> None:
 
 
 def _check_numbers(space: Any, name: str = "observations") -> None:
-    """Raise an error if a vector environment cannot return samples from a space, or from a part of it, as numbers."""
+    """Raise an error if observations from a space, or from a part of a Dict or Tuple space, are not numeric arrays."""
     spaces = imported("gymnasium.spaces")
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         for key, part in space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces):
@@ -81,7 +81,7 @@ def _check_numbers(space: Any, name: str = "observations") -> None:
 
 
 def method_of(model: nn.Module, points_or_model: HookPoints | nn.Module) -> Any:
-    """Return the method of `model` that has the traced method's name; for `__call__`, return `model` itself."""
+    """Return the method of `model` with the same name as the traced method, or `model` itself for `__call__`."""
     method = points_or_model.method if isinstance(points_or_model, HookPoints) else "__call__"
     return model if method == "__call__" else getattr(model, method)
 
@@ -90,7 +90,8 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
     """Check that a rollout can call a policy, and return the function or module to call.
 
     Raises:
-        RolloutError: If the policy is not callable, requires masks or other arguments, or expects other observations.
+        RolloutError: If the policy is not callable, requires masks or other arguments that are not passed, or expects
+            observations of a different shape.
     """
     if isinstance(policy, HookPoints):
         policy = method_of(policy.model, policy)
@@ -170,9 +171,10 @@ def check_modes(policies: Mapping[str, Any]) -> None:
 
 
 def _check_same_modes(label: str, one: nn.ModuleList, other_label: str, other: nn.ModuleList) -> None:
-    """Raise RolloutError if modules with the same name are in different modes.
+    """Raise RolloutError if two modules with the same name, one from each list, are in different modes.
 
-    If all modules on one side are in training mode and all on the other in eval mode, also compare modules in order.
+    Only modules such as dropout are compared. If all of them are in training mode in one list and in eval mode in the
+    other, modules with different names are also compared, in the order of the lists.
     """
     with as_in_predict(one), as_in_predict(other):
         ours, theirs = (
@@ -198,7 +200,10 @@ def _module(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
-    """Raise an error if a patch function uses the environments and `context.rows`, but not `context.environments`."""
+    """Raise an error if a patch function seems to use episode numbers as indices of sub-environments.
+
+    Such a function uses the environments and `context.rows`, but not `context.environments`.
+    """
     for patch in patches:
         for function in filter(callable, (patch.edit, patch.where)):
             used = used_by(function)
@@ -227,7 +232,8 @@ def check_rows(
 
     Args:
         run: Open context that saved the policy's state before the first step.
-        again: Context of the same kind that has not been opened; used here to restore the state after the first step.
+        again: Second context of the same kind, not open yet. The check runs inside this context, so that the state
+            after the first step is restored when the check is done.
         decision: Decision for all rows in the first step. Unpatched rows come first.
         alone: Function that runs the policy on only the first few (unpatched) rows, and returns the decision for them.
         mixed: Whether the first step also included patched rows.
@@ -241,8 +247,8 @@ def check_rows(
         if draws and (isinstance(decision.choice, Tensor) or not _close(decision, first)):
             raise RolloutError(
                 "The policy draws random numbers in its forward pass. In a sweep, each label would get different "
-                "numbers, so a patch that changes nothing would have an effect. Use paired_rollouts with one "
-                "PatchedPolicy per label instead."
+                "numbers, so even a patch that changes nothing would appear to have an effect. Use paired_rollouts "
+                "with one PatchedPolicy per label instead."
             )
         if not _close(decision, first) or (after and not _close(after, alone())):
             raise RolloutError(
@@ -253,7 +259,10 @@ def check_rows(
 
 
 def noted_logs(policy: Any) -> tuple[Snapshot, Snapshot]:
-    """Return two snapshots of the containers and ledgers that a policy uses; only the first is noted already."""
+    """Return two snapshots for the containers and ledgers that a policy uses.
+
+    The first snapshot has already saved their contents. The second is empty until its `note` method is called.
+    """
     logs = [each for each in used_by(policy, *functions_of(patches_inside(policy))) if _may_keep_state(each)]
     logs += [firing.counts for firing in firings_inside(policy)]
     first, second = (Snapshot((), [dict(enumerate(logs))]) for _ in range(2))
@@ -269,17 +278,19 @@ def check_repeats(
     *,
     mixed: bool,
 ) -> None:
-    """Raise RolloutError if a policy's first decision changes when it is repeated from the same state.
+    """Raise RolloutError if a policy's first decision changes when the decision is repeated from the same state.
 
-    Draws from generators that a rollout restores are allowed. The repeated pass leaves no entry in logs and ledgers.
+    The decision may change because of random draws from generators that a rollout restores. The repeated forward pass
+    leaves no entries in logs and ledgers.
 
     Args:
         logs: Result of `noted_logs` before the first step.
         run: Open context that saved the policy's state before the first step.
-        again: Context of the same kind that has not been opened; used here to restore the state after the first step.
+        again: Second context of the same kind, not open yet. The check runs inside this context, so that the state
+            after the first step is restored when the check is done.
         decision: Decision in the first step.
-        repeat: Function that runs the policy again on the same rows, and returns the decision.
-        mixed: Always False, because a single policy has no patched rows.
+        repeat: Function that runs the policy again on the same rows, and returns the new decision.
+        mixed: Unused. Accepted so that this function can be called like `check_rows`.
     """
     before, after = logs
     after.note()
@@ -299,7 +310,7 @@ def check_repeats(
 
 
 def _close(decision: Decision, alone: Decision) -> bool:
-    """Return whether the first rows of `decision` equal `alone`, the decision for only those rows, up to rounding."""
+    """Return whether `alone`, a decision for only the first rows, equals those rows of `decision` up to rounding."""
     pairs = zip(_numbers(decision), _numbers(alone), strict=True)
     return all(_same(every[: len(own)], own) for every, own in pairs)
 
@@ -313,7 +324,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return torch.equal(one, other)
     tolerance = min(100 * torch.finfo(other.dtype).eps, 1e-2)
     if other.is_cuda:
-        tolerance = max(tolerance, 1e-3)  # kernels for a different number of rows may round to TF32
+        tolerance = max(tolerance, 1e-3)  # CUDA kernels for a different number of rows may use TF32
     finite = other[other.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 0.0
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
@@ -322,10 +333,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 class SharedState:
     """Check that policies or labels do not affect each other through shared containers or iterators.
 
-    A rollout does not restore such containers, so that a function can use a container as a log.
+    A rollout does not restore containers that functions share, because a function may use a container as a log.
 
     Args:
-        users: Functions and modules that each policy or label uses, by the name of the policy or label.
+        users: Dict that maps the name of each policy or label to the functions and modules that it uses.
         envs: The environments. Containers inside the environments are ignored.
     """
 
@@ -342,7 +353,8 @@ class SharedState:
     def checked(self, subject: str, run: Callable[[], list[Rollout]], again: Callable[[], list[Rollout]]) -> Any:
         """Return the rollouts from `run`. If `run` changed shared state, check that `again` gives equal rollouts.
 
-        `again` starts from the shared state that `run` left behind. Afterwards, that state is restored.
+        `again` starts from the shared state that `run` left behind, and that state is restored after `again`. `subject`
+        is part of the error message: the owner of the episodes, such as "of the sweep".
         """
         self._snapshot.note()
         rollouts = run()
@@ -364,11 +376,11 @@ class SharedState:
 
 
 def check_equal(one: str, other: str, rollouts: Mapping[str, Rollout]) -> None:
-    """Raise RolloutError if one policy, under two names, played different episodes."""
+    """Raise RolloutError if the rollouts named `one` and `other`, both from the same policy, are different."""
     if not _equal(rollouts[one], rollouts[other]):
         raise RolloutError(
             f"{one!r} and {other!r} are the same policy, but their episodes differ. The policy draws from a generator "
-            "that a rollout cannot restore, or it keeps such state. Store the generator or the state in an attribute."
+            "or keeps state that a rollout cannot restore. Store the generator or the state in an attribute."
         )
 
 

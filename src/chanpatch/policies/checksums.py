@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def checksums(observations: Any, count: int) -> NDArray[np.uint64]:
-    """Return one checksum per sub-environment (`count` in all), as uint64 with shape `(environment,)`.
+    """Return a checksum of the observation in each of `count` sub-environments: uint64 with shape `(environment,)`.
 
     Observations may be arrays, tensors, strings, other objects, or dicts or tuples of these.
     """
@@ -50,9 +50,9 @@ def _of_object(each: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _weights(words: int) -> NDArray[np.uint64]:
-    """Return random odd weights.
+    """Return one random odd weight per 64-bit word. Every call returns the same weights.
 
-    Because the weights are odd, the weighted sum changes whenever a single word changes. Because they are random, the
-    sum almost always changes if several words change.
+    A checksum is the weighted sum of the words. Because the weights are odd, the sum changes whenever a single word
+    changes. Because the weights are random, the sum almost always changes if several words change.
     """
     return np.random.Philox(0).random_raw(words) | np.uint64(1)

@@ -49,9 +49,9 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def refuse_writing_modes(policy: nn.Module) -> None:
-    """Raise an error if a module's own `train` or `eval` changes its parameters, for example to merge an adapter.
+    """Raise an error if a module overrides `train` or `eval` with code that changes parameters (merges an adapter).
 
-    The two methods are called on a copy that has its own parameters. Overrides that only set flags are thus accepted.
+    The two methods are tried on a copy that has its own parameters. Overrides that only set flags are thus accepted.
     """
     for name, module in policy.named_modules():
         modes = {each: getattr(type(module), each) for each in ("train", "eval")}
@@ -66,7 +66,7 @@ def refuse_writing_modes(policy: nn.Module) -> None:
 
 
 def _writes_weights(module: nn.Module) -> bool:
-    """Return whether `train` or `eval` changes the parameters of a copy of a module.
+    """Copy a module, call `eval` and `train` on the copy, and return whether either call changes the copy's parameters.
 
     Return False if the module cannot be copied, or if one of the two calls fails.
     """
@@ -88,7 +88,7 @@ _TRIAL = 2  # the sum, difference, product and quotient of two parameters with t
 
 
 def _memo(policy: nn.Module, stored: Iterable[Any]) -> dict[int, Any]:
-    """Return a memo for deepcopy to share the weights, and to clone non-leaf tensors, which deepcopy cannot copy."""
+    """Return a memo for deepcopy: weights are shared, and non-leaf tensors, which deepcopy cannot copy, are clones."""
     tensors = [item for item in stored if isinstance(item, Tensor)]
     clones = {id(tensor): tensor.detach().clone() for tensor in tensors if not tensor.is_leaf}
     weights = [*policy.parameters(), *policy.buffers(), *(item for item in tensors if isinstance(item, nn.Parameter))]
@@ -125,21 +125,21 @@ def patches_inside(policy: Any) -> list[Patch]:
 
 
 def firings_inside(policy: Any) -> list[Any]:
-    """Return the firings, one per patch, of all twins that a policy contains or uses."""
+    """Return the Firing objects, one per patch, of all twins that a policy contains or uses."""
     modules = {module: None for held in held_modules(policy) for module in held.modules()}
     return [firing for module in modules if STATE in vars(module) for firing in vars(module)[STATE].firings]
 
 
 def functions_of(patches: Iterable[Patch]) -> list[Any]:
-    """Return the edit and the `where` of each patch."""
+    """Return a flat list with the edit and the `where` argument of each patch."""
     return [function for patch in patches for function in (patch.edit, patch.where)]
 
 
 def held_state(policy: Any, envs: Any) -> tuple[nn.Module, list[dict[Any, Any]], list[int]]:
-    """Return the state that a rollout restores: modules, dicts of attributes, and the ids of objects not to restore.
+    """Return three things: modules and dicts that a rollout restores, and ids of objects that it does not restore.
 
-    The last dict contains random generators, and the nonlocal and global variables that functions assign to. The ids
-    are those of objects that the environments contain, which are not restored.
+    The dicts contain the attributes of objects. The last dict contains random generators, and the nonlocal and global
+    variables that functions assign to. The ids belong to the objects inside the environments.
     """
     held = used_by(policy, *functions_of(patches_inside(policy)))
     modules = nn.ModuleList(item for item in held if isinstance(item, nn.Module))
@@ -180,7 +180,7 @@ def _stored_in(item: Any) -> Iterable[Any]:
 
 
 def _parts_that_act(item: Any) -> Iterable[Any]:
-    """Return the objects that may be used directly when an object is called."""
+    """Return the objects that `item` may use directly when `item` is called."""
     if isinstance(item, nn.Module):
         owns = [vars(module).items() for module in item.modules()]
         return [part for own in owns for name, part in own if name not in _TORCHS_OWN and name != STATE]
@@ -229,7 +229,7 @@ def _written_by(function: types.FunctionType) -> list[types.CellType | GlobalVar
 
 @functools.lru_cache(maxsize=4096)
 def names_in(code: types.CodeType, *operations: str) -> list[str]:
-    """Return the names used by the given bytecode operations in a code object, or in functions defined inside it."""
+    """Return the names on which the given bytecode operations act, in a code object and in functions defined there."""
     own = [each.argval for each in dis.get_instructions(code) if each.opname in operations]
     inside = [names_in(each, *operations) for each in code.co_consts if isinstance(each, types.CodeType)]
     return [*dict.fromkeys(itertools.chain(own, *inside))]
@@ -238,7 +238,8 @@ def names_in(code: types.CodeType, *operations: str) -> list[str]:
 def _is_plain(item: Any) -> bool:
     """Return whether an object keeps its state in attributes and belongs to the user's own code.
 
-    Modules, classes, environments, replay buffers and objects from libraries, except SimpleNamespace, do not count.
+    The result is False for modules, classes, environments, replay buffers, and objects from libraries, except for a
+    SimpleNamespace.
     """
     if isinstance(item, types.FunctionType):
         return not _is_from_library(item.__module__)

@@ -107,13 +107,13 @@ def _output_of_sb3(policy: Any, observations: Any) -> Any:
 
 
 def decision_in(output: Any, subject: str, outputs: Outputs | None, masks: NDArray[np.bool_] | None = None) -> Decision:
-    """Interpret a policy's output.
+    """Convert a policy's output to a Decision.
 
     Args:
         output: Output of the policy.
         subject: Name of the policy, for error messages.
         outputs: Meaning of a tensor that the policy returns, as in `action_distribution`.
-        masks: Which actions are allowed, as a bool array `(row, action)`; None if all actions are allowed.
+        masks: Bool array with shape `(row, action)`, True for allowed actions; None if all actions are allowed.
     """
     try:
         decision = output if isinstance(output, Decision) else _decision_in(output, subject, outputs)
@@ -160,7 +160,8 @@ def _decision_in(output: Any, subject: str, outputs: Outputs | None) -> Decision
 def _joined(output: Any) -> Categorical | None:
     """Join the Categoricals for the parts of a MultiDiscrete action into one Categorical.
 
-    Its logits have shape `(row, part, choice)`. Return None if the output is not a list of at least two Categoricals.
+    The joint logits have shape `(row, part, choice)`. Return None if the output is not a list of two or more
+    Categoricals.
     """
     parts = getattr(output, "distribution", output)
     is_list = isinstance(parts, (list, tuple)) and len(parts) > 1
@@ -200,7 +201,10 @@ def _masked(decision: Decision, masks: NDArray[np.bool_], subject: str) -> Decis
 
 
 def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: dict[str, Any]) -> Any:
-    """Return which actions are allowed as a bool array `(environment, action)`, or None if `masks` is None."""
+    """Call `masks`, and return which actions are allowed: a bool array with shape `(environment, action)`.
+
+    Return None if `masks` is None.
+    """
     if masks is None:
         return None
     found = np.array(masks(envs, infos))

@@ -66,8 +66,9 @@ def play(
 ) -> list[Rollout]:
     """Play all episodes `times` times with the same random numbers, and return one rollout per repetition.
 
-    Before each forward pass, `around` receives the number of each row's repetition as int64 `(row,)`, and returns the
-    context manager in which the forward pass runs. `label` is the policy's name.
+    Before each forward pass, `around` receives the repetition number of each row as int64 with shape `(row,)`, and
+    returns the context manager in which the forward pass runs. `label` is the policy's name in paired rollouts, and
+    None in other rollouts.
     """
     check_envs(envs)
     check_outputs(options.outputs)
@@ -116,8 +117,8 @@ class _Log:
         self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, checked)]
         self.returns = np.zeros(self.plays)
         self.terminated, self.truncated = np.zeros((2, self.plays), dtype=np.bool_)
-        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # per step: plays, their actions
-        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # per step: plays, their checksums
+        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # for each step: plays and their actions
+        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # and checksums
 
     def add(
         self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
@@ -138,7 +139,7 @@ class _Log:
 
 
 def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
-    """Convert pairs (plays, values), one pair per step, to one array of values `(step, ...)` per play."""
+    """Convert pairs (plays, values), one pair per step, to one array of values with shape `(step, ...)` per play."""
     plays, values = map(np.concatenate, zip(*steps, strict=True))
     order = np.argsort(plays, kind="stable")
     return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
@@ -161,7 +162,7 @@ class _Player:
     ) -> None:
         """Play one wave in parallel until all its episodes have finished, and advance the progress bar.
 
-        `check` is None, or a check of the first decision with the same last three arguments as `check_rows`.
+        If `check` is not None, call it on the first decision, with the last three arguments of `check_rows`.
         """
         envs, log, options = self._envs, self._log, self._options
         self._reset(wave)
@@ -197,7 +198,7 @@ class _Player:
         log.truncated[wave[self._running]] = True
 
     def _reset(self, wave: NDArray[np.int64]) -> None:
-        """Reset the environments for a new wave. The last wave may have fewer episodes than sub-environments."""
+        """Reset the environments for a new wave. If it has fewer episodes than sub-environments, repeat the seeds."""
         self._wave, self._running = wave, np.arange(len(wave))  # the sub-environments whose episodes have not finished
         try:
             seeds = [self._log.seeds[number] for number in np.resize(wave, self._envs.num_envs)]
@@ -212,7 +213,7 @@ class _Player:
         self._log.checked.append((wave, self._seen()[self._running]))
 
     def _restart(self, over: NDArray[np.bool_]) -> None:
-        """Reset finished sub-environments, unless the vector environment resets them itself."""
+        """Reset finished sub-environments, unless the vector environment resets sub-environments automatically."""
         if self._envs.metadata.get("autoreset_mode") is imported("gymnasium.vector").AutoresetMode.DISABLED:
             self._observations, infos = self._envs.reset(options={"reset_mask": over})
             if self._allowed is not None:
@@ -245,7 +246,7 @@ class _Player:
         own = int((plays < self._log.episodes).sum())
         mixed = own < len(plays)
         if own and (mixed or not plays[0]):
-            # At first, patched and unpatched rows have equal observations, so leave out some unpatched rows too.
+            # In the first step, patched and unpatched rows have equal observations: leave out some unpatched rows too.
             count = min(own, max(2, own // 2)) if mixed else own
             check(decision, functools.partial(self._first_decision, count), mixed=mixed)
 
@@ -342,7 +343,7 @@ class _Player:
 
 
 def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
-    """Select the entries for the chosen sub-environments from infos.
+    """Select the entries for the chosen sub-environments from the infos that an environment returned.
 
     Lists and arrays are indexed if they have one entry per sub-environment. Other values are returned unchanged.
     """
@@ -355,14 +356,14 @@ def _infos_of(infos: Any, num_envs: int, chosen: NDArray[np.int64]) -> Any:
 
 
 def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
-    """Select the given rows of each tensor in a tree, along the tensor's batch axis in `batch_axes`."""
+    """Return a tree with only the given rows of each tensor. `batch_axes` contains the batch axis of each tensor."""
     for path, axis in batch_axes.items():
         tree = replace(tree, path, get(tree, path)[(slice(None),) * axis + (rows,)])
     return tree
 
 
 def state_batch_axes(initial_state: InitialState) -> BatchAxes:
-    """Return the batch axis (the axis whose length is the number of rows) of each tensor in a recurrent state."""
+    """Find the batch axis of each tensor in a recurrent state: the axis whose length is the number of rows."""
     if not callable(initial_state):
         raise RolloutError(
             "initial_state must be a function that returns the state for a given number of rows, such as lambda rows: "

@@ -33,7 +33,8 @@ class Rollout(Records):
         actions: One array of actions, with shape `(step, ...)`, per episode.
         seen: One array of checksums, with shape `(1 + step,)`, per episode: first a checksum of the first observation,
             then a checksum of the reward and the observation at each step.
-        settings: Arguments `max_steps`, `sampling_seed` and `greedy`; and `masked`, whether there were action masks.
+        settings: Dict of the arguments `max_steps`, `sampling_seed` and `greedy`, and of `masked`: whether action masks
+            were used.
     """
 
     seeds: tuple[int, ...]
@@ -95,7 +96,10 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return tuple(self)[1:]
 
     def differences(self) -> NDArray[np.float64]:
-        """Return each policy's return minus the first policy's in the same episode, with shape `(policy, episode)`."""
+        """Return the difference between each other policy's return and the first policy's return in each episode.
+
+        The shape is `(policy, episode)`.
+        """
         return self._differences([self[label] for label in self.labels])
 
     def effect(self) -> NDArray[np.float64]:
@@ -174,7 +178,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return ranked_interval(self._snapped(differences), clusters=self._original.seeds, seed=seed)
 
     def _snapped(self, differences: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Remove rounding error from the differences, and transpose them to `(episode, policy)`."""
+        """Return the differences without rounding error, transposed to shape `(episode, policy)`."""
         return snapped(differences.T, self._original.returns[:, None], _ROUNDING)
 
     def _differences(self, others: Sequence[Rollout]) -> NDArray[np.float64]:
@@ -236,7 +240,7 @@ class SweptRollouts(PairedRollouts):
     Attributes:
         rollouts: Rollouts by label, without the controls. The rollout of the unpatched policy comes first.
         controls: Rollouts with the control patches, by label; None if there are no controls.
-        no_p: Reason why ranks among the controls have no p-values, or an empty string.
+        no_p: Reason why ranks among the controls have no p-values, or an empty string if p-values are available.
     """
 
     controls: Mapping[str, Rollout] | None = None

@@ -55,8 +55,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
 ) -> SweptRollouts:
     """Roll out a policy unpatched and with each label's patches, in the same episodes.
 
-    The result equals that of `paired_rollouts` with one PatchedPolicy per label, but requires fewer forward passes:
-    each combination of label and episode has its own row in the vector environment. A patch receives
+    The result equals the result of `paired_rollouts` with one PatchedPolicy per label, but requires fewer forward
+    passes: each combination of label and episode has its own row in the vector environment. A patch receives
     activations, inputs and episode numbers (`context.rows`) only for the rows of its own label. Use as many
     sub-environments as fit in one forward pass.
 
@@ -141,7 +141,7 @@ def _check_independent(model: nn.Module) -> None:
 class _Interventions:
     """A policy that applies each label's patches only to that label's rows.
 
-    The labels' interventions are numbered from 1, in the order of the labels. Number 0 is the unpatched policy.
+    The labels' interventions are numbered from 1, in the order of the labels. Number 0 stands for the unpatched policy.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class _Interventions:
     ) -> None:
         self._labels = (ORIGINAL, *(label for label, _ in patches))
         self._state_axes = state_axes
-        self._cuts: dict[int, slice] = {}  # the rows of each intervention in this forward pass
+        self._cuts: dict[int, slice] = {}  # the rows of each intervention in the current forward pass
         self._is_reversed = False  # whether interventions are applied in reverse order
         self._firings: list[list[Firing]] = [[]]
         points: dict[str, HookPoint] = {}
@@ -174,7 +174,11 @@ class _Interventions:
 
     @contextmanager
     def forward(self, interventions: NDArray[np.int64], *, is_reversed: bool = False) -> Iterator[None]:
-        """In one forward pass, apply the intervention with the given number to each row; check for NaN at the end."""
+        """During one forward pass, apply to each row the intervention whose number is given for that row.
+
+        With `is_reversed`, apply the interventions in reverse order. At the end, raise an error if a patch introduced
+        NaN.
+        """
         numbers, starts = np.unique(interventions, return_index=True)
         ends = [*starts[1:], len(interventions)]
         self._cuts = {number: slice(*cut) for number, *cut in zip(numbers, starts, ends, strict=True)}
@@ -220,7 +224,7 @@ class _Interventions:
         return [*random_states(self._cuda), *map(generator_state, self._generators)]
 
     def _inputs(self, inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
-        """Return the given rows of the observations and, for a recurrent policy, of the state."""
+        """Return the given rows of the observations and, if the policy is recurrent, of the recurrent state."""
         observations, *state = inputs
         axes = {path: 0 for path, _ in leaves(observations)}
         return (rows_of(observations, axes, rows), *(rows_of(each, self._state_axes, rows) for each in state))

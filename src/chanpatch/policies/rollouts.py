@@ -43,11 +43,11 @@ def rollout(
     squashes actions, and policies without a distribution act deterministically. Actions from other policies are not
     clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
 
-    Random number generators and the policy's buffers and attributes, including lists, are restored before new episodes
-    and at the end. The attributes of your own objects, and nonlocal and global variables, are also restored if the
-    policy or its patches use them. Environments are not restored. To keep a log, append to a list in a closure or a
-    global variable. If several policies share such a list, paired_rollouts plays the episodes twice to check that the
-    list does not change the episodes.
+    Random number generators and the policy's buffers and attributes, including lists, are restored before each new
+    batch of episodes and at the end of the rollout. The attributes of your own objects, and nonlocal and global
+    variables, are also restored if the policy or its patches use them. Environments are not restored. To keep a log,
+    append to a list in a closure or a global variable. If several policies share such a list, paired_rollouts plays the
+    episodes twice to check that the list does not change the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
     starts from its own initial state. If a policy expects other arguments, wrap it in a function; for sb3-contrib's
@@ -150,7 +150,9 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     check_modes(policies)
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
-        raise RolloutError(f"outputs has key {min(stray)!r}, but the policies are {', '.join(map(repr, policies))}.")
+        raise RolloutError(
+            f"outputs has the key {min(stray)!r}, but the policies are named {', '.join(map(repr, policies))}."
+        )
     options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
     patches = {name: patches_inside(policy) for name, policy in policies.items()}

@@ -19,9 +19,9 @@ class Settings:
     """Module attributes that must be equal in a twin and in its original policy.
 
     The settings are attributes whose values are bool, int, float, str or None, or containers of at most 64 such values.
-    Any other attribute must only be a function in both modules or in neither. Modules without parameters, and
-    attributes that torch sets, are skipped. Attributes that change during the first call of a kind are also skipped.
-    Calls to the same method or submodule are of the same kind.
+    For any other attribute, we check only that its value is a function in both modules or in neither. We skip modules
+    without parameters, attributes that torch sets, and attributes that change during the first call to any method or
+    submodule.
     """
 
     def __init__(self, twin: nn.Module, original: nn.Module) -> None:
@@ -30,22 +30,26 @@ class Settings:
             for (name, module), other in zip(twin.named_modules(), original.modules(), strict=True)
             if next(other.parameters(), None) is not None
         ]
-        self._changing: set[tuple[str, str]] = set()  # (module, attribute) pairs that calls change
+        self._changing: set[tuple[str, str]] = set()  # names of the modules and attributes that calls change
         self._known_calls: dict[object, bool] = {}  # whether each kind of call runs modules
-        self._before: dict[tuple[str, str], Any] | None = None  # the twin's settings before the first call of a kind
+        self._before: dict[tuple[str, str], Any] | None = None  # the twin's settings, saved before a first call
         self._plan()
 
     def begin(self, kind: object) -> None:
-        """Raise an error if a setting differs between the twin and the policy.
+        """Before a call, raise an error if a setting differs between the twin and the policy.
 
-        On the first call of each kind, `end` does this check instead.
+        `kind` identifies the called method or submodule. Before the first call to that method or submodule, only save
+        the twin's settings; `end` then does the check.
         """
         self._before = None if kind in self._known_calls else self._of_twin()
         if self._known_calls.get(kind) and not self._is_equal():
             self._compare()
 
     def end(self, kind: object, *, runs_modules: bool) -> None:
-        """After the first call of a kind, record which settings the call changed, and compare the other settings."""
+        """After the first call to a method or submodule, record which settings the call changed, and check the others.
+
+        If the call cannot run modules (`runs_modules` is False), do nothing.
+        """
         if self._before is None and runs_modules and not self._known_calls[kind]:
             del self._known_calls[kind]  # treat the next call as the first of its kind
         elif self._before is not None:
@@ -62,7 +66,10 @@ class Settings:
             self._compare()
 
     def _is_equal(self) -> bool:
-        """Compare the planned settings of the twin and the policy, without looking for new settings."""
+        """Return whether the settings listed by `_plan` are equal in the twin and the policy.
+
+        Also return False if the twin or the policy has more or fewer attributes than before.
+        """
         try:
             for own, other, count, others, values in self._planned:
                 if len(own) != count or len(other) != others or values(own) != values(other):
@@ -88,7 +95,7 @@ class Settings:
         self._plan()
 
     def _plan(self) -> None:
-        """Prepare a fast comparison of the current settings."""
+        """Prepare the fast comparison in `_is_equal`."""
         planned: list[tuple[Any, Any, int, int, Callable[[Any], Any]]] = []
         for name, module, other, _ in self._modules:
             names = [each for each in module.keys() & other.keys() - _TORCHS_OWN if (name, each) not in self._changing]
@@ -113,7 +120,7 @@ _MOST = 64
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Return a setting unchanged, `FunctionType` for a function, or `_OTHER` for any other value."""
+    """Return `value` unchanged if it is a setting, `FunctionType` if it is a function, and `_OTHER` otherwise."""
     if not depth and isinstance(value, (FunctionType, MethodType)):
         return FunctionType
     if value is None or isinstance(value, (bool, int, float, str)):

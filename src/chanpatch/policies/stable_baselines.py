@@ -21,7 +21,7 @@ def is_sb3_policy(policy: object) -> bool:
 
 @contextmanager
 def as_in_predict(model: nn.Module) -> Iterator[None]:
-    """Switch the Stable-Baselines3 policies in a model to eval mode, as `predict` does, and restore them on exit."""
+    """Switch the Stable-Baselines3 policies in a model to eval mode, as `predict` does. Restore their modes on exit."""
     policies = [each for each in model.modules() if is_sb3_policy(each)]
     flags = [(module, module.training) for policy in policies for module in policy.modules()]
     try:
@@ -34,7 +34,10 @@ def as_in_predict(model: nn.Module) -> Iterator[None]:
 
 
 def box_mapping(output: object) -> Callable[[NDArray[Any], Any], NDArray[Any]] | None:
-    """Return the function that maps actions to a Box; None if the output is not a Stable-Baselines3 distribution."""
+    """Return the function that clips or rescales actions to fit a Box, as Stable-Baselines3 does for this output.
+
+    Return None if the output is not a Stable-Baselines3 distribution.
+    """
     while isinstance(output, (tuple, list)) and output:  # (distribution, value)
         output = output[0]
     if not _is_a(output, "distributions", "Distribution"):

@@ -92,7 +92,7 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
     @property
     def ledger(self) -> Ledger:
-        """The number of firings so far, and of rows and elements written, for each patch and method."""
+        """For each patch and method, the number of firings so far, and the numbers of rows and elements written."""
         ledger: Ledger = _state(self).result
         return ledger
 
@@ -138,7 +138,7 @@ _OFFERED = ("patches", "ledger", "disable", "distribution")
 
 
 def _copied(policy: nn.Module) -> nn.Module:
-    """Copy a policy, sharing its weights. A copy of a twin has no patches."""
+    """Return a copy of a policy that shares the policy's weights. If the policy is a twin, the copy has no patches."""
     if STATE not in vars(policy):
         return copied(policy, policy)
     kind = type(_state(policy).original)
@@ -148,7 +148,7 @@ def _copied(policy: nn.Module) -> nn.Module:
 
 
 class _TwinState(Patching):
-    """The session that applies a twin's patches. The session is always attached, and refers to the original policy."""
+    """The session that applies a twin's patches. It stays attached to the twin, and refers to the original policy."""
 
     confined = False
 
@@ -182,7 +182,10 @@ class _TwinState(Patching):
         self.attach(scopes=[module for module in inside if module is not twin])
 
     def call_method(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a method of the twin as a root call, unless another root call is running."""
+        """Run a method of the twin as a root call, unless another root call is running.
+
+        If the method runs modules, remember the method's name, so that unreached patches can be detected later.
+        """
         if name in self._running_methods or self.in_method or not self.enabled:
             return self.run(name, method, args, kwargs)
         with Observed(self._modules, on_inputs=lambda *_: self._running_methods.add(name)):
@@ -265,7 +268,7 @@ def _state(twin: Any) -> _TwinState:
     return state
 
 
-_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDictionary()  # dropped with the last twin
+_classes: WeakValueDictionary[tuple[Any, frozenset[str]], type] = WeakValueDictionary()  # dropped after its last twin
 
 
 def _twin_class(kind: Any, taken: frozenset[str]) -> type:

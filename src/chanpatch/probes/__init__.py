@@ -6,7 +6,7 @@
     probe.transfer(shifted_sums[:, 121], shifted_directions == 0)
 
 A threshold or a label is chosen on one half of the inputs and scored on the other half. Inputs are treated as
-independent, so use only one input per level; with several, the intervals are too narrow.
+independent, so use only one input per level; with several inputs per level, the intervals are too narrow.
 """
 
 from .labels import ChannelLabel, ChannelLabels, label_channels

@@ -130,7 +130,7 @@ def label_channels(
             are drawn; more are drawn if 9,999 could not reach the level.
 
     Raises:
-        ProbeError: If sums, labels and names are invalid or do not match, or a label is too rare.
+        ProbeError: If sums, labels and names are invalid or do not match, or if a label is too rare.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -182,7 +182,7 @@ def _unions(labels: int) -> list[tuple[int, ...]]:
 
 
 def _indicators(labels: ArrayLike, names: Sequence[str], inputs: int) -> Booleans:
-    """Check labels and names; return whether each input has each label, with shape `(input, label)`."""
+    """Return whether each input has each label, with shape `(input, label)`. Reject invalid labels and names."""
     array = np.asarray(labels)
     if not 2 <= len(names) <= 10 or len(set(names)) < len(names):
         raise ProbeError(f"names must contain two to ten different names, one per label; got {tuple(names)}.")

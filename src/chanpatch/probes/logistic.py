@@ -106,7 +106,10 @@ class LogisticProbe:
         return cls(float(intercept), np.array(coefficients), mean, std, majority, len(array))
 
     def predict(self, sums: ArrayLike) -> Floats:
-        """Return the probability of the label for each input, `(input,)`, from sums with shape `(input, channel)`."""
+        """Return each input's probability of having the label, with shape `(input,)`.
+
+        `sums` has shape `(input, channel)`.
+        """
         array = finite("sums", sums, ("input", "channel"), ProbeError)
         return _probability(self.intercept + self._scaled(array) @ self.coefficients)
 
@@ -150,7 +153,9 @@ class LogisticProbe:
 
     def _scaled(self, array: Floats) -> Floats:
         if array.shape[1] != len(self.mean):
-            raise ProbeError(f"sums has {array.shape[1]} channels, but the probe was fitted on {len(self.mean)}.")
+            raise ProbeError(
+                f"sums has {array.shape[1]} channels, but the probe was fitted on {len(self.mean)} channels."
+            )
         return (array - self.mean) / self.std
 
 

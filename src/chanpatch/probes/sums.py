@@ -1,4 +1,4 @@
-"""Compute channel sums for many inputs; the hook itself reduces the activations."""
+"""Compute channel sums for many inputs. The sums are computed inside the hook, so full activations are not stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predict a label with a threshold on one channel's sum, and measure how it transfers under distribution shift."""
+"""Predict a label with a threshold on one channel's sum, and measure how well it transfers to shifted data."""
 
 from __future__ import annotations
 
@@ -215,21 +215,30 @@ class Transfer(Records):
 
     @property
     def drops(self) -> dict[str, Interval]:
-        """Held-out minus shifted scores, with intervals: auc, recall, false_positive_rate and reweighted_precision."""
+        """Differences in score, held-out minus shifted, with intervals.
+
+        The keys are auc, recall, false_positive_rate and reweighted_precision.
+        """
         fit, shifted = self._sides
         names = ("auc", "recall", "false_positive_rate", "reweighted_precision")
         return {name: difference_interval(fit[name], shifted[name]) for name in names}
 
     @property
     def _sides(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The scores on the held-out half and on shifted data, including two precisions at the same base rate."""
+        """Scores on the held-out half and on shifted data, by name.
+
+        Both dicts contain the precision at the base rate of the held-out half (`reweighted_precision`).
+        """
         return (
             vars(self.fit) | {"reweighted_precision": self.fit.precision},
             vars(self.shifted) | {"reweighted_precision": self.reweighted_precision},
         )
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one dict per quantity, with fit, shifted and drop, and an interval and a note for each of them."""
+        """Return one dict per quantity, with the scores fit and shifted and their difference, drop.
+
+        Each of the three has an interval and a note.
+        """
         sides = dict(zip(_SIDES, (*self._sides, self.drops), strict=True))
         names = {**_NAMES, "precision": "raw precision (confounded by the base rate)"}
         records: list[dict[str, Any]] = []
@@ -268,7 +277,10 @@ def _halved(sums: ArrayLike, labels: ArrayLike, seed: int) -> tuple[tuple[Floats
 
 
 def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
-    """Return thresholds between sums, in ascending order, and the numbers of positives and negatives above each."""
+    """Return a threshold between every two neighboring sums, and the numbers of positives and negatives above it.
+
+    The thresholds are in ascending order. Equal sums have no threshold between them.
+    """
     order = np.argsort(sums, kind="stable")
     ascending, positive = sums[order], labels[order]
     last = np.flatnonzero(np.diff(ascending))  # last index of each run of equal sums
@@ -279,11 +291,12 @@ def _candidates(sums: Floats, labels: Booleans) -> tuple[Floats, Rows, Rows]:
 
 
 def _precise(hits: Rows, alarms: Rows, least: float) -> tuple[Floats, Booleans]:
-    """Test the precision at each threshold, strictest first; return the p-values, and whether each threshold passes.
+    """Test for each threshold whether the precision is at least `least`; return the p-values and which thresholds pass.
 
-    Testing starts at the first threshold that accepts enough inputs to be able to pass, starts again at the first
-    threshold that accepts twice as many inputs, and so on. Each start receives half of the remaining significance
-    level. If a threshold passes, its level carries over to the next threshold.
+    `hits` and `alarms` are the numbers of positives and negatives that each threshold accepts, with the strictest
+    threshold first. Testing starts at the first threshold that accepts enough inputs to be able to pass, starts again
+    at the first threshold that accepts twice as many inputs, and so on. Each start receives half of the remaining
+    significance level. If a threshold passes, its level carries over to the next threshold.
     """
     import scipy.stats
 

@@ -198,7 +198,7 @@ def verify(file: str | os.PathLike[str], points_or_model: HookPoints | nn.Module
     cause = " The difference must therefore come from the model's code or the environment." * (changed == ["output"])
     raise InterventionError(
         f"The run in '{file}' was not reproduced. Different: {', '.join(changed)}. Same: {', '.join(same)}.{cause} "
-        f"In the file: {printable(saved.environment)}. Here: {here.environment}."
+        f"Environment in the file: {printable(saved.environment)}; environment here: {here.environment}."
     )
 
 
@@ -225,9 +225,9 @@ def contents(file: str | os.PathLike[str]) -> Contents:
 
 @contextmanager
 def _partial(path: Path, content: bytes) -> Iterator[Path]:
-    """Write a hidden file next to `path`, and remove the hidden file on exit.
+    """Write `content` to a hidden file next to `path`, yield the hidden file's path, and remove the file on exit.
 
-    First, remove hidden files that were left behind by processes that were killed.
+    First, remove hidden files for the same path that killed processes left behind at least a minute ago.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 16}.partial"):
         with suppress(OSError):  # another thread may have removed the file

@@ -5,7 +5,7 @@
     record = {"site": {"name": ..., "indices": {axis: [5] or {"slice": [start, stop, step]}}}, "edit": "Set",
               "operands": {"value": operand}, "where": operand, "hook_point": text or null}
     operand = 5, true, null, {"float": "0.1"} or {"tensor": key, "order": axes from the largest stride to the smallest};
-              for Resample, `per` is "step" or omitted, as in files from before the option existed
+              for Resample, `per` is stored only if it is "step"; files from before the option existed do not contain it
 
 `encoded` writes this format, and `decoded` reads it without running code from the file. `decoded` also reads format 1,
 which has no checksum, stores hook points as dicts, and records the "shape" to which each stored tensor expands.
@@ -37,7 +37,7 @@ from ..results import imported
 from .receipts import Receipt, digest
 
 _FORMATS = (1, 2)  # the formats that can be read; files are written in the last one
-_KEY = "chanpatch"  # the key of the only metadata entry: safetensors does not fix the order of several entries
+_KEY = "chanpatch"  # the only metadata entry, because safetensors does not keep the order of several entries
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
 
@@ -127,7 +127,7 @@ def regular(file: str | os.PathLike[str]) -> Path:
 
 
 def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the metadata, which must not contain the checksum yet, and the tensors."""
+    """Return the SHA-256 of the metadata and the tensors. The metadata must not contain the checksum itself."""
     return hashlib.sha256(f"{json.dumps(metadata)}\n{digest(tensors)}".encode()).hexdigest()
 
 
@@ -142,7 +142,10 @@ def _trace(module_type: str, axes: Iterable[str], lengths: Iterable[int | None],
 
 
 def _trace_text(saved: Any) -> str | None:
-    """Return the text for a saved hook point. Format 1 stores a dict with the length of each axis except `batch`."""
+    """Return the text that describes a saved hook point, or None if the site was not traced.
+
+    `saved` is that text or None; in format 1, it is a dict that contains the length of each axis except `batch`.
+    """
     if not isinstance(saved, dict):
         return None if saved is None else str(saved)
     axes, lengths = saved["axes"], [*saved["shape"]]
@@ -203,7 +206,7 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
 
 
 def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) -> Any:
-    """Return an operand as JSON. If the operand is a tensor, add it to `tensors` unless another patch has added it."""
+    """Return an operand as JSON data. If the operand is a tensor that is not in `tensors` yet, add it to `tensors`."""
     if isinstance(operand, Tensor):
         _refuse_unstorable(operand, name)
         # Keep the memory order: sums over channels-last and contiguous tensors round differently.

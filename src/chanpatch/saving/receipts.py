@@ -41,7 +41,7 @@ class Receipt:
 
 
 def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> Receipt:
-    """Run the model with random seed 0, and return the receipt. Raise an error if the output contains no tensor."""
+    """Run the patched model with random seed 0, and return a receipt. If the output has no tensor, raise an error."""
     model = points.model
     ((args, keywords),) = batches([inputs], batch_size=1)
     with undisturbed(model) as run, patched(points, patches, check_nan=False):
@@ -56,7 +56,7 @@ def receipt_of(points: HookPoints, patches: Sequence[Patch], inputs: Inputs) -> 
 
 
 def _seed(model: nn.Module) -> None:
-    """Seed the random number generators that `undisturbed` restores."""
+    """Set the seed of all random number generators that `undisturbed` restores to 0."""
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
@@ -66,7 +66,7 @@ def _seed(model: nn.Module) -> None:
 
 
 def digest(tree: Any) -> str:
-    """Return the SHA-256 of the name, dtype, shape and bytes of every tensor in a tree, sorted by name."""
+    """Return one SHA-256 of the names, dtypes, shapes and bytes of all tensors in a tree, sorted by name."""
     found = hashlib.sha256()
     for name, tensor in sorted(((path_text(path), leaf) for path, leaf in leaves(tree)), key=lambda pair: pair[0]):
         dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()

@@ -1,6 +1,6 @@
 """Intervals and tests for proportions, differences, rankings and samples, built on scipy.
 
-A paired comparison counts the pairs in which both inputs, only the first, only the second, or neither succeeded. The
+A paired comparison counts the pairs in which both inputs succeeded, only the first, only the second, or neither. The
 first axis of a sample has one row per input, level or pair. Rows with the same label in `clusters` are not independent.
 """
 

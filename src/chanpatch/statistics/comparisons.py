@@ -19,7 +19,7 @@ _ROUNDING = 1e-12  # rounding error of `parts - estimate * totals`, relative to 
 
 
 def aucs(scores: ArrayLike, labels: ArrayLike) -> Floats:
-    """Compute `chanpatch.statistics.auc` for each channel, without intervals; fast enough for a bootstrap.
+    """Compute each channel's area under the ROC curve (AUC), without intervals. This is fast enough for a bootstrap.
 
     Args:
         scores: Finite numbers with shape `(input, channel)`, such as the sums from `chanpatch.channel_sums`.
@@ -217,5 +217,5 @@ def share_interval(part: ArrayLike, total: ArrayLike, *, clusters: ArrayLike | N
 
 
 def _numbered(labels: ArrayLike) -> Any:
-    """Return labels as consecutive whole numbers, starting at 0."""
+    """Replace labels by consecutive whole numbers, starting at 0. Equal labels get equal numbers."""
     return np.unique(np.asarray(labels), return_inverse=True)[1]

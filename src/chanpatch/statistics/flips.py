@@ -97,10 +97,11 @@ def max_t_test(  # noqa: D417  # the other arguments are documented in sign_flip
 
 
 def ranked_interval(differences: Floats, *, clusters: ArrayLike | None = None, seed: int) -> Interval[Floats]:
-    """Return intervals for the means of differences, `(row, channel)`, valid even for channels selected by rank.
+    """Return an interval for each channel's mean difference. The intervals are valid for channels selected by rank.
 
-    Each interval contains both the channel's simultaneous interval and its individual `mean_interval`, which is
-    corrected for skewness. With more than 3,000 rows, fewer sign patterns are drawn, to save time.
+    `differences` has shape `(row, channel)`. Each interval contains both the channel's simultaneous interval and the
+    channel's individual `mean_interval`, which is corrected for skewness. With more than 3,000 rows, fewer sign
+    patterns are drawn, to save time.
     """
     flips = min(FLIPS, max(999, 2**25 // len(differences)))
     one = mean_interval(differences, clusters=clusters)
@@ -156,17 +157,21 @@ def sign_flip_test(
 
 
 def _patterns(many: int, resamples: int) -> tuple[int, bool]:
-    """Return the number of sign patterns to use, and whether they include every pattern or its mirror image."""
+    """Return the number of sign patterns to use for `many` clusters, and whether these patterns are complete.
+
+    They are complete if they include every pattern or its mirror image, which has the same absolute mean.
+    """
     drawn = whole("resamples", resamples, least=1)
     exact = many - 1 <= np.log2(drawn)
     return 2 ** (many - 1) if exact else drawn, bool(exact)
 
 
 def _flipped(sums: Floats, patterns: int, seed: int | None) -> Iterator[tuple[slice, slice, Floats]]:
-    """Flip the signs of each cluster's sums; yield the absolute totals over clusters, one block at a time.
+    """Flip the signs of each cluster's sums, add up the clusters, and yield the absolute totals, block by block.
 
-    For each block, yield the slice of patterns, the slice of channels, and the totals with shape `(pattern, channel)`.
-    With a seed, the patterns are drawn at random; without a seed, all patterns are used in order.
+    `sums` has shape `(cluster, channel)`. For each block, yield the slice of patterns, the slice of channels, and the
+    absolute totals with shape `(pattern, channel)`. With a seed, the patterns are drawn at random; without a seed, all
+    patterns are used in order.
     """
     many, channels = sums.shape
     generator = None if seed is None else np.random.default_rng(whole("seed", seed))

@@ -58,9 +58,10 @@ def picked(interval: Interval[Floats], rows: Sequence[int]) -> Interval[Floats]:
 
 
 def too_few(independent: int, kind: str = "rows") -> str:
-    """Return the note for an interval over `independent` rows.
+    """Return the note for an interval that is based on the given number of independent rows.
 
-    The note is either the reason why the interval is withheld, or `"few"`, or an empty string.
+    The note is either the reason why the interval is withheld, or `"few"`, or an empty string. `kind` is the noun to
+    use instead of rows, such as `"clusters"`.
     """
     if independent < FEWEST:
         return f"{independent} independent {kind}, fewer than {FEWEST}"
@@ -68,12 +69,15 @@ def too_few(independent: int, kind: str = "rows") -> str:
 
 
 def few_others(others: Any, rows: int) -> Any:
-    """Return whether `others`, the number of rows unlike the most common row, is too small to estimate the spread."""
+    """Return whether too few of the rows differ from the median row to estimate the spread.
+
+    `others` is the number of rows that differ from the median row, and `rows` is the number of all rows.
+    """
     return others < min(FEWEST, rows / 2)
 
 
 def interval_columns(interval: Interval | None, *names: str) -> dict[str, float | None]:
-    """Return an interval's estimate, low and high under the given names; all are None if there is no interval."""
+    """Return a dict that maps three names to an interval's estimate, low and high, or to None without an interval."""
     numbers = (None,) * 3 if interval is None else (interval.estimate, interval.low, interval.high)
     return dict(zip(names, numbers, strict=True))
 

@@ -68,7 +68,7 @@ def mean_limits(rows: Floats, cluster: Rows, confidence: float) -> tuple[Floats,
 
 
 def mean(rows: Floats) -> Floats:
-    """Return the mean over the rows."""
+    """Return each channel's mean over the rows."""
     # Average the differences from the first row, so that the mean of equal rows is exact.
     with np.errstate(invalid="ignore"):  # for channels that contain infinity
         average: Floats = rows[0] + np.mean(rows - rows[0], axis=0)
@@ -76,7 +76,7 @@ def mean(rows: Floats) -> Floats:
 
 
 def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
-    """Return the t statistic whose skewness correction is `t`: the inverse of Hall's cubic transformation."""
+    """Invert Hall's skewness correction, a cubic transformation: return the t statistic that it transforms to `t`."""
     bend = skewness / (3 * many**0.5)
     shifted = t - skewness / (6 * many**0.5)
     bent: Floats = (np.cbrt(1 + 3 * bend * shifted) - 1) / np.where(bend == 0, 1.0, bend)
@@ -84,10 +84,11 @@ def _uncorrected(t: float, skewness: Floats, many: int) -> Floats:
 
 
 def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
-    """Remove rounding error from differences, with shape `(row, ...)`, between numbers whose magnitude is `size`.
+    """Return differences without rounding error, with shape `(row, ...)`.
 
-    A difference is set to 0, or to the channel's median difference, if it is close to that number: within `rounding`
-    times the row's own size or the median size, whichever is larger.
+    `size` contains the magnitudes of the numbers that were subtracted. A difference is set to 0, or to the channel's
+    median difference, if it is close to that number: within `rounding` times the row's own size or the median size,
+    whichever is larger.
     """
     size = np.where(np.isfinite(size), np.abs(size), 0.0)
     slack = rounding * np.maximum(size, np.median(size, axis=0))
@@ -98,7 +99,7 @@ def snapped(differences: Floats, size: Floats, rounding: float) -> Floats:
 
 
 def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
-    """Return the reason to withhold the interval for each channel's mean, or an empty string."""
+    """For each channel, return the reason to withhold the interval for the mean, or an empty string."""
     many = int(cluster.max()) + 1
     kind = "rows" if many == len(rows) else "clusters"
     why = np.full(rows.shape[1:], too_few(many, kind), dtype="<U100")
@@ -114,7 +115,10 @@ def withheld(rows: Floats, cluster: Rows) -> NDArray[np.str_]:
 
 
 def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: NDArray[np.str_]) -> Interval[Any]:
-    """Return an interval; both endpoints are NaN if the note is a reason to withhold it, or if either is not finite."""
+    """Return an interval with the given note.
+
+    Both endpoints are NaN if the note is a reason to withhold the interval, or if one of the endpoints is not finite.
+    """
     allowed, bounded = np.isin(note, ("", "few")), np.isfinite(low) & np.isfinite(high)
     unbounded = "there are too few rows, or their values are too similar in magnitude, to bound the mean"
     note = np.where(allowed & ~bounded, unbounded, note)
@@ -123,7 +127,10 @@ def noted(estimate: Floats, low: Floats, high: Floats, confidence: float, note: 
 
 
 def limited(interval: Interval[Any], independent: int, kind: str) -> Interval[Any]:
-    """Mark an interval `"few"`, or withhold it, if it depends on too few independent inputs of the given kind."""
+    """Return an interval that is marked `"few"` or withheld if it is based on too few independent inputs.
+
+    `independent` is the number of these inputs, and `kind` is the noun for them in the note.
+    """
     note = too_few(independent, kind)
     notes = np.where(np.isin(interval.note, ("", "few")) & (note != ""), note, interval.note)
     estimate, low, high = map(np.asarray, (interval.estimate, interval.low, interval.high))
@@ -140,7 +147,7 @@ def totals(rows: Floats, cluster: Rows) -> Floats:
 
 
 def _clusters_with(marked: NDArray[np.bool_], cluster: Rows) -> Rows:
-    """Return the number of clusters that contain a marked row, for each channel."""
+    """For each channel, return the number of clusters that contain at least one marked row."""
     count: Rows = (totals(marked.astype(np.float64), cluster) > 0).sum(axis=0)
     return count
 
@@ -155,7 +162,7 @@ def clustered(name: str, sample: ArrayLike, clusters: ArrayLike | None) -> tuple
 
 
 def cluster_numbers(clusters: ArrayLike | None, rows: int, error: type[ChanpatchError] = StatisticsError) -> Rows:
-    """Return the cluster number of each row; without labels, each row is its own cluster."""
+    """Return the cluster number of each row. If `clusters` is None, each row is its own cluster."""
     if clusters is None:
         return np.arange(rows)
     labels = np.asarray(clusters)

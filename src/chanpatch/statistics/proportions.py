@@ -194,7 +194,8 @@ def reweighted_precision(true_positive_rate: Interval, false_positive_rate: Inte
 def _combined(first: Interval, second: Interval, correlation: float) -> tuple[float, float]:
     """Return both endpoints of the interval for a difference, first minus second.
 
-    The law of cosines combines each estimate's distances to the endpoints of its own interval.
+    For each endpoint, each estimate's distance to one endpoint of its own interval is computed, and the two distances
+    are combined by the law of cosines.
     """
 
     def distance(x: float, y: float) -> float:
@@ -208,7 +209,10 @@ def _combined(first: Interval, second: Interval, correlation: float) -> tuple[fl
 
 
 def _lowest_ratio(above: float, above_low: float, below: float, below_high: float) -> float:
-    """Return the lower endpoint for above / below: the ratio at which `above - ratio * below` has lower endpoint 0."""
+    """Return the lower endpoint of the interval for the ratio `above / below`.
+
+    At this ratio, the interval for the difference `above - ratio * below` has lower endpoint 0.
+    """
     numerator = above_low * (2 * above - above_low)
     squared = (above * below) ** 2 - numerator * below_high * (2 * below - below_high)
     root = math.sqrt(max(squared, 0.0))  # squared is 0, up to rounding, if both intervals have zero width
@@ -223,7 +227,10 @@ def _check_one_confidence(first: Interval, second: Interval) -> None:
 
 
 def _corrected_phi(counts: PairedCounts) -> float:
-    """Return the correlation between paired outcomes: continuity-corrected if positive, and 0 if undefined."""
+    """Return the correlation between paired outcomes. A positive correlation is corrected for continuity.
+
+    The result is 0 if the correlation is undefined.
+    """
     both, only_first, only_second, neither = counts
     margins = (both + only_first) * (only_second + neither) * (both + only_second) * (only_first + neither)
     if margins == 0:

@@ -54,7 +54,7 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
     if fewest < FEWEST:
         return Interval(area, math.nan, math.nan, confidence, note)
     if separated(positive, negative):
-        # The groups are separated or tied, so the variance is unknown. Treat disjoint pairs as independent.
+        # The groups' scores are separated or tied, so the variance is unknown. Treat disjoint pairs as independent.
         return replace(wilson(area, fewest, confidence), note=note)
     ends = np.array([-margin, margin]) / (area * (1 - area))
     low, high = scipy.special.expit(scipy.special.logit(area) + ends)
@@ -62,12 +62,17 @@ def auc(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Inter
 
 
 def placements(score: Floats, label: Booleans) -> tuple[Floats, Floats]:
-    """Return the fraction of negatives below each positive, and the fraction of positives above each negative."""
+    """Return two arrays of placements. Ties count as one half.
+
+    The first contains, for each positive, the fraction of negatives with a lower score. The second contains, for each
+    negative, the fraction of positives with a higher score.
+    """
     import scipy.stats
 
     positive, negative = score[label], score[~label]
     rank = scipy.stats.rankdata(np.concatenate([positive, negative]))
-    # An input's rank among all inputs, minus its rank in its own group, is the number of others that it beats.
+    # An input's rank among all inputs, minus its rank in its own group, is the number of inputs in the other group
+    # with a lower score.
     beaten = (rank[: positive.size] - scipy.stats.rankdata(positive)) / negative.size
     beaten_by = 1 - (rank[positive.size :] - scipy.stats.rankdata(negative)) / positive.size
     return beaten, beaten_by
@@ -76,22 +81,23 @@ def placements(score: Floats, label: Booleans) -> tuple[Floats, Floats]:
 def placement_margin(positive: Floats, negative: Floats, confidence: float) -> float:
     """Return half the width of DeLong's interval for an AUC, given the placements of positives and of negatives.
 
-    Given the differences in placements between two scores, return half the width for the difference in AUC.
+    For the difference in AUC between two scores, pass the differences between their placements instead.
     """
     variance = positive.var(ddof=1) / positive.size + negative.var(ddof=1) / negative.size
     return quantile(confidence, min(positive.size, negative.size) - 1) * math.sqrt(variance)
 
 
 def separated(positive: Floats, negative: Floats) -> bool:
-    """Return whether the placements of either group are mostly equal, so that their variance cannot be estimated."""
+    """Return whether most placements in one of the groups are equal, so that their variance cannot be estimated."""
     groups = (positive, negative)
     return any(few_others((each != np.sort(each)[each.size // 2]).sum(), each.size) for each in groups)
 
 
 def areas(scores: Floats, positive: Booleans) -> Floats:
-    """Return each channel's AUC for each set of positives, `(set, channel)`; NaN if all labels are equal.
+    """Return each channel's AUC for each set of positives, with shape `(set, channel)`.
 
-    `scores` has shape `(input, channel)`, and `positive` has shape `(set, input)`.
+    `scores` has shape `(input, channel)`, and `positive` has shape `(set, input)`. An AUC is NaN if a set contains all
+    inputs or none.
     """
     import scipy.stats
 
@@ -168,14 +174,18 @@ def rank_among(effect: float, controls: ArrayLike, *, alternative: Alternative =
 
 
 def without_p(rank: Rank, no_p: str) -> Rank:
-    """Return a rank; remove its p-value if `no_p` gives a reason to do so."""
+    """Return `rank` without a p-value if `no_p` contains a reason for that; otherwise, return `rank` unchanged."""
     return replace(rank, p=None, no_p=no_p) if no_p and not rank.no_p else rank
 
 
 def ranks_among(
     effects: ArrayLike, controls: ArrayLike, alternative: Alternative = "two-sided", no_p: str = ""
 ) -> list[Rank | None]:
-    """Return the rank of each effect; None if the effect or any control is not finite, or if there are no controls."""
+    """Return the rank of each effect, as `rank_among` does, or None if the effect cannot be ranked.
+
+    An effect that is not finite cannot be ranked. No effect can be ranked if there are no controls, or if a control is
+    not finite. If `no_p` contains a reason, the ranks have no p-values.
+    """
     each, others = np.asarray(effects, dtype=np.float64), np.asarray(controls, dtype=np.float64)
     ranked = np.isfinite(each) & bool(others.size) & np.isfinite(others).all()
     return [
@@ -187,7 +197,7 @@ def ranks_among(
 def ranked_records(
     records: Iterable[dict[str, Any]], ranks: Iterable[Rank | None], controls: Iterable[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Add ranks to the records of effects, and append the records of controls, which have no ranks."""
+    """Add ranks to the records of effects. Return these records, followed by those of controls, which have no ranks."""
     none = {"rank": None, "p": None, "no_p": "no rank among the controls"}
     ranked = [
         {**record, "control": False, **(none if rank is None else {"rank": rank.rank, "p": rank.p, "no_p": rank.no_p})}

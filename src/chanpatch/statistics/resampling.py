@@ -26,7 +26,7 @@ def bootstrap_interval(
     """Return a statistic of a sample and its bootstrap interval. For a mean, use `mean_interval` instead.
 
     The interval is bias-corrected and accelerated (BCa), at an expanded level that makes intervals for means of normal
-    data as wide as Student's t interval. With six to nine rows, its note is `"few"`. The interval is withheld if
+    data as wide as Student's t interval. With six to nine rows, the note is `"few"`. The interval is withheld if
     there are fewer than six independent rows or clusters, if all resamples give the same number, or if a resample
     gives a number that is not finite. In that case, both endpoints are NaN, and the note contains the reason.
 
@@ -102,11 +102,14 @@ def _accelerated(estimate: Floats, resampled: Floats, jackknife: Floats, z: floa
 
 
 def _replicated(rows: Floats, statistic: Statistic, times: Iterable[Rows]) -> Floats:
-    """Return the statistic for each resample, `(resample, ...)`; `times` yields the number of copies of each row."""
+    """Return the statistic for each resample, with shape `(resample, ...)`.
+
+    For each resample, `times` yields an array with the number of copies of each row.
+    """
     return np.stack([np.asarray(statistic(np.repeat(rows, each, axis=0)), dtype=np.float64) for each in times])
 
 
 def _quantile(sample: Floats, level: Floats) -> Floats:
-    """Return an interpolated quantile for each channel, at one level per channel."""
+    """Return each channel's quantile at that channel's own level, interpolated between the sample's numbers."""
     channels = zip(sample.reshape(len(sample), -1).T, level.reshape(-1), strict=True)
     return np.array([np.quantile(*channel) for channel in channels]).reshape(level.shape)

@@ -29,7 +29,7 @@ def test_the_exit_status_is_the_commands_own_and_0_for_none(returned, status, ca
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (UserError("--n is 0."), "--n is 0."),
         (MissingRequirement("Type this."), "Type this."),
@@ -41,9 +41,9 @@ def test_the_exit_status_is_the_commands_own_and_0_for_none(returned, status, ca
         ),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_status_2(error, told, capsys):
+def test_what_the_user_can_mend_is_one_line_and_status_2(error, message, capsys):
     assert exit_status(raising(error)) == 2
-    assert capsys.readouterr() == ("", f"error: {told}\n")
+    assert capsys.readouterr() == ("", f"error: {message}\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("ours"), KeyError("ours")])

@@ -90,7 +90,8 @@ def test_an_evaluation_with_an_edited_table_is_done_again_and_a_line_says_so(fin
     (folder / "levels.csv").write_bytes(before.replace(b"5,", b"7,", 1))
     again = command(*SMALL, cwd=folder.parents[1])
     assert again.returncode == 0, again.stderr
-    assert f"Evaluating again, because levels.csv is not as it was measured: results/{folder.name}" in again.stdout
+    reason = "levels.csv was changed after it was measured"
+    assert f"Evaluating again, because {reason}: results/{folder.name}" in again.stdout
     assert (folder / "levels.csv").read_bytes() == before
 
 
@@ -184,7 +185,7 @@ def test_the_markdown_table_has_a_dash_where_a_measure_means_nothing():
     ("arguments", "complaint"),
     [
         (["--n", "0"], "--n must be at least 1; got 0."),
-        (["--seed", "-1"], "seed must be 0 to 2147483647; got -1."),
+        (["--seed", "-1"], "seed must be between 0 and 2147483647; got -1."),
         (
             ["--sizes", "3", "5", "--cheese", "out of distribution"],
             "No maze in --sizes has a square outside the top right 5x5. Add a larger size.",

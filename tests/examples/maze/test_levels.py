@@ -148,9 +148,9 @@ def test_global_random_generators_are_not_touched():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (dict(size=4), "size must be odd and 3 to 25, as in procgen's hard mazes; got 4."),
-        (dict(size=27), "size must be odd and 3 to 25, as in procgen's hard mazes; got 27."),
-        (dict(seed=2**31), "seed must be 0 to 2147483647; got 2147483648."),
+        (dict(size=4), "size must be an odd number from 3 to 25, as in procgen's hard mazes; got 4."),
+        (dict(size=27), "size must be an odd number from 3 to 25, as in procgen's hard mazes; got 27."),
+        (dict(seed=2**31), "seed must be between 0 and 2147483647; got 2147483648."),
         (
             dict(size=5, cheese="out of distribution"),
             "Mazes with size=5 have no square outside the top right 5x5.",
@@ -159,10 +159,13 @@ def test_global_random_generators_are_not_touched():
             dict(cheese="top right", mouse="decision square"),
             "With the cheese in the top right corner, a maze has no decision square.",
         ),
-        (dict(cheese=(34, 40)), "cheese is (34, 40), but no square is that far from the top right corner, in cells."),
+        (
+            dict(cheese=(34, 40)),
+            "cheese is (34, 40), but no square's distance (in cells) from the top right corner is in this range.",
+        ),
         (
             dict(size=7, cheese=(8.4, 9)),  # only the start
-            "cheese is (8.4, 9), but no square is that far from the top right corner, in cells.",
+            "cheese is (8.4, 9), but no square's distance (in cells) from the top right corner is in this range.",
         ),
         (dict(mouse="here"), "mouse must be one of 'start', 'anywhere', 'decision square'; got 'here'."),
         (

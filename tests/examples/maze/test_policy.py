@@ -93,12 +93,12 @@ def test_a_safetensors_file_gives_the_policy_that_was_saved(tmp_path, observatio
 
 def test_the_shipped_policy_is_the_one_that_its_facts_describe():
     policy, facts = load_policy()
-    told = json.loads((SHIPPED_WEIGHTS.parent / "facts.json").read_text())
+    recorded = json.loads((SHIPPED_WEIGHTS.parent / "facts.json").read_text())
     assert facts == {
         "name": "policy.safetensors",
-        "sha256": told["sha256"],
-        "width": told["width"],
-        "parameters": told["parameters"],
+        "sha256": recorded["sha256"],
+        "width": recorded["width"],
+        "parameters": recorded["parameters"],
     }
     assert not policy.training
     assert isinstance(policy, Impala)
@@ -126,14 +126,14 @@ def test_the_shipped_policy_and_the_two_seeds_were_trained_alike_from_random_wei
 )
 def test_another_shipped_policy_is_the_one_that_its_facts_describe(name, setting, value):
     _, facts = load_policy(SHIPPED_WEIGHTS.with_name(f"{name}.safetensors"))
-    told = json.loads(SHIPPED_WEIGHTS.with_name(f"{name}.json").read_text())
-    assert facts == {"name": f"{name}.safetensors"} | {key: told[key] for key in ("sha256", "width", "parameters")}
-    assert told["settings"][setting] == value
+    recorded = json.loads(SHIPPED_WEIGHTS.with_name(f"{name}.json").read_text())
+    assert facts == {"name": f"{name}.safetensors"} | {key: recorded[key] for key in ("sha256", "width", "parameters")}
+    assert recorded["settings"][setting] == value
 
 
 def test_the_reward_policy_was_trained_from_the_shipped_one():
-    told = json.loads(SHIPPED_WEIGHTS.with_name("reward.json").read_text())
-    assert told["settings"]["start"] == load_policy()[1]["sha256"]
+    recorded = json.loads(SHIPPED_WEIGHTS.with_name("reward.json").read_text())
+    assert recorded["settings"]["start"] == load_policy()[1]["sha256"]
 
 
 @pytest.mark.parametrize("build", [new_policy, original_policy])

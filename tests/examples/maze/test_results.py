@@ -67,7 +67,7 @@ def test_a_manifest_that_is_damaged_is_one_error(content, tmp_path):
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(Damaged) as error:
         read_manifest(tmp_path)
-    assert str(error.value) == "manifest.json is damaged, or from before it held digests"
+    assert str(error.value) == "manifest.json is damaged, or is from an older version that did not store digests"
 
 
 def test_a_bit_that_is_flipped_anywhere_in_a_manifest_or_table_is_noticed(tmp_path):

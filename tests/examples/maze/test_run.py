@@ -104,13 +104,13 @@ def with_an_edited_digit(folder):
 
 
 DAMAGE = [
-    (cut, "squares.csv is not as it was measured"),
-    (with_an_edited_digit, "squares.csv is not as it was measured"),
+    (cut, "squares.csv was changed after it was measured"),
+    (with_an_edited_digit, "squares.csv was changed after it was measured"),
     (lambda folder: (folder / "squares.csv").unlink(), "squares.csv is missing"),
     (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
     (
         lambda folder: (folder / "manifest.json").write_text("{"),
-        "manifest.json is damaged, or from before it held digests",
+        "manifest.json is damaged, or is from an older version that did not store digests",
     ),
 ]
 
@@ -351,18 +351,18 @@ def test_the_report_says_how_long_each_part_took(parts, tmp_path, monkeypatch):
     for name, seconds in (("slow", 90.0), ("squares", 30.0)):
         sealed(folder / "imitation" / name, seconds=seconds)
     write_report(folder, as_measured(folder, "imitation"), runs.PARTS, "make report")
-    told = "Measuring took 2 minutes in all. Seconds by policy:\n\n"
-    table = (folder / "report.md").read_text().split(told)[1]
+    printed_text = "Measuring took 2 minutes in all. Seconds by policy:\n\n"
+    table = (folder / "report.md").read_text().split(printed_text)[1]
     assert table.splitlines() == ["| part | imitation |", "|---|---|", "| slow | 90 |", "| squares | 30 |"]
 
 
 def test_the_report_and_the_help_say_where_n_is_capped(parts, tmp_path):
     page = (run(settings(tmp_path)) / "report.html").read_text()
-    told = " ".join(
+    printed_text = " ".join(
         subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True).stdout.split()
     )
     assert limits() in page
-    assert limits().replace(" ", "") in told.replace(" ", "")  # argparse breaks lines at hyphens too
+    assert limits().replace(" ", "") in printed_text.replace(" ", "")  # argparse breaks lines at hyphens too
 
 
 def test_the_caps_that_are_told_are_those_of_the_parts():

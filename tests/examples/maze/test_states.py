@@ -285,7 +285,8 @@ def test_a_maze_without_a_free_cell_on_its_border_is_refused():
             #####
         """)
     assert str(error.value) == (
-        "Maze 0 cannot be a procgen maze: its free cells do not span a square with its side. (side 5, mouse at (1, 1))"
+        "Maze 0 (side 5, mouse at (1, 1)) cannot be a procgen maze: its free cells do not span a square with its side "
+        "length."
     )
 
 
@@ -298,7 +299,7 @@ def test_bytes_that_end_early_are_refused(levels, length):
     with pytest.raises(StateError) as error:
         read_mazes([levels[0], levels[0][:length]])
     if length < 2516:
-        assert str(error.value) == f"State 1 is not a procgen maze state: its {length} bytes are too few."
+        assert str(error.value) == f"State 1 is not a procgen maze state: it has only {length} bytes."
     else:
         assert str(error.value).startswith("State 1 is not a")
 
@@ -336,17 +337,17 @@ def test_a_cell_outside_or_in_a_wall_is_refused():
     for change, message in [
         (
             dict(mouse=(0, 5)),
-            "Maze 0 cannot be a procgen maze: its mouse is outside or in a wall. (side 5, mouse at (0, 5))",
+            "Maze 0 (side 5, mouse at (0, 5)) cannot be a procgen maze: its mouse is outside the maze or in a wall.",
         ),
         (dict(cheese=(-1, 0)), "Maze 0: the cheese cannot be put at (-1, 0), which is not a free cell."),
         (dict(cheese=(1, 1)), "Maze 0: the cheese cannot be put at (1, 1), which is not a free cell."),
         (
             dict(mouse=(1, 1)),
-            "Maze 0 cannot be a procgen maze: its mouse is outside or in a wall. (side 5, mouse at (1, 1))",
+            "Maze 0 (side 5, mouse at (1, 1)) cannot be a procgen maze: its mouse is outside the maze or in a wall.",
         ),
         (
             dict(mouse=(4, 4)),
-            "Maze 0 cannot be a procgen maze: its mouse is on the cheese. (side 5, mouse at (4, 4))",
+            "Maze 0 (side 5, mouse at (4, 4)) cannot be a procgen maze: its mouse is on the cheese.",
         ),
     ]:
         with pytest.raises(StateError) as error:
@@ -361,16 +362,19 @@ def test_every_fault_of_a_maze_is_named_at_once():
     with pytest.raises(StateError) as error:
         dataclasses.replace(maze, grid=np.full_like(maze.grid, 7), size=np.array([4]))
     assert str(error.value) == (
-        "Maze 0 cannot be a procgen maze: its side is not odd and 3 to 25; its grid contains other codes than 2 "
-        "(cheese), 51 (wall) and 100 (free); its free cells do not span a square with its side. (side 4, mouse at (0, "
-        "0))"
+        "Maze 0 (side 4, mouse at (0, 0)) cannot be a procgen maze: its side length is not an odd number from 3 to 25; "
+        "its grid contains codes other than 2 (cheese), 51 (wall) and 100 (free); its free cells do not span a square "
+        "with its side length."
     )
 
 
 def test_one_maze_is_not_indexed_with_a_number():
     with pytest.raises(TypeError) as error:
         mazes_from_pictures(LOOP)[0]
-    assert str(error.value) == "Mazes[0]: index with a slice, a list of indices or a mask; one maze is [[i]]."
+    assert str(error.value) == (
+        "Mazes cannot be indexed with 0. Use a slice, a list of indices or a mask, such as mazes[[0]] for the first "
+        "maze."
+    )
 
 
 def test_a_picture_that_is_no_maze_is_refused():

@@ -511,10 +511,10 @@ def test_weights_of_another_width_are_refused(uninterrupted, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--seed=-1", "--seed: must be 0 to 2147483647; got -1"),
-        ("--width=0", "--width: must be 1 to 16; got 0"),
-        ("--dagger=1", "--dagger: must be 0 to 0.9; got 1"),
-        ("--rate=nan", "--rate: must be 1e-07 to 1; got nan"),
+        ("--seed=-1", "--seed: must be between 0 and 2147483647; got -1"),
+        ("--width=0", "--width: must be between 1 and 16; got 0"),
+        ("--dagger=1", "--dagger: must be between 0 and 0.9; got 1"),
+        ("--rate=nan", "--rate: must be between 1e-07 and 1; got nan"),
         ("--batch=many", "--batch: invalid int value: 'many'"),
     ],
 )
