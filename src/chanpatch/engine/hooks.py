@@ -255,10 +255,7 @@ _CALL = nn.Module._call_impl.__code__  # the code that runs hooks and `forward`
 
 
 class _Hook:
-    """Hook that is registered with torch.
-
-    A copy of the module shares the hook, which raises an error if the copy is called while a context is open.
-    """
+    """Hook that a module shares with its copies, which raise an error if they are called while a context is open."""
 
     def __init__(self, station: Station, run: Callable[..., Any]) -> None:
         self.station, self._run = station, run
