@@ -51,7 +51,7 @@ class Counts:
             listed = ", ".join(f"`{file}`" for file in files)
             lines.append(f"| {row} | {fast:,} | {fast + slow:,} | {listed} |")
         gaps = [f"{reason} ({count} test{'s' * (count > 1)})" for reason, count in sorted(self.gaps.items())]
-        return "\n".join([*lines, "", f"Known gaps: {'; '.join(gaps) or 'none'}."])
+        return "\n".join([*lines, "", f"Rows without a test, and the reason: {'; '.join(gaps) or 'none'}."])
 
 
 def main() -> int:

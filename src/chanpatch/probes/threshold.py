@@ -159,7 +159,10 @@ class ThresholdProbe(Records):
         return cls(threshold, direction, criterion, len(fitted), _scores(*held_out, threshold, direction))
 
     def predict(self, sums: ArrayLike) -> NDArray[np.bool_]:
-        """Return whether each sum is accepted, as a boolean array of the same shape. Sums must be finite."""
+        """Return the predicted label of each sum, as a boolean array of the same shape.
+
+        True means that the sum is on the accepted side of the threshold. Sums must be finite.
+        """
         return _accepted(finite("sums", sums, error=ProbeError), self.threshold, self.direction)
 
     def transfer(self, sums: ArrayLike, labels: ArrayLike) -> Transfer:

@@ -110,7 +110,10 @@ def areas(scores: Floats, positive: Booleans) -> Floats:
 
 @dataclass(frozen=True)
 class Rank:
-    """Rank of an effect among the effects of controls. Rank 1 is the largest effect, or the lowest one for `"less"`.
+    """Rank of an effect among the effects of controls.
+
+    Rank 1 is the effect with the largest absolute value. If the rank was computed with the alternative `"greater"` or
+    `"less"`, rank 1 is the largest or the lowest effect.
 
     Attributes:
         rank: 1 plus the number of controls that rank at least as high, from 1 to `controls + 1`.
