@@ -216,10 +216,10 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
             own = {id(each) for each in parts_of_environments(envs) if isinstance(each, kinds)}
             if any(id(each) in own for each in used):
                 raise RolloutError(
-                    f"A function in {patch!r} uses the environments and context.rows. context.rows contains the numbers "
-                    "of episodes, which are not indices of sub-environments. Use context.environments instead, which "
-                    "contains the index of each row's sub-environment. If the function needs anything else from the environments, such as their "
-                    "spaces, read it before the rollout, outside the function."
+                    f"A function in {patch!r} uses the environments and context.rows. context.rows contains the "
+                    "numbers of episodes, which are not indices of sub-environments. Use context.environments instead, "
+                    "which contains the index of each row's sub-environment. If the function needs anything else from "
+                    "the environments, such as their spaces, read it before the rollout, outside the function."
                 )
 
 
