@@ -18,7 +18,7 @@ from .patching import (
 )
 from .policies import PatchedPolicy, paired_rollouts, rollout
 from .probes import ThresholdProbe, channel_sums, label_channels
-from .registry import HookPoints, Site, hook_points, tap
+from .registry import HookPoints, Site, hook_points, tap, view
 from .saving import load, save
 from .sweeps import sweep
 
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HookPoints", "Patch", "PatchedPolicy", "Site", "ThresholdProbe", "channel_sums", "contrast", "edit",
     "hook_points", "label_channels", "load", "mean_ablate", "paired_rollouts", "patch_in", "patched", "recording",
-    "resample_ablate", "rollout", "run_with_cache", "save", "steer", "sweep", "tap", "zero_ablate",
+    "resample_ablate", "rollout", "run_with_cache", "save", "steer", "sweep", "tap", "view", "zero_ablate",
 ]  # fmt: skip
 
 _PUBLIC_MODULES = (

@@ -160,7 +160,7 @@ class Collector:
                 "batches along axis 0. Wrap the model in a module whose inputs have the batch axis first."
             )
         proved = any(point.batch_axis is not None for point in taken)
-        shared = {point.path: point.shape[0] for point in taken if proved and point.batch_axis is None}
+        shared = {point.path: point.shape[0] or 0 for point in taken if proved and point.batch_axis is None}
         for arguments, keywords in self.run.apart(batches(inputs, self.batch_size, shared)):
             recorder = Recorder(
                 self.points, self.sites, self.reduce, double=self.reduce is not None, device="cpu", stop=True

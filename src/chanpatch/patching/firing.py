@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from numbers import Real
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ from ..engine.sessions import Session
 from ..errors import EditError, TraceMismatchError, UnsupportedModelError
 from ..registry.axes import axis_names
 from ..registry.points import names_by_trace
-from ..registry.sites import Axes, HookPoint, Site, read, unusual_layout, written
+from ..registry.sites import Axes, Coordinates, HookPoint, Site, read, unusual_layout, written
 from ..results import Records
 from .edit_context import Context
 from .edits import Set, check_mask, check_operands, fits, shown_axes
@@ -39,6 +39,7 @@ class Located:
         self.batch_axis: int | None = None
         self.positions: dict[int, slice | Tensor] = {}
         self._known: tuple[Any, ...] | None = None
+        self._lens = point.lens if isinstance(point, HookPoint) else None
 
     def locate(self, leaf: Tensor, moment: Moment | Session) -> None:
         """Locate the site in a tensor; raise an error if the tensor does not match the trace or the site."""
@@ -50,7 +51,7 @@ class Located:
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             if isinstance(self._point, HookPoint):
                 self.axes, self.batch_axis = self._point.axes, self._point.batch_axis
-                check_traced_shape(leaf, self._point)
+                leaf = traced_view(leaf, self._point)
             else:
                 self.axes, self.batch_axis = self._bare_axes(self._point, leaf, moment)
             self.positions = {
@@ -115,6 +116,13 @@ class Firing(Located):
     def __call__(self, leaf: Tensor, moment: Moment | Session) -> Tensor:
         """Return the tensor with the region patched, or the same object if the edit returned its input."""
         self.locate(leaf, moment)
+        if self._lens is None:
+            return self._patched(leaf, moment)
+        seen = self._lens.split(leaf)
+        patched = self._patched(seen, moment)
+        return leaf if patched is seen else self._lens.merge(patched, leaf)
+
+    def _patched(self, leaf: Tensor, moment: Moment | Session) -> Tensor:
         if self._filled is not None and leaf.is_contiguous():
             self._count(moment, None)
             return leaf.masked_fill(self._filled, self._sets)
@@ -272,17 +280,26 @@ class Ledger(Records):
         return f"Ledger of {len(self._firings)} patch{'es' * (len(self._firings) != 1)}"
 
 
-def check_traced_shape(leaf: Tensor, point: HookPoint) -> None:
-    """Raise TraceMismatchError if a tensor differs from the trace in anything but batch size and device."""
-    lengths = [None if axis == "batch" else point.length(axis) for axis in point.axes]
-    if not fits(leaf, lengths):
+def traced_view(leaf: Tensor, point: HookPoint) -> Tensor:
+    """Return a tensor with the axes of its hook point.
+
+    Raises:
+        TraceMismatchError: If the tensor differs from the trace in anything but free axes, the batch and the device.
+    """
+    base = point.lens.base if isinstance(point.lens, Coordinates) else point
+    lengths = [None if axis == "batch" else base.length(axis) for axis in base.axes]
+    seen = leaf
+    with suppress(ValueError):
+        seen = leaf if base.lens is None else base.lens.split(leaf)
+    if not fits(seen, lengths):
         raise TraceMismatchError(
             f"Hook point '{point.name}' has shape {tuple(leaf.shape)} in this forward pass, but axes "
-            f"{shown_axes(point.axes, lengths)} in the trace. Call hook_points() with inputs like the ones in this "
-            f"forward pass. For inputs of varying length, use a site without a trace: Site('{point.name}')."
+            f"{shown_axes(base.axes, lengths)} in the trace. Call hook_points() with inputs like the ones in this "
+            "forward pass. For inputs of varying length, pass free={'position': 1} to hook_points()."
         )
     if leaf.dtype != point.dtype:
         raise TraceMismatchError(
             f"Hook point '{point.name}' is {leaf.dtype} in this forward pass, but {point.dtype} in the trace. Call "
             "hook_points() with the same dtype and torch.autocast settings as in this forward pass."
         )
+    return seen if base is point else point.lens.split(leaf)  # type: ignore[union-attr]

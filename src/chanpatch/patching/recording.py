@@ -185,7 +185,8 @@ class _Record(Located):
             )
         recorder = self._recorder
         self.locate(leaf, session)
-        region = read(leaf, self.positions)
+        seen = leaf if self._lens is None else self._lens.split(leaf)
+        region = read(seen, self.positions)
         if not recorder.keeps_graph:
             region = region.detach()
         value = reduced(region, self.site, self.axes, recorder.reduce, double=recorder.double)
@@ -200,7 +201,10 @@ class _Record(Located):
         recorder.missing.discard(self.site)
         if recorder.stops and not recorder.missing:
             recorder.stop(recorder)
-        return written(leaf, self.positions, value.clone()) if in_forward else leaf
+        if not in_forward:
+            return leaf
+        rewritten = written(seen, self.positions, value.clone())
+        return rewritten if self._lens is None else self._lens.merge(rewritten, leaf)
 
     def _check(self, leaf: Tensor) -> None:
         axes = reduced_axes(self.site, self.axes, self._recorder.reduce)
@@ -208,7 +212,7 @@ class _Record(Located):
         self._kept = axes, axes.index(batch) if batch in axes else None
 
 
-_KEPT = ("batch", "channel", "feature")
+_KEPT = ("batch", "channel", "feature", "component")
 _BUILT_IN: dict[str, Any] = {"sum": torch.sum, "mean": torch.mean, "max": torch.amax, "norm": torch.linalg.vector_norm}
 _TOKEN = re.compile(r"\([^)]*\)|\S+")
 

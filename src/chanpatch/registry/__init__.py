@@ -5,7 +5,9 @@ points.site("embedder.relu3", channel=55)
 """
 
 from ..engine.calls import tap
+from .bases import PCA, Directions
 from .points import HookPoints, hook_points
 from .sites import HookPoint, Site
+from .views import View, view
 
-__all__ = ["HookPoint", "HookPoints", "Site", "hook_points", "tap"]
+__all__ = ["PCA", "Directions", "HookPoint", "HookPoints", "Site", "View", "hook_points", "tap", "view"]

@@ -16,9 +16,11 @@ from ..engine.inputs import Inputs, batches, copied_inputs
 from ..engine.paths import Place
 from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModelError, did_you_mean, in_one
 from ..results import Records
+from .indices import Index
 from .names import alternative, is_pattern, parsed_name, selected, spellings, unknown_name, written_name
-from .sites import Axes, HookPoint, Index, Site, normalized
+from .sites import Axes, HookPoint, Site, normalized
 from .trace import traced_run
+from .views import View
 
 
 class HookPoints(Records, Mapping[str, HookPoint]):
@@ -143,7 +145,7 @@ class HookPoints(Records, Mapping[str, HookPoint]):
             {
                 "hook point": " = ".join((point.name, *point.aliases)),
                 "axes": ", ".join(point.axes),
-                "shape without batch": " x ".join(map(str, point.shape)),
+                "shape without batch": " x ".join("any" if length is None else str(length) for length in point.shape),
                 "dtype": str(point.dtype).removeprefix("torch."),
                 "module": point.module_type,
                 "parameters": point.parameters,
@@ -168,7 +170,8 @@ def hook_points(
     model: nn.Module,
     *example_inputs: Any,
     method: str = "__call__",
-    axes: Mapping[str, tuple[str, ...]] | None = None,
+    axes: Mapping[str, str | tuple[str, ...] | View] | None = None,
+    free: Mapping[str, int] | None = None,
     **example_keywords: Any,
 ) -> HookPoints:
     """List all places in a model where activations can be read or written, in execution order.
@@ -183,7 +186,11 @@ def hook_points(
             with unnamed axes gets one more row along the first axis if that axis is as long as the batch.
         method: Name of the method to trace, if not `__call__`. The method's inputs are named `.in[0]`, ...
         axes: Axis names by pattern (see `HookPoints.select`), for axes whose names cannot be inferred:
-            `{"encoder.*": ("batch", "position", "feature")}`. Elementwise modules and functions propagate axis names.
+            `{"encoder.*": "batch position feature"}`. Elementwise modules and functions propagate axis names. A
+            `chanpatch.view` also splits axes, such as a feature axis into heads.
+        free: Axes whose length may differ in later forward passes, such as `{"position": 1}`: a name, and the index of
+            the axis in the first input. In a third run, this axis has one more entry, a copy of the last one, in every
+            input that has the same length there. All axes that grow with it are free too.
         example_keywords: Keyword arguments for the model.
 
     Raises:
@@ -191,7 +198,7 @@ def hook_points(
         BatchAxisError: If the example inputs have no rows.
         HookPointError: If the model has no such method, no hook point matches a pattern in `axes`, or two hook points
             have the same name.
-        SiteError: If `axes` has the wrong number of names for a hook point, or repeats a name.
+        SiteError: If `axes` does not fit a hook point, or `free` does not fit the inputs.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -202,7 +209,8 @@ def hook_points(
     if not isinstance(model, nn.Module):
         raise TypeError(f"hook_points expects a torch.nn.Module, not {no_module(model)}")
     refuse_unhookable(dict(model.named_modules()))
-    return HookPoints(model, method=method, **traced_run(model, method, example_inputs, example_keywords, axes or {}))
+    facts = traced_run(model, method, example_inputs, example_keywords, axes or {}, free or {})
+    return HookPoints(model, method=method, **facts)
 
 
 def traced(
@@ -256,6 +264,8 @@ def resolve(modules: Mapping[str, nn.Module], site: Site) -> Place:
     point = site.point
     if point is not None and (point.side == "tap" or point.module in modules):
         return point
+    if site.basis is not None:
+        raise SiteError(f"{site!r} needs a trace. Pass hook_points(model, *inputs) instead of the model.")
     return parsed_name(modules, site.name)
 
 

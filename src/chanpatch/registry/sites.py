@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..engine.paths import Place, inside_vmap
 from ..errors import SiteError, UnsupportedModelError, did_you_mean
+from .indices import Flags, Index, Labels, Selection, positions_in, selection_of, shown
+from .views import View
 
 Positions = Mapping[int, "slice | list[int] | Tensor"]
-Shape: TypeAlias = tuple[int, ...]
+Shape: TypeAlias = "tuple[int | None, ...]"
 Axes: TypeAlias = tuple[str, ...]
-Index: TypeAlias = "int | slice | Sequence[int] | Sequence[bool] | range | Tensor | np.ndarray[Any, Any]"
 
 
 @dataclass(frozen=True)
-class Span:
-    """A hashable slice."""
+class Along:
+    """An axis, and the basis whose coordinates replace the axis; compared by the identity of the basis."""
 
-    start: int | None
-    stop: int | None
-    step: int | None
+    axis: str
+    basis: Any = field(compare=False)
+    key: int
 
-
-@dataclass(frozen=True)
-class Flags:
-    """A boolean mask over one axis."""
-
-    values: tuple[bool, ...]
-
-
-Selection: TypeAlias = "tuple[int, ...] | Span | Flags"
+    @classmethod
+    def of(cls, axis: str, basis: Any) -> Along:
+        """Return the axis with its basis."""
+        return cls(axis, basis, id(basis))
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -49,7 +42,8 @@ class Site:
 
     Args:
         name: Name of the hook point.
-        indices: For each restricted axis, an int, a slice, a sequence of ints, or a boolean mask over the axis.
+        indices: For each restricted axis, an int, a slice, a sequence of ints, or a boolean mask over the axis. If the
+            axis has labels (see `chanpatch.view`), also a label or a sequence of labels.
 
     Raises:
         SiteError: If an index has another type or selects nothing.
@@ -61,6 +55,7 @@ class Site:
 
     name: str
     indices: tuple[tuple[str, Selection], ...]
+    basis: Along | None = None
     point: HookPoint | None = field(default=None, compare=False)
     no_p: str = field(default="", compare=False)  # for matched controls: why ranks do not have a p-value
 
@@ -69,8 +64,8 @@ class Site:
             raise SiteError(f"Site expects the name of a hook point, not {type(name).__name__}.")
         if unnamed:
             raise SiteError(f"Site({name!r}, {unnamed[0]!r}): indices must be passed by axis name, as in channel=2.")
-        selections = {axis: _selection(name, axis, index) for axis, index in indices.items()}
-        vars(self).update(name=name, indices=tuple(sorted(selections.items())), point=None)  # a frozen dataclass
+        selections = {axis: selection_of(name, axis, index) for axis, index in indices.items()}
+        vars(self).update(name=name, indices=tuple(sorted(selections.items())))  # a frozen dataclass
 
     def split(self, axis: str) -> tuple[Site, ...]:
         """Return one site per index along an axis, in order.
@@ -80,15 +75,16 @@ class Site:
         """
         chosen, point = dict(self.indices).get(axis), self.point
         if isinstance(chosen, Flags):
-            chosen = tuple(_positions(chosen, len(chosen.values), axis))
+            chosen = tuple(positions_in(chosen, len(chosen.values), axis))
         elif chosen is None and point is not None and axis in point.axes:
             chosen = tuple(range(point.length(axis) or 0)) or None
         if isinstance(chosen, tuple):
-            return tuple(Site(self.name, **{**dict(self.indices), axis: index}).at(point) for index in chosen)
+            return tuple(self.indexed(**{**dict(self.indices), axis: index}) for index in chosen)
         if point is None:
             why = "the length of that axis is unknown. Pass indices, or create the site with points.site(...)."
         elif axis in point.axes:
-            why = "the batch size varies between forward passes. Pass indices, or select rows with where=."
+            varies = "the batch size" if point.axes.index(axis) == point.batch_axis else "the length of that axis"
+            why = f"{varies} varies between forward passes. Pass indices, or select rows with where=."
         else:
             why = f"there is no such axis.{did_you_mean(axis, point.axes)} "
             why += f"Hook point '{self.name}' has axes ({', '.join(point.axes)})."
@@ -99,6 +95,48 @@ class Site:
         traced = object.__new__(Site)
         vars(traced).update(vars(self), point=point)
         return traced
+
+    def indexed(self, **indices: Any) -> Site:
+        """Return a site at the same hook point, and in the same basis, with other indices."""
+        other = self.at(self.point)
+        vars(other).update(indices=Site(self.name, **indices).indices)
+        return other
+
+    def along(self, axis: str, basis: Any, **indices: Index) -> Site:
+        """Return a site whose region contains coordinates in a basis, on the axis `component`, instead of an axis.
+
+        Edits then change coordinates. The rest of the activation, including the part outside the span of the basis,
+        stays the same up to rounding.
+
+        Args:
+            axis: Axis that the coordinates replace, such as `"channel"`.
+            basis: Object with the methods `encode(activation)`, which maps `(..., axis)` to `(..., component)`, and
+                `decode(coordinates)`, which maps back: `Directions`, `PCA`, or a module such as a sparse autoencoder.
+            indices: Indices along `component` and the other axes.
+
+        Raises:
+            SiteError: If the site has no trace, there is no such axis, the site already has an index along the axis,
+                or the basis does not fit the axis.
+
+        Example:
+            >>> from chanpatch import hook_points
+            >>> from chanpatch.registry import Directions
+            >>> points = hook_points(torch.nn.Linear(2, 3), torch.ones(4, 2))
+            >>> points.site(".out").along("feature", Directions(torch.eye(3)[:2]), component=0)
+            Site('.out', component=0).along('feature', Directions)
+        """
+        if self.point is None:
+            raise SiteError(f"{self!r} has no trace. Create the site with hook_points(model, *inputs).site(...).")
+        if self.basis is not None or axis in dict(self.indices):
+            raise SiteError(f"{self!r} already has a basis or an index along '{axis}'. Use a site without them.")
+        other = self.indexed(**{**dict(self.indices), **indices}).with_basis(Along.of(axis, basis))
+        return normalized(other, self.point)
+
+    def with_basis(self, basis: Along) -> Site:
+        """Return the same site with a basis, which is checked when the site is bound to a trace."""
+        other = self.at(self.point)
+        vars(other).update(basis=basis)
+        return other
 
     def positions(self, axes: Axes, lengths: Sequence[int]) -> dict[int, slice | list[int]]:
         """Return the selected positions in a tensor, by axis number; raise SiteError for invalid axes or indices."""
@@ -111,7 +149,7 @@ class Site:
                 continue
             number = axes.index(axis)
             try:
-                chosen = _positions(selection, lengths[number], axis)
+                chosen = positions_in(selection, lengths[number], axis)
                 first, last = chosen[0], chosen[-1]
                 found[number] = slice(first, last + 1) if chosen == [*range(first, last + 1)] else chosen
             except ValueError as fault:
@@ -126,72 +164,15 @@ class Site:
         return found
 
     def __repr__(self) -> str:
-        shown = "".join(f", {axis}={_shown(selection)}" for axis, selection in self.indices)
-        return f"Site({self.name!r}{shown})"
+        listed = "".join(f", {axis}={self._shown(axis, selection)}" for axis, selection in self.indices)
+        along = f".along({self.basis.axis!r}, {type(self.basis.basis).__name__})" if self.basis else ""
+        return f"Site({self.name!r}{listed}){along}"
 
-
-def _selection(name: str, axis: str, index: Any) -> Selection:
-    if isinstance(index, (Span, Flags)):
-        return index
-    if isinstance(index, slice):
-        parts = index.start, index.stop, index.step
-        try:
-            return Span(*(None if part is None else operator.index(part) for part in parts))
-        except TypeError as fault:
-            raise SiteError(f"Site({name!r}, {axis}={index!r}): slice bounds must be integers.") from fault
-    if isinstance(index, (Tensor, np.ndarray)):
-        index = index.tolist()
-    values = [index] if _is_whole(index) else index
-    if isinstance(values, Sequence) and not isinstance(values, str):
-        if not values:
-            raise SiteError(f"Site({name!r}, {axis}=[]) selects nothing. Omit {axis} to select the whole axis.")
-        if all(map(_is_whole, values)):
-            return tuple(map(int, values))
-        if all(isinstance(value, (bool, np.bool_)) for value in values):
-            if any(values):
-                return Flags(tuple(map(bool, values)))
-            raise SiteError(f"Site({name!r}, {axis}=...): the mask over {axis} selects nothing.")
-    raise SiteError(
-        f"Site({name!r}, {axis}={index!r}): an index must be an int, a slice, a sequence of ints or a boolean mask."
-    )
-
-
-def _is_whole(index: Any) -> bool:
-    return isinstance(index, (int, np.integer)) and not isinstance(index, bool)
-
-
-def _positions(selection: Selection, length: int, axis: str) -> list[int]:
-    if isinstance(selection, Flags):
-        if len(selection.values) != length:
-            raise ValueError(f"the mask over {axis} has length {len(selection.values)}")
-        return [position for position, chosen in enumerate(selection.values) if chosen]
-    if isinstance(selection, Span):
-        chosen = [*range(length)[selection.start : selection.stop : selection.step]]
-        if not chosen:
-            raise ValueError(f"{axis}={_shown(selection)} selects nothing")
-        return chosen
-    outside = [str(position) for position in selection if not -length <= position < length]
-    if outside:
-        more = f" and {len(outside) - 8} more" * (len(outside) > 8)
-        raise ValueError(f"{axis} {', '.join(outside[:8])}{more} {'is' if len(outside) == 1 else 'are'} out of range")
-    chosen = [position % length for position in selection]
-    if len(set(chosen)) < len(chosen):
-        twice = next(position for position, times in Counter(chosen).items() if times > 1)
-        raise ValueError(f"{axis} {twice} is listed twice")
-    return chosen
-
-
-def _shown(selection: Selection) -> str:
-    if isinstance(selection, Flags):
-        return repr(list(selection.values))
-    if isinstance(selection, Span):
-        parts = ["" if part is None else str(part) for part in (selection.start, selection.stop)]
-        return ":".join(parts if selection.step is None else [*parts, str(selection.step)])
-    if len(selection) == 1:
-        return str(selection[0])
-    if len(selection) > 2 and selection == tuple(range(selection[0], selection[-1] + 1)):
-        return f"{selection[0]}:{selection[-1] + 1}"
-    return repr(list(selection))
+    def _shown(self, axis: str, selection: Selection) -> str:
+        labels = self.point.labels(axis) if self.point is not None else ()
+        if labels and isinstance(selection, tuple):
+            selection = Labels(tuple(labels[index] for index in selection))
+        return shown(selection)
 
 
 @dataclass(frozen=True)
@@ -203,13 +184,15 @@ class HookPoint(Place):
             input. `module#k` is call k of a module that is called more than once. `.out` is the model's output. A tap
             has the name passed to `tap`.
         axes: Axis names, such as `(batch, channel, row, col)`.
-        shape: Lengths of all axes except the batch axis.
+        shape: Lengths of all axes except the batch axis; None for a free axis, whose length varies.
         batch_axis: Index of the batch axis, found by running the model with one more row; None if not found.
         dtype, device: Dtype and device of the tensor.
         module_type: Class name of the module, or `tap`.
         parameters: Number of parameters in the module, including its submodules.
         aliases: Other names for the same hook point, if the module is shared.
         read_only: Whether the tensor is inside a distribution, and so can be recorded but not patched.
+        lens: Object that splits the tensor's axes or computes coordinates in a basis; None for the tensor itself. All
+            other attributes describe the result.
     """
 
     axes: Axes
@@ -221,9 +204,14 @@ class HookPoint(Place):
     parameters: int
     aliases: tuple[str, ...] = ()
     read_only: bool = field(default=False, repr=False)
+    lens: View | Coordinates | None = field(default=None, repr=False)
+
+    def labels(self, axis: str) -> tuple[str, ...]:
+        """Return the labels of the positions along an axis, or an empty tuple."""
+        return dict(self.lens.labels).get(axis, ()) if self.lens is not None else ()
 
     def length(self, axis: str) -> int | None:
-        """Return the length of an axis, or None for the batch axis, whose length varies."""
+        """Return the length of an axis, or None for the batch axis and free axes, whose lengths vary."""
         position = self.axes.index(axis)
         if position == self.batch_axis:
             return None
@@ -232,18 +220,103 @@ class HookPoint(Place):
 
 def normalized(site: Site, point: HookPoint) -> Site:
     """Check a site against the trace, make all indices explicit, and bind the site to the hook point."""
-    batch = None if point.batch_axis is None else point.axes[point.batch_axis]  # varies in length
+    if site.basis is not None:
+        known = site.point.lens if site.point is not None else None
+        same_base = isinstance(known, Coordinates) and known.base == point
+        point = site.point if same_base and site.point else coordinates(site, point)
     lengths = [point.length(axis) or 0 for axis in point.axes]
-    written = {axis: index for axis, index in site.indices if axis == batch}
-    checked = Site(site.name, **{axis: index for axis, index in site.indices if axis != batch})
+    varying = {axis for axis in point.axes if point.length(axis) is None}
+    numbered = {axis: _numbers(site, axis, index, point.labels(axis)) for axis, index in site.indices}
+    written = {axis: index for axis, index in numbered.items() if axis in varying}
+    checked = site.indexed(**{axis: index for axis, index in numbered.items() if axis not in varying})
     for number, positions in checked.positions(point.axes, lengths).items():
         every = tuple(range(lengths[number]))
         chosen = every[positions] if isinstance(positions, slice) else tuple(positions)
         if chosen != every:
             written[point.axes[number]] = chosen
-    same = Site(point.name, **written).at(point)
-    vars(same).update(no_p=site.no_p)
+    same = site.indexed(**written).at(point)
+    vars(same).update(name=point.name)
     return same
+
+
+def _numbers(site: Site, axis: str, selection: Selection, labels: tuple[str, ...]) -> Selection:
+    """Convert labels to indices; raise SiteError for an unknown label."""
+    if not (isinstance(selection, Labels) and labels):
+        return selection
+    if unknown := [label for label in selection.values if label not in labels]:
+        raise SiteError(
+            f"{site!r}: {axis} has no label '{unknown[0]}'.{did_you_mean(unknown[0], labels)} The labels are "
+            f"{', '.join(labels)}."
+        )
+    return tuple(map(labels.index, selection.values))
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Lens through which one axis of a hook point is seen as coordinates in a basis, on the axis `component`."""
+
+    base: HookPoint
+    axis: int
+    basis: Any
+
+    @property
+    def labels(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Labels of the other axes, as pairs (axis, labels)."""
+        return () if self.base.lens is None else self.base.lens.labels
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """Return the coordinates of a tensor."""
+        found: Tensor = self.basis.encode(self._last(tensor))
+        return found.movedim(-1, self.axis)
+
+    def merge(self, new: Tensor, tensor: Tensor) -> Tensor:
+        """Return the tensor with other coordinates; the part of the tensor that the basis does not encode stays."""
+        last = self._last(tensor)
+        before, after = (self.basis.decode(each) for each in (self.basis.encode(last), new.movedim(self.axis, -1)))
+        changed = (last + (after - before)).movedim(-1, self.axis)
+        return changed if self.base.lens is None else self.base.lens.merge(changed, tensor)
+
+    def _last(self, tensor: Tensor) -> Tensor:
+        seen = tensor if self.base.lens is None else self.base.lens.split(tensor)
+        return seen.movedim(self.axis, -1)
+
+
+def coordinates(site: Site, point: HookPoint) -> HookPoint:
+    """Return the hook point of a site with a basis; raise SiteError if the basis does not fit the axis."""
+    assert site.basis is not None
+    axis, basis = site.basis.axis, site.basis.basis
+    if axis not in point.axes or point.length(axis) is None or "component" in point.axes:
+        raise SiteError(
+            f"Hook point '{point.name}' has axes ({', '.join(point.axes)}), so its coordinates along '{axis}' are "
+            f"unknown. Pass an axis of known length.{did_you_mean(axis, point.axes)}"
+        )
+    missing = [name for name in ("encode", "decode") if not callable(getattr(basis, name, None))]
+    if missing:
+        raise SiteError(f"A basis needs the methods encode and decode, but {type(basis).__name__} has no {missing[0]}.")
+    number = point.axes.index(axis)
+    example = torch.zeros(1, point.length(axis) or 0, dtype=point.dtype, device=point.device)
+    try:
+        with torch.no_grad():
+            encoded = basis.encode(example)
+            decoded = basis.decode(encoded)
+        if encoded.dim() != 2 or decoded.shape != example.shape or decoded.dtype != example.dtype:
+            raise ValueError(f"encode and decode map {_kind(example)} to {_kind(encoded)} and back to {_kind(decoded)}")
+    except (RuntimeError, ValueError, TypeError) as fault:
+        raise SiteError(
+            f"{type(basis).__name__} does not fit axis '{axis}' of hook point '{point.name}', which has length "
+            f"{point.length(axis)} and dtype {point.dtype}: {str(fault).strip()}"
+        ) from fault
+    place = number - (point.batch_axis is not None and number > point.batch_axis)
+    return replace(
+        point,
+        axes=(*point.axes[:number], "component", *point.axes[number + 1 :]),
+        shape=(*point.shape[:place], encoded.shape[1], *point.shape[place + 1 :]),
+        lens=Coordinates(point, number, basis),
+    )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def no_batch(site: Site) -> str:

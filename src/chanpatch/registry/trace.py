@@ -20,6 +20,7 @@ from ..errors import BatchAxisError, HookPointError, SiteError, UnsupportedModel
 from .axes import NamePropagation, Names, axis_names
 from .names import alternative, selected, spellings, written_name
 from .sites import HookPoint
+from .views import View
 
 
 class _Fired(NamedTuple):
@@ -37,16 +38,14 @@ _Place: TypeAlias = tuple[str, str, Path, int]  # the first four fields of a _Fi
 
 
 class Trace:
-    """The tensors at all hook points in one run, with axis names; names in `given` override inferred names.
+    """The tensors at all hook points in one run, with axis names; names in `views` override inferred names.
 
     `totals` maps the id of each parameter to the parameter's sum before the run. During the run, these sums are
     compared with the current sums, to detect changed parameters.
     """
 
-    def __init__(
-        self, model: nn.Module, given: Mapping[_Place, tuple[str, ...]] = {}, totals: Mapping[int, Any] = {}
-    ) -> None:
-        self.model, self._given, self._totals = model, given, totals
+    def __init__(self, model: nn.Module, views: Mapping[_Place, View] = {}, totals: Mapping[int, Any] = {}) -> None:
+        self.model, self.views, self._totals = model, views, totals
         self.steady = True  # whether all parameters compared so far are unchanged
         self.fired: list[_Fired] = []
         self.inputs: list[_Fired] = []  # inputs to the traced method; for `__call__`, these are also hook points
@@ -111,12 +110,19 @@ class Trace:
         self._rename(fired)
 
     def _rename(self, fired: _Fired) -> None:
-        if fired[:4] in self._given:
-            self.known.rename(fired.tensor, self._given[fired[:4]])
+        if (view := self.views.get(fired[:4])) is not None:
+            names = self.known.names(fired.tensor)
+            split = (group[0] if len(group) == 1 else name for group, name in zip(view.groups, names, strict=True))
+            self.known.rename(fired.tensor, [*split])
 
 
 def traced_run(
-    model: nn.Module, method: str, inputs: tuple[Any, ...], keywords: Mapping[str, Any], axes: Mapping[str, Any]
+    model: nn.Module,
+    method: str,
+    inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    free: Mapping[str, int],
 ) -> dict[str, Any]:
     """Trace a model, and return the keyword arguments `points`, `calls`, `not_called` and `steady` for HookPoints."""
     if not callable(getattr(model, method, None)):
@@ -131,11 +137,14 @@ def traced_run(
             raise TypeError(f"{kind} does not accept NumPy arrays. Pass torch.as_tensor(array).") from fault
         raise
     if axes:  # run again, so that the given names propagate downstream
-        trace = Trace(model, _names_by_place(trace, axes)).run(method, inputs, keywords)
+        trace = Trace(model, _views_by_place(trace, axes)).run(method, inputs, keywords)
     _refuse_shared_names(trace)
     proved = _proved_batches(method, inputs, keywords, trace)
+    grown = _free_axes(trace, method, inputs, keywords, free) if free else {}
     return {
-        "points": [_point(trace, fired, proved.get(trace.name(fired))) for fired in trace.fired],
+        "points": [
+            _point(trace, fired, proved.get(name := trace.name(fired)), grown.get(name, {})) for fired in trace.fired
+        ],
         "calls": trace.calls,
         "not_called": [names[0] for names in trace.module_names.values() if names[0] and not trace.calls[names[0]]],
         "steady": steady,
@@ -168,9 +177,9 @@ def _refuse_shared_names(trace: Trace) -> None:
             )
 
 
-def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Place, tuple[str, ...]]:
+def _views_by_place(trace: Trace, axes: Mapping[str, str | Sequence[str] | View]) -> dict[_Place, View]:
     """Return the user's axis names for each place that matches a pattern in `axes`."""
-    given: dict[_Place, tuple[str, ...]] = {}
+    given: dict[_Place, View] = {}
     fired_by_name = defaultdict[str, list[_Fired]](list)
     for fired in (*trace.inputs, *trace.fired):
         fired_by_name[trace.name(fired)].append(fired)
@@ -181,12 +190,22 @@ def _names_by_place(trace: Trace, axes: Mapping[str, Sequence[str]]) -> dict[_Pl
             hint = alternative(pattern, known) or did_you_mean(pattern, known)
             raise HookPointError(f"axes={{'{pattern}': ...}}: no hook point matches this pattern.{hint}")
         for fired in chosen:
-            if len(names) != fired.tensor.dim() or len(set(names)) < len(names):
+            if isinstance(names, View):
+                try:
+                    names.split_lengths(fired.tensor.shape)
+                except ValueError as fault:
+                    raise SiteError(
+                        f"axes={{'{pattern}': '{names}'}}: hook point '{trace.name(fired)}': {fault}."
+                    ) from None
+                given[fired[:4]] = names
+                continue
+            each = tuple(names.split() if isinstance(names, str) else names)
+            if len(each) != fired.tensor.dim() or len(set(each)) < len(each):
                 raise SiteError(
-                    f"axes={{'{pattern}': {tuple(names)}}}: hook point '{trace.name(fired)}' has "
-                    f"{fired.tensor.dim()} axes. Pass one name per axis, without repeats."
+                    f"axes={{'{pattern}': {each}}}: hook point '{trace.name(fired)}' has {fired.tensor.dim()} axes. "
+                    "Pass one name per axis, without repeats. To split an axis, pass chanpatch.view(...)."
                 )
-            given[fired[:4]] = tuple(names)
+            given[fired[:4]] = View(tuple((name,) for name in each))
     return given
 
 
@@ -212,19 +231,69 @@ def _proved_batches(method: str, inputs: Any, keywords: Any, trace: Trace) -> di
             if tensor.shape[axis] == rows:
                 grown = replace(grown, path, torch.cat([tensor, tensor.narrow(axis, 0, 1)], axis))
         second = Trace(trace.model).run(method, *grown)
-        return _grown_axes(trace, {second.name(fired): fired.tensor.shape for fired in second.fired}, rows)
+        return _grown_axes(trace, {second.name(fired): tuple(fired.tensor.shape) for fired in second.fired}, rows)
     return {}
 
 
-def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> dict[str, int]:
+def _free_axes(
+    trace: Trace, method: str, inputs: Any, keywords: Any, free: Mapping[str, int]
+) -> dict[str, dict[int, str]]:
+    """Map hook points' names to their free axes: {index of the axis: name of the free axis that grew with it}."""
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for name, axis in free.items():
+        grown = _longer_inputs(name, axis, inputs, keywords)
+        try:
+            third = Trace(trace.model).run(method, *grown)
+        except Exception as fault:
+            raise SiteError(
+                f"free={{'{name}': {axis}}}: the model does not run with one more entry along this axis: {fault}"
+            ) from fault
+        shapes = {third.name(fired): tuple(fired.tensor.shape) for fired in third.fired}
+        for fired in trace.fired:
+            point, before = trace.name(fired), tuple(fired.tensor.shape)
+            after = shapes.get(point, before)
+            if (view := trace.views.get(fired[:4])) is not None:
+                before, after = view.split_lengths(before), view.split_lengths(after)
+            for number, (one, other) in enumerate(zip(before, after, strict=len(before) == len(after))):
+                if other == one + 1:
+                    found[point][number] = name
+    return found
+
+
+def _longer_inputs(name: str, axis: int, inputs: Any, keywords: Any) -> Any:
+    """Return the inputs with one more entry along a free axis, a copy of the last entry."""
+    grown: Any = (inputs, dict(keywords))
+    given = f"free={{'{name}': {axis}}}"
+    tensors = [*with_rows(grown)]
+    if not tensors or type(axis) is not int or not 0 <= axis < tensors[0][1].dim():
+        raise SiteError(f"{given}: the first input has no axis {axis}. Pass the index of one of its axes.")
+    first = tensors[0][1].shape
+    if axis and first[axis] == first[0]:
+        raise SiteError(
+            f"{given}: the first input has shape {tuple(first)}, so the batch is as long as this axis. Trace with "
+            "another number of rows."
+        )
+    caches = [type(each).__name__ for each in (*inputs, *keywords.values()) if hasattr(each, "get_seq_length")]
+    if caches:
+        raise SiteError(f"{given}: the inputs contain a {caches[0]}, whose length would not grow. Trace without it.")
+    for path, tensor in tensors:
+        if tensor.dim() > axis and tensor.shape[axis] == first[axis]:
+            last = tensor.narrow(axis, first[axis] - 1, 1)
+            grown = replace(grown, path, torch.cat([tensor, last], axis))
+    return grown
+
+
+def _grown_axes(trace: Trace, shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, int]:
     """Map each hook point's name to the index of the axis whose length grew from `rows` to `rows + 1`.
 
     A hook point is left out if another of its axes also changed, or if the axis has a name other than "batch".
     """
     found = {}
     for fired in trace.fired:
-        name, before = trace.name(fired), fired.tensor.shape
+        name, before = trace.name(fired), tuple(fired.tensor.shape)
         names, after = trace.known.names(fired.tensor), shapes.get(name, before)
+        if (view := trace.views.get(fired[:4])) is not None:
+            names, before, after = view.axes, view.split_lengths(before), view.split_lengths(after)
         changed = [number for number, lengths in enumerate(zip(before, after, strict=False)) if len({*lengths}) > 1]
         if "batch" in names and changed and names.index("batch") not in changed:
             return {}  # another axis grew, as in a sequence-first encoder after a Linear
@@ -235,8 +304,13 @@ def _grown_axes(trace: Trace, shapes: Mapping[str, torch.Size], rows: int) -> di
     return found
 
 
-def _point(trace: Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
-    tensor, names = fired.tensor, [*trace.known.names(fired.tensor)]
+def _point(trace: Trace, fired: _Fired, batch_axis: int | None, free: Mapping[int, str]) -> HookPoint:
+    """Return a hook point; `free` maps the indices of its free axes to names for unnamed axes."""
+    tensor, view = fired.tensor, trace.views.get(fired[:4])
+    names = [*(trace.known.names(tensor) if view is None else view.axes)]
+    lengths = tensor.shape if view is None else view.split_lengths(tensor.shape)
+    for axis, name in free.items():
+        names[axis] = names[axis] or (None if name in names else name)
     if batch_axis is not None:
         names[batch_axis] = "batch"
     module = None if fired.side == "tap" else trace.model.get_submodule(fired.module)
@@ -245,7 +319,7 @@ def _point(trace: Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
         axes=tuple(
             f"axis{number}" if name is None or name in names[:number] else name for number, name in enumerate(names)
         ),
-        shape=tuple(length for number, length in enumerate(tensor.shape) if number != batch_axis),
+        shape=tuple(None if axis in free else length for axis, length in enumerate(lengths) if axis != batch_axis),
         batch_axis=batch_axis,
         dtype=tensor.dtype,
         device=tensor.device,
@@ -257,6 +331,7 @@ def _point(trace: Trace, fired: _Fired, batch_axis: int | None) -> HookPoint:
         path=fired.path,
         call=fired.call if trace.calls[fired.module] > 1 else None,
         read_only=fired.read_only,
+        lens=view if view is not None and view.splits else None,
     )
 
 

@@ -32,11 +32,13 @@ from torch import Tensor
 from ..errors import InterventionError, in_one
 from ..patching.edits import Add, Clamp, Project, Resample, Scale, Set
 from ..patching.patch import Patch, edit_name
-from ..registry.sites import Flags, HookPoint, Site, Span
+from ..registry.bases import PCA, Directions
+from ..registry.indices import Flags, Labels, Span
+from ..registry.sites import Along, Coordinates, HookPoint, Site
 from ..results import imported
 from .receipts import Receipt, digest
 
-_FORMATS = (1, 2)  # the formats that can be read; files are written in the last one
+_FORMATS = (1, 2, 3)  # the formats that can be read; files are written in the last one
 _KEY = "chanpatch"  # the only metadata entry, because safetensors does not keep the order of several entries
 _EDITS: dict[str, Any] = {kind.__name__: kind for kind in (Set, Add, Scale, Clamp, Project, Resample)}
 
@@ -82,7 +84,7 @@ def decoded(
             metadata = json.loads(text)
             if metadata["format"] not in _FORMATS or type(metadata["format"]) is not int:
                 raise InterventionError(
-                    f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads formats 1 and 2. "
+                    f"has format {metadata['format']!r}, but chanpatch {version('chanpatch')} reads formats 1 to 3. "
                     "Use a newer version of chanpatch."
                 )
             stored: dict[str, Tensor] = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
@@ -133,6 +135,7 @@ def _checksum(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
 
 def trace_of(point: HookPoint) -> str:
     """Return the text that is saved for a hook point, such as `"ReLU (batch, channel=8, row=4, col=4) float32"`."""
+    point = point.lens.base if isinstance(point.lens, Coordinates) else point
     return _trace(point.module_type, point.axes, map(point.length, point.axes), str(point.dtype).removeprefix("torch."))
 
 
@@ -176,11 +179,11 @@ def _record(patch: Patch, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, A
         del operands["per"]
     indices: dict[str, Any] = {
         axis: {"slice": [chosen.start, chosen.stop, chosen.step]} if isinstance(chosen, Span)
-        else list(chosen.values if isinstance(chosen, Flags) else chosen)
+        else list(chosen.values if isinstance(chosen, (Flags, Labels)) else chosen)
         for axis, chosen in patch.site.indices
     }  # fmt: skip
     return {
-        "site": {"name": patch.site.name, "indices": indices},
+        "site": {"name": patch.site.name, "indices": indices, "basis": _basis(patch.site.basis, tensors)},
         "hook_point": None if patch.site.point is None else trace_of(patch.site.point),
         "edit": type(edit).__name__,
         "operands": {name: _operand(operand, name, tensors) for name, operand in operands.items()},
@@ -202,7 +205,25 @@ def _patch(record: Mapping[str, Any], tensor: Callable[..., Tensor], device: tor
         raise InterventionError(f"has the edit {kind!r}, but this version only supports {', '.join(_EDITS)}.")
     chosen = {axis: slice(*each["slice"]) if isinstance(each, dict) else each for axis, each in indices.items()}
     edit = _EDITS[kind](**{name: operand(given) for name, given in record["operands"].items()})
-    return Patch(Site(record["site"]["name"], **chosen), edit, operand(record["where"]))
+    site = Site(record["site"]["name"], **chosen)
+    if basis := record["site"].get("basis"):  # not in files of earlier formats
+        matrix, mean = operand(basis["matrix"]), operand(basis["mean"])
+        site = site.with_basis(Along.of(basis["axis"], Directions(matrix) if mean is None else PCA(matrix, mean)))
+    return Patch(site, edit, operand(record["where"]))
+
+
+def _basis(along: Along | None, tensors: dict[int, tuple[str, Tensor]]) -> dict[str, Any] | None:
+    """Return a site's basis as JSON data. Only bases that consist of tensors can be saved."""
+    if along is None:
+        return None
+    basis = along.basis
+    if type(basis) not in (Directions, PCA):
+        raise InterventionError(
+            f"its basis is a {type(basis).__name__}, which is code. A file can only contain Directions or PCA. Save "
+            "the weights of the basis with torch.save, and create the site again after loading them."
+        )
+    mean = _operand(getattr(basis, "mean", None), "mean", tensors)
+    return {"axis": along.axis, "matrix": _operand(basis.matrix, "matrix", tensors), "mean": mean}
 
 
 def _operand(operand: Any, name: str, tensors: dict[int, tuple[str, Tensor]]) -> Any:
