@@ -142,14 +142,10 @@ def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:
 def heat_map(
     values: ArrayLike, rows: Sequence[Any], cols: Sequence[Any], ax: Axes | None = None, *, label: str = "effect"
 ) -> Axes:
-    """Draw a matrix of effects as a heat map; stronger colors are larger effects.
+    """Draw a matrix of effects with shape `(row, col)` as a heat map; `label` is the label of the color bar.
 
     Dashes mark negative effects of at least a tenth of the largest absolute effect, so signs are readable without
-    color. Crosses mark NaN. A result's `.grid().plot()` draws this figure.
-
-    `values` contains the effects, with shape `(row, col)`; `rows` and `cols` label them, for example with layers and
-    tokens, and `label` labels the color bar. The axes are new if `ax` is None. StatisticsError is raised if the labels
-    do not match the shape, or if no effect is finite.
+    color. Crosses mark NaN. StatisticsError is raised if the labels do not match the shape, or if no effect is finite.
     """
     effects = np.asarray(values, dtype=np.float64)
     if effects.shape != (len(rows), len(cols)):
@@ -182,16 +178,16 @@ def heat_map(
 def survival(values: Mapping[str, ArrayLike], ax: Axes | None = None, *, label: str = "value") -> Axes:
     """Draw the fraction of episodes above each value, such as a return or a length, with one curve per policy.
 
-    `values` maps the name of each policy to an array with shape `(episode,)`, and `label` labels the value axis. The
-    axes are new if `ax` is None. StatisticsError is raised if there are no policies or more than six, or if a value is
-    not finite.
+    `values` maps each policy's name to an array with shape `(episode,)`. StatisticsError is raised if there are no
+    policies or more than six, or if a value is not finite.
     """
     if not 0 < len(values) <= len(_LINES):
         raise StatisticsError(f"survival() draws 1 to {len(_LINES)} policies, one line style each; got {len(values)}.")
     ax = ax or _new_axes(6, 4)
-    for (name, each), (style, color) in zip(values.items(), _LINES, strict=False):
+    for place, ((name, each), (style, color)) in enumerate(zip(values.items(), _LINES, strict=False)):
         found = finite(name, each, ("episode",))
-        ax.ecdf(found, complementary=True, linestyle=style, color=color, label=f"{name} (n = {len(found)})")
+        text = f"{name} (n = {len(found)})"
+        ax.ecdf(found, complementary=True, linestyle=style, color=color, label=text, zorder=3 - place / 10)
     ax.set(ylim=(0, 1.03), xlabel=label, ylabel="fraction of episodes above")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     return ax

@@ -167,8 +167,8 @@ class Grid(Records):
 
     Attributes:
         rows, cols: Label of each row and of each column.
-        differences: Change in the metric, with shape `(row, col, input)`, or `(row, col, 1)` if only the means over the
-            inputs are known. Cells without an effect are NaN.
+        differences: Effects with shape `(row, col, input)`, or `(row, col, 1)` if only the means over the inputs are
+            known. Cells without an effect are NaN.
         effect_label: Label of the color bar in figures: the kind and unit of the effects, and the number of inputs.
     """
 
@@ -179,8 +179,7 @@ class Grid(Records):
 
     def effect(self) -> NDArray[np.float64]:
         """Return the mean over the inputs, with shape `(row, col)`."""
-        found: NDArray[np.float64] = self.differences.mean(axis=-1)
-        return found
+        return np.asarray(self.differences.mean(axis=-1))
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one record per effect that is not NaN, with the keys `row`, `col` and `effect`."""
@@ -192,13 +191,8 @@ class Grid(Records):
         """Return the effects as an `xarray.DataArray` with the given dimensions."""
         return data_array(self.effect(), dict(zip(dims, (self.rows, self.cols), strict=True)), self.effect_label)
 
-    def plot(
-        self, ax: Axes | None = None, *, rows: Sequence[Any] | None = None, cols: Sequence[Any] | None = None
-    ) -> Axes:
-        """Plot the matrix on `ax`, or on new axes if `ax` is None; see `chanpatch.plots.heat_map`.
-
-        `rows` and `cols` replace the labels in the figure, for example with the token at each position.
-        """
+    def plot(self, ax: Axes | None = None, *, rows: Any = None, cols: Any = None) -> Axes:
+        """Plot the matrix, on new axes if `ax` is None; `rows` and `cols` replace labels, for example with tokens."""
         shown = (self.rows if rows is None else rows, self.cols if cols is None else cols)
         axes: Axes = imported("chanpatch.plots").heat_map(self.effect(), *shown, ax, label=self.effect_label)
         return axes

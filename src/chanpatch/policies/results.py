@@ -142,10 +142,9 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         return f"difference in mean return, n = {self._episodes}"
 
     def plot_curves(self, values: Literal["returns", "lengths"] = "returns", ax: Axes | None = None) -> Axes:
-        """Plot the fraction of episodes above each return or length (a survival curve); see `chanpatch.plots.survival`.
+        """Plot the fraction of episodes above each return or length (survival curves); see `chanpatch.plots.survival`.
 
-        The figure shows the first policy and the five other policies with the largest absolute effects. RolloutError is
-        raised if `values` is neither `"returns"` nor `"lengths"`.
+        The figure shows the first policy and the five other policies with the largest absolute effects.
         """
         labels = {"returns": "return", "lengths": "episode length (steps)"}
         if values not in labels:

@@ -111,9 +111,9 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
     metric's gradient at the receiver. The model runs about once per sender, instead of once per edge. Some estimates
     are verified with exact path patches. Labels are `(sender, receiver)`, and `.grid()` returns the matrix.
 
-    With `steps` above 1, the gradient is averaged along the straight line from the receiver's clean to its corrupted
-    activation (integrated gradients), with `steps` forward and backward passes per receiver. If the changes from all
-    senders add up to the corrupted activation, the estimates add up to the effect of patching in that activation.
+    With `steps` above 1, the gradient is averaged along the line from the receiver's clean to its corrupted activation
+    (integrated gradients), with `steps` forward and backward passes per receiver. If the senders' changes add up to the
+    corrupted activation, the estimates add up to the effect of patching in that activation.
 
     Args:
         points_or_model, clean, corrupted, senders, receivers, frozen: Same as in `path_patch` with many senders, except

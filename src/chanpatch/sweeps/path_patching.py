@@ -140,11 +140,7 @@ class Paths:
             self._skips = skips if _alike(fast, self._arrival(last, [label], ()), fast) else {}
 
     def received(self) -> dict[tuple[Any, Any], ActivationCache]:
-        """Return the activations that arrive at the receivers of each path, by pair of labels.
-
-        Raises:
-            SiteError: If the sites frozen by default block every path.
-        """
+        """Return the activations that arrive at the receivers of each path, by pair of labels."""
         found: dict[tuple[Any, Any], ActivationCache] = {}
         for sender in self.senders:
             # Receivers share a run if it freezes the same sites before each. Later sites have no effect on a receiver.
