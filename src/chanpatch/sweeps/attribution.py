@@ -120,14 +120,6 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
             that each label has one receiver.
         metric, steps, verify, seed, progress: Same as in `attribution`.
 
-    Example:
-        >>> from chanpatch.metrics import logit_difference
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-        >>> clean, corrupted = torch.randn(2, 8, 4)
-        >>> result = edge_attribution(model, clean, corrupted, ["0"], ["2.in[0]"], metric=logit_difference(0, 1))
-        >>> result.labels, bool(abs(result.effect() - result.exact).max() < 1e-6)  # the model is linear after "2.in[0]"
-        ((('0', '2.in[0]'),), True)
-
     References:
         Syed, Rager and Conmy 2023, "Attribution patching outperforms automated circuit discovery"; Hanna, Pezzelle and
         Belinkov 2024, "Have faith in faithfulness", for integrated gradients over edges.
@@ -140,15 +132,7 @@ def edge_attribution(  # noqa: D417  # the arguments of path_patch and attributi
 
 
 def _attributed(
-    points: HookPoints,
-    inputs: Any,
-    patches: Any,
-    ends: Any,
-    metric: Metric,
-    steps: int,
-    verify: int,
-    seed: int,
-    bar: Any,
+    points: HookPoints, inputs: Any, patches: Any, ends: Any, metric: Any, steps: int, verify: int, seed: int, bar: Any
 ) -> Attribution:
     """Estimate the effects of patches; average the gradients along the lines to `ends`, a cache, unless it is None."""
     whole("steps", steps, 1, SweepError)

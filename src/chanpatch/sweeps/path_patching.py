@@ -31,7 +31,6 @@ from .sweep import sweep
 
 Place: TypeAlias = "str | Site | HookPoint"
 Places: TypeAlias = "Place | Iterable[Place] | Mapping[Any, Place | Iterable[Place]]"
-_PREFIX_BYTES = 2**28  # maximum size of the stored outputs of modules before the senders
 
 
 def path_patch(
@@ -103,19 +102,20 @@ def path_patch(
 
 
 class Paths:
-    """Direct paths from senders to receivers, by label, and the clean and corrupted runs that all paths share.
-
-    Receivers with the same label are patched together.
-    """
+    """Direct paths from senders to receivers, by label. Receivers with the same label are patched together."""
 
     def __init__(
         self, points: HookPoints, clean: Inputs, corrupted: Inputs, senders: Places, receivers: Places, frozen: Any
     ) -> None:
         pair_count(clean, corrupted)
-        self.points, self._is_default, self._frozen = points, frozen is None, _frozen(points, frozen)
+        self.points, self._is_default = points, frozen is None
+        frozen = _with_weights(points) if frozen is None else frozen
+        listed = [frozen] if isinstance(frozen, (str, Site, HookPoint)) else [*frozen]
+        self._frozen = sites_of(points, listed) if listed else ()
         self.senders = {label: site_of(points, each) for label, each in named(points, "senders", senders).items()}
         self.receivers = named(points, "receivers", receivers)
         self._order = {name: number for number, name in enumerate(points)}
+        self._last = {label: max(self._order[end.name] for end in ends) for label, ends in self.receivers.items()}
         # The activation at a receiver may also change outside the receiver's region.
         self._ends = {
             label: [*ends, *(points.site(end.name) for end in ends)] for label, ends in self.receivers.items()
@@ -132,7 +132,7 @@ class Paths:
                 self.baseline = self.forward()
             else:
                 entries = [Entry(0, label, (patch_in(site, self._source),)) for label, site in self.senders.items()]
-                self.baseline, groups = clean_run(self.forward, entries, _PREFIX_BYTES)
+                self.baseline, groups = clean_run(self.forward, entries, max_bytes=2**28)
                 self._skips = {group.point.name: group.skippable for group in groups}
         last, label = max(pairs, key=lambda pair: self._order[self.senders[pair[0]].name])
         if skips := self._skips:
@@ -141,12 +141,16 @@ class Paths:
 
     def received(self) -> dict[tuple[Any, Any], ActivationCache]:
         """Return the activations that arrive at the receivers of each path, by pair of labels."""
-        found: dict[tuple[Any, Any], ActivationCache] = {}
+        found, order = dict[tuple[Any, Any], ActivationCache](), self._order
         for sender in self.senders:
             # Receivers share a run if it freezes the same sites before each. Later sites have no effect on a receiver.
             held = {label: {*each} for (start, label), each in self._held.items() if start == sender}
             every = set().union(*held.values())
-            alike = [label for label in held if {each for each in every if self._precedes(each, label)} == held[label]]
+            alike = [
+                label
+                for label in held
+                if {each for each in every if order[each.name] <= self._last[label]} == held[label]
+            ]
             for labels in (alike, *([label] for label in held if label not in alike)):
                 if labels:
                     cache = self._arrival(sender, labels, set().union(*(held[label] for label in labels)))
@@ -194,9 +198,6 @@ class Paths:
         with patched(self.points, patches):
             return self.forward.until(ends)
 
-    def _precedes(self, site: Site, label: Any) -> bool:
-        return any(self._order[site.name] <= self._order[end.name] for end in self.receivers[label])
-
     def _too_early(self, sender: Any, label: Any) -> list[Site]:
         """Return the receivers that do not come after the sender."""
         first = self._order[self.senders[sender].name]
@@ -218,7 +219,7 @@ class Paths:
                 "points to freeze with frozen=[...]."
             )
         start, ends = points[self.senders[sender].name], [points[site.name] for site in receivers]
-        first, last = order[start.name], max(order[end.name] for end in ends)
+        first, last = order[start.name], self._last[label]
         # Calls that contain the sender began before the sender ran. For an input, this includes its own module's call.
         begun = [each for each in points.values() if each.side == "in" and order[each.name] <= first]
         exempt = {(each.module, each.call) for each in begun}
@@ -247,13 +248,6 @@ def named(points: HookPoints, name: str, sites: Any) -> dict[Any, tuple[Site, ..
         sites.items() if isinstance(sites, Mapping) else ((site_label(each), each) for each in sites_of(points, sites))
     )
     return {label: sites_of(points, each) for label, each in pairs}
-
-
-def _frozen(points: HookPoints, frozen: Any) -> tuple[Site, ...]:
-    """Return the sites to freeze if they lie on a path."""
-    named = _with_weights(points) if frozen is None else frozen
-    listed = [named] if isinstance(named, (str, Site, HookPoint)) else [*named]
-    return sites_of(points, listed) if listed else ()
 
 
 def _with_weights(points: HookPoints) -> list[HookPoint]:
