@@ -120,6 +120,17 @@ def test_what_is_frozen_is_chosen_for_each_pair_even_if_receivers_are_frozen_for
                     np.testing.assert_allclose(grid.differences[row, col], single, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_single_path_has_the_dtype_of_its_metric_and_a_difference_of_booleans_a_sign(dtype: torch.dtype) -> None:
+    def metric(output: Tensor) -> Tensor:
+        return (output[:, 0] > 0.2).to(dtype)
+
+    single = path_patch(POINTS, CLEAN, CORRUPTED, "aside", "head.in[0]", metric=metric)
+    grid = path_patch(POINTS, CLEAN, CORRUPTED, ["aside"], ["head.in[0]"], metric=metric)
+    assert single.dtype == (torch.float64 if dtype == torch.bool else dtype)
+    assert single.tolist() == grid.differences[0, 0].tolist() and {*single.tolist()} == {-1, 0, 1}
+
+
 def test_labels_name_senders_and_groups_of_receivers_that_are_patched_together() -> None:
     senders = {(0, "one"): POINTS.site("first", feature=[1, 2]), (0, "two"): "aside"}
     grid = matrix(senders, {"both": ["second.in[0]", "head.in[0]"], "head": "head.in[0]"})
@@ -298,6 +309,46 @@ def test_edges_run_the_model_once_per_sender_and_not_once_per_edge() -> None:
     result = edge_attribution(points, clean, corrupted, senders, receivers, metric=first_logit, verify=0)
     assert len(result) == 36
     assert max(Counting.calls.values()) <= 8 + 8
+
+
+class WritesInPlace(nn.Module):
+    """Reads its stream again after the ReLU has written into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.relu, self.layer = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        stream = self.embed(vector)
+        return self.head(stream + self.layer(self.relu(stream)))
+
+
+def test_a_receiver_that_is_written_into_in_place_has_paths_and_no_estimates() -> None:
+    torch.manual_seed(0)
+    model, (clean, corrupted) = WritesInPlace(), torch.randn(2, 5, 4)
+    points, receivers = hook_points(model, clean), ["relu.in[0]", "layer.in[0]"]
+    grid = path_patch(points, clean, corrupted, ["embed"], receivers, metric=first_logit)
+    for col, receiver in enumerate(receivers):
+        single = path_patch(points, clean, corrupted, "embed", receiver, metric=first_logit)
+        np.testing.assert_allclose(grid.differences[0, col], single, atol=1e-6)
+    with pytest.raises(SiteError) as caught:
+        edge_attribution(points, clean, corrupted, ["embed"], receivers, metric=first_logit)
+    assert str(caught.value) == (
+        "A module modifies a receiver in place, and the receiver is also read elsewhere, so the gradient is wrong. Use "
+        "path_patch(), choose the module's output, or build the module with inplace=False."
+    )
+
+
+def test_edges_are_the_same_in_inference_mode_and_with_frozen_weights() -> None:
+    expected = edges(steps=2).effect()
+    try:
+        MODEL.requires_grad_(False)
+        with torch.inference_mode():
+            found = edge_attribution(POINTS, CLEAN * 1, CORRUPTED * 1, SENDERS, RECEIVERS, metric=first_logit, steps=2)
+    finally:
+        MODEL.requires_grad_(True)
+    assert np.array_equal(found.effect(), expected)
 
 
 def test_a_model_is_traced_with_the_clean_inputs_and_keywords_reach_it() -> None:

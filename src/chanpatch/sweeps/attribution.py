@@ -141,6 +141,11 @@ def _attributed(
     chosen = [_only_patch(entry, points) for entry in entries]
     run = _Runs(points, inputs, metric)
     clean, gradients = run.gradients([*dict.fromkeys(patch.site.name for patch in chosen)])
+    if ends is not None and run.shares_memory:
+        raise SiteError(
+            "A module modifies a receiver in place, and the receiver is also read elsewhere, so the gradient is wrong. "
+            "Use path_patch(), choose the module's output, or build the module with inplace=False."
+        )
     changes = run.changes(chosen, clean)
     at = {name: [row for row, patch in enumerate(chosen) if patch.site.name == name] for name in clean}
     lines = [*_lines(chosen, changes, clean)] if ends is None else [*at.items()]

@@ -98,7 +98,8 @@ def path_patch(
     paths = Paths(points, clean, corrupted, one or sender, ends, frozen)
     before = measured(metric, paths.baseline, paths.baseline)
     grid = paths.grid(metric)
-    return torch.from_numpy(grid.differences[0, 0]).to(before) if one else grid
+    kind = before.device if before.dtype == torch.bool else before  # a difference of booleans may be -1
+    return torch.from_numpy(grid.differences[0, 0]).to(kind) if one else grid
 
 
 class Paths:
