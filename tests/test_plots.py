@@ -133,7 +133,7 @@ def test_a_heat_map_has_its_values_in_cells_and_marks_negative_and_missing_ones(
     assert [text.get_text() for text in ax.get_xticklabels()] == ["The", "$cat$", "a\\nb"]
     assert not any(text.get_parse_math() for text in ax.get_xticklabels())
     assert marks(ax, "black") == [[2, 0]] and marks(ax, "white") == [[1, 1]] and marks(ax, "0.5") == [[0, 1]]
-    assert ax.get_title(loc="left") == "dashes: negative; crosses: no value"
+    assert ax.get_title(loc="left") == "dashes: negative\ncrosses: no value"
     assert ax.figure.axes[1].get_ylabel() == "mean change"
 
 
@@ -141,6 +141,18 @@ def test_a_heat_map_without_negative_values_starts_at_zero_and_thins_out_its_lab
     ax = heat_map(np.ones((2, 100)), range(2), range(100))
     assert (ax.images[0].norm.vmin, ax.images[0].norm.vmax) == (0.0, 1.0) and ax.get_title(loc="left") == ""
     assert [text.get_text() for text in ax.get_xticklabels()] == [str(each) for each in range(0, 100, 3)]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 5), (12, 15)])
+def test_no_text_of_a_heat_map_is_cut_off(shape: tuple[int, int]) -> None:
+    values = np.linspace(-1, 1, shape[0] * shape[1]).reshape(shape)
+    values[0, 0] = math.nan
+    ax = heat_map(values, range(shape[0]), ["token"] * shape[1], label="mean change (logit_difference, 16 inputs)")
+    ax.figure.canvas.draw()
+    width, height = ax.figure.canvas.get_width_height()
+    for text in (ax.figure.axes[1].yaxis.label, ax.title, ax._left_title):
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
 
 
 def test_a_heat_map_in_gray_is_the_darker_the_larger_the_effect_of_either_sign() -> None:

@@ -170,8 +170,9 @@ def heat_map(
     if max(len(str(each)) for each in cols) > 2:
         ax.tick_params(axis="x", rotation=90)
     notes = ["dashes: negative"] * bool(negative.any()) + ["crosses: no value"] * bool(missing.any())
-    ax.figure.colorbar(shown, ax=ax, label=textwrap.fill(label, 40))
-    ax.set_title("; ".join(notes), loc="left", fontsize="medium")
+    letters = max(12, int(10 * ax.get_window_extent().height / ax.figure.dpi))  # ten per inch
+    ax.figure.colorbar(shown, ax=ax, label=textwrap.fill(label, letters))
+    ax.set_title("\n".join(notes), loc="left", fontsize="medium")
     return ax
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from ..errors import RolloutError
-from ..results import Effects, Records, columns, imported, interval_notes, shown_effect
+from ..plots import survival
+from ..results import Effects, Records, columns, interval_notes, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
 from ..statistics.means import snapped
@@ -150,8 +151,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         if values not in labels:
             raise RolloutError(f"values must be 'returns' or 'lengths'; got {values!r}.")
         shown = {str(name): getattr(rollout, values) for name, rollout in self.top(5).rollouts.items()}
-        axes: Axes = imported("chanpatch.plots").survival(shown, ax, label=labels[values])
-        return axes
+        return survival(shown, ax, label=labels[values])
 
     def _effects(self) -> list[dict[str, Any]]:
         return self.comparisons()

@@ -158,13 +158,11 @@ class Paths:
                     found |= {(sender, label): cache for label in labels}
         if self._is_default and all(_alike(each, self._cache, self._ends[pair[1]]) for pair, each in found.items()):
             for (sender, label), frozen in self._held.items():
-                site, ends = self.senders[sender], self._ends[label]
-                changed = not torch.equal(self._source[site], self._cache[site])
-                if changed and not _alike(self._arrival(sender, [label], ()), self._cache, ends):
+                if not _alike(self._arrival(sender, [label], ()), self._cache, self._ends[label]):
                     names = ", ".join(f"'{each.name}'" for each in frozen[:6]) + ", ..." * (len(frozen) > 6)
                     raise SiteError(
-                        f"All paths from {site!r} to the receivers pass through frozen sites: {names}. Choose the "
-                        "sites to freeze with frozen=[...], or freeze nothing with frozen=()."
+                        f"All paths from {self.senders[sender]!r} to the receivers pass through frozen sites: {names}. "
+                        "Choose the sites to freeze with frozen=[...], or freeze nothing with frozen=()."
                     )
         return found
 
