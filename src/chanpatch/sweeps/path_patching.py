@@ -118,9 +118,7 @@ class Paths:
         self._order = {name: number for number, name in enumerate(points)}
         self._last = {label: max(self._order[end.name] for end in ends) for label, ends in self.receivers.items()}
         # The activation at a receiver may also change outside the receiver's region.
-        self._ends = {
-            label: [*ends, *(points.site(end.name) for end in ends)] for label, ends in self.receivers.items()
-        }
+        self._ends = {label: [points.site(end.name) for end in ends] for label, ends in self.receivers.items()}
         every = [*itertools.product(self.senders, self.receivers)]
         pairs = [pair for pair in every if not self._too_early(*pair)] or every[:1]
         self._held = {pair: self._between(*pair) for pair in pairs}
@@ -158,11 +156,13 @@ class Paths:
                     found |= {(sender, label): cache for label in labels}
         if self._is_default and all(_alike(each, self._cache, self._ends[pair[1]]) for pair, each in found.items()):
             for (sender, label), frozen in self._held.items():
-                if not _alike(self._arrival(sender, [label], ()), self._cache, self._ends[label]):
+                site, ends = self.senders[sender], self._ends[label]
+                is_same = torch.equal(self._source[site], self._cache[site])
+                if not is_same and not _alike(self._arrival(sender, [label], ()), self._cache, ends):
                     names = ", ".join(f"'{each.name}'" for each in frozen[:6]) + ", ..." * (len(frozen) > 6)
                     raise SiteError(
-                        f"All paths from {self.senders[sender]!r} to the receivers pass through frozen sites: {names}. "
-                        "Choose the sites to freeze with frozen=[...], or freeze nothing with frozen=()."
+                        f"All paths from {site!r} to the receivers pass through frozen sites: {names}. Choose the "
+                        "sites to freeze with frozen=[...], or freeze nothing with frozen=()."
                     )
         return found
 
