@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from chanpatch import ThresholdProbe
 from chanpatch.errors import MissingPackageError, StatisticsError
 from chanpatch.patching import ActivationCache
-from chanpatch.plots import channel_map, contingency, effect_ranking, strip
+from chanpatch.plots import channel_map, contingency, effect_ranking, heat_map, strip, survival
 from chanpatch.statistics import PairedCounts
 
 SUMS = np.array([3.0, 9.0, 2.0, 8.0, 7.5, 1.0])
@@ -119,6 +119,59 @@ def test_a_withheld_interval_has_no_bar_and_intervals_of_few_inputs_are_marked()
     assert ax.get_title(loc="left") == "2 effects; lines: 95% intervals (few inputs)"
 
 
+def marks(ax: Axes, color: str) -> list[list[float]]:
+    rgba = matplotlib.colors.to_rgba(color)
+    return [point for each in ax.collections if tuple(each.get_edgecolor()[0]) == rgba
+            for point in np.asarray(each.get_offsets()).tolist()]  # fmt: skip
+
+
+def test_a_heat_map_has_its_values_in_cells_and_marks_negative_and_missing_ones() -> None:
+    values = [[1.0, -0.05, -0.5], [math.nan, -0.9, 0.2]]
+    ax = heat_map(values, ["layer 0", "layer 1"], ["The", "$cat$", "a\nb"], label="mean change")
+    np.testing.assert_array_equal(ax.images[0].get_array(), values)
+    assert (ax.images[0].norm.vmin, ax.images[0].norm.vmax) == (-1.0, 1.0)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["The", "$cat$", "a\\nb"]
+    assert not any(text.get_parse_math() for text in ax.get_xticklabels())
+    assert marks(ax, "black") == [[2, 0]] and marks(ax, "white") == [[1, 1]] and marks(ax, "0.5") == [[0, 1]]
+    assert ax.get_title(loc="left") == "dashes: negative\ncrosses: no value"
+    assert ax.figure.axes[1].get_ylabel() == "mean change"
+
+
+def test_a_heat_map_without_negative_values_starts_at_zero_and_thins_out_its_labels() -> None:
+    ax = heat_map(np.ones((2, 100)), range(2), range(100))
+    assert (ax.images[0].norm.vmin, ax.images[0].norm.vmax) == (0.0, 1.0) and ax.get_title(loc="left") == ""
+    assert [text.get_text() for text in ax.get_xticklabels()] == [str(each) for each in range(0, 100, 3)]
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 5), (12, 15)])
+def test_no_text_of_a_heat_map_is_cut_off(shape: tuple[int, int]) -> None:
+    values = np.linspace(-1, 1, shape[0] * shape[1]).reshape(shape)
+    values[0, 0] = math.nan
+    ax = heat_map(values, range(shape[0]), ["token"] * shape[1], label="mean change (logit_difference, 16 inputs)")
+    ax.figure.canvas.draw()
+    width, height = ax.figure.canvas.get_width_height()
+    for text in (ax.figure.axes[1].yaxis.label, ax.title, ax._left_title):
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
+
+
+def test_a_heat_map_in_gray_is_the_darker_the_larger_the_effect_of_either_sign() -> None:
+    for sign in (1, -1):
+        shown = heat_map([[sign * value for value in np.linspace(0, 1, 9)] + [-sign]], ["a"], range(10)).images[0]
+        gray = (shown.cmap(shown.norm(shown.get_array()))[0, :, :3] @ [0.299, 0.587, 0.114])[:9]
+        assert (np.diff(gray) < 0).all()
+
+
+def test_a_survival_curve_falls_at_every_value_and_policies_have_line_styles_of_their_own() -> None:
+    values = {str(number): np.arange(1.0, 5.0) + number for number in range(6)}
+    ax = survival(values, label="episode length (steps)")
+    assert ax.lines[1].get_xdata().tolist() == [2, 3, 4, 5, 5] and ax.lines[1].get_drawstyle() == "steps-pre"
+    assert ax.lines[1].get_ydata().tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert len({(line.get_linestyle(), line.get_color()) for line in ax.lines}) == 6
+    assert [text.get_text() for text in ax.get_legend().get_texts()][0] == "0 (n = 4)"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("episode length (steps)", "fraction of episodes above")
+
+
 def test_the_cells_of_a_mosaic_have_the_shares_of_the_pairs_as_their_areas() -> None:
     counts = PairedCounts(both=60, only_first=40, only_second=36, neither=64)
     ax = contingency(counts, names=("patched", "original"))
@@ -183,14 +236,16 @@ def test_observations_and_activations_in_half_precision_are_drawn() -> None:
 
 
 def test_every_figure_is_drawn_into_the_axes_it_is_given() -> None:
-    figure, axes = pyplot.subplots(2, 2)
+    figure, axes = pyplot.subplots(2, 3)
     drawn = [
         strip(SUMS, LABELS, ax=axes[0, 0]),
         effect_ranking([record("a", 0.2)], ax=axes[0, 1]),
         contingency(PairedCounts(1, 2, 3, 4), ax=axes[1, 0]),
         channel_map(torch.zeros(3, 4, 4), torch.ones(2, 2), ax=axes[1, 1]),
+        heat_map([[1.0]], ["row"], ["col"], axes[0, 2]),
+        survival({"original": [1, 2]}, axes[1, 2]),
     ]
-    assert drawn == list(axes.flat)
+    assert drawn == [*axes[:, :2].flat, *axes[:, 2]]
     assert pyplot.get_fignums() == [figure.number]
 
 
@@ -223,6 +278,17 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
             lambda: effect_ranking([record("a", math.nan)]),
             "None of the 1 effects is finite, so there is nothing to plot.",
         ),
+        (
+            lambda: heat_map([[1.0, 2.0]], ["a"], ["b"]),
+            "values must have one row per row label and one column per column label; got shape (1, 2), 1 row labels "
+            "and 1 column labels.",
+        ),
+        (
+            lambda: heat_map([[math.nan]], ["a"], ["b"]),
+            "None of the 1 effects is finite, so there is nothing to plot.",
+        ),
+        (lambda: survival({}), "survival() draws 1 to 6 policies, one line style each; got 0."),
+        (lambda: survival({"a": [1.0, math.inf]}), "a[1] is not finite. Remove that input."),
         (
             lambda: contingency(PairedCounts(0, 0, 0, 0)),
             "All four counts are 0, so there are no pairs to plot.",

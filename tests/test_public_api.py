@@ -68,7 +68,7 @@ def test_every_public_name_exists_and_has_a_docstring() -> None:
 
 
 def test_importing_chanpatch_imports_neither_scipy_nor_plotting_nor_an_environment() -> None:
-    heavy = ("scipy", "matplotlib", "gymnasium", "pandas", "sklearn", "tqdm", "safetensors", "torch._dynamo")
+    heavy = ("scipy", "matplotlib", "gymnasium", "pandas", "xarray", "sklearn", "tqdm", "safetensors", "torch._dynamo")
     program = (
         "import torch, sys; before = set(sys.modules); import chanpatch; "
         f"print(sorted((set(sys.modules) - before) & set({heavy})))"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +17,10 @@ from chanpatch.controls import MatchedChannels, OffDistribution
 from chanpatch.errors import StatisticsError
 from chanpatch.patching import ActivationCache, Ledger
 from chanpatch.policies import PairedRollouts, Rollout, SweptRollouts
-from chanpatch.probes import ChannelLabels, LinearProbe, Transfer
+from chanpatch.probes import ChannelLabels, LinearProbe, ProbeScores, Transfer
 from chanpatch.results import Effects, Records, columns, table
 from chanpatch.saving import Contents
-from chanpatch.sweeps import Attribution, SweepResult, attribution
+from chanpatch.sweeps import Attribution, Grid, SweepResult, attribution
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -92,10 +94,24 @@ def test_a_result_with_effects_draws_them():
     pyplot.close(axes.figure)
 
 
+def test_a_progress_bar_appears_in_a_notebook_and_not_in_a_plain_process():
+    program = """
+import sys, IPython
+if sys.argv[1] == "notebook":
+    sys.modules["ipykernel.zmqshell"] = IPython  # how tqdm recognizes a notebook
+from chanpatch.results import progress_bar
+with progress_bar(None, 3, "pass") as advance:
+    print(type(advance.__self__).__mro__[1].__name__, advance.__self__.disable)
+"""
+    for kind, printed in (("notebook", "tqdm_notebook False"), ("process", "tqdm True")):
+        run = subprocess.run([sys.executable, "-c", program, kind], capture_output=True, text=True, check=True)
+        assert run.stdout.splitlines()[-1] == printed
+
+
 @pytest.mark.parametrize(
     "kind",
-    [ActivationCache, ChannelLabels, Contents, HookPoints, Ledger, LinearProbe, MatchedChannels, OffDistribution,
-     Rollout, ThresholdProbe, Transfer],
+    [ActivationCache, ChannelLabels, Contents, Grid, HookPoints, Ledger, LinearProbe, MatchedChannels,
+     OffDistribution, ProbeScores, Rollout, ThresholdProbe, Transfer],
 )  # fmt: skip
 def test_every_result_is_a_table(kind: type) -> None:
     assert issubclass(kind, Records) and kind.__repr__ is not object.__repr__

@@ -14,6 +14,7 @@ from .patching.contexts import checked_patches
 from .patching.edit_context import state_of
 from .patching.edits import Resample, Set
 from .patching.patch import Patch, edit_name
+from .registry.sites import Site
 
 Patches: TypeAlias = "Mapping[Any, Patch | Iterable[Patch]] | Iterable[Patch | Iterable[Patch]]"
 
@@ -30,7 +31,7 @@ def labelled_patches(
         named = [(label, checked_patches(None, each)) for label, each in patches.items()]
     else:
         listed = [checked_patches(None, each) for each in (patches if isinstance(patches, Iterable) else [patches])]
-        named = [(" + ".join(_label(patch) for patch in each), each) for each in listed]
+        named = [(" + ".join(site_label(patch.site) for patch in each), each) for each in listed]
     if not named:
         raise fault(f"There are no {what}: the mapping or sequence is empty. Pass at least one patch.")
     for label, times in Counter(label for label, _ in named).items():
@@ -42,8 +43,9 @@ def labelled_patches(
     return named
 
 
-def _label(patch: Patch) -> str:
-    return repr(patch.site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)
+def site_label(site: Site) -> str:
+    """Return the label of a site, such as `1, feature=2`."""
+    return repr(site).removeprefix("Site(").removesuffix(")").replace("'", "", 2)
 
 
 def no_p_among(controls: Iterable[Iterable[Patch]]) -> str:

@@ -26,9 +26,11 @@ from .statistics.proportions import PairedCounts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["channel_map", "contingency", "effect_ranking", "strip"]
+__all__ = ["channel_map", "contingency", "effect_ranking", "heat_map", "strip", "survival"]
 
 _MARKERS = ("o", "x", "^", "s", "+", "v")
+_LINES = tuple(zip(("solid", "dashed", "dotted") * 2, ("black",) * 3 + ("0.6",) * 3, strict=True))  # style, color
+_TICKS = 40  # maximum number of labels along one side of a heat map
 
 
 def strip(
@@ -135,6 +137,61 @@ def _counted(name: str, group: Sequence[Any], shown: Sequence[Any]) -> str:
     if hidden := len(group) - len(shown):
         return f"{len(shown)} of {len(group)} {name}, {hidden} hidden"
     return f"{len(shown)} {name.removesuffix('s') if len(shown) == 1 else name}"
+
+
+def heat_map(
+    values: ArrayLike, rows: Sequence[Any], cols: Sequence[Any], ax: Axes | None = None, *, label: str = "effect"
+) -> Axes:
+    """Draw a matrix of effects with shape `(row, col)` as a heat map; `label` is the label of the color bar.
+
+    Dashes mark negative effects of at least a tenth of the largest absolute effect, so signs are readable without
+    color. Crosses mark NaN. StatisticsError is raised if the labels do not match the shape, or if no effect is finite.
+    """
+    effects = np.asarray(values, dtype=np.float64)
+    if effects.shape != (len(rows), len(cols)):
+        raise StatisticsError(
+            f"values must have one row per row label and one column per column label; got shape {effects.shape}, "
+            f"{len(rows)} row labels and {len(cols)} column labels."
+        )
+    if not np.isfinite(effects).any():
+        raise StatisticsError(f"None of the {effects.size} effects is finite, so there is nothing to plot.")
+    ax = ax or _new_axes(min(2.5 + 0.32 * len(cols), 11), min(1.8 + 0.28 * len(rows), 9))
+    top = float(np.abs(effects[np.isfinite(effects)]).max()) or 1.0
+    signed = bool((effects < 0).any())
+    shown = ax.imshow(effects, cmap="RdBu_r" if signed else "Reds", vmin=-top if signed else 0, vmax=top, aspect="auto")
+    strong, negative, missing = effects < -0.6 * top, effects <= -top / 10, np.isnan(effects)
+    for marked, marker, color in ((negative & ~strong, "_", "black"), (strong, "_", "white"), (missing, "x", "0.5")):
+        at = np.argwhere(marked)
+        ax.scatter(at[:, 1], at[:, 0], s=min(60, (200 / max(effects.shape)) ** 2), marker=marker, color=color)
+    for axis, labels in ((ax.yaxis, rows), (ax.xaxis, cols)):
+        every = range(0, len(labels), -(-len(labels) // _TICKS))
+        text = [str(labels[place]).replace("\n", r"\n") for place in every]
+        axis.set_ticks(every, text, parse_math=False)
+    if max(len(str(each)) for each in cols) > 2:
+        ax.tick_params(axis="x", rotation=90)
+    notes = ["dashes: negative"] * bool(negative.any()) + ["crosses: no value"] * bool(missing.any())
+    letters = max(12, int(10 * ax.get_window_extent().height / ax.figure.dpi))  # ten per inch
+    ax.figure.colorbar(shown, ax=ax, label=textwrap.fill(label, letters))
+    ax.set_title("\n".join(notes), loc="left", fontsize="medium")
+    return ax
+
+
+def survival(values: Mapping[str, ArrayLike], ax: Axes | None = None, *, label: str = "value") -> Axes:
+    """Draw the fraction of episodes above each value, such as a return or a length, with one curve per policy.
+
+    `values` maps each policy's name to an array with shape `(episode,)`. StatisticsError is raised if there are no
+    policies or more than six, or if a value is not finite.
+    """
+    if not 0 < len(values) <= len(_LINES):
+        raise StatisticsError(f"survival() draws 1 to {len(_LINES)} policies, one line style each; got {len(values)}.")
+    ax = ax or _new_axes(6, 4)
+    for place, ((name, each), (style, color)) in enumerate(zip(values.items(), _LINES, strict=False)):
+        found = finite(name, each, ("episode",))
+        text = f"{name} (n = {len(found)})"
+        ax.ecdf(found, complementary=True, linestyle=style, color=color, label=text, zorder=3 - place / 10)
+    ax.set(ylim=(0, 1.03), xlabel=label, ylabel="fraction of episodes above")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return ax
 
 
 def contingency(counts: PairedCounts, ax: Axes | None = None, *, names: tuple[str, str] = ("first", "second")) -> Axes:

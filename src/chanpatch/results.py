@@ -6,8 +6,9 @@ import html
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -71,7 +72,7 @@ class Effects(Records):
     """A result with one effect per row, in the given order; the table and `top` show the largest effects first.
 
     A subclass is a dataclass that defines `effect` and `effect_label`. `_by_row` lists the fields that have one entry
-    per row.
+    per row, first the labels.
     """
 
     _by_row: ClassVar[tuple[str, ...]]
@@ -89,6 +90,10 @@ class Effects(Records):
         """Return each row's effect."""
         raise NotImplementedError
 
+    def differences(self) -> NDArray[np.float64]:
+        """Return the effects with shape `(row, input)`, or `(row, 1)` if only the means over the inputs are known."""
+        return self.effect()[:, None]
+
     def top(self, count: int) -> Self:
         """Return the rows with the largest absolute effects, largest first; NaN comes last.
 
@@ -101,6 +106,41 @@ class Effects(Records):
         """Plot the largest effects, on new axes if `ax` is None; see `chanpatch.plots.effect_ranking`."""
         axes: Axes = imported("chanpatch.plots").effect_ranking(self._effects(), ax, label=self.effect_label)
         return axes
+
+    def grid(self, rows: int = 0, cols: int = 1) -> Grid:
+        """Arrange the effects in a matrix by two parts of each label, such as `(layer, position)`.
+
+        Numbers are sorted; other parts are in order of appearance. Cells without an effect are NaN. StatisticsError is
+        raised if a label does not have these parts, or if two labels have the same two parts.
+        """
+        (row_labels, col_labels), differences = self._arranged((rows, cols))
+        return Grid(row_labels, col_labels, differences, self.effect_label)
+
+    def to_xarray(self, dims: Sequence[str]) -> Any:
+        """Return the effects as an `xarray.DataArray` with one named dimension per part of each label; see `grid`."""
+        axes, differences = self._arranged(range(len(dims)))
+        return data_array(differences.mean(axis=-1), dict(zip(dims, axes, strict=True)), self.effect_label)
+
+    def _arranged(self, parts: Sequence[int]) -> tuple[list[tuple[Any, ...]], NDArray[np.float64]]:
+        """Return the labels along one axis per part, and the effects with shape `(*axes, input)`."""
+        named, known, values = f"parts {', '.join(map(str, parts))}", dict[Any, Any](), self.differences()
+        for label in getattr(self, self._by_row[0]):
+            if not isinstance(label, tuple) or not all(-len(label) <= part < len(label) for part in parts):
+                raise StatisticsError(
+                    f"The label {label!r} does not have the {named}. Pass a dict with tuples as labels, such as "
+                    "{(layer, position): patch}."
+                )
+            if (other := known.setdefault(tuple(label[part] for part in parts), label)) is not label:
+                raise StatisticsError(
+                    f"The labels {other!r} and {label!r} have the same {named}, so both belong in the same cell. Use "
+                    "parts that differ, or to_xarray() with all parts."
+                )
+        axes = [tuple(dict.fromkeys(part)) for part in zip(*known, strict=True)] or [()] * len(parts)
+        axes = [tuple(sorted(axis)) if all(isinstance(part, Real) for part in axis) else axis for axis in axes]
+        array = np.full((*map(len, axes), *values.shape[1:]), np.nan)
+        for key, row in zip(known, values, strict=True):
+            array[tuple(axis.index(part) for axis, part in zip(axes, key, strict=True))] = row
+        return axes, array
 
     def _lines(self) -> list[dict[str, Any]]:
         return self.top(len(self)).to_records()
@@ -119,6 +159,56 @@ class Effects(Records):
         """Return a result with only the given rows."""
         picked = {name: _picked(getattr(self, name), rows) for name in self._by_row}
         return replace(self, **picked)  # type: ignore[type-var]  # a subclass is a dataclass
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Grid(Records):
+    """Effects in a matrix, such as layers and positions, or senders and receivers. The table shows the largest first.
+
+    Attributes:
+        rows, cols: Label of each row and of each column.
+        differences: Effects with shape `(row, col, input)`, or `(row, col, 1)` if only the means over the inputs are
+            known. Cells without an effect are NaN.
+        effect_label: Label of the color bar in figures: the kind and unit of the effects, and the number of inputs.
+    """
+
+    rows: tuple[Any, ...]
+    cols: tuple[Any, ...]
+    differences: NDArray[np.float64]
+    effect_label: str
+
+    def effect(self) -> NDArray[np.float64]:
+        """Return the mean over the inputs, with shape `(row, col)`."""
+        return np.asarray(self.differences.mean(axis=-1))
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """Return one record per effect that is not NaN, with the keys `row`, `col` and `effect`."""
+        effect = self.effect()
+        at = np.argwhere(~np.isnan(effect)).tolist()
+        return [{"row": self.rows[m], "col": self.cols[n], "effect": float(effect[m, n])} for m, n in at]
+
+    def to_xarray(self, dims: tuple[str, str] = ("row", "col")) -> Any:
+        """Return the effects as an `xarray.DataArray` with the given dimensions."""
+        return data_array(self.effect(), dict(zip(dims, (self.rows, self.cols), strict=True)), self.effect_label)
+
+    def plot(self, ax: Axes | None = None, *, rows: Any = None, cols: Any = None) -> Axes:
+        """Plot the matrix, on new axes if `ax` is None; `rows` and `cols` replace labels, for example with tokens."""
+        shown = (self.rows if rows is None else rows, self.cols if cols is None else cols)
+        axes: Axes = imported("chanpatch.plots").heat_map(self.effect(), *shown, ax, label=self.effect_label)
+        return axes
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return sorted(self.to_records(), key=lambda record: -abs(record["effect"]))
+
+    def _title(self) -> str:
+        return f"{len(self.rows)} x {len(self.cols)} grid, {self.effect_label}"
+
+
+def data_array(values: Any, axes: Mapping[str, Sequence[Any]], name: str) -> Any:
+    """Return an `xarray.DataArray` with the given labels along each named axis."""
+    index = imported("pandas").Index
+    coords = {axis: index(labels, tupleize_cols=False) for axis, labels in axes.items()}
+    return imported("xarray").DataArray(values, coords, [*axes], name)
 
 
 def largest_first(values: ArrayLike) -> NDArray[np.int64]:
@@ -205,12 +295,13 @@ def imported(name: str, *, package: str | None = None) -> Any:
 def progress_bar(progress: bool | None, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
     """Yield a function that advances a progress bar over `total` units (None if the total is unknown).
 
-    With `progress=None`, the bar appears on a terminal after two seconds if tqdm is installed. With `progress=True`,
-    MissingPackageError is raised if tqdm is not installed.
+    With `progress=None`, the bar appears on a terminal or in a notebook after two seconds if tqdm is installed. With
+    `progress=True`, MissingPackageError is raised if tqdm is not installed.
     """
     if progress is False or (progress is None and find_spec("tqdm") is None):
         yield lambda count: None
         return
-    tqdm = imported("tqdm").tqdm
-    with tqdm(total=total, unit=unit, delay=2, disable=None if progress is None else False) as bar:
+    tqdm, in_notebook = imported("tqdm.auto").tqdm, imported("tqdm.notebook").tqdm_notebook
+    is_shown = progress or issubclass(tqdm, in_notebook)
+    with tqdm(total=total, unit=unit, delay=2, disable=False if is_shown else None) as bar:
         yield bar.update

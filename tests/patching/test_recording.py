@@ -611,6 +611,63 @@ def test_a_cache_prints_its_sites_axes_and_shapes(points, image):
     )
 
 
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList(nn.Linear(3, 3) for _ in range(11))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, vector):
+        for layer in self.h:
+            vector = layer(vector)
+        return self.head(vector)
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    vectors = torch.randn(4, 3)
+    return run_with_cache(hook_points(Layers(), vectors), vectors, sites=["h.*", "h.*.in[0]", "head"])[1]
+
+
+def test_a_notebook_completes_the_names_of_the_sites_in_a_cache(points, image, layers):
+    two = cache_of(points, image, points.site("conv", channel=0), points.site("conv", channel=1), "fc")
+    assert two._ipython_key_completions_() == ["conv", "fc"]
+    assert layers._ipython_key_completions_()[-1] == "head" and "h.10.in[0]" in layers._ipython_key_completions_()
+
+
+def test_a_pattern_selects_sites_in_the_order_in_which_they_ran(layers):
+    assert [site.name for site in layers.select("h.*")] == [f"h.{number}" for number in range(11)]
+    inputs = layers.select("h.*.in[0]")
+    assert len(inputs) == 11 and torch.equal(inputs["h.1.in[0]"], layers["h.0"])
+    assert inputs.axes("h.1.in[0]") == ("batch", "feature") and len(inputs.to_pandas()) == 11 * 12
+    mean = layers.mean().select("h.*") - layers.select("h.*")
+    assert torch.equal(mean["h.3"], layers["h.3"].mean(0) - layers["h.3"])
+    with pytest.raises(HookPointError) as caught:
+        layers.select("head").select("block.*")
+    assert str(caught.value) == "No site in the cache matches 'block.*'. Sites: Site('head')."
+
+
+def test_a_stack_has_the_layers_along_its_first_axis(layers):
+    stacked = layers.select("h.*").stack()
+    assert stacked.shape == (11, 4, 3) and torch.equal(stacked[10], layers["h.10"])
+    with pytest.raises(SiteError) as caught:
+        layers.stack()
+    assert str(caught.value) == (
+        "Only activations with equal shapes and axes can be stacked; got (4, 2) with axes (batch, feature), (4, 3) "
+        "with axes (batch, feature). Select the sites first: cache.select('h.*.mlp').stack()."
+    )
+    with pytest.raises(SiteError, match=r"got no sites\. Select"):
+        ActivationCache({}, {}, {}).stack()
+
+
+def test_an_xarray_of_a_cache_has_its_sites_and_axes(layers):
+    array = layers.select("h.*").to_xarray()
+    assert array.dims == ("site", "batch", "feature") and array.coords["site"].values[3] == "Site('h.3')"
+    np.testing.assert_array_equal(array.sel(site="Site('h.3')", batch=2), layers["h.3"][2].detach())
+    assert layers.select("head").to(torch.bfloat16).to_xarray().dtype == np.float32
+
+
 # --- refusals ---
 
 

@@ -8,6 +8,7 @@ import policies
 import pytest
 import torch
 from gymnasium.vector import SyncVectorEnv
+from matplotlib import pyplot
 from policies import SEEDS, Drifting, Recurrent, same
 from torch import nn
 
@@ -281,6 +282,35 @@ def test_controls_are_played_beside_the_patches_and_rank_their_effects(cart_pole
     assert all(rank.p == rank.rank / 21 for rank in found.ranks())
 
 
+def test_effects_are_drawn_above_the_controls_and_returns_and_lengths_as_curves(cart_pole):
+    pyplot.switch_backend("Agg")
+    points, ablations, envs = cart_pole
+    found = rollout_sweep(points, envs, SEEDS, few(ablations, 0, 7), controls=few(ablations, 7, 9), max_steps=60)
+    names = [text.get_text() for text in found.plot().get_yticklabels()]
+    assert {*names[:7]} == {*found.labels} and {*names[7:]} == {"no 7", "no 8"}
+    shown = [*found.top(5)]
+    for values in ("returns", "lengths"):
+        axes = found.plot_curves(values)
+        assert [line.get_label() for line in axes.lines] == [f"{name} (n = 5)" for name in shown]
+        for name, line in zip(shown, axes.lines, strict=True):
+            assert line.get_xdata()[:-1].tolist() == sorted(getattr(found[name], values))
+    assert axes.get_xlabel() == "episode length (steps)"
+    with pytest.raises(RolloutError, match=r"^values must be 'returns' or 'lengths'; got 'rewards'\.$"):
+        found.plot_curves("rewards")
+    pyplot.close("all")
+
+
+def test_labels_with_two_parts_make_a_grid_of_effects_in_episodes(cart_pole):
+    points, ablations, envs = cart_pole
+    patches = {(n % 2, n // 2): ablations[f"no {n}"] for n in range(4)}
+    found = rollout_sweep(points, envs, SEEDS, patches, max_steps=60)
+    grid = found.grid()
+    assert grid.differences.shape == (2, 2, 5)
+    np.testing.assert_array_equal(grid.effect().T.ravel(), found.effect())
+    assert grid.effect_label == found.effect_label == "difference in mean return, n = 5 episodes"
+    np.testing.assert_array_equal(found.to_xarray(("a", "b")), grid.effect())
+
+
 def test_records_hold_the_paired_difference_of_mean_return_its_interval_and_the_rank(cart_pole):
     points, ablations, envs = cart_pole
     found = rollout_sweep(points, envs, SEEDS, few(ablations, 0, 2), controls=few(ablations, 2, 4), max_steps=60)
@@ -454,6 +484,7 @@ def test_a_policy_that_treats_the_rows_of_all_labels_together_is_refused(module,
 
 def test_without_a_bar_tqdm_is_not_needed(points, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     patches = {"ablated": zero_ablate(points.site("layers.1"))}
     for progress in (False, None):
         assert rollout_sweep(points, drifting(4), SEEDS, patches, max_steps=3, progress=progress)["ablated"]

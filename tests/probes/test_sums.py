@@ -139,6 +139,7 @@ def test_channel_sums_stop_at_the_site_and_leave_no_trace():
 def test_channel_sums_need_no_tqdm(cnn, monkeypatch):
     points, images, activation = cnn
     monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     np.testing.assert_allclose(channel_sums(points, images, "relu1"), activation.sum((2, 3)), rtol=1e-6)
 
 

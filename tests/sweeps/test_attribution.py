@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import tqdm
+import tqdm.auto
 from models import Model
 from scipy.stats import rankdata
 from torch import Tensor, nn
@@ -513,12 +513,12 @@ def test_one_bar_counts_the_steps_and_the_verifying_forwards(
 ) -> None:
     bars: list[Any] = []
 
-    class Bar(tqdm.tqdm):  # type: ignore[misc]
+    class Bar(tqdm.auto.tqdm):  # type: ignore[misc]
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings, file=io.StringIO())
             bars.append(self)
 
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
     patches = [*map(zero_ablate, split("1", "3")), steer(POINTS.site("1"), torch.ones(1, 6).double())]
     attribution(POINTS, INPUTS, patches=patches, metric=METRIC, steps=steps, verify=verify, progress=True)
     lines = 3  # the last one overlaps the units of its hook point

@@ -202,10 +202,11 @@ def test_a_baseline_of_the_users_own_is_kept() -> None:
 
 
 FAULTS: dict[str, tuple[Any, type[Exception], str]] = {
-    "two senders": (
-        lambda: effect(["first", "second"], "head.in[0]"),
+    "a pattern for two senders": (
+        lambda: effect("?e*.in[0]", "head.in[0]"),
         SiteError,
-        "Expected one site, but got 2: Site('first'), Site('second'). Pass one of these sites.",
+        "Expected one site, but got 3: Site('second.in[0]'), Site('relu.in[0]'), Site('head.in[0]'). Pass "
+        "one of these sites.",
     ),
     "no receiver": (
         lambda: effect("first", []),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from models import Model, vectors
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from chanpatch.metrics import kl_divergence
 from chanpatch.patching import Scale
 from chanpatch.statistics import mean_interval, rank_among
 from chanpatch.statistics.flips import ranked_interval
-from chanpatch.sweeps import SweepInterrupted, SweepResult, path_patch, sweep
+from chanpatch.sweeps import SweepInterrupted, SweepResult, attribution, path_patch, sweep
 
 ROWS = 12
 
@@ -404,21 +405,94 @@ def test_an_interrupt_before_the_first_patch_is_an_interrupt(points: HookPoints)
 
 
 def test_a_bar_counts_the_patches(points: HookPoints, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    import tqdm
+    import tqdm.auto
 
     bars = []
 
-    class Bar(tqdm.tqdm):  # type: ignore[misc, name-defined]
+    class Bar(tqdm.auto.tqdm):  # type: ignore[misc, name-defined]
         def close(self) -> None:
             bars.append((self.n, self.total))
             super().close()
 
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
     swept(points, progress=True)
     assert bars[0] == (8, 8)
     bars.clear()
     swept(points, progress=False)
     assert not bars
+
+
+def by_layer_and_token(points: HookPoints) -> dict[Any, Any]:
+    sites = {(layer, n): points.site(str(layer), feature=n) for layer in (1, 0) for n in (2, 0, 1)}
+    return {label: zero_ablate(site) for label, site in sites.items() if label != (0, 1)}
+
+
+def test_labels_with_two_parts_make_a_grid_with_nan_in_its_holes(points: HookPoints) -> None:
+    result = swept(points, patches=by_layer_and_token(points))
+    grid = result.grid()
+    assert (grid.rows, grid.cols) == ((0, 1), (0, 1, 2))  # numbers are sorted
+    for row, col in np.ndindex(2, 3):
+        expected = (
+            np.full(ROWS, np.nan) if (row, col) == (0, 1) else result.differences()[result.labels.index((row, col))]
+        )
+        np.testing.assert_array_equal(grid.differences[row, col], expected)
+    turned = result.grid(rows=-1, cols=0)
+    assert (turned.rows, turned.cols) == ((0, 1, 2), (0, 1))
+    np.testing.assert_array_equal(turned.effect(), grid.effect().T)
+    assert grid.to_records()[0] == {"row": 0, "col": 0, "effect": result.effect()[result.labels.index((0, 0))]}
+    assert len(grid.to_records()) == 5
+
+
+def test_a_grid_is_for_one_metric_and_for_effects_without_inputs_too(points: HookPoints) -> None:
+    patches = by_layer_and_token(points)
+    result = swept(points, patches=patches, metric={"a": first, "b": lambda output: output[:, 1]})
+    assert np.nanmax(np.abs(result.grid(metric="b").effect())) == np.abs(result.effect("b")).max()
+    assert result.grid(metric="b").effect_label == "mean change (b, 12 inputs)"
+    with pytest.raises(errors.MetricError, match="The sweep has several metrics: 'a', 'b'"):
+        result.grid()
+    estimated = attribution(points, *vectors(ROWS), patches=patches, metric=first)
+    assert estimated.grid().differences.shape == (2, 3, 1)
+    np.testing.assert_array_equal(estimated.grid().effect()[1, 2], estimated.effect()[estimated.labels.index((1, 2))])
+
+
+def test_labels_with_three_parts_are_an_xarray_of_three_dimensions(points: HookPoints) -> None:
+    patches = {(1, token, n): zero_ablate(points.site("1", feature=n)) for n in (5, 3) for token in ("The", "cat")}
+    patches[1, "The", 7] = zero_ablate(points.site("1", feature=7))
+    result = swept(points, patches=patches)
+    array = result.to_xarray(("layer", "token", "feature"))
+    assert array.dims == ("layer", "token", "feature") and array.shape == (1, 2, 3)
+    assert array.coords["feature"].values.tolist() == [3, 5, 7] and array.coords["token"].values[0] == "The"
+    for label, effect in zip(result.labels, result.effect(), strict=True):
+        assert array.sel(dict(zip(array.dims, label, strict=True))).item() == effect
+    assert np.isnan(array.sel(token="cat", feature=7).item()) and array.name == result.effect_label
+    assert result.to_xarray(("layer", "token", "feature"), metric="first").equals(array)
+
+
+def test_a_heat_map_has_tokens_on_its_axis_in_place_of_positions(points: HookPoints) -> None:
+    pyplot.switch_backend("Agg")
+    axes = swept(points, patches=by_layer_and_token(points)).grid().plot(cols=["The", " cat", "The"])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["The", " cat", "The"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1"]
+    pyplot.close(axes.figure)
+
+
+def test_labels_that_make_no_grid_are_refused(points: HookPoints) -> None:
+    site = points.site("1", feature=0)
+    doubled = swept(points, patches={(0, "a", 1): zero_ablate(site), (0, "a", 2): zero_ablate(site)})
+    with pytest.raises(errors.StatisticsError) as caught:
+        doubled.grid()
+    assert str(caught.value) == (
+        "The labels (0, 'a', 1) and (0, 'a', 2) have the same parts 0, 1, so both belong in the same cell. Use parts "
+        "that differ, or to_xarray() with all parts."
+    )
+    assert doubled.grid(cols=2).effect().shape == (1, 2)
+    for result, label in ((swept(points), "'1, feature=0'"), (doubled, "(0, 'a', 1)")):
+        with pytest.raises(errors.StatisticsError) as caught:
+            result.grid(cols=3)
+        assert str(caught.value) == (
+            f"The label {label} does not have the parts 0, 3. Pass a dict with tuples as labels, such as {{(layer, "
+            "position): patch}."
+        )
 
 
 def test_a_baseline_of_the_users_own_is_kept(points: HookPoints) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import BatchAxisError, HookPointError, SiteError, did_you_mean
 from ..registry.names import is_pattern, selected, spellings
 from ..registry.sites import Axes, HookPoint, Site, no_batch, normalized
-from ..results import Records
+from ..results import Records, data_array
 
 
 class ActivationCache(Records, Mapping[Site, Tensor]):
@@ -65,10 +65,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         if isinstance(key, Site) and key in self._parts:
             return key
         name = key if isinstance(key, str) else key.name
-        names = [name]
-        if isinstance(key, str) and is_pattern(key):
-            traced = {site.name: (site.point.module, site.point.aliases) if site.point else () for site in self}
-            names = selected(key, {each: spellings(each, *known) for each, known in traced.items()})
+        names = self._matching(key) if isinstance(key, str) and is_pattern(key) else [name]
         held = [s for s in self if s.name in names or (s.point and name in s.point.aliases)]
         if isinstance(key, Site):  # the same region spelled differently, such as channel=-1
             held = [site for site in held if site.point is not None and normalized(key, site.point) == site]
@@ -80,6 +77,44 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             fault = f"has {len(held)} sites at '{name}'" if held else f"does not contain {key!r}"
             raise HookPointError(f"The cache {fault}.{hint} Sites in the cache: {held_sites}.")
         return held[0]
+
+    def _matching(self, pattern: str) -> list[str]:
+        """Return the names of the recorded hook points that match a pattern."""
+        traced = {site.name: (site.point.module, site.point.aliases) if site.point else () for site in self}
+        return selected(pattern, {name: spellings(name, *known) for name, known in traced.items()})
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [*dict.fromkeys(site.name for site in self)]
+
+    def select(self, pattern: str) -> ActivationCache:
+        """Return a cache with the sites that match a pattern, such as `"h.*.mlp"`; see `HookPoints.select`."""
+        names = self._matching(pattern)
+        same = self._like(lambda activation, site: activation)
+        same._parts = {site: parts for site, parts in same._parts.items() if site.name in names}
+        if not same:
+            raise HookPointError(f"No site in the cache matches '{pattern}'. Sites: {', '.join(map(repr, self))}.")
+        return same
+
+    def stack(self) -> Tensor:
+        """Stack all activations along a new first axis, as in `cache.select("h.*").stack()`.
+
+        Raises:
+            SiteError: If the activations differ in shape or axis names, or if the cache is empty.
+        """
+        kinds = {f"{tuple(each.shape)} with axes ({', '.join(self._axes[site])})" for site, each in self.items()}
+        if len(kinds) != 1:
+            raise SiteError(
+                "Only activations with equal shapes and axes can be stacked; got "
+                f"{', '.join(sorted(kinds)) or 'no sites'}. Select the sites first: cache.select('h.*.mlp').stack()."
+            )
+        return torch.stack([*self.values()])
+
+    def to_xarray(self) -> Any:
+        """Stack all activations in an `xarray.DataArray`, as `stack` does; the first dimension is `site`."""
+        stacked, axes = self.stack().detach().cpu(), self._axes[next(iter(self))]
+        numbers = stacked.float() if stacked.dtype == torch.bfloat16 else stacked  # NumPy has no bfloat16
+        coords = {axis: range(length) for axis, length in zip(axes, stacked.shape[1:], strict=True)}
+        return data_array(numbers.numpy(), {"site": [*map(repr, self)], **coords}, "activation")
 
     def _like(self, change: Callable[[Tensor, Site], Tensor]) -> ActivationCache:
         changed = {site: change(activation, site) for site, activation in self.items()}
@@ -128,8 +163,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         Raises:
             BatchAxisError: If a batch axis is unknown.
         """
-        for site, axis in self._batch_axes.items():
-            if axis is None:
+        for site in self:
+            if self._batch_axes[site] is None:
                 raise BatchAxisError(f"Cannot average {site!r} over the batch. {no_batch(site)}")
         means = self._like(lambda activation, site: activation.mean(dim=self._batch_axes[site], keepdim=True))
         means._is_mean = True

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
 from ..errors import RolloutError
+from ..plots import survival
 from ..results import Effects, Records, columns, interval_notes, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
 from ..statistics.means import snapped
 from ..statistics.ranking import Alternative, Rank, ranked_records, ranks_among
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _ROUNDING = 1e-12  # relative rounding error in a sum of rewards
 
@@ -77,6 +81,7 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     rollouts: Mapping[str, Rollout]
     remarks: tuple[str, ...] = field(default=(), kw_only=True)
     _whole: PairedRollouts | None = field(default=None, kw_only=True)  # the result before `top` selected policies
+    _by_row = ("labels",)
 
     def __post_init__(self) -> None:
         self._check_pairs(self.rollouts)
@@ -136,6 +141,17 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     def effect_label(self) -> str:
         """Label of the effect axis in figures."""
         return f"difference in mean return, n = {self._episodes}"
+
+    def plot_curves(self, values: Literal["returns", "lengths"] = "returns", ax: Axes | None = None) -> Axes:
+        """Plot the fraction of episodes above each return or length (survival curves); see `chanpatch.plots.survival`.
+
+        The figure shows the first policy and the five other policies with the largest absolute effects.
+        """
+        labels = {"returns": "return", "lengths": "episode length (steps)"}
+        if values not in labels:
+            raise RolloutError(f"values must be 'returns' or 'lengths'; got {values!r}.")
+        shown = {str(name): getattr(rollout, values) for name, rollout in self.top(5).rollouts.items()}
+        return survival(shown, ax, label=labels[values])
 
     def _effects(self) -> list[dict[str, Any]]:
         return self.comparisons()

@@ -287,7 +287,7 @@ def sites_of(
     return tuple(dict.fromkeys(bound(points_or_model, named)))
 
 
-def site_of(points: HookPoints, site: str | Site | HookPoint) -> Site:
+def site_of(points: HookPoints, site: str | Site | HookPoint | Iterable[Site]) -> Site:
     """Convert a name, pattern, hook point or site to a checked site; raise SiteError if there are several sites."""
     found = sites_of(points, site)
     if len(found) > 1:

@@ -5,9 +5,11 @@ result = sweep(points, observations, patches=[zero_ablate(site) for site in site
 result.top(10)
 """
 
-from .attribution import attribution
+from ..results import Grid
+from .attribution import attribution, edge_attribution
 from .path_patching import path_patch
 from .result import Attribution, SweepInterrupted, SweepResult, Swept
 from .sweep import sweep
 
-__all__ = ["Attribution", "SweepInterrupted", "SweepResult", "Swept", "attribution", "path_patch", "sweep"]
+__all__ = ["Attribution", "Grid", "SweepInterrupted", "SweepResult", "Swept",
+           "attribution", "edge_attribution", "path_patch", "sweep"]  # fmt: skip

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..channels import pair_count
 from ..engine.inputs import Inputs, batches
+from ..engine.state import training_modules
 from ..errors import SiteError
+from ..labels import site_label
 from ..metrics.measured import Metric, measured
 from ..patching.cache import ActivationCache
 from ..patching.contexts import patched
+from ..patching.patch import Patch
 from ..patching.recording import recording
 from ..patching.verbs import patch_in
 from ..registry.points import HookPoints, site_of, sites_of, traced
 from ..registry.sites import HookPoint, Site
-from .plan import Forward
+from ..results import Grid
+from .plan import Entry, Forward, clean_run
+from .prefix import StrategyError
+from .sweep import sweep
+
+Place: TypeAlias = "str | Site | HookPoint"
+Places: TypeAlias = "Place | Iterable[Place] | Mapping[Any, Place | Iterable[Place]]"
 
 
 def path_patch(
     points_or_model: HookPoints | nn.Module,
     clean: Inputs,
     corrupted: Inputs,
-    sender: str | Site | HookPoint,
-    receivers: str | Site | HookPoint | Iterable[str | Site | HookPoint],
+    sender: Places,
+    receivers: Places,
     *,
     metric: Metric,
-    frozen: str | Site | HookPoint | Iterable[str | Site | HookPoint] | None = None,
-) -> Tensor:
-    """Measure the effect of a sender on a metric along the direct path to the receivers.
+    frozen: Place | Iterable[Place] | None = None,
+) -> Any:
+    """Measure the effect of one or many senders on a metric along the direct paths to the receivers.
 
     First, the model runs on the clean inputs with the sender's activation patched in from the corrupted run, while
     frozen modules between the sender and the receivers keep their clean activations. The resulting activations at the
@@ -42,8 +54,10 @@ def path_patch(
         points_or_model: The model, which is traced with the clean inputs, or its HookPoints.
         clean: Clean inputs: a tensor `(batch, ...)`, a tuple of positional arguments, or a dict of keyword arguments.
         corrupted: Corrupted inputs in the same form, one for each clean input.
-        sender: Hook point at which the path begins.
-        receivers: Hook points at which the path ends, such as module inputs. A path may pass through several receivers.
+        sender: Hook point at which the path begins; or many senders, as an iterable or a dict from labels to sites.
+        receivers: Hook points at which the path ends, such as module inputs. With one sender, all receivers are patched
+            together, and the path may pass through several of them. With many senders, each receiver has its own
+            column; to patch several receivers together, pass a dict that maps labels to lists of sites.
         metric: A function of the model's output, as for `sweep`.
         frozen: Hook points to freeze if they lie between the sender and the last receiver. By default, these are the
             outputs of modules that have weights and contain no other module with weights (such as Linear, Conv2d,
@@ -52,11 +66,14 @@ def path_patch(
             frozen.
 
     Returns:
-        A tensor with shape `(batch,)`: the metric in the run with the path patched minus the metric in the clean run.
+        The metric in the run with the path patched minus the metric in the clean run. With one sender, a tensor with
+        shape `(batch,)`. With many senders, a `Grid` with one row per sender and one column per receiver, and NaN if
+        the receiver does not come after the sender. The clean prefix runs once, and `sweep` patches the receivers. One
+        activation per pair is in memory.
 
     Raises:
-        HookPointError, SiteError: If a site does not exist, if a receiver does not come after the sender, or if the
-            sites frozen by default block every path from the sender to the receivers.
+        HookPointError, SiteError: If a site does not exist, if no receiver comes after a sender, or if the sites frozen
+            by default block every path from the senders to the receivers.
         ContrastError: If `clean` and `corrupted` have different numbers of inputs.
         MetricError: If the metric does not return `(batch,)`.
 
@@ -74,79 +91,162 @@ def path_patch(
         Goldowsky-Dill et al. 2023, "Localizing model behavior with path patching".
     """
     points = traced(points_or_model, clean)
-    pair_count(clean, corrupted)
-    if not isinstance(receivers, (str, Site, HookPoint)) and not (receivers := [*receivers]):
-        raise SiteError("There are no receivers. Pass at least one receiver, such as 'head.in[0]'.")
-    sending, receiving = site_of(points, sender), sites_of(points, receivers)
-    held = _between(points, sending, receiving, frozen)
-    clean_run, corrupted_run = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
-    source = corrupted_run.until(sending)
-    whole = [points.site(site.name) for site in receiving]  # the activation may change outside a region
-    ends = [*receiving, *whole]
-    with recording(points, [sending, *held, *ends]) as cache:
-        baseline = clean_run()
+    ends = named(points, "receivers", receivers)
+    one = isinstance(sender, (str, Site, HookPoint)) and site_of(points, sender)
+    if one:
+        ends = {" + ".join(map(str, ends)): tuple(site for sites in ends.values() for site in sites)}
+    paths = Paths(points, clean, corrupted, one or sender, ends, frozen)
+    before = measured(metric, paths.baseline, paths.baseline)
+    grid = paths.grid(metric)
+    kind = before.device if before.dtype == torch.bool else before  # a difference of booleans may be -1
+    return torch.from_numpy(grid.differences[0, 0]).to(kind) if one else grid
 
-    def arriving(held: Sequence[Site]) -> ActivationCache:
-        patches = [patch_in(sending, source), *(patch_in(site, cache) for site in held)]
-        with patched(points, patches), recording(points, ends) as found:
-            clean_run()
+
+class Paths:
+    """Direct paths from senders to receivers, by label. Receivers with the same label are patched together."""
+
+    def __init__(
+        self, points: HookPoints, clean: Inputs, corrupted: Inputs, senders: Places, receivers: Places, frozen: Any
+    ) -> None:
+        pair_count(clean, corrupted)
+        self.points, self._is_default = points, frozen is None
+        frozen = _with_weights(points) if frozen is None else frozen
+        listed = [frozen] if isinstance(frozen, (str, Site, HookPoint)) else [*frozen]
+        self._frozen = sites_of(points, listed) if listed else ()
+        self.senders = {label: site_of(points, each) for label, each in named(points, "senders", senders).items()}
+        self.receivers = named(points, "receivers", receivers)
+        self._order = {name: number for number, name in enumerate(points)}
+        self._last = {label: max(self._order[end.name] for end in ends) for label, ends in self.receivers.items()}
+        # The activation at a receiver may also change outside the receiver's region.
+        self._ends = {label: [points.site(end.name) for end in ends] for label, ends in self.receivers.items()}
+        every = [*itertools.product(self.senders, self.receivers)]
+        pairs = [pair for pair in every if not self._too_early(*pair)] or every[:1]
+        self._held = {pair: self._between(*pair) for pair in pairs}
+        self.forward, self.corrupted = (Forward(points, *batch) for batch in batches([clean, corrupted], 1))
+        self._source = self.corrupted.until([*self.senders.values()])
+        self._skips: dict[str, int] = {}  # number of module calls before each sender, by the sender's hook point
+        recorded = itertools.chain(self.senders.values(), *self._held.values(), *self._ends.values())
+        with recording(points, recorded) as self._cache:
+            if len(self.senders) == 1 or training_modules(points.model):
+                self.baseline = self.forward()
+            else:
+                entries = [Entry(0, label, (patch_in(site, self._source),)) for label, site in self.senders.items()]
+                self.baseline, groups = clean_run(self.forward, entries, max_bytes=2**28)
+                self._skips = {group.point.name: group.skippable for group in groups}
+        last, label = max(pairs, key=lambda pair: self._order[self.senders[pair[0]].name])
+        if skips := self._skips:
+            fast, self._skips = self._arrival(last, [label], ()), {}
+            self._skips = skips if _alike(fast, self._arrival(last, [label], ()), fast) else {}
+
+    def received(self) -> dict[tuple[Any, Any], ActivationCache]:
+        """Return the activations that arrive at the receivers of each path, by pair of labels."""
+        found, order = dict[tuple[Any, Any], ActivationCache](), self._order
+        for sender in self.senders:
+            # Receivers share a run if it freezes the same sites before each. Later sites have no effect on a receiver.
+            held = {label: {*each} for (start, label), each in self._held.items() if start == sender}
+            every = set().union(*held.values())
+            alike = [
+                label
+                for label in held
+                if {each for each in every if order[each.name] <= self._last[label]} == held[label]
+            ]
+            for labels in (alike, *([label] for label in held if label not in alike)):
+                if labels:
+                    cache = self._arrival(sender, labels, set().union(*(held[label] for label in labels)))
+                    found |= {(sender, label): cache for label in labels}
+        if self._is_default and all(_alike(each, self._cache, self._ends[pair[1]]) for pair, each in found.items()):
+            for (sender, label), frozen in self._held.items():
+                site, ends = self.senders[sender], self._ends[label]
+                is_same = torch.equal(self._source[site], self._cache[site])
+                if not is_same and not _alike(self._arrival(sender, [label], ()), self._cache, ends):
+                    names = ", ".join(f"'{each.name}'" for each in frozen[:6]) + ", ..." * (len(frozen) > 6)
+                    raise SiteError(
+                        f"All paths from {site!r} to the receivers pass through frozen sites: {names}. Choose the "
+                        "sites to freeze with frozen=[...], or freeze nothing with frozen=()."
+                    )
         return found
 
-    def moves(found: ActivationCache) -> bool:
-        return any(not torch.equal(found[site], cache[site]) for site in whole)
+    def patches(self, label: Any, cache: ActivationCache) -> list[Patch]:
+        """Return the patches that write cached activations at the receivers with the given label."""
+        return [patch_in(site, cache) for site in self.receivers[label]]
 
-    # Patching in clean activations is not a no-op if a module modifies them in place, so the baseline is patched too.
-    before = _measured(clean_run, receiving, cache, metric, baseline)
-    received = arriving(held)
-    unmoved = not moves(received) and not torch.equal(source[sending], cache[sending])
-    if frozen is None and unmoved and moves(arriving([])):
-        names = ", ".join(f"'{site.name}'" for site in held[:6]) + ", ..." * (len(held) > 6)
-        raise SiteError(
-            f"All paths from {sending!r} to the receivers pass through frozen sites: {names}. Choose the sites to "
-            "freeze with frozen=[...], or freeze nothing with frozen=()."
-        )
-    return _measured(clean_run, receiving, received, metric, baseline) - before
+    def grid(self, metric: Metric) -> Grid:
+        """Patch the receivers of each path, and return the changes in the metric; pairs without a path are NaN."""
+        received = self.received()
+        # Patching in clean activations is not a no-op if a module modifies them in place.
+        runs = {(label,): self._cache for _, label in received} | received
+        patches = {key: self.patches(key[-1], cache) for key, cache in runs.items()}
+        args, keywords = self.forward.inputs
+        strategy: Any = "loop" if len(received) == 1 else "auto"
+        result = sweep(self.points, *args, patches=patches, metric=metric, strategy=strategy, **keywords)
+        (values,) = result.values.values()
+        by_label = dict(zip(result.labels, values, strict=True))
+        differences = np.full((len(self.senders), len(self.receivers), values.shape[1]), np.nan)
+        rows, cols = tuple(self.senders), tuple(self.receivers)
+        for sender, label in received:
+            differences[rows.index(sender), cols.index(label)] = by_label[sender, label] - by_label[(label,)]
+        return Grid(rows, cols, differences, result.effect_label)
+
+    def _arrival(self, sender: Any, labels: Sequence[Any], held: Iterable[Site]) -> ActivationCache:
+        """Run the model on the clean inputs with a sender patched and sites frozen, up to the last of the receivers."""
+        site = self.senders[sender]
+        patches = [patch_in(site, self._source), *(patch_in(each, self._cache) for each in held)]
+        ends = [end for label in labels for end in self._ends[label]]
+        with suppress(StrategyError), patched(self.points, patches):
+            return self.forward.until(ends, skip=self._skips.get(site.name, 0))
+        with patched(self.points, patches):
+            return self.forward.until(ends)
+
+    def _too_early(self, sender: Any, label: Any) -> list[Site]:
+        """Return the receivers that do not come after the sender."""
+        first = self._order[self.senders[sender].name]
+        return [site for site in self.receivers[label] if self._order[site.name] <= first]
+
+    def _between(self, sender: Any, label: Any) -> list[Site]:
+        """Check the receivers, and return the sites to freeze. These lie between the sender and the last receiver."""
+        points, order, receivers = self.points, self._order, self.receivers[label]
+        if before := self._too_early(sender, label):
+            raise SiteError(
+                f"The receiver {before[0]!r} does not come after the sender {self.senders[sender]!r} in the forward "
+                "pass, so no path connects them. Print the HookPoints to see their execution order."
+            )
+        whole = [site for site in receivers if not points[site.name].module]
+        if whole and self._is_default:
+            raise SiteError(
+                f"The receiver {whole[0]!r} is the model's final output, where every path ends. Use the module that "
+                "computes this output, or the module's input (such as 'head.in[0]'). Alternatively, choose the hook "
+                "points to freeze with frozen=[...]."
+            )
+        start, ends = points[self.senders[sender].name], [points[site.name] for site in receivers]
+        first, last = order[start.name], self._last[label]
+        # Calls that contain the sender began before the sender ran. For an input, this includes its own module's call.
+        begun = [each for each in points.values() if each.side == "in" and order[each.name] <= first]
+        exempt = {(each.module, each.call) for each in begun}
+        exempt -= {(start.module, start.call)} if start.side == "out" else set()
+        exempt |= {(end.module, end.call) for end in ends}
+        inside = tuple(f"{end.module}." for end in ends if end.side == "out")
+
+        def may_freeze(point: HookPoint) -> bool:
+            is_exempt = (point.module, point.call) in exempt or point.module.startswith(inside)
+            return first < order[point.name] < last and not is_exempt
+
+        return [site for site in self._frozen if may_freeze(points[site.name])]
 
 
-def _measured(forward: Forward, sites: Sequence[Site], cache: ActivationCache, metric: Metric, baseline: Any) -> Tensor:
-    """Run the model with the cached activations patched in at the sites, and return the metric."""
-    with forward.running() as run:
-        with patched(forward.points, [patch_in(site, cache) for site in sites]):
-            output = run.kept(forward.output())
-        return measured(metric, output, baseline)
+def _alike(one: ActivationCache, other: ActivationCache, sites: Iterable[Site]) -> bool:
+    return all(torch.equal(one[site], other[site]) for site in sites)
 
 
-def _between(points: HookPoints, sender: Site, receivers: Sequence[Site], frozen: Any) -> list[Site]:
-    """Check the receivers, and return the sites to freeze. These lie between the sender and the last receiver."""
-    order = {name: number for number, name in enumerate(points)}
-    before = [site for site in receivers if order[site.name] <= order[sender.name]]
-    if before:
-        raise SiteError(
-            f"The receiver {before[0]!r} does not come after the sender {sender!r} in the forward pass, so no path "
-            "connects them. Print the HookPoints to see their execution order."
-        )
-    whole = [site for site in receivers if not points[site.name].module]
-    if whole and frozen is None:
-        raise SiteError(
-            f"The receiver {whole[0]!r} is the model's final output, where every path ends. Use the module that "
-            "computes this output, or the module's input (such as 'head.in[0]'). Alternatively, choose the hook points "
-            "to freeze with frozen=[...]."
-        )
-    start, ends = points[sender.name], [points[site.name] for site in receivers]
-    first, last = order[start.name], max(order[end.name] for end in ends)
-    # Calls that contain the sender began before the sender ran. For an input, this includes its own module's call.
-    exempt = {(each.module, each.call) for each in points.values() if each.side == "in" and order[each.name] <= first}
-    exempt -= {(start.module, start.call)} if start.side == "out" else set()
-    exempt |= {(end.module, end.call) for end in ends}
-    inside = tuple(f"{end.module}." for end in ends if end.side == "out")
-
-    def may_freeze(point: HookPoint) -> bool:
-        is_exempt = (point.module, point.call) in exempt or point.module.startswith(inside)
-        return first < order[point.name] < last and not is_exempt
-
-    named = _with_weights(points) if frozen is None else frozen
-    listed = [named] if isinstance(named, (str, Site, HookPoint)) else list(named)
-    return [site for site in (sites_of(points, listed) if listed else ()) if may_freeze(points[site.name])]
+def named(points: HookPoints, name: str, sites: Any) -> dict[Any, tuple[Site, ...]]:
+    """Return sites by label; without a dict of labels, sites are labeled by their names."""
+    if isinstance(sites, (str, Site, HookPoint)):
+        sites = [sites]
+    if not (sites := sites if isinstance(sites, Mapping) else [*sites]):
+        raise SiteError(f"There are no {name}. Pass at least one {name[:-1]}, such as 'head.in[0]'.")
+    pairs = (
+        sites.items() if isinstance(sites, Mapping) else ((site_label(each), each) for each in sites_of(points, sites))
+    )
+    return {label: sites_of(points, each) for label, each in pairs}
 
 
 def _with_weights(points: HookPoints) -> list[HookPoint]:

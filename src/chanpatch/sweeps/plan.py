@@ -101,11 +101,11 @@ class Forward:
         """Return the model's output. Call this inside `running`."""
         return fresh(self.points.run(*self.inputs))  # a model may return the same dict in every call
 
-    def until(self, site: Site, *, skip: int = 0) -> ActivationCache:
-        """Run the model up to a site, and return a cache that contains the activation at the site."""
+    def until(self, sites: Site | Sequence[Site], *, skip: int = 0) -> ActivationCache:
+        """Run the model up to the last of the sites, and return a cache that contains the activations at the sites."""
         args, kwargs = copied_inputs(*self.inputs)
         with self.running(skip):
-            cache: ActivationCache = run_with_cache(self.points, *args, sites=site, stop=True, **kwargs)
+            cache: ActivationCache = run_with_cache(self.points, *args, sites=sites, stop=True, **kwargs)
             return cache
 
     def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:

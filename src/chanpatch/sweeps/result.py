@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from ..channels import rounding
 from ..errors import MetricError, did_you_mean
 from ..labels import reference_notes
 from ..patching.patch import Patch
-from ..results import ROWS, Effects, columns, interval_notes, more, shown_effect
+from ..results import ROWS, Effects, Grid, columns, interval_notes, more, shown_effect
 from ..statistics.flips import ranked_interval
 from ..statistics.interval import Interval, picked
 from ..statistics.means import snapped
@@ -130,6 +131,14 @@ class SweepResult(Effects):
     def plot(self, metric: str | None = None, ax: Axes | None = None) -> Axes:  # type: ignore[override]
         """Plot the largest effects with their intervals on `ax`, or on new axes if `ax` is None."""
         return super(SweepResult, self._only(self._named(metric))).plot(ax)
+
+    def grid(self, rows: int = 0, cols: int = 1, metric: str | None = None) -> Grid:
+        """Arrange the effects in a matrix by two parts of each label; see `Attribution.grid`."""
+        return super(SweepResult, self._only(self._named(metric))).grid(rows, cols)
+
+    def to_xarray(self, dims: Sequence[str], metric: str | None = None) -> Any:
+        """Return the effects as an `xarray.DataArray` with one dimension per part of each label."""
+        return super(SweepResult, self._only(self._named(metric))).to_xarray(dims)
 
     @property
     def effect_label(self) -> str:

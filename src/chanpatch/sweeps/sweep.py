@@ -58,7 +58,7 @@ def sweep(
         max_bytes: Approximate memory limit for the activations in one batched forward pass and, separately, for stored
             outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
-        progress: Whether to show a progress bar. None shows a bar on a terminal if tqdm is installed.
+        progress: Whether to show a progress bar. None shows a bar on a terminal or in a notebook if tqdm is installed.
         keywords: Keyword inputs to the model.
 
     Raises:
