@@ -206,6 +206,10 @@ class HookPoint(Place):
     read_only: bool = field(default=False, repr=False)
     lens: View | Coordinates | None = field(default=None, repr=False)
 
+    def seen(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the model as it is seen at this hook point, with split axes or as coordinates."""
+        return tensor if self.lens is None else self.lens.split(tensor)
+
     def labels(self, axis: str) -> tuple[str, ...]:
         """Return the labels of the positions along an axis, or an empty tuple."""
         return dict(self.lens.labels).get(axis, ()) if self.lens is not None else ()

@@ -289,11 +289,12 @@ class _Runs(Forward):
         with self.undisturbed as run:
             for patch in patches:
                 point, before = self.points[patch.site.name], clean[patch.site.name]
-                after, flags = self.fire([patch], before)
+                after, flags = self.fire([patch], before if point.lens is None else point.lens.merge(before, before))
                 if any(flag for _, flag in flags):
                     raise nan_error(patch)
-                positions = patch.site.positions(point.axes, before.shape)
-                changes.append((positions, read(after, positions) - read(before, positions)))
+                # A change of coordinates in a basis may change the whole activation.
+                positions = {} if patch.site.basis else patch.site.positions(point.axes, before.shape)
+                changes.append((positions, read(point.seen(after), positions) - read(before, positions)))
                 if not patch.runs_only_ours:
                     run.put_back()
         return changes

@@ -109,11 +109,11 @@ class Forward:
             return cache
 
     def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
-        """Apply patches to the activation at their hook point; return the new activation and the patches' NaN flags."""
+        """Apply patches to the tensor at their hook point; return the new tensor and the patches' NaN flags."""
         args, kwargs = self.inputs
         inputs, flags, masks = (*args, *kwargs.values()), [], dict[tuple[object, ...], Any]()
         for patch in patches:
-            point = self.points[patch.site.name]
+            point = patch.site.point or self.points[patch.site.name]
             firing = Firing(patch, point, check_nan=self.check_nan)
             moment = Moment(inputs, point.call or 0, 0, published.now, self.points.method, masks)
             activation = firing(activation, moment)

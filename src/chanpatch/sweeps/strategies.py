@@ -213,6 +213,8 @@ def vmapped(forward: Forward, group: Group, entries: Sequence[Entry], baseline: 
     with _refused():
         site = Site(group.point.name)
         clean = forward.until(site, skip=group.skippable)[site]
+        if group.point.lens is not None:
+            clean = group.point.lens.merge(clean, clean)
     room = min(max_bytes, _CPU_BYTES) if group.on_cpu else max_bytes
     size = max(1, room // max(1, group.bytes_each))  # bytes_each is 0 for activations with zero rows
     for start in range(0, len(entries), size):

@@ -1,0 +1,280 @@
+"""Axes that are split by names: every value equals the one from reshaping the tensor by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import chanpatch
+from chanpatch import (
+    PatchedPolicy,
+    contrast,
+    hook_points,
+    load,
+    mean_ablate,
+    patch_in,
+    patched,
+    recording,
+    run_with_cache,
+    save,
+    steer,
+    sweep,
+    view,
+    zero_ablate,
+)
+from chanpatch.errors import EditError, SiteError, TraceMismatchError
+from chanpatch.patching import Context
+from chanpatch.sweeps import attribution
+
+HEADS = view("batch position (part head feature)", part=("q", "k", "v"), head=4)
+
+
+class Attention(nn.Module):
+    """A causal attention layer with the queries, keys and values in one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 2)).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -1e9)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.fixture
+def model() -> Attention:
+    torch.manual_seed(0)
+    return Attention().eval()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def points(model, x):
+    return hook_points(model, x, axes={"qkv": HEADS, "out.in[0]": view("batch position (head feature)", head=4)})
+
+
+def by_hand(model, x, change):
+    """Run the model with the output of `qkv`, split by hand, changed in place."""
+
+    def hook(_module, _args, output):
+        output = output.clone()
+        change(output.view(*output.shape[:2], 3, 4, 2))
+        return output
+
+    handle = model.qkv.register_forward_hook(hook)
+    try:
+        return model(x)
+    finally:
+        handle.remove()
+
+
+def test_a_split_axis_has_names_lengths_and_labels(points):
+    point = points["qkv"]
+    assert (point.axes, point.shape) == (("batch", "position", "part", "head", "feature"), (5, 3, 4, 2))
+    assert (point.batch_axis, point.labels("part")) == (0, ("q", "k", "v"))
+    assert repr(points.site("qkv", part="k", head=-1)) == "Site('qkv', head=3, part='k')"
+
+
+@torch.no_grad()
+def test_a_patch_of_one_head_equals_the_patch_by_hand(model, points, x):
+    with patched(points, zero_ablate(points.site("qkv", part="q", head=2))) as ledger:
+        found = model(x)
+    expected = by_hand(model, x, lambda split: split[:, :, 0, 2].zero_())
+    assert torch.equal(found, expected) and not torch.equal(found, model(x))
+    assert ledger.to_records()[0]["elements"] == 3 * 5 * 2
+    assert torch.equal(PatchedPolicy(points, zero_ablate(points.site("qkv", part="q", head=2)))(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [["k", "v"], [1, 2], slice(1, 3), [False, True, True]])
+def test_labels_and_indices_select_the_same_parts(model, points, x, labels):
+    with patched(points, steer(points.site("qkv", part=labels, head=[0, 3]), 1.0)):
+        found = model(x)
+
+    def change(split):
+        for part in (1, 2):
+            split[:, :, part, [0, 3]] += 1
+
+    assert torch.equal(found, by_hand(model, x, change))
+
+
+@torch.no_grad()
+def test_reading_is_a_view_of_the_same_values(model, points, x):
+    whole = model.qkv(x)
+    site = points.site("qkv", part="v", head=1)
+    _, cache = run_with_cache(points, x, sites=["qkv", site])
+    assert torch.equal(cache["qkv"], whole.view(3, 5, 3, 4, 2))
+    assert torch.equal(cache[site], whole.view(3, 5, 3, 4, 2)[:, :, 2:, 1:2])
+    assert cache.axes(site) == ("batch", "position", "part", "head", "feature")
+    assert HEADS.split(whole).data_ptr() == whole.data_ptr()
+    with recording(points, "qkv", reduce=("b p k h f -> b k h", "sum")) as sums:
+        model(x)
+    torch.testing.assert_close(sums["qkv"], whole.view(3, 5, 3, 4, 2).sum(dim=(1, 4)))
+
+
+@torch.no_grad()
+def test_donors_and_means_have_the_split_axes(model, points, x):
+    other, site = x.flip(0), points.site("qkv", part="k")
+    whole, donor = model.qkv(x).view(3, 5, 3, 4, 2), model.qkv(other).view(3, 5, 3, 4, 2)
+    _, cache = run_with_cache(points, other, sites="qkv")
+    with patched(points, patch_in(site, cache)):
+        found = model(x)
+    assert torch.equal(found, by_hand(model, x, lambda split: split[:, :, 1].copy_(donor[:, :, 1])))
+    with patched(points, mean_ablate(site, cache)):
+        found = model(x)
+    assert torch.equal(found, by_hand(model, x, lambda split: split[:, :, 1].copy_(donor[:, :, 1].mean(0))))
+    assert whole.shape == donor.shape
+
+
+@torch.no_grad()
+def test_a_where_has_the_split_axes(model, points, x):
+    def where(context: Context) -> Tensor:
+        return (context.inputs[0].sum(-1) > 0)[:, :, None, None, None]
+
+    with patched(points, zero_ablate(points.site("qkv", part="v"), where=where)):
+        found = model(x)
+    chosen = x.sum(-1) > 0
+
+    def change(split):
+        split[:, :, 2][chosen] = 0
+
+    assert torch.equal(found, by_hand(model, x, change))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", ["auto", "vmap", "resume", "loop"])
+def test_a_sweep_over_heads_equals_patches_by_hand(model, points, x, strategy):
+    patches = [zero_ablate(site) for site in points.site("qkv", part="v").split("head")]
+    result = sweep(points, x, patches=patches, metric=lambda output: output[:, -1, 0], strategy=strategy)
+    for head, values in enumerate(result.values["metric"]):
+
+        def change(split, head=head):
+            split[:, :, 2, head] = 0
+
+        torch.testing.assert_close(torch.tensor(values).float(), by_hand(model, x, change)[:, -1, 0])
+
+
+def test_attribution_over_heads_is_exact_where_the_model_is_linear(model, points, x):
+    patches = [zero_ablate(site) for site in points.site("out.in[0]").split("head")]
+    result = attribution(points, x, patches=patches, metric=lambda output: output[:, -1, 0])
+    torch.testing.assert_close(torch.tensor(result.effect()), torch.tensor(result.exact), atol=1e-6, rtol=1e-5)
+
+
+def test_a_contrast_ranks_the_features_of_each_head(points, x):
+    found = contrast(points, x, x + 1, points.site("qkv", part="q", head=0))
+    assert len(found.to_records()) == 2
+
+
+def test_the_batch_may_be_one_of_the_split_axes(x):
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.flatten(0, 1)).view(len(x), -1, 4)
+
+    model = Flat()
+    points = hook_points(model, x, axes={"layer": view("(batch position) feature", position=5)})
+    assert (points["layer"].axes, points["layer"].batch_axis) == (("batch", "position", "feature"), 0)
+    with torch.no_grad(), patched(points, zero_ablate(points.site("layer", position=2))):
+        found = model(x)
+    assert not found[:, 2].any() and torch.equal(found[:, 3], model(x)[:, 3])
+
+
+def test_a_saved_patch_of_a_head_is_loaded_with_the_same_view(tmp_path, model, points, x):
+    save(tmp_path / "head.safetensors", zero_ablate(points.site("qkv", part="q", head=2)))
+    patches = load(tmp_path / "head.safetensors", points)
+    with torch.no_grad(), patched(points, patches):
+        found = model(x)
+    assert torch.equal(found, by_hand(model, x, lambda split: split[:, :, 0, 2].zero_()))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "lengths", "message"),
+    [
+        ("batch (head feature", {}, "expected axis names and groups in parentheses"),
+        ("batch (head feature)", {}, "the lengths of head and feature are unknown"),
+        ("batch (head head)", {"head": 2}, "has two axes named 'head'"),
+        ("batch feature", {"head": 2}, "has no axis 'head'"),
+        ("batch (head feature)", {"head": 0}, "head must be a positive length or distinct labels; got 0"),
+        ("batch (part feature)", {"part": ("q", "q")}, "part must be a positive length or distinct labels"),
+    ],
+)
+def test_a_pattern_that_is_not_valid_is_an_error(pattern, lengths, message):
+    with pytest.raises(SiteError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        view(pattern, **lengths)
+
+
+def test_a_view_that_does_not_fit_is_an_error_when_the_model_is_traced(model, x):
+    with pytest.raises(SiteError) as caught:
+        hook_points(model, x, axes={"qkv": view("batch position (head feature)", head=7)})
+    assert str(caught.value) == (
+        "axes={'qkv': 'batch position (head feature)'}: hook point 'qkv': an axis of length 24 cannot be split into "
+        "head 7 x feature."
+    )
+
+
+def test_an_unknown_label_is_an_error_that_lists_the_labels(points):
+    with pytest.raises(SiteError) as caught:
+        points.site("qkv", part="w")
+    assert str(caught.value) == "Site('qkv', part='w'): part has no label 'w'. The labels are q, k, v."
+    with pytest.raises(SiteError, match="head='q' is a label, but head has no labels"):
+        points.site("qkv", head="q")
+
+
+def test_a_vector_without_the_split_axes_is_an_error(points):
+    with pytest.raises(EditError, match="has shape"):
+        steer(points.site("qkv", part="q"), torch.ones(1, 1, 8))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("length", [1, 4, 9])
+def test_a_free_axis_has_any_length(model, x, rows, length):
+    points = hook_points(model, x, axes={"qkv": HEADS}, free={"position": 1})
+    assert points["qkv"].shape == (None, 3, 4, 2) and points["qkv"].length("position") is None
+    other = torch.randn(rows, length, 8)
+    site = points.site("qkv", part="v", position=-1)
+    with patched(points, zero_ablate(site)), recording(points, site) as cache:
+        found = model(other)
+
+    def change(split):
+        split[:, -1, 2] = 0
+
+    assert torch.equal(found, by_hand(model, other, change))
+    assert not cache[site].any() and cache[site].shape == (rows, 1, 1, 4, 2)
+
+
+@torch.no_grad()
+def test_a_fixed_axis_is_not_free(model, points, x):
+    with pytest.raises(TraceMismatchError) as caught, patched(points, zero_ablate(points.site("qkv", head=0))):
+        model(x[:, :3])
+    assert str(caught.value) == (
+        "Hook point 'qkv' has shape (3, 3, 24) in this forward pass, but axes (batch, position, part, head, feature) = "
+        "(any, 5, 3, 4, 2) in the trace. Call hook_points() with inputs like the ones in this forward pass. For inputs "
+        "of varying length, pass free={'position': 1} to hook_points()."
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "free", "message"),
+    [
+        ((3, 3, 8), {"position": 1}, "so the batch is as long as this axis"),
+        ((3, 5, 8), {"position": 5}, "the first input has no axis 5"),
+        ((3, 5, 8), {"feature": 2}, "the model does not run with one more entry along this axis"),
+    ],
+)
+def test_an_axis_that_cannot_be_free_is_an_error(model, shape, free, message):
+    with pytest.raises(SiteError, match=message):
+        hook_points(model, torch.randn(shape), free=free)
+
+
+def test_a_view_is_public():
+    assert chanpatch.view is view
