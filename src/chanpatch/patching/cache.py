@@ -70,7 +70,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         if isinstance(key, Site):  # the same region spelled differently, such as channel=-1
             held = [site for site in held if site.point is not None and normalized(key, site.point) == site]
         elif len({site.name for site in held}) == 1:  # a name means the whole hook point, if cached
-            held = [site for site in held if not site.indices] or held
+            held = [site for site in held if not site.indices and site.basis is None] or held
         if len(held) != 1:
             held_sites = ", ".join(map(repr, self)) or "none yet"
             hint = "" if held else did_you_mean(name, [site.name for site in self])

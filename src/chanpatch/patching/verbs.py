@@ -154,7 +154,7 @@ def edit(site: Site, function: Edit, *, where: Mask | None = None) -> Patch:
 
 def _region(site: Site, source: Any) -> Any:
     """Return the region's activation from a source that covers either the region or the whole hook point."""
-    point, whole = site.point, Site(site.name)
+    point, whole = site.point, site.indexed()
     if isinstance(source, torch.Tensor):
         covers = point is not None and fits(source, [point.length(axis) for axis in point.axes])
         if point is None or not covers or fits(source, region_lengths(site, point), or_one=True):

@@ -224,6 +224,7 @@ class HookPoint(Place):
 
 def normalized(site: Site, point: HookPoint) -> Site:
     """Check a site against the trace, make all indices explicit, and bind the site to the hook point."""
+    point = point.lens.base if isinstance(point.lens, Coordinates) else point
     if site.basis is not None:
         known = site.point.lens if site.point is not None else None
         same_base = isinstance(known, Coordinates) and known.base == point
