@@ -169,7 +169,7 @@ def test_the_batch_cannot_be_split_even_when_traced(plain_cnn):
 
 @pytest.mark.parametrize(
     "index",
-    ["5", 1.5, None, True, [], [1.5], [True, 1], [[1], [2]], torch.tensor([0.5]), {1}, np.array([])],
+    [1.5, None, True, ["a", 1], [], [1.5], [True, 1], [[1], [2]], torch.tensor([0.5]), {1}, np.array([])],
     ids=str,
 )
 def test_what_is_no_index_is_refused_at_once(index):
