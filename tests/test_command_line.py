@@ -1,4 +1,4 @@
-"""`python -m chanpatch`."""
+"""The command `chanpatch`, which `python -m chanpatch` runs too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import chanpatch
 from chanpatch import Site, zero_ablate
@@ -53,8 +54,11 @@ def test_a_file_that_cannot_be_shown_is_one_line_on_stderr_and_a_status_of_1(
 
 
 @pytest.mark.parametrize(("arguments", "text"), [
-    (["--help"], "Inspect patch files written by chanpatch.save()."),
+    (["--help"], "List a model's hook points, and inspect patch files written by chanpatch.save()."),
     (["--help"], "print the contents of a patch file"),
+    (["--help"], "chanpatch points my_model:example"),
+    (["points", "--help"], "a tuple (model, *inputs): the module, and example inputs with at least one row."),
+    (["verify", "--help"], "compare the run with the file's receipt."),
     (["show", "--help"], "No code from the file is executed."),
 ])  # fmt: skip
 def test_help_says_what_there_is(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,3 +79,81 @@ def test_the_package_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "chanpatch", "--version"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed == f"chanpatch {chanpatch.__version__}\n"
+
+
+MODEL = """
+import torch
+from torch import nn
+
+
+def example():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(2, 3)
+
+
+def changed():
+    model, x = example()
+    return model, x + 1
+
+
+def alone():
+    return example()[0]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a file that defines a model."""
+    (tmp_path / "my_model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_model", raising=False)
+    return tmp_path
+
+
+def test_points_lists_the_hook_points_of_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["points", "my_model:example"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("6 hook points of Sequential, in execution order\n")
+    names = [line.split()[0] for line in printed.splitlines()[2:]]
+    assert names == [".in[0]", "0.in[0]", "0", "1.in[0]", "1", ".out"]
+
+
+def test_verify_compares_a_run_with_the_receipt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sys.path.insert(0, str(folder))
+    import my_model  # type: ignore[import-not-found]
+
+    model, x = my_model.example()
+    points = chanpatch.hook_points(model, x)
+    save("patch.safetensors", zero_ablate(points.site("1", feature=0)), points, inputs=x)
+    main(["verify", "patch.safetensors", "--model", "my_model:example"])
+    reproduced = "The run in 'patch.safetensors' was reproduced bit for bit: same weights, inputs and output.\n"
+    assert capsys.readouterr().out == reproduced
+    with pytest.raises(SystemExit) as end:
+        main(["verify", "patch.safetensors", "--model", "my_model:changed"])
+    assert end.value.code == 1
+    assert "was not reproduced. Different: inputs, output. Same: hook points, weights." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("my_model", "'my_model' is not module:callable. Example: my_model:example\n"),
+        ("my_modle:example", "No module named 'my_modle'. Run the command in the folder of my_modle.py.\n"),
+        ("my_model:exampel", "my_model has no callable 'exampel'. Did you mean 'example'?\n"),
+        ("my_model:alone", "my_model:alone must return a tuple (model, *inputs); got Sequential.\n"),
+    ],
+)
+def test_a_model_that_cannot_be_found_is_one_line_and_a_status_of_1(
+    folder: Path, reference: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["points", reference])
+    assert (end.value.code, capsys.readouterr().err) == (1, message)
+
+
+def test_doctor_lists_versions_and_optional_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor"])
+    printed = capsys.readouterr().out
+    assert f"\nchanpatch {chanpatch.__version__}\ntorch {torch.__version__}\n" in printed
+    assert "\n  installed  safetensors        saving and loading patches (extra: save)\n" in printed

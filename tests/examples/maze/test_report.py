@@ -147,7 +147,9 @@ def test_a_line_of_the_table_has_at_most_25_words_and_begins_with_the_verdict(ma
 
 
 def test_every_link_leads_to_a_place_on_the_page_and_no_file_is_needed(page):
-    links = {link for link in re.findall("href='(.*?)'", page) if not link.startswith("https://www.alignmentforum.org/")}
+    links = {
+        link for link in re.findall("href='(.*?)'", page) if not link.startswith("https://www.alignmentforum.org/")
+    }
     assert {f"#{name}" for name in re.findall(r"id='([\w-]+)'", page)} >= links
     assert all(source.startswith("data:image/png;base64,") for source in re.findall("src='(.*?)'", page))
 
