@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
 from torch import nn
@@ -601,15 +602,8 @@ def test_a_distribution_without_a_known_inverse_cdf_is_refused():
     )
 
 
-def test_a_single_environment_is_refused():
-    assert refused(RolloutError, envs=gymnasium.make("CartPole-v1").unwrapped) == (
-        "envs must be a gymnasium.vector.VectorEnv; got CartPoleEnv. For one environment, pass "
-        "gymnasium.vector.SyncVectorEnv([lambda: environment])."
-    )
-
-
 def test_environments_that_take_only_one_seed_are_refused():
-    assert refused(RolloutError, envs=gymnasium.make_vec("CartPole-v1", num_envs=2)) == (
+    assert refused(RolloutError, envs=CartPoleVectorEnv(num_envs=2)) == (
         "CartPoleVectorEnv cannot be reset with one seed per sub-environment. Use a SyncVectorEnv or an "
         'AsyncVectorEnv, for example gymnasium.make_vec(..., vectorization_mode="sync").'
     )

@@ -259,5 +259,8 @@ _APART = (  # classes whose objects are not restored: environments, and replay b
     ("gymnasium", "Env"),
     ("gymnasium.vector", "VectorEnv"),
     ("stable_baselines3.common.vec_env", "VecEnv"),
+    ("gym3", "Env"),
+    ("pettingzoo", "AECEnv"),
+    ("pettingzoo", "ParallelEnv"),
     ("stable_baselines3.common.buffers", "BaseBuffer"),
 )

@@ -23,7 +23,7 @@ from ..registry.names import path_text
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
 from .actions import chosen_actions, draw_streams, repetitions
-from .checks import check_envs, check_repeats, check_rows, checked_policy, noted_logs
+from .checks import check_repeats, check_rows, checked_policy, noted_logs, refuse_replaced
 from .checksums import checksums
 from .copies import held_state
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
@@ -70,8 +70,8 @@ def play(
     returns the context manager in which the forward pass runs. `label` is the policy's name in paired rollouts, and
     None in other rollouts.
     """
-    check_envs(envs)
     check_outputs(options.outputs)
+    refuse_replaced(policy, options.masks, envs)
     is_recurrent, has_masks = options.initial_state is not None, options.masks is not None
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
     log = _Log(seeds, options, times, label)

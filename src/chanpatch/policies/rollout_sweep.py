@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
-from .checks import SharedState, method_of, refuse_environments_by_rows
+from .checks import SharedState, checked_envs, method_of, refuse_environments_by_rows
 from .copies import functions_of, patches_inside, used_by
 from .decisions import Masks, Outputs
 from .episodes import BatchAxes, InitialState, Options, play, rows_of, state_batch_axes
@@ -33,13 +33,10 @@ from .results import ORIGINAL, SweptRollouts
 from .stable_baselines import as_in_predict
 from .twin import PatchedPolicy
 
-if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
-
 
 def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented there
     policy: nn.Module | HookPoints,
-    envs: VectorEnv[Any, Any, Any],
+    envs: Any,
     seeds: Iterable[int],
     patches: Patches | Patch,
     *,
@@ -92,6 +89,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100, outputs="logits"))
         ['original', 'no action 0', 'no action 1']
     """
+    envs = checked_envs(envs)
     asked = labelled_patches(patches, "patches", RolloutError)
     others = [] if controls is None else labelled_patches(controls, "controls", RolloutError)
     both = [*asked, *others]

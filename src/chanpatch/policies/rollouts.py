@@ -5,23 +5,20 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import RolloutError
 from ..labels import reference_notes, refuse_shared_state
-from .checks import SharedState, check_equal, check_modes, refuse_environments_by_rows
+from .checks import SharedState, check_equal, check_modes, checked_envs, refuse_environments_by_rows
 from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
 from .episodes import InitialState, Options, play
 from .results import PairedRollouts, Rollout
 
-if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
-
 
 def rollout(
     policy: Any,
-    envs: VectorEnv[Any, Any, Any],
+    envs: Any,
     seeds: Iterable[int],
     *,
     max_steps: int,
@@ -58,7 +55,10 @@ def rollout(
         policy: Module, HookPoints or function that accepts observations. The output must be a tensor or contain an
             action distribution (see `chanpatch.policies.action_distribution`). Observations are moved to the module's
             device and, if they are floating point, cast to the module's dtype.
-        envs: Vector environment whose `reset` accepts one seed per sub-environment, in any autoreset mode.
+        envs: Environment or vector environment from gymnasium, in any autoreset mode; a VecEnv from Stable-Baselines3;
+            or a procgen environment, in which each seed is a level. A vector environment that accepts only one seed
+            for all rows, as `make_vec` creates by default for CartPole, is replaced by one copy per row. See also
+            `from_gym3` and `from_pettingzoo`.
         seeds: Nonnegative seeds for resetting the environment, one per episode.
         max_steps: Maximum number of steps per episode.
         sampling_seed: Random seed for sampling actions.
@@ -94,6 +94,7 @@ def rollout(
         4     10      10      True        False
         5     9       9       True        False
     """
+    envs = checked_envs(envs)
     check_modes({"": policy})
     refuse_environments_by_rows(patches_inside(policy), envs)
     options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
@@ -102,7 +103,7 @@ def rollout(
 
 def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented there
     policies: Mapping[str, Any],
-    envs: VectorEnv[Any, Any, Any],
+    envs: Any,
     seeds: Iterable[int],
     *,
     max_steps: int,
@@ -147,6 +148,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             'policies must map names to policies, as in {"original": policy, "patched": twin}; '
             f"got {type(policies).__name__}."
         )
+    envs = checked_envs(envs)
     check_modes(policies)
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
