@@ -127,11 +127,23 @@ def test_images_whose_channels_come_last_are_refused_by_a_convolution():
 
 
 @pytest.mark.parametrize("algorithm", [PPO, DQN])
-def test_a_model_that_holds_its_policy_is_not_the_policy(cart_poles, algorithm):
-    model = algorithm("MlpPolicy", "CartPole-v1", device="cpu")
-    assert refusal(model, cart_poles) == (
-        f"policy must be a module, HookPoints or a function of observations; got {algorithm.__name__}. Pass its module "
-        ".policy instead."
+def test_a_model_plays_as_its_policy(cart_poles, algorithm):
+    model = algorithm("MlpPolicy", "CartPole-v1", device="cpu", seed=0)
+    points = hook_points(model.policy, torch.zeros(2, 4), method="_predict")
+    name = next(name for name in points if name.endswith(".1"))
+    patch = zero_ablate(points.site(name))
+    pairs = paired_rollouts({"model": model, "policy": model.policy}, cart_poles, range(4), max_steps=9)
+    swept = rollout_sweep(model, cart_poles, range(4), {"zero": patch}, max_steps=9)
+    assert pairs["model"].to_records() == pairs["policy"].to_records() == swept["original"].to_records()
+    assert pairs["model"].to_records() == rollout(model, cart_poles, range(4), max_steps=9).to_records()
+
+
+def test_another_object_that_holds_its_policy_is_not_the_policy(cart_poles):
+    holder = type("Algorithm", (), {})()
+    holder.policy = nn.Linear(4, 2)
+    assert refusal(holder, cart_poles) == (
+        "policy must be a module, HookPoints or a function of observations; got Algorithm. Pass its module .policy "
+        "instead."
     )
 
 
@@ -169,8 +181,8 @@ def test_a_policy_with_other_arguments_is_not_called_without_them(cart_poles, se
     policy = Recurrent()
     assert refusal(policy, cart_poles, **settings) == (
         f"Recurrent expects {taken}, but a rollout passes {given}. For a recurrent policy, set initial_state=. If the "
-        "policy needs other arguments, wrap it in a function, such as this one for sb3-contrib's RecurrentPPO: lambda "
-        "seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+        "policy needs other arguments, wrap it in a function, such as lambda seen, state: "
+        "policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
     )
     wrapped = lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))  # noqa: E731
     assert len(rollout(wrapped, cart_poles, [0, 1], max_steps=3, initial_state=initial_state)) == 2

@@ -423,10 +423,10 @@ def test_categorical_actions_happen_as_often_as_their_probability_and_never_at_z
     np.testing.assert_allclose(happened, probabilities, atol=4 * (0.25 / 2400) ** 0.5)
 
 
-def test_a_bernoulli_tie_is_a_yes_when_greedy():
+def test_a_bernoulli_tie_is_a_no_when_greedy_as_in_predict():
     envs = environments(VECTOR, gymnasium.spaces.MultiBinary(2))
     result = rollout(lambda x: Bernoulli(torch.full((len(x), 2), 0.5)), envs, [1], max_steps=10, greedy=True)
-    assert (result.actions[0] == 1).all()
+    assert (result.actions[0] == 0).all()
 
 
 def test_dict_observations_reach_the_policy_as_tensors_of_its_dtype():
@@ -596,9 +596,9 @@ def refused(error, **changed):
 def test_a_distribution_without_a_known_inverse_cdf_is_refused():
     policy = lambda x: Independent(Beta(torch.ones(len(x), 1), torch.ones(len(x), 1)), 1)  # noqa: E731
     assert refused(DistributionError, policy=policy) == (
-        "A rollout cannot sample actions from Beta: paired sampling requires the inverse CDF, which is available "
-        "for Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Pass a "
-        "function that calls the policy and returns one of these distributions."
+        "A rollout cannot sample actions from Beta: paired sampling requires the inverse CDF, which is available for "
+        "Categorical, Bernoulli and Normal, alone or inside Independent, and for a Normal after elementwise transforms "
+        "such as tanh. Pass a function that calls the policy and returns one of these distributions."
     )
 
 

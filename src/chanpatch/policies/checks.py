@@ -33,7 +33,7 @@ from .copies import (
 from .decisions import Decision
 from .environments import vector_env
 from .results import Rollout
-from .stable_baselines import as_in_predict, is_sb3_policy
+from .stable_baselines import as_in_predict, is_sb3_policy, observed_shape, owner_of
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -78,16 +78,14 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
         RolloutError: If the policy is not callable, requires masks or other arguments that are not passed, or expects
             observations of a different shape.
     """
-    if isinstance(policy, HookPoints):
-        policy = method_of(policy.model, policy)
     if not callable(policy):
         raise RolloutError(
             f"policy must be a module, HookPoints or a function of observations; got {no_module(policy)}"
         )
-    owner = getattr(policy, "__self__", policy)
-    if is_sb3_policy(owner):
+    owner = owner_of(policy)
+    if is_sb3 := is_sb3_policy(owner):
         _check_observations(owner, envs)
-    own = None if stateful else getattr(policy, "get_distribution", None)
+    own = None if stateful and not is_sb3 else getattr(policy, "get_distribution", None)
     calls_forward = isinstance(policy, nn.Module) and inspect.unwrap(type(policy).__call__) is nn.Module.__call__
     try:
         signature = inspect.signature(own or (policy.forward if calls_forward else policy))
@@ -101,13 +99,13 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
             'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
         )
     try:
-        signature.bind(*[None] * (2 if stateful else 1))
+        signature.bind(*[None] * (1 if not stateful else 3 if is_sb3 else 2))
     except TypeError:
         raise RolloutError(
             f"{name} expects ({', '.join(signature.parameters)}), but a rollout passes "
             f"{'(observations, state)' if stateful else '(observations)'}. For a recurrent policy, set initial_state=. "
-            "If the policy needs other arguments, wrap it in a function, such as this one for sb3-contrib's "
-            "RecurrentPPO: lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+            "If the policy needs other arguments, wrap it in a function, such as lambda seen, state: "
+            "policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
         ) from None
     return policy
 
@@ -124,18 +122,19 @@ def _masking(policy: Any) -> str:
 
 def _check_observations(policy: Any, envs: Any) -> None:
     """Raise an error if the observations from `envs` do not have the shape that a Stable-Baselines3 policy expects."""
-    built, given = _shapes(policy.observation_space), _shapes(envs.single_observation_space)
-    if built != given:
-        raise RolloutError(
-            f"{type(policy).__name__} was built for observations of shape {built}, but the environments return "
-            f"{given}. During training, Stable-Baselines3 moves image channels to the first axis and may stack frames: "
-            "wrap each environment to do the same."
-        )
-
-
-def _shapes(space: Any) -> Any:
-    parts = getattr(space, "spaces", None)
-    return {name: part.shape for name, part in parts.items()} if isinstance(parts, Mapping) else space.shape
+    space, other = policy.observation_space, envs.single_observation_space
+    parts, others = getattr(space, "spaces", {"": space}), getattr(other, "spaces", {"": other})
+    if isinstance(parts, Mapping) and isinstance(others, Mapping):
+        given = {name: part.shape for name, part in others.items()}
+        built = {
+            name: observed_shape(part, others[name]) if name in others else part.shape for name, part in parts.items()
+        }
+        if built != given:
+            built, given = (each.get("", each) for each in (built, given))
+            raise RolloutError(
+                f"{type(policy).__name__} was built for observations of shape {built}, but the environments return "
+                f"{given}. Wrap the environments as in training, for example to stack frames."
+            )
 
 
 def check_modes(policies: Mapping[str, Any]) -> None:

@@ -20,15 +20,16 @@ from ..engine.paths import Path, get, leaves, replace
 from ..engine.state import undisturbed
 from ..errors import ChanpatchError, RolloutError
 from ..registry.names import path_text
+from ..registry.points import HookPoints
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
 from .actions import chosen_actions, draw_streams, repetitions
-from .checks import check_repeats, check_rows, checked_policy, noted_logs, refuse_replaced
+from .checks import check_repeats, check_rows, checked_policy, method_of, noted_logs, refuse_replaced
 from .checksums import checksums
 from .copies import held_state
 from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
 from .results import Rollout
-from .stable_baselines import as_in_predict
+from .stable_baselines import as_in_predict, is_sb3_policy, lstm_state, owner_of, to_tensors, with_state
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -72,6 +73,10 @@ def play(
     """
     check_outputs(options.outputs)
     refuse_replaced(policy, options.masks, envs)
+    if isinstance(policy, HookPoints):
+        policy = method_of(policy.model, policy)
+    if options.initial_state is None:
+        options = options._replace(initial_state=lstm_state(policy))
     is_recurrent, has_masks = options.initial_state is not None, options.masks is not None
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
     log = _Log(seeds, options, times, label)
@@ -153,7 +158,7 @@ class _Player:
     def __init__(self, policy: Any, envs: Any, log: _Log, options: Options, around: Around) -> None:
         self._policy, self._envs, self._log, self._options, self._around = policy, envs, log, options, around
         self._state_axes = {} if options.initial_state is None else state_batch_axes(options.initial_state)
-        owner = getattr(policy, "__self__", policy)
+        self._owner = owner = owner_of(policy)
         self._name = type(owner).__name__
         self._like = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
 
@@ -281,7 +286,7 @@ class _Player:
             return decision_in(output, self._name, outputs, allowed)
 
     def _with_state(self, observations: Any) -> Any:
-        returned = self._policy(observations, self._state)
+        returned = with_state(self._policy, observations, self._state, self._placed(torch.zeros(len(self._running))))
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
             got = f"{len(returned)} items" if isinstance(returned, (tuple, list)) else type(returned).__name__
             raise RolloutError(
@@ -301,6 +306,8 @@ class _Player:
 
     def _tensors(self, observations: Any) -> Any:
         """Convert observations, which may be in dicts and tuples, to tensors with only the running episodes' rows."""
+        if is_sb3_policy(self._owner):
+            return to_tensors(self._owner, _infos_of(observations, self._envs.num_envs, self._running))
         if isinstance(observations, Mapping):
             return {name: self._tensors(part) for name, part in observations.items()}
         if isinstance(observations, tuple):

@@ -30,7 +30,7 @@ from .copies import functions_of, patches_inside, used_by
 from .decisions import Masks, Outputs
 from .episodes import BatchAxes, InitialState, Options, play, rows_of, state_batch_axes
 from .results import ORIGINAL, SweptRollouts
-from .stable_baselines import as_in_predict
+from .stable_baselines import as_in_predict, lstm_state, policy_of
 from .twin import PatchedPolicy
 
 
@@ -62,7 +62,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     a `forward` method.
 
     Args:
-        policy: Module or its HookPoints.
+        policy: Module, its HookPoints, or a Stable-Baselines3 model.
         patches: One or more patches per label: a mapping from labels to patches, or a sequence of patches, which are
             labeled by their sites. Create the sites from traced HookPoints, so that their batch axes are known.
         controls: Control patches in the same format, used to rank the effects. P-values require at least 19 controls.
@@ -89,7 +89,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100, outputs="logits"))
         ['original', 'no action 0', 'no action 1']
     """
-    envs = checked_envs(envs)
+    policy, envs = policy_of(policy), checked_envs(envs)
+    if initial_state is None:
+        initial_state = lstm_state(model_of(policy))
     asked = labelled_patches(patches, "patches", RolloutError)
     others = [] if controls is None else labelled_patches(controls, "controls", RolloutError)
     both = [*asked, *others]
@@ -223,9 +225,11 @@ class _Interventions:
 
     def _inputs(self, inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
         """Return the given rows of the observations and, if the policy is recurrent, of the recurrent state."""
-        observations, *state = inputs
-        axes = {path: 0 for path, _ in leaves(observations)}
-        return (rows_of(observations, axes, rows), *(rows_of(each, self._state_axes, rows) for each in state))
+        axes = (None, self._state_axes, None)  # None: the batch is the first axis
+        each = zip(inputs, axes, strict=False)
+        return tuple(
+            rows_of(tree, dict.fromkeys(dict(leaves(tree)), 0) if own is None else own, rows) for tree, own in each
+        )
 
     def _raise_nan(self, cause: Exception | None = None) -> None:
         for number in self._cuts:

@@ -14,6 +14,7 @@ from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
 from .episodes import InitialState, Options, play
 from .results import PairedRollouts, Rollout
+from .stable_baselines import policy_of
 
 
 def rollout(
@@ -36,9 +37,10 @@ def rollout(
     depend on the number of environments or on the other seeds. Episodes with the same seed share a level but use
     different random numbers to sample actions.
 
-    Stable-Baselines3 policies act as in their own `predict`: actions in a Box are clipped, or rescaled if the policy
-    squashes actions, and policies without a distribution act deterministically. Actions from other policies are not
-    clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
+    Stable-Baselines3 and sb3-contrib policies act as in their own `predict`: observations are converted by
+    `obs_to_tensor`, actions in a Box are clipped, or rescaled if the policy squashes actions, and policies without a
+    distribution act deterministically. Actions from other policies are not clipped: for a Box space, wrap the
+    environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before each new
     batch of episodes and at the end of the rollout. The attributes of your own objects, and nonlocal and global
@@ -47,14 +49,14 @@ def rollout(
     episodes twice to check that the list does not change the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
-    starts from its own initial state. If a policy expects other arguments, wrap it in a function; for sb3-contrib's
-    RecurrentPPO: `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that
-    stores its state internally works only with a single environment, because the batch shrinks as episodes end.
+    starts from its own initial state. sb3-contrib's RecurrentPPO starts from zeros, and does not need `initial_state`.
+    If a policy expects other arguments, wrap it in a function. A policy that stores its state internally works only
+    with a single environment, because the batch shrinks as episodes end.
 
     Args:
-        policy: Module, HookPoints or function that accepts observations. The output must be a tensor or contain an
-            action distribution (see `chanpatch.policies.action_distribution`). Observations are moved to the module's
-            device and, if they are floating point, cast to the module's dtype.
+        policy: Module, HookPoints, Stable-Baselines3 model or function that accepts observations. The output must be a
+            tensor or contain an action distribution (see `chanpatch.policies.action_distribution`). Observations are
+            moved to the module's device and, if they are floating point, cast to the module's dtype.
         envs: Environment or vector environment from gymnasium, in any autoreset mode; a VecEnv from Stable-Baselines3;
             or a procgen environment, in which each seed is a level. A vector environment that accepts only one seed
             for all rows, as `make_vec` creates by default for CartPole, is replaced by one copy per row. See also
@@ -94,7 +96,7 @@ def rollout(
         4     10      10      True        False
         5     9       9       True        False
     """
-    envs = checked_envs(envs)
+    policy, envs = policy_of(policy), checked_envs(envs)
     check_modes({"": policy})
     refuse_environments_by_rows(patches_inside(policy), envs)
     options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
@@ -148,7 +150,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             'policies must map names to policies, as in {"original": policy, "patched": twin}; '
             f"got {type(policies).__name__}."
         )
-    envs = checked_envs(envs)
+    policies, envs = {name: policy_of(policy) for name, policy in policies.items()}, checked_envs(envs)
     check_modes(policies)
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
