@@ -40,7 +40,7 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
             "Remove objects that cannot be copied (environments, files, locks) from the module, or use patched()."
         ) from error
     drop_hooks(twin)
-    if any(own is not weight for own, weight in zip(twin.parameters(), policy.parameters(), strict=True)):
+    if any(own is not weight for own, weight in zip(twin.parameters(), plain.parameters(), strict=True)):
         raise UnsupportedModelError(
             f"A module in {type(plain).__name__} copies its own parameters (as TorchRL's TensorDictParams does), so a "
             "twin would not share the weights. Use patched()."
