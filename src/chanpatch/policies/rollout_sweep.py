@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..engine.hooks import Station
+from ..engine.moments import publishing
 from ..engine.paths import leaves
 from ..engine.state import GENERATORS, Snapshot, generator_state, random_states, training_modules
 from ..errors import BatchAxisError, RolloutError
@@ -28,7 +29,8 @@ from ..registry.sites import HookPoint, Site, no_batch
 from .checks import SharedState, checked_envs, method_of, refuse_environments_by_rows
 from .copies import functions_of, patches_inside, used_by
 from .decisions import Masks, Outputs
-from .episodes import BatchAxes, InitialState, Options, play, rows_of, state_batch_axes
+from .episodes import BatchAxes, play, rows_of, state_batch_axes
+from .log import InitialState, Options
 from .results import ORIGINAL, SweptRollouts
 from .stable_baselines import as_in_predict, lstm_state, policy_of
 from .twin import PatchedPolicy
@@ -48,6 +50,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     masks: Masks | None = None,
     initial_state: InitialState | None = None,
     check_nan: bool = True,
+    keep: Sequence[str] = (),
     progress: bool | None = None,
 ) -> SweptRollouts:
     """Roll out a policy unpatched and with each label's patches, in the same episodes.
@@ -67,7 +70,8 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
             labeled by their sites. Create the sites from traced HookPoints, so that their batch axes are known.
         controls: Control patches in the same format, used to rank the effects. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
-        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
+        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, keep, progress: Same as in
+            `rollout`.
 
     Returns:
         The rollout of the unpatched policy, labeled `"original"`, then one rollout per label. `comparisons()` returns
@@ -107,7 +111,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     interventions = _Interventions(policy, both, state_axes, check_nan=check_nan)
     twin = method_of(interventions.twin, policy)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first run
-    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
+    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
     run, again = (
         functools.partial(play, twin, envs, seeds, options, times=1 + len(both), around=around)
         for around in (interventions.forward, functools.partial(interventions.forward, is_reversed=True))
@@ -201,10 +205,11 @@ class _Interventions:
         new = dict(zip(self._cuts, parts, strict=True))
         for number, cut in [*self._cuts.items()][:: -1 if self._is_reversed else 1]:
             firings = [firing for firing in self._firings[number] if firing.site.name == point.name]
-            if firings:
-                published = context.moment.published.cut(cut, self._labels[number])
-                moment = replace(context.moment, inputs=self._inputs(context.inputs, cut), published=published)
-            with labelled(self._labels[number]):
+            if not firings:
+                continue
+            own = context.moment.published.cut(cut, self._labels[number])
+            moment = replace(context.moment, inputs=self._inputs(context.inputs, cut), published=own)
+            with labelled(self._labels[number]), publishing(own):  # an edit may call another patched model
                 for firing in firings:
                     new[number] = firing(new[number], moment)
         if states and states != self._random_states():

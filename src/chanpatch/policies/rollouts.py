@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import RolloutError
@@ -12,7 +12,8 @@ from ..labels import reference_notes, refuse_shared_state
 from .checks import SharedState, check_equal, check_modes, checked_envs, refuse_environments_by_rows
 from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
-from .episodes import InitialState, Options, play
+from .episodes import play
+from .log import InitialState, Options
 from .results import PairedRollouts, Rollout
 from .stable_baselines import policy_of
 
@@ -28,6 +29,7 @@ def rollout(
     outputs: Outputs | None = None,
     masks: Masks | None = None,
     initial_state: InitialState | None = None,
+    keep: Sequence[str] = (),
     progress: bool | None = None,
 ) -> Rollout:
     """Play one episode per seed.
@@ -75,6 +77,8 @@ def rollout(
             tensor, or tensors in tuples and dicts, such as
             `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for an LSTM. Each tensor must have
             exactly one batch axis, whose length is the number of rows.
+        keep: Data to keep in `Rollout.kept`: `"observations"`, `"final_state"` of a recurrent policy, and names of
+            infos.
         progress: Whether to show a progress bar. By default, a bar is shown in a terminal after two seconds.
 
     Raises:
@@ -99,7 +103,7 @@ def rollout(
     policy, envs = policy_of(policy), checked_envs(envs)
     check_modes({"": policy})
     refuse_environments_by_rows(patches_inside(policy), envs)
-    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
+    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
     return play(policy, envs, seeds, options)[0]
 
 
@@ -114,6 +118,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     outputs: Outputs | Mapping[str, Outputs] | None = None,
     masks: Masks | None = None,
     initial_state: InitialState | None = None,
+    keep: Sequence[str] = (),
     progress: bool | None = None,
 ) -> PairedRollouts:
     """Roll out several policies, one after another, in the same episodes and with the same random numbers.
@@ -123,8 +128,8 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             first policy is compared with each of the others.
         outputs: Meaning of tensors that policies return, as in `rollout`: one string for all policies, or a dict that
             maps policies' names to strings.
-        envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, progress: Same as in `rollout`, for all
-            policies.
+        envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, keep, progress: Same as in `rollout`, for
+            all policies.
 
     Raises:
         ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module such as
@@ -157,7 +162,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
         raise RolloutError(
             f"outputs has the key {min(stray)!r}, but the policies are named {', '.join(map(repr, policies))}."
         )
-    options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
+    options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress, keep)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
     patches = {name: patches_inside(policy) for name, policy in policies.items()}
     refuse_shared_state(patches.items())
