@@ -201,7 +201,7 @@ class _Record(Located):
             value = value.clone()
         if recorder.device is not None:
             value = value.to(recorder.device)
-        recorder.result._append(self.site, value, *self._kept, self._steps(leaf, session))
+        recorder.result._append(self.site, value, *self._kept, self._steps(seen, session))
         recorder.missing.discard(self.site)
         if recorder.stops and not recorder.missing:
             recorder.stop(recorder)
