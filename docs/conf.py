@@ -16,4 +16,4 @@ napoleon_attr_annotations = False  # numpy.bool_ would be read as a link
 
 html_theme = "furo"
 html_title = "chanpatch"
-exclude_patterns = ["_build", "performance_table.md"]  # the table is included in performance.md
+exclude_patterns = ["_build", "performance_table.md", "agents_table.md"]  # the tables are included in other pages

@@ -79,7 +79,7 @@ def test_the_table_of_files_names_the_files_of_each_folder_and_no_others() -> No
     named = {room: {*re.findall(r"`(\w+)`(?=(?:, `\w+`)*:)", files)} for rooms, files in rows
              for room in re.findall(r"\w+", rooms)}  # fmt: skip
     found = {
-        path.stem: {each.stem for each in path.glob("*.py")} - {"__init__"}
+        path.stem: {each.stem for each in path.glob("*") if path.is_dir()} - {"__init__", "__pycache__"}
         for path in SOURCE.iterdir()
         if not path.stem.startswith(("__", "py"))  # py.typed
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 
 import chanpatch
-from chanpatch import PatchedPolicy, hook_points, patch_in
+from chanpatch import PatchedPolicy, hook_points, patch_in, rollout
 
 REFERENCE = (pages.DOCS / "api.md").read_text()
 
@@ -42,3 +43,22 @@ def test_a_model_of_stable_baselines_runs_with_a_twin_in_place_of_its_policy() -
     assert model.predict(np.zeros((3, 4), np.float32))[0].tolist() == [1, 1, 1]
     assert evaluate_policy(model, model.get_env(), n_eval_episodes=2, warn=False)[0] < 12  # always to the right
     assert {record["method"] for record in twin.ledger.to_records()} == {"predict"}
+
+
+def test_each_of_the_eight_ablation_policies_has_at_most_eight_lines() -> None:
+    page = (pages.DOCS / "ablations.md").read_text()
+    sections = re.findall(r"^## \d\. .*?```python\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    assert len(sections) == 8
+    for code in sections:
+        (policy,) = (each for each in ast.parse(code).body if isinstance(each, ast.FunctionDef | ast.ClassDef))
+        assert len([line for line in ast.unparse(policy).splitlines() if line.strip()]) <= 8
+
+
+def test_the_eight_ablation_policies_play_the_same_episodes_in_twins_as_in_the_sweep() -> None:
+    names, _ = pages.run("ablations.md")
+    pairs, swept, patches = names["pairs"], names["swept"], names["patches"]
+    assert len(patches) == 8
+    for label, patch in patches.items():
+        twin = PatchedPolicy(names["points"], patch)
+        alone = rollout(twin, names["envs"], range(40), **names["settings"])
+        assert pairs[label].to_records() == swept[label].to_records() == alone.to_records()

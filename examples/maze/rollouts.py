@@ -20,6 +20,7 @@ def kept(file: Path, play: Callable[[], Rollout]) -> Rollout:
     if arrays is None:
         rollout = play()
         held = dict(vars(rollout)) | {"settings": json.dumps(rollout.settings)}
+        del held["rewards"], held["kept"]  # the study does not use them
         for name in _PER_STEP:
             held |= {name: np.concatenate(held[name]), f"{name} ends": np.cumsum([len(each) for each in held[name]])}
         with replaced(file) as partial:

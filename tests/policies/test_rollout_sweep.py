@@ -541,3 +541,18 @@ def test_the_tables_of_rollouts_say_that_one_reference_is_fixed():
         pairs = paired_rollouts({"a": policy, "b": twin}, envs, range(3), max_steps=9)
         swept = rollout_sweep(points, envs, range(3), {"b": patch}, max_steps=9)
         assert (note in str(pairs)) is (note in str(swept)) is noted
+
+
+def test_an_edit_that_runs_another_patched_model_gets_the_same_draws_in_a_sweep(points):
+    other = nn.Sequential(nn.Linear(4, 16), nn.Tanh())
+    inner = hook_points(other, torch.zeros(2, 4))
+    noisy = edit(inner.site("1"), lambda activation, *, context: activation + context.uniform((16,)))
+    twin = PatchedPolicy(inner, noisy)
+
+    def from_the_other(activation, *, context):
+        return twin(*context.inputs)
+
+    patches = {"noise": edit(points.site("layers.1"), from_the_other), "zero": zero_ablate(points.site("layers.1"))}
+    swept = rollout_sweep(points, drifting(12), SEEDS, patches, max_steps=12)
+    looped = one_by_one(points, patches, drifting(3), max_steps=12)
+    assert all(same(swept[label], looped[label]) for label in looped)

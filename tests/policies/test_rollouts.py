@@ -7,6 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from stable_baselines3 import PPO
 from torch import nn
@@ -422,10 +423,10 @@ def test_categorical_actions_happen_as_often_as_their_probability_and_never_at_z
     np.testing.assert_allclose(happened, probabilities, atol=4 * (0.25 / 2400) ** 0.5)
 
 
-def test_a_bernoulli_tie_is_a_yes_when_greedy():
+def test_a_bernoulli_tie_is_a_no_when_greedy_as_in_predict():
     envs = environments(VECTOR, gymnasium.spaces.MultiBinary(2))
     result = rollout(lambda x: Bernoulli(torch.full((len(x), 2), 0.5)), envs, [1], max_steps=10, greedy=True)
-    assert (result.actions[0] == 1).all()
+    assert (result.actions[0] == 0).all()
 
 
 def test_dict_observations_reach_the_policy_as_tensors_of_its_dtype():
@@ -595,21 +596,14 @@ def refused(error, **changed):
 def test_a_distribution_without_a_known_inverse_cdf_is_refused():
     policy = lambda x: Independent(Beta(torch.ones(len(x), 1), torch.ones(len(x), 1)), 1)  # noqa: E731
     assert refused(DistributionError, policy=policy) == (
-        "A rollout cannot sample actions from Beta: paired sampling requires the inverse CDF, which is available "
-        "for Categorical, Bernoulli and Normal, alone or inside Independent, and for the tanh of a Normal. Pass a "
-        "function that calls the policy and returns one of these distributions."
-    )
-
-
-def test_a_single_environment_is_refused():
-    assert refused(RolloutError, envs=gymnasium.make("CartPole-v1").unwrapped) == (
-        "envs must be a gymnasium.vector.VectorEnv; got CartPoleEnv. For one environment, pass "
-        "gymnasium.vector.SyncVectorEnv([lambda: environment])."
+        "A rollout cannot sample actions from Beta: paired sampling requires the inverse CDF, which is available for "
+        "Categorical, Bernoulli and Normal, alone or inside Independent, and for a Normal after elementwise transforms "
+        "such as tanh. Pass a function that calls the policy and returns one of these distributions."
     )
 
 
 def test_environments_that_take_only_one_seed_are_refused():
-    assert refused(RolloutError, envs=gymnasium.make_vec("CartPole-v1", num_envs=2)) == (
+    assert refused(RolloutError, envs=CartPoleVectorEnv(num_envs=2)) == (
         "CartPoleVectorEnv cannot be reset with one seed per sub-environment. Use a SyncVectorEnv or an "
         'AsyncVectorEnv, for example gymnasium.make_vec(..., vectorization_mode="sync").'
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class Published:
     seeds: NDArray[Any] | None = None  # seed of each episode; None outside a rollout
     repetitions: Sequence[int] = ()  # number of earlier episodes with the same seed, for each episode
     infos: Callable[[NDArray[np.int64]], Any] | None = None  # maps sub-environment indices to infos
+    repeated: bool = False  # whether a rollout repeats a step, as a check; repeated steps are not recorded
     forwards: dict[int, int] = field(default_factory=dict)  # index of the last root call in this step, by session id
 
     def cut(self, rows: slice, label: Any) -> Published:
@@ -46,14 +47,19 @@ published = _Current()
 
 
 @contextmanager
-def forward_context(*, rows: Any = None, **others: Any) -> Iterator[None]:
-    """While the context is open, give patches access to the row indices and to the other fields of `Published`."""
+def publishing(now: Published) -> Iterator[None]:
+    """While the context is open, give patches access to the rows and the episodes in `now`."""
     before = published.now
-    published.now = Published(None if rows is None else np.asarray(rows), **others)
+    published.now = now
     try:
         yield
     finally:
         published.now = before
+
+
+def forward_context(*, rows: Any = None, **others: Any) -> AbstractContextManager[None]:
+    """Return `publishing` for a new Published with the given fields."""
+    return publishing(Published(None if rows is None else np.asarray(rows), **others))
 
 
 @dataclass(frozen=True)

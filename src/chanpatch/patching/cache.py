@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partialmethod
 from numbers import Real
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BatchAxisError, HookPointError, SiteError, did_you_mean
+from ..errors import BatchAxisError, HookPointError, RolloutError, SiteError, did_you_mean
 from ..registry.names import is_pattern, selected, spellings
 from ..registry.sites import Axes, HookPoint, Site, no_batch, normalized
 from ..results import Records, data_array
@@ -39,6 +39,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     ) -> None:
         self._parts = {site: [activation] for site, activation in activations.items()}
         self._axes, self._batch_axes = dict(axes), dict(batch_axes)
+        self._steps: dict[Site, list[Tensor]] = {}  # in a rollout: the episode and the step of each row
 
     def __getitem__(self, key: Site | str | HookPoint) -> Tensor:
         site = self._site(key)
@@ -60,6 +61,17 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     def batch_axis(self, key: Site | str) -> int | None:
         """Return the index of the batch axis in an activation, or None if the batch axis is unknown."""
         return self._batch_axes[self._site(key)]
+
+    def steps(self, key: Site | str | HookPoint) -> Tensor:
+        """Return the episode and the step of each row recorded in a rollout, int64 with shape `(row, 2)`.
+
+        Raises:
+            RolloutError: If the activation was not recorded in a rollout, or has no batch axis.
+        """
+        site = self._site(key)
+        if site not in self._steps or self._batch_axes[site] is None:
+            raise RolloutError(f"{site!r} has no episodes and steps, because no rollout recorded a row of it.")
+        return torch.cat(self._steps[site])
 
     def _site(self, key: Site | str | HookPoint) -> Site:
         if isinstance(key, Site) and key in self._parts:
@@ -119,7 +131,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     def _like(self, change: Callable[[Tensor, Site], Tensor]) -> ActivationCache:
         changed = {site: change(activation, site) for site, activation in self.items()}
         like = ActivationCache(changed, self._axes, self._batch_axes)
-        like._is_mean = self._is_mean
+        like._is_mean, like._steps = self._is_mean, self._steps
         return like
 
     def _combined(self, operation: Callable[[Any, Any], Tensor], other: Any) -> ActivationCache:
@@ -167,7 +179,7 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             if self._batch_axes[site] is None:
                 raise BatchAxisError(f"Cannot average {site!r} over the batch. {no_batch(site)}")
         means = self._like(lambda activation, site: activation.mean(dim=self._batch_axes[site], keepdim=True))
-        means._is_mean = True
+        means._is_mean, means._steps = True, {}
         return means
 
     def to(self, *args: Any, **kwargs: Any) -> ActivationCache:
@@ -175,12 +187,22 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
         return self._like(lambda activation, site: activation.to(*args, **kwargs))
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Return one record per element, with the site, the index along each axis, and the value."""
+        """Return one record per element, with the site, the index along each axis, and the value.
+
+        For activations from a rollout, the records contain the `episode` and the `step` in place of the batch axis.
+        """
         records = []
         for site, activation in self.items():
+            axes, batch_axis = self._axes[site], self._batch_axes[site]
+            indices: list[Iterable[Any]] = [
+                [{axis: n} for n in range(size)] for axis, size in zip(axes, activation.shape, strict=True)
+            ]
+            if site in self._steps and batch_axis is not None:
+                indices[batch_axis] = [{"episode": row[0], "step": row[1]} for row in self.steps(site).tolist()]
             values = activation.detach().cpu().flatten().tolist()
-            for index, value in zip(itertools.product(*map(range, activation.shape)), values, strict=True):
-                records.append({"site": repr(site), **dict(zip(self._axes[site], index, strict=True)), "value": value})
+            for index, value in zip(itertools.product(*indices), values, strict=True):
+                named = {name: number for part in index for name, number in part.items()}
+                records.append({"site": repr(site), **named, "value": value})
         return records
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -197,7 +219,9 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
     def _title(self) -> str:
         return f"ActivationCache of {len(self)} sites"
 
-    def _append(self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None) -> None:
+    def _append(
+        self, site: Site, activation: Tensor, axes: Axes, batch_axis: int | None, steps: Tensor | None = None
+    ) -> None:
         """Append an activation from one forward pass; a site's activations are concatenated along the batch axis."""
         if site in self._parts and batch_axis is None:
             raise BatchAxisError(
@@ -206,6 +230,8 @@ class ActivationCache(Records, Mapping[Site, Tensor]):
             )
         self._parts.setdefault(site, []).append(activation)
         self._axes[site], self._batch_axes[site] = axes, batch_axis
+        if steps is not None:
+            self._steps.setdefault(site, []).append(steps)
 
 
 def _widened(activation: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import einops
 import torch
 from torch import Tensor, nn
 
-from ..engine.moments import RootCall
+from ..engine.moments import RootCall, published
 from ..engine.paths import Place, inside_vmap
 from ..engine.sessions import Attached, Session, StopForward
 from ..errors import SiteError, UnsupportedModelError, did_you_mean
@@ -18,6 +18,7 @@ from ..registry.points import HookPoints, resolve, sites_of
 from ..registry.sites import Axes, HookPoint, Site, read, written
 from .cache import ActivationCache
 from .contexts import ContextSession, Opened, allowed_names, check_reached
+from .edit_context import Context
 from .edits import region_lengths
 from .firing import Located
 
@@ -132,6 +133,7 @@ class Recorder(ContextSession):
         self._sites = sites_of(points_or_model, sites)
         self._allowed = allowed_names(allow_unreached, (site.name for site in self._sites), "recorded")
         self.missing: set[Site] = set()
+        self.in_repeated = published.now.repeated  # an edit runs a model
         self.stops = stop and (not isinstance(points_or_model, HookPoints) or points_or_model.steady)
         for site in self._sites:
             point = resolve(self.modules, site)
@@ -176,6 +178,8 @@ class _Record(Located):
             reduced(region, site, point.axes, recorder.reduce, double=recorder.double)
 
     def __call__(self, leaf: Tensor, session: Session) -> Tensor:
+        if published.now.repeated and not self._recorder.in_repeated:
+            return leaf
         if torch._C._current_graph_task_id() != -1:
             return leaf  # already recorded; torch.utils.checkpoint is rerunning the module in the backward pass
         if inside_vmap(leaf):
@@ -197,7 +201,7 @@ class _Record(Located):
             value = value.clone()
         if recorder.device is not None:
             value = value.to(recorder.device)
-        recorder.result._append(self.site, value, *self._kept)
+        recorder.result._append(self.site, value, *self._kept, self._steps(seen, session))
         recorder.missing.discard(self.site)
         if recorder.stops and not recorder.missing:
             recorder.stop(recorder)
@@ -205,6 +209,16 @@ class _Record(Located):
             return leaf
         rewritten = written(seen, self.positions, value.clone())
         return rewritten if self._lens is None else self._lens.merge(rewritten, leaf)
+
+    def _steps(self, leaf: Tensor, session: Session) -> Tensor | None:
+        """Return the episode and the step of each row; None if the rows are not those of a rollout."""
+        now, axis = published.now, self.batch_axis
+        if now.step is None or now.rows is None or self._kept[1] is None or axis is None:
+            return None
+        if len(now.rows) != leaf.shape[axis]:  # an edit runs a model on inputs of its own
+            return None
+        rows = Context(session, self.site, axis, leaf, self.positions).rows
+        return torch.stack([rows, torch.full_like(rows, now.step)], 1)
 
     def _check(self, leaf: Tensor) -> None:
         axes = reduced_axes(self.site, self.axes, self._recorder.reduce)

@@ -5,6 +5,7 @@ paired_rollouts({"original": policy, "patched": twin}, envs, seeds=range(100), m
 """
 
 from .decisions import action_distribution
+from .environments import from_gym3, from_pettingzoo
 from .results import PairedRollouts, Rollout, SweptRollouts
 from .rollout_sweep import rollout_sweep
 from .rollouts import paired_rollouts, rollout
@@ -16,6 +17,8 @@ __all__ = [
     "Rollout",
     "SweptRollouts",
     "action_distribution",
+    "from_gym3",
+    "from_pettingzoo",
     "paired_rollouts",
     "rollout",
     "rollout_sweep",

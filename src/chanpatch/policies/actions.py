@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, TanhTransform
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    Normal,
+    Transform,
+    TransformedDistribution,
+)
 
 from ..errors import DistributionError, RolloutError
 from ..results import imported
@@ -51,7 +59,7 @@ def chosen_actions(
     choice, space = decision.choice, envs.single_action_space
     if isinstance(choice, Tensor):
         return _checked(_shaped(decision, choice.detach().cpu().numpy(), rows, space), space)
-    distribution, squashed = _untransformed(choice)
+    distribution, transforms = _untransformed(choice)
     if distribution.batch_shape[:1] != (rows,):
         raise RolloutError(
             f"The policy's {type(distribution).__name__} has batch shape {tuple(distribution.batch_shape)} for {rows} "
@@ -63,13 +71,14 @@ def chosen_actions(
             "recording(...) to find the first activation with NaN."
         )
     if streams is None:
-        # torch's Bernoulli.mode is NaN at probability 0.5.
-        mode = distribution.probs >= 0.5 if isinstance(distribution, Bernoulli) else distribution.mode
-        actions = mode.cpu().numpy()
+        # torch's Bernoulli.mode is NaN at probability 0.5; Stable-Baselines3 rounds 0.5 to 0.
+        drawn = distribution.probs > 0.5 if isinstance(distribution, Bernoulli) else distribution.mode
     else:
         draws = np.stack([stream.random(distribution.batch_shape[1:]) for stream in streams])
-        actions = _inverse_cdf(distribution, torch.from_numpy(draws)).numpy()
-    actions = _shaped(decision, np.tanh(actions) if squashed else actions, rows, space)
+        drawn = _inverse_cdf(distribution, torch.from_numpy(draws)).to(numbers_of(distribution)[0].device)
+    for transform in transforms:
+        drawn = transform(drawn)
+    actions = _shaped(decision, drawn.cpu().numpy(), rows, space)
     if wrong := _mismatch(actions, distribution, space):
         raise RolloutError(
             f"The policy's {type(distribution).__name__} {wrong}, but the environment expects {space}. Pass a "
@@ -78,19 +87,24 @@ def chosen_actions(
     return actions.astype(space.dtype, copy=False) + getattr(space, "start", 0)  # Discrete(2, start=1)
 
 
-def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli | Normal, bool]:
-    """Unwrap a distribution. Return the innermost distribution, and whether tanh must be applied to its samples."""
-    squashed = False
-    while isinstance(distribution, Independent) or _is_tanh(distribution):
-        squashed |= _is_tanh(distribution)
-        distribution = distribution.base_dist  # type: ignore[attr-defined]
-    if not isinstance(distribution, (Categorical, Bernoulli, Normal)):
+def _untransformed(distribution: Distribution) -> tuple[Categorical | Bernoulli | Normal, list[Transform]]:
+    """Return the distribution to sample from, and the elementwise transforms to apply to the sample."""
+    transforms: list[Transform] = []
+    while isinstance(distribution, (Independent, TransformedDistribution)):
+        transforms = [*getattr(distribution, "transforms", ()), *transforms]
+        distribution = distribution.base_dist
+    is_known = isinstance(distribution, Normal) or (
+        isinstance(distribution, (Categorical, Bernoulli)) and not transforms
+    )
+    if not is_known or any(transform.domain.event_dim for transform in transforms):
+        after = ", ".join(type(transform).__name__ for transform in transforms)
         raise DistributionError(
-            f"A rollout cannot sample actions from {type(distribution).__name__}: paired sampling requires the "
-            "inverse CDF, which is available for Categorical, Bernoulli and Normal, alone or inside Independent, and "
-            "for the tanh of a Normal. Pass a function that calls the policy and returns one of these distributions."
+            f"A rollout cannot sample actions from {type(distribution).__name__}{after and f' after {after}'}: paired "
+            "sampling requires the inverse CDF, which is available for Categorical, Bernoulli and Normal, alone or "
+            "inside Independent, and for a Normal after elementwise transforms such as tanh. Pass a function that "
+            "calls the policy and returns one of these distributions."
         )
-    return distribution, squashed
+    return distribution, transforms  # type: ignore[return-value]
 
 
 def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
@@ -99,11 +113,6 @@ def numbers_of(choice: Distribution | Tensor) -> list[Tensor]:
         return [choice]
     distribution, _ = _untransformed(choice)
     return [distribution.loc, distribution.scale] if isinstance(distribution, Normal) else [distribution.logits]
-
-
-def _is_tanh(distribution: Distribution) -> bool:
-    transforms = getattr(distribution, "transforms", ())
-    return [type(transform) for transform in transforms] == [TanhTransform]
 
 
 def _shaped(decision: Decision, actions: NDArray[Any], rows: int, space: Any) -> NDArray[Any]:

@@ -8,14 +8,14 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..engine.state import CONTAINERS, Snapshot, depends_on_training, may_be_written, undisturbed
-from ..errors import MissingPackageError, RolloutError
+from ..errors import RolloutError
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, no_module
 from ..results import imported
@@ -31,39 +31,24 @@ from .copies import (
     used_by,
 )
 from .decisions import Decision
+from .environments import vector_env
 from .results import Rollout
-from .stable_baselines import as_in_predict, is_sb3_policy
+from .stable_baselines import as_in_predict, is_sb3_policy, observed_shape, owner_of
 
-_SINGLE = "gymnasium.vector.SyncVectorEnv([lambda: environment])."
-_ADVICE = {  # by the library that defines the environments
-    "stable_baselines3": "Build a vector environment from a function that creates one environment: "
-    "gymnasium.vector.SyncVectorEnv([make_environment] * 4).",
-    "gym3": "gym3 cannot reset an environment with a seed. Write a gymnasium.Env whose reset(seed=...) loads the level "
-    f"for that seed, and pass {_SINGLE}",
-    "pettingzoo": "PettingZoo environments have several agents. Write a gymnasium.Env for one agent that also runs the "
-    f"other agents, and pass {_SINGLE}",
-    "gym": f"Convert an environment to gymnasium, for example with shimmy.GymV26CompatibilityV0, and pass {_SINGLE}",
-}
+if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
 
 
-def check_envs(envs: Any) -> None:
-    """Check that gymnasium is 1.1 or later, and that `envs` is a vector environment with numeric observations."""
-    vector = imported("gymnasium.vector")
-    if not hasattr(vector, "AutoresetMode"):
-        version = imported("gymnasium").__version__
-        raise MissingPackageError(
-            f"gymnasium {version} is installed, but rollouts require 1.1 or later: pip install --upgrade gymnasium"
-        )
-    if not isinstance(envs, vector.VectorEnv):
-        libraries = [kind.__module__.partition(".")[0] for kind in type(envs).__mro__]
-        advice = next((_ADVICE[name] for name in libraries if name in _ADVICE), f"For one environment, pass {_SINGLE}")
-        raise RolloutError(f"envs must be a gymnasium.vector.VectorEnv; got {type(envs).__name__}. {advice}")
-    if getattr(envs, "single_observation_space", None) is None:
+def checked_envs(envs: Any) -> VectorEnv[Any, Any, Any]:
+    """Return the environments as a vector environment with numeric observations, or raise an error."""
+    vector = vector_env(envs)
+    if getattr(vector, "single_observation_space", None) is None:
         raise RolloutError(
             f"{type(envs).__name__} has no single_observation_space. Set the environment's spaces in __init__, as "
             "described in the documentation for gymnasium.vector.VectorEnv."
         )
-    _check_numbers(envs.single_observation_space)
+    _check_numbers(vector.single_observation_space)
+    return vector
 
 
 def _check_numbers(space: Any, name: str = "observations") -> None:
@@ -93,16 +78,14 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
         RolloutError: If the policy is not callable, requires masks or other arguments that are not passed, or expects
             observations of a different shape.
     """
-    if isinstance(policy, HookPoints):
-        policy = method_of(policy.model, policy)
     if not callable(policy):
         raise RolloutError(
             f"policy must be a module, HookPoints or a function of observations; got {no_module(policy)}"
         )
-    owner = getattr(policy, "__self__", policy)
-    if is_sb3_policy(owner):
+    owner = owner_of(policy)
+    if is_sb3 := is_sb3_policy(owner):
         _check_observations(owner, envs)
-    own = None if stateful else getattr(policy, "get_distribution", None)
+    own = None if stateful and not is_sb3 else getattr(policy, "get_distribution", None)
     calls_forward = isinstance(policy, nn.Module) and inspect.unwrap(type(policy).__call__) is nn.Module.__call__
     try:
         signature = inspect.signature(own or (policy.forward if calls_forward else policy))
@@ -116,13 +99,13 @@ def checked_policy(policy: Any, envs: Any, *, stateful: bool, masked: bool) -> A
             'masks=lambda envs, infos: np.stack(envs.call("action_masks")).'
         )
     try:
-        signature.bind(*[None] * (2 if stateful else 1))
+        signature.bind(*[None] * (1 if not stateful else 3 if is_sb3 else 2))
     except TypeError:
         raise RolloutError(
             f"{name} expects ({', '.join(signature.parameters)}), but a rollout passes "
             f"{'(observations, state)' if stateful else '(observations)'}. For a recurrent policy, set initial_state=. "
-            "If the policy needs other arguments, wrap it in a function, such as this one for sb3-contrib's "
-            "RecurrentPPO: lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
+            "If the policy needs other arguments, wrap it in a function, such as lambda seen, state: "
+            "policy.get_distribution(seen, state, seen.new_zeros(len(seen)))."
         ) from None
     return policy
 
@@ -139,18 +122,19 @@ def _masking(policy: Any) -> str:
 
 def _check_observations(policy: Any, envs: Any) -> None:
     """Raise an error if the observations from `envs` do not have the shape that a Stable-Baselines3 policy expects."""
-    built, given = _shapes(policy.observation_space), _shapes(envs.single_observation_space)
-    if built != given:
-        raise RolloutError(
-            f"{type(policy).__name__} was built for observations of shape {built}, but the environments return "
-            f"{given}. During training, Stable-Baselines3 moves image channels to the first axis and may stack frames: "
-            "wrap each environment to do the same."
-        )
-
-
-def _shapes(space: Any) -> Any:
-    parts = getattr(space, "spaces", None)
-    return {name: part.shape for name, part in parts.items()} if isinstance(parts, Mapping) else space.shape
+    space, other = policy.observation_space, envs.single_observation_space
+    parts, others = getattr(space, "spaces", {"": space}), getattr(other, "spaces", {"": other})
+    if isinstance(parts, Mapping) and isinstance(others, Mapping):
+        given = {name: part.shape for name, part in others.items()}
+        built = {
+            name: observed_shape(part, others[name]) if name in others else part.shape for name, part in parts.items()
+        }
+        if built != given:
+            built, given = (each.get("", each) for each in (built, given))
+            raise RolloutError(
+                f"{type(policy).__name__} was built for observations of shape {built}, but the environments return "
+                f"{given}. Wrap the environments as in training, for example to stack frames."
+            )
 
 
 def check_modes(policies: Mapping[str, Any]) -> None:
@@ -221,6 +205,18 @@ def refuse_environments_by_rows(patches: Iterable[Patch], envs: Any) -> None:
                     "which contains the index of each row's sub-environment. If the function needs anything else from "
                     "the environments, such as their spaces, read it before the rollout, outside the function."
                 )
+
+
+def refuse_replaced(policy: Any, masks: Any, envs: Any) -> None:
+    """Raise an error if a policy, its patches or the masks use environments that were replaced by copies."""
+    if getattr(envs, "plays_in_copies", False):
+        used = used_by(policy, masks, *functions_of(patches_inside(policy)))
+        if any(each is envs.given for each in used):
+            raise RolloutError(
+                f"{type(envs.given).__name__} accepts only one seed for all rows, so the rollout plays in one copy per "
+                "row. The policy, a patch or the masks use the original, which does not move. Pass "
+                'gymnasium.make_vec(..., vectorization_mode="sync") instead.'
+            )
 
 
 def check_rows(

@@ -40,7 +40,7 @@ def copied(policy: nn.Module, plain: nn.Module) -> nn.Module:
             "Remove objects that cannot be copied (environments, files, locks) from the module, or use patched()."
         ) from error
     drop_hooks(twin)
-    if any(own is not weight for own, weight in zip(twin.parameters(), policy.parameters(), strict=True)):
+    if any(own is not weight for own, weight in zip(twin.parameters(), plain.parameters(), strict=True)):
         raise UnsupportedModelError(
             f"A module in {type(plain).__name__} copies its own parameters (as TorchRL's TensorDictParams does), so a "
             "twin would not share the weights. Use patched()."
@@ -259,5 +259,8 @@ _APART = (  # classes whose objects are not restored: environments, and replay b
     ("gymnasium", "Env"),
     ("gymnasium.vector", "VectorEnv"),
     ("stable_baselines3.common.vec_env", "VecEnv"),
+    ("gym3", "Env"),
+    ("pettingzoo", "AECEnv"),
+    ("pettingzoo", "ParallelEnv"),
     ("stable_baselines3.common.buffers", "BaseBuffer"),
 )

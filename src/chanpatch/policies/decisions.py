@@ -163,7 +163,7 @@ def _joined(output: Any) -> Categorical | None:
     The joint logits have shape `(row, part, choice)`. Return None if the output is not a list of two or more
     Categoricals.
     """
-    parts = getattr(output, "distribution", output)
+    parts = getattr(output, "distributions", None) or getattr(output, "distribution", output)
     is_list = isinstance(parts, (list, tuple)) and len(parts) > 1
     if not is_list or not all(isinstance(each, Categorical) for each in parts):
         return None
@@ -207,7 +207,7 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
     """
     if masks is None:
         return None
-    found = np.array(masks(envs, infos))
+    found = _by_part(np.array(masks(envs, infos)), envs.single_action_space)
     if found.shape[:1] != (envs.num_envs,):
         raise RolloutError(
             f"masks returned an array of shape {found.shape} for {envs.num_envs} environments. Return one row per "
@@ -220,3 +220,12 @@ def allowed_actions(masks: Masks | None, envs: VectorEnv[Any, Any, Any], infos: 
             "For an additive mask (0 or -inf), return mask == 0."
         )
     return found.astype(np.bool_)
+
+
+def _by_part(masks: NDArray[Any], space: Any) -> NDArray[Any]:
+    """Convert masks as sb3-contrib's MaskablePPO expects them for a MultiDiscrete space to `(row, part, choice)`."""
+    counts = getattr(space, "nvec", None)
+    if counts is None or counts.ndim != 1 or masks.shape[1:] != (counts.sum(),):
+        return masks
+    parts = np.split(masks, counts.cumsum()[:-1], axis=1)
+    return np.stack([np.pad(part, ((0, 0), (0, counts.max() - part.shape[1]))) for part in parts], axis=1)

@@ -6,9 +6,9 @@ import copy
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,38 +20,27 @@ from ..engine.paths import Path, get, leaves, replace
 from ..engine.state import undisturbed
 from ..errors import ChanpatchError, RolloutError
 from ..registry.names import path_text
+from ..registry.points import HookPoints
 from ..results import imported, progress_bar
 from ..statistics.interval import whole
-from .actions import chosen_actions, draw_streams, repetitions
-from .checks import check_envs, check_repeats, check_rows, checked_policy, noted_logs
+from .actions import chosen_actions
+from .checks import check_repeats, check_rows, checked_policy, method_of, noted_logs, refuse_replaced
 from .checksums import checksums
 from .copies import held_state
-from .decisions import Decision, Masks, Outputs, allowed_actions, check_outputs, decision_in, output_of
+from .decisions import Decision, allowed_actions, check_outputs, decision_in, output_of
+from .log import Log, Options, rows_of_observations
 from .results import Rollout
-from .stable_baselines import as_in_predict
+from .stable_baselines import as_in_predict, is_sb3_policy, lstm_state, owner_of, to_tensors, with_state
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
 
 
-InitialState: TypeAlias = Callable[[int], Any]
 BatchAxes: TypeAlias = Mapping[Path, int]
 Around: TypeAlias = Callable[[NDArray[np.int64]], AbstractContextManager[object]]
 
 _DTYPE_REJECTED = re.compile("dtype|scalar type|Input type|must have the type|not implemented for '")
 _CHANNELS_REJECTED = re.compile(r"expected input\[[^\]]*?(\d+)\] to have (\d+) channels")
-
-
-class Options(NamedTuple):
-    """Options for `rollout`, `paired_rollouts` and `rollout_sweep`."""
-
-    max_steps: int
-    sampling_seed: int
-    greedy: bool
-    outputs: Outputs | None
-    masks: Masks | None
-    initial_state: InitialState | None
-    progress: bool | None
 
 
 def play(
@@ -70,11 +59,15 @@ def play(
     returns the context manager in which the forward pass runs. `label` is the policy's name in paired rollouts, and
     None in other rollouts.
     """
-    check_envs(envs)
     check_outputs(options.outputs)
+    refuse_replaced(policy, options.masks, envs)
+    if isinstance(policy, HookPoints):
+        policy = method_of(policy.model, policy)
+    if options.initial_state is None:
+        options = options._replace(initial_state=lstm_state(policy))
     is_recurrent, has_masks = options.initial_state is not None, options.masks is not None
     policy = checked_policy(policy, envs, stateful=is_recurrent, masked=has_masks)
-    log = _Log(seeds, options, times, label)
+    log = Log(seeds, options, times, label)
     whole("max_steps", options.max_steps, 1, RolloutError)
     waves = range(0, log.plays, envs.num_envs)
     held, *state = held_state(policy, envs)
@@ -91,69 +84,17 @@ def play(
     return log.rollouts()
 
 
-class _Log:
-    """The results and random generators for all plays, sorted by repetition and then by episode.
-
-    A play is one repetition of an episode.
-    """
-
-    def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
-        if not isinstance(seeds, Iterable):
-            raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
-        checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
-        if max(checked, default=0) >= 2**63:
-            raise RolloutError(f"A seed must be less than 2**63, to fit in int64; got {max(checked)}.")
-        if not checked:
-            raise RolloutError("seeds is empty: pass one seed per episode.")
-        self.episodes, self.plays = len(checked), times * len(checked)
-        self.seeds = tuple(checked * times)
-        self._options = options
-        self.published = {
-            "label": label,
-            "sampling_seed": options.sampling_seed,
-            "seeds": np.array(checked, object),
-            "repetitions": repetitions(checked),
-        }
-        self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, checked)]
-        self.returns = np.zeros(self.plays)
-        self.terminated, self.truncated = np.zeros((2, self.plays), dtype=np.bool_)
-        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # for each step: plays and their actions
-        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # and checksums
-
-    def add(
-        self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
-    ) -> None:
-        """Add one step to the results of the given plays. `seen` contains the checksums of the new observations."""
-        self.returns[plays] += rewards
-        self.taken.append((plays, actions))
-        self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
-
-    def rollouts(self) -> list[Rollout]:
-        self.actions, self.seen = _by_play(self.taken), _by_play(self.checked)
-        self.lengths = np.array([*map(len, self.actions)])
-        columns = ("seeds", "returns", "lengths", "terminated", "truncated", "actions", "seen")
-        settings = {name: getattr(self._options, name) for name in ("max_steps", "sampling_seed", "greedy")}
-        settings["masked"] = self._options.masks is not None
-        cuts = [slice(start, start + self.episodes) for start in range(0, self.plays, self.episodes)]
-        return [Rollout(**{name: getattr(self, name)[cut] for name in columns}, settings=settings) for cut in cuts]
-
-
-def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
-    """Convert pairs (plays, values), one pair per step, to one array of values with shape `(step, ...)` per play."""
-    plays, values = map(np.concatenate, zip(*steps, strict=True))
-    order = np.argsort(plays, kind="stable")
-    return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
-
-
 class _Player:
     """A policy that plays in a vector environment, together with the recurrent states of the running episodes."""
 
     _allowed: NDArray[np.bool_] | None
+    _is_repeated = False
+    _observations: Any
 
-    def __init__(self, policy: Any, envs: Any, log: _Log, options: Options, around: Around) -> None:
+    def __init__(self, policy: Any, envs: Any, log: Log, options: Options, around: Around) -> None:
         self._policy, self._envs, self._log, self._options, self._around = policy, envs, log, options, around
         self._state_axes = {} if options.initial_state is None else state_batch_axes(options.initial_state)
-        owner = getattr(policy, "__self__", policy)
+        self._owner = owner = owner_of(policy)
         self._name = type(owner).__name__
         self._like = next(owner.parameters(), None) if isinstance(owner, nn.Module) else None
 
@@ -174,6 +115,7 @@ class _Player:
                 self._check_rows(decision, check)
             streams = None if options.greedy else [log.streams[number] for number in plays]
             chosen = chosen_actions(decision, streams, len(plays), envs)
+            log.keep_observations(plays, rows_of_observations(self._observations, self._running))
             if actions is None:
                 actions = np.resize(chosen, (envs.num_envs, *chosen.shape[1:]))
             if self._allowed is not None:  # give finished sub-environments an allowed action, not their last action
@@ -187,8 +129,10 @@ class _Player:
             seen = self._seen()
             seen[over] = 0  # at the end of an episode, some environments return the next episode's observation
             log.add(plays, chosen, np.asarray(rewards[self._running], np.float64), seen[self._running])
+            log.keep_infos(plays, self._infos, self._running, over)
             if over.any():
                 log.terminated[plays], log.truncated[plays] = terminated[self._running], truncated[self._running]
+                self._keep_state(plays, ~continues)
                 self._keep(continues)
                 if not self._running.size:
                     advance(options.max_steps - self._step)
@@ -196,6 +140,7 @@ class _Player:
                 self._restart(over)
             advance(1)
         log.truncated[wave[self._running]] = True
+        self._keep_state(wave[self._running], np.ones(len(self._running), np.bool_))
 
     def _reset(self, wave: NDArray[np.int64]) -> None:
         """Reset the environments for a new wave. If it has fewer episodes than sub-environments, repeat the seeds."""
@@ -211,6 +156,7 @@ class _Player:
         self._begin()
         self._allowed = allowed_actions(self._options.masks, self._envs, self._infos)
         self._log.checked.append((wave, self._seen()[self._running]))
+        self._log.keep_infos(wave, self._infos, self._running, np.zeros(self._envs.num_envs, np.bool_))
 
     def _restart(self, over: NDArray[np.bool_]) -> None:
         """Reset finished sub-environments, unless the vector environment resets sub-environments automatically."""
@@ -237,6 +183,11 @@ class _Player:
         self._rows_before, self._running = len(self._running), self._running[continues]
         self._state = rows_of(self._state, self._state_axes, torch.from_numpy(continues))
 
+    def _keep_state(self, plays: NDArray[np.int64], ended: NDArray[np.bool_]) -> None:
+        """Add the recurrent state after the last step of the episodes that ended to the log."""
+        for row in np.flatnonzero(ended):
+            self._log.keep_state(plays[row], rows_of(self._state, self._state_axes, torch.tensor([row])))
+
     def _check_rows(self, decision: Decision, check: Callable[..., None]) -> None:
         """Run `check` on the first decision in a wave if the wave contains unpatched rows, which come first.
 
@@ -253,7 +204,7 @@ class _Player:
     def _first_decision(self, count: int) -> Decision:
         """Repeat the first decision with only the first `count` rows in the batch, and return the new decision."""
         other = copy.copy(self)
-        other._running = self._running[:count]
+        other._running, other._is_repeated = self._running[:count], True
         other._begin()
         return other._decision()
 
@@ -261,12 +212,13 @@ class _Player:
         """Return the decision for the running episodes, and update the recurrent state."""
         plays, episodes = self._wave[self._running], self._log.episodes
         infos = functools.partial(_infos_of, self._infos, self._envs.num_envs)
-        known = {"step": self._step, "infos": infos, **self._log.published}
+        known = {"step": self._step, "infos": infos, "repeated": self._is_repeated, **self._log.published}
         with (
             forward_context(rows=plays % episodes, environments=self._running, **known),
             self._around(plays // episodes),
         ):
-            observations, outputs = self._tensors(self._observations), self._options.outputs
+            rows = rows_of_observations(self._observations, self._running)
+            observations, outputs = self._tensors(rows), self._options.outputs
             try:
                 if self._options.initial_state is None:
                     output = output_of(self._policy, observations, outputs)
@@ -281,7 +233,7 @@ class _Player:
             return decision_in(output, self._name, outputs, allowed)
 
     def _with_state(self, observations: Any) -> Any:
-        returned = self._policy(observations, self._state)
+        returned = with_state(self._policy, observations, self._state, self._placed(torch.zeros(len(self._running))))
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
             got = f"{len(returned)} items" if isinstance(returned, (tuple, list)) else type(returned).__name__
             raise RolloutError(
@@ -300,12 +252,14 @@ class _Player:
         return returned[0]
 
     def _tensors(self, observations: Any) -> Any:
-        """Convert observations, which may be in dicts and tuples, to tensors with only the running episodes' rows."""
+        """Convert observations, which may be in dicts and tuples, to tensors."""
+        if is_sb3_policy(self._owner):
+            return to_tensors(self._owner, observations)
         if isinstance(observations, Mapping):
             return {name: self._tensors(part) for name, part in observations.items()}
         if isinstance(observations, tuple):
             return tuple(map(self._tensors, observations))
-        return self._placed(torch.as_tensor(observations[self._running]))
+        return self._placed(torch.as_tensor(observations))
 
     def _placed(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the policy's device and, if it is floating point, to the policy's dtype."""
@@ -362,7 +316,7 @@ def rows_of(tree: Any, batch_axes: BatchAxes, rows: slice | Tensor) -> Any:
     return tree
 
 
-def state_batch_axes(initial_state: InitialState) -> BatchAxes:
+def state_batch_axes(initial_state: Callable[[int], Any]) -> BatchAxes:
     """Find the batch axis of each tensor in a recurrent state: the axis whose length is the number of rows."""
     if not callable(initial_state):
         raise RolloutError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -39,6 +39,16 @@ class Rollout(Records):
             then a checksum of the reward and the observation at each step.
         settings: Dict of the arguments `max_steps`, `sampling_seed` and `greedy`, and of `masked`: whether action masks
             were used.
+        rewards: One array of rewards, with shape `(step,)`, per episode.
+        kept: One entry per episode for each name in `keep`, by name. The entry for `"observations"` is an array
+            `(step, ...)`, or a dict or tuple of arrays; for `"final_state"`, the recurrent state after the last step,
+            with one row; for an info, an array `(1 + step, ...)` that begins with the info from `reset`, in which
+            missing infos are None.
+
+    Rollouts with different seeds and equal settings can be joined with `+`.
+
+    Raises:
+        RolloutError: If joined rollouts have a seed in common, or have different settings.
     """
 
     seeds: tuple[int, ...]
@@ -49,9 +59,18 @@ class Rollout(Records):
     actions: tuple[NDArray[Any], ...]
     seen: tuple[NDArray[np.uint64], ...]
     settings: Mapping[str, Any]
+    rewards: tuple[NDArray[np.float64], ...] = ()
+    kept: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.seeds)
+
+    def __add__(self, other: Rollout) -> Rollout:
+        if not isinstance(other, Rollout):
+            return NotImplemented
+        _check_parts(self, other)
+        parts = [(each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self)]
+        return Rollout(**{name: one if name == "settings" else _joined(one, two) for name, one, two in parts})
 
     def to_records(self) -> list[dict[str, Any]]:
         """Return one dict per episode, with keys seed, return, length, terminated and truncated."""
@@ -73,9 +92,11 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
         rollouts: Rollout of each policy, by the policy's name.
         remarks: Notes on the intervals, shown below the table.
 
+    Results with the same policies and different seeds can be joined with `+`.
+
     Raises:
         RolloutError: If two policies have different seeds or settings, or if an episode differs between two policies
-            before their actions differ.
+            before their actions differ; or if joined results have different policies or a seed in common.
     """
 
     rollouts: Mapping[str, Rollout]
@@ -88,6 +109,16 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
 
     def __getitem__(self, name: str) -> Rollout:
         return self.rollouts[name]
+
+    def __add__(self, other: Self) -> Self:
+        if type(other) is not type(self):
+            return NotImplemented
+        if self._whole or other._whole or [*self] != [*other]:
+            raise RolloutError(
+                "Two parts of a comparison can be joined only if they have the same policies in the same order, and "
+                f"before top(); got {', '.join(map(repr, self))} and {', '.join(map(repr, other))}."
+            )
+        return replace(self, **self._joined(other))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rollouts)
@@ -181,6 +212,11 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
     def _notes(self) -> list[str]:
         return [*interval_notes(self.interval().note), *self.remarks]
 
+    def _joined(self, other: Self) -> dict[str, Any]:
+        """Return the fields of the result that joins two parts."""
+        remarks = tuple(dict.fromkeys((*self.remarks, *other.remarks)))
+        return {"rollouts": _joined(self.rollouts, other.rollouts), "remarks": remarks}
+
     @property
     def _original(self) -> Rollout:
         return next(iter(self.rollouts.values()))
@@ -216,6 +252,26 @@ class PairedRollouts(Effects, Mapping[str, Rollout]):
             original=[float(self._original.returns.mean())] * len(others),
             n=map(len, others.values()),
         )
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Join arrays, tuples or rollouts, which may be in dicts with equal keys."""
+    if isinstance(one, Mapping):
+        return {name: _joined(each, other[name]) for name, each in one.items()}
+    return np.concatenate([one, other]) if isinstance(one, np.ndarray) else one + other
+
+
+def _check_parts(one: Rollout, other: Rollout) -> None:
+    """Raise an error if two rollouts cannot be parts of one rollout."""
+    if shared := {*one.seeds} & {*other.seeds}:
+        raise RolloutError(
+            f"Both parts contain seed {min(shared)}. Its episodes would use the same random numbers, so they would not "
+            "be independent. Play all episodes with the same seed in one part."
+        )
+    for name, value in {**one.settings, "keep": [*one.kept]}.items():
+        found = {**other.settings, "keep": [*other.kept]}[name]
+        if found != value:
+            raise RolloutError(f"The parts cannot be joined because {name} differs: {value} vs. {found}.")
 
 
 def _check_pair(first: Rollout, other: Rollout, names: str) -> None:
@@ -288,6 +344,12 @@ class SweptRollouts(PairedRollouts):
             return records
         interval = self._interval(self._differences([*self.controls.values()]), seed=0)
         return ranked_records(records, self.ranks(), self._compared(self.controls, interval))
+
+    def _joined(self, other: Self) -> dict[str, Any]:
+        if [*(self.controls or ())] != [*(other.controls or ())]:
+            raise RolloutError("Two parts of a sweep can be joined only if they have the same controls.")
+        controls = None if self.controls is None else _joined(self.controls, other.controls)
+        return {**super()._joined(other), "controls": controls, "no_p": self.no_p or other.no_p}
 
     def _lines(self) -> list[dict[str, Any]]:
         names = ("patched", "original", *(("rank", "p") if self.controls else ()))

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..engine.hooks import Station
+from ..engine.moments import publishing
 from ..engine.paths import leaves
 from ..engine.state import GENERATORS, Snapshot, generator_state, random_states, training_modules
 from ..errors import BatchAxisError, RolloutError
@@ -25,21 +26,19 @@ from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of
 from ..registry.sites import HookPoint, Site, no_batch
-from .checks import SharedState, method_of, refuse_environments_by_rows
+from .checks import SharedState, checked_envs, method_of, refuse_environments_by_rows
 from .copies import functions_of, patches_inside, used_by
 from .decisions import Masks, Outputs
-from .episodes import BatchAxes, InitialState, Options, play, rows_of, state_batch_axes
+from .episodes import BatchAxes, play, rows_of, state_batch_axes
+from .log import InitialState, Options
 from .results import ORIGINAL, SweptRollouts
-from .stable_baselines import as_in_predict
+from .stable_baselines import as_in_predict, lstm_state, policy_of
 from .twin import PatchedPolicy
-
-if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
 
 
 def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented there
     policy: nn.Module | HookPoints,
-    envs: VectorEnv[Any, Any, Any],
+    envs: Any,
     seeds: Iterable[int],
     patches: Patches | Patch,
     *,
@@ -51,6 +50,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     masks: Masks | None = None,
     initial_state: InitialState | None = None,
     check_nan: bool = True,
+    keep: Sequence[str] = (),
     progress: bool | None = None,
 ) -> SweptRollouts:
     """Roll out a policy unpatched and with each label's patches, in the same episodes.
@@ -65,12 +65,13 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     a `forward` method.
 
     Args:
-        policy: Module or its HookPoints.
+        policy: Module, its HookPoints, or a Stable-Baselines3 model.
         patches: One or more patches per label: a mapping from labels to patches, or a sequence of patches, which are
             labeled by their sites. Create the sites from traced HookPoints, so that their batch axes are known.
         controls: Control patches in the same format, used to rank the effects. P-values require at least 19 controls.
         check_nan: Whether to raise an error if a patch introduces NaN.
-        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress: Same as in `rollout`.
+        envs, seeds, max_steps, sampling_seed, greedy, outputs, masks, initial_state, keep, progress: Same as in
+            `rollout`.
 
     Returns:
         The rollout of the unpatched policy, labeled `"original"`, then one rollout per label. `comparisons()` returns
@@ -92,6 +93,9 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
         >>> list(rollout_sweep(points, envs, range(4), patches, max_steps=100, outputs="logits"))
         ['original', 'no action 0', 'no action 1']
     """
+    policy, envs = policy_of(policy), checked_envs(envs)
+    if initial_state is None:
+        initial_state = lstm_state(model_of(policy))
     asked = labelled_patches(patches, "patches", RolloutError)
     others = [] if controls is None else labelled_patches(controls, "controls", RolloutError)
     both = [*asked, *others]
@@ -107,7 +111,7 @@ def rollout_sweep(  # noqa: D417  # the arguments of rollout are documented ther
     interventions = _Interventions(policy, both, state_axes, check_nan=check_nan)
     twin = method_of(interventions.twin, policy)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first run
-    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
+    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
     run, again = (
         functools.partial(play, twin, envs, seeds, options, times=1 + len(both), around=around)
         for around in (interventions.forward, functools.partial(interventions.forward, is_reversed=True))
@@ -201,10 +205,11 @@ class _Interventions:
         new = dict(zip(self._cuts, parts, strict=True))
         for number, cut in [*self._cuts.items()][:: -1 if self._is_reversed else 1]:
             firings = [firing for firing in self._firings[number] if firing.site.name == point.name]
-            if firings:
-                published = context.moment.published.cut(cut, self._labels[number])
-                moment = replace(context.moment, inputs=self._inputs(context.inputs, cut), published=published)
-            with labelled(self._labels[number]):
+            if not firings:
+                continue
+            own = context.moment.published.cut(cut, self._labels[number])
+            moment = replace(context.moment, inputs=self._inputs(context.inputs, cut), published=own)
+            with labelled(self._labels[number]), publishing(own):  # an edit may call another patched model
                 for firing in firings:
                     new[number] = firing(new[number], moment)
         if states and states != self._random_states():
@@ -225,9 +230,11 @@ class _Interventions:
 
     def _inputs(self, inputs: tuple[Any, ...], rows: slice) -> tuple[Any, ...]:
         """Return the given rows of the observations and, if the policy is recurrent, of the recurrent state."""
-        observations, *state = inputs
-        axes = {path: 0 for path, _ in leaves(observations)}
-        return (rows_of(observations, axes, rows), *(rows_of(each, self._state_axes, rows) for each in state))
+        axes = (None, self._state_axes, None)  # None: the batch is the first axis
+        each = zip(inputs, axes, strict=False)
+        return tuple(
+            rows_of(tree, dict.fromkeys(dict(leaves(tree)), 0) if own is None else own, rows) for tree, own in each
+        )
 
     def _raise_nan(self, cause: Exception | None = None) -> None:
         for number in self._cuts:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ..errors import RolloutError
 from ..labels import reference_notes, refuse_shared_state
-from .checks import SharedState, check_equal, check_modes, refuse_environments_by_rows
+from .checks import SharedState, check_equal, check_modes, checked_envs, refuse_environments_by_rows
 from .copies import functions_of, patches_inside
 from .decisions import Masks, Outputs
-from .episodes import InitialState, Options, play
+from .episodes import play
+from .log import InitialState, Options
 from .results import PairedRollouts, Rollout
-
-if TYPE_CHECKING:
-    from gymnasium.vector import VectorEnv
+from .stable_baselines import policy_of
 
 
 def rollout(
     policy: Any,
-    envs: VectorEnv[Any, Any, Any],
+    envs: Any,
     seeds: Iterable[int],
     *,
     max_steps: int,
@@ -30,6 +29,7 @@ def rollout(
     outputs: Outputs | None = None,
     masks: Masks | None = None,
     initial_state: InitialState | None = None,
+    keep: Sequence[str] = (),
     progress: bool | None = None,
 ) -> Rollout:
     """Play one episode per seed.
@@ -39,9 +39,10 @@ def rollout(
     depend on the number of environments or on the other seeds. Episodes with the same seed share a level but use
     different random numbers to sample actions.
 
-    Stable-Baselines3 policies act as in their own `predict`: actions in a Box are clipped, or rescaled if the policy
-    squashes actions, and policies without a distribution act deterministically. Actions from other policies are not
-    clipped: for a Box space, wrap the environments in gymnasium's ClipAction.
+    Stable-Baselines3 and sb3-contrib policies act as in their own `predict`: observations are converted by
+    `obs_to_tensor`, actions in a Box are clipped, or rescaled if the policy squashes actions, and policies without a
+    distribution act deterministically. Actions from other policies are not clipped: for a Box space, wrap the
+    environments in gymnasium's ClipAction.
 
     Random number generators and the policy's buffers and attributes, including lists, are restored before each new
     batch of episodes and at the end of the rollout. The attributes of your own objects, and nonlocal and global
@@ -50,15 +51,18 @@ def rollout(
     episodes twice to check that the list does not change the episodes.
 
     A recurrent policy is called as `policy(observations, state)` and must return `(output, new state)`. Each episode
-    starts from its own initial state. If a policy expects other arguments, wrap it in a function; for sb3-contrib's
-    RecurrentPPO: `lambda seen, state: policy.get_distribution(seen, state, seen.new_zeros(len(seen)))`. A policy that
-    stores its state internally works only with a single environment, because the batch shrinks as episodes end.
+    starts from its own initial state. sb3-contrib's RecurrentPPO starts from zeros, and does not need `initial_state`.
+    If a policy expects other arguments, wrap it in a function. A policy that stores its state internally works only
+    with a single environment, because the batch shrinks as episodes end.
 
     Args:
-        policy: Module, HookPoints or function that accepts observations. The output must be a tensor or contain an
-            action distribution (see `chanpatch.policies.action_distribution`). Observations are moved to the module's
-            device and, if they are floating point, cast to the module's dtype.
-        envs: Vector environment whose `reset` accepts one seed per sub-environment, in any autoreset mode.
+        policy: Module, HookPoints, Stable-Baselines3 model or function that accepts observations. The output must be a
+            tensor or contain an action distribution (see `chanpatch.policies.action_distribution`). Observations are
+            moved to the module's device and, if they are floating point, cast to the module's dtype.
+        envs: Environment or vector environment from gymnasium, in any autoreset mode; a VecEnv from Stable-Baselines3;
+            or a procgen environment, in which each seed is a level. A vector environment that accepts only one seed
+            for all rows, as `make_vec` creates by default for CartPole, is replaced by one copy per row. See also
+            `from_gym3` and `from_pettingzoo`.
         seeds: Nonnegative seeds for resetting the environment, one per episode.
         max_steps: Maximum number of steps per episode.
         sampling_seed: Random seed for sampling actions.
@@ -73,6 +77,8 @@ def rollout(
             tensor, or tensors in tuples and dicts, such as
             `lambda rows: (torch.zeros(1, rows, 64), torch.zeros(1, rows, 64))` for an LSTM. Each tensor must have
             exactly one batch axis, whose length is the number of rows.
+        keep: Data to keep in `Rollout.kept`: `"observations"`, `"final_state"` of a recurrent policy, and names of
+            infos.
         progress: Whether to show a progress bar. By default, a bar is shown in a terminal after two seconds.
 
     Raises:
@@ -94,15 +100,16 @@ def rollout(
         4     10      10      True        False
         5     9       9       True        False
     """
+    policy, envs = policy_of(policy), checked_envs(envs)
     check_modes({"": policy})
     refuse_environments_by_rows(patches_inside(policy), envs)
-    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress)
+    options = Options(max_steps, sampling_seed, greedy, outputs, masks, initial_state, progress, keep)
     return play(policy, envs, seeds, options)[0]
 
 
 def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented there
     policies: Mapping[str, Any],
-    envs: VectorEnv[Any, Any, Any],
+    envs: Any,
     seeds: Iterable[int],
     *,
     max_steps: int,
@@ -111,6 +118,7 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
     outputs: Outputs | Mapping[str, Outputs] | None = None,
     masks: Masks | None = None,
     initial_state: InitialState | None = None,
+    keep: Sequence[str] = (),
     progress: bool | None = None,
 ) -> PairedRollouts:
     """Roll out several policies, one after another, in the same episodes and with the same random numbers.
@@ -120,8 +128,8 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             first policy is compared with each of the others.
         outputs: Meaning of tensors that policies return, as in `rollout`: one string for all policies, or a dict that
             maps policies' names to strings.
-        envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, progress: Same as in `rollout`, for all
-            policies.
+        envs, seeds, max_steps, sampling_seed, greedy, masks, initial_state, keep, progress: Same as in `rollout`, for
+            all policies.
 
     Raises:
         ChanpatchError: For the same reasons as `rollout`; if there are no policies; if a module such as
@@ -147,13 +155,14 @@ def paired_rollouts(  # noqa: D417  # the arguments of rollout are documented th
             'policies must map names to policies, as in {"original": policy, "patched": twin}; '
             f"got {type(policies).__name__}."
         )
+    policies, envs = {name: policy_of(policy) for name, policy in policies.items()}, checked_envs(envs)
     check_modes(policies)
     each = outputs if isinstance(outputs, Mapping) else dict.fromkeys(policies, outputs)
     if stray := each.keys() - policies.keys():
         raise RolloutError(
             f"outputs has the key {min(stray)!r}, but the policies are named {', '.join(map(repr, policies))}."
         )
-    options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress)
+    options = Options(max_steps, sampling_seed, greedy, None, masks, initial_state, progress, keep)
     seeds = [*seeds] if isinstance(seeds, Iterable) else seeds  # an iterator would be exhausted by the first policy
     patches = {name: patches_inside(policy) for name, policy in policies.items()}
     refuse_shared_state(patches.items())

@@ -1,15 +1,17 @@
-"""Detect Stable-Baselines3 policies and distributions, and clip or rescale actions as `predict` does."""
+"""Run Stable-Baselines3 and sb3-contrib policies as their own `predict` does."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from ..metrics.outputs import is_squashed
 
@@ -17,6 +19,47 @@ from ..metrics.outputs import is_squashed
 def is_sb3_policy(policy: object) -> bool:
     """Return whether a policy is from Stable-Baselines3. The library does not have to be installed."""
     return _is_a(policy, "policies", "BasePolicy")
+
+
+def policy_of(given: Any) -> Any:
+    """Return the policy of a Stable-Baselines3 model, such as PPO; return any other policy unchanged."""
+    return given.policy if _is_a(given, "base_class", "BaseAlgorithm") else given
+
+
+def owner_of(policy: Any) -> Any:
+    """Return the object that a method belongs to; return any other policy unchanged."""
+    return getattr(policy, "__self__", policy)
+
+
+def observed_shape(policy: Any, space: Any) -> Any:
+    """Return the shape of a policy's observations, with image channels last if only then it equals `space.shape`."""
+    shape = policy.shape
+    is_moved = shape is not None and len(shape) == 3 and space.shape == (*shape[1:], shape[0])
+    is_image = is_moved and sys.modules["stable_baselines3.common.preprocessing"].is_image_space(policy)
+    return space.shape if is_image else shape
+
+
+def to_tensors(policy: Any, observations: Any) -> Any:
+    """Convert observations to tensors as `predict` does: image channels move to the first axis."""
+    convert = inspect.unwrap(type(policy).obs_to_tensor)  # a twin would count its own method as a forward pass
+    return convert(policy, observations)[0]
+
+
+def lstm_state(policy: Any) -> Callable[[int], tuple[Tensor, Tensor]] | None:
+    """Return the function that returns zero LSTM states, if a policy is from sb3-contrib's RecurrentPPO."""
+    shape = getattr(owner_of(policy), "lstm_hidden_state_shape", None) if is_sb3_policy(owner_of(policy)) else None
+    if shape is None:
+        return None
+    layers, _, size = shape
+    return lambda rows: (torch.zeros(layers, rows, size), torch.zeros(layers, rows, size))
+
+
+def with_state(policy: Any, observations: Any, state: Any, starts: Tensor) -> Any:
+    """Call a recurrent policy. `starts` are zeros, because the state of a new episode is the initial state already."""
+    if not is_sb3_policy(owner_of(policy)):
+        return policy(observations, state)
+    called: Any = policy.get_distribution if isinstance(policy, nn.Module) else policy
+    return called(observations, state, starts)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 from abc import ABC
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,7 +23,7 @@ from ..patching.contexts import Exit, Held, Patching, check_reached, checked_pat
 from ..patching.firing import Ledger
 from ..patching.patch import Patch
 from ..registry.points import HookPoints, model_of, refuse_unhookable, resolve
-from .copies import STATE, copied, refuse_writing_modes
+from .copies import STATE, copied, functions_of, refuse_writing_modes
 from .decisions import Outputs, action_distribution
 from .settings import Settings
 
@@ -33,8 +33,9 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
 
     The twin is a copy of the policy's module tree. The copy shares the original's parameters and buffers, but has its
     own flags, such as `training`. The patches apply in all methods and submodules of the twin, and never in the
-    original. `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. Every external call to a
-    method of the twin or to a submodule raises an error if a patch inside the called module does not run.
+    original. `isinstance(twin, type(policy))` is True, and the `state_dict` keys are equal. If an edit or a `where` is
+    a module, `twin.parameters()` includes the module's parameters. Every external call to a method of the twin or to a
+    submodule raises an error if a patch inside the called module does not run.
 
     Args:
         policy: Any module, or its HookPoints. With HookPoints, every site is checked against the trace.
@@ -103,6 +104,14 @@ class PatchedPolicy(ABC):  # noqa: B024  # an ABC, so that twin classes can be r
     def distribution(self, observations: Any, *, outputs: Outputs | None = None) -> Distribution:
         """Return the twin's distribution over actions, as `action_distribution` does."""
         return action_distribution(self, observations, outputs=outputs)  # type: ignore[arg-type]
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, **options: Any) -> Iterator[tuple[str, Any]]:
+        """Yield the policy's parameters, then those of modules that are edits or `where`, named `patches.0.*`."""
+        state = _state(self)
+        yield from type(state.original).named_parameters(self, prefix, recurse, **options)  # type: ignore[arg-type]
+        if recurse:
+            edits = nn.ModuleList(each for each in functions_of(state.patches) if isinstance(each, nn.Module))
+            yield from edits.named_parameters(f"{prefix and f'{prefix}.'}patches")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = _state(self)
@@ -286,7 +295,7 @@ def _twin_class(kind: Any, taken: frozenset[str]) -> type:
                 members[name] = _rooted(name, member)
             elif name in members and name not in _OFFERED:
                 del members[name]  # overridden by something other than a method
-    members |= {name: vars(PatchedPolicy)[name] for name in ("__reduce_ex__", "__deepcopy__")}
+    members |= {name: vars(PatchedPolicy)[name] for name in ("named_parameters", "__reduce_ex__", "__deepcopy__")}
     members["__module__"] = kind.__module__
     twin_class = type(f"Patched{kind.__name__}", (kind,), members)
     PatchedPolicy.register(twin_class)

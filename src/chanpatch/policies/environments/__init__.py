@@ -1,0 +1,105 @@
+"""Convert environments from other libraries to the vector environments that rollouts use."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...errors import MissingPackageError, RolloutError
+from ...results import imported
+
+if TYPE_CHECKING:
+    import gymnasium
+    from gymnasium.vector import VectorEnv
+    from numpy.random import Generator
+
+__all__ = ["from_gym3", "from_pettingzoo", "vector_env"]
+
+
+def vector_env(envs: Any) -> VectorEnv[Any, Any, Any]:
+    """Return a vector environment that plays in the given environments and accepts one seed per sub-environment.
+
+    Raises:
+        MissingPackageError: If gymnasium is not installed or is older than 1.1.
+        RolloutError: If the environments cannot be converted.
+    """
+    gymnasium, vector = imported("gymnasium"), imported("gymnasium.vector")
+    if not hasattr(vector, "AutoresetMode"):
+        raise MissingPackageError(
+            f"gymnasium {gymnasium.__version__} is installed, but rollouts require 1.1 or later: pip install --upgrade "
+            "gymnasium"
+        )
+    if isinstance(envs, vector.VectorEnv):
+        from .one_by_one import separated
+
+        return separated(envs)
+    if isinstance(envs, gymnasium.Env):
+        single: VectorEnv[Any, Any, Any] = vector.SyncVectorEnv([lambda: envs], copy=False)
+        single.closed = True  # the user closes the environment
+        return single
+    if _is_a(envs, "stable_baselines3.common.vec_env", "VecEnv"):
+        from .stable_baselines import FromStableBaselines
+
+        return FromStableBaselines(envs)
+    if _is_a(envs, "gym3", "Env"):
+        return from_gym3(envs)
+    libraries = [kind.__module__.partition(".")[0] for kind in type(envs).__mro__]
+    advice = next((_ADVICE[name] for name in libraries if name in _ADVICE), "")
+    raise RolloutError(
+        "envs must be a gymnasium environment or vector environment, a VecEnv from Stable-Baselines3, or a procgen "
+        f"environment; got {type(envs).__name__}.{advice}"
+    )
+
+
+_ADVICE = {  # by the library that defines the environments
+    "pettingzoo": ' Select one agent: chanpatch.policies.from_pettingzoo(environment, "player_0", others).',
+    "gym": " Convert the environment to gymnasium, for example with shimmy.GymV26CompatibilityV0.",
+}
+
+
+def from_gym3(envs: Any, states: Sequence[bytes] | None = None) -> VectorEnv[Any, Any, Any]:
+    """Convert a procgen environment with gym3's interface to a vector environment, for `rollout`.
+
+    A rollout also accepts the procgen environment itself; then each seed is a level number (`start_level`). Episodes
+    never end by truncation, because gym3 does not distinguish it from termination.
+
+    Args:
+        envs: `procgen.ProcgenGym3Env`, possibly in gym3 wrappers.
+        states: States from `get_state()`. If given, each seed is the index of the state that the episode starts from.
+
+    Raises:
+        RolloutError: If the environment cannot load levels or states, or if a seed is not the index of a state.
+
+    Example:
+        `rollout(policy, from_gym3(ProcgenGym3Env(num=2, env_name="maze"), states), range(len(states)), max_steps=500)`
+    """
+    from .procgen import FromGym3
+
+    return FromGym3(envs, states)
+
+
+def from_pettingzoo(
+    environment: Any, agent: str, others: Callable[[str, Any, Generator], Any]
+) -> gymnasium.Env[Any, Any]:
+    """Convert a PettingZoo environment to a gymnasium environment for one agent; the other agents act by a function.
+
+    The infos contain the `action_mask` from the observation, if there is one. For several sub-environments, pass
+    `SyncVectorEnv([lambda: from_pettingzoo(make_environment(), agent, others)] * 8)` to the rollout.
+
+    Args:
+        environment: AEC or parallel environment.
+        agent: Name of the agent that the policy controls.
+        others: Function that receives another agent's name, the agent's observation and a random generator seeded by
+            the episode's seed, and returns the agent's action.
+
+    Raises:
+        RolloutError: On reset, if the environment has no agent of the given name.
+    """
+    from .one_agent import OneAgent
+
+    return OneAgent(environment, agent, others)
+
+
+def _is_a(envs: Any, module: str, name: str) -> bool:
+    return isinstance(envs, getattr(sys.modules.get(module), name, ()))

@@ -1,0 +1,163 @@
+"""Options and results of the episodes that a rollout plays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import RolloutError
+from ..statistics.interval import whole
+from .actions import draw_streams, repetitions
+from .decisions import Masks, Outputs
+from .results import Rollout
+
+InitialState: TypeAlias = Callable[[int], Any]
+_OBSERVATIONS, _STATE = "observations", "final_state"  # names in `keep` that do not refer to infos
+
+
+class Options(NamedTuple):
+    """Options for `rollout`, `paired_rollouts` and `rollout_sweep`."""
+
+    max_steps: int
+    sampling_seed: int
+    greedy: bool
+    outputs: Outputs | None
+    masks: Masks | None
+    initial_state: InitialState | None
+    progress: bool | None
+    keep: Sequence[str] = ()
+
+
+class Log:
+    """The results and random generators for all plays, sorted by repetition and then by episode.
+
+    A play is one repetition of an episode.
+    """
+
+    def __init__(self, seeds: Iterable[int], options: Options, times: int, label: str | None) -> None:
+        if not isinstance(seeds, Iterable):
+            raise RolloutError(f"seeds must list one seed per episode, such as range(100); got {seeds!r}.")
+        checked = [whole("A seed", seed, error=RolloutError) for seed in seeds]
+        if max(checked, default=0) >= 2**63:
+            raise RolloutError(f"A seed must be less than 2**63, to fit in int64; got {max(checked)}.")
+        if not checked:
+            raise RolloutError("seeds is empty: pass one seed per episode.")
+        self.episodes, self.plays = len(checked), times * len(checked)
+        self.seeds = tuple(checked * times)
+        self._options = options
+        self.published = {
+            "label": label,
+            "sampling_seed": options.sampling_seed,
+            "seeds": np.array(checked, object),
+            "repetitions": repetitions(checked),
+        }
+        self.streams = [stream for _ in range(times) for stream in draw_streams(options.sampling_seed, checked)]
+        self.returns = np.zeros(self.plays)
+        self.terminated, self.truncated = np.zeros((2, self.plays), dtype=np.bool_)
+        self.taken: list[tuple[NDArray[np.int64], NDArray[Any]]] = []  # per step: plays, their actions
+        self.checked: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []  # per step: plays, their checksums
+        self.gained: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = []  # per step: plays, their rewards
+        names = [options.keep] if isinstance(options.keep, str) else options.keep
+        self._kept: dict[str, list[list[Any]]] = {name: [[] for _ in range(self.plays)] for name in names}
+        self._infos = self._kept.keys() - {_OBSERVATIONS, _STATE}
+        self._known_infos: set[str] = set()
+        if _STATE in self._kept and options.initial_state is None:
+            raise RolloutError(
+                f"keep contains '{_STATE}', but the policy is not recurrent: pass initial_state, or leave out "
+                f"'{_STATE}'."
+            )
+
+    def add(
+        self, plays: NDArray[np.int64], actions: NDArray[Any], rewards: NDArray[np.float64], seen: NDArray[np.uint64]
+    ) -> None:
+        """Add one step to the results of the given plays. `seen` contains the checksums of the new observations."""
+        self.returns[plays] += rewards
+        self.gained.append((plays, rewards))
+        self.taken.append((plays, actions))
+        self.checked.append((plays, seen ^ (rewards + 0.0).view(np.uint64)))  # -0.0 equals 0.0
+
+    def keep_observations(self, plays: NDArray[np.int64], observations: Any) -> None:
+        """Keep the observations for the given plays, if asked."""
+        if _OBSERVATIONS in self._kept:
+            for row, play in enumerate(plays):
+                self._kept[_OBSERVATIONS][play].append(rows_of_observations(observations, row))
+
+    def keep_infos(
+        self, plays: NDArray[np.int64], infos: dict[str, Any], rows: NDArray[np.int64], over: NDArray[np.bool_]
+    ) -> None:
+        """Keep the asked infos for the given plays. `over` contains which sub-environments finished an episode."""
+        final = infos.get("final_info", infos)  # after a reset in the same step, infos describe the next episode
+        if self._infos:
+            self._known_infos |= {each for each in (*infos, *final) if not each.startswith("_")}
+        for name in self._infos:
+            for play, row in zip(plays, rows, strict=True):
+                source = final if over[row] else infos
+                is_known = name in source and source.get(f"_{name}", over | True)[row]
+                self._kept[name][play].append(rows_of_observations(source[name], row) if is_known else None)
+
+    def keep_state(self, play: int, state: Any) -> None:
+        """Keep the recurrent state after the last step of a play, if asked."""
+        if _STATE in self._kept:
+            self._kept[_STATE][play] = state
+
+    def rollouts(self) -> list[Rollout]:
+        """Return one rollout per repetition of the episodes."""
+        self.actions, self.seen, self.rewards = map(_by_play, (self.taken, self.checked, self.gained))
+        self.lengths = np.array([*map(len, self.actions)])
+        columns = ("seeds", "returns", "lengths", "terminated", "truncated", "actions", "seen", "rewards")
+        settings = {name: getattr(self._options, name) for name in ("max_steps", "sampling_seed", "greedy")}
+        settings["masked"] = self._options.masks is not None
+        for name in sorted(self._infos):
+            if all(each is None for values in self._kept[name] for each in values):
+                raise RolloutError(
+                    f"keep contains {name!r}, but the infos contain {', '.join(sorted(self._known_infos)) or 'nothing'}"
+                    f". Pass names of infos, '{_OBSERVATIONS}' or '{_STATE}'."
+                )
+        kept = {name: each if name == _STATE else [*map(_stacked, each)] for name, each in self._kept.items()}
+        cuts = [slice(start, start + self.episodes) for start in range(0, self.plays, self.episodes)]
+        return [
+            Rollout(
+                **{name: getattr(self, name)[cut] for name in columns},
+                settings=settings,
+                kept={name: tuple(each[cut]) for name, each in kept.items()},
+            )
+            for cut in cuts
+        ]
+
+
+def _by_play(steps: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[Any], ...]:
+    """Convert pairs (plays, values), one pair per step, to one array of values `(step, ...)` per play."""
+    plays, values = map(np.concatenate, zip(*steps, strict=True))
+    order = np.argsort(plays, kind="stable")
+    return tuple(np.split(values[order], np.bincount(plays).cumsum()[:-1]))
+
+
+def _stacked(values: list[Any]) -> Any:
+    """Stack one value per step: numbers and arrays of one shape to an array, other values to an array of objects."""
+    first = values[0]
+    if isinstance(first, Mapping) and all(isinstance(each, Mapping) and each.keys() == first.keys() for each in values):
+        return {name: _stacked([each[name] for each in values]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_stacked([*part]) for part in zip(*values, strict=True))
+    if (
+        all(each is not None for each in values)
+        and len({*map(np.shape, values)}) == 1
+        and not isinstance(first, Mapping)
+    ):
+        return np.array(values)
+    found = np.empty(len(values), object)
+    for step, each in enumerate(values):
+        found[step] = each
+    return found
+
+
+def rows_of_observations(observations: Any, rows: Any) -> Any:
+    """Select the given rows from observations, which may be in dicts and tuples."""
+    if isinstance(observations, Mapping):
+        return {name: rows_of_observations(part, rows) for name, part in observations.items()}
+    if isinstance(observations, tuple):
+        return tuple(rows_of_observations(part, rows) for part in observations)
+    return observations[rows]
