@@ -81,8 +81,8 @@ def sweep(
         >>> result.groups[0].strategy
         'vmap'
     """
-    if strategy not in ("auto", "vmap", "resume", "loop"):
-        raise SweepError(f"strategy must be 'auto', 'vmap', 'resume' or 'loop'; got {strategy!r}.")
+    if strategy not in ("auto", "fold", "vmap", "resume", "loop"):
+        raise SweepError(f"strategy must be 'auto', 'fold', 'vmap', 'resume' or 'loop'; got {strategy!r}.")
     if type(max_bytes) is not int or max_bytes < 1:
         raise SweepError(f"max_bytes must be a positive integer, such as 2**28; got {max_bytes!r}.")
     with torch.inference_mode(False):
@@ -90,14 +90,16 @@ def sweep(
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(points, patches, "patches")
         others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
-        output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
+        store = strategy != "loop" and (strategy != "auto" or forward.is_heavy())
+        output, groups, seen = clean_run(
+            forward, [*asked, *others], 0 if strategy == "loop" else max_bytes, store=store
+        )
         metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
         with progress_bar(progress, len(asked) + len(others), "patch") as advance:
             execution = Execution(forward, output, strategy, max_bytes, metrics, advance)
             try:
-                for group in groups:
-                    execution.run(group)
+                execution.run(groups, seen)
             except KeyboardInterrupt as stop:
                 partial = replace(_result(asked, others, execution, metrics), complete=False)
                 raise SweepInterrupted(partial, len(asked)) from stop
@@ -147,6 +149,6 @@ def _result(entries: Sequence[Entry], others: Sequence[Entry], execution: Execut
         },
         baseline=baseline,
         controls=_result(others, [], execution, metrics) if others else None,
-        groups=tuple(execution.done),
+        groups=tuple(execution.done[number] for number in sorted(execution.done)),
         no_p=no_p_among(entry.patches for entry in others),
     )
