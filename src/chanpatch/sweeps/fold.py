@@ -23,6 +23,7 @@ from ..errors import EditError
 from ..labels import labelled
 from ..patching.contexts import ContextSession, nan_error
 from ..patching.edits import Set
+from ..patching.firing import traced_view
 from ..patching.patch import Patch
 from ..registry.sites import HookPoint
 from ..registry.views import View
@@ -214,6 +215,7 @@ class _Run:
             raise StrategyError(f"'{name}' has other rows than the inputs, or ran twice")
         self._waiting.discard(name)
         blocks, new = _blocks(leaf, axis, self.blocks), leaf.clone()
+        traced_view(clean, point)  # raises if the shape differs from the trace
         first = [self._disturbed + number for number, _ in here if number not in self._patched]
         if first:
             self._check(blocks.movedim(axis, 0)[first], clean, name)
@@ -262,9 +264,8 @@ def _batch_axis(point: HookPoint) -> int | None:
     """Return the batch axis of the tensor at a hook point, before a view splits the tensor's axes."""
     if not isinstance(point.lens, View) or point.batch_axis is None:
         return point.batch_axis
-    return next(
-        (axis for axis, names in enumerate(point.lens.groups) if names == (point.axes[point.batch_axis],)), None
-    )
+    batch = (point.axes[point.batch_axis],)
+    return point.lens.groups.index(batch) if batch in point.lens.groups else None
 
 
 def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:
@@ -276,20 +277,16 @@ def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:
 def _number(patch: Patch) -> tuple[tuple[slice | list[int], ...], float] | None:
     """Return the index and the value of a patch that sets a region to a finite number; None for other patches."""
     site, value = patch.site, patch.edit.value if type(patch.edit) is Set else None
-    lists = [chosen for axis, chosen in site.indices if axis != "batch" and isinstance(chosen, tuple)]
     if patch.where is not None or not isinstance(value, Real) or not math.isfinite(value):
         return None
-    if (
-        site.point is None
-        or site.point.lens is not None
-        or len(lists) < len(site.indices)
-        or sum(len(chosen) > 1 for chosen in lists) > 1
-    ):
-        return None
+    several = [axis for axis, chosen in site.indices if not isinstance(chosen, tuple) or len(chosen) > 1]
+    if site.point is None or site.point.lens is not None or len(several) > 1 or "batch" in dict(site.indices):
+        return None  # several index lists would be paired
     index: list[slice | list[int]] = [slice(None)] * len(site.point.axes)
     for axis, chosen in site.indices:
-        one = len(chosen) == 1  # a slice, because several index lists would be paired
-        index[site.point.axes.index(axis)] = slice(chosen[0], chosen[0] + 1) if one else [*chosen]
+        if not isinstance(chosen, tuple):
+            return None
+        index[site.point.axes.index(axis)] = slice(chosen[0], chosen[0] + 1) if len(chosen) == 1 else [*chosen]
     return tuple(index), value
 
 

@@ -197,7 +197,7 @@ class Seen:
 
 
 def clean_run(
-    forward: Forward, entries: Sequence[Entry], max_bytes: int, *, store: bool
+    forward: Forward, entries: Sequence[Entry], max_bytes: int, *, store: bool = True
 ) -> tuple[Any, list[Group], dict[str, Seen]]:
     """Run the model once without patches; return the output, the groups in execution order, and the activations.
 
