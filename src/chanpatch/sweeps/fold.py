@@ -1,8 +1,9 @@
 """Fold: run many patches, at one or several hook points, as blocks of rows in one batch.
 
 A block has one row per input. Modules before the earliest patch return the clean run's outputs, repeated for each
-block. The fold is correct only if the model treats rows one by one, so we check each block against the clean run at the
-block's hook point, add a block with other activations to the first fold, and compare two patches with the plain loop.
+block. The fold is correct only if the model treats rows
+independently. We check each block against the clean run at the block's hook point. The first fold also has a block with
+other activations, and two of its patches are compared with the plain loop.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ class Fold:
     def chunks(self, groups: Sequence[Group]) -> tuple[list[list[tuple[Entry, Group]]], bool]:
         """Split the entries into chunks; return the chunks, and whether the fold is probably faster than the loop.
 
-        In one chunk, all entries have their patches at one hook point if a later module writes to that hook point's
-        tensor in place, because the write would no longer reach the rows of other entries.
+        If a later module modifies the tensor at a hook point in place, a chunk has patches at that hook point only. The
+        write would no longer reach the rows of other entries.
         """
         entries = [(entry, group) for group in groups for entry in group.entries]
         names = [{patch.site.name for patch in entry.patches} for entry, _ in entries]
