@@ -81,7 +81,11 @@ class undisturbed:
 
     def _note(self) -> None:
         self.snapshot.note()
-        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        self._python, self._numpy, self._torch = (
+            random.getstate(),
+            np.random.get_state(legacy=True),
+            torch.get_rng_state(),
+        )
         self._on_cuda = [torch.cuda.get_rng_state(device) for device in self._cuda]
         self._gradients = torch.is_grad_enabled()
         self._is_noted = True
@@ -131,6 +135,14 @@ class undisturbed:
     def random_states(self) -> list[object]:
         """Return the current states of all random number generators, for comparison."""
         return [*random_states(self._cuda), *self.snapshot.generator_states()]
+
+    def has_drawn(self) -> bool:
+        """Return whether random numbers were drawn since the entry."""
+        after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)]
+        _, words, *place = np.random.get_state(legacy=True)
+        _, before, *start = self._numpy
+        same = place == start and np.array_equal(words, before) and random.getstate() == self._python
+        return not (same and all(map(torch.equal, after, [self._torch, *self._on_cuda]))) or self.snapshot.has_drawn()
 
     def apart(self, forwards: Iterable[_Each]) -> Iterator[_Each]:
         """Yield the given items, one per forward pass.
@@ -188,8 +200,16 @@ class Snapshot:
 
     def changed(self) -> bool:
         """Return whether an attribute, buffer, submodule or hook was set, replaced or removed since `note`."""
-        keys, values = itertools.chain(*self._dicts), itertools.chain(*map(dict.values, self._dicts))
-        return [*keys] != self._keys or not all(map(operator.is_, values, self._values))
+        return not self.is_in(self._keys, self._values)
+
+    def state(self) -> tuple[list[Any], list[Any]]:
+        """Return the names and the values of all attributes, buffers, submodules and hooks."""
+        return [*itertools.chain(*self._dicts)], [*itertools.chain(*map(dict.values, self._dicts))]
+
+    def is_in(self, keys: list[Any], values: list[Any]) -> bool:
+        """Return whether `state` would return the same names and objects."""
+        now, new = itertools.chain(*self._dicts), itertools.chain(*map(dict.values, self._dicts))
+        return [*now] == keys and all(map(operator.is_, new, values))
 
     def put_back(self) -> None:
         """Restore everything but the generators; raise UnsupportedModelError if a submodule or parameter was added."""
@@ -233,14 +253,17 @@ class Snapshot:
         """Return the current states of the random number generators in the model, for comparison."""
         return [*map(generator_state, self._generators)]
 
+    def has_drawn(self) -> bool:
+        """Return whether a random number generator in the model has been used since `note`."""
+        return self.generator_states() != [*map(_shown, self._states)]
+
     def tensors(self) -> list[Tensor]:
         """Return the tensors and arrays that `put_back` overwrites in place."""
         arrays = [torch.from_numpy(held) for held, _ in self._held if isinstance(held, np.ndarray) and held.size]
         return [*arrays, *(held for held, _ in self._held if isinstance(held, Tensor))]
 
     def _note_bound(self) -> None:
-        self._keys = [*itertools.chain(*self._dicts)]
-        self._values = [*itertools.chain(*map(dict.values, self._dicts))]
+        self._keys, self._values = self.state()
 
 
 _REGISTRIES = ("_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -277,7 +300,10 @@ def _state(generator: Any) -> Any:
 
 def generator_state(generator: Any) -> str:
     """Return the current state of a generator, for comparison."""
-    state = _state(generator)
+    return _shown(_state(generator))
+
+
+def _shown(state: Any) -> str:
     return str(state.tolist()) if isinstance(state, Tensor) else repr(state)
 
 

@@ -18,10 +18,13 @@ Metric: TypeAlias = Callable[..., Tensor]
 _EXPECTED = "A metric must return one number per input, with shape (batch,), or a single number."
 
 
-def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric") -> Tensor:
+def measured(
+    metric: Metric, output: Any, baseline: Any, name: str = "The metric", *, passes: bool | None = None
+) -> Tensor:
     """Compute a metric, check its result, and return the result with shape `(batch,)` or `(1,)`.
 
-    `baseline`, the unpatched output, is passed only to metrics with a keyword-only parameter of that name. If the
+    `baseline`, the unpatched output, is passed only to metrics with a keyword-only parameter of that name (`passes`, if
+    known). If the
     metric is not callable, modifies its arguments, or does not return one number per input or a single number, this
     function raises MetricError with a message that begins with `name`.
     """
@@ -30,9 +33,10 @@ def measured(metric: Metric, output: Any, baseline: Any, name: str = "The metric
             f"{name} must be a function of the model's output; got {type(metric).__name__}. Only sweep() accepts a "
             "dict of several metrics."
         )
-    given = [tensor for tree in (output, baseline) for _, tensor in leaves(tree) if not tensor.is_inference()]
+    passed = compares(metric) if passes is None else passes
+    given = [each for tree in (output, baseline)[: 1 + passed] for _, each in leaves(tree) if not each.is_inference()]
     before = [tensor._version for tensor in given]
-    result = metric(output, baseline=baseline) if compares(metric) else metric(output)
+    result = metric(output, baseline=baseline) if passed else metric(output)
     if [tensor._version for tensor in given] != before:
         raise MetricError(
             f"{name} modified the output or the baseline in place, but other metrics and patches use the same tensors. "
@@ -71,6 +75,7 @@ class Metrics:
         if not self._functions:
             raise MetricError("metric is an empty mapping. Pass at least one function of the model's output.")
         self._unpatched = baseline
+        self._passes = {name: compares(function) for name, function in self._functions.items()}
         self.baseline: dict[str, Tensor] = {}
         self.baseline = self(baseline)
         for name, before in self.baseline.items():
@@ -84,7 +89,7 @@ class Metrics:
         found = {}
         for name, function in self._functions.items():
             with torch.no_grad():
-                numbers = measured(function, output, self._unpatched, f"The metric {name!r}")
+                numbers = measured(function, output, self._unpatched, f"The metric {name!r}", passes=self._passes[name])
             found[name] = numbers.detach().to("cpu", torch.float64)
             if name in self.baseline and len(numbers) != len(self.baseline[name]):
                 raise MetricError(

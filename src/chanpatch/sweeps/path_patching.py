@@ -131,7 +131,7 @@ class Paths:
                 self.baseline = self.forward()
             else:
                 entries = [Entry(0, label, (patch_in(site, self._source),)) for label, site in self.senders.items()]
-                self.baseline, groups = clean_run(self.forward, entries, max_bytes=2**28)
+                self.baseline, groups, _ = clean_run(self.forward, entries, max_bytes=2**28)
                 self._skips = {group.point.name: group.skippable for group in groups}
         last, label = max(pairs, key=lambda pair: self._order[self.senders[pair[0]].name])
         if skips := self._skips:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from ..errors import SweepError, UnreachedError
 from ..labels import Patches, labelled_patches, refuse_shared_state
 from ..patching.cache import ActivationCache
 from ..patching.contexts import ContextSession, checked_patches
-from ..patching.edits import Set
 from ..patching.firing import Firing
 from ..patching.patch import Patch
 from ..patching.recording import run_with_cache
@@ -27,8 +27,8 @@ from ..registry.sites import HookPoint, Site
 from .prefix import Prefix, fresh
 
 _LIVE = 6  # number of activations assumed in memory at once: a module's input and output, a residual, and copies
-_FEWEST_ALIKE = 3  # minimum number of entries that form a separate group because their later patches are equal
-_FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on a single input saves no time
+FEWEST_TO_CUT = 8  # with fewer inputs, a forward pass on a single input saves no time
+_OPERATIONS = 10**5  # multiplications that take about as long as calling a module
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
@@ -45,14 +45,14 @@ class Group(NamedTuple):
 
     point: HookPoint
     entries: tuple[Entry, ...]
-    later: tuple[Patch, ...] | None  # patches at later hook points; None if these differ between the entries
     skippable: int  # number of module calls that finish before the hook point
     bytes_each: int  # approximate memory per entry in a batched forward pass
     on_cpu: bool
 
-    def first(self, entry: Entry) -> list[Patch]:
-        """Return the entry's patches at the group's hook point."""
-        return [patch for patch in entry.patches if patch.site.name == self.point.name]
+    @property
+    def is_single(self) -> bool:
+        """Whether all patches are at the group's hook point."""
+        return all(patch.site.name == self.point.name for entry in self.entries for patch in entry.patches)
 
 
 class Forward:
@@ -66,18 +66,21 @@ class Forward:
         *,
         check_nan: bool = True,
         row: int | None = None,
+        restoring: undisturbed | None = None,
     ) -> None:
         self.points, self.inputs, self.check_nan = points, (inputs, dict(keywords)), check_nan
         self.row = row  # index in the whole batch of the one row that `inputs` contains; None for the whole batch
-        self.undisturbed = undisturbed(points.model)
+        self.undisturbed = restoring or undisturbed(points.model)
         self.prefix = Prefix(points.model, self.undisturbed.snapshot)
         self.rebound: list[tuple[dict[str, Any], str]] = []  # the attributes that the last call set
+        self.draws = False  # whether the last call drew random numbers
 
     def __call__(self) -> Any:
         """Run the model without side effects and return its output."""
         with self.running() as run:
             before = [(vars(module), vars(module).copy()) for module in self.points.model.modules()]
             output = run.kept(self.output())
+            self.draws = run.has_drawn()
             self.rebound = [
                 (own, name)
                 for own, earlier in before
@@ -87,19 +90,22 @@ class Forward:
             return output
 
     @contextmanager
-    def running(self, skip: int = 0) -> Iterator[undisturbed]:
-        """Prepare one forward pass that skips the first `skip` module calls; restore the model on exit."""
+    def running(self, skip: int = 0, spread: Callable[[Any], Any] | None = None) -> Iterator[undisturbed]:
+        """Prepare one forward pass that skips the first `skip` module calls; restore the model on exit.
+
+        If `spread` is given, it maps each skipped call to the call's output.
+        """
         with (
             self.undisturbed as run,
             nullcontext() if self.row is None else forward_context(rows=[self.row], step=published.now.step),
             _usual_attention(),
-            self.prefix.skipped(skip) if skip else nullcontext(),
+            self.prefix.skipped(skip, spread) if skip else nullcontext(),
         ):
             yield run
 
-    def output(self) -> Any:
+    def output(self, inputs: Any = None) -> Any:
         """Return the model's output. Call this inside `running`."""
-        return fresh(self.points.run(*self.inputs))  # a model may return the same dict in every call
+        return fresh(self.points.run(*(inputs or self.inputs)))  # a model may return the same dict in every call
 
     def until(self, sites: Site | Sequence[Site], *, skip: int = 0) -> ActivationCache:
         """Run the model up to the last of the sites, and return a cache that contains the activations at the sites."""
@@ -108,10 +114,15 @@ class Forward:
             cache: ActivationCache = run_with_cache(self.points, *args, sites=sites, stop=True, **kwargs)
             return cache
 
-    def fire(self, patches: Sequence[Patch], activation: Tensor) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
-        """Apply patches to the tensor at their hook point; return the new tensor and the patches' NaN flags."""
+    def fire(
+        self, patches: Sequence[Patch], activation: Tensor, masks: dict[tuple[object, ...], Any] | None = None
+    ) -> tuple[Tensor, list[tuple[Patch, Tensor]]]:
+        """Apply patches to the tensor at their hook point; return the new tensor and the patches' NaN flags.
+
+        `masks` contains the masks from `where` functions, as in Moment.
+        """
         args, kwargs = self.inputs
-        inputs, flags, masks = (*args, *kwargs.values()), [], dict[tuple[object, ...], Any]()
+        inputs, flags, masks = (*args, *kwargs.values()), [], {} if masks is None else masks
         for patch in patches:
             point = patch.site.point or self.points[patch.site.name]
             firing = Firing(patch, point, check_nan=self.check_nan)
@@ -120,17 +131,30 @@ class Forward:
             flags += [] if firing.nan is None else [(patch, firing.nan)]
         return activation, flags
 
+    def is_heavy(self) -> bool:
+        """Estimate from the trace whether arithmetic takes longer than calling the modules, so skipping saves time."""
+        operations, outputs = 0, [each for each in self.points.values() if each.side == "out" and each.shape]
+        inner = {
+            ".".join(parts[:end]) for each in outputs for parts in [each.module.split(".")] for end in range(len(parts))
+        }
+        for point in outputs:
+            if point.module not in inner:
+                channels = point.length("channel") if "channel" in point.axes else point.shape[-1]
+                operations += point.parameters * math.prod(n or 1 for n in point.shape) // (channels or 1)
+        return operations * input_count(self.inputs) > _OPERATIONS * len(outputs)
+
     def ends(self) -> list[Forward]:
         """Return two Forwards: one on the first row only, and one on the last row only.
 
         If forward passes on a single row would not save time, return an empty list.
         """
         count = input_count(self.inputs)
-        if count < _FEWEST_TO_CUT or published.now.rows is not None:
+        if count < FEWEST_TO_CUT or published.now.rows is not None:
             return []
         first, last = next(batches(self.inputs, 1)), [*batches(self.inputs, count - 1)][-1]
         cut = {0: first, count - 1: last}
-        return [Forward(self.points, *each, check_nan=self.check_nan, row=row) for row, (each, _) in cut.items()]
+        shared = {"check_nan": self.check_nan, "restoring": self.undisturbed}
+        return [Forward(self.points, *each, row=row, **shared) for row, (each, _) in cut.items()]  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -157,20 +181,37 @@ def entries_of(points: HookPoints, patches: Patches | Patch, what: str, start: i
     ]
 
 
-_Seen: TypeAlias = tuple[int, bool, int]  # size in bytes, whether on a CPU, number of calls finished before
+class Seen:
+    """The activation at a hook point in the clean run."""
+
+    def __init__(self, leaf: Tensor, prefix: Prefix, *, keep: bool) -> None:
+        self.nbytes, self.on_cpu = leaf.nbytes, leaf.is_cpu
+        self.skippable, self.step = prefix.finished, len(prefix.steps)  # module calls and torch functions before
+        self.clean = leaf.detach().clone() if keep and leaf.layout == torch.strided else None
+        self._leaf, self._version = leaf, -1 if leaf.is_inference() else leaf._version
+
+    def settle(self) -> None:
+        """At the end of the run, note whether a later function wrote to the tensor in place, and free the tensor."""
+        self.overwritten = self._version < 0 or self._leaf._version != self._version
+        del self._leaf
 
 
-def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tuple[Any, list[Group]]:
-    """Run the model once without patches; return the output, and the groups of entries in execution order.
+def clean_run(
+    forward: Forward, entries: Sequence[Entry], max_bytes: int, *, store: bool = True
+) -> tuple[Any, list[Group], dict[str, Seen]]:
+    """Run the model once without patches; return the output, the groups in execution order, and the activations.
 
-    During the run, the prefix stores module outputs of up to `max_bytes` in total.
+    During the run, the prefix stores module outputs of up to `max_bytes` in total, if `store`.
     """
     points, prefix = forward.points, forward.prefix
     session = ContextSession(points)
-    seen: dict[str, _Seen] = {}
+    seen: dict[str, Seen] = {}
+
+    free = [max_bytes]
 
     def note(name: str, leaf: Tensor, session: Session) -> Tensor:
-        seen[name] = leaf.nbytes, leaf.is_cpu, prefix.finished
+        free[0] -= leaf.nbytes
+        seen[name] = Seen(leaf, prefix, keep=free[0] >= 0)
         return leaf
 
     first_at: dict[str, Entry] = {}
@@ -180,9 +221,15 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
     for name in first_at:
         session.listen(points[name], "patch", partial(note, name))
     taps = {points[name].module for name in first_at if points[name].side == "tap"}
-    with Attached(session), prefix.remembered(taps, max_bytes):
-        output = forward()
+    with Attached(session):
+        with prefix.remembered(taps, max_bytes, store=store):
+            output = forward()
+        if forward.draws:
+            with prefix.remembered(taps, max_bytes, draws=True):
+                output = forward()
     session.let_go()
+    for each in seen.values():
+        each.settle()
     for name, entry in first_at.items():
         if name not in seen:
             raise UnreachedError(
@@ -191,38 +238,17 @@ def clean_run(forward: Forward, entries: Sequence[Entry], max_bytes: int) -> tup
             )
     groups = [*_groups(forward, entries, seen)]
     del prefix.calls[max(group.skippable for group in groups) :]
-    return output, groups
+    return output, groups, seen
 
 
-def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, _Seen]) -> Iterator[Group]:
-    """Yield groups of entries with the first patch at the same hook point and with equal later patches.
-
-    Small groups at the same hook point are merged.
-    """
+def _groups(forward: Forward, entries: Sequence[Entry], seen: Mapping[str, Seen]) -> Iterator[Group]:
+    """Group entries by the hook point of their first patch."""
     order = {name: number for number, name in enumerate(seen)}
-    begun: dict[str, dict[Any, tuple[tuple[Patch, ...], list[Entry]]]] = {name: {} for name in seen}
+    begun: dict[str, list[Entry]] = {name: [] for name in seen}
     for entry in entries:
-        first = min((patch.site.name for patch in entry.patches), key=order.__getitem__)
-        later = tuple(patch for patch in entry.patches if patch.site.name != first)
-        key = tuple((patch.site, _key(patch.edit), _key(patch.where)) for patch in later)
-        begun[first].setdefault(key, (later, []))[1].append(entry)
-    for first, alike in begun.items():
-        nbytes, on_cpu, skippable = seen[first]
-        bytes_each = _LIVE * max(nbytes, forward.prefix.largest_after(skippable))
-        others: list[Entry] = []
-        for later, members in alike.values():
-            if not later or len(members) >= _FEWEST_ALIKE or len(alike) == 1:
-                yield Group(forward.points[first], tuple(members), later, skippable, bytes_each, on_cpu)
-            else:
-                others += members
-        if others:
-            yield Group(forward.points[first], tuple(others), None, skippable, bytes_each, on_cpu)
-
-
-def _key(operand: Any) -> Any:
-    """Return a key for an edit or mask. Two keys are equal only if the edits or masks are equivalent."""
-    if isinstance(operand, Tensor):
-        return operand.data_ptr(), operand.shape, operand.stride(), operand.dtype
-    if type(operand).__module__ == Set.__module__:
-        return type(operand), *map(_key, vars(operand).values())
-    return id(operand) if callable(operand) else operand
+        begun[min((patch.site.name for patch in entry.patches), key=order.__getitem__)].append(entry)
+    for name, each in begun.items():
+        if each:
+            at = seen[name]
+            bytes_each = _LIVE * max(at.nbytes, forward.prefix.largest_after(at.skippable))
+            yield Group(forward.points[name], tuple(each), at.skippable, bytes_each, at.on_cpu)

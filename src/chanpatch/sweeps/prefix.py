@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-import pickle
-import random
+import math
+import re
+import sys
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,21 +22,33 @@ from torch.overrides import TorchFunctionMode
 
 from ..engine.calls import Observed, WrappedMethod
 from ..engine.paths import field_names, is_tensordict, leaves, replace, shallow_copy
-from ..engine.state import Snapshot, storage
+from ..engine.state import Snapshot, random_states, storage
 
 
 class StrategyError(Exception):
     """Raised when a fast strategy does not work for the model or the patches."""
 
 
+@contextmanager
+def refused(*, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Convert all errors raised inside this context to StrategyError, except errors of the types in `but`."""
+    try:
+        yield
+    except Exception as fault:
+        if isinstance(fault, (*but, StrategyError)):
+            raise
+        raise StrategyError(str(fault).partition("\n")[0] or type(fault).__name__) from fault
+
+
 @dataclass
-class _Call:
+class Call:
     """One module call in the remembered forward pass."""
 
     module: nn.Module
+    number: int  # index of the call among the module's calls
     output: Any  # the value returned by forward(), before any hook changed it
     versions: list[tuple[Tensor, int]]  # the output's tensors, with their versions after the call
-    left: Snapshot | None  # the state of the module after the call; None if not known
+    left: Snapshot | None  # the state of the module after the call; None if the call did not change the state
     known: bool  # whether later forward passes may reuse the output instead of running the call
     copied: bool = False  # whether to copy the output for each pass, because a module modifies it in place
 
@@ -54,39 +69,59 @@ class Prefix:
     def __init__(self, model: nn.Module, snapshot: Snapshot) -> None:
         self._model, self._snapshot = model, snapshot
         self._taps: Collection[str] = ()
-        self._free_bytes = 0
-        self._cuda = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
-        self.calls: list[_Call] = []  # in the order in which the calls finished
-        self._sizes: dict[int, int] = {}  # bytes in the largest tensor computed, by the number of calls finished before
+        self._free_bytes, self._draws = 0, False
+        self.calls: list[Call] = []  # in the order in which the calls finished
+        self.steps: list[tuple[int, int, float]] = []  # per torch function: calls finished before, bytes, operations
+        self.last_read = 0  # number of torch functions before the last one that turned a tensor into a Python value
+        self._counts: Counter[nn.Module] = Counter()
+        self._spread: Callable[[Call], Any] | None = None
         self._quiet: dict[nn.Module, bool] = {}
         self._inside = self._tapped = False
         self.finished = self._skipped = 0  # numbers of calls finished, or to skip, in the current forward pass
 
     def largest_after(self, number: int) -> int:
         """Return the size in bytes of the largest tensor that was computed after the first `number` calls finished."""
-        return max((size for position, size in self._sizes.items() if position >= number), default=0)
+        return int(self._largest[bisect_left(self._finished, number)])
+
+    def work_after(self, step: int) -> tuple[int, float, float]:
+        """Count the torch functions after the first `step` functions, their arithmetic operations, and their bytes."""
+        return len(self.steps) - step, float(self._operations[step]), float(self._bytes[step])
 
     @contextmanager
-    def remembered(self, taps: Collection[str], max_bytes: int) -> Iterator[None]:
-        """Store the module calls in the forward pass that runs inside this context.
+    def remembered(
+        self, taps: Collection[str], max_bytes: int, *, draws: bool = False, store: bool = True
+    ) -> Iterator[None]:
+        """Note the work of the forward pass that runs inside this context and, if `store`, store its module calls.
 
         The output of a call is not stored if a tap in `taps` runs during the call, or if all stored outputs together
-        would exceed `max_bytes`.
+        would exceed `max_bytes`. `draws` indicates that the forward pass draws random numbers.
         """
-        self._taps, self._free_bytes = taps, max_bytes
-        modules = [*self._model.modules()]
+        self._taps, self._free_bytes, self._draws = taps, max_bytes, draws
+        self.finished, self.last_read = 0, 0
+        for noted in (self.calls, self.steps, self._counts):
+            noted.clear()
+        modules = [*self._model.modules()] if store else []
         all_hooked = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         hooked = {each for each in modules if all_hooked or each._forward_hooks or each._forward_pre_hooks}
         self._quiet = {module: not hooked & {*module.modules()} - {module} for module in modules}
-        with Observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Sizes(self._on_size):
+        with Observed((), on_tap=self._on_tap), _wrapped(modules, self._remember), _Watch(self):
             yield
         for call in self.calls:
             call.known &= call.unwritten
+        finished, sizes, operations = np.array([*self.steps, (0, 0, 0.0)]).T
+        self._finished = [*finished[:-1]]
+        self._largest, self._operations, self._bytes = (
+            accumulate(each[::-1])[::-1]
+            for accumulate, each in ((np.maximum.accumulate, sizes), (np.cumsum, operations), (np.cumsum, sizes))
+        )
 
     @contextmanager
-    def skipped(self, number: int) -> Iterator[None]:
-        """In the forward pass that runs inside this context, skip the first `number` calls and reuse their outputs."""
-        self.finished, self._inside, self._skipped = 0, False, number
+    def skipped(self, number: int, spread: Callable[[Call], Any] | None = None) -> Iterator[None]:
+        """In the forward pass that runs inside this context, skip the first `number` calls and reuse their outputs.
+
+        If `spread` is given, it maps each skipped call to the output to use.
+        """
+        self.finished, self._inside, self._skipped, self._spread = 0, False, number, spread
         for call in self.calls[:number]:
             if call.known and call.left:
                 call.left.put_back()  # later modules may read attributes that a skipped module sets
@@ -96,23 +131,27 @@ class Prefix:
             raise StrategyError("a forward pass modified an earlier module's output in place")
 
     def _remember(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        number = self._counts[module]
+        self._counts[module] += 1
         if self._inside or not self._quiet[module]:
             return forward(*args, **kwargs)
         given = {storage(tensor) for _, tensor in leaves((args, kwargs))} - {0}
         if any(getattr(part, "inplace", False) for part in module.modules()):
             self._keep_apart(given)
-        self._tapped, drawn = False, self._random_state()
+        self._tapped, drawn = False, self._draws and self._random_state()
+        state = Snapshot(module.modules()).note()
         output = self._run(forward, *args, **kwargs)
-        returned = [tensor for _, tensor in leaves(output)]
+        returned = [*_tensors([output])]
         size = sum(tensor.nbytes for tensor in returned)
         # Skipping a call that draws would change later draws. In-place writes to inference tensors cannot be detected.
-        known = not self._tapped and size <= self._free_bytes and drawn == self._random_state()
+        known = not self._tapped and size <= self._free_bytes and drawn == (self._draws and self._random_state())
         if known and not any(tensor.is_inference() or storage(tensor) in given for tensor in returned):
             self._free_bytes -= size
             versions = [(tensor, tensor._version) for tensor in returned]
-            self.calls.append(_Call(module, fresh(output), versions, Snapshot(module.modules()).note(), known=True))
+            left = Snapshot(module.modules()).note() if state.changed() or state.rewritten() else None
+            self.calls.append(Call(module, number, fresh(output), versions, left, known=True))
         else:
-            self.calls.append(_Call(module, None, [], None, known=False))
+            self.calls.append(Call(module, number, None, [], None, known=False))
         return output
 
     def _replay(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +163,8 @@ class Prefix:
         if not call.known:
             return self._run(forward, *args, **kwargs)
         self.finished += 1
+        if self._spread is not None:
+            return self._spread(call)
         return _copy(call.output) if call.copied else fresh(call.output)
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -140,34 +181,68 @@ class Prefix:
             if call.known and any(storage(tensor) in written for tensor, _ in call.versions):
                 call.output, call.copied, call.known, call.versions = _copy(call.output), True, call.unwritten, []
 
-    def _random_state(self) -> tuple[Any, ...]:
+    def _random_state(self) -> list[object]:
         """Return the states of all random number generators that the model may use."""
-        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
-        others = pickle.dumps((random.getstate(), np.random.get_state()))
-        return *(state.numpy().tobytes() for state in states), others, *self._snapshot.generator_states()
-
-    def _on_size(self, size: int) -> None:
-        self._sizes[self.finished] = max(size, self._sizes.get(self.finished, 0))
+        cuda = {tensor.device for tensor in [*self._model.parameters(), *self._model.buffers()] if tensor.is_cuda}
+        return [*random_states(cuda), *self._snapshot.generator_states()]
 
     def _on_tap(self, name: str, tensor: Tensor) -> None:
         self._tapped |= name in self._taps
 
 
-class _Sizes(TorchFunctionMode):
-    """Report the size in bytes of each tensor that a torch function returns, except views of its arguments."""
+class _Watch(TorchFunctionMode):
+    """Note the size and the arithmetic of each torch function in the clean run, and the functions that read values."""
 
-    def __init__(self, report: Callable[[int], None]) -> None:
+    def __init__(self, prefix: Prefix) -> None:
         super().__init__()
-        self._report = report
+        self._prefix = prefix
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        given = {storage(tensor) for _, tensor in leaves((args, kwargs))}
-        for _, tensor in leaves(output):
-            if storage(tensor) not in given:
-                self._report(tensor.nbytes)
-        self._report(_scores(func.__name__, args, kwargs or {}))
+        output, name, prefix = func(*args, **(kwargs or {})), func.__name__, self._prefix
+        if name == "__get__" or _caller(1).startswith(_OURS):
+            return output
+        if _reads(name, args) and not _caller(1).startswith("torch.distributions"):  # which only checks arguments
+            prefix.last_read = len(prefix.steps)
+        tensors = [*_tensors(args), *_tensors(kwargs.values())] if kwargs else [*_tensors(args)]
+        given = {storage(tensor) for tensor in tensors}
+        returned = [*_tensors([output])]
+        if not returned:
+            return output
+        sizes = [tensor.nbytes for tensor in returned if storage(tensor) not in given]
+        size = max([*sizes, _scores(name, args, kwargs or {})])
+        count = 0.0
+        if _MULTIPLIES.search(name) and isinstance(output, Tensor):  # exact for matrices (m, k) and (k, n)
+            count = 2 * math.sqrt(math.prod(max(1, each.numel()) for each in (*tensors[:2], output)))
+            count *= math.sqrt(math.prod(tensors[1].shape[2:])) if "conv" in name else 1.0
+        prefix.steps.append((prefix.finished, size, count))
         return output
+
+
+_OURS = __name__.partition(".")[0]
+_MULTIPLIES = re.compile("linear|matmul|mm|conv|einsum|attention|bilinear")
+_READS = re.compile(
+    "__(bool|int|float|index|complex|contains|array)__|item|tolist|numpy|equal|allclose|is_nonzero|nonzero|argwhere"
+    "|unique|unique_consecutive|masked_select|bincount"
+)
+
+
+def _tensors(each: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors in the arguments or the output of a torch function."""
+    for one in each:
+        if isinstance(one, Tensor):
+            yield one
+        elif isinstance(one, (tuple, list)):
+            yield from _tensors(one)
+
+
+def _reads(name: str, args: tuple[Any, ...]) -> bool:
+    """Return whether a torch function returns a Python value, or a tensor whose shape depends on values."""
+    masks = name == "__getitem__" and any(each.dtype in (torch.bool, torch.uint8) for each in _tensors(args[1:]))
+    return bool(_READS.fullmatch(name) or masks) or (name == "where" and len(args) == 1)
+
+
+def _caller(depth: int) -> str:
+    return str(sys._getframe(depth + 1).f_globals.get("__name__", ""))
 
 
 def _scores(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -32,7 +32,7 @@ class Swept:
     Attributes:
         point: Name of the hook point.
         patches: Number of these entries, including controls.
-        strategy: `"vmap"`, `"resume"` or `"loop"`.
+        strategy: `"fold"`, `"vmap"`, `"resume"` or `"loop"`.
         why: Reason why the sweep used this strategy and not a faster one.
     """
 

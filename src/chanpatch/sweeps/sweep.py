@@ -38,8 +38,8 @@ def sweep(
 
     The numbers equal those from a loop that runs the model inside `patched` for each patch. Each forward pass runs
     without gradients. Afterwards, random number generators, buffers, attributes and training flags are restored. Your
-    own hooks run in every forward pass. If your hooks store tensors, use `strategy="resume"` or `"loop"`, because with
-    `"vmap"`, hooks receive `torch.vmap` tensors.
+    own hooks run in every forward pass. If your hooks store tensors, use `strategy="resume"` or `"loop"`, because other
+    strategies pass many patches to the hooks at once.
 
     Args:
         points_or_model: The model, which is traced with the inputs, or its HookPoints.
@@ -52,9 +52,9 @@ def sweep(
         controls: Control patches in the same form, used to rank the effects, such as
             `matched_channels(...).patches(zero_ablate)`.
         strategy: `"loop"` runs the model once per patch. `"resume"` skips the modules before a patch. `"vmap"` also
-            runs the modules after a patch for many patches at a time. At each hook point, `"auto"` uses the fastest
-            strategy that gives the same numbers as the loop for two patches. If dropout or batch norm is in training
-            mode, `"auto"` uses the loop.
+            runs the modules after a hook point for many patches at a time. `"fold"` runs patches at one or several hook
+            points as extra rows in the batch. `"auto"` uses the fastest strategy that gives the same numbers as the
+            loop for two patches. If dropout or batch norm is in training mode, `"auto"` uses the loop.
         max_bytes: Approximate memory limit for the activations in one batched forward pass and, separately, for stored
             outputs of modules before the patches. A single patch always runs, even above the limit.
         check_nan: Whether to raise NaNError if a patch introduces NaN.
@@ -79,10 +79,10 @@ def sweep(
         >>> result.values["metric"].shape
         (8, 16)
         >>> result.groups[0].strategy
-        'vmap'
+        'fold'
     """
-    if strategy not in ("auto", "vmap", "resume", "loop"):
-        raise SweepError(f"strategy must be 'auto', 'vmap', 'resume' or 'loop'; got {strategy!r}.")
+    if strategy not in ("auto", "fold", "vmap", "resume", "loop"):
+        raise SweepError(f"strategy must be 'auto', 'fold', 'vmap', 'resume' or 'loop'; got {strategy!r}.")
     if type(max_bytes) is not int or max_bytes < 1:
         raise SweepError(f"max_bytes must be a positive integer, such as 2**28; got {max_bytes!r}.")
     with torch.inference_mode(False):
@@ -90,14 +90,16 @@ def sweep(
         forward = Forward(points, inputs, keywords, check_nan=check_nan)
         asked = entries_of(points, patches, "patches")
         others = [] if controls is None else entries_of(points, controls, "controls", len(asked))
-        output, groups = clean_run(forward, [*asked, *others], 0 if strategy == "loop" else max_bytes)
+        store = strategy != "loop" and (strategy != "auto" or forward.is_heavy())
+        output, groups, seen = clean_run(
+            forward, [*asked, *others], 0 if strategy == "loop" else max_bytes, store=store
+        )
         metrics = Metrics(metric, output, _count(points, output))
         _refuse_attributes(metrics, output, forward)
         with progress_bar(progress, len(asked) + len(others), "patch") as advance:
             execution = Execution(forward, output, strategy, max_bytes, metrics, advance)
             try:
-                for group in groups:
-                    execution.run(group)
+                execution.run(groups, seen)
             except KeyboardInterrupt as stop:
                 partial = replace(_result(asked, others, execution, metrics), complete=False)
                 raise SweepInterrupted(partial, len(asked)) from stop
@@ -147,6 +149,6 @@ def _result(entries: Sequence[Entry], others: Sequence[Entry], execution: Execut
         },
         baseline=baseline,
         controls=_result(others, [], execution, metrics) if others else None,
-        groups=tuple(execution.done),
+        groups=tuple(execution.done[number] for number in sorted(execution.done)),
         no_p=no_p_among(entry.patches for entry in others),
     )

@@ -1,0 +1,337 @@
+"""Fold: run many patches, at one or several hook points, as blocks of rows in one batch.
+
+A block has one row per input. Modules before the earliest patch return the clean run's outputs, repeated for each
+block. The fold is correct only if the model treats rows
+independently. We check each block against the clean run at the block's hook point. The first fold also has a block with
+other activations, and two of its patches are compared with the plain loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import TransformedDistribution
+
+from ..engine.paths import Path, _children, get, leaves, replace
+from ..engine.sessions import Attached, Session
+from ..errors import EditError
+from ..labels import labelled
+from ..patching.contexts import ContextSession, nan_error
+from ..patching.edits import Set
+from ..patching.firing import traced_view
+from ..patching.patch import Patch
+from ..registry.sites import HookPoint
+from ..registry.views import View
+from .plan import FEWEST_TO_CUT, Entry, Forward, Group, Seen
+from .prefix import Call, StrategyError, fresh, refused
+
+_CPU_BYTES = 2**24  # on a CPU, chunks that use more memory do not fit into the caches and are slower
+_GAIN = 0.9  # largest estimated ratio of the fold's time to the loop's for which the fold is used
+# Seconds per module, torch function, operation and byte, by whether the device is a CPU. The values are fixed, so the
+# choice of a strategy is deterministic.
+_SECONDS = {True: (2e-5, 1e-5, 3e-11, 1e-10), False: (2e-5, 1e-5, 5e-14, 1e-12)}
+
+
+class Fold:
+    """Run entries as blocks of rows in one batch."""
+
+    def __init__(self, forward: Forward, baseline: Any, seen: Mapping[str, Seen], max_bytes: int) -> None:
+        self.forward, self.points, self._baseline, self._seen = forward, forward.points, baseline, seen
+        self._max_bytes, self._modules = max_bytes, 20 + sum(1 for _ in self.points.model.modules())
+        outer = [point for point in self.points.values() if not point.module and point.side == "in"]
+        self.input_axes = {point.path: _batch_axis(point) for point in outer}
+        inputs = [(self.input_axes.get(path[1:]), leaf) for path, leaf in leaves(forward.inputs)]
+        self.rows = next((leaf.shape[axis] for axis, leaf in inputs if axis is not None), 0)
+        self._of_output: dict[Path, int] = {}
+        self.reads: list[str] = []  # types of the objects in the output that a metric read
+        self._template = baseline
+        for path, kind in opaque(baseline):
+            self._template = replace(self._template, path, _Unread(kind, self.reads))
+
+    @functools.cached_property
+    def axes(self) -> dict[tuple[nn.Module, int, Path], int | None]:
+        """Batch axes of the module outputs, by module, index of the call and path."""
+        outputs = [point for point in self.points.values() if point.side == "out"]
+        find = self.points.model.get_submodule
+        return {(find(point.module), point.call or 0, point.path): _batch_axis(point) for point in outputs}
+
+    def obstacle(self, group: Group) -> str:
+        """Return the reason why a group cannot be folded, or an empty string."""
+        if self.forward.draws:
+            return "the model draws random numbers"
+        if next(leaves(self._baseline), None) is None:
+            return "no tensors are found in the output"
+        if not self.rows:
+            return "the batch axis of the inputs is unknown"
+        names = dict.fromkeys(patch.site.name for entry in group.entries for patch in entry.patches)
+        for name in names:
+            axis, clean = _batch_axis(self.points[name]), self._seen[name].clean
+            if axis is None:
+                return f"the batch axis of '{name}' is unknown"
+            if clean is None or clean.shape[axis] != self.rows:
+                return f"the activation at '{name}' is too large, or has other rows than the inputs"
+        if self.forward.prefix.last_read > self._seen[group.point.name].step:
+            return f"after '{group.point.name}', the model reads values from tensors"
+        custom = [{p.site.name for p in entry.patches if not p.runs_only_ours} for entry in group.entries]
+        if max(map(len, custom)) > 1:  # an edit may pass something to a later one, but entries take turns
+            return "patches at several hook points run custom functions"
+        return ""
+
+    def chunks(self, groups: Sequence[Group]) -> tuple[list[list[tuple[Entry, Group]]], bool]:
+        """Split the entries into chunks; return the chunks, and whether the fold is probably faster than the loop.
+
+        If a later module modifies the tensor at a hook point in place, a chunk has patches at that hook point only. The
+        write would no longer reach the rows of other entries.
+        """
+        entries = [(entry, group) for group in groups for entry in group.entries]
+        names = [{patch.site.name for patch in entry.patches} for entry, _ in entries]
+        cuts = {
+            number
+            for number in range(1, len(entries))
+            if names[number] != names[number - 1]
+            and any(self._seen[name].overwritten for name in names[number] | names[number - 1])
+        }
+        best: tuple[list[list[tuple[Entry, Group]]], float] = ([], math.inf)
+        size = most = 1
+        while size < 2 * len(entries):
+            chunks: list[list[tuple[Entry, Group]]] = []
+            for number, each in enumerate(entries):
+                if not chunks or number in cuts or len(chunks[-1]) >= most:
+                    chunks.append([])
+                    most = self._most(each[1], size)
+                chunks[-1].append(each)
+            seconds = sum(self._seconds(chunk[0][1], len(chunk) + (chunk is chunks[0])) for chunk in chunks)
+            if seconds < best[1]:
+                best = chunks, seconds
+            size *= 2
+        loop = self._seconds(None, 1)
+        compared = 2 * loop if self.rows < FEWEST_TO_CUT else 2 * self._seconds(None, 1 / self.rows)
+        return best[0], best[1] + compared < _GAIN * len(entries) * loop
+
+    def _most(self, group: Group, size: int) -> int:
+        room = min(self._max_bytes, _CPU_BYTES) if group.on_cpu else self._max_bytes
+        return min(size, max(1, room // max(1, group.bytes_each)))
+
+    def _seconds(self, group: Group | None, count: float) -> float:
+        """Estimate the seconds for a forward pass from a group's hook point (None for the whole model)."""
+        seen = None if group is None else self._seen[group.point.name]
+        module, function, operation, byte = _SECONDS[next(iter(self._seen.values())).on_cpu]
+        functions, operations, nbytes = self.forward.prefix.work_after(0 if seen is None else seen.step)
+        return module * self._modules + function * functions + count * (operation * operations + byte * nbytes)
+
+    def outputs(self, chunk: Sequence[tuple[Entry, Group]], *, disturbed: bool) -> Iterator[Any]:
+        """Yield the output for each entry in a chunk.
+
+        If `disturbed`, the first block's rows get other activations, which must not affect the other blocks.
+        """
+        run = _Run(self, [entry for entry, _ in chunk], disturbed=disturbed)
+        output = run.output(min(group.skippable for _, group in chunk))
+        parts = dict[Path, tuple[Tensor, ...]]()
+        if [path for path, _ in leaves(output)] != [path for path, _ in leaves(self._baseline)]:
+            raise StrategyError("the patched output has tensors in different places than the unpatched output")
+        for path, leaf in leaves(output):
+            parts[path] = self._split(path, leaf, run.blocks)
+        for number in range(int(disturbed), run.blocks):
+            each = self._template
+            for path, blocks in parts.items():
+                each = replace(each, path, blocks[number])
+            yield each
+
+    def _split(self, path: Path, leaf: Tensor, blocks: int) -> tuple[Tensor, ...]:
+        wanted = get(self._baseline, path).shape
+        if blocks > 1 and path not in self._of_output:
+            grown = [axis for axis, pair in enumerate(zip(leaf.shape, wanted, strict=False)) if len({*pair}) > 1]
+            if len(grown) != 1 or leaf.dim() != len(wanted):
+                raise StrategyError("a tensor in the output has no rows of its own")
+            self._of_output[path] = grown[0]
+        axis = self._of_output[path]
+        if leaf.shape != (*wanted[:axis], blocks * wanted[axis], *wanted[axis + 1 :]):
+            raise StrategyError("the output does not have one block of rows for each patch")
+        return leaf.chunk(blocks, axis)
+
+
+class _Run:
+    """One forward pass on blocks of rows."""
+
+    def __init__(self, fold: Fold, entries: Sequence[Entry], *, disturbed: bool) -> None:
+        self.fold, self.forward, self.blocks = fold, fold.forward, len(entries) + disturbed
+        self._disturbed, self._entries = disturbed, entries
+        self._masks: list[dict[tuple[object, ...], Any]] = [{} for _ in entries]
+        self._flags: list[tuple[Tensor, Entry, Patch]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        self._at: dict[str, list[tuple[int, list[Patch]]]] = {}
+        for number, entry in enumerate(entries):
+            for patch in entry.patches:
+                here = self._at.setdefault(patch.site.name, [])
+                if not here or here[-1][0] != number:
+                    here.append((number, []))
+                here[-1][1].append(patch)
+        self._waiting, self._unchanged = {*self._at}, False
+        self._patched: set[int] = set()
+
+    def output(self, skip: int) -> Any:
+        """Run the model on all blocks, skipping the first `skip` module calls."""
+        forward, points = self.forward, self.forward.points
+        inputs: Any = forward.inputs
+        for path, leaf in [*leaves(inputs)]:
+            inputs = replace(inputs, path, self._repeated(leaf, self.fold.input_axes.get(path[1:])))
+        session = ContextSession(points)
+        for name in self._at:
+            session.listen(points[name], "patch", functools.partial(self._put, name))
+        try:
+            with refused(but=(EditError,)), forward.running(skip, self._spread) as run, Attached(session):
+                output = run.kept(forward.output(inputs))
+                if run.has_drawn():
+                    raise StrategyError("a patch draws random numbers")
+        finally:
+            session.let_go()
+        if self._waiting:
+            raise StrategyError("a patch was not reached")
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise StrategyError("a module modifies a patched tensor in place")
+        raise_nan(self._flags)
+        return output
+
+    def _repeated(self, leaf: Tensor, axis: int | None) -> Tensor:
+        return leaf if axis is None else torch.cat([leaf] * self.blocks, axis)
+
+    def _spread(self, call: Call) -> Any:
+        """Return the output of a skipped module call, repeated for each block."""
+        output = fresh(call.output)
+        for path, leaf in leaves(call.output):
+            output = replace(output, path, self._repeated(leaf, self.fold.axes.get((call.module, call.number, path))))
+        return output
+
+    def _put(self, name: str, leaf: Tensor, session: Session) -> Tensor:
+        """Apply the patches at a hook point to the blocks of their entries."""
+        point, clean, here = self.forward.points[name], self.fold._seen[name].clean, self._at[name]
+        axis: Any = _batch_axis(point)
+        if name not in self._waiting or clean is None or leaf.shape[axis] != self.blocks * self.fold.rows:
+            raise StrategyError(f"'{name}' has other rows than the inputs, or ran twice")
+        self._waiting.discard(name)
+        blocks, new = _blocks(leaf, axis, self.blocks), leaf.clone()
+        traced_view(clean, point)  # raises if the shape differs from the trace
+        first = [self._disturbed + number for number, _ in here if number not in self._patched]
+        if first:
+            self._check(blocks.movedim(axis, 0)[first], clean, name)
+        written = _blocks(new, axis, self.blocks)
+        for number, patches in here:
+            place = self._disturbed + number
+            block, into = blocks.select(axis, place), written.select(axis, place)
+            self._patch(self._entries[number], self._masks[number], patches, block, into)
+        if self._disturbed and not self._patched:
+            wild = clean.flip(axis)
+            written.select(axis, 0).copy_(wild * -2 if wild.is_floating_point() else wild)
+        self._patched.update(number for number, _ in here)
+        if len(here) < len(self._entries) or self._unchanged:
+            # Rows that are not patched here are copies too. A later write would miss tensors that share their memory.
+            self._versions += [(leaf, leaf._version), (new, new._version)]
+        return new
+
+    def _patch(
+        self, entry: Entry, masks: dict[tuple[object, ...], Any], patches: list[Patch], block: Tensor, into: Tensor
+    ) -> None:
+        """Apply an entry's patches to the entry's block, and write the result to `into`."""
+        if len(patches) == 1 and (chosen := _number(patches[0])) is not None:
+            index, value = chosen
+            into[index] = value
+            return
+        ours = all(patch.runs_only_ours for patch in patches)
+        state = None if ours else self.forward.undisturbed.snapshot.state()
+        with labelled(entry.label):
+            activation, flags = self.forward.fire(patches, block, masks)
+        if state is not None and not self.forward.undisturbed.snapshot.is_in(*state):
+            raise StrategyError(f"{entry.label!r} changes the model's state during the forward pass")
+        self._flags += [(flag, entry, patch) for patch, flag in flags]
+        if activation is block:
+            self._unchanged = True
+        else:
+            into.copy_(activation)
+
+    def _check(self, blocks: Tensor, clean: Tensor, name: str) -> None:
+        """Raise StrategyError unless the blocks, before they are patched, equal the clean activation up to rounding."""
+        wanted = clean.expand_as(blocks)
+        if not (torch.equal(blocks, wanted) or close(blocks, wanted, blocks)):
+            raise StrategyError(f"the unpatched rows at '{name}' differ from the clean run")
+
+
+def _batch_axis(point: HookPoint) -> int | None:
+    """Return the batch axis of the tensor at a hook point, before a view splits the tensor's axes."""
+    if not isinstance(point.lens, View) or point.batch_axis is None:
+        return point.batch_axis
+    batch = (point.axes[point.batch_axis],)
+    return point.lens.groups.index(batch) if batch in point.lens.groups else None
+
+
+def _blocks(tensor: Tensor, axis: int, count: int) -> Tensor:
+    """Return a view in which a new axis, before the batch axis, counts the blocks."""
+    rows = tensor.shape[axis] // count
+    return tensor.unfold(axis, rows, rows).movedim(-1, axis + 1)
+
+
+def _number(patch: Patch) -> tuple[tuple[slice | list[int], ...], float] | None:
+    """Return the index and the value of a patch that sets a region to a finite number; None for other patches."""
+    site, value = patch.site, patch.edit.value if type(patch.edit) is Set else None
+    if patch.where is not None or not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    several = [axis for axis, chosen in site.indices if not isinstance(chosen, tuple) or len(chosen) > 1]
+    if site.point is None or site.point.lens is not None or len(several) > 1 or "batch" in dict(site.indices):
+        return None  # several index lists would be paired
+    index: list[slice | list[int]] = [slice(None)] * len(site.point.axes)
+    for axis, chosen in site.indices:
+        if not isinstance(chosen, tuple):
+            return None
+        index[site.point.axes.index(axis)] = slice(chosen[0], chosen[0] + 1) if len(chosen) == 1 else [*chosen]
+    return tuple(index), value
+
+
+class _Unread:
+    """Stand-in for an object in the output that may hide tensors, such as a cache; any use raises StrategyError."""
+
+    def __init__(self, kind: str, reads: list[str]) -> None:
+        self._kind, self._reads = kind, reads
+
+    def _read(self, *_: Any) -> Any:
+        self._reads.append(self._kind)  # the metric may catch the error
+        raise StrategyError(f"a metric reads the {self._kind} in the output")
+
+    __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = __call__ = __contains__ = _read
+
+
+def opaque(tree: Any, path: Path = ()) -> Iterator[tuple[Path, str]]:
+    """Yield (path, type name) for each object in an output that may hide tensors."""
+    children = [*_children(tree)]
+    if isinstance(tree, TransformedDistribution) or not (children or isinstance(tree, _PLAIN)):
+        yield path, type(tree).__name__
+    else:
+        for step, child in children:
+            yield from opaque(child, (*path, step))
+
+
+_PLAIN = (Tensor, str, bytes, int, float, complex, type(None), tuple, list, Mapping, torch.dtype, torch.device)
+_MASK = 1e4  # larger values, such as -1e8 for a forbidden action, do not count in the scale of the rounding error
+
+
+def close(part: Tensor, wanted: Tensor, whole: Tensor) -> bool:
+    """Return whether `part` equals `wanted` up to rounding error, given the `whole` tensor that contains `part`."""
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return torch.equal(part, wanted)
+    half = wanted.dtype in (torch.float16, torch.bfloat16)  # here, rounding may be as large as a patch's effect
+    tolerance = 0.0 if half else 100 * torch.finfo(wanted.dtype).eps  # long sums lose a few digits
+    usual = [each[each < _MASK] for each in (whole.abs(), wanted.abs())]
+    scale = max((float(each.max()) for each in usual if each.numel()), default=0.0)
+    return torch.allclose(part, wanted, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+
+
+def raise_nan(flags: Sequence[tuple[Tensor, Entry, Patch]]) -> None:
+    """Raise NaNError for the first patch that introduced NaN. If no patch did, the device is read only once."""
+    if flags and torch.stack([flag for flag, *_ in flags]).any():
+        entry, patch = next((entry, patch) for flag, entry, patch in flags if flag)
+        with labelled(entry.label):
+            raise nan_error(patch)
